@@ -1,0 +1,173 @@
+"""Grading: exact string match, and equality of the values of two equations.
+
+The functions `accuracy` and `equation_accuracy` are SeqIO metric functions: they take the lists
+`targets` and `predictions` and return percentages (0 to 100), as T5X's and SeqIO's metrics do.
+`same_text` and `same_equation_value` are the same graders as predicates on one pair; the filter
+for agreeing rationales and the teacher's accuracy use them.
+
+Standard library only, and no `eval`: what a model writes is text, never a program.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Sequence
+from fractions import Fraction
+
+# An equation of the real data has at most 40 characters. The bounds keep hostile text cheap:
+# they cap the size of every number that can arise and the depth of the recursion.
+MAX_CHARACTERS = 500
+MAX_DEPTH = 50
+
+# ASCII digits only: `\d` would take every script's digits.
+_TOKEN = re.compile(r"[ \t\r\n]*(?:([0-9]+(?:\.[0-9]*)?|\.[0-9]+)|([-+*/()]))")
+
+
+def equation_value(text: str) -> Fraction | None:
+    """The exact value of an arithmetic expression, or None where it is not one.
+
+    Understood: integers and decimals, `+ - * /`, unary minus, parentheses, ASCII white space.
+    Everything else is None: names, `**`, comparisons, tuples, exponents such as `1e9`, division by
+    zero, more than `MAX_CHARACTERS` characters, nesting deeper than `MAX_DEPTH`. Never raises.
+
+    >>> equation_value("( 84.0 / 2.0 )")
+    Fraction(42, 1)
+    >>> equation_value("0.1 + 0.2") == equation_value("0.3")
+    True
+    >>> equation_value("(14, 21)") is None
+    True
+    """
+    if len(text) > MAX_CHARACTERS:
+        return None
+    tokens: list[str] = []
+    position, end = 0, len(text.rstrip(" \t\r\n"))
+    while position < end:
+        match = _TOKEN.match(text, position, end)
+        if match is None:
+            return None
+        tokens.append(match[1] or match[2])
+        position = match.end()
+    try:
+        value, rest = _sum(tokens, 0, 0)
+    except (_NotArithmeticError, ZeroDivisionError):
+        return None
+    return value if rest == len(tokens) else None
+
+
+class _NotArithmeticError(Exception):
+    """The tokens do not form an expression, or nest too deeply."""
+
+
+def _sum(tokens: list[str], at: int, depth: int) -> tuple[Fraction, int]:
+    value, at = _product(tokens, at, depth)
+    while at < len(tokens) and tokens[at] in "+-":
+        operator = tokens[at]
+        term, at = _product(tokens, at + 1, depth)
+        value = value + term if operator == "+" else value - term
+    return value, at
+
+
+def _product(tokens: list[str], at: int, depth: int) -> tuple[Fraction, int]:
+    value, at = _factor(tokens, at, depth)
+    while at < len(tokens) and tokens[at] in "*/":
+        operator = tokens[at]
+        factor, at = _factor(tokens, at + 1, depth)
+        value = value * factor if operator == "*" else value / factor
+    return value, at
+
+
+def _factor(tokens: list[str], at: int, depth: int) -> tuple[Fraction, int]:
+    if at >= len(tokens) or depth > MAX_DEPTH:
+        raise _NotArithmeticError
+    token = tokens[at]
+    if token == "-":
+        value, at = _factor(tokens, at + 1, depth + 1)
+        return -value, at
+    if token == "(":
+        value, at = _sum(tokens, at + 1, depth + 1)
+        if at >= len(tokens) or tokens[at] != ")":
+            raise _NotArithmeticError
+        return value, at + 1
+    if token in ")+*/":
+        raise _NotArithmeticError
+    return Fraction(token), at + 1
+
+
+def same_text(target: str, prediction: str) -> bool:
+    """Whether the two texts are equal, character by character."""
+    return target == prediction
+
+
+def same_equation_value(target: str, prediction: str) -> bool:
+    """Whether both texts are arithmetic and have exactly the same value.
+
+    What is not arithmetic equals nothing, not even itself.
+    """
+    value = equation_value(target)
+    return value is not None and value == equation_value(prediction)
+
+
+def accuracy(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float]:
+    """Percentage of predictions that equal their target exactly: {"accuracy": 0..100}."""
+    return {"accuracy": percentage_right(targets, predictions, same_text)}
+
+
+def equation_accuracy(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float]:
+    """Percentage of equations whose value is their target's: {"equation_accuracy": 0..100}."""
+    right = percentage_right(targets, predictions, same_equation_value)
+    return {"equation_accuracy": right}
+
+
+def percentage_right(
+    targets: Sequence[str], predictions: Sequence[str], same: Callable[[str, str], bool]
+) -> float:
+    """100 times the share of pairs that `same(target, prediction)` accepts.
+
+    Raises ValueError where the lists differ in length or are empty.
+    """
+    if len(targets) != len(predictions):
+        raise ValueError(
+            f"Got {len(targets)} targets and {len(predictions)} predictions; grading needs one "
+            "prediction per target, in the same order."
+        )
+    if not targets:
+        raise ValueError("Got no predictions to grade: the split that was evaluated is empty.")
+    right = sum(same(target, guess) for target, guess in zip(targets, predictions, strict=True))
+    return 100.0 * right / len(targets)
+
+
+def label_format_alarm(
+    predictions: Sequence[str], labels: Collection[str] | Callable[[str], bool]
+) -> str | None:
+    """A message where not one prediction is a possible label, else None.
+
+    Then the score is 0 whatever was learned, and the cause is usually a mismatch of formats: a
+    wrong vocabulary, a decoding limit that is too short, labels written in another way, or a
+    student that has not learned the form yet.
+
+    Args:
+      predictions: what the student wrote, after decoding.
+      labels: the possible labels, or a predicate that tells a possible label by its form.
+    """
+    if not predictions:
+        return None
+    if callable(labels):
+        possible, expected = labels, f"a text that {labels.__name__}() accepts"
+    else:
+        label_set = set(labels)
+        shown = ", ".join(repr(label) for label in sorted(label_set)[:5])
+        more = f" and {len(label_set) - 5} more" if len(label_set) > 5 else ""
+        possible, expected = label_set.__contains__, f"one of {shown}{more}"
+    if any(possible(prediction) for prediction in predictions):
+        return None
+    examples = ", ".join(repr(_shorten(prediction)) for prediction in predictions[:5])
+    return (
+        f"The score is 0 because none of {len(predictions)} predictions is a possible label. "
+        f"Predicted, for example: {examples}. Expected: {expected}. "
+        "Check the vocabulary, the target length, and the labels' form; early in training "
+        "it can also mean that the student has not learned the form yet."
+    )
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= 80 else f"{text[:77]}..."
