@@ -1,0 +1,76 @@
+# Everything a checkout needs: a Python >= 3.11, make and a package index. `make help` lists the targets.
+# A Python of your choice: `make clean && make PYTHON=python3.12 test`.
+
+VENV := .venv
+BIN := $(VENV)/bin
+JOBS ?= 2
+PIP := $(BIN)/python -m pip install --quiet --no-input --disable-pip-version-check -c scripts/constraints.txt
+# An installation is redone when one of these changes, and only then.
+INSTALL_INPUTS := pyproject.toml scripts/constraints.txt sbs_jax/__init__.py
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check format bench parity clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
+
+demo: $(VENV)/.run ## Set up, then run the whole method on the built-in dataset (no download, no account)
+	$(BIN)/sbs demo
+
+test: $(VENV)/.test ## Set up, then run the tests (ARGS="-k name" to choose)
+	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+
+check: $(VENV)/.test ## Formatting, lint and types: what CI runs before the tests
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+format: $(VENV)/.test ## Format the code and repair what lint can repair
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.run ## Measure speed and memory; appends to bench.json
+	$(BIN)/python scripts/bench.py $(ARGS)
+
+parity: $(VENV)/.parity ## Add PyTorch and Hugging Face to the set-up, then compare with them
+	$(BIN)/python -m pytest -m parity $(ARGS)
+
+clean: ## Delete the set-up and the caches (runs are kept)
+	rm -rf $(VENV) .pytest_cache .ruff_cache
+	find sbs_jax tasks tests scripts -name __pycache__ -type d -exec rm -rf {} +
+
+# The first Python that is >= 3.11 and can make virtual environments: PYTHON if given, else the machine's
+# own python3 if its version is one that scripts/constraints.txt was tested with, else a tested one, else any.
+$(VENV)/.created:
+	@usable() { command -v "$$1" >/dev/null 2>&1 && "$$1" -c "import ensurepip, sys, venv; sys.exit(not ($$2))" >/dev/null 2>&1; }; \
+	tested='(3, 11) <= sys.version_info < (3, 14)'; enough='(3, 11) <= sys.version_info'; found=''; \
+	if [ -n "$(PYTHON)" ]; then \
+	  usable "$(PYTHON)" "$$enough" && found="$(PYTHON)"; \
+	else \
+	  for name in python3 python3.13 python3.12 python3.11; do \
+	    if [ -z "$$found" ] && usable "$$name" "$$tested"; then found="$$name"; fi; \
+	  done; \
+	  if [ -z "$$found" ] && usable python3 "$$enough"; then found=python3; fi; \
+	fi; \
+	if [ -z "$$found" ]; then \
+	  echo "make: no usable Python: wanted $(or $(PYTHON),python3, python3.13, python3.12 or python3.11) of version" \
+	    ">= 3.11 with the venv module. Install one, or name it: make PYTHON=/path/to/python3.12 $(MAKECMDGOALS)" >&2; exit 1; \
+	fi; \
+	echo "Creating $(VENV) with $$("$$found" --version) ($$found)"; \
+	"$$found" -m venv --clear $(VENV)
+	@touch $@
+
+$(VENV)/.run: $(INSTALL_INPUTS) | $(VENV)/.created
+	@echo "Installing sbs-jax and what it runs on into $(VENV) (about 1 GB; minutes the first time)"
+	@$(PIP) -e .
+	@touch $@
+
+$(VENV)/.test: $(INSTALL_INPUTS) | $(VENV)/.created
+	@echo "Installing sbs-jax and what its tests need into $(VENV) (about 1 GB; minutes the first time)"
+	@$(PIP) -e '.[test]'
+	@touch $(VENV)/.run $@
+
+$(VENV)/.parity: $(VENV)/.test
+	@echo "Installing PyTorch and Hugging Face transformers into $(VENV)"
+	@$(PIP) -e '.[test,parity]'
+	@touch $@

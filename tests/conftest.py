@@ -1,0 +1,41 @@
+"""What every test runs under: 8 virtual CPU devices, checked array shapes, no implicit rank promotion.
+
+The settings are made before anything imports `sbs_jax`. They are JAX settings of this process, not environment
+variables, so that a command line started by a test sees the machine as its user would; only the platform is inherited.
+"""
+
+import os
+from pathlib import Path
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import jax
+import jaxtyping
+import pytest
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+# beartype, not typeguard 4: that one reads shape strings such as "B T" as Python and fails on them.
+jaxtyping.install_import_hook("sbs_jax", "beartype.beartype")
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+SHARED = REPOSITORY.parent / "shared"
+
+
+@pytest.fixture(scope="session")
+def real_data_dir() -> Path:
+    """Folder of the released teacher outputs (`<name>/<name>_test.json`, `<name>/llm/*.json`)."""
+    path = SHARED / "data" / "dss"
+    if not path.is_dir():
+        pytest.skip("the released teacher outputs are not in ../shared/data/dss")
+    return path
+
+
+@pytest.fixture(scope="session")
+def real_vocab() -> Path:
+    """File of the T5 SentencePiece model (32,000 pieces)."""
+    path = SHARED / "vocab" / "t5" / "sentencepiece.model"
+    if not path.is_file():
+        pytest.skip("the T5 vocabulary is not in ../shared/vocab/t5/sentencepiece.model")
+    return path
