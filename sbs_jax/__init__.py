@@ -1,3 +1,3 @@
-"""Distilling Step-by-Step for JAX: small T5 students that learn from a teacher's labels and rationales."""
+"""Distilling Step-by-Step for JAX: T5 students that learn from a teacher's rationales."""
 
 __version__ = "0.1.0"

@@ -1,7 +1,8 @@
-"""What every test runs under: 8 virtual CPU devices, checked array shapes, no implicit rank promotion.
+"""What every test runs under: 8 virtual CPU devices, checked shapes, no implicit rank promotion.
 
-The settings are made before anything imports `sbs_jax`. They are JAX settings of this process, not environment
-variables, so that a command line started by a test sees the machine as its user would; only the platform is inherited.
+The settings are made before anything imports `sbs_jax`. They are JAX settings of this process, not
+environment variables, so that a command line started by a test sees the machine as its user would;
+only the platform is inherited.
 """
 
 import os
