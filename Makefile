@@ -61,12 +61,12 @@ $(VENV)/.created:
 	@touch $@
 
 $(VENV)/.run: $(INSTALL_INPUTS) | $(VENV)/.created
-	@echo "Installing sbs-jax and what it runs on into $(VENV) (about 1 GB; minutes the first time)"
+	@echo "Installing sbs-jax and what it runs on into $(VENV) (3 GB on disk, most of it TensorFlow; minutes the first time)"
 	@$(PIP) -e .
 	@touch $@
 
 $(VENV)/.test: $(INSTALL_INPUTS) | $(VENV)/.created
-	@echo "Installing sbs-jax and what its tests need into $(VENV) (about 1 GB; minutes the first time)"
+	@echo "Installing sbs-jax and what its tests need into $(VENV) (3 GB on disk, most of it TensorFlow; minutes the first time)"
 	@$(PIP) -e '.[test]'
 	@touch $(VENV)/.run $@
 
