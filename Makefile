@@ -23,7 +23,7 @@ test: $(VENV)/.test ## Set up, then run the tests (ARGS="-k name" to choose)
 check: $(VENV)/.test ## Formatting, lint and types: what CI runs before the tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 format: $(VENV)/.test ## Format the code and repair what lint can repair
 	$(BIN)/ruff check --fix .
@@ -44,8 +44,8 @@ clean: ## Delete the set-up and the caches (runs are kept)
 $(VENV)/.created:
 	@usable() { command -v "$$1" >/dev/null 2>&1 && "$$1" -c "import ensurepip, sys, venv; sys.exit(not ($$2))" >/dev/null 2>&1; }; \
 	tested='(3, 11) <= sys.version_info < (3, 14)'; enough='(3, 11) <= sys.version_info'; found=''; \
-	if [ -n "$(PYTHON)" ]; then \
-	  usable "$(PYTHON)" "$$enough" && found="$(PYTHON)"; \
+	PYTHON="$(PYTHON)"; if [ -n "$$PYTHON" ]; then \
+	  usable "$$PYTHON" "$$enough" && found="$$PYTHON"; \
 	else \
 	  for name in python3 python3.13 python3.12 python3.11; do \
 	    if [ -z "$$found" ] && usable "$$name" "$$tested"; then found="$$name"; fi; \
@@ -53,8 +53,8 @@ $(VENV)/.created:
 	  if [ -z "$$found" ] && usable python3 "$$enough"; then found=python3; fi; \
 	fi; \
 	if [ -z "$$found" ]; then \
-	  echo "make: no usable Python: wanted $(or $(PYTHON),python3, python3.13, python3.12 or python3.11) of version" \
-	    ">= 3.11 with the venv module. Install one, or name it: make PYTHON=/path/to/python3.12 $(MAKECMDGOALS)" >&2; exit 1; \
+	  echo "make: no usable Python: wanted $${PYTHON:-python3, python3.13, python3.12 or python3.11}, of" \
+	    "version >= 3.11 and with the venv module. Install one, or name it: make PYTHON=/path/to/python3.12 $(MAKECMDGOALS)" >&2; exit 1; \
 	fi; \
 	echo "Creating $(VENV) with $$("$$found" --version) ($$found)"; \
 	"$$found" -m venv --clear $(VENV)
