@@ -118,9 +118,7 @@ def equation_accuracy(targets: Sequence[str], predictions: Sequence[str]) -> dic
     return {"equation_accuracy": right}
 
 
-def percentage_right(
-    targets: Sequence[str], predictions: Sequence[str], same: Callable[[str, str], bool]
-) -> float:
+def percentage_right(targets: Sequence[str], predictions: Sequence[str], same: Callable[[str, str], bool]) -> float:
     """100 times the share of pairs that `same(target, prediction)` accepts.
 
     Raises ValueError where the lists differ in length or are empty.
@@ -136,9 +134,7 @@ def percentage_right(
     return 100.0 * right / len(targets)
 
 
-def label_format_alarm(
-    predictions: Sequence[str], labels: Collection[str] | Callable[[str], bool]
-) -> str | None:
+def label_format_alarm(predictions: Sequence[str], labels: Collection[str] | Callable[[str], bool]) -> str | None:
     """A message where not one prediction is a possible label, else None.
 
     Then the score is 0 whatever was learned, and the cause is usually a mismatch of formats: a

@@ -1,0 +1,291 @@
+"""Registered tasks: names, options in force, files and splits, and SeqIO's view of them."""
+
+import dataclasses
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import seqio
+
+from sbs_jax import datasets, losses, records
+from tasks import metrics
+
+LENGTHS = {"inputs": 40, "targets": 40, "task_ids": 40}
+
+
+def dataset(name: str = "cats") -> datasets.Dataset:
+    return datasets.Dataset(
+        name=name,
+        labels=None,
+        read_release=None,
+        parsers={},
+        metric_fns=(metrics.accuracy,),
+        primary_metric="accuracy",
+        same_label=metrics.same_text,
+        feature_lengths={"inputs": 40, "targets": 40},
+    )
+
+
+def row(number: int, **changes) -> records.Record:
+    fields = {"id": f"row-{number}", "input": f"{number} cats", "label": f"{number}",
+              "rationale": f"there are {number}", "teacher_label": f"{number}", "outcome": "ok"}  # fmt: skip
+    return records.Record(**(fields | changes))
+
+
+@pytest.fixture
+def records_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Folder with 20 training and 4 test records of `cats`, which is registered."""
+    monkeypatch.setattr(datasets, "_DATASETS", dict(datasets._DATASETS))
+    monkeypatch.setattr(datasets, "_options", datasets._options)
+    folder = tmp_path / "cats"
+    folder.mkdir()
+    records.write_records(folder / "train.jsonl", [row(number) for number in range(20)])
+    records.write_records(folder / "test.jsonl", [row(number) for number in range(100, 104)])
+    datasets.add(dataset())
+    configure(tmp_path)
+    return tmp_path
+
+
+def configure(folder: Path, **changes) -> None:
+    options = {"records_dir": str(folder), "vocabulary": "byte", **changes}
+    datasets.configure(datasets.DataOptions(**options))
+
+
+def ids(task_name: str, split: str) -> list[str]:
+    return [example.id for example in datasets.examples(task_name, split)]
+
+
+def stream(name: str, *, count: int, seed: int | None = 0, **changes) -> list[dict]:
+    provider = datasets.get_task_or_mixture(name)
+    arguments = {"sequence_length": LENGTHS, "split": "train", "num_epochs": None, "seed": seed}
+    found = provider.get_dataset(**(arguments | changes))
+    return list(found.take(count).as_numpy_iterator())
+
+
+def text(ids: np.ndarray) -> str:
+    return datasets.vocabulary("byte").decode(ids.tolist())
+
+
+# ------------------------------------------------------------------------------- names
+
+
+def test_parts_of_task_names(records_dir: Path):
+    assert datasets.split_task("cats_rationale_then_label") == (dataset(), "rationale_then_label")
+    assert datasets.split_task("cats_label") == (dataset(), "label")
+    assert datasets.dataset_of_task("cats_step_by_step") == dataset()
+    assert datasets.graded_task("cats_step_by_step") == "cats_label"
+    assert datasets.graded_task("cats_label") == "cats_label"
+    assert datasets.graded_task("cats_rationale_then_label") == "cats_rationale_then_label"
+    assert datasets.graded_task("cats_rationale") is None
+    assert datasets.subtasks("cats_step_by_step") == ("cats_label", "cats_rationale")
+    assert datasets.subtasks("cats_rationale") == ("cats_rationale",)
+    assert datasets.prefix_of_task("cats_rationale") == "explain: "
+    assert datasets.prefix_of_task("cats_step_by_step") == "predict: "
+
+
+def test_unknown_names_get_near_matches(records_dir: Path):
+    with pytest.raises(ValueError, match="Unknown task.*'cats_lable'.*Did you mean 'cats_label'"):
+        datasets.get_task_or_mixture("cats_lable")
+    with pytest.raises(ValueError, match="Did you mean 'cats_step_by_step'"):
+        datasets.split_task("cat_step_by_step")
+    with pytest.raises(ValueError, match="Unknown dataset 'cat'.*Did you mean 'cats'"):
+        datasets.get("cat")
+
+
+def test_bad_descriptions_are_refused(records_dir: Path):
+    with pytest.raises(ValueError, match="Dataset name 'Cats'"):
+        dataset("Cats")
+    with pytest.raises(ValueError, match="not ending in"):
+        dataset("cats_label")
+    with pytest.raises(ValueError, match="exactly 'inputs' and 'targets'"):
+        dataclasses.replace(dataset(), feature_lengths={"inputs": 8})
+    with pytest.raises(ValueError, match="at least 2"):
+        dataclasses.replace(dataset(), feature_lengths={"inputs": 8, "targets": 1})
+    with pytest.raises(ValueError, match="nothing grades"):
+        dataclasses.replace(dataset(), metric_fns=())
+    datasets.add(dataset())  # the same once more is fine
+    with pytest.raises(ValueError, match="already registered as 'cats'"):
+        datasets.add(dataclasses.replace(dataset(), primary_metric="other"))
+
+
+def test_graded_text():
+    assert datasets.graded_text(" yes ", kind="label") == "yes"
+    then = "rationale_then_label"
+    assert datasets.graded_text("It barks. Answer: yes", kind=then) == "yes"
+    assert datasets.graded_text("Answer: no. Answer: yes", kind=then) == "yes"
+    assert datasets.graded_text("yes", kind=then) == ""
+    assert datasets.graded_text("Answer: it", kind="rationale") == "Answer: it"
+
+
+# ------------------------------------------------------------------------------ files and splits
+
+
+def test_missing_records_name_the_command(records_dir: Path):
+    datasets.add(dataset("dogs"))
+    with pytest.raises(FileNotFoundError) as error:
+        datasets.examples("dogs_label", "train")
+    command = f"sbs records --dataset dogs --release DIR --records_dir {records_dir}"
+    assert command in str(error.value)
+
+
+def test_held_out_where_there_is_no_validation_file(records_dir: Path):
+    assert datasets.available_splits("cats") == ("train", "validation", "test")
+    assert len(ids("cats_label", "train")) == 18
+    assert len(ids("cats_label", "validation")) == 2
+    assert set(ids("cats_label", "train")).isdisjoint(ids("cats_label", "validation"))
+    configure(records_dir, validation_fraction=0)
+    assert datasets.available_splits("cats") == ("train", "test")
+    assert len(ids("cats_label", "train")) == 20
+    with pytest.raises(ValueError, match="no validation split: validation_fraction is 0"):
+        ids("cats_label", "validation")
+
+
+def test_a_validation_file_is_used_as_it_is(records_dir: Path):
+    found = [row(number) for number in range(50, 60)]
+    records.write_records(records_dir / "cats" / "validation.jsonl", found)
+    configure(records_dir)
+    assert len(ids("cats_label", "train")) == 20
+    assert ids("cats_label", "validation") == [record.id for record in found]
+
+
+@pytest.mark.parametrize("keep_train_file", [True, False])
+def test_the_validation_file_can_be_trained_on(records_dir: Path, keep_train_file: bool):
+    found = [row(number) for number in range(50, 80)]
+    records.write_records(records_dir / "cats" / "validation.jsonl", found)
+    if not keep_train_file:
+        (records_dir / "cats" / "train.jsonl").unlink()
+    configure(records_dir, train_split="validation")
+    train, validation = ids("cats_label", "train"), ids("cats_label", "validation")
+    assert len(train) == 27
+    assert len(validation) == 3
+    assert {*train, *validation} == {record.id for record in found}
+    assert ids("cats_label", "test") == [f"row-{number}" for number in range(100, 104)]
+
+
+def test_splits_that_do_not_exist(records_dir: Path):
+    (records_dir / "cats" / "train.jsonl").unlink()
+    assert datasets.available_splits("cats") == ("test",)
+    with pytest.raises(ValueError, match="no train split: there is no .*train.jsonl"):
+        ids("cats_label", "train")
+    with pytest.raises(ValueError, match="'tset'.*Did you mean 'test'"):
+        ids("cats_label", "tset")
+    with pytest.raises(ValueError, match="no examples in test; it is a mixture"):
+        ids("cats_step_by_step", "test")
+
+
+def test_a_task_without_rows_says_what_became_of_them(records_dir: Path):
+    found = [row(number, rationale=" ") for number in range(5)]
+    records.write_records(records_dir / "cats" / "train.jsonl", found)
+    configure(records_dir)
+    with pytest.raises(ValueError, match="cats_rationale has no examples.*blank rationale"):
+        ids("cats_rationale", "train")
+
+
+def test_manifest(records_dir: Path):
+    configure(records_dir, fraction=0.5)
+    manifest = datasets.manifest("cats")
+    assert manifest["options"]["fraction"] == 0.5
+    assert list(manifest["splits"]) == ["train", "validation", "test"]
+    train = manifest["splits"]["train"]
+    content = (records_dir / "cats" / "train.jsonl").read_bytes()
+    assert train["sha256"] == hashlib.sha256(content).hexdigest()
+    assert train["file"] == manifest["splits"]["validation"]["file"] == "train.jsonl"
+    assert train["counts"]["rows"] == 20
+    assert train["counts"]["held out for validation"] == 2
+    assert train["counts"]["label"] == train["counts"]["used"] == 9
+
+
+def test_configure_reads_anew(records_dir: Path):
+    assert len(ids("cats_label", "test")) == 4
+    records.write_records(records_dir / "cats" / "test.jsonl", [row(1)])
+    assert len(ids("cats_label", "test")) == 4
+    configure(records_dir, label_prefix="")
+    assert len(ids("cats_label", "test")) == 1
+    assert datasets.examples("cats_label", "test")[0].inputs == "1 cats"
+    assert datasets.options().label_prefix == ""
+
+
+# --------------------------------------------------------------------------------- through SeqIO
+
+
+def test_features_of_a_seqio_task(records_dir: Path):
+    task = datasets.get_task_or_mixture("cats_rationale_then_label")
+    assert set(task.output_features) == {"inputs", "targets", "task_ids"}
+    assert task.output_features["inputs"].vocabulary.vocab_size == 359
+    assert list(task.splits) == ["train", "validation", "test"]
+    (example, *_) = stream("cats_rationale_then_label", count=1, split="test", shuffle=False)
+    assert example["id"] == b"row-100"
+    assert example["label"] == b"100"
+    assert example["inputs_pretokenized"] == b"predict: 100 cats"
+    assert example["targets_pretokenized"] == b"there are 100 Answer: 100"
+    for feature in ("inputs", "targets", "task_ids"):
+        assert example[feature].dtype == np.int32
+    assert text(example["inputs"]) == "predict: 100 cats"
+    assert example["inputs"][-1] == example["targets"][-1] == 1
+    assert example["task_ids"].tolist() == [losses.LABEL] * len(example["targets"])
+    assert task.postprocess_fn("so. Answer: 100", example=example, is_target=False) == "100"
+    assert [fn.__name__ for fn in task.metric_fns] == ["accuracy"]
+    assert datasets.get_task_or_mixture("cats_rationale").metric_fns == []
+
+
+def test_cut_sequences_end_in_eos_and_keep_their_task_ids(records_dir: Path):
+    lengths = {"inputs": 8, "targets": 5, "task_ids": 5}
+    (example,) = stream("cats_rationale", count=1, sequence_length=lengths)
+    assert text(example["inputs"]) == "explain"
+    assert text(example["targets"]) == "ther"
+    assert example["inputs"][-1] == example["targets"][-1] == 1
+    assert example["task_ids"].tolist() == [losses.RATIONALE] * 5
+    for lengths in ({"inputs": 17, "targets": 13, "task_ids": 13}, None):
+        examples = stream("cats_rationale", count=18, sequence_length=lengths)
+        for example in examples:
+            assert text(example["targets"]) == example["targets_pretokenized"].decode()
+            assert len(example["task_ids"]) == len(example["targets"])
+
+
+def test_every_row_once_per_epoch_in_a_new_order(records_dir: Path):
+    found = [example["id"].decode() for example in stream("cats_label", count=54)]
+    epochs = [found[start : start + 18] for start in (0, 18, 36)]
+    for epoch in epochs:
+        assert sorted(epoch) == sorted(ids("cats_label", "train"))
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+
+
+def test_the_mixture_alternates_pairs_across_epochs(records_dir: Path):
+    rows = stream("cats_step_by_step", count=90, passthrough_features=["id"])
+    objectives = [int(example["task_ids"][0]) for example in rows]
+    assert objectives == [losses.LABEL, losses.RATIONALE] * 45
+    names = [example["id"] for example in rows]
+    assert names[0::2] == names[1::2]
+    assert sorted(names[0:36:2]) == sorted(name.encode() for name in ids("cats_label", "train"))
+
+
+def test_tasks_of_different_size_repeat_on_their_own(records_dir: Path):
+    found = [row(number, rationale=None if number >= 10 else "few") for number in range(30)]
+    records.write_records(records_dir / "cats" / "train.jsonl", found)
+    configure(records_dir, validation_fraction=0)
+    examples = stream("cats_step_by_step", count=120, passthrough_features=["id"])
+    assert [int(example["task_ids"][0]) for example in examples] == [1, 2] * 60
+    names = [example["id"].decode() for example in examples]
+    for start in (0, 30):
+        assert sorted(names[0::2][start : start + 30]) == sorted(record.id for record in found)
+    for start in range(0, 60, 10):
+        assert set(names[1::2][start : start + 10]) == {record.id for record in found[:10]}
+
+
+def test_hosts_share_an_epoch(records_dir: Path):
+    seen = []
+    for index in range(4):
+        shard = seqio.ShardInfo(index=index, num_shards=4)
+        seen += stream("cats_label", count=100, num_epochs=1, shard_info=shard)
+    assert sorted(example["id"].decode() for example in seen) == sorted(ids("cats_label", "train"))
+    with pytest.raises(ValueError, match="18 rows in train, too few to share between 19 hosts"):
+        stream("cats_label", count=1, shard_info=seqio.ShardInfo(index=0, num_shards=19))
+
+
+def test_same_seed_same_order(records_dir: Path):
+    def order(seed: int) -> list[bytes]:
+        return [example["id"] for example in stream("cats_label", count=36, seed=seed)]
+
+    assert order(5) == order(5)
+    assert order(5) != order(6)
