@@ -1,0 +1,297 @@
+"""Records: one row per example with its input, the human's label and the teacher's answer.
+
+A records directory holds, per dataset, the files that training reads and what is known of them:
+
+    <records_dir>/svamp/train.jsonl
+    <records_dir>/svamp/test.jsonl
+    <records_dir>/svamp/manifest.json
+
+A line of a `.jsonl` file is one `Record` (here broken for reading):
+
+    {"id": "svamp-0f3e9c1d2a44", "input": "Ann has 3 pens and buys 4.\\nHow many has she?",
+     "label": "( 3.0 + 4.0 )", "choices": [], "teacher_text": "She has 3 + 4. The answer is (3 + 4).",
+     "rationale": "She has 3 + 4.", "teacher_label": "(3 + 4)", "outcome": "ok"}
+
+Rows are joined by `id`, never by position. Standard library only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypedDict
+
+OK = "ok"
+NO_TEACHER = "no_teacher"
+MANIFEST = "manifest.json"
+# Raised when the meaning of a field changes, so that old files are refused and not misread.
+FORMAT = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Record:
+    """One example.
+
+    Attributes:
+      id: distinct within its file.
+      input: what the student reads, without a task prefix.
+      label: the human's label; None where nobody labelled the example.
+      choices: the labels possible for this example; () where the dataset's own set holds.
+      teacher_text: the teacher's reply as it came; None where the teacher was not asked.
+      rationale: read from the reply; None where the reply gives none that can be used.
+      teacher_label: read from the reply; None where the reply gives none that can be used.
+      outcome: "ok", "no_teacher", or what is wrong with the reply
+        (`sbs_jax.teacher.parsing.OUTCOMES`). Whether a rationale or a label can be used is told by
+        those two fields, not by the outcome.
+    """
+
+    id: str
+    input: str
+    label: str | None
+    choices: tuple[str, ...] = ()
+    teacher_text: str | None = None
+    rationale: str | None = None
+    teacher_label: str | None = None
+    outcome: str = NO_TEACHER
+
+
+_FIELDS = tuple(field.name for field in dataclasses.fields(Record))
+_REQUIRED = ("id", "input", "label")
+_TEXT = ("id", "input", "outcome")
+
+
+class SplitSummary(TypedDict):
+    """What a manifest says of one `.jsonl` file; `write_directory`'s callers fill it in."""
+
+    rows: int
+    sha256: str  # of <split>.jsonl
+    sources: dict[str, str]  # source file -> its sha256
+    outcomes: dict[str, int]  # outcome -> rows; the counts sum to `rows`
+    rationales: int  # rows with a usable rationale
+    teacher_labels: int  # rows with a usable teacher label
+    labelled: int  # rows with a human label
+    teacher_right: int  # of these, rows whose teacher label the dataset's grading accepts
+    teacher_accuracy: float | None  # 100 * teacher_right / labelled; None without either
+
+
+class Manifest(TypedDict):
+    """manifest.json of a records directory. Holds no time and no path, so it can be reproduced."""
+
+    format: int
+    dataset: str
+    parser: str  # "official" or "strict"
+    inputs: str  # "release" or "tfds"
+    sbs_jax: str  # version that wrote it
+    splits: dict[str, SplitSummary]
+    skipped: dict[str, str]  # split -> why it has no file
+
+
+# ------------------------------------------------------------------------------------ reading
+
+
+def read_records(path: str | Path) -> list[Record]:
+    """All records of a file, in its order.
+
+    Raises ValueError that names file and line: bytes that are not UTF-8, a blank or malformed
+    line, missing or unknown fields, a field of the wrong type, an id that occurred before.
+    """
+    found: dict[str, tuple[int, Record]] = {}
+    for line, value in read_json_lines(path):
+        try:
+            record = _record(value)
+        except ValueError as error:
+            raise ValueError(f"{path}:{line}: {error}") from None
+        if record.id in found:
+            raise ValueError(
+                f"{path}:{line}: the id {record.id!r} is already that of line "
+                f"{found[record.id][0]}; rows are joined by id, so ids must be distinct."
+            )
+        found[record.id] = line, record
+    return [record for _, record in found.values()]
+
+
+def read_json_lines(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line number from 1, JSON object) of each line. ValueError names file and line."""
+    line = 0
+    with Path(path).open("rb") as file:
+        # Bytes are split at "\n" alone: text may hold other characters that end a line elsewhere.
+        for line, data in enumerate(file, start=1):
+            where = f"{path}:{line}"
+            text = _decoded(data, where)
+            if not text.strip():
+                raise ValueError(f"{where}: the line is blank; expected one JSON object per line.")
+            value = parse_json(text, where)
+            if not isinstance(value, dict):
+                raise ValueError(f"{where}: got {_shown(value)}; expected a JSON object, {{..}}, on every line.")
+            yield line, value
+    if line == 0:
+        raise ValueError(f"{path} is empty; expected one JSON object per line.")
+
+
+def read_json(path: str | Path) -> Any:
+    """The one JSON value that a file holds. ValueError names file and line."""
+    return parse_json(_decoded(Path(path).read_bytes(), str(path)), str(path))
+
+
+def parse_json(text: str, where: str) -> Any:
+    """The value of a JSON text; `where` begins the message of the ValueError."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        line = f", line {error.lineno} of it" if error.lineno > 1 else ""
+        raise ValueError(
+            f"{where}: not valid JSON: {error.msg} at column {error.colno}{line}. The file may be "
+            "cut short or edited; get it anew."
+        ) from None
+
+
+def _decoded(data: bytes, where: str) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        place = f", line {line}" if line > 1 else ""
+        raise ValueError(
+            f"{where}: byte {error.start} (0x{data[error.start]:02x}){place} is not UTF-8; convert the file to UTF-8."
+        ) from None
+
+
+def _record(value: Mapping[str, Any]) -> Record:
+    unknown = sorted(value.keys() - set(_FIELDS))
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], _FIELDS, n=2)
+        hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+        raise ValueError(f"unknown field {unknown[0]!r}; known are {list(_FIELDS)}.{hint}")
+    missing = [name for name in _REQUIRED if name not in value]
+    if missing:
+        raise ValueError(f"the field {missing[0]!r} is missing; it has {sorted(value)}.")
+    fields = dict(value)
+    if "choices" in fields:
+        choices = fields["choices"]
+        if not isinstance(choices, list) or not all(isinstance(c, str) for c in choices):
+            raise ValueError(f"'choices' is {_shown(choices)}; expected a list of texts.")
+        fields["choices"] = tuple(choices)
+    record = Record(**fields)
+    check_record(record)
+    return record
+
+
+def check_record(record: Record) -> None:
+    """ValueError where a field has the wrong type, or text that UTF-8 cannot hold."""
+    for name in _FIELDS:
+        value = getattr(record, name)
+        if name == "choices":
+            texts = value
+        elif isinstance(value, str):
+            texts = (value,)
+        elif value is None and name not in _TEXT:
+            continue
+        else:
+            expected = "text" if name in _TEXT else "text or null"
+            raise ValueError(f"{name!r} is {_shown(value)}; expected {expected}.")
+        for text in texts:
+            if not text.isascii():
+                _check_encodes(name, text)
+    if not record.id:
+        raise ValueError("'id' is empty; rows are joined by id, so every row needs one.")
+
+
+def _check_encodes(name: str, text: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{name!r} holds half a surrogate pair, {text[error.start]!a}, at character "
+            f"{error.start}; UTF-8 has no such character."
+        ) from None
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False, default=repr)
+    return f"{text[:60]}.." if len(text) > 62 else text
+
+
+# ------------------------------------------------------------------------------------ writing
+
+
+def write_records(path: str | Path, records: Iterable[Record]) -> str:
+    """Writes the records, one line each, and returns the file's SHA-256.
+
+    Atomic: another process sees the old file or the whole new one. The same records give the same
+    bytes. ValueError, before anything is replaced, where a record is malformed or an id repeats.
+    """
+    seen: set[str] = set()
+    digest = hashlib.sha256()
+    with _replacing(Path(path)) as file:
+        for number, record in enumerate(records, start=1):
+            try:
+                check_record(record)
+            except ValueError as error:
+                raise ValueError(f"Record {number} for {path}: {error}") from None
+            if record.id in seen:
+                raise ValueError(
+                    f"Record {number} for {path}: the id {record.id!r} occurred before; ids must be distinct."
+                )
+            seen.add(record.id)
+            data = (json.dumps(dataclasses.asdict(record), ensure_ascii=False) + "\n").encode()
+            digest.update(data)
+            file.write(data)
+    return digest.hexdigest()
+
+
+def write_manifest(directory: str | Path, manifest: Manifest) -> None:
+    """Writes `<directory>/manifest.json`, atomically; the same manifest gives the same bytes."""
+    text = json.dumps(manifest, ensure_ascii=False, indent=1, sort_keys=True) + "\n"
+    with _replacing(Path(directory) / MANIFEST) as file:
+        file.write(text.encode())
+
+
+def read_manifest(directory: str | Path) -> Manifest:
+    """`<directory>/manifest.json`. FileNotFoundError, or ValueError where it is malformed."""
+    path = Path(directory) / MANIFEST
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{directory} is not a records directory: it has no {MANIFEST}. Records are written by `sbs records`."
+        )
+    value = read_json(path)
+    expected = Manifest.__annotations__.keys()
+    if not isinstance(value, dict) or value.get("format") != FORMAT or value.keys() != expected:
+        got = value.get("format") if isinstance(value, dict) else _shown(value)
+        raise ValueError(
+            f"{path}: got format {got!r}; expected {FORMAT} with the fields {sorted(expected)}. "
+            "Write the records anew with this version."
+        )
+    return value  # type: ignore[return-value]  # JSON; its keys were checked above
+
+
+def file_sha256(path: str | Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[Any]:
+    """A new file beside `path` that takes its place when the block ends without an error."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        # mkstemp makes private files; these get the mode that open() would have given.
+        mask = os.umask(0)
+        os.umask(mask)
+        Path(name).chmod(0o666 & ~mask)
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise

@@ -1,0 +1,1 @@
+"""The teacher's side: what it replied, and how a reply is read."""

@@ -1,0 +1,76 @@
+"""ANLI, round 1: does a hypothesis follow from a premise? 16,946 / 1,000 / 1,000 rows.
+
+A reply, with its invented continuation:
+
+    The text says it opened in 1901. So the answer is neutral.\\n\\nPremise: ..
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sbs_jax.datasets import Dataset
+from sbs_jax.release import Row, integer_field, read_inputs, text_field
+from sbs_jax.teacher.parsing import Parsed, official_result, split_answer
+from tasks import nli
+from tasks.metrics import accuracy, same_text
+
+MARKER = "So the answer is"
+
+
+def row(fields: Mapping[str, Any]) -> Row:
+    """A line of the release as a row."""
+    return _row(fields, premise="premise")
+
+
+def tfds_row(fields: Mapping[str, Any]) -> Row:
+    """An example of TFDS as a row; the premise is called context there."""
+    return _row(fields, premise="context")
+
+
+def _row(fields: Mapping[str, Any], *, premise: str) -> Row:
+    return Row(
+        id=text_field(fields, "uid"),
+        input=nli.input_text(text_field(fields, premise), text_field(fields, "hypothesis")),
+        label=nli.label_text(integer_field(fields, "label")),
+    )
+
+
+def read_release(release_dir: Path) -> dict[str, list[Row]]:
+    """Rows in file order per split."""
+    return read_inputs(release_dir, "anli1", row)
+
+
+def official(text: str, row: Row) -> Parsed:
+    """Up to "Premise:"; split at the marker; the label loses its last character, whatever it is.
+
+    Bug for bug: "neutral." gives "neutral", and "neutral" gives "neutra".
+    """
+    del row
+    found = split_answer(text.split("Premise:")[0].rstrip(), MARKER)
+    if isinstance(found, Parsed):
+        return found
+    rationale, label = found
+    return official_result(rationale.rstrip(), label.lstrip()[:-1])
+
+
+def strict(text: str, row: Row) -> Parsed:
+    """Up to a line that begins with "Premise:"; the label is the rest of the marker's line."""
+    del row
+    return nli.strict(text, stops=("Premise:",), marker=MARKER)
+
+
+DATASET = Dataset(
+    name="anli1",
+    labels=nli.LABELS,
+    read_release=read_release,
+    parsers={"official": official, "strict": strict},
+    metric_fns=(accuracy,),
+    primary_metric="accuracy",
+    same_label=same_text,
+    feature_lengths={"inputs": 256, "targets": 192},
+    tfds="anli/r1",
+    tfds_row=tfds_row,
+)

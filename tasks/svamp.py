@@ -1,0 +1,83 @@
+"""SVAMP: the equation that solves a word problem of arithmetic. 800 / - / 200 rows.
+
+A reply, with its invented continuation:
+
+    Ann has 3 pens. She buys 4. 3 + 4 = 7. The answer is (3 + 4).\\n\\nQ: ..
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sbs_jax.datasets import Dataset
+from sbs_jax.release import Row, read_inputs, text_field
+from sbs_jax.teacher.parsing import (
+    NOT_ARITHMETIC,
+    Parsed,
+    official_result,
+    split_answer,
+    strict_answer,
+    unusable,
+    usable,
+)
+from tasks.metrics import equation_accuracy, equation_value, same_equation_value
+
+MARKER = "The answer is"
+
+
+def row(fields: Mapping[str, Any]) -> Row:
+    """A line of the release as a row. The release's lines have no ids."""
+    return Row(input=text_field(fields, "input"), label=text_field(fields, "label"))
+
+
+def read_release(release_dir: Path) -> dict[str, list[Row]]:
+    """Rows in file order per split."""
+    return read_inputs(release_dir, "svamp", row)
+
+
+def is_arithmetic(text: str) -> bool:
+    """Whether the text is an equation's side that has a value."""
+    return equation_value(text) is not None
+
+
+def official(text: str, row: Row) -> Parsed:
+    """Up to "Q:"; split at the marker; the label is from the first "(" to the last ")" of a line.
+
+    Bug for bug: "(3 + 4) * 2." gives "(3 + 4)", which is another value.
+    """
+    del row
+    found = split_answer(text.split("Q:")[0].rstrip(), MARKER)
+    if isinstance(found, Parsed):
+        return found
+    rationale, answer = found
+    match = re.search(r"\(.*\)", answer)
+    return official_result(rationale.rstrip(), match[0] if match else "")
+
+
+def strict(text: str, row: Row) -> Parsed:
+    """The rest of the marker's line, as the teacher wrote it, where it has a value.
+
+    "(3 + 4) * 2." gives "(3 + 4) * 2". Words, unknowns and tuples such as "(14, 21)" have none.
+    """
+    del row
+    found = strict_answer(text, stops=("Q:",), marker=MARKER)
+    if isinstance(found, Parsed):
+        return found
+    rationale, answer = found
+    return usable(rationale, answer) if is_arithmetic(answer) else unusable(NOT_ARITHMETIC)
+
+
+DATASET = Dataset(
+    name="svamp",
+    labels=None,
+    read_release=read_release,
+    parsers={"official": official, "strict": strict},
+    metric_fns=(equation_accuracy,),
+    primary_metric="equation_accuracy",
+    same_label=same_equation_value,
+    feature_lengths={"inputs": 88, "targets": 112},
+    is_label=is_arithmetic,
+)
