@@ -40,9 +40,7 @@ def greedy(
 
     def advance(loop):
         position, previous, done, tokens, score, caches = loop
-        logits, caches = model.decode_step(
-            previous, caches, position=position, encoder_segment_ids=segments
-        )
+        logits, caches = model.decode_step(previous, caches, position=position, encoder_segment_ids=segments)
         best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
         chosen = jnp.where(done, PAD, best)
         log_p = jnp.max(logits, axis=-1) - jax.nn.logsumexp(logits, axis=-1)

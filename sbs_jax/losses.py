@@ -8,6 +8,7 @@ laid over devices; from there on everything is a plain sum, which no cutting, la
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -39,9 +40,10 @@ def token_weights(task_ids_BT: Int[Array, "B T"], *, alpha: float) -> Float[Arra
 class TaskSums:
     """Plain sums over the target tokens of one task: they add up over micro-batches."""
 
-    cross_entropy: Float[Array, ""]
-    correct: Float[Array, ""]
-    tokens: Float[Array, ""]
+    # Any, not array types: transformations put shapes and placeholders in place of the scalars.
+    cross_entropy: Any
+    correct: Any
+    tokens: Any
 
     def means(self, name: str) -> dict[str, Float[Array, ""]]:
         """`{"loss/label": nats per token, "token_accuracy/label": 0..1, "tokens/label": count}`."""
@@ -69,7 +71,7 @@ def weighted_cross_entropy(
     """
     log_z_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
     # A masked sum in place of a gather: it fuses, and stays local where the vocabulary is sharded.
-    is_target = jnp.arange(logits_BTV.shape[-1]) == targets_BT[..., None]
+    is_target = jnp.arange(logits_BTV.shape[-1])[None, None, :] == targets_BT[..., None]
     target_logit_BT = jnp.sum(jnp.where(is_target, logits_BTV, 0.0), axis=-1)
     cross_entropy_BT = log_z_BT - target_logit_BT
     loss = jnp.sum(weights_BT * (cross_entropy_BT + z_loss * jnp.square(log_z_BT)))

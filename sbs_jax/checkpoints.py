@@ -1,0 +1,186 @@
+"""Checkpoints of a run, and parameters from wherever they come.
+
+A run directory holds `checkpoints/<step>/` with three items, written by Orbax atomically: `parameters` (a flat
+dictionary of float32 arrays), `optimizer` (state and step), `metadata` (JSON: architecture, step, metrics so far).
+Parameters are an item of their own so that predicting reads nothing else.
+"""
+
+import dataclasses
+import difflib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import preservation_policy as policy
+
+from sbs_jax import t5
+
+PARAMETERS, OPTIMIZER, METADATA = "parameters", "optimizer", "metadata"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Restored:
+    """What a checkpoint holds, its arrays on the shardings that were asked for."""
+
+    step: int
+    parameters: t5.Parameters
+    optimizer: Any
+    metadata: dict[str, Any]
+
+
+class Checkpoints:
+    """The checkpoints of one run: the newest `keep` and the best by validation are kept."""
+
+    def __init__(self, run_dir: str | Path, *, keep: int) -> None:
+        self.directory = Path(run_dir).absolute() / "checkpoints"
+        kept = [
+            policy.LatestN(keep),
+            policy.BestN(
+                # Of equals the earliest is best: more training that brought nothing is not preferred.
+                get_metric_fn=lambda metrics: (metrics["validation"], -metrics["step"]),
+                n=1,
+                keep_checkpoints_without_metrics=False,
+            ),
+        ]
+        self._manager = ocp.CheckpointManager(
+            self.directory,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=policy.AnyPreservationPolicy(kept), cleanup_tmp_directories=True
+            ),
+        )
+
+    def latest(self) -> int | None:
+        """Newest complete step, None in a new run."""
+        return self._manager.latest_step()
+
+    def save(
+        self,
+        step: int,
+        *,
+        parameters: t5.Parameters,
+        optimizer: Any,
+        metadata: Mapping[str, Any],
+        validation: float | None,
+    ) -> None:
+        """Copies the arrays to the host, then writes in the background; `validation` is the metric to be best by."""
+        metrics = None if validation is None else {"validation": validation, "step": step}
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                **{
+                    PARAMETERS: ocp.args.StandardSave(parameters),
+                    OPTIMIZER: ocp.args.StandardSave(optimizer),
+                    METADATA: ocp.args.JsonSave(dict(metadata)),
+                }
+            ),
+            metrics=metrics,
+        )
+
+    def restore(self, step: int, *, parameters: Any, optimizer: Any) -> Restored:
+        """Arrays of a step, on the shardings of the given abstract trees."""
+        items = {
+            PARAMETERS: ocp.args.StandardRestore(parameters),
+            OPTIMIZER: ocp.args.StandardRestore(optimizer),
+            METADATA: ocp.args.JsonRestore(),
+        }
+        got = self._manager.restore(step, args=ocp.args.Composite(**items))
+        return Restored(step=step, parameters=got[PARAMETERS], optimizer=got[OPTIMIZER], metadata=got[METADATA])
+
+    def wait(self) -> None:
+        """Until everything saved so far is on disk."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        self._manager.close()
+
+
+def read_metadata(run_dir: str | Path, step: int) -> dict[str, Any]:
+    """Metadata of a step, without its arrays."""
+    return json.loads((Path(run_dir) / "checkpoints" / str(step) / METADATA / "metadata").read_text("utf-8"))
+
+
+def steps(run_dir: str | Path) -> list[int]:
+    """Complete checkpoints of a run, ascending."""
+    directory = Path(run_dir) / "checkpoints"
+    if not directory.is_dir():
+        return []
+    return sorted(int(p.name) for p in directory.iterdir() if p.name.isdigit())
+
+
+def best_step(run_dir: str | Path) -> int | None:
+    """The best step by validation as the newest checkpoint knows it; the newest where nothing was evaluated."""
+    existing = steps(run_dir)
+    if not existing:
+        return None
+    best = read_metadata(run_dir, existing[-1]).get("best")
+    return existing[-1] if best is None else best["step"]
+
+
+def locate(path: str | Path) -> tuple[Path, int]:
+    """(run directory, step) of a run directory (its best step) or of one of its `checkpoints/<step>`."""
+    path = Path(path).absolute()
+    if path.name.isdigit() and path.parent.name == "checkpoints":
+        run_dir, step = path.parent.parent, int(path.name)
+        if not path.is_dir():
+            raise FileNotFoundError(f"No checkpoint at {path}; this run has steps {steps(run_dir)}.")
+        return run_dir, step
+    step = best_step(path)
+    if step is None:
+        raise FileNotFoundError(
+            f"{path} holds no checkpoint; expected a run directory (with checkpoints/<step>), or one such step."
+        )
+    return path, step
+
+
+def load_parameters(path: str | Path, *, like: Mapping[str, jax.ShapeDtypeStruct]) -> t5.Parameters:
+    """Parameters from a run directory, one of its steps, or an `.npz` file, on the shardings of `like`.
+
+    An `.npz` holds one array per parameter under its full name, of any float type. A parameter that is missing, left
+    over or of another shape is an error that lists them: it is another architecture.
+    """
+    if str(path).endswith(".npz"):
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"No parameters at {path}; expected an .npz file or a run directory.")
+        with np.load(path) as arrays:
+            found = {name: arrays[name] for name in arrays.files}
+        _check_same(path, {name: x.shape for name, x in found.items()}, like)
+        return {name: jax.device_put(found[name].astype(leaf.dtype), leaf.sharding) for name, leaf in like.items()}
+    run_dir, step = locate(path)
+    directory = run_dir / "checkpoints" / str(step) / PARAMETERS
+    with ocp.StandardCheckpointer() as checkpointer:
+        tree = checkpointer.metadata(directory).item_metadata.tree
+        _check_same(directory, {name: tuple(leaf.shape) for name, leaf in tree.items()}, like)
+        return checkpointer.restore(directory, dict(like))
+
+
+def save_npz(path: str | Path, parameters: t5.Parameters, *, dtype: str) -> None:
+    """Writes parameters as one `.npz` of the given float type (the form of the embedded student)."""
+    np.savez_compressed(path, **{name: np.asarray(x).astype(dtype) for name, x in sorted(parameters.items())})
+
+
+def _check_same(
+    path: str | Path, found: Mapping[str, tuple[int, ...]], like: Mapping[str, jax.ShapeDtypeStruct]
+) -> None:
+    missing = sorted(set(like) - set(found))
+    extra = sorted(set(found) - set(like))
+    reshaped = [
+        f"{name}: checkpoint {tuple(found[name])}, model {tuple(like[name].shape)}"
+        for name in sorted(set(like) & set(found))
+        if tuple(found[name]) != tuple(like[name].shape)
+    ]
+    if not (missing or extra or reshaped):
+        return
+    lines = [f"{path} is a checkpoint of another architecture than the configured model."]
+    for title, names in (("shapes differ", reshaped), ("missing", missing), ("left over", extra)):
+        if names:
+            lines.append(f"  {title} ({len(names)}): " + "; ".join(names[:5]) + (" .." if len(names) > 5 else ""))
+    if missing and extra:
+        near = difflib.get_close_matches(missing[0], extra, n=1)
+        if near:
+            lines.append(f"  nearest to {missing[0]!r} is {near[0]!r}")
+    lines.append("Include the gin file of the model that the checkpoint was trained with (gin_configs/models/).")
+    raise ValueError("\n".join(lines))

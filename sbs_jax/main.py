@@ -1,0 +1,280 @@
+"""The `sbs` command: read flags and gin files, then call one top-level function.
+
+The only module that knows gin. Configurations use gin's dynamic registration: a gin file imports the modules it
+configures, so no library function is decorated, and third-party callables (`@optax.adamw`) are bound directly.
+Heavy imports wait until they are needed, so `--help` answers at once.
+"""
+
+import argparse
+import ast
+import difflib
+import json
+import logging
+import os
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+# The folder that holds gin_configs/: file names in flags and includes may be relative to it.
+ROOT = Path(__file__).resolve().parent.parent
+_BINDING = re.compile(r"--gin\.([^=]+)=(.*)", re.DOTALL)
+_REFERENCE = re.compile(r"[@%](?:[\w.]+/)*([\w.]+)")
+_LEFT_SIDE = re.compile(r"^([\w./]+) =", re.MULTILINE)
+
+
+class UsageError(Exception):
+    """Something the caller of the command can mend; printed without a traceback."""
+
+
+def configure(
+    name: str, *, gin_files: Sequence[str], bindings: Sequence[str], search_paths: Sequence[str] = ()
+) -> tuple[Any, str]:
+    """An instance of a configuration class (`"train.TrainConfig"`), and the operative configuration as text.
+
+    `bindings` are `NAME=value`. Files and bindings that come later override earlier ones. Values that are no gin
+    expression are taken as text, so `MODEL_DIR=/tmp/run` needs no quotes. A binding that nothing refers to, an
+    unknown name, and a macro left at REQUIRED are errors.
+    """
+    import gin
+
+    gin.clear_config()
+    for path in (*search_paths, "", str(ROOT)):
+        gin.add_config_file_search_path(path)
+    # What bindings of the command line may name without an import of their own.
+    modules = ("datasets", "evaluate", "partitioning", "t5", "train")
+    prelude = "from __gin__ import dynamic_registration\nimport optax\nimport tasks\n"
+    prelude += "".join(f"from sbs_jax import {module}\n" for module in modules)
+    prelude += "".join(f"include {file!r}\n" for file in gin_files)
+    text = prelude + "\n".join(_quoted(binding) for binding in bindings) + "\n"
+    try:
+        # Imports of the prelude do not reach into included files, and theirs not out of them.
+        includes, _ = gin.parse_config(text)
+        instance = gin.get_configurable(name)()
+    except (ValueError, SyntaxError, OSError, NameError, AttributeError, TypeError, RuntimeError) as error:
+        raise UsageError(_explained(error)) from error
+    texts = [text, *(Path(file).read_text("utf-8") for file in _file_names(includes))]
+    unused = _unused(gin.config_str(), gin.operative_config_str(), texts)
+    if unused:
+        known = sorted({m[1] for m in _LEFT_SIDE.finditer(gin.config_str())} - set(unused))
+        lines = [f"{binding}{_near(binding, known)}" for binding in unused]
+        raise UsageError("Nothing uses these bindings; correct or remove them:\n  " + "\n  ".join(lines))
+    return instance, gin.operative_config_str()
+
+
+def _quoted(binding: str) -> str:
+    """A `NAME=value` binding as a line of gin, its value quoted if it is bare text."""
+    name, equals, value = binding.partition("=")
+    if not equals:
+        raise UsageError(f"Got the binding {binding!r}; expected NAME=value.")
+    value = value.strip()
+    if not value.startswith(("@", "%", "[", "(", "{")):
+        try:
+            ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            value = repr(value)
+    return f"{name.strip()} = {value}"
+
+
+def _explained(error: Exception) -> str:
+    text = str(error)
+    missing = re.search(r"Required bindings for `(\S+)` not provided in config: \[(.*)\]", text)
+    if missing:
+        macros = [name.strip().strip("'").upper() for name in missing[2].split(",")]
+        return (
+            f"{missing[1]} needs values for {missing[2]}. Give them by a gin file (gin_configs/experiments/ sets most) "
+            "or a flag: " + " ".join(f"--gin.{macro}=.." for macro in macros)
+        )
+    return text
+
+
+def _file_names(includes: Iterable[Any]) -> list[str]:
+    found = []
+    for include in includes:
+        found += [include.filename, *_file_names(include.includes)]
+    return found
+
+
+def _unused(config: str, operative: str, texts: Sequence[str]) -> list[str]:
+    """Bindings that took no effect and that no text refers to.
+
+    A binding whose configurable or macro is referred to somewhere (`@optax.adamw`, `%WARMUP`) may be idle because
+    another file chose differently; that is how alternatives are offered, and no mistake.
+    """
+    referred = {match[1] for text in texts for match in _REFERENCE.finditer(text)}
+    ends = {name.rpartition(".")[2] for name in referred}
+    idle = {m[1] for m in _LEFT_SIDE.finditer(config)} - {m[1] for m in _LEFT_SIDE.finditer(operative)}
+    unused = []
+    for binding in sorted(idle):
+        path = binding.rpartition("/")[2]
+        owner = path.rpartition(".")[0] or path
+        if owner not in referred and owner.rpartition(".")[2] not in ends:
+            unused.append(binding)
+    return unused
+
+
+def _near(name: str, known: Iterable[str]) -> str:
+    found = difflib.get_close_matches(name, list(known), n=2, cutoff=0.6)
+    return f" (did you mean {' or '.join(found)}?)" if found else ""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry of the console script; returns the exit status."""
+    parser, commands = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    takes_gin = hasattr(arguments, "gin_file")
+    bindings = []
+    for flag in rest:
+        match = _BINDING.fullmatch(flag)
+        if not takes_gin or match is None:
+            known = list(commands[arguments.command]._option_string_actions)
+            commands[arguments.command].error(f"unknown argument {flag}{_near(flag, known)}")
+        bindings.append(f"{match[1]}={match[2]}")
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    try:
+        from absl import logging as absl_logging
+
+        absl_logging.set_verbosity(absl_logging.WARNING)
+        if takes_gin:
+            return arguments.run(arguments, bindings)
+        return arguments.run(arguments)
+    except (UsageError, ValueError, OSError, FloatingPointError) as error:
+        if arguments.traceback:
+            raise
+        print(f"sbs {arguments.command}: {error}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    parser = argparse.ArgumentParser(
+        prog="sbs",
+        description="Distilling step-by-step: train a small T5 on labels and rationales of a large model.",
+    )
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = {}
+
+    def command(name: str, run: Any, summary: str, *, gin: bool = False, epilog: str = "") -> argparse.ArgumentParser:
+        sub = subparsers.add_parser(
+            name,
+            help=summary,
+            description=summary,
+            epilog=epilog,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        sub.add_argument("--traceback", action="store_true", help="show where an error came from")
+        if gin:
+            sub.add_argument(
+                "--gin_file", action="append", default=[], metavar="FILE", help="gin file; repeat, later ones override"
+            )
+            sub.add_argument(
+                "--gin_search_paths", default="", metavar="DIRS", help="comma-separated folders to look for gin files"
+            )
+            sub.add_argument("--gin.NAME=VALUE", dest="_", help="override a macro or parameter; repeat")
+        sub.set_defaults(run=run)
+        commands[name] = sub
+        return sub
+
+    records = command("records", _records, "Import teacher outputs (official release layout or TFDS) as records.")
+    records.add_argument("--dataset", required=True, help="name of a dataset: esnli, anli1, cqa, svamp")
+    records.add_argument("--release", required=True, metavar="DIR", help="folder that holds <name>/ of the release")
+    records.add_argument("--records_dir", required=True, metavar="DIR", help="where to write <dataset>/*.jsonl")
+    records.add_argument("--parser", choices=("strict", "official"), default="strict", help="how replies are read")
+    records.add_argument("--inputs", choices=("release", "tfds"), default="release", help="where inputs come from")
+    records.add_argument("--overwrite", action="store_true", help="replace records of another parser or source")
+    command(
+        "train",
+        _train,
+        "Train a student, evaluate it on validation meanwhile and on test once at the end.",
+        gin=True,
+        epilog="example:\n  sbs train --gin_file=gin_configs/experiments/svamp/base.gin \\\n"
+        "      --gin.RECORDS_DIR=records --gin.MODEL_DIR=runs/svamp",
+    )
+    command(
+        "evaluate",
+        _evaluate,
+        "Grade a checkpoint on a split by generation.",
+        gin=True,
+        epilog="example:\n  sbs evaluate --gin_file=gin_configs/runs/evaluate.gin --gin.CHECKPOINT_PATH=runs/svamp \\\n"
+        "      --gin.SPLIT=test",
+    )
+    predict = command("predict", _predict, 'Answer {"id", "input"} rows with {"id", "prediction", "score"} rows.')
+    predict.add_argument(
+        "--model", required=True, metavar="DIR", help="run directory, or one of its checkpoints/<step>"
+    )
+    predict.add_argument("--input", required=True, metavar="FILE", help="JSON lines to read")
+    predict.add_argument("--output", required=True, metavar="FILE", help="JSON lines to write")
+    predict.add_argument("--task", choices=("label", "rationale"), default="label", help="what to predict")
+    predict.add_argument("--batch_size", type=int, default=32, help="rows at a time")
+    demo = command("demo", _demo, "Train and compare both methods on the built-in dataset; writes a page.")
+    demo.add_argument("--output", default="runs/demo", metavar="DIR", help="where runs, table and page go")
+    return parser, commands
+
+
+def _train(arguments: argparse.Namespace, bindings: Sequence[str]) -> int:
+    from sbs_jax import train
+
+    config, text = _configured("train.TrainConfig", arguments, bindings)
+    print(json.dumps(train.train(config, config_text=text)))
+    return 0
+
+
+def _evaluate(arguments: argparse.Namespace, bindings: Sequence[str]) -> int:
+    from sbs_jax import evaluate
+
+    config, _ = _configured("evaluate.EvaluateConfig", arguments, bindings)
+    print(json.dumps(evaluate.evaluate(config)))
+    return 0
+
+
+def _configured(name: str, arguments: argparse.Namespace, bindings: Sequence[str]) -> tuple[Any, str]:
+    if not arguments.gin_file:
+        raise UsageError("no --gin_file given; the ready ones are under gin_configs/experiments/.")
+    return configure(
+        name,
+        gin_files=arguments.gin_file,
+        bindings=bindings,
+        search_paths=[path for path in arguments.gin_search_paths.split(",") if path],
+    )
+
+
+def _predict(arguments: argparse.Namespace) -> int:
+    from sbs_jax import evaluate
+
+    count = evaluate.predict(
+        arguments.model,
+        input_path=arguments.input,
+        output_path=arguments.output,
+        objective=arguments.task,
+        batch_size=arguments.batch_size,
+    )
+    print(f"{count} predictions in {arguments.output}")
+    return 0
+
+
+def _records(arguments: argparse.Namespace) -> int:
+    import tasks  # noqa: F401  (registers the datasets)
+    from sbs_jax import datasets, release
+
+    manifest = release.import_release(
+        datasets.get(arguments.dataset),
+        release_dir=arguments.release,
+        records_dir=arguments.records_dir,
+        parser=arguments.parser,
+        inputs=arguments.inputs,
+        overwrite=arguments.overwrite,
+    )
+    print(json.dumps(manifest, indent=1, default=str))
+    return 0
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from sbs_jax import demo
+
+    return demo.main(arguments.output)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,144 @@
+"""The directory of one run: configuration, manifest, metrics, TensorBoard events, predictions.
+
+config.gin            operative configuration; another one is refused
+manifest.json         git revision, versions, data hashes, parameter table
+metrics.jsonl         one JSON object a line: {"kind": "train", "step": 50, "loss": ..}
+tensorboard/          the same for TensorBoard
+predictions/          <task>-<step>.jsonl
+checkpoints/<step>/   see checkpoints.py
+"""
+
+import difflib
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import tensorflow as tf
+
+_REPORTED = (
+    *("sbs-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "seqio", "tensorflow", "tensorflow-text"),
+    *("tensorflow-datasets", "sentencepiece", "numpy"),
+)
+
+
+class RunDir:
+    """Opens (or makes) a run directory for writing; use it with `with`."""
+
+    def __init__(self, path: str | Path, *, config_text: str) -> None:
+        self.path = Path(path).absolute()
+        self._config_text = config_text
+        self._metrics = self.path / "metrics.jsonl"
+
+    def __enter__(self) -> "RunDir":
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._refuse_another_configuration()
+        _replace(self.path / "config.gin", self._config_text)
+        self._events = tf.summary.create_file_writer(str(self.path / "tensorboard"))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._events.close()
+
+    def _refuse_another_configuration(self) -> None:
+        existing = self.path / "config.gin"
+        if not existing.exists():
+            held = [p.name for p in self.path.iterdir()]
+            if held:
+                raise FileExistsError(
+                    f"{self.path} is not empty and not a run directory (it has {', '.join(sorted(held)[:5])}); "
+                    "choose another MODEL_DIR."
+                )
+            return
+        old, new = _meaning(existing.read_text("utf-8")), _meaning(self._config_text)
+        if old != new:
+            diff = "\n".join(difflib.unified_diff(old, new, "existing", "requested", lineterm="", n=0))
+            raise FileExistsError(
+                f"{self.path} holds a run with another configuration:\n{diff}\n"
+                "Choose another MODEL_DIR, or repeat the existing configuration to resume it."
+            )
+
+    def write_manifest(self, contents: Mapping[str, Any]) -> None:
+        """Adds the machine's side (git revision, versions) to what the caller knows, and writes it."""
+        versions = {"python": platform.python_version()}
+        for name in _REPORTED:
+            try:
+                versions[name] = importlib.metadata.version(name)
+            except importlib.metadata.PackageNotFoundError:
+                versions[name] = "not installed"
+        whole = {"git_revision": git_revision(), "versions": versions, **contents}
+        _replace(self.path / "manifest.json", json.dumps(whole, indent=1, sort_keys=True) + "\n")
+
+    def log(self, kind: str, step: int, values: Mapping[str, float]) -> None:
+        """One line of metrics.jsonl, on disk before this returns, and the same as TensorBoard scalars."""
+        line = json.dumps({"kind": kind, "step": step, **values})
+        with self._metrics.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+        with self._events.as_default():
+            for name, value in values.items():
+                tf.summary.scalar(f"{kind}/{name}", value, step=step)
+        self._events.flush()
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """All lines of metrics.jsonl."""
+        return read_metrics(self.path)
+
+    def truncate_metrics(self, *, after_step: int) -> None:
+        """Drops lines of steps that a resumed run will repeat (and a line cut short by the end of the process)."""
+        if self._metrics.exists():
+            kept = [json.dumps(line) + "\n" for line in self.metrics() if line["step"] <= after_step]
+            _replace(self._metrics, "".join(kept))
+
+    def write_predictions(self, name: str, rows: Iterable[Mapping[str, Any]]) -> Path:
+        """`predictions/<name>.jsonl`."""
+        path = self.path / "predictions" / f"{name}.jsonl"
+        path.parent.mkdir(exist_ok=True)
+        _replace(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        return path
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """Lines of a run's metrics.jsonl; a last line without its end is left out."""
+    file = Path(path) / "metrics.jsonl"
+    if not file.exists():
+        return []
+    text = file.read_text("utf-8")
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+
+def read_manifest(path: str | Path) -> dict[str, Any]:
+    """The manifest of a run."""
+    file = Path(path) / "manifest.json"
+    if not file.exists():
+        raise FileNotFoundError(f"{path} is not a run directory: it has no manifest.json.")
+    return json.loads(file.read_text("utf-8"))
+
+
+def git_revision() -> str:
+    """Revision of the checkout this code runs from, with `-dirty` if it is changed; or why there is none."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"unknown ({error})"
+    return done.stdout.strip() if done.returncode == 0 else "unknown (not a git checkout)"
+
+
+def _meaning(text: str) -> list[str]:
+    """Bindings of a configuration without comments and without the directory itself."""
+    lines = [line.rstrip() for line in text.splitlines()]
+    return [line for line in lines if line and not line.startswith(("#", "MODEL_DIR"))]
+
+
+def _replace(path: Path, text: str) -> None:
+    """Writes a file so that readers see the old or the new one, never half."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)

@@ -1,0 +1,408 @@
+"""Training: the state, one step as a pure function, and the loop that reads from top to bottom."""
+
+import dataclasses
+import functools
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tqdm
+from jaxtyping import Array, Float, Int
+
+from sbs_jax import checkpoints, datasets, evaluate, features, losses, partitioning, run_dir, t5
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Everything a run depends on. Bound by `gin_configs/runs/train.gin`; the macros there carry T5X's names."""
+
+    model_dir: str
+    model: t5.T5Config
+    data: datasets.DataOptions
+    mixture_or_task_name: str
+    # Tokens per row, `{"inputs": .., "targets": ..}`; with `pack` several examples share a row.
+    task_feature_lengths: Mapping[str, int]
+    pack: bool
+    batch_size: int  # rows per update, over all devices and micro-batches
+    micro_batches: int
+    train_steps: int
+    seed: int
+    # Share of the label objective, 1 - alpha is the rationale's; and T5X's auxiliary loss.
+    alpha: float
+    z_loss: float
+    optimizer: Callable[..., optax.GradientTransformation]  # called with learning_rate=
+    learning_rate: optax.Schedule
+    clip_norm: float | None
+    mesh: partitioning.MeshShape
+    initial_checkpoint_path: str | None
+    # Periods in steps.
+    log_period: int
+    eval_period: int
+    checkpoint_period: int
+    keep_checkpoints: int
+    eval_batch_size: int
+    max_decode_length: int  # tokens generated for an answer
+    evaluate_test: bool
+
+    def __post_init__(self) -> None:
+        positive = (
+            *("batch_size", "micro_batches", "train_steps", "log_period", "eval_period", "checkpoint_period"),
+            *("keep_checkpoints", "eval_batch_size", "max_decode_length"),
+        )
+        for name in positive:
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"TrainConfig.{name} is {value!r}; expected a whole number of at least 1.")
+        if not 0.0 <= self.alpha <= 1.0:
+            raise ValueError(f"TrainConfig.alpha is {self.alpha!r}; expected 0 (rationale only) to 1 (label only).")
+        if self.z_loss < 0 or (self.clip_norm is not None and self.clip_norm <= 0):
+            raise ValueError(
+                f"TrainConfig.z_loss is {self.z_loss!r} and clip_norm {self.clip_norm!r}; expected z_loss >= 0 and "
+                "clip_norm > 0 or None."
+            )
+        if self.batch_size % self.micro_batches:
+            raise ValueError(
+                f"batch_size {self.batch_size} does not divide into {self.micro_batches} micro_batches; choose a "
+                "multiple."
+            )
+        if not callable(self.optimizer) or not callable(self.learning_rate):
+            raise ValueError(
+                "TrainConfig.optimizer must be an optimiser's constructor (gin: @optax.adamw) and learning_rate a "
+                f"schedule (gin: @optax.constant_schedule()); got {self.optimizer!r} and {self.learning_rate!r}."
+            )
+        self.gradient_transformation()  # a wrong optimiser argument fails here, before any compile
+
+    def gradient_transformation(self) -> optax.GradientTransformation:
+        """The optimiser with its schedule, behind clipping of the global norm."""
+        optimizer = self.optimizer(learning_rate=self.learning_rate)
+        if self.clip_norm is None:
+            return optimizer
+        return optax.chain(optax.clip_by_global_norm(self.clip_norm), optimizer)
+
+
+def rsqrt_schedule(*, peak: float, warmup_steps: int) -> optax.Schedule:
+    """peak * sqrt(warmup / max(step, warmup)): T5's pre-training schedule, at its peak until `warmup_steps`."""
+
+    def schedule(step: Any) -> Any:
+        return peak * jnp.sqrt(warmup_steps / jnp.maximum(step, warmup_steps))
+
+    return schedule
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """What an update changes."""
+
+    step: Any  # int32 scalar, the number of updates made
+    parameters: Any  # t5.Parameters, or the same tree of shapes or shardings
+    optimizer: Any
+
+
+Batch = dict[str, jax.Array]
+
+
+def train_step(
+    state: TrainState,
+    batch: Batch,
+    *,
+    structure: t5.Structure,
+    config: TrainConfig,
+    optimizer: optax.GradientTransformation,
+) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
+    """One update from one global batch, and its metrics. Pure; the dropout key follows from (seed, step)."""
+    # Over the whole batch, before it is cut: see losses.py.
+    weights = losses.token_weights(batch["decoder_task_ids"], alpha=config.alpha)
+    micro_batches = _cut({**batch, "weights": weights}, config.micro_batches)
+    step_key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+
+    def loss_of(parameters: t5.Parameters, rows: Batch, index: Int[Array, ""]):
+        logits = t5.join(structure, parameters)(
+            rows["encoder_input_tokens"],
+            rows["decoder_input_tokens"],
+            encoder_segment_ids=rows.get("encoder_segment_ids"),
+            decoder_segment_ids=rows.get("decoder_segment_ids"),
+            dropout_key=jax.random.fold_in(step_key, index),
+        )
+        return losses.weighted_cross_entropy(
+            logits,
+            rows["decoder_target_tokens"],
+            task_ids_BT=rows["decoder_task_ids"],
+            weights_BT=rows["weights"],
+            z_loss=config.z_loss,
+        )
+
+    gradient_of = jax.value_and_grad(loss_of, has_aux=True)
+
+    def accumulate(total, xs):
+        return jax.tree.map(jnp.add, total, gradient_of(state.parameters, *xs)), None
+
+    pieces = (micro_batches, jnp.arange(config.micro_batches))
+    if config.micro_batches == 1:
+        total = gradient_of(state.parameters, *jax.tree.map(lambda x: x[0], pieces))
+    else:
+        one = jax.eval_shape(gradient_of, state.parameters, *jax.tree.map(lambda x: x[0], pieces))
+        zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), one)
+        total, _ = jax.lax.scan(accumulate, zero, pieces)
+    (loss, sums), gradients = total
+
+    updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.parameters)
+    parameters = optax.apply_updates(state.parameters, updates)
+    metrics = {"loss": loss, "gradient_norm": optax.global_norm(gradients)}
+    for task, name in losses.TASK_NAMES.items():
+        metrics |= sums[task].means(name)
+    return TrainState(state.step + 1, parameters, optimizer_state), metrics
+
+
+def _cut(batch: Batch, pieces: int) -> Batch:
+    """`[B, ..]` to `[pieces, B / pieces, ..]`; row i goes to piece i mod pieces, so no device's rows have to move."""
+    return {name: x.reshape(-1, pieces, *x.shape[1:]).swapaxes(0, 1) for name, x in batch.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Trainer:
+    """The compiled step and where its state lives; what `train` and the benchmarks share."""
+
+    structure: t5.Structure
+    mesh: jax.sharding.Mesh
+    abstract: TrainState  # shapes with shardings
+    step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
+
+
+def prepare(config: TrainConfig) -> Trainer:
+    """Mesh, shardings and the jitted step. Computes no parameter and reads no data."""
+    mesh = partitioning.make_mesh(config.mesh)
+    pieces = partitioning.data_parallel_size(mesh) * config.micro_batches
+    if config.batch_size % pieces:
+        raise ValueError(
+            f"batch_size {config.batch_size} does not divide over {pieces} = data {mesh.shape['data']} x fsdp "
+            f"{mesh.shape['fsdp']} x micro_batches {config.micro_batches}; choose a multiple of {pieces}, or another "
+            "mesh (gin_configs/meshes/)."
+        )
+    structure, shapes, axes = t5.abstract(config.model)
+    optimizer = config.gradient_transformation()
+    abstract = TrainState(jax.ShapeDtypeStruct((), jnp.int32), shapes, jax.eval_shape(optimizer.init, shapes))
+    shardings = partitioning.shardings(mesh, abstract, axes=axes)
+    abstract = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        abstract,
+        shardings,
+    )
+    step = functools.partial(train_step, structure=structure, config=config, optimizer=optimizer)
+    compiled = jax.jit(
+        step,
+        in_shardings=(shardings, partitioning.batch_sharding(mesh)),
+        out_shardings=(shardings, partitioning.replicated(mesh)),
+        donate_argnums=0,
+    )
+    return Trainer(structure, mesh, abstract, compiled)
+
+
+def initial_state(config: TrainConfig, trainer: Trainer) -> TrainState:
+    """Fresh parameters from the seed, or those of `initial_checkpoint_path`; optimiser at zero; step 0."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, trainer.abstract)
+    if config.initial_checkpoint_path is None:
+        parameters = jax.jit(lambda: t5.init(config.model, seed=config.seed)[1], out_shardings=shardings.parameters)()
+    else:
+        parameters = checkpoints.load_parameters(config.initial_checkpoint_path, like=trainer.abstract.parameters)
+    optimizer = jax.jit(config.gradient_transformation().init, out_shardings=shardings.optimizer)(parameters)
+    return TrainState(jax.device_put(jnp.int32(0), shardings.step), parameters, optimizer)
+
+
+def train(config: TrainConfig, *, config_text: str) -> dict[str, float]:
+    """Runs, or resumes, one training; returns the last metrics of validation and test.
+
+    `config_text` is the operative configuration, kept in the run directory; a directory that holds another one is
+    refused. The best checkpoint by validation is evaluated on test once, at the end.
+    """
+    datasets.configure(config.data)
+    dataset = datasets.dataset_of_task(config.mixture_or_task_name)
+    eval_task_name = graded_task(config)
+    trainer = prepare(config)
+    with run_dir.RunDir(config.model_dir, config_text=config_text) as run:
+        run.write_manifest(_manifest(config, dataset=dataset, trainer=trainer))
+        saver = checkpoints.Checkpoints(run.path, keep=config.keep_checkpoints)
+        state, best = _begin(config, trainer, saver)
+        start = int(state.step)
+        run.truncate_metrics(after_step=start)
+        evaluator = _evaluator(config, trainer, split=datasets.VALIDATION)
+        batches = features.train_dataset(
+            config.mixture_or_task_name,
+            lengths=config.task_feature_lengths,
+            split=datasets.TRAIN,
+            batch_size=config.batch_size,
+            pack=config.pack,
+            seed=config.seed,
+            skip_batches=start,
+        )
+        window = _Window()
+        progress = tqdm.tqdm(total=config.train_steps, initial=start, unit="step", desc=run.path.name)
+        for step in range(start + 1, config.train_steps + 1):
+            batch = window.wait_for(batches)
+            state, metrics = trainer.step(state, partitioning.put_batch(trainer.mesh, batch))
+            window.add(metrics, batch)
+            progress.update()
+            last = step == config.train_steps
+            if step % config.log_period == 0 or last:
+                values = window.close() | {"learning_rate": float(config.learning_rate(step - 1))}
+                _stop_on_non_finite(values, step=step)
+                run.log("train", step, values)
+                progress.set_postfix_str(f"loss {values['loss']:.3f} {values['tokens_per_second']:.0f} tokens/s")
+            validation = None
+            if step % config.eval_period == 0 or last:
+                result = evaluator.run(state.parameters)
+                run.log("validation", step, result.metrics)
+                run.write_predictions(f"{eval_task_name}-{step}", result.rows)
+                validation = result.metrics[evaluator.primary_metric]
+                if best is None or validation > best["validation"]:
+                    best = {"step": step, "validation": validation}
+                window = _Window()
+            if step % config.checkpoint_period == 0 or validation is not None:
+                saver.save(
+                    step,
+                    parameters=state.parameters,
+                    optimizer=state.optimizer,
+                    metadata={"step": step, "best": best, "model": dataclasses.asdict(config.model)},
+                    validation=validation,
+                )
+        progress.close()
+        saver.close()
+        if config.evaluate_test:
+            _test_once(config, trainer, run, best=best)
+        return {f"{line['kind']}/{name}": value for line in run.metrics() for name, value in line.items()}
+
+
+def graded_task(config: TrainConfig) -> str:
+    """The task by which a run is validated and tested."""
+    name = datasets.graded_task(config.mixture_or_task_name)
+    if name is None:
+        raise ValueError(
+            f"{config.mixture_or_task_name} has rationales alone, which nothing grades; train on the mixture "
+            "<dataset>_step_by_step, with alpha 0 if the labels shall not count."
+        )
+    return name
+
+
+def _evaluator(config: TrainConfig, trainer: Trainer, *, split: str) -> evaluate.Evaluator:
+    return evaluate.Evaluator(
+        task_name=graded_task(config),
+        split=split,
+        structure=trainer.structure,
+        mesh=trainer.mesh,
+        task_feature_lengths=config.task_feature_lengths,
+        batch_size=config.eval_batch_size,
+        max_decode_length=config.max_decode_length,
+    )
+
+
+def _test_once(config: TrainConfig, trainer: Trainer, run: run_dir.RunDir, *, best: dict[str, Any] | None) -> None:
+    """Grades the best checkpoint on test, unless an earlier process of this run already has."""
+    if any(line["kind"] == "test" for line in run.metrics()):
+        return
+    step = config.train_steps if best is None else best["step"]
+    parameters = checkpoints.load_parameters(run.path / "checkpoints" / str(step), like=trainer.abstract.parameters)
+    result = _evaluator(config, trainer, split=datasets.TEST).run(parameters)
+    run.write_predictions(f"{graded_task(config)}-test-{step}", result.rows)
+    run.log("test", step, result.metrics)
+
+
+def _manifest(config: TrainConfig, *, dataset: datasets.Dataset, trainer: Trainer) -> dict[str, Any]:
+    """What a run consists of, logged and kept; and the warning about what the feature lengths cut."""
+    data = datasets.manifest(dataset.name)
+    lengths = {}
+    for split, task in ((datasets.TRAIN, config.mixture_or_task_name), (datasets.TEST, graded_task(config))):
+        if split in data["splits"]:
+            lengths[split] = features.count_truncated(task, split, config.task_feature_lengths)
+    for split, of_tasks in lengths.items():
+        for task, counts in of_tasks.items():
+            if counts["inputs cut"] or counts["targets cut"]:
+                log.warning("%s, %s: sequences longer than the feature lengths are cut: %s", task, split, counts)
+    parameters = {
+        name: {"shape": leaf.shape, "dtype": str(leaf.dtype), "spec": str(leaf.sharding.spec)}
+        for name, leaf in trainer.abstract.parameters.items()
+    }
+    total = sum(math.prod(leaf.shape) for leaf in trainer.abstract.parameters.values())
+    devices = [str(device) for device in trainer.mesh.devices.flat]
+    log.info("Devices: %s; mesh %s.", ", ".join(devices), dict(trainer.mesh.shape))
+    log.info("Parameters: %s in %d arrays.", f"{total:,}", len(parameters))
+    log.info("Data: %s", {name: split["counts"] for name, split in data["splits"].items()})
+    return {
+        "data": data,
+        "lengths": lengths,
+        "run": {
+            "mixture_or_task_name": config.mixture_or_task_name,
+            "task_feature_lengths": dict(config.task_feature_lengths),
+            "max_decode_length": config.max_decode_length,
+        },
+        "model": dataclasses.asdict(config.model),
+        "mesh": dict(trainer.mesh.shape),
+        "devices": devices,
+        "parameter_count": total,
+        "parameters": parameters,
+    }
+
+
+def _begin(
+    config: TrainConfig, trainer: Trainer, saver: checkpoints.Checkpoints
+) -> tuple[TrainState, dict[str, Any] | None]:
+    """State and best-so-far of the newest checkpoint, or of step 0."""
+    latest = saver.latest()
+    if latest is None:
+        return initial_state(config, trainer), None
+    restored = saver.restore(latest, parameters=trainer.abstract.parameters, optimizer=trainer.abstract.optimizer)
+    log.info("Resuming at step %d of %d.", latest, config.train_steps)
+    step = jax.device_put(jnp.int32(latest), trainer.abstract.step.sharding)
+    return TrainState(step, restored.parameters, restored.optimizer), restored.metadata["best"]
+
+
+class _Window:
+    """Metrics between two lines of the log: means over its steps, and speeds.
+
+    Metrics stay on the device until the window closes, so that the loop runs ahead of it.
+    """
+
+    def __init__(self) -> None:
+        self._start = time.monotonic()
+        self._waited = 0.0
+        self._metrics: list[dict[str, jax.Array]] = []
+        self._tokens = 0
+
+    def wait_for(self, batches: Iterator[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+        begin = time.monotonic()
+        batch = next(batches)
+        self._waited += time.monotonic() - begin
+        return batch
+
+    def add(self, metrics: dict[str, jax.Array], batch: Mapping[str, np.ndarray]) -> None:
+        self._metrics.append(metrics)
+        self._tokens += features.count_tokens(batch)
+
+    def close(self) -> dict[str, float]:
+        """Means of the window and its speeds; a new window begins."""
+        rows = jax.device_get(self._metrics)
+        seconds = time.monotonic() - self._start
+        values = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+        values |= {
+            "tokens_per_second": self._tokens / seconds,
+            "seconds_per_step": seconds / len(rows),
+            "data_wait_share": self._waited / seconds,
+        }
+        self.__init__()
+        return values
+
+
+def _stop_on_non_finite(values: Mapping[str, float], *, step: int) -> None:
+    bad = [name for name in ("loss", "gradient_norm") if not math.isfinite(values[name])]
+    if bad:
+        raise FloatingPointError(
+            f"{' and '.join(bad)} is not finite in the steps up to {step}: {dict(values)}. Nothing of these steps was "
+            "saved. Lower the learning rate or clip_norm, or compute in float32."
+        )
