@@ -237,7 +237,7 @@ def _register(dataset: Dataset) -> None:
         seqio.TaskRegistry.remove(name)
         seqio.TaskRegistry.add(
             name,
-            source=seqio_tasks.RecordsSource(
+            source=seqio_tasks.RecordsSource(  # pyright: ignore[reportArgumentType]  # as SeqIO's own sources
                 name,
                 splits=functools.partial(available_splits, dataset.name),
                 examples=examples,

@@ -32,16 +32,16 @@ class StepByStepFeatureConverter(seqio.EncDecFeatureConverter):
 
     Worked example with T5's vocabulary: one row, "2 cats left", for both tasks.
 
-        {"inputs": "predict: 2 cats left"  -> [9689, 10, 204, 9894, 646, 1],
+        {"inputs": "predict: 2 cats left"  -> [9689, 10, 204, 10003, 646, 1],
          "targets": "2"                    -> [204, 1],                 "task_ids": [1, 1]}
-        {"inputs": "explain: 2 cats left"  -> [3209, 10, 204, 9894, 646, 1],
+        {"inputs": "explain: 2 cats left"  -> [3209, 10, 204, 10003, 646, 1],
          "targets": "4 - 2 = 2"            -> [314, 3, 18, 204, 3274, 204, 1],
          "task_ids": [2, 2, 2, 2, 2, 2, 2]}
 
     With the lengths {"inputs": 14, "targets": 10, "task_ids": 10} and `pack=True` they share one
     row. The decoder starts each of them at 0, and padding is 0 everywhere:
 
-        encoder_input_tokens   [9689, 10, 204, 9894, 646, 1, 3209, 10, 204, 9894, 646, 1, 0, 0]
+        encoder_input_tokens   [9689, 10, 204, 10003, 646, 1, 3209, 10, 204, 10003, 646, 1, 0, 0]
         encoder_segment_ids    [   1,  1,   1,    1,   1, 1,    2,  2,   2,    2,   2, 2, 0, 0]
         encoder_positions      [   0,  1,   2,    3,   4, 5,    0,  1,   2,    3,   4, 5, 0, 0]
         decoder_target_tokens  [204,   1, 314,   3, 18, 204, 3274,  204,   1, 0]

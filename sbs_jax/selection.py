@@ -13,6 +13,7 @@ import types
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from fractions import Fraction
+from typing import NamedTuple
 
 from sbs_jax import records
 
@@ -87,8 +88,7 @@ class DataOptions:
             raise ValueError(f"DataOptions.seed is {self.seed!r}; expected an integer.")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Example:
+class Example(NamedTuple):
     """One row of one task. `label` is the label trained on or, in evaluation, graded against."""
 
     id: str
@@ -186,22 +186,21 @@ def _examples_of(
         elif row.teacher_label is None or not same_label(label, row.teacher_label):
             rationale, no_rationale = None, "argues for another label"
 
-    def example(prefix: str, targets: str) -> Example:
-        return Example(id=row.id, label=label or "", inputs=f"{prefix}{row.input}", targets=targets)
-
+    label_inputs = options.label_prefix + row.input
     if label is None:
         yield LABEL, no_label
     else:
-        yield LABEL, example(options.label_prefix, label)
+        yield LABEL, Example(row.id, label, label_inputs, label)
     if rationale is None:
         yield RATIONALE, no_rationale
     else:
-        yield RATIONALE, example(options.rationale_prefix, rationale)
+        inputs = options.rationale_prefix + row.input
+        yield RATIONALE, Example(row.id, label or "", inputs, rationale)
     if label is None or (rationale is None and training):
         yield RATIONALE_THEN_LABEL, no_label if label is None else no_rationale
     else:
         targets = f"{rationale or ''} {ANSWER_MARKER} {label}".strip()
-        yield RATIONALE_THEN_LABEL, example(options.label_prefix, targets)
+        yield RATIONALE_THEN_LABEL, Example(row.id, label, label_inputs, targets)
 
 
 def _label_of(row: records.Record, source: str) -> tuple[str | None, str]:

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,7 +29,7 @@ def dataset(name: str = "cats") -> datasets.Dataset:
 
 
 def row(number: int, **changes) -> records.Record:
-    fields = {"id": f"row-{number}", "input": f"{number} cats", "label": f"{number}",
+    fields: dict[str, Any] = {"id": f"row-{number}", "input": f"{number} cats", "label": f"{number}",
               "rationale": f"there are {number}", "teacher_label": f"{number}", "outcome": "ok"}  # fmt: skip
     return records.Record(**(fields | changes))
 
@@ -85,11 +86,11 @@ def test_parts_of_task_names(records_dir: Path):
 
 
 def test_unknown_names_get_near_matches(records_dir: Path):
-    with pytest.raises(ValueError, match="Unknown task.*'cats_lable'.*Did you mean 'cats_label'"):
+    with pytest.raises(ValueError, match=r"Unknown task.*'cats_lable'.*Did you mean 'cats_label'"):
         datasets.get_task_or_mixture("cats_lable")
     with pytest.raises(ValueError, match="Did you mean 'cats_step_by_step'"):
         datasets.split_task("cat_step_by_step")
-    with pytest.raises(ValueError, match="Unknown dataset 'cat'.*Did you mean 'cats'"):
+    with pytest.raises(ValueError, match=r"Unknown dataset 'cat'.*Did you mean 'cats'"):
         datasets.get("cat")
 
 
@@ -166,9 +167,9 @@ def test_the_validation_file_can_be_trained_on(records_dir: Path, keep_train_fil
 def test_splits_that_do_not_exist(records_dir: Path):
     (records_dir / "cats" / "train.jsonl").unlink()
     assert datasets.available_splits("cats") == ("test",)
-    with pytest.raises(ValueError, match="no train split: there is no .*train.jsonl"):
+    with pytest.raises(ValueError, match=r"no train split: there is no .*train.jsonl"):
         ids("cats_label", "train")
-    with pytest.raises(ValueError, match="'tset'.*Did you mean 'test'"):
+    with pytest.raises(ValueError, match=r"'tset'.*Did you mean 'test'"):
         ids("cats_label", "tset")
     with pytest.raises(ValueError, match="no examples in test; it is a mixture"):
         ids("cats_step_by_step", "test")
@@ -178,7 +179,7 @@ def test_a_task_without_rows_says_what_became_of_them(records_dir: Path):
     found = [row(number, rationale=" ") for number in range(5)]
     records.write_records(records_dir / "cats" / "train.jsonl", found)
     configure(records_dir)
-    with pytest.raises(ValueError, match="cats_rationale has no examples.*blank rationale"):
+    with pytest.raises(ValueError, match=r"cats_rationale has no examples.*blank rationale"):
         ids("cats_rationale", "train")
 
 
@@ -210,7 +211,7 @@ def test_configure_reads_anew(records_dir: Path):
 
 
 def test_features_of_a_seqio_task(records_dir: Path):
-    task = datasets.get_task_or_mixture("cats_rationale_then_label")
+    task = seqio.TaskRegistry.get("cats_rationale_then_label")
     assert set(task.output_features) == {"inputs", "targets", "task_ids"}
     assert task.output_features["inputs"].vocabulary.vocab_size == 359
     assert list(task.splits) == ["train", "validation", "test"]
@@ -226,7 +227,7 @@ def test_features_of_a_seqio_task(records_dir: Path):
     assert example["task_ids"].tolist() == [losses.LABEL] * len(example["targets"])
     assert task.postprocess_fn("so. Answer: 100", example=example, is_target=False) == "100"
     assert [fn.__name__ for fn in task.metric_fns] == ["accuracy"]
-    assert datasets.get_task_or_mixture("cats_rationale").metric_fns == []
+    assert seqio.TaskRegistry.get("cats_rationale").metric_fns == []
 
 
 def test_cut_sequences_end_in_eos_and_keep_their_task_ids(records_dir: Path):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import pytest
 
@@ -13,7 +14,7 @@ OPTIONS = DataOptions(records_dir="records", vocabulary="byte")
 
 
 def record(number: int, **changes) -> records.Record:
-    fields = {
+    fields: dict[str, Any] = {
         "id": f"row-{number}",
         "input": f"{number} cats",
         "label": f"{number}.0",
