@@ -31,6 +31,7 @@ from typing import Any, TypedDict
 OK = "ok"
 NO_TEACHER = "no_teacher"
 MANIFEST = "manifest.json"
+SPLITS = ("train", "validation", "test")
 # Raised when the meaning of a field changes, so that old files are refused and not misread.
 FORMAT = 1
 
@@ -68,7 +69,7 @@ _TEXT = ("id", "input", "outcome")
 
 
 class SplitSummary(TypedDict):
-    """What a manifest says of one `.jsonl` file; `write_directory`'s callers fill it in."""
+    """What a manifest says of one `.jsonl` file."""
 
     rows: int
     sha256: str  # of <split>.jsonl
@@ -143,13 +144,51 @@ def read_json(path: str | Path) -> Any:
 def parse_json(text: str, where: str) -> Any:
     """The value of a JSON text; `where` begins the message of the ValueError."""
     try:
-        return json.loads(text)
+        value = json.loads(text)
+        if "\\ud" in text.lower():  # only such escapes can give what UTF-8 cannot hold
+            json.dumps(value, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
         line = f", line {error.lineno} of it" if error.lineno > 1 else ""
         raise ValueError(
             f"{where}: not valid JSON: {error.msg} at column {error.colno}{line}. The file may be "
             "cut short or edited; get it anew."
         ) from None
+    except UnicodeEncodeError as error:
+        half = ascii(error.object[error.start])
+        raise ValueError(f"{where}: half a surrogate pair, {half}, is no character of UTF-8; remove it.") from None
+    except (RecursionError, ValueError) as error:
+        raise ValueError(f"{where}: JSON that cannot be read: {error}.") from None
+    return value
+
+
+def text_field(fields: Mapping[str, Any], name: str) -> str:
+    """The text of a field. ValueError where it is missing or no text."""
+    value = _field(fields, name)
+    if not isinstance(value, str):
+        raise ValueError(f"the field {name!r} is {value!r}; expected text.")
+    return value
+
+
+def integer_field(fields: Mapping[str, Any], name: str) -> int:
+    """The integer of a field. ValueError where it is missing or no integer."""
+    value = _field(fields, name)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"the field {name!r} is {value!r}; expected an integer.")
+    return value
+
+
+def text_list_field(fields: Mapping[str, Any], name: str) -> tuple[str, ...]:
+    """The texts of a field. ValueError where it is missing or no list of texts."""
+    value = _field(fields, name)
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise ValueError(f"the field {name!r} is {value!r}; expected a list of texts.")
+    return tuple(value)
+
+
+def _field(fields: Mapping[str, Any], name: str) -> Any:
+    if name not in fields:
+        raise ValueError(f"the field {name!r} is missing; it has {sorted(fields)}.")
+    return fields[name]
 
 
 def _decoded(data: bytes, where: str) -> str:
@@ -178,15 +217,13 @@ def _record(value: Mapping[str, Any]) -> Record:
         if not isinstance(choices, list) or not all(isinstance(c, str) for c in choices):
             raise ValueError(f"'choices' is {_shown(choices)}; expected a list of texts.")
         fields["choices"] = tuple(choices)
-    record = Record(**fields)
-    check_record(record)
-    return record
+    check_fields({field.name: field.default for field in dataclasses.fields(Record)} | fields)
+    return Record(**fields)
 
 
-def check_record(record: Record) -> None:
-    """ValueError where a field has the wrong type, or text that UTF-8 cannot hold."""
-    for name in _FIELDS:
-        value = getattr(record, name)
+def check_fields(fields: Mapping[str, Any]) -> None:
+    """ValueError where a field of a record has the wrong type, or text that UTF-8 cannot hold."""
+    for name, value in fields.items():
         if name == "choices":
             texts = value
         elif isinstance(value, str):
@@ -199,7 +236,7 @@ def check_record(record: Record) -> None:
         for text in texts:
             if not text.isascii():
                 _check_encodes(name, text)
-    if not record.id:
+    if not fields["id"]:
         raise ValueError("'id' is empty; rows are joined by id, so every row needs one.")
 
 
@@ -232,7 +269,7 @@ def write_records(path: str | Path, records: Iterable[Record]) -> str:
     with _replacing(Path(path)) as file:
         for number, record in enumerate(records, start=1):
             try:
-                check_record(record)
+                check_fields(vars(record))
             except ValueError as error:
                 raise ValueError(f"Record {number} for {path}: {error}") from None
             if record.id in seen:
@@ -275,6 +312,74 @@ def file_sha256(path: str | Path) -> str:
     """SHA-256 of a file's bytes, in hexadecimal."""
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def put_in_place(made: Path, target: Path, *, overwrite: bool) -> None:
+    """Moves the new directory to its place; leaves an equal one alone, refuses to lose another."""
+    if not target.exists():
+        made.rename(target)
+        return
+    differences = _differences(made, target)
+    if not differences:
+        return
+    if not overwrite:
+        raise FileExistsError(
+            f"{target} holds other records: {'; '.join(differences)}. Choose another "
+            "records_dir, or pass overwrite (--overwrite) to replace them."
+        )
+    ours = {MANIFEST, *(f"{split}.jsonl" for split in SPLITS)}
+    foreign = sorted(path.name for path in target.iterdir() if path.name not in ours)
+    if foreign:
+        raise FileExistsError(
+            f"{target} holds files that are no records: {foreign[:5]}. They would be lost; move them elsewhere first."
+        )
+    old = made.with_name("old")  # goes with the temporary directory
+    target.rename(old)
+    try:
+        made.rename(target)
+    except OSError:
+        old.rename(target)
+        raise
+
+
+def _differences(made: Path, target: Path) -> list[str]:
+    """In what two records directories differ, in words; [] where they are equal."""
+    if not (target / MANIFEST).is_file():
+        return [f"it has no {MANIFEST}"]
+    try:
+        new, old = read_manifest(made), read_manifest(target)
+    except ValueError as error:
+        return [str(error)]
+    found = [
+        f"{field} is {old[field]!r} there, {new[field]!r} here"
+        for field in ("dataset", "parser", "inputs")
+        if old[field] != new[field]
+    ]
+    for split in SPLITS:
+        before, after = old["splits"].get(split), new["splits"].get(split)
+        if (before is None) != (after is None):
+            found.append(f"{split} is only {'here' if before is None else 'there'}")
+        elif before is not None and after is not None:
+            found += _split_differences(split, before, after)
+            path = target / f"{split}.jsonl"
+            if not path.is_file() or file_sha256(path) != before["sha256"]:
+                found.append(f"{path.name} is not the file its manifest describes")
+    if not found and (made / MANIFEST).read_bytes() != (target / MANIFEST).read_bytes():
+        found.append(f"the {MANIFEST} was written by version {old['sbs_jax']}")
+    return found
+
+
+def _split_differences(split: str, before: SplitSummary, after: SplitSummary) -> list[str]:
+    changed = sorted(
+        name
+        for name in before["sources"].keys() | after["sources"].keys()
+        if before["sources"].get(name) != after["sources"].get(name)
+    )
+    if changed:
+        return [f"the sources of {split} differ ({', '.join(changed[:3])})"]
+    if before["sha256"] != after["sha256"]:
+        return [f"the replies of {split} were read by other rules of the same parser's name"]
+    return []
 
 
 @contextlib.contextmanager

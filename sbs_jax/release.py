@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 import sbs_jax
 from sbs_jax import records
 from sbs_jax.records import Manifest, Record, SplitSummary
+from sbs_jax.selection import check_choice
 
 if TYPE_CHECKING:
     from sbs_jax.datasets import Dataset
@@ -61,7 +62,7 @@ class _Answer:
     """A teacher's reply and the input it replies to."""
 
     input: str
-    text: str | None
+    text: str
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -108,10 +109,8 @@ def import_release(
         set, duplicate or unknown ids, and unknown names; each with file and line where there is one.
       FileExistsError: the directory holds something else, and `overwrite` is False.
     """
-    if parser not in dataset.parsers:
-        raise ValueError(f"Unknown parser {parser!r} for {dataset.name}; it has {sorted(dataset.parsers)}.")
-    if inputs not in INPUTS:
-        raise ValueError(f"inputs is {inputs!r}; expected one of {INPUTS}.")
+    check_choice(f"The parser for {dataset.name}", parser, dataset.parsers.keys())
+    check_choice("The source of the inputs", inputs, INPUTS)
     if inputs == "release":
         if release_dir is None:
             raise ValueError("release_dir is None; inputs='release' needs the release's folder.")
@@ -140,7 +139,7 @@ def import_release(
             sha256 = records.write_records(made / f"{split}.jsonl", rows)
             manifest["splits"][split] = _summary(dataset, rows, sources=splits[split].sources, sha256=sha256)
         records.write_manifest(made, manifest)
-        _put_in_place(made, target, overwrite=overwrite)
+        records.put_in_place(made, target, overwrite=overwrite)
     return manifest
 
 
@@ -153,7 +152,7 @@ def _records(dataset: Dataset, parse: Callable[[str, Row], Parsed], source: _Spl
             raise ValueError(f"{source.where(number)}: {problem}")
         record = Record(id=row.id, input=row.input, label=row.label, choices=row.choices)
         answer = source.answers.get(row.id)
-        if answer is not None and answer.text is not None:
+        if answer is not None:
             parsed = parse(answer.text, row)
             record = dataclasses.replace(
                 record,
@@ -206,7 +205,7 @@ def _summary(dataset: Dataset, rows: Sequence[Record], *, sources: Mapping[str, 
 def read_inputs(release_dir: str | Path, name: str, to_row: Callable[[Mapping[str, Any]], Row]) -> dict[str, list[Row]]:
     """Rows in file order per split ("train", "validation", "test") of the inputs that are there.
 
-    `to_row` makes a row of one JSON object; `text_field` and `integer_field` read its fields. Its
+    `to_row` makes a row of one JSON object; `records.text_field` and others read its fields. Its
     ValueError gets file and line. FileNotFoundError where no split has inputs.
     """
     found = {}
@@ -224,36 +223,6 @@ def read_inputs(release_dir: str | Path, name: str, to_row: Callable[[Mapping[st
     if not found:
         raise FileNotFoundError(_no_inputs(Path(release_dir), name))
     return found
-
-
-def text_field(fields: Mapping[str, Any], name: str) -> str:
-    """The text of a field. ValueError where it is missing or no text."""
-    value = _field(fields, name)
-    if not isinstance(value, str):
-        raise ValueError(f"the field {name!r} is {value!r}; expected text.")
-    return value
-
-
-def integer_field(fields: Mapping[str, Any], name: str) -> int:
-    """The integer of a field. ValueError where it is missing or no integer."""
-    value = _field(fields, name)
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError(f"the field {name!r} is {value!r}; expected an integer.")
-    return value
-
-
-def text_list_field(fields: Mapping[str, Any], name: str) -> tuple[str, ...]:
-    """The texts of a field. ValueError where it is missing or no list of texts."""
-    value = _field(fields, name)
-    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-        raise ValueError(f"the field {name!r} is {value!r}; expected a list of texts.")
-    return tuple(value)
-
-
-def _field(fields: Mapping[str, Any], name: str) -> Any:
-    if name not in fields:
-        raise ValueError(f"the field {name!r} is missing; it has {sorted(fields)}.")
-    return fields[name]
 
 
 def read_replies(release_dir: str | Path, name: str, split: str) -> dict[Path, list[str]]:
@@ -422,7 +391,7 @@ def _read_tfds(
             except ValueError as error:
                 raise ValueError(f"{where(number)}: {error}") from None
         rows = with_ids(rows, name=dataset.name, where=where)
-        answers = answered[split] if split in answered else None
+        answers = answered.get(split)
         if answers is not None:
             _check_answers(rows, answers, source)
         found[split] = _Split(
@@ -454,7 +423,9 @@ def _tfds_rows(name: str, data_dir: str | None) -> dict[str, tuple[str, Iterable
         if split in builder.info.splits:
             # One file after the other: the same order, and so the same bytes, every time.
             read_config = tfds.ReadConfig(interleave_cycle_length=1)
-            examples = builder.as_dataset(split=split, shuffle_files=False, read_config=read_config)
+            # The decorator of as_dataset hides its parameters from type checkers.
+            read: Any = builder.as_dataset
+            examples = read(split=split, shuffle_files=False, read_config=read_config)
             rows = (_plain(example) for example in tfds.as_numpy(examples))
             found[split] = f"tfds:{builder.info.full_name}/{split}", rows
     return found
@@ -482,7 +453,7 @@ def _answers(dataset: Dataset, directory: Path) -> tuple[dict[str, _Split], dict
         rows = records.read_records(path)
         found[split] = _Split(
             rows=[Row(id=r.id, input=r.input, label=r.label, choices=r.choices) for r in rows],
-            answers={r.id: _Answer(input=r.input, text=r.teacher_text) for r in rows},
+            answers={r.id: _Answer(input=r.input, text=r.teacher_text) for r in rows if r.teacher_text is not None},
             sources=_hashes([path], folder),
             where=lambda number, path=path: f"{path}:{number + 1}",
         )
@@ -512,74 +483,3 @@ def _rows_sha256(rows: Iterable[Row]) -> str:
     for row in rows:
         digest.update((json.dumps(dataclasses.asdict(row), ensure_ascii=False) + "\n").encode())
     return digest.hexdigest()
-
-
-# --------------------------------------------------------------------------- the records directory
-
-
-def _put_in_place(made: Path, target: Path, *, overwrite: bool) -> None:
-    """Moves the new directory to its place; leaves an equal one alone, refuses to lose another."""
-    if not target.exists():
-        made.rename(target)
-        return
-    differences = _differences(made, target)
-    if not differences:
-        return
-    if not overwrite:
-        raise FileExistsError(
-            f"{target} holds other records: {'; '.join(differences)}. Choose another "
-            "records_dir, or pass overwrite (--overwrite) to replace them."
-        )
-    ours = {records.MANIFEST, *(f"{split}.jsonl" for split in SPLITS.values())}
-    foreign = sorted(path.name for path in target.iterdir() if path.name not in ours)
-    if foreign:
-        raise FileExistsError(
-            f"{target} holds files that are no records: {foreign[:5]}. They would be lost; move them elsewhere first."
-        )
-    old = made.with_name("old")  # goes with the temporary directory
-    target.rename(old)
-    try:
-        made.rename(target)
-    except OSError:
-        old.rename(target)
-        raise
-
-
-def _differences(made: Path, target: Path) -> list[str]:
-    """In what two records directories differ, in words; [] where they are equal."""
-    if not (target / records.MANIFEST).is_file():
-        return [f"it has no {records.MANIFEST}"]
-    try:
-        new, old = records.read_manifest(made), records.read_manifest(target)
-    except ValueError as error:
-        return [str(error)]
-    found = [
-        f"{field} is {old[field]!r} there, {new[field]!r} here"
-        for field in ("dataset", "parser", "inputs")
-        if old[field] != new[field]
-    ]
-    for split in SPLITS.values():
-        before, after = old["splits"].get(split), new["splits"].get(split)
-        if (before is None) != (after is None):
-            found.append(f"{split} is only {'here' if before is None else 'there'}")
-        elif before is not None and after is not None:
-            found += _split_differences(split, before, after)
-            path = target / f"{split}.jsonl"
-            if not path.is_file() or records.file_sha256(path) != before["sha256"]:
-                found.append(f"{path.name} is not the file its manifest describes")
-    if not found and (made / records.MANIFEST).read_bytes() != (target / records.MANIFEST).read_bytes():
-        found.append(f"the {records.MANIFEST} was written by version {old['sbs_jax']}")
-    return found
-
-
-def _split_differences(split: str, before: SplitSummary, after: SplitSummary) -> list[str]:
-    changed = sorted(
-        name
-        for name in before["sources"].keys() | after["sources"].keys()
-        if before["sources"].get(name) != after["sources"].get(name)
-    )
-    if changed:
-        return [f"the sources of {split} differ ({', '.join(changed[:3])})"]
-    if before["sha256"] != after["sha256"]:
-        return [f"the replies of {split} were read by other rules of the same parser's name"]
-    return []

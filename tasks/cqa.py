@@ -15,7 +15,8 @@ from string import ascii_lowercase
 from typing import Any
 
 from sbs_jax.datasets import Dataset
-from sbs_jax.release import Row, read_inputs, text_field, text_list_field
+from sbs_jax.records import text_field, text_list_field
+from sbs_jax.release import Row, read_inputs
 from sbs_jax.teacher.parsing import (
     LABEL_NOT_IN_SET,
     LETTER_TEXT_DISAGREEMENT,

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from sbs_jax.datasets import Dataset
-from sbs_jax.release import Row, integer_field, read_inputs, text_field
+from sbs_jax.records import integer_field, text_field
+from sbs_jax.release import Row, read_inputs
 from sbs_jax.teacher.parsing import NO_ANSWER, Parsed, official_result, unusable
 from tasks import nli
 from tasks.metrics import accuracy, same_text

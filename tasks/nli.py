@@ -30,14 +30,12 @@ def input_text(premise: str, hypothesis: str) -> str:
     return f"{premise}{JOINT}{hypothesis}"
 
 
-def label_text(number: int) -> str | None:
-    """0, 1, 2 to the label; -1, by which SNLI marks a row without agreement, to None."""
-    if number == -1:
-        return None
+def label_text(number: int) -> str:
+    """0, 1, 2 to the label."""
     if not 0 <= number < len(LABELS):
         raise ValueError(
-            f"the label is {number}, which is outside the label set: expected 0 (entailment), "
-            "1 (neutral), 2 (contradiction), or -1 for none."
+            f"the label is {number}, which is outside the label set: expected 0 (entailment), 1 (neutral) "
+            "or 2 (contradiction)."
         )
     return LABELS[number]
 

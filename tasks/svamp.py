@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from sbs_jax.datasets import Dataset
-from sbs_jax.release import Row, read_inputs, text_field
+from sbs_jax.records import text_field
+from sbs_jax.release import Row, read_inputs
 from sbs_jax.teacher.parsing import (
     NOT_ARITHMETIC,
     Parsed,
