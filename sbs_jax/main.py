@@ -132,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             commands[arguments.command].error(f"unknown argument {flag}{_near(flag, known)}")
         bindings.append(f"{match[1]}={match[2]}")
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     try:
         from absl import logging as absl_logging
 
@@ -217,7 +217,7 @@ def _train(arguments: argparse.Namespace, bindings: Sequence[str]) -> int:
     from sbs_jax import train
 
     config, text = _configured("train.TrainConfig", arguments, bindings)
-    print(json.dumps(train.train(config, config_text=text)))
+    print(json.dumps(train.train(config, config_text=text), indent=1))
     return 0
 
 

@@ -31,7 +31,7 @@ class TrainConfig:
     # Tokens per row, `{"inputs": .., "targets": ..}`; with `pack` several examples share a row.
     task_feature_lengths: Mapping[str, int]
     pack: bool
-    batch_size: int  # rows per update, over all devices and micro-batches
+    batch_size: int  # rows per update, over all devices and micro-batches (see `rows_per_update`)
     micro_batches: int
     train_steps: int
     seed: int
@@ -88,6 +88,14 @@ class TrainConfig:
         return optax.chain(optax.clip_by_global_norm(self.clip_norm), optimizer)
 
 
+def rows_per_update(*, mixture_or_task_name: str, examples: int) -> int:
+    """Rows that hold this many examples of every task: 64 of `svamp_label`, 128 of `svamp_step_by_step`.
+
+    So methods are compared at the same label examples per update (the official code's batch size counts these).
+    """
+    return examples * len(datasets.subtasks(mixture_or_task_name))
+
+
 def rsqrt_schedule(*, peak: float, warmup_steps: int) -> optax.Schedule:
     """peak * sqrt(warmup / max(step, warmup)): T5's pre-training schedule, at its peak until `warmup_steps`."""
 
@@ -110,6 +118,52 @@ class TrainState:
 Batch = dict[str, jax.Array]
 
 
+def loss_and_gradients(
+    parameters: t5.Parameters,
+    batch: Batch,
+    *,
+    structure: t5.Structure,
+    alpha: float,
+    z_loss: float,
+    micro_batches: int,
+    dropout_key: jax.Array,
+) -> tuple[Float[Array, ""], dict[int, losses.TaskSums], t5.Parameters]:
+    """Loss of a global batch, sums per task, and gradients; the same however the batch is cut into micro-batches."""
+    # Over the whole batch, before it is cut: see losses.py.
+    weights = losses.token_weights(batch["decoder_task_ids"], alpha=alpha)
+
+    def loss_of(parameters: t5.Parameters, rows: Batch, index: jax.Array):
+        logits = t5.join(structure, parameters)(
+            rows["encoder_input_tokens"],
+            rows["decoder_input_tokens"],
+            encoder_segment_ids=rows.get("encoder_segment_ids"),
+            decoder_segment_ids=rows.get("decoder_segment_ids"),
+            dropout_key=jax.random.fold_in(dropout_key, index),
+        )
+        return losses.weighted_cross_entropy(
+            logits,
+            rows["decoder_target_tokens"],
+            task_ids_BT=rows["decoder_task_ids"],
+            weights_BT=rows["weights"],
+            z_loss=z_loss,
+        )
+
+    gradient_of = jax.value_and_grad(loss_of, has_aux=True)
+    pieces = (_cut({**batch, "weights": weights}, micro_batches), jnp.arange(micro_batches))
+    first = jax.tree.map(lambda x: x[0], pieces)
+    if micro_batches == 1:
+        (loss, sums), gradients = gradient_of(parameters, *first)
+        return loss, sums, gradients
+
+    def add(total, piece):
+        return jax.tree.map(jnp.add, total, gradient_of(parameters, *piece)), None
+
+    shapes = jax.eval_shape(gradient_of, parameters, *first)
+    zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    ((loss, sums), gradients), _ = jax.lax.scan(add, zero, pieces)
+    return loss, sums, gradients
+
+
 def train_step(
     state: TrainState,
     batch: Batch,
@@ -119,41 +173,15 @@ def train_step(
     optimizer: optax.GradientTransformation,
 ) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
     """One update from one global batch, and its metrics. Pure; the dropout key follows from (seed, step)."""
-    # Over the whole batch, before it is cut: see losses.py.
-    weights = losses.token_weights(batch["decoder_task_ids"], alpha=config.alpha)
-    micro_batches = _cut({**batch, "weights": weights}, config.micro_batches)
-    step_key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-
-    def loss_of(parameters: t5.Parameters, rows: Batch, index: Int[Array, ""]):
-        logits = t5.join(structure, parameters)(
-            rows["encoder_input_tokens"],
-            rows["decoder_input_tokens"],
-            encoder_segment_ids=rows.get("encoder_segment_ids"),
-            decoder_segment_ids=rows.get("decoder_segment_ids"),
-            dropout_key=jax.random.fold_in(step_key, index),
-        )
-        return losses.weighted_cross_entropy(
-            logits,
-            rows["decoder_target_tokens"],
-            task_ids_BT=rows["decoder_task_ids"],
-            weights_BT=rows["weights"],
-            z_loss=config.z_loss,
-        )
-
-    gradient_of = jax.value_and_grad(loss_of, has_aux=True)
-
-    def accumulate(total, xs):
-        return jax.tree.map(jnp.add, total, gradient_of(state.parameters, *xs)), None
-
-    pieces = (micro_batches, jnp.arange(config.micro_batches))
-    if config.micro_batches == 1:
-        total = gradient_of(state.parameters, *jax.tree.map(lambda x: x[0], pieces))
-    else:
-        one = jax.eval_shape(gradient_of, state.parameters, *jax.tree.map(lambda x: x[0], pieces))
-        zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), one)
-        total, _ = jax.lax.scan(accumulate, zero, pieces)
-    (loss, sums), gradients = total
-
+    loss, sums, gradients = loss_and_gradients(
+        state.parameters,
+        batch,
+        structure=structure,
+        alpha=config.alpha,
+        z_loss=config.z_loss,
+        micro_batches=config.micro_batches,
+        dropout_key=jax.random.fold_in(jax.random.key(config.seed), state.step),
+    )
     updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.parameters)
     parameters = optax.apply_updates(state.parameters, updates)
     metrics = {"loss": loss, "gradient_norm": optax.global_norm(gradients)}
@@ -217,8 +245,8 @@ def initial_state(config: TrainConfig, trainer: Trainer) -> TrainState:
     return TrainState(jax.device_put(jnp.int32(0), shardings.step), parameters, optimizer)
 
 
-def train(config: TrainConfig, *, config_text: str) -> dict[str, float]:
-    """Runs, or resumes, one training; returns the last metrics of validation and test.
+def train(config: TrainConfig, *, config_text: str) -> dict[str, dict[str, float]]:
+    """Runs, or resumes, one training; returns the last line of metrics per kind (train, validation, test).
 
     `config_text` is the operative configuration, kept in the run directory; a directory that holds another one is
     refused. The best checkpoint by validation is evaluated on test once, at the end.
@@ -277,7 +305,7 @@ def train(config: TrainConfig, *, config_text: str) -> dict[str, float]:
         saver.close()
         if config.evaluate_test:
             _test_once(config, trainer, run, best=best)
-        return {f"{line['kind']}/{name}": value for line in run.metrics() for name, value in line.items()}
+        return {line.pop("kind"): line for line in run.metrics()}
 
 
 def graded_task(config: TrainConfig) -> str:
@@ -395,7 +423,7 @@ class _Window:
             "seconds_per_step": seconds / len(rows),
             "data_wait_share": self._waited / seconds,
         }
-        self.__init__()
+        _Window.__init__(self)
         return values
 
 

@@ -11,11 +11,16 @@ from pathlib import Path
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
+# Tests compile much and compute little: without LLVM's expensive passes they take less than half as long.
+os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+
 import jax
 import jaxtyping
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
+jax.devices()  # reads the flags, which must not reach command lines that tests start
+del os.environ["XLA_FLAGS"]
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # beartype, not typeguard 4: that one reads shape strings such as "B T" as Python and fails on them.
 jaxtyping.install_import_hook("sbs_jax", "beartype.beartype")

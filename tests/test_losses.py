@@ -1,0 +1,170 @@
+"""The step-by-step loss: by hand, and unchanged by devices, micro-batches and packing."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import toy
+from sbs_jax import losses, partitioning, t5, train
+from sbs_jax.losses import LABEL, RATIONALE
+
+TASKS = jnp.array([[LABEL, LABEL, 0, 0], [RATIONALE] * 4, [RATIONALE, RATIONALE, LABEL, 0]])
+
+
+def test_weights_are_shares_over_token_counts():
+    weights = losses.token_weights(TASKS, alpha=0.6)
+    label, rationale = 0.6 / 3, 0.4 / 6
+    want = [[label, label, 0, 0], [rationale] * 4, [rationale, rationale, label, 0]]
+    np.testing.assert_allclose(weights, want, rtol=1e-6)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.25, 1.0])
+def test_weights_of_a_task_sum_to_its_share_whatever_its_length(alpha):
+    weights = np.asarray(losses.token_weights(TASKS, alpha=alpha))
+    assert weights[np.asarray(TASKS) == LABEL].sum() == pytest.approx(alpha)
+    assert weights[np.asarray(TASKS) == RATIONALE].sum() == pytest.approx(1 - alpha)
+
+
+def test_a_task_that_is_absent_leaves_the_other_s_weight_alone():
+    weights = losses.token_weights(jnp.array([[LABEL, LABEL, 0]]), alpha=0.5)
+    np.testing.assert_allclose(weights, [[0.25, 0.25, 0]])
+    assert not np.asarray(losses.token_weights(jnp.zeros((2, 3), jnp.int32), alpha=0.5)).any()
+
+
+def test_cross_entropy_and_sums_by_hand():
+    logits = jnp.log(jnp.array([[[0.5, 0.25, 0.25], [0.125, 0.125, 0.75]]]))
+    targets, tasks = jnp.array([[1, 2]]), jnp.array([[LABEL, RATIONALE]])
+    loss, sums = losses.weighted_cross_entropy(
+        logits, targets, task_ids_BT=tasks, weights_BT=jnp.array([[2.0, 1.0]]), z_loss=0.0
+    )
+    assert float(loss) == pytest.approx(2 * np.log(4) + np.log(4 / 3), rel=1e-6)
+    assert float(sums[LABEL].cross_entropy) == pytest.approx(np.log(4), rel=1e-6)
+    assert (float(sums[LABEL].correct), float(sums[RATIONALE].correct)) == (0.0, 1.0)
+    assert sums[RATIONALE].means("rationale") == {
+        "loss/rationale": pytest.approx(np.log(4 / 3), rel=1e-6),
+        "token_accuracy/rationale": 1.0,
+        "tokens/rationale": 1.0,
+    }
+
+
+def test_z_loss_is_the_square_of_the_log_normaliser():
+    logits = jnp.zeros((1, 1, 8)) + 3.0
+    arguments = {"task_ids_BT": jnp.array([[LABEL]]), "weights_BT": jnp.array([[0.5]])}
+    plain, _ = losses.weighted_cross_entropy(logits, jnp.array([[0]]), z_loss=0.0, **arguments)
+    with_z, _ = losses.weighted_cross_entropy(logits, jnp.array([[0]]), z_loss=0.1, **arguments)
+    assert float(with_z - plain) == pytest.approx(0.5 * 0.1 * (3 + np.log(8)) ** 2, rel=1e-5)
+
+
+# Sixteen examples of both tasks, of uneven lengths: (source tokens, target tokens, task).
+_random = np.random.default_rng(7)
+EXAMPLES = [
+    (
+        _random.integers(2, 384, _random.integers(3, 11)),
+        _random.integers(2, 384, _random.integers(1, 3) if task == LABEL else _random.integers(4, 9)),
+        task,
+    )
+    for _ in range(8)
+    for task in (LABEL, RATIONALE)
+]
+
+
+def batch_of(rows, *, packed, examples, lengths=(24, 20)):
+    """Model features of rows of example numbers, written here anew."""
+    names = ("encoder_input_tokens", "encoder_segment_ids")
+    target_names = ("decoder_input_tokens", "decoder_target_tokens", "decoder_task_ids", "decoder_segment_ids")
+    batch = {name: np.zeros((len(rows), lengths[0]), np.int32) for name in names}
+    batch |= {name: np.zeros((len(rows), lengths[1]), np.int32) for name in target_names}
+    for row, members in enumerate(rows):
+        source_at = target_at = 0
+        for segment, number in enumerate(members, start=1):
+            source, target, task = examples[number]
+            span = slice(source_at, source_at + len(source))
+            batch["encoder_input_tokens"][row, span] = source
+            batch["encoder_segment_ids"][row, span] = segment
+            span = slice(target_at, target_at + len(target))
+            batch["decoder_target_tokens"][row, span] = target
+            batch["decoder_input_tokens"][row, span] = [0, *target[:-1]]
+            batch["decoder_task_ids"][row, span] = task
+            batch["decoder_segment_ids"][row, span] = segment
+            source_at, target_at = source_at + len(source), target_at + len(target)
+    if not packed:
+        batch = {name: x for name, x in batch.items() if not name.endswith("segment_ids")}
+    return batch
+
+
+ALONE = [[i] for i in range(16)]
+# Two or so to a row, in an order of its own, and as many rows as 8 devices times 1 can share.
+PACKED = [[0, 3], [2, 1], [5, 4], [6, 7], [9, 8], [10, 11], [13, 12], [14, 15]]
+
+
+def compute(rows, *, packed, devices, micro_batches, alpha=0.5, mesh=None, examples=EXAMPLES):
+    """Loss and gradients of the same 16 examples, cut and laid out as asked."""
+    # No dropout: its masks are drawn for the rows as they lie.
+    config = dataclasses.replace(toy.MODEL, dropout_rate=0.0)
+    structure, parameters = t5.init(config, seed=0)
+    shape = partitioning.MeshShape(**(mesh or {"data": -1, "fsdp": 1, "tensor": 1}))
+    built = partitioning.make_mesh(shape, devices=jax.devices()[:devices])
+    _, shapes, axes = t5.abstract(config)
+    parameters = jax.device_put(parameters, partitioning.shardings(built, shapes, axes=axes))
+    run = functools.partial(
+        train.loss_and_gradients,
+        structure=structure,
+        alpha=alpha,
+        z_loss=1e-4,
+        micro_batches=micro_batches,
+        dropout_key=jax.random.key(0),
+    )
+    batch = partitioning.put_batch(built, batch_of(rows, packed=packed, examples=examples))
+    loss, _, gradients = jax.device_get(jax.jit(run)(parameters, batch))
+    return float(loss), gradients
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return compute(ALONE, packed=False, devices=1, micro_batches=1)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"rows": ALONE, "packed": False, "devices": 8, "micro_batches": 1},
+        {"rows": ALONE, "packed": False, "devices": 1, "micro_batches": 4},
+        {"rows": ALONE, "packed": False, "devices": 4, "micro_batches": 4},
+        {"rows": PACKED, "packed": True, "devices": 1, "micro_batches": 1},
+        {"rows": PACKED, "packed": True, "devices": 8, "micro_batches": 1},
+        {"rows": PACKED, "packed": True, "devices": 2, "micro_batches": 4},
+        {
+            "rows": ALONE,
+            "packed": False,
+            "devices": 8,
+            "micro_batches": 1,
+            "mesh": {"data": 2, "fsdp": 2, "tensor": 2},
+        },
+    ],
+    ids=["8 devices", "4 micro-batches", "both", "packed", "packed on 8", "packed, both", "2x2x2 mesh"],
+)
+def test_loss_and_gradients_do_not_depend_on_how_the_batch_lies(reference, how):
+    loss, gradients = compute(**how)
+    assert loss == pytest.approx(reference[0], rel=1e-5)
+    for name, want in reference[1].items():
+        scale = np.abs(want).max()
+        assert scale > 0
+        np.testing.assert_allclose(gradients[name], want, rtol=1e-4, atol=2e-5 * scale, err_msg=name)
+
+
+@pytest.mark.parametrize(("alpha", "silent"), [(0.0, LABEL), (1.0, RATIONALE)])
+def test_an_extreme_alpha_silences_the_other_task_exactly(alpha, silent):
+    _, gradients = compute(ALONE, packed=False, devices=1, micro_batches=1, alpha=alpha)
+    # Other targets for the silent task must change not one bit.
+    changed = [
+        (source, target if task != silent else (target + 5) % 380 + 2, task) for source, target, task in EXAMPLES
+    ]
+    _, again = compute(ALONE, packed=False, devices=1, micro_batches=1, alpha=alpha, examples=changed)
+    for name, want in gradients.items():
+        np.testing.assert_array_equal(again[name], want, err_msg=name)
+    _, mixed = compute(ALONE, packed=False, devices=1, micro_batches=1, alpha=0.5)
+    assert not np.array_equal(mixed["logits_dense/kernel"], gradients["logits_dense/kernel"])

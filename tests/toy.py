@@ -1,0 +1,98 @@
+"""A dataset small enough to train on in a test: the label is the last of three letters, the rationale says so."""
+
+import itertools
+from pathlib import Path
+
+import optax
+
+from sbs_jax import datasets, partitioning, records, t5, train
+from tasks.metrics import accuracy, same_text
+
+LETTERS = "abcdefgh"
+
+DATASET = datasets.Dataset(
+    name="toy",
+    labels=tuple(LETTERS),
+    read_release=None,
+    parsers={},
+    metric_fns=(accuracy,),
+    primary_metric="accuracy",
+    same_label=same_text,
+    feature_lengths={"inputs": 20, "targets": 16},
+)
+
+MODEL = t5.T5Config(
+    vocab_size=384,
+    emb_dim=32,
+    num_heads=2,
+    head_dim=16,
+    mlp_dim=64,
+    num_encoder_layers=1,
+    num_decoder_layers=1,
+    mlp_activations=("gelu", "linear"),
+    logits_via_embedding=False,
+    dropout_rate=0.1,
+)
+
+
+def write_records(directory: Path, *, train_rows: int = 48, other_rows: int = 16) -> Path:
+    """Records of all three splits; returns the records directory."""
+    datasets.add(DATASET)
+    rows = [
+        records.Record(
+            id=f"toy-{number}",
+            input=f"{a} {b} {c}",
+            label=c,
+            teacher_text=f"last is {c}. {c}",
+            rationale=f"last is {c}.",
+            teacher_label=c,
+            outcome=records.OK,
+        )
+        for number, (a, b, c) in enumerate(itertools.product(LETTERS, repeat=3))
+    ]
+    # Every eighth row has the same last letter; 19 and 512 share no factor, so rows are well mixed.
+    rows = [rows[i * 19 % len(rows)] for i in range(len(rows))]
+    folder = directory / DATASET.name
+    folder.mkdir(parents=True)
+    cuts = {"train": train_rows, "validation": other_rows, "test": other_rows}
+    start = 0
+    for split, count in cuts.items():
+        records.write_records(folder / f"{split}.jsonl", rows[start : start + count])
+        start += count
+    return directory
+
+
+def options(records_dir: Path, **changes) -> datasets.DataOptions:
+    """Data options with the byte vocabulary."""
+    return datasets.DataOptions(records_dir=str(records_dir), vocabulary="byte", **changes)
+
+
+def config(model_dir: Path, records_dir: Path, **changes) -> train.TrainConfig:
+    """A run of a few steps; `changes` replace its fields."""
+    defaults = {
+        "model_dir": str(model_dir),
+        "model": MODEL,
+        "data": options(records_dir),
+        "mixture_or_task_name": "toy_step_by_step",
+        "task_feature_lengths": DATASET.feature_lengths,
+        "pack": False,
+        "batch_size": 8,
+        "micro_batches": 1,
+        "train_steps": 6,
+        "seed": 0,
+        "alpha": 0.5,
+        "z_loss": 0.0,
+        "optimizer": optax.adamw,
+        "learning_rate": optax.constant_schedule(1e-3),
+        "clip_norm": 1.0,
+        "mesh": partitioning.MeshShape(data=-1, fsdp=1, tensor=1),
+        "initial_checkpoint_path": None,
+        "log_period": 2,
+        "eval_period": 3,
+        "checkpoint_period": 3,
+        "keep_checkpoints": 1,
+        "eval_batch_size": 8,
+        "max_decode_length": 4,
+        "evaluate_test": True,
+    }
+    return train.TrainConfig(**{**defaults, **changes})
