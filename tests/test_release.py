@@ -339,6 +339,16 @@ def change_source(directory):
     return {}
 
 
+def parse_otherwise(directory):
+    """As if the records had been made before a rule of the parser changed."""
+    folder = directory.parent / "records" / "svamp"
+    rows = records.read_records(folder / "test.jsonl")
+    manifest = records.read_manifest(folder)
+    manifest["splits"]["test"]["sha256"] = records.write_records(folder / "test.jsonl", rows[:1])
+    records.write_manifest(folder, manifest)
+    return {}
+
+
 def drop_a_split(directory):
     (directory / "svamp" / "svamp_test.json").unlink()
     (directory / "svamp" / "llm" / "test_CoT_0.json").unlink()
@@ -357,8 +367,9 @@ def lose_the_manifest(directory):
 
 
 CHANGES = {
-    change_parser: "parser is 'strict' there, 'official' here",
+    change_parser: r"other records: parser is 'strict' there, 'official' here\. Choose",
     change_source: r"sources of test differ \(llm/test_CoT_0\.json\)",
+    parse_otherwise: "the replies of test were read by other rules",
     drop_a_split: "test is only there",
     edit_the_records: r"test\.jsonl is not the file its manifest describes",
     lose_the_manifest: r"it has no manifest\.json",
