@@ -178,7 +178,15 @@ def test_task_ids_need_the_targets_length():
 
 
 @pytest.mark.parametrize("pack", [False, True])
-@pytest.mark.parametrize("lengths", [LENGTHS, {"inputs": 20, "targets": 9}, {"inputs": 200, "targets": 90}])
+@pytest.mark.parametrize(
+    "lengths",
+    [
+        LENGTHS,
+        {"inputs": 20, "targets": 9},  # cuts targets
+        {"inputs": 32, "targets": 90},  # two inputs of 16 tokens fill a row exactly
+        {"inputs": 200, "targets": 90},
+    ],
+)
 def test_batches_equal_seqios(cats: Path, pack: bool, lengths: dict[str, int]):
     """The same examples in the same order, through SeqIO's trimming, packing and shifting."""
     plain = joined(batches(count=9, lengths={"inputs": 200, "targets": 200}, pack=False))

@@ -91,6 +91,14 @@ def test_held_out_rows_depend_on_ids_alone():
     assert expected != {row.id for row in found[:20]}
 
 
+def test_chosen_rows_are_the_same_for_ever():
+    """Golden: a change here gives every user another validation split and other fractions."""
+    found = rows(30)
+    assert selection.held_out_ids(found, 0.1) == {"row-13", "row-16", "row-7"}
+    assert selection.subset_ids(found, 0.1, seed=0) == {"row-13", "row-24", "row-28"}
+    assert selection.subset_ids(found, 0.1, seed=1) == {"row-16", "row-24", "row-3"}
+
+
 def test_fractions_are_nested_and_the_same_for_all_tasks():
     found = rows(500)
     before: set[str] = set()
