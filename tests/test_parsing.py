@@ -21,6 +21,7 @@ CASES = {
             *("Sleepers do not run.", "contradiction", "ok"),
         ),
         ("A.\nAnswer: entailment\n\nPre", "A.", "entailment\n\nPre", "ok"),
+        ("A.\nAnswer: neutral\n\nPremise", "A.", "neutral", "ok"),
         (" A.  \nAnswer: neutral.", " A.", "neutral.", "ok"),
         # Nothing stops the rationale but "Answer:".
         ("A.\n\nPremise: B", "A.\n\nPremise: B", None, "no_answer"),
