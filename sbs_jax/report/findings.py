@@ -1,0 +1,112 @@
+"""A summary in words, generated from its numbers, whichever way they point."""
+
+from collections.abc import Sequence
+
+from sbs_jax.report.summary import Comparison, Summary
+
+MINUS = "\N{MINUS SIGN}"
+
+
+def headline(summary: Summary) -> str:
+    """The result in one sentence, from the first comparison (step-by-step where there is one)."""
+    if not summary.comparisons:
+        parts = [f"{g.method} {g.accuracy:.1f} % with {of_data(g.fraction)}" for g in summary.groups]
+        return f"Test accuracy on {summary.dataset}: {listed(parts)}"
+    method = min(summary.comparisons, key=lambda c: not c.method.startswith("step-by-step")).method
+    found = [c for c in summary.comparisons if c.method == method]
+    ours, theirs = capital(method), found[0].reference
+    if len(found) == 1:
+        return _finding(found[0])
+    if all(c.verdict == "no difference shown" for c in found):
+        amounts = f"at any of {len(found)} amounts of data"
+        return f"No difference shown between {method} and {theirs}, {amounts}{_one_seed(found)}"
+    for verdict, winner, loser in (("ahead", ours, theirs), ("behind", capital(theirs), method)):
+        if all(c.verdict == verdict for c in found):
+            points = sorted(abs(c.difference) for c in found)
+            return (
+                f"{winner} is ahead of {loser} at all {len(found)} amounts of data, by {points[0]:.1f} to "
+                f"{points[-1]:.1f} points{_one_seed(found)}"
+            )
+    phrases = []
+    for verdict, phrase in (
+        ("ahead", f"{method} is ahead of {theirs} at {{}} of the data"),
+        ("behind", f"{theirs} is ahead of {method} at {{}} of the data"),
+        ("no difference shown", "no difference shown at {}"),
+    ):
+        shares = [percent(c.fraction) for c in found if c.verdict == verdict]
+        if shares:
+            phrases.append(phrase.format(listed(shares)))
+    return capital("; ".join(phrases)) + _one_seed(found)
+
+
+def sentences(summary: Summary) -> list[str]:
+    """Every comparison in a sentence, then how little data does as well as more, then the reference lines."""
+    found = [f"{_finding(comparison)}." for comparison in summary.comparisons]
+    found += _savings(summary)
+    if summary.teacher_accuracy is not None:
+        best = max(summary.groups, key=lambda group: group.accuracy)
+        found.append(
+            f"The teacher itself has {summary.teacher_accuracy:.1f} % on these test rows; the best student here "
+            f"({best.method} with {of_data(best.fraction)}) has {best.accuracy:.1f} %."
+        )
+    if summary.majority_accuracy is not None:
+        found.append(
+            f"Always answering “{summary.majority_label}”, the most frequent label of the test rows, would have "
+            f"{summary.majority_accuracy:.1f} %."
+        )
+    return found
+
+
+def _finding(c: Comparison) -> str:
+    """One comparison in words, without the full stop."""
+    where = f"with {of_data(c.fraction)}{_one_seed([c])}"
+    if c.verdict == "no difference shown":
+        return (
+            f"No difference shown between {c.method} and {c.reference} {where}: {signed(c.difference)} points "
+            f"[{signed(c.low)}, {signed(c.high)}]"
+        )
+    winner, loser, points, low, high = c.method, c.reference, c.difference, c.low, c.high
+    if c.verdict == "behind":
+        winner, loser, points, low, high = loser, winner, -points, -high, -low
+    return f"{capital(winner)} is ahead of {loser} by {points:.1f} points [{low:.1f}, {high:.1f}] {where}"
+
+
+def _savings(summary: Summary) -> list[str]:
+    """Where a method scores as much with less data as the other does with its most."""
+    found = []
+    pairs = dict.fromkeys((c.method, c.reference) for c in summary.comparisons)
+    for one, other in (pair for method, reference in pairs for pair in ((method, reference), (reference, method))):
+        goal = [group for group in summary.groups if group.method == other][-1]
+        enough = [g for g in summary.groups if g.method == one and g.accuracy >= goal.accuracy]
+        if enough and enough[0].fraction < goal.fraction:
+            found.append(
+                f"{capital(one)} with {of_data(enough[0].fraction)} has {enough[0].accuracy:.1f} %, no "
+                f"less than {other} with {of_data(goal.fraction)} ({goal.accuracy:.1f} %)."
+            )
+    return found
+
+
+def capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def listed(parts: Sequence[str]) -> str:
+    parts = list(parts)
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+
+
+def percent(fraction: float) -> str:
+    return f"{100 * fraction:g} %"
+
+
+def of_data(fraction: float) -> str:
+    return "all of the data" if fraction == 1 else f"{percent(fraction)} of the data"
+
+
+def _one_seed(comparisons: Sequence[Comparison]) -> str:
+    """A reservation, where the interval cannot tell what another seed would have given."""
+    return " (one seed)" if any(len(c.seeds) == 1 for c in comparisons) else ""
+
+
+def signed(points: float) -> str:
+    return f"{points:+.1f}".replace("-", MINUS)

@@ -1,0 +1,75 @@
+"""95 % intervals of accuracies, and of differences between them, over seeds and test rows.
+
+Two things make a measured accuracy uncertain: which seed trained the student (its data subset, start and order), and
+which rows are in the test set. Every seed answers every test row, so the answers of a method form a table (S seeds,
+N test rows), and both uncertainties can be read from it. `docs/decisions.md` has the coverage of the intervals.
+"""
+
+import math
+
+import numpy as np
+
+
+def mean_variance(values_SN: np.ndarray) -> tuple[float, float, float]:
+    """Mean of a seeds x test rows table, the variance of that mean, and the degrees of freedom of the variance.
+
+    Seeds and rows are both samples, and crossed. The variance of the mean is then the one between seed means, plus
+    the one between row means, minus the part that both contain (the two-way clustered variance):
+
+        V = var(seed means) / S + var(row means) / N - MSE(interaction) / (S N)
+
+    never below its second term. Few seeds tell little about how seeds vary; Satterthwaite's degrees of freedom carry
+    that into the interval, which is wide when the seeds disagree and there are two of them. With one seed only the
+    rows vary.
+    """
+    S, N = values_SN.shape
+    if N < 2:
+        raise ValueError(f"Got {N} test row; an interval needs at least 2.")
+    mean = float(values_SN.mean())
+    of_rows = values_SN.mean(axis=0)
+    row_variance = float(of_rows.var(ddof=1)) / N
+    if S == 1:
+        return mean, row_variance, math.inf
+    of_seeds = values_SN.mean(axis=1)
+    seed_variance = float(of_seeds.var(ddof=1)) / S
+    rest = values_SN - of_seeds[:, None] - of_rows[None, :] + mean
+    shared = float((rest**2).sum()) / ((S - 1) * (N - 1)) / (S * N)
+    variance = max(seed_variance + row_variance - shared, row_variance)
+    parts = seed_variance**2 / (S - 1) + row_variance**2 / (N - 1)
+    return mean, variance, variance**2 / parts if parts else math.inf
+
+
+def difference_interval(differences_SN: np.ndarray) -> tuple[float, float, float]:
+    """Mean difference and its 95 % interval (Student t on `mean_variance`).
+
+    Never narrower than if a single row had come out differently: identical predictions do not prove equality.
+    """
+    mean, variance, freedom = mean_variance(differences_SN)
+    smallest = (100.0 / differences_SN.shape[1]) ** 2
+    half = _quantile(freedom) * math.sqrt(max(variance, smallest))
+    return mean, mean - half, mean + half
+
+
+def accuracy_interval(correct_SN: np.ndarray) -> tuple[float, float, float]:
+    """Accuracy in percent and its 95 % interval, which stays within 0 to 100.
+
+    Wilson's interval at the effective number of test rows p (1 - p) / V: with one seed that is N, and this is the
+    usual Wilson interval; with more it is what seeds and rows together are worth (`mean_variance`).
+
+    >>> [round(x, 1) for x in accuracy_interval(np.array([[1.0] * 60 + [0.0] * 40]))]
+    [60.0, 50.2, 69.1]
+    """
+    S, N = correct_SN.shape
+    share, variance, freedom = mean_variance(correct_SN)
+    spread = share * (1 - share)
+    size = float(N) if S == 1 or spread == 0 else min(spread / variance, float(S * N))
+    z = _quantile(freedom)
+    centre = (share + z * z / (2 * size)) / (1 + z * z / size)
+    half = z / (1 + z * z / size) * math.sqrt(spread / size + z * z / (4 * size * size))
+    return 100 * share, 100 * max(0.0, centre - half), 100 * min(1.0, centre + half)
+
+
+def _quantile(freedom: float) -> float:
+    from scipy import stats  # a second to import
+
+    return float(stats.norm.ppf(0.975) if math.isinf(freedom) else stats.t.ppf(0.975, freedom))

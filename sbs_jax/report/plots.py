@@ -1,0 +1,370 @@
+"""Plots of a summary as SVG text for inlining into HTML.
+
+Text stays text, colours are CSS variables (`var(--ink)`, `var(--m0)`; page.css defines them for light and dark), ids
+and dates are fixed: the same summary gives the same bytes.
+"""
+
+import html
+import io
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sbs_jax.report.findings import MINUS, signed
+from sbs_jax.report.results import DISTILLATION, FINE_TUNING, SINGLE_TASK, STEP_BY_STEP
+from sbs_jax.report.summary import Comparison, Group, Summary
+
+# Colours as matplotlib is given them, and the CSS variables that take their place. None is black, which matplotlib
+# leaves out as the default.
+_INK, _MUTED, _GRID, _PAPER = "#010101", "#020202", "#030303", "#040404"
+_METHOD = tuple(f"#0a00{number:02x}" for number in range(1, 7))
+_VARIABLES = {_INK: "ink", _MUTED: "muted", _GRID: "grid", _PAPER: "paper"} | {
+    colour: f"m{number}" for number, colour in enumerate(_METHOD)
+}
+_NUMBERS = {FINE_TUNING: 0, DISTILLATION: 1, STEP_BY_STEP: 2, SINGLE_TASK: 3}
+MARKERS = ("o", "s", "D", "^", "v", "P")  # so that methods are told apart without colour
+# One point is one CSS pixel: figures are drawn at the size they are shown.
+_DPI = 72
+_SETTINGS: Any = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "sbs",
+    "font.family": "DejaVu Sans",  # comes with matplotlib: the same layout everywhere
+    "font.size": 12,
+    "text.color": _INK,
+    "axes.labelcolor": _MUTED,
+    "axes.labelsize": 12,
+    "axes.edgecolor": _GRID,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "axes.spines.left": False,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "grid.color": _GRID,
+    "grid.linewidth": 1,
+    "xtick.color": _GRID,
+    "xtick.labelcolor": _MUTED,
+    "ytick.color": _GRID,
+    "ytick.labelcolor": _MUTED,
+    "ytick.major.size": 0,
+    "ytick.major.pad": 6,
+    "lines.solid_capstyle": "round",
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "savefig.facecolor": "none",
+}
+
+
+def accuracy_against_data(summary: Summary, *, width: int = 660, height: int = 400) -> str:
+    """Accuracy of each method over the share of the training data: mean, 95 % interval, each seed, reference lines."""
+    with _Canvas(width, height) as canvas:
+        longest = max(len(name) for name in (*summary.methods, "most frequent label"))
+        axes = canvas.axes(left=44, right=min(320, 52 + round(6.6 * longest)), bottom=72, top=12)
+        at = {fraction: math.log2(fraction) for fraction in summary.fractions}
+        span = max(at.values()) - min(at.values())
+        heights = _references(summary)
+        labels = [(value, f"{name} {value:.1f}", _MUTED) for name, value in heights]
+        for (_, value), dashes in zip(heights, ((6, 4), (1.5, 3.5)), strict=False):
+            axes.axhline(value, color=_MUTED, linewidth=1.4, dashes=dashes, zorder=1)
+        for number, method in enumerate(summary.methods):
+            groups = [group for group in summary.groups if group.method == method]
+            shift = (number - (len(summary.methods) - 1) / 2) * 0.028 * span
+            x = [at[group.fraction] + shift for group in groups]
+            colour, marker = _look(summary.methods, method)
+            axes.plot(x, [group.accuracy for group in groups], color=colour, linewidth=2.2, zorder=3)
+            for place, group in zip(x, groups, strict=True):
+                axes.plot([place, place], [group.low, group.high], color=colour, linewidth=1.6, alpha=0.55, zorder=2)
+                _seeds(canvas, axes, group, along="y", at=place, colour=colour, marker=marker)
+                (mean,) = axes.plot(
+                    place, group.accuracy, marker, color=colour, markersize=8, markeredgecolor=_PAPER, zorder=5
+                )
+                canvas.explain(mean, _told(group))
+            labels.append((groups[-1].accuracy, f"{method} {groups[-1].accuracy:.1f}", colour))
+        axes.set_xlim(min(at.values()) - 0.1 * span, max(at.values()) + 0.1 * span)
+        axes.set_xticks(list(at.values()), [_tick(summary, fraction) for fraction in at], linespacing=1.5)
+        axes.set_xlabel("share of the training data, and its label examples", labelpad=8)
+        axes.yaxis.set_major_formatter("{x:g} %")
+        _limit_accuracy(axes.set_ylim, summary)
+        _label_right(axes, labels)
+        return canvas.svg("Test accuracy of each method against the share of the training data")
+
+
+def accuracy_of_methods(summary: Summary, *, width: int = 660) -> str:
+    """For runs at one share of the data: accuracy of each method on a line of its own."""
+    with _Canvas(width, 92 + 58 * len(summary.groups)) as canvas:
+        longest = max(len(name) for name in summary.methods)
+        axes = canvas.axes(left=20 + round(7 * longest), right=40, bottom=52, top=30)
+        axes.grid(visible=False, axis="y")
+        axes.grid(visible=True, axis="x")
+        for row, group in enumerate(summary.groups):
+            colour, marker = _look(summary.methods, group.method)
+            axes.plot([group.low, group.high], [row, row], color=colour, linewidth=1.8, alpha=0.55, zorder=2)
+            _seeds(canvas, axes, group, along="x", at=row, colour=colour, marker=marker)
+            (mean,) = axes.plot(
+                group.accuracy, row, marker, color=colour, markersize=9, markeredgecolor=_PAPER, zorder=5
+            )
+            canvas.explain(mean, _told(group))
+            axes.annotate(
+                f"{group.accuracy:.1f}",
+                (group.accuracy, row),
+                (0, 11),
+                textcoords="offset points",
+                ha="center",
+                color=colour,
+                weight="bold",
+            )
+        for (name, value), dashes in zip(_references(summary), ((6, 4), (1.5, 3.5)), strict=False):
+            axes.axvline(value, color=_MUTED, linewidth=1.4, dashes=dashes, zorder=1)
+            axes.annotate(
+                f"{name} {value:.1f}",
+                (value, 1),
+                (0, 6),
+                xycoords=("data", "axes fraction"),
+                textcoords="offset points",
+                ha="center",
+                color=_MUTED,
+            )
+        _limit_accuracy(axes.set_xlim, summary)
+        axes.set_ylim(len(summary.groups) - 0.4, -0.6)
+        axes.set_yticks(range(len(summary.groups)), [group.method for group in summary.groups])
+        axes.xaxis.set_major_formatter("{x:g} %")
+        axes.set_xlabel("test accuracy", labelpad=8)
+        return canvas.svg("Test accuracy of each method")
+
+
+def differences(
+    comparisons: Sequence[Comparison], *, methods: Sequence[str], width: int = 330, height: int = 400
+) -> str:
+    """Points by which one method is ahead of its reference, at each share of the data, with a line at no difference."""
+    with _Canvas(width, height) as canvas:
+        axes = canvas.axes(left=44, right=14, bottom=72, top=12)
+        fractions = sorted({comparison.fraction for comparison in comparisons})
+        names = list(dict.fromkeys(comparison.method for comparison in comparisons))
+        axes.axhline(0, color=_INK, linewidth=1.4, zorder=1)
+        for c in comparisons:
+            place = fractions.index(c.fraction) + (names.index(c.method) - (len(names) - 1) / 2) * 0.22
+            colour, marker = _look(methods, c.method)
+            axes.plot([place, place], [c.low, c.high], color=colour, linewidth=2, zorder=2)
+            shown = {"color": colour} if c.verdict != "no difference shown" else {"color": _PAPER}
+            (point,) = axes.plot(
+                place,
+                c.difference,
+                marker,
+                markersize=9,
+                markeredgecolor=colour,
+                markeredgewidth=2,
+                zorder=3,
+                **shown,
+            )
+            canvas.explain(point, f"{c.method} minus {c.reference}: {c.difference:+.1f} [{c.low:+.1f}, {c.high:+.1f}]")
+            axes.annotate(
+                signed(c.difference),
+                (place, c.difference),
+                (11, 1),
+                textcoords="offset points",
+                va="bottom",
+                color=colour,
+                weight="bold",
+            )
+        bounds = [0.0, *(c.low for c in comparisons), *(c.high for c in comparisons)]
+        room = 0.08 * (max(bounds) - min(bounds))
+        axes.set_ylim(min(bounds) - room, max(bounds) + room)
+        axes.set_xlim(-0.6, len(fractions) - 0.3)
+        axes.set_xticks(range(len(fractions)), [f"{100 * fraction:g} %" for fraction in fractions])
+        axes.set_xlabel("share of the training data", labelpad=27)
+        axes.yaxis.set_major_formatter(lambda value, _: "0" if value == 0 else f"{value:+g}".replace("-", MINUS))
+        return canvas.svg("Difference in accuracy, in points, at each share of the training data")
+
+
+def learning_curves(
+    summary: Summary, *, fraction: float, quantity: str, shown: Mapping[str, Any], width: int = 330, height: int = 230
+) -> str:
+    """Curves over the updates at one fraction: each seed thin, the mean over the seeds bold.
+
+    `quantity` is "validation" or "train"; `shown` maps names in metrics.jsonl to line styles, for instance
+    {"loss/label": "-", "loss/rationale": "--"}. The vertical axis is the same for every fraction.
+    """
+    with _Canvas(width, height) as canvas:
+        axes = canvas.axes(left=44, right=12, bottom=44, top=10)
+        for method in summary.methods:
+            group = summary.group(method, fraction)
+            colour, _ = _look(summary.methods, method)
+            for name, style in shown.items():
+                curves = [] if group is None else _curves(group, quantity, name)
+                for curve in curves if len(curves) > 1 else ():
+                    axes.plot(*zip(*curve, strict=True), linestyle=style, color=colour, linewidth=0.9, alpha=0.35)
+                if curves:
+                    axes.plot(*_mean_curve(curves), linestyle=style, color=colour, linewidth=2)
+        everywhere = [
+            value
+            for group in summary.groups
+            for result in group.results
+            for name in shown
+            for _, value in result.curve(quantity, name)
+        ]
+        low, high = min(everywhere), max(everywhere)
+        if quantity == "train":
+            axes.set_ylim(0, 1.04 * high)
+        else:
+            low = 0 if low < 0.4 * high else low - 0.06 * (high - low)
+            axes.set_ylim(max(0, low), min(100, high + max(1, 0.06 * (high - low))))
+            axes.yaxis.set_major_formatter("{x:g} %")
+        axes.locator_params(axis="y", nbins=5)
+        axes.locator_params(axis="x", nbins=4)
+        axes.set_xlim(left=0)
+        axes.set_xlabel("updates", labelpad=4)
+        what = "Validation accuracy" if quantity == "validation" else "Training loss"
+        return canvas.svg(f"{what} over the updates at {100 * fraction:g} % of the data")
+
+
+def colour_number(methods: Sequence[str], method: str) -> int:
+    """Which of the colours `--m0` to `--m5` (and marks) a method has: the known ones always the same."""
+    taken: dict[str, int] = {}
+    for name in sorted(methods, key=lambda name: name not in _NUMBERS):
+        free = [number for number in range(len(_METHOD)) if number not in taken.values()]
+        wanted = _NUMBERS.get(name.partition(" (")[0])
+        taken[name] = wanted if wanted in free else free[-1] if free else len(taken) % len(_METHOD)
+    return taken[method]
+
+
+def _look(methods: Sequence[str], method: str) -> tuple[str, str]:
+    """Colour, as matplotlib is given it, and mark of a method."""
+    number = colour_number(methods, method)
+    return _METHOD[number], MARKERS[number]
+
+
+class _Canvas:
+    """A figure of fixed size in CSS pixels under this module's settings; `svg` gives its text."""
+
+    def __init__(self, width: int, height: int) -> None:
+        import matplotlib
+        from matplotlib.backends.backend_svg import FigureCanvasSVG
+        from matplotlib.figure import Figure
+
+        self._size = (width, height)
+        self._settings = matplotlib.rc_context(_SETTINGS)
+        self._figure_type, self._canvas_type = Figure, FigureCanvasSVG
+        self._explanations: list[str] = []
+
+    def __enter__(self) -> "_Canvas":
+        self._settings.__enter__()
+        width, height = self._size
+        # Not by pyplot, which would keep the figure and the process's choice of backend.
+        self._figure = self._figure_type(figsize=(width / _DPI, height / _DPI), dpi=_DPI)
+        self._canvas_type(self._figure)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._settings.__exit__(None, None, None)
+
+    def axes(self, *, left: int, right: int, bottom: int, top: int) -> Any:
+        """Axes with these margins in pixels."""
+        width, height = self._size
+        return self._figure.add_axes(
+            (left / width, bottom / height, (width - left - right) / width, (height - bottom - top) / height)
+        )
+
+    def explain(self, artist: Any, text: str) -> None:
+        """Shows a text when the pointer rests on an artist."""
+        artist.set_gid(f"explained-{len(self._explanations)}")
+        self._explanations.append(text)
+
+    def svg(self, description: str) -> str:
+        buffer = io.StringIO()
+        self._figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+        text = buffer.getvalue()
+        text = text[text.index("<svg") :]
+        text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.DOTALL)
+        width, height = self._size
+        text = re.sub(
+            r"<svg[^>]*>",
+            f'<svg xmlns:xlink="http://www.w3.org/1999/xlink" viewBox="0 0 {width} {height}" '
+            f'width="{width}" role="img" aria-label="{html.escape(description)}">',
+            text,
+            count=1,
+        )
+        for number, explanation in enumerate(self._explanations):
+            text = text.replace(f'<g id="explained-{number}">', f"<g><title>{html.escape(explanation)}</title>")
+        text = re.sub(r'<g id="[^"]*"', "<g", text)
+        text = re.sub(r"font: ((?:[\w.]+ )*)([\d.]+px)[^;\"]*", r"font-size: \2; font-weight: \1", text)
+        text = re.sub(r"font-weight: (?=[;\"])", "font-weight: 400", text)
+        text = re.sub(r" ?font-family: [^;\"]*;?", "", text)
+        for colour, variable in _VARIABLES.items():
+            text = text.replace(colour, f"var(--{variable})")
+        return text.strip() + "\n"
+
+
+def _references(summary: Summary) -> list[tuple[str, float]]:
+    """Names and heights of the reference lines."""
+    lines = (("teacher", summary.teacher_accuracy), ("most frequent label", summary.majority_accuracy))
+    return [(name, value) for name, value in lines if value is not None]
+
+
+def _seeds(canvas: _Canvas, axes: Any, group: Group, *, along: str, at: float, colour: str, marker: str) -> None:
+    """Each seed as a small open mark."""
+    for result in group.results if len(group.results) > 1 else ():
+        place = (at, result.accuracy) if along == "y" else (result.accuracy, at)
+        (point,) = axes.plot(*place, marker, color="none", markeredgecolor=colour, markersize=5, alpha=0.8, zorder=4)
+        canvas.explain(point, f"{group.method}, seed {result.run.seed}: {result.accuracy:.1f} %")
+
+
+def _told(group: Group) -> str:
+    return f"{group.method}: {group.accuracy:.1f} % [{group.low:.1f}, {group.high:.1f}], {len(group.seeds)} seed(s)"
+
+
+def _tick(summary: Summary, fraction: float) -> str:
+    rows = [group.label_rows for group in summary.groups if group.fraction == fraction]
+    return f"{100 * fraction:g} %\n{max(rows):,}"
+
+
+def _limit_accuracy(set_limits: Any, summary: Summary) -> None:
+    values = [value for _, value in _references(summary)]
+    for group in summary.groups:
+        values += [group.low, group.high, *group.accuracies]
+    room = max(1.0, 0.06 * (max(values) - min(values)))
+    set_limits(max(0.0, min(values) - room), min(100.0, max(values) + room))
+
+
+def _label_right(axes: Any, labels: Sequence[tuple[float, str, str]]) -> None:
+    """Labels lines to the right of the axes; moves labels apart that would overlap."""
+    low, high = axes.get_ylim()
+    pixels = axes.get_position().height * axes.figure.get_figheight() * _DPI
+    gap = 16 * (high - low) / pixels
+    ordered = sorted(labels, key=lambda label: label[0])
+    places = [value for value, _, _ in ordered]
+    for _ in range(200):
+        moved = False
+        for i in range(len(places) - 1):
+            short = gap - (places[i + 1] - places[i])
+            if short > 1e-9 * gap:
+                places[i], places[i + 1] = places[i] - short / 2, places[i + 1] + short / 2
+                moved = True
+        if not moved:
+            break
+    for place, (_, text, colour) in zip(places, ordered, strict=True):
+        weight = "normal" if colour == _MUTED else "bold"
+        axes.annotate(
+            text,
+            (1, place),
+            (4, 0),
+            xycoords=("axes fraction", "data"),
+            textcoords="offset points",
+            va="center",
+            color=colour,
+            weight=weight,
+            annotation_clip=False,
+        )
+
+
+def _curves(group: Group, quantity: str, name: str) -> list[list[tuple[int, float]]]:
+    """The curve of each seed. A loss of 0 throughout is of a task that the method does not train, and left out."""
+    curves = [result.curve(quantity, name) for result in group.results]
+    return [curve for curve in curves if curve and (quantity != "train" or any(value for _, value in curve))]
+
+
+def _mean_curve(curves: Sequence[Sequence[tuple[int, float]]]) -> tuple[list[int], list[float]]:
+    """Mean over the seeds at the steps that all of them have."""
+    tables = [dict(curve) for curve in curves]
+    steps = sorted(set(tables[0]).intersection(*tables[1:]))
+    return steps, [sum(table[step] for table in tables) / len(tables) for step in steps]
