@@ -120,14 +120,15 @@ def _about_intervals(summary: Summary) -> str:
 
 
 def _html_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, summary: Summary, strong: int) -> str:
+    """Rows begin with a method, which gets its colour; `strong` is the column to see first."""
+
     def kind(column: int) -> str:
         return "" if column == 0 else f' class="number{" strong" if column == strong else ""}"'
 
     lines = [_joined((f"<th{kind(i)}>{_text(cell)}</th>" for i, cell in enumerate(header)), "")]
     previous = ""
     for row in rows:
-        method = row[0].partition(" minus ")[0]
-        dot = f'<span class="dot" style="background:{_colour(summary, method)}"></span>'
+        dot = f'<span class="dot" style="background:{_colour(summary, row[0])}"></span>'
         cells = (f"<td{kind(i)}>{dot if i == 0 else ''}{_text(cell)}</td>" for i, cell in enumerate(row))
         mark = ' class="first"' if previous and row[0] != previous else ""
         lines.append(f"<tr{mark}>{_joined(cells, '')}</tr>")
@@ -190,10 +191,8 @@ def _samples(summary: Summary) -> str:
     fraction = summary.fractions[-1]
     groups = [group for group in summary.groups if group.fraction == fraction]
     shared = set(groups[0].seeds).intersection(*(group.seeds for group in groups))
-    chosen = [
-        next(r for r in group.results if r.run.seed == min(shared or set(group.seeds), default=None))
-        for group in groups
-    ]
+    seed = min(shared, default=None)
+    chosen = [next(r for r in group.results if seed in (None, r.run.seed)) for group in groups]
     ids = sorted(chosen[0].test_rows, key=lambda i: hashlib.sha256(i.encode()).hexdigest())[:_SAMPLES]
     header = ["<th>input</th><th>label</th>"]
     header += [
@@ -211,9 +210,10 @@ def _samples(summary: Summary) -> str:
             verdict = "right" if answer["correct"] else "wrong"
             cells.append(f'<td class="text short {verdict}">{_shown(answer.get("prediction", ""))}</td>')
         rows.append(f"<tr>{_joined(cells, '')}</tr>")
+    whose = "one seed each" if seed is None else f"seed {seed}"
     return (
-        f"<h2>Sample predictions</h2>\n<p>{len(ids)} of {summary.test_rows:,} test rows, chosen by a hash of their ids; students "
-        f"of seed {chosen[0].run.seed} with {of_data(fraction)}.</p>\n"
+        f"<h2>Sample predictions</h2>\n<p>{len(ids)} of {summary.test_rows:,} test rows, chosen by a hash of their "
+        f"ids; students of {whose} with {of_data(fraction)}.</p>\n"
         f'<div class="scroll"><table>\n<thead><tr>{_joined(header, "")}</tr></thead>\n<tbody>\n{_joined(rows)}\n'
         "</tbody></table></div>"
     )
@@ -222,16 +222,17 @@ def _samples(summary: Summary) -> str:
 def _reproduction(summary: Summary, *, command: str | None) -> str:
     results = [result for group in summary.groups for result in group.results]
     first = results[0].manifest
-    each = [
-        f"sbs train --gin_file={shlex.quote(str(Path(r.run.path) / 'config.gin'))} --gin.MODEL_DIR=.." for r in results
-    ]
+    config = shlex.quote(str(Path(results[0].run.path) / "config.gin"))
+    again = f"sbs train --gin_file={config} --gin.MODEL_DIR=NEW_DIRECTORY"
     paths = " \\\n    ".join(shlex.quote(str(result.run.path)) for result in results)
     report = f"sbs report {paths} \\\n    --output page.html"
     revisions = sorted({str(result.manifest.get("git_revision")) for result in results})
     parts = ["<h2>How to reproduce</h2>"]
     if command:
         parts.append(f"<p>All of it:</p>\n<pre>{_text(command)}</pre>")
-    parts.append(f"<p>One run again, with its own configuration:</p>\n<pre>{_text(each[0])}</pre>")
+    parts.append(
+        f"<p>One run again, by its own configuration (the first; the others likewise):</p>\n<pre>{_text(again)}</pre>"
+    )
     parts.append(f"<p>Code at revision <code>{_text(', '.join(revisions))}</code>.</p>")
     rows = [
         [

@@ -100,7 +100,7 @@ def accuracy_of_methods(summary: Summary, *, width: int = 660) -> str:
         for row, group in enumerate(summary.groups):
             colour, marker = _look(summary.methods, group.method)
             axes.plot([group.low, group.high], [row, row], color=colour, linewidth=1.8, alpha=0.55, zorder=2)
-            _seeds(canvas, axes, group, along="x", at=row, colour=colour, marker=marker)
+            _seeds(canvas, axes, group, along="x", at=float(row), colour=colour, marker=marker)
             (mean,) = axes.plot(
                 group.accuracy, row, marker, color=colour, markersize=9, markeredgecolor=_PAPER, zorder=5
             )

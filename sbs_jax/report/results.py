@@ -98,7 +98,7 @@ def identify(path: str | Path) -> Run:
         remarks.append(f"{options['rationales']} rationales")
     if remarks:
         method += f" ({', '.join(remarks)})"
-    return Run(path, method, options["fraction"], options["seed"])
+    return Run(path, method, float(options["fraction"]), options["seed"])
 
 
 def load(run: Run) -> Result:
