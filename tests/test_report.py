@@ -133,14 +133,16 @@ def test_all_right_and_all_wrong_leave_room_on_one_side(seeds: int) -> None:
 
 
 def test_the_variance_of_a_crossed_table_is_that_of_its_formula() -> None:
-    values = np.array([[1.0, 0.0, 1.0], [1.0, 1.0, 0.0]])
+    # Seed means 3/4 and 1/4; row means 1/2, 1/2, 1, 0; every interaction is 1/4 or -1/4.
+    values = np.array([[1.0, 1.0, 1.0, 0.0], [0.0, 0.0, 1.0, 0.0]])
+    of_seeds, of_rows, shared = (1 / 8) / 2, (1 / 6) / 4, (8 / 16 / 3) / 8
     mean, variance, freedom = intervals.mean_variance(values)
-    of_seeds, of_rows = 0.0, (1 / 12) / 3  # both seeds have 2/3; rows have 1, 1/2, 1/2
-    shared = (values - np.array([1, 0.5, 0.5])) ** 2
-    rest = shared.sum() / 2 / 6
-    assert mean == pytest.approx(2 / 3)
-    assert variance == pytest.approx(max(of_seeds + of_rows - rest, of_rows))
-    assert freedom == pytest.approx(2)
+    assert mean == 0.5
+    assert variance == pytest.approx(of_seeds + of_rows - shared)
+    assert freedom == pytest.approx(variance**2 / (of_seeds**2 / 1 + of_rows**2 / 3))
+    # Seeds that agree do not make it less than what the rows alone would give.
+    _, variance, _ = intervals.mean_variance(np.array([[1.0, 0.0, 1.0], [1.0, 1.0, 0.0]]))
+    assert variance == pytest.approx((1 / 12) / 3)
 
 
 def test_seeds_that_disagree_widen_the_interval() -> None:
@@ -389,13 +391,15 @@ def test_the_page_stands_alone_and_escapes_what_students_write(tmp_path: Path, m
         page, mixed, title="A <title>", notes=["A & B."], command="sbs demo --output 'a b'", teacher_accuracy=74.0
     )
     text = " ".join(check(page).text)
+    assert page.read_text().count("<svg") == 2 + 2 * 2 + 2 * 2  # plots, curves of two kinds, keys
     for expected in (
         *("A <title>", "A & B.", "sbs demo --output 'a b'", "teacher 74.0", "0123456789abcdef", "0.10.2", "seed 0"),
         *(f"{summary.groups[0].accuracy:.1f}", "<script>alert(1)</script>", "Is <b>", str(mixed[0].path)),
     ):
         assert expected in text
-    assert "predict: Is" not in text
-    assert page.read_text().count("<svg") == 2 + 2 * 2 + 2 * 2  # plots, curves of two kinds, keys
+    report.write_page(page, [run for run in mixed if run.method == STEP_BY_STEP], title=None, notes=())
+    assert "Is <b>" in " ".join(check(page).text)
+    assert "predict: Is" not in " ".join(check(page).text)
 
 
 def test_plots_take_their_colours_from_the_page(tmp_path: Path, mixed: list[Run]) -> None:
