@@ -78,11 +78,13 @@ def _figures(summary: Summary) -> str:
     marks = "Filled marks are means over the seeds, small open ones single seeds, " if several else "Marks are runs, "
     parts = [_figure(caption, f"{marks}bars 95 % intervals.", main_plot, width=660)]
     if summary.comparisons and len(summary.fractions) > 1:
-        pairs = listed(list(dict.fromkeys(f"{c.method} minus {c.reference}" for c in summary.comparisons)))
+        pairs = list(dict.fromkeys((c.method, c.reference) for c in summary.comparisons))
+        if len(pairs) > 1 and len({reference for _, reference in pairs}) == 1:
+            told = f"Each method minus {pairs[0][1]}"
+        else:
+            told = capital(listed([f"{method} minus {reference}" for method, reference in pairs]))
         plot = plots.differences(summary.comparisons, methods=summary.methods)
-        parts.append(
-            _figure("Difference, in points", f"{capital(pairs)}. Hollow: the interval holds 0.", plot, width=330)
-        )
+        parts.append(_figure("Difference, in points", f"{told}. Hollow: the interval holds 0.", plot, width=330))
     return f'<div class="figures">\n{_joined(parts)}\n</div>'
 
 
@@ -113,10 +115,13 @@ def _about_intervals(summary: Summary) -> str:
         text += (
             "With one seed they cover the choice of test rows alone (Wilson), not what another seed would have given. "
         )
-    text += "Differences are paired by seed and by test row, so they are sharper than two overlapping bars suggest. "
+    if summary.comparisons:
+        text += (
+            "Differences are paired by seed and by test row, so they are sharper than two overlapping bars suggest. "
+        )
     if len(summary.comparisons) > 1:
         text += "Each interval stands for itself; with several comparisons one in twenty misses by chance. "
-    return text + "Training time leaves out compilation and evaluation."
+    return text + "Training time includes compilation and leaves out evaluation."
 
 
 def _html_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, summary: Summary, strong: int) -> str:

@@ -77,7 +77,14 @@ def accuracy_against_data(summary: Summary, *, width: int = 660, height: int = 4
                 axes.plot([place, place], [group.low, group.high], color=colour, linewidth=1.6, alpha=0.55, zorder=2)
                 _seeds(canvas, axes, group, along="y", at=place, colour=colour, marker=marker)
                 (mean,) = axes.plot(
-                    place, group.accuracy, marker, color=colour, markersize=8, markeredgecolor=_PAPER, zorder=5
+                    place,
+                    group.accuracy,
+                    marker,
+                    color=colour,
+                    markersize=8,
+                    markeredgecolor=_PAPER,
+                    clip_on=False,
+                    zorder=5,
                 )
                 canvas.explain(mean, _told(group))
             labels.append((groups[-1].accuracy, f"{method} {groups[-1].accuracy:.1f}", colour))
@@ -102,7 +109,7 @@ def accuracy_of_methods(summary: Summary, *, width: int = 660) -> str:
             axes.plot([group.low, group.high], [row, row], color=colour, linewidth=1.8, alpha=0.55, zorder=2)
             _seeds(canvas, axes, group, along="x", at=float(row), colour=colour, marker=marker)
             (mean,) = axes.plot(
-                group.accuracy, row, marker, color=colour, markersize=9, markeredgecolor=_PAPER, zorder=5
+                group.accuracy, row, marker, color=colour, markersize=9, markeredgecolor=_PAPER, clip_on=False, zorder=5
             )
             canvas.explain(mean, _told(group))
             axes.annotate(

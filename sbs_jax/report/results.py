@@ -63,7 +63,7 @@ class Result:
 
     @property
     def train_seconds(self) -> float:
-        """Time of the training steps, without compilation before the first and without evaluation."""
+        """Time of the training steps, with compilation (it is in the first log window) and without evaluation."""
         seconds, previous = 0.0, 0
         for line in self.curve("train", "seconds_per_step"):
             seconds, previous = seconds + line[1] * (line[0] - previous), line[0]
