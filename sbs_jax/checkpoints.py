@@ -33,25 +33,21 @@ class Restored:
 
 
 class Checkpoints:
-    """The checkpoints of one run: the newest `keep` and the best by validation are kept."""
+    """The checkpoints of one run: the newest `keep` and the best by validation are kept.
+
+    Use it with `with`: leaving it waits for a save under way, whatever the reason for leaving.
+    """
 
     def __init__(self, run_dir: str | Path, *, keep: int) -> None:
         self.directory = Path(run_dir).absolute() / "checkpoints"
-        kept = [
-            policy.LatestN(keep),
-            policy.BestN(
-                # Of equals the earliest is best: more training that brought nothing is not preferred.
-                get_metric_fn=lambda metrics: (metrics["validation"], -metrics["step"]),
-                n=1,
-                keep_checkpoints_without_metrics=False,
-            ),
-        ]
-        self._manager = ocp.CheckpointManager(
-            self.directory,
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=policy.AnyPreservationPolicy(kept), cleanup_tmp_directories=True
-            ),
+        best = policy.BestN(get_metric_fn=_rank, n=1, keep_checkpoints_without_metrics=False)
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=policy.AnyPreservationPolicy([policy.LatestN(keep), best]),
+            # Without a best_fn the manager does not write metrics down, and a resumed run would not know its best.
+            best_fn=_rank,
+            cleanup_tmp_directories=True,
         )
+        self._manager = ocp.CheckpointManager(self.directory, options=options)
 
     def latest(self) -> int | None:
         """Newest complete step, None in a new run."""
@@ -94,8 +90,16 @@ class Checkpoints:
         """Until everything saved so far is on disk."""
         self._manager.wait_until_finished()
 
-    def close(self) -> None:
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self._manager.close()
+
+
+def _rank(metrics: Any) -> tuple[float, int]:
+    """Of equals the earliest is best: more training that brought nothing is not preferred."""
+    return metrics["validation"], -metrics["step"]
 
 
 def read_metadata(run_dir: str | Path, step: int) -> dict[str, Any]:
@@ -150,11 +154,13 @@ def load_parameters(path: str | Path, *, like: Mapping[str, jax.ShapeDtypeStruct
         _check_same(path, {name: x.shape for name, x in found.items()}, like)
         return {name: jax.device_put(found[name].astype(leaf.dtype), leaf.sharding) for name, leaf in like.items()}
     run_dir, step = locate(path)
-    directory = run_dir / "checkpoints" / str(step) / PARAMETERS
-    with ocp.StandardCheckpointer() as checkpointer:
-        tree = checkpointer.metadata(directory).item_metadata.tree
-        _check_same(directory, {name: tuple(leaf.shape) for name, leaf in tree.items()}, like)
-        return checkpointer.restore(directory, dict(like))
+    options = ocp.CheckpointManagerOptions(read_only=True)  # the run may still be writing
+    handlers = {PARAMETERS: ocp.StandardCheckpointHandler()}
+    with ocp.CheckpointManager(run_dir / "checkpoints", options=options, item_handlers=handlers) as manager:
+        tree = manager.item_metadata(step)[PARAMETERS].tree
+        _check_same(path, {name: tuple(leaf.shape) for name, leaf in tree.items()}, like)
+        items = {PARAMETERS: ocp.args.StandardRestore(dict(like))}
+        return manager.restore(step, args=ocp.args.Composite(**items))[PARAMETERS]
 
 
 def save_npz(path: str | Path, parameters: t5.Parameters, *, dtype: str) -> None:

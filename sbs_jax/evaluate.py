@@ -125,7 +125,8 @@ def load_student(path: str | Path, *, mesh: partitioning.MeshShape, records_dir:
     if records_dir is not None:
         options = options | {"records_dir": records_dir}
     datasets.configure(datasets.DataOptions(**options))
-    config = t5.T5Config(**checkpoints.read_metadata(directory, step)["model"])
+    saved = checkpoints.read_metadata(directory, step)["model"]
+    config = t5.T5Config(**saved | {"mlp_activations": tuple(saved["mlp_activations"])})
     structure, shapes, axes = t5.abstract(config)
     built = partitioning.make_mesh(mesh)
     shardings = partitioning.shardings(built, shapes, axes=axes)

@@ -13,14 +13,16 @@ import logging
 import os
 import re
 import sys
+import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-# The folder that holds gin_configs/: file names in flags and includes may be relative to it.
-ROOT = Path(__file__).resolve().parent.parent
+import absl.logging
+
 _BINDING = re.compile(r"--gin\.([^=]+)=(.*)", re.DOTALL)
 _REFERENCE = re.compile(r"[@%](?:[\w.]+/)*([\w.]+)")
+_REQUIRED = re.compile(r"^([\w.]+) = %gin.REQUIRED$", re.MULTILINE)
 _LEFT_SIDE = re.compile(r"^([\w./]+) =", re.MULTILINE)
 
 
@@ -40,7 +42,8 @@ def configure(
     import gin
 
     gin.clear_config()
-    for path in (*search_paths, "", str(ROOT)):
+    # Names that start with gin_configs/ are found from any folder: gin looks packages up, and gin_configs is one.
+    for path in search_paths:
         gin.add_config_file_search_path(path)
     # What bindings of the command line may name without an import of their own.
     modules = ("datasets", "evaluate", "partitioning", "t5", "train")
@@ -51,10 +54,14 @@ def configure(
     try:
         # Imports of the prelude do not reach into included files, and theirs not out of them.
         includes, _ = gin.parse_config(text)
+        missing = _REQUIRED.findall(gin.config_str())
+        if missing:
+            flags = " ".join(f"--gin.{macro}=.." for macro in missing)
+            raise UsageError(f"{name} needs values that no gin file gives: {flags}")
         instance = gin.get_configurable(name)()
     except (ValueError, SyntaxError, OSError, NameError, AttributeError, TypeError, RuntimeError) as error:
-        raise UsageError(_explained(error)) from error
-    texts = [text, *(Path(file).read_text("utf-8") for file in _file_names(includes))]
+        raise UsageError(str(error)) from error
+    texts = [text, *(_read(file) for file in _file_names(includes))]
     unused = _unused(gin.config_str(), gin.operative_config_str(), texts)
     if unused:
         known = sorted({m[1] for m in _LEFT_SIDE.finditer(gin.config_str())} - set(unused))
@@ -77,16 +84,11 @@ def _quoted(binding: str) -> str:
     return f"{name.strip()} = {value}"
 
 
-def _explained(error: Exception) -> str:
-    text = str(error)
-    missing = re.search(r"Required bindings for `(\S+)` not provided in config: \[(.*)\]", text)
-    if missing:
-        macros = [name.strip().strip("'").upper() for name in missing[2].split(",")]
-        return (
-            f"{missing[1]} needs values for {missing[2]}. Give them by a gin file (gin_configs/experiments/ sets most) "
-            "or a flag: " + " ".join(f"--gin.{macro}=.." for macro in macros)
-        )
-    return text
+def _read(file: str) -> str:
+    path = Path(file)
+    if not path.exists():  # gin found it through the package gin_configs
+        path = Path(__file__).parents[1] / file
+    return path.read_text("utf-8")
 
 
 def _file_names(includes: Iterable[Any]) -> list[str]:
@@ -131,12 +133,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             known = list(commands[arguments.command]._option_string_actions)
             commands[arguments.command].error(f"unknown argument {flag}{_near(flag, known)}")
         bindings.append(f"{match[1]}={match[2]}")
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    _log_to_stderr()
     try:
-        from absl import logging as absl_logging
-
-        absl_logging.set_verbosity(absl_logging.WARNING)
+        _import_tensorflow()
+        # SeqIO and Orbax log through absl, at length.
+        absl.logging.set_verbosity(absl.logging.ERROR)
         if takes_gin:
             return arguments.run(arguments, bindings)
         return arguments.run(arguments)
@@ -145,6 +146,37 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"sbs {arguments.command}: {error}", file=sys.stderr)
         return 1
+
+
+def _log_to_stderr() -> None:
+    """Our own messages alone; gin writes to the root logger, which stays silent."""
+    logging.getLogger().addHandler(logging.NullHandler())
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger = logging.getLogger("sbs_jax")
+    logger.handlers = [handler]
+    logger.setLevel(logging.INFO)
+
+
+def _import_tensorflow() -> None:
+    """Imports TensorFlow without what it prints about devices that it must not use (they are JAX's) and cannot mute."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    sys.stderr.flush()
+    stderr = os.dup(2)
+    with tempfile.TemporaryFile() as said:
+        os.dup2(said.fileno(), 2)
+        try:
+            import tensorflow as tf
+            import tensorflow_text  # noqa: F401  (registers its operations)
+
+            tf.config.set_visible_devices([], "GPU")
+        except BaseException:
+            said.seek(0)
+            os.write(stderr, said.read())
+            raise
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
 
 
 def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
@@ -208,6 +240,9 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     predict.add_argument("--output", required=True, metavar="FILE", help="JSON lines to write")
     predict.add_argument("--task", choices=("label", "rationale"), default="label", help="what to predict")
     predict.add_argument("--batch_size", type=int, default=32, help="rows at a time")
+    report = command("report", _report, "Compare finished runs: a table, and a page with their curves.")
+    report.add_argument("run_dirs", nargs="+", metavar="RUN_DIR", help="run directories of sbs train")
+    report.add_argument("--output", default="report.html", metavar="FILE", help="page to write")
     demo = command("demo", _demo, "Train and compare both methods on the built-in dataset; writes a page.")
     demo.add_argument("--output", default="runs/demo", metavar="DIR", help="where runs, table and page go")
     return parser, commands
@@ -267,6 +302,13 @@ def _records(arguments: argparse.Namespace) -> int:
         overwrite=arguments.overwrite,
     )
     print(json.dumps(manifest, indent=1, default=str))
+    return 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from sbs_jax import report
+
+    report.main(arguments.run_dirs, arguments.output)
     return 0
 
 

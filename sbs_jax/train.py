@@ -1,5 +1,6 @@
 """Training: the state, one step as a pure function, and the loop that reads from top to bottom."""
 
+import contextlib
 import dataclasses
 import functools
 import logging
@@ -88,12 +89,13 @@ class TrainConfig:
         return optax.chain(optax.clip_by_global_norm(self.clip_norm), optimizer)
 
 
-def rows_per_update(*, mixture_or_task_name: str, examples: int) -> int:
+def rows_per_update(*, mixture_or_task_name: str, examples: int, examples_per_row: int) -> int:
     """Rows that hold this many examples of every task: 64 of `svamp_label`, 128 of `svamp_step_by_step`.
 
     So methods are compared at the same label examples per update (the official code's batch size counts these).
+    `examples_per_row` is 1, or how many fit on average where rows are packed.
     """
-    return examples * len(datasets.subtasks(mixture_or_task_name))
+    return math.ceil(examples * len(datasets.subtasks(mixture_or_task_name)) / examples_per_row)
 
 
 def rsqrt_schedule(*, peak: float, warmup_steps: int) -> optax.Schedule:
@@ -184,7 +186,7 @@ def train_step(
     )
     updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.parameters)
     parameters = optax.apply_updates(state.parameters, updates)
-    metrics = {"loss": loss, "gradient_norm": optax.global_norm(gradients)}
+    metrics = {"loss": loss, "gradient_norm": optax.tree.norm(gradients)}
     for task, name in losses.TASK_NAMES.items():
         metrics |= sums[task].means(name)
     return TrainState(state.step + 1, parameters, optimizer_state), metrics
@@ -245,7 +247,7 @@ def initial_state(config: TrainConfig, trainer: Trainer) -> TrainState:
     return TrainState(jax.device_put(jnp.int32(0), shardings.step), parameters, optimizer)
 
 
-def train(config: TrainConfig, *, config_text: str) -> dict[str, dict[str, float]]:
+def train(config: TrainConfig, *, config_text: str) -> dict[str, dict[str, Any]]:
     """Runs, or resumes, one training; returns the last line of metrics per kind (train, validation, test).
 
     `config_text` is the operative configuration, kept in the run directory; a directory that holds another one is
@@ -255,9 +257,11 @@ def train(config: TrainConfig, *, config_text: str) -> dict[str, dict[str, float
     dataset = datasets.dataset_of_task(config.mixture_or_task_name)
     eval_task_name = graded_task(config)
     trainer = prepare(config)
-    with run_dir.RunDir(config.model_dir, config_text=config_text) as run:
-        run.write_manifest(_manifest(config, dataset=dataset, trainer=trainer))
-        saver = checkpoints.Checkpoints(run.path, keep=config.keep_checkpoints)
+    manifest = _manifest(config, dataset=dataset, trainer=trainer)
+    with contextlib.ExitStack() as stack:
+        run = stack.enter_context(run_dir.RunDir(config.model_dir, config_text=config_text))
+        run.write_manifest(manifest)
+        saver = stack.enter_context(checkpoints.Checkpoints(run.path, keep=config.keep_checkpoints))
         state, best = _begin(config, trainer, saver)
         start = int(state.step)
         run.truncate_metrics(after_step=start)
@@ -270,6 +274,8 @@ def train(config: TrainConfig, *, config_text: str) -> dict[str, dict[str, float
             pack=config.pack,
             seed=config.seed,
             skip_batches=start,
+            host_index=jax.process_index(),
+            host_count=jax.process_count(),
         )
         window = _Window()
         progress = tqdm.tqdm(total=config.train_steps, initial=start, unit="step", desc=run.path.name)
@@ -302,7 +308,7 @@ def train(config: TrainConfig, *, config_text: str) -> dict[str, dict[str, float
                     validation=validation,
                 )
         progress.close()
-        saver.close()
+        saver.wait()
         if config.evaluate_test:
             _test_once(config, trainer, run, best=best)
         return {line.pop("kind"): line for line in run.metrics()}

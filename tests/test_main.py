@@ -1,0 +1,205 @@
+"""The command line as its user meets it: real processes, real files, the shipped gin files."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import tasks  # noqa: F401  (registers the datasets)
+from sbs_jax import datasets, main, release, run_dir
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def sbs(*arguments, cwd=ROOT, check=True):
+    """Runs the command in a process of its own, on one CPU device."""
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "sbs_jax.main", *map(str, arguments)]
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=280, check=False)
+    assert not check or done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.mark.slow
+def test_eight_real_examples_are_learned_by_heart(tmp_path, real_data_dir, real_vocab):
+    """8 real SVAMP rows to 100 % by generation, through the commands that users type."""
+    records_dir = tmp_path / "records"
+    release.import_release(datasets.get("svamp"), release_dir=real_data_dir, records_dir=records_dir, parser="strict")
+    lines = (records_dir / "svamp" / "train.jsonl").read_text().splitlines(keepends=True)
+    for split in ("train", "validation", "test"):
+        (records_dir / "svamp" / f"{split}.jsonl").write_text("".join(lines[:8]))
+    run = tmp_path / "run"
+    done = sbs(
+        "train",
+        "--gin_file=gin_configs/experiments/svamp/cpu.gin",
+        f"--gin.MODEL_DIR={run}",
+        f"--gin.RECORDS_DIR={records_dir}",
+        f"--gin.VOCABULARY={real_vocab}",
+        "--gin.EXAMPLES=8",
+        "--gin.TRAIN_STEPS=60",
+        "--gin.EVAL_PERIOD=60",
+        "--gin.LOG_PERIOD=20",
+        "--gin.DROPOUT_RATE=0.0",
+        "--gin.LEARNING_RATE=3e-3",
+    )
+    result = json.loads(done.stdout)
+    assert result["validation"]["equation_accuracy"] == 100.0
+    assert result["test"]["equation_accuracy"] == 100.0
+    assert "60/60" in done.stderr
+    assert "tokens/s" in done.stderr
+
+    # The saved configuration is the operative one, and says what was given.
+    assert "EXAMPLES = 8" in (run / "config.gin").read_text()
+    assert run_dir.read_manifest(run)["run"]["mixture_or_task_name"] == "svamp_step_by_step"
+
+    rows = [json.loads(line) for line in lines[:8]]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"id": r["id"], "input": r["input"]}) + "\n" for r in rows))
+    sbs("predict", "--model", run, "--input", tmp_path / "in.jsonl", "--output", tmp_path / "labels.jsonl")
+    answers = [json.loads(line) for line in (tmp_path / "labels.jsonl").read_text().splitlines()]
+    assert [a["prediction"] for a in answers] == [r["label"] for r in rows]
+    assert all(set(a) == {"id", "prediction", "score"} and a["score"] < 0 for a in answers)
+
+    done = sbs(
+        "evaluate",
+        "--gin_file=gin_configs/runs/evaluate.gin",
+        f"--gin.CHECKPOINT_PATH={run}/checkpoints/60",
+        "--gin.SPLIT=train",
+    )
+    assert json.loads(done.stdout) == {"equation_accuracy": 100.0}
+
+
+def configure(*files, bindings=()):
+    paths = ["MODEL_DIR=/nowhere/run", "RECORDS_DIR=/nowhere/records", "INITIAL_CHECKPOINT_PATH=/nowhere/t5"]
+    names = [f"gin_configs/{file}.gin" for file in files]
+    return main.configure("train.TrainConfig", gin_files=names, bindings=[*paths, *bindings])
+
+
+EXPERIMENTS = sorted(
+    path.relative_to(ROOT / "gin_configs").with_suffix("").as_posix()
+    for path in (ROOT / "gin_configs" / "experiments").glob("[!b]*/*.gin")
+)
+METHODS = {
+    "standard_finetuning": ("label", "human", 1.0, ""),
+    "standard_distillation": ("label", "teacher", 1.0, ""),
+    "step_by_step": ("step_by_step", "human", 0.5, "predict: "),
+    "single_task_rationale": ("rationale_then_label", "human", 1.0, ""),
+}
+
+
+def test_there_is_an_experiment_for_each_dataset_and_size():
+    wanted = {f"experiments/{d}/{s}" for d in ("esnli", "anli1", "cqa", "svamp") for s in ("base", "large", "xxl")}
+    assert wanted <= set(EXPERIMENTS)
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+@pytest.mark.parametrize("method", METHODS)
+def test_every_experiment_runs_every_method(experiment, method):
+    config, text = configure(experiment, f"methods/{method}")
+    kind, source, alpha, prefix = METHODS[method]
+    assert config.mixture_or_task_name == f"{experiment.split('/')[1]}_{kind}"
+    assert (config.data.label_source, config.alpha, config.data.label_prefix) == (source, alpha, prefix)
+    # Every method sees the same number of label examples per update.
+    per_row = given(text, "EXAMPLES_PER_ROW")
+    assert config.batch_size == given(text, "EXAMPLES") * (2 if method == "step_by_step" else 1) // per_row
+    header = (ROOT / "gin_configs" / f"{experiment}.gin").read_text()
+    for word in ("sbs train", "Hardware", "Paper"):
+        assert word in header
+
+
+def given(text, macro):
+    return next(int(line.split("=")[1]) for line in text.splitlines() if line.startswith(f"{macro} ="))
+
+
+def test_bindings_override_in_order_and_text_needs_no_quotes():
+    config, text = configure(
+        "experiments/svamp/base", bindings=["SEED=3", "FRACTION=0.125", "RATIONALES=agreeing", "SEED=4"]
+    )
+    assert (config.seed, config.data.seed, config.data.fraction) == (4, 4, 0.125)
+    assert config.data.rationales == "agreeing"
+    assert config.data.records_dir == "/nowhere/records"
+    assert 'RATIONALES = "agreeing"' in text.replace("'", '"')
+
+
+def test_the_other_optimiser_replaces_the_first():
+    config, _ = configure("experiments/svamp/base", "optimizers/adafactor")
+    assert config.optimizer.__name__ == "adafactor"
+    assert float(config.learning_rate(9_999)) == pytest.approx(1e-3)
+    config, _ = configure("experiments/svamp/base")
+    assert config.optimizer.__name__ == "adamw"
+    assert float(config.learning_rate(5_000)) == pytest.approx(2.5e-5)
+
+
+@pytest.mark.parametrize(
+    ("bindings", "message"),
+    [
+        (["APLHA=0.3"], r"APLHA.*did you mean ALPHA"),
+        (["evaluate.EvaluateConfig.split='test'"], "evaluate.EvaluateConfig.split"),
+        (["train.TrainConfig.train_step=5"], "doesn't have a parameter named 'train_step'"),
+        (["train.TrainConfg.seed=5"], "TrainConfg"),
+        (["SEED"], "expected NAME=value"),
+        (["ALPHA=1.5"], "alpha is 1.5"),
+        (["MIXTURE_OR_TASK_NAME=svamp_step_by_stp"], "svamp_step_by_step"),
+        (["DATASET=swamp"], "svamp"),
+    ],
+)
+def test_mistakes_in_bindings_are_explained(bindings, message):
+    with pytest.raises(main.UsageError, match=message):
+        configure("experiments/svamp/base", bindings=bindings)
+
+
+def test_what_is_required_is_named_with_its_flag():
+    with pytest.raises(main.UsageError, match=r"--gin\.MODEL_DIR=\.\."):
+        main.configure("train.TrainConfig", gin_files=["gin_configs/experiments/svamp/base.gin"], bindings=[])
+
+
+def test_a_user_s_own_gin_file_includes_ours_from_anywhere(tmp_path):
+    mine = tmp_path / "mine.gin"
+    mine.write_text("include 'gin_configs/experiments/cqa/large.gin'\nALPHA = 0.7\nUNHEARD_OF = 1\n")
+    with pytest.raises(main.UsageError, match="UNHEARD_OF"):
+        main.configure(
+            "train.TrainConfig",
+            gin_files=[str(mine)],
+            bindings=["MODEL_DIR=/m", "RECORDS_DIR=/r", "INITIAL_CHECKPOINT_PATH=/i"],
+        )
+
+
+def test_errors_of_the_command_are_one_message_without_a_traceback(tmp_path):
+    done = sbs("train", "--gin_file=gin_configs/experiments/svamp/cpu.gin", "--gin.FRACTON=0.5", check=False)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr.startswith("sbs train:")
+    done = sbs(
+        "train",
+        "--gin_file=gin_configs/experiments/svamp/cpu.gin",
+        f"--gin.MODEL_DIR={tmp_path}/run",
+        f"--gin.RECORDS_DIR={tmp_path}/none",
+        cwd=tmp_path,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "sbs records --dataset svamp" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("command", ["records", "train", "evaluate", "predict", "report", "demo"])
+def test_every_command_has_help(command, capsys):
+    with pytest.raises(SystemExit) as end:
+        main.main([command, "--help"])
+    assert end.value.code == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"usage: sbs {command}")
+    if command in ("train", "evaluate"):
+        assert "--gin_file" in shown
+        assert "--gin.NAME=VALUE" in shown
+
+
+@pytest.mark.parametrize("flags", [["train", "--gin_fiel=x"], ["predict", "--modle", "x"], ["trian"]])
+def test_unknown_flags_and_commands_exit_with_2(flags, capsys):
+    with pytest.raises(SystemExit) as end:
+        main.main(flags)
+    assert end.value.code == 2
+    assert "usage" in capsys.readouterr().err

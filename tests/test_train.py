@@ -1,0 +1,302 @@
+"""Training from records to a graded student, resuming, and what is refused."""
+
+import dataclasses
+import json
+import math
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+import toy
+from sbs_jax import checkpoints, datasets, evaluate, partitioning, run_dir, t5, train
+
+
+@pytest.fixture(scope="module")
+def records_dir(tmp_path_factory):
+    return toy.write_records(tmp_path_factory.mktemp("records"))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, records_dir):
+    """A run of 6 steps on the mixture, its configuration and its result."""
+    config = toy.config(tmp_path_factory.mktemp("run") / "toy", records_dir)
+    return config, train.train(config, config_text="SEED = 0\n")
+
+
+def test_a_run_directory_holds_everything(finished):
+    config, result = finished
+    path = run_dir.Path(config.model_dir)
+    assert set(result) == {"train", "validation", "test"}
+    assert {p.name for p in path.iterdir()} == {
+        *("config.gin", "manifest.json", "metrics.jsonl", "tensorboard", "predictions", "checkpoints")
+    }
+    assert list((path / "tensorboard").glob("events.out.tfevents.*"))
+    lines = run_dir.read_metrics(path)
+    assert [(line["kind"], line["step"]) for line in lines] == [
+        *(("train", 2), ("validation", 3), ("train", 4), ("train", 6), ("validation", 6)),
+        ("test", checkpoints.best_step(path)),
+    ]
+    assert all(math.isfinite(value) for line in lines for key, value in line.items() if key != "kind")
+    assert lines[0]["tokens/rationale"] > lines[0]["tokens/label"] > 0
+    manifest = run_dir.read_manifest(path)
+    assert manifest["parameter_count"] == sum(math.prod(p["shape"]) for p in manifest["parameters"].values())
+    assert set(manifest["data"]["splits"]) == {"train", "validation", "test"}
+    assert manifest["versions"]["jax"] == jax.__version__
+    assert manifest["lengths"]["train"]["toy_label"]["inputs cut"] == 0
+
+
+def test_predictions_are_kept_per_evaluation(finished):
+    path = run_dir.Path(finished[0].model_dir) / "predictions"
+    best = checkpoints.best_step(path.parent)
+    names = {p.name for p in path.iterdir()}
+    assert names == {"toy_label-3.jsonl", "toy_label-6.jsonl", f"toy_label-test-{best}.jsonl"}
+    rows = [json.loads(line) for line in (path / "toy_label-6.jsonl").read_text().splitlines()]
+    assert len(rows) == 16
+    assert {"id", "input", "target", "prediction", "correct", "score"} <= set(rows[0])
+    assert rows[0]["input"].startswith("predict: ")
+
+
+def test_one_compile_per_run(tmp_path, records_dir, monkeypatch):
+    trainers = []
+    prepare = train.prepare
+
+    def recording(config):
+        trainers.append(prepare(config))
+        return trainers[-1]
+
+    monkeypatch.setattr(train, "prepare", recording)
+    train.train(toy.config(tmp_path / "run", records_dir, train_steps=4, evaluate_test=False), config_text="")
+    assert trainers[0].step._cache_size() == 1
+
+
+def test_resuming_equals_not_having_stopped(finished, tmp_path, records_dir):
+    config, _ = finished
+    stopped = dataclasses.replace(config, model_dir=str(tmp_path / "stopped"))
+    real_next = train._Window.wait_for
+    seen = []
+
+    def stop_after_four(self, batches):
+        if len(seen) == 4:
+            raise KeyboardInterrupt
+        seen.append(1)
+        return real_next(self, batches)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train._Window, "wait_for", stop_after_four)
+        with pytest.raises(KeyboardInterrupt):
+            train.train(stopped, config_text="SEED = 0\n")
+    # Steps 4 was logged after the checkpoint of step 3: the resumed run repeats it, and its line stands once.
+    train.train(stopped, config_text="SEED = 0\n")
+    lines = [run_dir.read_metrics(c.model_dir) for c in (config, stopped)]
+    places = [[(line["kind"], line["step"]) for line in of_run] for of_run in lines]
+    assert places[0] == places[1]
+    for whole, resumed in zip(*lines, strict=True):
+        for name in set(whole) - {"tokens_per_second", "seconds_per_step", "data_wait_share"}:
+            if whole["step"] != 4:  # its window began at the checkpoint
+                assert whole[name] == resumed[name], name
+    like = train.prepare(config).abstract.parameters
+    final = [
+        checkpoints.load_parameters(run_dir.Path(c.model_dir) / "checkpoints" / "6", like=like)
+        for c in (config, stopped)
+    ]
+    for name in like:
+        np.testing.assert_array_equal(final[0][name], final[1][name], err_msg=name)
+
+
+def test_a_finished_run_is_not_repeated(finished):
+    config, result = finished
+    before = run_dir.read_metrics(config.model_dir)
+    assert train.train(config, config_text="SEED = 0\n") == result
+    assert run_dir.read_metrics(config.model_dir) == before
+
+
+def test_another_configuration_is_refused_with_the_difference(finished):
+    config, _ = finished
+    with pytest.raises(FileExistsError, match=r"(?s)another configuration.*-SEED = 0.*\+SEED = 1"):
+        train.train(dataclasses.replace(config, seed=1), config_text="SEED = 1\n")
+
+
+def test_a_directory_with_other_contents_is_refused(tmp_path, records_dir):
+    (tmp_path / "holiday.jpg").write_text("")
+    with pytest.raises(FileExistsError, match="holiday.jpg"):
+        train.train(toy.config(tmp_path, records_dir), config_text="")
+
+
+def test_the_best_checkpoint_is_kept_and_ties_go_to_the_earliest(tmp_path):
+    best = None
+    with checkpoints.Checkpoints(tmp_path, keep=1) as saver:
+        for step, value in enumerate([10.0, 30.0, 30.0, 20.0, 25.0], start=1):
+            if best is None or value > best["validation"]:
+                best = {"step": step, "validation": value}
+            array = {"w": jax.numpy.full((2,), step)}
+            saver.save(step, parameters=array, optimizer=array, metadata={"best": best}, validation=value)
+    assert checkpoints.steps(tmp_path) == [2, 5]
+    assert checkpoints.best_step(tmp_path) == 2
+    assert checkpoints.locate(tmp_path) == (tmp_path, 2)
+
+
+def test_a_run_starts_from_another_run_s_parameters(finished, tmp_path, records_dir):
+    config, _ = finished
+    start = toy.config(tmp_path / "next", records_dir, initial_checkpoint_path=config.model_dir)
+    trainer = train.prepare(start)
+    state = train.initial_state(start, trainer)
+    best = checkpoints.best_step(config.model_dir)
+    like = trainer.abstract.parameters
+    want = checkpoints.load_parameters(f"{config.model_dir}/checkpoints/{best}", like=like)
+    fresh = t5.init(config.model, seed=start.seed)[1]
+    for name in want:
+        np.testing.assert_array_equal(state.parameters[name], want[name])
+    assert not np.array_equal(fresh["logits_dense/kernel"], want["logits_dense/kernel"])
+    assert int(state.step) == 0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_parameters_travel_through_an_npz(tmp_path, dtype):
+    parameters = t5.init(toy.MODEL, seed=3)[1]
+    checkpoints.save_npz(tmp_path / "student.npz", parameters, dtype=dtype)
+    like = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for name, x in parameters.items()}
+    back = checkpoints.load_parameters(tmp_path / "student.npz", like=like)
+    for name, x in parameters.items():
+        np.testing.assert_array_equal(back[name], np.asarray(x).astype(dtype).astype(np.float32))
+
+
+def test_a_checkpoint_of_another_architecture_is_refused(finished, tmp_path, records_dir):
+    config, _ = finished
+    changed = {
+        "wider": dataclasses.replace(toy.MODEL, emb_dim=48),
+        "deeper": dataclasses.replace(toy.MODEL, num_decoder_layers=2),
+        "v1.0": dataclasses.replace(toy.MODEL, mlp_activations=("relu",), logits_via_embedding=True),
+    }
+    says = {"wider": r"shapes differ .*checkpoint \(.*32.*\), model \(.*48", "deeper": "missing", "v1.0": "left over"}
+    for name, model in changed.items():
+        other = toy.config(tmp_path, records_dir, model=model, initial_checkpoint_path=config.model_dir)
+        with pytest.raises(ValueError, match=r"(?s)another architecture.*" + says[name]):
+            train.initial_state(other, train.prepare(other))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 12}, "does not divide over 8"),
+        ({"batch_size": 8, "micro_batches": 3}, "does not divide into 3"),
+        ({"alpha": 1.5}, "alpha is 1.5"),
+        ({"train_steps": 0}, "train_steps is 0"),
+        ({"clip_norm": 0.0}, "clip_norm 0.0"),
+        ({"mesh": partitioning.MeshShape(data=3, fsdp=1, tensor=1)}, "does not fit 8 devices"),
+        ({"mixture_or_task_name": "toy_step_by_stpe"}, "toy_step_by_step"),
+        ({"mixture_or_task_name": "toy_rationale"}, "rationales alone"),
+    ],
+)
+def test_impossible_configurations_fail_before_anything_is_written(tmp_path, records_dir, changes, message):
+    with pytest.raises(ValueError, match=message):
+        train.train(toy.config(tmp_path / "run", records_dir, **changes), config_text="")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, records_dir):
+    config = toy.config(tmp_path / "run", records_dir, learning_rate=optax.constant_schedule(1e30), clip_norm=None)
+    with pytest.raises(FloatingPointError, match="not finite"):
+        train.train(config, config_text="")
+
+
+@pytest.mark.parametrize("optimizer", [optax.adamw, optax.adafactor])
+def test_optimisers_train_on_a_sharded_mesh_like_on_one_device(tmp_path, records_dir, optimizer):
+    mesh = partitioning.MeshShape(data=2, fsdp=2, tensor=2)
+    datasets.configure(toy.options(records_dir))
+    losses = []
+    for shape in (partitioning.MeshShape(data=-1, fsdp=1, tensor=1), mesh):
+        config = toy.config(
+            tmp_path,
+            records_dir,
+            mesh=shape,
+            optimizer=optimizer,
+            model=dataclasses.replace(toy.MODEL, dropout_rate=0.0),
+        )
+        trainer = train.prepare(config)
+        state = train.initial_state(config, trainer)
+        batches = train.features.train_dataset(
+            "toy_step_by_step",
+            lengths=config.task_feature_lengths,
+            split="train",
+            batch_size=8,
+            pack=False,
+            seed=0,
+            skip_batches=0,
+        )
+        losses.append([])
+        for _, batch in zip(range(4), batches, strict=False):
+            state, metrics = trainer.step(state, partitioning.put_batch(trainer.mesh, batch))
+            losses[-1].append(float(metrics["loss"]))
+    np.testing.assert_allclose(losses[0], losses[1], rtol=2e-4)
+    assert losses[0][-1] < losses[0][0]
+
+
+def test_rsqrt_schedule():
+    schedule = train.rsqrt_schedule(peak=0.1, warmup_steps=100)
+    assert [float(schedule(step)) for step in (0, 100, 400, 10_000)] == pytest.approx([0.1, 0.1, 0.05, 0.01])
+
+
+def test_rows_per_update_counts_examples_of_every_task(records_dir):
+    datasets.configure(toy.options(records_dir))
+    assert train.rows_per_update(mixture_or_task_name="toy_step_by_step", examples=64, examples_per_row=1) == 128
+    assert train.rows_per_update(mixture_or_task_name="toy_label", examples=64, examples_per_row=4) == 16
+
+
+def test_an_evaluation_that_scores_nothing_and_never_says_a_label_raises_an_alarm(tmp_path, records_dir, caplog):
+    config = toy.config(tmp_path / "run", records_dir)
+    datasets.configure(config.data)
+    trainer = train.prepare(config)
+    # All logits are 0, so every answer is empty.
+    zero = {name: jax.numpy.zeros(leaf.shape, leaf.dtype) for name, leaf in trainer.abstract.parameters.items()}
+    result = train._evaluator(config, trainer, split="validation").run(zero)
+    assert result.metrics["accuracy"] == 0.0
+    assert "none of 16 predictions is a possible label" in caplog.text
+
+
+def test_evaluate_and_predict_use_the_saved_configuration(finished, tmp_path, records_dir):
+    config, result = finished
+    out = tmp_path / "out"
+    metrics = evaluate.evaluate(
+        evaluate.EvaluateConfig(
+            checkpoint_path=config.model_dir,
+            split="test",
+            mixture_or_task_name=None,
+            records_dir=None,
+            batch_size=3,
+            max_decode_length=None,
+            output_dir=str(out),
+            mesh=config.mesh,
+        )
+    )
+    assert metrics["accuracy"] == result["test"]["accuracy"]
+    best = checkpoints.best_step(config.model_dir)
+    graded = [json.loads(line) for line in (out / f"toy_label-test-{best}.jsonl").read_text().splitlines()]
+    inputs = tmp_path / "in.jsonl"
+    inputs.write_text(
+        "".join(json.dumps({"id": row["id"], "input": row["input"].removeprefix("predict: ")}) + "\n" for row in graded)
+    )
+    count = evaluate.predict(
+        config.model_dir, input_path=inputs, output_path=tmp_path / "out.jsonl", objective="label", batch_size=5
+    )
+    predicted = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert count == len(predicted) == 16
+    for row, answer in zip(graded, predicted, strict=True):
+        assert (row["id"], row["prediction"]) == (answer["id"], answer["prediction"])
+        assert answer["score"] == pytest.approx(row["score"], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"id": "a", "input": "x"}\n{"id": "b"\n', "in.jsonl:2: not JSON"),
+        ('{"id": 1, "input": "x"}\n', "in.jsonl:1: expected"),
+        ('{"id": "a", "input": "x"}\n\n{"id": "a", "input": "y"}\n', "in.jsonl:3: id 'a' stands in line 1"),
+    ],
+)
+def test_bad_inputs_of_predict_name_file_and_line(tmp_path, text, message):
+    path = tmp_path / "in.jsonl"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        list(evaluate.read_inputs(path))
