@@ -97,7 +97,7 @@ class Checkpoints:
         self._manager.close()
 
 
-def _rank(metrics: Any) -> tuple[float, int]:
+def _rank(metrics: Any) -> Any:
     """Of equals the earliest is best: more training that brought nothing is not preferred."""
     return metrics["validation"], -metrics["step"]
 
@@ -165,7 +165,8 @@ def load_parameters(path: str | Path, *, like: Mapping[str, jax.ShapeDtypeStruct
 
 def save_npz(path: str | Path, parameters: t5.Parameters, *, dtype: str) -> None:
     """Writes parameters as one `.npz` of the given float type (the form of the embedded student)."""
-    np.savez_compressed(path, **{name: np.asarray(x).astype(dtype) for name, x in sorted(parameters.items())})
+    arrays = {name: np.asarray(x).astype(dtype) for name, x in sorted(parameters.items())}
+    np.savez_compressed(path, allow_pickle=False, **arrays)
 
 
 def _check_same(

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -51,7 +51,7 @@ class MeshShape:
         return sizes
 
 
-def make_mesh(shape: MeshShape, *, devices: list[jax.Device] | None = None) -> Mesh:
+def make_mesh(shape: MeshShape, *, devices: Sequence[Any] | None = None) -> Mesh:
     """Mesh over all devices (or those given), axes data, fsdp, tensor."""
     devices = jax.devices() if devices is None else devices
     sizes = shape.sizes(len(devices))

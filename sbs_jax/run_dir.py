@@ -18,8 +18,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import tensorflow as tf
-
 _REPORTED = (
     *("sbs-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "seqio", "tensorflow", "tensorflow-text"),
     *("tensorflow-datasets", "sentencepiece", "numpy"),
@@ -38,7 +36,9 @@ class RunDir:
         self.path.mkdir(parents=True, exist_ok=True)
         self._refuse_another_configuration()
         _replace(self.path / "config.gin", self._config_text)
-        self._events = tf.summary.create_file_writer(str(self.path / "tensorboard"))
+        from tensorboard.summary import Writer  # seconds of import, which readers of a run need not wait for
+
+        self._events = Writer(str(self.path / "tensorboard"))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -78,9 +78,8 @@ class RunDir:
         line = json.dumps({"kind": kind, "step": step, **values})
         with self._metrics.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
-        with self._events.as_default():
-            for name, value in values.items():
-                tf.summary.scalar(f"{kind}/{name}", value, step=step)
+        for name, value in values.items():
+            self._events.add_scalar(f"{kind}/{name}", value, step)
         self._events.flush()
 
     def metrics(self) -> list[dict[str, Any]]:

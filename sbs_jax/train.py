@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tqdm
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from sbs_jax import checkpoints, datasets, evaluate, features, losses, partitioning, run_dir, t5
 
@@ -286,7 +286,7 @@ def train(config: TrainConfig, *, config_text: str) -> dict[str, dict[str, Any]]
             progress.update()
             last = step == config.train_steps
             if step % config.log_period == 0 or last:
-                values = window.close() | {"learning_rate": float(config.learning_rate(step - 1))}
+                values = window.close() | {"learning_rate": float(np.asarray(config.learning_rate(step - 1)))}
                 _stop_on_non_finite(values, step=step)
                 run.log("train", step, values)
                 progress.set_postfix_str(f"loss {values['loss']:.3f} {values['tokens_per_second']:.0f} tokens/s")

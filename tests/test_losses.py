@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 import toy
+
 from sbs_jax import losses, partitioning, t5, train
 from sbs_jax.losses import LABEL, RATIONALE
 
