@@ -183,6 +183,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     parser = argparse.ArgumentParser(
         prog="sbs",
         description="Distilling step-by-step: train a small T5 on labels and rationales of a large model.",
+        epilog="sbs COMMAND --help tells the flags of a command. Ready configurations: gin_configs/experiments/.",
     )
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands = {}
@@ -204,7 +205,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
             sub.add_argument(
                 "--gin_search_paths", default="", metavar="DIRS", help="comma-separated folders to look for gin files"
             )
-            sub.add_argument("--gin.NAME=VALUE", dest="_", help="override a macro or parameter; repeat")
+            sub.add_argument("--gin.NAME=VALUE", dest="_", metavar="", help="override a macro or parameter; repeat")
         sub.set_defaults(run=run)
         commands[name] = sub
         return sub

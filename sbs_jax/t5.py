@@ -436,8 +436,8 @@ class Decoder(nnx.Module):
 
 
 def same_segment(queries_BT: Int[Array, "B T"], keys_BS: Int[Array, "B S"]) -> Bool[Array, "B T S"]:
-    """Which pairs belong to the same example; padding (segment 0) is never a key."""
-    return (queries_BT[:, :, None] == keys_BS[:, None, :]) & (keys_BS[:, None, :] > 0)
+    """Which pairs belong to the same example. Padding (segment 0) sees padding alone, and nothing else sees it."""
+    return queries_BT[:, :, None] == keys_BS[:, None, :]
 
 
 def _mask_bias(visible: Bool[Array, "B T S"]) -> Float[Array, "B 1 T S"]:
