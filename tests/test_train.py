@@ -289,6 +289,28 @@ def test_evaluate_and_predict_use_the_saved_configuration(finished, tmp_path, re
         assert answer["score"] == pytest.approx(row["score"], rel=1e-4)
 
 
+def test_rationales_are_asked_for_with_their_own_prefix(finished, tmp_path, monkeypatch):
+    config, _ = finished
+    asked = []
+    encode = evaluate.features.encode_inputs
+
+    def recording(texts, **kwargs):
+        asked.extend(texts)
+        return encode(texts, **kwargs)
+
+    monkeypatch.setattr(evaluate.features, "encode_inputs", recording)
+    (tmp_path / "in.jsonl").write_text('{"id": "one", "input": "a b c"}\n')
+    answers = {}
+    for objective in ("label", "rationale"):
+        out = tmp_path / f"{objective}.jsonl"
+        evaluate.predict(
+            config.model_dir, input_path=tmp_path / "in.jsonl", output_path=out, objective=objective, batch_size=8
+        )
+        answers[objective] = json.loads(out.read_text())
+    assert asked == ["predict: a b c", "explain: a b c"]
+    assert answers["label"]["id"] == answers["rationale"]["id"] == "one"
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
