@@ -1,0 +1,161 @@
+"""Our side of scripts/bench.py: the step of `sbs train` on packed rows, through the project's own pipeline.
+
+Writes the model's shape and the examples of every batch to a file, from which the peer does the same work.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from sbs_jax import bench
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+RELEASE = SHARED / "data" / "dss"
+VOCABULARY = SHARED / "vocab" / "t5" / "sentencepiece.model"
+EXAMPLES = 16  # of each task
+# Rows that hold 32 examples of SVAMP with little padding; other shapes: docs/speed.md.
+ROWS, LENGTHS = 5, {"inputs": 320, "targets": 192}
+DIFFERENT_BATCHES = 8
+COMPILED = "/jax/core/compile/backend_compile_duration"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--work", required=True)
+    arguments = parser.parse_args()
+    stream = bench.protocol()
+    bench.use_threads(arguments.threads)
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    import jax
+
+    from sbs_jax import datasets, features, main, partitioning, train
+
+    with tempfile.TemporaryDirectory() as folder:
+        source = write_records(Path(folder))
+        bindings = {
+            "DATASET": "svamp",
+            "RECORDS_DIR": folder,
+            "MODEL_DIR": folder,
+            "VOCABULARY": str(VOCABULARY) if VOCABULARY.is_file() else "byte",
+            "TASK_FEATURE_LENGTHS": LENGTHS,
+            "EXAMPLES": EXAMPLES,
+            "PACK": True,
+            "EXAMPLES_PER_ROW": 2 * EXAMPLES / ROWS,
+            "TRAIN_STEPS": 100_000,
+            "LEARNING_RATE": 5e-5,
+        }
+        config, _ = main.configure(
+            "train.TrainConfig",
+            gin_files=[
+                "gin_configs/runs/train.gin",
+                f"gin_configs/models/{arguments.model}.gin",
+                "gin_configs/methods/step_by_step.gin",
+            ],
+            bindings=[f"{name}={value}" for name, value in bindings.items()],
+        )
+        datasets.configure(config.data)
+        batches = first_batches(
+            features.train_dataset(
+                config.mixture_or_task_name,
+                lengths=config.task_feature_lengths,
+                split=datasets.TRAIN,
+                batch_size=config.batch_size,
+                pack=config.pack,
+                seed=config.seed,
+                skip_batches=0,
+            )
+        )
+    work = {
+        "model": dataclasses.asdict(config.model),
+        "alpha": config.alpha,
+        "clip_norm": config.clip_norm,
+        "learning_rate": bindings["LEARNING_RATE"],
+        "batches": [bench.unpacked(batch) for batch in batches],
+    }
+    Path(arguments.work).write_text(json.dumps(work), "utf-8")
+    tokens = [features.count_tokens(batch) for batch in batches]
+
+    compiles: list[float] = []
+
+    def listen(event: str, seconds: float, **_: Any) -> None:
+        if event == COMPILED:
+            compiles.append(seconds)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    trainer = train.prepare(config)
+    state = jax.block_until_ready(train.initial_state(config, trainer))
+    compiles.clear()
+
+    def step(index: int) -> int:
+        nonlocal state
+        batch = partitioning.put_batch(trainer.mesh, batches[index % len(batches)])
+        state, metrics = jax.block_until_ready(trainer.step(state, batch))
+        assert len(compiles) == 1, f"After step {index} the number of compilations is {len(compiles)}; expected 1."
+        return tokens[index % len(batches)]
+
+    step(0)
+    ready = {
+        "data": source,
+        "parameters": sum(x.size for x in jax.tree.leaves(state.parameters)),
+        "examples per step": 2 * EXAMPLES,
+        "tokens per step": statistics.mean(tokens),
+        "rows": f"{ROWS} of {LENGTHS}",
+        "compile seconds": round(compiles[0], 1),
+    }
+    bench.serve(step, ready=ready, stream=stream)
+
+
+def first_batches(batches: Any) -> list[Any]:
+    """The first batches with exactly 16 examples of each task: a packed one may hold a few more or less."""
+    found: list[Any] = []
+    for batch in batches:
+        tasks = [task for _, _, task in bench.unpacked(batch)]
+        if tasks.count(1) == tasks.count(2) == EXAMPLES:
+            found.append(batch)
+            if len(found) == DIFFERENT_BATCHES:
+                break
+    return found
+
+
+def write_records(folder: Path) -> str:
+    """Writes the records of SVAMP, or, without the release, texts of the same lengths; returns which."""
+    import numpy as np
+    import tasks  # noqa: F401  (registers the datasets)
+    from sbs_jax import datasets, records, release
+
+    if RELEASE.is_dir() and VOCABULARY.is_file():
+        release.import_release(datasets.get("svamp"), release_dir=RELEASE, records_dir=folder, parser="strict")
+        return "SVAMP, T5's vocabulary"
+    # One byte is one token: numbers of characters are what docs/lengths.md has in tokens, less prefix and EOS.
+    random = np.random.default_rng(0)
+
+    def text(*, mean: float, spread: float, least: int, most: int) -> str:
+        return "x" * int(np.clip(random.normal(mean, spread), least, most))
+
+    rows = [
+        records.Record(
+            id=f"svamp-{number}",
+            input=text(mean=33, spread=10, least=12, most=73),
+            label=text(mean=10, spread=3, least=5, most=18),
+            teacher_text="",
+            rationale=text(mean=38, spread=20, least=8, most=98),
+            teacher_label="0",
+            outcome=records.OK,
+        )
+        for number in range(800)
+    ]
+    (folder / "svamp").mkdir()
+    records.write_records(folder / "svamp" / "train.jsonl", rows)
+    return "random text of the lengths of SVAMP, bytes as tokens"
+
+
+if __name__ == "__main__":
+    main()
