@@ -141,7 +141,19 @@ class Dense(nnx.Module):
         self.dtype = dtype
 
     def __call__(self, x: Float[Array, "*lead I"]) -> Float[Array, "*lead O"]:
-        return jnp.matmul(x.astype(self.dtype), self.kernel[...].astype(self.dtype))
+        return _matmul(x.astype(self.dtype), self.kernel[...].astype(self.dtype))
+
+
+def _matmul(
+    x: Float[Array, "*lead I"], kernel_IO: Float[Array, "I O"], *, dtype: Any = None
+) -> Float[Array, "*lead O"]:
+    """`x @ kernel`, in `dtype` if given and else in theirs; the rows of all leading axes in one.
+
+    Over several leading axes XLA for CPU computes the kernel's gradient from a transposed copy, and recomputes into it,
+    column by column, whatever the copied value comes from: a third of a training step (docs/speed.md).
+    """
+    y = jnp.matmul(x.reshape(-1, x.shape[-1]), kernel_IO, preferred_element_type=dtype)
+    return y.reshape(*x.shape[:-1], kernel_IO.shape[-1])
 
 
 class RelativePositionBias(nnx.Module):
@@ -556,7 +568,7 @@ class T5(nnx.Module):
             table_DV = self.token_embedder.embedding[...].T
         else:
             table_DV = self.logits_dense.kernel[...]
-        return jnp.matmul(y_BTD, table_DV.astype(y_BTD.dtype), preferred_element_type=jnp.float32)
+        return _matmul(y_BTD, table_DV.astype(y_BTD.dtype), dtype=jnp.float32)
 
 
 def _fold(key: Key[Array, ""] | None, number: int) -> Key[Array, ""] | None:
