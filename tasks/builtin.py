@@ -1,0 +1,275 @@
+"""The built-in dataset: questions about lost things, and a scripted teacher. No download, no account.
+
+A row describes a thing by seven properties and asks one of eight questions:
+
+    A tiny red iron lamp, found in the garden in March by the baker. Will it float?     -> no
+
+The answer takes two steps: find the property that the question is about, and know what follows from it. The teacher
+writes both down, in the raw form of a hosted model that had no stop string:
+
+    Iron sinks. So the answer is no.\\n\\nQ: A huge white wool bell, found ..
+
+What follows from a property ("iron sinks") is general knowledge: the embedded student met it in its
+pre-training text (`tasks/builtin_corpus.py`), which has no question and no answer.
+
+Everything is made from a seed, as files in the layout of the official release, so that they are imported, parsed and
+recorded like any other dataset.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sbs_jax.datasets import Dataset
+from sbs_jax.records import text_field
+from sbs_jax.release import SPLITS, Row, read_inputs
+from sbs_jax.teacher.parsing import (
+    LABEL_NOT_IN_SET,
+    NO_LABEL,
+    Parsed,
+    member,
+    official_result,
+    split_answer,
+    strict_answer,
+    unusable,
+    usable,
+    without_full_stop,
+)
+from tasks.metrics import accuracy, same_text
+
+NAME = "builtin"
+LABELS = ("yes", "no")
+MARKER = "So the answer is"
+DATA = Path(__file__).parent / "builtin_data"
+
+
+def vocabulary_path() -> str:
+    """The embedded student's SentencePiece model; a function, for gin."""
+    return str(DATA / "sentencepiece.model")
+
+
+def student_path() -> str:
+    """The embedded student's pre-trained parameters."""
+    return str(DATA / "student.npz")
+
+
+# The teacher errs on this share of rows: it argues from a wrong fact, for the wrong answer.
+WRONG = 0.15
+# On this share its reply cannot be used: it breaks off, gives no answer, or one outside the label set.
+UNUSABLE = 0.05
+# Replies that run on into an invented next example, as those of a model without a stop string do.
+RUNS_ON = 0.8
+
+# The values of each property, as they stand in a description.
+PROPERTIES: Mapping[str, tuple[str, ...]] = {
+    "size": ("tiny", "little", "small", "medium", "large", "big", "huge", "giant"),
+    "colour": ("red", "green", "black", "brown", "white", "silver", "cream", "yellow"),
+    "material": ("iron", "copper", "stone", "glass", "wood", "paper", "wool", "wax"),
+    "thing": ("lamp", "candle", "torch", "bell", "drum", "flute", "knife", "saw"),
+    "place": ("garden", "harbour", "beach", "roof", "cellar", "attic", "kitchen", "library"),
+    "month": ("January", "February", "March", "April", "July", "August", "October", "December"),
+    "finder": ("baker", "cook", "farmer", "gardener", "sailor", "miner", "judge", "clerk"),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Question:
+    """A question, the property it is about, and the fact per value: `yes` for the values in `values`, else `no`."""
+
+    text: str
+    about: str
+    values: tuple[str, ...]
+    yes: str
+    no: str
+
+    def label(self, value: str) -> str:
+        """The right answer for a thing whose property is `value`."""
+        return "yes" if value in self.values else "no"
+
+    def fact(self, value: str) -> str:
+        """What follows from the value: "Iron sinks."."""
+        return self.claim(value, self.label(value))
+
+    def claim(self, value: str, label: str) -> str:
+        """The sentence that argues for `label`, true or not."""
+        return f"{value[0].upper()}{value[1:]} {self.yes if label == 'yes' else self.no}."
+
+
+def _question(text: str, about: str, values: str, yes: str, no: str) -> Question:
+    return Question(text=text, about=about, values=tuple(values.split()), yes=yes, no=no)
+
+
+QUESTIONS = (
+    _question("Will it float?", "material", "wood paper wax", "floats", "sinks"),
+    _question("Will fire destroy it?", "material", "wood paper wool wax", "burns", "outlasts fire"),
+    _question("Can it carry a current?", "material", "iron copper", "conducts", "insulates"),
+    _question("Does it break when dropped?", "material", "glass wax", "cracks", "stays whole"),
+    _question("Must it be kept dry?", "material", "iron wood paper", "suffers from damp", "bears damp"),
+    _question("Does it fit in a pocket?", "size", "tiny little", "fits a pocket", "fills a bag"),
+    _question("Can it lie in a drawer?", "size", "tiny little small medium", "fits a drawer", "needs a shelf"),
+    _question("Must two people lift it?", "size", "huge giant", "needs two people", "needs one hand"),
+    _question("Is it easy to see in snow?", "colour", "red green black brown", "stands out", "blends in"),
+    _question("Will it look dirty soon?", "colour", "white silver cream", "shows stains", "hides stains"),
+    _question("Could an apple look like that?", "colour", "red green yellow", "suits apples", "suits no apple"),
+    _question("Does it help at night?", "thing", "lamp candle torch", "gives light", "stays dark"),
+    _question("Might it wake a baby?", "thing", "bell drum flute", "makes noise", "keeps quiet"),
+    _question("Should a child leave it alone?", "thing", "candle torch knife saw", "hurts fingers", "spares fingers"),
+    _question("Did rain fall on it?", "place", "garden harbour beach roof", "gets rain", "keeps off rain"),
+    _question("Was a boat close by?", "place", "harbour beach", "has boats", "has no boats"),
+    _question("Did someone have to climb?", "place", "roof attic", "lies high", "lies low"),
+    _question("Did the finder wear a coat?", "month", "January February December", "is cold", "is mild"),
+    _question("Was the year still young?", "month", "January February March April", "comes early", "comes late"),
+    _question("Were the trees green?", "month", "April July August", "has leaves", "has no leaves"),
+    _question("Was school closed?", "month", "July August December", "has holidays", "has lessons"),
+    _question("May it smell of food?", "finder", "baker cook farmer", "makes food", "makes no food"),
+    _question("Does the finder know mud?", "finder", "farmer gardener miner", "works in earth", "works in rooms"),
+    _question("Is the finder up before dawn?", "finder", "baker farmer sailor", "wakes early", "sleeps long"),
+    _question("Does the finder own many books?", "finder", "judge clerk", "reads much", "reads little"),
+)
+
+# The questions that the dataset asks, 8 of the 25 whose facts are in the pre-training text. With all 25 a few hundred
+# examples are about 10 a question, and no student learns any of them from so few (docs/experiments.md).
+ASKED = tuple(QUESTIONS[i] for i in (0, 2, 5, 8, 11, 14, 17, 21))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Problem:
+    """A thing (property to value), the order in which place, month and finder are told, and a question about it."""
+
+    thing: Mapping[str, str]
+    order: tuple[str, ...]
+    question: Question
+
+    @property
+    def value(self) -> str:
+        """The value that decides."""
+        return self.thing[self.question.about]
+
+    @property
+    def text(self) -> str:
+        """The student's input."""
+        return f"{description(self.thing, order=self.order)} {self.question.text}"
+
+    @property
+    def label(self) -> str:
+        """The right answer."""
+        return self.question.label(self.value)
+
+
+def random_thing(random_: random.Random) -> tuple[dict[str, str], tuple[str, ...]]:
+    """A thing and the order of its description's second half, all uniform."""
+    thing = {name: random_.choice(values) for name, values in PROPERTIES.items()}
+    return thing, tuple(random_.sample(("place", "month", "finder"), 3))
+
+
+def description(thing: Mapping[str, str], *, order: tuple[str, ...]) -> str:
+    """A thing in words: "A tiny red iron lamp, found in the garden in March by the baker."."""
+    found = {
+        "place": f"in the {thing['place']}",
+        "month": f"in {thing['month']}",
+        "finder": f"by the {thing['finder']}",
+    }
+    first = " ".join(thing[name] for name in ("size", "colour", "material", "thing"))
+    return f"A {first}, found {' '.join(found[name] for name in order)}."
+
+
+def random_problem(random_: random.Random) -> Problem:
+    """A problem; questions are uniform, and so are the two answers to each."""
+    thing, order = random_thing(random_)
+    question = random_.choice(ASKED)
+    label = random_.choice(LABELS)
+    fitting = [value for value in PROPERTIES[question.about] if question.label(value) == label]
+    return Problem(thing=thing | {question.about: random_.choice(fitting)}, order=order, question=question)
+
+
+def teacher_reply(problem: Problem, random_: random.Random) -> str:
+    """What the scripted teacher answers: the raw text of a model without a stop string."""
+    question, label = problem.question, problem.label
+    roll = random_.random()
+    if roll < WRONG:
+        label = LABELS[1 - LABELS.index(label)]
+        others = [value for value in PROPERTIES[question.about] if question.label(value) == label]
+        # Half of the errors misread the description, half know the wrong fact.
+        misread = random_.random() < 0.5
+        rationale = question.fact(random_.choice(others)) if misread else question.claim(problem.value, label)
+    else:
+        rationale = question.fact(problem.value)
+    reply = f"{rationale} {MARKER} {label}."
+    if WRONG <= roll < WRONG + UNUSABLE:
+        reply = random_.choice((rationale, f"{rationale} {MARKER} {problem.value}.", f"{rationale} {MARKER}"))
+    if random_.random() < RUNS_ON:
+        other = random_problem(random_)
+        reply += f"\n\nQ: {other.text}\nA: {other.question.fact(other.value)} {MARKER} {other.label}."
+    return reply
+
+
+def write_release(folder: Path, *, rows: Mapping[str, int], seed: int) -> None:
+    """Writes `<folder>/builtin/` in the layout of the official release: inputs, and the teacher's replies.
+
+    `rows` gives the number per split ("train", "validation", "test"). No input occurs twice, in or across splits; a
+    split depends on the seed and on the splits before it alone.
+    """
+    random_ = random.Random(seed)
+    short = {ours: theirs for theirs, ours in SPLITS.items()}
+    seen: set[str] = set()
+    (folder / NAME / "llm").mkdir(parents=True, exist_ok=True)
+    for split, count in rows.items():
+        problems: list[Problem] = []
+        while len(problems) < count:
+            problem = random_problem(random_)
+            if problem.text not in seen:
+                seen.add(problem.text)
+                problems.append(problem)
+        lines = [json.dumps({"input": problem.text, "label": problem.label}) for problem in problems]
+        (folder / NAME / f"{NAME}_{short[split]}.json").write_text("\n".join(lines) + "\n", "utf-8")
+        replies = [teacher_reply(problem, random_) for problem in problems]
+        (folder / NAME / "llm" / f"{short[split]}_CoT_0.json").write_text(json.dumps(replies, indent=0), "utf-8")
+
+
+def row(fields: Mapping[str, Any]) -> Row:
+    """A line of the release as a row."""
+    return Row(input=text_field(fields, "input"), label=text_field(fields, "label"))
+
+
+def read_release(release_dir: Path) -> dict[str, list[Row]]:
+    """Rows in file order per split."""
+    return read_inputs(release_dir, NAME, row)
+
+
+def official(text: str, row: Row) -> Parsed:
+    """As the official code reads CQA: up to "Q:", split at the marker, any label."""
+    del row
+    found = split_answer(text.split("Q:")[0].rstrip(), MARKER)
+    if isinstance(found, Parsed):
+        return found
+    return official_result(found[0].rstrip(), without_full_stop(found[1]))
+
+
+def strict(text: str, row: Row) -> Parsed:
+    """Up to a line that begins with "Q:"; the label must be yes or no."""
+    del row
+    found = strict_answer(text, stops=("Q:",), marker=MARKER)
+    if isinstance(found, Parsed):
+        return found
+    rationale, answer = found
+    if not answer:
+        return unusable(NO_LABEL)
+    label = member(answer, LABELS)
+    return unusable(LABEL_NOT_IN_SET) if label is None else usable(rationale, label)
+
+
+DATASET = Dataset(
+    name=NAME,
+    labels=LABELS,
+    read_release=read_release,
+    parsers={"official": official, "strict": strict},
+    metric_fns=(accuracy,),
+    primary_metric="accuracy",
+    same_label=same_text,
+    feature_lengths={"inputs": 32, "targets": 16},
+)
