@@ -127,7 +127,7 @@ def train_all(plans: list[Plan]) -> Iterator[tuple[Plan, dict[str, Any], float]]
 
 def _start_worker() -> None:
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_ONE_THREAD}".strip()
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    command_line.import_tensorflow()
 
 
 def train_one(plan: Plan) -> tuple[dict[str, Any], float]:
@@ -158,9 +158,10 @@ def _report(folder: Path, plans: list[Plan], *, teacher_accuracy: float) -> None
     from sbs_jax import report
     from tasks import builtin
 
+    wrong, unusable = 100 * builtin.WRONG, 100 * builtin.UNUSABLE
     notes = (
         f"Questions about lost things, {ROWS['train']:,} for training, and a scripted teacher that argues for the wrong "
-        f"answer on {100 * builtin.WRONG:g} % of them and gives an unusable reply on {100 * builtin.UNUSABLE:g} %.",
+        f"answer on {wrong:g} % of them and gives an unusable reply on {unusable:g} %.",
         "Both methods start from the same pre-trained student of 0.25 million parameters and see the same label "
         "examples for the same number of updates. How the problems were chosen: docs/experiments.md.",
     )

@@ -135,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         bindings.append(f"{match[1]}={match[2]}")
     _log_to_stderr()
     try:
-        _import_tensorflow()
+        import_tensorflow()
         # SeqIO and Orbax log through absl, at length.
         absl.logging.set_verbosity(absl.logging.ERROR)
         if takes_gin:
@@ -158,7 +158,7 @@ def _log_to_stderr() -> None:
     logger.setLevel(logging.INFO)
 
 
-def _import_tensorflow() -> None:
+def import_tensorflow() -> None:
     """Imports TensorFlow without what it prints about devices that it must not use (they are JAX's) and cannot mute."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     sys.stderr.flush()

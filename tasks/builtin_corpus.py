@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import collections
 import io
+import itertools
 import math
 import random
 import re
@@ -86,7 +87,7 @@ def vocabulary(*, seed: int) -> bytes:
     """A SentencePiece model whose pieces are the words of the project's text, upper and lower case alike.
 
     Other words are spelled, so that no text of letters, digits and common signs is unknown. SentencePiece's own
-    training prefers parts of words here (it keeps few whole ones of so small a text), hence the pieces are set after it.
+    training prefers parts of words here (it keeps few whole ones of so small a text), so the pieces are set after it.
     """
     random_ = random.Random(seed)
     texts = ["predict: explain: yes no Answer:"] * 100
@@ -112,9 +113,8 @@ def vocabulary(*, seed: int) -> bytes:
     for word, count in counts.most_common():
         score = math.log(count / counts.total())
         model.pieces.add(piece=f"▁{word}" if word.isalpha() else word, score=score)
-    for character in sorted(
-        {*"▁", *string.ascii_lowercase, *string.digits, *string.punctuation} - {w for w in counts if not w.isalpha()}
-    ):
+    spelled = {*"▁", *string.ascii_lowercase, *string.digits, *string.punctuation}
+    for character in sorted(spelled - {word for word in counts if not word.isalpha()}):
         model.pieces.add(piece=character, score=SPELLED)
     model.trainer_spec.vocab_size = len(model.pieces)
     return model.SerializeToString(deterministic=True)
@@ -137,7 +137,7 @@ def _short_spans(length: int, random_: random.Random) -> list[tuple[int, int]]:
 def _cut(total: int, parts: int, random_: random.Random) -> list[int]:
     """Random whole numbers of at least 1 that sum to `total`."""
     points = [0, *sorted(random_.sample(range(1, total), parts - 1)), total]
-    return [stop - start for start, stop in zip(points, points[1:], strict=False)]
+    return [stop - start for start, stop in itertools.pairwise(points)]
 
 
 def _end(words: Sequence[str], random_: random.Random) -> tuple[int, int]:
