@@ -160,8 +160,8 @@ def _report(folder: Path, plans: list[Plan], *, teacher_accuracy: float) -> None
 
     wrong, unusable = 100 * builtin.WRONG, 100 * builtin.UNUSABLE
     notes = (
-        f"Questions about lost things, {ROWS['train']:,} for training, and a scripted teacher that argues for the wrong "
-        f"answer on {wrong:g} % of them and gives an unusable reply on {unusable:g} %.",
+        f"Questions about lost things, {ROWS['train']:,} for training, and a scripted teacher that argues for the "
+        f"wrong answer on {wrong:g} % of them and gives an unusable reply on {unusable:g} %.",
         "Both methods start from the same pre-trained student of 0.25 million parameters and see the same label "
         "examples for the same number of updates. How the problems were chosen: docs/experiments.md.",
     )
