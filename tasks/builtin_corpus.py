@@ -107,7 +107,9 @@ def vocabulary(*, seed: int) -> bytes:
         num_threads=1,
         minloglevel=2,
     )
-    model = sentencepiece_model_pb2.ModelProto.FromString(written.getvalue())
+    # The class is made when its module is imported, which pyright does not see.
+    proto = sentencepiece_model_pb2.ModelProto  # pyright: ignore[reportAttributeAccessIssue]
+    model = proto.FromString(written.getvalue())
     counts = collections.Counter(word for text in texts for word in re.findall(r"\w+|[^\w\s]", text.lower()))
     del model.pieces[3:]  # <pad>, </s> and <unk> stay
     for word, count in counts.most_common():
