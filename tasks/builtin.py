@@ -132,9 +132,17 @@ QUESTIONS = (
     _question("Does the finder own many books?", "finder", "judge clerk", "reads much", "reads little"),
 )
 
-# The questions that the dataset asks, 8 of the 25 whose facts are in the pre-training text. With all 25 a few hundred
-# examples are about 10 a question, and no student learns any of them from so few (docs/experiments.md).
-ASKED = tuple(QUESTIONS[i] for i in (0, 2, 5, 8, 11, 14, 17, 21))
+# The questions that the dataset asks. The other facts are in the pre-training text only. Eight questions leave a few
+# hundred examples some 50 for each, where the methods differ most (docs/experiments.md).
+ASKED = tuple(
+    question
+    for question in QUESTIONS
+    if question.text
+    in (
+        *("Will it float?", "Can it carry a current?", "Does it fit in a pocket?", "Is it easy to see in snow?"),
+        *("Does it help at night?", "Did rain fall on it?", "Did the finder wear a coat?", "May it smell of food?"),
+    )
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
