@@ -256,6 +256,7 @@ def train(config: TrainConfig, *, config_text: str) -> dict[str, dict[str, Any]]
     datasets.configure(config.data)
     dataset = datasets.dataset_of_task(config.mixture_or_task_name)
     eval_task_name = graded_task(config)
+    _check_vocabulary(config)
     trainer = prepare(config)
     manifest = _manifest(config, dataset=dataset, trainer=trainer)
     with contextlib.ExitStack() as stack:
@@ -323,6 +324,16 @@ def graded_task(config: TrainConfig) -> str:
             "<dataset>_step_by_step, with alpha 0 if the labels shall not count."
         )
     return name
+
+
+def _check_vocabulary(config: TrainConfig) -> None:
+    """A token id beyond the table would read and train garbage without a sound: indices are clamped inside jit."""
+    tokens = datasets.vocabulary(config.data.vocabulary).vocab_size
+    if tokens > config.model.vocab_size:
+        raise ValueError(
+            f"The vocabulary {config.data.vocabulary} has {tokens} ids, and the model's table {config.model.vocab_size} "
+            f"rows; set t5.T5Config.vocab_size to at least {tokens}, or give the model's own vocabulary."
+        )
 
 
 def _evaluator(config: TrainConfig, trainer: Trainer, *, split: str) -> evaluate.Evaluator:

@@ -187,6 +187,7 @@ def test_a_checkpoint_of_another_architecture_is_refused(finished, tmp_path, rec
         ({"mesh": partitioning.MeshShape(data=3, fsdp=1, tensor=1)}, "does not fit 8 devices"),
         ({"mixture_or_task_name": "toy_step_by_stpe"}, "toy_step_by_step"),
         ({"mixture_or_task_name": "toy_rationale"}, "rationales alone"),
+        ({"model": dataclasses.replace(toy.MODEL, vocab_size=300)}, "359 ids, and the model's table 300 rows"),
     ],
 )
 def test_impossible_configurations_fail_before_anything_is_written(tmp_path, records_dir, changes, message):
