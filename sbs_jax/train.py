@@ -331,8 +331,8 @@ def _check_vocabulary(config: TrainConfig) -> None:
     tokens = datasets.vocabulary(config.data.vocabulary).vocab_size
     if tokens > config.model.vocab_size:
         raise ValueError(
-            f"The vocabulary {config.data.vocabulary} has {tokens} ids, and the model's table {config.model.vocab_size} "
-            f"rows; set t5.T5Config.vocab_size to at least {tokens}, or give the model's own vocabulary."
+            f"The vocabulary {config.data.vocabulary} has {tokens} ids, and the model's table "
+            f"{config.model.vocab_size} rows; set t5.T5Config.vocab_size to at least {tokens}, or give the model's own vocabulary."
         )
 
 
