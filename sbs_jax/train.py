@@ -332,7 +332,8 @@ def _check_vocabulary(config: TrainConfig) -> None:
     if tokens > config.model.vocab_size:
         raise ValueError(
             f"The vocabulary {config.data.vocabulary} has {tokens} ids, and the model's table "
-            f"{config.model.vocab_size} rows; set t5.T5Config.vocab_size to at least {tokens}, or give the model's own vocabulary."
+            f"{config.model.vocab_size} rows. Set t5.T5Config.vocab_size to at least {tokens}, or "
+            "give the model's own vocabulary."
         )
 
 
