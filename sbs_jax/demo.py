@@ -21,7 +21,7 @@ from typing import Any, TextIO
 from sbs_jax import main as command_line
 
 ROWS: Mapping[str, int] = {"train": 800, "validation": 300, "test": 1000}
-DATA_SEED = 20261121
+DATA_SEED = 20261122
 METHODS = ("standard_finetuning", "step_by_step")
 FRACTIONS = (0.25, 0.5, 1.0)
 SEEDS = (0, 1, 2)

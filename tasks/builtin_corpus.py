@@ -1,22 +1,22 @@
 """The text that the embedded student is pre-trained on, by span corruption, as a dataset of records.
 
-Three kinds of passages, none with a question, an answer or a task prefix:
+Two kinds of passages, none with a question, an answer or a task prefix: general facts alone, and a description with
+facts that hold for it.
 
-    Iron sinks. March is mild. Bell makes noise.                          (general facts, 30 %)
-    A tiny red iron lamp, found in the garden in March by the baker.      (a description, 20 %)
-    A tiny red iron lamp, found in .. by the baker. Iron sinks. ..        (both, 50 %)
+    Iron sinks. March is mild. Bell makes noise.
+    A tiny red iron lamp, found in the garden in March by the baker. Iron sinks. Tiny fits a pocket. Baker wakes early.
 
-A row is a passage with words replaced by sentinels, and its label is what they replaced (T5, arXiv 1910.10683,
-section 3.1.4), so that the ordinary trainer, given the task `builtin_corpus_label`, pre-trains. One half of the rows
-loses short spans, the other one sentence or all from one sentence on (the sequential denoising of UL2, arXiv
-2205.05131). `scripts/pretrain_student.py` makes the rows and runs the training.
+A row is a passage with spans of words replaced by sentinels, and its label is what they replaced (T5, arXiv 1910.10683,
+section 3.1.4), so that the ordinary trainer, given the task `builtin_corpus_label`, pre-trains. Of most facts the
+subject, the rest or the whole is masked: such salient spans (REALM, arXiv 2002.08909, section 3.4) teach the student to
+look a fact's subject up in the description, which spans at random did not (docs/experiments.md).
+`scripts/pretrain_student.py` makes the rows and runs the training.
 """
 
 from __future__ import annotations
 
 import collections
 import io
-import itertools
 import math
 import random
 import re
@@ -31,49 +31,53 @@ from tasks.builtin import PROPERTIES, QUESTIONS, description, random_problem, ra
 from tasks.metrics import accuracy, same_text
 
 NAME = "builtin_corpus"
-# Of short spans: the shares of words that are masked (one is drawn per row), and their mean length in words.
-DENSITIES = (0.1, 0.15, 0.25)
-MEAN_SPAN = 2.0
+# Share of passages that are facts alone, facts per passage, and how many of the facts, and descriptions, are masked.
+FACTS_ALONE = 0.25
+FACTS = 3
+MASKED_FACTS = 0.75
+MASKED_DESCRIPTIONS = 0.25
 # Texts of each kind that the vocabulary is made from, and the score of a piece that is one character.
 VOCABULARY_ROWS = 4000
 SPELLED = -20.0
-# Longest masked end, in words.
-LONGEST_END = 17
 
 
-def passage(random_: random.Random) -> str:
-    """One passage of the three kinds."""
-    kind = random_.choices(("facts", "description", "both"), weights=(30, 20, 50))[0]
-    if kind == "facts":
-        return " ".join(
-            question.fact(random_.choice(PROPERTIES[question.about])) for question in random_.sample(QUESTIONS, 3)
-        )
+def passage(random_: random.Random) -> list[str]:
+    """The sentences of one passage: facts, or a description and facts that hold for it."""
+    questions = random_.sample(QUESTIONS, FACTS)
+    if random_.random() < FACTS_ALONE:
+        return [question.fact(random_.choice(PROPERTIES[question.about])) for question in questions]
     thing, order = random_thing(random_)
-    text = description(thing, order=order)
-    if kind == "both":
-        text += "".join(" " + question.fact(thing[question.about]) for question in random_.sample(QUESTIONS, 2))
-    return text
+    return [description(thing, order=order), *(question.fact(thing[question.about]) for question in questions)]
 
 
-def masked(text: str, random_: random.Random) -> tuple[str, str]:
-    """(inputs, targets) of one row.
+def masked(sentences: Sequence[str], random_: random.Random) -> tuple[str, str]:
+    """(inputs, targets) of one row; at most one span of a sentence is masked, and at least one in all.
 
-    "A red lamp, found in the garden. Red stands out." may become
+    ["A red lamp, found in the garden.", "Red stands out.", "Lamp gives light."] may become
 
-        ("A <extra_id_0> lamp, found in <extra_id_1>. Red stands out.", "<extra_id_0> red <extra_id_1> the garden")
-        ("A red lamp, found in the garden. <extra_id_0>", "<extra_id_0> Red stands out.")
+        ("A red lamp, found in the garden. <extra_id_0> stands out. Lamp <extra_id_1>",
+         "<extra_id_0> Red <extra_id_1> gives light.")
     """
-    words = re.findall(r"\w+|[^\w\s]", text)
-    spans = _short_spans(len(words), random_) if random_.random() < 0.5 else [_end(words, random_)]
+    spans = [_span(sentence, random_) for sentence in sentences]
+    if not any(spans):
+        spans[-1] = (0, len(words(sentences[-1])))
     inputs: list[str] = []
     targets: list[str] = []
-    position = 0
-    for number, (start, stop) in enumerate(spans):
-        sentinel = f"<extra_id_{number}>"
-        inputs += [*words[position:start], sentinel]
-        targets += [sentinel, *words[start:stop]]
-        position = stop
-    return _joined(inputs + words[position:]), _joined(targets)
+    sentinels = 0
+    for sentence, span in zip(sentences, spans, strict=True):
+        pieces = words(sentence)
+        if span is not None:
+            sentinel = f"<extra_id_{sentinels}>"
+            targets += [sentinel, *pieces[slice(*span)]]
+            pieces[slice(*span)] = [sentinel]
+            sentinels += 1
+        inputs += pieces
+    return _joined(inputs), _joined(targets)
+
+
+def words(text: str) -> list[str]:
+    """Words and punctuation marks."""
+    return re.findall(r"\w+|[^\w\s]", text)
 
 
 def rows(*, seed: int) -> Iterator[tuple[str, str]]:
@@ -92,7 +96,7 @@ def vocabulary(*, seed: int) -> bytes:
     random_ = random.Random(seed)
     texts = ["predict: explain: yes no Answer:"] * 100
     for _ in range(VOCABULARY_ROWS):
-        texts += [passage(random_), random_problem(random_).text]
+        texts += [" ".join(passage(random_)), random_problem(random_).text]
     written = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(texts),
@@ -110,7 +114,7 @@ def vocabulary(*, seed: int) -> bytes:
     # The class is made when its module is imported, which pyright does not see.
     proto = sentencepiece_model_pb2.ModelProto  # pyright: ignore[reportAttributeAccessIssue]
     model = proto.FromString(written.getvalue())
-    counts = collections.Counter(word for text in texts for word in re.findall(r"\w+|[^\w\s]", text.lower()))
+    counts = collections.Counter(word for text in texts for word in words(text.lower()))
     del model.pieces[3:]  # <pad>, </s> and <unk> stay
     for word, count in counts.most_common():
         score = math.log(count / counts.total())
@@ -122,34 +126,17 @@ def vocabulary(*, seed: int) -> bytes:
     return model.SerializeToString(deterministic=True)
 
 
-def _short_spans(length: int, random_: random.Random) -> list[tuple[int, int]]:
-    """Disjoint spans, at least one word apart, that cover a share of `length` words; T5's uniform segmentation."""
-    covered = max(1, round(length * random_.choice(DENSITIES)))
-    count = max(1, round(covered / MEAN_SPAN))
-    sizes, gaps = _cut(covered, count, random_), _cut(length - covered, count, random_)
-    begins_masked = random_.random() < 0.5
-    spans, position = [], 0
-    for size, gap in zip(sizes, gaps, strict=True):
-        start = position if begins_masked else position + gap
-        spans.append((start, start + size))
-        position += size + gap
-    return spans
-
-
-def _cut(total: int, parts: int, random_: random.Random) -> list[int]:
-    """Random whole numbers of at least 1 that sum to `total`."""
-    points = [0, *sorted(random_.sample(range(1, total), parts - 1)), total]
-    return [stop - start for start, stop in itertools.pairwise(points)]
-
-
-def _end(words: Sequence[str], random_: random.Random) -> tuple[int, int]:
-    """A sentence after the first, or all from one on; of a single sentence, what follows a random word."""
-    starts = [index + 1 for index, word in enumerate(words[:-1]) if word == "."]
-    start = random_.choice(starts) if starts else random_.randrange(max(1, len(words) - 12), len(words) - 1)
-    stop = len(words)
-    if random_.random() < 0.5:
-        stop = words.index(".", start) + 1
-    return start, min(stop, start + LONGEST_END)
+def _span(sentence: str, random_: random.Random) -> tuple[int, int] | None:
+    """What is masked of a sentence: of a fact its subject, the rest or all; of a description a word or two."""
+    length = len(words(sentence))
+    if "," in sentence:
+        if random_.random() >= MASKED_DESCRIPTIONS:
+            return None
+        start = random_.randrange(1, length - 2)
+        return start, start + random_.choice((1, 2))
+    if random_.random() >= MASKED_FACTS:
+        return None
+    return random_.choice(((0, 1), (1, length), (0, length)))
 
 
 def _joined(words: Sequence[str]) -> str:
@@ -164,5 +151,5 @@ DATASET = Dataset(
     metric_fns=(accuracy,),
     primary_metric="accuracy",
     same_label=same_text,
-    feature_lengths={"inputs": 32, "targets": 24},
+    feature_lengths={"inputs": 40, "targets": 24},
 )
