@@ -29,7 +29,9 @@ format: $(VENV)/.test ## Format the code and repair what lint can repair
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/.run ## Measure speed and memory; appends to bench.json
+bench: $(VENV)/.run ## Measure speed and memory against PyTorch; appends to bench.json
+	@$(MAKE) --no-print-directory $(VENV)/.parity || \
+	  echo "make: PyTorch and transformers could not be installed (reasons above); measuring without them" >&2
 	$(BIN)/python scripts/bench.py $(ARGS)
 
 parity: $(VENV)/.parity ## Add PyTorch and Hugging Face to the set-up, then compare with them

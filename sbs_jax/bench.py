@@ -202,7 +202,11 @@ class Side:
         self._process = subprocess.Popen(
             list(command), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8"
         )
-        self.ready = self._answer()
+        try:
+            self.ready = self._answer()
+        except BaseException:
+            self.stop()
+            raise
 
     def work(self, steps: int) -> Round:
         """Lets it do this many steps."""
@@ -218,11 +222,19 @@ class Side:
         self._process.wait()
         return peak
 
+    @property
+    def ended(self) -> bool:
+        return self._process.poll() is not None
+
     def stop(self) -> None:
         """Ends it if it still runs."""
-        if self._process.poll() is None:
+        if not self.ended:
             self._process.kill()
-            self._process.wait()
+        self._process.wait()
+        for stream in (self._process.stdin, self._process.stdout):
+            assert stream is not None
+            with contextlib.suppress(BrokenPipeError):
+                stream.close()
 
     def _answer(self) -> dict[str, Any]:
         assert self._process.stdout is not None

@@ -19,7 +19,7 @@ RELEASE = SHARED / "data" / "dss"
 VOCABULARY = SHARED / "vocab" / "t5" / "sentencepiece.model"
 EXAMPLES = 16  # of each task
 # Rows that hold 32 examples of SVAMP with little padding; other shapes: docs/speed.md.
-ROWS, LENGTHS = 5, {"inputs": 320, "targets": 192}
+ROWS, LENGTHS = 6, {"inputs": 256, "targets": 160}
 DIFFERENT_BATCHES = 8
 COMPILED = "/jax/core/compile/backend_compile_duration"
 
@@ -73,38 +73,40 @@ def main() -> None:
                 skip_batches=0,
             )
         )
+    tokens = [features.count_tokens(batch) for batch in batches]
+
+    compiles: list[float] = []
+
+    def listen(event: str, duration_secs: float, **_: Any) -> None:
+        if event == COMPILED:
+            compiles.append(duration_secs)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    trainer = train.prepare(config)
+    state = jax.block_until_ready(train.initial_state(config, trainer))
+    parameters = sum(x.size for x in state.parameters.values())
     work = {
         "model": dataclasses.asdict(config.model),
+        "parameters": parameters,
         "alpha": config.alpha,
         "clip_norm": config.clip_norm,
         "learning_rate": bindings["LEARNING_RATE"],
         "batches": [bench.unpacked(batch) for batch in batches],
     }
     Path(arguments.work).write_text(json.dumps(work), "utf-8")
-    tokens = [features.count_tokens(batch) for batch in batches]
-
-    compiles: list[float] = []
-
-    def listen(event: str, seconds: float, **_: Any) -> None:
-        if event == COMPILED:
-            compiles.append(seconds)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    trainer = train.prepare(config)
-    state = jax.block_until_ready(train.initial_state(config, trainer))
     compiles.clear()
 
     def step(index: int) -> int:
         nonlocal state
         batch = partitioning.put_batch(trainer.mesh, batches[index % len(batches)])
-        state, metrics = jax.block_until_ready(trainer.step(state, batch))
+        state, _ = jax.block_until_ready(trainer.step(state, batch))
         assert len(compiles) == 1, f"After step {index} the number of compilations is {len(compiles)}; expected 1."
         return tokens[index % len(batches)]
 
     step(0)
     ready = {
         "data": source,
-        "parameters": sum(x.size for x in jax.tree.leaves(state.parameters)),
+        "parameters": parameters,
         "examples per step": 2 * EXAMPLES,
         "tokens per step": statistics.mean(tokens),
         "rows": f"{ROWS} of {LENGTHS}",
@@ -128,6 +130,7 @@ def first_batches(batches: Any) -> list[Any]:
 def write_records(folder: Path) -> str:
     """Writes the records of SVAMP, or, without the release, texts of the same lengths; returns which."""
     import numpy as np
+
     import tasks  # noqa: F401  (registers the datasets)
     from sbs_jax import datasets, records, release
 

@@ -1,7 +1,7 @@
 """The peer's side of scripts/bench.py: Hugging Face's PyTorch T5, trained as the method's official code trains it.
 
-Per step one forward pass for each task, padded to its own longest example, the two losses weighted by alpha, one backward
-pass, the gradient clipped, AdamW. Imports neither JAX nor TensorFlow, so the peak memory is PyTorch's.
+Per step one forward pass for each task, padded to its own longest example, the two losses weighted by alpha, one
+backward pass, the gradient clipped, AdamW. Imports neither JAX nor TensorFlow, so the peak memory is PyTorch's.
 """
 
 import argparse
@@ -45,9 +45,14 @@ def main() -> None:
         tie_word_embeddings=shape["logits_via_embedding"],
         decoder_start_token_id=0,
     )
-    # transformers 5 ties the tables of every T5 by itself and takes the argument for the scaling of logits alone.
+    # transformers 5 ties all tables of every T5, and takes the argument for the scaling of logits alone. So they are
+    # untied here, and those of encoder and decoder tied again.
     config.tie_word_embeddings = shape["logits_via_embedding"]
     model = transformers.T5ForConditionalGeneration(config).train()
+    model.set_input_embeddings(model.shared)
+    parameters = sum(x.numel() for x in model.parameters())
+    if parameters != work["parameters"]:
+        raise ValueError(f"The peer has {parameters:,} parameters and ours {work['parameters']:,}; expected as many.")
     # Fused is the fastest on CPU, and what Hugging Face's trainer takes today.
     optimizer = torch.optim.AdamW(model.parameters(), lr=work["learning_rate"], weight_decay=0.0, fused=True)
 
@@ -74,7 +79,7 @@ def main() -> None:
 
     step(0)
     ready = {
-        "parameters": sum(x.numel() for x in model.parameters()),
+        "parameters": parameters,
         "examples per step": statistics.mean(map(len, work["batches"])),
         "tokens per step": statistics.mean(tokens),
         "threads": torch.get_num_threads(),
