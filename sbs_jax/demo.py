@@ -162,7 +162,7 @@ def _report(folder: Path, plans: list[Plan], *, teacher_accuracy: float) -> None
     notes = (
         f"Questions about lost things, {ROWS['train']:,} for training, and a scripted teacher that argues for the "
         f"wrong answer on {wrong:g} % of them and gives an unusable reply on {unusable:g} %.",
-        "Both methods start from the same pre-trained student of 0.25 million parameters and see the same label "
+        "Both methods start from the same pre-trained student of 0.22 million parameters and see the same label "
         "examples for the same number of updates. How the problems were chosen: docs/experiments.md.",
     )
     page = folder / "index.html"
