@@ -35,12 +35,19 @@ def vocabulary(name: str) -> seqio.Vocabulary:
 
 
 def check_vocabulary(name: str) -> None:
-    """FileNotFoundError where there is no such file, ValueError where pad or EOS id differ."""
-    if name != BYTE_VOCABULARY and not tf.io.gfile.exists(name):
+    """FileNotFoundError where there is no such file or no way to it, ValueError where pad or EOS id differ."""
+    remedy = (
+        "set DataOptions.vocabulary (--gin.VOCABULARY) to the path of one, for example of T5's sentencepiece.model, "
+        f"or to {BYTE_VOCABULARY!r}."
+    )
+    try:
+        found = name == BYTE_VOCABULARY or tf.io.gfile.exists(name)
+    except tf.errors.OpError as error:  # no network, no permission
         raise FileNotFoundError(
-            f"There is no SentencePiece model at {name!r}; set DataOptions.vocabulary to the "
-            f"path of one, for example of T5's sentencepiece.model, or to {BYTE_VOCABULARY!r}."
-        )
+            f"Cannot reach {name!r} ({error.message}); repeat when it can be, or {remedy}"
+        ) from error
+    if not found:
+        raise FileNotFoundError(f"There is no SentencePiece model at {name!r}; {remedy}")
     text_vocabulary = vocabulary(name)
     pad_id = text_vocabulary.pad_id
     if isinstance(text_vocabulary, seqio.SentencePieceVocabulary):

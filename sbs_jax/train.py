@@ -256,9 +256,10 @@ def train(config: TrainConfig, *, config_text: str) -> dict[str, dict[str, Any]]
     datasets.configure(config.data)
     dataset = datasets.dataset_of_task(config.mixture_or_task_name)
     eval_task_name = graded_task(config)
+    data = datasets.manifest(dataset.name)
     _check_vocabulary(config)
     trainer = prepare(config)
-    manifest = _manifest(config, dataset=dataset, trainer=trainer)
+    manifest = _manifest(config, data=data, trainer=trainer)
     with contextlib.ExitStack() as stack:
         run = stack.enter_context(run_dir.RunDir(config.model_dir, config_text=config_text))
         run.write_manifest(manifest)
@@ -360,9 +361,8 @@ def _test_once(config: TrainConfig, trainer: Trainer, run: run_dir.RunDir, *, be
     run.log("test", step, result.metrics)
 
 
-def _manifest(config: TrainConfig, *, dataset: datasets.Dataset, trainer: Trainer) -> dict[str, Any]:
+def _manifest(config: TrainConfig, *, data: dict[str, Any], trainer: Trainer) -> dict[str, Any]:
     """What a run consists of, logged and kept; and the warning about what the feature lengths cut."""
-    data = datasets.manifest(dataset.name)
     lengths = {}
     for split, task in ((datasets.TRAIN, config.mixture_or_task_name), (datasets.TEST, graded_task(config))):
         if split in data["splits"]:

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import seqio
+import tensorflow as tf
 
 from sbs_jax import tokens
 
@@ -46,6 +47,19 @@ def test_the_joint_with_the_real_vocabulary(real_vocab: Path):
 def test_missing_vocabulary(tmp_path: Path):
     with pytest.raises(FileNotFoundError, match=r"no SentencePiece model at .*gone\.model"):
         tokens.check_vocabulary(str(tmp_path / "gone.model"))
+
+
+def test_vocabulary_out_of_reach(monkeypatch: pytest.MonkeyPatch):
+    """A gs:// path without a network: TensorFlow's own error, of another kind, is not what users see."""
+
+    def unreachable(path: str) -> bool:
+        raise tf.errors.FailedPreconditionError(None, None, "Could not resolve host")
+
+    monkeypatch.setattr(tf.io.gfile, "exists", unreachable)
+    with pytest.raises(
+        FileNotFoundError, match=r"Cannot reach 'gs://none/x.model' \(Could not resolve host\).*VOCABULARY"
+    ):
+        tokens.check_vocabulary("gs://none/x.model")
 
 
 def test_cut_keeps_eos_last():
