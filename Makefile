@@ -9,10 +9,10 @@ PIP := $(BIN)/python -m pip install --quiet --no-input --disable-pip-version-che
 INSTALL_INPUTS := pyproject.toml scripts/constraints.txt sbs_jax/__init__.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format bench parity clean
+.PHONY: help demo test check format bench test-parity clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
 
 demo: $(VENV)/.run ## Set up, then run the whole method on the built-in dataset (no download, no account)
 	$(BIN)/sbs demo
@@ -34,7 +34,7 @@ bench: $(VENV)/.run ## Measure speed and memory against PyTorch; appends to benc
 	  echo "make: PyTorch and transformers could not be installed (reasons above); measuring without them" >&2
 	$(BIN)/python scripts/bench.py $(ARGS)
 
-parity: $(VENV)/.parity ## Add PyTorch and Hugging Face to the set-up, then compare with them
+test-parity: $(VENV)/.parity ## Add PyTorch and Hugging Face to the set-up, then compare with them
 	$(BIN)/python -m pytest -m parity $(ARGS)
 
 clean: ## Delete the set-up and the caches (runs are kept)

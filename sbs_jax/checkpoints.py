@@ -1,4 +1,4 @@
-"""Checkpoints of a run, and parameters from wherever they come.
+"""Checkpoints of a run, and parameters from wherever they come: a run, Hugging Face, T5X, an .npz file.
 
 A run directory holds `checkpoints/<step>/` with three items, written by Orbax atomically: `parameters` (a flat
 dictionary of float32 arrays), `optimizer` (state and step), `metadata` (JSON: architecture, step, metrics so far).
@@ -6,7 +6,6 @@ Parameters are an item of their own so that predicting reads nothing else.
 """
 
 import dataclasses
-import difflib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +16,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policy
 
-from sbs_jax import t5
+from sbs_jax import run_dir, t5
+from sbs_jax.convert import hugging_face, names, t5x
 
 PARAMETERS, OPTIMIZER, METADATA = "parameters", "optimizer", "metadata"
 
@@ -140,54 +140,96 @@ def locate(path: str | Path) -> tuple[Path, int]:
     return path, step
 
 
-def load_parameters(path: str | Path, *, like: Mapping[str, jax.ShapeDtypeStruct]) -> t5.Parameters:
-    """Parameters from a run directory, one of its steps, or an `.npz` file, on the shardings of `like`.
+# Forms of checkpoints, as `sbs convert` names them.
+SBS, HUGGING_FACE, T5X = "sbs", "hf", "t5x"
 
-    An `.npz` holds one array per parameter under its full name, of any float type. A parameter that is missing, left
-    over or of another shape is an error that lists them: it is another architecture.
+
+def form(path: str | Path) -> str:
+    """Which form the checkpoint at a path has. FileNotFoundError, with what is expected, where there is none."""
+    text = str(path)
+    if text.endswith(".npz"):
+        return SBS
+    if "://" not in text:
+        local = Path(text)
+        if not local.exists():
+            raise FileNotFoundError(f"There is no checkpoint at {path}: nothing is there.")
+        if hugging_face.is_directory(local):
+            return HUGGING_FACE
+        if (
+            (local / "checkpoints").is_dir()
+            or local.parent.name == "checkpoints"
+            or (local / run_dir.MANIFEST).is_file()
+        ):
+            return SBS
+    if t5x.is_checkpoint(text):
+        return T5X
+    raise FileNotFoundError(
+        f"{path} holds no checkpoint: expected a run directory (with checkpoints/<step>) or one such step, a Hugging "
+        "Face directory (config.json), a T5X model directory (checkpoint_<step>/) or checkpoint, or an .npz file."
+    )
+
+
+def open_any(path: str | Path, *, kind: str) -> names.Opened:
+    """Architecture and arrays of a checkpoint; arrays are read when they are asked for, by slices."""
+    if kind == HUGGING_FACE:
+        return hugging_face.open_directory(path)
+    if kind == T5X:
+        return t5x.open_checkpoint(path)
+    directory, step = locate(path)
+    config = t5.T5Config.of(read_metadata(directory, step)["model"])
+    arrays = t5x.orbax_arrays(directory / "checkpoints" / str(step) / PARAMETERS)
+    origin, vocabulary = None, None
+    if (directory / run_dir.MANIFEST).is_file():
+        origin = run_dir.read_manifest(directory)
+        vocabulary = origin["data"]["options"]["vocabulary"]
+    return names.Opened(config, arrays, step=step, vocabulary=vocabulary, origin=origin)
+
+
+def load_parameters(path: str | Path, *, like: Mapping[str, jax.ShapeDtypeStruct]) -> t5.Parameters:
+    """Parameters from a checkpoint of any form (`form`), on the shardings and in the types of `like`.
+
+    A host reads what its own devices hold, one array after the other. A parameter that is missing, left over or of
+    another shape is an error that lists them: it is another architecture. An `.npz` holds one array per parameter under
+    its full name.
     """
+    kind = form(path)
+    wanted = {name: tuple(leaf.shape) for name, leaf in like.items()}
     if str(path).endswith(".npz"):
         if not Path(path).is_file():
             raise FileNotFoundError(f"No parameters at {path}; expected an .npz file or a run directory.")
         with np.load(path) as arrays:
             found = {name: arrays[name] for name in arrays.files}
-        _check_same(path, {name: x.shape for name, x in found.items()}, like)
+        names.check(path, {name: x.shape for name, x in found.items()}, wanted, kind=kind)
         return {name: jax.device_put(found[name].astype(leaf.dtype), leaf.sharding) for name, leaf in like.items()}
-    run_dir, step = locate(path)
+    if kind != SBS:
+        arrays = open_any(path, kind=kind).arrays
+        names.check(path, {name: array.shape for name, array in arrays.items()}, wanted, kind=kind)
+        return {name: arrays[name].onto(leaf) for name, leaf in like.items()}
+    directory, step = locate(path)
     options = ocp.CheckpointManagerOptions(read_only=True)  # the run may still be writing
     handlers = {PARAMETERS: ocp.StandardCheckpointHandler()}
-    with ocp.CheckpointManager(run_dir / "checkpoints", options=options, item_handlers=handlers) as manager:
+    with ocp.CheckpointManager(directory / "checkpoints", options=options, item_handlers=handlers) as manager:
         tree = manager.item_metadata(step)[PARAMETERS].tree
-        _check_same(path, {name: tuple(leaf.shape) for name, leaf in tree.items()}, like)
+        names.check(path, {name: tuple(leaf.shape) for name, leaf in tree.items()}, wanted, kind=kind)
         items = {PARAMETERS: ocp.args.StandardRestore(dict(like))}
         return manager.restore(step, args=ocp.args.Composite(**items))[PARAMETERS]
+
+
+def save_parameters(path: str | Path, parameters: t5.Parameters, *, config: t5.T5Config, step: int) -> None:
+    """Writes `<path>/checkpoints/<step>` with parameters and architecture, and no optimiser: weights to start from."""
+    with ocp.CheckpointManager(Path(path).absolute() / "checkpoints") as manager:
+        manager.save(
+            step,
+            args=ocp.args.Composite(
+                **{
+                    PARAMETERS: ocp.args.StandardSave(parameters),
+                    METADATA: ocp.args.JsonSave({"step": step, "best": None, "model": dataclasses.asdict(config)}),
+                }
+            ),
+        )
 
 
 def save_npz(path: str | Path, parameters: t5.Parameters, *, dtype: str) -> None:
     """Writes parameters as one `.npz` of the given float type (the form of the embedded student)."""
     arrays = {name: np.asarray(x).astype(dtype) for name, x in sorted(parameters.items())}
     np.savez_compressed(path, allow_pickle=False, **arrays)
-
-
-def _check_same(
-    path: str | Path, found: Mapping[str, tuple[int, ...]], like: Mapping[str, jax.ShapeDtypeStruct]
-) -> None:
-    missing = sorted(set(like) - set(found))
-    extra = sorted(set(found) - set(like))
-    reshaped = [
-        f"{name}: checkpoint {tuple(found[name])}, model {tuple(like[name].shape)}"
-        for name in sorted(set(like) & set(found))
-        if tuple(found[name]) != tuple(like[name].shape)
-    ]
-    if not (missing or extra or reshaped):
-        return
-    lines = [f"{path} is a checkpoint of another architecture than the configured model."]
-    for title, names in (("shapes differ", reshaped), ("missing", missing), ("left over", extra)):
-        if names:
-            lines.append(f"  {title} ({len(names)}): " + "; ".join(names[:5]) + (" .." if len(names) > 5 else ""))
-    if missing and extra:
-        near = difflib.get_close_matches(missing[0], extra, n=1)
-        if near:
-            lines.append(f"  nearest to {missing[0]!r} is {near[0]!r}")
-    lines.append("Include the gin file of the model that the checkpoint was trained with (gin_configs/models/).")
-    raise ValueError("\n".join(lines))

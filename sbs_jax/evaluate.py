@@ -125,8 +125,7 @@ def load_student(path: str | Path, *, mesh: partitioning.MeshShape, records_dir:
     if records_dir is not None:
         options = options | {"records_dir": records_dir}
     datasets.configure(datasets.DataOptions(**options))
-    saved = checkpoints.read_metadata(directory, step)["model"]
-    config = t5.T5Config(**saved | {"mlp_activations": tuple(saved["mlp_activations"])})
+    config = t5.T5Config.of(checkpoints.read_metadata(directory, step)["model"])
     structure, shapes, axes = t5.abstract(config)
     built = partitioning.make_mesh(mesh)
     shardings = partitioning.shardings(built, shapes, axes=axes)

@@ -241,6 +241,19 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     predict.add_argument("--output", required=True, metavar="FILE", help="JSON lines to write")
     predict.add_argument("--task", choices=("label", "rationale"), default="label", help="what to predict")
     predict.add_argument("--batch_size", type=int, default=32, help="rows at a time")
+    convert = command(
+        "convert",
+        _convert,
+        "Convert a checkpoint: Hugging Face, T5X, or a run of ours, to any of them.",
+        epilog="example:\n  sbs convert --to hf runs/svamp svamp-student",
+    )
+    forms = ("hf", "t5x", "sbs")
+    convert.add_argument("--from", dest="from_form", choices=forms, help="form of the source (default: as it looks)")
+    convert.add_argument("--to", dest="to_form", choices=forms, required=True, help="form to write")
+    convert.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="type of hf weights")
+    convert.add_argument("--shard_gb", type=float, default=5.0, metavar="GB", help="largest file of hf weights")
+    convert.add_argument("source", metavar="SRC", help="directory, .npz, or gs:// path of T5X")
+    convert.add_argument("target", metavar="DST", help="directory to make")
     report = command("report", _report, "Compare finished runs: a table, and a page with their curves.")
     report.add_argument("run_dirs", nargs="+", metavar="RUN_DIR", help="run directories of sbs train")
     report.add_argument("--output", default="report.html", metavar="FILE", help="page to write")
@@ -303,6 +316,21 @@ def _records(arguments: argparse.Namespace) -> int:
         overwrite=arguments.overwrite,
     )
     print(json.dumps(manifest, indent=1, default=str))
+    return 0
+
+
+def _convert(arguments: argparse.Namespace) -> int:
+    from sbs_jax.convert import command
+
+    summary = command.convert(
+        arguments.source,
+        arguments.target,
+        from_form=arguments.from_form,
+        to_form=arguments.to_form,
+        dtype=arguments.dtype,
+        shard_bytes=int(arguments.shard_gb * 1e9),
+    )
+    print(json.dumps(summary))
     return 0
 
 

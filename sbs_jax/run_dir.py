@@ -18,6 +18,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+MANIFEST = "manifest.json"
 _REPORTED = (
     *("sbs-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "seqio", "tensorflow", "tensorflow-text"),
     *("tensorflow-datasets", "sentencepiece", "numpy"),
@@ -71,7 +72,7 @@ class RunDir:
             except importlib.metadata.PackageNotFoundError:
                 versions[name] = "not installed"
         whole = {"git_revision": git_revision(), "versions": versions, **contents}
-        _replace(self.path / "manifest.json", json.dumps(whole, indent=1, sort_keys=True) + "\n")
+        _replace(self.path / MANIFEST, json.dumps(whole, indent=1, sort_keys=True) + "\n")
 
     def log(self, kind: str, step: int, values: Mapping[str, float]) -> None:
         """One line of metrics.jsonl, on disk before this returns, and the same as TensorBoard scalars."""
@@ -111,7 +112,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 
 def read_manifest(path: str | Path) -> dict[str, Any]:
     """The manifest of a run."""
-    file = Path(path) / "manifest.json"
+    file = Path(path) / MANIFEST
     if not file.exists():
         raise FileNotFoundError(f"{path} is not a run directory: it has no manifest.json.")
     return json.loads(file.read_text("utf-8"))

@@ -17,7 +17,7 @@ import dataclasses
 import difflib
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -32,6 +32,8 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "linear": lambda x: x,
 }
 DTYPES = ("float32", "bfloat16")
+# "shared": one table per stack, as T5, mT5 and ByT5 have it; "per_layer": one per self-attention, as UMT5 has it.
+RELATIVE_BIASES = ("shared", "per_layer")
 # Added to the logits of pairs that must not attend: finite, so a row of padding gives no NaN.
 MASKED = -1e10
 
@@ -58,6 +60,7 @@ class T5Config:
     dtype: str = "float32"
     relative_attention_num_buckets: int = 32
     relative_attention_max_distance: int = 128
+    relative_attention_bias: str = "shared"
     layer_norm_epsilon: float = 1e-6
 
     def __post_init__(self) -> None:
@@ -74,6 +77,11 @@ class T5Config:
             raise ValueError(f"T5Config.dropout_rate is {self.dropout_rate!r}; expected 0 <= rate < 1.")
         if self.dtype not in DTYPES:
             raise ValueError(f"T5Config.dtype is {self.dtype!r}; expected one of {', '.join(DTYPES)}.")
+        if self.relative_attention_bias not in RELATIVE_BIASES:
+            raise ValueError(
+                f"T5Config.relative_attention_bias is {self.relative_attention_bias!r}; expected one of "
+                f"{', '.join(RELATIVE_BIASES)}."
+            )
         if not self.mlp_activations:
             raise ValueError("T5Config.mlp_activations is empty; expected ('relu',) or ('gelu', 'linear').")
         for name in self.mlp_activations:
@@ -83,6 +91,11 @@ class T5Config:
                 raise ValueError(
                     f"T5Config.mlp_activations has {name!r}; expected some of {', '.join(ACTIVATIONS)}.{hint}"
                 )
+
+    @classmethod
+    def of(cls, saved: Mapping[str, Any]) -> "T5Config":
+        """Inverse of `dataclasses.asdict`, also after JSON (which has no tuples)."""
+        return cls(**{**saved, "mlp_activations": tuple(saved["mlp_activations"])})
 
 
 @functools.partial(jax.jit, static_argnames=("shape", "std"))
@@ -157,7 +170,7 @@ def _matmul(
 
 
 class RelativePositionBias(nnx.Module):
-    """One learned number per head and bucket of (key position - query position), shared by all layers of a stack."""
+    """One learned number per head and bucket of (key position - query position)."""
 
     def __init__(self, config: T5Config, *, bidirectional: bool, rngs: nnx.Rngs) -> None:
         shape = (config.num_heads, config.relative_attention_num_buckets)
@@ -274,6 +287,8 @@ class EncoderLayer(nnx.Module):
     """Self-attention, then MLP, each normed before and added to its input."""
 
     def __init__(self, config: T5Config, *, rngs: nnx.Rngs) -> None:
+        if config.relative_attention_bias == "per_layer":
+            self.relpos_bias = RelativePositionBias(config, bidirectional=True, rngs=rngs)
         self.pre_attention_layer_norm = LayerNorm(config)
         self.attention = Attention(config, rngs=rngs)
         self.pre_mlp_layer_norm = LayerNorm(config)
@@ -304,6 +319,8 @@ class DecoderLayer(nnx.Module):
     """Causal self-attention, attention over the encoder's output, then MLP."""
 
     def __init__(self, config: T5Config, *, rngs: nnx.Rngs) -> None:
+        if config.relative_attention_bias == "per_layer":
+            self.relpos_bias = RelativePositionBias(config, bidirectional=False, rngs=rngs)
         self.pre_self_attention_layer_norm = LayerNorm(config)
         self.self_attention = Attention(config, rngs=rngs)
         self.pre_cross_attention_layer_norm = LayerNorm(config)
@@ -385,7 +402,8 @@ class Encoder(nnx.Module):
     """Embedded source to encoded source."""
 
     def __init__(self, config: T5Config, *, rngs: nnx.Rngs) -> None:
-        self.relpos_bias = RelativePositionBias(config, bidirectional=True, rngs=rngs)
+        if config.relative_attention_bias == "shared":
+            self.relpos_bias = RelativePositionBias(config, bidirectional=True, rngs=rngs)
         self.layers = nnx.List([EncoderLayer(config, rngs=rngs) for _ in range(config.num_encoder_layers)])
         self.encoder_norm = LayerNorm(config)
         self.dropout_rate = config.dropout_rate
@@ -399,9 +417,9 @@ class Encoder(nnx.Module):
     ) -> Float[Array, "B S D"]:
         dropout = _Dropout(self.dropout_rate, dropout_key)
         positions = jnp.arange(x_BSD.shape[1])
-        bias = self.relpos_bias(positions, positions) + _mask_bias(same_segment(segment_ids_BS, segment_ids_BS))
+        mask = _mask_bias(same_segment(segment_ids_BS, segment_ids_BS))
         x_BSD = dropout(x_BSD)
-        for layer in self.layers:
+        for layer, bias in zip(self.layers, _biases(self, positions, positions, mask), strict=True):
             x_BSD = layer(x_BSD, bias=bias, dropout=dropout)
         return dropout(self.encoder_norm(x_BSD))
 
@@ -410,7 +428,8 @@ class Decoder(nnx.Module):
     """Embedded target and encoded source to the states that logits are made of."""
 
     def __init__(self, config: T5Config, *, rngs: nnx.Rngs) -> None:
-        self.relpos_bias = RelativePositionBias(config, bidirectional=False, rngs=rngs)
+        if config.relative_attention_bias == "shared":
+            self.relpos_bias = RelativePositionBias(config, bidirectional=False, rngs=rngs)
         self.layers = nnx.List([DecoderLayer(config, rngs=rngs) for _ in range(config.num_decoder_layers)])
         self.decoder_norm = LayerNorm(config)
         self.dropout_rate = config.dropout_rate
@@ -428,10 +447,9 @@ class Decoder(nnx.Module):
         positions = jnp.arange(x_BTD.shape[1])
         causal = positions[:, None] >= positions[None, :]
         visible = same_segment(segment_ids_BT, segment_ids_BT) & causal[None]
-        self_bias = self.relpos_bias(positions, positions) + _mask_bias(visible)
         cross_bias = _mask_bias(same_segment(segment_ids_BT, encoder_segment_ids_BS))
         x_BTD = dropout(x_BTD)
-        for layer in self.layers:
+        for layer, self_bias in zip(self.layers, _biases(self, positions, positions, _mask_bias(visible)), strict=True):
             x_BTD = layer(x_BTD, encoded_BSD, self_bias=self_bias, cross_bias=cross_bias, dropout=dropout)
         return dropout(self.decoder_norm(x_BTD))
 
@@ -444,15 +462,27 @@ class Decoder(nnx.Module):
         encoder_segment_ids_BS: Int[Array, "B S"],
     ) -> tuple[Float[Array, "B 1 D"], tuple[LayerCache, ...]]:
         key_positions = jnp.arange(caches[0].self_key.shape[1])
-        self_bias = self.relpos_bias(position[None], key_positions)
-        self_bias = self_bias + jnp.where(key_positions <= position, 0.0, MASKED)[None, None, None, :]
+        mask = jnp.where(key_positions <= position, 0.0, MASKED)[None, None, None, :]
+        biases = _biases(self, position[None], key_positions, mask)
         one = jnp.ones((x_BTD.shape[0], 1), encoder_segment_ids_BS.dtype)
         cross_bias = _mask_bias(same_segment(one, encoder_segment_ids_BS))
         updated = []
-        for layer, cache in zip(self.layers, caches, strict=True):
+        for layer, cache, self_bias in zip(self.layers, caches, biases, strict=True):
             x_BTD, cache = layer.step(x_BTD, cache, position=position, self_bias=self_bias, cross_bias=cross_bias)
             updated.append(cache)
         return self.decoder_norm(x_BTD), tuple(updated)
+
+
+def _biases(
+    stack: Encoder | Decoder,
+    query_positions: Int[Array, "Q"],
+    key_positions: Int[Array, "P"],
+    mask: Float[Array, "#B 1 Q P"],
+) -> list[Float[Array, "#B H Q P"]]:
+    """Of each layer: relative position bias plus mask. A shared one is computed once."""
+    if hasattr(stack, "relpos_bias"):
+        return [stack.relpos_bias(query_positions, key_positions) + mask] * len(stack.layers)
+    return [layer.relpos_bias(query_positions, key_positions) + mask for layer in stack.layers]
 
 
 def same_segment(queries_BT: Int[Array, "B T"], keys_BS: Int[Array, "B S"]) -> Bool[Array, "B T S"]:

@@ -42,7 +42,7 @@ def main() -> int:
 
         start("ours")  # which writes down the work, for the peer to do the same
         if missing:
-            print(f"The peer is not measured: {' and '.join(missing)} not installed; `make parity` installs both.")
+            print(f"The peer is not measured: {' and '.join(missing)} not installed; `make test-parity` installs both.")
         else:
             start("peer")
         results = bench.in_turns(sides, rounds=arguments.rounds, steps=arguments.steps)

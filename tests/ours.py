@@ -1,0 +1,60 @@
+"""What our student answers to the cases of parity_cases.py."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import parity_cases as cases
+import toy
+
+from sbs_jax import decoding, losses, t5, train
+
+
+def answers(config: t5.T5Config, parameters: t5.Parameters) -> dict[str, np.ndarray]:
+    """Logits of given targets, and what greedy and beam search generate."""
+    model = t5.join(t5.abstract(config)[0], parameters)
+    source = jnp.asarray(cases.source())
+    logits = jax.jit(model.__call__)(source, jnp.asarray(cases.shifted(cases.target())))
+    greedy, _ = jax.jit(lambda tokens: decoding.greedy(model, tokens, length=cases.LENGTH))(source)
+    beam, _ = jax.jit(
+        lambda tokens: decoding.beam_search(model, tokens, length=cases.LENGTH, beams=cases.BEAMS),
+    )(source)
+    return {"logits": np.asarray(logits), "greedy": np.asarray(greedy), "beam": np.asarray(beam)}
+
+
+def batch() -> train.Batch:
+    """Both tasks' rows in one batch, as our trainer reads them."""
+    rows = cases.training_rows()
+    width = max(target.shape[1] for _, target in rows.values())
+    targets = {task: cases.fitted(target, width) for task, (_, target) in rows.items()}
+    numbers = {"label": losses.LABEL, "rationale": losses.RATIONALE}
+    target = np.concatenate(list(targets.values()))
+    whole = {
+        "encoder_input_tokens": np.concatenate([source for source, _ in rows.values()]),
+        "decoder_target_tokens": target,
+        "decoder_input_tokens": cases.shifted(target),
+        "decoder_task_ids": np.concatenate([(targets[task] != 0) * numbers[task] for task in rows]).astype(np.int32),
+    }
+    return {name: jnp.asarray(rows) for name, rows in whole.items()}
+
+
+def training(config: t5.T5Config, parameters: t5.Parameters, folder) -> tuple[list[float], dict[int, t5.Parameters]]:
+    """Losses of ten updates by our training step, and the weights after the first and the last."""
+    settings = toy.config(
+        folder / "run",
+        folder,
+        model=config,
+        alpha=cases.ALPHA,
+        batch_size=16,
+        optimizer=lambda learning_rate: optax.adamw(learning_rate, weight_decay=0.0),
+        learning_rate=optax.linear_schedule(cases.PEAK_RATE, 0.0, cases.STEPS),
+    )
+    trainer = train.prepare(settings)
+    state = train.TrainState(jnp.int32(0), parameters, settings.gradient_transformation().init(parameters))
+    found, weights = [], {}
+    for step in range(1, cases.STEPS + 1):
+        state, metrics = trainer.step(jax.tree.map(jnp.array, state), batch())
+        found.append(float(metrics["loss"]))
+        if step in (1, cases.STEPS):
+            weights[step] = jax.tree.map(np.asarray, state.parameters)
+    return found, weights

@@ -1,0 +1,473 @@
+"""Conversions: names, round trips, T5X's forms, buckets, memory, and what is refused."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import bucket
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import parity_cases as cases
+import pytest
+import safetensors.numpy
+import tensorstore as ts
+import toy
+from flax import serialization, traverse_util
+
+from sbs_jax import checkpoints, evaluate, t5, train
+from sbs_jax.convert import command, hugging_face, names, t5x
+
+ALL = list(cases.CASES)
+
+
+def convert(source, target, to_form, **changes):
+    options = {"from_form": None, "dtype": "float32", "shard_bytes": 10**9}
+    return command.convert(str(source), str(target), to_form=to_form, **{**options, **changes})
+
+
+def same(opened: names.Opened, config: t5.T5Config) -> None:
+    """The arrays are the case's weights, bit for bit."""
+    expected = cases.parameters(config)
+    assert set(opened.arrays) == set(expected)
+    for name, values in expected.items():
+        found = opened.arrays[name].whole()
+        assert found.dtype == values.dtype
+        np.testing.assert_array_equal(found, values, err_msg=name)
+
+
+@pytest.fixture
+def exported(tmp_path: Path) -> Path:
+    """The v1.1 case as a Hugging Face directory."""
+    hugging_face.write(tmp_path / "exported", cases.opened(cases.config("v1_1")), dtype="float32")
+    return tmp_path / "exported"
+
+
+def edit(path: Path, **changes) -> None:
+    settings = json.loads((path / hugging_face.CONFIG).read_text())
+    settings |= changes
+    (path / hugging_face.CONFIG).write_text(json.dumps(settings))
+
+
+@pytest.mark.parametrize("case", ALL)
+def test_the_table_names_every_parameter_once_on_each_side(case):
+    parameters = names.parameters(cases.config(case))
+    table = names.of(parameters)
+    assert [name.ours for name in table] == list(parameters)
+    assert len({name.hugging_face for name in table}) == len(table)
+    assert len({name.t5x for name in table}) == len(table)
+    # What is scanned together differs in the layer alone.
+    assert len({(name.scanned, name.layer) for name in table}) == len(table)
+
+
+def test_a_parameter_without_a_row_is_named_with_its_nearest():
+    with pytest.raises(ValueError, match=r"attention/qeury/kernel'; nearest is .*attention/query/kernel"):
+        names.of(["encoder/layers/0/attention/qeury/kernel"])
+
+
+@pytest.mark.parametrize("case", ALL)
+@pytest.mark.parametrize("shard_bytes", [10**9, 9_000])
+def test_hugging_face_round_trip_is_bit_identical(case, shard_bytes, tmp_path):
+    config = cases.config(case)
+    hugging_face.write(tmp_path / "out", cases.opened(config), dtype="float32", shard_bytes=shard_bytes)
+    opened = hugging_face.open_directory(tmp_path / "out")
+    assert opened.config == config
+    same(opened, config)
+    files = sorted(file.name for file in (tmp_path / "out").glob("*.safetensors"))
+    assert (len(files) > 1) == (shard_bytes < 10**9)
+    # The library reads what our writer wrote.
+    loaded = {}
+    for file in files:
+        loaded |= safetensors.numpy.load_file(tmp_path / "out" / file)
+    for name in names.of(opened.arrays):
+        values = loaded[name.hugging_face]
+        np.testing.assert_array_equal(values.T if name.transposed else values, opened.arrays[name.ours].whole())
+
+
+def test_bfloat16_export_rounds_once(tmp_path):
+    config = cases.config("v1_1")
+    hugging_face.write(tmp_path / "out", cases.opened(config), dtype="bfloat16")
+    opened = hugging_face.open_directory(tmp_path / "out")
+    for name, values in cases.parameters(config).items():
+        assert opened.arrays[name].dtype == ml_dtypes.bfloat16
+        np.testing.assert_array_equal(opened.arrays[name].whole(), values.astype(ml_dtypes.bfloat16))
+
+
+@pytest.mark.parametrize("case", ALL)
+def test_t5x_round_trip_is_bit_identical(case, tmp_path):
+    config = cases.config(case)
+    path = t5x.write(tmp_path / "model", cases.model(config)[1], step=7)
+    assert Path(path).name == "checkpoint_7"
+    for place in (tmp_path / "model", path, f"{path}/state"):
+        opened = t5x.open_checkpoint(place)
+        assert opened.step == 7
+        same(opened, opened.config)
+    assert opened.config == cases.t5x_default(config)
+
+
+def old_form(folder: Path, config: t5.T5Config, *, scanned: bool, version: int = 3, axis: int = 1) -> None:
+    """A checkpoint as T5X wrote them before Orbax: msgpack, small arrays in it, the others beside it by gzip'd zarr."""
+    parameters = cases.parameters(config)
+    tree: dict[str, np.ndarray] = {}
+    stacks: dict[str, dict[int, np.ndarray]] = {}
+    for name in names.of(parameters):
+        if scanned and name.layer is not None:
+            stacks.setdefault(name.scanned, {})[name.layer] = parameters[name.ours]
+        else:
+            tree[name.t5x] = parameters[name.ours]
+    for name, layers in stacks.items():
+        tree[name] = np.stack([layers[i] for i in sorted(layers)], axis=axis)
+    flat: dict[str, Any] = {"state/step": np.int32(3)}
+    for name, values in tree.items():
+        if values.ndim < 2:
+            flat[f"target/{name}"] = values
+            continue
+        stored = values
+        if version < 3:
+            stored = values.astype(ml_dtypes.bfloat16).view(np.uint16)
+        place = "target." + name.replace("/", ".")
+        metadata = {"shape": values.shape, "chunks": [max(1, values.shape[0] // 2), *values.shape[1:]]}
+        metadata["compressor"] = {"id": "gzip"}
+        spec = {"driver": "zarr", "kvstore": {"driver": "file", "path": f"{folder}/{place}/"}}
+        made = ts.open({**spec, "dtype": stored.dtype.name, "metadata": metadata}, create=True).result()
+        made.write(stored).result()
+        described = {"driver": "zarr", "dtype": stored.dtype.name, "metadata": {"shape": list(values.shape)}}
+        if version < 3:  # the path stood beside the store then
+            flat[f"target/{name}"] = described | {"kvstore": {"driver": "gfile"}, "path": place}
+        else:
+            flat[f"target/{name}"] = described | {"kvstore": {"driver": "gfile", "path": f"{place}/"}}
+    contents = {"version": version, "optimizer": traverse_util.unflatten_dict(flat, sep="/")}
+    (folder / "checkpoint").write_bytes(serialization.msgpack_serialize(contents))
+
+
+@pytest.mark.parametrize("case", ALL)
+@pytest.mark.parametrize(("scanned", "axis"), [(False, 1), (True, 1), (True, 0)])
+def test_t5x_s_older_form_is_read(case, scanned, axis, tmp_path):
+    config = cases.config(case)
+    folder = tmp_path / "checkpoint_1000"
+    folder.mkdir()
+    old_form(folder, config, scanned=scanned, axis=axis)
+    for place in (tmp_path, folder):
+        opened = t5x.open_checkpoint(place)
+        assert opened.config == cases.t5x_default(config)
+        assert opened.step == 1000
+        same(opened, opened.config)
+
+
+def test_bfloat16_of_the_second_version_is_read_from_its_bits(tmp_path):
+    config = cases.config("v1_1")
+    old_form(tmp_path, config, scanned=False, version=2)
+    opened = t5x.open_checkpoint(tmp_path)
+    kernel = "encoder/layers/1/mlp/wo/kernel"
+    expected = cases.parameters(config)[kernel].astype(ml_dtypes.bfloat16)
+    np.testing.assert_array_equal(opened.arrays[kernel].whole(), expected)
+
+
+def test_of_several_t5x_checkpoints_the_newest_is_taken(tmp_path):
+    _, parameters = cases.model(cases.config("v1_0"))
+    t5x.write(tmp_path, parameters, step=9)
+    t5x.write(tmp_path, jax.tree.map(lambda x: x + 1, parameters), step=10)
+    name = "encoder/encoder_norm/scale"
+    np.testing.assert_array_equal(t5x.open_checkpoint(tmp_path).arrays[name].whole(), np.asarray(parameters[name]) + 1)
+    with pytest.raises(FileExistsError, match="checkpoint_9 exists already"):
+        t5x.write(tmp_path, parameters, step=9)
+
+
+@pytest.mark.parametrize("form", ["orbax", "older"])
+def test_a_bucket_is_read_by_slices(form, tmp_path):
+    """TensorStore's own client against a bucket over loopback, in a process of its own (it reads its settings once)."""
+    config = cases.config("v1_0")
+    folder = tmp_path / "pretrained" / "t5" / "checkpoint_5"
+    if form == "orbax":
+        t5x.write(folder.parent, cases.model(config)[1], step=5)
+    else:
+        folder.mkdir(parents=True)
+        old_form(folder, config, scanned=False)
+    program = (
+        "import sys, numpy as np\n"
+        "from sbs_jax import checkpoints\n"
+        "place = sys.argv[1]\n"
+        "assert checkpoints.form(place) == 't5x'\n"
+        "opened = checkpoints.open_any(place, kind='t5x')\n"
+        "np.savez(sys.argv[2], **{name: array.whole() for name, array in opened.arrays.items()})\n"
+    )
+    with bucket.served(tmp_path, bucket="some-bucket") as (environment, asked):
+        for place in ("gs://some-bucket/pretrained/t5", "gs://some-bucket/pretrained/t5/checkpoint_5"):
+            subprocess.run(
+                [sys.executable, "-c", program, place, str(tmp_path / "got.npz")],
+                env=os.environ | environment,
+                check=True,
+                timeout=120,
+                cwd=Path(__file__).parents[1],
+            )
+            with np.load(tmp_path / "got.npz") as got:
+                for name, values in cases.parameters(config).items():
+                    np.testing.assert_array_equal(got[name], values)
+    assert any("alt=media" in path for path in asked)
+
+
+def test_shards_of_an_array_are_read_alone():
+    """Eight devices, eight reads, of an eighth each; never the whole."""
+    mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
+    values = np.arange(160, dtype=np.float32).reshape(16, 10)
+    read = []
+
+    def part(index):
+        read.append(values[index].shape)
+        return values[index]
+
+    array = names.LazyArray(values.shape, values.dtype, part).transposed()
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "fsdp"))
+    made = array.onto(jax.ShapeDtypeStruct((10, 16), jnp.float32, sharding=sharding))
+    np.testing.assert_array_equal(made, values.T)
+    assert read == [(2, 10)] * 8
+
+
+def test_the_file_may_go_once_its_arrays_are_on_devices(exported):
+    config = cases.config("v1_1")
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    like = {
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+        for name, leaf in names.parameters(config).items()
+    }
+    loaded = checkpoints.load_parameters(exported, like=like)
+    weights = exported / hugging_face.WEIGHTS
+    weights.write_bytes(b"\0" * weights.stat().st_size)
+    for name, values in cases.parameters(config).items():
+        np.testing.assert_array_equal(loaded[name], values)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A finished run of ours on the toy data."""
+    folder = tmp_path_factory.mktemp("run")
+    records_dir = toy.write_records(folder / "records")
+    config = toy.config(folder / "run", records_dir, train_steps=3, eval_period=3)
+    train.train(config, config_text="")
+    return config
+
+
+def student_of(path):
+    student = evaluate.load_student(path, mesh=toy.config(Path("a"), Path("b")).mesh)
+    return jax.tree.map(np.asarray, student.parameters), student.config
+
+
+@pytest.mark.parametrize("through", ["hf", "t5x", "sbs"])
+def test_a_run_comes_back_from_every_form_as_a_run_that_predicts(run, through, tmp_path):
+    summary = convert(run.model_dir, tmp_path / through, through)
+    assert summary["from"] == "sbs"
+    assert checkpoints.form(tmp_path / through) == through
+    convert(tmp_path / through, tmp_path / "back", "sbs", from_form=through)
+    before, after = student_of(run.model_dir), student_of(tmp_path / "back")
+    assert before[1] == after[1]
+    for name, values in before[0].items():
+        np.testing.assert_array_equal(values, after[0][name])
+    rows = tmp_path / "in.jsonl"
+    rows.write_text('{"id": "1", "input": "three and four"}\n{"id": "2", "input": "nine"}\n')
+    answers = []
+    for model in (run.model_dir, tmp_path / "back"):
+        evaluate.predict(model, input_path=rows, output_path=tmp_path / "out", objective="label", batch_size=2)
+        answers.append((tmp_path / "out").read_text())
+    assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize("through", ["hf", "t5x", "sbs"])
+def test_training_starts_from_every_form(run, through, tmp_path):
+    convert(run.model_dir, tmp_path / "start", through)
+    config = toy.config(tmp_path / "next", Path(run.data.records_dir), initial_checkpoint_path=str(tmp_path / "start"))
+    trainer = train.prepare(config)
+    state = train.initial_state(config, trainer)
+    for name, values in student_of(run.model_dir)[0].items():
+        np.testing.assert_array_equal(state.parameters[name], values)
+        assert state.parameters[name].sharding == trainer.abstract.parameters[name].sharding
+
+
+def test_the_command_line_converts(run, tmp_path):
+    command_line = [sys.executable, "-m", "sbs_jax.main", "convert", "--to", "hf", run.model_dir, str(tmp_path / "out")]
+    done = subprocess.run(command_line, capture_output=True, text=True, check=True, timeout=120)
+    assert json.loads(done.stdout)["to"] == "hf"
+    assert hugging_face.open_directory(tmp_path / "out").origin is not None
+    again = subprocess.run(command_line, capture_output=True, text=True, check=False, timeout=120)
+    assert again.returncode == 1
+    assert "exists already" in again.stderr
+    assert "Traceback" not in again.stderr
+
+
+def test_an_export_carries_its_tokenizer(tmp_path, real_vocab):
+    opened = cases.opened(cases.config("v1_1"))
+    with_pieces = names.Opened(opened.config, opened.arrays, vocabulary=str(real_vocab))
+    hugging_face.write(tmp_path / "pieces", with_pieces, dtype="float32")
+    assert (tmp_path / "pieces" / hugging_face.SENTENCEPIECE).read_bytes() == real_vocab.read_bytes()
+    assert hugging_face.open_directory(tmp_path / "pieces").vocabulary == str(tmp_path / "pieces" / "spiece.model")
+
+
+# What is refused.
+
+
+def test_unmapped_names_are_listed_with_their_nearest(exported):
+    weights = exported / hugging_face.WEIGHTS
+    arrays = safetensors.numpy.load_file(weights)
+    arrays["encoder.block.0.layer.0.SelfAttention.qq.weight"] = np.zeros((2, 2), np.float32)
+    safetensors.numpy.save_file(arrays, weights)
+    with pytest.raises(ValueError, match=r"SelfAttention\.qq\.weight \(nearest: '.*SelfAttention\.q\.weight'\)"):
+        hugging_face.open_directory(exported)
+
+
+def test_a_missing_array_is_named(exported):
+    weights = exported / hugging_face.WEIGHTS
+    arrays = safetensors.numpy.load_file(weights)
+    del arrays["decoder.final_layer_norm.weight"]
+    safetensors.numpy.save_file(arrays, weights)
+    with pytest.raises(ValueError, match=r"missing \(1\): decoder/decoder_norm/scale"):
+        hugging_face.open_directory(exported)
+
+
+def test_a_wrong_shape_names_the_array_and_both_shapes(exported):
+    edit(exported, d_ff=41)
+    with pytest.raises(ValueError, match=r"mlp/wi_0/kernel: checkpoint \(24, 40\), model \(24, 41\)"):
+        hugging_face.open_directory(exported)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}, r"'gpt2' \(GPT2LMHeadModel\)"),
+        ({"model_type": "longt5"}, "'longt5'"),
+        ({"architectures": ["T5EncoderModel"]}, "holds a T5EncoderModel"),
+        ({"feed_forward_proj": "gated-gelo"}, r"'gated-gelo'.*nearest: 'gated-gelu'"),
+        ({"tie_word_embeddings": True}, "'lm_head.weight' differs from 'shared.weight'"),
+    ],
+)
+def test_another_kind_of_model_is_refused_by_name(exported, changes, message):
+    edit(exported, **changes)
+    with pytest.raises(ValueError, match=message):
+        hugging_face.open_directory(exported)
+
+
+def test_a_missing_shard_is_named(tmp_path):
+    hugging_face.write(tmp_path / "out", cases.opened(cases.config("v1_0")), dtype="float32", shard_bytes=9_000)
+    (tmp_path / "out" / "model-00002-of-00009.safetensors").unlink(missing_ok=True)
+    gone = sorted((tmp_path / "out").glob("model-00001-*"))[0]
+    gone.unlink()
+    with pytest.raises(FileNotFoundError, match=re.escape(gone.name)):
+        hugging_face.open_directory(tmp_path / "out")
+
+
+def test_a_cut_file_is_refused(exported):
+    weights = exported / hugging_face.WEIGHTS
+    weights.write_bytes(weights.read_bytes()[:-10])
+    with pytest.raises(ValueError, match="no complete safetensors file"):
+        hugging_face.open_directory(exported)
+
+
+def test_a_missing_array_of_t5x_s_older_form_is_named(tmp_path):
+    old_form(tmp_path, cases.config("v1_0"), scanned=False)
+    folder = tmp_path / "target.encoder.layers_0.mlp.wo.kernel"
+    (folder / ".zarray").unlink()
+    with pytest.raises(FileNotFoundError, match=re.escape(folder.name)):
+        t5x.open_checkpoint(tmp_path)
+
+
+def test_an_unmapped_name_of_t5x_is_listed(tmp_path):
+    _, parameters = cases.model(cases.config("v1_0"))
+    flat = {f"target/{name.t5x}": np.asarray(parameters[name.ours]) for name in names.of(parameters)}
+    flat["target/decoder/odd_norm/scale"] = np.ones(3)
+    tree = traverse_util.unflatten_dict(flat, sep="/")
+    (tmp_path / "checkpoint").write_bytes(serialization.msgpack_serialize(tree))
+    with pytest.raises(ValueError, match=r"left over \(1\): decoder/odd_norm/scale"):
+        t5x.open_checkpoint(tmp_path)
+
+
+def test_a_half_written_export_does_not_look_complete(tmp_path):
+    config = cases.config("v1_0")
+    opened = cases.opened(config)
+
+    def fails(index):
+        raise OSError("disk full")
+
+    broken = dict(opened.arrays)
+    name = sorted(broken)[-1]
+    broken[name] = names.LazyArray(broken[name].shape, broken[name].dtype, fails)
+    with pytest.raises(OSError, match="disk full"):
+        hugging_face.write(tmp_path / "out", names.Opened(config, broken), dtype="float32")
+    assert not (tmp_path / "out").exists()
+    # What is left of it is in nobody's way.
+    hugging_face.write(tmp_path / "out", opened, dtype="float32")
+    same(hugging_face.open_directory(tmp_path / "out"), config)
+    assert [file.name for file in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_is_no_checkpoint_says_what_is_expected(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nothing is there"):
+        checkpoints.form(tmp_path / "none")
+    (tmp_path / "file.txt").write_text("x")
+    with pytest.raises(FileNotFoundError, match=r"Hugging Face directory.*T5X model directory"):
+        checkpoints.form(tmp_path)
+
+
+def test_the_stated_form_must_be_the_form(exported, tmp_path):
+    with pytest.raises(ValueError, match="form 'hf'; got --from 't5x'"):
+        convert(exported, tmp_path / "out", "sbs", from_form="t5x")
+
+
+def test_weights_of_another_size_than_the_configured_model_are_refused(exported, tmp_path):
+    config = toy.config(tmp_path / "run", tmp_path, initial_checkpoint_path=str(exported))
+    with pytest.raises(ValueError, match=r"another architecture[\s\S]*gin_configs/models"):
+        train.initial_state(config, train.prepare(config))
+
+
+@pytest.mark.slow
+def test_weights_are_streamed_and_never_held_together(tmp_path):
+    """An export of 0.3 GB, from a file of holes: what the process holds at its peak is a few arrays, not the model."""
+    config = t5.T5Config(
+        vocab_size=32128,
+        emb_dim=512,
+        num_heads=6,
+        head_dim=64,
+        mlp_dim=1024,
+        num_encoder_layers=8,
+        num_decoder_layers=8,
+        mlp_activations=("gelu", "linear"),
+        logits_via_embedding=False,
+        dropout_rate=0.0,
+    )
+    shapes = names.parameters(config)
+    holes = np.memmap(tmp_path / "holes", np.float32, "w+", shape=(max(np.prod(x.shape) for x in shapes.values()),))
+    arrays = {
+        name: names.LazyArray(leaf.shape, holes.dtype, holes[: np.prod(leaf.shape)].reshape(leaf.shape).__getitem__)
+        for name, leaf in shapes.items()
+    }
+    hugging_face.write(tmp_path / "source", names.Opened(config, arrays), dtype="float32")
+    program = (
+        "import re, threading, time, sys, pathlib\n"
+        "from sbs_jax.convert import command\n"
+        "def held():\n"
+        "    return int(re.search(r'RssAnon:\\s+(\\d+)', pathlib.Path('/proc/self/status').read_text())[1])\n"
+        "before, peak, done = held(), 0, False\n"
+        "def watch():\n"
+        "    global peak\n"
+        "    while not done:\n"
+        "        peak = max(peak, held())\n"
+        "        time.sleep(0.005)\n"
+        "thread = threading.Thread(target=watch)\n"
+        "thread.start()\n"
+        "command.convert(*sys.argv[1:3], from_form='hf', to_form='hf', dtype='float32', shard_bytes=10**9)\n"
+        "done = True\n"
+        "thread.join()\n"
+        "print((peak - before) * 1024)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "source"), str(tmp_path / "target")],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+        cwd=Path(__file__).parents[1],
+    )
+    largest = max(int(np.prod(leaf.shape)) for leaf in shapes.values()) * 4
+    assert 0 < int(done.stdout) < 3 * largest < names.size(shapes) * 4
