@@ -16,10 +16,10 @@ def answers(config: t5.T5Config, parameters: t5.Parameters) -> dict[str, np.ndar
     source = jnp.asarray(cases.source())
     logits = jax.jit(model.__call__)(source, jnp.asarray(cases.shifted(cases.target())))
     greedy, _ = jax.jit(lambda tokens: decoding.greedy(model, tokens, length=cases.LENGTH))(source)
-    beam, _ = jax.jit(
-        lambda tokens: decoding.beam_search(model, tokens, length=cases.LENGTH, beams=cases.BEAMS),
-    )(source)
-    return {"logits": np.asarray(logits), "greedy": np.asarray(greedy), "beam": np.asarray(beam)}
+    search = jax.jit(lambda tokens: decoding.beam_search(model, tokens, length=cases.LENGTH, beams=cases.BEAMS)[0])
+    found = {"logits": logits, "greedy": greedy, "beam": search(source)}
+    found["more_beam"] = search(jnp.asarray(cases.more_sources()))
+    return {name: np.asarray(values) for name, values in found.items()}
 
 
 def batch() -> train.Batch:

@@ -93,6 +93,16 @@ def source() -> np.ndarray:
     return rows.astype(np.int32)
 
 
+def more_sources() -> np.ndarray:
+    """`[96, 9]` token ids: enough rows that every rule of beam search decides some."""
+    random = np.random.default_rng(3)
+    rows = random.integers(2, VOCABULARY, size=(96, 9))
+    for row, size in enumerate(random.integers(2, 10, size=96)):
+        rows[row, size:] = 0
+        rows[row, size - 1] = 1
+    return rows.astype(np.int32)
+
+
 def target(size: int = 12) -> np.ndarray:
     """`[8, size]` token ids without padding."""
     return np.random.default_rng(2).integers(2, VOCABULARY, size=(8, size)).astype(np.int32)

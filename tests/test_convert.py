@@ -228,18 +228,16 @@ def test_shards_of_an_array_are_read_alone():
     assert read == [(2, 10)] * 8
 
 
-def test_the_file_may_go_once_its_arrays_are_on_devices(exported):
-    config = cases.config("v1_1")
+def test_arrays_on_devices_are_copies():
+    """JAX takes over the memory of an aligned array where it can, and what was read may be part of a mapped file."""
+    spare = np.zeros(2**16 + 64, np.uint8)
+    start = -spare.ctypes.data % 64
+    values = spare[start : start + 2**16].view(np.float32)
+    array = names.LazyArray(values.shape, values.dtype, values.__getitem__)
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    like = {
-        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
-        for name, leaf in names.parameters(config).items()
-    }
-    loaded = checkpoints.load_parameters(exported, like=like)
-    weights = exported / hugging_face.WEIGHTS
-    weights.write_bytes(b"\0" * weights.stat().st_size)
-    for name, values in cases.parameters(config).items():
-        np.testing.assert_array_equal(loaded[name], values)
+    made = array.onto(jax.ShapeDtypeStruct(values.shape, jnp.float32, sharding=place))
+    values[:] = 1
+    assert not np.asarray(made).any()
 
 
 @pytest.fixture(scope="module")

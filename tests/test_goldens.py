@@ -32,6 +32,7 @@ def test_greedy_generation_gives_the_same_tokens(case):
 def test_beam_search_gives_the_same_tokens(case):
     golden, answers = case
     np.testing.assert_array_equal(answers["beam"], golden["beam"])
+    np.testing.assert_array_equal(answers["more_beam"], golden["more_beam"])
     # Beam search that found what greedy finds, or rows that never end, would test nothing.
     assert (golden["beam"] != golden["greedy"]).any()
     assert (golden["beam"] == 1).any()

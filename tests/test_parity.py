@@ -36,6 +36,7 @@ def test_an_export_answers_in_transformers_as_our_student_does(case):
     np.testing.assert_allclose(mine["logits"], theirs["logits"], rtol=0, atol=1e-5)
     np.testing.assert_array_equal(mine["greedy"], theirs["greedy"])
     np.testing.assert_array_equal(mine["beam"], theirs["beam"])
+    np.testing.assert_array_equal(mine["more_beam"], theirs["more_beam"])
 
 
 def test_the_recordings_are_what_pytorch_says(case):

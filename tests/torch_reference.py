@@ -38,10 +38,13 @@ def answers(model: Any) -> dict[str, np.ndarray]:
         inputs = torch.from_numpy(cases.shifted(cases.target())).long()
         logits = model(input_ids=source, attention_mask=mask, decoder_input_ids=inputs).logits.numpy()
     found = {"logits": logits}
-    for name, beams in (("greedy", 1), ("beam", cases.BEAMS)):
+    asked = {"greedy": (cases.source(), 1), "beam": (cases.source(), cases.BEAMS)}
+    asked["more_beam"] = (cases.more_sources(), cases.BEAMS)
+    for name, (tokens, beams) in asked.items():
+        source = torch.from_numpy(tokens).long()
         made = model.generate(
             input_ids=source,
-            attention_mask=mask,
+            attention_mask=(source != 0).long(),
             max_new_tokens=cases.LENGTH,
             num_beams=beams,
             do_sample=False,
