@@ -2,7 +2,8 @@
 
 Ours and T5X's kernels are `[in, out]`, Hugging Face's `[out, in]`; embedding tables are `[V, D]` everywhere. T5X's
 names are ours with `layers_0` for `layers/0`; where T5X scans over layers, one array holds all layers of a stack, the
-layer on its second axis: `encoder/encoder/mlp/wo/kernel`, `[F, L, D]`.
+layer on its second axis: `encoder/encoder/mlp/wo/kernel`, `[F, L, D]`. The network that scans also keeps heads and
+their width apart: `encoder/encoder/attention/query/kernel`, `[D, L, H, K]`, is ours with the last two as one.
 """
 
 import dataclasses
@@ -58,6 +59,10 @@ TABLE: dict[str, tuple[str, bool]] = {
 }
 
 
+# T5X's names that are not ours: its logits are part of the decoder.
+_ELSEWHERE = {"logits_dense/kernel": "decoder/logits_dense/kernel"}
+
+
 @dataclasses.dataclass(frozen=True)
 class Name:
     """One parameter under its three names.
@@ -88,7 +93,8 @@ def _name(ours: str) -> Name:
         raise ValueError(f"The table of names has no row for {pattern!r}{f'; nearest is {near[0]!r}' if near else ''}.")
     theirs, transposed = TABLE[pattern]
     if layer is None:
-        return Name(ours, theirs, transposed, ours, ours, None)
+        name = _ELSEWHERE.get(ours, ours)
+        return Name(ours, theirs, transposed, name, name, None)
     tail = "/".join(parts[3:])
     return Name(
         ours=ours,
@@ -126,6 +132,17 @@ class LazyArray:
             return np.squeeze(self.read(whole), axis)
 
         return LazyArray(self.shape[:axis] + self.shape[axis + 1 :], self.dtype, read)
+
+    def joined(self, axis: int) -> "LazyArray":
+        """Two axes as one, this one and the next: heads and their width. A part of it is read whole, then cut."""
+        start, end = self.shape[:axis], self.shape[axis + 2 :]
+
+        def read(index: Index) -> np.ndarray:
+            part = self.read((*index[:axis], slice(None), slice(None), *index[axis + 1 :]))
+            whole = part.reshape(*part.shape[:axis], -1, *part.shape[axis + 2 :])
+            return whole[(*(slice(None),) * axis, index[axis])]
+
+        return LazyArray((*start, self.shape[axis] * self.shape[axis + 1], *end), self.dtype, read)
 
     def onto(self, like: jax.ShapeDtypeStruct) -> jax.Array:
         """The array on devices, by the sharding and in the type of `like`; every shard is read by itself."""

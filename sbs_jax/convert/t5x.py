@@ -9,6 +9,7 @@ all layers of a stack; they are read layer by layer.
 """
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -62,7 +63,11 @@ def open_checkpoint(path: str | Path) -> Opened:
         if theirs in stored:
             used.add(theirs)
             array = stored[theirs]
-            arrays[name.ours] = array.at(name.layer, axis=axis) if scanned and name.layer is not None else array
+            if scanned and name.layer is not None:
+                array = array.at(name.layer, axis=axis)
+            if len(array.shape) == 3:  # heads and their width, apart
+                array = array.joined(0 if name.ours.endswith("out/kernel") else 1)
+            arrays[name.ours] = array
     # What is left keeps its own name, so that the error shows it.
     found = {name: array.shape for name, array in arrays.items()}
     found |= {name: stored[name].shape for name in set(stored) - used}
@@ -266,7 +271,7 @@ def _config(path: object, stored: Mapping[str, LazyArray], *, scanned: bool) -> 
     def without_layers(full: tuple[int, ...]) -> tuple[int, ...]:
         return full[:axis] + full[axis + 1 :] if scanned else full
 
-    joined = without_layers(shape(f"{first['encoder']}/attention/query/kernel"))[-1]
+    joined = math.prod(without_layers(shape(f"{first['encoder']}/attention/query/kernel"))[1:])
     gated = f"{first['encoder']}/mlp/wi_0/kernel" in stored
     mlp_dim = without_layers(shape(f"{first['encoder']}/mlp/{'wi_0' if gated else 'wi'}/kernel"))[-1]
     per_layer = f"{first['encoder']}/relpos_bias/rel_embedding"
@@ -281,7 +286,7 @@ def _config(path: object, stored: Mapping[str, LazyArray], *, scanned: bool) -> 
         num_encoder_layers=layers["encoder"],
         num_decoder_layers=layers["decoder"],
         mlp_activations=("gelu", "linear") if gated else ("relu",),
-        logits_via_embedding="logits_dense/kernel" not in stored,
+        logits_via_embedding="decoder/logits_dense/kernel" not in stored,
         dropout_rate=_DROPOUT_RATE,
         relative_attention_num_buckets=buckets,
         relative_attention_bias="per_layer" if per_layer in stored else "shared",
