@@ -51,6 +51,12 @@ class Record:
       outcome: "ok", "no_teacher", or what is wrong with the reply
         (`sbs_jax.teacher.parsing.OUTCOMES`). Whether a rationale or a label can be used is told by
         those two fields, not by the outcome.
+      prompt: hash of the prompt template that the teacher was asked with (`teacher.prompts`); None
+        where somebody else asked.
+      hinted: the reply is of a second ask, in which the label was given.
+      votes: (replies with this label, replies asked for), where more than one was; None otherwise.
+
+    The last three are written only where they say something.
     """
 
     id: str
@@ -61,11 +67,15 @@ class Record:
     rationale: str | None = None
     teacher_label: str | None = None
     outcome: str = NO_TEACHER
+    prompt: str | None = None
+    hinted: bool = False
+    votes: tuple[int, int] | None = None
 
 
 _FIELDS = tuple(field.name for field in dataclasses.fields(Record))
 _REQUIRED = ("id", "input", "label")
 _TEXT = ("id", "input", "outcome")
+_ONLY_IF_SET = ("prompt", "hinted", "votes")
 
 
 class SplitSummary(TypedDict):
@@ -82,16 +92,20 @@ class SplitSummary(TypedDict):
     teacher_accuracy: float | None  # 100 * teacher_right / labelled; None without either
 
 
-class Manifest(TypedDict):
-    """manifest.json of a records directory. Holds no time and no path, so it can be reproduced."""
-
+class _Always(TypedDict):
     format: int
     dataset: str
     parser: str  # "official" or "strict"
-    inputs: str  # "release" or "tfds"
+    inputs: str  # "release", "tfds" or "records"
     sbs_jax: str  # version that wrote it
     splits: dict[str, SplitSummary]
     skipped: dict[str, str]  # split -> why it has no file
+
+
+class Manifest(_Always, total=False):
+    """manifest.json of a records directory. Holds no time and no path, so it can be reproduced."""
+
+    teacher: dict[str, Any]  # model, parameters and prompt, where this project asked
 
 
 # ------------------------------------------------------------------------------------ reading
@@ -217,8 +231,16 @@ def _record(value: Mapping[str, Any]) -> Record:
         if not isinstance(choices, list) or not all(isinstance(c, str) for c in choices):
             raise ValueError(f"'choices' is {_shown(choices)}; expected a list of texts.")
         fields["choices"] = tuple(choices)
+    if isinstance(fields.get("votes"), list):
+        fields["votes"] = tuple(fields["votes"])
     check_fields({field.name: field.default for field in dataclasses.fields(Record)} | fields)
     return Record(**fields)
+
+
+def fields_of(record: Record) -> dict[str, Any]:
+    """What a line of a file holds of a record."""
+    fields = dataclasses.asdict(record)
+    return {name: value for name, value in fields.items() if value or name not in _ONLY_IF_SET}
 
 
 def check_fields(fields: Mapping[str, Any]) -> None:
@@ -226,6 +248,14 @@ def check_fields(fields: Mapping[str, Any]) -> None:
     for name, value in fields.items():
         if name == "choices":
             texts = value
+        elif name == "hinted":
+            if not isinstance(value, bool):
+                raise ValueError(f"'hinted' is {_shown(value)}; expected true or false.")
+            continue
+        elif name == "votes" and value is not None:
+            if not (isinstance(value, tuple) and len(value) == 2 and all(type(n) is int and n > 0 for n in value)):
+                raise ValueError(f"'votes' is {_shown(value)}; expected two whole numbers of at least 1, or null.")
+            continue
         elif isinstance(value, str):
             texts = (value,)
         elif value is None and name not in _TEXT:
@@ -277,7 +307,7 @@ def write_records(path: str | Path, records: Iterable[Record]) -> str:
                     f"Record {number} for {path}: the id {record.id!r} occurred before; ids must be distinct."
                 )
             seen.add(record.id)
-            data = (json.dumps(dataclasses.asdict(record), ensure_ascii=False) + "\n").encode()
+            data = (json.dumps(fields_of(record), ensure_ascii=False) + "\n").encode()
             digest.update(data)
             file.write(data)
     return digest.hexdigest()
@@ -298,8 +328,12 @@ def read_manifest(directory: str | Path) -> Manifest:
             f"{directory} is not a records directory: it has no {MANIFEST}. Records are written by `sbs records`."
         )
     value = read_json(path)
-    expected = Manifest.__annotations__.keys()
-    if not isinstance(value, dict) or value.get("format") != FORMAT or value.keys() != expected:
+    expected = Manifest.__required_keys__
+    if (
+        not isinstance(value, dict)
+        or value.get("format") != FORMAT
+        or value.keys() - Manifest.__optional_keys__ != expected
+    ):
         got = value.get("format") if isinstance(value, dict) else _shown(value)
         raise ValueError(
             f"{path}: got format {got!r}; expected {FORMAT} with the fields {sorted(expected)}. "

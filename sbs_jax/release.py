@@ -122,6 +122,31 @@ def import_release(
     # Parse everything before the first file is written: most errors show up here.
     parse = dataset.parsers[parser]
     found = {split: _records(dataset, parse, source) for split, source in splits.items()}
+    return write_directory(
+        dataset,
+        found,
+        sources={split: source.sources for split, source in splits.items()},
+        records_dir=records_dir,
+        parser=parser,
+        inputs=inputs,
+        skipped=skipped,
+        overwrite=overwrite,
+    )
+
+
+def write_directory(
+    dataset: Dataset,
+    found: Mapping[str, Sequence[Record]],
+    *,
+    sources: Mapping[str, Mapping[str, str]],
+    records_dir: str | Path,
+    parser: str,
+    inputs: str,
+    skipped: Mapping[str, str],
+    overwrite: bool,
+    teacher: Mapping[str, Any] | None = None,
+) -> Manifest:
+    """Writes `<records_dir>/<dataset>/` whole, with its manifest; where it exists, as `import_release` says."""
     manifest = Manifest(
         format=records.FORMAT,
         dataset=dataset.name,
@@ -129,18 +154,97 @@ def import_release(
         inputs=inputs,
         sbs_jax=sbs_jax.__version__,
         splits={},
-        skipped=skipped,
+        skipped=dict(skipped),
     )
+    if teacher is not None:
+        manifest["teacher"] = dict(teacher)
     target = Path(records_dir) / dataset.name
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{dataset.name}.") as scratch:
         made = Path(scratch) / dataset.name
         for split, rows in found.items():
             sha256 = records.write_records(made / f"{split}.jsonl", rows)
-            manifest["splits"][split] = _summary(dataset, rows, sources=splits[split].sources, sha256=sha256)
+            manifest["splits"][split] = _summary(dataset, rows, sources=sources[split], sha256=sha256)
         records.write_manifest(made, manifest)
         records.put_in_place(made, target, overwrite=overwrite)
     return manifest
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Unanswered:
+    """Rows of a split with distinct ids, and the files (or datasets) that they come from, with their hashes."""
+
+    rows: Sequence[Row]
+    sources: Mapping[str, str]
+
+
+def read_unanswered(
+    dataset: Dataset, *, inputs_dir: str | Path | None, inputs: str, tfds_data_dir: str | None = None
+) -> dict[str, Unanswered]:
+    """The rows of each split that a teacher can be asked about.
+
+    `inputs` says what they are: "release" (in its layout; replies are not looked at), "records"
+    (`<inputs_dir>/<dataset>/<split>.jsonl` with `{"id", "input", "label"}` and, where they differ, `"choices"`: the
+    form of a data set of one's own), or "tfds". FileNotFoundError where there are none; ValueError with file and line
+    for malformed rows and labels outside the set.
+    """
+    check_choice("The source of the inputs", inputs, (*INPUTS, "records"))
+    if inputs == "tfds":
+        splits, _ = _read_tfds(dataset, None, tfds_data_dir)
+    elif inputs_dir is None:
+        raise ValueError(f"There is no folder of inputs; inputs {inputs!r} needs one.")
+    elif inputs == "release":
+        splits = _inputs_of_release(dataset, Path(inputs_dir))
+    else:
+        splits = _rows_of_records(dataset, Path(inputs_dir))
+    for source in splits.values():
+        for number, row in enumerate(source.rows):
+            problem = _label_problem(dataset, row)
+            if problem:
+                raise ValueError(f"{source.where(number)}: {problem}")
+    return {split: Unanswered(rows=source.rows, sources=source.sources) for split, source in splits.items()}
+
+
+def _inputs_of_release(dataset: Dataset, release_dir: Path) -> dict[str, _Split]:
+    if dataset.read_release is None:
+        raise ValueError(f"The dataset {dataset.name} is not part of the release; use inputs 'records'.")
+    found = {}
+    for split, rows in dataset.read_release(release_dir).items():
+        short = {ours: theirs for theirs, ours in SPLITS.items()}[split]
+        path = _inputs_file(release_dir, dataset.name, short)
+
+        def where(number: int, path: Path = path) -> str:
+            return f"{path}:{number + 1}"
+
+        found[split] = _Split(
+            rows=with_ids(rows, name=dataset.name, where=where),
+            answers={},
+            sources=_hashes([path], release_dir / dataset.name),
+            where=where,
+        )
+    return found
+
+
+def _rows_of_records(dataset: Dataset, inputs_dir: Path) -> dict[str, _Split]:
+    folder = inputs_dir / dataset.name
+    found = {}
+    for split in records.SPLITS:
+        path = folder / f"{split}.jsonl"
+        if path.is_file():
+            rows = [
+                Row(id=record.id, input=record.input, label=record.label, choices=record.choices)
+                for record in records.read_records(path)
+            ]
+            found[split] = _Split(
+                rows=rows,
+                answers={},
+                sources=_hashes([path], folder),
+                where=lambda number, path=path: f"{path}:{number + 1}",
+            )
+    if not found:
+        expected = ", ".join(f"{split}.jsonl" for split in records.SPLITS)
+        raise FileNotFoundError(f"There are no inputs of {dataset.name} in {folder}: expected some of {expected}.")
+    return found
 
 
 def _records(dataset: Dataset, parse: Callable[[str, Row], Parsed], source: _Split) -> list[Record]:

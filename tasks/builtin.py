@@ -19,8 +19,10 @@ recorded like any other dataset.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import random
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -193,6 +195,33 @@ def random_problem(random_: random.Random) -> Problem:
     label = random_.choice(LABELS)
     fitting = [value for value in PROPERTIES[question.about] if question.label(value) == label]
     return Problem(thing=thing | {question.about: random_.choice(fitting)}, order=order, question=question)
+
+
+def problem_of(text: str) -> Problem:
+    """The last problem in a text, such as a prompt that ends with one. ValueError where there is none.
+
+    >>> problem_of("Q: A tiny red iron lamp, found in March by the baker in the roof. Will it float?\\nA:").label
+    'no'
+    """
+    words = {name: f"(?P<{name}>{'|'.join(values)})" for name, values in PROPERTIES.items()}
+    second = {
+        "place": f"in the {words['place']}",
+        "month": f"in {words['month']}",
+        "finder": f"by the {words['finder']}",
+    }
+    first = " ".join(words[name] for name in ("size", "colour", "material", "thing"))
+    asked = {question.text: question for question in QUESTIONS}
+    question = "|".join(re.escape(text) for text in asked)
+    found = None
+    for order in itertools.permutations(second):
+        pattern = rf"A {first}, found {' '.join(second[name] for name in order)}\. (?P<question>{question})"
+        for match in re.finditer(pattern, text):
+            if found is None or match.start() > found[0]:
+                parts = match.groupdict()
+                found = match.start(), Problem(question=asked[parts.pop("question")], thing=parts, order=order)
+    if found is None:
+        raise ValueError(f"{text[-200:]!r} holds no problem such as {random_problem(random.Random(0)).text!r}.")
+    return found[1]
 
 
 def teacher_reply(problem: Problem, random_: random.Random) -> str:

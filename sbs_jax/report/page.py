@@ -33,7 +33,6 @@ def write_page(
     experiment, where one command does. `teacher_accuracy` as in `summarize`.
     """
     summary = summarize(runs, teacher_accuracy=teacher_accuracy)
-    style = Path(__file__).with_name("page.css").read_text("utf-8")
     title = title or f"{summary.dataset}: {listed(summary.methods)}"
     page = f"""<!DOCTYPE html>
 <html lang="en">
@@ -43,7 +42,7 @@ def write_page(
 <meta name="color-scheme" content="light dark">
 <title>{_text(title)}</title>
 <style>
-{style}</style>
+{style()}</style>
 </head>
 <body>
 <main>
@@ -69,6 +68,11 @@ def write_page(
     return summary
 
 
+def style() -> str:
+    """The style sheet of this page, for the project's other pages too."""
+    return Path(__file__).with_name("page.css").read_text("utf-8")
+
+
 def _figures(summary: Summary) -> str:
     if len(summary.fractions) > 1:
         main_plot, caption = plots.accuracy_against_data(summary), "Test accuracy against the share of the data"
@@ -76,7 +80,7 @@ def _figures(summary: Summary) -> str:
         main_plot, caption = plots.accuracy_of_methods(summary), "Test accuracy"
     several = any(len(group.seeds) > 1 for group in summary.groups)
     marks = "Filled marks are means over the seeds, small open ones single seeds, " if several else "Marks are runs, "
-    parts = [_figure(caption, f"{marks}bars 95 % intervals.", main_plot, width=660)]
+    parts = [figure(caption, f"{marks}bars 95 % intervals.", main_plot, width=660)]
     if summary.comparisons and len(summary.fractions) > 1:
         pairs = list(dict.fromkeys((c.method, c.reference) for c in summary.comparisons))
         if len(pairs) > 1 and len({reference for _, reference in pairs}) == 1:
@@ -84,11 +88,12 @@ def _figures(summary: Summary) -> str:
         else:
             told = capital(listed([f"{method} minus {reference}" for method, reference in pairs]))
         plot = plots.differences(summary.comparisons, methods=summary.methods)
-        parts.append(_figure("Difference, in points", f"{told}. Hollow: the interval holds 0.", plot, width=330))
+        parts.append(figure("Difference, in points", f"{told}. Hollow: the interval holds 0.", plot, width=330))
     return f'<div class="figures">\n{_joined(parts)}\n</div>'
 
 
-def _figure(name: str, caption: str, plot: str, *, width: int) -> str:
+def figure(name: str, caption: str, plot: str, *, width: int) -> str:
+    """A plot (SVG of `width` pixels) under its name and caption."""
     return (
         f'<figure style="width:{width}px"><figcaption><b>{_text(name)}</b>{_text(caption)}</figcaption>\n'
         f'<div class="plot" style="min-width:{width * 5 // 6}px">{plot}</div></figure>'

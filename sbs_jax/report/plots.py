@@ -17,10 +17,10 @@ from sbs_jax.report.summary import Comparison, Group, Summary
 
 # Colours as matplotlib is given them, and the CSS variables that take their place. None is black, which matplotlib
 # leaves out as the default.
-_INK, _MUTED, _GRID, _PAPER = "#010101", "#020202", "#030303", "#040404"
-_METHOD = tuple(f"#0a00{number:02x}" for number in range(1, 7))
-_VARIABLES = {_INK: "ink", _MUTED: "muted", _GRID: "grid", _PAPER: "paper"} | {
-    colour: f"m{number}" for number, colour in enumerate(_METHOD)
+_INK, MUTED, _GRID, _PAPER = "#010101", "#020202", "#030303", "#040404"
+COLOURS = tuple(f"#0a00{number:02x}" for number in range(1, 7))
+_VARIABLES = {_INK: "ink", MUTED: "muted", _GRID: "grid", _PAPER: "paper"} | {
+    colour: f"m{number}" for number, colour in enumerate(COLOURS)
 }
 _NUMBERS = {FINE_TUNING: 0, DISTILLATION: 1, STEP_BY_STEP: 2, SINGLE_TASK: 3}
 MARKERS = ("o", "s", "D", "^", "v", "P")  # so that methods are told apart without colour
@@ -32,7 +32,7 @@ _SETTINGS: Any = {
     "font.family": "DejaVu Sans",  # comes with matplotlib: the same layout everywhere
     "font.size": 12,
     "text.color": _INK,
-    "axes.labelcolor": _MUTED,
+    "axes.labelcolor": MUTED,
     "axes.labelsize": 12,
     "axes.edgecolor": _GRID,
     "axes.grid": True,
@@ -44,9 +44,9 @@ _SETTINGS: Any = {
     "grid.color": _GRID,
     "grid.linewidth": 1,
     "xtick.color": _GRID,
-    "xtick.labelcolor": _MUTED,
+    "xtick.labelcolor": MUTED,
     "ytick.color": _GRID,
-    "ytick.labelcolor": _MUTED,
+    "ytick.labelcolor": MUTED,
     "ytick.major.size": 0,
     "ytick.major.pad": 6,
     "lines.solid_capstyle": "round",
@@ -58,15 +58,15 @@ _SETTINGS: Any = {
 
 def accuracy_against_data(summary: Summary, *, width: int = 660, height: int = 400) -> str:
     """Accuracy of each method over the share of the training data: mean, 95 % interval, each seed, reference lines."""
-    with _Canvas(width, height) as canvas:
+    with Canvas(width, height) as canvas:
         longest = max(len(name) for name in (*summary.methods, "most frequent label"))
         axes = canvas.axes(left=44, right=min(320, 52 + round(6.6 * longest)), bottom=72, top=12)
         at = {fraction: math.log2(fraction) for fraction in summary.fractions}
         span = max(at.values()) - min(at.values())
         heights = _references(summary)
-        labels = [(value, f"{name} {value:.1f}", _MUTED) for name, value in heights]
+        labels = [(value, f"{name} {value:.1f}", MUTED) for name, value in heights]
         for (_, value), dashes in zip(heights, ((6, 4), (1.5, 3.5)), strict=False):
-            axes.axhline(value, color=_MUTED, linewidth=1.4, dashes=dashes, zorder=1)
+            axes.axhline(value, color=MUTED, linewidth=1.4, dashes=dashes, zorder=1)
         for number, method in enumerate(summary.methods):
             groups = [group for group in summary.groups if group.method == method]
             shift = (number - (len(summary.methods) - 1) / 2) * 0.028 * span
@@ -99,7 +99,7 @@ def accuracy_against_data(summary: Summary, *, width: int = 660, height: int = 4
 
 def accuracy_of_methods(summary: Summary, *, width: int = 660) -> str:
     """For runs at one share of the data: accuracy of each method on a line of its own."""
-    with _Canvas(width, 92 + 58 * len(summary.groups)) as canvas:
+    with Canvas(width, 92 + 58 * len(summary.groups)) as canvas:
         longest = max(len(name) for name in summary.methods)
         axes = canvas.axes(left=20 + round(7 * longest), right=40, bottom=52, top=30)
         axes.grid(visible=False, axis="y")
@@ -122,7 +122,7 @@ def accuracy_of_methods(summary: Summary, *, width: int = 660) -> str:
                 weight="bold",
             )
         for (name, value), dashes in zip(_references(summary), ((6, 4), (1.5, 3.5)), strict=False):
-            axes.axvline(value, color=_MUTED, linewidth=1.4, dashes=dashes, zorder=1)
+            axes.axvline(value, color=MUTED, linewidth=1.4, dashes=dashes, zorder=1)
             axes.annotate(
                 f"{name} {value:.1f}",
                 (value, 1),
@@ -130,7 +130,7 @@ def accuracy_of_methods(summary: Summary, *, width: int = 660) -> str:
                 xycoords=("data", "axes fraction"),
                 textcoords="offset points",
                 ha="center",
-                color=_MUTED,
+                color=MUTED,
             )
         _limit_accuracy(axes.set_xlim, summary)
         axes.set_ylim(len(summary.groups) - 0.4, -0.6)
@@ -144,7 +144,7 @@ def differences(
     comparisons: Sequence[Comparison], *, methods: Sequence[str], width: int = 330, height: int = 400
 ) -> str:
     """Points by which one method is ahead of its reference, at each share of the data, with a line at no difference."""
-    with _Canvas(width, height) as canvas:
+    with Canvas(width, height) as canvas:
         axes = canvas.axes(left=44, right=14, bottom=72, top=12)
         fractions = sorted({comparison.fraction for comparison in comparisons})
         names = list(dict.fromkeys(comparison.method for comparison in comparisons))
@@ -192,7 +192,7 @@ def learning_curves(
     `quantity` is "validation" or "train"; `shown` maps names in metrics.jsonl to line styles, for instance
     {"loss/label": "-", "loss/rationale": "--"}. The vertical axis is the same for every fraction.
     """
-    with _Canvas(width, height) as canvas:
+    with Canvas(width, height) as canvas:
         axes = canvas.axes(left=44, right=12, bottom=44, top=10)
         for method in summary.methods:
             group = summary.group(method, fraction)
@@ -229,19 +229,19 @@ def colour_number(methods: Sequence[str], method: str) -> int:
     """Which of the colours `--m0` to `--m5` (and marks) a method has: the known ones always the same."""
     taken: dict[str, int] = {}
     for name in sorted(methods, key=lambda name: name not in _NUMBERS):
-        free = [number for number in range(len(_METHOD)) if number not in taken.values()]
+        free = [number for number in range(len(COLOURS)) if number not in taken.values()]
         wanted = _NUMBERS.get(name.partition(" (")[0])
-        taken[name] = wanted if wanted in free else free[-1] if free else len(taken) % len(_METHOD)
+        taken[name] = wanted if wanted in free else free[-1] if free else len(taken) % len(COLOURS)
     return taken[method]
 
 
 def _look(methods: Sequence[str], method: str) -> tuple[str, str]:
     """Colour, as matplotlib is given it, and mark of a method."""
     number = colour_number(methods, method)
-    return _METHOD[number], MARKERS[number]
+    return COLOURS[number], MARKERS[number]
 
 
-class _Canvas:
+class Canvas:
     """A figure of fixed size in CSS pixels under this module's settings; `svg` gives its text."""
 
     def __init__(self, width: int, height: int) -> None:
@@ -254,7 +254,7 @@ class _Canvas:
         self._figure_type, self._canvas_type = Figure, FigureCanvasSVG
         self._explanations: list[str] = []
 
-    def __enter__(self) -> "_Canvas":
+    def __enter__(self) -> "Canvas":
         self._settings.__enter__()
         width, height = self._size
         # Not by pyplot, which would keep the figure and the process's choice of backend.
@@ -309,7 +309,7 @@ def _references(summary: Summary) -> list[tuple[str, float]]:
     return [(name, value) for name, value in lines if value is not None]
 
 
-def _seeds(canvas: _Canvas, axes: Any, group: Group, *, along: str, at: float, colour: str, marker: str) -> None:
+def _seeds(canvas: Canvas, axes: Any, group: Group, *, along: str, at: float, colour: str, marker: str) -> None:
     """Each seed as a small open mark."""
     for result in group.results if len(group.results) > 1 else ():
         place = (at, result.accuracy) if along == "y" else (result.accuracy, at)
@@ -351,7 +351,7 @@ def _label_right(axes: Any, labels: Sequence[tuple[float, str, str]]) -> None:
         if not moved:
             break
     for place, (_, text, colour) in zip(places, ordered, strict=True):
-        weight = "normal" if colour == _MUTED else "bold"
+        weight = "normal" if colour == MUTED else "bold"
         axes.annotate(
             text,
             (1, place),

@@ -28,6 +28,11 @@ SEVERAL_ANSWERS = "several_answers"
 NO_LABEL = "no_label"
 LABEL_NOT_IN_SET = "label_not_in_set"
 NOT_ARITHMETIC = "not_arithmetic"
+NOT_ASKED = "not_asked"
+CUT_SHORT = "length"
+CONTENT_FILTER = "content_filter"
+TOO_LONG = "too_long"
+REFUSED = "refused"
 
 # Every outcome of a parsed reply. After the first three the label is still used.
 OUTCOMES: Mapping[str, str] = types.MappingProxyType(
@@ -42,6 +47,16 @@ OUTCOMES: Mapping[str, str] = types.MappingProxyType(
         NO_LABEL: "nothing that the parser takes as a label follows the marker",
         LABEL_NOT_IN_SET: "what follows the marker is none of the possible labels (strict only)",
         NOT_ARITHMETIC: "the equation has no value: a word, a tuple, cut short (strict only)",
+    }
+)
+# Outcomes of a row without a reply to read, where this project asked (`sbs teach`).
+FAILURES: Mapping[str, str] = types.MappingProxyType(
+    {
+        NOT_ASKED: "the teacher has not answered yet: ask again",
+        CUT_SHORT: "the reply did not end, not even with four times the room",
+        CONTENT_FILTER: "the teacher's provider kept the reply back",
+        TOO_LONG: "the prompt does not fit into the teacher's context",
+        REFUSED: "the teacher's provider refused this request",
     }
 )
 

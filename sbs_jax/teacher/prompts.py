@@ -1,0 +1,312 @@
+"""What the teacher is asked: an instruction, some ten solved examples, and the question.
+
+A dataset's prompt is data, one JSON file, `tasks/prompts/<dataset>.json`:
+
+    {"version": 1,
+     "instruction": "Solve each arithmetic problem. ..",
+     "question": "Q: {input}\\nA:",
+     "answer": "{rationale} The answer is {label}.",
+     "hint": "(The correct answer is {label}. ..)",
+     "stops": ["\\nQ:"],
+     "exemplars": [{"input": "Ann has 3 pens and buys 4.\\nHow many pens has she?",
+                    "rationale": "3 pens and 4 pens are 3 + 4 = 7 pens.", "label": "( 3.0 + 4.0 )"}, ..]}
+
+Where a row's input is several texts in one, `split` says what stands between them, and the question numbers them:
+
+    "split": "</s>", "question": "Premise: {0}\\nHypothesis: {1}\\nReason:"
+
+An exemplar's input has the form of a row's input; its label is written as the teacher is to write it ("(b) tea").
+`answer` has to be the form that the dataset's strict parser reads.
+
+A dataset of your own needs no other file than its module, `tasks/<name>.py`: it can call `add` with a `Template`.
+Standard library only; nothing here asks anybody anything.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sbs_jax.records import read_json
+from sbs_jax.selection import near_matches
+
+SYSTEM, USER, ASSISTANT = "system", "user", "assistant"
+FOLDER = Path(__file__).parents[2] / "tasks" / "prompts"  # in the checkout and in the wheel
+
+_PLACE = re.compile(r"\{(\w+)\}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Exemplar:
+    """A solved example. The label is written as the teacher is to write it: "(b) tea"."""
+
+    input: str
+    rationale: str
+    label: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Message:
+    """One turn of a chat; the role is "system", "user" or "assistant"."""
+
+    role: str
+    content: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """What is sent for one row: as a chat, or as one text to continue; `template` is the template's hash."""
+
+    messages: tuple[Message, ...]
+    text: str
+    stops: tuple[str, ...]
+    template: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Template:
+    """One dataset's prompt. ValueError, naming the field, where the parts do not fit together.
+
+    Attributes:
+      version: a number for people; replies are told apart by `hash`.
+      instruction: the system message of a chat, the first paragraph of a text; may be empty.
+      question: holds {input} once; with `split`, {0}, {1} and so on once each.
+      answer: holds {rationale} and {label} once each.
+      hint: holds {label}; a second ask has it as a line of its own below the question's last line of input.
+      stops: where a plain completion ends, which otherwise invents a next example.
+      exemplars: the solved examples, in this order.
+      split: what stands between the texts of which an input is made; None where it is one text.
+    """
+
+    version: int
+    instruction: str
+    question: str
+    answer: str
+    hint: str
+    stops: tuple[str, ...]
+    exemplars: tuple[Exemplar, ...]
+    split: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.version < 1:
+            raise ValueError(f"the field 'version' is {self.version!r}; expected a whole number of at least 1.")
+        if self.split == "":
+            raise ValueError("the field 'split' is empty; expected what stands between an input's texts, or null.")
+        found = _PLACE.findall(self.question)
+        if self.split is None:
+            _check_places("question", self.question, ("input",))
+        elif len(found) < 2 or sorted(found) != [str(number) for number in range(len(found))]:
+            raise ValueError(
+                f"the field 'question' is {self.question!r}; with 'split', expected {{0}}, {{1}} and so on, once each."
+            )
+        _check_places("answer", self.answer, ("rationale", "label"))
+        _check_places("hint", self.hint, ("label",))
+        if "" in self.stops:
+            raise ValueError(f"the field 'stops' is {list(self.stops)!r}; expected no empty text.")
+        for number, exemplar in enumerate(self.exemplars):
+            where = f"exemplars[{number}]"
+            for name, text in vars(exemplar).items():
+                if not text.strip():
+                    raise ValueError(f"{where}: the field {name!r} is blank; expected text.")
+            try:
+                answer = self.asked(exemplar.input) and self.answered(exemplar)
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}") from None
+            cut = [stop for stop in self.stops if stop in answer]
+            if cut:
+                raise ValueError(
+                    f"{where}: the answer {answer!r} holds the stop string {cut[0]!r}, which would end it."
+                )
+
+    @functools.cached_property
+    def hash(self) -> str:
+        """12 hexadecimal digits that change with every part of the template, and with nothing else."""
+        text = json.dumps(dataclasses.asdict(self), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    def asked(self, input: str, *, hint: str | None = None) -> str:  # noqa: A002  # the record's word
+        """The question about an input; `hint` is the label that is given away.
+
+        ValueError where `split` does not divide the input into as many texts as the question names.
+        """
+        question = self.question
+        places = list(_PLACE.finditer(question))
+        parts = {"input": input}
+        if self.split is not None:
+            texts = input.split(self.split)
+            if len(texts) != len(places):
+                raise ValueError(
+                    f"the input {input[:80]!r} is {len(texts)} texts with {self.split!r} between them; the question of "
+                    f"the prompt names {len(places)}."
+                )
+            parts = {str(number): text for number, text in enumerate(texts)}
+        if hint is None:
+            return _filled(question, parts)
+        end = question.find("\n", places[-1].end())
+        end = len(question) if end < 0 else end
+        given = _filled(self.hint, {"label": hint})
+        return f"{_filled(question[:end], parts)}\n{given}{_filled(question[end:], parts)}"
+
+    def answered(self, exemplar: Exemplar) -> str:
+        """An exemplar's answer, as the teacher is to write it."""
+        return _filled(self.answer, {"rationale": exemplar.rationale, "label": exemplar.label})
+
+    @functools.cached_property
+    def _shown(self) -> tuple[tuple[Message, ...], str]:
+        """What stands before every question, as a chat and as text."""
+        messages = [Message(SYSTEM, self.instruction)] if self.instruction else []
+        paragraphs = [self.instruction] if self.instruction else []
+        for exemplar in self.exemplars:
+            asked, answered = self.asked(exemplar.input), self.answered(exemplar)
+            messages += [Message(USER, asked), Message(ASSISTANT, answered)]
+            paragraphs.append(f"{asked}{'' if asked[-1].isspace() else ' '}{answered}")
+        return tuple(messages), "".join(f"{paragraph}\n\n" for paragraph in paragraphs)
+
+
+def render(template: Template, input: str, *, hint: str | None = None) -> Prompt:  # noqa: A002  # the record's word
+    """The prompt about one input; with `hint`, the known label is given and its reasons are asked for.
+
+    As text, for the template at the top of this module and one exemplar:
+
+        Solve each arithmetic problem. ..
+
+        Q: Ann has 3 pens and buys 4.
+        How many pens has she?
+        A: 3 pens and 4 pens are 3 + 4 = 7 pens. The answer is ( 3.0 + 4.0 ).
+
+        Q: Half of the 84 seats are taken.
+        How many are free?
+        (The correct answer is ( 84.0 / 2.0 ). ..)
+        A:
+
+    As a chat, the same as turns: system, then user and assistant per exemplar, then user. An exemplar never has a hint.
+    """
+    messages, text = template._shown
+    asked = template.asked(input, hint=hint)
+    return Prompt(
+        messages=(*messages, Message(USER, asked)),
+        text=text + asked,
+        stops=template.stops,
+        template=template.hash,
+    )
+
+
+# ------------------------------------------------------------------------------------ reading
+
+_added: dict[str, Template] = {}
+
+
+def add(dataset: str, template: Template) -> None:
+    """Makes a template known as a dataset's, for a dataset that keeps it in its own module."""
+    if _added.setdefault(dataset, template) != template:
+        raise ValueError(f"Another prompt is already registered for {dataset!r}; choose another name.")
+
+
+def names() -> tuple[str, ...]:
+    """The datasets that have a prompt, sorted."""
+    return tuple(sorted({path.stem for path in FOLDER.glob("*.json")} | _added.keys()))
+
+
+def for_dataset(name: str) -> Template:
+    """The dataset's template: what its module added, else `tasks/prompts/<name>.json`.
+
+    ValueError with near matches where it has none. Import `tasks` first, so that modules can add theirs.
+    """
+    if name in _added:
+        return _added[name]
+    if name not in names():
+        raise ValueError(
+            f"There is no prompt for {name!r}; there is one for each of {list(names())}.{near_matches(name, names())} "
+            f"For a dataset of your own, write tasks/prompts/{name}.json, give a file with --prompt, or call "
+            "sbs_jax.teacher.prompts.add in its module."
+        )
+    return _read_file(FOLDER / f"{name}.json")
+
+
+def read(name_or_path: str | Path) -> Template:
+    """The template of a dataset ("svamp"), or of a file (a `Path`, or text with a "/" or ending in ".json").
+
+    ValueError names the file and the field; FileNotFoundError names the file.
+    """
+    text = os.fspath(name_or_path)
+    if isinstance(name_or_path, Path) or text.endswith(".json") or "/" in text or os.sep in text:
+        return _read_file(Path(text))
+    return for_dataset(text)
+
+
+def _read_file(path: Path) -> Template:
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no prompt file {path}; its form is described in sbs_jax/teacher/prompts.py.")
+    value = read_json(path)
+    try:
+        return from_json(value)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def from_json(value: Any) -> Template:
+    """The template that a JSON value describes; ValueError names the field."""
+    fields = _fields(value, Template)
+    if type(fields["version"]) is not int:  # true and false are integers to Python
+        raise ValueError(f"the field 'version' is {fields['version']!r}; expected a whole number of at least 1.")
+    for name in ("instruction", "question", "answer", "hint"):
+        _check_text(fields, name)
+    if fields.get("split") is not None:
+        _check_text(fields, "split")
+    stops, exemplars = fields["stops"], fields["exemplars"]
+    if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
+        raise ValueError(f"the field 'stops' is {stops!r}; expected a list of texts.")
+    if not isinstance(exemplars, list):
+        raise ValueError(f"the field 'exemplars' is {exemplars!r}; expected a list of objects.")
+    solved = []
+    for number, exemplar in enumerate(exemplars):
+        try:
+            parts = _fields(exemplar, Exemplar)
+            for name in parts:
+                _check_text(parts, name)
+        except ValueError as error:
+            raise ValueError(f"exemplars[{number}]: {error}") from None
+        solved.append(Exemplar(**parts))
+    return Template(**{**fields, "stops": tuple(stops), "exemplars": tuple(solved)})
+
+
+def _fields(value: Any, kind: type) -> dict[str, Any]:
+    """A JSON object's fields, which are those of the dataclass `kind`."""
+    if not isinstance(value, dict):
+        raise ValueError(f"got {value!r:.60}; expected an object with the fields of a prompt.")
+    known = {field.name: field.default is dataclasses.MISSING for field in dataclasses.fields(kind)}
+    for name in value:
+        if name not in known:
+            raise ValueError(f"unknown field {name!r}; known are {list(known)}.{near_matches(name, known)}")
+    missing = [name for name, required in known.items() if required and name not in value]
+    if missing:
+        raise ValueError(f"the field {missing[0]!r} is missing; it has {sorted(value)}.")
+    return value
+
+
+def _check_text(fields: Mapping[str, Any], name: str) -> None:
+    if not isinstance(fields[name], str):
+        raise ValueError(f"the field {name!r} is {fields[name]!r}; expected text.")
+
+
+def _check_places(field: str, text: str, names: tuple[str, ...]) -> None:
+    """Every one of `names` stands in the text once, in braces, and no other word does."""
+    found = _PLACE.findall(text)
+    wanted = " and ".join(f"{{{name}}}" for name in names)
+    for name in found:
+        if name not in names:
+            raise ValueError(f"the field {field!r} holds {{{name}}}; expected {wanted}.{near_matches(name, names)}")
+    if sorted(found) != sorted(names):
+        raise ValueError(f"the field {field!r} is {text!r}; expected it to hold {wanted}, once each.")
+
+
+def _filled(text: str, parts: Mapping[str, str]) -> str:
+    """`text` with its places filled, in one pass: braces in what is filled in are left as they are."""
+    return _PLACE.sub(lambda match: parts[match[1]], text)

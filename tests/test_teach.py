@@ -1,0 +1,486 @@
+"""`sbs teach` as a whole: real SDK, real server over loopback, real files and processes."""
+
+import collections
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import teacher_server
+
+from sbs_jax import datasets, records, release
+from sbs_jax.teacher import command, jobs, prompts, sampler
+from sbs_jax.teacher.clients import Parameters
+from sbs_jax.teacher.store import Store
+from tasks import builtin
+
+pytest.importorskip("openai", reason="the extra `teacher` is not installed")
+KEY = "sk-secret-of-the-test"
+ROWS = {"train": 40, "test": 20}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> Path:
+    """The built-in dataset in the release's layout."""
+    folder = tmp_path_factory.mktemp("inputs")
+    builtin.write_release(folder, rows=ROWS, seed=1)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def answer(inputs):
+    """The scripted teacher's own replies, by the question that the prompt ends with."""
+    replies = {}
+    for split in ROWS:
+        rows = release.read_unanswered(builtin.DATASET, inputs_dir=inputs, inputs="release")[split].rows
+        texts = [text for shard in release.read_replies(inputs, "builtin", split).values() for text in shard]
+        replies |= {row.input: text for row, text in zip(rows, texts, strict=True)}
+    return answer_by(replies)
+
+
+def answer_by(replies):
+    template = {}
+
+    def answer(prompt):
+        asked = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+        if not template:
+            template.update({question(text): reply for text, reply in replies.items()})
+        return template[asked.rpartition("\n\n")[2] if isinstance(prompt, str) else asked]
+
+    def question(text):
+        return prompts.read("builtin").asked(text)
+
+    return answer
+
+
+def flags(server, inputs, tmp_path, *more) -> list[str]:
+    return [
+        *(
+            "teach",
+            "--dataset",
+            "builtin",
+            "--inputs_dir",
+            str(inputs),
+            "--provider",
+            "openai",
+            "--model",
+            "some-model",
+        ),
+        *("--base_url", server.openai, "--store", str(tmp_path / "store.sqlite")),
+        *("--records_dir", str(tmp_path / "records"), *more),
+    ]
+
+
+def sbs(arguments, *, key: str | None = KEY):
+    environment = {name: value for name, value in os.environ.items() if name != "OPENAI_API_KEY"}
+    if key is not None:
+        environment["OPENAI_API_KEY"] = key
+    return subprocess.run(
+        [sys.executable, "-m", "sbs_jax.main", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env=environment,
+        check=False,
+    )
+
+
+def test_from_questions_to_records_that_are_those_of_the_import(inputs, answer, tmp_path):
+    with teacher_server.served(answer=answer, key=KEY) as server:
+        page = tmp_path / "page.html"
+        done = sbs(flags(server, inputs, tmp_path, "--page", str(page)))
+        assert done.returncode == 0, done.stderr
+        assert server.asked == sum(ROWS.values())
+        manifest = json.loads(done.stdout[done.stdout.index("{\n") :])
+        # Again: nothing is asked, and every byte is the same.
+        before = {file: file.read_bytes() for file in (tmp_path / "records").rglob("*") if file.is_file()}
+        again = sbs(flags(server, inputs, tmp_path))
+        assert again.returncode == 0, again.stderr
+        assert server.asked == sum(ROWS.values())
+        assert {file: file.read_bytes() for file in before} == before
+    imported = release.import_release(
+        builtin.DATASET, release_dir=inputs, records_dir=tmp_path / "imported", parser="strict"
+    )
+    template = prompts.read("builtin")
+    for split in ROWS:
+        asked = records.read_records(tmp_path / "records" / "builtin" / f"{split}.jsonl")
+        known = {row.id: row for row in records.read_records(tmp_path / "imported" / "builtin" / f"{split}.jsonl")}
+        for row in asked:
+            assert (row.rationale, row.teacher_label) == (known[row.id].rationale, known[row.id].teacher_label)
+            assert row.prompt == template.hash
+        assert manifest["splits"][split]["teacher_accuracy"] == imported["splits"][split]["teacher_accuracy"]
+    assert manifest["teacher"]["model"] == "some-model"
+    assert manifest["teacher"]["prompt"] == template.hash
+    assert "<html" in page.read_text("utf-8")
+    # The key is nowhere that stays.
+    for file in tmp_path.rglob("*"):
+        assert file.is_dir() or KEY.encode() not in file.read_bytes()
+    assert KEY not in done.stdout + done.stderr
+
+
+def test_a_dry_run_shows_prompt_tokens_price_and_time_and_asks_nothing(inputs, tmp_path):
+    with teacher_server.served() as server:
+        done = sbs(flags(server, inputs, tmp_path, "--dry_run", "--price", "1,2"), key=None)
+        assert done.returncode == 0, done.stderr
+        assert server.asked == 0
+    assert "[user]" in done.stdout
+    for told in ("requests: 60 at most", "tokens (estimated)", "cost (estimated): $", "time (estimated)"):
+        assert told in done.stdout
+    assert not (tmp_path / "store.sqlite").exists()
+
+
+@pytest.mark.parametrize(
+    ("fault", "key", "message"),
+    [
+        (401, "sk-wrong-one", "refuses the credentials"),
+        (404, KEY, "some-model"),
+    ],
+)
+def test_a_wrong_key_or_model_ends_it_at_once(inputs, tmp_path, fault, key, message):
+    with teacher_server.served(key=KEY, models=["another-model"] if fault == 404 else None) as server:
+        done = sbs(flags(server, inputs, tmp_path, "--concurrency", "4"), key=key)
+        assert done.returncode == 1
+        assert server.asked <= 4
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert key not in done.stderr + done.stdout
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"--provider": "opnai"}, "openai"),
+        ({"--dataset": "buildin"}, "builtin"),
+        ({"--split": "dev"}, "has no split 'dev'"),
+        ({"--model": "no-such", "--max_cost": "1"}, "--price IN,OUT"),
+    ],
+)
+def test_wrong_words_get_a_hint(inputs, tmp_path, change, message):
+    with teacher_server.served() as server:
+        arguments = flags(server, inputs, tmp_path)
+        for flag, value in change.items():
+            if flag in arguments:
+                arguments[arguments.index(flag) + 1] = value
+            else:
+                arguments += [flag, value]
+        done = sbs(arguments)
+        assert (done.returncode, server.asked) == (1, 0)
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_missing_key_is_named(inputs, tmp_path):
+    with teacher_server.served() as server:
+        arguments = flags(server, inputs, tmp_path)
+        # A server of one's own may need no key; OpenAI does.
+        del arguments[arguments.index("--base_url") : arguments.index("--base_url") + 2]
+        done = sbs(arguments, key=None)
+    assert done.returncode == 1
+    assert "OPENAI_API_KEY" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_an_interruption_ends_it_softly_and_the_next_run_goes_on(inputs, answer, tmp_path):
+    with teacher_server.served(answer=answer, latency=0.2) as server:
+        arguments = [sys.executable, "-m", "sbs_jax.main", *flags(server, inputs, tmp_path, "--concurrency", "4")]
+        process = subprocess.Popen(
+            arguments, stderr=subprocess.PIPE, text=True, env={**os.environ, "OPENAI_API_KEY": KEY}
+        )
+        while server.asked < 12:
+            time.sleep(0.02)
+            assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+        assert process.returncode == 3
+        assert "interrupted" in said
+        asked = server.asked
+        assert asked < 40
+        with Store(tmp_path / "store.sqlite") as store:
+            assert store.counts()["replies"] == asked
+        assert not (tmp_path / "records").exists()
+        done = sbs(flags(server, inputs, tmp_path))
+        assert done.returncode == 0, done.stderr
+        assert server.asked == sum(ROWS.values())
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_a_server_that_misbehaves_in_every_way(inputs, answer, tmp_path, monkeypatch, seed):
+    """Each row has one accepted reply or a recorded reason, and nothing that was answered is asked again."""
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setattr(sampler, "_FIRST_DELAY", 0.01)
+    chance = random.Random(seed)
+    fault = teacher_server.Fault
+    kinds = [
+        *(429, fault(429, retry_after="0.05"), 500, 502, 503, "reset", "close", "malformed", "html", "nothing"),
+        *("empty", "null", "filter", "length", "too_long", "hang"),
+    ]
+    faults = [chance.choice(kinds) if chance.random() < 0.5 else None for _ in range(600)]
+    with teacher_server.served(answer=answer, faults=faults) as server:
+        settings = sampler.Settings(
+            model="m",
+            form="chat",
+            parameters=Parameters(temperature=0.0, max_tokens=100),
+            concurrency=16,
+            retries=30,
+            unusable=1.0,
+        )
+        chosen = options(
+            "builtin",
+            server,
+            inputs,
+            tmp_path,
+            template=prompts.read("builtin"),
+            settings=settings,
+            splits=None,
+            parser="strict",
+            timeout=0.5,
+        )
+        made = command.teach(chosen)
+        assert made is not None
+        outcomes = collections.Counter()
+        for split in made["splits"].values():
+            outcomes.update(split["outcomes"])
+        assert sum(outcomes.values()) == 60
+        assert "not_asked" not in outcomes
+        assert outcomes["ok"] > 20
+        with Store(tmp_path / "store.sqlite") as store:
+            # What the content filter kept back has a text too, which the server counts.
+            assert server.replied == store.counts()["replies"] + outcomes["content_filter"]
+        # A second run has nothing left to do.
+        asked = server.asked
+        assert command.teach(chosen) == made
+        assert server.asked == asked
+
+
+DRIVER = """
+import asyncio, json, sys
+from sbs_jax.teacher import clients, sampler
+from sbs_jax.teacher.prompts import Message, Prompt
+from sbs_jax.teacher.store import Store
+
+class Row:
+    def __init__(self, number): self.id, self.label = f"row {number}", None
+    def prompt(self, *, hint): return Prompt(messages=(Message("user", self.id),), text=self.id, stops=(), template="t")
+    def read(self, text): return text, text
+    def agrees(self, label): return True
+
+settings = sampler.Settings(
+    model="m", form="chat", parameters=clients.Parameters(temperature=0.0, max_tokens=50), concurrency=8
+)
+
+async def run(url, path, count):
+    client = clients.make("openai", base_url=url, timeout=10, connections=8)
+    with Store(path) as store:
+        made = sampler.Sampler(settings=settings, client=client, store=store, price=None)
+        await made.run(map(Row, range(count)))
+    await client.close()
+
+if __name__ == "__main__":
+    asyncio.run(run(sys.argv[1], sys.argv[2], int(sys.argv[3])))
+"""
+
+
+@pytest.mark.slow
+def test_kill_9_at_20_random_points_pays_for_nothing_twice_but_what_was_in_flight(tmp_path):
+    (tmp_path / "driver.py").write_text(DRIVER)
+    chance = random.Random(7)
+    count, kills = 3000, 0
+    with teacher_server.served(latency=0.01) as server:
+        arguments = [sys.executable, str(tmp_path / "driver.py"), server.openai, str(tmp_path / "s.sqlite"), str(count)]
+        environment = {**os.environ, "OPENAI_API_KEY": KEY, "PYTHONPATH": str(Path(__file__).parents[1])}
+        while True:
+            begin = server.asked
+            process = subprocess.Popen(arguments, env=environment)
+            if kills < 20:
+                while server.asked == begin and process.poll() is None:
+                    time.sleep(0.005)
+                time.sleep(chance.uniform(0, 0.25))
+                process.kill()
+                kills += 1
+                process.wait(60)
+            elif process.wait(120) == 0:
+                break
+            else:
+                pytest.fail("the run after the last kill failed")
+        with Store(tmp_path / "s.sqlite") as store:
+            assert store.counts()["replies"] == count
+        assert count < server.replied <= count + kills * 8
+        asked = collections.Counter(body["messages"][-1]["content"] for body in server.bodies)
+        assert len(asked) == count
+
+
+def options(dataset, server, inputs_dir, tmp_path, *, template, **changes) -> command.Options:
+    plain = {
+        "dataset": dataset,
+        "inputs_dir": str(inputs_dir),
+        "inputs": "release",
+        "splits": ("test",),
+        "limit": None,
+        "provider": "openai",
+        "base_url": server.openai,
+        "template": template,
+        "parser": "official",
+        "settings": sampler.Settings(
+            model="540b",
+            form="completion",
+            parameters=Parameters(temperature=0.0, max_tokens=4096),
+            concurrency=32,
+            unusable=1.0,
+        ),
+        "price": None,
+        "timeout": 60.0,
+        "batch": False,
+        "batch_size": 1000,
+        "batch_folder": None,
+        "cancel_batches": False,
+        "retry_failed": False,
+        "store": str(tmp_path / "store.sqlite"),
+        "records_dir": str(tmp_path / "records"),
+        "page": None,
+        "overwrite": False,
+        "dry_run": False,
+        "export_only": False,
+    }
+    return command.Options(**{**plain, **changes})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("dataset", "official", "strict"),
+    [("svamp", 74.0, 77.5), ("cqa", 77.23, 78.79), ("anli1", 65.6, None), ("esnli", 73.0, None)],
+)
+def test_the_real_teacher_s_replies_give_its_accuracy(dataset, official, strict, real_data_dir, tmp_path, monkeypatch):
+    """The raw texts of the 540B PaLM, played back as a model without stop strings would have written them."""
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    known = datasets.get(dataset)
+    rows = release.read_unanswered(known, inputs_dir=real_data_dir, inputs="release")["test"].rows
+    texts = [text for shard in release.read_replies(real_data_dir, dataset, "test").values() for text in shard]
+    template = prompts.Template(
+        version=1,
+        instruction="",
+        question="{input}\nA:",
+        answer="{rationale} {label}",
+        hint="{label}",
+        stops=(),
+        exemplars=(),
+    )
+    replies = {f"{row.input}\nA:": text for row, text in zip(rows, texts, strict=True)}
+    assert len(replies) == len(rows)
+    with teacher_server.served(answer=lambda prompt: replies[prompt], keep=False) as server:
+        made = command.teach(options(dataset, server, real_data_dir, tmp_path, template=template))
+        assert made is not None
+        assert made["splits"]["test"]["teacher_accuracy"] == pytest.approx(official, abs=0.006)
+        assert server.asked == len(rows)
+        if strict is not None:
+            again = command.teach(
+                options(dataset, server, real_data_dir, tmp_path, template=template, parser="strict", overwrite=True)
+            )
+            assert again is not None
+            assert again["splits"]["test"]["teacher_accuracy"] == pytest.approx(strict, abs=0.006)
+            assert server.asked == len(rows)
+
+
+def test_a_dataset_of_one_s_own_needs_one_file(tmp_path, monkeypatch):
+    """Rows as JSON lines, and a prompt; no release, no parser of positions."""
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    folder = tmp_path / "mine" / "builtin"
+    folder.mkdir(parents=True)
+    lines = [{"id": f"q{n}", "input": f"Is {n} small?", "label": "yes" if n < 5 else "no"} for n in range(10)]
+    (folder / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with teacher_server.served(answer=lambda prompt: "It is. So the answer is yes.") as server:
+        made = command.teach(
+            options(
+                "builtin",
+                server,
+                tmp_path / "mine",
+                tmp_path,
+                template=prompts.read("builtin"),
+                inputs="records",
+                splits=None,
+                parser="strict",
+            )
+        )
+    assert made is not None
+    assert made["splits"]["train"]["teacher_accuracy"] == 50.0
+
+
+def test_batch_jobs_answer_everything_and_a_killed_run_finds_them_again(inputs, answer, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setattr(jobs, "POLL", 0.05)
+    template = prompts.read("builtin")
+    plain = {"template": template, "parser": "strict", "splits": None, "batch": True, "batch_size": 25}
+    plain["settings"] = sampler.Settings(
+        model="m", form="chat", parameters=Parameters(temperature=0.0, max_tokens=200), unusable=1.0
+    )
+    with teacher_server.served(answer=answer, batch_polls=2) as server:
+        submit, submitted = jobs._submit, []
+        with monkeypatch.context() as patch:
+
+            async def submit_and_die(requests, client, store):
+                await submit(requests, client, store)
+                submitted.append(len(requests))
+                if len(submitted) == 2:
+                    raise KeyboardInterrupt
+
+            patch.setattr(jobs, "_submit", submit_and_die)
+            with pytest.raises(KeyboardInterrupt):
+                command.teach(options("builtin", server, inputs, tmp_path, **plain))
+        assert submitted == [25, 25]
+        made = command.teach(options("builtin", server, inputs, tmp_path, **plain))
+        assert made is not None
+        assert sum(split["rows"] for split in made["splits"].values()) == 60
+        assert "not_asked" not in str(made)
+        # 60 lines in all: what the killed run had submitted was collected, not submitted again.
+        assert server.lines == 60
+        assert server.asked == 0
+
+
+def test_batch_jobs_are_cancelled_and_what_they_answered_is_kept(inputs, answer, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setattr(jobs, "POLL", 0.02)
+    plain = {"template": prompts.read("builtin"), "parser": "strict", "splits": None, "batch": True, "batch_size": 30}
+    with teacher_server.served(answer=answer, batch_polls=10**6) as server:
+        with monkeypatch.context() as patch:
+            patch.setattr(jobs, "_submit", _submit_and_stop(jobs._submit))
+            with pytest.raises(KeyboardInterrupt):
+                command.teach(options("builtin", server, inputs, tmp_path, **plain))
+        assert command.teach(options("builtin", server, inputs, tmp_path, cancel_batches=True, **plain)) is None
+        assert [batch["status"] for batch in server.batches.values()] == ["cancelled"]
+        with Store(tmp_path / "store.sqlite") as store:
+            assert len(list(store.jobs("cancelled"))) == 1
+            assert not list(store.jobs("new", "running"))
+
+
+def _submit_and_stop(submit):
+    async def stopped(*arguments):
+        await submit(*arguments)
+        raise KeyboardInterrupt
+
+    return stopped
+
+
+def test_a_job_that_fails_as_a_whole_says_why_and_is_not_submitted_again(inputs, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setattr(jobs, "POLL", 0.02)
+    plain = {"template": prompts.read("builtin"), "parser": "strict", "splits": None, "batch": True}
+    with teacher_server.served(batch_polls=10**6) as server:
+
+        def refuse():
+            while not server.batches:
+                time.sleep(0.01)
+            (batch,) = server.batches.values()
+            error = {"code": "model_not_found", "message": "There is no model 540b.", "line": 1}
+            batch.update(status="failed", errors={"object": "list", "data": [error]})
+
+        refusing = threading.Thread(target=refuse)
+        refusing.start()
+        with pytest.raises(ValueError, match="There is no model 540b"):
+            command.teach(options("builtin", server, inputs, tmp_path, **plain))
+        refusing.join()
+        assert len(server.batches) == 1

@@ -1,0 +1,313 @@
+"""The real SDKs submit, poll, collect and cancel batch jobs at a server over loopback."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from teacher_server import Server, served
+from test_teacher_clients import request
+
+from sbs_jax.teacher import batches, clients
+from sbs_jax.teacher.batches import BatchClient
+from sbs_jax.teacher.clients import Again, Failed, Fatal, Reply, Request
+
+for _name in ("openai", "google.genai"):
+    pytest.importorskip(_name, reason="the SDKs of hosted teachers are not installed (pip install 'sbs-jax[teacher]')")
+
+PROVIDERS = ("openai", "gemini", "vertex")
+KEY = "secret-Key-0123456789"
+
+
+@pytest.fixture(autouse=True)
+def _environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+    for name in ("OPENAI_API_KEY", "GEMINI_API_KEY"):
+        monkeypatch.setenv(name, KEY)
+    monkeypatch.setenv("GOOGLE_CLOUD_PROJECT", "some-project")
+    monkeypatch.setenv("GOOGLE_CLOUD_LOCATION", "us-central1")
+    # Cloud Storage over loopback, without the credentials of the machine that runs the test.
+    for name in ("GCE_METADATA_ROOT", "GCE_METADATA_HOST"):
+        monkeypatch.setenv(name, "localhost:1")
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", "")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(batches, "_DELAY", 0.01)
+
+
+@contextlib.contextmanager
+def prepared(**server: Any) -> Iterator[Server]:
+    with pytest.MonkeyPatch.context() as patch, served(**server) as ready:
+        patch.setenv("TENSORSTORE_GCS_HTTP_URL", ready.url)
+        yield ready
+
+
+def made(provider: str, server: Server) -> BatchClient:
+    if provider == "vertex":
+        from google.oauth2.credentials import Credentials
+
+        return batches.VertexBatches(
+            base_url=server.gemini, timeout=5.0, folder="gs://bucket/jobs", credentials=Credentials("a-token")
+        )
+    base_url = server.openai if provider == "openai" else server.gemini
+    return batches.make_batch(provider, base_url=base_url, timeout=5.0)
+
+
+def run(client: BatchClient, work: Callable[[BatchClient], Coroutine[Any, Any, Any]]) -> Any:
+    async def inside() -> Any:
+        try:
+            return await work(client)
+        finally:
+            await client.close()
+
+    return asyncio.run(inside())
+
+
+async def results(items: AsyncIterator[tuple[str, Reply | Failed]]) -> dict[str, Reply | Failed]:
+    found: dict[str, Reply | Failed] = {}
+    async for key, outcome in items:
+        assert key not in found
+        found[key] = outcome
+    return found
+
+
+async def ended(client: BatchClient, job: str) -> str:
+    while (state := (await client.poll(job)).state) == batches.RUNNING:
+        await asyncio.sleep(0.01)
+    return state
+
+
+def some(count: int = 5) -> list[Request]:
+    return [request(f"Question {number}") for number in range(count)]
+
+
+def reply_to(prompt: list[dict[str, str]]) -> str:
+    return f"Reply to {prompt[-1]['content']}.\u2028It has two lines."
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+def test_a_job_is_submitted_polled_and_collected(provider: str) -> None:
+    with prepared(answer=reply_to, batch_polls=2) as server:
+
+        async def work(client: BatchClient) -> tuple[list[str], dict[str, Reply | Failed]]:
+            job = await client.submit(some(), name="sbs-1")
+            states = [(await client.poll(job)).state for _ in range(3)]
+            return states, await results(client.collect(job))
+
+        states, found = run(made(provider, server), work)
+        assert states == ["running", "running", "done"]
+        assert list(found) == [one.key for one in reversed(some())]  # the server's order is not that of the requests
+        for one in some():
+            reply = found[one.key]
+            assert isinstance(reply, Reply)
+            assert reply.text == f"Reply to {one.prompt.messages[-1].content}.\u2028It has two lines."
+            assert reply.finish == "stop"
+            assert reply.input_tokens == 5
+        assert (server.lines, server.asked) == (5, 0)
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+def test_what_is_sent_is_what_would_be_asked_at_once(provider: str) -> None:
+    one = request(temperature=0.5, stops=("Q:",), sample=4)
+    bodies: list[dict[str, Any]] = []
+
+    def answer(prompt: object, body: dict[str, Any]) -> str:
+        bodies.append(body)
+        return "Yes."
+
+    with prepared(answer=answer, batch_polls=0) as server:
+
+        async def work(client: BatchClient) -> None:
+            await client.poll(await client.submit([one], name="sbs-1"))
+
+        run(made(provider, server), work)
+    (body,) = bodies
+    body.pop("labels", None)
+    wanted = clients.openai_body(one, official=False) if provider == "openai" else clients.gemini_body(one)
+    assert body == wanted
+
+
+def test_completions_have_their_own_endpoint() -> None:
+    with prepared(answer=lambda text: text[-10:], batch_polls=0) as server:
+
+        async def work(client: BatchClient) -> dict[str, Reply | Failed]:
+            job = await client.submit([request("Question 1", form="completion")], name="sbs-1")
+            await ended(client, job)
+            return await results(client.collect(job))
+
+        (reply,) = run(made("openai", server), work).values()
+        (batch,) = server.batches.values()
+        assert (batch["endpoint"], batch["completion_window"]) == ("/v1/completions", "24h")
+    assert isinstance(reply, Reply)
+    assert reply.text == "Question 1"
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+def test_lines_fail_alone_and_those_without_an_answer_are_left_out(provider: str) -> None:
+    faults = [None, "missing", "filter", "too_long", "length", 500, 429, 400, "empty", None]
+    if provider != "vertex":
+        faults += ["malformed"]
+    requests = some(len(faults))
+    with prepared(line_faults=faults) as server:
+
+        async def work(client: BatchClient) -> dict[str, Reply | Failed]:
+            job = await client.submit(requests, name="sbs-1")
+            assert await ended(client, job) == "done"
+            return await results(client.collect(job))
+
+        found = run(made(provider, server), work)
+    told = {}
+    for number, one in enumerate(requests):
+        outcome = found.get(one.key)
+        if isinstance(outcome, Failed):
+            told[number] = outcome.reason
+        elif outcome is not None:
+            told[number] = outcome.finish
+    assert told == {0: "stop", 2: "content_filter", 3: "too_long", 4: "length", 7: "refused", 9: "stop"}
+
+
+def test_requests_that_openai_had_no_time_for_are_left_out() -> None:
+    with prepared(line_faults=["expired", None]) as server:
+
+        async def work(client: BatchClient) -> dict[str, Reply | Failed]:
+            job = await client.submit(some(2), name="sbs-1")
+            await ended(client, job)
+            server.batches[job]["status"] = "expired"
+            state = await client.poll(job)
+            assert (state.state, state.message, state.total, state.done) == ("failed", "expired", 2, 1)
+            return await results(client.collect(job))
+
+        assert list(run(made("openai", server), work)) == [some(2)[1].key]
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+def test_a_job_is_found_by_its_name_among_many(provider: str) -> None:
+    with prepared() as server:
+
+        async def submit(client: BatchClient) -> list[str]:
+            return [await client.submit([request(f"{number}")], name=f"sbs-{number}") for number in range(12)]
+
+        jobs = run(made(provider, server), submit)
+        # More than a page of others.
+        template = server.batches[jobs[-1]]
+        for number in range(250):
+            other = {**template, "id": f"x{number}", "metadata": None, "displayName": "", "name": f"x{number}"}
+            if provider == "gemini":
+                operation = {"name": f"batches/x{number}", "metadata": {"displayName": "other"}}
+                other = {**template, "operation": operation}
+            server.batches[f"x{number}"] = other
+
+        async def find(client: BatchClient) -> list[str | None]:
+            return [await client.find(name) for name in ("sbs-0", "sbs-7", "sbs-99")]
+
+        assert run(made(provider, server), find) == [jobs[0], jobs[7], None]
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+def test_a_job_is_cancelled_and_what_it_answered_is_kept(provider: str) -> None:
+    with prepared(batch_polls=1000) as server:
+
+        async def work(client: BatchClient) -> dict[str, Reply | Failed]:
+            job = await client.submit(some(4), name="sbs-1")
+            await client.cancel(job)
+            assert await ended(client, job) == "cancelled"
+            await client.cancel(job)  # nothing happens
+            assert await ended(client, job) == "cancelled"
+            return await results(client.collect(job))
+
+        found = run(made(provider, server), work)
+    assert len(found) == (2 if provider == "openai" else 0)
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+def test_a_lost_reply_to_the_submission_does_not_submit_twice(provider: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with prepared() as server:
+        client = made(provider, server)
+        inner = client._openai if provider == "openai" else client._google  # pyright: ignore
+        guarded = inner.guarded
+        lost = []
+
+        async def losing(call: Callable[[], Any], *, seconds: float | None = None) -> Any:
+            before = len(server.batches)
+            result = await guarded(call, seconds=seconds)
+            if len(server.batches) > before and not lost:
+                lost.append(1)
+                raise Again("The connection failed after the job was made.")
+            return result
+
+        monkeypatch.setattr(inner, "guarded", losing)
+
+        async def work(client: BatchClient) -> str:
+            return await client.submit(some(), name="sbs-1")
+
+        job = run(client, work)
+        assert lost == [1]
+        assert list(server.batches) == [job]
+
+
+@pytest.mark.parametrize("provider", ["openai", "gemini"])
+def test_an_unknown_key_or_model_is_fatal(provider: str) -> None:
+    async def work(client: BatchClient) -> str:
+        return await client.submit(some(), name="sbs-1")
+
+    with prepared(key="another") as server, pytest.raises(Fatal) as error:
+        run(made(provider, server), work)
+    assert KEY not in str(error.value)
+    if provider == "gemini":
+        with prepared(models=["known"]) as server, pytest.raises(Fatal, match="some-model"):
+            run(made(provider, server), work)
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+def test_a_job_that_does_not_exist_is_fatal(provider: str) -> None:
+    job = {"openai": "batch_1", "gemini": "batches/1"}.get(provider, "projects/p/locations/l/batchPredictionJobs/1")
+    with prepared() as server, pytest.raises(Fatal, match=r"1|not found"):
+        run(made(provider, server), lambda client: client.poll(job))
+
+
+def test_no_server_is_waited_for_and_then_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    with prepared() as server:
+        pass
+    monkeypatch.setattr(batches, "_TRIES", 3)
+    with pytest.raises(Again, match="connection failed"):
+        run(made("openai", server), lambda client: client.find("sbs-1"))
+
+
+def test_a_folder_that_cannot_be_written_is_fatal() -> None:
+    with prepared() as server:
+        server.denied.add("bucket")
+        with pytest.raises(Fatal, match="gs://bucket/jobs cannot be used"):
+            run(made("vertex", server), lambda client: client.submit(some(), name="sbs-1"))
+
+
+@pytest.mark.parametrize(
+    ("requests", "words"),
+    [
+        ([], "0 requests"),
+        ([request(), request()], "twice"),
+        ([request(), request(form="completion")], "several forms"),
+    ],
+)
+def test_what_does_not_fit_into_one_job_is_refused(requests: list[Request], words: str) -> None:
+    with prepared() as server, pytest.raises(ValueError, match=words):
+        run(made("openai", server), lambda client: client.submit(requests, name="sbs-1"))
+
+
+def test_limits_of_a_file_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    line = lambda request: {"key": request.key}  # noqa: E731
+    assert batches.lines_of(some(2), line).count(b"\n") == 2
+    monkeypatch.setattr(batches, "MOST_BYTES", 100)
+    with pytest.raises(ValueError, match="expected at most 100"):
+        batches.lines_of(some(2), line)
+    monkeypatch.setattr(batches, "MOST_REQUESTS", 1)
+    with pytest.raises(ValueError, match="expected 1 to 1"):
+        batches.lines_of(some(2), line)
+
+
+def test_bad_arguments_are_told() -> None:
+    with pytest.raises(ValueError, match=r"no batch jobs of 'gemni'.*gemini"):
+        batches.make_batch("gemni", base_url=None, timeout=1.0)
+    for folder in (None, "/local", "gs://"):
+        with pytest.raises(ValueError, match="gs://<bucket>/<folder>"):
+            batches.make_batch("vertex", base_url=None, timeout=1.0, folder=folder)

@@ -1,0 +1,676 @@
+"""The real SDKs ask a server over loopback that answers, or misbehaves."""
+
+import asyncio
+import email.utils
+import gc
+import json
+import time
+import traceback
+from collections.abc import Sequence
+
+import pytest
+from teacher_server import Fault, served
+
+from sbs_jax.teacher import clients
+from sbs_jax.teacher.clients import Again, Client, Failed, Fatal, Parameters, Reply, Request
+from sbs_jax.teacher.prompts import Message, Prompt
+from tasks import builtin
+
+for _name in ("openai", "google.genai"):
+    pytest.importorskip(_name, reason="the SDKs of hosted teachers are not installed (pip install 'sbs-jax[teacher]')")
+
+KEY = "secret-Key-0123456789"
+HOSTED = ("openai", "gemini")
+
+
+@pytest.fixture(autouse=True)
+def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("OPENAI_BASE_URL", "GOOGLE_API_KEY", "GOOGLE_CLOUD_PROJECT", "GOOGLE_CLOUD_LOCATION"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setenv("GEMINI_API_KEY", KEY)
+
+
+def request(text: str = "Will it float?", *, form: str = "chat", sample: int = 0, **parameters: object) -> Request:
+    messages = (Message("system", "Answer."), Message("user", "A?"), Message("assistant", "B."), Message("user", text))
+    return Request(
+        prompt=Prompt(messages=messages, text=f"Answer.\n\nA? B.\n\n{text}", stops=("\nQ:",), template="0" * 12),
+        model="some-model",
+        parameters=Parameters(**{"temperature": 0.0, "max_tokens": 100, **parameters}),
+        form=form,
+        sample=sample,
+    )
+
+
+def ask(provider: str, url: str, *requests: Request, timeout: float = 5.0) -> list[Reply | Exception]:
+    """What comes of the requests, one after another."""
+
+    async def run(client: Client) -> list[Reply | Exception]:
+        results: list[Reply | Exception] = []
+        for one in requests:
+            try:
+                results.append(await client.ask(one))
+            except Exception as error:
+                results.append(error)
+        await client.close()
+        return results
+
+    base_url = f"{url}/v1" if provider == "openai" else url
+    return asyncio.run(run(clients.make(provider, base_url=base_url, timeout=timeout, connections=4)))
+
+
+def ask_through(provider: str, fault: Fault | int | str, *, timeout: float = 5.0) -> Reply | Exception:
+    """What comes of one request that meets a fault; one request arrives, whatever came of it."""
+    with served(faults=[fault]) as server:
+        (result,) = ask(provider, server.url, request(), timeout=timeout)
+        assert server.asked == 1
+    return result
+
+
+# ------------------------------------------------------------------------------------- what is sent
+
+
+def test_openai_is_asked_a_chat() -> None:
+    with served() as server:
+        (reply,) = ask(
+            "openai",
+            server.url,
+            request(
+                temperature=0.7,
+                top_p=0.9,
+                stops=("Q:",),
+            ),
+        )
+        assert server.bodies == [
+            {
+                "model": "some-model",
+                "messages": [
+                    {"role": "system", "content": "Answer."},
+                    {"role": "user", "content": "A?"},
+                    {"role": "assistant", "content": "B."},
+                    {"role": "user", "content": "Will it float?"},
+                ],
+                "temperature": 0.7,
+                "max_tokens": 100,
+                "stop": ["Q:"],
+                "top_p": 0.9,
+                "seed": 0,
+            }
+        ]
+        assert server.headers[0]["authorization"] == f"Bearer {KEY}"
+    assert reply == Reply(
+        text="Iron sinks. So the answer is no.",
+        finish="stop",
+        input_tokens=6,
+        output_tokens=7,
+        model="some-model-2026-01-01",
+    )
+
+
+def test_openai_is_asked_a_completion_that_ends_at_the_prompt_s_stops() -> None:
+    with served(answer=lambda text: f" Yes: {text[-6:]}\nQ: Next") as server:
+        (reply,) = ask("openai", server.url, request(form="completion"))
+        assert server.paths == {"POST /v1/completions": 1}
+        assert server.bodies[0]["prompt"] == "Answer.\n\nA? B.\n\nWill it float?"
+        assert server.bodies[0]["stop"] == ["\nQ:"]
+    assert isinstance(reply, Reply)
+    assert (reply.text, reply.finish) == (" Yes: float?", "stop")
+
+
+def test_only_openai_itself_is_sent_max_completion_tokens_and_at_most_four_stops() -> None:
+    five = request(stops=("1", "2", "3", "4", "5"))
+    assert clients.openai_body(request(), official=True)["max_completion_tokens"] == 100
+    assert "max_tokens" not in clients.openai_body(request(), official=True)
+    assert clients.openai_body(request(form="completion"), official=True)["max_tokens"] == 100
+    assert clients.openai_body(five, official=False)["stop"] == ["1", "2", "3", "4", "5"]
+    with pytest.raises(Fatal, match="at most 4"):
+        clients.openai_body(five, official=True)
+    assert clients.is_official(None)
+    assert clients.is_official("https://api.openai.com/v1")
+    assert not clients.is_official("http://localhost:8000/v1")
+
+
+def test_gemini_is_asked_a_chat() -> None:
+    with served() as server:
+        (reply,) = ask("gemini", server.url, request(temperature=0.7, top_p=0.9, stops=("Q:",), sample=3))
+        assert server.paths == {"POST /v1/models/some-model:generateContent": 1}
+        assert server.bodies == [
+            {
+                "systemInstruction": {"parts": [{"text": "Answer."}]},
+                "contents": [
+                    {"role": "user", "parts": [{"text": "A?"}]},
+                    {"role": "model", "parts": [{"text": "B."}]},
+                    {"role": "user", "parts": [{"text": "Will it float?"}]},
+                ],
+                "generationConfig": {
+                    "temperature": 0.7,
+                    "maxOutputTokens": 100,
+                    "stopSequences": ["Q:"],
+                    "topP": 0.9,
+                    "seed": 3,
+                },
+            }
+        ]
+        assert server.headers[0]["x-goog-api-key"] == KEY
+    # Seven words, and three tokens of thought, which are billed as output.
+    assert reply == Reply(
+        text="Iron sinks. So the answer is no.",
+        finish="stop",
+        input_tokens=6,
+        output_tokens=10,
+        model="some-model-001",
+    )
+
+
+def test_gemini_takes_chats_and_five_stops_only() -> None:
+    with pytest.raises(Fatal, match="takes chats only"):
+        clients.gemini_body(request(form="completion"))
+    with pytest.raises(Fatal, match="at most 5"):
+        clients.gemini_body(request(stops=tuple("123456")))
+
+
+def test_vertex_asks_with_the_platform_s_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
+    from google.oauth2.credentials import Credentials
+
+    monkeypatch.setenv("GOOGLE_CLOUD_PROJECT", "some-project")
+    monkeypatch.setenv("GOOGLE_CLOUD_LOCATION", "europe-west4")
+
+    async def run(url: str) -> Reply:
+        credentials = Credentials("a-token")
+        client = clients.Gemini(vertex=True, base_url=url, timeout=5.0, connections=1, credentials=credentials)
+        try:
+            return await client.ask(request())
+        finally:
+            await client.close()
+
+    with served(key="a-token") as server:
+        assert asyncio.run(run(server.gemini)).text == "Iron sinks. So the answer is no."
+        place = "projects/some-project/locations/europe-west4/publishers/google"
+        assert server.paths == {f"POST /v1beta1/{place}/models/some-model:generateContent": 1}
+        assert server.headers[0]["authorization"] == "Bearer a-token"
+        assert server.bodies[0]["contents"][-1] == {"role": "user", "parts": [{"text": "Will it float?"}]}
+
+
+def test_expired_platform_credentials_stop_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    from google.auth.exceptions import RefreshError
+    from google.oauth2.credentials import Credentials
+
+    class Expired(Credentials):
+        def refresh(self, request: object) -> None:
+            raise RefreshError("invalid_grant: Token has been expired or revoked.")
+
+    monkeypatch.setenv("GOOGLE_CLOUD_PROJECT", "some-project")
+    monkeypatch.setenv("GOOGLE_CLOUD_LOCATION", "europe-west4")
+
+    async def run(url: str) -> None:
+        client = clients.Gemini(vertex=True, base_url=url, timeout=5.0, connections=1, credentials=Expired(None))
+        try:
+            await client.ask(request())
+        finally:
+            await client.close()
+
+    with served() as server, pytest.raises(Fatal, match="gcloud auth application-default login"):
+        asyncio.run(run(server.gemini))
+
+
+# ------------------------------------------------------------------------------------ the key of a request
+
+
+def test_key_changes_with_everything_that_decides_about_the_reply_and_with_nothing_else() -> None:
+    first = request()
+    assert first.key == request().key
+    assert len(first.key) == 64
+    # Neither the template's hash nor, in a chat, the text of the completion is sent.
+    other = Prompt(messages=first.prompt.messages, text="other", stops=("other",), template="1" * 12)
+    assert Request(**{**vars_of(first), "prompt": other}).key == first.key
+    different = [
+        request("Does it burn?"),
+        request(temperature=0.5),
+        request(max_tokens=200),
+        request(stops=("Q:",)),
+        request(top_p=0.5),
+        request(form="completion"),
+        request(sample=1),
+        Request(**{**vars_of(first), "model": "another"}),
+        Request(
+            **{**vars_of(first), "prompt": Prompt(messages=first.prompt.messages[1:], text="", stops=(), template="")}
+        ),
+    ]
+    assert len({one.key for one in [first, *different]}) == len(different) + 1
+
+
+def test_key_does_not_depend_on_what_was_asked_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = [request(text).key for text in ("a", "b")]
+    short = request("a")
+    short = Request(
+        **{**vars_of(short), "prompt": Prompt(messages=short.prompt.messages[-1:], text="", stops=(), template="")}
+    )
+    assert short.key not in keys
+    monkeypatch.setattr(clients, "_heads", {})
+    assert [request(text).key for text in ("b", "a")] == keys[::-1]
+    # Stored replies are found by it for years: it may not change with the code.
+    assert request().key == "bdfbc781cc730b0f7796a47f70665d105bf4b107a8499f5952c87d4737b4f6dd"
+    assert (
+        request(form="completion", sample=2, temperature=0.7).key
+        == "fa81a2fc1e2f8071d71dcfed36e6c8780f0763560189eaf3161af091a7843581"
+    )
+
+
+def vars_of(one: Request) -> dict[str, object]:
+    return {name: getattr(one, name) for name in ("prompt", "model", "parameters", "form", "sample")}
+
+
+# --------------------------------------------------------------------------------------- what goes wrong
+
+AGAIN: list[tuple[Fault | int | str, str, bool]] = [
+    (408, "in trouble", False),
+    (409, "in trouble", False),
+    (429, "Asked too often", True),
+    (500, "in trouble", False),
+    (502, "in trouble", False),
+    (503, "in trouble", True),
+    (529, "in trouble", True),
+    ("reset", "connection failed", False),
+    ("close", "connection failed", False),
+    ("malformed", "not a JSON object", False),
+    ("html", "Please sign in", False),
+    ("nothing", "not a JSON object", False),
+    ("empty", "no c", False),
+    ("null", "no text", False),
+]
+
+
+@pytest.mark.parametrize("provider", HOSTED)
+@pytest.mark.parametrize(("fault", "words", "limited"), AGAIN)
+def test_what_passes_may_be_asked_again(provider: str, fault: Fault | int | str, words: str, limited: bool) -> None:
+    error = ask_through(provider, fault)
+    assert isinstance(error, Again), repr(error)
+    assert words in str(error)
+    assert error.limited == limited
+    assert error.retry_after is None
+
+
+@pytest.mark.parametrize("provider", HOSTED)
+@pytest.mark.parametrize("fault", [Fault("slow", seconds=0.05), Fault("hang"), Fault("late", seconds=5)])
+def test_a_reply_has_to_be_whole_within_the_time(provider: str, fault: Fault) -> None:
+    began = time.monotonic()
+    error = ask_through(provider, fault, timeout=0.5)
+    assert isinstance(error, Again), repr(error)
+    assert "within 0.5 s" in str(error)
+    assert time.monotonic() - began < 3
+
+
+@pytest.mark.parametrize("provider", HOSTED)
+def test_no_server_is_asked_again_later(provider: str) -> None:
+    with served() as server:
+        url = server.url
+    (error,) = ask(provider, url, request())
+    assert isinstance(error, Again)
+    assert "connection failed" in str(error)
+
+
+@pytest.mark.parametrize("provider", HOSTED)
+@pytest.mark.parametrize(
+    ("told", "low", "high"),
+    [("3", 3, 3), ("0.5", 0.5, 0.5), ("-1", 0, 0), ("date", 8, 10), ("soon", None, None), ("inf", None, None)],
+)
+def test_retry_after_is_seconds_or_a_date(provider: str, told: str, low: float | None, high: float | None) -> None:
+    value = email.utils.formatdate(time.time() + 10, usegmt=True) if told == "date" else told
+    error = ask_through(provider, Fault(429, retry_after=value))
+    assert isinstance(error, Again)
+    if low is None or high is None:
+        assert error.retry_after is None
+    else:
+        assert error.retry_after is not None
+        assert low <= error.retry_after <= high
+
+
+def test_gemini_s_own_delay_is_read() -> None:
+    error = ask_through("gemini", Fault(429, message="RetryInfo"))
+    assert isinstance(error, Again)
+    assert error.retry_after == 7.0
+
+
+FATAL: list[tuple[Fault | int | str, str]] = [
+    (400, "refuses the request (400: made up: status 400)"),
+    (401, "refuses the credentials"),
+    (402, "used up"),
+    (403, "refuses the credentials"),
+    (404, "no such model"),
+    (422, "refuses the request"),
+    (Fault(400, message="Unsupported value: 'temperature' does not support 0."), "'temperature' does not support 0"),
+]
+
+
+@pytest.mark.parametrize("provider", HOSTED)
+@pytest.mark.parametrize(("fault", "words"), FATAL)
+def test_what_would_be_so_for_every_request_is_fatal(provider: str, fault: Fault | int, words: str) -> None:
+    error = ask_through(provider, fault)
+    assert isinstance(error, Fatal), repr(error)
+    assert words in str(error)
+
+
+def test_no_money_is_fatal_and_gemini_s_limits_per_minute_are_not() -> None:
+    error = ask_through("openai", "quota")
+    assert isinstance(error, Fatal)
+    assert "used up" in str(error)
+    # The same words for requests per minute.
+    assert isinstance(ask_through("gemini", "quota"), Again)
+    assert isinstance(ask_through("gemini", Fault(429, message="Your prepayment credits are depleted.")), Fatal)
+
+
+@pytest.mark.parametrize("provider", HOSTED)
+def test_an_unknown_model_is_fatal_with_the_provider_s_words(provider: str) -> None:
+    with served(models=["known"]) as server:
+        (error,) = ask(provider, server.url, request())
+    assert isinstance(error, Fatal)
+    assert "some-model" in str(error)
+    assert "--model" in str(error)
+
+
+@pytest.mark.parametrize("provider", HOSTED)
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        ("filter", "content_filter"),
+        ("prompt_filter", "content_filter"),
+        ("too_long", "too_long"),
+        (413, "too_long"),
+        (Fault(400, message="The response was filtered by our content management policy."), "content_filter"),
+        (Fault(400, message="The decoder prompt is longer than the maximum model length of 9."), "too_long"),
+    ],
+)
+def test_a_hopeless_request_says_why(provider: str, fault: Fault | str, reason: str) -> None:
+    error = ask_through(provider, fault)
+    assert isinstance(error, Failed), repr(error)
+    assert error.reason == reason
+
+
+@pytest.mark.parametrize("provider", HOSTED)
+def test_a_reply_that_was_cut_short_is_one_with_finish_length(provider: str) -> None:
+    reply = ask_through(provider, "length")
+    assert isinstance(reply, Reply)
+    assert (reply.text, reply.finish) == ("Iron sinks. So", "length")
+
+
+def test_a_reply_that_was_all_thought_is_cut_short_and_not_empty() -> None:
+    chat = {"choices": [{"finish_reason": "length", "message": {"content": None}}], "model": "m"}
+    assert clients.read_openai(chat) == Reply(
+        text="", finish="length", input_tokens=None, output_tokens=None, model="m"
+    )
+    gemini = {"candidates": [{"finishReason": "MAX_TOKENS"}], "usageMetadata": {"thoughtsTokenCount": 100}}
+    assert clients.read_gemini(gemini) == Reply(
+        text="", finish="length", input_tokens=None, output_tokens=100, model=""
+    )
+
+
+def test_gemini_s_thoughts_are_no_part_of_the_reply() -> None:
+    parts = [{"text": "Hm.", "thought": True}, {"text": "Iron "}, {"text": "sinks."}]
+    data = {"candidates": [{"finishReason": "OTHER", "content": {"parts": parts}}]}
+    reply = clients.read_gemini(data)
+    assert (reply.text, reply.finish) == ("Iron sinks.", "other")
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        {"choices": "text"},
+        {"choices": [None]},
+        {"choices": [{"message": "x"}]},
+        {"choices": [{"message": {"content": 3}}]},
+        {"choices": {"a": 1}},
+        {"choices": [{"text": "a", "finish_reason": "stop"}], "usage": [1]},
+    ],
+)
+def test_a_body_of_another_form_may_be_asked_again(data: dict[str, object]) -> None:
+    with pytest.raises(Again):
+        clients.read_openai(data)
+    text = (
+        json.dumps(data)
+        .replace("choices", "candidates")
+        .replace("message", "content")
+        .replace('"usage"', '"usageMetadata"')
+    )
+    with pytest.raises(Again):
+        clients.read_gemini(json.loads(text))
+
+
+def test_a_refusal_is_no_reply() -> None:
+    with pytest.raises(Failed, match="I cannot help") as error:
+        clients.read_openai({"choices": [{"message": {"content": None, "refusal": "I cannot help."}}]})
+    assert error.value.reason == "refusal"
+
+
+@pytest.mark.parametrize("provider", HOSTED)
+def test_text_that_cannot_be_sent_fails_alone(provider: str) -> None:
+    with served() as server:
+        broken, whole = ask(provider, server.url, request("\ud800"), request("\u2028 \U0001f600"))
+        if isinstance(broken, Failed):
+            assert broken.reason == "not_text"
+        else:  # the SDK writes it as an escape
+            assert isinstance(broken, Reply)
+    assert isinstance(whole, Reply)
+
+
+# ------------------------------------------------------------------------------------------- no key anywhere
+
+
+@pytest.mark.parametrize("provider", HOSTED)
+def test_the_key_is_in_no_message_no_repr_and_no_traceback(provider: str, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("DEBUG", logger="sbs_jax")
+    leak = Fault(400, message=f"Bad key {KEY} and sk-proj-abcdef***xyz and Bearer {KEY}")
+    faults: list[Fault | int | str] = [leak, 401, 429, 500, "reset", "close", "html", "malformed", "empty"]
+    with served(faults=faults, key=None) as server:
+        results = ask(provider, server.url, *[request()] * len(faults))
+    with served(key="another") as server:  # OpenAI's server repeats the key
+        results += ask(provider, server.url, request())
+    results += ask(provider, "http://127.0.0.1:9", request())
+    assert all(isinstance(one, Exception) for one in results)
+    for one in results:
+        assert isinstance(one, Fatal | Again | Failed)
+        chain: BaseException | None = one
+        while chain is not None:
+            text = "".join(traceback.format_exception(chain)) + repr(chain) + str(chain) + repr(vars(chain))
+            assert KEY not in text
+            assert "sk-proj" not in text
+            chain = chain.__cause__ or chain.__context__
+    assert KEY not in caplog.text
+    client = clients.make(provider, base_url=None, timeout=1.0, connections=1)
+    assert KEY not in repr(client)
+    asyncio.run(client.close())
+
+
+@pytest.mark.parametrize("provider", HOSTED)
+def test_an_expired_key_is_fatal_at_once(provider: str) -> None:
+    with served(key="another") as server:
+        (error,) = ask(provider, server.url, request())
+        assert server.paths.total() == 1
+    assert isinstance(error, Fatal)
+    assert "check the key" in str(error)
+
+
+# ------------------------------------------------------------------------------------------------ making one
+
+
+@pytest.mark.parametrize(
+    ("provider", "variable"),
+    [("openai", "OPENAI_API_KEY"), ("gemini", "GEMINI_API_KEY or GOOGLE_API_KEY"), ("vertex", "GOOGLE_CLOUD_PROJECT")],
+)
+def test_a_missing_credential_is_named(provider: str, variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("OPENAI_API_KEY", "GEMINI_API_KEY"):
+        monkeypatch.delenv(name)
+    with pytest.raises(ValueError, match=variable):
+        clients.make(provider, base_url=None, timeout=1.0, connections=1)
+
+
+def test_missing_platform_credentials_are_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    import google.auth
+    from google.auth.exceptions import DefaultCredentialsError
+
+    def none(**_: object) -> None:
+        raise DefaultCredentialsError("no credentials")
+
+    monkeypatch.setattr(google.auth, "default", none)
+    monkeypatch.setenv("GOOGLE_CLOUD_PROJECT", "p")
+    with pytest.raises(ValueError, match="GOOGLE_CLOUD_LOCATION"):
+        clients.make("vertex", base_url=None, timeout=1.0, connections=1)
+    monkeypatch.setenv("GOOGLE_CLOUD_LOCATION", "l")
+    with pytest.raises(ValueError, match="gcloud auth application-default login"):
+        clients.make("vertex", base_url=None, timeout=1.0, connections=1)
+
+
+def test_a_server_of_one_s_own_needs_no_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY")
+    with served() as server:
+        monkeypatch.setenv("OPENAI_BASE_URL", server.openai)
+
+        async def run() -> Reply:
+            client = clients.make("openai", base_url=None, timeout=5.0, connections=1)
+            try:
+                return await client.ask(request())
+            finally:
+                await client.close()
+
+        assert asyncio.run(run()).finish == "stop"
+        assert "max_tokens" in server.bodies[0]
+
+
+@pytest.mark.parametrize("key", ["sk-with space", "sk-…", "sk-\x07"])
+def test_a_key_that_cannot_be_one_is_refused_and_not_shown(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    with pytest.raises(ValueError, match="OPENAI_API_KEY") as error:
+        clients.make("openai", base_url=None, timeout=1.0, connections=1)
+    assert key not in "".join(traceback.format_exception(error.value))
+
+
+def test_an_unknown_provider_is_named_with_near_ones() -> None:
+    with pytest.raises(ValueError, match=r"no provider 'opnai'.*openai"):
+        clients.make("opnai", base_url=None, timeout=1.0, connections=1)
+
+
+def test_without_the_sdk_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    monkeypatch.setitem(sys.modules, "openai", None)
+    with pytest.raises(ImportError, match=r"pip install 'sbs-jax\[teacher\]'"):
+        clients.make("openai", base_url=None, timeout=1.0, connections=1)
+
+
+# ------------------------------------------------------------------------------------------------ many at once
+
+
+@pytest.mark.parametrize("provider", HOSTED)
+def test_as_many_requests_are_in_flight_as_there_are_connections(provider: str) -> None:
+    count = 200
+
+    async def run(url: str) -> Sequence[Reply]:
+        client = clients.make(provider, base_url=url, timeout=60.0, connections=count)
+        replies = await asyncio.gather(*[client.ask(request(f"{number}")) for number in range(count)])
+        replies += await asyncio.gather(*[client.ask(request(f"{number}")) for number in range(5)])
+        await client.close()
+        return replies
+
+    with served(answer=lambda prompt: f"Reply to {prompt[-1]['content']}", latency=1.5) as server:
+        replies = asyncio.run(run(server.openai if provider == "openai" else server.gemini))
+        assert server.most_in_flight == count
+        assert server.connections <= count
+    # Every reply is the one to its own request.
+    assert [reply.text for reply in replies[:count]] == [f"Reply to {number}" for number in range(count)]
+
+
+def test_requests_beyond_the_connections_wait_and_a_cancelled_one_gives_its_place_back() -> None:
+    async def run(url: str) -> None:
+        client = clients.make("openai", base_url=url, timeout=10.0, connections=1)
+        first = [asyncio.create_task(client.ask(request())) for _ in range(20)]
+        await asyncio.sleep(0.05)
+        for task in first[:10]:
+            task.cancel()
+        results = await asyncio.gather(*first, return_exceptions=True)
+        assert sum(isinstance(one, Reply) for one in results) == 10
+        assert sum(isinstance(one, asyncio.CancelledError) for one in results) == 10
+        await client.close()
+
+    with served(latency=0.1) as server:
+        asyncio.run(run(server.openai))
+        # The cancelled one that was being answered, and the one after it.
+        assert server.most_in_flight <= 2
+
+
+def test_a_connection_is_used_again_and_replaced_after_a_reset() -> None:
+    with served(faults=[None, None, "reset", None]) as server:
+        results = ask("openai", server.url, *[request()] * 4)
+        assert [type(one) for one in results] == [Reply, Reply, Again, Reply]
+        assert server.connections == 2
+
+
+@pytest.mark.parametrize("provider", HOSTED)
+def test_no_connection_is_left_open_whatever_happened(provider: str) -> None:
+    faults: list[Fault | int | str] = [429, "reset", "close", "malformed", "html", Fault("slow", seconds=0.05), "hang"]
+    with served(faults=faults) as server:
+        results = ask(provider, server.url, *[request()] * 8, timeout=0.3)
+        assert [type(one) for one in results] == [*[Again] * 7, Reply]
+        deadline = time.monotonic() + 5
+        while server.open_now and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert server.open_now == 0
+    gc.collect()  # what was left open warns here, and a warning is an error
+
+
+# ----------------------------------------------------------------------------------------------- scripted
+
+
+def scripted(*requests: Request) -> list[Reply]:
+    async def run() -> list[Reply]:
+        client = clients.make("scripted", base_url=None, timeout=1.0, connections=1)
+        return [await client.ask(one) for one in requests]
+
+    return asyncio.run(run())
+
+
+def problems(count: int) -> list[builtin.Problem]:
+    import random
+
+    random_ = random.Random(5)
+    return [builtin.random_problem(random_) for _ in range(count)]
+
+
+def test_the_scripted_teacher_answers_the_same_always_and_otherwise_for_another_sample() -> None:
+    asked = [f"Q: {one.text}\nA:" for one in problems(20)]
+    first = scripted(*[request(text) for text in asked])
+    assert scripted(*[request(text) for text in reversed(asked)])[::-1] == first
+    second = scripted(*[request(text, sample=1) for text in asked])
+    assert [one.text for one in second] != [one.text for one in first]
+
+
+def test_the_scripted_teacher_is_as_often_right_as_the_dataset_says() -> None:
+    some = problems(600)
+    replies = scripted(*[request(f"Q: {one.text}\nA:", stops=("\n\nQ:",)) for one in some])
+    right = [f"So the answer is {one.label}." in reply.text for one, reply in zip(some, replies, strict=True)]
+    assert abs(sum(right) / 600 - (1 - builtin.WRONG - builtin.UNUSABLE)) < 0.05
+    assert not any("Q:" in reply.text for reply in replies)
+
+
+def test_the_scripted_teacher_argues_for_the_label_that_is_given_away() -> None:
+    for problem in problems(20):
+        hinted = request(f"Q: {problem.text}\n(The correct answer is known to be no.)\nA:")
+        (reply,) = scripted(hinted)
+        assert reply.text.endswith("So the answer is no.")
+
+
+def test_the_scripted_teacher_has_room_for_so_many_words() -> None:
+    (problem,) = problems(1)
+    (reply,) = scripted(request(f"Q: {problem.text}\nA:", max_tokens=2))
+    assert (reply.finish, len(reply.text.split()), reply.output_tokens) == ("length", 2, 2)
+
+
+def test_the_scripted_teacher_knows_nothing_else() -> None:
+    with pytest.raises(Fatal, match="built-in dataset only"):
+        scripted(request("Premise: a dog. Hypothesis: an animal."))
+
+
+def test_a_problem_is_read_back_from_its_text() -> None:
+    for problem in problems(300):
+        read = builtin.problem_of(f"Q: {problems(1)[0].text}\nA: Wood floats.\n\nQ: {problem.text}\nA:")
+        assert (read.text, read.label) == (problem.text, problem.label)
+    with pytest.raises(ValueError, match="holds no problem such as"):
+        builtin.problem_of("Will it float?")

@@ -1,0 +1,695 @@
+"""The page of a sampling: its numbers, its choice of rows, and how it behaves in a real browser."""
+
+import base64
+import hashlib
+import html.parser
+import json
+import random
+import re
+import subprocess
+import sys
+import tracemalloc
+import weakref
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import chromium
+import pytest
+
+from sbs_jax.report.intervals import wilson_interval
+from sbs_jax.teacher import page as teacher_page
+from sbs_jax.teacher import shown
+from sbs_jax.teacher.page import Shown, write_page
+
+LABELS = ("entailment", "neutral", "contradiction")
+EXEMPLARS = "Does it follow?\n\n" + "\n".join(f"Q: exemplar {i}\nA: because {i}. yes\n" for i in range(10))
+# What a teacher should not get away with.
+HOSTILE = [
+    "</script><script>window.pwned = 1</script>",
+    "<img src=x onerror='window.pwned = 1'>",
+    "<!-- <script> --> ]]> &lt;b&gt; &amp; \"quoted\" 'too' `${window.pwned = 1}` \\u003c",
+    "lines\u2028and\u2029paragraphs",
+    "a null \x00, a bell \x07, an escape \x1b[31m, a return \r, a C1 \x9b, half a character \ud800 and \udfff",
+    "turned \u202egnorw\u202c around \u2066isolated\u2069, \ufeffmarked \ufffe \uffff",
+    "עברית and 漢字 and 👩‍🔬 and e\u0301",
+    "<svg onload=window.pwned=1>",
+    "javascript:window.pwned=1",
+    "__proto__",
+]
+
+
+def row(number: int, **changes: Any) -> Shown:
+    """A row that the teacher has right."""
+    fields: dict[str, Any] = {
+        "id": f"row-{number}",
+        "input": f"Does {number} follow?",
+        "label": LABELS[number % 3],
+        "prompt": f"{EXEMPLARS}\nQ: Does {number} follow?\nA:",
+        "replies": (f"It does for {number}. Answer: {LABELS[number % 3]}",),
+        "rationale": f"It does for {number}.",
+        "teacher_label": LABELS[number % 3],
+        "outcome": "ok",
+        "hinted": False,
+        "right": True,
+    }
+    return Shown(**(fields | changes))
+
+
+def wrong(number: int, **changes: Any) -> Shown:
+    label = LABELS[(number + 1) % 3]
+    return row(number, **({"teacher_label": label, "replies": (f"No. Answer: {label}",), "right": False} | changes))
+
+
+def unusable(number: int, **changes: Any) -> Shown:
+    fields = {"teacher_label": None, "rationale": None, "outcome": "no_answer", "right": None, "replies": ("Hm.",)}
+    return row(number, **(fields | changes))
+
+
+def some_rows(count: int = 120) -> Iterator[Shown]:
+    """Of every ten: one wrong, one unusable, one right after a hint."""
+    for number in range(count):
+        kind = {3: wrong, 5: unusable}.get(number % 10, row)
+        yield kind(number, **({"hinted": True} if number % 10 == 7 else {}))
+
+
+class Reader(html.parser.HTMLParser):
+    """What a page holds: tables as rows of texts, everything fetched, scripts by type, open elements."""
+
+    VOID = ("meta", "input", "br")
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.fetched: list[str] = []
+        self.scripts: dict[str, str] = {}
+        self.tables: list[list[list[str]]] = []
+        self.text = ""
+        self._script: str | None = None
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        given = dict(attrs)
+        if tag not in self.VOID:
+            self.open.append(tag)
+        addresses = [given[name] or "" for name in ("href", "src", "xlink:href", "data", "action") if name in given]
+        self.fetched += [address for address in addresses if not address.startswith("#")]
+        self.fetched += [tag] * (tag in ("link", "iframe", "object", "img", "base"))
+        assert not [name for name in given if name.startswith("on")]
+        if tag == "script":
+            self._script = given.get("type") or "script"
+        elif tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif tag in ("td", "th"):
+            self.tables[-1][-1].append("")
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in self.VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if "script" in self.open:
+            self.scripts[str(self._script)] = self.scripts.get(str(self._script), "") + data
+        elif "style" not in self.open:
+            self.text += data
+            if self.tables and {"td", "th"} & set(self.open):
+                self.tables[-1][-1][-1] += data
+
+    def table(self, first: str) -> dict[str, list[str]]:
+        """Lines of the table whose first heading is this, by their names."""
+        (found,) = [table for table in self.tables if table[0][0] == first]
+        return {line[0]: [cell for cell in line[1:] if cell] for line in found}
+
+    @property
+    def data(self) -> dict[str, Any]:
+        return json.loads(self.scripts["application/json"])
+
+
+def written(path: Path, rows: Iterable[Shown], **options: Any) -> Reader:
+    """The page of these rows, read back."""
+    write_page(path, **({"title": "A title", "facts": {"model": "m"}, "rows": rows} | options))
+    text = path.read_bytes().decode("utf-8")
+    reader = Reader(text)
+    assert reader.open == []
+    assert reader.fetched == []
+    assert "url(" not in re.sub(r"url\(#\w+\)", "", text)
+    return reader
+
+
+# Numbers
+
+
+def test_accuracy_is_that_of_the_teacher_s_own_usable_answers(tmp_path: Path) -> None:
+    page = written(tmp_path / "page.html", some_rows(120))
+    whole = page.table("human label")["all rows"]
+    assert whole[0] == "70.0 %"
+    low, high = wilson_interval(84 / 120, 120)
+    assert whole[1] == f"[{100 * low:.1f}, {100 * high:.1f}]" == "[61.3, 77.5]"
+    assert whole[2:] == ["84", "12", "12", "12", "120"]  # right, after a hint, wrong, unusable, rows
+    lines = page.table("human label")
+    assert [sum(int(lines[label][i]) for label in LABELS) for i in range(2, 7)] == [84, 12, 12, 12, 120]
+    assert "The teacher's own label is the human's on 70.0 % of 120 rows" in page.text
+    assert "12 more agree only after a hint" in page.text
+
+
+def test_an_answer_after_a_hint_is_never_the_teacher_s_own(tmp_path: Path) -> None:
+    rows = [row(0), row(0, hinted=True), wrong(0, hinted=True), unusable(0, hinted=True)]
+    page = written(tmp_path / "page.html", rows)
+    assert page.table("human label")["all labels"][2:] == ["1", "1", "1", "1", "4"]
+    assert "answered after a hint3" in page.text.replace("\n", "")
+
+
+def test_outcomes_are_counted_and_explained(tmp_path: Path) -> None:
+    rows = [*some_rows(100), unusable(100, outcome="length", replies=()), unusable(101, outcome="new <word>")]
+    page = written(tmp_path / "page.html", rows)
+    (outcomes,) = [table for table in page.tables if table[0][0] == "outcome"]
+    assert [(line[0], *line[2:]) for line in outcomes[1:]] == [
+        ("okrationale and label can be used", "90", "88.2 %"),
+        ("no_answerthere is no answer marker", "10", "9.8 %"),
+        ("lengththe reply did not end, not even with four times the room", "1", "1.0 %"),
+        ("new <word>", "1", "1.0 %"),
+    ]
+
+
+def test_confusion_has_every_judged_row_once(tmp_path: Path) -> None:
+    rows = [row(0), row(3), wrong(0), wrong(1), wrong(1), unusable(2), wrong(2, teacher_label="maybe"), row(1)]
+    page = written(tmp_path / "page.html", rows)
+    (found,) = [table for table in page.tables if table[0][0].startswith("human ↓")]
+    assert found[0][1:] == ["entailment", "neutral", "contradiction", "another label", "no label"]
+    assert {line[0]: [int(cell.split(" ")[0]) for cell in line[1:]] for line in found[1:]} == {
+        "entailment": [2, 1, 0, 0, 0],
+        "neutral": [0, 1, 2, 0, 0],
+        "contradiction": [0, 0, 0, 1, 1],
+    }
+
+
+def test_open_labels_have_no_confusion_and_only_frequent_ones_their_own_line(tmp_path: Path) -> None:
+    rows = [row(i, label=f"l{i}", teacher_label=f"l{i}") for i in range(50)]
+    rows += [row(50 + i, label="often", teacher_label="often") for i in range(30)]
+    page = written(tmp_path / "page.html", rows)
+    assert "51 different labels" in page.text
+    assert list(page.table("human label")) == ["human label", "often", "all other labels", "all rows"]
+    assert page.table("human label")["all other labels"][-1] == "50"
+    assert not [table for table in page.tables if table[0][0].startswith("human ↓")]
+
+
+def test_more_different_labels_than_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sbs_jax.teacher.shown.DISTINCT", 40)
+    rows = [row(i, label=f"l{i}", teacher_label=f"l{i}", outcome=f"o{i}") for i in range(100)]
+    page = written(tmp_path / "page.html", rows)
+    counts = shown.Counts()
+    for made in rows:
+        counts.add(made)
+    assert len(counts.outcomes) == len(counts.teacher_labels) == len(counts.by_label) == 40
+    assert "more than 10,000 different labels" in page.text
+    assert page.table("human label")["all labels"][-1] == "100"
+    assert page.table("outcome")["all other outcomes"] == ["71", "71.0 %"]
+
+
+def test_agreement_among_samples_and_what_it_is_worth(tmp_path: Path) -> None:
+    rows = [row(i, replies=("a", "b", "c", "d"), votes=(4, 4)) for i in range(6)]
+    rows += [wrong(i, replies=("a", "b", "c", "d"), votes=(2, 4)) for i in range(6, 9)]
+    rows += [wrong(i, replies=("a", "b", "c", "d"), votes=(1, 4)) for i in range(9, 10)]
+    rows += [unusable(10, replies=("a", "b", "c", "d"))]
+    page = written(tmp_path / "page.html", rows)
+    lines = page.table("replies that have the chosen label")
+    assert {name: line[:3] for name, line in list(lines.items())[1:]} == {
+        "all": ["6", "60.0 %", "100.0 %"],
+        "at least half": ["3", "30.0 %", "0.0 %"],
+        "fewer than half": ["1", "10.0 %", "0.0 %"],
+    }
+    assert "asked for on 11 rows" in page.text
+    assert "Agreement among samples" not in written(tmp_path / "page.html", some_rows()).text
+
+
+def test_lengths_are_in_words(tmp_path: Path) -> None:
+    rows = [row(i, rationale="w " * (i + 1), replies=("w " * 10, "w")) for i in range(100)]
+    page = written(tmp_path / "page.html", rows)
+    text = page.text.replace("\N{NO-BREAK SPACE}", " ")
+    assert "100 of them; half have up to 50 words, 90 % up to 90, 99 % up to 99, the longest 100." in text
+    assert "200 of them; half have up to 1 words, 90 % up to 10" in text
+    plots = re.findall(r"<svg xmlns.*?</svg>", (tmp_path / "page.html").read_text("utf-8"), flags=re.DOTALL)
+    of_bars = [re.findall(r"<title>(.*?) words: ([\d,]+)</title>", plot) for plot in plots]
+    assert [sum(int(count) for _, count in bars) for bars in of_bars] == [100, 200]
+    assert of_bars[0][-1] == ("100 or more", "1")
+    assert not re.findall(r"(?:fill|stroke): ?#[0-9a-f]{6}", "".join(plots))
+
+
+@pytest.mark.parametrize(
+    ("rows", "headline"),
+    [
+        ([], "No example was sampled"),
+        ([unusable(i) for i in range(5)], "None of 5 rows got a reply that can be used"),
+        ([unusable(i, label=None, replies=()) for i in range(5)], "None of 5 rows got a reply that can be used"),
+        ([row(i, label=None, right=None) for i in range(5)], "100.0 % of 5 rows got a label from the teacher"),
+        ([row(0)], "The teacher's own label is the human's on 100.0 % of 1 row"),
+        ([row(i, rationale=None, replies=("",), prompt="") for i in range(3)], "on 100.0 % of 3 rows"),
+    ],
+    ids=["no rows", "all unusable", "unusable and unlabelled", "no human labels", "one row", "empty texts"],
+)
+def test_whatever_came_out_has_a_page(tmp_path: Path, rows: list[Shown], headline: str) -> None:
+    page = written(tmp_path / "new" / "page.html", rows, facts={})
+    assert headline in page.text
+    assert len(page.data["rows"]) == len(rows)
+    if rows and rows[0].label is None:
+        assert "Nobody labelled these rows" in page.text
+        assert "Accuracy" not in page.text
+
+
+def test_the_released_replies_give_the_published_accuracy(tmp_path: Path, real_data_dir: Path) -> None:
+    """e-SNLI test under the official rules: 73.0 % of 9,824 (7,171)."""
+    from tasks import esnli
+
+    inputs = esnli.read_release(real_data_dir)["test"]
+    shards = sorted((real_data_dir / "esnli" / "llm").glob("test_CoT_*.json"), key=lambda p: int(p.stem.split("_")[-1]))
+    texts = [text for shard in shards for text in json.loads(shard.read_text("utf-8"))]
+
+    def rows() -> Iterator[Shown]:
+        for number, (source, text) in enumerate(zip(inputs, texts, strict=True)):
+            parsed = esnli.official(text, source)
+            yield row(
+                number,
+                input=source.input,
+                label=source.label,
+                replies=(text,),
+                rationale=parsed.rationale,
+                teacher_label=parsed.label,
+                outcome=parsed.outcome,
+                right=None if parsed.label is None else parsed.label == source.label,
+            )
+
+    page = written(tmp_path / "page.html", rows())
+    assert page.table("human label")["all rows"][0::2] == ["73.0 %", "7,171", "0"]
+    assert "2,000 of 9,824 rows are here: 1,000 of the 2,653 where teacher and human disagree" in page.text
+
+
+# Which rows
+
+
+def embedded(page: Reader) -> Counter[str]:
+    return Counter(found["verdict"] for found in page.data["rows"])
+
+
+def test_disagreements_come_first_and_fill_half(tmp_path: Path) -> None:
+    few = written(tmp_path / "page.html", some_rows(1000), examples=400)
+    assert embedded(few)["wrong"] == 100  # all there are
+    assert len(few.data["rows"]) == 400
+    assert "400 of 1,000 rows are here: 100 of the 100 where teacher and human disagree" in few.text
+    many = written(tmp_path / "page.html", some_rows(1000), examples=100)
+    assert (embedded(many)["wrong"], len(many.data["rows"])) == (50, 100)
+    nothing_else = written(tmp_path / "page.html", (wrong(i) for i in range(300)), examples=100)
+    assert embedded(nothing_else)["wrong"] == 100
+    every = written(tmp_path / "page.html", some_rows(90), examples=100)
+    assert len(every.data["rows"]) == 90
+    assert "All 90 rows are here" in every.text
+    assert written(tmp_path / "page.html", some_rows(90), examples=0).data["rows"] == []
+
+
+def test_the_choice_is_even_and_does_not_depend_on_the_order(tmp_path: Path) -> None:
+    rows = list(some_rows(4000))
+    page = written(tmp_path / "page.html", rows, examples=800)
+    numbers = [int(found["id"].split("-")[1]) for found in page.data["rows"]]
+    assert numbers == sorted(numbers)
+    quarters = Counter(number // 1000 for number in numbers if number % 10 != 3)
+    assert all(80 < quarters[i] < 120 for i in range(4)), quarters  # 100 each, within two deviations
+    random.Random(0).shuffle(rows)
+    again = written(tmp_path / "page.html", rows, examples=800)
+    assert {found["id"] for found in again.data["rows"]} == {found["id"] for found in page.data["rows"]}
+
+
+def test_rows_are_not_kept(tmp_path: Path) -> None:
+    alive: weakref.WeakSet[Shown] = weakref.WeakSet()
+    most = 0
+
+    def watched() -> Iterator[Shown]:
+        nonlocal most
+        for made in some_rows(5000):
+            most = max(most, len(alive))
+            alive.add(made)
+            yield made
+
+    written(tmp_path / "page.html", watched(), examples=100)
+    assert most <= 2
+
+
+def test_memory_does_not_grow_with_the_rows() -> None:
+    peaks = []
+    for count in (500, 4_000):
+        tracemalloc.start()
+        counts, chosen = shown.Counts(), shown.Selection(50)
+        for made in some_rows(count):
+            counts.add(made)
+            chosen.offer(made)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.1 * peaks[0], peaks
+
+
+def test_shared_lines_of_prompts_are_held_once(tmp_path: Path) -> None:
+    rows = [*some_rows(500), row(500, prompt="one line"), row(501, prompt=""), row(502, prompt="\n\na\nb\na\n\n")]
+    page = written(tmp_path / "page.html", rows)
+    assert (tmp_path / "page.html").read_text("utf-8").count("because 7. yes") == 1
+    lines = page.data["lines"]
+    for made, found in zip(rows, page.data["rows"], strict=True):
+        ranges = found["prompt"]
+        text = "".join(line for i in range(0, len(ranges), 2) for line in lines[ranges[i] : ranges[i + 1]])
+        assert text == made.prompt
+
+
+def test_texts_without_end_are_cut_in_the_middle(tmp_path: Path) -> None:
+    long = "begin " + "x" * 3_000_000 + " end"
+    replies = tuple(f"{i} {long}" for i in range(25))
+    page = written(tmp_path / "page.html", [row(0, replies=replies, input=long, rationale=long, label=long)])
+    (found,) = page.data["rows"]
+    assert (len(found["replies"]), found["left_out"]) == (10, 15)
+    assert found["replies"][3].startswith("3 begin xxx")
+    assert found["replies"][3].endswith("xxx end")
+    assert "\n[.. 2,980,012 characters left out ..]\n" in found["replies"][3]
+    assert (tmp_path / "page.html").stat().st_size < 600_000
+
+
+def test_the_same_rows_give_the_same_bytes_in_another_process(tmp_path: Path) -> None:
+    write_page(tmp_path / "here.html", title="t", facts={"b": "1", "a": "2"}, rows=some_rows(300), examples=100)
+    root = Path(teacher_page.__file__).parents[2]
+    code = (
+        "from test_teacher_page import some_rows, write_page;"
+        f"write_page({str(tmp_path / 'there.html')!r}, title='t', facts={{'b': '1', 'a': '2'}}, rows=some_rows(300),"
+        "examples=100)"
+    )
+    environment = {"PYTHONHASHSEED": "1", "PYTHONPATH": f"{root}:{root / 'tests'}", "PATH": "", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "here.html").read_bytes() == (tmp_path / "there.html").read_bytes()
+
+
+def test_a_negative_number_of_examples(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="Got examples=-1; expected the number of rows to embed"):
+        write_page(tmp_path / "page.html", title="t", facts={}, rows=[], examples=-1)
+    assert not (tmp_path / "page.html").exists()
+
+
+def test_only_the_page_s_own_script_may_run(tmp_path: Path) -> None:
+    page = written(tmp_path / "page.html", some_rows())
+    text = (tmp_path / "page.html").read_text("utf-8")
+    digest = base64.b64encode(hashlib.sha256(page.scripts["script"].encode()).digest()).decode()
+    assert f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}';" in text
+    assert page.scripts["script"] == Path(teacher_page.__file__).with_name("page.js").read_text("utf-8")
+    for forbidden in ("innerHTML", "outerHTML", "insertAdjacent", "document.write", "eval(", "fetch(", "http"):
+        assert forbidden not in page.scripts["script"]
+
+
+# In a browser
+
+
+@pytest.fixture(scope="module")
+def tab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[chromium.Page]:
+    with chromium.browser(tmp_path_factory.mktemp("profile")) as page:
+        yield page
+
+
+def opened(tab: chromium.Page, path: Path, rows: Iterable[Shown], **options: Any) -> None:
+    """The page in the browser, which asks for nothing else and has nothing to complain about."""
+    write_page(path, **({"title": "A title", "facts": {"model": "m"}, "rows": rows} | options))
+    tab.size(1200, 900)
+    tab.dark(False)
+    tab.requests.clear()
+    tab.problems.clear()
+    tab.open(path)
+    assert tab.requests == [path.resolve().as_uri()]
+    assert tab.problems == []
+
+
+def choose(tab: chromium.Page, name: str, value: str) -> None:
+    tab.run(f"{name}.value = {json.dumps(value)}; {name}.dispatchEvent(new Event('input', {{bubbles: true}}))")
+
+
+def told(tab: chromium.Page) -> str:
+    return tab.run("document.getElementById('told').textContent")
+
+
+def ids(tab: chromium.Page) -> list[str]:
+    return tab.run("[...document.querySelectorAll('#list .id')].map((e) => e.textContent)")
+
+
+def seen(text: str) -> str:
+    """A text as the page shows it: what cannot be seen by its number."""
+    unseen = {*range(9), *range(0xB, 0x20), *range(0x7F, 0xA0), 0x200B, *range(0x2028, 0x202F), *range(0x2066, 0x206A)}
+    unseen |= {0xFEFF, 0xFFFE, 0xFFFF, *range(0xD800, 0xE000)}
+    return "".join(f"⟨U+{ord(c):04X}⟩" if ord(c) in unseen else c for c in text)
+
+
+def test_hostile_texts_are_shown_as_text(tab: chromium.Page, tmp_path: Path) -> None:
+    rows = [
+        wrong(
+            number,
+            **dict.fromkeys(("id", "input", "rationale", "label", "outcome"), text),
+            prompt=f"{text}\n{EXEMPLARS}\n{text}",
+            replies=(text, text),
+            teacher_label=f"{text}!",
+        )
+        for number, text in enumerate(HOSTILE)
+    ]
+    opened(tab, tmp_path / "page.html", rows, title=HOSTILE[0], facts={text: text for text in HOSTILE})
+    assert tab.run("document.title") == HOSTILE[0]
+    facts = tab.run("[...document.querySelectorAll('.facts dd')].map((e) => e.textContent)")
+    names = tab.run("[...document.querySelectorAll('.facts dt')].map((e) => e.textContent)")
+    assert facts[: len(HOSTILE)] == names[: len(HOSTILE)] == [seen(text) for text in HOSTILE]
+    assert ids(tab) == [seen(text) for text in HOSTILE]
+    found = tab.run(
+        "[...document.querySelectorAll('#list article')].map((a) => {"
+        "a.querySelector('details').open = true; return [...a.querySelectorAll('.said')].map((e) => e.textContent) })"
+    )
+    for text, (source, label, teacher_label, rationale, *replies) in zip(HOSTILE, found, strict=True):
+        assert source == label == rationale == seen(text)
+        assert teacher_label == seen(f"{text}!")
+        assert replies == [seen(text)] * 2
+    tab.run("new Promise((done) => setTimeout(done, 50))")  # details tell of being open a little later
+    prompts = tab.run("[...document.querySelectorAll('#list details .said')].map((e) => e.textContent)")
+    assert prompts == [seen(f"{text}\n{EXEMPLARS}\n{text}") for text in HOSTILE]
+    assert sorted(tab.run("[...outcome.options].map((o) => o.textContent)")) == sorted(
+        ["all", *(f"{seen(text)} (1)" for text in HOSTILE)]
+    )
+    table = tab.run("[...document.querySelectorAll('section:nth-of-type(1) tbody th')].map((e) => e.textContent)")
+    assert sorted(table) == sorted(seen(text) for text in HOSTILE)
+    for number, text in enumerate(HOSTILE):  # filters take them too
+        choose(tab, "text", text)
+        assert seen(text) in ids(tab) or "\r" in text or number == 4  # a field of one line drops line ends
+    assert tab.run("typeof window.pwned") == "undefined"
+    assert tab.run("[document.scripts.length, document.querySelectorAll('img, svg[onload]').length]") == [2, 0]
+    assert tab.problems == []
+
+
+def test_every_unseen_character_is_the_same_to_both_languages(tab: chromium.Page, tmp_path: Path) -> None:
+    edges = (0x80, 0x2000, 0x2080, 0xD800, 0xE000, 0xFF00, 0x10000)
+    codes = [*range(1, 0x100), *(code for edge in edges for code in range(edge - 0x20, edge + 0x80))]
+    text = "".join(f"{chr(code)}|" for code in codes)
+    opened(tab, tmp_path / "page.html", [row(0, input=text)], facts={"all": text})
+    by_python = tab.run("document.querySelector('.facts dd').textContent")
+    if tab.run("document.querySelector('#list .more') !== null"):
+        tab.click("#list .more")
+    by_script = tab.run("document.querySelector('#list .said').textContent")
+    assert by_python == by_script == seen(text)
+
+
+def test_long_replies_open_on_request(tab: chromium.Page, tmp_path: Path) -> None:
+    text = "xx" + "👩‍🔬 <b>" * 2000  # a character of two halves begins at 1,199
+    opened(tab, tmp_path / "page.html", [row(0, replies=(text,)), row(1, replies=("x" * 300_000,))])
+    part = tab.run("document.querySelector('.raw').textContent")
+    assert len(part.encode("utf-16-le")) == 2 * 1200
+    assert "U+D8" not in part
+    tab.run("document.querySelector('#list .more').focus()")
+    tab.press("Enter")
+    assert tab.run("document.querySelector('.raw').textContent") == text
+    assert tab.run("document.activeElement === document.querySelector('.raw')")
+    assert tab.run("document.documentElement.scrollWidth <= innerWidth")
+
+
+def test_filters_narrow_what_is_shown(tab: chromium.Page, tmp_path: Path) -> None:
+    opened(tab, tmp_path / "page.html", some_rows(120))
+    assert told(tab) == "1 to 50 of 120 examples"
+    choose(tab, "verdict", "wrong")
+    assert told(tab) == "1 to 12 of 12 examples with these filters"
+    assert ids(tab) == [f"row-{number}" for number in range(3, 120, 10)]
+    choose(tab, "text", "  DOES 33 follow ")
+    assert ids(tab) == ["row-33"]
+    choose(tab, "text", "nobody wrote this")
+    assert told(tab) == "No example has what these filters ask for"
+    assert ids(tab) == []
+    tab.click("#filters button[type=reset]")
+    assert told(tab) == "1 to 50 of 120 examples"
+    choose(tab, "hinted", "yes")
+    assert ids(tab) == [f"row-{number}" for number in range(7, 120, 10)]
+    assert tab.run("document.querySelector('#list .verdict').textContent") == "right, after a hint"
+    choose(tab, "hinted", "no")
+    assert told(tab).endswith("of 108 examples with these filters")
+    choose(tab, "hinted", "")
+    choose(tab, "verdict", "unusable")
+    assert len(ids(tab)) == 12
+    choose(tab, "verdict", "")
+    assert tab.run("[...outcome.options].map((o) => o.textContent)") == ["all", "ok (108)", "no_answer (12)"]
+    choose(tab, "outcome", "1")
+    assert ids(tab) == [f"row-{number}" for number in range(5, 120, 10)]
+    choose(tab, "teacher", "none")
+    choose(tab, "label", "0")
+    assert told(tab) == "1 to 4 of 4 examples with these filters"
+
+
+def test_tables_lead_to_their_examples(tab: chromium.Page, tmp_path: Path) -> None:
+    opened(tab, tmp_path / "page.html", some_rows(120))
+    tab.click("button[data-verdict=wrong]")
+    assert told(tab) == "1 to 12 of 12 examples with these filters"
+    tab.click("button.differ[data-label='0'][data-teacher='1']")
+    expected = [number for number in range(3, 120, 10) if number % 3 == 2]  # contradiction
+    assert ids(tab) == [f"row-{number}" for number in expected]
+    assert tab.run("[verdict.value, label.value, teacher.value]") == ["", "0", "1"]
+    assert tab.run("document.activeElement.id") == "told"
+
+
+def test_paging_by_fifty(tab: chromium.Page, tmp_path: Path) -> None:
+    opened(tab, tmp_path / "page.html", some_rows(120))
+    tab.click("[data-page='1']")
+    assert told(tab) == "51 to 100 of 120 examples"
+    tab.click("#paging-below [data-page='1']")
+    assert told(tab) == "101 to 120 of 120 examples"
+    assert tab.run("document.querySelector('#told').getBoundingClientRect().top < innerHeight")
+    assert ids(tab) == [f"row-{number}" for number in range(100, 120)]
+    tab.click("[data-page='1']")  # there is no next page
+    assert told(tab) == "101 to 120 of 120 examples"
+    assert tab.run("document.querySelector(\"[data-page='1']\").getAttribute('aria-disabled')") == "true"
+    tab.click("[data-page='-1']")
+    assert told(tab) == "51 to 100 of 120 examples"
+    choose(tab, "verdict", "right")
+    assert told(tab) == "1 to 50 of 96 examples with these filters"
+
+
+def test_the_keyboard_reaches_everything(tab: chromium.Page, tmp_path: Path) -> None:
+    opened(tab, tmp_path / "page.html", some_rows(120))
+    reached = []
+    for _ in range(60):
+        tab.press("Tab")
+        reached.append(
+            tab.run(
+                "(() => { const e = document.activeElement;"
+                "return e.id || e.dataset.page || e.dataset.verdict || e.dataset.label || e.type || e.tagName })()"
+            )
+        )
+        if reached[-1] == "SUMMARY":
+            break
+    for expected in ("0", "wrong", "verdict", "outcome", "hinted", "label", "teacher", "text", "reset", "1", "SUMMARY"):
+        assert expected in reached, (expected, reached)
+    tab.press("Enter")
+    tab.run("new Promise((done) => setTimeout(done, 50))")
+    assert "Q: Does 0 follow?" in tab.run("document.querySelector('#list details .said').textContent")
+    tab.run("verdict.focus()")
+    tab.press("w")
+    assert told(tab) == "1 to 12 of 12 examples with these filters"
+    tab.run("verdict.value = ''; text.focus()")
+    for letter in "row-11":
+        tab.press(letter)
+    assert ids(tab) == ["row-11", *(f"row-{number}" for number in range(110, 120))]
+    tab.click("#filters button[type=reset]")
+    tab.run("document.querySelector(\"[data-page='1']\").focus()")
+    tab.press("Enter")
+    assert told(tab) == "51 to 100 of 120 examples"
+    assert tab.run("document.activeElement.id") == "told"
+
+
+def test_a_screen_reader_is_told_names_and_changes(tab: chromium.Page, tmp_path: Path) -> None:
+    opened(tab, tmp_path / "page.html", some_rows(120))
+    nodes = tab.ask("Accessibility.getFullAXTree")["nodes"]
+    found: dict[str, list[str]] = {}
+    for node in nodes:
+        if not node.get("ignored"):
+            found.setdefault(node["role"]["value"], []).append(node.get("name", {}).get("value", ""))
+    assert found["combobox"] == ["Answer", "Outcome", "Hint", "Human label", "Teacher's label"]
+    assert found["searchbox"] == ["Text in input, replies, labels or id"]
+    assert found["search"] == ["Examples"]
+    assert all(found["button"])
+    assert "human neutral, teacher contradiction: 4 rows" in found["button"]
+    assert found["heading"][1:6] == [
+        "Outcomes",
+        "Accuracy by human label",
+        "Disagreements with the human label",
+        "Lengths",
+        "Examples",
+    ]
+    assert len(found["status"]) == 1
+    assert len(found["article"]) == 50
+    assert {"Histogram of the number of words of rationales", "Histogram of the number of words of replies"} <= {
+        name for role in ("image", "img") for name in found.get(role, ())
+    }
+
+
+def test_a_phone_does_not_scroll_sideways(tab: chromium.Page, tmp_path: Path) -> None:
+    rows = [*some_rows(119), row(119, replies=("x" * 1400, "word " * 200), votes=(1, 2), id="i" * 300, input="y" * 900)]
+    opened(tab, tmp_path / "page.html", rows, title="t" * 200, facts={"prompt": "0" * 64})
+    for width in (390, 320):
+        tab.size(width, 844)
+        assert tab.run("document.documentElement.scrollWidth") <= width
+        choose(tab, "text", "y" * 900)
+        assert tab.run("document.documentElement.scrollWidth") <= width
+        sizes = tab.run("[...document.querySelectorAll('#filters select, #filters input')].map((e) => e.offsetWidth)")
+        assert min(sizes) >= 120
+
+
+def test_dark_mode_has_light_text_on_dark_paper(tab: chromium.Page, tmp_path: Path) -> None:
+    opened(tab, tmp_path / "page.html", some_rows(120))
+    code = (
+        "['body', '.confusion .agree', '.verdict.is-wrong', '#filters select', '.raw', '.bars th.name'].map((s) => {"
+        "const e = document.querySelector(s); let under = e;"
+        "const clear = (c) => c === 'rgba(0, 0, 0, 0)';"
+        "while (clear(getComputedStyle(under).backgroundColor)) under = under.parentElement;"
+        "const canvas = document.createElement('canvas').getContext('2d', {willReadFrequently: true});"
+        "return [getComputedStyle(e).color, getComputedStyle(under).backgroundColor].map((c) => {"
+        "canvas.fillStyle = c; canvas.fillRect(0, 0, 1, 1);"
+        "return [...canvas.getImageData(0, 0, 1, 1).data].slice(0, 3)})})"
+    )
+    for dark in (False, True):
+        tab.dark(dark)
+        for ink, paper in tab.run(code):
+            light, deep = sorted((luminance(ink), luminance(paper)), reverse=True)
+            assert (luminance(ink) > luminance(paper)) == dark
+            assert (light + 0.05) / (deep + 0.05) >= 4.5  # WCAG 2 AA
+
+
+def luminance(colour: list[int]) -> float:
+    parts = [c / 255 for c in colour]
+    parts = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+    return 0.2126 * parts[0] + 0.7152 * parts[1] + 0.0722 * parts[2]
+
+
+@pytest.mark.parametrize("kind", ["none", "unusable", "unlabelled", "no examples"])
+def test_pages_with_little_to_show(tab: chromium.Page, tmp_path: Path, kind: str) -> None:
+    rows = {
+        "none": [],
+        "unusable": [unusable(i, replies=()) for i in range(3)],
+        "unlabelled": [row(i, label=None, right=None) for i in range(3)],
+        "no examples": list(some_rows(20)),
+    }[kind]
+    opened(tab, tmp_path / "page.html", rows, examples=0 if kind == "no examples" else 10)
+    if kind == "none":
+        assert tab.run("document.getElementById('examples')") is None
+    elif kind == "no examples":
+        assert told(tab) == "No example has what these filters ask for"
+    else:
+        assert told(tab) == "1 to 3 of 3 examples"
+        assert tab.run("[...verdict.options].length") == 2
+
+
+def test_two_thousand_examples_load_at_once(tab: chromium.Page, tmp_path: Path) -> None:
+    rows = [row(i, replies=("word " * 100,) * 3, rationale="word " * 50) for i in range(2000)]
+    write_page(tmp_path / "page.html", title="t", facts={}, rows=rows)
+    assert tab.open(tmp_path / "page.html") < 5
+    assert told(tab) == "1 to 50 of 2,000 examples"
+    start = tab.run("performance.now()")
+    choose(tab, "text", "row-1999")
+    assert ids(tab) == ["row-1999"]
+    assert tab.run("performance.now()") - start < 2000
