@@ -1,8 +1,8 @@
 """The demo: the whole method on the built-in dataset, from questions to a page of results.
 
-Generates problems, lets the scripted teacher answer them, parses the answers into records, trains the embedded student
-with both methods on several shares of the data, and reports test accuracies. Every part is the ordinary one: the files
-have the release's layout, and each run is what `sbs train` with gin_configs/experiments/builtin/demo.gin does.
+Generates problems, asks the scripted teacher about them, parses its replies into records, trains the embedded student
+with both methods on several shares of the data, and reports test accuracies. Every part is the ordinary one: the asking
+is `sbs teach --provider scripted`, and each run is `sbs train` with gin_configs/experiments/builtin/demo.gin.
 """
 
 import contextlib
@@ -88,17 +88,30 @@ def main(output: str | Path) -> int:
 
 def _make_records(folder: Path) -> float:
     """Problems, replies and records; prints what they look like; returns the teacher's accuracy on test."""
-    from sbs_jax import records, release
+    from sbs_jax import records
+    from sbs_jax.teacher import clients, command, prompts, sampler
     from tasks import builtin
 
     builtin.write_release(folder / "release", rows=ROWS, seed=DATA_SEED)
-    manifest = release.import_release(
-        builtin.DATASET,
-        release_dir=folder / "release",
-        records_dir=folder / "records",
-        parser="strict",
-        overwrite=True,
+    print("Asking the scripted teacher ..", flush=True)
+    manifest = command.teach(
+        command.Options(
+            dataset=builtin.NAME,
+            inputs_dir=str(folder / "release"),
+            provider="scripted",
+            template=prompts.read(builtin.NAME),
+            settings=sampler.Settings(
+                model="scripted", form="chat", parameters=clients.Parameters(temperature=0.0, max_tokens=256)
+            ),
+            price="0,0",
+            store=str(folder / "teacher.sqlite"),
+            records_dir=str(folder / "records"),
+            page=str(folder / "teacher.html"),
+            overwrite=True,
+        )
     )
+    if manifest is None:  # interrupted
+        raise KeyboardInterrupt
     first = records.read_records(folder / "records" / builtin.NAME / "train.jsonl")[0]
     print(f"Question:  {first.input}")
     print(f"Label:     {first.label}")

@@ -316,7 +316,7 @@ def _add_teach(command: Any) -> None:
     out.add_argument("--store", required=True, metavar="FILE", help="where replies are kept (SQLite)")
     out.add_argument("--records_dir", required=True, metavar="DIR", help="where to write <dataset>/*.jsonl")
     out.add_argument("--parser", choices=("strict", "official"), default="strict", help="how replies are read")
-    out.add_argument("--page", metavar="FILE", help="HTML page to look at the replies")
+    out.add_argument("--page", metavar="FILE", help="HTML page to look at the replies (default: beside the store)")
     out.add_argument("--overwrite", action="store_true", help="replace other records there")
     out.add_argument("--retry_failed", action="store_true", help="ask again what failed for good before")
     out.add_argument("--dry_run", action="store_true", help="show prompt, tokens, price and time; ask nothing")
@@ -343,33 +343,15 @@ def _teach(arguments: argparse.Namespace) -> int:
         unusable=arguments.unusable,
     )
     same = (
-        "dataset",
-        "inputs_dir",
-        "inputs",
-        "limit",
-        "provider",
-        "base_url",
-        "price",
-        "timeout",
-        "batch",
-        "batch_size",
-    )
-    same += (
-        "batch_folder",
-        "cancel_batches",
-        "parser",
-        "retry_failed",
-        "store",
-        "records_dir",
-        "page",
-        "overwrite",
-        "dry_run",
-        "export_only",
+        *("dataset", "inputs_dir", "inputs", "limit", "provider", "base_url", "price", "timeout"),
+        *("batch", "batch_size", "batch_folder", "cancel_batches", "parser", "retry_failed", "store", "records_dir"),
+        *("overwrite", "dry_run", "export_only"),
     )
     options = command.Options(
         settings=settings,
         template=template,
         splits=tuple(arguments.split) if arguments.split else None,
+        page=arguments.page or str(Path(arguments.store).with_suffix(".html")),
         **{name: getattr(arguments, name) for name in same},
     )
     manifest = command.teach(options)

@@ -1,6 +1,7 @@
 """`sbs teach` as a whole: real SDK, real server over loopback, real files and processes."""
 
 import collections
+import dataclasses
 import json
 import os
 import random
@@ -319,9 +320,7 @@ def options(dataset, server, inputs_dir, tmp_path, *, template, **changes) -> co
     plain = {
         "dataset": dataset,
         "inputs_dir": str(inputs_dir),
-        "inputs": "release",
         "splits": ("test",),
-        "limit": None,
         "provider": "openai",
         "base_url": server.openai,
         "template": template,
@@ -333,19 +332,9 @@ def options(dataset, server, inputs_dir, tmp_path, *, template, **changes) -> co
             concurrency=32,
             unusable=1.0,
         ),
-        "price": None,
-        "timeout": 60.0,
-        "batch": False,
         "batch_size": 1000,
-        "batch_folder": None,
-        "cancel_batches": False,
-        "retry_failed": False,
         "store": str(tmp_path / "store.sqlite"),
         "records_dir": str(tmp_path / "records"),
-        "page": None,
-        "overwrite": False,
-        "dry_run": False,
-        "export_only": False,
     }
     return command.Options(**{**plain, **changes})
 
@@ -386,21 +375,35 @@ def test_the_real_teacher_s_replies_give_its_accuracy(dataset, official, strict,
             assert server.asked == len(rows)
 
 
-def test_a_dataset_of_one_s_own_needs_one_file(tmp_path, monkeypatch):
-    """Rows as JSON lines, and a prompt; no release, no parser of positions."""
+def test_a_dataset_of_one_s_own_needs_one_module(tmp_path, monkeypatch):
+    """What its file in `tasks/` would say: the dataset and its prompt. Rows are JSON lines."""
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    folder = tmp_path / "mine" / "builtin"
+    monkeypatch.setattr(datasets, "_DATASETS", dict(datasets._DATASETS))
+    monkeypatch.setattr(prompts, "_added", {})
+    mine = dataclasses.replace(builtin.DATASET, name="small_numbers", read_release=None)
+    datasets.add(mine)
+    template = prompts.Template(
+        version=1,
+        instruction="Say whether a number is small.",
+        question="Q: {input}\nA:",
+        answer="{rationale} So the answer is {label}.",
+        hint="(It is {label}.)",
+        stops=("\nQ:",),
+        exemplars=(prompts.Exemplar(input="Is 2 small?", rationale="2 is below 5.", label="yes"),),
+    )
+    prompts.add("small_numbers", template)
+    folder = tmp_path / "mine" / "small_numbers"
     folder.mkdir(parents=True)
     lines = [{"id": f"q{n}", "input": f"Is {n} small?", "label": "yes" if n < 5 else "no"} for n in range(10)]
     (folder / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     with teacher_server.served(answer=lambda prompt: "It is. So the answer is yes.") as server:
         made = command.teach(
             options(
-                "builtin",
+                "small_numbers",
                 server,
                 tmp_path / "mine",
                 tmp_path,
-                template=prompts.read("builtin"),
+                template=prompts.read("small_numbers"),
                 inputs="records",
                 splits=None,
                 parser="strict",
@@ -408,6 +411,8 @@ def test_a_dataset_of_one_s_own_needs_one_file(tmp_path, monkeypatch):
         )
     assert made is not None
     assert made["splits"]["train"]["teacher_accuracy"] == 50.0
+    written = records.read_records(tmp_path / "records" / "small_numbers" / "train.jsonl")
+    assert [row.rationale for row in written] == ["It is."] * 10
 
 
 def test_batch_jobs_answer_everything_and_a_killed_run_finds_them_again(inputs, answer, tmp_path, monkeypatch):

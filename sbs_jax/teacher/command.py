@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import itertools
-import json
 import logging
 import signal
 import sys
@@ -38,27 +37,27 @@ class Options:
 
     dataset: str
     inputs_dir: str | None
-    inputs: str
-    splits: tuple[str, ...] | None
-    limit: int | None
+    inputs: str = "release"
+    splits: tuple[str, ...] | None = None
+    limit: int | None = None
     provider: str
-    base_url: str | None
+    base_url: str | None = None
     template: prompts.Template
-    parser: str
+    parser: str = "strict"
     settings: sampler.Settings
-    price: str | None
-    timeout: float
-    batch: bool
-    batch_size: int
-    batch_folder: str | None
-    cancel_batches: bool
-    retry_failed: bool
+    price: str | None = None
+    timeout: float = 120.0
+    batch: bool = False
+    batch_size: int = 20_000
+    batch_folder: str | None = None
+    cancel_batches: bool = False
+    retry_failed: bool = False
     store: str
     records_dir: str
-    page: str | None
-    overwrite: bool
-    dry_run: bool
-    export_only: bool
+    page: str | None = None
+    overwrite: bool = False
+    dry_run: bool = False
+    export_only: bool = False
 
 
 def teach(options: Options) -> Manifest | None:
@@ -284,6 +283,15 @@ def _time(settings: sampler.Settings, *, count: int, tokens: int, options: Optio
     return f"{longest:.0f} minutes" if longest < 120 else f"{longest / 60:.1f} hours"
 
 
+def _drawn(parameters: clients.Parameters) -> str:
+    parts = [f"temperature {parameters.temperature:g}", f"at most {parameters.max_tokens} tokens"]
+    if parameters.top_p is not None:
+        parts.append(f"top p {parameters.top_p:g}")
+    if parameters.stops:
+        parts.append(f"ended by {', '.join(map(repr, parameters.stops))}")
+    return ", ".join(parts)
+
+
 def _write_page(
     path: str,
     dataset: datasets.Dataset,
@@ -298,7 +306,7 @@ def _write_page(
     facts = {
         "Dataset": f"{dataset.name}: " + ", ".join(f"{s['rows']:,} {name}" for name, s in manifest["splits"].items()),
         "Teacher": f"{options.settings.model} ({options.provider}), {options.settings.form}",
-        "Parameters": json.dumps(dataclasses.asdict(options.settings.parameters)),
+        "Replies": _drawn(options.settings.parameters),
         "Samples per row": str(options.settings.samples),
         "Prompt": f"{template.hash}, version {template.version}",
         "Replies in the store": f"{counts['replies']:,}",
