@@ -80,10 +80,15 @@ def teach(options: Options) -> Manifest | None:
             _show_plan(dataset, splits, template, options, price, prompt=False)
             questions = _questions(dataset, splits, options)
             total = sum(len(source.rows) for source in splits.values())
-            if options.batch or options.cancel_batches:
-                finished = asyncio.run(_in_batches(questions, options, store, price))
-            else:
-                finished = asyncio.run(_one_by_one(questions, options, store, price, total=total))
+            asking = (
+                _in_batches(questions, options, store, price)
+                if options.batch or options.cancel_batches
+                else _one_by_one(questions, options, store, price, total=total)
+            )
+            try:
+                finished = asyncio.run(asking)
+            except (clients.Fatal, clients.Again, ImportError) as error:
+                raise ValueError(f"{options.provider} {options.settings.model}: {error}") from error
             if not finished:
                 return None
         manifest = export.write(
@@ -148,15 +153,12 @@ async def _one_by_one(
         totals = run.totals
         try:
             await run.run(questions)
-        except clients.Fatal as error:
-            raise ValueError(
-                f"{error} ({options.provider} {options.settings.model}, {_account(totals, price)})"
-            ) from error
         finally:
             loop.remove_signal_handler(signal.SIGINT)
             loop.remove_signal_handler(signal.SIGTERM)
             await client.close()
-    log.info("%s", _account(totals, price))
+            progress.close()
+            log.info("%s", _account(totals, price))
     if totals.stopped is not None:
         log.warning("Ended before the last row: %s. Repeat the command to go on.", totals.stopped)
         return False
