@@ -10,7 +10,7 @@ import pytest
 from teacher_server import Server, served
 from test_teacher_clients import request
 
-from sbs_jax.teacher import batches, clients
+from sbs_jax.teacher import batches, gemini_client, openai_client
 from sbs_jax.teacher.batches import BatchClient
 from sbs_jax.teacher.clients import Again, Failed, Fatal, Reply, Request
 
@@ -124,7 +124,7 @@ def test_what_is_sent_is_what_would_be_asked_at_once(provider: str) -> None:
         run(made(provider, server), work)
     (body,) = bodies
     body.pop("labels", None)
-    wanted = clients.openai_body(one, official=False) if provider == "openai" else clients.gemini_body(one)
+    wanted = openai_client.openai_body(one, official=False) if provider == "openai" else gemini_client.gemini_body(one)
     assert body == wanted
 
 

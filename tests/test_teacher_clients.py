@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import pytest
 from teacher_server import Fault, served
 
-from sbs_jax.teacher import clients
+from sbs_jax.teacher import clients, gemini_client, openai_client
 from sbs_jax.teacher.clients import Again, Client, Failed, Fatal, Parameters, Reply, Request
 from sbs_jax.teacher.prompts import Message, Prompt
 from tasks import builtin
@@ -119,15 +119,15 @@ def test_openai_is_asked_a_completion_that_ends_at_the_prompt_s_stops() -> None:
 
 def test_only_openai_itself_is_sent_max_completion_tokens_and_at_most_four_stops() -> None:
     five = request(stops=("1", "2", "3", "4", "5"))
-    assert clients.openai_body(request(), official=True)["max_completion_tokens"] == 100
-    assert "max_tokens" not in clients.openai_body(request(), official=True)
-    assert clients.openai_body(request(form="completion"), official=True)["max_tokens"] == 100
-    assert clients.openai_body(five, official=False)["stop"] == ["1", "2", "3", "4", "5"]
+    assert openai_client.openai_body(request(), official=True)["max_completion_tokens"] == 100
+    assert "max_tokens" not in openai_client.openai_body(request(), official=True)
+    assert openai_client.openai_body(request(form="completion"), official=True)["max_tokens"] == 100
+    assert openai_client.openai_body(five, official=False)["stop"] == ["1", "2", "3", "4", "5"]
     with pytest.raises(Fatal, match="at most 4"):
-        clients.openai_body(five, official=True)
-    assert clients.is_official(None)
-    assert clients.is_official("https://api.openai.com/v1")
-    assert not clients.is_official("http://localhost:8000/v1")
+        openai_client.openai_body(five, official=True)
+    assert openai_client.is_official(None)
+    assert openai_client.is_official("https://api.openai.com/v1")
+    assert not openai_client.is_official("http://localhost:8000/v1")
 
 
 def test_gemini_is_asked_a_chat() -> None:
@@ -164,9 +164,9 @@ def test_gemini_is_asked_a_chat() -> None:
 
 def test_gemini_takes_chats_and_five_stops_only() -> None:
     with pytest.raises(Fatal, match="takes chats only"):
-        clients.gemini_body(request(form="completion"))
+        gemini_client.gemini_body(request(form="completion"))
     with pytest.raises(Fatal, match="at most 5"):
-        clients.gemini_body(request(stops=tuple("123456")))
+        gemini_client.gemini_body(request(stops=tuple("123456")))
 
 
 def test_vertex_asks_with_the_platform_s_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,7 +177,7 @@ def test_vertex_asks_with_the_platform_s_credentials(monkeypatch: pytest.MonkeyP
 
     async def run(url: str) -> Reply:
         credentials = Credentials("a-token")
-        client = clients.Gemini(vertex=True, base_url=url, timeout=5.0, connections=1, credentials=credentials)
+        client = gemini_client.Gemini(vertex=True, base_url=url, timeout=5.0, connections=1, credentials=credentials)
         try:
             return await client.ask(request())
         finally:
@@ -203,7 +203,7 @@ def test_expired_platform_credentials_stop_the_run(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("GOOGLE_CLOUD_LOCATION", "europe-west4")
 
     async def run(url: str) -> None:
-        client = clients.Gemini(vertex=True, base_url=url, timeout=5.0, connections=1, credentials=Expired(None))
+        client = gemini_client.Gemini(vertex=True, base_url=url, timeout=5.0, connections=1, credentials=Expired(None))
         try:
             await client.ask(request())
         finally:
@@ -395,11 +395,11 @@ def test_a_reply_that_was_cut_short_is_one_with_finish_length(provider: str) -> 
 
 def test_a_reply_that_was_all_thought_is_cut_short_and_not_empty() -> None:
     chat = {"choices": [{"finish_reason": "length", "message": {"content": None}}], "model": "m"}
-    assert clients.read_openai(chat) == Reply(
+    assert openai_client.read_openai(chat) == Reply(
         text="", finish="length", input_tokens=None, output_tokens=None, model="m"
     )
     gemini = {"candidates": [{"finishReason": "MAX_TOKENS"}], "usageMetadata": {"thoughtsTokenCount": 100}}
-    assert clients.read_gemini(gemini) == Reply(
+    assert gemini_client.read_gemini(gemini) == Reply(
         text="", finish="length", input_tokens=None, output_tokens=100, model=""
     )
 
@@ -407,7 +407,7 @@ def test_a_reply_that_was_all_thought_is_cut_short_and_not_empty() -> None:
 def test_gemini_s_thoughts_are_no_part_of_the_reply() -> None:
     parts = [{"text": "Hm.", "thought": True}, {"text": "Iron "}, {"text": "sinks."}]
     data = {"candidates": [{"finishReason": "OTHER", "content": {"parts": parts}}]}
-    reply = clients.read_gemini(data)
+    reply = gemini_client.read_gemini(data)
     assert (reply.text, reply.finish) == ("Iron sinks.", "other")
 
 
@@ -424,7 +424,7 @@ def test_gemini_s_thoughts_are_no_part_of_the_reply() -> None:
 )
 def test_a_body_of_another_form_may_be_asked_again(data: dict[str, object]) -> None:
     with pytest.raises(Again):
-        clients.read_openai(data)
+        openai_client.read_openai(data)
     text = (
         json.dumps(data)
         .replace("choices", "candidates")
@@ -432,12 +432,12 @@ def test_a_body_of_another_form_may_be_asked_again(data: dict[str, object]) -> N
         .replace('"usage"', '"usageMetadata"')
     )
     with pytest.raises(Again):
-        clients.read_gemini(json.loads(text))
+        gemini_client.read_gemini(json.loads(text))
 
 
 def test_a_refusal_is_no_reply() -> None:
     with pytest.raises(Failed, match="I cannot help") as error:
-        clients.read_openai({"choices": [{"message": {"content": None, "refusal": "I cannot help."}}]})
+        openai_client.read_openai({"choices": [{"message": {"content": None, "refusal": "I cannot help."}}]})
     assert error.value.reason == "refusal"
 
 

@@ -27,7 +27,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mappin
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from sbs_jax.selection import near_matches
-from sbs_jax.teacher import clients
+from sbs_jax.teacher import gemini_client, openai_client, refusals
 from sbs_jax.teacher.clients import CHAT, Again, Failed, Fatal, Reply, Request
 
 RUNNING, DONE, FAILED, CANCELLED = "running", "done", "failed", "cancelled"
@@ -174,7 +174,7 @@ class OpenAIBatches:
     """OpenAI's files and /v1/batches."""
 
     def __init__(self, *, base_url: str | None, timeout: float) -> None:
-        self._openai = clients.OpenAI(base_url=base_url, timeout=timeout, connections=4)
+        self._openai = openai_client.OpenAI(base_url=base_url, timeout=timeout, connections=4)
         self.sdk = self._openai.sdk
 
     async def submit(self, requests: Sequence[Request], *, name: str) -> str:
@@ -182,7 +182,7 @@ class OpenAIBatches:
         official = self._openai.official
 
         def line(request: Request) -> dict[str, Any]:
-            body = clients.openai_body(request, official=official)
+            body = openai_client.openai_body(request, official=official)
             return {"custom_id": request.key, "method": "POST", "url": url, "body": body}
 
         text = lines_of(requests, line)
@@ -250,8 +250,8 @@ def _openai_line(line: Mapping[str, Any]) -> Reply:
     if response.get("status_code") != 200:
         error = body.get("error") or {}
         code = str(error.get("code") or error.get("type") or "")
-        raise clients.problem(int(response.get("status_code") or 500), str(error.get("message")), code=code)
-    return clients.read_openai(body)
+        raise refusals.problem(int(response.get("status_code") or 500), str(error.get("message")), code=code)
+    return openai_client.read_openai(body)
 
 
 # --------------------------------------------------------------------------------------------- Google
@@ -271,7 +271,7 @@ class _GoogleBatches:
     """What Gemini's and Vertex AI's batch jobs have in common."""
 
     def __init__(self, *, vertex: bool, base_url: str | None, timeout: float, credentials: Any = None) -> None:
-        self._google = clients.Gemini(
+        self._google = gemini_client.Gemini(
             vertex=vertex, base_url=base_url, timeout=timeout, connections=4, credentials=credentials
         )
         self._api = self._google.sdk.aio
@@ -322,7 +322,7 @@ class GeminiBatches(_GoogleBatches):
         super().__init__(vertex=False, base_url=base_url, timeout=timeout)
 
     async def submit(self, requests: Sequence[Request], *, name: str) -> str:
-        text = lines_of(requests, lambda request: {"key": request.key, "request": clients.gemini_body(request)})
+        text = lines_of(requests, lambda request: {"key": request.key, "request": gemini_client.gemini_body(request)})
         config = {"display_name": name, "mime_type": "jsonl"}
         upload = self._api.files.upload
         file = await self._call(lambda: upload(file=io.BytesIO(text), config=config), seconds=_TRANSFER)
@@ -344,10 +344,10 @@ def _gemini_line(line: Mapping[str, Any]) -> Reply:
     error, response = line.get("error"), line.get("response")
     if error:
         code = int(error.get("code") or 13)
-        raise clients.problem(code if code >= 100 else _HTTP.get(code, 500), str(error.get("message")))
+        raise refusals.problem(code if code >= 100 else _HTTP.get(code, 500), str(error.get("message")))
     if not isinstance(response, dict):
         raise Again("A line without a response.")
-    return clients.read_gemini(response)
+    return gemini_client.read_gemini(response)
 
 
 class VertexBatches(_GoogleBatches):
@@ -367,7 +367,7 @@ class VertexBatches(_GoogleBatches):
 
     async def submit(self, requests: Sequence[Request], *, name: str) -> str:
         def line(request: Request) -> dict[str, Any]:
-            body = clients.gemini_body(request, provider="vertex")
+            body = gemini_client.gemini_body(request, provider="vertex")
             body["labels"] = {"sbs-key-0": request.key[:32], "sbs-key-1": request.key[32:]}
             return {"request": body}
 
@@ -412,5 +412,5 @@ def _vertex_line(line: Mapping[str, Any]) -> Reply:
         # "Error: INVALID_ARGUMENT: ..", or the same as an object.
         told = status if isinstance(status, str) else json.dumps(status)
         codes = {"INVALID_ARGUMENT": 400, "FAILED_PRECONDITION": 400, "NOT_FOUND": 404, "PERMISSION_DENIED": 403}
-        raise clients.problem(next((code for word, code in codes.items() if word in told), 500), told)
-    return clients.read_gemini(line.get("response") or {})
+        raise refusals.problem(next((code for word, code in codes.items() if word in told), 500), told)
+    return gemini_client.read_gemini(line.get("response") or {})
