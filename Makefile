@@ -29,10 +29,11 @@ format: $(VENV)/.test ## Format the code and repair what lint can repair
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/.run ## Measure speed and memory against PyTorch; appends to bench.json
+bench: $(VENV)/.run ## Measure speed and memory, of a training step and of asking a teacher; appends to bench.json
 	@$(MAKE) --no-print-directory $(VENV)/.parity || \
 	  echo "make: PyTorch and transformers could not be installed (reasons above); measuring without them" >&2
 	$(BIN)/python scripts/bench.py $(ARGS)
+	$(BIN)/python scripts/bench_teacher.py $(TEACHER_ARGS)
 
 test-parity: $(VENV)/.parity ## Add PyTorch and Hugging Face to the set-up, then compare with them
 	$(BIN)/python -m pytest -m parity $(ARGS)

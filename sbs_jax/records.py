@@ -72,6 +72,7 @@ class Record:
     votes: tuple[int, int] | None = None
 
 
+_DEFAULTS = {field.name: field.default for field in dataclasses.fields(Record)}
 _FIELDS = tuple(field.name for field in dataclasses.fields(Record))
 _REQUIRED = ("id", "input", "label")
 _TEXT = ("id", "input", "outcome")
@@ -233,7 +234,7 @@ def _record(value: Mapping[str, Any]) -> Record:
         fields["choices"] = tuple(choices)
     if isinstance(fields.get("votes"), list):
         fields["votes"] = tuple(fields["votes"])
-    check_fields({field.name: field.default for field in dataclasses.fields(Record)} | fields)
+    check_fields(_DEFAULTS | fields)
     return Record(**fields)
 
 

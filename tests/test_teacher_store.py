@@ -46,6 +46,12 @@ def test_what_was_put_is_found_and_nothing_else(path):
         assert store.counts() == {"replies": 2, "failures": 1, "input_tokens": 6, "output_tokens": 2}
 
 
+def test_what_needs_no_asking_is_told_without_reading_it(path):
+    with Store(path) as store:
+        store.put_all({key(1): reply(), key(2): reply(finish="length"), key(3): Failure("too_long", "x")})
+        assert store.settled([key(n) for n in range(20_000)], but="length") == {key(1), key(3)}
+
+
 def test_the_first_reply_stays_and_beats_a_failure(path):
     with Store(path) as store:
         store.put_all({key(1): Failure("refused", "once")})

@@ -341,13 +341,11 @@ class Sampler:
     def _not_stored(self, rows: list[Asked]) -> Iterator[Asked]:
         samples = range(self._settings.samples)
         keys = {row.id: [request_of(row, self._settings, sample=k).key for k in samples] for row in rows}
-        found = self._store.find([key for of_row in keys.values() for key in of_row])
+        settled = self._store.settled([key for of_row in keys.values() for key in of_row], but=LENGTH)
         for row in rows:
-            stored = [found.get(key) for key in keys[row.id]]
-            whole = all(x is not None and not (isinstance(x, Reply) and x.finish == LENGTH) for x in stored)
-            if whole and not self._settings.hint:
+            if settled.issuperset(keys[row.id]) and not self._settings.hint:
                 self.totals.rows += 1
-                self.totals.found += len(stored)
+                self.totals.found += len(keys[row.id])
             else:
                 yield row
 

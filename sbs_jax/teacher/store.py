@@ -90,8 +90,10 @@ class Store:
         run = self._connection.execute
         run("PRAGMA journal_mode=WAL")
         run("PRAGMA synchronous=FULL")
-        # Small pages of cache: the file may be gigabytes, the process shall not.
-        run("PRAGMA cache_size=-8000")
+        # A small cache of pages, 1 MB for each: the file may be gigabytes, the process shall not, and the operating
+        # system has a cache of its own.
+        for connection in (self._connection, self._reader):
+            connection.execute("PRAGMA cache_size=-1000")
         made = run("SELECT count(*) FROM sqlite_master").fetchone()[0]
         if not made:
             run("BEGIN")
@@ -125,6 +127,21 @@ class Store:
                 found[key.hex()] = Reply(
                     text=text, finish=finish, input_tokens=input_tokens, output_tokens=output_tokens, model=model
                 )
+        return found
+
+    def settled(self, keys: Sequence[str], *, but: str) -> set[str]:
+        """Those keys that have a failure, or a reply that did not end as `but` ("length"); texts are not read."""
+        found: set[str] = set()
+        wanted = [bytes.fromhex(key) for key in keys]
+        for start in range(0, len(wanted), _MOST_KEYS):
+            some = wanted[start : start + _MOST_KEYS]
+            marks = ",".join("?" * len(some))
+            rows = self._reader.execute(
+                f"SELECT key FROM replies WHERE key IN ({marks}) AND finish != ? "
+                f"UNION ALL SELECT key FROM failures WHERE key IN ({marks})",
+                [*some, but, *some],
+            )
+            found.update(key.hex() for (key,) in rows)
         return found
 
     def get(self, key: str) -> Reply | Failure | None:
