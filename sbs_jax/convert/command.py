@@ -45,16 +45,13 @@ def convert(
     elif remote:
         t5x.write(target, _parameters(opened), step=opened.step)
     else:
-        folder = Path(f"{target}.incomplete")
-        shutil.rmtree(folder, ignore_errors=True)  # of a conversion that was interrupted
-        folder.mkdir(parents=True)
-        if to_form == checkpoints.T5X:
-            t5x.write(folder, _parameters(opened), step=opened.step)
-            _write_origin(folder / hugging_face.ORIGIN, opened.origin)
-        else:
-            checkpoints.save_parameters(folder, _parameters(opened), config=opened.config, step=opened.step)
-            _write_run(folder, opened, home=Path(target).absolute())
-        folder.rename(target)
+        with hugging_face.beside(Path(target)) as folder:
+            if to_form == checkpoints.T5X:
+                t5x.write(folder, _parameters(opened), step=opened.step)
+                _write_origin(folder / hugging_face.ORIGIN, opened.origin)
+            else:
+                checkpoints.save_parameters(folder, _parameters(opened), config=opened.config, step=opened.step)
+                _write_run(folder, opened, home=Path(target).absolute())
     return summary
 
 

@@ -110,7 +110,7 @@ def write(
     where there is one already.
     """
     path = Path(path)
-    with _beside(path) as folder:
+    with beside(path) as folder:
         _write_weights(folder, opened, dtype=np.dtype(dtype), shard_bytes=shard_bytes)
         _write_json(folder / CONFIG, _settings(opened.config, dtype=dtype))
         generation = {"decoder_start_token_id": 0, "eos_token_id": 1, "pad_token_id": 0}
@@ -122,7 +122,8 @@ def write(
 
 
 @contextlib.contextmanager
-def _beside(path: Path) -> Iterator[Path]:
+def beside(path: Path) -> Iterator[Path]:
+    """A new directory that becomes `path` when the block ends without an error. FileExistsError where that exists."""
     if path.exists():
         raise FileExistsError(f"{path} exists already; choose another name, or remove it.")
     folder = path.with_name(path.name + ".incomplete")

@@ -246,11 +246,7 @@ def _show_plan(
         raise ValueError(f"{dataset.name} has no rows to ask about here.")
     # A sample of the rows: their lengths differ little beside the exemplars, which all prompts share.
     some = rows[:: max(1, len(rows) // 200)]
-    lengths = []
-    for row in some:
-        rendered = prompts.render(template, row.input)
-        text = rendered.text if settings.form == "completion" else "".join(m.content for m in rendered.messages)
-        lengths.append(money.estimate_tokens(text))
+    lengths = [money.estimate_tokens(prompts.render(template, row.input).sent(settings.form)) for row in some]
     count = len(rows) * settings.samples
     sent = count * sum(lengths) // len(lengths)
     # Replies are short: about as long as the exemplars' answers.

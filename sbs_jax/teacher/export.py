@@ -7,7 +7,6 @@ while the sampling is not finished (rows without a reply say so), and again when
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -217,8 +216,3 @@ def described(template: prompts.Template, settings: sampler.Settings) -> dict[st
         "prompt": template.hash,
         "prompt_version": template.version,
     }
-
-
-def unanswered(answered: Sequence[Record]) -> Counter[str]:
-    """How many records have which outcome that is no reply."""
-    return Counter(record.outcome for record in answered if record.outcome in parsing.FAILURES)

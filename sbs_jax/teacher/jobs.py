@@ -87,13 +87,10 @@ def _missing(rows: Sequence[sampler.Asked], settings: sampler.Settings, store: S
                 complete = False
                 yield request
             labels.append(row.read(reply.text)[1] if reply is not None else None)
-        if complete and settings.hint and row.label is not None:
-            chosen = sampler.majority(labels, lambda a, b: a == b)
-            label = None if chosen is None else labels[chosen]
-            if label is None or not row.agrees(label):
-                request, _ = _latest(row, settings, store, sample=0, hint=row.label)
-                if request is not None:
-                    yield request
+        if complete and settings.hint and sampler.disputed(row, labels):
+            request, _ = _latest(row, settings, store, sample=0, hint=row.label)
+            if request is not None:
+                yield request
 
 
 def _latest(
@@ -124,12 +121,7 @@ def _check_limits(missing: Sequence[Request], settings: sampler.Settings, price:
         raise ValueError(
             f"The price of {settings.model!r} is not known, so max_cost cannot be kept; give --price IN,OUT."
         )
-    sent = sum(
-        money.estimate_tokens(
-            request.prompt.text if request.form == "completion" else "".join(m.content for m in request.prompt.messages)
-        )
-        for request in missing
-    )
+    sent = sum(money.estimate_tokens(request.prompt.sent(request.form)) for request in missing)
     most = sum(request.parameters.max_tokens for request in missing)
     cost = money.cost(price, input_tokens=int(1.5 * sent), output_tokens=most, batch=True)
     if cost > settings.max_cost:

@@ -69,6 +69,10 @@ class Prompt:
     stops: tuple[str, ...]
     template: str
 
+    def sent(self, form: str) -> str:
+        """All the text that is sent in a form ("chat" or "completion"), to count its tokens by."""
+        return self.text if form == "completion" else "".join(message.content for message in self.messages)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Template:

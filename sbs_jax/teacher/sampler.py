@@ -153,6 +153,15 @@ def majority(labels: Sequence[str | None], same: Callable[[str, str], bool]) -> 
     return max(groups, key=len)[0] if groups else None
 
 
+def disputed(row: Asked, labels: Sequence[str | None]) -> bool:
+    """Whether the human's label is known, and is not what most of a row's replies say."""
+    if row.label is None:
+        return False
+    chosen = majority(labels, lambda a, b: a == b)
+    label = None if chosen is None else labels[chosen]
+    return label is None or not row.agrees(label)
+
+
 class _Places:
     """Places in flight: halved when the teacher is asked too much, and then one more with every round of replies."""
 
@@ -365,12 +374,9 @@ class Sampler:
 
     async def _row(self, row: Asked) -> None:
         replies = [await self._reply(row, sample=sample, hint=None) for sample in range(self._settings.samples)]
-        if not self._settings.hint or row.label is None or self._done():
+        if not self._settings.hint or self._done():
             return
-        labels = [None if reply is None else row.read(reply.text)[1] for reply in replies]
-        voted = majority(labels, lambda a, b: a == b)
-        label = None if voted is None else labels[voted]
-        if label is None or not row.agrees(label):
+        if disputed(row, [None if reply is None else row.read(reply.text)[1] for reply in replies]):
             await self._reply(row, sample=0, hint=row.label)
 
     async def _reply(self, row: Asked, *, sample: int, hint: str | None) -> Reply | None:
@@ -413,10 +419,7 @@ class Sampler:
 
     async def _ask(self, request: Request, key: str) -> Reply | None:
         """One request, repeated while its errors pass; the reply is on disk when this returns."""
-        shown = (
-            request.prompt.text if request.form == "completion" else "".join(m.content for m in request.prompt.messages)
-        )
-        sent = money.estimate_tokens(shown)
+        sent = money.estimate_tokens(request.prompt.sent(request.form))
         tries = turned = 0
         while True:
             await self._places.take()

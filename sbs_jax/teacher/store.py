@@ -238,9 +238,3 @@ class Store:
         for name, job in listed:
             keys = self._reader.execute("SELECT key FROM job_keys WHERE name = ? ORDER BY key", (name,))
             yield name, job, [key.hex() for (key,) in keys]
-
-
-def size_on_disk(path: str | Path) -> int:
-    """Bytes of a store, its write-ahead log included."""
-    path = Path(path)
-    return sum(file.stat().st_size for file in path.parent.glob(path.name + "*") if not file.name.endswith(".lock"))
