@@ -33,7 +33,7 @@ class Evaluator:
         task_name: str,
         split: str,
         structure: t5.Structure,
-        mesh: jax.sharding.Mesh,
+        partitioner: partitioning.Partitioner,
         task_feature_lengths: Mapping[str, int],
         batch_size: int,
         max_decode_length: int,
@@ -44,7 +44,7 @@ class Evaluator:
         self._examples = features.eval_examples(task_name, split=split, lengths=task_feature_lengths)
         if not self._examples:
             raise ValueError(f"Split {split!r} of {task_name} is empty; there is nothing to evaluate.")
-        self._generator = Generator(structure, mesh=mesh, batch_size=batch_size, length=max_decode_length)
+        self._generator = Generator(structure, partitioner=partitioner, batch_size=batch_size, length=max_decode_length)
         self._vocabulary = datasets.vocabulary(datasets.options().vocabulary)
 
     def run(self, parameters: t5.Parameters) -> Result:
@@ -79,16 +79,19 @@ class Evaluator:
 class Generator:
     """Greedy generation for any number of source rows, a fixed batch at a time."""
 
-    def __init__(self, structure: t5.Structure, *, mesh: jax.sharding.Mesh, batch_size: int, length: int) -> None:
-        pieces = partitioning.data_parallel_size(mesh)
+    def __init__(
+        self, structure: t5.Structure, *, partitioner: partitioning.Partitioner, batch_size: int, length: int
+    ) -> None:
+        pieces = partitioner.data_parallel_size
         # Rows that fill the last batch up are padding, which costs nothing and is dropped again.
         self._batch_size = -(-batch_size // pieces) * pieces
-        self._mesh = mesh
+        self._partitioner = partitioner
 
         def generate(parameters: t5.Parameters, tokens: jax.Array):
-            return decoding.greedy(t5.join(structure, parameters), tokens, length=length)
+            with partitioner.constraining():
+                return decoding.greedy(t5.join(structure, parameters), tokens, length=length)
 
-        self._generate = jax.jit(generate, out_shardings=partitioning.replicated(mesh))
+        self._generate = jax.jit(generate, out_shardings=partitioner.replicated)
 
     def run(self, parameters: t5.Parameters, tokens_NS: np.ndarray) -> Iterator[tuple[list[int], float]]:
         """(token ids without EOS and padding, natural log probability) of each source row, in order."""
@@ -96,7 +99,7 @@ class Generator:
             rows = tokens_NS[start : start + self._batch_size]
             filled = np.zeros((self._batch_size, tokens_NS.shape[1]), np.int32)
             filled[: len(rows)] = rows
-            batch = partitioning.put_batch(self._mesh, {"tokens": filled})["tokens"]
+            batch = self._partitioner.put_batch({"tokens": filled})["tokens"]
             tokens, scores = jax.device_get(self._generate(parameters, batch))
             for ids, score in zip(tokens[: len(rows)], scores, strict=False):
                 yield [int(i) for i in ids if i not in (decoding.PAD, decoding.EOS)], float(score)
@@ -109,12 +112,12 @@ class Student:
     config: t5.T5Config
     structure: t5.Structure
     parameters: t5.Parameters
-    mesh: jax.sharding.Mesh
+    partitioner: partitioning.Partitioner
     step: int
     manifest: dict[str, Any]
 
 
-def load_student(path: str | Path, *, mesh: partitioning.MeshShape, records_dir: str | None = None) -> Student:
+def load_student(path: str | Path, *, layout: partitioning.Layout, records_dir: str | None = None) -> Student:
     """The student of a run directory (its best step) or of one `checkpoints/<step>`; registers its tasks.
 
     Vocabulary, prefixes and lengths are those it was trained with; `records_dir` may have moved.
@@ -127,13 +130,13 @@ def load_student(path: str | Path, *, mesh: partitioning.MeshShape, records_dir:
     datasets.configure(datasets.DataOptions(**options))
     config = t5.T5Config.of(checkpoints.read_metadata(directory, step)["model"])
     structure, shapes, axes = t5.abstract(config)
-    built = partitioning.make_mesh(mesh)
-    shardings = partitioning.shardings(built, shapes, axes=axes)
+    partitioner = layout.partitioner()
+    shardings = partitioner.shardings(shapes, axes=axes)
     like = {
         name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=shardings[name]) for name, leaf in shapes.items()
     }
     parameters = checkpoints.load_parameters(directory / "checkpoints" / str(step), like=like)
-    return Student(config, structure, parameters, built, step, manifest)
+    return Student(config, structure, parameters, partitioner, step, manifest)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -147,12 +150,12 @@ class EvaluateConfig:
     batch_size: int
     max_decode_length: int | None
     output_dir: str | None
-    mesh: partitioning.MeshShape
+    layout: partitioning.Layout
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, float]:
     """Grades a checkpoint on a split; writes predictions and `metrics.json` to `output_dir` if there is one."""
-    student = load_student(config.checkpoint_path, mesh=config.mesh, records_dir=config.records_dir)
+    student = load_student(config.checkpoint_path, layout=config.layout, records_dir=config.records_dir)
     run = student.manifest["run"]
     task = datasets.graded_task(config.mixture_or_task_name or run["mixture_or_task_name"])
     if task is None:
@@ -163,7 +166,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, float]:
         task_name=task,
         split=config.split,
         structure=student.structure,
-        mesh=student.mesh,
+        partitioner=student.partitioner,
         task_feature_lengths=run["task_feature_lengths"],
         batch_size=config.batch_size,
         max_decode_length=config.max_decode_length or run["max_decode_length"],
@@ -192,8 +195,7 @@ def predict(
     probability of the prediction. Every row is read and checked before the first is answered.
     """
     rows = list(read_inputs(input_path))
-    mesh = partitioning.MeshShape(data=-1, fsdp=1, tensor=1)
-    student = load_student(model, mesh=mesh)
+    student = load_student(model, layout=partitioning.DATA_PARALLEL)
     options, run = datasets.options(), student.manifest["run"]
     kind = datasets.split_task(run["mixture_or_task_name"])[1]
     if objective == datasets.RATIONALE and kind == datasets.LABEL:
@@ -211,7 +213,7 @@ def predict(
     )
     if truncated:
         log.warning("%d of %d inputs are longer than %d tokens and were cut.", truncated, len(rows), tokens.shape[1])
-    generator = Generator(student.structure, mesh=student.mesh, batch_size=batch_size, length=length)
+    generator = Generator(student.structure, partitioner=student.partitioner, batch_size=batch_size, length=length)
     answers = (
         {"id": row["id"], "prediction": datasets.graded_text(vocabulary.decode(ids), kind=kind), "score": score}
         for row, (ids, score) in zip(rows, generator.run(student.parameters, tokens), strict=True)

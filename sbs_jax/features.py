@@ -198,6 +198,13 @@ class _Stream:
         return np.random.default_rng((self._seed, epoch)).permutation(count).tolist()
 
 
+def batch_shapes(lengths: Mapping[str, int], *, batch_size: int, pack: bool) -> dict[str, tuple[int, int]]:
+    """Model features of a global batch (all int32) and their shapes."""
+    datasets.check_lengths(lengths)
+    empty = _model_features([], lengths=lengths, pack=pack)
+    return {name: (batch_size, array.shape[1]) for name, array in empty.items()}
+
+
 def _model_features(
     rows: Sequence[Sequence[_Tokens]], *, lengths: Mapping[str, int], pack: bool
 ) -> dict[str, np.ndarray]:

@@ -2,11 +2,10 @@
 
 import contextlib
 import dataclasses
-import functools
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -42,7 +41,7 @@ class TrainConfig:
     optimizer: Callable[..., optax.GradientTransformation]  # called with learning_rate=
     learning_rate: optax.Schedule
     clip_norm: float | None
-    mesh: partitioning.MeshShape
+    layout: partitioning.Layout
     initial_checkpoint_path: str | None
     # Periods in steps.
     log_period: int
@@ -117,7 +116,7 @@ class TrainState:
     optimizer: Any
 
 
-Batch = dict[str, jax.Array]
+Batch = dict[str, Any]  # arrays, or their shapes
 
 
 def loss_and_gradients(
@@ -202,38 +201,66 @@ class Trainer:
     """The compiled step and where its state lives; what `train` and the benchmarks share."""
 
     structure: t5.Structure
-    mesh: jax.sharding.Mesh
+    partitioner: partitioning.Partitioner
     abstract: TrainState  # shapes with shardings
+    batch: Batch  # the same, of one global batch
     step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
 
 
-def prepare(config: TrainConfig) -> Trainer:
-    """Mesh, shardings and the jitted step. Computes no parameter and reads no data."""
-    mesh = partitioning.make_mesh(config.mesh)
-    pieces = partitioning.data_parallel_size(mesh) * config.micro_batches
-    if config.batch_size % pieces:
-        raise ValueError(
-            f"batch_size {config.batch_size} does not divide over {pieces} = data {mesh.shape['data']} x fsdp "
-            f"{mesh.shape['fsdp']} x micro_batches {config.micro_batches}; choose a multiple of {pieces}, or another "
-            "mesh (gin_configs/meshes/)."
-        )
+def prepare(config: TrainConfig, *, devices: Sequence[Any] | None = None) -> Trainer:
+    """Mesh, shardings and the jitted step. Computes no parameter and reads no data.
+
+    `devices` are those of a machine that may not be there (`sbs plan`); all of this one by default.
+    """
+    partitioner = config.layout.partitioner(devices)
+    _check_divisible(config, partitioner)
     structure, shapes, axes = t5.abstract(config.model)
     optimizer = config.gradient_transformation()
     abstract = TrainState(jax.ShapeDtypeStruct((), jnp.int32), shapes, jax.eval_shape(optimizer.init, shapes))
-    shardings = partitioning.shardings(mesh, abstract, axes=axes)
+    shardings = partitioner.shardings(abstract, axes=axes)
     abstract = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         abstract,
         shardings,
     )
-    step = functools.partial(train_step, structure=structure, config=config, optimizer=optimizer)
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+        with partitioner.constraining():
+            return train_step(state, batch, structure=structure, config=config, optimizer=optimizer)
+
     compiled = jax.jit(
         step,
-        in_shardings=(shardings, partitioning.batch_sharding(mesh)),
-        out_shardings=(shardings, partitioning.replicated(mesh)),
+        in_shardings=(shardings, partitioner.batch),
+        out_shardings=(shardings, partitioner.replicated),
         donate_argnums=0,
     )
-    return Trainer(structure, mesh, abstract, compiled)
+    batch = {
+        name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=partitioner.batch)
+        for name, shape in features.batch_shapes(
+            config.task_feature_lengths, batch_size=config.batch_size, pack=config.pack
+        ).items()
+    }
+    return Trainer(structure, partitioner, abstract, batch, compiled)
+
+
+def _check_divisible(config: TrainConfig, partitioner: partitioning.Partitioner) -> None:
+    """Before any compile: rows over devices and micro-batches, heads over splits."""
+    rows, pieces = config.batch_size, partitioner.data_parallel_size * config.micro_batches
+    if rows % pieces:
+        down, up = rows // pieces * pieces, -(-rows // pieces) * pieces
+        raise ValueError(
+            f"batch_size {rows} does not divide over {pieces} = {partitioner.data_parallel_size} pieces of the mesh "
+            f"{partitioner.sizes} x micro_batches {config.micro_batches}; the nearest that does is "
+            f"{f'{down} or {up}' if down else up}. Choose it, or another mesh (gin_configs/meshes/)."
+        )
+    heads, splits = config.model.num_heads, partitioner.sizes["tensor"]
+    if heads % splits:
+        nearest = max(d for d in range(1, splits + 1) if heads % d == 0)
+        raise ValueError(
+            f"The model has {heads} attention heads, which do not divide over tensor={splits} of the mesh "
+            f"{partitioner.sizes}; the nearest that divides them is {nearest}. Choose another mesh "
+            "(gin_configs/meshes/)."
+        )
 
 
 def initial_state(config: TrainConfig, trainer: Trainer) -> TrainState:
@@ -283,7 +310,7 @@ def train(config: TrainConfig, *, config_text: str) -> dict[str, dict[str, Any]]
         progress = tqdm.tqdm(total=config.train_steps, initial=start, unit="step", desc=run.path.name)
         for step in range(start + 1, config.train_steps + 1):
             batch = window.wait_for(batches)
-            state, metrics = trainer.step(state, partitioning.put_batch(trainer.mesh, batch))
+            state, metrics = trainer.step(state, trainer.partitioner.put_batch(batch))
             window.add(metrics, batch)
             progress.update()
             last = step == config.train_steps
@@ -343,7 +370,7 @@ def _evaluator(config: TrainConfig, trainer: Trainer, *, split: str) -> evaluate
         task_name=graded_task(config),
         split=split,
         structure=trainer.structure,
-        mesh=trainer.mesh,
+        partitioner=trainer.partitioner,
         task_feature_lengths=config.task_feature_lengths,
         batch_size=config.eval_batch_size,
         max_decode_length=config.max_decode_length,
@@ -376,8 +403,9 @@ def _manifest(config: TrainConfig, *, data: dict[str, Any], trainer: Trainer) ->
         for name, leaf in trainer.abstract.parameters.items()
     }
     total = sum(math.prod(leaf.shape) for leaf in trainer.abstract.parameters.values())
-    devices = [str(device) for device in trainer.mesh.devices.flat]
-    log.info("Devices: %s; mesh %s.", ", ".join(devices), dict(trainer.mesh.shape))
+    partitioner = trainer.partitioner
+    devices = [str(device) for device in partitioner.mesh.devices.flat]
+    log.info("Devices: %s; mesh %s.", ", ".join(devices), partitioner.sizes)
     log.info("Parameters: %s in %d arrays.", f"{total:,}", len(parameters))
     log.info("Data: %s", {name: split["counts"] for name, split in data["splits"].items()})
     return {
@@ -389,7 +417,7 @@ def _manifest(config: TrainConfig, *, data: dict[str, Any], trainer: Trainer) ->
             "max_decode_length": config.max_decode_length,
         },
         "model": dataclasses.asdict(config.model),
-        "mesh": dict(trainer.mesh.shape),
+        "mesh": partitioner.sizes,
         "devices": devices,
         "parameter_count": total,
         "parameters": parameters,

@@ -36,7 +36,7 @@ def main() -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     import jax
 
-    from sbs_jax import datasets, features, main, partitioning, train
+    from sbs_jax import datasets, features, main, train
 
     with tempfile.TemporaryDirectory() as folder:
         source = write_records(Path(folder))
@@ -98,7 +98,7 @@ def main() -> None:
 
     def step(index: int) -> int:
         nonlocal state
-        batch = partitioning.put_batch(trainer.mesh, batches[index % len(batches)])
+        batch = trainer.partitioner.put_batch(batches[index % len(batches)])
         state, _ = jax.block_until_ready(trainer.step(state, batch))
         assert len(compiles) == 1, f"After step {index} the number of compilations is {len(compiles)}; expected 1."
         return tokens[index % len(batches)]

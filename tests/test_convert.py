@@ -270,7 +270,7 @@ def run(tmp_path_factory):
 
 
 def student_of(path):
-    student = evaluate.load_student(path, mesh=toy.config(Path("a"), Path("b")).mesh)
+    student = evaluate.load_student(path, layout=toy.config(Path("a"), Path("b")).layout)
     return jax.tree.map(np.asarray, student.parameters), student.config
 
 

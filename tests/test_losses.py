@@ -106,10 +106,10 @@ def compute(rows, *, packed, devices, micro_batches, alpha=0.5, mesh=None, examp
     # No dropout: its masks are drawn for the rows as they lie.
     config = dataclasses.replace(toy.MODEL, dropout_rate=0.0)
     structure, parameters = t5.init(config, seed=0)
-    shape = partitioning.MeshShape(**(mesh or {"data": -1, "fsdp": 1, "tensor": 1}))
-    built = partitioning.make_mesh(shape, devices=jax.devices()[:devices])
+    layout = partitioning.DATA_PARALLEL if mesh is None else partitioning.Layout(**mesh)
+    partitioner = layout.partitioner(jax.devices()[:devices])
     _, shapes, axes = t5.abstract(config)
-    parameters = jax.device_put(parameters, partitioning.shardings(built, shapes, axes=axes))
+    parameters = jax.device_put(parameters, partitioner.shardings(shapes, axes=axes))
     run = functools.partial(
         train.loss_and_gradients,
         structure=structure,
@@ -118,7 +118,7 @@ def compute(rows, *, packed, devices, micro_batches, alpha=0.5, mesh=None, examp
         micro_batches=micro_batches,
         dropout_key=jax.random.key(0),
     )
-    batch = partitioning.put_batch(built, batch_of(rows, packed=packed, examples=examples))
+    batch = partitioner.put_batch(batch_of(rows, packed=packed, examples=examples))
     loss, _, gradients = jax.device_get(jax.jit(run)(parameters, batch))
     return float(loss), gradients
 
@@ -142,7 +142,7 @@ def reference():
             "packed": False,
             "devices": 8,
             "micro_batches": 1,
-            "mesh": {"data": 2, "fsdp": 2, "tensor": 2},
+            "mesh": {"slice": 1, "data": 2, "fsdp": 2, "tensor": 2},
         },
     ],
     ids=["8 devices", "4 micro-batches", "both", "packed", "packed on 8", "packed, both", "2x2x2 mesh"],

@@ -328,7 +328,7 @@ def our_run(folder: Path) -> tuple[list[dict[str, float]], train.TrainState]:
     )
     lines = []
     for batch in dataset.take(STEPS).as_numpy_iterator():
-        state, metrics = our_trainer.step(state, partitioning.put_batch(our_trainer.mesh, batch))
+        state, metrics = our_trainer.step(state, our_trainer.partitioner.put_batch(batch))
         lines.append({name: float(value) for name, value in metrics.items()})
     return lines, state
 
@@ -380,7 +380,7 @@ def test_t5x_eval_and_infer_answer_and_grade_as_we_do(t5x_run):
             task_name=task,
             split="test",
             structure=t5.abstract(BUILTIN)[0],
-            mesh=partitioning.make_mesh(partitioning.MeshShape(data=-1, fsdp=1, tensor=1)),
+            partitioner=partitioning.DATA_PARALLEL.partitioner(),
             task_feature_lengths={"inputs": 64, "targets": 32},
             batch_size=8,
             max_decode_length=32,

@@ -184,7 +184,7 @@ def test_a_checkpoint_of_another_architecture_is_refused(finished, tmp_path, rec
         ({"alpha": 1.5}, "alpha is 1.5"),
         ({"train_steps": 0}, "train_steps is 0"),
         ({"clip_norm": 0.0}, "clip_norm 0.0"),
-        ({"mesh": partitioning.MeshShape(data=3, fsdp=1, tensor=1)}, "does not fit 8 devices"),
+        ({"layout": partitioning.Layout(slice=1, data=3, fsdp=1, tensor=1)}, "does not fit 8 devices"),
         ({"mixture_or_task_name": "toy_step_by_stpe"}, "toy_step_by_step"),
         ({"mixture_or_task_name": "toy_rationale"}, "rationales alone"),
         ({"model": dataclasses.replace(toy.MODEL, vocab_size=300)}, "359 ids, and the model's table 300 rows"),
@@ -204,14 +204,14 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, records_dir):
 
 @pytest.mark.parametrize("optimizer", [optax.adamw, optax.adafactor])
 def test_optimisers_train_on_a_sharded_mesh_like_on_one_device(tmp_path, records_dir, optimizer):
-    mesh = partitioning.MeshShape(data=2, fsdp=2, tensor=2)
+    layout = partitioning.Layout(slice=1, data=2, fsdp=2, tensor=2)
     datasets.configure(toy.options(records_dir))
     losses = []
-    for shape in (partitioning.MeshShape(data=-1, fsdp=1, tensor=1), mesh):
+    for chosen in (partitioning.DATA_PARALLEL, layout):
         config = toy.config(
             tmp_path,
             records_dir,
-            mesh=shape,
+            layout=chosen,
             optimizer=optimizer,
             model=dataclasses.replace(toy.MODEL, dropout_rate=0.0),
         )
@@ -228,7 +228,7 @@ def test_optimisers_train_on_a_sharded_mesh_like_on_one_device(tmp_path, records
         )
         losses.append([])
         for _, batch in zip(range(4), batches, strict=False):
-            state, metrics = trainer.step(state, partitioning.put_batch(trainer.mesh, batch))
+            state, metrics = trainer.step(state, trainer.partitioner.put_batch(batch))
             losses[-1].append(float(metrics["loss"]))
     np.testing.assert_allclose(losses[0], losses[1], rtol=2e-4)
     assert losses[0][-1] < losses[0][0]
@@ -270,7 +270,7 @@ def test_evaluate_and_predict_use_the_saved_configuration(finished, tmp_path, re
             batch_size=3,
             max_decode_length=None,
             output_dir=str(out),
-            mesh=config.mesh,
+            layout=config.layout,
         )
     )
     assert metrics["accuracy"] == result["test"]["accuracy"]

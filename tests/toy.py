@@ -85,7 +85,7 @@ def config(model_dir: Path, records_dir: Path, **changes) -> train.TrainConfig:
         "optimizer": optax.adamw,
         "learning_rate": optax.constant_schedule(1e-3),
         "clip_norm": 1.0,
-        "mesh": partitioning.MeshShape(data=-1, fsdp=1, tensor=1),
+        "layout": partitioning.DATA_PARALLEL,
         "initial_checkpoint_path": None,
         "log_period": 2,
         "eval_period": 3,
