@@ -76,12 +76,15 @@ fail() { # CODE MESSAGE..: for mistakes that no repetition mends
 complain() { printf 'tpu_pod: %s\n' "$@" >&2; }
 
 quoted() { # words, so that a POSIX shell reads back the same words
-  local word line=""
+  local word flag line=""
   for word in "$@"; do
-    if [[ $word =~ ^[A-Za-z0-9_@%+=:,./-]+$ ]]; then
-      line+=" $word"
+    flag=""
+    if [[ $word =~ ^--[A-Za-z0-9_.-]+= ]]; then flag=${BASH_REMATCH[0]}; fi
+    word=${word#"$flag"}
+    if [[ $word =~ ^[A-Za-z0-9_@%+=:,./-]+$ || ($flag && ! $word) ]]; then
+      line+=" $flag$word"
     else
-      line+=" '${word//\'/\'\\\'\'}'"
+      line+=" $flag'${word//\'/\'\\\'\'}'"
     fi
   done
   printf '%s' "${line# }"
@@ -156,7 +159,7 @@ check_type() {
   if ! known_type "$type" && [[ ! $runtime ]]; then
     local near
     near=$(nearest_type "$type")
-    [[ $type == tpu7* ]] && fail 2 "$type is not rented as TPU VMs, only with GKE or Compute Engine; see GKE in docs/tpu.md."
+    [[ $type != tpu7* ]] || fail 2 "$type is not rented as TPU VMs, only with GKE or Compute Engine; see GKE in docs/tpu.md."
     fail 2 "unknown accelerator type $type${near:+ (did you mean $near?)}. Known:" \
       "  v5e  v5litepod-1 4 8 16 32 64 128 256 (chips)" "  v6e  v6e-1 4 8 16 32 64 128 256 (chips)" \
       "  v5p  v5p-8 16 32 64 128 256 .. 12288 (cores, two a chip)" "  v4   v4-8 16 32 64 128 256 .. (cores, two a chip)" \

@@ -21,7 +21,7 @@ import subprocess
 import sys
 from typing import Any
 
-ROOT = pathlib.Path(os.environ["STAND_IN"])
+ROOT = pathlib.Path(os.environ.get("STAND_IN", "."))
 WIDE = {"project", "zone", "quiet", "format"}
 SSH = {"worker", "internal-ip", "dry-run", "plain", "force-key-file-overwrite", "ssh-key-file", "strict-host-key-checking"}
 FLAGS = {
@@ -32,7 +32,10 @@ FLAGS = {
     },
     "queued-resources describe": set(),
     "queued-resources delete": {"force", "async"},
+    "queued-resources list": set(),
     "tpu-vm describe": set(),
+    "tpu-vm list": set(),
+    "tpu-vm accelerator-types": set(),
     "tpu-vm ssh": SSH | {"command", "output-directory", "ssh-flag"},
     "tpu-vm scp": SSH | {"recurse", "compress", "scp-flag"},
 }

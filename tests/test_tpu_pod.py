@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cloud_stand_in import FLAGS, WIDE
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SCRIPTS = ("tpu_pod.sh", "tpu_worker.sh")
@@ -552,3 +553,64 @@ def test_shellcheck_finds_nothing() -> None:
     assert len(files) >= 2
     done = subprocess.run([shellcheck, *files], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
+
+
+# Recorded from xpk 1.16.0's --help: what a command of docs/tpu.md must and may take.
+XPK_PLACE = {"cluster", "project", "zone"}
+XPK = {
+    "cluster create": ({"cluster", "tpu-type"}, {"num-slices", "spot", "on-demand", "reservation", "enable-gcsfuse-csi-driver"}),
+    "storage attach": (
+        {"type", "cluster", "auto-mount", "mount-point", "readonly", "size"},
+        {"bucket", "mount-options", "prefetch-metadata"},
+    ),
+    "workload create": (
+        {"command", "tpu-type", "workload", "cluster"},
+        {"num-slices", "docker-image", "max-restarts", "termination-grace-period-seconds", "env", "storage"},
+    ),
+    "workload list": ({"cluster"}, set()),
+    "workload delete": ({"cluster", "workload"}, {"force"}),
+    "cluster delete": ({"cluster"}, {"force"}),
+}
+RECORDER = """#!/bin/bash
+{ printf '%s\\0' "${0##*/}" "$@"; printf '\\n\\0'; } >>"$STAND_IN/called"
+[[ $1 == projects ]] && echo 123
+exit 0
+"""
+
+
+def test_every_command_of_the_document_can_be_copied(tmp_path: Path, checkout: Path) -> None:
+    """All blocks of docs/tpu.md in one shell: our script prints what it would do, everything else is recorded."""
+    text = (REPOSITORY / "docs/tpu.md").read_text()
+    blocks = re.findall(r"^```bash\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+    assert len(blocks) > 12
+    recorded = ("gcloud", "xpk", "docker", "kubectl", "sbs", "git", "ssh-add", "ssh-agent", "python3")
+    for name in recorded:
+        write(tmp_path / "near" / name, RECORDER)
+    write(tmp_path / "xpk_venv/bin/python", RECORDER)
+    whole = checkout / "scripts/tpu_pod.sh"
+    write(tmp_path / "scripts/tpu_pod.sh", f'#!/bin/bash\nPATH=/usr/bin:/bin exec "{whole}" "$1" --dry_run "${{@:2}}"\n')
+    environment = {"PATH": f"{tmp_path / 'near'}:/usr/bin:/bin", "HOME": str(tmp_path), "STAND_IN": str(tmp_path)}
+    command = ["bash", "-euo", "pipefail", "-c", "\n".join(blocks)]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    lines = (tmp_path / "called").read_text().split("\n\0")[:-1]
+    calls = [line.split("\0")[:-1] for line in lines]
+    assert {call[0] for call in calls} >= set(recorded) - {"python3"}
+    printed = [shlex.split(line) for line in done.stdout.splitlines() if line.startswith("gcloud")]
+    for call in [*printed, *calls]:
+        if call[1:3] == ["compute", "tpus"]:
+            given = {word[2:].partition("=")[0] for word in call if word.startswith("--")}
+            assert given <= FLAGS[" ".join(call[3:5])] | WIDE, call
+    seen = []
+    for _, *words in [call for call in calls if call[0] == "xpk"]:
+        verb = " ".join(words[:2])
+        must, may = XPK[verb]
+        flags = {word[2:] for word in words if word.startswith("--")}
+        assert must <= flags <= must | may | XPK_PLACE, words
+        seen.append(verb)
+    assert seen == list(XPK)[:3] + ["workload list", "workload delete", "cluster delete"]
+    (workload,) = [call for call in calls if call[1:3] == ["workload", "create"]]
+    words = shlex.split(workload[workload.index("--command") + 1])
+    assert words[:4] == ["exec", "sbs", "train", "--multihost"]
+    for path in re.findall(r"gin_configs/[\w/.]+\.gin|scripts/[\w/.]*\w", text):
+        assert (REPOSITORY / path).exists(), path
