@@ -114,7 +114,9 @@ known_type() {
   local cores=${1##*-}
   case $1 in
     v5litepod-* | v6e-*) [[ $cores =~ ^(1|4|8|16|32|64|128|256)$ ]] ;;
-    v4-* | v5p-*) [[ $cores =~ ^(8|16|32|64)$ ]] || { [[ $cores =~ ^[1-9][0-9]{2,4}$ ]] && ((cores % 128 == 0 && cores <= 12288)); } ;;
+    v4-* | v5p-*)
+      [[ $cores =~ ^(8|16|32|64|[1-9][0-9]{2,4})$ ]] && ((cores < 100 || (cores % 128 == 0 && cores <= 12288)))
+      ;;
     *) return 1 ;;
   esac
 }
@@ -159,10 +161,12 @@ check_type() {
   if ! known_type "$type" && [[ ! $runtime ]]; then
     local near
     near=$(nearest_type "$type")
-    [[ $type != tpu7* ]] || fail 2 "$type is not rented as TPU VMs, only with GKE or Compute Engine; see GKE in docs/tpu.md."
+    [[ $type != tpu7* ]] ||
+      fail 2 "$type is not rented as TPU VMs, only with GKE or Compute Engine; see GKE in docs/tpu.md."
     fail 2 "unknown accelerator type $type${near:+ (did you mean $near?)}. Known:" \
       "  v5e  v5litepod-1 4 8 16 32 64 128 256 (chips)" "  v6e  v6e-1 4 8 16 32 64 128 256 (chips)" \
-      "  v5p  v5p-8 16 32 64 128 256 .. 12288 (cores, two a chip)" "  v4   v4-8 16 32 64 128 256 .. (cores, two a chip)" \
+      "  v5p  v5p-8 16 32 64 128 256 .. 12288 (cores, two a chip)" \
+      "  v4   v4-8 16 32 64 128 256 .. (cores, two a chip)" \
       "A type that is newer than this list is taken if --runtime_version is given with it."
   fi
   [[ $runtime ]] || runtime=$(runtime_of "$type")
@@ -218,8 +222,10 @@ need_active() {
 # Every node at once, each through one gcloud that reaches its workers; `queued-resources ssh --node=all` would pass
 # over a node it cannot reach, with a warning. Output goes on with the node's name before it, and to $scratch/LABEL.*.
 on_nodes() { # LABEL gcloud's words before the node -- and after it
-  local label=$1 before=() node pids=() index=0 code status=0 words
+  local label=$1 before=() node pids=() index=0 code status=0 words limit=()
   shift
+  # A look must not hang on a machine that is gone.
+  if [[ $label == status ]]; then limit=(timeout 120); fi
   while [[ $1 != -- ]]; do before+=("$1") && shift; done
   shift
   rm -f "$scratch/$label".*
@@ -233,7 +239,7 @@ on_nodes() { # LABEL gcloud's words before the node -- and after it
     (
       cd "$scratch" || exit 1
       : >"$label.$node"
-      "${words[@]}" </dev/null 2>&1 | sed -u "s/^/[$node] /" |
+      ${limit[@]+"${limit[@]}"} "${words[@]}" </dev/null 2>&1 | sed -u "s/^/[$node] /" |
         if [[ $label == logs ]]; then cat; else tee "$label.$node"; fi
       exit "${PIPESTATUS[0]}"
     ) &
@@ -309,7 +315,8 @@ wait_active() {
       ACTIVE) return 0 ;;
       NONE) complain "there is no queued resource $name in $zone: run create first." && return 3 ;;
       FAILED)
-        complain "$name FAILED: ${reason:-gcloud gives no reason}." "  It stays until it is deleted: run delete, then create." \
+        complain "$name FAILED: ${reason:-gcloud gives no reason}." \
+          "  It stays until it is deleted: run delete, then create." \
           "  Quota, zone and type must fit together; a --spot request may also find no free capacity."
         return 4
         ;;
@@ -328,8 +335,9 @@ wait_active() {
 }
 
 check_tree() { # sets revision
-  revision=$(git -C "$repository" rev-parse HEAD) || fail 1 "$repository is not a git checkout; install copies a revision of one."
   local changes
+  revision=$(git -C "$repository" rev-parse HEAD) ||
+    fail 1 "$repository is no git checkout; install copies a revision of one."
   changes=$(git -C "$repository" status --porcelain)
   if [[ $changes && ! $allow_dirty ]]; then
     complain "uncommitted changes would not be part of revision ${revision:0:12}:"
@@ -338,11 +346,15 @@ check_tree() { # sets revision
   fi
 }
 
-pack() { # $scratch/sbs-REVISION.tar.gz: a checkout with the one revision, so that run manifests can name it
+pack() { # $scratch/sbs-REVISION.tar.gz: a checkout with the one revision, so that run manifests can name it. Made once,
+  # so that what watch installs in days to come is what was installed first.
   local tree=$scratch/tree
   rm -rf "$tree"
   git clone --quiet --depth 1 "file://$repository" "$tree" || return 1
-  [[ $(git -C "$tree" rev-parse HEAD) == "$revision" ]] || { complain "the checkout changed while it was packed; repeat."; return 1; }
+  if [[ $(git -C "$tree" rev-parse HEAD) != "$revision" ]]; then
+    complain "the checkout changed while it was packed; repeat."
+    return 1
+  fi
   if [[ $allow_dirty ]]; then
     (
       cd "$repository" || exit 1
@@ -362,8 +374,7 @@ install() {
   if [[ $dry_run ]]; then
     echo "# in a folder that holds $archive, a checkout of this revision:"
   else
-    say "copying revision ${revision:0:12}${allow_dirty:+, with changes if any}, to every worker of $(nodes | paste -sd' ' -)"
-    pack || return 1
+    say "copying revision ${revision:0:12}${allow_dirty:+, with changes if any}, to every worker"
   fi
   colon=: on_nodes copy scp "$archive" -- --worker=all
   code=$?
@@ -392,6 +403,7 @@ start() {
     explain "$code" "start"
     return
   fi
+  was_running=1
   say "started on every worker; nothing here has to stay open"
 }
 
@@ -486,7 +498,7 @@ healthy() { # the resource is ACTIVE and all of its nodes are READY
   done
 }
 
-attempts=0 run_began=0
+attempts=0 run_began=0 was_running=""
 bring_back() { # WHY: a resource whose nodes are all there, with the run started on it; or gives up
   local pause=$backoff
   # A run that lasted is progress: only tries in a row are counted.
@@ -526,7 +538,7 @@ watch() {
   while :; do
     if ! look; then
       if [[ ! $last ]] || ((++misses >= 10)); then
-        complain "gcloud could not say the state of $name (its words are above). The run, if any, goes on; repeat watch."
+        complain "gcloud could not say the state of $name (its words are above); the run, if any, goes on."
         return 1
       fi
       sleep "$poll"
@@ -581,6 +593,7 @@ watch() {
         return 0
       fi
     fi
+    if [[ $word == *running* ]]; then was_running=1; fi
     # A slice that is being taken away ends the run first and shows its state later: look 5 times before judging.
     if [[ $word != run\ * || $word == *running* ]]; then
       doubt=0
@@ -588,13 +601,16 @@ watch() {
       doubt=0
       worker_states all
       cat "$scratch"/status.* >&2
+      # A worker on which nothing is any more was made anew.
+      if [[ $was_running ]]; then run_states=${run_states/idle/interrupted}; fi
       case $run_states in
         *interrupted* | *unknown*)
-          bring_back "the run was interrupted, or its workers do not answer, and the nodes are there: starting again" || return
+          bring_back "the nodes are there, but the run was interrupted or cannot be reached: starting again" || return
           last=again
           ;;
         *failed*)
-          complain "the run ended with an error of its own (last lines above; more: logs --all --no_follow). It is not repeated."
+          complain "the run ended with an error of its own, and is not repeated." \
+            "  Last lines are above; more: logs --all --no_follow --lines 200"
           return 6
           ;;
         *idle*)
@@ -619,9 +635,9 @@ one_worker_state() { # of the first worker: when one process ends, jax.distribut
 
 # ------------------------------------------------------------------------------------------------------------ main
 
-flags_known="--name --project --zone --accelerator_type --runtime_version --slices --spot --reserved --network --subnetwork \
---service_account --internal_ips --create_flag --allow_dirty --python --bucket --mount --env --poll --settle --timeout --attempts \
---backoff --kill --delete_when_done --all --lines --no_follow --yes --dry_run --help"
+flags_known="--name --project --zone --accelerator_type --runtime_version --slices --spot --reserved --network \
+--subnetwork --service_account --internal_ips --create_flag --allow_dirty --python --bucket --mount --env --poll \
+--settle --timeout --attempts --backoff --kill --delete_when_done --all --lines --no_follow --yes --dry_run --help"
 commands_known="run create wait install start status logs watch stop delete"
 
 like() { # LENGTH WORD WORDS..: those whose first LENGTH characters are its own
@@ -641,11 +657,12 @@ capacity_is() {
 }
 
 parse() {
-  name=${SBS_TPU_NAME:-sbs} project=${SBS_TPU_PROJECT:-${CLOUDSDK_CORE_PROJECT:-}} zone=${SBS_TPU_ZONE:-${CLOUDSDK_COMPUTE_ZONE:-}}
-  type=${SBS_TPU_TYPE:-} runtime=${SBS_TPU_RUNTIME:-} slices=${SBS_TPU_SLICES:-1} capacity="" network="" subnetwork=""
-  service_account="" internal="" create_flags=() allow_dirty="" python="" bucket="" mount=/mnt/sbs env=() command=()
-  poll=${SBS_TPU_POLL:-30} settle=${SBS_TPU_SETTLE:-5} timeout="" max_attempts=10 backoff=60 kill="" delete_when_done="" all="" lines=20 follow=1
-  yes="" dry_run="" colon=""
+  name=${SBS_TPU_NAME:-sbs} slices=${SBS_TPU_SLICES:-1} type=${SBS_TPU_TYPE:-} runtime=${SBS_TPU_RUNTIME:-}
+  project=${SBS_TPU_PROJECT:-${CLOUDSDK_CORE_PROJECT:-}} zone=${SBS_TPU_ZONE:-${CLOUDSDK_COMPUTE_ZONE:-}}
+  capacity="" network="" subnetwork="" service_account="" internal="" create_flags=()
+  allow_dirty="" python="" bucket="" mount=/mnt/sbs env=() command=()
+  poll=${SBS_TPU_POLL:-30} settle=${SBS_TPU_SETTLE:-5} timeout="" max_attempts=10 backoff=60
+  kill="" delete_when_done="" all="" lines=20 follow=1 yes="" dry_run="" colon=""
   while (($#)); do
     local flag=$1 value=""
     if [[ $flag == -- ]]; then
@@ -693,7 +710,10 @@ parse() {
           --python) python=$value ;;
           --bucket) bucket=${value#gs://} ;;
           --mount) mount=${value%/} ;;
-          --env) [[ $value =~ ^[A-Za-z_][A-Za-z0-9_]*= ]] || fail 2 "--env is $value; expected NAME=VALUE." && env+=("$value") ;;
+          --env)
+            [[ $value =~ ^[A-Za-z_][A-Za-z0-9_]*= ]] || fail 2 "--env is $value; expected NAME=VALUE."
+            env+=("$value")
+            ;;
           --poll) poll=$value ;;
           --settle) settle=$value ;;
           --timeout) timeout=$value ;;
@@ -707,7 +727,8 @@ parse() {
     esac
     shift
   done
-  [[ $name =~ ^[a-z]([a-z0-9-]{0,38}[a-z0-9])?$ ]] || fail 2 "--name is $name; expected small letters, digits and -, at most 40, a letter first."
+  [[ $name =~ ^[a-z]([a-z0-9-]{0,38}[a-z0-9])?$ ]] ||
+    fail 2 "--name is $name; expected small letters, digits and -, at most 40, a letter first."
   [[ $bucket != */* ]] || fail 2 "--bucket is $bucket; expected the name of a bucket, without a path."
   [[ $mount == /* ]] || fail 2 "--mount is $mount; expected an absolute path."
   whole_number --slices "$slices" 1
@@ -722,7 +743,8 @@ parse() {
 
 check_command() { # what follows --, with --multihost
   ((${#command[@]})) || fail 2 "nothing to run: end the command with -- sbs train --gin_file=.."
-  [[ ${command[0]} == sbs && ${#command[@]} -ge 2 ]] || fail 2 "got -- $(quoted "${command[@]}"); expected -- sbs train .."
+  [[ ${command[0]} == sbs && ${#command[@]} -ge 2 ]] ||
+    fail 2 "got -- $(quoted "${command[@]}"); expected -- sbs train .."
   [[ " ${command[*]} " == *" --multihost "* ]] || command=("${command[@]:0:2}" --multihost "${command[@]:2}")
 }
 
@@ -756,12 +778,14 @@ main() {
   [[ $project ]] || project=$(from_gcloud core/project)
   [[ $project ]] || fail 2 "no project: give --project or SBS_TPU_PROJECT, or run gcloud config set project ID."
   [[ $zone ]] || zone=$(from_gcloud compute/zone)
-  [[ $zone ]] || fail 2 "no zone: give --zone or SBS_TPU_ZONE, such as us-west4-a (v5e), us-east5-a (v5p, v6e), us-central2-b (v4)."
+  [[ $zone ]] ||
+    fail 2 "no zone: give --zone or SBS_TPU_ZONE, such as us-west4-a (v5e), us-east5-a (v5p, v6e), us-central2-b (v4)."
   case $what in run | install | watch) check_tree ;; esac
   scratch=$(mktemp -d) || exit 1
   trap 'rm -rf "$scratch"' EXIT
   trap 'exit 130' INT
   trap 'exit 143' TERM
+  case $what in run | install | watch) [[ $dry_run ]] || pack || exit 1 ;; esac
   case $what in
     run) create && wait_active && install && start && watch ;;
     create) create ;;

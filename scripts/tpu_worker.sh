@@ -2,7 +2,7 @@
 # What tpu_pod.sh runs on every worker of a TPU slice: install, start, status, logs, stop. Not called by hand.
 #
 # In $HOME: sbs (checkout), sbs_venv (packages; its file `revision` says that install was whole), sbs_run (lock, id,
-# command, pid and its keeper's, log, exit_code). Who holds the lock is the run, so that a stale pid is no run and two never start.
+# command, pid, log, exit_code). Who holds the lock is the run: a stale pid is none, and two never start.
 # Exit statuses that tpu_pod.sh explains: 10 a run is going on, 11 not installed, 12 still running after stop.
 set -uo pipefail
 
@@ -59,6 +59,7 @@ apt_install() { # PACKAGES..; a machine that has just started may be updating it
 
 mount_bucket() { # BUCKET MOUNT
   local there key=/usr/share/keyrings/cloud.google.asc list=/etc/apt/sources.list.d/gcsfuse.list
+  local packages=https://packages.cloud.google.com/apt
   there=$(findmnt --noheadings --output SOURCE --mountpoint "$2")
   if [[ $there == "$1" ]]; then return 0; fi
   if [[ $there ]]; then
@@ -66,8 +67,8 @@ mount_bucket() { # BUCKET MOUNT
     return 1
   fi
   if ! command -v gcsfuse >/dev/null; then
-    if ! { curl -fsS https://packages.cloud.google.com/apt/doc/apt-key.gpg | sudo tee "$key" &&
-      echo "deb [signed-by=$key] https://packages.cloud.google.com/apt gcsfuse-$(lsb_release -c -s) main" | sudo tee "$list" &&
+    if ! { curl -fsS "$packages/doc/apt-key.gpg" | sudo tee "$key" &&
+      echo "deb [signed-by=$key] $packages gcsfuse-$(lsb_release -c -s) main" | sudo tee "$list" &&
       apt_install gcsfuse; } >/dev/null; then
       echo "gcsfuse could not be installed"
       return 1

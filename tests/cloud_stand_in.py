@@ -11,6 +11,7 @@ Flags are those of gcloud 528.0.0 (`gcloud meta lint-gcloud-commands` accepts th
 failures are gcloud's, too. A creation numbers from 0; what it made is gone, processes included, when it is deleted.
 """
 
+import contextlib
 import fcntl
 import json
 import os
@@ -23,10 +24,27 @@ from typing import Any
 
 ROOT = pathlib.Path(os.environ.get("STAND_IN", "."))
 WIDE = {"project", "zone", "quiet", "format"}
-SSH = {"worker", "internal-ip", "dry-run", "plain", "force-key-file-overwrite", "ssh-key-file", "strict-host-key-checking"}
+SSH = {
+    "worker",
+    "internal-ip",
+    "dry-run",
+    "plain",
+    "force-key-file-overwrite",
+    "ssh-key-file",
+    "strict-host-key-checking",
+}
 FLAGS = {
     "queued-resources create": {
-        *("accelerator-type", "runtime-version", "node-id", "node-count", "node-prefix", "spot", "reserved", "guaranteed"),
+        *(
+            "accelerator-type",
+            "runtime-version",
+            "node-id",
+            "node-count",
+            "node-prefix",
+            "spot",
+            "reserved",
+            "guaranteed",
+        ),
         *("network", "subnetwork", "service-account", "scopes", "internal-ips", "labels", "metadata", "tags", "async"),
         *("valid-until-duration", "valid-after-duration", "data-disk", "description", "range", "shielded-secure-boot"),
     },
@@ -50,7 +68,7 @@ def remember(state: dict[str, Any]) -> None:
     (ROOT / "state.json").write_text(json.dumps(state))
 
 
-def step(states: list[str], look: int) -> str:
+def step(states: list[Any], look: int) -> Any:
     return states[min(look, len(states) - 1)]
 
 
@@ -62,10 +80,8 @@ def error(verb: str, text: str, status: int = 1) -> int:
 def end_processes() -> None:
     """Everything that runs on the workers, as when their machines are taken away."""
     for file in ROOT.glob("nodes/*/*/sbs_run/pid"):
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(os.getpgid(int(file.read_text().split()[0])), signal.SIGKILL)
-        except (ProcessLookupError, ValueError):
-            pass
 
 
 def on_workers(node: str, flags: dict[str, str], arguments: list[list[str]]) -> int:
@@ -83,7 +99,9 @@ def on_workers(node: str, flags: dict[str, str], arguments: list[list[str]]) -> 
     statuses = [(worker, process.wait()) for worker, process in running]
     failures = [(worker, status) for worker, status in statuses if status]
     for worker, status in failures if len(statuses) > 1 else []:
-        print(f"##### Command execution on worker {worker} failed with exit status {status}. Continuing.", file=sys.stderr)
+        print(
+            f"##### Command execution on worker {worker} failed with exit status {status}. Continuing.", file=sys.stderr
+        )
     return failures[0][1] if failures else 0
 
 
