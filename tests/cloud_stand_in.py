@@ -77,11 +77,13 @@ def error(verb: str, text: str, status: int = 1) -> int:
     return status
 
 
-def end_processes() -> None:
+def end_processes(root: pathlib.Path) -> None:
     """Everything that runs on the workers, as when their machines are taken away."""
-    for file in ROOT.glob("nodes/*/*/sbs_run/pid"):
+    for file in root.glob("nodes/*/*/sbs_run/pid"):
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(os.getpgid(int(file.read_text().split()[0])), signal.SIGKILL)
+            group = os.getpgid(int(file.read_text().split()[0]))
+            if group != os.getpgid(0):  # a run that was not detached would take the tests along
+                os.killpg(group, signal.SIGKILL)
 
 
 def on_workers(node: str, flags: dict[str, str], arguments: list[list[str]]) -> int:
@@ -138,7 +140,7 @@ def main(words: list[str]) -> int:
         print(answer if "|" in answer else f"{answer}||")
         return 0
     if verb == "queued-resources delete":
-        end_processes()
+        end_processes(ROOT)
         shutil.rmtree(ROOT / "nodes", ignore_errors=True)
         remember({**state, "exists": False})
         return 0

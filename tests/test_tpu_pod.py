@@ -1,6 +1,5 @@
 """scripts/tpu_pod.sh against a recorded gcloud (cloud_stand_in.py), whose workers are real processes."""
 
-import contextlib
 import dataclasses
 import json
 import os
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cloud_stand_in import FLAGS, WIDE
+from cloud_stand_in import FLAGS, WIDE, end_processes
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SCRIPTS = ("tpu_pod.sh", "tpu_worker.sh")
@@ -29,7 +28,7 @@ case "$*" in
   "-m pip install"*)
     printf '%s\\0' "$@" >"$HOME/pip"
     [[ -e $STAND_IN/pip_fails/$WORKER ]] && echo "ERROR: no matching distribution" && exit 1
-    cp "$STAND_IN/far/sbs" "${0%/*}/sbs" ;;
+    cp "$STAND_IN/far/stand_in_of_sbs" "${0%/*}/sbs" ;;
 esac
 """
 # Does what the file `run` says, or what `run.N` says on the N-th creation.
@@ -123,7 +122,7 @@ def cloud(tmp_path: Path, checkout: Path) -> Iterator[Cloud]:
     stand_in = REPOSITORY / "tests" / "cloud_stand_in.py"
     write(root / "near/gcloud", f'#!/bin/sh\nexec "{sys.executable}" -S -E "{stand_in}" "$@"\n')
     write(root / "far/python3.13", PYTHON)
-    write(root / "far/sbs", SBS)
+    write(root / "far/stand_in_of_sbs", SBS)
     write(root / "far/gcsfuse", GCSFUSE)
     write(root / "far/hostname", '#!/bin/sh\necho "$WORKER"\n')
     write(root / "far/sudo", '#!/bin/sh\nexec "$@"\n')
@@ -143,9 +142,7 @@ def cloud(tmp_path: Path, checkout: Path) -> Iterator[Cloud]:
     made.mode("end")
     yield made
     (root / "end").touch()
-    for file in root.glob("nodes/*/*/sbs_run/pid"):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(os.getpgid(int(file.read_text().split()[0])), signal.SIGKILL)
+    end_processes(root)
 
 
 def until(condition: Callable[[], object]) -> None:
@@ -324,8 +321,15 @@ def test_watch_does_not_bring_back_what_somebody_ended(cloud: Cloud, answer: str
 
 def test_watch_bears_a_network_that_is_away_for_a_while(cloud: Cloud) -> None:
     cloud.script(resource=[["ACTIVE"] * 3 + ["UNREACHABLE"] * 3 + ["ACTIVE"]])
-    ready(cloud, "end")
-    assert cloud.pod("watch", *TRAIN).returncode == 0
+    ready(cloud)
+    command = [str(cloud.root / "checkout/scripts/tpu_pod.sh"), "watch", *TRAIN]
+    with subprocess.Popen(command, env=cloud.environment, stderr=subprocess.PIPE, text=True) as watching:
+        assert watching.stderr is not None
+        assert "run running" in watching.stderr.readline()
+        assert "Unable to find the server" in watching.stderr.readline()
+        (cloud.root / "end").touch()
+        said = watching.stderr.read()
+        assert watching.wait(timeout=60) == 0, said
     cloud.script(resource=[["UNREACHABLE"]])
     done = cloud.pod("watch", *TRAIN)
     assert done.returncode == 1
@@ -346,16 +350,18 @@ def test_watch_gives_up_after_so_many_attempts(cloud: Cloud) -> None:
 
 
 def test_install_names_the_worker_that_failed_and_start_refuses(cloud: Cloud) -> None:
-    (cloud.root / "pip_fails").mkdir()
-    (cloud.root / "pip_fails/sbs-1-w-1").touch()
     cloud.pod("create", "--slices", "2")
+    assert cloud.pod("install", "--slices", "2").returncode == 0  # which the next one makes void
+    (cloud.root / "pip_fails").mkdir()
+    for worker in ("sbs-0-w-0", "sbs-1-w-1"):
+        (cloud.root / "pip_fails" / worker).touch()
     done = cloud.pod("install", "--slices", "2")
     assert done.returncode == 1
-    assert "install failed: sbs-1 worker 1 (exit 1)." in done.stderr
+    assert "install failed: sbs-0 worker 0 (exit 1), sbs-1 worker 1 (exit 1)." in done.stderr
     assert "[sbs-1] [sbs-1-w-1] ERROR: no matching distribution" in done.stdout
     done = cloud.pod("start", "--slices", "2", *TRAIN)
     assert done.returncode == 3
-    assert "not installed: sbs-1 worker 1 (exit 11)" in done.stderr
+    assert "not installed: sbs-0 worker 0 (exit 11), sbs-1 worker 1 (exit 11)" in done.stderr
 
 
 def test_order_of_commands_is_asked_for(cloud: Cloud) -> None:
