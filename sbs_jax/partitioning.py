@@ -7,6 +7,7 @@ Arrays name their axes by what they are ("embed", "batch"); the table says which
 import contextlib
 import contextvars
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -163,17 +164,28 @@ class Partitioner:
         """Number of pieces that the rows of a batch are cut into."""
         return math.prod(self.mesh.shape[axis] for axis in _as_tuple(self.rules["batch"]))
 
-    def shardings(self, tree: Any, *, axes: Mapping[str, tuple[str, ...]]) -> Any:
+    @property
+    def compiler_options(self) -> dict[str, str]:
+        """Options of XLA for a training step on these devices."""
+        if self.mesh.devices.flat[0].platform != "tpu":
+            return {}
+        # Off: products cut into a loop over shards. It trades whole products for eight of an eighth's width, which
+        # cost half as much again on small models, and hold gradients up (docs/experiments.md).
+        return {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
+
+    def shardings(
+        self, tree: Any, *, parameters: Mapping[str, jax.ShapeDtypeStruct], axes: Mapping[str, tuple[str, ...]]
+    ) -> Any:
         """Shardings of a tree of abstract arrays: parameters, or an optimiser state that mirrors them.
 
         A leaf belongs to the parameter whose name is the last such key on its path (optimisers keep dictionaries with
-        the parameters' names); it takes that parameter's partition if it has the same rank and every axis divides, and
-        is replicated otherwise (step counts, Adafactor's row and column statistics).
+        the parameters' names); it takes that parameter's partition if it has its shape, and is replicated otherwise
+        (step counts, Adafactor's row and column statistics). `axes` are the parameters' logical ones.
         """
 
         def one(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
             names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey) and key.key in axes]
-            if not names or len(axes[names[-1]]) != len(leaf.shape) or leaf.size <= 1:
+            if not names or leaf.shape != parameters[names[-1]].shape:
                 return self.replicated
             name = names[-1]
             partition = self.spec(axes[name])
@@ -216,6 +228,36 @@ def constrain(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
     if partitioner is None:
         return x
     return jax.lax.with_sharding_constraint(x, partitioner.sharding(axes))
+
+
+# Axes of a parameter to those it has where it is used: whole, but for what `tensor` splits.
+_IN_USE = {
+    "vocab": "activation_vocab",
+    "embed": "activation_embed",
+    "mlp": "activation_mlp",
+    "joined_kv": "activation_heads",
+}
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def gathered(parameter: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    """A parameter with these logical axes, made whole for use; its gradient is summed straight into its shards.
+
+    Said so, the compiler gathers one layer's weights in the type they are used in; left to itself it may cut a product
+    into loops over shards, or sum whole gradients on every device (docs/experiments.md).
+    """
+    return constrain(parameter, tuple(_IN_USE[axis] for axis in axes))
+
+
+def _gathered_forward(parameter: jax.Array, axes: tuple[str, ...]) -> tuple[jax.Array, None]:
+    return gathered(parameter, axes), None
+
+
+def _gathered_backward(axes: tuple[str, ...], _: None, gradient: jax.Array) -> tuple[jax.Array]:
+    return (constrain(gradient, axes),)
+
+
+gathered.defvjp(_gathered_forward, _gathered_backward)
 
 
 def _as_tuple(axes: str | tuple[str, ...] | None) -> tuple[str, ...]:

@@ -23,7 +23,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int, Key
+
+from sbs_jax import attention, stacking
+from sbs_jax.partitioning import constrain, gathered
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "relu": jax.nn.relu,
@@ -34,8 +38,16 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 DTYPES = ("float32", "bfloat16")
 # "shared": one table per stack, as T5, mT5 and ByT5 have it; "per_layer": one per self-attention, as UMT5 has it.
 RELATIVE_BIASES = ("shared", "per_layer")
-# Added to the logits of pairs that must not attend: finite, so a row of padding gives no NaN.
-MASKED = -1e10
+_saved = jax.checkpoint_policies.save_only_these_names
+# What a layer's forward pass keeps for the backward pass, which computes the rest again: everything; the results of its
+# matrix products but for attention scores; those of attention alone; nothing but its input.
+REMAT: dict[str, Any] = {
+    "none": None,
+    "minimal": _saved("projected", "residual", *attention.SAVED),
+    "attended": _saved(*attention.SAVED),
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+LAYERS = ("scanned", "unrolled")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -120,12 +132,14 @@ class _Dropout:
         self._key = None if rate == 0.0 else key
         self._uses = 0
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, *, shared: int = -2) -> jax.Array:
+        """`x` with some values 0 and the others scaled up; one mask for all places along the axis `shared`."""
         if self._key is None:
             return x
         self._uses += 1
-        shape = (*x.shape[:-2], 1, x.shape[-1])
-        keep = jax.random.bernoulli(jax.random.fold_in(self._key, self._uses), 1.0 - self._rate, shape)
+        shape = list(x.shape)
+        shape[shared] = 1
+        keep = jax.random.bernoulli(jax.random.fold_in(self._key, self._uses), 1.0 - self._rate, tuple(shape))
         return jnp.where(keep, x / (1.0 - self._rate), jnp.zeros((), x.dtype))
 
 
@@ -151,22 +165,40 @@ class Dense(nnx.Module):
         self, shape: tuple[int, int], *, axes: tuple[str, str], std: float, dtype: str, rngs: nnx.Rngs
     ) -> None:
         self.kernel = nnx.Param(_normal(rngs.params(), shape, std=std), axes=axes)
+        self.axes = axes
         self.dtype = dtype
 
-    def __call__(self, x: Float[Array, "*lead I"]) -> Float[Array, "*lead O"]:
-        return _matmul(x.astype(self.dtype), self.kernel[...].astype(self.dtype))
+    def __call__(
+        self, x: Float[Array, "..."], *, split: tuple[int, ...] = (), contract: int = 1
+    ) -> Float[Array, "..."]:
+        """The product over the last `contract` axes of `x`; `split` cuts its own last axis into several."""
+        kernel = gathered(self.kernel[...].astype(self.dtype), self.axes)
+        inner = x.shape[x.ndim - contract :]
+        return _matmul(x.astype(self.dtype), kernel.reshape(*inner, *(split or kernel.shape[1:])), contract=contract)
 
 
 def _matmul(
-    x: Float[Array, "*lead I"], kernel_IO: Float[Array, "I O"], *, dtype: Any = None
-) -> Float[Array, "*lead O"]:
-    """`x @ kernel`, in `dtype` if given and else in theirs; the rows of all leading axes in one.
+    x: Float[Array, "..."], kernel: Float[Array, "..."], *, contract: int = 1, dtype: Any = None
+) -> Float[Array, "..."]:
+    """The product over the last `contract` axes of `x` and the first of `kernel`, in `dtype` if given, else in theirs.
 
     Over several leading axes XLA for CPU computes the kernel's gradient from a transposed copy, and recomputes into it,
-    column by column, whatever the copied value comes from: a third of a training step (docs/speed.md).
+    column by column, whatever the copied value comes from: a third of a training step (docs/speed.md). There all rows
+    become one axis; on a TPU it is this that costs copies, between the layouts of rows and of heads.
     """
-    y = jnp.matmul(x.reshape(-1, x.shape[-1]), kernel_IO, preferred_element_type=dtype)
-    return y.reshape(*x.shape[:-1], kernel_IO.shape[-1])
+    rows, columns = x.shape[: x.ndim - contract], kernel.shape[contract:]
+
+    def as_they_are(x: Array, kernel: Array) -> Array:
+        axes = tuple(range(x.ndim - contract, x.ndim)), tuple(range(contract))
+        return jax.lax.dot_general(x, kernel, (axes, ((), ())), preferred_element_type=dtype)
+
+    def in_one(x: Array, kernel: Array) -> Array:
+        y = jnp.matmul(
+            x.reshape(math.prod(rows), -1), kernel.reshape(-1, math.prod(columns)), preferred_element_type=dtype
+        )
+        return y.reshape(*rows, *columns)
+
+    return jax.lax.platform_dependent(x, kernel, cpu=in_one, default=as_they_are)
 
 
 class RelativePositionBias(nnx.Module):
@@ -234,8 +266,27 @@ class Attention(nnx.Module):
 
     def keys_values(self, x_BSD: Float[Array, "B S D"]) -> tuple[Float[Array, "B S H K"], Float[Array, "B S H K"]]:
         """Keys and values of every position of `x`: what a cache holds."""
-        shape = (*x_BSD.shape[:2], *self.heads)
-        return self.key(x_BSD).reshape(shape), self.value(x_BSD).reshape(shape)
+        return self.key(x_BSD, split=self.heads), self.value(x_BSD, split=self.heads)
+
+    def __call__(
+        self,
+        x_BTD: Float[Array, "B T D"],
+        source_BSD: Float[Array, "B S D"],
+        *,
+        bias: Float[Array, "H T S"] | None,
+        segments: tuple[Int[Array, "B T"], Int[Array, "B S"]],
+        causal: bool,
+        dropout: _Dropout,
+    ) -> Float[Array, "B T D"]:
+        """Attention of `x` over `source`, within segments."""
+        q_BTHK = self.query(x_BTD, split=self.heads)
+        k_BSHK, v_BSHK = self.keys_values(source_BSD)
+        axes = ("batch", "length", "activation_heads", None)
+        q_BTHK, k_BSHK, v_BSHK = (_keep("projected", constrain(x, axes)) for x in (q_BTHK, k_BSHK, v_BSHK))
+        # A weight's mask is shared by all queries (as T5X and Mesh TensorFlow trained T5): the same as masking the
+        # value, without a pass over the weights.
+        y_BTHK = attention.attend(q_BTHK, k_BSHK, dropout(v_BSHK, shared=-1), bias, segments, causal=causal)
+        return self._outward(y_BTHK)
 
     def attend(
         self,
@@ -244,14 +295,15 @@ class Attention(nnx.Module):
         v_BSHK: Float[Array, "B S H K"],
         *,
         bias: Float[Array, "#B #H T S"],
-        dropout: _Dropout,
     ) -> Float[Array, "B T D"]:
-        """Attention of `x` over given keys and values; the softmax runs in float32."""
-        q_BTHK = self.query(x_BTD).reshape(*x_BTD.shape[:2], *self.heads)
+        """Attention of `x` over given keys and values, for decoding; the softmax runs in float32."""
+        q_BTHK = self.query(x_BTD, split=self.heads)
         scores_BHTS = jnp.einsum("bthk,bshk->bhts", q_BTHK, k_BSHK, preferred_element_type=jnp.float32)
         weights_BHTS = jax.nn.softmax(scores_BHTS + bias, axis=-1).astype(x_BTD.dtype)
-        y_BTHK = jnp.einsum("bhts,bshk->bthk", dropout(weights_BHTS), v_BSHK)
-        return self.out(y_BTHK.reshape(*y_BTHK.shape[:2], -1))
+        return self._outward(jnp.einsum("bhts,bshk->bthk", weights_BHTS, v_BSHK))
+
+    def _outward(self, y_BTHK: Float[Array, "B T H K"]) -> Float[Array, "B T D"]:
+        return self.out(y_BTHK, contract=2)
 
 
 class MLP(nnx.Module):
@@ -269,7 +321,8 @@ class MLP(nnx.Module):
         self.activations = config.mlp_activations
 
     def __call__(self, x_BTD: Float[Array, "B T D"], *, dropout: _Dropout) -> Float[Array, "B T D"]:
-        branches = tuple(getattr(self, name)(x_BTD) for name in self.names)
+        axes = ("batch", "length", "activation_mlp")
+        branches = tuple(_keep("projected", constrain(getattr(self, name)(x_BTD), axes)) for name in self.names)
         return self.wo(dropout(_gated(branches, self.activations)))
 
 
@@ -295,12 +348,24 @@ class EncoderLayer(nnx.Module):
         self.mlp = MLP(config, rngs=rngs)
 
     def __call__(
-        self, x_BSD: Float[Array, "B S D"], *, bias: Float[Array, "B H S S"], dropout: _Dropout
+        self,
+        x_BSD: Float[Array, "B S D"],
+        *,
+        bias: Float[Array, "H S S"] | None,
+        segments_BS: Int[Array, "B S"],
+        dropout: _Dropout,
     ) -> Float[Array, "B S D"]:
+        """`bias` is the stack's; None where every layer has its own."""
         y_BSD = self.pre_attention_layer_norm(x_BSD)
-        k_BSHK, v_BSHK = self.attention.keys_values(y_BSD)
-        x_BSD = x_BSD + dropout(self.attention.attend(y_BSD, k_BSHK, v_BSHK, bias=bias, dropout=dropout))
-        return x_BSD + dropout(self.mlp(self.pre_mlp_layer_norm(x_BSD), dropout=dropout))
+        y_BSD = self.attention(
+            *(y_BSD, y_BSD),
+            bias=_own_bias(self, bias, x_BSD.shape[1]),
+            segments=(segments_BS, segments_BS),
+            causal=False,
+            dropout=dropout,
+        )
+        x_BSD = _residual(x_BSD, dropout(y_BSD))
+        return _residual(x_BSD, dropout(self.mlp(self.pre_mlp_layer_norm(x_BSD), dropout=dropout)))
 
 
 @jax.tree_util.register_dataclass
@@ -333,15 +398,30 @@ class DecoderLayer(nnx.Module):
         x_BTD: Float[Array, "B T D"],
         encoded_BSD: Float[Array, "B S D"],
         *,
-        self_bias: Float[Array, "B H T T"],
-        cross_bias: Float[Array, "B 1 T S"],
+        bias: Float[Array, "H T T"] | None,
+        segments_BT: Int[Array, "B T"],
+        encoder_segments_BS: Int[Array, "B S"],
         dropout: _Dropout,
     ) -> Float[Array, "B T D"]:
+        """`bias` is the stack's; None where every layer has its own."""
         y_BTD = self.pre_self_attention_layer_norm(x_BTD)
-        k, v = self.self_attention.keys_values(y_BTD)
-        x_BTD = x_BTD + dropout(self.self_attention.attend(y_BTD, k, v, bias=self_bias, dropout=dropout))
-        k, v = self.encoder_decoder_attention.keys_values(encoded_BSD)
-        return self._after_self_attention(x_BTD, k, v, cross_bias=cross_bias, dropout=dropout)
+        y_BTD = self.self_attention(
+            *(y_BTD, y_BTD),
+            bias=_own_bias(self, bias, x_BTD.shape[1]),
+            segments=(segments_BT, segments_BT),
+            causal=True,
+            dropout=dropout,
+        )
+        x_BTD = _residual(x_BTD, dropout(y_BTD))
+        y_BTD = self.encoder_decoder_attention(
+            *(self.pre_cross_attention_layer_norm(x_BTD), encoded_BSD),
+            bias=None,
+            segments=(segments_BT, encoder_segments_BS),
+            causal=False,
+            dropout=dropout,
+        )
+        x_BTD = _residual(x_BTD, dropout(y_BTD))
+        return _residual(x_BTD, dropout(self.mlp(self.pre_mlp_layer_norm(x_BTD), dropout=dropout)))
 
     def step(
         self,
@@ -361,29 +441,33 @@ class DecoderLayer(nnx.Module):
             self_key=jax.lax.dynamic_update_slice_in_dim(cache.self_key, k, position, axis=1),
             self_value=jax.lax.dynamic_update_slice_in_dim(cache.self_value, v, position, axis=1),
         )
-        x_BTD = x_BTD + self.self_attention.attend(
-            y_BTD, cache.self_key, cache.self_value, bias=self_bias, dropout=dropout
-        )
-        x_BTD = self._after_self_attention(
-            x_BTD, cache.cross_key, cache.cross_value, cross_bias=cross_bias, dropout=dropout
-        )
-        return x_BTD, cache
-
-    def _after_self_attention(
-        self,
-        x_BTD: Float[Array, "B T D"],
-        cross_key: Float[Array, "B S H K"],
-        cross_value: Float[Array, "B S H K"],
-        *,
-        cross_bias: Float[Array, "B 1 T S"],
-        dropout: _Dropout,
-    ) -> Float[Array, "B T D"]:
+        x_BTD = x_BTD + self.self_attention.attend(y_BTD, cache.self_key, cache.self_value, bias=self_bias)
         y_BTD = self.pre_cross_attention_layer_norm(x_BTD)
-        attended = self.encoder_decoder_attention.attend(
-            y_BTD, cross_key, cross_value, bias=cross_bias, dropout=dropout
+        x_BTD = x_BTD + self.encoder_decoder_attention.attend(
+            y_BTD, cache.cross_key, cache.cross_value, bias=cross_bias
         )
-        x_BTD = x_BTD + dropout(attended)
-        return x_BTD + dropout(self.mlp(self.pre_mlp_layer_norm(x_BTD), dropout=dropout))
+        return x_BTD + self.mlp(self.pre_mlp_layer_norm(x_BTD), dropout=dropout), cache
+
+
+def _own_bias(
+    layer: EncoderLayer | DecoderLayer, shared: Float[Array, "H T T"] | None, length: int
+) -> Float[Array, "H T T"]:
+    return shared if shared is not None else _bias_of(layer, length)
+
+
+def _bias_of(owner: Any, length: int) -> Float[Array, "H T T"]:
+    """The relative position bias between `length` places, from the table of a layer or a stack."""
+    positions = jnp.arange(length)
+    return owner.relpos_bias(positions, positions)[0]
+
+
+def _keep(name: str, x: jax.Array) -> jax.Array:
+    """`x`, by a name that `REMAT` knows."""
+    return checkpoint_name(x, name)
+
+
+def _residual(x_BTD: Float[Array, "B T D"], y_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    return _keep("residual", constrain(x_BTD + y_BTD, ("batch", "length", "activation_embed")))
 
 
 class TokenEmbedder(nnx.Module):
@@ -395,7 +479,9 @@ class TokenEmbedder(nnx.Module):
         self.dtype = config.dtype
 
     def __call__(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        return jnp.take(self.embedding[...], tokens_BT, axis=0).astype(self.dtype)
+        table_VD = gathered(self.embedding[...].astype(self.dtype), ("vocab", "embed"))
+        x_BTD = jnp.take(table_VD, tokens_BT, axis=0)
+        return constrain(x_BTD, ("batch", "length", "activation_embed"))
 
 
 class Encoder(nnx.Module):
@@ -407,6 +493,7 @@ class Encoder(nnx.Module):
         self.layers = nnx.List([EncoderLayer(config, rngs=rngs) for _ in range(config.num_encoder_layers)])
         self.encoder_norm = LayerNorm(config)
         self.dropout_rate = config.dropout_rate
+        self.remat = "none"
 
     def __call__(
         self,
@@ -416,11 +503,12 @@ class Encoder(nnx.Module):
         dropout_key: Key[Array, ""] | None,
     ) -> Float[Array, "B S D"]:
         dropout = _Dropout(self.dropout_rate, dropout_key)
-        positions = jnp.arange(x_BSD.shape[1])
-        mask = _mask_bias(same_segment(segment_ids_BS, segment_ids_BS))
-        x_BSD = dropout(x_BSD)
-        for layer, bias in zip(self.layers, _biases(self, positions, positions, mask), strict=True):
-            x_BSD = layer(x_BSD, bias=bias, dropout=dropout)
+        bias = _shared_bias(self, x_BSD.shape[1])
+
+        def call(layer: EncoderLayer, x_BSD: Array, dropout: _Dropout) -> Array:
+            return layer(x_BSD, bias=bias, segments_BS=segment_ids_BS, dropout=dropout)
+
+        x_BSD = _through(self, dropout(x_BSD), call, dropout_key=dropout_key)
         return dropout(self.encoder_norm(x_BSD))
 
 
@@ -433,6 +521,7 @@ class Decoder(nnx.Module):
         self.layers = nnx.List([DecoderLayer(config, rngs=rngs) for _ in range(config.num_decoder_layers)])
         self.decoder_norm = LayerNorm(config)
         self.dropout_rate = config.dropout_rate
+        self.remat = "none"
 
     def __call__(
         self,
@@ -444,13 +533,18 @@ class Decoder(nnx.Module):
         dropout_key: Key[Array, ""] | None,
     ) -> Float[Array, "B T D"]:
         dropout = _Dropout(self.dropout_rate, dropout_key)
-        positions = jnp.arange(x_BTD.shape[1])
-        causal = positions[:, None] >= positions[None, :]
-        visible = same_segment(segment_ids_BT, segment_ids_BT) & causal[None]
-        cross_bias = _mask_bias(same_segment(segment_ids_BT, encoder_segment_ids_BS))
-        x_BTD = dropout(x_BTD)
-        for layer, self_bias in zip(self.layers, _biases(self, positions, positions, _mask_bias(visible)), strict=True):
-            x_BTD = layer(x_BTD, encoded_BSD, self_bias=self_bias, cross_bias=cross_bias, dropout=dropout)
+        bias = _shared_bias(self, x_BTD.shape[1])
+
+        def call(layer: DecoderLayer, x_BTD: Array, dropout: _Dropout) -> Array:
+            return layer(
+                *(x_BTD, encoded_BSD),
+                bias=bias,
+                segments_BT=segment_ids_BT,
+                encoder_segments_BS=encoder_segment_ids_BS,
+                dropout=dropout,
+            )
+
+        x_BTD = _through(self, dropout(x_BTD), call, dropout_key=dropout_key)
         return dropout(self.decoder_norm(x_BTD))
 
     def step(
@@ -462,7 +556,7 @@ class Decoder(nnx.Module):
         encoder_segment_ids_BS: Int[Array, "B S"],
     ) -> tuple[Float[Array, "B 1 D"], tuple[LayerCache, ...]]:
         key_positions = jnp.arange(caches[0].self_key.shape[1])
-        mask = jnp.where(key_positions <= position, 0.0, MASKED)[None, None, None, :]
+        mask = jnp.where(key_positions <= position, 0.0, attention.MASKED)[None, None, None, :]
         biases = _biases(self, position[None], key_positions, mask)
         one = jnp.ones((x_BTD.shape[0], 1), encoder_segment_ids_BS.dtype)
         cross_bias = _mask_bias(same_segment(one, encoder_segment_ids_BS))
@@ -471,6 +565,38 @@ class Decoder(nnx.Module):
             x_BTD, cache = layer.step(x_BTD, cache, position=position, self_bias=self_bias, cross_bias=cross_bias)
             updated.append(cache)
         return self.decoder_norm(x_BTD), tuple(updated)
+
+
+def _shared_bias(stack: Encoder | Decoder, length: int) -> Float[Array, "H T T"] | None:
+    """The stack's relative position bias; None where every layer has its own."""
+    return _bias_of(stack, length) if hasattr(stack, "relpos_bias") else None
+
+
+def _through(
+    stack: Encoder | Decoder,
+    x: Float[Array, "B T D"],
+    call: Callable[[Any, Array, _Dropout], Array],
+    *,
+    dropout_key: Key[Array, ""] | None,
+) -> Float[Array, "B T D"]:
+    """`x` through the layers of a stack, unrolled or scanned, each by `call(layer, x, dropout)`."""
+    stacked = not isinstance(stack.layers, nnx.List)
+    structure, first = nnx.split(stack.layers if stacked else stack.layers[0], nnx.Param)
+    count = jax.tree.leaves(first)[0].shape[0] if stacked else len(stack.layers)
+    keys = None if dropout_key is None else jax.random.split(_fold(dropout_key, 0), count)
+
+    def one(x: Array, of_layer: tuple[Any, Any]) -> tuple[Array, None]:
+        parameters, key = of_layer
+        return call(nnx.merge(structure, parameters), x, _Dropout(stack.dropout_rate, key)), None
+
+    if stack.remat != "none":
+        # A scan's loop keeps the compiler from undoing the recomputation by itself.
+        one = jax.checkpoint(one, policy=REMAT[stack.remat], prevent_cse=not stacked)
+    if stacked:
+        return jax.lax.scan(one, x, (first, keys))[0]
+    for index, layer in enumerate(stack.layers):
+        x, _ = one(x, (nnx.split(layer, nnx.Param)[1], None if keys is None else keys[index]))
+    return x
 
 
 def _biases(
@@ -491,7 +617,7 @@ def same_segment(queries_BT: Int[Array, "B T"], keys_BS: Int[Array, "B S"]) -> B
 
 
 def _mask_bias(visible: Bool[Array, "B T S"]) -> Float[Array, "B 1 T S"]:
-    return jnp.where(visible, 0.0, MASKED)[:, None].astype(jnp.float32)
+    return jnp.where(visible, 0.0, attention.MASKED)[:, None].astype(jnp.float32)
 
 
 def source_segments(tokens_BS: Int[Array, "B S"]) -> Int[Array, "B S"]:
@@ -525,7 +651,27 @@ class T5(nnx.Module):
         decoder_segment_ids: Int[Array, "B T"] | None = None,
         dropout_key: Key[Array, ""] | None = None,
     ) -> Float[Array, "B T V"]:
-        """Teacher-forced logits, float32. No key, no dropout.
+        """Teacher-forced logits, float32: `logits` of the `states`."""
+        return self.logits(
+            self.states(
+                encoder_input_tokens,
+                decoder_input_tokens,
+                encoder_segment_ids=encoder_segment_ids,
+                decoder_segment_ids=decoder_segment_ids,
+                dropout_key=dropout_key,
+            )
+        )
+
+    def states(
+        self,
+        encoder_input_tokens: Int[Array, "B S"],
+        decoder_input_tokens: Int[Array, "B T"],
+        *,
+        encoder_segment_ids: Int[Array, "B S"] | None = None,
+        decoder_segment_ids: Int[Array, "B T"] | None = None,
+        dropout_key: Key[Array, ""] | None = None,
+    ) -> Float[Array, "B T D"]:
+        """Teacher-forced decoder states, of which logits are made. No key, no dropout.
 
         Segment ids are given for packed rows; without them a source row is one example padded with 0, and the target
         is one example (its padding needs no mask: no earlier position can see it).
@@ -561,17 +707,16 @@ class T5(nnx.Module):
         encoder_segment_ids: Int[Array, "B S"],
         decoder_segment_ids: Int[Array, "B T"] | None = None,
         dropout_key: Key[Array, ""] | None = None,
-    ) -> Float[Array, "B T V"]:
+    ) -> Float[Array, "B T D"]:
         if decoder_segment_ids is None:
             decoder_segment_ids = jnp.ones_like(decoder_input_tokens)
-        y_BTD = self.decoder(
+        return self.decoder(
             self.token_embedder(decoder_input_tokens),
             encoded_BSD,
             segment_ids_BT=decoder_segment_ids,
             encoder_segment_ids_BS=encoder_segment_ids,
             dropout_key=dropout_key,
         )
-        return self.logits(y_BTD)
 
     def init_cache(self, encoded_BSD: Float[Array, "B S D"], *, length: int) -> tuple[LayerCache, ...]:
         """Empty cache for `length` target positions; the keys and values of the source are computed here, once."""
@@ -600,13 +745,16 @@ class T5(nnx.Module):
         return self.logits(y_BTD)[:, 0], caches
 
     def logits(self, y_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        """Decoder states to float32 logits; a tied table is scaled by D^-0.5 (Mesh TensorFlow's convention)."""
+        """Decoder states to float32 logits."""
+        y_BTD, kernel_DV = self.projection(y_BTD)
+        return constrain(_matmul(y_BTD, kernel_DV, dtype=jnp.float32), ("batch", "length", "activation_vocab"))
+
+    def projection(self, y_BTD: Float[Array, "B T D"]) -> tuple[Float[Array, "B T D"], Float[Array, "D V"]]:
+        """What logits are the product of; a tied table is scaled by D^-0.5 (Mesh TensorFlow's convention)."""
         if self.config.logits_via_embedding:
-            y_BTD = y_BTD * self.config.emb_dim**-0.5
-            table_DV = self.token_embedder.embedding[...].T
-        else:
-            table_DV = self.logits_dense.kernel[...]
-        return _matmul(y_BTD, table_DV.astype(y_BTD.dtype), dtype=jnp.float32)
+            table_VD = gathered(self.token_embedder.embedding[...].astype(y_BTD.dtype), ("vocab", "embed"))
+            return y_BTD * self.config.emb_dim**-0.5, table_VD.T
+        return y_BTD, gathered(self.logits_dense.kernel[...].astype(y_BTD.dtype), ("embed", "vocab"))
 
 
 def _fold(key: Key[Array, ""] | None, number: int) -> Key[Array, ""] | None:
@@ -638,13 +786,46 @@ def init(config: T5Config, *, seed: int) -> tuple[Structure, Parameters]:
     return split(T5(config, rngs=nnx.Rngs(seed)))
 
 
-def abstract(config: T5Config) -> tuple[Structure, dict[str, jax.ShapeDtypeStruct], dict[str, tuple[str, ...]]]:
-    """Structure, shapes and logical axes of every parameter, without computing any."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Execution:
+    """How a student is computed; parameters on disk, results and gradients are the same whichever is chosen.
+
+    `layers` "scanned" compiles one layer of a stack and loops over it: its parameters are stacked in memory
+    (stacking.py). `remat` is what the backward pass computes again, of `REMAT`: "none", "minimal" or "full".
+    """
+
+    layers: str
+    remat: str
+
+    def __post_init__(self) -> None:
+        for name, known in (("layers", LAYERS), ("remat", tuple(REMAT))):
+            value = getattr(self, name)
+            if value not in known:
+                near = difflib.get_close_matches(str(value), known, n=1)
+                hint = f" Did you mean {near[0]!r}?" if near else ""
+                raise ValueError(f"Execution.{name} is {value!r}; expected one of {', '.join(known)}.{hint}")
+
+
+UNROLLED = Execution(layers="unrolled", remat="none")
+
+
+def abstract(
+    config: T5Config, *, execution: Execution = UNROLLED
+) -> tuple[Structure, dict[str, jax.ShapeDtypeStruct], dict[str, tuple[str, ...]]]:
+    """Structure, shapes and logical axes of every parameter, without computing any; stacked if layers are scanned."""
     model = nnx.eval_shape(lambda: T5(config, rngs=nnx.Rngs(0)))
-    structure, state = nnx.split(model, nnx.Param)
+    _, state = nnx.split(model, nnx.Param)
     shapes, axes = {}, {}
     for path, leaf in nnx.to_flat_state(state):
         name = "/".join(map(str, path))
         shapes[name] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
         axes[name] = leaf.axes
-    return structure, shapes, axes
+    model.encoder.remat = model.decoder.remat = execution.remat
+    if execution.layers == "scanned":
+        axes = {
+            name: ("layers", *axes[of[0]]) if stacking.is_stacked(name) else axes[name]
+            for name, of in stacking.stacks(shapes).items()
+        }
+        shapes = jax.eval_shape(stacking.stack, shapes)
+        model.encoder.layers, model.decoder.layers = model.encoder.layers[0], model.decoder.layers[0]
+    return nnx.split(model, nnx.Param)[0], shapes, axes

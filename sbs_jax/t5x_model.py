@@ -86,8 +86,7 @@ class StepByStepModel(models.EncoderDecoderModel):
         targets, mask = batch["decoder_target_tokens"], batch["decoder_loss_weights"]
         loss_of = functools.partial(
             losses.weighted_cross_entropy,
-            logits,
-            targets,
+            losses.token_statistics(logits, targets),
             task_ids_BT=batch["decoder_task_ids"],
             weights_BT=batch[TOKEN_WEIGHTS],
         )

@@ -15,7 +15,7 @@ import optax
 import tqdm
 from jaxtyping import Array, Float
 
-from sbs_jax import checkpoints, datasets, evaluate, features, losses, partitioning, run_dir, t5
+from sbs_jax import checkpoints, datasets, evaluate, features, losses, partitioning, run_dir, stacking, t5
 
 log = logging.getLogger(__name__)
 
@@ -38,9 +38,11 @@ class TrainConfig:
     # Share of the label objective, 1 - alpha is the rationale's; and T5X's auxiliary loss.
     alpha: float
     z_loss: float
+    vocabulary_chunks: int  # pieces of the vocabulary whose logits exist at a time
     optimizer: Callable[..., optax.GradientTransformation]  # called with learning_rate=
     learning_rate: optax.Schedule
     clip_norm: float | None
+    execution: t5.Execution
     layout: partitioning.Layout
     initial_checkpoint_path: str | None
     # Periods in steps.
@@ -55,7 +57,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         positive = (
             *("batch_size", "micro_batches", "train_steps", "log_period", "eval_period", "checkpoint_period"),
-            *("keep_checkpoints", "eval_batch_size", "max_decode_length"),
+            *("keep_checkpoints", "eval_batch_size", "max_decode_length", "vocabulary_chunks"),
         )
         for name in positive:
             value = getattr(self, name)
@@ -81,11 +83,9 @@ class TrainConfig:
         self.gradient_transformation()  # a wrong optimiser argument fails here, before any compile
 
     def gradient_transformation(self) -> optax.GradientTransformation:
-        """The optimiser with its schedule, behind clipping of the global norm."""
+        """The optimiser with its schedule; it sees one layer at a time, however layers are held."""
         optimizer = self.optimizer(learning_rate=self.learning_rate)
-        if self.clip_norm is None:
-            return optimizer
-        return optax.chain(optax.clip_by_global_norm(self.clip_norm), optimizer)
+        return stacking.layerwise(optimizer) if self.execution.layers == "scanned" else optimizer
 
 
 def rows_per_update(*, mixture_or_task_name: str, examples: int, examples_per_row: int) -> int:
@@ -127,6 +127,7 @@ def loss_and_gradients(
     alpha: float,
     z_loss: float,
     micro_batches: int,
+    vocabulary_chunks: int,
     dropout_key: jax.Array,
 ) -> tuple[Float[Array, ""], dict[int, losses.TaskSums], t5.Parameters]:
     """Loss of a global batch, sums per task, and gradients; the same however the batch is cut into micro-batches."""
@@ -134,16 +135,21 @@ def loss_and_gradients(
     weights = losses.token_weights(batch["decoder_task_ids"], alpha=alpha)
 
     def loss_of(parameters: t5.Parameters, rows: Batch, index: jax.Array):
-        logits = t5.join(structure, parameters)(
+        model = t5.join(structure, parameters)
+        states = model.states(
             rows["encoder_input_tokens"],
             rows["decoder_input_tokens"],
             encoder_segment_ids=rows.get("encoder_segment_ids"),
             decoder_segment_ids=rows.get("decoder_segment_ids"),
             dropout_key=jax.random.fold_in(dropout_key, index),
         )
+        targets = rows["decoder_target_tokens"]
+        if vocabulary_chunks == 1:
+            statistics = losses.token_statistics(model.logits(states), targets)
+        else:
+            statistics = losses.projected_token_statistics(*model.projection(states), targets, chunks=vocabulary_chunks)
         return losses.weighted_cross_entropy(
-            logits,
-            rows["decoder_target_tokens"],
+            statistics,
             task_ids_BT=rows["decoder_task_ids"],
             weights_BT=rows["weights"],
             z_loss=z_loss,
@@ -181,11 +187,16 @@ def train_step(
         alpha=config.alpha,
         z_loss=config.z_loss,
         micro_batches=config.micro_batches,
+        vocabulary_chunks=config.vocabulary_chunks,
         dropout_key=jax.random.fold_in(jax.random.key(config.seed), state.step),
     )
+    norm = optax.tree.norm(gradients)
+    if config.clip_norm is not None:
+        scale = jnp.where(norm > config.clip_norm, config.clip_norm / norm, 1.0)
+        gradients = jax.tree.map(lambda x: x * scale, gradients)
     updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.parameters)
     parameters = optax.apply_updates(state.parameters, updates)
-    metrics = {"loss": loss, "gradient_norm": optax.tree.norm(gradients)}
+    metrics = {"loss": loss, "gradient_norm": norm}
     for task, name in losses.TASK_NAMES.items():
         metrics |= sums[task].means(name)
     return TrainState(state.step + 1, parameters, optimizer_state), metrics
@@ -198,13 +209,16 @@ def _cut(batch: Batch, pieces: int) -> Batch:
 
 @dataclasses.dataclass(frozen=True)
 class Trainer:
-    """The compiled step and where its state lives; what `train` and the benchmarks share."""
+    """The compiled step and where its state lives; what `train`, `sbs plan` and the benchmarks share."""
 
     structure: t5.Structure
     partitioner: partitioning.Partitioner
-    abstract: TrainState  # shapes with shardings
+    abstract: TrainState  # shapes with shardings, as held in memory
+    saved: TrainState  # the same as on disk, where every layer has arrays of its own
     batch: Batch  # the same, of one global batch
     step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
+    unstacked: Callable[[TrainState], TrainState]  # from memory to disk
+    stacked: Callable[[TrainState], TrainState]  # and back
 
 
 def prepare(config: TrainConfig, *, devices: Sequence[Any] | None = None) -> Trainer:
@@ -214,15 +228,23 @@ def prepare(config: TrainConfig, *, devices: Sequence[Any] | None = None) -> Tra
     """
     partitioner = config.layout.partitioner(devices)
     _check_divisible(config, partitioner)
-    structure, shapes, axes = t5.abstract(config.model)
     optimizer = config.gradient_transformation()
-    abstract = TrainState(jax.ShapeDtypeStruct((), jnp.int32), shapes, jax.eval_shape(optimizer.init, shapes))
-    shardings = partitioner.shardings(abstract, axes=axes)
-    abstract = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        abstract,
-        shardings,
-    )
+
+    def placed(execution: t5.Execution, optimizer: optax.GradientTransformation) -> tuple[t5.Structure, TrainState]:
+        structure, shapes, axes = t5.abstract(config.model, execution=execution)
+        state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), shapes, jax.eval_shape(optimizer.init, shapes))
+        shardings = partitioner.shardings(state, parameters=shapes, axes=axes)
+        return structure, jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), state, shardings
+        )
+
+    structure, abstract = placed(config.execution, optimizer)
+    if config.execution.layers == "scanned":
+        _, saved = placed(t5.UNROLLED, config.optimizer(learning_rate=config.learning_rate))
+        unstacked = jax.jit(stacking.unstack, out_shardings=_shardings(saved))
+        stacked = jax.jit(stacking.stack, out_shardings=_shardings(abstract))
+    else:
+        saved, unstacked, stacked = abstract, _as_it_is, _as_it_is
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         with partitioner.constraining():
@@ -230,9 +252,10 @@ def prepare(config: TrainConfig, *, devices: Sequence[Any] | None = None) -> Tra
 
     compiled = jax.jit(
         step,
-        in_shardings=(shardings, partitioner.batch),
-        out_shardings=(shardings, partitioner.replicated),
+        in_shardings=(_shardings(abstract), partitioner.batch),
+        out_shardings=(_shardings(abstract), partitioner.replicated),
         donate_argnums=0,
+        compiler_options=partitioner.compiler_options,
     )
     batch = {
         name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=partitioner.batch)
@@ -240,7 +263,15 @@ def prepare(config: TrainConfig, *, devices: Sequence[Any] | None = None) -> Tra
             config.task_feature_lengths, batch_size=config.batch_size, pack=config.pack
         ).items()
     }
-    return Trainer(structure, partitioner, abstract, batch, compiled)
+    return Trainer(structure, partitioner, abstract, saved, batch, compiled, unstacked, stacked)
+
+
+def _shardings(abstract: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf.sharding, abstract)
+
+
+def _as_it_is(state: TrainState) -> TrainState:
+    return state
 
 
 def _check_divisible(config: TrainConfig, partitioner: partitioning.Partitioner) -> None:
@@ -265,13 +296,14 @@ def _check_divisible(config: TrainConfig, partitioner: partitioning.Partitioner)
 
 def initial_state(config: TrainConfig, trainer: Trainer) -> TrainState:
     """Fresh parameters from the seed, or those of `initial_checkpoint_path`; optimiser at zero; step 0."""
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, trainer.abstract)
+    saved = _shardings(trainer.saved)
     if config.initial_checkpoint_path is None:
-        parameters = jax.jit(lambda: t5.init(config.model, seed=config.seed)[1], out_shardings=shardings.parameters)()
+        parameters = jax.jit(lambda: t5.init(config.model, seed=config.seed)[1], out_shardings=saved.parameters)()
     else:
-        parameters = checkpoints.load_parameters(config.initial_checkpoint_path, like=trainer.abstract.parameters)
-    optimizer = jax.jit(config.gradient_transformation().init, out_shardings=shardings.optimizer)(parameters)
-    return TrainState(jax.device_put(jnp.int32(0), shardings.step), parameters, optimizer)
+        parameters = checkpoints.load_parameters(config.initial_checkpoint_path, like=trainer.saved.parameters)
+    optimizer = config.optimizer(learning_rate=config.learning_rate)
+    state = jax.jit(optimizer.init, out_shardings=saved.optimizer)(parameters)
+    return trainer.stacked(TrainState(jax.device_put(jnp.int32(0), saved.step), parameters, state))
 
 
 def train(config: TrainConfig, *, config_text: str) -> dict[str, dict[str, Any]]:
@@ -321,7 +353,7 @@ def train(config: TrainConfig, *, config_text: str) -> dict[str, dict[str, Any]]
                 progress.set_postfix_str(f"loss {values['loss']:.3f} {values['tokens_per_second']:.0f} tokens/s")
             validation = None
             if step % config.eval_period == 0 or last:
-                result = evaluator.run(state.parameters)
+                result = evaluator.run(trainer.unstacked(state).parameters)
                 run.log("validation", step, result.metrics)
                 run.write_predictions(f"{eval_task_name}-{step}", result.rows)
                 validation = result.metrics[evaluator.primary_metric]
@@ -329,10 +361,11 @@ def train(config: TrainConfig, *, config_text: str) -> dict[str, dict[str, Any]]
                     best = {"step": step, "validation": validation}
                 window = _Window()
             if step % config.checkpoint_period == 0 or validation is not None:
+                saved = trainer.unstacked(state)
                 saver.save(
                     step,
-                    parameters=state.parameters,
-                    optimizer=state.optimizer,
+                    parameters=saved.parameters,
+                    optimizer=saved.optimizer,
                     metadata={"step": step, "best": best, "model": dataclasses.asdict(config.model)},
                     validation=validation,
                 )
@@ -369,7 +402,7 @@ def _evaluator(config: TrainConfig, trainer: Trainer, *, split: str) -> evaluate
     return evaluate.Evaluator(
         task_name=graded_task(config),
         split=split,
-        structure=trainer.structure,
+        structure=t5.abstract(config.model)[0],
         partitioner=trainer.partitioner,
         task_feature_lengths=config.task_feature_lengths,
         batch_size=config.eval_batch_size,
@@ -382,7 +415,7 @@ def _test_once(config: TrainConfig, trainer: Trainer, run: run_dir.RunDir, *, be
     if any(line["kind"] == "test" for line in run.metrics()):
         return
     step = config.train_steps if best is None else best["step"]
-    parameters = checkpoints.load_parameters(run.path / "checkpoints" / str(step), like=trainer.abstract.parameters)
+    parameters = checkpoints.load_parameters(run.path / "checkpoints" / str(step), like=trainer.saved.parameters)
     result = _evaluator(config, trainer, split=datasets.TEST).run(parameters)
     run.write_predictions(f"{graded_task(config)}-test-{step}", result.rows)
     run.log("test", step, result.metrics)
@@ -400,9 +433,9 @@ def _manifest(config: TrainConfig, *, data: dict[str, Any], trainer: Trainer) ->
                 log.warning("%s, %s: sequences longer than the feature lengths are cut: %s", task, split, counts)
     parameters = {
         name: {"shape": leaf.shape, "dtype": str(leaf.dtype), "spec": str(leaf.sharding.spec)}
-        for name, leaf in trainer.abstract.parameters.items()
+        for name, leaf in trainer.saved.parameters.items()
     }
-    total = sum(math.prod(leaf.shape) for leaf in trainer.abstract.parameters.values())
+    total = sum(math.prod(leaf.shape) for leaf in trainer.saved.parameters.values())
     partitioner = trainer.partitioner
     devices = [str(device) for device in partitioner.mesh.devices.flat]
     log.info("Devices: %s; mesh %s.", ", ".join(devices), partitioner.sizes)
@@ -431,10 +464,10 @@ def _begin(
     latest = saver.latest()
     if latest is None:
         return initial_state(config, trainer), None
-    restored = saver.restore(latest, parameters=trainer.abstract.parameters, optimizer=trainer.abstract.optimizer)
+    restored = saver.restore(latest, parameters=trainer.saved.parameters, optimizer=trainer.saved.optimizer)
     log.info("Resuming at step %d of %d.", latest, config.train_steps)
-    step = jax.device_put(jnp.int32(latest), trainer.abstract.step.sharding)
-    return TrainState(step, restored.parameters, restored.optimizer), restored.metadata["best"]
+    step = jax.device_put(jnp.int32(latest), trainer.saved.step.sharding)
+    return trainer.stacked(TrainState(step, restored.parameters, restored.optimizer)), restored.metadata["best"]
 
 
 class _Window:

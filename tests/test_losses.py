@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import toy
 
-from sbs_jax import losses, partitioning, t5, train
+from sbs_jax import losses, partitioning, stacking, t5, train
 from sbs_jax.losses import LABEL, RATIONALE
 
 TASKS = jnp.array([[LABEL, LABEL, 0, 0], [RATIONALE] * 4, [RATIONALE, RATIONALE, LABEL, 0]])
@@ -39,7 +39,10 @@ def test_cross_entropy_and_sums_by_hand():
     logits = jnp.log(jnp.array([[[0.5, 0.25, 0.25], [0.125, 0.125, 0.75]]]))
     targets, tasks = jnp.array([[1, 2]]), jnp.array([[LABEL, RATIONALE]])
     loss, sums = losses.weighted_cross_entropy(
-        logits, targets, task_ids_BT=tasks, weights_BT=jnp.array([[2.0, 1.0]]), z_loss=0.0
+        losses.token_statistics(logits, targets),
+        task_ids_BT=tasks,
+        weights_BT=jnp.array([[2.0, 1.0]]),
+        z_loss=0.0,
     )
     assert float(loss) == pytest.approx(2 * np.log(4) + np.log(4 / 3), rel=1e-6)
     assert float(sums[LABEL].cross_entropy) == pytest.approx(np.log(4), rel=1e-6)
@@ -54,8 +57,10 @@ def test_cross_entropy_and_sums_by_hand():
 def test_z_loss_is_the_square_of_the_log_normaliser():
     logits = jnp.zeros((1, 1, 8)) + 3.0
     arguments = {"task_ids_BT": jnp.array([[LABEL]]), "weights_BT": jnp.array([[0.5]])}
-    plain, _ = losses.weighted_cross_entropy(logits, jnp.array([[0]]), z_loss=0.0, **arguments)
-    with_z, _ = losses.weighted_cross_entropy(logits, jnp.array([[0]]), z_loss=0.1, **arguments)
+    plain, _ = losses.weighted_cross_entropy(losses.token_statistics(logits, jnp.array([[0]])), z_loss=0.0, **arguments)
+    with_z, _ = losses.weighted_cross_entropy(
+        losses.token_statistics(logits, jnp.array([[0]])), z_loss=0.1, **arguments
+    )
     assert float(with_z - plain) == pytest.approx(0.5 * 0.1 * (3 + np.log(8)) ** 2, rel=1e-5)
 
 
@@ -101,26 +106,45 @@ ALONE = [[i] for i in range(16)]
 PACKED = [[0, 3], [2, 1], [5, 4], [6, 7], [9, 8], [10, 11], [13, 12], [14, 15]]
 
 
-def compute(rows, *, packed, devices, micro_batches, alpha=0.5, mesh=None, examples=EXAMPLES):
+def compute(
+    rows,
+    *,
+    packed,
+    devices,
+    micro_batches,
+    alpha=0.5,
+    mesh=None,
+    examples=EXAMPLES,
+    vocabulary_chunks=1,
+    execution=t5.UNROLLED,
+):
     """Loss and gradients of the same 16 examples, cut and laid out as asked."""
     # No dropout: its masks are drawn for the rows as they lie.
     config = dataclasses.replace(toy.MODEL, dropout_rate=0.0)
-    structure, parameters = t5.init(config, seed=0)
+    structure, shapes, axes = t5.abstract(config, execution=execution)
+    parameters = t5.init(config, seed=0)[1]
+    scanned = execution.layers == "scanned"
+    parameters = stacking.stack(parameters) if scanned else parameters
     layout = partitioning.DATA_PARALLEL if mesh is None else partitioning.Layout(**mesh)
     partitioner = layout.partitioner(jax.devices()[:devices])
-    _, shapes, axes = t5.abstract(config)
-    parameters = jax.device_put(parameters, partitioner.shardings(shapes, axes=axes))
+    parameters = jax.device_put(parameters, partitioner.shardings(shapes, parameters=shapes, axes=axes))
     run = functools.partial(
         train.loss_and_gradients,
         structure=structure,
         alpha=alpha,
         z_loss=1e-4,
         micro_batches=micro_batches,
+        vocabulary_chunks=vocabulary_chunks,
         dropout_key=jax.random.key(0),
     )
     batch = partitioner.put_batch(batch_of(rows, packed=packed, examples=examples))
-    loss, _, gradients = jax.device_get(jax.jit(run)(parameters, batch))
-    return float(loss), gradients
+
+    def constrained(parameters, batch):
+        with partitioner.constraining():
+            return run(parameters, batch)
+
+    loss, _, gradients = jax.device_get(jax.jit(constrained)(parameters, batch))
+    return float(loss), stacking.unstack(gradients) if scanned else gradients
 
 
 @pytest.fixture(scope="module")
@@ -144,8 +168,35 @@ def reference():
             "micro_batches": 1,
             "mesh": {"slice": 1, "data": 2, "fsdp": 2, "tensor": 2},
         },
+        {"rows": ALONE, "packed": False, "devices": 1, "micro_batches": 1, "vocabulary_chunks": 4},
+        {
+            "rows": PACKED,
+            "packed": True,
+            "devices": 8,
+            "micro_batches": 1,
+            "mesh": {"slice": 2, "data": 1, "fsdp": 2, "tensor": 2},
+            "vocabulary_chunks": 4,
+            "execution": t5.Execution(layers="scanned", remat="attended"),
+        },
+        {
+            "rows": ALONE,
+            "packed": False,
+            "devices": 1,
+            "micro_batches": 1,
+            "execution": t5.Execution(layers="unrolled", remat="minimal"),
+        },
+        {
+            "rows": ALONE,
+            "packed": False,
+            "devices": 4,
+            "micro_batches": 2,
+            "execution": t5.Execution(layers="scanned", remat="full"),
+        },
     ],
-    ids=["8 devices", "4 micro-batches", "both", "packed", "packed on 8", "packed, both", "2x2x2 mesh"],
+    ids=[
+        *("8 devices", "4 micro-batches", "both", "packed", "packed on 8", "packed, both", "2x2x2 mesh"),
+        *("vocabulary in chunks", "slices, scanned, chunks", "minimal remat", "scanned, full remat"),
+    ],
 )
 def test_loss_and_gradients_do_not_depend_on_how_the_batch_lies(reference, how):
     loss, gradients = compute(**how)

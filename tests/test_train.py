@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -202,36 +203,78 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, records_dir):
         train.train(config, config_text="")
 
 
-@pytest.mark.parametrize("optimizer", [optax.adamw, optax.adafactor])
-def test_optimisers_train_on_a_sharded_mesh_like_on_one_device(tmp_path, records_dir, optimizer):
-    layout = partitioning.Layout(slice=1, data=2, fsdp=2, tensor=2)
-    datasets.configure(toy.options(records_dir))
+LAYOUTS = {
+    "dp": partitioning.DATA_PARALLEL,
+    "fsdp": partitioning.Layout(slice=1, data=1, fsdp=8, tensor=1),
+    "fsdp x tp": partitioning.Layout(slice=1, data=1, fsdp=4, tensor=2),
+    "slices": partitioning.Layout(slice=2, data=1, fsdp=2, tensor=2),
+}
+SCANNED = t5.Execution(layers="scanned", remat="attended")
+
+
+def five_steps(config, *, devices=None):
+    """The state after five updates as a checkpoint has it, and their losses."""
+    datasets.configure(config.data)
+    trainer = train.prepare(config, devices=devices)
+    state = train.initial_state(config, trainer)
+    batches = train.features.train_dataset(
+        config.mixture_or_task_name,
+        lengths=config.task_feature_lengths,
+        split="train",
+        batch_size=config.batch_size,
+        pack=config.pack,
+        seed=0,
+        skip_batches=0,
+    )
     losses = []
-    for chosen in (partitioning.DATA_PARALLEL, layout):
-        config = toy.config(
-            tmp_path,
-            records_dir,
-            layout=chosen,
-            optimizer=optimizer,
-            model=dataclasses.replace(toy.MODEL, dropout_rate=0.0),
-        )
-        trainer = train.prepare(config)
-        state = train.initial_state(config, trainer)
-        batches = train.features.train_dataset(
-            "toy_step_by_step",
-            lengths=config.task_feature_lengths,
-            split="train",
-            batch_size=8,
-            pack=False,
-            seed=0,
-            skip_batches=0,
-        )
-        losses.append([])
-        for _, batch in zip(range(4), batches, strict=False):
-            state, metrics = trainer.step(state, trainer.partitioner.put_batch(batch))
-            losses[-1].append(float(metrics["loss"]))
-    np.testing.assert_allclose(losses[0], losses[1], rtol=2e-4)
-    assert losses[0][-1] < losses[0][0]
+    for _, batch in zip(range(5), batches, strict=False):
+        state, metrics = trainer.step(state, trainer.partitioner.put_batch(batch))
+        losses.append(float(metrics["loss"]))
+    return jax.device_get(trainer.unstacked(state)), losses
+
+
+@pytest.fixture(scope="module", params=[optax.adamw, optax.adafactor], ids=["adamw", "adafactor"])
+def on_one_device(request, tmp_path_factory, records_dir):
+    config = toy.config(
+        tmp_path_factory.mktemp("run"),
+        records_dir,
+        layout=partitioning.Layout(slice=1, data=1, fsdp=1, tensor=1),
+        optimizer=request.param,
+        model=dataclasses.replace(toy.MODEL, dropout_rate=0.0),
+    )
+    return config, *five_steps(config, devices=jax.devices()[:1])
+
+
+@pytest.mark.parametrize("execution", [t5.UNROLLED, SCANNED], ids=["unrolled", "scanned"])
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_sharded_training_is_that_of_one_device(on_one_device, layout, execution):
+    config, state, losses = on_one_device
+    sharded, losses_too = five_steps(dataclasses.replace(config, layout=layout, execution=execution))
+    np.testing.assert_allclose(losses_too, losses, rtol=2e-4)
+    assert losses[-1] < losses[0]
+    assert jax.tree.structure(sharded) == jax.tree.structure(state)
+    for (path, want), got in zip(jax.tree_util.tree_leaves_with_path(state), jax.tree.leaves(sharded), strict=True):
+        scale = np.abs(want).max() or 1.0
+        np.testing.assert_allclose(got, want, rtol=2e-3, atol=2e-3 * scale, err_msg=jax.tree_util.keystr(path))
+
+
+def test_a_checkpoint_is_the_same_whichever_way_it_was_computed(tmp_path, records_dir):
+    """Scanned on one mesh, resumed unrolled on another, is the run that never changed."""
+    model = dataclasses.replace(toy.MODEL, dropout_rate=0.0)
+    plain = toy.config(tmp_path / "plain", records_dir, model=model, train_steps=6)
+    first = toy.config(
+        tmp_path / "run", records_dir, model=model, train_steps=3, execution=SCANNED, layout=LAYOUTS["fsdp x tp"]
+    )
+    train.train(first, config_text="")
+    train.train(dataclasses.replace(plain, model_dir=first.model_dir), config_text="")
+    train.train(plain, config_text="")
+    like = train.prepare(plain).saved.parameters
+    ours, theirs = (
+        checkpoints.load_parameters(Path(config.model_dir) / "checkpoints" / "6", like=like)
+        for config in (first, plain)
+    )
+    for name, want in theirs.items():
+        np.testing.assert_allclose(ours[name], want, rtol=2e-3, atol=2e-4, err_msg=name)
 
 
 def test_rsqrt_schedule():

@@ -85,6 +85,8 @@ def config(model_dir: Path, records_dir: Path, **changes) -> train.TrainConfig:
         "optimizer": optax.adamw,
         "learning_rate": optax.constant_schedule(1e-3),
         "clip_norm": 1.0,
+        "execution": t5.UNROLLED,
+        "vocabulary_chunks": 1,
         "layout": partitioning.DATA_PARALLEL,
         "initial_checkpoint_path": None,
         "log_period": 2,

@@ -1,0 +1,100 @@
+"""Softmax attention with T5's relative position bias: forward and backward in few passes over the scores.
+
+Letters as in t5.py; `H T S` are scores of one row. The scores are by far the largest arrays of a training step, so
+neither they nor their softmax outlive a pass: the backward pass computes them again from queries and keys. Sums over
+keys come out of a matrix product (a column of ones beside the values), which costs next to nothing, where a reduction
+reads all scores once more (docs/experiments.md).
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
+
+# Score of a pair that must not attend: finite, so a query that may attend to nothing gives no NaN.
+MASKED = -1e10
+# Names of what the backward pass needs besides queries, keys and values (see `t5.REMAT`).
+SAVED = ("attended", "attention_normalizer")
+
+
+def attend(
+    q_BTHK: Float[Array, "B T H K"],
+    k_BSHK: Float[Array, "B S H K"],
+    v_BSHK: Float[Array, "B S H K"],
+    bias_HTS: Float[Array, "H T S"] | None,
+    segments: tuple[Int[Array, "B T"], Int[Array, "B S"]],
+    *,
+    causal: bool,
+) -> Float[Array, "B T H K"]:
+    """`softmax(q k + bias) v` over the keys of a query's own segment; with `causal`, none later than the query.
+
+    Scores and their softmax's normaliser are float32; weights are rounded to the values' type. There is no factor
+    1/sqrt(K): T5 folds it into the query's initial scale. A query without any key takes the mean of all values.
+    """
+    return _attend(q_BTHK, k_BSHK, v_BSHK, bias_HTS, segments, causal)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _attend(
+    q_BTHK: Array, k_BSHK: Array, v_BSHK: Array, bias_HTS: Array | None, segments: tuple[Array, Array], causal: bool
+) -> Array:
+    return _forward(q_BTHK, k_BSHK, v_BSHK, bias_HTS, segments, causal)[0]
+
+
+def _scores(q_BTHK: Array, k_BSHK: Array, bias_HTS: Array | None, segments: tuple[Array, Array], causal: bool) -> Array:
+    scores_BHTS = jnp.einsum("bthk,bshk->bhts", q_BTHK, k_BSHK, preferred_element_type=jnp.float32)
+    if bias_HTS is not None:
+        scores_BHTS += bias_HTS[None]
+    queries, keys = segments
+    visible = queries[:, None, :, None] == keys[:, None, None, :]
+    if causal:
+        places = jnp.arange(queries.shape[1])[:, None] >= jnp.arange(keys.shape[1])[None, :]
+        visible &= places[None, None]
+    return jnp.where(visible, scores_BHTS, MASKED)
+
+
+def _forward(
+    q_BTHK: Array, k_BSHK: Array, v_BSHK: Array, bias_HTS: Array | None, segments: tuple[Array, Array], causal: bool
+) -> tuple[Array, tuple[Any, ...]]:
+    scores_BHTS = _scores(q_BTHK, k_BSHK, bias_HTS, segments, causal)
+    largest_BHT = jnp.max(scores_BHTS, axis=-1)
+    # Without this the maximum's pass over the scores is not shared with the product that makes them.
+    scores_BHTS, largest_BHT = jax.lax.optimization_barrier((scores_BHTS, largest_BHT))
+    weights_BHTS = jnp.exp(scores_BHTS - largest_BHT[..., None]).astype(v_BSHK.dtype)
+    ones = jnp.ones((*v_BSHK.shape[:-1], 1), v_BSHK.dtype)
+    summed = jnp.einsum(
+        "bhts,bshk->bthk",
+        weights_BHTS,
+        jnp.concatenate([v_BSHK, ones], axis=-1),
+        preferred_element_type=jnp.float32,
+    )
+    total_BTH1 = summed[..., -1:]
+    y_BTHK = checkpoint_name((summed[..., :-1] / total_BTH1).astype(v_BSHK.dtype), SAVED[0])
+    # Kept apart from the logarithm of the total, which would be lost beside MASKED.
+    largest_BHT = checkpoint_name(largest_BHT, SAVED[1])
+    total_BHT = checkpoint_name(jnp.moveaxis(total_BTH1[..., 0], 1, 2), SAVED[1])
+    return y_BTHK, (q_BTHK, k_BSHK, v_BSHK, bias_HTS, segments, y_BTHK, largest_BHT, total_BHT)
+
+
+def _backward(causal: bool, kept: tuple[Any, ...], dy_BTHK: Array) -> tuple[Any, ...]:
+    q_BTHK, k_BSHK, v_BSHK, bias_HTS, segments, y_BTHK, largest_BHT, total_BHT = kept
+    # Keeps what made these out of the passes over the scores, which would slow them down.
+    q_BTHK, k_BSHK, v_BSHK, dy_BTHK = jax.lax.optimization_barrier((q_BTHK, k_BSHK, v_BSHK, dy_BTHK))
+    scores_BHTS = _scores(q_BTHK, k_BSHK, bias_HTS, segments, causal)
+    weights_BHTS = jnp.exp(scores_BHTS - largest_BHT[..., None]) / total_BHT[..., None]
+    dv_BSHK = jnp.einsum("bhts,bthk->bshk", weights_BHTS.astype(v_BSHK.dtype), dy_BTHK)
+    dweights_BHTS = jnp.einsum("bthk,bshk->bhts", dy_BTHK, v_BSHK, preferred_element_type=jnp.float32)
+    # The mean of dweights under the weights is dy . y: no pass over the scores.
+    mean_BTH = jnp.sum(dy_BTHK.astype(jnp.float32) * y_BTHK.astype(jnp.float32), axis=-1)
+    dscores_BHTS = weights_BHTS * (dweights_BHTS - jnp.moveaxis(mean_BTH, 1, 2)[..., None])
+    dbias_HTS = None if bias_HTS is None else jnp.sum(dscores_BHTS, axis=0)
+    dscores_BHTS = dscores_BHTS.astype(q_BTHK.dtype)
+    dq_BTHK = jnp.einsum("bhts,bshk->bthk", dscores_BHTS, k_BSHK)
+    dk_BSHK = jnp.einsum("bhts,bthk->bshk", dscores_BHTS, q_BTHK)
+    return dq_BTHK, dk_BSHK, dv_BSHK, dbias_HTS, None
+
+
+_attend.defvjp(_forward, _backward)

@@ -1,0 +1,67 @@
+"""Attention against its textbook form, forward and backward."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sbs_jax import attention
+
+
+def textbook(q, k, v, bias, segments, *, causal):
+    scores = jnp.einsum("bthk,bshk->bhts", q, k)
+    if bias is not None:
+        scores = scores + bias[None]
+    visible = segments[0][:, None, :, None] == segments[1][:, None, None, :]
+    if causal:
+        visible &= jnp.tril(jnp.ones(scores.shape[2:], bool))[None, None]
+    return jnp.einsum("bhts,bshk->bthk", jax.nn.softmax(jnp.where(visible, scores, -1e10), axis=-1), v)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("biased", [False, True])
+def test_values_and_gradients(causal, biased):
+    random = np.random.default_rng(int(causal) * 2 + int(biased))
+
+    def normal(*shape):
+        return jnp.float32(random.normal(size=shape))
+
+    length = 10
+    q, k, v = normal(2, length, 3, 4), 3 * normal(2, length, 3, 4), normal(2, length, 3, 4)
+    bias = normal(3, length, length) if biased else None
+    # Two segments and padding; the second row's last query has no key of its segment at all.
+    segments = (
+        jnp.array([[1] * 4 + [2] * 4 + [0] * 2, [1] * 9 + [7]]),
+        jnp.array([[1] * 4 + [2] * 4 + [0] * 2, [1] * 10]),
+    )
+    weights = normal(2, length, 3, 4).at[1, -1].set(0.0)  # as a loss treats such a query
+
+    def loss(attend):
+        return lambda *arguments: jnp.sum(weights * attend(*arguments, segments, causal=causal))
+
+    want = textbook(q, k, v, bias, segments, causal=causal)
+    np.testing.assert_allclose(attention.attend(q, k, v, bias, segments, causal=causal), want, atol=2e-6)
+    which = (0, 1, 2, 3) if biased else (0, 1, 2)
+    ours = jax.grad(loss(attention.attend), which)(q, k, v, bias)
+    theirs = jax.grad(loss(textbook), which)(q, k, v, bias)
+    for got, expected in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(got, expected, atol=1e-5)
+
+
+def test_large_scores_neither_overflow_nor_lose_a_query_without_keys():
+    q = jnp.full((1, 2, 1, 2), 200.0)
+    k = jnp.array([[[[200.0, 200.0]], [[-200.0, -200.0]]]])
+    v = jnp.array([[[[1.0, 2.0]], [[3.0, 6.0]]]])
+    y = attention.attend(q, k, v, None, (jnp.array([[1, 5]]), jnp.array([[1, 1]])), causal=False)
+    np.testing.assert_allclose(y[0, :, 0], [[1.0, 2.0], [2.0, 4.0]])
+
+
+def test_bfloat16_follows_float32():
+    random = np.random.default_rng(0)
+    q, k, v = (jnp.float32(random.normal(size=(1, 16, 2, 8))) for _ in range(3))
+    segments = (jnp.ones((1, 16), jnp.int32),) * 2
+    rounded = attention.attend(*(x.astype(jnp.bfloat16) for x in (q, k, v)), None, segments, causal=True)
+    assert rounded.dtype == jnp.bfloat16
+    np.testing.assert_allclose(
+        rounded.astype(jnp.float32), attention.attend(q, k, v, None, segments, causal=True), atol=0.05
+    )

@@ -1,0 +1,75 @@
+"""Stacked layers: the same numbers as layers apart, in memory and on disk."""
+
+import jax
+import numpy as np
+import optax
+import pytest
+import toy
+
+from sbs_jax import stacking, t5
+
+PARAMETERS = t5.init(toy.MODEL, seed=0)[1]
+
+
+def same(left, right):
+    assert jax.tree.structure(left) == jax.tree.structure(right)
+    for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(left), jax.tree.leaves(right), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-6, err_msg=jax.tree_util.keystr(path))
+
+
+def test_stacks_are_in_the_order_of_layers_not_of_names():
+    names = [f"encoder/layers/{i}/mlp/wo/kernel" for i in (10, 2, 0, 1, 3, 4, 5, 6, 7, 8, 9)]
+    (group,) = stacking.stacks(names).values()
+    assert group == [f"encoder/layers/{i}/mlp/wo/kernel" for i in range(11)]
+
+
+def test_unstack_inverts_stack():
+    stacked = stacking.stack(PARAMETERS)
+    shapes = t5.abstract(toy.MODEL, execution=t5.Execution(layers="scanned", remat="none"))[1]
+    assert {name: x.shape for name, x in stacked.items()} == {name: x.shape for name, x in shapes.items()}
+    apart = stacking.unstack(stacked)
+    assert set(apart) == set(PARAMETERS)
+    for name, x in PARAMETERS.items():
+        np.testing.assert_array_equal(apart[name], x)
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        optax.adamw(1e-2),
+        # Its clipping, scaling and factors are per array: of a stack taken as one array they would be others.
+        optax.adafactor(1e-2, min_dim_size_to_factor=8),
+        optax.chain(optax.adaptive_grad_clip(0.01), optax.sgd(0.1, momentum=0.9)),
+    ],
+    ids=["adamw", "adafactor", "adaptive clipping"],
+)
+def test_layerwise_is_the_optimiser_of_layers_apart(optimizer):
+    layerwise = stacking.layerwise(optimizer)
+    apart, together = PARAMETERS, stacking.stack(PARAMETERS)
+    state, stacked_state = optimizer.init(apart), layerwise.init(together)
+    same(stacking.unstack(stacked_state), state)
+    for step in range(3):
+        random = np.random.default_rng(step)
+        # Layers of very different sizes, so that a norm over all would show.
+        gradients = {name: random.normal(size=x.shape, scale=10.0 ** (len(name) % 3)) for name, x in apart.items()}
+        gradients = {name: jax.numpy.float32(x) for name, x in gradients.items()}
+        updates, state = optimizer.update(gradients, state, apart)
+        stacked_updates, stacked_state = layerwise.update(stacking.stack(gradients), stacked_state, together)
+        same(stacking.unstack(stacked_updates), updates)
+        apart, together = optax.apply_updates(apart, updates), optax.apply_updates(together, stacked_updates)
+    same(stacking.unstack(stacked_state), state)
+    same(stacking.stack(state), stacked_state)
+
+
+def test_an_optimiser_that_mixes_layers_is_refused():
+    layerwise = stacking.layerwise(optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3)))
+    together = stacking.stack(PARAMETERS)
+    with pytest.raises(ValueError, match=r"mixes parameters of different layers.*clip_norm"):
+        layerwise.update(together, layerwise.init(together), together)
+
+
+def test_unknown_ways_to_compute_are_refused():
+    with pytest.raises(ValueError, match="Did you mean 'scanned'"):
+        t5.Execution(layers="scaned", remat="none")
+    with pytest.raises(ValueError, match="expected one of none, minimal, attended, full"):
+        t5.Execution(layers="scanned", remat="all")
