@@ -7,11 +7,14 @@ feature lengths cut off.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
+import queue
+import threading
 from collections.abc import Iterator, Mapping, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import seqio
@@ -21,6 +24,7 @@ from sbs_jax import datasets, tokens
 
 # The tokens of one example: inputs, targets, and the id of its task.
 _Tokens = tuple[np.ndarray, np.ndarray, int]
+_Item = TypeVar("_Item")
 _Spec = seqio.FeatureConverter.FeatureSpec
 
 
@@ -90,10 +94,9 @@ def train_dataset(
     pack: bool,
     seed: int,
     skip_batches: int,
-    host_index: int = 0,
-    host_count: int = 1,
+    rows: Sequence[int] | np.ndarray | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Endless training batches of int32 arrays [batch_size / host_count, length].
+    """Endless training batches of int32 arrays [batch_size, length], or [len(rows), length].
 
     The keys are those of `StepByStepFeatureConverter`, whose rows these are. (SeqIO's own pipeline
     gives the same rows at a few thousand a second on one core and can skip only by computing;
@@ -104,7 +107,7 @@ def train_dataset(
     between label and rationale, each task in epochs of its own; where both have equally
     many rows, each pair is one row's. `<dataset>_label` with half the batch size and the same seed
     therefore trains on the same labels in the same order as `<dataset>_step_by_step`. The batches
-    are the same in any process, and those of all hosts together do not depend on their number.
+    are the same in any process: hosts that build other `rows` of them cut up one and the same batch.
 
     Args:
       mixture_or_task: a registered name, e.g. "svamp_step_by_step".
@@ -115,34 +118,76 @@ def train_dataset(
       seed: of the shuffle.
       skip_batches: batches to leave out first, to resume after so many steps. Instant
         without packing; with it, about a second per million examples.
-      host_index: this host's place among those that share each batch.
-      host_count: how many hosts share each batch.
+      rows: the rows of each batch to build, in this order; all by default. `Partitioner.local_rows`
+        says which ones a host's devices hold.
     """
     datasets.check_lengths(lengths)
-    if batch_size < 1 or batch_size % host_count or not 0 <= host_index < host_count:
-        raise ValueError(
-            f"Got batch_size {batch_size} for host {host_index} of {host_count}; expected a "
-            "positive multiple of the number of hosts, and an index below it."
-        )
+    if batch_size < 1:
+        raise ValueError(f"Got batch_size {batch_size}; expected 1 or more.")
+    mine = np.arange(batch_size) if rows is None else np.asarray(rows)
+    if mine.size == 0 or mine.min() < 0 or mine.max() >= batch_size:
+        raise ValueError(f"Got rows {mine.tolist()} of a batch of {batch_size}; expected numbers below {batch_size}.")
     if skip_batches < 0:
         raise ValueError(f"Got skip_batches {skip_batches}; expected 0 or more.")
     stream = _Stream(datasets.subtasks(mixture_or_task), split=split, lengths=lengths, seed=seed)
-    share = batch_size // host_count
-    mine = slice(host_index * share, (host_index + 1) * share)
 
     def batches() -> Iterator[dict[str, np.ndarray]]:
-        rows = stream.packed_rows() if pack else stream.rows(skip_batches * batch_size)
+        found = stream.packed_rows() if pack else stream.rows(skip_batches * batch_size)
         if pack:
-            rows = itertools.islice(rows, skip_batches * batch_size, None)
+            found = itertools.islice(found, skip_batches * batch_size, None)
         while True:
-            batch = list(itertools.islice(rows, batch_size))
+            batch = list(itertools.islice(found, batch_size))
             yield _model_features(
-                [[stream.example(place) for place in row] for row in batch[mine]],
+                [[stream.example(place) for place in batch[index]] for index in mine],
                 lengths=lengths,
                 pack=pack,
             )
 
     return batches()
+
+
+class Ahead(Iterator[_Item]):
+    """The items of an iterator, which a thread computes while the last ones are in use; use it with `with`.
+
+    An error of the iterator is raised where its item would have come.
+    """
+
+    def __init__(self, items: Iterator[_Item], *, depth: int = 2) -> None:
+        self._items = items
+        self._ready: queue.Queue[Any] = queue.Queue(maxsize=depth)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._work, daemon=True, name="batches ahead")
+
+    def _work(self) -> None:
+        try:
+            for item in self._items:
+                self._hand_over((item, None))
+                if self._stop.is_set():
+                    return
+            self._hand_over((None, StopIteration()))
+        except BaseException as error:
+            self._hand_over((None, error))
+
+    def _hand_over(self, outcome: tuple[Any, BaseException | None]) -> None:
+        while not self._stop.is_set():
+            with contextlib.suppress(queue.Full):
+                self._ready.put(outcome, timeout=0.1)
+                return
+
+    def __next__(self) -> _Item:
+        item, error = self._ready.get()
+        if error is not None:
+            self._ready.put((None, error))
+            raise error
+        return item
+
+    def __enter__(self) -> Ahead[_Item]:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
 
 
 class _Stream:
