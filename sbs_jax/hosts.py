@@ -81,11 +81,12 @@ def join(place: Place, *, timeout: float, detected: bool) -> None:
     Before any use of a device. `detected` leaves the choice of local devices to JAX as well. HostsError, on every
     process that is there, names those that are missing after `timeout` seconds, or what differs.
     """
-    global _link
-    if _link is not None:
+    global _place, _link
+    if _place is not None:
         raise HostsError("This process has joined already.")
     if place.count == 1:
         return
+    _place = place
     deadline = time.monotonic() + timeout
     wires = _call_roll(place, timeout, deadline) if place.index == 0 else {0: _answer_roll(place, timeout, deadline)}
     _link = _Link(place, wires)
@@ -124,12 +125,12 @@ def fail(text: str) -> None:
 
 def is_first() -> bool:
     """Whether this process writes the files of the run and talks to the user."""
-    return _link is None or _link.place.index == 0
+    return _place is None or _place.index == 0
 
 
 def describe() -> str:
     """'process 1 of 4', for messages; empty where there is only one."""
-    return "" if _link is None else f"process {_link.place.index} of {_link.place.count}"
+    return "" if _place is None else f"process {_place.index} of {_place.count}"
 
 
 def barrier() -> None:
@@ -143,6 +144,15 @@ def from_first(compute: Callable[[], Any]) -> Any:
     if _link is None:
         return compute()
     return _link.from_first(compute)
+
+
+def preempted(step: int) -> bool:
+    """Whether some process was told to end (SIGTERM, which JAX keeps from ending it); at one step, on all of them."""
+    if _link is None:
+        return False
+    from jax.experimental import multihost_utils
+
+    return multihost_utils.reached_preemption_sync_point(step)
 
 
 def agree(things: Mapping[str, str]) -> None:
@@ -164,11 +174,14 @@ def _differences(values: Sequence[Mapping[str, str]]) -> str:
             if value.get(name) != reference:
                 others.setdefault(value.get(name, ""), []).append(index)
         for text, indices in others.items():
-            who = f"process{'es' if len(indices) > 1 else ''} {', '.join(map(str, indices))}"
+            many = len(indices) > 1
+            who = f"process{'es' if many else ''} {', '.join(map(str, indices))}"
             diff = difflib.unified_diff(reference.splitlines(), text.splitlines(), "process 0", who, lineterm="", n=0)
             lines = [line for line in diff if not line.startswith("@@")]
             more = [f"({len(lines) - _DIFF_LINES} more lines)"] if len(lines) > _DIFF_LINES else []
-            said.append("\n".join([f"{name}: {who} differ from process 0:", *lines[:_DIFF_LINES], *more]))
+            said.append(
+                "\n".join([f"{name}: {who} differ{'' if many else 's'} from process 0:", *lines[:_DIFF_LINES], *more])
+            )
     return "\n".join(said)
 
 
@@ -432,4 +445,5 @@ class _Link:
         os._exit(1)
 
 
-_link: _Link | None = None
+_place: Place | None = None  # from `join` on
+_link: _Link | None = None  # from `join` to `leave`

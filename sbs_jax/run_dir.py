@@ -25,6 +25,7 @@ from typing import Any
 from sbs_jax import hosts
 
 MANIFEST = "manifest.json"
+_MESH_MACROS = ("SLICES", "TENSOR")  # of gin_configs/meshes/: a run may be resumed on another mesh
 _SEEN_WITHIN = 15.0  # seconds in which a network file system shows a new file to another host
 _REPORTED = (
     *("sbs-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "seqio", "tensorflow", "tensorflow-text"),
@@ -162,9 +163,16 @@ def _digest(path: Path) -> str:
 
 
 def _meaning(text: str) -> list[str]:
-    """Bindings of a configuration without comments and without the directory itself."""
-    lines = [line.rstrip() for line in text.splitlines()]
-    return [line for line in lines if line and not line.startswith(("#", "MODEL_DIR"))]
+    """Bindings of a configuration without comments, and without where it runs: directory and mesh."""
+    where = ("MODEL_DIR =", "partitioning.Layout.", *(f"{macro} =" for macro in _MESH_MACROS))
+    kept, dropping = [], False
+    for line in map(str.rstrip, text.splitlines()):
+        if line and not line.startswith("#"):
+            if not line.startswith(" "):  # a binding begins; others go on with its value
+                dropping = line.startswith(where)
+            if not dropping:
+                kept.append(line)
+    return kept
 
 
 def _replace(path: Path, text: str) -> None:

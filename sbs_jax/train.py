@@ -336,13 +336,22 @@ def train(config: TrainConfig, *, config_text: str) -> dict[str, dict[str, Any]]
                 if best is None or validation > best["validation"]:
                     best = {"step": step, "validation": validation}
                 window = _Window()
-            if step % config.checkpoint_period == 0 or validation is not None:
+            preempted = hosts.preempted(step)
+            if step % config.checkpoint_period == 0 or validation is not None or preempted:
                 saver.save(
                     step,
                     parameters=state.parameters,
                     optimizer=state.optimizer,
                     metadata={"step": step, "best": best, "model": dataclasses.asdict(config.model)},
                     validation=validation,
+                )
+            if preempted and not last:
+                progress.close()
+                saver.wait()
+                hosts.leave()
+                raise hosts.HostsError(
+                    f"A process was told to end; all stopped after step {step} of {config.train_steps}, which is "
+                    "saved. Repeat the command to resume."
                 )
         progress.close()
         saver.wait()
