@@ -1,8 +1,10 @@
 """Several real processes as one run: the numbers and files of one process, and plain ends where something fails."""
 
 import contextlib
+import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -24,38 +26,40 @@ ROOT = Path(__file__).resolve().parents[1]
 SPEEDS = {"tokens_per_second", "seconds_per_step", "data_wait_share"}
 # As tests/conftest.py sets for this process.
 QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-GIN = """
-from __gin__ import dynamic_registration
-import toy_task
-from sbs_jax import t5
-include "gin_configs/runs/train.gin"
-include "gin_configs/methods/step_by_step.gin"
-DATASET = "toy"
-TASK_FEATURE_LENGTHS = {"inputs": 40, "targets": 32}
-PACK = True
-EXAMPLES = 8
-EXAMPLES_PER_ROW = 2
-TRAIN_STEPS = 12
-LEARNING_RATE = 3e-3
-MODEL = @t5.T5Config()
-VOCABULARY = "byte"
-LOG_PERIOD = 1
-EVAL_PERIOD = 6
-CHECKPOINT_PERIOD = 2
-EVAL_BATCH_SIZE = 8
-MAX_DECODE_LENGTH = 4
-t5.T5Config:
-  vocab_size = 384
-  emb_dim = 32
-  num_heads = 2
-  head_dim = 16
-  mlp_dim = 64
-  num_encoder_layers = 1
-  num_decoder_layers = 1
-  mlp_activations = ("gelu", "linear")
-  logits_via_embedding = False
-  dropout_rate = %DROPOUT_RATE
-"""
+
+
+def gin_text() -> str:
+    """The toy's training. Defaults are bound too: jaxtyping's hook hides them from gin in this process alone."""
+    lines = ["from __gin__ import dynamic_registration", "import toy_task"]
+    lines += ["from sbs_jax import datasets", "from sbs_jax import t5", "from sbs_jax import train"]
+    for name, configurable in {
+        "t5.T5Config": toy.t5.T5Config,
+        "datasets.DataOptions": datasets.DataOptions,
+        "train.TrainConfig": train.TrainConfig,
+    }.items():
+        for field in dataclasses.fields(configurable):
+            if field.default is not dataclasses.MISSING:
+                lines.append(f"{name}.{field.name} = {field.default!r}")
+    lines += [f'include "gin_configs/{file}.gin"' for file in ("runs/train", "methods/step_by_step")]
+    for name, value in dataclasses.asdict(toy.MODEL).items():
+        lines.append(f"t5.T5Config.{name} = {'%DROPOUT_RATE' if name == 'dropout_rate' else repr(value)}")
+    macros = {
+        "DATASET": "toy",
+        "TASK_FEATURE_LENGTHS": {"inputs": 40, "targets": 32},
+        "PACK": True,
+        "EXAMPLES": 8,
+        "EXAMPLES_PER_ROW": 2,
+        "TRAIN_STEPS": 12,
+        "LEARNING_RATE": 3e-3,
+        "VOCABULARY": "byte",
+        "LOG_PERIOD": 1,
+        "EVAL_PERIOD": 6,
+        "CHECKPOINT_PERIOD": 2,
+        "EVAL_BATCH_SIZE": 8,
+        "MAX_DECODE_LENGTH": 4,
+    }
+    lines += [f"{name} = {value!r}" for name, value in macros.items()]
+    return "\n".join([*lines, "MODEL = @t5.T5Config()", ""])
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +68,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("hosts")
     before = datasets.options()
     toy.write_records(folder / "records")
-    (folder / "toy.gin").write_text(GIN)
+    (folder / "toy.gin").write_text(gin_text())
     (folder / "toy_task.py").write_text("import toy\nfrom sbs_jax import datasets\ndatasets.add(toy.DATASET)\n")
     yield folder
     datasets.configure(before)
@@ -317,9 +321,11 @@ def test_slurm_tells_the_place(monkeypatch):
         ),
     ],
 )
-def test_flags_that_do_not_go_together(flags, message, capsys):
-    assert main.main(["predict", "--model=x", "--input=y", "--output=z", *flags]) == 1
-    assert message in capsys.readouterr().err
+def test_flags_that_do_not_go_together(flags, message):
+    parser, _ = main._parser()
+    arguments = parser.parse_args(["predict", "--model=x", "--input=y", "--output=z", *flags])
+    with pytest.raises((main.UsageError, hosts.HostsError), match=re.escape(message)):
+        main._join(arguments)
 
 
 # ----------------------------------------------------------------------------------- whole runs
@@ -467,6 +473,50 @@ def test_other_code_is_refused(folder, tmp_path):
             ]
             assert [line.split()[0] for line in lines[4:]] == ["-sbs_jax/losses.py", "+sbs_jax/losses.py"]
     assert not (tmp_path / "run").exists()
+
+
+# A process that joins, agrees, and meets a run directory which is not that of process 0.
+APART = """
+import argparse, pathlib, sys, time
+from sbs_jax import hosts, run_dir
+
+parser = argparse.ArgumentParser()
+for name in ("coordinator_address", "process_count", "process_index", "join_timeout", "folder"):
+    parser.add_argument("--" + name)
+given = parser.parse_args()
+index, count = int(given.process_index), int(given.process_count)
+place = hosts.Place(coordinator=given.coordinator_address, count=count, index=index)
+hosts.join(place, timeout=float(given.join_timeout), detected=False)
+import jax
+assert (jax.process_count(), jax.process_index(), jax.device_count()) == (count, index, 2 * count)
+assert hosts.is_first() == (index == 0)
+assert hosts.from_first(lambda: {"from": index}) == {"from": 0}
+hosts.agree({"data": "the same"})
+folder = pathlib.Path(given.folder)
+with run_dir.RunDir(folder / "shared", config_text="SEED = 0") as run:
+    run.log("train", 1, {"loss": float(index)})
+    assert run.metrics() == [{"kind": "train", "step": 1, "loss": 0.0}]
+    hosts.barrier()
+print("shared", flush=True)
+run_dir._SEEN_WITHIN = 1.0
+try:
+    with run_dir.RunDir(folder / str(index == 2), config_text="SEED = 0"):
+        time.sleep(100)
+except FileNotFoundError as error:
+    hosts.fail(str(error))
+"""
+
+
+def test_one_process_that_fails_ends_all_with_its_reason(tmp_path):
+    arguments = ["--folder", str(tmp_path)]
+    with started(tmp_path, arguments, count=3, devices=2, command=["-c", APART]) as processes:
+        assert [process.wait(60) for process in processes] == [1, 1, 1]
+        complaints = [process.complained().splitlines()[-1] for process in processes]
+        assert [process.said() for process in processes] == ["shared\n"] * 3
+    reason = f"{tmp_path / 'True'} on process 2 of 3 is not the folder that process 0 writes to; MODEL_DIR must be"
+    assert complaints[2].startswith(f"sbs, process 2 of 3: {reason}")
+    for index in (0, 1):
+        assert complaints[index].startswith(f"sbs, process {index} of 3: Process 2 of 3 ended: {reason}")
 
 
 @pytest.mark.slow
