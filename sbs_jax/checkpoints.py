@@ -35,7 +35,8 @@ class Restored:
 class Checkpoints:
     """The checkpoints of one run: the newest `keep` and the best by validation are kept.
 
-    Use it with `with`: leaving it waits for a save under way, whatever the reason for leaving.
+    Use it with `with`: leaving it waits for a save under way, whatever the reason for leaving; but not where one of
+    several processes fails, since the others may never come to what they would finish together.
     """
 
     def __init__(self, run_dir: str | Path, *, keep: int) -> None:
@@ -93,8 +94,9 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._manager.close()
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        if error is None or not hosts.waited_for():
+            self._manager.close()
 
 
 def _rank(metrics: Any) -> Any:

@@ -128,6 +128,11 @@ def is_first() -> bool:
     return _place is None or _place.index == 0
 
 
+def waited_for() -> bool:
+    """Whether other processes go on in the belief that this one does."""
+    return _link is not None
+
+
 def describe() -> str:
     """'process 1 of 4', for messages; empty where there is only one."""
     return "" if _place is None else f"process {_place.index} of {_place.count}"
