@@ -16,7 +16,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policy
 
-from sbs_jax import run_dir, t5
+from sbs_jax import hosts, run_dir, t5
 from sbs_jax.convert import hugging_face, names, t5x
 
 PARAMETERS, OPTIMIZER, METADATA = "parameters", "optimizer", "metadata"
@@ -35,7 +35,8 @@ class Restored:
 class Checkpoints:
     """The checkpoints of one run: the newest `keep` and the best by validation are kept.
 
-    Use it with `with`: leaving it waits for a save under way, whatever the reason for leaving.
+    Use it with `with`: leaving it waits for a save under way, whatever the reason for leaving; but not where one of
+    several processes fails, since the others may never come to what they would finish together.
     """
 
     def __init__(self, run_dir: str | Path, *, keep: int) -> None:
@@ -50,8 +51,8 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(self.directory, options=options)
 
     def latest(self) -> int | None:
-        """Newest complete step, None in a new run."""
-        return self._manager.latest_step()
+        """Newest complete step, None in a new run; the same on every process."""
+        return hosts.from_first(self._manager.latest_step)
 
     def save(
         self,
@@ -93,8 +94,9 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._manager.close()
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        if error is None or not hosts.waited_for():
+            self._manager.close()
 
 
 def _rank(metrics: Any) -> Any:
@@ -200,7 +202,10 @@ def load_parameters(path: str | Path, *, like: Mapping[str, jax.ShapeDtypeStruct
         with np.load(path) as arrays:
             found = {name: arrays[name] for name in arrays.files}
         names.check(path, {name: x.shape for name, x in found.items()}, wanted, kind=kind)
-        return {name: jax.device_put(found[name].astype(leaf.dtype), leaf.sharding) for name, leaf in like.items()}
+        return {
+            name: jax.make_array_from_callback(leaf.shape, leaf.sharding, found[name].astype(leaf.dtype).__getitem__)
+            for name, leaf in like.items()
+        }
     if kind != SBS:
         arrays = open_any(path, kind=kind).arrays
         names.check(path, {name: array.shape for name, array in arrays.items()}, wanted, kind=kind)

@@ -1,6 +1,7 @@
 """Run a student over a task (metrics and predictions) or over a file of inputs (predictions)."""
 
 import dataclasses
+import hashlib
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from sbs_jax import checkpoints, datasets, decoding, features, partitioning, run_dir, t5
+from sbs_jax import checkpoints, datasets, decoding, features, hosts, partitioning, run_dir, t5
 from tasks import metrics as grading
 
 log = logging.getLogger(__name__)
@@ -44,13 +45,15 @@ class Evaluator:
         self._examples = features.eval_examples(task_name, split=split, lengths=task_feature_lengths)
         if not self._examples:
             raise ValueError(f"Split {split!r} of {task_name} is empty; there is nothing to evaluate.")
+        tokens = np.stack([e.features["encoder_input_tokens"] for e in self._examples])
+        hosts.agree({f"{task_name} {split}": hashlib.sha256(tokens.data).hexdigest()})
+        self._tokens_NS = tokens
         self._generator = Generator(structure, partitioner=partitioner, batch_size=batch_size, length=max_decode_length)
         self._vocabulary = datasets.vocabulary(datasets.options().vocabulary)
 
     def run(self, parameters: t5.Parameters) -> Result:
         """Generates for every example and grades the texts."""
-        tokens = np.stack([e.features["encoder_input_tokens"] for e in self._examples])
-        generated = self._generator.run(parameters, tokens)
+        generated = self._generator.run(parameters, self._tokens_NS)
         rows, predictions = [], []
         for example, (ids, score) in zip(self._examples, generated, strict=True):
             text = self._vocabulary.decode(ids)
@@ -77,7 +80,10 @@ class Evaluator:
 
 
 class Generator:
-    """Greedy generation for any number of source rows, a fixed batch at a time."""
+    """Greedy generation for any number of source rows, a fixed batch at a time.
+
+    Of several processes each gives all rows and gets all answers, and puts on its devices what belongs there.
+    """
 
     def __init__(
         self, structure: t5.Structure, *, partitioner: partitioning.Partitioner, batch_size: int, length: int
@@ -95,11 +101,12 @@ class Generator:
 
     def run(self, parameters: t5.Parameters, tokens_NS: np.ndarray) -> Iterator[tuple[list[int], float]]:
         """(token ids without EOS and padding, natural log probability) of each source row, in order."""
+        mine = self._partitioner.local_rows(self._batch_size)
         for start in range(0, len(tokens_NS), self._batch_size):
             rows = tokens_NS[start : start + self._batch_size]
             filled = np.zeros((self._batch_size, tokens_NS.shape[1]), np.int32)
             filled[: len(rows)] = rows
-            batch = self._partitioner.put_batch({"tokens": filled})["tokens"]
+            batch = self._partitioner.put_batch({"tokens": filled[mine]})["tokens"]
             tokens, scores = jax.device_get(self._generate(parameters, batch))
             for ids, score in zip(tokens[: len(rows)], scores, strict=False):
                 yield [int(i) for i in ids if i not in (decoding.PAD, decoding.EOS)], float(score)
@@ -172,7 +179,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, float]:
         max_decode_length=config.max_decode_length or run["max_decode_length"],
     )
     result = evaluator.run(student.parameters)
-    if config.output_dir is not None:
+    if config.output_dir is not None and hosts.is_first():
         directory = Path(config.output_dir)
         directory.mkdir(parents=True, exist_ok=True)
         write_rows(directory / f"{task}-{config.split}-{student.step}.jsonl", result.rows)
@@ -213,12 +220,15 @@ def predict(
     )
     if truncated:
         log.warning("%d of %d inputs are longer than %d tokens and were cut.", truncated, len(rows), tokens.shape[1])
+    hosts.agree({"inputs": hashlib.sha256(tokens.data).hexdigest(), "student": f"{model} step {student.step}"})
     generator = Generator(student.structure, partitioner=student.partitioner, batch_size=batch_size, length=length)
     answers = (
         {"id": row["id"], "prediction": datasets.graded_text(vocabulary.decode(ids), kind=kind), "score": score}
         for row, (ids, score) in zip(rows, generator.run(student.parameters, tokens), strict=True)
     )
-    return write_rows(output_path, answers)
+    if hosts.is_first():
+        return write_rows(output_path, answers)
+    return sum(1 for _ in answers)
 
 
 def read_inputs(path: str | Path) -> Iterator[dict[str, Any]]:

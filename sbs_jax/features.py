@@ -7,11 +7,14 @@ feature lengths cut off.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
+import queue
+import threading
 from collections.abc import Iterator, Mapping, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import seqio
@@ -19,8 +22,9 @@ import tensorflow as tf
 
 from sbs_jax import datasets, tokens
 
-# The tokens of one example: inputs, targets, and the id of its task.
-_Tokens = tuple[np.ndarray, np.ndarray, int]
+# Places that rows are planned for at a time.
+_PLACES = 65_536
+_Item = TypeVar("_Item")
 _Spec = seqio.FeatureConverter.FeatureSpec
 
 
@@ -90,10 +94,9 @@ def train_dataset(
     pack: bool,
     seed: int,
     skip_batches: int,
-    host_index: int = 0,
-    host_count: int = 1,
+    rows: Sequence[int] | np.ndarray | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Endless training batches of int32 arrays [batch_size / host_count, length].
+    """Endless training batches of int32 arrays [batch_size, length], or [len(rows), length].
 
     The keys are those of `StepByStepFeatureConverter`, whose rows these are. (SeqIO's own pipeline
     gives the same rows at a few thousand a second on one core and can skip only by computing;
@@ -104,7 +107,7 @@ def train_dataset(
     between label and rationale, each task in epochs of its own; where both have equally
     many rows, each pair is one row's. `<dataset>_label` with half the batch size and the same seed
     therefore trains on the same labels in the same order as `<dataset>_step_by_step`. The batches
-    are the same in any process, and those of all hosts together do not depend on their number.
+    are the same in any process: hosts that build other `rows` of them cut up one and the same batch.
 
     Args:
       mixture_or_task: a registered name, e.g. "svamp_step_by_step".
@@ -114,35 +117,71 @@ def train_dataset(
       pack: whether consecutive examples share a row while they fit.
       seed: of the shuffle.
       skip_batches: batches to leave out first, to resume after so many steps. Instant
-        without packing; with it, about a second per million examples.
-      host_index: this host's place among those that share each batch.
-      host_count: how many hosts share each batch.
+        without packing; with it, a third of a second per million examples.
+      rows: the rows of each batch to build, in this order; all by default. `Partitioner.local_rows`
+        says which ones a host's devices hold.
     """
     datasets.check_lengths(lengths)
-    if batch_size < 1 or batch_size % host_count or not 0 <= host_index < host_count:
-        raise ValueError(
-            f"Got batch_size {batch_size} for host {host_index} of {host_count}; expected a "
-            "positive multiple of the number of hosts, and an index below it."
-        )
+    if batch_size < 1:
+        raise ValueError(f"Got batch_size {batch_size}; expected 1 or more.")
+    mine = np.arange(batch_size) if rows is None else np.asarray(rows)
+    if mine.size == 0 or mine.min() < 0 or mine.max() >= batch_size:
+        raise ValueError(f"Got rows {mine.tolist()} of a batch of {batch_size}; expected numbers below {batch_size}.")
     if skip_batches < 0:
         raise ValueError(f"Got skip_batches {skip_batches}; expected 0 or more.")
     stream = _Stream(datasets.subtasks(mixture_or_task), split=split, lengths=lengths, seed=seed)
-    share = batch_size // host_count
-    mine = slice(host_index * share, (host_index + 1) * share)
 
     def batches() -> Iterator[dict[str, np.ndarray]]:
-        rows = stream.packed_rows() if pack else stream.rows(skip_batches * batch_size)
-        if pack:
-            rows = itertools.islice(rows, skip_batches * batch_size, None)
+        found = stream.rows(pack=pack, skip=skip_batches * batch_size)
         while True:
-            batch = list(itertools.islice(rows, batch_size))
-            yield _model_features(
-                [[stream.example(place) for place in row] for row in batch[mine]],
-                lengths=lengths,
-                pack=pack,
-            )
+            ends = np.array(list(itertools.islice(found, batch_size)))[mine]
+            yield stream.model_features(ends[:, 0], ends[:, 1], pack=pack)
 
     return batches()
+
+
+class Ahead(Iterator[_Item]):
+    """The items of an iterator, which a thread computes while the last ones are in use; use it with `with`.
+
+    An error of the iterator is raised where its item would have come.
+    """
+
+    def __init__(self, items: Iterator[_Item], *, depth: int = 2) -> None:
+        self._items = items
+        self._ready: queue.Queue[Any] = queue.Queue(maxsize=depth)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._work, daemon=True, name="batches ahead")
+
+    def _work(self) -> None:
+        try:
+            for item in self._items:
+                self._hand_over((item, None))
+                if self._stop.is_set():
+                    return
+            self._hand_over((None, StopIteration()))
+        except BaseException as error:
+            self._hand_over((None, error))
+
+    def _hand_over(self, outcome: tuple[Any, BaseException | None]) -> None:
+        while not self._stop.is_set():
+            with contextlib.suppress(queue.Full):
+                self._ready.put(outcome, timeout=0.1)
+                return
+
+    def __next__(self) -> _Item:
+        item, error = self._ready.get()
+        if error is not None:
+            self._ready.put((None, error))
+            raise error
+        return item
+
+    def __enter__(self) -> Ahead[_Item]:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
 
 
 class _Stream:
@@ -151,81 +190,137 @@ class _Stream:
     def __init__(self, task_names: Sequence[str], *, split: str, lengths: Mapping[str, int], seed: int):
         self._tables = [datasets.token_tables(name, split) for name in task_names]
         self._task_ids = [datasets.TASK_IDS[datasets.split_task(name)[1]] for name in task_names]
-        self._sizes = [
-            (
-                np.minimum(table["inputs"].sizes, lengths["inputs"]).tolist(),
-                np.minimum(table["targets"].sizes, lengths["targets"]).tolist(),
-            )
-            for table in self._tables
-        ]
         self._lengths, self._seed = lengths, seed
         # Two epochs of every number of rows: batches run across the end of an epoch.
         self._order = functools.lru_cache(maxsize=4)(self._compute_order)
 
-    def example(self, place: int) -> _Tokens:
-        task, row = self._locate(place)
-        table = self._tables[task]
-        inputs = table["inputs"].row(row, length=self._lengths["inputs"])
-        targets = table["targets"].row(row, length=self._lengths["targets"])
-        return inputs, targets, self._task_ids[task]
+    def model_features(self, first: np.ndarray, end: np.ndarray, *, pack: bool) -> dict[str, np.ndarray]:
+        """Rows of the places from `first[i]` to before `end[i]`."""
+        counts = end - first
+        rows, within = _ranges(counts)
+        tasks, indices = self._locate(first[rows] + within)
+        return _model_features(
+            _Examples(self._tables, self._task_ids, tasks=tasks, indices=indices, rows=rows, segments=within + 1),
+            row_count=len(first),
+            lengths=self._lengths,
+            pack=pack,
+        )
 
-    def rows(self, first: int) -> Iterator[list[int]]:
-        """The places of each unpacked row, one each, from row `first` on."""
-        return ([place] for place in itertools.count(first))
+    def rows(self, *, pack: bool, skip: int) -> Iterator[tuple[int, int]]:
+        """First place of each row, and the one after its last, without the first `skip` rows."""
+        if pack:
+            return itertools.islice(self._packed_rows(), skip, None)
+        return ((place, place + 1) for place in itertools.count(skip))
 
-    def packed_rows(self) -> Iterator[list[int]]:
-        """The places of each packed row: as many as fit, in order."""
-        row: list[int] = []
-        inputs_left, targets_left = self._lengths["inputs"], self._lengths["targets"]
-        for place in itertools.count():
-            task, index = self._locate(place)
-            inputs, targets = self._sizes[task][0][index], self._sizes[task][1][index]
-            if inputs > inputs_left or targets > targets_left:
-                yield row
-                row = []
-                inputs_left, targets_left = self._lengths["inputs"], self._lengths["targets"]
-            row.append(place)
-            inputs_left, targets_left = inputs_left - inputs, targets_left - targets
+    def _packed_rows(self) -> Iterator[tuple[int, int]]:
+        """As many places as fit, in order."""
+        start, chunk = 0, _PLACES
+        while True:
+            ends = self._ends(start, chunk)
+            place = 0
+            while ends[place] < chunk:  # a row that reaches the end of the chunk may go on beyond it
+                yield start + place, start + ends[place]
+                place = ends[place]
+            start, chunk = start + place, _PLACES if place else 2 * chunk
 
-    def _locate(self, place: int) -> tuple[int, int]:
-        """Task and row of a place."""
-        turn, task = divmod(place, len(self._tables))
-        count = len(self._sizes[task][0])
-        epoch, position = divmod(turn, count)
-        return task, self._order(count, epoch)[position]
+    def _ends(self, start: int, count: int) -> list[int]:
+        """For each of some places, counted from the first: the place after the last that fits a row begun there."""
+        tasks, indices = self._locate(np.arange(start, start + count))
+        ends = []
+        for feature, length in self._lengths.items():
+            sizes = np.empty(count, np.int64)
+            for task, table in enumerate(self._tables):
+                mine = tasks == task
+                sizes[mine] = np.minimum(table[feature].sizes[indices[mine]], length)
+            total = np.concatenate([[0], np.cumsum(sizes)])
+            ends.append(np.searchsorted(total, total[:-1] + length, side="right") - 1)
+        return np.minimum(*ends).tolist()
 
-    def _compute_order(self, count: int, epoch: int) -> list[int]:
-        return np.random.default_rng((self._seed, epoch)).permutation(count).tolist()
+    def _locate(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Task and row of each place."""
+        turns, tasks = np.divmod(places, len(self._tables))
+        indices = np.empty_like(places)
+        for task, table in enumerate(self._tables):
+            mine = np.flatnonzero(tasks == task)
+            count = len(table["inputs"])
+            epochs, positions = np.divmod(turns[mine], count)
+            for epoch in np.unique(epochs).tolist():
+                of_epoch = epochs == epoch
+                indices[mine[of_epoch]] = self._order(count, epoch)[positions[of_epoch]]
+        return tasks, indices
+
+    def _compute_order(self, count: int, epoch: int) -> np.ndarray:
+        return np.random.default_rng((self._seed, epoch)).permutation(count)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Examples:
+    """Examples in the order of rows and segments: task and row of the table, and where each goes.
+
+    `tasks`, `indices`, `rows` and `segments` (from 1, ascending within a row) are integers [n].
+    """
+
+    tables: Sequence[Mapping[str, tokens.TokenTable]]
+    task_ids: Sequence[int]
+    _: dataclasses.KW_ONLY
+    tasks: np.ndarray
+    indices: np.ndarray
+    rows: np.ndarray
+    segments: np.ndarray
+
+    def ids(self, feature: str, *, length: int) -> tuple[np.ndarray, np.ndarray]:
+        """The tokens of all of them, one after the other, each cut to `length`; and how many each has."""
+        starts, sizes = np.empty_like(self.indices), np.empty_like(self.indices)
+        for task, tables in enumerate(self.tables):
+            mine = self.tasks == task
+            table_starts = tables[feature].starts
+            starts[mine] = table_starts[self.indices[mine]]
+            sizes[mine] = np.minimum(table_starts[self.indices[mine] + 1] - starts[mine], length)
+        example, within = _ranges(sizes)
+        source, task_of = starts[example] + within, self.tasks[example]
+        ids = np.empty(len(example), np.int32)
+        for task, tables in enumerate(self.tables):
+            mine = task_of == task
+            ids[mine] = tables[feature].ids[source[mine]]
+        ids[np.cumsum(sizes) - 1] = tokens.EOS_ID  # as `tokens.cut`; what was not cut ends in it anyway
+        return ids, sizes
+
+
+def _ranges(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """[2, 3] to the number of each range [0, 0, 1, 1, 1] and the place within it [0, 1, 0, 1, 2]."""
+    number = np.repeat(np.arange(len(counts)), counts)
+    return number, np.arange(len(number)) - (np.cumsum(counts) - counts)[number]
 
 
 def batch_shapes(lengths: Mapping[str, int], *, batch_size: int, pack: bool) -> dict[str, tuple[int, int]]:
     """Model features of a global batch (all int32) and their shapes."""
     datasets.check_lengths(lengths)
-    empty = _model_features([], lengths=lengths, pack=pack)
+    nothing = np.zeros(0, np.int64)
+    none = _Examples([], [], tasks=nothing, indices=nothing, rows=nothing, segments=nothing)
+    empty = _model_features(none, row_count=0, lengths=lengths, pack=pack)
     return {name: (batch_size, array.shape[1]) for name, array in empty.items()}
 
 
 def _model_features(
-    rows: Sequence[Sequence[_Tokens]], *, lengths: Mapping[str, int], pack: bool
+    examples: _Examples, *, row_count: int, lengths: Mapping[str, int], pack: bool
 ) -> dict[str, np.ndarray]:
     """The model features of some rows, each made of one example or, packed, of several.
 
     Int32 [rows, length], as `StepByStepFeatureConverter` documents and makes them.
     """
-    shape_BS, shape_BT = (len(rows), lengths["inputs"]), (len(rows), lengths["targets"])
-    inputs, input_segments, input_positions = (np.zeros(shape_BS, np.int32) for _ in range(3))
-    targets, target_segments, target_positions, task_ids = (np.zeros(shape_BT, np.int32) for _ in range(4))
-    for index, examples in enumerate(rows):
-        source_end = target_end = 0
-        for segment, (input_ids, target_ids, task_id) in enumerate(examples, start=1):
-            source = slice(source_end, source_end + len(input_ids))
-            target = slice(target_end, target_end + len(target_ids))
-            source_end, target_end = source.stop, target.stop
-            inputs[index, source], targets[index, target] = input_ids, target_ids
-            input_segments[index, source] = target_segments[index, target] = segment
-            input_positions[index, source] = np.arange(len(input_ids))
-            target_positions[index, target] = np.arange(len(target_ids))
-            task_ids[index, target] = task_id
+    sides = {}
+    for feature, length in lengths.items():
+        ids, sizes = examples.ids(feature, length=length)
+        example, within = _ranges(sizes)
+        # Where an example begins in its row: after those before it.
+        before = np.cumsum(sizes) - sizes
+        begins = before - before[examples.segments == 1][examples.rows] if len(sizes) else before
+        place = (examples.rows * length + begins)[example] + within
+        sides[feature] = _Side((row_count, length), place=place, example=example, within=within, ids=ids)
+    source, target = sides["inputs"], sides["targets"]
+    inputs, targets = source.spread(source.ids), target.spread(target.ids)
+    task_ids = target.spread(np.asarray(examples.task_ids, np.int32)[examples.tasks][target.example])
+    shape_BT = (row_count, lengths["targets"])
     decoder_inputs = np.zeros(shape_BT, np.int32)
     decoder_inputs[:, 1:] = targets[:, :-1]
     model_features = {
@@ -236,15 +331,34 @@ def _model_features(
         "decoder_task_ids": task_ids,
     }
     if pack:
+        input_segments, target_segments = (side.spread(examples.segments[side.example]) for side in (source, target))
         # Every segment, and the padding after the last, starts at 0 instead of the last EOS.
         decoder_inputs[:, 1:][target_segments[:, 1:] != target_segments[:, :-1]] = 0
         model_features |= {
             "encoder_segment_ids": input_segments,
-            "encoder_positions": input_positions,
+            "encoder_positions": source.spread(source.within),
             "decoder_segment_ids": target_segments,
-            "decoder_positions": target_positions,
+            "decoder_positions": target.spread(target.within),
         }
     return model_features
+
+
+@dataclasses.dataclass(frozen=True)
+class _Side:
+    """Tokens of the encoder or decoder on their way into rows: of each, its place in the flat rows and its example."""
+
+    shape: tuple[int, int]
+    _: dataclasses.KW_ONLY
+    place: np.ndarray
+    example: np.ndarray
+    within: np.ndarray
+    ids: np.ndarray
+
+    def spread(self, values: np.ndarray) -> np.ndarray:
+        """A value per token to int32 [rows, length], 0 elsewhere."""
+        flat = np.zeros(self.shape[0] * self.shape[1], np.int32)
+        flat[self.place] = values
+        return flat.reshape(self.shape)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -271,17 +385,12 @@ def eval_examples(task: str, *, split: str, lengths: Mapping[str, int]) -> list[
     datasets.check_lengths(lengths)
     rows, tables = datasets.examples(task, split), datasets.token_tables(task, split)
     task_id = datasets.TASK_IDS[datasets.split_task(task)[1]]
+    number = np.arange(len(rows))
     model_features = _model_features(
-        [
-            [
-                (
-                    tables["inputs"].row(index, length=lengths["inputs"]),
-                    tables["targets"].row(index, length=lengths["targets"]),
-                    task_id,
-                )
-            ]
-            for index in range(len(rows))
-        ],
+        _Examples(
+            [tables], [task_id], tasks=np.zeros_like(number), indices=number, rows=number, segments=number * 0 + 1
+        ),
+        row_count=len(rows),
         lengths=lengths,
         pack=False,
     )

@@ -14,11 +14,14 @@ import os
 import re
 import sys
 import tempfile
+import traceback
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import absl.logging
+
+from sbs_jax import hosts
 
 _BINDING = re.compile(r"--gin\.([^=]+)=(.*)", re.DOTALL)
 _REFERENCE = re.compile(r"[@%](?:[\w.]+/)*([\w.]+)")
@@ -135,17 +138,59 @@ def main(argv: Sequence[str] | None = None) -> int:
         bindings.append(f"{match[1]}={match[2]}")
     _log_to_stderr()
     try:
+        if hasattr(arguments, "multihost"):
+            _join(arguments)
         import_tensorflow()
         # SeqIO and Orbax log through absl, at length.
         absl.logging.set_verbosity(absl.logging.ERROR)
-        if takes_gin:
-            return arguments.run(arguments, bindings)
-        return arguments.run(arguments)
-    except (UsageError, ValueError, OSError, FloatingPointError) as error:
+        status = arguments.run(arguments, bindings) if takes_gin else arguments.run(arguments)
+        hosts.leave()
+        return status
+    except (UsageError, hosts.HostsError, ValueError, OSError, FloatingPointError) as error:
+        _tell_others(str(error), show=arguments.traceback)
         if arguments.traceback:
             raise
         print(f"sbs {arguments.command}: {error}", file=sys.stderr)
         return 1
+    except BaseException as error:
+        _tell_others(f"{type(error).__name__}: {error}", show=True)
+        raise
+
+
+def _tell_others(text: str, *, show: bool) -> None:
+    """Ends all processes of a run of several; returns where there is only this one."""
+    if hosts.describe():
+        if show:
+            traceback.print_exc()
+        hosts.fail(text)
+
+
+def _join(arguments: argparse.Namespace) -> None:
+    """Joins the other processes where the flags say that there are some."""
+    given = {
+        name: getattr(arguments, name)
+        for name in ("coordinator_address", "process_count", "process_index")
+        if getattr(arguments, name) is not None
+    }
+    if arguments.multihost and given:
+        raise UsageError(f"--multihost finds out what --{', --'.join(given)} would say; give it alone, or those.")
+    if not given and not arguments.multihost:
+        return
+    if not arguments.multihost and len(given) < 3:
+        raise UsageError(
+            f"got --{', --'.join(given)} alone; --coordinator_address, --process_count and --process_index go together."
+        )
+    if arguments.join_timeout <= 0:
+        raise UsageError(f"--join_timeout is {arguments.join_timeout:g}; expected seconds above 0.")
+    if arguments.multihost:
+        place = hosts.detect(timeout=arguments.join_timeout)
+    else:
+        place = hosts.Place(
+            coordinator=arguments.coordinator_address, count=arguments.process_count, index=arguments.process_index
+        )
+    hosts.join(place, timeout=arguments.join_timeout, detected=arguments.multihost)
+    if not hosts.is_first():
+        logging.getLogger("sbs_jax").setLevel(logging.ERROR)
 
 
 def _log_to_stderr() -> None:
@@ -188,7 +233,9 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands = {}
 
-    def command(name: str, run: Any, summary: str, *, gin: bool = False, epilog: str = "") -> argparse.ArgumentParser:
+    def command(
+        name: str, run: Any, summary: str, *, gin: bool = False, multihost: bool = False, epilog: str = ""
+    ) -> argparse.ArgumentParser:
         sub = subparsers.add_parser(
             name,
             help=summary,
@@ -206,6 +253,8 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
                 "--gin_search_paths", default="", metavar="DIRS", help="comma-separated folders to look for gin files"
             )
             sub.add_argument("--gin.NAME=VALUE", dest="_", metavar="", help="override a macro or parameter; repeat")
+        if multihost:
+            _add_multihost(sub)
         sub.set_defaults(run=run)
         commands[name] = sub
         return sub
@@ -223,6 +272,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         _train,
         "Train a student, evaluate it on validation meanwhile and on test once at the end.",
         gin=True,
+        multihost=True,
         epilog="example:\n  sbs train --gin_file=gin_configs/experiments/svamp/base.gin \\\n"
         "      --gin.RECORDS_DIR=records --gin.MODEL_DIR=runs/svamp",
     )
@@ -231,10 +281,16 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         _evaluate,
         "Grade a checkpoint on a split by generation.",
         gin=True,
+        multihost=True,
         epilog="example:\n  sbs evaluate --gin_file=gin_configs/runs/evaluate.gin --gin.CHECKPOINT_PATH=runs/svamp \\\n"
         "      --gin.SPLIT=test",
     )
-    predict = command("predict", _predict, 'Answer {"id", "input"} rows with {"id", "prediction", "score"} rows.')
+    predict = command(
+        "predict",
+        _predict,
+        'Answer {"id", "input"} rows with {"id", "prediction", "score"} rows.',
+        multihost=True,
+    )
     predict.add_argument(
         "--model", required=True, metavar="DIR", help="run directory, or one of its checkpoints/<step>"
     )
@@ -261,6 +317,22 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     demo = command("demo", _demo, "Train and compare both methods on the built-in dataset; writes a page.")
     demo.add_argument("--output", default="runs/demo", metavar="DIR", help="where runs, table and page go")
     return parser, commands
+
+
+def _add_multihost(sub: argparse.ArgumentParser) -> None:
+    group = sub.add_argument_group(
+        "several processes",
+        "One process per host, each with the same command; process 0 writes the files. Folders must be shared by all.",
+    )
+    group.add_argument(
+        "--multihost", action="store_true", help="join the processes that Cloud TPU, GKE, Slurm or Open MPI started"
+    )
+    group.add_argument("--coordinator_address", metavar="HOST:PORT", help="elsewhere: where process 0 can be reached")
+    group.add_argument("--process_count", type=int, metavar="N", help="elsewhere: how many processes there are")
+    group.add_argument("--process_index", type=int, metavar="I", help="elsewhere: which one this is, from 0")
+    group.add_argument(
+        "--join_timeout", type=float, default=300.0, metavar="SECONDS", help="how long to wait for the others"
+    )
 
 
 def _add_teach(command: Any) -> None:
@@ -365,7 +437,9 @@ def _train(arguments: argparse.Namespace, bindings: Sequence[str]) -> int:
     from sbs_jax import train
 
     config, text = _configured("train.TrainConfig", arguments, bindings)
-    print(json.dumps(train.train(config, config_text=text), indent=1))
+    result = train.train(config, config_text=text)
+    if hosts.is_first():
+        print(json.dumps(result, indent=1))
     return 0
 
 
@@ -373,19 +447,25 @@ def _evaluate(arguments: argparse.Namespace, bindings: Sequence[str]) -> int:
     from sbs_jax import evaluate
 
     config, _ = _configured("evaluate.EvaluateConfig", arguments, bindings)
-    print(json.dumps(evaluate.evaluate(config)))
+    metrics = evaluate.evaluate(config)
+    if hosts.is_first():
+        print(json.dumps(metrics))
     return 0
 
 
 def _configured(name: str, arguments: argparse.Namespace, bindings: Sequence[str]) -> tuple[Any, str]:
     if not arguments.gin_file:
         raise UsageError("no --gin_file given; the ready ones are under gin_configs/experiments/.")
-    return configure(
+    configured, text = configure(
         name,
         gin_files=arguments.gin_file,
         bindings=bindings,
         search_paths=[path for path in arguments.gin_search_paths.split(",") if path],
     )
+    # Records may lie elsewhere on another host; what they hold is compared when they are read.
+    lines = [line for line in text.splitlines() if line and not line.startswith(("#", "RECORDS_DIR"))]
+    hosts.agree({"configuration": "\n".join(lines)})
+    return configured, text
 
 
 def _predict(arguments: argparse.Namespace) -> int:
@@ -398,7 +478,8 @@ def _predict(arguments: argparse.Namespace) -> int:
         objective=arguments.task,
         batch_size=arguments.batch_size,
     )
-    print(f"{count} predictions in {arguments.output}")
+    if hosts.is_first():
+        print(f"{count} predictions in {arguments.output}")
     return 0
 
 

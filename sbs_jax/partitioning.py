@@ -9,7 +9,7 @@ import contextvars
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -202,9 +202,42 @@ class Partitioner:
 
         return jax.tree_util.tree_map_with_path(one, tree)
 
+    def local_rows(self, batch_size: int, *, devices: Iterable[Any] | None = None) -> np.ndarray:
+        """The rows of a global batch that some devices hold (by default those of this process), ascending, once each.
+
+        With a tensor axis across hosts several of them hold the same rows; with several slices or an unusual order of
+        devices a host's rows need not be neighbours.
+        """
+        size = batch_size // self.data_parallel_size
+        return (np.asarray(self._pieces(devices))[:, None] * size + np.arange(size)).reshape(-1)
+
     def put_batch(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-        """Host arrays `[rows, ..]` to global arrays, rows over the data-parallel axes."""
-        return {name: jax.make_array_from_process_local_data(self.batch, rows) for name, rows in batch.items()}
+        """Host arrays `[rows, ..]` to global arrays, rows over the data-parallel axes.
+
+        The host arrays hold this process's rows alone, in the order of `local_rows`.
+        """
+        pieces = self._pieces(None)
+        first_row = {piece: place for place, piece in enumerate(pieces)}
+
+        def put(rows: np.ndarray) -> jax.Array:
+            size, rest = divmod(len(rows), len(pieces))
+            if rest:
+                raise ValueError(f"Got {len(rows)} rows; expected a multiple of this process's {len(pieces)} pieces.")
+
+            def piece_at(index: Any) -> np.ndarray:
+                place = first_row[(index[0].start or 0) // size]
+                return rows[place * size : (place + 1) * size]
+
+            shape = (size * self.data_parallel_size, *rows.shape[1:])
+            return jax.make_array_from_callback(shape, self.batch, piece_at)
+
+        return {name: put(rows) for name, rows in batch.items()}
+
+    def _pieces(self, devices: Iterable[Any] | None) -> list[int]:
+        """Which of the pieces that a batch is cut into lie on these devices, ascending."""
+        places = self.batch.devices_indices_map((self.data_parallel_size,))
+        mine = self.batch.addressable_devices if devices is None else devices
+        return sorted({places[device][0].start or 0 for device in mine})
 
     @contextlib.contextmanager
     def constraining(self) -> Iterator[None]:

@@ -6,19 +6,27 @@ metrics.jsonl         one JSON object a line: {"kind": "train", "step": 50, "los
 tensorboard/          the same for TensorBoard
 predictions/          <task>-<step>.jsonl
 checkpoints/<step>/   see checkpoints.py
+
+Of several processes, all of which call the same methods, the first one writes.
 """
 
 import difflib
+import hashlib
 import importlib.metadata
 import json
 import os
 import platform
 import subprocess
+import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from sbs_jax import hosts
+
 MANIFEST = "manifest.json"
+_MESH_MACROS = ("SLICES", "TENSOR")  # of gin_configs/meshes/: a run may be resumed on another mesh
+_SEEN_WITHIN = 15.0  # seconds in which a network file system shows a new file to another host
 _REPORTED = (
     *("sbs-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "seqio", "tensorflow", "tensorflow-text"),
     *("tensorflow-datasets", "sentencepiece", "numpy"),
@@ -34,16 +42,33 @@ class RunDir:
         self._metrics = self.path / "metrics.jsonl"
 
     def __enter__(self) -> "RunDir":
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._refuse_another_configuration()
-        _replace(self.path / "config.gin", self._config_text)
-        from tensorboard.summary import Writer  # seconds of import, which readers of a run need not wait for
+        config = self.path / "config.gin"
+        if hosts.is_first():
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._refuse_another_configuration()
+            _replace(config, self._config_text)
+            from tensorboard.summary import Writer  # seconds of import, which readers of a run need not wait for
 
-        self._events = Writer(str(self.path / "tensorboard"))
+            self._events = Writer(str(self.path / "tensorboard"))
+        written = hosts.from_first(lambda: _digest(config))
+        if not hosts.is_first():
+            self._refuse_another_folder(config, written)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._events.close()
+        if hosts.is_first():
+            self._events.close()
+
+    def _refuse_another_folder(self, config: Path, written: str) -> None:
+        """On the other processes: what the first one wrote has to be there, or checkpoints would fall to pieces."""
+        deadline = time.monotonic() + _SEEN_WITHIN
+        while not (config.exists() and _digest(config) == written):
+            if time.monotonic() > deadline:
+                raise FileNotFoundError(
+                    f"{self.path} on {hosts.describe()} is not the folder that process 0 writes to; MODEL_DIR must be "
+                    "one that all hosts share (a network file system or a mounted bucket)."
+                )
+            time.sleep(0.2)
 
     def _refuse_another_configuration(self) -> None:
         existing = self.path / "config.gin"
@@ -65,6 +90,8 @@ class RunDir:
 
     def write_manifest(self, contents: Mapping[str, Any]) -> None:
         """Adds the machine's side (git revision, versions) to what the caller knows, and writes it."""
+        if not hosts.is_first():
+            return
         versions = {"python": platform.python_version()}
         for name in _REPORTED:
             try:
@@ -76,6 +103,8 @@ class RunDir:
 
     def log(self, kind: str, step: int, values: Mapping[str, float]) -> None:
         """One line of metrics.jsonl, on disk before this returns, and the same as TensorBoard scalars."""
+        if not hosts.is_first():
+            return
         line = json.dumps({"kind": kind, "step": step, **values})
         with self._metrics.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
@@ -84,21 +113,22 @@ class RunDir:
         self._events.flush()
 
     def metrics(self) -> list[dict[str, Any]]:
-        """All lines of metrics.jsonl."""
-        return read_metrics(self.path)
+        """All lines of metrics.jsonl, on every process."""
+        return hosts.from_first(lambda: read_metrics(self.path))
 
     def truncate_metrics(self, *, after_step: int) -> None:
         """Drops lines of steps that a resumed run will repeat (and a line cut short by the end of the process)."""
-        if self._metrics.exists():
-            kept = [json.dumps(line) + "\n" for line in self.metrics() if line["step"] <= after_step]
+        if hosts.is_first() and self._metrics.exists():
+            kept = [json.dumps(line) + "\n" for line in read_metrics(self.path) if line["step"] <= after_step]
             _replace(self._metrics, "".join(kept))
 
-    def write_predictions(self, name: str, rows: Iterable[Mapping[str, Any]]) -> Path:
+    def write_predictions(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
         """`predictions/<name>.jsonl`."""
+        if not hosts.is_first():
+            return
         path = self.path / "predictions" / f"{name}.jsonl"
         path.parent.mkdir(exist_ok=True)
         _replace(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-        return path
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
@@ -128,10 +158,21 @@ def git_revision() -> str:
     return done.stdout.strip() if done.returncode == 0 else "unknown (not a git checkout)"
 
 
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 def _meaning(text: str) -> list[str]:
-    """Bindings of a configuration without comments and without the directory itself."""
-    lines = [line.rstrip() for line in text.splitlines()]
-    return [line for line in lines if line and not line.startswith(("#", "MODEL_DIR"))]
+    """Bindings of a configuration without comments, and without where it runs: directory and mesh."""
+    where = ("MODEL_DIR =", "partitioning.Layout.", *(f"{macro} =" for macro in _MESH_MACROS))
+    kept, dropping = [], False
+    for line in map(str.rstrip, text.splitlines()):
+        if line and not line.startswith("#"):
+            if not line.startswith(" "):  # a binding begins; others go on with its value
+                dropping = line.startswith(where)
+            if not dropping:
+                kept.append(line)
+    return kept
 
 
 def _replace(path: Path, text: str) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import logging
 import math
 import time
@@ -15,7 +16,7 @@ import optax
 import tqdm
 from jaxtyping import Array, Float
 
-from sbs_jax import checkpoints, datasets, evaluate, features, losses, partitioning, run_dir, stacking, t5
+from sbs_jax import checkpoints, datasets, evaluate, features, hosts, losses, partitioning, run_dir, stacking, t5
 
 log = logging.getLogger(__name__)
 
@@ -303,7 +304,11 @@ def initial_state(config: TrainConfig, trainer: Trainer) -> TrainState:
         parameters = checkpoints.load_parameters(config.initial_checkpoint_path, like=trainer.saved.parameters)
     optimizer = config.optimizer(learning_rate=config.learning_rate)
     state = jax.jit(optimizer.init, out_shardings=saved.optimizer)(parameters)
-    return trainer.stacked(TrainState(jax.device_put(jnp.int32(0), saved.step), parameters, state))
+    return trainer.stacked(TrainState(_step_number(0, saved.step), parameters, state))
+
+
+def _step_number(step: int, sharding: Any) -> jax.Array:
+    return jax.make_array_from_callback((), sharding, lambda _: np.asarray(step, np.int32))
 
 
 def train(config: TrainConfig, *, config_text: str) -> dict[str, dict[str, Any]]:
@@ -317,6 +322,7 @@ def train(config: TrainConfig, *, config_text: str) -> dict[str, dict[str, Any]]
     eval_task_name = graded_task(config)
     data = datasets.manifest(dataset.name)
     _check_vocabulary(config)
+    hosts.agree({"data": _data_text(config, data)})
     trainer = prepare(config)
     manifest = _manifest(config, data=data, trainer=trainer)
     with contextlib.ExitStack() as stack:
@@ -335,15 +341,17 @@ def train(config: TrainConfig, *, config_text: str) -> dict[str, dict[str, Any]]
             pack=config.pack,
             seed=config.seed,
             skip_batches=start,
-            host_index=jax.process_index(),
-            host_count=jax.process_count(),
+            rows=trainer.partitioner.local_rows(config.batch_size),
         )
+        ahead = stack.enter_context(features.Ahead(_put(batches, trainer.partitioner, config.batch_size)))
         window = _Window()
-        progress = tqdm.tqdm(total=config.train_steps, initial=start, unit="step", desc=run.path.name)
+        progress = tqdm.tqdm(
+            total=config.train_steps, initial=start, unit="step", desc=run.path.name, disable=not hosts.is_first()
+        )
         for step in range(start + 1, config.train_steps + 1):
-            batch = window.wait_for(batches)
-            state, metrics = trainer.step(state, trainer.partitioner.put_batch(batch))
-            window.add(metrics, batch)
+            batch, tokens = window.wait_for(ahead)
+            state, metrics = trainer.step(state, batch)
+            window.add(metrics, tokens)
             progress.update()
             last = step == config.train_steps
             if step % config.log_period == 0 or last:
@@ -360,7 +368,8 @@ def train(config: TrainConfig, *, config_text: str) -> dict[str, dict[str, Any]]
                 if best is None or validation > best["validation"]:
                     best = {"step": step, "validation": validation}
                 window = _Window()
-            if step % config.checkpoint_period == 0 or validation is not None:
+            preempted = hosts.preempted(step)
+            if step % config.checkpoint_period == 0 or validation is not None or preempted:
                 saved = trainer.unstacked(state)
                 saver.save(
                     step,
@@ -368,6 +377,14 @@ def train(config: TrainConfig, *, config_text: str) -> dict[str, dict[str, Any]]
                     optimizer=saved.optimizer,
                     metadata={"step": step, "best": best, "model": dataclasses.asdict(config.model)},
                     validation=validation,
+                )
+            if preempted and not last:
+                progress.close()
+                saver.wait()
+                hosts.leave()
+                raise hosts.HostsError(
+                    f"A process was told to end; all stopped after step {step} of {config.train_steps}, which is "
+                    "saved. Repeat the command to resume."
                 )
         progress.close()
         saver.wait()
@@ -466,8 +483,26 @@ def _begin(
         return initial_state(config, trainer), None
     restored = saver.restore(latest, parameters=trainer.saved.parameters, optimizer=trainer.saved.optimizer)
     log.info("Resuming at step %d of %d.", latest, config.train_steps)
-    step = jax.device_put(jnp.int32(latest), trainer.saved.step.sharding)
+    step = _step_number(latest, trainer.saved.step.sharding)
     return trainer.stacked(TrainState(step, restored.parameters, restored.optimizer)), restored.metadata["best"]
+
+
+def _data_text(config: TrainConfig, data: Mapping[str, Any]) -> str:
+    """What the processes compare of the data: the hashes of the records, and of the tokens they train on."""
+    lines = [f"{name} {split['file']} {split['sha256']}" for name, split in data["splits"].items()]
+    for task in datasets.subtasks(config.mixture_or_task_name):
+        for feature, table in datasets.token_tables(task, datasets.TRAIN).items():
+            lines.append(f"{task} {feature} tokens {hashlib.sha256(table.ids.data).hexdigest()}")
+    return "\n".join(lines)
+
+
+def _put(
+    batches: Iterator[dict[str, np.ndarray]], partitioner: partitioning.Partitioner, batch_size: int
+) -> Iterator[tuple[Batch, float]]:
+    """Batches on the devices, each with the tokens of the global batch (of several hosts: as many as here, per row)."""
+    for batch in batches:
+        rows = len(batch["decoder_target_tokens"])
+        yield partitioner.put_batch(batch), features.count_tokens(batch) * batch_size / rows
 
 
 class _Window:
@@ -480,17 +515,17 @@ class _Window:
         self._start = time.monotonic()
         self._waited = 0.0
         self._metrics: list[dict[str, jax.Array]] = []
-        self._tokens = 0
+        self._tokens = 0.0
 
-    def wait_for(self, batches: Iterator[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    def wait_for(self, batches: Iterator[tuple[Batch, float]]) -> tuple[Batch, float]:
         begin = time.monotonic()
         batch = next(batches)
         self._waited += time.monotonic() - begin
         return batch
 
-    def add(self, metrics: dict[str, jax.Array], batch: Mapping[str, np.ndarray]) -> None:
+    def add(self, metrics: dict[str, jax.Array], tokens: float) -> None:
         self._metrics.append(metrics)
-        self._tokens += features.count_tokens(batch)
+        self._tokens += tokens
 
     def close(self) -> dict[str, float]:
         """Means of the window and its speeds; a new window begins."""

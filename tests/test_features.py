@@ -279,8 +279,11 @@ def test_skipping_resumes(cats: Path, pack: bool):
 @pytest.mark.parametrize("pack", [False, True])
 def test_hosts_share_the_same_global_batch(cats: Path, pack: bool):
     whole = batches(count=5, pack=pack)
-    shares = [batches(count=5, pack=pack, host_index=index, host_count=2) for index in range(2)]
-    assert_same(whole, [joined(list(parts)) for parts in zip(*shares, strict=True)])
+    for rows in ([[0, 1], [2, 3]], [[1, 3], [0, 2]], [[2], [3, 0, 1]]):
+        shares = [batches(count=5, pack=pack, rows=mine) for mine in rows]
+        order = np.argsort(np.concatenate(rows))
+        together = [joined(list(parts)) for parts in zip(*shares, strict=True)]
+        assert_same(whole, [{key: array[order] for key, array in batch.items()} for batch in together])
 
 
 def test_the_label_task_alone_sees_the_same_labels(cats: Path):
@@ -346,8 +349,9 @@ def test_another_process_gives_the_same_batches(cats: Path):
 def test_bad_arguments_are_refused(cats: Path):
     cases: list[tuple[dict[str, Any], str]] = [
         ({"batch_size": 0}, "batch_size 0"),
-        ({"batch_size": 3, "host_count": 2}, "multiple of the number of hosts"),
-        ({"host_index": 2, "host_count": 2}, "host 2 of 2"),
+        ({"rows": []}, r"rows \[\] of a batch of 4"),
+        ({"rows": [0, 4]}, r"rows \[0, 4\] of a batch of 4; expected numbers below 4"),
+        ({"rows": [-1]}, r"rows \[-1\]"),
         ({"skip_batches": -1}, "skip_batches -1"),
         ({"lengths": {"inputs": 8}}, "exactly 'inputs' and 'targets'"),
         ({"split": "tset"}, "Did you mean 'test'"),
