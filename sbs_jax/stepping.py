@@ -1,0 +1,192 @@
+"""The decoder one target position at a time, as generation runs it.
+
+Suffix letters as in `t5.py`, and
+
+    N targets of a row (its beams)   J joined heads (H * K)   M queries of a row (N * H)   P cached keys (T * N)
+
+What stays the same from one position to the next is made once, before the loop: weights in the dtype of the
+computation, those that meet the same input in one array; the position bias; and keys and values of the source, which
+the beams of a row share. The cache of the target keeps each key where it was first written. When beams change places no
+key moves with them: a mask says which of the row's keys each beam may see.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from sbs_jax import t5
+from sbs_jax.partitioning import constrain
+
+
+@dataclasses.dataclass(frozen=True)
+class _Layer:
+    """What a decoder layer uses at every position. Norms and bias are float32, the rest is in the model's dtype."""
+
+    self_norm_D: Any
+    self_inward_DCJ: Any  # C: query, key, value
+    self_out_JD: Any
+    cross_norm_D: Any
+    cross_query_DJ: Any
+    cross_key_BSJ: Any
+    cross_value_BSJ: Any
+    cross_out_JD: Any
+    mlp_norm_D: Any
+    mlp_inward_DCF: Any  # C: one per activation
+    mlp_out_FD: Any
+    bias_THP: Any  # of the query at T: its relative position bias, and MASKED on keys of later positions
+
+
+# Of each layer, keys and values [B, P, J].
+Cache = tuple[tuple[Any, Any], ...]
+
+
+class Stepper:
+    """A model that is about to decode one batch: `beams` targets for each row, of up to `length` tokens."""
+
+    def __init__(
+        self,
+        model: t5.T5,
+        encoded_BSD: Float[Array, "B S D"],
+        encoder_segment_ids_BS: Int[Array, "B S"],
+        *,
+        length: int,
+        beams: int = 1,
+    ) -> None:
+        self._config, self._embed = model.config, model.token_embedder
+        self._length, self._beams = length, beams
+        self._final_norm_D = model.decoder.decoder_norm.scale[...]
+        self._layers = _layers(model, encoded_BSD, length=length, beams=beams)
+        self._source_bias_BMS = jnp.where(encoder_segment_ids_BS == 1, 0.0, t5.MASKED)[:, None, :]
+        tied = model.config.logits_via_embedding
+        table_DV = model.token_embedder.embedding[...].T if tied else model.logits_dense.kernel[...]
+        self.table_DV = table_DV.astype(model.config.dtype)
+
+    def empty(self) -> Cache:
+        """A cache that holds nothing yet."""
+        rows, _, joined = self._layers[0].cross_key_BSJ.shape
+        none_BPJ = jnp.zeros((rows, self._length * self._beams, joined), self._config.dtype)
+        none_BPJ = constrain(none_BPJ, ("batch", None, "joined_kv"))
+        return tuple((none_BPJ, none_BPJ) for _ in self._layers)
+
+    def step(
+        self,
+        tokens_BN: Int[Array, "B N"],
+        cache: Cache,
+        *,
+        position: Int[Array, ""],
+        visible_BNP: Bool[Array, "B N P"] | None = None,
+    ) -> tuple[Float[Array, "B N D"], Cache]:
+        """States that the logits of the next token are made of (`states @ table_DV`), and the cache with `tokens`.
+
+        `tokens` stand at `position`; of beam n at position t, the key is number `t * N + n`. Without `visible`, a query
+        sees all keys up to its position.
+        """
+        c = self._config
+        x_BND = self._embed(tokens_BN)
+        own_HJ = jnp.repeat(jnp.eye(c.num_heads, dtype=bool), c.head_dim, axis=1)
+        hidden_BNP = None if visible_BNP is None else jnp.where(visible_BNP, 0.0, t5.MASKED)
+        updated = []
+        for w, (keys_BPJ, values_BPJ) in zip(self._layers, cache, strict=True):
+            inward = jnp.einsum("bnd,dcj->cbnj", self._norm(x_BND, w.self_norm_D), w.self_inward_DCJ)
+            at = position * self._beams
+            keys_BPJ = jax.lax.dynamic_update_slice_in_dim(keys_BPJ, inward[1], at, axis=1)
+            values_BPJ = jax.lax.dynamic_update_slice_in_dim(values_BPJ, inward[2], at, axis=1)
+            updated.append((keys_BPJ, values_BPJ))
+            bias = jax.lax.dynamic_index_in_dim(w.bias_THP, position, axis=0)
+            if hidden_BNP is not None:
+                bias = (bias[:, None] + hidden_BNP[:, :, None]).reshape(x_BND.shape[0], -1, bias.shape[-1])
+            y_BNJ = attend(inward[0], keys_BPJ, values_BPJ, bias=bias, own_HJ=own_HJ)
+            x_BND += y_BNJ @ w.self_out_JD
+            q_BNJ = self._norm(x_BND, w.cross_norm_D) @ w.cross_query_DJ
+            y_BNJ = attend(q_BNJ, w.cross_key_BSJ, w.cross_value_BSJ, bias=self._source_bias_BMS, own_HJ=own_HJ)
+            x_BND += y_BNJ @ w.cross_out_JD
+            inner = jnp.einsum("bnd,dcf->cbnf", self._norm(x_BND, w.mlp_norm_D), w.mlp_inward_DCF)
+            gated = [t5.ACTIVATIONS[name](branch) for name, branch in zip(c.mlp_activations, inner, strict=True)]
+            x_BND += math.prod(gated[1:], start=gated[0]) @ w.mlp_out_FD
+        y_BND = self._norm(x_BND, self._final_norm_D)
+        return (y_BND * c.emb_dim**-0.5 if c.logits_via_embedding else y_BND), tuple(updated)
+
+    def _norm(self, x_BND: Float[Array, "B N D"], scale_D: Float[Array, "D"]) -> Float[Array, "B N D"]:
+        x_BND = x_BND.astype(jnp.float32)
+        mean_square = jnp.mean(jnp.square(x_BND), axis=-1, keepdims=True)
+        y_BND = x_BND * jax.lax.rsqrt(mean_square + self._config.layer_norm_epsilon)
+        return (y_BND * scale_D[None, None, :]).astype(self._config.dtype)
+
+
+def _layers(model: t5.T5, encoded_BSD: Float[Array, "B S D"], *, length: int, beams: int) -> list[_Layer]:
+    positions = jnp.arange(length)
+    future_TP = jnp.where(positions[None, :] > positions[:, None], t5.MASKED, 0.0)
+
+    def bias_of(module: t5.RelativePositionBias) -> Float[Array, "T H P"]:
+        bias_HTP = module(positions, positions)[0] + future_TP[None]
+        return jnp.repeat(bias_HTP.swapaxes(0, 1), beams, axis=-1)
+
+    def cast(*kernels: t5.Dense) -> jax.Array:
+        arrays = [dense.kernel[...].astype(model.config.dtype) for dense in kernels]
+        return arrays[0] if len(arrays) == 1 else jnp.stack(arrays, axis=1)
+
+    layers, shared = [], None
+    if hasattr(model.decoder, "relpos_bias"):
+        shared = bias_of(model.decoder.relpos_bias)
+    for layer in model.decoder.layers:
+        self_attention, cross_attention = layer.self_attention, layer.encoder_decoder_attention
+        branches = [getattr(layer.mlp, name) for name in layer.mlp.names]
+        layers.append(
+            _Layer(
+                self_norm_D=layer.pre_self_attention_layer_norm.scale[...],
+                self_inward_DCJ=cast(self_attention.query, self_attention.key, self_attention.value),
+                self_out_JD=cast(self_attention.out),
+                cross_norm_D=layer.pre_cross_attention_layer_norm.scale[...],
+                cross_query_DJ=cast(cross_attention.query),
+                cross_key_BSJ=constrain(cross_attention.key(encoded_BSD), ("batch", None, "joined_kv")),
+                cross_value_BSJ=constrain(cross_attention.value(encoded_BSD), ("batch", None, "joined_kv")),
+                cross_out_JD=cast(cross_attention.out),
+                mlp_norm_D=layer.pre_mlp_layer_norm.scale[...],
+                mlp_inward_DCF=cast(*branches) if len(branches) > 1 else cast(*branches)[:, None],
+                mlp_out_FD=cast(layer.mlp.wo),
+                bias_THP=bias_of(layer.relpos_bias) if shared is None else shared,
+            )
+        )
+    return layers
+
+
+def attend(
+    q_BNJ: Float[Array, "B N J"],
+    k_BPJ: Float[Array, "B P J"],
+    v_BPJ: Float[Array, "B P J"],
+    *,
+    bias: Float[Array, "#B #M P"],
+    own_HJ: Bool[Array, "H J"],
+) -> Float[Array, "B N J"]:
+    """Attention of a few queries per row; the softmax runs in float32. `own` marks the columns of each head.
+
+    A product per head of one query and P keys is a product of a vector and a matrix, which a TPU's matrix unit cannot
+    run. So on TPU all heads of a row are one product, with each query set to zero outside its head's columns.
+    """
+    heads = own_HJ.shape[0]
+    (rows, beams, joined), keys = q_BNJ.shape, k_BPJ.shape[1]
+
+    def by_matrix(q_BNJ: jax.Array, k_BPJ: jax.Array, v_BPJ: jax.Array, bias: jax.Array) -> jax.Array:
+        zero = jnp.zeros((), q_BNJ.dtype)
+        q_BMJ = jnp.where(own_HJ[None, None], q_BNJ[:, :, None], zero).reshape(rows, beams * heads, joined)
+        scores_BMP = jnp.einsum("bmj,bpj->bmp", q_BMJ, k_BPJ, preferred_element_type=jnp.float32)
+        weights_BMP = jax.nn.softmax(scores_BMP + bias, axis=-1).astype(q_BNJ.dtype)
+        y_BNHJ = jnp.einsum("bmp,bpj->bmj", weights_BMP, v_BPJ).reshape(rows, beams, heads, joined)
+        return jnp.sum(jnp.where(own_HJ[None, None], y_BNHJ, zero), axis=2)
+
+    def by_head(q_BNJ: jax.Array, k_BPJ: jax.Array, v_BPJ: jax.Array, bias: jax.Array) -> jax.Array:
+        q_BNHK = q_BNJ.reshape(rows, beams, heads, -1)
+        k_BPHK, v_BPHK = k_BPJ.reshape(rows, keys, heads, -1), v_BPJ.reshape(rows, keys, heads, -1)
+        scores_BNHP = jnp.einsum("bnhk,bphk->bnhp", q_BNHK, k_BPHK, preferred_element_type=jnp.float32)
+        if bias.shape[1] > 1:
+            bias = bias.reshape(bias.shape[0], -1, heads, keys)
+        else:
+            bias = bias[:, None]
+        weights_BNHP = jax.nn.softmax(scores_BNHP + bias, axis=-1).astype(q_BNJ.dtype)
+        return jnp.einsum("bnhp,bphk->bnhk", weights_BNHP, v_BPHK).reshape(rows, beams, joined)
+
+    return jax.lax.platform_dependent(q_BNJ, k_BPJ, v_BPJ, bias, tpu=by_matrix, default=by_head)
