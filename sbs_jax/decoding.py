@@ -4,9 +4,6 @@ Both take a batch of unpacked source rows; row by row they are independent of th
 source is padded.
 """
 
-import dataclasses
-import functools
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -135,7 +132,7 @@ def beam_search(
 
 
 def _pick(values: jax.Array, index: Int[Array, "B M"]) -> jax.Array:
-    """`values[b, index[b, m]]`, of values `[B, N]` or `[B, N, rest]`, by comparison: N is small, and gathers are slow."""
+    """`values[b, index[b, m]]` of `[B, N]` or `[B, N, rest]`, by comparison: N is small, and gathers are slow."""
     chosen = index[:, :, None] == jnp.arange(values.shape[1])[None, None, :]
     if values.ndim == 3:
         chosen, values = chosen[..., None], values[:, None]
@@ -179,9 +176,7 @@ def continuations(
     batch, beams, width = states_BND.shape
     count = min(count, table_DV.shape[1])
 
-    def by_sorting(
-        states_BND: jax.Array, table_DV: jax.Array, log_p_BN: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
+    def by_sorting(states_BND: jax.Array, table_DV: jax.Array, log_p_BN: jax.Array) -> tuple[jax.Array, jax.Array]:
         logits_BNV = jnp.matmul(states_BND, table_DV, preferred_element_type=jnp.float32)
         log_p_BNV = jax.nn.log_softmax(logits_BNV, axis=-1) + log_p_BN[:, :, None]
         return tuple(jax.lax.top_k(log_p_BNV, count))

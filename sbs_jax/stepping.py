@@ -5,9 +5,9 @@ Suffix letters as in `t5.py`, and
     N targets of a row (its beams)   J joined heads (H * K)   M queries of a row (N * H)   P cached keys (T * N)
 
 What stays the same from one position to the next is made once, before the loop: weights in the dtype of the
-computation, those that meet the same input in one array; the position bias; and keys and values of the source, which
-the beams of a row share. The cache of the target keeps each key where it was first written. When beams change places no
-key moves with them: a mask says which of the row's keys each beam may see.
+computation, the position bias, and keys and values of the source, which the beams of a row share. The cache of the
+target keeps each key where it was first written. When beams change places no key moves with them: a mask says which of
+the row's keys each beam may see.
 """
 
 import dataclasses
@@ -26,21 +26,23 @@ from sbs_jax.partitioning import constrain
 class _Layer:
     """What a decoder layer uses at every position. Norms and bias are float32, the rest is in the model's dtype."""
 
-    self_norm_D: Any
-    self_inward_DCJ: Any  # C: query, key, value
-    self_out_JD: Any
-    cross_norm_D: Any
-    cross_query_DJ: Any
-    cross_key_BSJ: Any
-    cross_value_BSJ: Any
-    cross_out_JD: Any
-    mlp_norm_D: Any
-    mlp_inward_DCF: Any  # C: one per activation
-    mlp_out_FD: Any
-    bias_THP: Any  # of the query at T: its relative position bias, and MASKED on keys of later positions
+    self_norm: jax.Array  # [D]
+    self_query: jax.Array  # [D, J]
+    self_key: jax.Array
+    self_value: jax.Array
+    self_out: jax.Array  # [J, D]
+    cross_norm: jax.Array  # [D]
+    cross_query: jax.Array  # [D, J]
+    cross_keys: jax.Array  # [B, S, J], of the source
+    cross_values: jax.Array
+    cross_out: jax.Array  # [J, D]
+    mlp_norm: jax.Array  # [D]
+    mlp_in: tuple[jax.Array, ...]  # [D, F], one per activation
+    mlp_out: jax.Array  # [F, D]
+    bias: jax.Array  # [T, H, P], of the query at T: its relative position bias, and MASKED on keys of later positions
 
 
-# Of each layer, keys and values [B, P, J].
+# Of each layer, keys and values [B, P, J]. (`Any`: transformations put other things in place of the arrays.)
 Cache = tuple[tuple[Any, Any], ...]
 
 
@@ -67,7 +69,7 @@ class Stepper:
 
     def empty(self) -> Cache:
         """A cache that holds nothing yet."""
-        rows, _, joined = self._layers[0].cross_key_BSJ.shape
+        rows, _, joined = self._layers[0].cross_keys.shape
         none_BPJ = jnp.zeros((rows, self._length * self._beams, joined), self._config.dtype)
         none_BPJ = constrain(none_BPJ, ("batch", None, "joined_kv"))
         return tuple((none_BPJ, none_BPJ) for _ in self._layers)
@@ -91,22 +93,23 @@ class Stepper:
         hidden_BNP = None if visible_BNP is None else jnp.where(visible_BNP, 0.0, t5.MASKED)
         updated = []
         for w, (keys_BPJ, values_BPJ) in zip(self._layers, cache, strict=True):
-            inward = jnp.einsum("bnd,dcj->cbnj", self._norm(x_BND, w.self_norm_D), w.self_inward_DCJ)
+            y_BND = self._norm(x_BND, w.self_norm)
             at = position * self._beams
-            keys_BPJ = jax.lax.dynamic_update_slice_in_dim(keys_BPJ, inward[1], at, axis=1)
-            values_BPJ = jax.lax.dynamic_update_slice_in_dim(values_BPJ, inward[2], at, axis=1)
+            keys_BPJ = jax.lax.dynamic_update_slice_in_dim(keys_BPJ, _matmul(y_BND, w.self_key), at, axis=1)
+            values_BPJ = jax.lax.dynamic_update_slice_in_dim(values_BPJ, _matmul(y_BND, w.self_value), at, axis=1)
             updated.append((keys_BPJ, values_BPJ))
-            bias = jax.lax.dynamic_index_in_dim(w.bias_THP, position, axis=0)
+            bias = jax.lax.dynamic_index_in_dim(w.bias, position, axis=0)
             if hidden_BNP is not None:
                 bias = (bias[:, None] + hidden_BNP[:, :, None]).reshape(x_BND.shape[0], -1, bias.shape[-1])
-            y_BNJ = attend(inward[0], keys_BPJ, values_BPJ, bias=bias, own_HJ=own_HJ)
-            x_BND += y_BNJ @ w.self_out_JD
-            q_BNJ = self._norm(x_BND, w.cross_norm_D) @ w.cross_query_DJ
-            y_BNJ = attend(q_BNJ, w.cross_key_BSJ, w.cross_value_BSJ, bias=self._source_bias_BMS, own_HJ=own_HJ)
-            x_BND += y_BNJ @ w.cross_out_JD
-            inner = jnp.einsum("bnd,dcf->cbnf", self._norm(x_BND, w.mlp_norm_D), w.mlp_inward_DCF)
+            y_BNJ = attend(_matmul(y_BND, w.self_query), keys_BPJ, values_BPJ, bias=bias, own_HJ=own_HJ)
+            x_BND += _matmul(y_BNJ, w.self_out)
+            q_BNJ = _matmul(self._norm(x_BND, w.cross_norm), w.cross_query)
+            y_BNJ = attend(q_BNJ, w.cross_keys, w.cross_values, bias=self._source_bias_BMS, own_HJ=own_HJ)
+            x_BND += _matmul(y_BNJ, w.cross_out)
+            y_BND = self._norm(x_BND, w.mlp_norm)
+            inner = [_matmul(y_BND, kernel) for kernel in w.mlp_in]
             gated = [t5.ACTIVATIONS[name](branch) for name, branch in zip(c.mlp_activations, inner, strict=True)]
-            x_BND += math.prod(gated[1:], start=gated[0]) @ w.mlp_out_FD
+            x_BND += _matmul(math.prod(gated[1:], start=gated[0]), w.mlp_out)
         y_BND = self._norm(x_BND, self._final_norm_D)
         return (y_BND * c.emb_dim**-0.5 if c.logits_via_embedding else y_BND), tuple(updated)
 
@@ -125,9 +128,8 @@ def _layers(model: t5.T5, encoded_BSD: Float[Array, "B S D"], *, length: int, be
         bias_HTP = module(positions, positions)[0] + future_TP[None]
         return jnp.repeat(bias_HTP.swapaxes(0, 1), beams, axis=-1)
 
-    def cast(*kernels: t5.Dense) -> jax.Array:
-        arrays = [dense.kernel[...].astype(model.config.dtype) for dense in kernels]
-        return arrays[0] if len(arrays) == 1 else jnp.stack(arrays, axis=1)
+    def cast(dense: t5.Dense) -> jax.Array:
+        return dense.kernel[...].astype(model.config.dtype)
 
     layers, shared = [], None
     if hasattr(model.decoder, "relpos_bias"):
@@ -137,21 +139,27 @@ def _layers(model: t5.T5, encoded_BSD: Float[Array, "B S D"], *, length: int, be
         branches = [getattr(layer.mlp, name) for name in layer.mlp.names]
         layers.append(
             _Layer(
-                self_norm_D=layer.pre_self_attention_layer_norm.scale[...],
-                self_inward_DCJ=cast(self_attention.query, self_attention.key, self_attention.value),
-                self_out_JD=cast(self_attention.out),
-                cross_norm_D=layer.pre_cross_attention_layer_norm.scale[...],
-                cross_query_DJ=cast(cross_attention.query),
-                cross_key_BSJ=constrain(cross_attention.key(encoded_BSD), ("batch", None, "joined_kv")),
-                cross_value_BSJ=constrain(cross_attention.value(encoded_BSD), ("batch", None, "joined_kv")),
-                cross_out_JD=cast(cross_attention.out),
-                mlp_norm_D=layer.pre_mlp_layer_norm.scale[...],
-                mlp_inward_DCF=cast(*branches) if len(branches) > 1 else cast(*branches)[:, None],
-                mlp_out_FD=cast(layer.mlp.wo),
-                bias_THP=bias_of(layer.relpos_bias) if shared is None else shared,
+                self_norm=layer.pre_self_attention_layer_norm.scale[...],
+                self_query=cast(self_attention.query),
+                self_key=cast(self_attention.key),
+                self_value=cast(self_attention.value),
+                self_out=cast(self_attention.out),
+                cross_norm=layer.pre_cross_attention_layer_norm.scale[...],
+                cross_query=cast(cross_attention.query),
+                cross_keys=constrain(cross_attention.key(encoded_BSD), ("batch", None, "joined_kv")),
+                cross_values=constrain(cross_attention.value(encoded_BSD), ("batch", None, "joined_kv")),
+                cross_out=cast(cross_attention.out),
+                mlp_norm=layer.pre_mlp_layer_norm.scale[...],
+                mlp_in=tuple(cast(branch) for branch in branches),
+                mlp_out=cast(layer.mlp.wo),
+                bias=bias_of(layer.relpos_bias) if shared is None else shared,
             )
         )
     return layers
+
+
+def _matmul(x_BNI: Float[Array, "B N I"], kernel_IO: Float[Array, "I O"]) -> Float[Array, "B N O"]:
+    return (x_BNI.reshape(-1, x_BNI.shape[-1]) @ kernel_IO).reshape(*x_BNI.shape[:2], -1)
 
 
 def attend(
@@ -182,10 +190,7 @@ def attend(
         q_BNHK = q_BNJ.reshape(rows, beams, heads, -1)
         k_BPHK, v_BPHK = k_BPJ.reshape(rows, keys, heads, -1), v_BPJ.reshape(rows, keys, heads, -1)
         scores_BNHP = jnp.einsum("bnhk,bphk->bnhp", q_BNHK, k_BPHK, preferred_element_type=jnp.float32)
-        if bias.shape[1] > 1:
-            bias = bias.reshape(bias.shape[0], -1, heads, keys)
-        else:
-            bias = bias[:, None]
+        bias = bias.reshape(len(bias), -1, heads, keys) if bias.shape[1] > 1 else bias[:, None]
         weights_BNHP = jax.nn.softmax(scores_BNHP + bias, axis=-1).astype(q_BNJ.dtype)
         return jnp.einsum("bnhp,bphk->bnhk", weights_BNHP, v_BPHK).reshape(rows, beams, joined)
 

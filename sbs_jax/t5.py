@@ -1,14 +1,14 @@
-"""The student: T5 v1.0 and v1.1 in Flax NNX, with an explicit key/value cache.
+"""The student: T5 v1.0 and v1.1 in Flax NNX. Its decoder one position at a time is `stepping.py`.
 
 Suffix letters of array names, used in every file of this package:
 
     B batch (rows)   S source position   T target position   D model width
     H heads          K width of a head   F width of the MLP  V vocabulary
 
-A model holds parameters and nothing else. Dropout keys are an argument of the call, the cache is an argument and a
-result, and `split` / `join` turn a model into a flat dictionary `{"encoder/layers/0/attention/query/kernel": array}`
-and back, so that everything around it is plain `jax` on a plain pytree. Parameter names, shapes and initial scales are
-those of T5X's `network.py` (kernels `[in, heads * head_dim]`, relative bias `[heads, buckets]`).
+A model holds parameters and nothing else. Dropout keys are an argument of the call, and `split` / `join` turn a model
+into a flat dictionary `{"encoder/layers/0/attention/query/kernel": array}` and back, so that everything around it is
+plain `jax` on a plain pytree. Parameter names, shapes and initial scales are those of T5X's `network.py` (kernels
+`[in, heads * head_dim]`, relative bias `[heads, buckets]`).
 
 Packed rows are told apart by segment ids (1, 2, .. per example, 0 for padding); an unpacked row is one segment.
 """
@@ -303,18 +303,6 @@ class EncoderLayer(nnx.Module):
         return x_BSD + dropout(self.mlp(self.pre_mlp_layer_norm(x_BSD), dropout=dropout))
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class LayerCache:
-    """Keys and values of one decoder layer: `self_*` fills up while decoding, `cross_*` is fixed by the input."""
-
-    # Any, not array types: transformations put shapes, shardings and placeholders in place of the arrays.
-    self_key: Any  # [B, T, H, K], T the length of the cache
-    self_value: Any
-    cross_key: Any  # [B, S, H, K]
-    cross_value: Any
-
-
 class DecoderLayer(nnx.Module):
     """Causal self-attention, attention over the encoder's output, then MLP."""
 
@@ -342,32 +330,6 @@ class DecoderLayer(nnx.Module):
         x_BTD = x_BTD + dropout(self.self_attention.attend(y_BTD, k, v, bias=self_bias, dropout=dropout))
         k, v = self.encoder_decoder_attention.keys_values(encoded_BSD)
         return self._after_self_attention(x_BTD, k, v, cross_bias=cross_bias, dropout=dropout)
-
-    def step(
-        self,
-        x_BTD: Float[Array, "B 1 D"],
-        cache: LayerCache,
-        *,
-        position: Int[Array, ""],
-        self_bias: Float[Array, "1 H 1 L"],
-        cross_bias: Float[Array, "B 1 1 S"],
-    ) -> tuple[Float[Array, "B 1 D"], LayerCache]:
-        """One target position: its key and value are written at `position`, then it attends to the cache."""
-        dropout = _Dropout(0.0, None)
-        y_BTD = self.pre_self_attention_layer_norm(x_BTD)
-        k, v = self.self_attention.keys_values(y_BTD)
-        cache = dataclasses.replace(
-            cache,
-            self_key=jax.lax.dynamic_update_slice_in_dim(cache.self_key, k, position, axis=1),
-            self_value=jax.lax.dynamic_update_slice_in_dim(cache.self_value, v, position, axis=1),
-        )
-        x_BTD = x_BTD + self.self_attention.attend(
-            y_BTD, cache.self_key, cache.self_value, bias=self_bias, dropout=dropout
-        )
-        x_BTD = self._after_self_attention(
-            x_BTD, cache.cross_key, cache.cross_value, cross_bias=cross_bias, dropout=dropout
-        )
-        return x_BTD, cache
 
     def _after_self_attention(
         self,
@@ -452,25 +414,6 @@ class Decoder(nnx.Module):
         for layer, self_bias in zip(self.layers, _biases(self, positions, positions, _mask_bias(visible)), strict=True):
             x_BTD = layer(x_BTD, encoded_BSD, self_bias=self_bias, cross_bias=cross_bias, dropout=dropout)
         return dropout(self.decoder_norm(x_BTD))
-
-    def step(
-        self,
-        x_BTD: Float[Array, "B 1 D"],
-        caches: tuple[LayerCache, ...],
-        *,
-        position: Int[Array, ""],
-        encoder_segment_ids_BS: Int[Array, "B S"],
-    ) -> tuple[Float[Array, "B 1 D"], tuple[LayerCache, ...]]:
-        key_positions = jnp.arange(caches[0].self_key.shape[1])
-        mask = jnp.where(key_positions <= position, 0.0, MASKED)[None, None, None, :]
-        biases = _biases(self, position[None], key_positions, mask)
-        one = jnp.ones((x_BTD.shape[0], 1), encoder_segment_ids_BS.dtype)
-        cross_bias = _mask_bias(same_segment(one, encoder_segment_ids_BS))
-        updated = []
-        for layer, cache, self_bias in zip(self.layers, caches, biases, strict=True):
-            x_BTD, cache = layer.step(x_BTD, cache, position=position, self_bias=self_bias, cross_bias=cross_bias)
-            updated.append(cache)
-        return self.decoder_norm(x_BTD), tuple(updated)
 
 
 def _biases(
@@ -572,32 +515,6 @@ class T5(nnx.Module):
             dropout_key=dropout_key,
         )
         return self.logits(y_BTD)
-
-    def init_cache(self, encoded_BSD: Float[Array, "B S D"], *, length: int) -> tuple[LayerCache, ...]:
-        """Empty cache for `length` target positions; the keys and values of the source are computed here, once."""
-        caches = []
-        for layer in self.decoder.layers:
-            cross_key, cross_value = layer.encoder_decoder_attention.keys_values(encoded_BSD)
-            empty = jnp.zeros((encoded_BSD.shape[0], length, *cross_key.shape[2:]), cross_key.dtype)
-            caches.append(LayerCache(empty, empty, cross_key, cross_value))
-        return tuple(caches)
-
-    def decode_step(
-        self,
-        tokens_B: Int[Array, "B"],
-        caches: tuple[LayerCache, ...],
-        *,
-        position: Int[Array, ""],
-        encoder_segment_ids: Int[Array, "B S"],
-    ) -> tuple[Float[Array, "B V"], tuple[LayerCache, ...]]:
-        """Logits of the token after `tokens` (which stand at `position`), and the cache that now holds them."""
-        y_BTD, caches = self.decoder.step(
-            self.token_embedder(tokens_B[:, None]),
-            caches,
-            position=position,
-            encoder_segment_ids_BS=encoder_segment_ids,
-        )
-        return self.logits(y_BTD)[:, 0], caches
 
     def logits(self, y_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Decoder states to float32 logits; a tied table is scaled by D^-0.5 (Mesh TensorFlow's convention)."""
