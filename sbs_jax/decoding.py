@@ -157,7 +157,8 @@ def largest(values_BN: Float[Array, "B N"], count: int) -> tuple[Float[Array, "B
         return ordered, jnp.sum(jnp.where(here, index[None, None, :], 0), axis=-1).astype(jnp.int32)
 
     def by_sorting(values_BN: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return tuple(jax.lax.top_k(values_BN, count))
+        found, index = jax.lax.top_k(values_BN, count)
+        return found, index
 
     return jax.lax.platform_dependent(values_BN, tpu=by_rank, default=by_sorting)
 
@@ -179,7 +180,8 @@ def continuations(
     def by_sorting(states_BND: jax.Array, table_DV: jax.Array, log_p_BN: jax.Array) -> tuple[jax.Array, jax.Array]:
         logits_BNV = jnp.matmul(states_BND, table_DV, preferred_element_type=jnp.float32)
         log_p_BNV = jax.nn.log_softmax(logits_BNV, axis=-1) + log_p_BN[:, :, None]
-        return tuple(jax.lax.top_k(log_p_BNV, count))
+        found, token = jax.lax.top_k(log_p_BNV, count)
+        return found, token
 
     def by_blocks(states_BND: jax.Array, table_DV: jax.Array, log_p_BN: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Without sorting, and reading the logits no more than three times. M is beams of all rows, G blocks.
@@ -192,15 +194,17 @@ def continuations(
         logits_GCM = constrain(logits_VM, (None, "batch")).reshape(-1, _BLOCK, batch * beams)
         most_GM = jnp.max(logits_GCM, axis=1)
         most_M = jnp.max(most_GM, axis=0)
-        log_sum_M = jnp.log(jnp.sum(jnp.exp(logits_GCM - most_M), axis=(0, 1)))
+        log_sum_M = jnp.log(jnp.sum(jnp.exp(logits_GCM - most_M[None, None]), axis=(0, 1)))
 
-        def log_p(logits: jax.Array) -> jax.Array:
-            return ((logits - most_M) - log_sum_M) + log_p_M
+        def log_p(logits_XM: jax.Array) -> jax.Array:
+            return ((logits_XM - most_M[None]) - log_sum_M[None]) + log_p_M[None]
 
         number_G, number_C = jnp.arange(len(logits_GCM))[:, None], jnp.arange(_BLOCK)[:, None]
         _, blocks = _first_largest(log_p(most_GM), number_G, min(count, len(logits_GCM)))
-        inside = [jnp.max(jnp.where(number_G[:, None] == g_M, logits_GCM, -jnp.inf), axis=0) for g_M in blocks]
-        tokens = jnp.concatenate([g_M * _BLOCK + number_C for g_M in blocks])
+        inside = [
+            jnp.max(jnp.where(number_G[:, None] == g_M[None, None], logits_GCM, -jnp.inf), axis=0) for g_M in blocks
+        ]
+        tokens = jnp.concatenate([g_M[None] * _BLOCK + number_C for g_M in blocks])
         found = _first_largest(log_p(jnp.concatenate(inside)), tokens, count)
         best_log_p, best_token = (jnp.stack(each, axis=-1).reshape(batch, beams, count) for each in found)
         return best_log_p, best_token
@@ -218,8 +222,8 @@ def _first_largest(
     for _ in range(count):
         values.append(jnp.max(values_XM, axis=0))
         # Not `argmax`: where only its index is used, XLA for TPU keeps its values in bfloat16.
-        names.append(jnp.min(jnp.where(values_XM == values[-1], names_XM, jnp.iinfo(jnp.int32).max), axis=0))
-        values_XM = jnp.where(names_XM == names[-1], -jnp.inf, values_XM)
+        names.append(jnp.min(jnp.where(values_XM == values[-1][None], names_XM, jnp.iinfo(jnp.int32).max), axis=0))
+        values_XM = jnp.where(names_XM == names[-1][None], -jnp.inf, values_XM)
     return values, names
 
 

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from sbs_jax import t5
+from sbs_jax import partitioning, t5
 from sbs_jax.partitioning import constrain
 
 
@@ -62,10 +62,10 @@ class Stepper:
         self._length, self._beams = length, beams
         self._final_norm_D = model.decoder.decoder_norm.scale[...]
         self._layers = _layers(model, encoded_BSD, length=length, beams=beams)
-        self._source_bias_BMS = jnp.where(encoder_segment_ids_BS == 1, 0.0, t5.MASKED)[:, None, :]
+        self._source_bias = jnp.where(encoder_segment_ids_BS == 1, 0.0, t5.MASKED)[:, None, None, :]
         tied = model.config.logits_via_embedding
         table_DV = model.token_embedder.embedding[...].T if tied else model.logits_dense.kernel[...]
-        self.table_DV = table_DV.astype(model.config.dtype)
+        self.table_DV = _weight(table_DV, (None, "vocab"), model.config)
 
     def empty(self) -> Cache:
         """A cache that holds nothing yet."""
@@ -80,7 +80,7 @@ class Stepper:
         cache: Cache,
         *,
         position: Int[Array, ""],
-        visible_BNP: Bool[Array, "B N P"] | None = None,
+        visible_BNP: Bool[Array, "#B N P"] | None = None,
     ) -> tuple[Float[Array, "B N D"], Cache]:
         """States that the logits of the next token are made of (`states @ table_DV`), and the cache with `tokens`.
 
@@ -89,7 +89,6 @@ class Stepper:
         """
         c = self._config
         x_BND = self._embed(tokens_BN)
-        own_HJ = jnp.repeat(jnp.eye(c.num_heads, dtype=bool), c.head_dim, axis=1)
         hidden_BNP = None if visible_BNP is None else jnp.where(visible_BNP, 0.0, t5.MASKED)
         updated = []
         for w, (keys_BPJ, values_BPJ) in zip(self._layers, cache, strict=True):
@@ -98,13 +97,13 @@ class Stepper:
             keys_BPJ = jax.lax.dynamic_update_slice_in_dim(keys_BPJ, _matmul(y_BND, w.self_key), at, axis=1)
             values_BPJ = jax.lax.dynamic_update_slice_in_dim(values_BPJ, _matmul(y_BND, w.self_value), at, axis=1)
             updated.append((keys_BPJ, values_BPJ))
-            bias = jax.lax.dynamic_index_in_dim(w.bias, position, axis=0)
+            bias_BNHP = jax.lax.dynamic_index_in_dim(w.bias, position, axis=0)[:, None]
             if hidden_BNP is not None:
-                bias = (bias[:, None] + hidden_BNP[:, :, None]).reshape(x_BND.shape[0], -1, bias.shape[-1])
-            y_BNJ = attend(_matmul(y_BND, w.self_query), keys_BPJ, values_BPJ, bias=bias, own_HJ=own_HJ)
+                bias_BNHP = bias_BNHP + hidden_BNP[:, :, None]
+            y_BNJ = attend(_matmul(y_BND, w.self_query), keys_BPJ, values_BPJ, bias_BNHP=bias_BNHP, heads=c.num_heads)
             x_BND += _matmul(y_BNJ, w.self_out)
             q_BNJ = _matmul(self._norm(x_BND, w.cross_norm), w.cross_query)
-            y_BNJ = attend(q_BNJ, w.cross_keys, w.cross_values, bias=self._source_bias_BMS, own_HJ=own_HJ)
+            y_BNJ = attend(q_BNJ, w.cross_keys, w.cross_values, bias_BNHP=self._source_bias, heads=c.num_heads)
             x_BND += _matmul(y_BNJ, w.cross_out)
             y_BND = self._norm(x_BND, w.mlp_norm)
             inner = [_matmul(y_BND, kernel) for kernel in w.mlp_in]
@@ -128,8 +127,11 @@ def _layers(model: t5.T5, encoded_BSD: Float[Array, "B S D"], *, length: int, be
         bias_HTP = module(positions, positions)[0] + future_TP[None]
         return jnp.repeat(bias_HTP.swapaxes(0, 1), beams, axis=-1)
 
-    def cast(dense: t5.Dense) -> jax.Array:
-        return dense.kernel[...].astype(model.config.dtype)
+    def inward(dense: t5.Dense, axis: str = "joined_kv") -> jax.Array:
+        return _weight(dense.kernel[...], (None, axis), model.config)
+
+    def outward(dense: t5.Dense, axis: str = "joined_kv") -> jax.Array:
+        return _weight(dense.kernel[...], (axis, None), model.config)
 
     layers, shared = [], None
     if hasattr(model.decoder, "relpos_bias"):
@@ -140,22 +142,38 @@ def _layers(model: t5.T5, encoded_BSD: Float[Array, "B S D"], *, length: int, be
         layers.append(
             _Layer(
                 self_norm=layer.pre_self_attention_layer_norm.scale[...],
-                self_query=cast(self_attention.query),
-                self_key=cast(self_attention.key),
-                self_value=cast(self_attention.value),
-                self_out=cast(self_attention.out),
+                self_query=inward(self_attention.query),
+                self_key=inward(self_attention.key),
+                self_value=inward(self_attention.value),
+                self_out=outward(self_attention.out),
                 cross_norm=layer.pre_cross_attention_layer_norm.scale[...],
-                cross_query=cast(cross_attention.query),
+                cross_query=inward(cross_attention.query),
                 cross_keys=constrain(cross_attention.key(encoded_BSD), ("batch", None, "joined_kv")),
                 cross_values=constrain(cross_attention.value(encoded_BSD), ("batch", None, "joined_kv")),
-                cross_out=cast(cross_attention.out),
+                cross_out=outward(cross_attention.out),
                 mlp_norm=layer.pre_mlp_layer_norm.scale[...],
-                mlp_in=tuple(cast(branch) for branch in branches),
-                mlp_out=cast(layer.mlp.wo),
+                mlp_in=tuple(inward(branch, "mlp") for branch in branches),
+                mlp_out=outward(layer.mlp.wo, "mlp"),
                 bias=bias_of(layer.relpos_bias) if shared is None else shared,
             )
         )
     return layers
+
+
+# Bytes of the decoder's weights, on one device, up to which `fsdp` does not cut them: XL has 2.7 GiB in bfloat16.
+WHOLE_UP_TO = 4 * 2**30
+
+
+def _weight(kernel_IO: Float[Array, "I O"], axes: tuple[str | None, str | None], c: t5.T5Config) -> Float[Array, "I O"]:
+    """A weight in the dtype of the computation, gathered once if `fsdp` cuts it, as no step could use it cut.
+
+    The weights of a larger decoder stay cut, and the compiler sends the states of all rows around at every position.
+    """
+    kernel_IO = kernel_IO.astype(c.dtype)
+    attention, mlp = 6 * c.emb_dim * c.num_heads * c.head_dim, (len(c.mlp_activations) + 1) * c.emb_dim * c.mlp_dim
+    weights = c.num_decoder_layers * (attention + mlp) + c.emb_dim * c.vocab_size
+    size = weights * kernel_IO.dtype.itemsize // partitioning.pieces("joined_kv")
+    return constrain(kernel_IO, axes) if size <= WHOLE_UP_TO else kernel_IO
 
 
 def _matmul(x_BNI: Float[Array, "B N I"], kernel_IO: Float[Array, "I O"]) -> Float[Array, "B N O"]:
@@ -167,31 +185,40 @@ def attend(
     k_BPJ: Float[Array, "B P J"],
     v_BPJ: Float[Array, "B P J"],
     *,
-    bias: Float[Array, "#B #M P"],
-    own_HJ: Bool[Array, "H J"],
+    bias_BNHP: Float[Array, "#B #N #H P"],
+    heads: int,
 ) -> Float[Array, "B N J"]:
-    """Attention of a few queries per row; the softmax runs in float32. `own` marks the columns of each head.
+    """Attention of a few queries per row; the softmax runs in float32.
 
-    A product per head of one query and P keys is a product of a vector and a matrix, which a TPU's matrix unit cannot
-    run. So on TPU all heads of a row are one product, with each query set to zero outside its head's columns.
+    With few queries, a product per head is one of vectors and a matrix, which a TPU's matrix unit has no use for. There
+    all heads of a row are one product, in which each query is zero outside its head's columns. Where the heads are cut
+    over devices, those of a device are (G pieces, of h heads and j columns each), so that nothing need be summed.
     """
-    heads = own_HJ.shape[0]
     (rows, beams, joined), keys = q_BNJ.shape, k_BPJ.shape[1]
+    cut = partitioning.pieces("joined_kv")
+    cut = cut if heads % cut == 0 else 1
 
-    def by_matrix(q_BNJ: jax.Array, k_BPJ: jax.Array, v_BPJ: jax.Array, bias: jax.Array) -> jax.Array:
+    def by_matrix(q_BNJ: jax.Array, k_BPJ: jax.Array, v_BPJ: jax.Array, bias_BNHP: jax.Array) -> jax.Array:
+        def per_query(x_BNGhx: jax.Array) -> jax.Array:
+            return x_BNGhx.swapaxes(1, 2).reshape(len(x_BNGhx), cut, -1, x_BNGhx.shape[-1])
+
+        own_hj = jnp.repeat(jnp.eye(heads // cut, dtype=bool), joined // heads, axis=1)[None, None, None]
         zero = jnp.zeros((), q_BNJ.dtype)
-        q_BMJ = jnp.where(own_HJ[None, None], q_BNJ[:, :, None], zero).reshape(rows, beams * heads, joined)
-        scores_BMP = jnp.einsum("bmj,bpj->bmp", q_BMJ, k_BPJ, preferred_element_type=jnp.float32)
-        weights_BMP = jax.nn.softmax(scores_BMP + bias, axis=-1).astype(q_BNJ.dtype)
-        y_BNHJ = jnp.einsum("bmp,bpj->bmj", weights_BMP, v_BPJ).reshape(rows, beams, heads, joined)
-        return jnp.sum(jnp.where(own_HJ[None, None], y_BNHJ, zero), axis=2)
+        q_BGMj = per_query(jnp.where(own_hj, q_BNJ.reshape(rows, beams, cut, 1, -1), zero))
+        k_BPGj, v_BPGj = k_BPJ.reshape(rows, keys, cut, -1), v_BPJ.reshape(rows, keys, cut, -1)
+        scores_BGMP = jnp.einsum("bgmj,bpgj->bgmp", q_BGMj, k_BPGj, preferred_element_type=jnp.float32)
+        bias_BNHP = jnp.broadcast_to(bias_BNHP, (len(bias_BNHP), beams, heads, keys))
+        bias_BGMP = per_query(bias_BNHP.reshape(len(bias_BNHP), beams, cut, -1, keys))
+        weights_BGMP = jax.nn.softmax(scores_BGMP + bias_BGMP, axis=-1).astype(q_BNJ.dtype)
+        y_BGMj = jnp.einsum("bgmp,bpgj->bgmj", weights_BGMP, v_BPGj)
+        y_BGNhj = y_BGMj.reshape(rows, cut, beams, heads // cut, -1)
+        return jnp.sum(jnp.where(own_hj, y_BGNhj, zero), axis=3).swapaxes(1, 2).reshape(rows, beams, joined)
 
-    def by_head(q_BNJ: jax.Array, k_BPJ: jax.Array, v_BPJ: jax.Array, bias: jax.Array) -> jax.Array:
+    def by_head(q_BNJ: jax.Array, k_BPJ: jax.Array, v_BPJ: jax.Array, bias_BNHP: jax.Array) -> jax.Array:
         q_BNHK = q_BNJ.reshape(rows, beams, heads, -1)
         k_BPHK, v_BPHK = k_BPJ.reshape(rows, keys, heads, -1), v_BPJ.reshape(rows, keys, heads, -1)
         scores_BNHP = jnp.einsum("bnhk,bphk->bnhp", q_BNHK, k_BPHK, preferred_element_type=jnp.float32)
-        bias = bias.reshape(len(bias), -1, heads, keys) if bias.shape[1] > 1 else bias[:, None]
-        weights_BNHP = jax.nn.softmax(scores_BNHP + bias, axis=-1).astype(q_BNJ.dtype)
+        weights_BNHP = jax.nn.softmax(scores_BNHP + bias_BNHP, axis=-1).astype(q_BNJ.dtype)
         return jnp.einsum("bnhp,bphk->bnhk", weights_BNHP, v_BPHK).reshape(rows, beams, joined)
 
-    return jax.lax.platform_dependent(q_BNJ, k_BPJ, v_BPJ, bias, tpu=by_matrix, default=by_head)
+    return jax.lax.platform_dependent(q_BNJ, k_BPJ, v_BPJ, bias_BNHP, tpu=by_matrix, default=by_head)

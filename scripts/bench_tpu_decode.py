@@ -5,8 +5,8 @@
 T5 1.1 base in bfloat16 on v5e:2x4, batch 256, inputs of 128 tokens, up to 64 tokens, greedy and with 4 beams; a copy
 of the weights on every chip, the rows over all chips. libtpu compiles for the absent chips on any Linux machine. Cycles
 per token are those of one trip of the decode loop: the compiler's `estimated_cycles`, those above 2^60 (its "unknown")
-ignored. What the compiler fetches ahead of use, weights above all, carries no count, in T5X's figure as in ours: so each
-row also says how much one trip has to read from HBM.
+ignored. What the compiler fetches ahead of use, weights above all, carries no count, in T5X's figure as in ours: so
+each row also says how much one trip has to read from HBM.
 
 T5X's figures are stock T5X's at commit cc342d4 on jax 0.10.2, the same model, mesh and work, read in the same way.
 """
@@ -135,8 +135,10 @@ def row(name: str, beams: int) -> dict[str, Any]:
     start = time.perf_counter()
     compiled = lowered(beams).compile()
     seconds = time.perf_counter() - start
-    per_token = cycles_per_token(compiled.as_text())
-    memory = compiled.memory_analysis()
+    hlo, memory = compiled.as_text(), compiled.memory_analysis()
+    if hlo is None or memory is None:
+        raise ValueError("This libtpu does not report the compiled program and its memory; 0.0.51 does.")
+    per_token = cycles_per_token(hlo)
     ratio = per_token / goal.cycles
     return {
         "name": name,
