@@ -42,6 +42,8 @@ class _Layer:
     bias: jax.Array  # [T, H, P], of the query at T: its relative position bias, and MASKED on keys of later positions
 
 
+_STATES = ("batch", None, "activation_embed")
+
 # Of each layer, keys and values [B, P, J]. (`Any`: transformations put other things in place of the arrays.)
 Cache = tuple[tuple[Any, Any], ...]
 
@@ -60,7 +62,7 @@ class Stepper:
     ) -> None:
         self._config, self._embed = model.config, model.token_embedder
         self._length, self._beams = length, beams
-        self._final_norm_D = model.decoder.decoder_norm.scale[...]
+        self._final_norm_D = constrain(model.decoder.decoder_norm.scale[...], (None,))
         self._layers = _layers(model, encoded_BSD, length=length, beams=beams)
         self._source_bias = jnp.where(encoder_segment_ids_BS == 1, 0.0, t5.MASKED)[:, None, None, :]
         tied = model.config.logits_via_embedding
@@ -88,7 +90,7 @@ class Stepper:
         sees all keys up to its position.
         """
         c = self._config
-        x_BND = self._embed(tokens_BN)
+        x_BND = constrain(self._embed(tokens_BN), _STATES)
         hidden_BNP = None if visible_BNP is None else jnp.where(visible_BNP, 0.0, t5.MASKED)
         updated = []
         for w, (keys_BPJ, values_BPJ) in zip(self._layers, cache, strict=True):
@@ -108,7 +110,7 @@ class Stepper:
             y_BND = self._norm(x_BND, w.mlp_norm)
             inner = [_matmul(y_BND, kernel) for kernel in w.mlp_in]
             gated = [t5.ACTIVATIONS[name](branch) for name, branch in zip(c.mlp_activations, inner, strict=True)]
-            x_BND += _matmul(math.prod(gated[1:], start=gated[0]), w.mlp_out)
+            x_BND = constrain(x_BND + _matmul(math.prod(gated[1:], start=gated[0]), w.mlp_out), _STATES)
         y_BND = self._norm(x_BND, self._final_norm_D)
         return (y_BND * c.emb_dim**-0.5 if c.logits_via_embedding else y_BND), tuple(updated)
 
@@ -141,17 +143,17 @@ def _layers(model: t5.T5, encoded_BSD: Float[Array, "B S D"], *, length: int, be
         branches = [getattr(layer.mlp, name) for name in layer.mlp.names]
         layers.append(
             _Layer(
-                self_norm=layer.pre_self_attention_layer_norm.scale[...],
+                self_norm=constrain(layer.pre_self_attention_layer_norm.scale[...], (None,)),
                 self_query=inward(self_attention.query),
                 self_key=inward(self_attention.key),
                 self_value=inward(self_attention.value),
                 self_out=outward(self_attention.out),
-                cross_norm=layer.pre_cross_attention_layer_norm.scale[...],
+                cross_norm=constrain(layer.pre_cross_attention_layer_norm.scale[...], (None,)),
                 cross_query=inward(cross_attention.query),
                 cross_keys=constrain(cross_attention.key(encoded_BSD), ("batch", None, "joined_kv")),
                 cross_values=constrain(cross_attention.value(encoded_BSD), ("batch", None, "joined_kv")),
                 cross_out=outward(cross_attention.out),
-                mlp_norm=layer.pre_mlp_layer_norm.scale[...],
+                mlp_norm=constrain(layer.pre_mlp_layer_norm.scale[...], (None,)),
                 mlp_in=tuple(inward(branch, "mlp") for branch in branches),
                 mlp_out=outward(layer.mlp.wo, "mlp"),
                 bias=bias_of(layer.relpos_bias) if shared is None else shared,
