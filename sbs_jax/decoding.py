@@ -4,14 +4,12 @@ Both take a batch of unpacked source rows; row by row they are independent of th
 source is padded.
 """
 
-import dataclasses
-import functools
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from sbs_jax import t5
+from sbs_jax import stepping, t5
+from sbs_jax.partitioning import constrain
 
 EOS, PAD = 1, 0
 
@@ -27,6 +25,7 @@ def greedy(
     segments = t5.source_segments(encoder_input_tokens)
     encoded = model.encode(encoder_input_tokens, segment_ids=segments)
     batch = encoder_input_tokens.shape[0]
+    stepper = stepping.Stepper(model, encoded, segments, length=length)
     start = (
         jnp.int32(0),
         jnp.zeros((batch,), jnp.int32),
@@ -34,7 +33,7 @@ def greedy(
         ~jnp.any(encoder_input_tokens > 0, axis=1),
         jnp.zeros((batch, length), jnp.int32),
         jnp.zeros((batch,), jnp.float32),
-        model.init_cache(encoded, length=length),
+        stepper.empty(),
     )
 
     def unfinished(loop):
@@ -43,7 +42,8 @@ def greedy(
 
     def advance(loop):
         position, previous, done, tokens, score, caches = loop
-        logits, caches = model.decode_step(previous, caches, position=position, encoder_segment_ids=segments)
+        states, caches = stepper.step(previous[:, None], caches, position=position)
+        logits = jnp.matmul(states[:, 0], stepper.table_DV, preferred_element_type=jnp.float32)
         best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
         chosen = jnp.where(done, PAD, best)
         log_p = jnp.max(logits, axis=-1) - jax.nn.logsumexp(logits, axis=-1)
@@ -79,10 +79,12 @@ def beam_search(
     batch = encoder_input_tokens.shape[0]
     segments = t5.source_segments(encoder_input_tokens)
     encoded = model.encode(encoder_input_tokens, segment_ids=segments)
-    repeat = functools.partial(jnp.repeat, repeats=beams, axis=0)
-    flat_segments = repeat(segments)
-    row = jnp.arange(batch)[:, None]
+    stepper = stepping.Stepper(model, encoded, segments, length=length, beams=beams)
     only_first = jnp.broadcast_to(jnp.where(jnp.arange(beams) == 0, 0.0, _NEVER)[None, :], (batch, beams))
+    # Of beam n at position t, the key is number t * beams + n.
+    written_by = jnp.tile(jnp.arange(beams), length)[None, None, :]
+    written_at = jnp.repeat(jnp.arange(length), beams)[None, None, :]
+    own = written_by == jnp.arange(beams)[None, :, None]
     start = (
         jnp.int32(0),
         jnp.zeros((batch, beams, length), jnp.int32),  # tokens of the beam
@@ -91,45 +93,138 @@ def beam_search(
         jnp.full((batch, beams), _NEVER),  # their divided log probabilities
         jnp.zeros((batch, beams)),  # their log probabilities
         jnp.any(encoder_input_tokens > 0, axis=1),  # rows that can still improve; not those of padding
-        jax.tree.map(repeat, model.init_cache(encoded, length=length)),
+        jnp.zeros((batch, beams), jnp.int32),  # the tokens before
+        jnp.zeros((batch, beams, length * beams), bool),  # keys of the tokens of the beam
+        stepper.empty(),
     )
 
     def unfinished(loop):
-        position, *_, improvable, _ = loop
+        position, improvable = loop[0], loop[6]
         return (position < length) & jnp.any(improvable)
 
     def advance(loop):
-        position, tokens, log_p, ended, ended_score, ended_log_p, improvable, caches = loop
-        previous = jnp.where(position == 0, 0, tokens[:, :, jnp.maximum(position - 1, 0)])
-        logits, caches = model.decode_step(
-            previous.reshape(-1), caches, position=position, encoder_segment_ids=flat_segments
-        )
-        vocabulary = logits.shape[-1]
-        extended = jax.nn.log_softmax(logits, axis=-1).reshape(batch, beams, vocabulary) + log_p[:, :, None]
-        candidate_log_p, flat = jax.lax.top_k(extended.reshape(batch, -1), 2 * beams)
-        parent, token = flat // vocabulary, (flat % vocabulary).astype(jnp.int32)
-        candidates = jax.lax.dynamic_update_slice_in_dim(tokens[row, parent], token[:, :, None], position, axis=2)
+        position, tokens, log_p, ended, ended_score, ended_log_p, improvable, previous, visible, caches = loop
+        visible |= (written_at == position) & own
+        states, caches = stepper.step(previous, caches, position=position, visible_BNP=visible)
+        each_log_p, each_token = continuations(states, stepper.table_DV, log_p, count=2 * beams)
+        per_beam = each_token.shape[-1]
+        candidate_log_p, flat = largest(each_log_p.reshape(batch, -1), 2 * beams)
+        parent, token = flat // per_beam, _pick(each_token.reshape(batch, -1), flat)
+        here = jnp.arange(length)[None, None, :] == position
+        candidates = jnp.where(here, token[:, :, None], _pick(tokens, parent))
         ends = (token == EOS) | (position + 1 == length)
         # The first `beams` may end; the others are there so that enough remain to go on.
         keeps = ends & (jnp.arange(2 * beams) < beams)[None, :] & improvable[:, None]
         count = (position + 1).astype(jnp.float32)
         score = jnp.where(keeps, candidate_log_p / count**length_penalty, _NEVER)
-        ended_score, best = jax.lax.top_k(jnp.concatenate([ended_score, score], axis=1), beams)
-        ended = jnp.concatenate([ended, candidates], axis=1)[row, best]
-        ended_log_p = jnp.concatenate([ended_log_p, candidate_log_p], axis=1)[row, best]
-        log_p, going = jax.lax.top_k(jnp.where(ends, candidate_log_p + _NEVER, candidate_log_p), beams)
-        chosen = parent[row, going]
-        from_flat = (row * beams + chosen).reshape(-1)
-        caches = tuple(
-            dataclasses.replace(cache, self_key=cache.self_key[from_flat], self_value=cache.self_value[from_flat])
-            for cache in caches
-        )
+        ended_score, best = largest(jnp.concatenate([ended_score, score], axis=1), beams)
+        ended = _pick(jnp.concatenate([ended, candidates], axis=1), best)
+        ended_log_p = _pick(jnp.concatenate([ended_log_p, candidate_log_p], axis=1), best)
+        log_p, going = largest(jnp.where(ends, candidate_log_p + _NEVER, candidate_log_p), beams)
+        visible = _pick(visible, _pick(parent, going))
         worst = jnp.min(ended_score, axis=1)  # as good as nothing while fewer than `beams` have ended
         improvable = improvable & (log_p[:, 0] / count**length_penalty > worst)
-        return position + 1, candidates[row, going], log_p, ended, ended_score, ended_log_p, improvable, caches
+        tokens, previous = _pick(candidates, going), _pick(token, going)
+        return position + 1, tokens, log_p, ended, ended_score, ended_log_p, improvable, previous, visible, caches
 
-    _, _, _, ended, _, ended_log_p, _, _ = jax.lax.while_loop(unfinished, advance, start)
+    _, _, _, ended, _, ended_log_p, *_ = jax.lax.while_loop(unfinished, advance, start)
     return ended[:, 0], ended_log_p[:, 0]
+
+
+def _pick(values: jax.Array, index: Int[Array, "B M"]) -> jax.Array:
+    """`values[b, index[b, m]]` of `[B, N]` or `[B, N, rest]`, by comparison: N is small, and gathers are slow."""
+    chosen = index[:, :, None] == jnp.arange(values.shape[1])[None, None, :]
+    if values.ndim == 3:
+        chosen, values = chosen[..., None], values[:, None]
+    else:
+        values = values[:, None]
+    if values.dtype == bool:
+        return jnp.any(chosen & values, axis=2)
+    return jnp.sum(jnp.where(chosen, values, jnp.zeros((), values.dtype)), axis=2)
+
+
+def largest(values_BN: Float[Array, "B N"], count: int) -> tuple[Float[Array, "B M"], Int[Array, "B M"]]:
+    """`jax.lax.top_k` of a few values: the largest and their indices, in order; of equal ones the first."""
+
+    def by_rank(values_BN: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """A TPU sorts slowly; it counts how many come before each."""
+        index = jnp.arange(values_BN.shape[1])
+        this, other = values_BN[:, :, None], values_BN[:, None, :]
+        before = (other > this) | ((other == this) & (index[None, :] < index[:, None])[None])
+        rank_BN = jnp.sum(before, axis=-1)
+        here = rank_BN[:, None, :] == jnp.arange(count)[None, :, None]
+        ordered = jnp.sum(jnp.where(here, values_BN[:, None, :], 0.0), axis=-1)
+        return ordered, jnp.sum(jnp.where(here, index[None, None, :], 0), axis=-1).astype(jnp.int32)
+
+    def by_sorting(values_BN: jax.Array) -> tuple[jax.Array, jax.Array]:
+        found, index = jax.lax.top_k(values_BN, count)
+        return found, index
+
+    return jax.lax.platform_dependent(values_BN, tpu=by_rank, default=by_sorting)
+
+
+# Logits that divide into blocks of this many tokens: the largest are found by way of the blocks that hold them.
+_BLOCK = 128
+
+
+def continuations(
+    states_BND: Float[Array, "B N D"], table_DV: Float[Array, "D V"], log_p_BN: Float[Array, "B N"], *, count: int
+) -> tuple[Float[Array, "B N count"], Int[Array, "B N count"]]:
+    """Of each beam, the likeliest next tokens and the log probabilities (`log_p` included) of the beam with each.
+
+    In order; of equally likely tokens the first. At most `count`, no more than there are.
+    """
+    batch, beams, width = states_BND.shape
+    count = min(count, table_DV.shape[1])
+
+    def by_sorting(states_BND: jax.Array, table_DV: jax.Array, log_p_BN: jax.Array) -> tuple[jax.Array, jax.Array]:
+        logits_BNV = jnp.matmul(states_BND, table_DV, preferred_element_type=jnp.float32)
+        log_p_BNV = jax.nn.log_softmax(logits_BNV, axis=-1) + log_p_BN[:, :, None]
+        found, token = jax.lax.top_k(log_p_BNV, count)
+        return found, token
+
+    def by_blocks(states_BND: jax.Array, table_DV: jax.Array, log_p_BN: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Without sorting, and reading the logits no more than three times. M is beams of all rows, G blocks.
+
+        The `count` largest lie in the `count` blocks with the largest maxima. What is subtracted from logits does not
+        change their order but can make equals of them, of which the first is due: so everything compares the results.
+        """
+        states_MD, log_p_M = states_BND.reshape(-1, width), log_p_BN.reshape(-1)
+        logits_VM = jnp.einsum("md,dv->vm", states_MD, table_DV, preferred_element_type=jnp.float32)
+        logits_GCM = constrain(logits_VM, (None, "batch")).reshape(-1, _BLOCK, batch * beams)
+        most_GM = jnp.max(logits_GCM, axis=1)
+        most_M = jnp.max(most_GM, axis=0)
+        log_sum_M = jnp.log(jnp.sum(jnp.exp(logits_GCM - most_M[None, None]), axis=(0, 1)))
+
+        def log_p(logits_XM: jax.Array) -> jax.Array:
+            return ((logits_XM - most_M[None]) - log_sum_M[None]) + log_p_M[None]
+
+        number_G, number_C = jnp.arange(len(logits_GCM))[:, None], jnp.arange(_BLOCK)[:, None]
+        _, blocks = _first_largest(log_p(most_GM), number_G, min(count, len(logits_GCM)))
+        inside = [
+            jnp.max(jnp.where(number_G[:, None] == g_M[None, None], logits_GCM, -jnp.inf), axis=0) for g_M in blocks
+        ]
+        tokens = jnp.concatenate([g_M[None] * _BLOCK + number_C for g_M in blocks])
+        found = _first_largest(log_p(jnp.concatenate(inside)), tokens, count)
+        best_log_p, best_token = (jnp.stack(each, axis=-1).reshape(batch, beams, count) for each in found)
+        return best_log_p, best_token
+
+    if table_DV.shape[1] % _BLOCK:
+        return by_sorting(states_BND, table_DV, log_p_BN)
+    return jax.lax.platform_dependent(states_BND, table_DV, log_p_BN, tpu=by_blocks, default=by_sorting)
+
+
+def _first_largest(
+    values_XM: Float[Array, "X M"], names_XM: Int[Array, "X #M"], count: int
+) -> tuple[list[Float[Array, "M"]], list[Int[Array, "M"]]]:
+    """The `count` largest of each column, in order, and their names; of equal ones the least name."""
+    values, names = [], []
+    for _ in range(count):
+        values.append(jnp.max(values_XM, axis=0))
+        # Not `argmax`: where only its index is used, XLA for TPU keeps its values in bfloat16.
+        names.append(jnp.min(jnp.where(values_XM == values[-1][None], names_XM, jnp.iinfo(jnp.int32).max), axis=0))
+        values_XM = jnp.where(names_XM == names[-1][None], -jnp.inf, values_XM)
+    return values, names
 
 
 def score(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from sbs_jax import checkpoints, datasets, decoding, features, hosts, partitioning, run_dir, t5
@@ -98,6 +99,14 @@ class Generator:
                 return decoding.greedy(t5.join(structure, parameters), tokens, length=length)
 
         self._generate = jax.jit(generate, out_shardings=partitioner.replicated)
+
+    def lower(self, parameters: Mapping[str, jax.ShapeDtypeStruct], *, inputs: int) -> jax.stages.Lowered:
+        """What `run` computes for a batch of rows of `inputs` tokens, to be compiled, also for devices that are absent.
+
+        The abstract parameters carry their shardings.
+        """
+        tokens = jax.ShapeDtypeStruct((self._batch_size, inputs), jnp.int32, sharding=self._partitioner.batch)
+        return self._generate.lower(parameters, tokens)
 
     def run(self, parameters: t5.Parameters, tokens_NS: np.ndarray) -> Iterator[tuple[list[int], float]]:
         """(token ids without EOS and padding, natural log probability) of each source row, in order."""

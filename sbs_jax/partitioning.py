@@ -293,6 +293,14 @@ def _gathered_backward(axes: tuple[str, ...], _: None, gradient: jax.Array) -> t
 gathered.defvjp(_gathered_forward, _gathered_backward)
 
 
+def pieces(axis: str) -> int:
+    """Into how many a logical axis is cut where a `Partitioner` is `constraining`; elsewhere 1."""
+    partitioner = _constraining.get()
+    if partitioner is None:
+        return 1
+    return math.prod(partitioner.mesh.shape[each] for each in _as_tuple(partitioner.rules[axis]))
+
+
 def _as_tuple(axes: str | tuple[str, ...] | None) -> tuple[str, ...]:
     if axes is None:
         return ()

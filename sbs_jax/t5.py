@@ -1,14 +1,14 @@
-"""The student: T5 v1.0 and v1.1 in Flax NNX, with an explicit key/value cache.
+"""The student: T5 v1.0 and v1.1 in Flax NNX. Its decoder one position at a time is `stepping.py`.
 
 Suffix letters of array names, used in every file of this package:
 
     B batch (rows)   S source position   T target position   D model width
     H heads          K width of a head   F width of the MLP  V vocabulary
 
-A model holds parameters and nothing else. Dropout keys are an argument of the call, the cache is an argument and a
-result, and `split` / `join` turn a model into a flat dictionary `{"encoder/layers/0/attention/query/kernel": array}`
-and back, so that everything around it is plain `jax` on a plain pytree. Parameter names, shapes and initial scales are
-those of T5X's `network.py` (kernels `[in, heads * head_dim]`, relative bias `[heads, buckets]`).
+A model holds parameters and nothing else. Dropout keys are an argument of the call, and `split` / `join` turn a model
+into a flat dictionary `{"encoder/layers/0/attention/query/kernel": array}` and back, so that everything around it is
+plain `jax` on a plain pytree. Parameter names, shapes and initial scales are those of T5X's `network.py` (kernels
+`[in, heads * head_dim]`, relative bias `[heads, buckets]`).
 
 Packed rows are told apart by segment ids (1, 2, .. per example, 0 for padding); an unpacked row is one segment.
 """
@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key
 
 from sbs_jax import attention, stacking
 from sbs_jax.partitioning import constrain, gathered
@@ -264,10 +264,6 @@ class Attention(nnx.Module):
         self.out = Dense((joined, width), axes=("joined_kv", "embed"), std=joined**-0.5, dtype=config.dtype, rngs=rngs)
         self.heads = (config.num_heads, config.head_dim)
 
-    def keys_values(self, x_BSD: Float[Array, "B S D"]) -> tuple[Float[Array, "B S H K"], Float[Array, "B S H K"]]:
-        """Keys and values of every position of `x`: what a cache holds."""
-        return self.key(x_BSD, split=self.heads), self.value(x_BSD, split=self.heads)
-
     def __call__(
         self,
         x_BTD: Float[Array, "B T D"],
@@ -279,30 +275,14 @@ class Attention(nnx.Module):
         dropout: _Dropout,
     ) -> Float[Array, "B T D"]:
         """Attention of `x` over `source`, within segments."""
-        q_BTHK = self.query(x_BTD, split=self.heads)
-        k_BSHK, v_BSHK = self.keys_values(source_BSD)
         axes = ("batch", "length", "activation_heads", None)
-        q_BTHK, k_BSHK, v_BSHK = (_keep("projected", constrain(x, axes)) for x in (q_BTHK, k_BSHK, v_BSHK))
+        q_BTHK, k_BSHK, v_BSHK = (
+            _keep("projected", constrain(kernel(x, split=self.heads), axes))
+            for kernel, x in ((self.query, x_BTD), (self.key, source_BSD), (self.value, source_BSD))
+        )
         # A weight's mask is shared by all queries (as T5X and Mesh TensorFlow trained T5): the same as masking the
         # value, without a pass over the weights.
         y_BTHK = attention.attend(q_BTHK, k_BSHK, dropout(v_BSHK, shared=-1), bias, segments, causal=causal)
-        return self._outward(y_BTHK)
-
-    def attend(
-        self,
-        x_BTD: Float[Array, "B T D"],
-        k_BSHK: Float[Array, "B S H K"],
-        v_BSHK: Float[Array, "B S H K"],
-        *,
-        bias: Float[Array, "#B #H T S"],
-    ) -> Float[Array, "B T D"]:
-        """Attention of `x` over given keys and values, for decoding; the softmax runs in float32."""
-        q_BTHK = self.query(x_BTD, split=self.heads)
-        scores_BHTS = jnp.einsum("bthk,bshk->bhts", q_BTHK, k_BSHK, preferred_element_type=jnp.float32)
-        weights_BHTS = jax.nn.softmax(scores_BHTS + bias, axis=-1).astype(x_BTD.dtype)
-        return self._outward(jnp.einsum("bhts,bshk->bthk", weights_BHTS, v_BSHK))
-
-    def _outward(self, y_BTHK: Float[Array, "B T H K"]) -> Float[Array, "B T D"]:
         return self.out(y_BTHK, contract=2)
 
 
@@ -368,18 +348,6 @@ class EncoderLayer(nnx.Module):
         return _residual(x_BSD, dropout(self.mlp(self.pre_mlp_layer_norm(x_BSD), dropout=dropout)))
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class LayerCache:
-    """Keys and values of one decoder layer: `self_*` fills up while decoding, `cross_*` is fixed by the input."""
-
-    # Any, not array types: transformations put shapes, shardings and placeholders in place of the arrays.
-    self_key: Any  # [B, T, H, K], T the length of the cache
-    self_value: Any
-    cross_key: Any  # [B, S, H, K]
-    cross_value: Any
-
-
 class DecoderLayer(nnx.Module):
     """Causal self-attention, attention over the encoder's output, then MLP."""
 
@@ -422,31 +390,6 @@ class DecoderLayer(nnx.Module):
         )
         x_BTD = _residual(x_BTD, dropout(y_BTD))
         return _residual(x_BTD, dropout(self.mlp(self.pre_mlp_layer_norm(x_BTD), dropout=dropout)))
-
-    def step(
-        self,
-        x_BTD: Float[Array, "B 1 D"],
-        cache: LayerCache,
-        *,
-        position: Int[Array, ""],
-        self_bias: Float[Array, "1 H 1 L"],
-        cross_bias: Float[Array, "B 1 1 S"],
-    ) -> tuple[Float[Array, "B 1 D"], LayerCache]:
-        """One target position: its key and value are written at `position`, then it attends to the cache."""
-        dropout = _Dropout(0.0, None)
-        y_BTD = self.pre_self_attention_layer_norm(x_BTD)
-        k, v = self.self_attention.keys_values(y_BTD)
-        cache = dataclasses.replace(
-            cache,
-            self_key=jax.lax.dynamic_update_slice_in_dim(cache.self_key, k, position, axis=1),
-            self_value=jax.lax.dynamic_update_slice_in_dim(cache.self_value, v, position, axis=1),
-        )
-        x_BTD = x_BTD + self.self_attention.attend(y_BTD, cache.self_key, cache.self_value, bias=self_bias)
-        y_BTD = self.pre_cross_attention_layer_norm(x_BTD)
-        x_BTD = x_BTD + self.encoder_decoder_attention.attend(
-            y_BTD, cache.cross_key, cache.cross_value, bias=cross_bias
-        )
-        return x_BTD + self.mlp(self.pre_mlp_layer_norm(x_BTD), dropout=dropout), cache
 
 
 def _own_bias(
@@ -547,25 +490,6 @@ class Decoder(nnx.Module):
         x_BTD = _through(self, dropout(x_BTD), call, dropout_key=dropout_key)
         return dropout(self.decoder_norm(x_BTD))
 
-    def step(
-        self,
-        x_BTD: Float[Array, "B 1 D"],
-        caches: tuple[LayerCache, ...],
-        *,
-        position: Int[Array, ""],
-        encoder_segment_ids_BS: Int[Array, "B S"],
-    ) -> tuple[Float[Array, "B 1 D"], tuple[LayerCache, ...]]:
-        key_positions = jnp.arange(caches[0].self_key.shape[1])
-        mask = jnp.where(key_positions <= position, 0.0, attention.MASKED)[None, None, None, :]
-        biases = _biases(self, position[None], key_positions, mask)
-        one = jnp.ones((x_BTD.shape[0], 1), encoder_segment_ids_BS.dtype)
-        cross_bias = _mask_bias(same_segment(one, encoder_segment_ids_BS))
-        updated = []
-        for layer, cache, self_bias in zip(self.layers, caches, biases, strict=True):
-            x_BTD, cache = layer.step(x_BTD, cache, position=position, self_bias=self_bias, cross_bias=cross_bias)
-            updated.append(cache)
-        return self.decoder_norm(x_BTD), tuple(updated)
-
 
 def _shared_bias(stack: Encoder | Decoder, length: int) -> Float[Array, "H T T"] | None:
     """The stack's relative position bias; None where every layer has its own."""
@@ -597,27 +521,6 @@ def _through(
     for index, layer in enumerate(stack.layers):
         x, _ = one(x, (nnx.split(layer, nnx.Param)[1], None if keys is None else keys[index]))
     return x
-
-
-def _biases(
-    stack: Encoder | Decoder,
-    query_positions: Int[Array, "Q"],
-    key_positions: Int[Array, "P"],
-    mask: Float[Array, "#B 1 Q P"],
-) -> list[Float[Array, "#B H Q P"]]:
-    """Of each layer: relative position bias plus mask. A shared one is computed once."""
-    if hasattr(stack, "relpos_bias"):
-        return [stack.relpos_bias(query_positions, key_positions) + mask] * len(stack.layers)
-    return [layer.relpos_bias(query_positions, key_positions) + mask for layer in stack.layers]
-
-
-def same_segment(queries_BT: Int[Array, "B T"], keys_BS: Int[Array, "B S"]) -> Bool[Array, "B T S"]:
-    """Which pairs belong to the same example. Padding (segment 0) sees padding alone, and nothing else sees it."""
-    return queries_BT[:, :, None] == keys_BS[:, None, :]
-
-
-def _mask_bias(visible: Bool[Array, "B T S"]) -> Float[Array, "B 1 T S"]:
-    return jnp.where(visible, 0.0, attention.MASKED)[:, None].astype(jnp.float32)
 
 
 def source_segments(tokens_BS: Int[Array, "B S"]) -> Int[Array, "B S"]:
@@ -717,32 +620,6 @@ class T5(nnx.Module):
             encoder_segment_ids_BS=encoder_segment_ids,
             dropout_key=dropout_key,
         )
-
-    def init_cache(self, encoded_BSD: Float[Array, "B S D"], *, length: int) -> tuple[LayerCache, ...]:
-        """Empty cache for `length` target positions; the keys and values of the source are computed here, once."""
-        caches = []
-        for layer in self.decoder.layers:
-            cross_key, cross_value = layer.encoder_decoder_attention.keys_values(encoded_BSD)
-            empty = jnp.zeros((encoded_BSD.shape[0], length, *cross_key.shape[2:]), cross_key.dtype)
-            caches.append(LayerCache(empty, empty, cross_key, cross_value))
-        return tuple(caches)
-
-    def decode_step(
-        self,
-        tokens_B: Int[Array, "B"],
-        caches: tuple[LayerCache, ...],
-        *,
-        position: Int[Array, ""],
-        encoder_segment_ids: Int[Array, "B S"],
-    ) -> tuple[Float[Array, "B V"], tuple[LayerCache, ...]]:
-        """Logits of the token after `tokens` (which stand at `position`), and the cache that now holds them."""
-        y_BTD, caches = self.decoder.step(
-            self.token_embedder(tokens_B[:, None]),
-            caches,
-            position=position,
-            encoder_segment_ids_BS=encoder_segment_ids,
-        )
-        return self.logits(y_BTD)[:, 0], caches
 
     def logits(self, y_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Decoder states to float32 logits."""

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from sbs_jax import decoding, t5
+from sbs_jax import t5
 
 V1_0 = {"mlp_activations": ("relu",), "logits_via_embedding": True}
 V1_1 = {"mlp_activations": ("gelu", "linear"), "logits_via_embedding": False}
@@ -42,9 +42,6 @@ def forward(model, source, target, **kwargs):
 @nnx.jit
 def encode(model, source, segments):
     return model.encode(source, segment_ids=segments)
-
-
-greedy = nnx.jit(decoding.greedy, static_argnames="length")
 
 
 class Reference:
@@ -205,48 +202,6 @@ def test_causality_no_gradient_flows_from_later_positions():
     size = np.abs(np.asarray(jacobian)).sum(axis=(1, 3))
     assert (size[np.triu_indices(6, k=1)] == 0.0).all()
     assert (size[np.tril_indices(6)] > 0.0).all()
-
-
-@VERSIONS
-def test_cached_decoding_equals_teacher_forcing_at_every_position(version):
-    model, _ = student(config_of(version))
-    source, target = tokens(2, 9), tokens(2, 8, seed=1)
-    source = source.at[1, 6:].set(0)
-    forced = forward(model, source, target)
-    segments = t5.source_segments(source)
-    caches = model.init_cache(encode(model, source, segments), length=8)
-    step = nnx.jit(type(model).decode_step)
-    for position in range(8):
-        logits, caches = step(
-            model, target[:, position], caches, position=jnp.int32(position), encoder_segment_ids=segments
-        )
-        np.testing.assert_allclose(logits, forced[:, position], rtol=1e-5, atol=1e-5)
-
-
-def test_greedy_gives_the_argmax_of_its_own_teacher_forced_logits():
-    model, _ = student(config_of(V1_1), seed=3)
-    source = tokens(6, 9)
-    got, log_p = greedy(model, source, length=7)
-    shifted = jnp.pad(got, ((0, 0), (1, 0)))[:, :-1]
-    best = np.asarray(forward(model, source, shifted).argmax(-1))
-    for row, want in zip(np.asarray(got), best, strict=True):
-        end = list(row).index(1) + 1 if 1 in row else len(row)
-        np.testing.assert_array_equal(row[:end], want[:end])
-        assert not row[end:].any()
-    np.testing.assert_allclose(log_p, decoding.score(model, source, got), rtol=1e-4, atol=1e-4)
-
-
-def test_greedy_stops_at_eos_and_ignores_rows_of_padding():
-    model, _ = student(config_of(V1_1), seed=3)
-    # A student that always says EOS.
-    bias_to_eos = jnp.where(jnp.arange(40) == 1, 1.0, 0.0)
-    model.logits = lambda y_BTD: jnp.broadcast_to(bias_to_eos, (*y_BTD.shape[:2], 40))
-    source = tokens(3, 5)
-    source = source.at[1].set(0)
-    got, log_p = greedy(model, source, length=6)
-    np.testing.assert_array_equal(got, [[1, 0, 0, 0, 0, 0], [0] * 6, [1, 0, 0, 0, 0, 0]])
-    assert log_p[1] == 0.0
-    assert log_p[0] < 0.0
 
 
 def test_more_padding_changes_nothing():

@@ -1,0 +1,226 @@
+"""The decoder one target position at a time, as generation runs it.
+
+Suffix letters as in `t5.py`, and
+
+    N targets of a row (its beams)   J joined heads (H * K)   M queries of a row (N * H)   P cached keys (T * N)
+
+What stays the same from one position to the next is made once, before the loop: weights in the dtype of the
+computation, the position bias, and keys and values of the source, which the beams of a row share. The cache of the
+target keeps each key where it was first written. When beams change places no key moves with them: a mask says which of
+the row's keys each beam may see.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from sbs_jax import attention, partitioning, t5
+from sbs_jax.partitioning import constrain
+
+
+@dataclasses.dataclass(frozen=True)
+class _Layer:
+    """What a decoder layer uses at every position. Norms and bias are float32, the rest is in the model's dtype."""
+
+    self_norm: jax.Array  # [D]
+    self_query: jax.Array  # [D, J]
+    self_key: jax.Array
+    self_value: jax.Array
+    self_out: jax.Array  # [J, D]
+    cross_norm: jax.Array  # [D]
+    cross_query: jax.Array  # [D, J]
+    cross_keys: jax.Array  # [B, S, J], of the source
+    cross_values: jax.Array
+    cross_out: jax.Array  # [J, D]
+    mlp_norm: jax.Array  # [D]
+    mlp_in: tuple[jax.Array, ...]  # [D, F], one per activation
+    mlp_out: jax.Array  # [F, D]
+    bias: jax.Array  # [T, H, P], of the query at T: its relative position bias, and MASKED on keys of later positions
+
+
+_STATES = ("batch", None, "activation_embed")
+
+# Of each layer, keys and values [B, P, J]. (`Any`: transformations put other things in place of the arrays.)
+Cache = tuple[tuple[Any, Any], ...]
+
+
+class Stepper:
+    """A model that is about to decode one batch: `beams` targets for each row, of up to `length` tokens."""
+
+    def __init__(
+        self,
+        model: t5.T5,
+        encoded_BSD: Float[Array, "B S D"],
+        encoder_segment_ids_BS: Int[Array, "B S"],
+        *,
+        length: int,
+        beams: int = 1,
+    ) -> None:
+        self._config, self._embed = model.config, model.token_embedder
+        self._length, self._beams = length, beams
+        self._final_norm_D = constrain(model.decoder.decoder_norm.scale[...], (None,))
+        self._layers = _layers(model, encoded_BSD, length=length, beams=beams)
+        self._source_bias = jnp.where(encoder_segment_ids_BS == 1, 0.0, attention.MASKED)[:, None, None, :]
+        tied = model.config.logits_via_embedding
+        table_DV = model.token_embedder.embedding[...].T if tied else model.logits_dense.kernel[...]
+        self.table_DV = _weight(table_DV, (None, "vocab"), model.config)
+
+    def empty(self) -> Cache:
+        """A cache that holds nothing yet."""
+        rows, _, joined = self._layers[0].cross_keys.shape
+        none_BPJ = jnp.zeros((rows, self._length * self._beams, joined), self._config.dtype)
+        none_BPJ = constrain(none_BPJ, ("batch", None, "joined_kv"))
+        return tuple((none_BPJ, none_BPJ) for _ in self._layers)
+
+    def step(
+        self,
+        tokens_BN: Int[Array, "B N"],
+        cache: Cache,
+        *,
+        position: Int[Array, ""],
+        visible_BNP: Bool[Array, "#B N P"] | None = None,
+    ) -> tuple[Float[Array, "B N D"], Cache]:
+        """States that the logits of the next token are made of (`states @ table_DV`), and the cache with `tokens`.
+
+        `tokens` stand at `position`; of beam n at position t, the key is number `t * N + n`. Without `visible`, a query
+        sees all keys up to its position.
+        """
+        c = self._config
+        x_BND = constrain(self._embed(tokens_BN), _STATES)
+        hidden_BNP = None if visible_BNP is None else jnp.where(visible_BNP, 0.0, attention.MASKED)
+        updated = []
+        for w, (keys_BPJ, values_BPJ) in zip(self._layers, cache, strict=True):
+            y_BND = self._norm(x_BND, w.self_norm)
+            at = position * self._beams
+            keys_BPJ = jax.lax.dynamic_update_slice_in_dim(keys_BPJ, _matmul(y_BND, w.self_key), at, axis=1)
+            values_BPJ = jax.lax.dynamic_update_slice_in_dim(values_BPJ, _matmul(y_BND, w.self_value), at, axis=1)
+            updated.append((keys_BPJ, values_BPJ))
+            bias_BNHP = jax.lax.dynamic_index_in_dim(w.bias, position, axis=0)[:, None]
+            if hidden_BNP is not None:
+                bias_BNHP = bias_BNHP + hidden_BNP[:, :, None]
+            y_BNJ = attend(_matmul(y_BND, w.self_query), keys_BPJ, values_BPJ, bias_BNHP=bias_BNHP, heads=c.num_heads)
+            x_BND += _matmul(y_BNJ, w.self_out)
+            q_BNJ = _matmul(self._norm(x_BND, w.cross_norm), w.cross_query)
+            y_BNJ = attend(q_BNJ, w.cross_keys, w.cross_values, bias_BNHP=self._source_bias, heads=c.num_heads)
+            x_BND += _matmul(y_BNJ, w.cross_out)
+            y_BND = self._norm(x_BND, w.mlp_norm)
+            inner = [_matmul(y_BND, kernel) for kernel in w.mlp_in]
+            gated = [t5.ACTIVATIONS[name](branch) for name, branch in zip(c.mlp_activations, inner, strict=True)]
+            x_BND = constrain(x_BND + _matmul(math.prod(gated[1:], start=gated[0]), w.mlp_out), _STATES)
+        y_BND = self._norm(x_BND, self._final_norm_D)
+        return (y_BND * c.emb_dim**-0.5 if c.logits_via_embedding else y_BND), tuple(updated)
+
+    def _norm(self, x_BND: Float[Array, "B N D"], scale_D: Float[Array, "D"]) -> Float[Array, "B N D"]:
+        x_BND = x_BND.astype(jnp.float32)
+        mean_square = jnp.mean(jnp.square(x_BND), axis=-1, keepdims=True)
+        y_BND = x_BND * jax.lax.rsqrt(mean_square + self._config.layer_norm_epsilon)
+        return (y_BND * scale_D[None, None, :]).astype(self._config.dtype)
+
+
+def _layers(model: t5.T5, encoded_BSD: Float[Array, "B S D"], *, length: int, beams: int) -> list[_Layer]:
+    positions = jnp.arange(length)
+    future_TP = jnp.where(positions[None, :] > positions[:, None], attention.MASKED, 0.0)
+
+    def bias_of(module: t5.RelativePositionBias) -> Float[Array, "T H P"]:
+        bias_HTP = module(positions, positions)[0] + future_TP[None]
+        return jnp.repeat(bias_HTP.swapaxes(0, 1), beams, axis=-1)
+
+    def inward(dense: t5.Dense, axis: str = "joined_kv") -> jax.Array:
+        return _weight(dense.kernel[...], (None, axis), model.config)
+
+    def outward(dense: t5.Dense, axis: str = "joined_kv") -> jax.Array:
+        return _weight(dense.kernel[...], (axis, None), model.config)
+
+    layers, shared = [], None
+    if hasattr(model.decoder, "relpos_bias"):
+        shared = bias_of(model.decoder.relpos_bias)
+    for layer in model.decoder.layers:
+        self_attention, cross_attention = layer.self_attention, layer.encoder_decoder_attention
+        branches = [getattr(layer.mlp, name) for name in layer.mlp.names]
+        layers.append(
+            _Layer(
+                self_norm=constrain(layer.pre_self_attention_layer_norm.scale[...], (None,)),
+                self_query=inward(self_attention.query),
+                self_key=inward(self_attention.key),
+                self_value=inward(self_attention.value),
+                self_out=outward(self_attention.out),
+                cross_norm=constrain(layer.pre_cross_attention_layer_norm.scale[...], (None,)),
+                cross_query=inward(cross_attention.query),
+                cross_keys=constrain(cross_attention.key(encoded_BSD), ("batch", None, "joined_kv")),
+                cross_values=constrain(cross_attention.value(encoded_BSD), ("batch", None, "joined_kv")),
+                cross_out=outward(cross_attention.out),
+                mlp_norm=constrain(layer.pre_mlp_layer_norm.scale[...], (None,)),
+                mlp_in=tuple(inward(branch, "mlp") for branch in branches),
+                mlp_out=outward(layer.mlp.wo, "mlp"),
+                bias=bias_of(layer.relpos_bias) if shared is None else shared,
+            )
+        )
+    return layers
+
+
+# Bytes of the decoder's weights, on one device, up to which `fsdp` does not cut them: XL has 2.7 GiB in bfloat16.
+WHOLE_UP_TO = 4 * 2**30
+
+
+def _weight(kernel_IO: Float[Array, "I O"], axes: tuple[str | None, str | None], c: t5.T5Config) -> Float[Array, "I O"]:
+    """A weight in the dtype of the computation, gathered once if `fsdp` cuts it, as no step could use it cut.
+
+    The weights of a larger decoder stay cut, and the compiler sends the states of all rows around at every position.
+    """
+    kernel_IO = kernel_IO.astype(c.dtype)
+    attention, mlp = 6 * c.emb_dim * c.num_heads * c.head_dim, (len(c.mlp_activations) + 1) * c.emb_dim * c.mlp_dim
+    weights = c.num_decoder_layers * (attention + mlp) + c.emb_dim * c.vocab_size
+    size = weights * kernel_IO.dtype.itemsize // partitioning.pieces("joined_kv")
+    return constrain(kernel_IO, axes) if size <= WHOLE_UP_TO else kernel_IO
+
+
+def _matmul(x_BNI: Float[Array, "B N I"], kernel_IO: Float[Array, "I O"]) -> Float[Array, "B N O"]:
+    return (x_BNI.reshape(-1, x_BNI.shape[-1]) @ kernel_IO).reshape(*x_BNI.shape[:2], -1)
+
+
+def attend(
+    q_BNJ: Float[Array, "B N J"],
+    k_BPJ: Float[Array, "B P J"],
+    v_BPJ: Float[Array, "B P J"],
+    *,
+    bias_BNHP: Float[Array, "#B #N #H P"],
+    heads: int,
+) -> Float[Array, "B N J"]:
+    """Attention of a few queries per row; the softmax runs in float32.
+
+    With few queries, a product per head is one of vectors and a matrix, which a TPU's matrix unit has no use for. There
+    all heads of a row are one product, in which each query is zero outside its head's columns. Where the heads are cut
+    over devices, those of a device are (G pieces, of h heads and j columns each), so that nothing need be summed.
+    """
+    (rows, beams, joined), keys = q_BNJ.shape, k_BPJ.shape[1]
+    cut = partitioning.pieces("joined_kv")
+    cut = cut if heads % cut == 0 else 1
+
+    def by_matrix(q_BNJ: jax.Array, k_BPJ: jax.Array, v_BPJ: jax.Array, bias_BNHP: jax.Array) -> jax.Array:
+        def per_query(x_BNGhx: jax.Array) -> jax.Array:
+            return x_BNGhx.swapaxes(1, 2).reshape(len(x_BNGhx), cut, -1, x_BNGhx.shape[-1])
+
+        own_hj = jnp.repeat(jnp.eye(heads // cut, dtype=bool), joined // heads, axis=1)[None, None, None]
+        zero = jnp.zeros((), q_BNJ.dtype)
+        q_BGMj = per_query(jnp.where(own_hj, q_BNJ.reshape(rows, beams, cut, 1, -1), zero))
+        k_BPGj, v_BPGj = k_BPJ.reshape(rows, keys, cut, -1), v_BPJ.reshape(rows, keys, cut, -1)
+        scores_BGMP = jnp.einsum("bgmj,bpgj->bgmp", q_BGMj, k_BPGj, preferred_element_type=jnp.float32)
+        bias_BNHP = jnp.broadcast_to(bias_BNHP, (len(bias_BNHP), beams, heads, keys))
+        bias_BGMP = per_query(bias_BNHP.reshape(len(bias_BNHP), beams, cut, -1, keys))
+        weights_BGMP = jax.nn.softmax(scores_BGMP + bias_BGMP, axis=-1).astype(q_BNJ.dtype)
+        y_BGMj = jnp.einsum("bgmp,bpgj->bgmj", weights_BGMP, v_BPGj)
+        y_BGNhj = y_BGMj.reshape(rows, cut, beams, heads // cut, -1)
+        return jnp.sum(jnp.where(own_hj, y_BGNhj, zero), axis=3).swapaxes(1, 2).reshape(rows, beams, joined)
+
+    def by_head(q_BNJ: jax.Array, k_BPJ: jax.Array, v_BPJ: jax.Array, bias_BNHP: jax.Array) -> jax.Array:
+        q_BNHK = q_BNJ.reshape(rows, beams, heads, -1)
+        k_BPHK, v_BPHK = k_BPJ.reshape(rows, keys, heads, -1), v_BPJ.reshape(rows, keys, heads, -1)
+        scores_BNHP = jnp.einsum("bnhk,bphk->bnhp", q_BNHK, k_BPHK, preferred_element_type=jnp.float32)
+        weights_BNHP = jax.nn.softmax(scores_BNHP + bias_BNHP, axis=-1).astype(q_BNJ.dtype)
+        return jnp.einsum("bnhp,bphk->bnhk", weights_BNHP, v_BPHK).reshape(rows, beams, joined)
+
+    return jax.lax.platform_dependent(q_BNJ, k_BPJ, v_BPJ, bias_BNHP, tpu=by_matrix, default=by_head)

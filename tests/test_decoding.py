@@ -1,0 +1,268 @@
+"""Generation with a cache against searches written again without one, on random students."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sbs_jax import decoding, partitioning, stepping, t5
+
+SHAPE = {"emb_dim": 24, "num_heads": 4, "head_dim": 6, "mlp_dim": 20, "num_encoder_layers": 1, "num_decoder_layers": 2}
+V1_0 = {"mlp_activations": ("relu",), "logits_via_embedding": True}
+V1_1 = {"mlp_activations": ("gelu", "linear"), "logits_via_embedding": False}
+UMT5 = {**V1_1, "relative_attention_bias": "per_layer"}
+KINDS = pytest.mark.parametrize("kind", [V1_0, V1_1, UMT5], ids=["v1.0", "v1.1", "umt5"])
+# Searched by blocks, on TPU: divides by the 128 tokens of a block.
+BLOCKS = 256
+
+
+def student(*, seed=0, eos=1.0, vocabulary=40, **changes):
+    """Structure and parameters, all from numpy; a greater `eos` ends more sequences early."""
+    config = t5.T5Config(**{**SHAPE, **V1_1, "vocab_size": vocabulary, "dropout_rate": 0.0, **changes})
+    structure, shapes, _ = t5.abstract(config)
+    random = np.random.default_rng(seed)
+    parameters = {}
+    for name in sorted(shapes):
+        array = random.normal(size=shapes[name].shape) * (1.0 if name.startswith("token") else 0.4)
+        if name == "logits_dense/kernel":
+            array[:, 1] *= eos
+        parameters[name] = jnp.asarray(array, jnp.float32)
+    return structure, parameters
+
+
+def sources(rows, *, seed=0, length=7, vocabulary=40, padding=()):
+    """`[rows, length]` of various lengths; the rows named are padding and nothing else."""
+    random = np.random.default_rng(seed)
+    tokens = random.integers(2, vocabulary, size=(rows, length))
+    for row in range(rows):
+        tokens[row, random.integers(2, length + 1) :] = 0
+    tokens[list(padding)] = 0
+    return jnp.asarray(tokens, jnp.int32)
+
+
+def greedy(structure, parameters, source, *, length):
+    search = jax.jit(lambda p, x: decoding.greedy(t5.join(structure, p), x, length=length))
+    return jax.device_get(search(parameters, source))
+
+
+def beam(structure, parameters, source, *, length, beams, penalty=1.0):
+    def search(p, x):
+        return decoding.beam_search(t5.join(structure, p), x, length=length, beams=beams, length_penalty=penalty)
+
+    return jax.device_get(jax.jit(search)(parameters, source))
+
+
+def slow_log_p(structure, parameters, source, *, length):
+    """Of a row, the log probabilities of the next token after given ones, by the whole model without a cache."""
+    model = jax.jit(lambda p, x, y: jax.nn.log_softmax(t5.join(structure, p)(x, y), axis=-1))
+
+    def of(row, sequences):
+        # As many rows each time as ever are asked, so that it compiles once.
+        target = np.zeros((16, length), np.int32)
+        for i, sequence in enumerate(sequences):
+            target[i, 1 : len(sequence) + 1] = sequence
+        found = model(parameters, jnp.repeat(source[row : row + 1], 16, axis=0), jnp.asarray(target))
+        return [np.asarray(found[i, len(sequence)]) for i, sequence in enumerate(sequences)]
+
+    return of
+
+
+def slow_beam(log_p_of, row, *, length, beams, penalty):
+    """The rules of `decoding.beam_search`, one row and one list of sequences at a time: (tokens, log probability)."""
+    live, ended = [((), 0.0)], []
+    for position in range(length):
+        extended = []
+        for number, ((tokens, before), log_p) in enumerate(
+            zip(live, log_p_of(row, [tokens for tokens, _ in live]), strict=True)
+        ):
+            extended += [(-(np.float32(before) + log_p[v]), number, v, (*tokens, v)) for v in range(len(log_p))]
+        live = []
+        for rank, (cost, _, token, tokens) in enumerate(sorted(extended)[: 2 * beams]):
+            if token != decoding.EOS and position + 1 < length:
+                live.append((tokens, -cost))
+            elif rank < beams:
+                ended.append((-cost / (position + 1) ** penalty, -cost, tokens))
+        live, ended = live[:beams], sorted(ended, key=lambda each: -each[0])[:beams]
+        if not live or (len(ended) == beams and live[0][1] / (position + 1) ** penalty <= ended[-1][0]):
+            break
+    _, log_p, tokens = ended[0]
+    return [*tokens, *[0] * (length - len(tokens))], log_p
+
+
+def assert_found(got, want, *, atol=1e-4):
+    np.testing.assert_array_equal(got[0], [tokens for tokens, _ in want])
+    np.testing.assert_allclose(got[1], [log_p for _, log_p in want], rtol=0, atol=atol)
+
+
+@pytest.fixture
+def as_on_tpu(monkeypatch):
+    """Traces what a TPU would run, for this machine."""
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, tpu, default: tpu(*args))
+
+
+@KINDS
+def test_steps_give_the_logits_of_the_whole_decoder_at_every_position(kind):
+    structure, parameters = student(**kind)
+    source = sources(2)
+    target = jnp.asarray(np.random.default_rng(1).integers(2, 40, size=(2, 3, 5)), jnp.int32)
+    beams, length = target.shape[1:]
+
+    @jax.jit
+    def forced(parameters):
+        model = t5.join(structure, parameters)
+        shifted = jnp.pad(target.reshape(-1, length), ((0, 0), (1, 0)))[:, :-1]
+        return model(jnp.repeat(source, beams, axis=0), shifted).reshape(2, beams, length, -1)
+
+    @jax.jit
+    def stepped(parameters):
+        model, segments = t5.join(structure, parameters), t5.source_segments(source)
+        encoded = model.encode(source, segment_ids=segments)
+        stepper = stepping.Stepper(model, encoded, segments, length=length, beams=beams)
+        cache, logits = stepper.empty(), []
+        mine = (jnp.arange(length * beams)[None, :] % beams == jnp.arange(beams)[:, None])[None]
+        for position in range(length):
+            before = target[:, :, position - 1] if position else jnp.zeros((2, beams), jnp.int32)
+            states, cache = stepper.step(before, cache, position=jnp.int32(position), visible_BNP=mine)
+            logits.append(states @ stepper.table_DV)
+        return jnp.stack(logits, axis=2)
+
+    np.testing.assert_allclose(stepped(parameters), forced(parameters), rtol=2e-5, atol=2e-5)
+
+
+@KINDS
+def test_greedy_gives_the_argmax_of_its_own_teacher_forced_logits(kind):
+    structure, parameters = student(seed=3, eos=2.0, **kind)
+    source = sources(12, padding=(4,))
+    got, log_p = greedy(structure, parameters, source, length=7)
+    model = t5.join(structure, parameters)
+    best = np.asarray(jax.jit(model.__call__)(source, jnp.pad(got, ((0, 0), (1, 0)))[:, :-1]).argmax(-1))
+    for number, (row, want) in enumerate(zip(got, best, strict=True)):
+        end = 0 if number == 4 else list(row).index(1) + 1 if 1 in row else len(row)
+        np.testing.assert_array_equal(row[:end], want[:end])
+        assert not row[end:].any()
+    assert log_p[4] == 0.0
+    np.testing.assert_allclose(log_p, decoding.score(model, source, jnp.asarray(got)), rtol=1e-4, atol=1e-4)
+
+
+def test_greedy_stops_at_eos():
+    structure, parameters = student()
+    # The first column of all states is positive and makes EOS likely: a student that always says EOS.
+    embedding, scale = parameters["token_embedder/embedding"], parameters["decoder/decoder_norm/scale"]
+    parameters["token_embedder/embedding"] = embedding.at[:, 0].set(100.0)
+    parameters["decoder/decoder_norm/scale"] = scale.at[0].set(1.0)
+    parameters["logits_dense/kernel"] = jnp.zeros((24, 40)).at[0, 1].set(1.0)
+    got, log_p = greedy(structure, parameters, sources(6, padding=(1,)), length=5)
+    want = np.zeros((6, 5), int)
+    want[[0, 2, 3, 4, 5], 0] = 1
+    np.testing.assert_array_equal(got, want)
+    assert log_p[1] == 0.0
+    assert (np.delete(log_p, 1) < 0.0).all()
+
+
+# Several lengths, beams and penalties; greater `eos`, earlier endings.
+SEARCHES = pytest.mark.parametrize(
+    ("seed", "eos", "length", "beams", "penalty"),
+    [(0, 1.0, 6, 4, 1.0), (1, 2.0, 9, 4, 1.0), (2, 3.0, 9, 3, 0.6), (3, 2.0, 8, 2, 2.0), (4, 2.0, 1, 2, 1.0)],
+)
+
+
+@SEARCHES
+@pytest.mark.parametrize("platform", ["any", "tpu"])
+def test_beam_search_finds_what_a_slow_one_finds(seed, eos, length, beams, penalty, platform, request):
+    vocabulary = 40
+    if platform == "tpu":
+        request.getfixturevalue("as_on_tpu")
+        vocabulary = BLOCKS
+    structure, parameters = student(seed=seed, eos=eos, vocabulary=vocabulary)
+    source = sources(10, seed=seed, vocabulary=vocabulary, padding=(3, 9))
+    got = beam(structure, parameters, source, length=length, beams=beams, penalty=penalty)
+    log_p_of = slow_log_p(structure, parameters, source, length=length)
+    want = [
+        ([0] * length, 0.0) if row in (3, 9) else slow_beam(log_p_of, row, length=length, beams=beams, penalty=penalty)
+        for row in range(10)
+    ]
+    assert_found(got, want)
+
+
+def test_the_searches_end_early_and_late_and_change_their_beams():
+    """What the other tests compare would say little of rows that all end alike, or of beams that go straight on."""
+    ends, differ = set(), 0
+    for seed, eos in ((1, 2.0), (2, 3.0)):
+        structure, parameters = student(seed=seed, eos=eos)
+        source = sources(10, seed=seed)
+        found, _ = beam(structure, parameters, source, length=9, beams=4)
+        ends |= {list(row).index(1) if 1 in row else 9 for row in found}
+        differ += int((found != greedy(structure, parameters, source, length=9)[0]).any(axis=1).sum())
+    assert len(ends) >= 4
+    assert differ >= 4
+
+
+@pytest.mark.parametrize("platform", ["any", "tpu"])
+def test_bfloat16_searches_stay_near_slow_ones(platform, request):
+    """Rounded otherwise by the cache, a close call may go the other way; then the log probabilities are close."""
+    if platform == "tpu":
+        request.getfixturevalue("as_on_tpu")
+    structure, parameters = student(seed=1, eos=2.0, vocabulary=BLOCKS, dtype="bfloat16")
+    source = sources(10, seed=1, vocabulary=BLOCKS)
+    got = beam(structure, parameters, source, length=6, beams=4)
+    log_p_of = slow_log_p(structure, parameters, source, length=6)
+    want = [slow_beam(log_p_of, row, length=6, beams=4, penalty=1.0) for row in range(10)]
+    same = [list(tokens) == list(slow) for tokens, (slow, _) in zip(got[0], want, strict=True)]
+    assert sum(same) >= 8
+    np.testing.assert_allclose(got[1], [log_p for _, log_p in want], rtol=0.02, atol=0.05)
+    tokens, _ = greedy(structure, parameters, source, length=6)
+    model = t5.join(structure, parameters)
+    best = np.asarray(jax.jit(model.__call__)(source, jnp.pad(tokens, ((0, 0), (1, 0)))[:, :-1]).argmax(-1))
+    written = tokens != 0
+    assert (tokens == best)[written].mean() > 0.9
+
+
+def test_a_model_in_float32_computes_in_float32_throughout(as_on_tpu):
+    structure, parameters = student(vocabulary=BLOCKS)
+    for beams in (1, 4):
+
+        def search(p, x, beams=beams):
+            model = t5.join(structure, p)
+            if beams == 1:
+                return decoding.greedy(model, x, length=4)
+            return decoding.beam_search(model, x, length=4, beams=beams)
+
+        assert "bf16" not in str(jax.make_jaxpr(search)(parameters, sources(2)))
+
+
+@pytest.mark.parametrize(
+    ("shape", "platform"), [((1, 8, 1, 1), "any"), ((1, 1, 4, 2), "any"), ((1, 8, 1, 1), "tpu"), ((1, 4, 1, 2), "tpu")]
+)
+def test_sharded_generation_finds_the_same(shape, platform, request):
+    if platform == "tpu":
+        request.getfixturevalue("as_on_tpu")
+    structure, parameters = student(seed=1, eos=2.0, vocabulary=BLOCKS)
+    source = sources(16, seed=1, vocabulary=BLOCKS, padding=(5,))
+    layout = partitioning.Layout(**dict(zip(partitioning.AXES, shape, strict=True)))
+    partitioner = layout.partitioner()
+    _, shapes, axes = t5.abstract(t5.join(structure, parameters).config)
+    placed = jax.device_put(parameters, partitioner.shardings(shapes, axes=axes))
+    rows = partitioner.put_batch({"tokens": np.asarray(source)})["tokens"]
+    with partitioner.constraining():
+        mine = greedy(structure, placed, rows, length=6), beam(structure, placed, rows, length=6, beams=4)
+    alone = greedy(structure, parameters, source, length=6), beam(structure, parameters, source, length=6, beams=4)
+    for (tokens, log_p), (want, want_log_p) in zip(mine, alone, strict=True):
+        np.testing.assert_array_equal(tokens, want)
+        np.testing.assert_allclose(log_p, want_log_p, rtol=1e-4, atol=1e-4)
+
+
+def test_of_equals_the_first_is_taken(as_on_tpu):
+    """Also of those that only rounding makes equal, across beams and blocks."""
+    random = np.random.default_rng(0)
+    table = jnp.asarray(random.integers(-2, 3, size=(6, BLOCKS)), jnp.float32)
+    states = jnp.asarray(random.integers(-2, 3, size=(5, 3, 6)), jnp.float32)
+    log_p = jnp.asarray(-1e4 * random.integers(1, 9, size=(5, 3)), jnp.float32)
+    got_value, got_token = jax.jit(decoding.continuations, static_argnames="count")(states, table, log_p, count=6)
+    every = jax.nn.log_softmax(states @ table, axis=-1) + log_p[..., None]
+    want_value, want_token = jax.lax.top_k(every, 6)
+    np.testing.assert_array_equal(got_token, want_token)
+    np.testing.assert_allclose(got_value, want_value, rtol=1e-6)
+    assert len(np.unique(want_value)) < want_value.size * 0.6
+    values = jnp.asarray(random.integers(0, 4, size=(5, 12)), jnp.float32)
+    for mine, theirs in zip(decoding.largest(values, 7), jax.lax.top_k(values, 7), strict=True):
+        np.testing.assert_array_equal(mine, theirs)

@@ -1,0 +1,62 @@
+"""The decode loop as libtpu compiles it: what may not be in it."""
+
+import importlib.util
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("libtpu", reason="libtpu, the TPU compiler, is not installed: pip install libtpu")
+
+SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "bench_tpu_decode.py"
+SHAPE = {"emb_dim": 256, "num_heads": 4, "mlp_dim": 512, "num_encoder_layers": 1, "num_decoder_layers": 1}
+
+
+@pytest.fixture(scope="module")
+def bench():
+    spec = importlib.util.spec_from_file_location("bench_tpu_decode", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "environ", os.environ.copy())  # what the script sets is for its own process
+        os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+        spec.loader.exec_module(module)
+        yield module
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("beams", [1, 4])
+def test_the_decode_loop_copies_no_cache_reads_no_float32_weights_and_sorts_nothing(beams, bench):
+    config = bench.dataclasses.replace(bench.BASE, **SHAPE)
+    hlo = bench.lowered(beams, config=config).compile().as_text()
+    name = max(re.findall(r" while\((?!.*known_trip_count).*body=%?([\w.\-]+)", hlo), key=len)
+    body = hlo[hlo.index(f"\n%{name} ") :].split("\n}", 1)[0]
+    assert bench.cycles_per_token(hlo) > 10_000
+    assert re.search(rf"bf16\[32,{64 * beams},256\]", body), "the cache of a chip's 32 rows"
+    assert not re.search(rf"= bf16\[32,{64 * beams},256\]\S* (copy|transpose|gather)\(", body)
+    assert not re.search(r"f32\[(256,256|256,512|512,256|256,32128)\]", body)
+    assert not re.search(r" sort\(|TopK", body)
+    # Rows stay on their chips: what all-reduce there is says whether all have ended, and is in the loop's condition.
+    assert not re.search(r" (all-gather|all-to-all|collective-permute|reduce-scatter|all-reduce)(-start)?\(", body)
+
+
+def test_a_loop_s_count_is_that_of_one_trip_with_its_inner_loops(bench):
+    hlo = """
+%inner (p: f32[]) -> f32[] {
+  %a = f32[] add(%p, %p), backend_config={"estimated_cycles":"5"}
+}
+%body (p: f32[]) -> f32[] {
+  %b = f32[] add(%p, %p), backend_config={"estimated_cycles":"100"}
+  %c = f32[] add(%p, %p), backend_config={"estimated_cycles":"9223372036854775807"}
+  %d = f32[] while(%b), condition=%e, body=%inner, backend_config={"known_trip_count":{"n":"3"}}
+}
+ENTRY %main (p: f32[]) -> f32[] {
+  %f = f32[] add(%p, %p), backend_config={"estimated_cycles":"1000"}
+  ROOT %g = f32[] while(%f), condition=%h, body=%body
+}
+"""
+    assert bench.cycles_per_token(hlo) == 115
+    with pytest.raises(ValueError, match="nothing decodes"):
+        bench.cycles_per_token("ENTRY %main (p: f32[]) -> f32[] {\n}\n")
