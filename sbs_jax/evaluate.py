@@ -93,6 +93,11 @@ class Generator:
 
         self._generate = jax.jit(generate, out_shardings=partitioner.replicated)
 
+    def lower(self, parameters: t5.Parameters, *, source_length: int) -> jax.stages.Lowered:
+        """One batch's generation for a compiler; parameters may be abstract (`sbs plan`)."""
+        shape = (self._batch_size, source_length)
+        return self._generate.lower(parameters, jax.ShapeDtypeStruct(shape, np.int32, sharding=self._partitioner.batch))
+
     def run(self, parameters: t5.Parameters, tokens_NS: np.ndarray) -> Iterator[tuple[list[int], float]]:
         """(token ids without EOS and padding, natural log probability) of each source row, in order."""
         for start in range(0, len(tokens_NS), self._batch_size):
