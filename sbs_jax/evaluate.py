@@ -93,8 +93,8 @@ class Generator:
 
         self._generate = jax.jit(generate, out_shardings=partitioner.replicated)
 
-    def lower(self, parameters: t5.Parameters, *, source_length: int) -> jax.stages.Lowered:
-        """One batch's generation for a compiler; parameters may be abstract (`sbs plan`)."""
+    def lower(self, parameters: Any, *, source_length: int) -> jax.stages.Lowered:
+        """One batch's generation for a compiler; `parameters` are shapes with shardings (`sbs plan`)."""
         shape = (self._batch_size, source_length)
         return self._generate.lower(parameters, jax.ShapeDtypeStruct(shape, np.int32, sharding=self._partitioner.batch))
 

@@ -69,10 +69,10 @@ def plan(
         tried.append(found)
         return found
 
-    for topology in options.topologies:
-        if options.search:
-            _search(config, topology, attempt=attempt, left=lambda: options.max_compiles - _compiles(tried))
-        else:
+    if options.search:
+        _search(config, options, attempt=attempt, compiles=lambda: _compiles(tried))
+    else:
+        for topology in options.topologies:
             attempt(topology, _with_slices(config.layout.shape, topology), config.micro_batches)
     return {
         "libtpu": importlib.metadata.version("libtpu"),
@@ -122,27 +122,36 @@ def _with_slices(mesh: dict[str, int], topology: chips.Topology) -> dict[str, in
 
 def _search(
     config: train.TrainConfig,
-    topology: chips.Topology,
+    options: Options,
     *,
     attempt: Callable[[chips.Topology, dict[str, int], int], dict[str, Any]],
-    left: Callable[[], int],
+    compiles: Callable[[], int],
 ) -> None:
-    """Every mesh with one pass; more micro-batches where it does not fit, and last on the fastest mesh."""
-    found: list[dict[str, Any]] = []
-    for mesh in _meshes(config, topology):
-        for micro_batches in MICRO_BATCHES:
-            if left() <= 0:
+    """Every mesh, with more micro-batches where memory wants them; then more of them on the fastest of each topology.
+
+    The topologies share the allowed number of compilations evenly; what is left serves the second round.
+    """
+    fastest: dict[int, dict[str, Any]] = {}
+    for number, topology in enumerate(options.topologies):
+        share = options.max_compiles * (number + 1) // len(options.topologies)
+        for mesh in _meshes(config, topology):
+            for micro_batches in MICRO_BATCHES:
+                if compiles() >= share:
+                    break
+                one = attempt(topology, mesh, micro_batches)
+                if one["fits"]:
+                    fastest[number] = min(fastest.get(number, one), one, key=lambda found: found["step_seconds"])
+                if one["fits"] or one["refused"] is not None:
+                    break
+    for number, best in fastest.items():
+        more = [micro_batches for micro_batches in MICRO_BATCHES if micro_batches > best["micro_batches"]]
+        for micro_batches in more:
+            if compiles() >= options.max_compiles:
                 return
-            one = attempt(topology, mesh, micro_batches)
-            found.append(one)
-            if one["fits"] or one["refused"] is not None:
+            one = attempt(options.topologies[number], best["mesh"], micro_batches)
+            if not one["fits"] or one["step_seconds"] > best["step_seconds"]:
                 break
-    best = min((one for one in found if one["fits"]), key=lambda one: one["step_seconds"], default=None)
-    if best is None:
-        return
-    for micro_batches in MICRO_BATCHES:
-        if micro_batches > best["micro_batches"] and left() > 0:
-            attempt(topology, best["mesh"], micro_batches)
+            best = one
 
 
 def _meshes(config: train.TrainConfig, topology: chips.Topology) -> Iterator[dict[str, int]]:

@@ -16,11 +16,10 @@ _UNKNOWN = 2**60
 # Results smaller than this are scalars and bookkeeping; operations on them cost next to nothing.
 _SMALL = 64 * 1024
 _BYTES = {
-    **dict.fromkeys(("pred", "s8", "u8", "f8e4m3fn", "f8e5m2"), 1),
+    **dict.fromkeys(("pred", "s4", "u4", "s8", "u8", "f8e4m3fn", "f8e5m2"), 1),
     **dict.fromkeys(("bf16", "f16", "s16", "u16"), 2),
     **dict.fromkeys(("f32", "s32", "u32"), 4),
     **dict.fromkeys(("f64", "s64", "u64"), 8),
-    **dict.fromkeys(("s4", "u4"), 0.5),
 }
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 # What takes no time of its own: names for values, and copies that run beside the computation.
@@ -34,10 +33,13 @@ _FREE_CALLS = {
 }
 
 _HEADER = re.compile(r"(ENTRY )?%?([\w.\-]+) .*->.*\{\s*$")
-_INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][a-z0-9\-]*)\(")
+_INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][a-z0-9\-]*)\(")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _BODY = re.compile(r"body=%?([\w.\-]+)")
+_CONDITION = re.compile(r"condition=%?([\w.\-]+)")
+_OPERAND = re.compile(r"%([\w.\-]+)")
+_INDEX = re.compile(r"index=(\d+)")
 _CALLED = re.compile(r"(?:calls|to_apply|called_computations)=\{?%?([\w.\-]+)")
 _TARGET = re.compile(r'custom_call_target="([^"]*)"')
 _ARRAY = re.compile(r"\b([a-z]+[0-9a-z]*)\[([0-9,]*)\]")
@@ -56,7 +58,7 @@ class Collective:
 
     kind: str
     count: int
-    bytes: float
+    bytes: int
     moved: float
     group: int  # chips that take part in one exchange
     across_slices: bool  # over the data-centre network
@@ -84,11 +86,11 @@ class Program:
     without_estimate: Mapping[str, int]  # operation to how often it runs
     collectives: tuple[Collective, ...]
 
-    def by_kind(self) -> dict[str, dict[str, float]]:
+    def by_kind(self) -> dict[str, dict[str, int | float]]:
         """{"all-gather": {"count": 12, "bytes": .., "moved": ..}, ..}, the largest first."""
-        found: dict[str, dict[str, float]] = {}
+        found: dict[str, dict[str, int | float]] = {}
         for one in self.collectives:
-            total = found.setdefault(one.kind, {"count": 0, "bytes": 0.0, "moved": 0.0})
+            total = found.setdefault(one.kind, {"count": 0, "bytes": 0, "moved": 0.0})
             total["count"] += one.count
             total["bytes"] += one.count * one.bytes
             total["moved"] += one.count * one.moved
@@ -100,11 +102,16 @@ class _Instruction:
     name: str
     shape: str
     opcode: str
+    operands: tuple[str, ...]
+    root: bool
     line: str
 
 
-def array_bytes(shape: str) -> float:
-    """Bytes of all arrays in an HLO shape: 12288.0 for "(f32[8,128]{1,0:T(8,128)}, bf16[64,64])"."""
+_Computation = dict[str, _Instruction]
+
+
+def array_bytes(shape: str) -> int:
+    """Bytes of all arrays in an HLO shape: 12,288 for "(f32[8,128]{1,0:T(8,128)}, bf16[64,64])"."""
     return sum(
         _BYTES[kind] * math.prod(int(n) for n in sizes.split(",") if n)
         for kind, sizes in _ARRAY.findall(shape)
@@ -123,10 +130,10 @@ def read(text: str, *, slices: int = 1) -> Program:
     def cycles_of(name: str) -> int:
         if name not in cycles:
             cycles[name] = 0
-            for one in computations.get(name, ()):
+            for one in computations.get(name, {}).values():
                 cycles[name] += _estimate(one.line) or 0
                 if one.opcode == "while" and (body := _BODY.search(one.line)):
-                    inner, trips = cycles_of(body[1]), _trips(one.line)
+                    inner, trips = cycles_of(body[1]), _trips(one, computations[name], computations)
                     loops[body[1]] = Loop(body[1], trips, inner)
                     cycles[name] += inner * (1 if trips is None else trips)
                 elif one.opcode in ("call", "conditional", "async-start"):
@@ -140,7 +147,7 @@ def read(text: str, *, slices: int = 1) -> Program:
 
     def walk(name: str, *, times: int, loop: str | None, inside: str | None) -> None:
         """Collectives and operations without an estimate; `inside` is the fusion that this computation is."""
-        for one in computations.get(name, ()):
+        for one in computations.get(name, {}).values():
             kind = one.opcode.removesuffix("-start")
             if kind in COLLECTIVES:
                 if inside is not None:
@@ -155,11 +162,12 @@ def read(text: str, *, slices: int = 1) -> Program:
                 kind = transfer[1].lower().replace("_", "-")
                 found.append(_collective(kind, one, times=times, loop=loop, overlapped=True, slices=slices))
             elif one.opcode == "while" and (body := _BODY.search(one.line)):
-                walk(body[1], times=times * (_trips(one.line) or 1), loop=loop or body[1], inside=inside)
+                trips = _trips(one, computations[name], computations) or 1
+                walk(body[1], times=times * trips, loop=loop or body[1], inside=inside)
             elif one.opcode == "fusion":
                 called = _first(_CALLED, one.line)
                 if called.startswith("all-reduce-scatter"):
-                    line = next(i.line for i in computations[called] if i.opcode == "all-reduce") + one.line
+                    line = next(i.line for i in computations[called].values() if i.opcode == "all-reduce") + one.line
                     scattered = dataclasses.replace(one, line=line)
                     found.append(_collective("reduce-scatter", scattered, times=times, loop=loop, overlapped=False))
                 else:
@@ -181,19 +189,21 @@ def read(text: str, *, slices: int = 1) -> Program:
     )
 
 
-def _computations(text: str) -> tuple[dict[str, list[_Instruction]], str | None]:
+def _computations(text: str) -> tuple[dict[str, _Computation], str | None]:
     """Computation to its instructions, and the name of the entry."""
-    computations: dict[str, list[_Instruction]] = {}
+    computations: dict[str, _Computation] = {}
     entry = current = None
     for line in text.splitlines():
         if not line.startswith((" ", "\t")):
             header = _HEADER.match(line)
             current = header[2] if header else None
             if header:
-                computations[header[2]] = []
+                computations[header[2]] = {}
                 entry = header[2] if header[1] else entry
         elif current is not None and (match := _INSTRUCTION.match(line)):
-            computations[current].append(_Instruction(match[1], match[2], match[3], line))
+            operands = tuple(_OPERAND.findall(line[match.end() :].partition(")")[0]))
+            one = _Instruction(match[2], match[3], match[4], operands, match[1] is not None, line)
+            computations[current][one.name] = one
     return computations, entry
 
 
@@ -202,9 +212,61 @@ def _estimate(line: str) -> int | None:
     return int(match[1]) if match and int(match[1]) < _UNKNOWN else None
 
 
-def _trips(line: str) -> int | None:
-    match = _TRIPS.search(line)
-    return int(match[1]) if match else None
+def _trips(loop: _Instruction, caller: _Computation, computations: Mapping[str, _Computation]) -> int | None:
+    """How often a loop runs. libtpu does not say, so it is taken from a condition `counter < constant`.
+
+    None where it has another condition (a decoding loop's: or all rows have ended).
+    """
+    if match := _TRIPS.search(loop.line):
+        return int(match[1])
+    condition = computations.get(_first(_CONDITION, loop.line), {})
+    body = computations.get(_first(_BODY, loop.line), {})
+    if not condition or not body:
+        return None
+    test, result = _root(condition), _root(body)
+    if test.opcode != "compare" or "direction=LT" not in test.line:
+        return None
+    counter, limit = (_trace(condition, name) for name in test.operands)
+    if not isinstance(counter, _Element) or not isinstance(limit, int):
+        return None
+    start = _trace(caller, _tuple_operand(caller, loop.operands[0], counter.index))
+    advance = body.get(_tuple_operand(body, result.name, counter.index))
+    if not isinstance(start, int) or advance is None or advance.opcode != "add":
+        return None
+    steps = [value for value in (_trace(body, name) for name in advance.operands) if isinstance(value, int)]
+    return -((start - limit) // steps[0]) if len(steps) == 1 and steps[0] > 0 else None
+
+
+def _root(computation: _Computation) -> _Instruction:
+    return next(one for one in computation.values() if one.root)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Element:
+    """Of the tuple that a loop carries."""
+
+    index: int
+
+
+def _trace(computation: _Computation, name: str) -> int | _Element | None:
+    """What a scalar is: a constant, or an element of the computation's parameter."""
+    one = computation.get(name)
+    while one is not None and one.opcode in ("copy", "bitcast", "copy-done", "copy-start"):
+        one = computation.get(one.operands[0])
+    if one is not None and one.opcode == "constant":
+        match = re.search(r" constant\((-?\d+)\)", one.line)
+        return int(match[1]) if match else None
+    if one is not None and one.opcode == "get-tuple-element":
+        source = computation.get(one.operands[0])
+        if source is not None and source.opcode == "parameter":
+            return _Element(int(_first(_INDEX, one.line)))
+    return None
+
+
+def _tuple_operand(computation: _Computation, name: str, index: int) -> str:
+    """Name of an element of a tuple that the computation makes; "" if it does not."""
+    one = computation.get(name)
+    return one.operands[index] if one is not None and one.opcode == "tuple" else ""
 
 
 def _first(pattern: re.Pattern[str], line: str) -> str:

@@ -136,7 +136,7 @@ def _notes(step: dict[str, Any]) -> list[str]:
     return notes
 
 
-def _size(number: float) -> str:
+def _size(number: int | float) -> str:
     for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if number >= size:
             return f"{number / size:,.2f} {unit}"
@@ -172,7 +172,7 @@ def _money(plan: dict[str, Any]) -> list[str]:
     ]
 
 
-def _usd(amount: float) -> str:
+def _usd(amount: int | float) -> str:
     return f"{amount:,.2f}" if amount >= 0.005 else "below 0.01"
 
 
