@@ -1,6 +1,8 @@
 """`sbs plan`: reading the compiler's text, counting operations, tables of chips, and the command itself."""
 
 import dataclasses
+import json
+import os
 import re
 import subprocess
 import sys
@@ -10,7 +12,7 @@ import jax
 import pytest
 import toy
 
-from sbs_jax import t5
+from sbs_jax import main, t5
 from sbs_jax.plan import chips, command, compiler, flops, hlo, table, worker
 
 pytest.importorskip("libtpu", reason="libtpu, the TPU compiler, is not installed: pip install libtpu")
@@ -179,7 +181,7 @@ def test_reading_agrees_with_a_real_compilation():
         return jax.lax.scan(lambda carry, _: (jax.numpy.sin(carry @ x), None), x, None, length=7)[0] @ x
 
     x = jax.ShapeDtypeStruct((512, 512), "bfloat16", sharding=place)
-    text = jax.jit(products).lower(x).compile().as_text()
+    text = jax.jit(products).lower(x).compile().as_text() or ""
     program = hlo.read(text)
     bodies = re.findall(r"^(?:ENTRY )?%([\w.\-]+) .*?\n(.*?)^}", text, flags=re.MULTILINE | re.DOTALL)
     cycles = {name: sum(map(int, re.findall(r'"estimated_cycles":"(\d{1,18})"', body))) for name, body in bodies}
@@ -306,7 +308,7 @@ def test_two_processes_compile_at_once():
         )
         for _ in range(2)
     ]
-    said = [process.stdout.readline() for process in started]
+    said = [process.stdout.readline() for process in started if process.stdout is not None]
     for process in started:
         process.communicate("")
     assert said == ["ready\n"] * 2
@@ -458,3 +460,53 @@ def test_the_text_names_units_doubts_and_reasons(config):
 def test_wrong_options_are_explained(changes):
     with pytest.raises(ValueError, match="expected"):
         options("v5e:2x2", **changes)
+
+
+TINY = (
+    "--gin_file=gin_configs/experiments/svamp/cpu.gin",
+    "--gin.t5.T5Config.num_encoder_layers=1",
+    "--gin.t5.T5Config.num_decoder_layers=1",
+    "--gin.TASK_FEATURE_LENGTHS={'inputs': 32, 'targets': 16}",
+)
+
+
+@pytest.mark.slow
+def test_the_command_needs_no_paths_and_prints_json_alone(tmp_path):
+    """In a process of its own, from any folder, with another that compiles."""
+    arguments = [*TINY, "--topology=v5e:1x1", "--steps=train", "--examples=720", "--json"]
+    done = sbs(*arguments, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert done.stderr == "compiling for v5e:1x1, mesh data=all, 1 micro-batch ..\n"
+    (one,) = found["candidates"]
+    assert one["fits"] is True
+    assert one["steps"]["train"]["cycles"] > 0
+    assert one["steps"]["train"]["memory"]["parameters"] == 4 * found["configuration"]["parameters"]
+    # 2 x 720 examples; 4 to a row (the experiment's macro), 8 rows to an update.
+    assert found["epoch"]["updates"] == 45
+    assert found["suggestion"] == {"smallest": 0, "cheapest": 0, "fastest": 0}
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([*TINY, "--topology=v9:2x2"], "Unknown topology 'v9:2x2'"),
+        (["--topology=v5e:2x2"], "no --gin_file"),
+        ([*TINY, "--topology=v5e:2x2", "--gin.APLHA=1"], "did you mean ALPHA"),
+        ([*TINY, "--topology=v5e:2x2", "--slices=0"], "0 slices"),
+        ([*TINY, "--topology=v5e:2x2", "--steps=trian"], "expected some of train, evaluation, generation"),
+    ],
+)
+def test_mistakes_of_the_command_are_one_message(arguments, message, capsys):
+    assert main.main(["plan", *arguments]) == 1
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("sbs plan: ")
+    assert message in said.err
+
+
+def sbs(*arguments, cwd=ROOT):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "sbs_jax.main", "plan", *arguments]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=280, check=False)

@@ -121,6 +121,6 @@ def check_compiler() -> None:
     """ModuleNotFoundError, with the command to install it, where libtpu is missing."""
     if importlib.util.find_spec("libtpu") is None:
         raise ModuleNotFoundError(
-            "sbs plan asks the TPU compiler, which is not installed (Linux, 600 MB on disk; no TPU is needed): "
+            "sbs plan asks the TPU compiler, which is not installed. It needs Linux, 600 MB on disk and no TPU: "
             "pip install libtpu"
         )

@@ -63,7 +63,7 @@ def plan(
             micro_batches=micro_batches,
             steps=options.steps,
         )
-        report(f"compiling for {topology.title}, mesh {mesh_title(mesh)}, {micro_batches} micro-batches ..")
+        report(f"compiling for {topology.title}, mesh {mesh_title(mesh)}, {micro_title(micro_batches)} ..")
         outcome = machine.measure(candidate)
         found = _costed(config, topology, candidate, outcome, epoch=epoch, price=options.price)
         tried.append(found)
@@ -282,3 +282,8 @@ def suggestion(tried: Sequence[dict[str, Any]]) -> dict[str, int | None]:
 def mesh_title(mesh: dict[str, int]) -> str:
     """`fsdp=8 tensor=2`: axes of one device are left out."""
     return " ".join(f"{axis}={'all' if n == -1 else n}" for axis, n in mesh.items() if n != 1) or "one device"
+
+
+def micro_title(micro_batches: int) -> str:
+    """`1 micro-batch`, `2 micro-batches`."""
+    return f"{micro_batches} micro-batch{'es' * (micro_batches > 1)}"

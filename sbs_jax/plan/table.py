@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from sbs_jax.plan import chips, worker
-from sbs_jax.plan.command import mesh_title
+from sbs_jax.plan.command import mesh_title, micro_title
 
 
 def text(plan: dict[str, Any]) -> str:
@@ -71,7 +71,7 @@ def _details(one: dict[str, Any], number: int | None) -> list[str]:
     title = "" if number is None else f"{number}: "
     lines = [
         f"{title}{_name(one)}, {one['chips']} chip{'s' * (one['chips'] > 1)}{hosts}, mesh {mesh_title(one['mesh'])}, "
-        f"{one['micro_batches']} micro-batch{'es' * (one['micro_batches'] > 1)}"
+        f"{micro_title(one['micro_batches'])}"
     ]
     if not one["steps"]:
         return [*lines, f"  refused: {one['refused']}"]
@@ -190,8 +190,8 @@ def _suggestion(plan: dict[str, Any]) -> list[str]:
     def says(place: int) -> str:
         one = tried[place]
         return (
-            f"{_name(one)}, mesh {mesh_title(one['mesh'])}, {one['micro_batches']} "
-            f"micro-batch{'es' * (one['micro_batches'] > 1)}: {one['step_seconds'] * 1e3:,.2f} ms per update, "
+            f"{_name(one)}, mesh {mesh_title(one['mesh'])}, {micro_title(one['micro_batches'])}: "
+            f"{one['step_seconds'] * 1e3:,.2f} ms per update, "
             f"USD {_usd(one['run']['usd'])} for the run"
         )
 
