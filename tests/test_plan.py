@@ -122,7 +122,7 @@ def test_model_flops_are_those_of_the_matrices_in_the_model():
     structure, shapes, _ = t5.abstract(config)
     tokens = [jax.ShapeDtypeStruct((4, n), "int32") for n in (64, 48)]
     lowered = jax.jit(lambda p, s, t: t5.join(structure, p)(s, t)).lower(shapes, *tokens)
-    counted = lowered.cost_analysis()["flops"]
+    counted = (lowered.cost_analysis() or {})["flops"]
     mine = flops.training_flops(config, rows=4, inputs=64, targets=48) / 3
     assert mine < counted < 1.1 * mine
 
@@ -205,23 +205,59 @@ def config(tmp_path_factory):
     return toy.config(Path("none"), toy.write_records(tmp_path_factory.mktemp("records")))
 
 
+TINY = (
+    "--gin_file=gin_configs/experiments/svamp/cpu.gin",
+    "--gin_file=gin_configs/meshes/fsdp.gin",
+    *(f"--gin.t5.T5Config.{name}={getattr(toy.MODEL, name)}" for name in ("vocab_size", "emb_dim", "num_heads")),
+    *(f"--gin.t5.T5Config.{name}={getattr(toy.MODEL, name)}" for name in ("head_dim", "mlp_dim")),
+    *(f"--gin.t5.T5Config.num_{stack}_layers=1" for stack in ("encoder", "decoder")),
+    "--gin.TASK_FEATURE_LENGTHS={'inputs': 20, 'targets': 16}",
+    "--gin.MAX_DECODE_LENGTH=8",
+)
+
+
 @pytest.fixture(scope="module")
-def measured(config):
-    """What the compiler says of a small student's steps on four chips."""
-    return worker.measure(config, candidate())
+def planned(tmp_path_factory):
+    """What the command prints, as JSON: in a process of its own, from an empty folder, with another that compiles."""
+    folder = tmp_path_factory.mktemp("empty")
+    command = [sys.executable, "-m", "sbs_jax.main", "plan", *TINY, "--topology=v5e:2x2", "--examples=720", "--json"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=280, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == "compiling for v5e:2x2, mesh fsdp=all, 1 micro-batch ..\n"
+    assert list(folder.iterdir()) == []
+    return json.loads(done.stdout)
 
 
 @pytest.mark.slow
-def test_memory_is_told_apart_by_what_it_holds(measured, config):
-    assert (measured["devices"], measured["hosts"], measured["mesh"]["fsdp"]) == (4, 1, 4)
-    training = measured["steps"]["train"]
+def test_the_command_needs_no_paths_and_prints_json_alone(planned):
+    (one,) = planned["candidates"]
+    assert one["fits"] is True
+    assert set(one["steps"]) == set(worker.STEPS)
+    # 2 x 720 examples; 4 to a row (the experiment's macro), 8 rows to an update.
+    assert planned["epoch"]["updates"] == one["epoch"]["updates"] == 45
+    assert one["run"]["updates"] == 500
+    assert planned["suggestion"] == {"smallest": 0, "cheapest": 0, "fastest": 0}
+    text = table.text(planned)
+    assert "v5e:2x2, 4 chips of 1 host, mesh fsdp=4, 1 micro-batch" in text
+
+
+@pytest.mark.slow
+def test_memory_is_told_apart_by_what_it_holds(planned):
+    (one,) = planned["candidates"]
+    assert (one["chips"], one["hosts"], one["mesh"]["fsdp"]) == (4, 1, 4)
+    training = one["steps"]["train"]
     memory = training["memory"]
-    shapes, axes = t5.abstract(config.model)[1:]
-    cut = [leaf.size * 4 // (4 if "embed" in axes[name] else 1) for name, leaf in shapes.items()]
-    assert memory["parameters"] == sum(cut)
+    shapes, axes = t5.abstract(toy.MODEL)[1:]
+    assert planned["configuration"]["parameters"] == sum(leaf.size for leaf in shapes.values())
+    cut = sum(leaf.size * 4 // (4 if "embed" in axes[name] else 1) for name, leaf in shapes.items())
+    assert memory["parameters"] == cut
     # AdamW: two of each, and three counts.
-    assert 2 * sum(cut) <= memory["optimizer"] <= 2 * sum(cut) + 16
-    assert memory["batch"] == 4 * 8 // 4 * sum([20, 16, 16, 16, 16])
+    assert 2 * cut <= memory["optimizer"] <= 2 * cut + 16
+    # 2 of 8 rows: two features of 20 and 16 tokens, and of the packed rows four more.
+    assert memory["batch"] == 4 * 2 * (3 * 20 + 6 * 16)
     assert training["needs"] == sum(memory[part] for part in ("arguments", "temporaries", "outputs", "program"))
     assert training["fits"]
     assert training["cycles"] > 0
@@ -231,12 +267,16 @@ def test_memory_is_told_apart_by_what_it_holds(measured, config):
 
 
 @pytest.mark.slow
-def test_generation_is_told_by_the_token(measured):
-    evaluation, generation = measured["steps"]["evaluation"], measured["steps"]["generation"]
+def test_generation_is_told_by_the_token(planned):
+    steps = planned["candidates"][0]["steps"]
+    evaluation, generation = steps["evaluation"], steps["generation"]
     assert 0 < evaluation["token"]["cycles"] < evaluation["cycles"]
-    assert measured["steps"]["train"]["token"] is None
+    assert steps["train"]["token"] is None
+    # 8 tokens of an answer, 16 of a rationale.
+    for step, length in ((evaluation, 8), (generation, 16)):
+        assert (length - 1) * step["seconds_per_token"] < step["seconds"] < (length + 9) * step["seconds_per_token"]
     # Evaluation happens beside the optimiser's state, generation does not.
-    assert evaluation["memory"]["optimizer"] == measured["steps"]["train"]["memory"]["optimizer"]
+    assert evaluation["memory"]["optimizer"] == steps["train"]["memory"]["optimizer"]
     assert "optimizer" not in generation["memory"]
 
 
@@ -462,32 +502,6 @@ def test_wrong_options_are_explained(changes):
         options("v5e:2x2", **changes)
 
 
-TINY = (
-    "--gin_file=gin_configs/experiments/svamp/cpu.gin",
-    "--gin.t5.T5Config.num_encoder_layers=1",
-    "--gin.t5.T5Config.num_decoder_layers=1",
-    "--gin.TASK_FEATURE_LENGTHS={'inputs': 32, 'targets': 16}",
-)
-
-
-@pytest.mark.slow
-def test_the_command_needs_no_paths_and_prints_json_alone(tmp_path):
-    """In a process of its own, from any folder, with another that compiles."""
-    arguments = [*TINY, "--topology=v5e:1x1", "--steps=train", "--examples=720", "--json"]
-    done = sbs(*arguments, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    assert done.stderr == "compiling for v5e:1x1, mesh data=all, 1 micro-batch ..\n"
-    (one,) = found["candidates"]
-    assert one["fits"] is True
-    assert one["steps"]["train"]["cycles"] > 0
-    assert one["steps"]["train"]["memory"]["parameters"] == 4 * found["configuration"]["parameters"]
-    # 2 x 720 examples; 4 to a row (the experiment's macro), 8 rows to an update.
-    assert found["epoch"]["updates"] == 45
-    assert found["suggestion"] == {"smallest": 0, "cheapest": 0, "fastest": 0}
-    assert list(tmp_path.iterdir()) == []
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -504,9 +518,3 @@ def test_mistakes_of_the_command_are_one_message(arguments, message, capsys):
     assert said.out == ""
     assert said.err.startswith("sbs plan: ")
     assert message in said.err
-
-
-def sbs(*arguments, cwd=ROOT):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "sbs_jax.main", "plan", *arguments]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=280, check=False)

@@ -13,11 +13,14 @@ from pathlib import Path
 from typing import Any
 
 GIB = 2**30
-# libtpu as a compiler alone: look for no TPU, let other processes do the same at once, keep no log files.
+# libtpu as a compiler alone: look for no TPU, let other processes do the same at once, keep no log files, and say
+# warnings (a sharding that it cannot keep to is one) to standard error. To be set before it is loaded.
 ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_LOG_DIR": "disabled",
+    "TPU_MIN_LOG_LEVEL": "1",
+    "TPU_STDERR_LOG_LEVEL": "1",
 }
 _NAME = re.compile(r"([a-z0-9]+):(\d+(?:x\d+){1,2})")
 

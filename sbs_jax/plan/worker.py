@@ -28,7 +28,7 @@ _TOO_LARGE = (
     re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm"),
 )
 _UNIT = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-_REMATERIALIZED = "Involuntary full rematerialization"
+REMATERIALIZED = "Involuntary full rematerialization"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -132,7 +132,7 @@ def _compiled(
         "loops_counted_once": sum(loop.trips is None and loop.body != body for loop in program.loops),
         "without_estimate": dict(program.without_estimate),
         "collectives": program.by_kind(),
-        "rematerializations": said[0].count(_REMATERIALIZED),
+        "rematerializations": said[0].count(REMATERIALIZED),
         "compile_seconds": seconds,
     }
 
