@@ -34,12 +34,10 @@ MODEL = dataclasses.replace(
     dropout_rate=0.0,
 )
 MESHES = {
-    "data": {"data": -1, "fsdp": 1, "tensor": 1},
-    "fsdp": {"data": 1, "fsdp": -1, "tensor": 1},
-    "fsdp_tensor": {"data": 1, "fsdp": -1, "tensor": 2},
+    "data": partitioning.Layout(slice=1, data=-1, fsdp=1, tensor=1),
+    "fsdp": partitioning.Layout(slice=1, data=1, fsdp=-1, tensor=1),
+    "fsdp_tensor": partitioning.Layout(slice=1, data=1, fsdp=-1, tensor=2),
 }
-
-
 # Until the model holds its activations to the table of axes and loops over its layers: remove it and its two uses then.
 UNHELD = pytest.mark.xfail(strict=True, reason="activations follow the parameters' cut, and layers are unrolled")
 
@@ -68,9 +66,8 @@ class Compiled:
 @pytest.fixture(scope="module", params=MESHES)
 def compiled(request):
     """The step of a small student, 16 rows, AdamW."""
-    layout = partitioning.Layout(slice=1, **MESHES[request.param])
     toy.datasets.add(toy.DATASET)
-    changes = {"model": MODEL, "layout": layout, "batch_size": 16}
+    changes = {"model": MODEL, "layout": MESHES[request.param], "batch_size": 16}
     config = toy.config(Path("none"), Path("none"), task_feature_lengths={"inputs": 64, "targets": 32}, **changes)
     trainer = train.prepare(config, devices=chips.topology("v5e:2x4").describe())
     step = getattr(trainer.step, "lower")  # noqa: B009  (jitted)
