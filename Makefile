@@ -69,7 +69,7 @@ $(VENV)/.run: $(INSTALL_INPUTS) | $(VENV)/.created
 	@touch $@
 
 $(VENV)/.test: $(INSTALL_INPUTS) | $(VENV)/.created
-	@echo "Installing sbs-jax and what its tests need into $(VENV) (3 GB on disk, most of it TensorFlow; minutes the first time)"
+	@echo "Installing sbs-jax and what its tests need into $(VENV) (4 GB on disk, most of it TensorFlow; minutes the first time)"
 	@$(PIP) -e '.[test]'
 	@touch $(VENV)/.run $@
 

@@ -95,8 +95,8 @@ def projected_token_statistics(
             f"A vocabulary of {kernel_DV.shape[1]} does not divide into {chunks} chunks; the nearest number that "
             f"divides it is {near}."
         )
-    log_z_BT, target_BT, correct_BT = _projected(y_BTD, kernel_DV, targets_BT, chunks)
-    return TokenStatistics(log_z_BT, target_BT, correct_BT)
+    statistics: Any = _projected(y_BTD, kernel_DV, targets_BT, chunks)
+    return TokenStatistics(*statistics)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))

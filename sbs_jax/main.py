@@ -34,13 +34,18 @@ class UsageError(Exception):
 
 
 def configure(
-    name: str, *, gin_files: Sequence[str], bindings: Sequence[str], search_paths: Sequence[str] = ()
+    name: str,
+    *,
+    gin_files: Sequence[str],
+    bindings: Sequence[str],
+    search_paths: Sequence[str] = (),
+    unread: Sequence[str] = (),
 ) -> tuple[Any, str]:
     """An instance of a configuration class (`"train.TrainConfig"`), and the operative configuration as text.
 
     `bindings` are `NAME=value`. Files and bindings that come later override earlier ones. Values that are no gin
     expression are taken as text, so `MODEL_DIR=/tmp/run` needs no quotes. A binding that nothing refers to, an
-    unknown name, and a macro left at REQUIRED are errors.
+    unknown name, and a macro left at REQUIRED are errors, except for `unread` macros, which the command does not read.
     """
     import gin
 
@@ -58,6 +63,8 @@ def configure(
         # Imports of the prelude do not reach into included files, and theirs not out of them.
         includes, _ = gin.parse_config(text)
         missing = _REQUIRED.findall(gin.config_str())
+        gin.parse_config("".join(f"{macro} = 'none'\n" for macro in missing if macro in unread))
+        missing = [macro for macro in missing if macro not in unread]
         if missing:
             flags = " ".join(f"--gin.{macro}=.." for macro in missing)
             raise UsageError(f"{name} needs values that no gin file gives: {flags}")
@@ -146,7 +153,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = arguments.run(arguments, bindings) if takes_gin else arguments.run(arguments)
         hosts.leave()
         return status
-    except (UsageError, hosts.HostsError, ValueError, OSError, FloatingPointError) as error:
+    except (UsageError, hosts.HostsError, ValueError, OSError, FloatingPointError, ModuleNotFoundError) as error:
         _tell_others(str(error), show=arguments.traceback)
         if arguments.traceback:
             raise
@@ -314,6 +321,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     report = command("report", _report, "Compare finished runs: a table, and a page with their curves.")
     report.add_argument("run_dirs", nargs="+", metavar="RUN_DIR", help="run directories of sbs train")
     report.add_argument("--output", default="report.html", metavar="FILE", help="page to write")
+    _add_plan(command)
     demo = command("demo", _demo, "Train and compare both methods on the built-in dataset; writes a page.")
     demo.add_argument("--output", default="runs/demo", metavar="DIR", help="where runs, table and page go")
     return parser, commands
@@ -395,6 +403,76 @@ def _add_teach(command: Any) -> None:
     out.add_argument("--export_only", action="store_true", help="write records of what is stored; ask nothing")
 
 
+def _add_plan(command: Any) -> None:
+    plan = command(
+        "plan",
+        _plan,
+        "Compile a configuration for TPUs that are not here: does it fit, how fast, at what cost.",
+        gin=True,
+        epilog="examples:\n  sbs plan --gin_file=gin_configs/experiments/esnli/base.gin --topology v5e:2x4\n"
+        "  sbs plan --gin_file=gin_configs/experiments/esnli/xxl.gin --topology v5e:16x16,v5p:4x4x4 --search\n\n"
+        "Needs no data, weights or TPU, only its compiler: pip install libtpu. All it says are estimates.\n"
+        "Exit status: 0 if something fits, 3 if nothing does, 1 after a mistake.",
+    )
+    plan.add_argument("--topology", required=True, metavar="LIST", help="such as v5e:4x4 or v5p:2x2x2; several: A,B")
+    plan.add_argument(
+        "--slices", type=int, default=1, metavar="N", help="so many of each, over the data-centre network"
+    )
+    plan.add_argument(
+        "--steps", default="train,evaluation,generation", metavar="LIST", help="what to compile (default: %(default)s)"
+    )
+    plan.add_argument("--batch_size", type=int, metavar="N", help="rows per update, over all chips")
+    plan.add_argument("--search", action="store_true", help="try meshes (fsdp, data, tensor) and micro-batches")
+    plan.add_argument("--max_compiles", type=int, default=16, metavar="N", help="of a search (default: %(default)s)")
+    plan.add_argument(
+        "--time_limit", type=float, default=1800.0, metavar="SECONDS", help="for one candidate (default: %(default)s)"
+    )
+    plan.add_argument("--price", default="on_demand", help="on_demand, three_years, or USD per chip and hour")
+    plan.add_argument("--examples", type=int, metavar="N", help="of each task in an epoch, without RECORDS_DIR")
+    plan.add_argument("--examples_per_row", type=float, metavar="N", help="where rows are packed")
+    plan.add_argument("--json", action="store_true", help="print everything as JSON")
+    plan.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)  # the process that compiles
+
+
+def _plan(arguments: argparse.Namespace, bindings: Sequence[str]) -> int:
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    from sbs_jax.plan import chips, compiler
+
+    unread = ("MODEL_DIR", "RECORDS_DIR", "INITIAL_CHECKPOINT_PATH")
+    if arguments.serve:
+        from sbs_jax.plan import worker
+
+        config, _ = _configured("train.TrainConfig", arguments, bindings, unread=unread)
+        answers = os.fdopen(os.dup(1), "w")
+        os.dup2(2, 1)  # what others print is no answer
+        worker.serve(config, requests=sys.stdin, answers=answers)
+        return 0
+    chips.check_compiler()
+    topologies = tuple(chips.topology(name, slices=arguments.slices) for name in arguments.topology.split(","))
+    child = [sys.executable, "-m", "sbs_jax.main", "plan", "--serve", "--topology=-"]
+    child += [f"--gin_file={file}" for file in arguments.gin_file]
+    child += [f"--gin_search_paths={arguments.gin_search_paths}", *(f"--gin.{binding}" for binding in bindings)]
+    with compiler.Compiler(child, time_limit=arguments.time_limit) as machine:
+        machine.start()
+        config, text = _configured("train.TrainConfig", arguments, bindings, unread=unread)
+        from sbs_jax.plan import command, table
+
+        per_row = re.search(r"^EXAMPLES_PER_ROW = ([\d.]+)$", text, re.MULTILINE)
+        options = command.Options(
+            topologies=topologies,
+            steps=("train",) if arguments.search else tuple(arguments.steps.split(",")),
+            search=arguments.search,
+            max_compiles=arguments.max_compiles,
+            batch_size=arguments.batch_size,
+            price=arguments.price,
+            examples=arguments.examples,
+            examples_per_row=arguments.examples_per_row or (float(per_row[1]) if per_row else None),
+        )
+        found = command.plan(config, options, machine=machine, report=logging.getLogger("sbs_jax").info)
+    print(json.dumps(found, indent=1) if arguments.json else table.text(found))
+    return 0 if found["suggestion"]["smallest"] is not None else 3
+
+
 def _teach(arguments: argparse.Namespace) -> int:
     import tasks  # noqa: F401  (registers the datasets)
     from sbs_jax.teacher import clients, command, prompts, sampler
@@ -453,7 +531,9 @@ def _evaluate(arguments: argparse.Namespace, bindings: Sequence[str]) -> int:
     return 0
 
 
-def _configured(name: str, arguments: argparse.Namespace, bindings: Sequence[str]) -> tuple[Any, str]:
+def _configured(
+    name: str, arguments: argparse.Namespace, bindings: Sequence[str], *, unread: Sequence[str] = ()
+) -> tuple[Any, str]:
     if not arguments.gin_file:
         raise UsageError("no --gin_file given; the ready ones are under gin_configs/experiments/.")
     configured, text = configure(
@@ -461,6 +541,7 @@ def _configured(name: str, arguments: argparse.Namespace, bindings: Sequence[str
         gin_files=arguments.gin_file,
         bindings=bindings,
         search_paths=[path for path in arguments.gin_search_paths.split(",") if path],
+        unread=unread,
     )
     # Records may lie elsewhere on another host; what they hold is compared when they are read.
     lines = [line for line in text.splitlines() if line and not line.startswith(("#", "RECORDS_DIR"))]

@@ -272,25 +272,30 @@ _IN_USE = {
 }
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def gathered(parameter: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     """A parameter with these logical axes, made whole for use; its gradient is summed straight into its shards.
 
     Said so, the compiler gathers one layer's weights in the type they are used in; left to itself it may cut a product
     into loops over shards, or sum whole gradients on every device (docs/experiments.md).
     """
+    whole: Any = _gathered(parameter, axes)
+    return whole
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _gathered(parameter: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     return constrain(parameter, tuple(_IN_USE[axis] for axis in axes))
 
 
 def _gathered_forward(parameter: jax.Array, axes: tuple[str, ...]) -> tuple[jax.Array, None]:
-    return gathered(parameter, axes), None
+    return _gathered(parameter, axes), None
 
 
 def _gathered_backward(axes: tuple[str, ...], _: None, gradient: jax.Array) -> tuple[jax.Array]:
     return (constrain(gradient, axes),)
 
 
-gathered.defvjp(_gathered_forward, _gathered_backward)
+_gathered.defvjp(_gathered_forward, _gathered_backward)
 
 
 def pieces(axis: str) -> int:

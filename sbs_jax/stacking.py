@@ -80,11 +80,11 @@ def layerwise(optimizer: optax.GradientTransformation) -> optax.GradientTransfor
     ValueError for one that mixes parameters (a global norm, an average over all): it has no meaning for one layer.
     """
 
-    def init(parameters: Any) -> Any:
-        return _per_layer(optimizer.init, parameters)
+    def init(params: Any) -> Any:
+        return _per_layer(optimizer.init, params)
 
-    def update(updates: Any, state: Any, parameters: Any = None) -> Any:
-        return _per_layer(optimizer.update, updates, state, parameters)
+    def update(updates: Any, state: Any, params: Any = None) -> Any:
+        return _per_layer(optimizer.update, updates, state, params)
 
     return optax.GradientTransformation(init, update)
 

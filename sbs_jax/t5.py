@@ -507,7 +507,7 @@ def _through(
     stacked = not isinstance(stack.layers, nnx.List)
     structure, first = nnx.split(stack.layers if stacked else stack.layers[0], nnx.Param)
     count = jax.tree.leaves(first)[0].shape[0] if stacked else len(stack.layers)
-    keys = None if dropout_key is None else jax.random.split(_fold(dropout_key, 0), count)
+    keys = None if dropout_key is None else jax.random.split(jax.random.fold_in(dropout_key, 0), count)
 
     def one(x: Array, of_layer: tuple[Any, Any]) -> tuple[Array, None]:
         parameters, key = of_layer
@@ -704,5 +704,6 @@ def abstract(
             for name, of in stacking.stacks(shapes).items()
         }
         shapes = jax.eval_shape(stacking.stack, shapes)
-        model.encoder.layers, model.decoder.layers = model.encoder.layers[0], model.decoder.layers[0]
+        for side in (model.encoder, model.decoder):
+            setattr(side, "layers", side.layers[0])  # noqa: B010  (one layer in the place of a list of them)
     return nnx.split(model, nnx.Param)[0], shapes, axes

@@ -80,7 +80,7 @@ def lowered(
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     partitioner = layout.partitioner(devices)
     structure, shapes, axes = t5.abstract(config)
-    shardings = partitioner.shardings(shapes, axes=axes)
+    shardings = partitioner.shardings(shapes, parameters=shapes, axes=axes)
     parameters = {
         name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=shardings[name]) for name, leaf in shapes.items()
     }

@@ -59,8 +59,9 @@ def test_large_scores_neither_overflow_nor_lose_a_query_without_keys():
 def test_bfloat16_follows_float32():
     random = np.random.default_rng(0)
     q, k, v = (jnp.float32(random.normal(size=(1, 16, 2, 8))) for _ in range(3))
-    segments = (jnp.ones((1, 16), jnp.int32),) * 2
-    rounded = attention.attend(*(x.astype(jnp.bfloat16) for x in (q, k, v)), None, segments, causal=True)
+    segments = (jnp.ones((1, 16), jnp.int32), jnp.ones((1, 16), jnp.int32))
+    half = jnp.bfloat16
+    rounded = attention.attend(q.astype(half), k.astype(half), v.astype(half), None, segments, causal=True)
     assert rounded.dtype == jnp.bfloat16
     np.testing.assert_allclose(
         rounded.astype(jnp.float32), attention.attend(q, k, v, None, segments, causal=True), atol=0.05

@@ -241,7 +241,7 @@ def test_sharded_generation_finds_the_same(shape, platform, request):
     layout = partitioning.Layout(**dict(zip(partitioning.AXES, shape, strict=True)))
     partitioner = layout.partitioner()
     _, shapes, axes = t5.abstract(t5.join(structure, parameters).config)
-    placed = jax.device_put(parameters, partitioner.shardings(shapes, axes=axes))
+    placed = jax.device_put(parameters, partitioner.shardings(shapes, parameters=shapes, axes=axes))
     rows = partitioner.put_batch({"tokens": np.asarray(source)})["tokens"]
     with partitioner.constraining():
         mine = greedy(structure, placed, rows, length=6), beam(structure, placed, rows, length=6, beams=4)

@@ -186,14 +186,14 @@ def test_errors_of_the_command_are_one_message_without_a_traceback(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("command", ["records", "train", "evaluate", "predict", "report", "demo"])
+@pytest.mark.parametrize("command", ["records", "train", "evaluate", "predict", "plan", "report", "demo"])
 def test_every_command_has_help(command, capsys):
     with pytest.raises(SystemExit) as end:
         main.main([command, "--help"])
     assert end.value.code == 0
     shown = capsys.readouterr().out
     assert shown.startswith(f"usage: sbs {command}")
-    if command in ("train", "evaluate"):
+    if command in ("train", "evaluate", "plan"):
         assert "--gin_file" in shown
         assert "--gin.NAME=VALUE" in shown
 

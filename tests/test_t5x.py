@@ -157,6 +157,7 @@ def test_loss_gradients_and_metrics_are_ours(records_dir, pack, alpha):
         alpha=alpha,
         z_loss=1e-3,
         micro_batches=1,
+        vocabulary_chunks=1,
         dropout_key=jax.random.key(0),
     )
     model = t5x_student(config, records_dir, alpha=alpha, z_loss=1e-3)

@@ -1,0 +1,1 @@
+"""`sbs plan`: what a configuration would cost on TPUs that are not here, by their compiler."""

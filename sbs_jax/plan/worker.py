@@ -1,0 +1,191 @@
+"""Compiles the steps of a configuration for absent TPUs and reads what the compiler says of them.
+
+`serve` does so in a process of its own, because a compiler may abort or take for ever: see compiler.py.
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, TextIO
+
+import jax
+
+from sbs_jax import evaluate, partitioning, t5, train
+from sbs_jax.plan import chips, hlo
+
+TRAIN, EVALUATION, GENERATION = "train", "evaluation", "generation"
+STEPS = (TRAIN, EVALUATION, GENERATION)
+# The two ways in which libtpu says how much a program needs and how much there is.
+_TOO_LARGE = (
+    re.compile(r"\(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)"),
+    re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm"),
+)
+_UNIT = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+REMATERIALIZED = "Involuntary full rematerialization"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """What is tried: a machine, a mesh, and how a global batch is cut."""
+
+    topology: str
+    slices: int
+    mesh: dict[str, int]  # of a partitioning.Layout; may have a -1
+    batch_size: int
+    micro_batches: int
+    steps: tuple[str, ...]
+
+    def applied(self, config: train.TrainConfig) -> train.TrainConfig:
+        """The configuration with this mesh and batch. ValueError where they cannot be."""
+        layout = partitioning.Layout(**self.mesh, rules=config.layout.rules)
+        return dataclasses.replace(config, layout=layout, batch_size=self.batch_size, micro_batches=self.micro_batches)
+
+
+def measure(config: train.TrainConfig, candidate: Candidate) -> dict[str, Any]:
+    """What the compiler says of each step; what cannot be compiled has `refused` with the reason.
+
+    {"mesh": {"fsdp": 8, ..}, "steps": {"train": {"fits": True, "memory": {..}, "cycles": ..}, ..}}.
+    """
+    topology = chips.topology(candidate.topology, slices=candidate.slices)
+    try:
+        config = candidate.applied(config)
+        devices = topology.describe()
+        trainer = train.prepare(config, devices=devices)
+    except ValueError as error:
+        return {"refused": str(error), "steps": {}}
+    lowerings = _lowerings(config, trainer)
+    return {
+        "devices": len(devices),
+        "hosts": len({device.process_index for device in devices}),
+        "mesh": trainer.partitioner.sizes,
+        "steps": {name: _compiled(lowerings[name], trainer, topology, step=name) for name in candidate.steps},
+    }
+
+
+def _lowerings(config: train.TrainConfig, trainer: train.Trainer) -> dict[str, Callable[[], jax.stages.Lowered]]:
+    """Each step as training and `sbs predict` run it, not yet traced."""
+
+    def generation(length: int) -> Callable[[], jax.stages.Lowered]:
+        generator = evaluate.Generator(
+            t5.abstract(config.model)[0],
+            partitioner=trainer.partitioner,
+            batch_size=config.eval_batch_size,
+            length=length,
+        )
+        source_length = config.task_feature_lengths["inputs"]
+        return lambda: generator.lower(trainer.saved.parameters, inputs=source_length)
+
+    step: Any = trainer.step  # jitted: it has `lower`
+    return {
+        TRAIN: lambda: step.lower(trainer.abstract, trainer.batch),
+        EVALUATION: generation(config.max_decode_length),
+        GENERATION: generation(config.task_feature_lengths["targets"]),
+    }
+
+
+def _compiled(
+    lowering: Callable[[], jax.stages.Lowered], trainer: train.Trainer, topology: chips.Topology, *, step: str
+) -> dict[str, Any]:
+    """One step: memory, cycles, collectives, seconds that its compilation took."""
+    start = time.monotonic()
+    held = {"parameters": _bytes_per_device(trainer.abstract.parameters)}
+    if step == TRAIN:
+        held["batch"] = _bytes_per_device(trainer.batch)
+    if step != GENERATION:  # evaluation happens while training: the optimiser's state stays where it is
+        held["optimizer"] = _bytes_per_device(trainer.abstract.optimizer)
+    with captured_stderr() as said:
+        try:
+            compiled = lowering().compile()
+        except jax.errors.JaxRuntimeError as error:
+            return {"compile_seconds": time.monotonic() - start} | _refusal(str(error), held=held)
+        except NotImplementedError as error:
+            return {"fits": None, "refused": f"cannot be compiled: {error}"}
+    seconds = time.monotonic() - start
+    sizes: Any = compiled.memory_analysis()
+    memory = held | {
+        "temporaries": sizes.temp_size_in_bytes,
+        "outputs": max(0, sizes.output_size_in_bytes - sizes.alias_size_in_bytes),
+        "program": sizes.generated_code_size_in_bytes,
+    }
+    arguments = sizes.argument_size_in_bytes + (held["optimizer"] if step == EVALUATION else 0)
+    total = arguments + memory["temporaries"] + memory["outputs"] + memory["program"]
+    available = topology.chip.available_gib * chips.GIB
+    program = hlo.read(compiled.as_text() or "", slices=topology.slices)
+    # A loop of unknown length is counted once: in a generation, one token.
+    unknown = max((loop for loop in program.loops if loop.trips is None), key=lambda loop: loop.cycles, default=None)
+    body = None if step == TRAIN or unknown is None else unknown.body
+    once = {"cycles": program.cycles} | _communication(program, topology.chip)
+    token = None
+    if body is not None and unknown is not None:
+        token = {"cycles": unknown.cycles} | _communication(program, topology.chip, loop=body)
+    return {
+        "fits": total <= available,
+        "needs": total,
+        "available": available,
+        "memory": memory | {"arguments": arguments},
+        **once,
+        "token": token,  # what `cycles` and the seconds hold of one trip of the decoding loop
+        "loops_counted_once": sum(loop.trips is None and loop.body != body for loop in program.loops),
+        "without_estimate": dict(program.without_estimate),
+        "collectives": program.by_kind(),
+        "rematerializations": said[0].count(REMATERIALIZED),
+        "compile_seconds": seconds,
+    }
+
+
+def _communication(program: hlo.Program, chip: chips.Chip, *, loop: str | None = None) -> dict[str, float]:
+    """Seconds that one device's exchanges (of one loop) take at least: their bytes over all its links at full speed."""
+    seconds = {True: 0.0, False: 0.0}
+    for one in program.collectives:
+        if loop is None or one.loop == loop:
+            rate = chip.network if one.across_slices else chip.links
+            seconds[one.overlapped] += one.count * one.moved / (rate / chip.devices)
+    return {"communication_seconds": seconds[True] + seconds[False], "exposed_seconds": seconds[False]}
+
+
+def _bytes_per_device(tree: Any) -> int:
+    """Of a tree of shapes with shardings, what one device holds."""
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def _refusal(message: str, *, held: dict[str, int]) -> dict[str, Any]:
+    """What the compiler refused, and by how many bytes if it is for memory."""
+    for pattern in _TOO_LARGE:
+        if match := pattern.search(message):
+            needs, available = (float(match[i]) * _UNIT[match[i + 1]] for i in (1, 3))
+            return {"fits": False, "needs": needs, "available": available, "memory": held}
+    return {"fits": False if "RESOURCE_EXHAUSTED" in message else None, "refused": message.partition("\n")[0]}
+
+
+@contextlib.contextmanager
+def captured_stderr() -> Iterator[list[str]]:
+    """Keeps what the process writes to its standard error, also from C++; afterwards the list holds it."""
+    said: list[str] = []
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with tempfile.TemporaryFile() as file:
+        os.dup2(file.fileno(), 2)
+        try:
+            yield said
+        finally:
+            sys.stderr.flush()
+            os.dup2(kept, 2)
+            os.close(kept)
+            file.seek(0)
+            said.append(file.read().decode("utf-8", "replace"))
+
+
+def serve(config: train.TrainConfig, *, requests: TextIO, answers: TextIO) -> None:
+    """Answers each line of JSON (a `Candidate`) with one line of JSON (`measure`), until the requests end."""
+    for line in requests:
+        fields = json.loads(line)
+        candidate = Candidate(**fields | {"steps": tuple(fields["steps"])})
+        answers.write(json.dumps(measure(config, candidate)) + "\n")
+        answers.flush()
