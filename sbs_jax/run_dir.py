@@ -25,7 +25,9 @@ from typing import Any
 from sbs_jax import hosts
 
 MANIFEST = "manifest.json"
-_MESH_MACROS = ("SLICES", "TENSOR")  # of gin_configs/meshes/: a run may be resumed on another mesh
+# How a run is computed and on which mesh: it may be resumed in another way.
+_HOW_MACROS = ("SLICES", "TENSOR", "LAYERS", "REMAT", "VOCABULARY_CHUNKS")
+_HOW_BINDINGS = ("partitioning.Layout.", "t5.Execution.", "train.TrainConfig.vocabulary_chunks")
 _SEEN_WITHIN = 15.0  # seconds in which a network file system shows a new file to another host
 _REPORTED = (
     *("sbs-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "seqio", "tensorflow", "tensorflow-text"),
@@ -163,8 +165,8 @@ def _digest(path: Path) -> str:
 
 
 def _meaning(text: str) -> list[str]:
-    """Bindings of a configuration without comments, and without where it runs: directory and mesh."""
-    where = ("MODEL_DIR =", "partitioning.Layout.", *(f"{macro} =" for macro in _MESH_MACROS))
+    """Bindings of a configuration without comments, and without where and how it runs: directory, mesh, execution."""
+    where = ("MODEL_DIR =", *_HOW_BINDINGS, *(f"{macro} =" for macro in _HOW_MACROS))
     kept, dropping = [], False
     for line in map(str.rstrip, text.splitlines()):
         if line and not line.startswith("#"):

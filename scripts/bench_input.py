@@ -5,7 +5,7 @@
 Prints JSON: per dataset and form, rows/s, examples/s and non-padding tokens/s of the batches of a host that builds
 all rows of the global batch, and of one of 8 hosts that builds an eighth; and the time to the first batch after
 tokenization, from the start and when 1,000 batches are skipped. `--consumed` takes the rows/s that a host's
-chips use up (`sbs plan`), and adds the ratio.
+chips use up (`make bench-tpu` prints them), and adds the ratio, also as a row of `--output`.
 """
 
 import argparse
@@ -34,6 +34,7 @@ def main() -> None:
     parser.add_argument(
         "--consumed", type=float, metavar="ROWS", help="packed rows/s that the chips of a host train on"
     )
+    parser.add_argument("--output", default="bench.json", help="file to append the row to, if --consumed is given")
     arguments = parser.parse_args()
     for path in (arguments.release, arguments.vocabulary):
         if not path.exists():
@@ -41,6 +42,7 @@ def main() -> None:
     core = min(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {core})
     # Only now: libraries start as many threads as they see cores.
+    from sbs_jax import bench
     from sbs_jax import main as command
 
     command.import_tensorflow()
@@ -69,11 +71,19 @@ def main() -> None:
                 "not packed": _measure(name, dataset.feature_lengths, pack=False, seconds=arguments.seconds),
                 "packed": _measure(name, PACKED, pack=True, seconds=arguments.seconds),
             }
-            if arguments.consumed:
-                produced = result[name]["packed"]["one host"]["rows per second"]
-                result[name]["packed rows, produced / consumed"] = round(produced / arguments.consumed, 2)
     json.dump(result, sys.stdout, indent=1)
     print()
+    if arguments.consumed:
+        row = bench.Row(
+            name="input_pipeline_vs_step",
+            unit="packed rows/s",
+            ours=min(result[name]["packed"]["one host"]["rows per second"] for name in DATASETS),
+            peer=arguments.consumed,
+            goal=">= 5",
+            versions=bench.versions("numpy", "seqio", "tensorflow"),
+        )
+        bench.append(arguments.output, [row])
+        print(bench.table([row]))
 
 
 def _measure(name: str, lengths: Any, *, pack: bool, seconds: float) -> dict[str, Any]:

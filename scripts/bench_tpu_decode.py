@@ -16,7 +16,6 @@ import dataclasses
 import json
 import os
 import platform
-import re
 import sys
 import time
 from importlib import metadata
@@ -33,6 +32,7 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 
 from sbs_jax import decoding, evaluate, partitioning, t5
+from sbs_jax.plan import hlo
 
 TOPOLOGY, BATCH, INPUTS, LENGTH, BEAMS = "v5e:2x4", 256, 128, 64, 4
 BASE = t5.T5Config(
@@ -96,37 +96,12 @@ def lowered(
     return jax.jit(search, out_shardings=partitioner.replicated).lower(parameters, tokens)
 
 
-def cycles_per_token(hlo: str) -> int:
+def cycles_per_token(text: str) -> int:
     """Cycles of one trip of the decode loop: the costliest loop without a known trip count."""
-    computations: dict[str, list[str]] = {}
-    name = ""
-    for line in hlo.splitlines():
-        opened = re.match(r"(?:ENTRY )?%?([\w.\-]+) .*->.*\{\s*$", line)
-        if opened:
-            name = opened[1]
-            computations[name] = []
-        elif name:
-            computations[name].append(line)
-
-    def cycles(name: str) -> int:
-        total = 0
-        for line in computations[name]:
-            count = re.search(r'"estimated_cycles":"(\d+)"', line)
-            if count and int(count[1]) < 2**60:
-                total += int(count[1])
-            loop = re.search(r" while\(.*body=%?([\w.\-]+)", line)
-            trips = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
-            if loop:
-                total += cycles(loop[1]) * (int(trips[1]) if trips else 1)
-            elif re.search(r" (call|conditional|async-start)\(", line):
-                called = re.findall(r"(?:calls|to_apply|called_computations)=\{?%?([\w.\-]+)", line)
-                total += sum(cycles(each) for each in called)
-        return total
-
-    loops = re.findall(r" while\((?!.*known_trip_count).*body=%?([\w.\-]+)", hlo)
+    loops = [loop.cycles for loop in hlo.read(text).loops if loop.trips is None]
     if not loops:
         raise ValueError("The compiled program has no loop of an unknown number of trips, so nothing decodes in it.")
-    return max(map(cycles, loops))
+    return max(loops)
 
 
 def row(name: str, beams: int) -> dict[str, Any]:
@@ -135,10 +110,10 @@ def row(name: str, beams: int) -> dict[str, Any]:
     start = time.perf_counter()
     compiled = lowered(beams).compile()
     seconds = time.perf_counter() - start
-    hlo, memory = compiled.as_text(), compiled.memory_analysis()
-    if hlo is None or memory is None:
+    text, memory = compiled.as_text(), compiled.memory_analysis()
+    if text is None or memory is None:
         raise ValueError("This libtpu does not report the compiled program and its memory; 0.0.51 does.")
-    per_token = cycles_per_token(hlo)
+    per_token = cycles_per_token(text)
     ratio = per_token / goal.cycles
     return {
         "name": name,
