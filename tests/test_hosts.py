@@ -360,7 +360,7 @@ def test_a_run_passes_from_one_process_to_two_to_four_and_back(folder, reference
 
     flags = train_flags(folder, run, mesh="fsdp_tensor")
     with started(tmp_path, flags, count=2, devices=1, folder=folder) as processes:
-        until(lambda: steps_logged(run) >= 5, processes)
+        until(lambda: steps_logged(run) >= 5 and checkpoints.steps(run)[-1] >= 4, processes)
         processes[1].kill(signal.SIGKILL)
         assert processes[0].wait(20) == 1
         last = processes[0].complained().splitlines()[-1]
