@@ -18,15 +18,18 @@ def textbook(q, k, v, bias, segments, *, causal):
     return jnp.einsum("bhts,bshk->bthk", jax.nn.softmax(jnp.where(visible, scores, -1e10), axis=-1), v)
 
 
+@pytest.mark.parametrize("groups", [1, 3])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("biased", [False, True])
-def test_values_and_gradients(causal, biased):
+def test_values_and_gradients(causal, biased, groups, monkeypatch):
+    monkeypatch.setattr(attention, "FAST", 4 * 2 * 3 * 10 * 10 / groups)
     random = np.random.default_rng(int(causal) * 2 + int(biased))
 
     def normal(*shape):
         return jnp.float32(random.normal(size=shape))
 
     length = 10
+    assert attention._Groups.of(jnp.zeros((2, length, 3, 4)), jnp.zeros((2, length, 3, 4))).count == groups
     q, k, v = normal(2, length, 3, 4), 3 * normal(2, length, 3, 4), normal(2, length, 3, 4)
     bias = normal(3, length, length) if biased else None
     # Two segments and padding; the second row's last query has no key of its segment at all.
@@ -66,3 +69,11 @@ def test_bfloat16_follows_float32():
     np.testing.assert_allclose(
         rounded.astype(jnp.float32), attention.attend(q, k, v, None, segments, causal=True), atol=0.05
     )
+
+
+def test_heads_that_are_sharded_stay_on_their_shards_in_groups():
+    x = jnp.arange(8)
+    cut = attention._Groups(count=2, shards=2)
+    first, second = cut.heads(x, axis=0)
+    assert (first.tolist(), second.tolist()) == ([0, 1, 4, 5], [2, 3, 6, 7])
+    assert cut.joined((first, second), axis=0).tolist() == x.tolist()

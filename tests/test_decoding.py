@@ -97,7 +97,9 @@ def assert_found(got, want, *, atol=1e-4):
 @pytest.fixture
 def as_on_tpu(monkeypatch):
     """Traces what a TPU would run, for this machine."""
-    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, default, tpu=None, cpu=None: (tpu or default)(*args))
+    monkeypatch.setattr(
+        jax.lax, "platform_dependent", lambda *args, default, tpu=None, cpu=None: (tpu or default)(*args)
+    )
 
 
 @KINDS

@@ -141,7 +141,7 @@ def test_nothing_imports_t5x_but_its_model() -> None:
         # The student and its loss are plain JAX, and so are the modules of this project that they import.
         ("t5", {"jax", "flax", "numpy", "jaxtyping", "sbs_jax"}),
         ("losses", {"jax", "numpy", "jaxtyping", "sbs_jax"}),
-        ("attention", {"jax", "jaxtyping"}),
+        ("attention", {"jax", "jaxtyping", "sbs_jax"}),
         ("partitioning", {"jax", "numpy"}),
         ("stacking", {"jax", "optax"}),
         ("records", set()),
