@@ -61,7 +61,7 @@ WORK = {
     "large": Work("large", "v5e:4x4", 128, "scanned", "attended", 289.3e6, 6.43 + 2.92, 161),
     "base_unrolled": Work("base", "v5e:2x4", 64, "unrolled", "minimal", 91.9e6, 2.60 + 0.92, 116),
     "large_unrolled": Work("large", "v5e:4x4", 128, "unrolled", "minimal", 289.3e6, 6.43 + 2.92, 161),
-    "xl": Work("xl", "v5e:8x8", 512, "scanned", "attended"),
+    "xl": Work("xl", "v5e:8x8", 1024, "scanned", "attended"),
     "xxl": Work("xxl", "v5e:16x16", 2048, "scanned", "minimal"),
 }
 USUAL = ("base", "large", "xl", "xxl", "decode")

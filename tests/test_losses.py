@@ -64,6 +64,31 @@ def test_z_loss_is_the_square_of_the_log_normaliser():
     assert float(with_z - plain) == pytest.approx(0.5 * 0.1 * (3 + np.log(8)) ** 2, rel=1e-5)
 
 
+@pytest.mark.parametrize("chunks", [2, 3, 4])
+def test_statistics_in_chunks_are_those_of_the_logits(chunks):
+    random = np.random.default_rng(chunks)
+    y, kernel = random.normal(size=(2, 6, 8)), random.normal(size=(8, 12))
+    # The largest logit of every token, twice: only the first of the two is right.
+    kernel[:, [4, 9]] = 0.0
+    kernel[0, [4, 9]] = 50.0
+    y[..., 0] = np.abs(y[..., 0]) + 1.0
+    y, kernel = jnp.float32(y), jnp.float32(kernel)
+    targets = jnp.array([[4, 9, 0, 4, 9, 11], [4, 4, 4, 9, 1, 2]])
+    want = losses.token_statistics(jnp.einsum("btd,dv->btv", y, kernel), targets)
+    got = losses.projected_token_statistics(y, kernel, targets, chunks=chunks)
+    np.testing.assert_array_equal(got.correct, targets == 4)
+    np.testing.assert_array_equal(got.correct, want.correct)
+    np.testing.assert_allclose(got.log_z, want.log_z, rtol=1e-6)
+    np.testing.assert_allclose(got.target, want.target, rtol=1e-5, atol=1e-5)
+
+
+def test_chunks_that_do_not_divide_the_vocabulary_are_refused():
+    with pytest.raises(ValueError, match=r"vocabulary of 12 does not divide into 5 chunks; the nearest .* is 4"):
+        losses.projected_token_statistics(
+            jnp.zeros((1, 1, 2)), jnp.zeros((2, 12)), jnp.zeros((1, 1), jnp.int32), chunks=5
+        )
+
+
 # Sixteen examples of both tasks, of uneven lengths: (source tokens, target tokens, task).
 _random = np.random.default_rng(7)
 EXAMPLES = [
