@@ -8,6 +8,7 @@ reads all scores once more (docs/experiments.md).
 
 import dataclasses
 import functools
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -66,16 +67,10 @@ def _forward(
     q_BTHK: Array, k_BSHK: Array, v_BSHK: Array, bias_HTS: Array | None, segments: tuple[Array, Array], causal: bool
 ) -> tuple[Array, tuple[Any, ...]]:
     cut = _Groups.of(q_BTHK, k_BSHK)
-    found: list[tuple[Array, ...]] = []
-    for q, k, v, bias in zip(
-        *(cut.heads(x, axis=2) for x in (q_BTHK, k_BSHK, v_BSHK)), cut.bias(bias_HTS), strict=True
-    ):
-        if found:  # one group's scores at a time
-            q, *last = jax.lax.optimization_barrier((q, *found.pop()))
-            found.append(tuple(last))
-        found.append(_forward_of_group(q, k, v, bias, segments, causal))
+    groups = zip(*(cut.heads(x, axis=2) for x in (q_BTHK, k_BSHK, v_BSHK)), cut.bias(bias_HTS), strict=True)
+    found = _in_turn(functools.partial(_forward_of_group, segments=segments, causal=causal), groups)
     y_BTHK, largest_BHT, total_BHT = (
-        cut.joined(parts, axis=axis) for parts, axis in zip(zip(*found, strict=True), (2, 1, 1), strict=True)
+        cut.joined(parts, axis=axis) for parts, axis in zip(found, (2, 1, 1), strict=True)
     )
     y_BTHK = checkpoint_name(y_BTHK, SAVED[0])
     # Kept apart from the logarithm of the total, which would be lost beside MASKED.
@@ -83,8 +78,27 @@ def _forward(
     return y_BTHK, (q_BTHK, k_BSHK, v_BSHK, bias_HTS, segments, y_BTHK, largest_BHT, total_BHT)
 
 
+def _in_turn(
+    compute: Callable[..., tuple[Array, ...]], groups: Iterable[tuple[Any, ...]]
+) -> Iterator[tuple[Array, ...]]:
+    """Results of `compute` for each group's arrays, result by result; each group waits for the one before."""
+    found: list[tuple[Array, ...]] = []
+    for q, *rest in groups:
+        if found:
+            q, *last = jax.lax.optimization_barrier((q, *found.pop()))
+            found.append(tuple(last))
+        found.append(compute(q, *rest))
+    return zip(*found, strict=True)
+
+
 def _forward_of_group(
-    q_BTHK: Array, k_BSHK: Array, v_BSHK: Array, bias_HTS: Array | None, segments: tuple[Array, Array], causal: bool
+    q_BTHK: Array,
+    k_BSHK: Array,
+    v_BSHK: Array,
+    bias_HTS: Array | None,
+    *,
+    segments: tuple[Array, Array],
+    causal: bool,
 ) -> tuple[Array, Array, Array]:
     """Attended values; the largest score of each query; the sum of its weights relative to that."""
     scores_BHTS = _scores(q_BTHK, k_BSHK, bias_HTS, segments, causal)
@@ -119,14 +133,9 @@ def _backward(causal: bool, kept: tuple[Any, ...], dy_BTHK: Array) -> tuple[Any,
         cut.heads(dy_BTHK, axis=2),
         strict=True,
     )
-    found: list[tuple[Array, ...]] = []
-    for q, *rest in groups:
-        if found:
-            q, *last = jax.lax.optimization_barrier((q, *found.pop()))
-            found.append(tuple(last))
-        found.append(_backward_of_group(q, *rest, segments=segments, causal=causal))
+    found = _in_turn(functools.partial(_backward_of_group, segments=segments, causal=causal), groups)
     dq_BTHK, dk_BSHK, dv_BSHK, *dbias = (
-        cut.joined(parts, axis=axis) for parts, axis in zip(zip(*found, strict=True), (2, 2, 2, 0), strict=False)
+        cut.joined(parts, axis=axis) for parts, axis in zip(found, (2, 2, 2, 0), strict=False)
     )
     return dq_BTHK, dk_BSHK, dv_BSHK, dbias[0] if dbias else None, None
 

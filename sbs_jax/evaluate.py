@@ -147,10 +147,7 @@ def load_student(path: str | Path, *, layout: partitioning.Layout, records_dir: 
     config = t5.T5Config.of(checkpoints.read_metadata(directory, step)["model"])
     structure, shapes, axes = t5.abstract(config)
     partitioner = layout.partitioner()
-    shardings = partitioner.shardings(shapes, parameters=shapes, axes=axes)
-    like = {
-        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=shardings[name]) for name, leaf in shapes.items()
-    }
+    like = partitioner.placed(shapes, parameters=shapes, axes=axes)
     parameters = checkpoints.load_parameters(directory / "checkpoints" / str(step), like=like)
     return Student(config, structure, parameters, partitioner, step, manifest)
 

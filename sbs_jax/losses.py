@@ -90,7 +90,7 @@ def projected_token_statistics(
     computing them again in the backward pass. ValueError where `chunks` does not divide the vocabulary.
     """
     if kernel_DV.shape[1] % chunks:
-        near = max(n for n in range(1, chunks + 1) if kernel_DV.shape[1] % n == 0)
+        near = partitioning.nearest_divisor(kernel_DV.shape[1], chunks)
         raise ValueError(
             f"A vocabulary of {kernel_DV.shape[1]} does not divide into {chunks} chunks; the nearest number that "
             f"divides it is {near}."

@@ -91,7 +91,7 @@ class Layout:
         sizes, left = {}, devices
         for axis, n in self.shape.items():
             if axis != free:
-                sizes[axis] = max(d for d in range(1, left + 1) if left % d == 0 and d <= n)
+                sizes[axis] = nearest_divisor(left, n)
                 left //= sizes[axis]
         return {axis: left if axis == free else sizes[axis] for axis in AXES}
 
@@ -192,15 +192,23 @@ class Partitioner:
             for logical, mesh_axes, size in zip(axes[name], partition, leaf.shape, strict=True):
                 pieces = math.prod(self.mesh.shape[axis] for axis in _as_tuple(mesh_axes))
                 if size % pieces:
-                    nearest = max(d for d in range(1, pieces + 1) if size % d == 0)
                     raise ValueError(
                         f"{name} has shape {tuple(leaf.shape)}, whose axis {logical!r} of {size} does not divide by "
-                        f"{pieces} of mesh axis {mesh_axes!r}; the nearest that divides it is {nearest}. Choose "
-                        "another mesh (gin_configs/meshes/)."
+                        f"{pieces} of mesh axis {mesh_axes!r}; the nearest that divides it is "
+                        f"{nearest_divisor(size, pieces)}. Choose another mesh (gin_configs/meshes/)."
                     )
             return NamedSharding(self.mesh, partition)
 
         return jax.tree_util.tree_map_with_path(one, tree)
+
+    def placed(
+        self, tree: Any, *, parameters: Mapping[str, jax.ShapeDtypeStruct], axes: Mapping[str, tuple[str, ...]]
+    ) -> Any:
+        """The abstract arrays with their `shardings`."""
+        shardings = self.shardings(tree, parameters=parameters, axes=axes)
+        return jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree, shardings
+        )
 
     def local_rows(self, batch_size: int, *, devices: Iterable[Any] | None = None) -> np.ndarray:
         """The rows of a global batch that some devices hold (by default those of this process), ascending, once each.
@@ -304,6 +312,11 @@ def pieces(axis: str) -> int:
     if partitioner is None:
         return 1
     return math.prod(partitioner.mesh.shape[each] for each in _as_tuple(partitioner.rules[axis]))
+
+
+def nearest_divisor(number: int, most: int) -> int:
+    """The largest divisor of `number` that is at most `most`."""
+    return max(d for d in range(1, min(number, most) + 1) if number % d == 0)
 
 
 def _as_tuple(axes: str | tuple[str, ...] | None) -> tuple[str, ...]:

@@ -212,7 +212,6 @@ def _cut(batch: Batch, pieces: int) -> Batch:
 class Trainer:
     """The compiled step and where its state lives; what `train`, `sbs plan` and the benchmarks share."""
 
-    structure: t5.Structure
     partitioner: partitioning.Partitioner
     abstract: TrainState  # shapes with shardings, as held in memory
     saved: TrainState  # the same as on disk, where every layer has arrays of its own
@@ -234,10 +233,7 @@ def prepare(config: TrainConfig, *, devices: Sequence[Any] | None = None) -> Tra
     def placed(execution: t5.Execution, optimizer: optax.GradientTransformation) -> tuple[t5.Structure, TrainState]:
         structure, shapes, axes = t5.abstract(config.model, execution=execution)
         state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), shapes, jax.eval_shape(optimizer.init, shapes))
-        shardings = partitioner.shardings(state, parameters=shapes, axes=axes)
-        return structure, jax.tree.map(
-            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), state, shardings
-        )
+        return structure, partitioner.placed(state, parameters=shapes, axes=axes)
 
     structure, abstract = placed(config.execution, optimizer)
     if config.execution.layers == "scanned":
@@ -264,7 +260,7 @@ def prepare(config: TrainConfig, *, devices: Sequence[Any] | None = None) -> Tra
             config.task_feature_lengths, batch_size=config.batch_size, pack=config.pack
         ).items()
     }
-    return Trainer(structure, partitioner, abstract, saved, batch, compiled, unstacked, stacked)
+    return Trainer(partitioner, abstract, saved, batch, compiled, unstacked, stacked)
 
 
 def _shardings(abstract: Any) -> Any:
@@ -287,10 +283,10 @@ def _check_divisible(config: TrainConfig, partitioner: partitioning.Partitioner)
         )
     heads, splits = config.model.num_heads, partitioner.sizes["tensor"]
     if heads % splits:
-        nearest = max(d for d in range(1, splits + 1) if heads % d == 0)
         raise ValueError(
             f"The model has {heads} attention heads, which do not divide over tensor={splits} of the mesh "
-            f"{partitioner.sizes}; the nearest that divides them is {nearest}. Choose another mesh "
+            f"{partitioner.sizes}; the nearest that divides them is "
+            f"{partitioning.nearest_divisor(heads, splits)}. Choose another mesh "
             "(gin_configs/meshes/)."
         )
 

@@ -80,10 +80,7 @@ def lowered(
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     partitioner = layout.partitioner(devices)
     structure, shapes, axes = t5.abstract(config)
-    shardings = partitioner.shardings(shapes, parameters=shapes, axes=axes)
-    parameters = {
-        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=shardings[name]) for name, leaf in shapes.items()
-    }
+    parameters = partitioner.placed(shapes, parameters=shapes, axes=axes)
     if beams == 1:
         generator = evaluate.Generator(structure, partitioner=partitioner, batch_size=batch, length=length)
         return generator.lower(parameters, inputs=inputs)
