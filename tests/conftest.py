@@ -6,6 +6,7 @@ only the platform is inherited.
 """
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -16,6 +17,7 @@ os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0 --xla_llvm_disable
 
 import jax
 import jaxtyping
+import processes
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
@@ -45,3 +47,13 @@ def real_vocab() -> Path:
     if not path.is_file():
         pytest.skip("the T5 vocabulary is not in ../shared/vocab/t5/sentencepiece.model")
     return path
+
+
+@pytest.fixture(scope="session")
+def starter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[processes.Starter]:
+    """Starts `sbs` processes, cheaply; all workers of this run of pytest share what makes them cheap."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    with processes.server(folder) as address:
+        yield processes.Starter(address=address, compiled=folder / "compiled")
