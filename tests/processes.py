@@ -251,7 +251,7 @@ class Starter:
         with contextlib.ExitStack() as stack:
             processes = []
             for index in range(count) if present is None else present:
-                environment: dict[str, str] = {}
+                environment = {"JAX_SHARE_BINARY_BETWEEN_HOSTS": "1"}
                 flags = ["--join_timeout", f"{timeout:g}"]
                 if slurm:
                     environment |= {"SLURM_JOB_ID": str(job), "SLURM_STEP_NODELIST": "localhost", "SLURM_LOCALID": "0"}
@@ -394,10 +394,11 @@ def _become(request: Mapping[str, Any]) -> Callable[[], Any]:
             with contextlib.suppress(ValueError, SyntaxError):
                 value = ast.literal_eval(value)
             jax.config.update(name.lower(), value)
-    # JAX has process 0 alone write the compilation cache; on CPU every process has keys of its own.
-    from jax._src import compiler
+    # Process 0 compiles for all (JAX_SHARE_BINARY_BETWEEN_HOSTS) and for later runs. On CPU, JAX would look under another
+    # key on every process, because each has another view of the devices; the programs are the same.
+    from jax._src import cache_key
 
-    vars(compiler)["distributed"] = types.SimpleNamespace(global_state=types.SimpleNamespace(process_id=0))
+    vars(cache_key)["_hash_accelerator_config"] = vars(cache_key)["_hash_devices"]
     sys.path[0] = request["cwd"]
     sys.path[1:1] = request["environment"]["PYTHONPATH"].split(os.pathsep)
     (kind, text), arguments = request["command"][:2], request["command"][2:]
