@@ -151,6 +151,11 @@ def from_first(compute: Callable[[], Any]) -> Any:
     return _link.from_first(compute)
 
 
+def from_all(value: Any) -> list[Any]:
+    """What every process gives (a JSON value), in their order, on every process."""
+    return [value] if _link is None else _link.consult(value, list)
+
+
 def preempted(step: int) -> bool:
     """Whether some process was told to end (SIGTERM, which JAX keeps from ending it); at one step, on all of them."""
     if _link is None:

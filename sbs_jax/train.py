@@ -324,10 +324,13 @@ def train(config: TrainConfig, *, config_text: str) -> dict[str, dict[str, Any]]
     with contextlib.ExitStack() as stack:
         run = stack.enter_context(run_dir.RunDir(config.model_dir, config_text=config_text))
         run.write_manifest(manifest)
-        saver = stack.enter_context(checkpoints.Checkpoints(run.path, keep=config.keep_checkpoints))
-        state, best = _begin(config, trainer, saver)
+        retention = checkpoints.Retention(newest=config.keep_checkpoints, best=1, period=None)
+        scores: dict[int, float] = {}
+        saver = stack.enter_context(checkpoints.Checkpoints(run.path, retention=retention, scores=scores))
+        state = _begin(config, trainer, saver)
         start = int(state.step)
         run.truncate_metrics(after_step=start)
+        scores.update(hosts.from_first(lambda: [*run_dir.read_scores(run.path).items()]))
         evaluator = _evaluator(config, trainer, split=datasets.VALIDATION)
         batches = features.train_dataset(
             config.mixture_or_task_name,
@@ -360,9 +363,7 @@ def train(config: TrainConfig, *, config_text: str) -> dict[str, dict[str, Any]]
                 result = evaluator.run(trainer.unstacked(state).parameters)
                 run.log("validation", step, result.metrics)
                 run.write_predictions(f"{eval_task_name}-{step}", result.rows)
-                validation = result.metrics[evaluator.primary_metric]
-                if best is None or validation > best["validation"]:
-                    best = {"step": step, "validation": validation}
+                validation = scores[step] = result.metrics[evaluator.primary_metric]
                 window = _Window()
             preempted = hosts.preempted(step)
             if step % config.checkpoint_period == 0 or validation is not None or preempted:
@@ -371,8 +372,7 @@ def train(config: TrainConfig, *, config_text: str) -> dict[str, dict[str, Any]]
                     step,
                     parameters=saved.parameters,
                     optimizer=saved.optimizer,
-                    metadata={"step": step, "best": best, "model": dataclasses.asdict(config.model)},
-                    validation=validation,
+                    metadata={"step": step, "model": dataclasses.asdict(config.model)},
                 )
             if preempted and not last:
                 progress.close()
@@ -385,7 +385,7 @@ def train(config: TrainConfig, *, config_text: str) -> dict[str, dict[str, Any]]
         progress.close()
         saver.wait()
         if config.evaluate_test:
-            _test_once(config, trainer, run, best=best)
+            _test_once(config, trainer, run)
         return {line.pop("kind"): line for line in run.metrics()}
 
 
@@ -423,11 +423,11 @@ def _evaluator(config: TrainConfig, trainer: Trainer, *, split: str) -> evaluate
     )
 
 
-def _test_once(config: TrainConfig, trainer: Trainer, run: run_dir.RunDir, *, best: dict[str, Any] | None) -> None:
+def _test_once(config: TrainConfig, trainer: Trainer, run: run_dir.RunDir) -> None:
     """Grades the best checkpoint on test, unless an earlier process of this run already has."""
     if any(line["kind"] == "test" for line in run.metrics()):
         return
-    step = config.train_steps if best is None else best["step"]
+    _, step = checkpoints.locate(run.path)
     parameters = checkpoints.load_parameters(run.path / "checkpoints" / str(step), like=trainer.saved.parameters)
     result = _evaluator(config, trainer, split=datasets.TEST).run(parameters)
     run.write_predictions(f"{graded_task(config)}-test-{step}", result.rows)
@@ -461,6 +461,7 @@ def _manifest(config: TrainConfig, *, data: dict[str, Any], trainer: Trainer) ->
             "mixture_or_task_name": config.mixture_or_task_name,
             "task_feature_lengths": dict(config.task_feature_lengths),
             "max_decode_length": config.max_decode_length,
+            "primary_metric": datasets.dataset_of_task(config.mixture_or_task_name).primary_metric,
         },
         "model": dataclasses.asdict(config.model),
         "mesh": partitioner.sizes,
@@ -470,17 +471,15 @@ def _manifest(config: TrainConfig, *, data: dict[str, Any], trainer: Trainer) ->
     }
 
 
-def _begin(
-    config: TrainConfig, trainer: Trainer, saver: checkpoints.Checkpoints
-) -> tuple[TrainState, dict[str, Any] | None]:
-    """State and best-so-far of the newest checkpoint, or of step 0."""
-    latest = saver.latest()
+def _begin(config: TrainConfig, trainer: Trainer, saver: checkpoints.Checkpoints) -> TrainState:
+    """State of the newest good checkpoint, or of step 0."""
+    latest = saver.newest_good()
     if latest is None:
-        return initial_state(config, trainer), None
+        return initial_state(config, trainer)
     restored = saver.restore(latest, parameters=trainer.saved.parameters, optimizer=trainer.saved.optimizer)
     log.info("Resuming at step %d of %d.", latest, config.train_steps)
     step = _step_number(latest, trainer.saved.step.sharding)
-    return trainer.stacked(TrainState(step, restored.parameters, restored.optimizer)), restored.metadata["best"]
+    return trainer.stacked(TrainState(step, restored.parameters, restored.optimizer))
 
 
 def _data_text(config: TrainConfig, data: Mapping[str, Any]) -> str:
