@@ -3,19 +3,21 @@
 A run directory holds `checkpoints/<step>/` with three items: `parameters` (a flat dictionary of float32 arrays) and
 `optimizer` in Orbax's form, `metadata` (JSON: architecture, step, what the training loop needs). Parameters are an item
 of their own so that predicting reads nothing else. `checksums.json` beside them has every file's size and SHA-256. The
-directory has its name only when all of this is on disk: before it is `<step>.writing`.
+directory has its name only when all of this is on disk: before it is `<step>.<n>.writing`.
 """
 
 import asyncio
 import concurrent.futures
 import dataclasses
 import errno
+import gc
 import json
 import logging
 import math
 import os
 import re
 import shutil
+import sys
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
@@ -35,7 +37,7 @@ log = logging.getLogger(__name__)
 PARAMETERS, OPTIMIZER, METADATA = "parameters", "optimizer", "metadata"
 DAMAGED = "damaged"  # folder of a run for checkpoints that cannot be used
 _WRITING, _REMOVING = ".writing", ".removing"  # a step's directory on its way in and out
-_LEFT_OVER = re.compile(r"\d+(\.writing|\.removing|\.orbax-checkpoint-tmp.*)")
+_LEFT_OVER = re.compile(r"\d+(\.\d+\.writing|\.removing|\.orbax-checkpoint-tmp.*)")
 _RETRY = 2.0  # seconds between attempts of `finish`
 _SEEN_WITHIN = 60.0  # seconds in which a network file system shows a file to another host
 
@@ -93,6 +95,7 @@ class Checkpoints:
         self._scores = scores
         self._handler = _array_handler()
         self._under_way: _Save | None = None
+        self._attempts = 0
         self._good: set[int] = set()  # steps that this process has read as a whole, or has written
         self._missing: str | None = None  # why the save that was tried last is not on disk
         hosts.from_first(self._tidy)
@@ -125,7 +128,8 @@ class Checkpoints:
             self._warn(step, answer["refused"])
         elif not answer["exists"]:
             scores = dict(self._scores)
-            save = _Save(step, self.directory, handler=self._handler, arrays=arrays, metadata=dict(metadata))
+            place = Path(answer["place"])
+            save = _Save(step, place, handler=self._handler, arrays=arrays, metadata=dict(metadata))
             save.start(lambda: self._remove_others(step, scores), lambda reason: self._warn(step, reason))
             self._under_way = save
 
@@ -153,10 +157,10 @@ class Checkpoints:
         newest = hosts.from_first(self._newest)
         resumes = "anew" if newest is None else f"at step {newest}"
         raise OSError(
-            f"The checkpoint of step {step} is missing: it could not be written to {self.directory} in {patience:g} s. "
-            f"{self._missing}. It needs {_megabytes(needed)}; {'unknown' if free is None else _megabytes(free)} is free "
-            f"there. {_newest_text(newest)} Free space there, or make it writable, and repeat the command: the run "
-            f"resumes {resumes}."
+            f"The checkpoint of step {step} is missing: {self.directory} did not take it in {patience:g} s "
+            f"({self._missing}). It needs {_megabytes(needed)}; "
+            f"{'an unknown amount' if free is None else _megabytes(free)} is free there. {_newest_text(newest)} Free "
+            f"space there, or make it writable, and repeat the command: the run resumes {resumes}."
         )
 
     def restore(self, step: int, *, parameters: Any, optimizer: Any) -> Restored:
@@ -195,7 +199,7 @@ class Checkpoints:
     # What follows runs on process 0 alone.
 
     def _tidy(self) -> None:
-        """Removes what saves and removals left that a process did not live to end."""
+        """Removes what is left of saves and removals that did not come to their end."""
         self.directory.mkdir(parents=True, exist_ok=True)
         for path in self.directory.iterdir():
             if _LEFT_OVER.fullmatch(path.name):
@@ -231,26 +235,28 @@ class Checkpoints:
         log.warning("The checkpoint of step %d cannot be used: %s. It is now %s.", step, problem, target)
 
     def _make_place(self, step: int, *, needed: int) -> dict[str, Any]:
-        """Directories to write to; whether the step exists already, or why nothing can be written."""
+        """A place to write to; or that the step exists already, or why nothing can be written."""
         try:
             if self._is_there(step):
-                return {"exists": True, "refused": None}
+                return {"exists": True, "refused": None, "place": None}
             final = self.directory / str(step)
             if os.path.lexists(final):
                 self._set_aside(step, checksums.problem(final) or "it is in the way of a new one")
-            temporary = self.directory / f"{step}{_WRITING}"
-            _remove(temporary)
+            self._tidy()
             free = _free(self.directory)
             if free is not None and free < needed:
                 # Half a checkpoint would take the last space from the metrics.
                 raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {_megabytes(free)} of {_megabytes(needed)}")
+            # A name of its own for each attempt: TensorStore may not have ended all writes of one that failed.
+            self._attempts += 1
+            temporary = self.directory / f"{step}.{self._attempts}{_WRITING}"
             (temporary / METADATA).mkdir(parents=True)
             for item in (PARAMETERS, OPTIMIZER):
                 # The other processes' Orbax would wait long for this folder if ours failed before it made it.
                 (temporary / item / "array_metadatas").mkdir(parents=True)
         except OSError as error:
-            return {"exists": False, "refused": checksums.reason(error)}
-        return {"exists": False, "refused": None}
+            return {"exists": False, "refused": checksums.reason(error), "place": None}
+        return {"exists": False, "refused": None, "place": str(temporary)}
 
     def _is_there(self, step: int) -> bool:
         directory = self.directory / str(step)
@@ -293,12 +299,12 @@ class _Save:
     """
 
     def __init__(
-        self, step: int, folder: Path, *, handler: ocp.PyTreeCheckpointHandler, arrays: Any, metadata: dict[str, Any]
+        self, step: int, place: Path, *, handler: ocp.PyTreeCheckpointHandler, arrays: Any, metadata: dict[str, Any]
     ) -> None:
         self.step = step
         self._handler = handler
         self._metadata = metadata
-        self._temporary, self._final = folder / f"{step}{_WRITING}", folder / str(step)
+        self._temporary, self._final = place, place.parent / str(step)
         self._error: BaseException | None = None
         self._own_part, self._told = threading.Event(), threading.Event()
         self._futures: list[Any] = []
@@ -312,7 +318,7 @@ class _Save:
                 raise
 
     def start(self, then: Callable[[], None], failed: Callable[[str], None]) -> None:
-        """`then` is called, on process 0, when the checkpoint is on disk; `failed` with the reason when it cannot be."""
+        """On process 0 `then` is called when the checkpoint is on disk, `failed` with the reason when it cannot be."""
         self._then, self._failed = then, failed
         self._began = time.monotonic()
         self._thread = threading.Thread(target=self._write, name=f"checkpoint of step {self.step}")
@@ -329,8 +335,10 @@ class _Save:
         self._thread.join()
         if self._error is not None and not isinstance(self._error, OSError):
             raise self._error
-        if self._error is not None and hosts.is_first():
-            _remove(self._temporary)  # of several processes, none writes there any more
+        if self._error is not None:
+            if hosts.is_first():
+                _remove(self._temporary)  # of several processes, none writes there any more
+            _after_failed_write()
         return hosts.from_first(lambda: None if self._error is None else checksums.reason(self._error))
 
     def _write(self) -> None:
@@ -411,15 +419,27 @@ def _complete(directory: Path, *, metadata: Mapping[str, Any]) -> int:
 
 
 def _run(coroutine: Coroutine[Any, Any, Any]) -> Any:
-    """What a coroutine returns; in a thread of its own, since a notebook has a loop running in this one."""
+    """What a coroutine returns; in a thread of its own, since a notebook has a loop running in this one.
+
+    Not `asyncio.run`: what it does at the end looks at the tasks of other threads' loops, of which Orbax has some.
+    """
+
+    def run() -> Any:
+        loop = asyncio.new_event_loop()
+        try:
+            return loop.run_until_complete(coroutine)
+        finally:
+            loop.close()
+
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        return pool.submit(asyncio.run, coroutine).result()
+        return pool.submit(run).result()
 
 
 def _storage_error(error: BaseException) -> OSError | None:
     """The error if it is one of the storage; TensorStore has them as ValueError: 'RESOURCE_EXHAUSTED: ..'."""
     if isinstance(error, OSError):
-        return error
+        # Anew, since a stack trace would hold the arrays.
+        return OSError(error.errno, error.strerror, error.filename) if error.strerror else OSError(str(error))
     text = str(error)
     if code := re.search(r"os_error_code='(\d+)'", text):
         path = re.search(r'"(/[^"]*)"', text)
@@ -453,14 +473,41 @@ def _newest_text(step: int | None) -> str:
     return "There is no checkpoint yet." if step is None else f"The newest good one is step {step}."
 
 
-class _Repeated(logging.Filter):
-    """Orbax prints a stack trace of each background thread that failed; the error reaches us without it."""
+# ------------------------------------------------------------------------------------ Orbax after a failed write
+#
+# Where one array cannot be written, Orbax closes its event loop under the writes of the others. They hold their arrays
+# until they are collected as garbage, and all that they say is a repetition of the error that reaches us anyway.
 
+
+def _after_failed_write() -> None:
+    """Frees what abandoned writes hold; each failed save would hold as much as the state."""
+    gc.collect()
+
+
+def _of_abandoned_writes(text: str) -> bool:
+    return "orbax" in text and any(
+        end in text for end in ("_SignalingThread.run() raised", "never retrieved", "pending")
+    )
+
+
+class _Abandoned(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
-        return "_SignalingThread.run() raised" not in str(record.msg)
+        return record.levelno < logging.ERROR or not _of_abandoned_writes(logging.Formatter().format(record))
 
 
-logging.getLogger("absl").addFilter(_Repeated())
+def _quiet_hook(otherwise: Callable[[Any], Any]) -> Callable[[Any], None]:
+    def hook(ignored: Any) -> None:
+        code = getattr(ignored.object, "cr_code", None)
+        closed = isinstance(ignored.exc_value, RuntimeError) and str(ignored.exc_value) == "Event loop is closed"
+        if not closed and "orbax" not in getattr(code, "co_filename", ""):
+            otherwise(ignored)
+
+    return hook
+
+
+for _name in ("absl", "asyncio"):
+    logging.getLogger(_name).addFilter(_Abandoned())
+sys.unraisablehook = _quiet_hook(sys.unraisablehook)
 
 
 # ------------------------------------------------------------------------------------ reading a run
@@ -600,15 +647,20 @@ def load_parameters(path: str | Path, *, like: Mapping[str, jax.ShapeDtypeStruct
     directory, step = locate(path)
     _refuse_damaged(directory, step, items=(PARAMETERS, METADATA))
     place, handler = directory / "checkpoints" / str(step) / PARAMETERS, _array_handler()
-    tree = handler.metadata(epath.Path(place)).tree
-    names.check(path, {name: tuple(leaf.shape) for name, leaf in tree.items()}, wanted, kind=kind)
-    return _restored(handler, place, like=dict(like))
+    try:
+        tree = handler.metadata(epath.Path(place)).tree
+        names.check(path, {name: tuple(leaf.shape) for name, leaf in tree.items()}, wanted, kind=kind)
+        return _restored(handler, place, like=dict(like))
+    except (OSError, ValueError):
+        if not place.is_dir():  # the run went on
+            _refuse_damaged(directory, step, items=(PARAMETERS, METADATA))
+        raise
 
 
 def save_parameters(path: str | Path, parameters: t5.Parameters, *, config: t5.T5Config, step: int) -> None:
     """Writes `<path>/checkpoints/<step>` with parameters and architecture, and no optimiser: weights to start from."""
     folder, handler = Path(path).absolute() / "checkpoints", _array_handler()
-    temporary = folder / f"{step}{_WRITING}"
+    temporary = folder / f"{step}.1{_WRITING}"
     (temporary / METADATA).mkdir(parents=True)
     handler.save(epath.Path(temporary / PARAMETERS), args=ocp.args.PyTreeSave(parameters))
     handler.finalize(epath.Path(temporary / PARAMETERS))
