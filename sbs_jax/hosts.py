@@ -155,6 +155,11 @@ def from_first(compute: Callable[[], Any]) -> Any:
     return _link.from_first(compute)
 
 
+def from_all(value: Any) -> list[Any]:
+    """What every process gives (a JSON value), in their order, on every process."""
+    return [value] if _link is None else _link.consult(value, list)
+
+
 def tell_to_end() -> None:
     """This process was told to end: `told_to_end` becomes true, at the same call on every process."""
     if _link is None:

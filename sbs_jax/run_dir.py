@@ -150,6 +150,16 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
     return json.loads(file.read_text("utf-8"))
 
 
+def read_scores(path: str | Path) -> dict[int, float]:
+    """The primary metric of validation by step; empty where nothing was logged, or no manifest says which it is."""
+    if not (Path(path) / MANIFEST).is_file():
+        return {}
+    primary = read_manifest(path)["run"].get("primary_metric")
+    if primary is None:
+        return {}
+    return {line["step"]: line[primary] for line in read_metrics(path) if line["kind"] == "validation"}
+
+
 def git_revision() -> str:
     """Revision of the checkout this code runs from, with `-dirty` if it is changed; or why there is none."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]

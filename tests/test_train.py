@@ -125,19 +125,6 @@ def test_a_directory_with_other_contents_is_refused(tmp_path, records_dir):
         train.train(toy.config(tmp_path, records_dir), config_text="")
 
 
-def test_the_best_checkpoint_is_kept_and_ties_go_to_the_earliest(tmp_path):
-    best = None
-    with checkpoints.Checkpoints(tmp_path, keep=1) as saver:
-        for step, value in enumerate([10.0, 30.0, 30.0, 20.0, 25.0], start=1):
-            if best is None or value > best["validation"]:
-                best = {"step": step, "validation": value}
-            array = {"w": jax.numpy.full((2,), step)}
-            saver.save(step, parameters=array, optimizer=array, metadata={"best": best}, validation=value)
-    assert checkpoints.steps(tmp_path) == [2, 5]
-    assert checkpoints.best_step(tmp_path) == 2
-    assert checkpoints.locate(tmp_path) == (tmp_path, 2)
-
-
 def test_a_run_starts_from_another_run_s_parameters(finished, tmp_path, records_dir):
     config, _ = finished
     start = toy.config(tmp_path / "next", records_dir, initial_checkpoint_path=config.model_dir)
