@@ -23,11 +23,11 @@ _NO_FLOCK = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.
 _WRITTEN_WITHIN = 0.2  # seconds between a holder's flock and its name in the file
 
 
-class Held(OSError):
+class HeldError(OSError):
     """Another process holds the lock."""
 
 
-class TakenOver(OSError):
+class TakenOverError(OSError):
     """The lock was ours and is another process's now."""
 
 
@@ -58,12 +58,12 @@ class Lock:
         self._descriptor: int | None = None
 
     def take(self) -> None:
-        """Held, which says by whom, where another process has it; other OSErrors where the file cannot be written."""
+        """HeldError, which says by whom, where another process has it; OSError where the file cannot be written."""
         while True:
-            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
             try:
                 self._flock(descriptor)
-                if not self._is_at_path(descriptor):  # its holder ended, and removed it, between the two calls
+                if not self._is_at_path(descriptor):  # somebody removed it between the two calls
                     os.close(descriptor)
                     continue
                 before = os.pread(descriptor, 4096, 0)
@@ -79,29 +79,29 @@ class Lock:
             self._tell_of(_parse(before))
 
     def check(self) -> None:
-        """TakenOver where the file is no longer ours. Another OSError says that nobody can know at the moment."""
+        """TakenOverError where the file is no longer ours. Another OSError says that nobody can know at the moment."""
         try:
             holder = read(self.path)
         except FileNotFoundError:
             self._take_again()
             return
         if holder is None or holder.token != self.holder.token:
-            raise TakenOver(
+            raise TakenOverError(
                 f"{holder or 'A process that did not say which'} took {self.path.parent} over; this one, "
                 f"{self.holder}, writes nothing more. Two processes cannot train in one directory: end one, and give "
                 "each a MODEL_DIR of its own."
             )
 
     def release(self) -> None:
-        """Gives the lock back and, where it still is ours, removes the file."""
+        """Gives the lock back. The file stays, empty: one that is missing was removed by somebody."""
         if self._descriptor is None:
             return
         try:
             holder = read(self.path)
             if holder is not None and holder.token == self.holder.token:
-                self.path.unlink()  # before the flock ends: nobody else can hold this file yet
+                os.ftruncate(self._descriptor, 0)
         except OSError:
-            pass  # it is left behind, which is no harm
+            pass  # it goes on naming this process, which the next one finds gone
         os.close(self._descriptor)
         self._descriptor = None
 
@@ -111,7 +111,7 @@ class Lock:
         except BlockingIOError:
             time.sleep(_WRITTEN_WITHIN)
             holder = _parse(os.pread(descriptor, 4096, 0))
-            raise Held(
+            raise HeldError(
                 f"{self.path.parent} is in use: {holder or 'a process that did not say which'} writes to it. Wait for "
                 "its end or end it, or choose another MODEL_DIR."
             ) from None
@@ -136,8 +136,8 @@ class Lock:
         before, self._descriptor = self._descriptor, None
         try:
             self.take()
-        except Held as error:
-            raise TakenOver(f"The lock of this process was removed, and now {error}") from None
+        except HeldError as error:
+            raise TakenOverError(f"The lock of this process was removed, and now {error}") from None
         finally:
             if self._descriptor is None:
                 self._descriptor = before

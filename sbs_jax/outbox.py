@@ -39,7 +39,7 @@ class Appended:
             return
         data = b"".join(self._waiting)
         self.path.parent.mkdir(exist_ok=True)
-        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             self._find_end(descriptor)
             self._torn = True
@@ -112,7 +112,7 @@ def replace(path: Path, contents: bytes) -> None:
     """Writes a file so that readers see the old or the new one, never half; on disk when this returns."""
     temporary = path.with_name(path.name + ".tmp")
     try:
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
         try:
             write_all(descriptor, contents, offset=0)
             os.fsync(descriptor)

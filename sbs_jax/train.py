@@ -16,7 +16,19 @@ import optax
 import tqdm
 from jaxtyping import Array, Float
 
-from sbs_jax import checkpoints, datasets, evaluate, features, hosts, losses, partitioning, run_dir, stacking, t5
+from sbs_jax import (
+    checkpoints,
+    datasets,
+    evaluate,
+    features,
+    hosts,
+    losses,
+    partitioning,
+    run_dir,
+    settings,
+    stacking,
+    t5,
+)
 
 log = logging.getLogger(__name__)
 
@@ -307,11 +319,12 @@ def _step_number(step: int, sharding: Any) -> jax.Array:
     return jax.make_array_from_callback((), sharding, lambda _: np.asarray(step, np.int32))
 
 
-def train(config: TrainConfig, *, config_text: str) -> dict[str, dict[str, Any]]:
+def train(config: TrainConfig, *, config_text: str, accept_changes: bool = False) -> dict[str, dict[str, Any]]:
     """Runs, or resumes, one training; returns the last line of metrics per kind (train, validation, test).
 
-    `config_text` is the operative configuration, kept in the run directory; a directory that holds another one is
-    refused. The best checkpoint by validation is evaluated on test once, at the end.
+    `config_text` is the operative configuration, kept in the run directory; a directory that holds another one, or
+    was trained on other data, is refused unless `accept_changes`. The best checkpoint by validation is evaluated on
+    test once, at the end.
     """
     datasets.configure(config.data)
     dataset = datasets.dataset_of_task(config.mixture_or_task_name)
@@ -323,11 +336,11 @@ def train(config: TrainConfig, *, config_text: str) -> dict[str, dict[str, Any]]
     manifest = _manifest(config, data=data, trainer=trainer)
     with contextlib.ExitStack() as stack:
         run = stack.enter_context(run_dir.RunDir(config.model_dir, config_text=config_text))
-        run.write_manifest(manifest)
         saver = stack.enter_context(checkpoints.Checkpoints(run.path, keep=config.keep_checkpoints))
-        state, best = _begin(config, trainer, saver)
-        start = int(state.step)
-        run.truncate_metrics(after_step=start)
+        run.begin(manifest, step=saver.latest() or 0, accept_changes=accept_changes)
+        state, metadata = _begin(config, trainer, saver)
+        start, best = int(state.step), metadata["best"]
+        run.truncate_metrics(lines=metadata["lines"], finished=start == config.train_steps)
         evaluator = _evaluator(config, trainer, split=datasets.VALIDATION)
         batches = features.train_dataset(
             config.mixture_or_task_name,
@@ -371,7 +384,12 @@ def train(config: TrainConfig, *, config_text: str) -> dict[str, dict[str, Any]]
                     step,
                     parameters=saved.parameters,
                     optimizer=saved.optimizer,
-                    metadata={"step": step, "best": best, "model": dataclasses.asdict(config.model)},
+                    metadata={
+                        "step": step,
+                        "best": best,
+                        "lines": run.lines,
+                        "model": dataclasses.asdict(config.model),
+                    },
                     validation=validation,
                 )
             if preempted and not last:
@@ -386,6 +404,7 @@ def train(config: TrainConfig, *, config_text: str) -> dict[str, dict[str, Any]]
         saver.wait()
         if config.evaluate_test:
             _test_once(config, trainer, run, best=best)
+        run.flush()
         return {line.pop("kind"): line for line in run.metrics()}
 
 
@@ -461,7 +480,9 @@ def _manifest(config: TrainConfig, *, data: dict[str, Any], trainer: Trainer) ->
             "mixture_or_task_name": config.mixture_or_task_name,
             "task_feature_lengths": dict(config.task_feature_lengths),
             "max_decode_length": config.max_decode_length,
+            "primary_metric": datasets.dataset_of_task(config.mixture_or_task_name).primary_metric,
         },
+        "settings": settings.settings(config),
         "model": dataclasses.asdict(config.model),
         "mesh": partitioner.sizes,
         "devices": devices,
@@ -470,17 +491,15 @@ def _manifest(config: TrainConfig, *, data: dict[str, Any], trainer: Trainer) ->
     }
 
 
-def _begin(
-    config: TrainConfig, trainer: Trainer, saver: checkpoints.Checkpoints
-) -> tuple[TrainState, dict[str, Any] | None]:
-    """State and best-so-far of the newest checkpoint, or of step 0."""
+def _begin(config: TrainConfig, trainer: Trainer, saver: checkpoints.Checkpoints) -> tuple[TrainState, dict[str, Any]]:
+    """State and metadata of the newest checkpoint, or of step 0."""
     latest = saver.latest()
     if latest is None:
-        return initial_state(config, trainer), None
+        return initial_state(config, trainer), {"best": None, "lines": 0}
     restored = saver.restore(latest, parameters=trainer.saved.parameters, optimizer=trainer.saved.optimizer)
     log.info("Resuming at step %d of %d.", latest, config.train_steps)
     step = _step_number(latest, trainer.saved.step.sharding)
-    return trainer.stacked(TrainState(step, restored.parameters, restored.optimizer)), restored.metadata["best"]
+    return trainer.stacked(TrainState(step, restored.parameters, restored.optimizer)), restored.metadata
 
 
 def _data_text(config: TrainConfig, data: Mapping[str, Any]) -> str:
