@@ -92,6 +92,9 @@ class RunDir:
         if not hosts.is_first():
             return
         self._metrics.add((json.dumps({"kind": kind, "step": step, **values}) + "\n").encode())
+        if not self._headed:
+            self._events.add(events.header())
+            self._headed = True
         self._events.add(events.scalars(kind, step, values))
         self._write()
 
@@ -156,7 +159,7 @@ class RunDir:
         whole = _whole_lines(path)
         self._metrics = outbox.Appended(path, end=sum(map(len, whole)))
         self._events = outbox.Appended(events.next_file(self.path / "tensorboard"), end=0)
-        self._events.add(events.header())
+        self._headed = False
         self._outbox = outbox.Outbox()
         self._outbox.follow(self._metrics)
         self._outbox.follow(self._events)
@@ -173,15 +176,7 @@ class RunDir:
     def _begin(self, contents: Mapping[str, Any], *, step: int, accept_changes: bool) -> None:
         self._check()
         config = self.path / "config.gin"
-        start = {
-            "step": step,
-            "git_revision": manifest.git_revision(),
-            "versions": manifest.versions(),
-            "host": self._lock.holder.host,
-            "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        }
-        new = json.loads(json.dumps({**contents, **{name: start[name] for name in ("git_revision", "versions")}}))
-        start |= {name: new[name] for name in ("mesh", "devices") if name in new}
+        new = json.loads(json.dumps(contents))
         old, damage = self._manifest_before(step=step, accept_changes=accept_changes)
         changed, notes = manifest.changes(
             old, new, old_config=config.read_text("utf-8", "replace"), new_config=self._config_text
@@ -189,10 +184,15 @@ class RunDir:
         changed = damage + changed
         if changed and not accept_changes:
             self._refuse_changes(changed, notes)
+        here = {"git_revision": manifest.git_revision(), "versions": manifest.versions()}
+        new |= here
+        here |= {name: new[name] for name in ("mesh", "devices") if name in new}
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        start = {"step": step, "host": self._lock.holder.host, "time": now, **here}
         accepted = list((old or {}).get("accepted_changes", []))
         if changed:
             log.warning("Going on with changes:\n%s", "\n".join(changed))
-            accepted.append({"step": step, "time": start["time"], "diff": changed})
+            accepted.append({"step": step, "time": now, "diff": changed})
         new |= {"accepted_changes": accepted, "starts": [*(old or {}).get("starts", []), start]}
         if old is not None and (other := manifest.announced(old, new)):
             log.info("Not as at the last start: %s.", "; ".join(other))
