@@ -5,10 +5,12 @@ how they are computed may: directories, mesh, layers, devices, versions, which c
 """
 
 import difflib
+import functools
 import importlib.metadata
 import json
 import platform
 import subprocess
+import types
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -56,6 +58,7 @@ def read(run_dir: str | Path) -> dict[str, Any]:
     return found
 
 
+@functools.cache
 def git_revision() -> str:
     """Revision of the checkout this code runs from, with `-dirty` if it is changed; or why there is none."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
@@ -66,7 +69,8 @@ def git_revision() -> str:
     return done.stdout.strip() if done.returncode == 0 else "unknown (not a git checkout)"
 
 
-def versions() -> dict[str, str]:
+@functools.cache
+def versions() -> Mapping[str, str]:
     """Versions of Python and of what the numbers depend on."""
     found = {"python": platform.python_version()}
     for name in _REPORTED:
@@ -74,7 +78,7 @@ def versions() -> dict[str, str]:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             found[name] = "not installed"
-    return found
+    return types.MappingProxyType(found)
 
 
 def changes(

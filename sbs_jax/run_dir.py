@@ -184,7 +184,7 @@ class RunDir:
         changed = damage + changed
         if changed and not accept_changes:
             self._refuse_changes(changed, notes)
-        here = {"git_revision": manifest.git_revision(), "versions": manifest.versions()}
+        here = {"git_revision": manifest.git_revision(), "versions": dict(manifest.versions())}
         new |= here
         here |= {name: new[name] for name in ("mesh", "devices") if name in new}
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

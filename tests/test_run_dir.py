@@ -10,12 +10,14 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import optax
@@ -34,22 +36,40 @@ def opened(path: Path, config_text: str = CONFIG) -> run_dir.RunDir:
     return run_dir.RunDir(path, config_text=config_text)
 
 
-@contextlib.contextmanager
-def python(code: str, *arguments: object) -> Iterator[subprocess.Popen]:
+class Python:
     """A real process; it is killed at the end."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, *map(str, arguments)],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.communicate()
+
+    def __init__(self, code: str, *arguments: object) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", code, *map(str, arguments)],
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self.pid = self.process.pid
+
+    def hear(self) -> str:
+        """The next line it prints."""
+        assert self.process.stdout is not None
+        return self.process.stdout.readline()
+
+    def tell(self, line: object) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{line}\n")
+        self.process.stdin.flush()
+
+    def kill(self) -> None:
+        self.process.send_signal(signal.SIGKILL)
+        self.process.wait()
+
+    def __enter__(self) -> "Python":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.communicate()
 
 
 # --------------------------------------------------------------------------------- one writer
@@ -70,19 +90,18 @@ except OSError as error:
 
 def test_a_second_process_is_refused_and_a_killed_one_frees_the_directory(tmp_path, caplog):
     run = tmp_path / "run"
-    with python(HOLDER, run) as process:
-        assert process.stdout.readline() == "in\n"
+    with Python(HOLDER, run) as process:
+        assert process.hear() == "in\n"
         host = os.uname().nodename
         with pytest.raises(lock.HeldError, match=rf"{run} is in use: process {process.pid} on {host} \(since 20"):
             opened(run).__enter__()
         assert list(run.glob("*.tmp")) == []
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.kill()
         with caplog.at_level(logging.INFO), opened(run) as mine:
             assert f"left behind by process {process.pid} on {host}" in caplog.text
             mine.log("train", 1, {"loss": 1.0})
-            with python(HOLDER, run) as other:
-                assert other.stdout.readline().startswith(f"refused: {run} is in use: process {os.getpid()} on {host}")
+            with Python(HOLDER, run) as other:
+                assert other.hear().startswith(f"refused: {run} is in use: process {os.getpid()} on {host}")
     assert (run / "lock").read_bytes() == b""
     assert [line["step"] for line in run_dir.read_metrics(run)] == [1]
 
@@ -96,8 +115,8 @@ def test_the_same_process_cannot_enter_twice_either(tmp_path):
 
 def test_of_processes_that_start_at_once_one_comes_in(tmp_path):
     with contextlib.ExitStack() as stack:
-        processes = [stack.enter_context(python(HOLDER, tmp_path / "run")) for _ in range(4)]
-        said = sorted(process.stdout.readline()[:8] for process in processes)
+        processes = [stack.enter_context(Python(HOLDER, tmp_path / "run")) for _ in range(4)]
+        said = sorted(process.hear()[:8] for process in processes)
     assert said == ["in\n", "refused:", "refused:", "refused:"]
 
 
@@ -144,7 +163,9 @@ def test_lock_files_that_are_left_behind_do_not_keep_anybody_out(tmp_path, held,
     (tmp_path / "config.gin.tmp").write_text("SEED")  # killed while it began
     with opened(tmp_path) as run:
         run.log("train", 1, {})
-        assert lock.read(tmp_path / "lock").pid == os.getpid()
+        holder = lock.read(tmp_path / "lock")
+        assert holder is not None
+        assert holder.pid == os.getpid()
     if b"elsewhere" in held:
         assert "was not given back by process 7 on elsewhere (since then). If that process still runs" in caplog.text
     elif held:
@@ -157,16 +178,15 @@ def test_a_lock_that_somebody_removed_is_taken_again(tmp_path):
     with opened(tmp_path) as run:
         (tmp_path / "lock").unlink()
         run.log("train", 1, {})
-        with python(HOLDER, tmp_path) as other:
-            assert other.stdout.readline().startswith("refused: ")
+        with Python(HOLDER, tmp_path) as other:
+            assert other.hear().startswith("refused: ")
         (tmp_path / "lock").unlink()
-        with python(HOLDER, tmp_path) as other:  # quicker than this one
-            assert other.stdout.readline() == "in\n"
+        with Python(HOLDER, tmp_path) as other:  # quicker than this one
+            assert other.hear() == "in\n"
             with pytest.raises(lock.TakenOverError, match=rf"process {other.pid} on .* took"):
                 run.log("train", 2, {})
-            other.stdin.write("3\n")
-            other.stdin.flush()
-            assert other.stdout.readline() == "logged\n"
+            other.tell(3)
+            assert other.hear() == "logged\n"
     assert [line["step"] for line in run_dir.read_metrics(tmp_path)] == [1, 3]
 
 
@@ -192,9 +212,14 @@ except (OSError, ValueError) as error:
 
 
 def joined(folder: Path, step: int) -> list[tuple[int, str, str]]:
-    port = 20_000 + os.getpid() % 10_000
-    with python(JOINED, 0, port, folder, step) as first, python(JOINED, 1, port, folder, step) as second:
-        return [(process.wait(60), process.stdout.read(), process.stderr.read()) for process in (first, second)]
+    with socket.create_server(("", 0)) as free:
+        port = free.getsockname()[1]
+    with Python(JOINED, 0, port, folder, step) as first, Python(JOINED, 1, port, folder, step) as second:
+        ended = []
+        for child in (first, second):
+            said, complained = child.process.communicate(timeout=60)
+            ended.append((child.process.returncode, said, complained))
+        return ended
 
 
 def test_of_several_processes_the_first_locks_and_a_refusal_reaches_all(tmp_path):
@@ -369,15 +394,13 @@ def test_many_outages_at_random_moments_leave_the_same_bytes(disk, tmp_path, see
 
 def test_a_process_killed_in_an_outage_leaves_whole_lines(disk):
     run = disk / "run"
-    with python(HOLDER, run) as process:
-        assert process.stdout.readline() == "in\n"
+    with Python(HOLDER, run) as process:
+        assert process.hear() == "in\n"
         with full(disk, run):
             for step in range(1, 200):
-                process.stdin.write(f"{step}\n")
-                process.stdin.flush()
-                assert process.stdout.readline() == "logged\n"
-            process.send_signal(signal.SIGKILL)
-            process.wait()
+                process.tell(step)
+                assert process.hear() == "logged\n"
+            process.kill()
     with opened(run) as again:
         steps = [line["step"] for line in again.metrics()]
         assert steps == list(range(1, len(steps) + 1))
@@ -866,6 +889,9 @@ def test_training_data_that_vanished_are_named_with_what_to_do(tmp_path):
 # ------------------------------------------------------------------------------------ settings
 
 
+OBJECT: Any = object()
+
+
 class Halving:
     """A callable object."""
 
@@ -893,7 +919,7 @@ def test_settings_of_values_that_json_does_not_have():
     assert described((1, 2.5, None, float("nan"), {"a"})) == [1, 2.5, None, "nan", ["a"]]
     assert described({1: jnp.float32(0.5), "x": jnp.arange(3)}) == {"1": 0.5, "x": [0, 1, 2]}
     assert set(described(jnp.zeros(1000))) == {"shape", "dtype", "sha256"}
-    assert "0x" not in json.dumps(described([object(), Halving(1.0), functools.partial(decay, decay_rate=object())]))
+    assert "0x" not in json.dumps(described([object(), Halving(1.0), lambda y=OBJECT: y]))
     assert described(Halving) == {"callable": f"{__name__}.Halving", "defaults": {"factor": 0.5}}
     twice = functools.partial(functools.partial(optax.sgd, 0.1), momentum=0.9)
     assert described(twice)["arguments"] == [0.1]
