@@ -167,13 +167,7 @@ class Checkpoints:
         """Arrays of a step, on the shardings of the given abstract trees. ValueError where it is damaged."""
         if step not in self._good:
             _refuse_damaged(self._run_dir, step, items=(PARAMETERS, OPTIMIZER, METADATA))
-        directory = self.directory / str(step)
-        return Restored(
-            step=step,
-            parameters=_restored(self._handler, directory / PARAMETERS, like=parameters),
-            optimizer=_restored(self._handler, directory / OPTIMIZER, like=optimizer),
-            metadata=_metadata(directory),
-        )
+        return _all(self._handler, self.directory / str(step), parameters=parameters, optimizer=optimizer)
 
     def wait(self, *, because: str | None = None) -> None:
         """Until the save under way is on disk, or has failed (which a warning has told then)."""
@@ -407,6 +401,15 @@ def _array_handler() -> ocp.PyTreeCheckpointHandler:
     return ocp.PyTreeCheckpointHandler(use_compression=False)
 
 
+def _all(handler: ocp.PyTreeCheckpointHandler, directory: Path, *, parameters: Any, optimizer: Any) -> Restored:
+    return Restored(
+        step=int(directory.name),
+        parameters=_restored(handler, directory / PARAMETERS, like=parameters),
+        optimizer=_restored(handler, directory / OPTIMIZER, like=optimizer),
+        metadata=_metadata(directory),
+    )
+
+
 def _restored(handler: ocp.PyTreeCheckpointHandler, directory: Path, *, like: Any) -> Any:
     arguments = ocp.checkpoint_utils.construct_restore_args(like)
     return handler.restore(epath.Path(directory), args=ocp.args.PyTreeRestore(like, restore_args=arguments))
@@ -527,6 +530,17 @@ def _refuse_damaged(run_dir: Path, step: int, *, items: Iterable[str]) -> None:
     if not exists:
         raise FileNotFoundError(f"There is no checkpoint of step {step} (any more) in {run_dir}. {have}")
     raise ValueError(f"The checkpoint {directory} cannot be used: {problem}. {have}")
+
+
+def restore(run_dir: str | Path, step: int, *, parameters: Any, optimizer: Any) -> Restored:
+    """As `Checkpoints.restore`, of a run that another process may be writing."""
+    run_dir = Path(run_dir).absolute()
+    _refuse_damaged(run_dir, step, items=(PARAMETERS, OPTIMIZER, METADATA))
+    handler = _array_handler()
+    try:
+        return _all(handler, run_dir / "checkpoints" / str(step), parameters=parameters, optimizer=optimizer)
+    finally:
+        handler.close()
 
 
 def _metadata(directory: Path) -> dict[str, Any]:

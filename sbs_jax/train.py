@@ -27,6 +27,7 @@ from sbs_jax import (
     partitioning,
     preemption,
     run_dir,
+    settings,
     stacking,
     t5,
     watchdog,
@@ -386,7 +387,7 @@ def train(config: TrainConfig, *, config_text: str, accept_changes: bool = False
             metadata = {"lines": 0, "window": [], "evaluation_due": False}
         if start == config.train_steps and any(line["kind"] == "test" for line in run.metrics()):
             return _last_lines(run)
-        run.truncate_metrics(lines=metadata["lines"])
+        run.truncate_metrics(lines=metadata["lines"], finished=False)
         scores |= dict(hosts.from_first(lambda: list(run_dir.read_scores(run.path).items())))
         evaluator = _evaluator(config, trainer, split=datasets.VALIDATION)
         found = batches(config, trainer, skip=start)
@@ -561,6 +562,7 @@ def _manifest(config: TrainConfig, *, data: dict[str, Any], trainer: Trainer) ->
             "max_decode_length": config.max_decode_length,
             "primary_metric": datasets.dataset_of_task(config.mixture_or_task_name).primary_metric,
         },
+        "settings": settings.settings(config),
         "model": dataclasses.asdict(config.model),
         "mesh": partitioner.sizes,
         "devices": devices,

@@ -31,7 +31,7 @@ def test_a_run_directory_holds_everything(finished):
     path = run_dir.Path(config.model_dir)
     assert set(result) == {"train", "validation", "test"}
     assert {p.name for p in path.iterdir()} == {
-        *("config.gin", "manifest.json", "metrics.jsonl", "tensorboard", "predictions", "checkpoints")
+        *("config.gin", "manifest.json", "metrics.jsonl", "tensorboard", "predictions", "checkpoints", "lock")
     }
     assert list((path / "tensorboard").glob("events.out.tfevents.*"))
     lines = run_dir.read_metrics(path)
@@ -269,7 +269,7 @@ def test_a_checkpoint_is_the_same_whichever_way_it_was_computed(tmp_path, record
         tmp_path / "run", records_dir, model=model, train_steps=3, execution=SCANNED, layout=LAYOUTS["fsdp x tp"]
     )
     train.train(first, config_text="")
-    train.train(dataclasses.replace(plain, model_dir=first.model_dir), config_text="")
+    train.train(dataclasses.replace(plain, model_dir=first.model_dir), config_text="", accept_changes=True)
     train.train(plain, config_text="")
     like = train.prepare(plain).saved.parameters
     ours, theirs = (
