@@ -1,25 +1,72 @@
 """Checkpoints of a run, and parameters from wherever they come: a run, Hugging Face, T5X, an .npz file.
 
-A run directory holds `checkpoints/<step>/` with three items, written by Orbax atomically: `parameters` (a flat
-dictionary of float32 arrays), `optimizer` (state and step), `metadata` (JSON: architecture, step, metrics so far).
-Parameters are an item of their own so that predicting reads nothing else.
+A run directory holds `checkpoints/<step>/` with three items: `parameters` (a flat dictionary of float32 arrays) and
+`optimizer` in Orbax's form, `metadata` (JSON: architecture, step, what the training loop needs). Parameters are an item
+of their own so that predicting reads nothing else. `checksums.json` beside them has every file's size and SHA-256. The
+directory has its name only when all of this is on disk: before it is `<step>.<n>.writing`.
 """
 
+import asyncio
+import concurrent.futures
 import dataclasses
+import errno
+import gc
 import json
-from collections.abc import Mapping
+import logging
+import math
+import os
+import re
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from orbax.checkpoint.checkpoint_managers import preservation_policy as policy
+from etils import epath
 
-from sbs_jax import hosts, run_dir, t5
+from sbs_jax import checksums, hosts, run_dir, t5
 from sbs_jax.convert import hugging_face, names, t5x
 
+log = logging.getLogger(__name__)
+
 PARAMETERS, OPTIMIZER, METADATA = "parameters", "optimizer", "metadata"
+DAMAGED = "damaged"  # folder of a run for checkpoints that cannot be used
+_WRITING, _REMOVING = ".writing", ".removing"  # a step's directory on its way in and out
+_LEFT_OVER = re.compile(r"\d+(\.\d+\.writing|\.removing|\.orbax-checkpoint-tmp.*)")
+_RETRY = 2.0  # seconds between attempts of `finish`
+_SEEN_WITHIN = 60.0  # seconds in which a network file system shows a file to another host
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Retention:
+    """Which checkpoints are kept: the newest ones, the best ones by validation, and those of every period-th step."""
+
+    newest: int
+    best: int
+    period: int | None
+
+    def __post_init__(self) -> None:
+        for name, least in (("newest", 1), ("best", 0), ("period", 1)):
+            value = getattr(self, name)
+            if name == "period" and value is None:
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"Retention.{name} is {value!r}; expected a whole number of at least {least}.")
+
+    def kept(self, steps: Sequence[int], *, scores: Mapping[int, float]) -> set[int]:
+        """Those of `steps` that stay. Best is the highest score, of equals the earliest step; without one: not best.
+
+        newest 2, best 1, period 40 of steps 10, 20, .., 60 with scores {20: 0.5, 30: 0.5}: 20, 40, 50, 60.
+        """
+        scored = [step for step in steps if math.isfinite(scores.get(step, math.nan))]
+        best = sorted(scored, key=lambda step: (-scores[step], step))[: self.best]
+        periodic = [step for step in steps if self.period is not None and step % self.period == 0]
+        return {*sorted(steps)[-self.newest :], *best, *periodic}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,80 +80,477 @@ class Restored:
 
 
 class Checkpoints:
-    """The checkpoints of one run: the newest `keep` and the best by validation are kept.
+    """The checkpoints of one run, written in the background; the only writer of `<run>/checkpoints`.
 
-    Use it with `with`: leaving it waits for a save under way, whatever the reason for leaving; but not where one of
-    several processes fails, since the others may never come to what they would finish together.
+    `scores` are the validation metrics by step, to which the training loop adds before it saves that step. Of several
+    processes all call the same methods in the same order. Use it with `with`: leaving it waits for a save under way,
+    whatever the reason for leaving; but not where one of several processes fails, since the others may never come to
+    what they would finish together.
     """
 
-    def __init__(self, run_dir: str | Path, *, keep: int) -> None:
-        self.directory = Path(run_dir).absolute() / "checkpoints"
-        best = policy.BestN(get_metric_fn=_rank, n=1, keep_checkpoints_without_metrics=False)
-        options = ocp.CheckpointManagerOptions(
-            preservation_policy=policy.AnyPreservationPolicy([policy.LatestN(keep), best]),
-            # Without a best_fn the manager does not write metrics down, and a resumed run would not know its best.
-            best_fn=_rank,
-            cleanup_tmp_directories=True,
-        )
-        self._manager = ocp.CheckpointManager(self.directory, options=options)
+    def __init__(self, run_dir: str | Path, *, retention: Retention, scores: Mapping[int, float]) -> None:
+        self._run_dir = Path(run_dir).absolute()
+        self.directory = self._run_dir / "checkpoints"
+        self._retention = retention
+        self._scores = scores
+        self._handler = _array_handler()
+        self._under_way: _Save | None = None
+        self._attempts = 0
+        self._good: set[int] = set()  # steps that this process has read as a whole, or has written
+        self._missing: str | None = None  # why the save that was tried last is not on disk
+        hosts.from_first(self._tidy)
 
-    def latest(self) -> int | None:
-        """Newest complete step, None in a new run; the same on every process."""
-        return hosts.from_first(self._manager.latest_step)
+    def newest_good(self) -> int | None:
+        """Newest step whose files are all as they were written, None in a new run; the same on every process.
 
-    def save(
-        self,
-        step: int,
-        *,
-        parameters: t5.Parameters,
-        optimizer: Any,
-        metadata: Mapping[str, Any],
-        validation: float | None,
+        Newer ones that are damaged or incomplete are named in a warning and moved to `<run>/damaged`. ValueError where
+        there are checkpoints and not one is good: to begin anew is not for this program to decide.
+        """
+        found = hosts.from_first(self._find_newest_good)
+        if found["problem"] is not None:
+            raise ValueError(found["problem"])
+        if found["step"] is not None:
+            self._good.add(found["step"])
+        return found["step"]
+
+    def save(self, step: int, *, parameters: t5.Parameters, optimizer: Any, metadata: Mapping[str, Any]) -> None:
+        """Copies the arrays to the host and returns; they are written in the background.
+
+        Waits for a previous save that is still being written, and says so. Where the storage refuses (full, read-only,
+        no permission), now or in the background, a warning tells; nothing is raised, and nothing of the save remains.
+        A step that is on disk already is left as it is.
+        """
+        self.wait(because=f"Step {step}")
+        arrays = {PARAMETERS: parameters, OPTIMIZER: optimizer}
+        answer = hosts.from_first(lambda: self._make_place(step, needed=_size(arrays)))
+        self._missing = answer["refused"]
+        if answer["refused"] is not None:
+            self._warn(step, answer["refused"])
+        elif not answer["exists"]:
+            scores = dict(self._scores)
+            place = Path(answer["place"])
+            save = _Save(step, place, handler=self._handler, arrays=arrays, metadata=dict(metadata))
+            save.start(lambda: self._remove_others(step, scores), lambda reason: self._warn(step, reason))
+            self._under_way = save
+
+    def finish(
+        self, step: int, *, parameters: t5.Parameters, optimizer: Any, metadata: Mapping[str, Any], patience: float
     ) -> None:
-        """Copies the arrays to the host, then writes in the background; `validation` is the metric to be best by."""
-        metrics = None if validation is None else {"validation": validation, "step": step}
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                **{
-                    PARAMETERS: ocp.args.StandardSave(parameters),
-                    OPTIMIZER: ocp.args.StandardSave(optimizer),
-                    METADATA: ocp.args.JsonSave(dict(metadata)),
-                }
-            ),
-            metrics=metrics,
+        """The last save: returns when `step` is on disk, at once if it is already.
+
+        Where the storage refuses, it is asked again every few seconds, for `patience` seconds; then OSError.
+        """
+        self.wait()
+        if hosts.from_first(lambda: self._is_there(step)):
+            return
+        deadline = time.monotonic() + patience
+        while True:
+            self.save(step, parameters=parameters, optimizer=optimizer, metadata=metadata)
+            self.wait()
+            if self._missing is None:
+                return
+            if hosts.from_first(lambda: time.monotonic() + _RETRY > deadline):
+                break
+            time.sleep(_RETRY)
+        needed = _size({PARAMETERS: parameters, OPTIMIZER: optimizer})
+        free = hosts.from_first(lambda: _free(self.directory))
+        newest = hosts.from_first(self._newest)
+        resumes = "anew" if newest is None else f"at step {newest}"
+        raise OSError(
+            f"The checkpoint of step {step} is missing: {self.directory} did not take it in {patience:g} s "
+            f"({self._missing}). It needs {_megabytes(needed)}; "
+            f"{'an unknown amount' if free is None else _megabytes(free)} is free there. {_newest_text(newest)} Free "
+            f"space there, or make it writable, and repeat the command: the run resumes {resumes}."
         )
 
     def restore(self, step: int, *, parameters: Any, optimizer: Any) -> Restored:
-        """Arrays of a step, on the shardings of the given abstract trees."""
-        items = {
-            PARAMETERS: ocp.args.StandardRestore(parameters),
-            OPTIMIZER: ocp.args.StandardRestore(optimizer),
-            METADATA: ocp.args.JsonRestore(),
-        }
-        got = self._manager.restore(step, args=ocp.args.Composite(**items))
-        return Restored(step=step, parameters=got[PARAMETERS], optimizer=got[OPTIMIZER], metadata=got[METADATA])
+        """Arrays of a step, on the shardings of the given abstract trees. ValueError where it is damaged."""
+        if step not in self._good:
+            _refuse_damaged(self._run_dir, step, items=(PARAMETERS, OPTIMIZER, METADATA))
+        return _all(self._handler, self.directory / str(step), parameters=parameters, optimizer=optimizer)
 
-    def wait(self) -> None:
-        """Until everything saved so far is on disk."""
-        self._manager.wait_until_finished()
+    def wait(self, *, because: str | None = None) -> None:
+        """Until the save under way is on disk, or has failed (which a warning has told then)."""
+        save, self._under_way = self._under_way, None
+        if save is None:
+            return
+        begin = time.monotonic()
+        reason = save.wait()
+        if because is not None and time.monotonic() - begin > 0.1:
+            log.info("%s waited %.1f s for the checkpoint of step %d.", because, time.monotonic() - begin, save.step)
+        self._missing = reason
+        if reason is None:
+            self._good.add(save.step)
 
     def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         if error is None or not hosts.waited_for():
-            self._manager.close()
+            self.wait()
+            self._handler.close()
+
+    # What follows runs on process 0 alone.
+
+    def _tidy(self) -> None:
+        """Removes what is left of saves and removals that did not come to their end."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        for path in self.directory.iterdir():
+            if _LEFT_OVER.fullmatch(path.name):
+                _remove(path)
+
+    def _find_newest_good(self) -> dict[str, Any]:
+        damaged: dict[int, str] = {}
+        for step in sorted((int(p.name) for p in self.directory.iterdir() if p.name.isdigit()), reverse=True):
+            problem = checksums.problem(self.directory / str(step))
+            if problem is None:
+                for bad, what in damaged.items():
+                    self._set_aside(bad, what)
+                return {"step": step, "problem": None}
+            damaged[step] = problem
+        if not damaged:
+            return {"step": None, "problem": None}
+        listed = "\n".join(f"  {self.directory / str(step)}: {problem}." for step, problem in damaged.items())
+        return {
+            "step": None,
+            "problem": f"No checkpoint of this run is good:\n{listed}\nPut a copy of one there if you have it; or move "
+            f"{self.directory} away to train from step 0 again.",
+        }
+
+    def _set_aside(self, step: int, problem: str) -> None:
+        """Moves a damaged step out of the way; somebody may want to look at it."""
+        folder = self._run_dir / DAMAGED
+        folder.mkdir(exist_ok=True)
+        target, number = folder / str(step), 1
+        while target.exists():
+            number += 1
+            target = folder / f"{step}.{number}"
+        (self.directory / str(step)).rename(target)
+        log.warning("The checkpoint of step %d cannot be used: %s. It is now %s.", step, problem, target)
+
+    def _make_place(self, step: int, *, needed: int) -> dict[str, Any]:
+        """A place to write to; or that the step exists already, or why nothing can be written."""
+        try:
+            if self._is_there(step):
+                return {"exists": True, "refused": None, "place": None}
+            final = self.directory / str(step)
+            if os.path.lexists(final):
+                self._set_aside(step, checksums.problem(final) or "it is in the way of a new one")
+            self._tidy()
+            free = _free(self.directory)
+            if free is not None and free < needed:
+                # Half a checkpoint would take the last space from the metrics.
+                raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {_megabytes(free)} of {_megabytes(needed)}")
+            # A name of its own for each attempt: TensorStore may not have ended all writes of one that failed.
+            self._attempts += 1
+            temporary = self.directory / f"{step}.{self._attempts}{_WRITING}"
+            (temporary / METADATA).mkdir(parents=True)
+            for item in (PARAMETERS, OPTIMIZER):
+                # The other processes' Orbax would wait long for this folder if ours failed before it made it.
+                (temporary / item / "array_metadatas").mkdir(parents=True)
+        except OSError as error:
+            return {"exists": False, "refused": checksums.reason(error), "place": None}
+        return {"exists": False, "refused": None, "place": str(temporary)}
+
+    def _is_there(self, step: int) -> bool:
+        directory = self.directory / str(step)
+        if step in self._good:
+            return (directory / checksums.FILE).is_file()
+        return directory.is_dir() and checksums.problem(directory) is None
+
+    def _remove_others(self, step: int, scores: Mapping[int, float]) -> None:
+        """Removes what is not to be kept; called when `step` is whole on disk."""
+        try:
+            existing = steps(self._run_dir)
+            for old in sorted(set(existing) - self._retention.kept(existing, scores=scores) - {step}):
+                # Under another name first: nobody shall see half of a checkpoint.
+                going = self.directory / f"{old}{_REMOVING}"
+                _remove(going)
+                (self.directory / str(old)).rename(going)
+                _remove(going)
+        except OSError as error:
+            log.warning("A checkpoint that is not kept could not be removed: %s.", checksums.reason(error))
+
+    def _warn(self, step: int, reason: str) -> None:
+        if hosts.is_first():
+            log.warning(
+                "The checkpoint of step %d could not be written: %s. %s Training goes on.",
+                step,
+                reason,
+                _newest_text(self._newest()),
+            )
+
+    def _newest(self) -> int | None:
+        return max(self._good, default=None) or max(steps(self._run_dir), default=None)
 
 
-def _rank(metrics: Any) -> Any:
-    """Of equals the earliest is best: more training that brought nothing is not preferred."""
-    return metrics["validation"], -metrics["step"]
+class _Save:
+    """One save: arrays on the host, threads that write them, and what comes last.
+
+    Orbax's handlers write arrays; its checkpointers, which put directories in place, are not used: where one process
+    fails, theirs leave the others in a barrier for ten minutes. Here every process leaves word in the directory when
+    its part is written, and process 0 finishes; it is told of the others' failures when all wait for the save.
+    """
+
+    def __init__(
+        self, step: int, place: Path, *, handler: ocp.PyTreeCheckpointHandler, arrays: Any, metadata: dict[str, Any]
+    ) -> None:
+        self.step = step
+        self._handler = handler
+        self._metadata = metadata
+        self._temporary, self._final = place, place.parent / str(step)
+        self._error: BaseException | None = None
+        self._own_part, self._told = threading.Event(), threading.Event()
+        self._futures: list[Any] = []
+        try:
+            for item, tree in arrays.items():
+                copied = handler.async_save(epath.Path(self._temporary / item), args=ocp.args.PyTreeSave(tree))
+                self._futures += _run(copied) or []
+        except Exception as error:
+            self._error = _storage_error(error)
+            if self._error is None:
+                raise
+
+    def start(self, then: Callable[[], None], failed: Callable[[str], None]) -> None:
+        """On process 0 `then` is called when the checkpoint is on disk, `failed` with the reason when it cannot be."""
+        self._then, self._failed = then, failed
+        self._began = time.monotonic()
+        self._thread = threading.Thread(target=self._write, name=f"checkpoint of step {self.step}")
+        self._thread.start()
+
+    def wait(self) -> str | None:
+        """Why it is not on disk, None if it is; the same on every process."""
+        self._own_part.wait()
+        failures = hosts.from_all(None if self._error is None else str(self._error))
+        for index, failure in enumerate(failures):
+            if failure is not None and self._error is None:
+                self._error = OSError(f"process {index}: {failure}")
+        self._told.set()
+        self._thread.join()
+        if self._error is not None and not isinstance(self._error, OSError):
+            raise self._error
+        if self._error is not None:
+            if hosts.is_first():
+                _remove(self._temporary)  # of several processes, none writes there any more
+            _after_failed_write()
+        return hosts.from_first(lambda: None if self._error is None else checksums.reason(self._error))
+
+    def _write(self) -> None:
+        for future in self._futures:  # all of them: nothing may be writing when the directory is removed
+            try:
+                future.result()
+            except Exception as error:
+                self._error = self._error or _storage_error(error) or error
+        self._futures = []
+        try:
+            if not hosts.is_first():
+                self._leave_word()
+                return
+            self._own_part.set()
+            if self._error is None:
+                self._complete()
+        except Exception as error:
+            self._error = self._error or _storage_error(error) or error
+        finally:
+            self._own_part.set()
+        if self._error is None:
+            self._then()
+            return
+        if not hosts.waited_for():
+            _remove(self._temporary)
+        self._failed(checksums.reason(self._error))
+
+    def _complete(self) -> None:
+        self._hear_from_others()
+        for item in (PARAMETERS, OPTIMIZER):
+            if (self._temporary / item).is_dir():
+                self._handler.finalize(epath.Path(self._temporary / item))
+        written = time.monotonic()
+        size = _complete(self._temporary, metadata=self._metadata)
+        self._temporary.rename(self._final)
+        checksums.sync_directory(self._final.parent)
+        now = time.monotonic()
+        log.info(
+            "Checkpoint of step %d: %s on disk after %.2f s, %.2f s of them for checksums.",
+            *(self.step, _megabytes(size), now - self._began, now - written),
+        )
+
+    def _leave_word(self) -> None:
+        text = "" if self._error is None else checksums.reason(self._error)
+        (self._temporary / f"{jax.process_index()}.written").write_text(text, "utf-8")
+
+    def _hear_from_others(self) -> None:
+        words = [self._temporary / f"{index}.written" for index in range(1, jax.process_count())]
+        deadline = None
+        while not all(word.exists() for word in words):
+            if self._error is not None:
+                raise self._error
+            if self._told.is_set() and deadline is None:
+                deadline = time.monotonic() + _SEEN_WITHIN
+            if deadline is not None and time.monotonic() > deadline:
+                raise OSError(f"what the other processes wrote to {self._temporary} is not to be seen here")
+            time.sleep(0.05)
+        for index, word in enumerate(words, start=1):
+            if text := word.read_text("utf-8"):
+                raise OSError(f"process {index}: {text}")
+            word.unlink()
+
+
+def _array_handler() -> ocp.PyTreeCheckpointHandler:
+    # Trained float32 compresses by 8 %, for four times the work.
+    return ocp.PyTreeCheckpointHandler(use_compression=False)
+
+
+def _all(handler: ocp.PyTreeCheckpointHandler, directory: Path, *, parameters: Any, optimizer: Any) -> Restored:
+    return Restored(
+        step=int(directory.name),
+        parameters=_restored(handler, directory / PARAMETERS, like=parameters),
+        optimizer=_restored(handler, directory / OPTIMIZER, like=optimizer),
+        metadata=_metadata(directory),
+    )
+
+
+def _restored(handler: ocp.PyTreeCheckpointHandler, directory: Path, *, like: Any) -> Any:
+    arguments = ocp.checkpoint_utils.construct_restore_args(like)
+    return handler.restore(epath.Path(directory), args=ocp.args.PyTreeRestore(like, restore_args=arguments))
+
+
+def _complete(directory: Path, *, metadata: Mapping[str, Any]) -> int:
+    """Adds metadata and checksums to a step whose arrays are written; returns its bytes."""
+    (directory / METADATA / "metadata").write_text(json.dumps(metadata), "utf-8")
+    return checksums.write(directory)
+
+
+def _run(coroutine: Coroutine[Any, Any, Any]) -> Any:
+    """What a coroutine returns; in a thread of its own, since a notebook has a loop running in this one.
+
+    Not `asyncio.run`: what it does at the end looks at the tasks of other threads' loops, of which Orbax has some.
+    """
+
+    def run() -> Any:
+        loop = asyncio.new_event_loop()
+        try:
+            return loop.run_until_complete(coroutine)
+        finally:
+            loop.close()
+
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        return pool.submit(run).result()
+
+
+def _storage_error(error: BaseException) -> OSError | None:
+    """The error if it is one of the storage; TensorStore has them as ValueError: 'RESOURCE_EXHAUSTED: ..'."""
+    if isinstance(error, OSError):
+        # Anew, since a stack trace would hold the arrays.
+        return OSError(error.errno, error.strerror, error.filename) if error.strerror else OSError(str(error))
+    text = str(error)
+    if code := re.search(r"os_error_code='(\d+)'", text):
+        path = re.search(r'"(/[^"]*)"', text)
+        return OSError(int(code[1]), os.strerror(int(code[1])), path[1] if path else None)
+    return OSError(text) if isinstance(error, ValueError) and re.match(r"[A-Z_]{5,}: ", text) else None
+
+
+def _remove(path: Path) -> None:
+    """Removes a directory as far as that is possible."""
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def _size(tree: Any) -> int:
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+
+
+def _free(path: Path) -> int | None:
+    """Bytes free at a path; None where its file system does not know, as that of a mounted bucket."""
+    try:
+        usage = shutil.disk_usage(path)
+    except OSError:
+        return None
+    return usage.free if usage.total else None
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:,.1f} MB"
+
+
+def _newest_text(step: int | None) -> str:
+    return "There is no checkpoint yet." if step is None else f"The newest good one is step {step}."
+
+
+# ------------------------------------------------------------------------------------ Orbax after a failed write
+#
+# Where one array cannot be written, Orbax closes its event loop under the writes of the others. They hold their arrays
+# until they are collected as garbage, and all that they say is a repetition of the error that reaches us anyway.
+
+
+def _after_failed_write() -> None:
+    """Frees what abandoned writes hold; each failed save would hold as much as the state."""
+    gc.collect()
+
+
+def _of_abandoned_writes(text: str) -> bool:
+    return "orbax" in text and any(
+        end in text for end in ("_SignalingThread.run() raised", "never retrieved", "pending")
+    )
+
+
+class _Abandoned(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        return record.levelno < logging.ERROR or not _of_abandoned_writes(logging.Formatter().format(record))
+
+
+def _quiet_hook(otherwise: Callable[[Any], Any]) -> Callable[[Any], None]:
+    def hook(ignored: Any) -> None:
+        code = getattr(ignored.object, "cr_code", None)
+        closed = isinstance(ignored.exc_value, RuntimeError) and str(ignored.exc_value) == "Event loop is closed"
+        if not closed and "orbax" not in getattr(code, "co_filename", ""):
+            otherwise(ignored)
+
+    return hook
+
+
+for _name in ("absl", "asyncio"):
+    logging.getLogger(_name).addFilter(_Abandoned())
+sys.unraisablehook = _quiet_hook(sys.unraisablehook)
+
+
+# ------------------------------------------------------------------------------------ reading a run
+
+
+def _refuse_damaged(run_dir: Path, step: int, *, items: Iterable[str]) -> None:
+    """ValueError, on every process, where files of these items of a step are not as they were written."""
+    directory = run_dir / "checkpoints" / str(step)
+    found = hosts.from_first(
+        lambda: [checksums.problem(directory, under=tuple(items)), directory.is_dir(), steps(run_dir)]
+    )
+    problem, exists, others = found
+    if problem is None:
+        return
+    others = [other for other in others if other != step]
+    have = f"Other steps there: {', '.join(map(str, others))}." if others else "There is no other step."
+    if not exists:
+        raise FileNotFoundError(f"There is no checkpoint of step {step} (any more) in {run_dir}. {have}")
+    raise ValueError(f"The checkpoint {directory} cannot be used: {problem}. {have}")
+
+
+def restore(run_dir: str | Path, step: int, *, parameters: Any, optimizer: Any) -> Restored:
+    """As `Checkpoints.restore`, of a run that another process may be writing."""
+    run_dir = Path(run_dir).absolute()
+    _refuse_damaged(run_dir, step, items=(PARAMETERS, OPTIMIZER, METADATA))
+    handler = _array_handler()
+    try:
+        return _all(handler, run_dir / "checkpoints" / str(step), parameters=parameters, optimizer=optimizer)
+    finally:
+        handler.close()
+
+
+def _metadata(directory: Path) -> dict[str, Any]:
+    return json.loads((directory / METADATA / "metadata").read_text("utf-8"))
 
 
 def read_metadata(run_dir: str | Path, step: int) -> dict[str, Any]:
-    """Metadata of a step, without its arrays."""
-    return json.loads((Path(run_dir) / "checkpoints" / str(step) / METADATA / "metadata").read_text("utf-8"))
+    """Metadata of a step, without its arrays. ValueError where it is damaged."""
+    _refuse_damaged(Path(run_dir), step, items=[METADATA])
+    return _metadata(Path(run_dir) / "checkpoints" / str(step))
 
 
 def steps(run_dir: str | Path) -> list[int]:
@@ -114,27 +558,30 @@ def steps(run_dir: str | Path) -> list[int]:
     directory = Path(run_dir) / "checkpoints"
     if not directory.is_dir():
         return []
-    return sorted(int(p.name) for p in directory.iterdir() if p.name.isdigit())
+    return sorted(int(p.name) for p in directory.iterdir() if p.name.isdigit() and (p / checksums.FILE).is_file())
 
 
-def best_step(run_dir: str | Path) -> int | None:
-    """The best step by validation as the newest checkpoint knows it; the newest where nothing was evaluated."""
-    existing = steps(run_dir)
-    if not existing:
-        return None
-    best = read_metadata(run_dir, existing[-1]).get("best")
-    return existing[-1] if best is None else best["step"]
+def best_step(path: str | Path) -> int | None:
+    """Of a run's checkpoints the best by validation, of equals the earliest; the newest where none was evaluated."""
+    existing, scores = steps(path), run_dir.read_scores(path)
+    evaluated = [step for step in existing if step in scores]
+    if evaluated:
+        return min(evaluated, key=lambda step: (-scores[step], step))
+    return existing[-1] if existing else None
 
 
 def locate(path: str | Path) -> tuple[Path, int]:
-    """(run directory, step) of a run directory (its best step) or of one of its `checkpoints/<step>`."""
+    """(run directory, step) of a run directory (its best step) or of one of its `checkpoints/<step>`.
+
+    The same on every process: the run may be writing meanwhile.
+    """
     path = Path(path).absolute()
     if path.name.isdigit() and path.parent.name == "checkpoints":
         run_dir, step = path.parent.parent, int(path.name)
         if not path.is_dir():
             raise FileNotFoundError(f"No checkpoint at {path}; this run has steps {steps(run_dir)}.")
         return run_dir, step
-    step = best_step(path)
+    step = hosts.from_first(lambda: best_step(path))
     if step is None:
         raise FileNotFoundError(
             f"{path} holds no checkpoint; expected a run directory (with checkpoints/<step>), or one such step."
@@ -178,6 +625,7 @@ def open_any(path: str | Path, *, kind: str) -> names.Opened:
     if kind == T5X:
         return t5x.open_checkpoint(path)
     directory, step = locate(path)
+    _refuse_damaged(directory, step, items=(PARAMETERS, METADATA))
     config = t5.T5Config.of(read_metadata(directory, step)["model"])
     arrays = t5x.orbax_arrays(directory / "checkpoints" / str(step) / PARAMETERS)
     origin, vocabulary = None, None
@@ -211,27 +659,27 @@ def load_parameters(path: str | Path, *, like: Mapping[str, jax.ShapeDtypeStruct
         names.check(path, {name: array.shape for name, array in arrays.items()}, wanted, kind=kind)
         return {name: arrays[name].onto(leaf) for name, leaf in like.items()}
     directory, step = locate(path)
-    options = ocp.CheckpointManagerOptions(read_only=True)  # the run may still be writing
-    handlers = {PARAMETERS: ocp.StandardCheckpointHandler()}
-    with ocp.CheckpointManager(directory / "checkpoints", options=options, item_handlers=handlers) as manager:
-        tree = manager.item_metadata(step)[PARAMETERS].tree
+    _refuse_damaged(directory, step, items=(PARAMETERS, METADATA))
+    place, handler = directory / "checkpoints" / str(step) / PARAMETERS, _array_handler()
+    try:
+        tree = handler.metadata(epath.Path(place)).tree
         names.check(path, {name: tuple(leaf.shape) for name, leaf in tree.items()}, wanted, kind=kind)
-        items = {PARAMETERS: ocp.args.StandardRestore(dict(like))}
-        return manager.restore(step, args=ocp.args.Composite(**items))[PARAMETERS]
+        return _restored(handler, place, like=dict(like))
+    except (OSError, ValueError):
+        if not place.is_dir():  # the run went on
+            _refuse_damaged(directory, step, items=(PARAMETERS, METADATA))
+        raise
 
 
 def save_parameters(path: str | Path, parameters: t5.Parameters, *, config: t5.T5Config, step: int) -> None:
     """Writes `<path>/checkpoints/<step>` with parameters and architecture, and no optimiser: weights to start from."""
-    with ocp.CheckpointManager(Path(path).absolute() / "checkpoints") as manager:
-        manager.save(
-            step,
-            args=ocp.args.Composite(
-                **{
-                    PARAMETERS: ocp.args.StandardSave(parameters),
-                    METADATA: ocp.args.JsonSave({"step": step, "best": None, "model": dataclasses.asdict(config)}),
-                }
-            ),
-        )
+    folder, handler = Path(path).absolute() / "checkpoints", _array_handler()
+    temporary = folder / f"{step}.1{_WRITING}"
+    (temporary / METADATA).mkdir(parents=True)
+    handler.save(epath.Path(temporary / PARAMETERS), args=ocp.args.PyTreeSave(parameters))
+    handler.finalize(epath.Path(temporary / PARAMETERS))
+    _complete(temporary, metadata={"step": step, "model": dataclasses.asdict(config)})
+    temporary.rename(folder / str(step))
 
 
 def save_npz(path: str | Path, parameters: t5.Parameters, *, dtype: str) -> None:

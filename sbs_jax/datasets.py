@@ -288,8 +288,9 @@ def selected(name: str, split: str) -> Selection:
 def manifest(name: str, splits: Sequence[str] = (TRAIN, VALIDATION, TEST)) -> dict[str, Any]:
     """What a run trains on, for its log and manifest: options, counts, hashes of the files.
 
-    {"dataset": "svamp", "options": {..}, "splits": {"train": {"file": "train.jsonl",
-    "sha256": .., "counts": {..}}, ..}}. Splits the dataset does not have are left out.
+    {"dataset": "svamp", "options": {..}, "vocabulary_sha256": .., "splits": {"train":
+    {"file": "train.jsonl", "sha256": .., "counts": {..}}, ..}}. Splits the dataset does not have
+    are left out. The vocabulary's hash is None for "byte", which has no file.
     """
     found = {}
     for split in splits:
@@ -300,7 +301,12 @@ def manifest(name: str, splits: Sequence[str] = (TRAIN, VALIDATION, TEST)) -> di
                 "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
                 "counts": dict(selected(name, split).counts),
             }
-    return {"dataset": name, "options": dataclasses.asdict(_options), "splits": found}
+    return {
+        "dataset": name,
+        "options": dataclasses.asdict(_options),
+        "vocabulary_sha256": tokens.vocabulary_sha256(_options.vocabulary),
+        "splits": found,
+    }
 
 
 def available_splits(name: str) -> tuple[str, ...]:
@@ -324,7 +330,7 @@ def _file_of_split(name: str, split: str) -> tuple[str, bool]:
     missing = not _records_file(name, file_split).exists()
     if missing or (split == VALIDATION and shared and _options.validation_fraction == 0):
         why = (
-            f"there is no {_records_file(name, file_split)}"
+            f"there is no {_records_file(name, file_split)} (put it back, or write it with `sbs records`)"
             if missing
             else "validation_fraction is 0 and there is no validation file of its own"
         )

@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,9 +52,9 @@ class Evaluator:
         self._generator = Generator(structure, partitioner=partitioner, batch_size=batch_size, length=max_decode_length)
         self._vocabulary = datasets.vocabulary(datasets.options().vocabulary)
 
-    def run(self, parameters: t5.Parameters) -> Result:
-        """Generates for every example and grades the texts."""
-        generated = self._generator.run(parameters, self._tokens_NS)
+    def run(self, parameters: t5.Parameters, *, before_batch: Callable[[], None] = lambda: None) -> Result:
+        """Generates for every example and grades the texts. What `before_batch` raises ends it."""
+        generated = self._generator.run(parameters, self._tokens_NS, before_batch=before_batch)
         rows, predictions = [], []
         for example, (ids, score) in zip(self._examples, generated, strict=True):
             text = self._vocabulary.decode(ids)
@@ -108,10 +108,13 @@ class Generator:
         tokens = jax.ShapeDtypeStruct((self._batch_size, inputs), jnp.int32, sharding=self._partitioner.batch)
         return self._generate.lower(parameters, tokens)
 
-    def run(self, parameters: t5.Parameters, tokens_NS: np.ndarray) -> Iterator[tuple[list[int], float]]:
+    def run(
+        self, parameters: t5.Parameters, tokens_NS: np.ndarray, *, before_batch: Callable[[], None] = lambda: None
+    ) -> Iterator[tuple[list[int], float]]:
         """(token ids without EOS and padding, natural log probability) of each source row, in order."""
         mine = self._partitioner.local_rows(self._batch_size)
         for start in range(0, len(tokens_NS), self._batch_size):
+            before_batch()
             rows = tokens_NS[start : start + self._batch_size]
             filled = np.zeros((self._batch_size, tokens_NS.shape[1]), np.int32)
             filled[: len(rows)] = rows

@@ -140,6 +140,45 @@ def train_dataset(
     return batches()
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BatchExample:
+    """Where an example stands in a training batch: `row` from 0, `segment` from 1 (1 where rows are not packed)."""
+
+    row: int
+    segment: int
+    task: str
+    id: str
+
+
+def batch_examples(
+    mixture_or_task: str,
+    *,
+    lengths: Mapping[str, int],
+    split: str,
+    batch_size: int,
+    pack: bool,
+    seed: int,
+    batch: int,
+) -> tuple[list[BatchExample], dict[str, np.ndarray]]:
+    """What batch number `batch` (from 0) of `train_dataset` is made of; and each example in a row of its own.
+
+    The arrays have the batch's keys and as many rows as there are examples.
+    """
+    names = datasets.subtasks(mixture_or_task)
+    stream = _Stream(names, split=split, lengths=lengths, seed=seed)
+    rows = list(itertools.islice(stream.rows(pack=pack, skip=batch * batch_size), batch_size))
+    places = np.concatenate([np.arange(first, end) for first, end in rows])
+    found = []
+    for (row, segment), task, index in zip(
+        ((row, place - first + 1) for row, (first, end) in enumerate(rows) for place in range(first, end)),
+        *stream.locate(places),
+        strict=True,
+    ):
+        example = datasets.examples(names[task], split)[index]
+        found.append(BatchExample(row=row, segment=segment, task=names[task], id=example.id))
+    return found, stream.model_features(places, places + 1, pack=pack)
+
+
 class Ahead(Iterator[_Item]):
     """The items of an iterator, which a thread computes while the last ones are in use; use it with `with`.
 
@@ -198,7 +237,7 @@ class _Stream:
         """Rows of the places from `first[i]` to before `end[i]`."""
         counts = end - first
         rows, within = _ranges(counts)
-        tasks, indices = self._locate(first[rows] + within)
+        tasks, indices = self.locate(first[rows] + within)
         return _model_features(
             _Examples(self._tables, self._task_ids, tasks=tasks, indices=indices, rows=rows, segments=within + 1),
             row_count=len(first),
@@ -225,7 +264,7 @@ class _Stream:
 
     def _ends(self, start: int, count: int) -> list[int]:
         """For each of some places, counted from the first: the place after the last that fits a row begun there."""
-        tasks, indices = self._locate(np.arange(start, start + count))
+        tasks, indices = self.locate(np.arange(start, start + count))
         ends = []
         for feature, length in self._lengths.items():
             sizes = np.empty(count, np.int64)
@@ -236,7 +275,7 @@ class _Stream:
             ends.append(np.searchsorted(total, total[:-1] + length, side="right") - 1)
         return np.minimum(*ends).tolist()
 
-    def _locate(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def locate(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Task and row of each place."""
         turns, tasks = np.divmod(places, len(self._tables))
         indices = np.empty_like(places)

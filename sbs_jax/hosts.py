@@ -2,9 +2,10 @@
 
 `join` calls the roll on the coordinator's port, then starts `jax.distributed` there. The connections of the roll stay
 open (JSON lines; process 0 in the middle). Over them the processes compare what they run (`agree`), take decisions
-(`from_first`, `barrier`), and learn that one of them failed or is gone: JAX alone would leave the others in a
-collective until a heartbeat is missed, and then abort them with a stack trace. Without `join`, every function here does
-what is right for a single process.
+(`from_first`, `barrier`), stop together where one is told to end (`told_to_end`), say where they are when nothing moves
+(`where_all_are`), and learn that one of them failed or is gone: JAX alone would leave the others in a collective until
+a heartbeat is missed, and then abort them with a stack trace. Without `join`, every function here does what is right
+for a single process.
 """
 
 import contextlib
@@ -27,6 +28,7 @@ from typing import Any
 _VERSIONS = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "seqio", "tensorflow", "tensorflow-text", "numpy")
 _GRACE = 1.0  # seconds that a failing process waits for news of another one, which may be the cause
 _DIFF_LINES = 40
+_ANSWERS_WITHIN = 5.0  # seconds for a process to say where it is
 
 
 class HostsError(RuntimeError):
@@ -95,6 +97,8 @@ def join(place: Place, *, timeout: float, detected: bool) -> None:
     import jax
 
     _keep_stdout_clean()
+    # Its handler of SIGTERM would swallow a second one, which is to end the process at once (see preemption.py).
+    jax.config.update("jax_enable_preemption_service", False)
     jax.distributed.initialize(
         coordinator_address=place.coordinator,
         num_processes=place.count,
@@ -151,13 +155,41 @@ def from_first(compute: Callable[[], Any]) -> Any:
     return _link.from_first(compute)
 
 
-def preempted(step: int) -> bool:
-    """Whether some process was told to end (SIGTERM, which JAX keeps from ending it); at one step, on all of them."""
-    if _link is None:
-        return False
-    from jax.experimental import multihost_utils
+def from_all(value: Any) -> list[Any]:
+    """What every process gives (a JSON value), in their order, on every process."""
+    return [value] if _link is None else _link.consult(value, list)
 
-    return multihost_utils.reached_preemption_sync_point(step)
+
+def tell_to_end() -> None:
+    """This process was told to end: `told_to_end` becomes true, at the same call on every process."""
+    if _link is None:
+        _told.set()
+    else:
+        _link.notice()
+
+
+def told_to_end() -> bool:
+    """Whether some process was told to end. To be asked equally often everywhere, between steps: all stop together."""
+    return _told.is_set() if _link is None else _link.told_to_end()
+
+
+def forget_told_to_end() -> None:
+    """A new run begins in this process."""
+    _told.clear()
+
+
+def where_all_are(here: Callable[[], Mapping[str, Any]]) -> dict[int, Mapping[str, Any] | None]:
+    """What each process says of where it is (`here`, of this one), None for one that does not answer within seconds.
+
+    Only process 0 knows; elsewhere it asks process 0 to report, and gives this process alone.
+    """
+    return {0: here()} if _link is None else _link.where_all_are(here)
+
+
+def on_stall(here: Callable[[], Mapping[str, Any]] | None, report: Callable[[], None] | None) -> None:
+    """What this process answers when it is asked where it is; and, on process 0, what to do when another is stalled."""
+    if _link is not None:
+        _link.here, _link.report = here, report
 
 
 def agree(things: Mapping[str, str]) -> None:
@@ -374,6 +406,10 @@ class _Link:
         self._inbox: dict[int, queue.SimpleQueue[Any]] = {index: queue.SimpleQueue() for index in wires}
         self._leaving = {index: threading.Event() for index in wires}
         self._ending = threading.Lock()
+        self._stopping = _Stopping()
+        self._where: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
+        self.here: Callable[[], Mapping[str, Any]] | None = None
+        self.report: Callable[[], None] | None = None
         for index in wires:
             threading.Thread(target=self._watch, args=(index,), daemon=True, name=f"link to process {index}").start()
 
@@ -408,6 +444,40 @@ class _Link:
             self._wires[0].send({"leaving": True})
             self._leaving[0].wait()
 
+    def notice(self) -> None:
+        """Asks all how often they have called `told_to_end`; none gets further until it is known where all stop."""
+        if self.place.index != 0:
+            self._wires[0].send({"notice": True})
+        elif (count := self._stopping.freeze()) is not None:
+            self._tell({"halt": True})
+            self._at(0, count)
+
+    def told_to_end(self) -> bool:
+        return self._stopping.reached()
+
+    def _at(self, index: int, count: int) -> None:
+        """On process 0: one process has made so many calls. After the last answer all stop at the next call of any."""
+        stop = self._stopping.answered(index, count, of=self.place.count)
+        if stop is not None:
+            self._tell({"stop": stop})
+            self._stopping.stop_at(stop)
+
+    def where_all_are(self, here: Callable[[], Mapping[str, Any]]) -> dict[int, Mapping[str, Any] | None]:
+        places: dict[int, Mapping[str, Any] | None] = {self.place.index: here()}
+        if self.place.index != 0:
+            with contextlib.suppress(OSError):
+                self._wires[0].send({"stalled": True})
+            return places
+        while not self._where.empty():
+            self._where.get()
+        self._tell({"where": True})
+        deadline = time.monotonic() + _ANSWERS_WITHIN
+        while len(places) < self.place.count and (left := deadline - time.monotonic()) > 0:
+            with contextlib.suppress(queue.Empty):
+                index, said = self._where.get(timeout=left)
+                places[index] = said
+        return {index: places.get(index) for index in range(self.place.count)}
+
     def fail(self, text: str) -> None:
         time.sleep(_GRACE)  # the news of another one's failure ends this process from its watching thread
         self._end(f"Process {self.place.index} of {self.place.count} ended: {text}", shown=text)
@@ -433,10 +503,29 @@ class _Link:
                 if "failed" in message:
                     text = message["failed"]
                     break
+                self._answer(index, message)
         except (EOFError, OSError):
             pass
         if not self._leaving[index].is_set():
             self._end(text, shown=text)
+
+    def _answer(self, index: int, message: Mapping[str, Any]) -> None:
+        """To what is asked or said while the main thread may be busy."""
+        if "notice" in message:
+            self.notice()
+        if "halt" in message:
+            self._wires[index].send({"at": self._stopping.freeze()})
+        if "at" in message:
+            self._at(index, message["at"])
+        if "stop" in message:
+            self._stopping.stop_at(message["stop"])
+        if "where" in message:
+            self._wires[index].send({"here": self.here() if self.here else {"doing": "is not in the training loop"}})
+        if "here" in message:
+            self._where.put((index, message["here"]))
+        if "stalled" in message and self.report is not None:
+            # Not in this thread, which has to read the answers.
+            threading.Thread(target=self.report, daemon=True, name="stall report").start()
 
     def _end(self, text: str, *, shown: str) -> None:
         """Passes the word on and ends the process at once: its main thread may be in a collective for good."""
@@ -450,5 +539,46 @@ class _Link:
         os._exit(1)
 
 
+class _Stopping:
+    """At which call of `reached`, counted from 1, all processes stop; they make the same calls, at times of their own.
+
+    Once one is told to end, each says how many calls it has made (`freeze`), and waits in its next one until process 0
+    has told the number at which all stop: the one after the last that any has made.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._calls = 0
+        self._frozen: int | None = None
+        self._stop: int | None = None
+        self._answers: dict[int, int] = {}
+
+    def reached(self) -> bool:
+        with self._changed:
+            self._calls += 1
+            self._changed.wait_for(lambda: self._frozen is None or self._stop is not None)
+            return self._stop is not None and self._calls >= self._stop
+
+    def freeze(self) -> int | None:
+        """The number of calls made; None if it was asked before."""
+        with self._changed:
+            if self._frozen is not None:
+                return None
+            self._frozen = self._calls
+            return self._frozen
+
+    def answered(self, index: int, count: int, *, of: int) -> int | None:
+        """Where to stop, after the last answer."""
+        with self._changed:
+            self._answers[index] = count
+            return max(self._answers.values()) + 1 if len(self._answers) == of else None
+
+    def stop_at(self, call: int) -> None:
+        with self._changed:
+            self._stop = call
+            self._changed.notify_all()
+
+
 _place: Place | None = None  # from `join` on
 _link: _Link | None = None  # from `join` to `leave`
+_told = threading.Event()  # in a single process

@@ -21,7 +21,7 @@ from typing import Any
 
 import absl.logging
 
-from sbs_jax import hosts
+from sbs_jax import hosts, preemption
 
 _BINDING = re.compile(r"--gin\.([^=]+)=(.*)", re.DOTALL)
 _REFERENCE = re.compile(r"[@%](?:[\w.]+/)*([\w.]+)")
@@ -153,6 +153,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = arguments.run(arguments, bindings) if takes_gin else arguments.run(arguments)
         hosts.leave()
         return status
+    except preemption.PreemptedError as told:
+        if hosts.is_first():
+            print(f"sbs {arguments.command}: {told}", file=sys.stderr)
+        return preemption.EXIT_STATUS
     except (UsageError, hosts.HostsError, ValueError, OSError, FloatingPointError, ModuleNotFoundError) as error:
         _tell_others(str(error), show=arguments.traceback)
         if arguments.traceback:
@@ -274,15 +278,32 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     records.add_argument("--inputs", choices=("release", "tfds"), default="release", help="where inputs come from")
     records.add_argument("--overwrite", action="store_true", help="replace records of another parser or source")
     _add_teach(command)
-    command(
+    train = command(
         "train",
         _train,
         "Train a student, evaluate it on validation meanwhile and on test once at the end.",
         gin=True,
         multihost=True,
         epilog="example:\n  sbs train --gin_file=gin_configs/experiments/svamp/base.gin \\\n"
-        "      --gin.RECORDS_DIR=records --gin.MODEL_DIR=runs/svamp",
+        "      --gin.RECORDS_DIR=records --gin.MODEL_DIR=runs/svamp\n\n"
+        "Repeat the command to resume. SIGTERM or Ctrl-C saves and ends the run (a second one ends it at once).\n"
+        f"Exit status: 0 finished, {preemption.EXIT_STATUS} told to end and saved, to be repeated, 1 after an error.",
     )
+    train.add_argument(
+        "--accept_changes",
+        action="store_true",
+        help="resume although data, vocabulary, defaults or configuration differ from what the run began with",
+    )
+    replay = command(
+        "replay",
+        _replay,
+        "Do one training step of a run again: which examples and parameters made it what it was.",
+        gin=True,
+        epilog="example:\n  sbs replay runs/svamp --step 120 --gin.TENSOR=1",
+    )
+    replay.add_argument("run_dir", metavar="RUN_DIR", help="run directory of sbs train")
+    replay.add_argument("--step", type=int, metavar="N", help="(default: the newest that was not finite)")
+    replay.add_argument("--json", action="store_true", help="print everything as JSON")
     command(
         "evaluate",
         _evaluate,
@@ -515,9 +536,21 @@ def _train(arguments: argparse.Namespace, bindings: Sequence[str]) -> int:
     from sbs_jax import train
 
     config, text = _configured("train.TrainConfig", arguments, bindings)
-    result = train.train(config, config_text=text)
+    result = train.train(config, config_text=text, accept_changes=arguments.accept_changes)
     if hosts.is_first():
         print(json.dumps(result, indent=1))
+    return 0
+
+
+def _replay(arguments: argparse.Namespace, bindings: Sequence[str]) -> int:
+    from sbs_jax import failures, replay, run_dir
+
+    run_dir.read_manifest(arguments.run_dir)  # whether it is a run directory
+    arguments.gin_file = [str(Path(arguments.run_dir).absolute() / "config.gin"), *arguments.gin_file]
+    config, _ = _configured("train.TrainConfig", arguments, bindings)
+    found = replay.replay(config, arguments.run_dir, step=arguments.step)
+    kept = failures.read(arguments.run_dir, found["step"])
+    print(json.dumps(found, indent=1) if arguments.json else replay.text(found, kept))
     return 0
 
 

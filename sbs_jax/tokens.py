@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import itertools
 from collections.abc import Sequence
 
@@ -57,6 +58,15 @@ def check_vocabulary(name: str) -> None:
             f"The vocabulary {name!r} has pad id {pad_id} and EOS id {text_vocabulary.eos_id}; "
             f"expected {PAD_ID} and {EOS_ID}, as in T5's."
         )
+
+
+def vocabulary_sha256(name: str) -> str | None:
+    """SHA-256 of a vocabulary's file; None for "byte". The errors of `check_vocabulary`."""
+    if name == BYTE_VOCABULARY:
+        return None
+    check_vocabulary(name)
+    with tf.io.gfile.GFile(name, "rb") as file:
+        return hashlib.sha256(file.read()).hexdigest()
 
 
 def encode(texts: Sequence[str], text_vocabulary: seqio.Vocabulary) -> list[list[int]]:

@@ -16,7 +16,22 @@ import optax
 import tqdm
 from jaxtyping import Array, Float
 
-from sbs_jax import checkpoints, datasets, evaluate, features, hosts, losses, partitioning, run_dir, stacking, t5
+from sbs_jax import (
+    checkpoints,
+    datasets,
+    evaluate,
+    failures,
+    features,
+    hosts,
+    losses,
+    partitioning,
+    preemption,
+    run_dir,
+    settings,
+    stacking,
+    t5,
+    watchdog,
+)
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +65,13 @@ class TrainConfig:
     log_period: int
     eval_period: int
     checkpoint_period: int
+    # Checkpoints that stay: the newest, the best by validation, and each whose step is a multiple of keep_period.
     keep_checkpoints: int
+    keep_best: int
+    keep_period: int | None
+    skip_non_finite: int  # updates left out for a loss or gradient that is not finite, before the run stops
+    stall_seconds: float  # after which a loop that does not move is reported
+    save_patience: float  # seconds in which the last checkpoint is tried again where the disk is full
     eval_batch_size: int
     max_decode_length: int  # tokens generated for an answer
     evaluate_test: bool
@@ -59,11 +80,21 @@ class TrainConfig:
         positive = (
             *("batch_size", "micro_batches", "train_steps", "log_period", "eval_period", "checkpoint_period"),
             *("keep_checkpoints", "eval_batch_size", "max_decode_length", "vocabulary_chunks"),
+            *(() if self.keep_period is None else ("keep_period",)),
         )
         for name in positive:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"TrainConfig.{name} is {value!r}; expected a whole number of at least 1.")
+        for name in ("keep_best", "skip_non_finite"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+                raise ValueError(f"TrainConfig.{name} is {value!r}; expected a whole number of at least 0.")
+        if not self.stall_seconds > 0 or not self.save_patience >= 0:
+            raise ValueError(
+                f"TrainConfig.stall_seconds is {self.stall_seconds!r} and save_patience {self.save_patience!r}; "
+                "expected seconds, above 0 and at least 0."
+            )
         if not 0.0 <= self.alpha <= 1.0:
             raise ValueError(f"TrainConfig.alpha is {self.alpha!r}; expected 0 (rationale only) to 1 (label only).")
         if self.z_loss < 0 or (self.clip_norm is not None and self.clip_norm <= 0):
@@ -112,9 +143,10 @@ def rsqrt_schedule(*, peak: float, warmup_steps: int) -> optax.Schedule:
 class TrainState:
     """What an update changes."""
 
-    step: Any  # int32 scalar, the number of updates made
+    step: Any  # int32 scalar, the number of updates made, or left out because they were not finite
     parameters: Any  # t5.Parameters, or the same tree of shapes or shardings
     optimizer: Any
+    skipped: Any  # int32 scalar, how many of them were left out
 
 
 Batch = dict[str, Any]  # arrays, or their shapes
@@ -180,7 +212,12 @@ def train_step(
     config: TrainConfig,
     optimizer: optax.GradientTransformation,
 ) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
-    """One update from one global batch, and its metrics. Pure; the dropout key follows from (seed, step)."""
+    """One update from one global batch, and its metrics. Pure; the dropout key follows from (seed, step).
+
+    An update whose loss or gradient is not finite changes neither parameters nor optimiser. After more than
+    `config.skip_non_finite` of them no further step changes anything: `step` stays the number of the last good one,
+    so that the loop, which looks at the metrics later, finds the state from which the fault can be replayed.
+    """
     loss, sums, gradients = loss_and_gradients(
         state.parameters,
         batch,
@@ -197,10 +234,19 @@ def train_step(
         gradients = jax.tree.map(lambda x: x * scale, gradients)
     updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.parameters)
     parameters = optax.apply_updates(state.parameters, updates)
-    metrics = {"loss": loss, "gradient_norm": norm}
+    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+    going = state.skipped <= config.skip_non_finite
+    skipped = state.skipped + (going & ~finite)
+    parameters, optimizer_state = jax.tree.map(
+        lambda new, old: jnp.where(going & finite, new, old),
+        (parameters, optimizer_state),
+        (state.parameters, state.optimizer),
+    )
+    metrics = {"loss": loss, "gradient_norm": norm, "skipped": skipped}
     for task, name in losses.TASK_NAMES.items():
         metrics |= sums[task].means(name)
-    return TrainState(state.step + 1, parameters, optimizer_state), metrics
+    step = state.step + (skipped <= config.skip_non_finite)
+    return TrainState(step, parameters, optimizer_state, skipped), metrics
 
 
 def _cut(batch: Batch, pieces: int) -> Batch:
@@ -232,7 +278,8 @@ def prepare(config: TrainConfig, *, devices: Sequence[Any] | None = None) -> Tra
 
     def placed(execution: t5.Execution, optimizer: optax.GradientTransformation) -> tuple[t5.Structure, TrainState]:
         structure, shapes, axes = t5.abstract(config.model, execution=execution)
-        state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), shapes, jax.eval_shape(optimizer.init, shapes))
+        number = jax.ShapeDtypeStruct((), jnp.int32)
+        state = TrainState(number, shapes, jax.eval_shape(optimizer.init, shapes), number)
         return structure, partitioner.placed(state, parameters=shapes, axes=axes)
 
     structure, abstract = placed(config.execution, optimizer)
@@ -300,18 +347,20 @@ def initial_state(config: TrainConfig, trainer: Trainer) -> TrainState:
         parameters = checkpoints.load_parameters(config.initial_checkpoint_path, like=trainer.saved.parameters)
     optimizer = config.optimizer(learning_rate=config.learning_rate)
     state = jax.jit(optimizer.init, out_shardings=saved.optimizer)(parameters)
-    return trainer.stacked(TrainState(_step_number(0, saved.step), parameters, state))
+    return trainer.stacked(TrainState(_number(0, saved.step), parameters, state, _number(0, saved.skipped)))
 
 
-def _step_number(step: int, sharding: Any) -> jax.Array:
-    return jax.make_array_from_callback((), sharding, lambda _: np.asarray(step, np.int32))
+def _number(value: int, sharding: Any) -> jax.Array:
+    return jax.make_array_from_callback((), sharding, lambda _: np.asarray(value, np.int32))
 
 
-def train(config: TrainConfig, *, config_text: str) -> dict[str, dict[str, Any]]:
+def train(config: TrainConfig, *, config_text: str, accept_changes: bool = False) -> dict[str, dict[str, Any]]:
     """Runs, or resumes, one training; returns the last line of metrics per kind (train, validation, test).
 
-    `config_text` is the operative configuration, kept in the run directory; a directory that holds another one is
-    refused. The best checkpoint by validation is evaluated on test once, at the end.
+    `config_text` is the operative configuration, kept in the run directory. A directory that holds a run of another
+    configuration, other data or other defaults is refused with the difference, unless `accept_changes`. The best
+    checkpoint by validation is evaluated on test once, at the end. preemption.PreemptedError where the process was told
+    to end and the run is saved; repeating the call goes on from there, as if it had not stopped.
     """
     datasets.configure(config.data)
     dataset = datasets.dataset_of_task(config.mixture_or_task_name)
@@ -322,71 +371,115 @@ def train(config: TrainConfig, *, config_text: str) -> dict[str, dict[str, Any]]
     trainer = prepare(config)
     manifest = _manifest(config, data=data, trainer=trainer)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(preemption.listening())
         run = stack.enter_context(run_dir.RunDir(config.model_dir, config_text=config_text))
-        run.write_manifest(manifest)
-        saver = stack.enter_context(checkpoints.Checkpoints(run.path, keep=config.keep_checkpoints))
-        state, best = _begin(config, trainer, saver)
-        start = int(state.step)
-        run.truncate_metrics(after_step=start)
+        watch = stack.enter_context(watchdog.Watchdog(config.stall_seconds))
+        scores: dict[int, float] = {}
+        saver = stack.enter_context(checkpoints.Checkpoints(run.path, retention=_retention(config), scores=scores))
+        start = saver.newest_good() or 0
+        run.begin(manifest, step=start, accept_changes=accept_changes)
+        if start:
+            log.info("Resuming at step %d of %d.", start, config.train_steps)
+            restored = saver.restore(start, parameters=trainer.saved.parameters, optimizer=trainer.saved.optimizer)
+            state, metadata = state_of(restored, trainer), restored.metadata
+        else:
+            state = initial_state(config, trainer)
+            metadata = {"lines": 0, "window": [], "evaluation_due": False}
+        if start == config.train_steps and any(line["kind"] == "test" for line in run.metrics()):
+            return _last_lines(run)
+        run.truncate_metrics(lines=metadata["lines"], finished=False)
+        scores |= dict(hosts.from_first(lambda: list(run_dir.read_scores(run.path).items())))
         evaluator = _evaluator(config, trainer, split=datasets.VALIDATION)
-        batches = features.train_dataset(
-            config.mixture_or_task_name,
-            lengths=config.task_feature_lengths,
-            split=datasets.TRAIN,
-            batch_size=config.batch_size,
-            pack=config.pack,
-            seed=config.seed,
-            skip_batches=start,
-            rows=trainer.partitioner.local_rows(config.batch_size),
+        found = batches(config, trainer, skip=start)
+        ahead = stack.enter_context(features.Ahead(_put(found, trainer.partitioner, config.batch_size)))
+        window = _Window(metadata["window"])
+        progress = stack.enter_context(
+            tqdm.tqdm(
+                total=config.train_steps, initial=start, unit="step", desc=run.path.name, disable=not hosts.is_first()
+            )
         )
-        ahead = stack.enter_context(features.Ahead(_put(batches, trainer.partitioner, config.batch_size)))
-        window = _Window()
-        progress = tqdm.tqdm(
-            total=config.train_steps, initial=start, unit="step", desc=run.path.name, disable=not hosts.is_first()
-        )
+
+        def before_batch() -> None:
+            watch.at("evaluates", step=step)
+            if hosts.told_to_end():
+                raise preemption.PreemptedError
+
+        def evaluate_now() -> bool:
+            """False where the process is told to end meanwhile."""
+            try:
+                with window.paused():
+                    result = evaluator.run(trainer.unstacked(state).parameters, before_batch=before_batch)
+            except preemption.PreemptedError:
+                return False
+            run.write_predictions(f"{eval_task_name}-{step}", result.rows)
+            run.log("validation", step, result.metrics)
+            scores[step] = result.metrics[evaluator.primary_metric]
+            return True
+
+        def leave() -> None:
+            """After a save: the others leave at the same place."""
+            run.flush()
+            hosts.leave()
+            raise preemption.PreemptedError(
+                f"This run was told to end, and stopped after step {step} of {config.train_steps}, which is saved. "
+                "Repeat the command to resume it."
+            )
+
+        step = start
+        if metadata["evaluation_due"] and not evaluate_now():
+            leave()
         for step in range(start + 1, config.train_steps + 1):
+            watch.at(watchdog.INPUT, step=step)
             batch, tokens = window.wait_for(ahead)
+            watch.at(watchdog.DEVICES, step=step)
             state, metrics = trainer.step(state, batch)
             window.add(metrics, tokens)
             progress.update()
             last = step == config.train_steps
-            if step % config.log_period == 0 or last:
-                values = window.close() | {"learning_rate": float(np.asarray(config.learning_rate(step - 1)))}
-                _stop_on_non_finite(values, step=step)
+            told = hosts.told_to_end()
+            log_due = step % config.log_period == 0 or last
+            evaluation_due = step % config.eval_period == 0 or last
+            save_due = step % config.checkpoint_period == 0 or evaluation_due or told
+            if log_due or save_due:
+                skipped = _check_finite(config, window, state, trainer=trainer, run=run)
+            if log_due:
+                values = window.close() | {"learning_rate": float(np.asarray(config.learning_rate(step - 1 - skipped)))}
+                if config.skip_non_finite:
+                    values["skipped"] = float(skipped)
                 run.log("train", step, values)
-                progress.set_postfix_str(f"loss {values['loss']:.3f} {values['tokens_per_second']:.0f} tokens/s")
-            validation = None
-            if step % config.eval_period == 0 or last:
-                result = evaluator.run(trainer.unstacked(state).parameters)
-                run.log("validation", step, result.metrics)
-                run.write_predictions(f"{eval_task_name}-{step}", result.rows)
-                validation = result.metrics[evaluator.primary_metric]
-                if best is None or validation > best["validation"]:
-                    best = {"step": step, "validation": validation}
-                window = _Window()
-            preempted = hosts.preempted(step)
-            if step % config.checkpoint_period == 0 or validation is not None or preempted:
+                loss = values.get("loss", math.nan)
+                progress.set_postfix_str(f"loss {loss:.3f} {values['tokens_per_second']:.0f} tokens/s")
+            if evaluation_due and not told:
+                evaluation_due = told = not evaluate_now()
+            if save_due:
+                watch.at("saves", step=step)
                 saved = trainer.unstacked(state)
-                saver.save(
-                    step,
-                    parameters=saved.parameters,
-                    optimizer=saved.optimizer,
-                    metadata={"step": step, "best": best, "model": dataclasses.asdict(config.model)},
-                    validation=validation,
-                )
-            if preempted and not last:
-                progress.close()
-                saver.wait()
-                hosts.leave()
-                raise hosts.HostsError(
-                    f"A process was told to end; all stopped after step {step} of {config.train_steps}, which is "
-                    "saved. Repeat the command to resume."
-                )
+                contents = {
+                    "parameters": saved.parameters,
+                    "optimizer": saved.optimizer,
+                    "metadata": {
+                        "step": step,
+                        "model": dataclasses.asdict(config.model),
+                        "skipped": skipped,
+                        "lines": run.lines,
+                        "window": window.rows(),
+                        "evaluation_due": evaluation_due,
+                    },
+                }
+                if told or last:
+                    saver.finish(step, **contents, patience=config.save_patience)
+                else:
+                    saver.save(step, **contents)
+            if told:
+                leave()
         progress.close()
-        saver.wait()
         if config.evaluate_test:
-            _test_once(config, trainer, run, best=best)
-        return {line.pop("kind"): line for line in run.metrics()}
+            try:
+                _test(config, trainer, run, before_batch=before_batch)
+            except preemption.PreemptedError:
+                leave()
+        run.flush()
+        return _last_lines(run)
 
 
 def graded_task(config: TrainConfig) -> str:
@@ -423,15 +516,21 @@ def _evaluator(config: TrainConfig, trainer: Trainer, *, split: str) -> evaluate
     )
 
 
-def _test_once(config: TrainConfig, trainer: Trainer, run: run_dir.RunDir, *, best: dict[str, Any] | None) -> None:
-    """Grades the best checkpoint on test, unless an earlier process of this run already has."""
-    if any(line["kind"] == "test" for line in run.metrics()):
-        return
-    step = config.train_steps if best is None else best["step"]
+def _test(config: TrainConfig, trainer: Trainer, run: run_dir.RunDir, *, before_batch: Callable[[], None]) -> None:
+    """Grades the best checkpoint on test."""
+    step = hosts.from_first(lambda: checkpoints.best_step(run.path))
     parameters = checkpoints.load_parameters(run.path / "checkpoints" / str(step), like=trainer.saved.parameters)
-    result = _evaluator(config, trainer, split=datasets.TEST).run(parameters)
+    result = _evaluator(config, trainer, split=datasets.TEST).run(parameters, before_batch=before_batch)
     run.write_predictions(f"{graded_task(config)}-test-{step}", result.rows)
     run.log("test", step, result.metrics)
+
+
+def _last_lines(run: run_dir.RunDir) -> dict[str, dict[str, Any]]:
+    return {line.pop("kind"): line for line in run.metrics()}
+
+
+def _retention(config: TrainConfig) -> checkpoints.Retention:
+    return checkpoints.Retention(newest=config.keep_checkpoints, best=config.keep_best, period=config.keep_period)
 
 
 def _manifest(config: TrainConfig, *, data: dict[str, Any], trainer: Trainer) -> dict[str, Any]:
@@ -461,7 +560,9 @@ def _manifest(config: TrainConfig, *, data: dict[str, Any], trainer: Trainer) ->
             "mixture_or_task_name": config.mixture_or_task_name,
             "task_feature_lengths": dict(config.task_feature_lengths),
             "max_decode_length": config.max_decode_length,
+            "primary_metric": datasets.dataset_of_task(config.mixture_or_task_name).primary_metric,
         },
+        "settings": settings.settings(config),
         "model": dataclasses.asdict(config.model),
         "mesh": partitioner.sizes,
         "devices": devices,
@@ -470,17 +571,31 @@ def _manifest(config: TrainConfig, *, data: dict[str, Any], trainer: Trainer) ->
     }
 
 
-def _begin(
-    config: TrainConfig, trainer: Trainer, saver: checkpoints.Checkpoints
-) -> tuple[TrainState, dict[str, Any] | None]:
-    """State and best-so-far of the newest checkpoint, or of step 0."""
-    latest = saver.latest()
-    if latest is None:
-        return initial_state(config, trainer), None
-    restored = saver.restore(latest, parameters=trainer.saved.parameters, optimizer=trainer.saved.optimizer)
-    log.info("Resuming at step %d of %d.", latest, config.train_steps)
-    step = _step_number(latest, trainer.saved.step.sharding)
-    return trainer.stacked(TrainState(step, restored.parameters, restored.optimizer)), restored.metadata["best"]
+def state_of(restored: checkpoints.Restored, trainer: Trainer) -> TrainState:
+    """The state that a checkpoint holds, as it is held in memory."""
+    saved = trainer.saved
+    return trainer.stacked(
+        TrainState(
+            _number(restored.step, saved.step.sharding),
+            restored.parameters,
+            restored.optimizer,
+            _number(restored.metadata["skipped"], saved.skipped.sharding),
+        )
+    )
+
+
+def batches(config: TrainConfig, trainer: Trainer, *, skip: int) -> Iterator[dict[str, np.ndarray]]:
+    """What this host's devices get of each batch, without the first `skip`."""
+    return features.train_dataset(
+        config.mixture_or_task_name,
+        lengths=config.task_feature_lengths,
+        split=datasets.TRAIN,
+        batch_size=config.batch_size,
+        pack=config.pack,
+        seed=config.seed,
+        skip_batches=skip,
+        rows=trainer.partitioner.local_rows(config.batch_size),
+    )
 
 
 def _data_text(config: TrainConfig, data: Mapping[str, Any]) -> str:
@@ -493,25 +608,27 @@ def _data_text(config: TrainConfig, data: Mapping[str, Any]) -> str:
 
 
 def _put(
-    batches: Iterator[dict[str, np.ndarray]], partitioner: partitioning.Partitioner, batch_size: int
+    found: Iterator[dict[str, np.ndarray]], partitioner: partitioning.Partitioner, batch_size: int
 ) -> Iterator[tuple[Batch, float]]:
     """Batches on the devices, each with the tokens of the global batch (of several hosts: as many as here, per row)."""
-    for batch in batches:
+    for batch in found:
         rows = len(batch["decoder_target_tokens"])
         yield partitioner.put_batch(batch), features.count_tokens(batch) * batch_size / rows
 
 
 class _Window:
-    """Metrics between two lines of the log: means over its steps, and speeds.
+    """Metrics since the last line of the log, and speeds.
 
-    Metrics stay on the device until the window closes, so that the loop runs ahead of it.
+    Metrics stay on the device until they are asked for, so that the loop runs ahead of it. A checkpoint between two
+    lines keeps them (`rows`), so that a resumed run writes the line that it would have written.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, rows: Sequence[Mapping[str, float]] = ()) -> None:
+        self._rows = [dict(row) for row in rows]
+        self._on_device: list[dict[str, jax.Array]] = []
         self._start = time.monotonic()
-        self._waited = 0.0
-        self._metrics: list[dict[str, jax.Array]] = []
-        self._tokens = 0.0
+        self._waited = self._tokens = 0.0
+        self._steps = 0
 
     def wait_for(self, batches: Iterator[tuple[Batch, float]]) -> tuple[Batch, float]:
         begin = time.monotonic()
@@ -520,27 +637,84 @@ class _Window:
         return batch
 
     def add(self, metrics: dict[str, jax.Array], tokens: float) -> None:
-        self._metrics.append(metrics)
+        self._on_device.append(metrics)
         self._tokens += tokens
+        self._steps += 1
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens inside does not count for the speeds."""
+        begin = time.monotonic()
+        yield
+        self._start += time.monotonic() - begin
+
+    def rows(self) -> list[dict[str, float]]:
+        """Metrics of each step; waits for the last one."""
+        self._rows += [{name: float(x) for name, x in row.items()} for row in jax.device_get(self._on_device)]
+        self._on_device = []
+        return self._rows
 
     def close(self) -> dict[str, float]:
-        """Means of the window and its speeds; a new window begins."""
-        rows = jax.device_get(self._metrics)
+        """Means over the steps that were not left out (none if all were), and speeds; a new window begins."""
+        rows = [row for row in self.rows() if _is_finite(row)]
         seconds = time.monotonic() - self._start
-        values = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+        values = {}
+        for name in [name for name in rows[0] if name != "skipped"] if rows else ():
+            # In float32, as the device had them.
+            values[name] = float(np.mean(np.asarray([row[name] for row in rows], np.float32)))
         values |= {
             "tokens_per_second": self._tokens / seconds,
-            "seconds_per_step": seconds / len(rows),
+            "seconds_per_step": seconds / self._steps,
             "data_wait_share": self._waited / seconds,
         }
         _Window.__init__(self)
         return values
 
 
-def _stop_on_non_finite(values: Mapping[str, float], *, step: int) -> None:
-    bad = [name for name in ("loss", "gradient_norm") if not math.isfinite(values[name])]
-    if bad:
-        raise FloatingPointError(
-            f"{' and '.join(bad)} is not finite in the steps up to {step}: {dict(values)}. Nothing of these steps was "
-            "saved. Lower the learning rate or clip_norm, or compute in float32."
-        )
+def batch_examples(config: TrainConfig, *, step: int) -> tuple[list[features.BatchExample], dict[str, np.ndarray]]:
+    """The examples of a step's batch, and each in a row of its own."""
+    return features.batch_examples(
+        config.mixture_or_task_name,
+        lengths=config.task_feature_lengths,
+        split=datasets.TRAIN,
+        batch_size=config.batch_size,
+        pack=config.pack,
+        seed=config.seed,
+        batch=step - 1,
+    )
+
+
+def _is_finite(row: Mapping[str, float]) -> bool:
+    return all(math.isfinite(row[name]) for name in ("loss", "gradient_norm"))
+
+
+def _check_finite(
+    config: TrainConfig, window: _Window, state: TrainState, *, trainer: Trainer, run: run_dir.RunDir
+) -> int:
+    """The number of updates left out so far. FloatingPointError where they are too many, after saving the evidence."""
+    rows = window.rows()
+    skipped = int(rows[-1]["skipped"]) if rows else 0
+    if skipped <= config.skip_non_finite:
+        return skipped
+    step = int(state.step) + 1  # the state is that before it
+    first = next(index for index, row in enumerate(rows) if row["skipped"] > config.skip_non_finite)
+    folder = failures.folder(run.path, step)
+    failures.write(
+        folder,
+        step=step,
+        rows=rows[: first + 1],
+        examples=batch_examples(config, step=step)[0],
+    )
+    saved = trainer.unstacked(state)
+    retention = checkpoints.Retention(newest=1, best=0, period=None)
+    with checkpoints.Checkpoints(folder, retention=retention, scores={}) as saver:
+        metadata = {"step": step - 1, "model": dataclasses.asdict(config.model), "skipped": skipped - 1}
+        saver.finish(step - 1, parameters=saved.parameters, optimizer=saved.optimizer, metadata=metadata, patience=0.0)
+    bad = [name for name in ("loss", "gradient_norm") if not math.isfinite(rows[first][name])]
+    left_out = f" after {config.skip_non_finite} steps left out for it" if config.skip_non_finite else ""
+    raise FloatingPointError(
+        f"The {' and '.join(bad)} of step {step} is not finite{left_out}. The state before it and the ids of its batch "
+        f"are in {folder}; `sbs replay {run.path}` shows which examples and parameters are at fault. The newest "
+        "checkpoint is good. Lower the learning rate or clip_norm, compute in float32, remove the example, or leave "
+        "such steps out: SKIP_NON_FINITE=10."
+    )

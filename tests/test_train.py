@@ -31,7 +31,7 @@ def test_a_run_directory_holds_everything(finished):
     path = run_dir.Path(config.model_dir)
     assert set(result) == {"train", "validation", "test"}
     assert {p.name for p in path.iterdir()} == {
-        *("config.gin", "manifest.json", "metrics.jsonl", "tensorboard", "predictions", "checkpoints")
+        *("config.gin", "manifest.json", "metrics.jsonl", "tensorboard", "predictions", "checkpoints", "lock")
     }
     assert list((path / "tensorboard").glob("events.out.tfevents.*"))
     lines = run_dir.read_metrics(path)
@@ -123,19 +123,6 @@ def test_a_directory_with_other_contents_is_refused(tmp_path, records_dir):
     (tmp_path / "holiday.jpg").write_text("")
     with pytest.raises(FileExistsError, match=r"holiday\.jpg"):
         train.train(toy.config(tmp_path, records_dir), config_text="")
-
-
-def test_the_best_checkpoint_is_kept_and_ties_go_to_the_earliest(tmp_path):
-    best = None
-    with checkpoints.Checkpoints(tmp_path, keep=1) as saver:
-        for step, value in enumerate([10.0, 30.0, 30.0, 20.0, 25.0], start=1):
-            if best is None or value > best["validation"]:
-                best = {"step": step, "validation": value}
-            array = {"w": jax.numpy.full((2,), step)}
-            saver.save(step, parameters=array, optimizer=array, metadata={"best": best}, validation=value)
-    assert checkpoints.steps(tmp_path) == [2, 5]
-    assert checkpoints.best_step(tmp_path) == 2
-    assert checkpoints.locate(tmp_path) == (tmp_path, 2)
 
 
 def test_a_run_starts_from_another_run_s_parameters(finished, tmp_path, records_dir):
@@ -282,7 +269,7 @@ def test_a_checkpoint_is_the_same_whichever_way_it_was_computed(tmp_path, record
         tmp_path / "run", records_dir, model=model, train_steps=3, execution=SCANNED, layout=LAYOUTS["fsdp x tp"]
     )
     train.train(first, config_text="")
-    train.train(dataclasses.replace(plain, model_dir=first.model_dir), config_text="")
+    train.train(dataclasses.replace(plain, model_dir=first.model_dir), config_text="", accept_changes=True)
     train.train(plain, config_text="")
     like = train.prepare(plain).saved.parameters
     ours, theirs = (

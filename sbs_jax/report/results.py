@@ -105,12 +105,7 @@ def load(run: Run) -> Result:
     """Reads a run directory; says which run lacks what, and what to do about it."""
     path = Path(run.path)
     manifest = _manifest(path)
-    try:
-        metrics = run_dir.read_metrics(path)
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{path / 'metrics.jsonl'} has a line that is not JSON ({error}); train this run again."
-        ) from None
+    metrics = run_dir.read_metrics(path)
     if not metrics:
         raise ValueError(
             f"{path} has no metrics: metrics.jsonl is missing or empty. The run stopped before its first log line; "

@@ -1,0 +1,172 @@
+"""One process at a time: the lock of a run directory.
+
+The file is held with flock, which the kernel gives back however the process ends (kill -9 included), and says in JSON
+who holds it. Some network file systems do not exclude another host by flock, and some know no flock at all; there the
+last one to come owns the file, and the token in it tells the earlier one so before its next write (`check`).
+"""
+
+import dataclasses
+import datetime
+import errno
+import fcntl
+import json
+import logging
+import os
+import secrets
+import socket
+import time
+from pathlib import Path
+
+log = logging.getLogger(__name__)
+
+_NO_FLOCK = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
+_WRITTEN_WITHIN = 0.2  # seconds between a holder's flock and its name in the file
+
+
+class HeldError(OSError):
+    """Another process holds the lock."""
+
+
+class TakenOverError(OSError):
+    """The lock was ours and is another process's now."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Holder:
+    """Who holds, or held, a lock; `since` is the wall clock of that host, for people to read."""
+
+    token: str
+    host: str
+    pid: int
+    since: str
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host} (since {self.since})"
+
+
+class Lock:
+    """The lock of one directory. `take`, then `check` before every write, then `release`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.holder = Holder(
+            token=secrets.token_hex(16),
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            since=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        )
+        self._descriptor: int | None = None
+
+    def take(self) -> None:
+        """HeldError, which says by whom, where another process has it; OSError where the file cannot be written."""
+        while True:
+            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            try:
+                self._flock(descriptor)
+                if not self._is_at_path(descriptor):  # somebody removed it between the two calls
+                    os.close(descriptor)
+                    continue
+                before = os.pread(descriptor, 4096, 0)
+                os.ftruncate(descriptor, 0)
+                os.pwrite(descriptor, (json.dumps(dataclasses.asdict(self.holder)) + "\n").encode(), 0)
+                os.fsync(descriptor)
+            except BaseException:
+                os.close(descriptor)
+                raise
+            break
+        self._descriptor = descriptor
+        if before:
+            self._tell_of(_parse(before))
+
+    def check(self) -> None:
+        """TakenOverError where the file is no longer ours. Another OSError says that nobody can know at the moment."""
+        try:
+            holder = read(self.path)
+        except FileNotFoundError:
+            self._take_again()
+            return
+        if holder is None or holder.token != self.holder.token:
+            raise TakenOverError(
+                f"{holder or 'A process that did not say which'} took {self.path.parent} over; this one, "
+                f"{self.holder}, writes nothing more. Two processes cannot train in one directory: end one, and give "
+                "each a MODEL_DIR of its own."
+            )
+
+    def release(self) -> None:
+        """Gives the lock back. The file stays, empty: one that is missing was removed by somebody."""
+        if self._descriptor is None:
+            return
+        try:
+            holder = read(self.path)
+            if holder is not None and holder.token == self.holder.token:
+                os.ftruncate(self._descriptor, 0)
+        except OSError:
+            pass  # it goes on naming this process, which the next one finds gone
+        os.close(self._descriptor)
+        self._descriptor = None
+
+    def _flock(self, descriptor: int) -> None:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(_WRITTEN_WITHIN)
+            holder = _parse(os.pread(descriptor, 4096, 0))
+            raise HeldError(
+                f"{self.path.parent} is in use: {holder or 'a process that did not say which'} writes to it. Wait for "
+                "its end or end it, or choose another MODEL_DIR."
+            ) from None
+        except OSError as error:
+            if error.errno not in _NO_FLOCK:
+                raise
+            log.warning(
+                "The file system of %s has no locks (%s). A second process there would not be refused; it would take "
+                "the directory over, and this one would stop.",
+                self.path.parent,
+                error.strerror,
+            )
+
+    def _is_at_path(self, descriptor: int) -> bool:
+        try:
+            return os.path.samestat(os.fstat(descriptor), self.path.stat())
+        except FileNotFoundError:
+            return False
+
+    def _take_again(self) -> None:
+        """Somebody removed the file: it is ours again, unless another process was quicker."""
+        before, self._descriptor = self._descriptor, None
+        try:
+            self.take()
+        except HeldError as error:
+            raise TakenOverError(f"The lock of this process was removed, and now {error}") from None
+        finally:
+            if self._descriptor is None:
+                self._descriptor = before
+            elif before is not None:
+                os.close(before)
+
+    def _tell_of(self, holder: Holder | None) -> None:
+        if holder is None:
+            log.info("%s was left behind by a process that did not say which; it is this process's now.", self.path)
+        elif holder.host == self.holder.host:
+            log.info("%s was left behind by %s, which is gone.", self.path, holder)
+        else:
+            log.warning(
+                "%s was not given back by %s. If that process still runs, it stops before its next write.",
+                self.path,
+                holder,
+            )
+
+
+def read(path: Path) -> Holder | None:
+    """Who the file says holds it; None where it says nothing that can be read."""
+    return _parse(path.read_bytes())
+
+
+def _parse(data: bytes) -> Holder | None:
+    try:
+        found = json.loads(data)
+        return Holder(
+            token=str(found["token"]), host=str(found["host"]), pid=int(found["pid"]), since=str(found["since"])
+        )
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None

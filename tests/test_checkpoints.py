@@ -1,0 +1,619 @@
+"""Checkpoints: whole or not there, damage is seen, a full disk does not end a run."""
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import toy
+
+from sbs_jax import checkpoints, checksums, t5
+from sbs_jax.checkpoints import Checkpoints, Retention
+
+ROOT = Path(__file__).resolve().parents[1]
+NEWEST_TWO = Retention(newest=2, best=0, period=None)
+ADAM = optax.adam(1e-3)
+
+
+def arrays(step: int, *, rows: int = 64) -> dict[str, Any]:
+    """Parameters over the devices, and an optimiser's state, that no other step has."""
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    key = jax.random.fold_in(jax.random.key(0), step)
+    parameters = {
+        "encoder/w": jax.device_put(jax.random.normal(key, (rows, 32)), split),
+        "scale": jax.device_put(jnp.full((8,), float(step)), whole),
+    }
+    return {"parameters": parameters, "optimizer": ADAM.init(parameters), "metadata": {"step": step, "lines": 3 * step}}
+
+
+def like(tree: Any) -> Any:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+
+
+def assert_restores(saver: Checkpoints, step: int) -> None:
+    want = arrays(step)
+    got = saver.restore(step, parameters=like(want["parameters"]), optimizer=like(want["optimizer"]))
+    assert (got.step, got.metadata) == (step, want["metadata"])
+    for restored, tree in ((got.parameters, want["parameters"]), (got.optimizer, want["optimizer"])):
+        assert jax.tree.structure(restored) == jax.tree.structure(tree)
+        for x, y in zip(jax.tree.leaves(restored), jax.tree.leaves(tree), strict=True):
+            np.testing.assert_array_equal(x, y)
+            assert x.sharding == y.sharding
+
+
+def run_with(
+    path: Path, *steps: int, retention: Retention = NEWEST_TWO, scores: dict[int, float] | None = None
+) -> Path:
+    with Checkpoints(path, retention=retention, scores=scores or {}) as saver:
+        for step in steps:
+            saver.save(step, **arrays(step))
+    return path
+
+
+def opened(path: Path, *, retention: Retention = NEWEST_TWO) -> Checkpoints:
+    return Checkpoints(path, retention=retention, scores={})
+
+
+def names(path: Path) -> set[str]:
+    return {entry.name for entry in (path / "checkpoints").iterdir()}
+
+
+@pytest.fixture(scope="module")
+def two_steps(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run_with(tmp_path_factory.mktemp("run"), 1, 2)
+
+
+@pytest.fixture
+def run(two_steps: Path, tmp_path: Path) -> Path:
+    """A copy of a run with steps 1 and 2."""
+    return Path(shutil.copytree(two_steps, tmp_path / "run"))
+
+
+def test_what_is_saved_comes_back_bit_for_bit(run):
+    with opened(run) as saver:
+        assert saver.newest_good() == 2
+        assert_restores(saver, 2)
+        assert_restores(saver, 1)
+    assert names(run) == {"1", "2"}
+    directory = run / "checkpoints" / "2"
+    files = {path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()}
+    assert set(json.loads((directory / "checksums.json").read_text())["files"]) == files - {"checksums.json"}
+    assert {"parameters/manifest.ocdbt", "optimizer/manifest.ocdbt", "metadata/metadata"} <= files
+
+
+def test_a_save_has_the_values_of_its_moment(tmp_path):
+    """The training step reuses the memory of the state while it is being written."""
+    step = jax.jit(lambda x: {name: value + 1 for name, value in x.items()}, donate_argnums=0)
+    state = {f"w{i}": jnp.zeros((512, 512)) for i in range(8)}
+    with Checkpoints(tmp_path, retention=Retention(newest=9, best=0, period=None), scores={}) as saver:
+        for number in range(1, 7):
+            state = step(state)
+            saver.save(number, parameters=state, optimizer={"count": jnp.asarray([number])}, metadata={})
+            for _ in range(3):
+                state = jax.tree.map(lambda x: x - 1, step(state))
+        shapes = like(state)
+        for number in range(1, 7):
+            got = saver.restore(number, parameters=shapes, optimizer=like({"count": jnp.asarray([number])}))
+            assert {float(bound) for x in got.parameters.values() for bound in (x.min(), x.max())} == {float(number)}
+
+
+def test_a_checkpoint_of_other_shapes_is_not_cut_to_fit(run):
+    want = arrays(2)
+    with opened(run) as saver:
+        saver.newest_good()
+        wrong = dict(like(want["parameters"]), scale=like(jnp.zeros((4,))))
+        with pytest.raises(ValueError, match="shape"):
+            saver.restore(2, parameters=wrong, optimizer=like(want["optimizer"]))
+
+
+# ------------------------------------------------------------------------------------ damage
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def empty(path: Path) -> None:
+    os.truncate(path, 0)
+
+
+def flip(path: Path) -> None:
+    contents = bytearray(path.read_bytes())
+    at = random.Random(str(path.name) + str(len(contents))).randrange(len(contents) * 8)
+    contents[at // 8] ^= 1 << at % 8
+    path.write_bytes(contents)
+
+
+def make_directory(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+DAMAGES = {
+    "truncated": truncate,
+    "emptied": empty,
+    "flipped": flip,
+    "removed": Path.unlink,
+    "directory": make_directory,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_to_any_file_is_seen_and_the_step_before_is_used(run, damage, caplog):
+    directory = run / "checkpoints" / "2"
+    whole = run.parent / "whole"
+    shutil.copytree(directory, whole)
+    files = sorted(path.relative_to(directory) for path in directory.rglob("*") if path.is_file())
+    assert len(files) > 15
+    for file in files:
+        if not (size := (directory / file).stat().st_size) and damage in ("truncated", "emptied", "flipped"):
+            pytest.fail(f"{file} is empty")
+        assert size
+        DAMAGES[damage](directory / file)
+        caplog.clear()
+        with opened(run) as saver:
+            assert saver.newest_good() == 1, file
+            assert_restores(saver, 1)
+        assert file.name in caplog.text
+        (moved,) = (run / "damaged").iterdir()
+        assert str(moved) in caplog.text
+        shutil.rmtree(moved)
+        shutil.copytree(whole, directory)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_readers_of_parameters_refuse_what_is_damaged_and_nothing_else(run, damage):
+    directory = run / "checkpoints" / "2"
+    wanted = like(arrays(2)["parameters"])
+    manifest = directory / "parameters" / "manifest.ocdbt"
+    untouched = manifest.read_bytes()
+    DAMAGES[damage](manifest)
+    said = r"checkpoints/2 cannot be used: parameters/manifest.ocdbt .*Other steps there: 1\."
+    with pytest.raises(ValueError, match=said):
+        checkpoints.load_parameters(run, like=wanted)
+    with pytest.raises(ValueError, match=said):
+        checkpoints.open_any(run, kind=checkpoints.form(run))
+    assert checkpoints.read_metadata(run, 2)["step"] == 2
+    if manifest.is_dir():
+        manifest.rmdir()
+    manifest.write_bytes(untouched)
+    # The optimiser's files are not theirs.
+    DAMAGES[damage](directory / "optimizer" / "manifest.ocdbt")
+    got = checkpoints.load_parameters(run, like=wanted)
+    np.testing.assert_array_equal(got["encoder/w"], arrays(2)["parameters"]["encoder/w"])
+    DAMAGES[damage](directory / "metadata" / "metadata")
+    for read in (checkpoints.read_metadata, lambda run, step: checkpoints.load_parameters(run, like=wanted)):
+        with pytest.raises(ValueError, match="metadata/metadata "):
+            read(run, 2)
+
+
+def test_damage_to_the_list_itself_is_seen_wherever_it_is(run):
+    """Each hundredth bit of it: where the list still says the same, it is no damage."""
+    directory = run / "checkpoints" / "2"
+    text = (directory / "checksums.json").read_bytes()
+    for at in range(0, len(text) * 8, 101):
+        changed = bytearray(text)
+        changed[at // 8] ^= 1 << at % 8
+        (directory / "checksums.json").write_bytes(changed)
+        problem = checksums.problem(directory)
+        try:
+            same = json.loads(changed) == json.loads(text)
+        except ValueError:
+            same = False
+        assert (problem is None) == same, (at, problem)
+    for nonsense in (b"[]", b"{}", b'{"files": {}, "sha256": ""}', b"null", b"[" * 100_000, b"\xff\xfe"):
+        (directory / "checksums.json").write_bytes(nonsense)
+        assert checksums.problem(directory) == "checksums.json is damaged"
+
+
+def test_strangers_in_the_directory_change_nothing(run, caplog):
+    directory = run / "checkpoints"
+    (directory / "2" / "parameters" / ".nfs0001").write_text("left by a network file system")
+    (directory / "2" / "notes.txt").write_text("good one")
+    (directory / "best").mkdir()
+    (directory / "readme").write_text("")
+    leftovers = ["3.1.writing", "3.2.writing", "1.removing", "3.orbax-checkpoint-tmp", "3.orbax-checkpoint-tmp-17"]
+    for name in leftovers:
+        (directory / name / "parameters").mkdir(parents=True)
+    with opened(run) as saver:
+        assert saver.newest_good() == 2
+        assert_restores(saver, 2)
+    assert names(run) == {"1", "2", "best", "readme"}
+    assert not caplog.records
+    assert not (run / "damaged").exists()
+
+
+def test_what_only_looks_like_a_step_is_named_and_put_aside(run, caplog):
+    directory = run / "checkpoints"
+    (directory / "7").mkdir()
+    (directory / "9").write_text("not a directory")
+    shutil.copytree(directory / "2", directory / "8", ignore=shutil.ignore_patterns("checksums.json"))
+    assert checkpoints.steps(run) == [1, 2]
+    for _ in range(2):
+        with opened(run) as saver:
+            assert saver.newest_good() == 2
+    assert {path.name for path in (run / "damaged").iterdir()} == {"7", "8", "9"}
+    assert "step 7 cannot be used: it is incomplete: checksums.json is missing" in caplog.text
+    assert "step 8 cannot be used: it is incomplete" in caplog.text
+    assert "step 9 cannot be used: checksums.json cannot be read: Not a directory" in caplog.text
+    # Damaged once more: both are kept to look at. And the step can be saved again.
+    empty(directory / "2" / "metadata" / "metadata")
+    (run / "damaged" / "2").mkdir()
+    with opened(run) as saver:
+        assert saver.newest_good() == 1
+        assert (run / "damaged" / "2.2" / "metadata").is_dir()
+        saver.save(2, **arrays(2))
+        saver.wait()
+        assert_restores(saver, 2)
+
+
+def test_an_older_one_is_used_where_both_newest_are_damaged(run, caplog):
+    with opened(run, retention=Retention(newest=3, best=0, period=None)) as saver:
+        saver.save(3, **arrays(3))
+    flip(run / "checkpoints" / "3" / "optimizer" / "_METADATA")
+    truncate(run / "checkpoints" / "2" / "parameters" / "_METADATA")
+    with opened(run) as saver:
+        assert saver.newest_good() == 1
+        assert_restores(saver, 1)
+    assert "step 3 cannot be used: optimizer/_METADATA has been changed" in caplog.text
+    assert re.search(r"step 2 cannot be used: parameters/_METADATA has \d+ bytes; expected \d+", caplog.text)
+    assert {path.name for path in (run / "damaged").iterdir()} == {"2", "3"}
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(run):
+    for step in (1, 2):
+        flip(run / "checkpoints" / str(step) / "metadata" / "metadata")
+    for _ in range(2):  # nor the second time
+        with (
+            opened(run) as saver,
+            pytest.raises(ValueError, match=r"(?s)No checkpoint of this run is good:.*/2: metada") as e,
+        ):
+            saver.newest_good()
+        assert "checkpoints/1: metadata/metadata has been changed" in str(e.value)
+        assert f"move {run}/checkpoints away to train from step 0 again" in str(e.value)
+    (run / "checkpoints").rename(run / "away")
+    with opened(run) as saver:
+        assert saver.newest_good() is None
+
+
+def test_a_damaged_step_is_not_restored_without_asking(run):
+    flip(run / "checkpoints" / "2" / "optimizer" / "manifest.ocdbt")
+    want = arrays(2)
+    with opened(run) as saver:
+        with pytest.raises(ValueError, match=r"optimizer/manifest.ocdbt has been changed.*Other steps there: 1"):
+            saver.restore(2, parameters=like(want["parameters"]), optimizer=like(want["optimizer"]))
+        with pytest.raises(FileNotFoundError, match=r"no checkpoint of step 5 .*Other steps there: 1, 2"):
+            saver.restore(5, parameters=like(want["parameters"]), optimizer=like(want["optimizer"]))
+
+
+def test_converted_weights_have_checksums_too(tmp_path):
+    parameters = t5.init(toy.MODEL, seed=3)[1]
+    checkpoints.save_parameters(tmp_path, parameters, config=toy.MODEL, step=5)
+    assert names(tmp_path) == {"5"}
+    assert checksums.problem(tmp_path / "checkpoints" / "5") is None
+    assert checkpoints.locate(tmp_path) == (tmp_path, 5)
+    assert t5.T5Config.of(checkpoints.read_metadata(tmp_path, 5)["model"]) == toy.MODEL
+    got = checkpoints.load_parameters(tmp_path, like=like(parameters))
+    for name, value in parameters.items():
+        np.testing.assert_array_equal(got[name], value)
+    flip(next((tmp_path / "checkpoints" / "5" / "parameters" / "ocdbt.process_0" / "d").iterdir()))
+    with pytest.raises(ValueError, match=r"parameters/ocdbt.process_0/d/\w+ has been changed.*There is no other step"):
+        checkpoints.load_parameters(tmp_path, like=like(parameters))
+
+
+def test_a_run_is_read_while_it_writes(tmp_path):
+    wanted = like(arrays(1)["parameters"])
+    stop, seen, errors = threading.Event(), [], []
+
+    def read() -> None:
+        while not stop.is_set():
+            try:
+                got = checkpoints.load_parameters(tmp_path, like=wanted)
+                step = int(got["scale"][0])
+                np.testing.assert_array_equal(got["encoder/w"], arrays(step)["parameters"]["encoder/w"])
+                seen.append(step)
+            except FileNotFoundError as error:  # none yet, or its time was over
+                errors.append(str(error))
+            except BaseException as error:
+                errors.append(repr(error))
+                raise
+
+    reader = threading.Thread(target=read)
+    with opened(tmp_path) as saver:
+        saver.save(1, **arrays(1))
+        saver.wait()
+        reader.start()
+        for step in range(2, 31):
+            saver.save(step, **arrays(step))
+        saver.wait()
+    stop.set()
+    reader.join()
+    assert len(set(seen)) > 3
+    assert all(re.match(r"There is no checkpoint of step \d+ \(any more\)", error) for error in errors), errors
+
+
+# ------------------------------------------------------------------------------------ retention
+
+
+@pytest.mark.parametrize(
+    ("retention", "scores", "kept"),
+    [
+        (Retention(newest=1, best=0, period=None), {}, {6}),
+        (Retention(newest=2, best=0, period=None), {1: 9.0}, {5, 6}),
+        (Retention(newest=1, best=1, period=None), {2: 3.0, 4: 3.0, 6: 1.0}, {2, 6}),
+        (Retention(newest=1, best=2, period=None), {1: 1.0, 2: 3.0, 4: 3.0, 6: 3.0}, {2, 4, 6}),
+        (Retention(newest=1, best=1, period=None), {2: float("nan"), 3: float("inf"), 4: 0.0}, {4, 6}),
+        (Retention(newest=1, best=1, period=None), {7: 9.0, 1: 1.0}, {1, 6}),
+        (Retention(newest=2, best=1, period=3), {1: 1.0}, {1, 3, 5, 6}),
+        (Retention(newest=9, best=9, period=1), {}, {1, 2, 3, 4, 5, 6}),
+    ],
+)
+def test_newest_best_and_periodic_ones_are_kept(retention, scores, kept):
+    assert retention.kept([1, 2, 3, 4, 5, 6], scores=scores) == kept
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"newest": 0}, "newest is 0"), ({"best": -1}, "best is -1"), ({"period": 0}, "period is 0")],
+)
+def test_impossible_retention_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        Retention(**{"newest": 1, "best": 1, "period": None} | changes)
+
+
+def test_retention_follows_the_scores_as_they_come(tmp_path):
+    scores: dict[int, float] = {}
+    seen = []
+    with Checkpoints(tmp_path, retention=Retention(newest=1, best=1, period=4), scores=scores) as saver:
+        for step, score in enumerate([10.0, 30.0, 30.0, None, 20.0, 40.0, 25.0], start=1):
+            if score is not None:
+                scores[step] = score
+            saver.save(step, **arrays(step))
+            saver.wait()
+            seen.append(checkpoints.steps(tmp_path))
+    assert seen == [[1], [2], [2, 3], [2, 4], [2, 4, 5], [4, 6], [4, 6, 7]]
+    assert names(tmp_path) == {"4", "6", "7"}
+    # As the readers of a run find it.
+    (tmp_path / "manifest.json").write_text(json.dumps({"run": {"primary_metric": "accuracy"}}))
+    lines = [{"kind": "validation", "step": step, "accuracy": score} for step, score in scores.items()]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert checkpoints.locate(tmp_path) == (tmp_path, 6)
+    shutil.rmtree(tmp_path / "checkpoints" / "6")
+    assert checkpoints.best_step(tmp_path) == 7
+
+
+def test_the_best_is_the_earliest_of_equals_and_the_newest_where_nothing_was_evaluated(run):
+    assert checkpoints.best_step(run) == 2
+    (run / "manifest.json").write_text(json.dumps({"run": {"primary_metric": "accuracy"}}))
+    assert checkpoints.best_step(run) == 2
+    lines = [{"kind": "validation", "step": step, "accuracy": 0.5} for step in (1, 2)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert checkpoints.best_step(run) == 1
+
+
+# ------------------------------------------------------------------------------------ storage that refuses
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[..., Path]]:
+    """Makes real file systems of a size, unmounted at the end."""
+    mounted = []
+
+    def make(options: str) -> Path:
+        place = tmp_path / f"disk{len(mounted)}"
+        place.mkdir()
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", place], capture_output=True, text=True)
+        if done.returncode != 0:
+            pytest.skip(f"mounting a small disk is not permitted here: {done.stderr.strip()}")
+        mounted.append(place)
+        return place
+
+    yield make
+    for place in mounted:
+        subprocess.run(["umount", "-l", place], check=True)
+
+
+def fill(disk: Path, *, leaving: int) -> Path:
+    """A file that takes all but so many bytes."""
+    path = disk / "somebody else's"
+    free = shutil.disk_usage(disk).free
+    with path.open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, free - leaving)
+    return path
+
+
+def descriptors() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+NEEDED = sum(x.nbytes for name in ("parameters", "optimizer") for x in jax.tree.leaves(arrays(0)[name]))
+
+
+@pytest.mark.parametrize("leaving", [NEEDED // 2, NEEDED + 8192], ids=["before", "while"])
+def test_training_goes_on_when_the_disk_is_full(small_disk, caplog, leaving):
+    """Too full to begin with, and full while TensorStore writes."""
+    disk = small_disk("size=4m")
+    run = disk / "run"
+    with opened(run) as saver:
+        saver.save(1, **arrays(1))
+        saver.wait()
+        other = fill(disk, leaving=leaving)
+        free = shutil.disk_usage(disk).free
+        held = None
+        for step in range(2, 22):
+            saver.save(step, **arrays(step))
+            if step == 6:
+                saver.wait()
+                held = descriptors(), threading.active_count()
+        saver.wait()
+        assert (descriptors(), threading.active_count()) == held
+        warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+        said = (
+            r"The checkpoint of step (\d+) could not be written: No space left on device.*The newest good one is step 1"
+        )
+        assert [int(re.match(said, text)[1]) for text in warnings] == list(range(2, 22))
+        assert names(run) == {"1"}
+        assert shutil.disk_usage(disk).free == free
+        other.unlink()
+        saver.save(30, **arrays(30))
+        saver.wait()
+        assert checkpoints.steps(run) == [1, 30]
+        assert_restores(saver, 30)
+
+
+def test_training_goes_on_when_no_file_can_be_made(small_disk, caplog):
+    """A disk out of inodes refuses at another place each time."""
+    for count in range(12, 60, 3):
+        run = small_disk(f"size=4m,nr_inodes={count}") / "run"
+        with opened(run, retention=Retention(newest=1, best=0, period=None)) as saver:
+            saver.save(1, **arrays(1))
+            saver.wait()
+            done = checkpoints.steps(run) == [1]
+            assert done or names(run) == set()
+            assert done or "step 1 could not be written: No space left on device" in caplog.text
+            if done:
+                assert_restores(saver, 1)
+                saver.save(2, **arrays(2))
+                saver.wait()
+                assert saver.newest_good() in (1, 2)  # the last one stays until the next is there
+            caplog.clear()
+        if done and checkpoints.steps(run) == [2]:
+            return
+    pytest.fail("even 60 files were not enough")
+
+
+def test_the_last_save_is_tried_until_its_time_is_over(small_disk, caplog):
+    disk = small_disk("size=4m")
+    run = disk / "run"
+    with opened(run) as saver:
+        saver.save(1, **arrays(1))
+        saver.wait()
+        other = fill(disk, leaving=5000)
+        begin = time.monotonic()
+        with pytest.raises(OSError, match="checkpoint of step 2 is missing") as caught:
+            saver.finish(2, **arrays(2), patience=2.5)
+        assert 2 <= time.monotonic() - begin < 5
+        assert len([record for record in caplog.records if "step 2 could not" in record.getMessage()]) == 2
+        text = str(caught.value)
+        assert f"{run}/checkpoints did not take it in 2.5 s (No space left on device" in text
+        assert re.search(r"It needs 0\.0 MB; 0\.0 MB is free there\. The newest good one is step 1\.", text)
+        assert text.endswith("repeat the command: the run resumes at step 1.")
+        threading.Timer(1.0, other.unlink).start()
+        saver.finish(3, **arrays(3), patience=20)
+        assert checkpoints.steps(run) == [1, 3]
+        written = (run / "checkpoints" / "3" / "checksums.json").stat().st_mtime_ns
+        saver.finish(3, **arrays(3), patience=0)  # it is there
+        saver.save(3, **arrays(3))
+        saver.wait()
+        assert (run / "checkpoints" / "3" / "checksums.json").stat().st_mtime_ns == written
+        assert_restores(saver, 3)
+    # In another process that did not write it: only if it is good.
+    flip(run / "checkpoints" / "3" / "parameters" / "_METADATA")
+    with opened(run) as saver:
+        saver.finish(3, **arrays(3), patience=0)
+        assert_restores(saver, 3)
+    assert (run / "damaged" / "3").is_dir()
+
+
+def test_the_last_save_waits_for_the_one_under_way(tmp_path):
+    with opened(tmp_path) as saver:
+        saver.save(1, **arrays(1, rows=80_000))
+        saver.finish(1, **arrays(1, rows=80_000), patience=0)
+        assert checkpoints.steps(tmp_path) == [1]
+
+
+def test_training_goes_on_when_the_disk_becomes_read_only(small_disk, caplog):
+    disk = small_disk("size=4m")
+    run = disk / "run"
+    with opened(run) as saver:
+        saver.save(1, **arrays(1))
+        saver.wait()
+        subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+        saver.save(2, **arrays(2))
+        saver.wait()
+        assert "step 2 could not be written: Read-only file system (EROFS)" in caplog.text
+        with pytest.raises(OSError, match=r"step 2 is missing.*Read-only file system"):
+            saver.finish(2, **arrays(2), patience=0)
+        assert saver.newest_good() == 1
+        subprocess.run(["mount", "-o", "remount,rw", disk], check=True)
+        saver.save(3, **arrays(3))
+    assert checkpoints.steps(run) == [1, 3]
+
+
+def test_errors_that_are_not_the_storage_s_are_raised(tmp_path):
+    with opened(tmp_path) as saver:
+        saver.save(1, **arrays(1) | {"metadata": {"model": object()}})
+        with pytest.raises(TypeError, match="JSON"):
+            saver.wait()
+        with pytest.raises(ValueError, match="type"):
+            saver.save(2, **arrays(2) | {"parameters": {"w": object()}})
+        saver.save(3, **arrays(3))
+    assert names(tmp_path) == {"3"}
+
+
+# ------------------------------------------------------------------------------------ kills
+
+
+SAVES = """
+import sys
+sys.path[:0] = [{root!r}, {tests!r}]
+import jax
+jax.config.update("jax_num_cpu_devices", 8)
+import test_checkpoints as t
+with t.opened({run!r}) as saver:
+    start = saver.newest_good() or 0
+    if start:
+        t.assert_restores(saver, start)
+    print("ready", flush=True)
+    for step in range(start + 1, 100_000):
+        saver.save(step, **t.arrays(step))
+"""
+
+
+def killed_while_saving(run: Path, *, after: float) -> None:
+    text = SAVES.format(root=str(ROOT), tests=str(ROOT / "tests"), run=run)
+    text = text.replace(repr(run), f"__import__('pathlib').Path({str(run)!r})")
+    process = subprocess.Popen([sys.executable, "-c", text], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    with process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        time.sleep(after)
+        process.send_signal(signal.SIGKILL)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [3, pytest.param(30, marks=pytest.mark.faults)])
+def test_a_kill_leaves_whole_checkpoints_alone(tmp_path, kills):
+    moments = random.Random(kills)
+    last, left = 0, 0
+    for _ in range(kills):
+        killed_while_saving(tmp_path, after=moments.uniform(0.2, 1.0))
+        complete = [name for name in names(tmp_path) if name.isdigit()]
+        left += len(names(tmp_path)) - len(complete)
+        for name in complete:
+            assert checksums.problem(tmp_path / "checkpoints" / name) is None
+        assert max(map(int, complete)) > last
+        last = max(map(int, complete))
+        assert len(complete) <= 3
+    assert left  # some kill came while one was being written
+    with opened(tmp_path) as saver:
+        assert saver.newest_good() == last
+        assert_restores(saver, last)
+    assert all(name.isdigit() for name in names(tmp_path))
+    assert not (tmp_path / "damaged").exists()

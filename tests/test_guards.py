@@ -1,0 +1,232 @@
+"""Steps that are not finite, and being told to end at any moment of a run."""
+
+import dataclasses
+import functools
+import json
+import math
+import os
+import signal
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import toy
+
+from sbs_jax import checkpoints, datasets, failures, features, hosts, preemption, replay, run_dir, t5, train
+
+SPEEDS = {"tokens_per_second", "seconds_per_step", "data_wait_share"}
+PACKED = {"pack": True, "task_feature_lengths": {"inputs": 40, "targets": 32}, "batch_size": 16, "micro_batches": 2}
+
+
+@pytest.fixture(scope="module")
+def records_dir(tmp_path_factory):
+    return toy.write_records(tmp_path_factory.mktemp("records"))
+
+
+def contents(config: train.TrainConfig) -> tuple[dict[str, np.ndarray], list[dict[str, float]], dict[str, bytes]]:
+    """Last state, metrics without speeds, and predictions of a run."""
+    run, like = Path(config.model_dir), train.prepare(config).saved
+    step = checkpoints.steps(run)[-1]
+    restored = checkpoints.restore(run, step, parameters=like.parameters, optimizer=like.optimizer)
+    leaves = jax.tree_util.tree_leaves_with_path((restored.parameters, restored.optimizer))
+    arrays = {jax.tree_util.keystr(path): np.asarray(x) for path, x in leaves}
+    lines = [{k: v for k, v in line.items() if k not in SPEEDS} for line in run_dir.read_metrics(run)]
+    return arrays, lines, {path.name: path.read_bytes() for path in (run / "predictions").iterdir()}
+
+
+def assert_same(run: train.TrainConfig, reference: train.TrainConfig) -> None:
+    """Bit for bit."""
+    (arrays, lines, predictions), (wanted, wanted_lines, wanted_predictions) = contents(run), contents(reference)
+    assert lines == wanted_lines
+    assert predictions == wanted_predictions
+    assert arrays.keys() == wanted.keys()
+    for name, x in wanted.items():
+        np.testing.assert_array_equal(arrays[name], x, err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, records_dir):
+    """A packed run over several epochs that nothing stopped; log, evaluation and checkpoints at different steps."""
+    config = toy.config(
+        tmp_path_factory.mktemp("whole") / "run", records_dir, train_steps=14, log_period=5, eval_period=7,
+        checkpoint_period=3, eval_batch_size=8, **PACKED,
+    )  # fmt: skip
+    train.train(config, config_text="")
+    return config
+
+
+def told_at(monkeypatch: pytest.MonkeyPatch, call: int) -> None:
+    """A real SIGTERM just before the run asks, for the call-th time, whether there was one."""
+    ask, calls = hosts.told_to_end, []
+
+    def told_to_end() -> bool:
+        calls.append(1)
+        if len(calls) == call:
+            os.kill(os.getpid(), signal.SIGTERM)
+            hosts._told.wait(10)
+        return ask()
+
+    monkeypatch.setattr(hosts, "told_to_end", told_to_end)
+
+
+# Calls 1 to 7 follow steps, 8 and 9 come before the batches of the first evaluation, 10 to 16 follow steps,
+# 17 and 18 are in the second evaluation, 19 and 20 in the test.
+@pytest.mark.slow
+@pytest.mark.parametrize("calls", [(1,), (4, 4), (7,), (8, 1), (9, 7), (16, 2), (18, 2, 1), (20,)], ids=str)
+def test_a_run_that_was_told_to_end_ends_as_if_it_had_not(whole, tmp_path, monkeypatch, calls):
+    config = dataclasses.replace(whole, model_dir=str(tmp_path / "run"))
+    for call in calls:
+        with monkeypatch.context() as patch:
+            told_at(patch, call)
+            with pytest.raises(preemption.PreemptedError, match="Repeat the command"):
+                train.train(config, config_text="")
+    train.train(config, config_text="")
+    assert_same(config, whole)
+    assert checkpoints.best_step(config.model_dir) == checkpoints.best_step(whole.model_dir)
+
+
+def step_function(config: train.TrainConfig):
+    """A jitted step on one device, a fresh state, and a batch."""
+    optimizer = config.gradient_transformation()
+    structure, parameters = t5.init(config.model, seed=0)
+    state = train.TrainState(jnp.int32(0), parameters, optimizer.init(parameters), jnp.int32(0))
+    found = features.train_dataset(
+        config.mixture_or_task_name, lengths=config.task_feature_lengths, split="train", batch_size=8,
+        pack=config.pack, seed=0, skip_batches=0,
+    )  # fmt: skip
+    step = functools.partial(train.train_step, structure=structure, config=config, optimizer=optimizer)
+    return jax.jit(step), state, {name: jnp.asarray(x) for name, x in next(found).items()}
+
+
+def poisoned(state: train.TrainState, value: float) -> train.TrainState:
+    name = "token_embedder/embedding"
+    parameters = {**state.parameters, name: state.parameters[name].at[:].set(value)}
+    return dataclasses.replace(state, parameters=parameters)
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_a_step_that_is_not_finite_changes_nothing_and_ends_the_rest(records_dir, tmp_path, value):
+    config = toy.config(tmp_path, records_dir, skip_non_finite=1)
+    datasets.configure(config.data)
+    step, state, batch = step_function(config)
+    bad = poisoned(state, value)
+    first, metrics = step(bad, batch)
+    assert not math.isfinite(float(metrics["gradient_norm"]))
+    assert (int(first.step), int(first.skipped)) == (1, 1)
+    second, _ = step(first, batch)
+    assert (int(second.step), int(second.skipped)) == (1, 2)  # one too many: no step from here on
+    third, _ = step(dataclasses.replace(state, step=second.step, skipped=second.skipped), batch)
+    assert (int(third.step), int(third.skipped)) == (1, 2)
+    for name, want in bad.parameters.items():
+        np.testing.assert_array_equal(second.parameters[name], want)
+    for name, want in state.parameters.items():
+        np.testing.assert_array_equal(third.parameters[name], want)
+    for got, want in zip(jax.tree.leaves(second.optimizer), jax.tree.leaves(state.optimizer), strict=True):
+        np.testing.assert_array_equal(got, want)
+    good, _ = step(state, batch)
+    assert (int(good.step), int(good.skipped)) == (1, 0)
+    assert any(np.any(good.parameters[name] != want) for name, want in state.parameters.items())
+
+
+@pytest.fixture(scope="module")
+def poison(tmp_path_factory, records_dir):
+    """A data set in which two training inputs have a byte of their own, and parameters that are infinite for it."""
+    folder = tmp_path_factory.mktemp("poison")
+    path = toy.write_records(folder / "records")
+    file = path / "toy" / "train.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    for number in (11, 30):
+        lines[number]["input"] += " !"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    parameters = {name: np.array(x) for name, x in t5.init(toy.MODEL, seed=0)[1].items()}
+    byte = 3 + ord("!")
+    parameters["token_embedder/embedding"][byte] = np.inf
+    checkpoints.save_npz(folder / "start.npz", {name: jnp.asarray(x) for name, x in parameters.items()}, dtype="float32")
+    return path, folder / "start.npz", {lines[number]["id"] for number in (11, 30)}, byte
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_stops_the_run_with_what_a_replay_needs(poison, tmp_path):
+    path, start, ids, byte = poison
+    config = toy.config(
+        tmp_path / "run", path, train_steps=30, log_period=7, checkpoint_period=4, eval_period=30,
+        evaluate_test=False, initial_checkpoint_path=str(start), **PACKED,
+    )  # fmt: skip
+    with pytest.raises(FloatingPointError, match=r"(?s)step \d+ is not finite\. .*sbs replay"):
+        train.train(config, config_text="")
+    step = failures.newest(config.model_dir)
+    assert step is not None
+    kept = failures.read(config.model_dir, step)
+    assert kept is not None
+    assert [row["step"] for row in kept["steps"]][-1] == step
+    assert all(isinstance(row["loss"], float) for row in kept["steps"][:-1])
+    assert kept["steps"][-1]["gradient_norm"] in ("nan", "inf")
+    assert ids & {example["id"] for example in kept["examples"]}
+    # Every earlier checkpoint is good, and none is of a later step.
+    assert all(earlier < step for earlier in checkpoints.steps(config.model_dir))
+
+    found = replay.replay(config, config.model_dir, step=None)
+    assert found["step"] == step
+    assert not math.isfinite(found["metrics"]["gradient_norm"])
+    guilty = {row["id"] for row in found["examples"] if not math.isfinite(row["alone"])}
+    assert guilty
+    assert guilty <= ids
+    # Those that share a row with it are spoiled in the batch, and not by themselves.
+    rows = {row["row"] for row in found["examples"] if row["id"] in guilty}
+    assert all(math.isfinite(row["loss"]) == (row["row"] not in rows) for row in found["examples"])
+    assert found["parameters"] == {"token_embedder/embedding": {"not finite": toy.MODEL.emb_dim, "first at": [byte, 0]}}
+    said = replay.text(found, kept)
+    assert f"toy_label {sorted(guilty)[0]}" in said or f"toy_rationale {sorted(guilty)[0]}" in said
+    # Without what the failure kept, the state comes from the checkpoints and the steps since: the same.
+    for file in (Path(config.model_dir) / "failures" / str(step) / "checkpoints").iterdir():
+        file.rename(tmp_path / file.name)
+    again = replay.replay(config, config.model_dir, step=step)
+    assert json.dumps(again) == json.dumps(found)
+
+
+@pytest.mark.slow
+def test_steps_that_are_not_finite_are_left_out_up_to_a_number(poison, tmp_path, monkeypatch):
+    path, start, _, _ = poison
+    whole = toy.config(
+        tmp_path / "whole", path, train_steps=24, log_period=1, checkpoint_period=5, eval_period=12,
+        initial_checkpoint_path=str(start), skip_non_finite=100, **PACKED,
+    )  # fmt: skip
+    train.train(whole, config_text="")
+    lines = [line for line in run_dir.read_metrics(whole.model_dir) if line["kind"] == "train"]
+    left_out = [line["step"] for line in lines if "loss" not in line]
+    assert left_out
+    assert lines[-1]["skipped"] == len(left_out)
+    assert all(math.isfinite(line["loss"]) for line in lines if "loss" in line)
+    stopped = dataclasses.replace(whole, model_dir=str(tmp_path / "stopped"))
+    with monkeypatch.context() as patch:
+        told_at(patch, left_out[0] + 1)
+        with pytest.raises(preemption.PreemptedError):
+            train.train(stopped, config_text="")
+    train.train(stopped, config_text="")
+    assert_same(stopped, whole)
+    few = dataclasses.replace(whole, model_dir=str(tmp_path / "few"), skip_non_finite=1)
+    with pytest.raises(FloatingPointError, match="after 1 steps left out"):
+        train.train(few, config_text="")
+    assert failures.newest(few.model_dir) == left_out[1]
+
+
+def test_the_examples_of_a_batch_are_those_that_it_was_made_of(records_dir):
+    datasets.configure(toy.options(records_dir))
+    options = {"lengths": {"inputs": 40, "targets": 32}, "split": "train", "batch_size": 8, "pack": True, "seed": 3}
+    batches = features.train_dataset("toy_step_by_step", skip_batches=5, **options)
+    batch = next(batches)
+    examples, alone = features.batch_examples("toy_step_by_step", batch=5, **options)
+    assert len(alone["decoder_target_tokens"]) == len(examples) == sum(batch["decoder_segment_ids"].max(axis=1))
+    texts = {
+        (task, row.id): row.inputs
+        for task in ("toy_label", "toy_rationale")
+        for row in datasets.examples(task, "train")
+    }
+    vocabulary = datasets.vocabulary("byte")
+    for number, example in enumerate(examples):
+        mine = batch["encoder_segment_ids"][example.row] == example.segment
+        tokens = batch["encoder_input_tokens"][example.row][mine]
+        assert vocabulary.decode([int(x) for x in tokens[:-1]]) == texts[example.task, example.id]
+        np.testing.assert_array_equal(alone["encoder_input_tokens"][number][: len(tokens)], tokens)
