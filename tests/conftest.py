@@ -31,6 +31,14 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 SHARED = REPOSITORY.parent / "shared"
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out the long forms of tests of faults, unless `-m` speaks of them (`make test-faults`)."""
+    if "faults" not in config.option.markexpr:
+        chosen = [item for item in items if item.get_closest_marker("faults") is None]
+        config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+        items[:] = chosen
+
+
 @pytest.fixture(scope="session")
 def real_data_dir() -> Path:
     """Folder of the released teacher outputs (`<name>/<name>_test.json`, `<name>/llm/*.json`)."""

@@ -23,7 +23,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import types
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -394,11 +393,11 @@ def _become(request: Mapping[str, Any]) -> Callable[[], Any]:
             with contextlib.suppress(ValueError, SyntaxError):
                 value = ast.literal_eval(value)
             jax.config.update(name.lower(), value)
-    # Process 0 compiles for all (JAX_SHARE_BINARY_BETWEEN_HOSTS) and for later runs. On CPU, JAX would look under another
-    # key on every process, because each has another view of the devices; the programs are the same.
+    # Process 0 compiles for all (JAX_SHARE_BINARY_BETWEEN_HOSTS) and for later runs. On CPU, JAX would look under
+    # another key on every process, because each has another view of the devices; the programs are the same.
     from jax._src import cache_key
 
-    vars(cache_key)["_hash_accelerator_config"] = vars(cache_key)["_hash_devices"]
+    cache_key._hash_accelerator_config = cache_key._hash_devices
     sys.path[0] = request["cwd"]
     sys.path[1:1] = request["environment"]["PYTHONPATH"].split(os.pathsep)
     (kind, text), arguments = request["command"][:2], request["command"][2:]

@@ -14,7 +14,7 @@ import pytest
 import toy
 from processes import ROOT, until
 
-from sbs_jax import checkpoints, datasets, evaluate, features, hosts, main, partitioning, run_dir
+from sbs_jax import checkpoints, datasets, evaluate, features, hosts, main, partitioning, preemption, run_dir
 
 SPEEDS = {"tokens_per_second", "seconds_per_step", "data_wait_share"}
 MACROS = {"TRAIN_STEPS": 12, "LOG_PERIOD": 1, "EVAL_PERIOD": 6, "CHECKPOINT_PERIOD": 2}
@@ -207,12 +207,12 @@ def test_a_run_passes_from_one_process_to_two_to_four_and_back(starter, folder, 
     with starter.together(tmp_path, flags, count=4, devices=2, path=[folder], slurm=True) as processes:
         until(lambda: "loss" in processes[0].complained(), processes)
         processes[3].send(signal.SIGTERM)
-        assert [process.wait() for process in processes] == [1] * 4
-        (told,) = {process.complained().splitlines()[-1] for process in processes}
+        assert [process.wait() for process in processes] == [preemption.EXIT_STATUS] * 4
         assert "step/s" in processes[0].complained()
-        assert "step/s" not in processes[1].complained()
+        assert all("step/s" not in process.complained() for process in processes[1:])
+        told = processes[0].complained().splitlines()[-1]
     last = checkpoints.steps(run)[-1]
-    assert told.startswith(f"sbs train: A process was told to end; all stopped after step {last} of 12, which is saved")
+    assert f"This run was told to end, and stopped after step {last} of 12, which is saved" in told
 
     with starter.alone(tmp_path, toy.train_flags(folder, run), devices=8, path=[folder]) as process:
         assert process.wait() == 0, process.complained()

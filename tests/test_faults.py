@@ -1,0 +1,288 @@
+"""Real `sbs train` processes, killed and told to end at any moment, and resumed: they end where they would have.
+
+The short forms run in the suite, the long ones with `make test-faults`, which prints figures (docs/reliability.md).
+"""
+
+import collections
+import contextlib
+import dataclasses
+import random
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import toy
+from processes import Process, until
+
+from sbs_jax import checkpoints, checksums, datasets, preemption, run_dir
+from sbs_jax.convert import t5x
+
+SPEEDS = {"tokens_per_second", "seconds_per_step", "data_wait_share"}
+STEPS, EVALUATED = 40, 16
+# Almost always a checkpoint is being written; lines, evaluations and checkpoints come at different steps; 7 epochs.
+MACROS = {
+    "TRAIN_STEPS": STEPS,
+    "LOG_PERIOD": 8,
+    "EVAL_PERIOD": EVALUATED,
+    "CHECKPOINT_PERIOD": 3,
+    "MICRO_BATCHES": 2,
+    "EVAL_BATCH_SIZE": 4,
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """What a command line needs to train on the toy dataset."""
+    before = datasets.options()
+    yield toy.write_command(tmp_path_factory.mktemp("faults"), **MACROS)
+    datasets.configure(before)
+
+
+@pytest.fixture(scope="module")
+def reference(starter, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing interrupts, by the true entry (`python -m sbs_jax.main`), which compiles by itself."""
+    folders = tmp_path_factory.mktemp("reference")
+    run = folders / "run"
+    with starter.alone(folders, toy.train_flags(folder, run), path=[folder], spawn=True) as process:
+        assert process.wait() == 0, process.complained()
+        assert "Error" not in process.complained()
+    return run
+
+
+@dataclasses.dataclass(frozen=True)
+class Contents:
+    """What a finished run has come to."""
+
+    arrays: dict[str, np.ndarray]  # of its last step: parameters and optimiser
+    metadata: dict[str, Any]
+    lines: list[dict[str, Any]]  # of metrics, without speeds
+    predictions: dict[str, bytes]
+    best: int | None
+
+
+def contents(run: Path) -> Contents:
+    step = checkpoints.steps(run)[-1]
+    arrays = {}
+    for item in (checkpoints.PARAMETERS, checkpoints.OPTIMIZER):
+        for name, array in t5x.orbax_arrays(run / "checkpoints" / str(step) / item).items():
+            arrays[f"{item}/{name}"] = array.whole()
+    lines = [{k: v for k, v in line.items() if k not in SPEEDS} for line in run_dir.read_metrics(run)]
+    predictions = {path.name: path.read_bytes() for path in (run / "predictions").iterdir()}
+    metadata = checkpoints.read_metadata(run, step)
+    return Contents(arrays, metadata, lines, predictions, checkpoints.best_step(run))
+
+
+def assert_same(run: Path, reference: Path) -> None:
+    """Bit for bit."""
+    got, want = contents(run), contents(reference)
+    assert got.lines == want.lines
+    assert got.predictions == want.predictions
+    assert (got.best, got.metadata) == (want.best, want.metadata)
+    assert got.arrays.keys() == want.arrays.keys()
+    for name, array in want.arrays.items():
+        np.testing.assert_array_equal(got.arrays[name], array, err_msg=name)
+
+
+def assert_close(run: Path, reference: Path) -> None:
+    """To rounding."""
+    got, want = contents(run), contents(reference)
+    assert [(line["kind"], line["step"]) for line in got.lines] == [(line["kind"], line["step"]) for line in want.lines]
+    for line, wanted in zip(got.lines, want.lines, strict=True):
+        for name in wanted.keys() - {"kind"}:
+            assert line[name] == pytest.approx(wanted[name], rel=2e-3, abs=1e-5), (name, line["step"])
+    assert got.arrays.keys() == want.arrays.keys()
+    for name, array in want.arrays.items():
+        np.testing.assert_allclose(got.arrays[name], array, rtol=2e-2, atol=2e-4, err_msg=name)
+
+
+def being_written(run: Path) -> set[str]:
+    """Directories of checkpoints on their way in (or, by the other name, out)."""
+    return {path.name for path in (run / "checkpoints").glob("*.writing")}
+
+
+def last_line(run: Path) -> dict[str, Any]:
+    lines = run_dir.read_metrics(run)
+    return lines[-1] if lines else {"kind": None, "step": 0}
+
+
+def assert_checkpoints_are_whole(run: Path) -> None:
+    for step in checkpoints.steps(run):
+        assert checksums.problem(run / "checkpoints" / str(step)) is None
+
+
+# ------------------------------------------------------------------------------------------ kill -9
+
+
+def waited_for(moment: str, process: Process, run: Path) -> bool:
+    """Returns when it has come; False where the process ended before."""
+    old, begun = being_written(run), last_line(run)
+
+    def has_come() -> bool:
+        if moment == "start":
+            return True
+        if moment == "steps":
+            return "loss" in process.complained()
+        if moment == "save":
+            return bool(being_written(run) - old)
+        line = last_line(run)
+        if moment == "evaluation":
+            return line != begun and line["kind"] == "train" and line["step"] % EVALUATED == 0
+        return line["kind"] == "train" and line["step"] == STEPS
+
+    while not has_come():
+        if not process.running():
+            return False
+        time.sleep(0.001)
+    return True
+
+
+# Seconds after a moment within which the kill comes.
+MOMENTS = {"start": 2.5, "steps": 0.4, "save": 0.05, "evaluation": 0.2, "end": 0.7}
+
+
+def kill_once(starter: Any, folder: Path, run: Path, *, moment: str, after: float) -> str | None:
+    """Resumes the run and kills it; what it was about, None where it had ended before."""
+    with starter.alone(folder, toy.train_flags(folder, run), path=[folder]) as process:
+        came = waited_for(moment, process, run)
+        time.sleep(after if came else 0)
+        process.send(signal.SIGKILL)
+        status = process.wait()
+        assert status in (0, -signal.SIGKILL), process.complained()
+        if status == 0:
+            return None
+    assert_checkpoints_are_whole(run)
+    return "while a checkpoint was written" if being_written(run) else "at another moment"
+
+
+def finish(starter: Any, folder: Path, run: Path, *bindings: str) -> None:
+    with starter.alone(folder, toy.train_flags(folder, run, *bindings), path=[folder]) as process:
+        assert process.wait() == 0, process.complained()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kills", "of_a_run"), [(4, 4), pytest.param(30, 5, marks=pytest.mark.faults)])
+def test_killed_at_any_moment_and_resumed_a_run_ends_as_if_nothing_had_been(
+    starter, folder, reference, tmp_path, kills, of_a_run
+):
+    chosen = random.Random(kills)
+    moments = [*MOMENTS] * (kills // len(MOMENTS)) + ["start", "steps", "evaluation", "save"][: kills % len(MOMENTS)]
+    chosen.shuffle(moments)
+    count: collections.Counter[tuple[str, str]] = collections.Counter()
+    number = 0
+    while moments:
+        run, killed = tmp_path / f"run-{number}", 0
+        while moments and killed < of_a_run:
+            # In the order in which they come about, so that a run is not over before its last kill.
+            moment = min(moments[: of_a_run - killed], key=[*MOMENTS].index)
+            was = kill_once(starter, folder, run, moment=moment, after=chosen.uniform(0, MOMENTS[moment]))
+            if was is None:
+                break  # what is left of its moments comes to the next run
+            moments.remove(moment)
+            killed += 1
+            count[moment, was] += 1
+        finish(starter, folder, run)
+        assert_same(run, reference)
+        number += 1
+    print(f"\n{sum(count.values())} kills of {number} runs, aimed at and hit:")
+    for (moment, was), times in sorted(count.items()):
+        print(f"  {moment}: {times} {was}")
+    assert sum(times for (_, was), times in count.items() if was.startswith("while")) >= kills // 6
+
+
+# ------------------------------------------------------------------------------------------ SIGTERM
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("times", [2, pytest.param(8, marks=pytest.mark.faults)])
+def test_told_to_end_once_it_saves_and_told_twice_it_ends_at_once(starter, folder, reference, tmp_path, times):
+    chosen, statuses = random.Random(times), []
+    run = tmp_path / "run"
+    for number in range(times):
+        with starter.alone(tmp_path, toy.train_flags(folder, run), path=[folder]) as process:
+            moment = ["evaluation", "save", "steps"][number % 3]
+            if not waited_for(moment, process, run):
+                break
+            twice = bool(number % 2)
+            time.sleep(chosen.uniform(0, 0.1))
+            process.send(signal.SIGTERM)
+            begin = time.monotonic()
+            if twice:
+                time.sleep(chosen.uniform(0.001, 0.005))
+                process.send(signal.SIGTERM)
+                begin = time.monotonic()
+            statuses.append(process.wait(20))
+            seconds = time.monotonic() - begin
+        assert_checkpoints_are_whole(run)
+        if statuses[-1] == preemption.EXIT_STATUS:
+            last = checkpoints.steps(run)[-1]
+            assert not being_written(run)
+            assert f"stopped after step {last} of {STEPS}, which is saved" in process.complained()
+        else:
+            assert twice
+            assert statuses[-1] == 128 + signal.SIGTERM
+            assert seconds < 1
+    print(f"\nstatuses: {statuses}")
+    assert preemption.EXIT_STATUS in statuses
+    finish(starter, folder, run)
+    assert_same(run, reference)
+
+
+# ------------------------------------------------------------------------------------ two processes
+
+
+TWO = ("LOG_PERIOD=1", "TRAIN_STEPS=16", "EVAL_PERIOD=8")
+
+
+@contextlib.contextmanager
+def two(starter: Any, folder: Path, run: Path, *bindings: str) -> Iterator[list[Process]]:
+    flags = toy.train_flags(folder, run, *(bindings or TWO))
+    with starter.together(run.parent, flags, count=2, path=[folder]) as processes:
+        yield processes
+
+
+def steps_of(processes: list[Process], run: Path) -> int:
+    """The newest step that these processes, and not those before them, have logged."""
+    return last_line(run)["step"] if "loss" in processes[0].complained() else 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("signals", "bindings"),
+    [(2, TWO), pytest.param(10, (*TWO[:1], "TRAIN_STEPS=60", *TWO[2:]), marks=pytest.mark.faults)],
+)
+def test_two_processes_told_to_end_or_killed_end_as_if_nothing_had_been(starter, folder, tmp_path, signals, bindings):
+    whole, one, run = (tmp_path / name / "run" for name in ("whole", "one", "interrupted"))
+    for path in (whole, one, run):
+        path.parent.mkdir()
+    with two(starter, folder, whole, *bindings) as processes:
+        assert [process.wait() for process in processes] == [0, 0], processes[0].complained()
+    finish(starter, folder, one, *bindings)
+    assert_close(whole, one)
+
+    chosen = random.Random(signals)
+    count = checkpoints.steps(whole)[-1]
+    stops = []
+    for step in sorted(chosen.sample(range(2, count - 3), signals)):
+        with two(starter, folder, run, *bindings) as processes:
+            until(lambda: steps_of(processes, run) >= step, processes)  # noqa: B023
+            chosen.choice(processes).send(signal.SIGTERM)
+            assert [process.wait() for process in processes] == [preemption.EXIT_STATUS] * 2
+        stops.append(checkpoints.steps(run)[-1])
+        assert f"stopped after step {stops[-1]} of {count}" in processes[0].complained()
+        assert last_line(run)["step"] == stops[-1]
+        assert_checkpoints_are_whole(run)
+    print(f"\nstopped after steps {stops}")
+    for index in (1,) if signals == 2 else (1, 0):
+        with two(starter, folder, run, *bindings) as processes:
+            until(lambda: steps_of(processes, run) > 0, processes)
+            processes[index].send(signal.SIGKILL)
+            assert processes[1 - index].wait(20) == 1
+            assert "is gone without a word" in processes[1 - index].complained()
+        assert_checkpoints_are_whole(run)
+    with two(starter, folder, run, *bindings) as processes:
+        assert [process.wait() for process in processes] == [0, 0], processes[0].complained()
+    assert_same(run, whole)
