@@ -6,8 +6,12 @@ The short forms run in the suite, the long ones with `make test-faults`, which p
 import collections
 import contextlib
 import dataclasses
+import json
+import os
 import random
+import shutil
 import signal
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +22,7 @@ import pytest
 import toy
 from processes import Process, until
 
-from sbs_jax import checkpoints, checksums, datasets, preemption, run_dir
+from sbs_jax import checkpoints, checksums, datasets, preemption, run_dir, t5
 from sbs_jax.convert import t5x
 
 SPEEDS = {"tokens_per_second", "seconds_per_step", "data_wait_share"}
@@ -32,6 +36,9 @@ MACROS = {
     "MICRO_BATCHES": 2,
     "EVAL_BATCH_SIZE": 4,
 }
+
+
+LONG = (pytest.mark.faults, pytest.mark.timeout(3600))
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +143,7 @@ def waited_for(moment: str, process: Process, run: Path) -> bool:
     while not has_come():
         if not process.running():
             return False
-        time.sleep(0.001)
+        time.sleep(0.002)
     return True
 
 
@@ -164,7 +171,7 @@ def finish(starter: Any, folder: Path, run: Path, *bindings: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kills", "of_a_run"), [(4, 4), pytest.param(30, 5, marks=pytest.mark.faults)])
+@pytest.mark.parametrize(("kills", "of_a_run"), [(4, 4), pytest.param(30, 5, marks=LONG)])
 def test_killed_at_any_moment_and_resumed_a_run_ends_as_if_nothing_had_been(
     starter, folder, reference, tmp_path, kills, of_a_run
 ):
@@ -197,7 +204,7 @@ def test_killed_at_any_moment_and_resumed_a_run_ends_as_if_nothing_had_been(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("times", [2, pytest.param(8, marks=pytest.mark.faults)])
+@pytest.mark.parametrize("times", [2, pytest.param(8, marks=LONG)])
 def test_told_to_end_once_it_saves_and_told_twice_it_ends_at_once(starter, folder, reference, tmp_path, times):
     chosen, statuses = random.Random(times), []
     run = tmp_path / "run"
@@ -252,7 +259,7 @@ def steps_of(processes: list[Process], run: Path) -> int:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("signals", "bindings"),
-    [(2, TWO), pytest.param(10, (*TWO[:1], "TRAIN_STEPS=60", *TWO[2:]), marks=pytest.mark.faults)],
+    [(2, TWO), pytest.param(10, (*TWO[:1], "TRAIN_STEPS=60", *TWO[2:]), marks=LONG)],
 )
 def test_two_processes_told_to_end_or_killed_end_as_if_nothing_had_been(starter, folder, tmp_path, signals, bindings):
     whole, one, run = (tmp_path / name / "run" for name in ("whole", "one", "interrupted"))
@@ -286,3 +293,181 @@ def test_two_processes_told_to_end_or_killed_end_as_if_nothing_had_been(starter,
     with two(starter, folder, run, *bindings) as processes:
         assert [process.wait() for process in processes] == [0, 0], processes[0].complained()
     assert_same(run, whole)
+
+
+# --------------------------------------------------------------------------------------------- soak
+
+
+SOAK = {
+    "TRAIN_STEPS": 2000,
+    "LOG_PERIOD": 5,
+    "EVAL_PERIOD": 250,
+    "CHECKPOINT_PERIOD": 10,
+    "SKIP_NON_FINITE": 2000,
+    "STALL_SECONDS": 1.0,
+    "KEEP_CHECKPOINTS": 3,
+}
+EVERY = 50  # steps from fault to fault
+# Within one process, so that what it holds can be seen to stay; then those that end it.
+OUTAGES = ("full", "read-only")
+ENDING = ("killed", "told to end", "killed and damaged")
+FAULTS = ["full", "frozen", "read-only", "damaged", "no data"] * 5 + [*ENDING, "frozen"] * 3
+WARM_UP = 300  # steps of a process before its memory is looked at
+GROWTH = 10.0  # MB per 1,000 steps, at most
+POISON = "!"
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", disk], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        pytest.skip(f"this user may not mount a small disk: {done.stderr.strip()}")
+    yield disk
+    subprocess.run(["umount", "-l", disk], check=True)
+
+
+def poisoned(folder: Path) -> list[str]:
+    """Bindings for a start from parameters that are infinite for one byte, which two training inputs have."""
+    file = folder / "records" / "toy" / "train.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    for number in (11, 30):
+        rows[number]["input"] += f" {POISON}"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    parameters: dict[str, Any] = {name: np.array(x) for name, x in t5.init(toy.MODEL, seed=0)[1].items()}
+    parameters["token_embedder/embedding"][3 + ord(POISON)] = np.inf
+    checkpoints.save_npz(folder / "start.npz", parameters, dtype="float32")
+    return [f"INITIAL_CHECKPOINT_PATH={folder / 'start.npz'}"]
+
+
+@contextlib.contextmanager
+def fault(name: str, *, process: Process, run: Path, folder: Path) -> Iterator[None]:
+    """Something goes wrong while inside."""
+    if name == "full":
+        filler = run.parent / "somebody else's"
+        with filler.open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(run).free)
+        yield
+        filler.unlink()
+    elif name == "read-only":
+        subprocess.run(["mount", "--bind", run, run], check=True)
+        try:
+            subprocess.run(["mount", "-o", "remount,bind,ro", run], check=True)
+            yield
+        finally:
+            subprocess.run(["umount", "-l", run], check=True)
+    elif name == "frozen":
+        process.send(signal.SIGSTOP)
+        time.sleep(1.5)
+        process.send(signal.SIGCONT)
+        yield
+    elif name == "damaged":
+        flip(run, newest=False)
+        yield
+    elif name == "no data":
+        records = folder / "records" / "toy" / "train.jsonl"
+        away = records.rename(records.with_suffix(".away"))
+        yield
+        away.rename(records)
+
+
+def flip(run: Path, *, newest: bool) -> None:
+    """Changes one byte of the newest, or of the oldest, checkpoint."""
+    step = checkpoints.steps(run)[-1 if newest else 0]
+    arrays = run / "checkpoints" / str(step) / "parameters"
+    file = max((path for path in arrays.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    with file.open("r+b") as opened:
+        opened.seek(file.stat().st_size // 2)
+        byte = opened.read(1)[0]
+        opened.seek(-1, os.SEEK_CUR)
+        opened.write(bytes([byte ^ 1]))
+
+
+class Gauge:
+    """Resident memory and open files of a process, by step."""
+
+    def __init__(self, process: Process, run: Path) -> None:
+        self._process, self._run = process, run
+        self.readings: list[tuple[int, float, int]] = []  # step, MB, files
+
+    def read(self) -> int:
+        """Takes a reading; the step."""
+        step = steps_of([self._process], self._run)
+        with contextlib.suppress(OSError):  # it has ended
+            pages = int(Path(f"/proc/{self._process.pid}/statm").read_text().split()[1])
+            files = len(list(Path(f"/proc/{self._process.pid}/fd").iterdir()))
+            self.readings.append((step, pages * os.sysconf("SC_PAGE_SIZE") / 1e6, files))
+        return step
+
+    def slopes(self, *, after: int) -> tuple[float, float, float] | None:
+        """MB and open files per 1,000 steps, and over how many steps; None where there are too few."""
+        first = next((step for step, _, _ in self.readings if step), 0)
+        steps, memory, files = np.array([r for r in self.readings if r[0] >= first + after]).reshape(-1, 3).T
+        if len(steps) < 10 or np.ptp(steps) < 200:
+            return None
+        return np.polyfit(steps / 1000, memory, 1)[0], np.polyfit(steps / 1000, files, 1)[0], np.ptp(steps)
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(3600)
+def test_a_long_run_with_a_fault_every_50_steps_ends_as_one_without(starter, small_disk, tmp_path):
+    folder = tmp_path / "command"
+    folder.mkdir()
+    toy.write_command(folder, **{**MACROS, **SOAK})
+    bindings = poisoned(folder)
+    whole, run = tmp_path / "whole", small_disk / "run"
+    finish(starter, folder, whole, *bindings)
+    left_out = contents(whole).metadata["skipped"]
+    assert left_out > 50
+
+    flags = toy.train_flags(folder, run, *bindings)
+    faults, gauges, processes, injected = list(FAULTS), [], [], collections.Counter()
+    with contextlib.ExitStack() as stack:
+
+        def start() -> Process:
+            processes.append(starter.start(tmp_path, flags, path=[folder]))
+            stack.callback(processes[-1].end)
+            gauges.append(Gauge(processes[-1], run))
+            return processes[-1]
+
+        process, due = start(), EVERY
+        while process.running():
+            time.sleep(0.02)
+            step = gauges[-1].read()
+            if step < due or not faults:
+                continue
+            name = faults.pop(0)
+            injected[name] += 1
+            due = step + EVERY
+            if name in ENDING:
+                process.send(signal.SIGTERM if name == "told to end" else signal.SIGKILL)
+                assert process.wait(30) == (preemption.EXIT_STATUS if name == "told to end" else -signal.SIGKILL)
+                if name == "killed and damaged":
+                    flip(run, newest=True)
+                process = start()
+            else:
+                before = len(process.complained())
+                with fault(name, process=process, run=run, folder=folder):
+                    if name in OUTAGES:  # no line comes to the disk by which to count steps
+                        until(lambda: "Cannot write" in process.complained()[before:], [process])  # noqa: B023
+                        time.sleep(1)
+                    else:
+                        until(lambda: gauges[-1].read() > step, [process])  # noqa: B023
+        assert process.wait() == 0, process.complained()
+    assert not faults
+    assert_same(run, whole)
+    said = "\n".join(process.complained() for process in processes)
+    print(f"\n{sum(injected.values())} faults: {dict(injected)}; {left_out} of 2,000 steps left out")
+    for text in ("No space left", "Read-only file system", "cannot be used", "Nothing moves"):
+        print(f"  {text!r} was said {said.count(text)} times")
+        assert said.count(text) > 0
+    told = [gauge.slopes(after=WARM_UP) for gauge in gauges]
+    for slopes in told:
+        if slopes is not None:
+            print("  over {2} steps: {0:+.2f} MB and {1:+.2f} open files per 1,000 steps".format(*slopes))
+    assert any(slopes is not None and slopes[2] >= 500 for slopes in told)
+    for slopes in told:
+        assert slopes is None or (slopes[0] < GROWTH and slopes[1] < 1)
