@@ -22,7 +22,7 @@ import pytest
 import toy
 from processes import Process, until
 
-from sbs_jax import checkpoints, checksums, datasets, preemption, run_dir, t5
+from sbs_jax import checkpoints, checksums, datasets, features, preemption, run_dir, t5, tokens
 from sbs_jax.convert import t5x
 
 SPEEDS = {"tokens_per_second", "seconds_per_step", "data_wait_share"}
@@ -293,6 +293,40 @@ def test_two_processes_told_to_end_or_killed_end_as_if_nothing_had_been(starter,
     with two(starter, folder, run, *bindings) as processes:
         assert [process.wait() for process in processes] == [0, 0], processes[0].complained()
     assert_same(run, whole)
+
+
+# --------------------------------------------------------------------------------- where a run goes on
+
+
+@pytest.mark.parametrize(("pack", "rows_of_epoch"), [(False, 1_100_000), (True, 190_000)])
+def test_to_go_on_after_three_epochs_of_550_000_rows_takes_seconds(monkeypatch, pack, rows_of_epoch):
+    """e-SNLI has 549,367; nothing of what was seen is read, or made, again."""
+    datasets.add(toy.DATASET)
+    found = {}
+    for task in ("toy_label", "toy_rationale"):
+        for feature, longest in (("inputs", 60), ("targets", 40)):
+            sizes = np.random.default_rng(len(found)).integers(5, longest, 550_000)
+            starts = np.concatenate([[0], np.cumsum(sizes)])
+            ids = np.arange(starts[-1], dtype=np.int32) % 300 + 2
+            found.setdefault(task, {})[feature] = tokens.TokenTable(ids=ids, starts=starts)
+    monkeypatch.setattr(datasets, "token_tables", lambda task, split: found[task])
+
+    def stream(skip: int) -> Iterator[dict[str, np.ndarray]]:
+        lengths = {"inputs": 512, "targets": 128} if pack else {"inputs": 60, "targets": 40}
+        return features.train_dataset(
+            "toy_step_by_step", lengths=lengths, split="train", batch_size=128, pack=pack, seed=0, skip_batches=skip
+        )
+
+    steps = 3 * rows_of_epoch // 128
+    begin, used = time.monotonic(), time.process_time()
+    batches = stream(steps)
+    next(batches)
+    used = time.process_time() - used
+    print(f"\n{time.monotonic() - begin:.2f} s, {used:.2f} s of CPU to step {steps:,}, packed: {pack}")
+    assert used < 10
+    second, after = next(batches), next(stream(steps + 1))
+    for name, array in second.items():
+        np.testing.assert_array_equal(after[name], array)
 
 
 # --------------------------------------------------------------------------------------------- soak
