@@ -9,11 +9,10 @@ import dataclasses
 import json
 import os
 import random
-import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -371,46 +370,58 @@ def poisoned(folder: Path) -> list[str]:
     for number in (11, 30):
         rows[number]["input"] += f" {POISON}"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    parameters: dict[str, Any] = {name: np.array(x) for name, x in t5.init(toy.MODEL, seed=0)[1].items()}
-    parameters["token_embedder/embedding"][3 + ord(POISON)] = np.inf
+    parameters, name = dict(t5.init(toy.MODEL, seed=0)[1]), "token_embedder/embedding"
+    parameters[name] = parameters[name].at[3 + ord(POISON)].set(np.inf)
     checkpoints.save_npz(folder / "start.npz", parameters, dtype="float32")
     return [f"INITIAL_CHECKPOINT_PATH={folder / 'start.npz'}"]
 
 
 @contextlib.contextmanager
-def fault(name: str, *, process: Process, run: Path, folder: Path) -> Iterator[None]:
-    """Something goes wrong while inside."""
+def fault(name: str, *, process: Process, run: Path, folder: Path) -> Iterator[Callable[[], None]]:
+    """Something goes wrong while inside; what it gives is to be called from time to time."""
+
+    def nothing() -> None:
+        pass
+
     if name == "full":
         filler = run.parent / "somebody else's"
-        with filler.open("wb") as file:
-            os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(run).free)
-        yield
+        with filler.open("wb", buffering=0) as file:
+
+            def fill() -> None:  # again and again, since the run removes checkpoints too
+                with contextlib.suppress(OSError):
+                    while True:
+                        file.write(bytes(4096))
+
+            fill()
+            yield fill
         filler.unlink()
     elif name == "read-only":
         subprocess.run(["mount", "--bind", run, run], check=True)
         try:
             subprocess.run(["mount", "-o", "remount,bind,ro", run], check=True)
-            yield
+            yield nothing
         finally:
             subprocess.run(["umount", "-l", run], check=True)
     elif name == "frozen":
         process.send(signal.SIGSTOP)
         time.sleep(1.5)
         process.send(signal.SIGCONT)
-        yield
+        yield nothing
     elif name == "damaged":
         flip(run, newest=False)
-        yield
+        yield nothing
     elif name == "no data":
         records = folder / "records" / "toy" / "train.jsonl"
         away = records.rename(records.with_suffix(".away"))
-        yield
+        yield nothing
         away.rename(records)
 
 
 def flip(run: Path, *, newest: bool) -> None:
-    """Changes one byte of the newest, or of the oldest, checkpoint."""
-    step = checkpoints.steps(run)[-1 if newest else 0]
+    """Changes one byte of the newest checkpoint, or of an older one that is not the best."""
+    *older, step = checkpoints.steps(run)
+    if not newest:
+        step = max(set(older) - {checkpoints.best_step(run)})
     arrays = run / "checkpoints" / str(step) / "parameters"
     file = max((path for path in arrays.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
     with file.open("r+b") as opened:
@@ -475,7 +486,7 @@ def test_a_long_run_with_a_fault_every_50_steps_ends_as_one_without(starter, sma
                 continue
             name = faults.pop(0)
             injected[name] += 1
-            due = step + EVERY
+            due += EVERY
             if name in ENDING:
                 process.send(signal.SIGTERM if name == "told to end" else signal.SIGKILL)
                 assert process.wait(30) == (preemption.EXIT_STATUS if name == "told to end" else -signal.SIGKILL)
@@ -484,12 +495,17 @@ def test_a_long_run_with_a_fault_every_50_steps_ends_as_one_without(starter, sma
                 process = start()
             else:
                 before = len(process.complained())
-                with fault(name, process=process, run=run, folder=folder):
-                    if name in OUTAGES:  # no line comes to the disk by which to count steps
-                        until(lambda: "Cannot write" in process.complained()[before:], [process])  # noqa: B023
-                        time.sleep(1)
-                    else:
-                        until(lambda: gauges[-1].read() > step, [process])  # noqa: B023
+                with fault(name, process=process, run=run, folder=folder) as again:
+
+                    def has_shown() -> bool:
+                        again()
+                        if name in OUTAGES:  # noqa: B023  (no line comes to the disk by which to count steps)
+                            return "Cannot write" in process.complained()[before:]  # noqa: B023
+                        return gauges[-1].read() > step  # noqa: B023
+
+                    until(has_shown, [process])
+                    end = time.monotonic() + 1
+                    until(lambda: again() or time.monotonic() > end, [process])  # noqa: B023
         assert process.wait() == 0, process.complained()
     assert not faults
     assert_same(run, whole)
