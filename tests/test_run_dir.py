@@ -190,6 +190,34 @@ def test_a_lock_that_somebody_removed_is_taken_again(tmp_path):
     assert [line["step"] for line in run_dir.read_metrics(tmp_path)] == [1, 3]
 
 
+def test_a_lock_removed_while_it_is_taken_is_made_anew(tmp_path, monkeypatch):
+    take, removed = lock.Lock._flock, []
+
+    def slowly(self, descriptor):
+        if not removed:
+            removed.append(self.path.unlink())
+        take(self, descriptor)
+
+    monkeypatch.setattr(lock.Lock, "_flock", slowly)
+    with opened(tmp_path), pytest.raises(lock.HeldError):
+        opened(tmp_path).__enter__()
+
+
+def test_a_lock_that_was_removed_and_does_not_fit_on_the_disk_waits_too(disk):
+    run = disk / "run"
+    with opened(run) as held:
+        held.log("train", 1, {})
+        (run / "lock").unlink()
+        with full(disk, run):
+            held.log("train", 2, {})
+            held.log("train", 3, {})
+            assert len(run_dir.read_metrics(run)) == 1
+        held.log("train", 4, {})
+        with pytest.raises(lock.HeldError):
+            opened(run).__enter__()
+    assert [line["step"] for line in run_dir.read_metrics(run)] == [1, 2, 3, 4]
+
+
 # Two processes joined as by `hosts.join`, but for JAX, which takes seconds.
 JOINED = """
 import sys, time
@@ -307,7 +335,9 @@ def write_step(run: run_dir.RunDir, step: int) -> None:
     """A long line, which does not fit into what a full disk has left of its last page; predictions every third."""
     run.log("train", step, {f"loss {number}": step + number / 7 for number in range(100)})
     if step % 3 == 0:
-        run.write_predictions(f"toy-{step}", [{"id": str(step), "text": "x\u2028é" * 500, "n": n} for n in range(3)])
+        run.write_predictions(
+            f"toy-{step}", [{"id": str(step), "text": "x\u2028é\ud800" * 500, "n": n} for n in range(3)]
+        )
 
 
 def files(path: Path) -> dict[str, bytes]:
@@ -360,6 +390,8 @@ def test_nothing_is_lost_or_doubled_when_the_disk_takes_nothing_for_a_while(disk
             write_step(tried, step)
         tried.flush()
     assert files(run) == files(tmp_path / "plain")
+    rows = (run / "predictions" / "toy-9.jsonl").read_text("utf-8").split("\n")
+    assert json.loads(rows[2]) == {"id": "9", "text": "x\u2028é\ud800" * 500, "n": 2}
     assert scalars(run) == scalars(tmp_path / "plain")
     assert len(scalars(run)) == 1200
     messages = [record.getMessage() for record in caplog.records]
