@@ -154,11 +154,22 @@ def test_a_run_that_another_process_took_over_writes_nothing_more(tmp_path, come
         assert json.loads((tmp_path / "lock").read_text()) == other
 
 
-@pytest.mark.parametrize("held", [b"", b"\0" * 100, b'{"token": "x', b"{}", b"[" * 4000, b"[1]", b"\xff\xfe", None])
-def test_lock_files_that_are_left_behind_do_not_keep_anybody_out(tmp_path, held, caplog):
+LEFT_BEHIND = {
+    "empty": b"",
+    "zeros": b"\0" * 100,
+    "half": b'{"token": "x',
+    "nobody": b"{}",
+    "deep": b"[" * 4000,
+    "list": b"[1]",
+    "binary": b"\xff\xfe",
+    "another host": json.dumps({"token": "x", "host": "elsewhere", "pid": 7, "since": "then"}).encode(),
+}
+
+
+@pytest.mark.parametrize("what", LEFT_BEHIND)
+def test_lock_files_that_are_left_behind_do_not_keep_anybody_out(tmp_path, what, caplog):
     caplog.set_level(logging.INFO)
-    if held is None:
-        held = json.dumps({"token": "x", "host": "elsewhere", "pid": 7, "since": "then"}).encode()
+    held = LEFT_BEHIND[what]
     (tmp_path / "lock").write_bytes(held)
     (tmp_path / "config.gin.tmp").write_text("SEED")  # killed while it began
     with opened(tmp_path) as run:
@@ -166,9 +177,9 @@ def test_lock_files_that_are_left_behind_do_not_keep_anybody_out(tmp_path, held,
         holder = lock.read(tmp_path / "lock")
         assert holder is not None
         assert holder.pid == os.getpid()
-    if b"elsewhere" in held:
+    if what == "another host":
         assert "was not given back by process 7 on elsewhere (since then). If that process still runs" in caplog.text
-    elif held:
+    elif what != "empty":
         assert "left behind by a process that did not say which" in caplog.text
     else:
         assert caplog.text == ""
@@ -230,6 +241,7 @@ hosts._link = hosts._Link(place, wires)
 try:
     with run_dir.RunDir(folder, config_text="SEED = 0\\n") as run:
         run.log("train", 1, {})
+        print(run.lines, end=" ")
         run.truncate_metrics(lines=5, finished=False)
         print("in", run.lines, flush=True)
         run.begin({"mesh": {}}, step=int(sys.argv[4]), accept_changes=False)
@@ -256,10 +268,10 @@ def test_of_several_processes_the_first_locks_and_a_refusal_reaches_all(tmp_path
             assert (status, said) == (1, "")
             assert f"is in use: process {os.getpid()} on" in complained
     for status, said, complained in joined(tmp_path / "new", 0):
-        assert (status, said) == (0, "in 1\n"), complained
+        assert (status, said) == (0, "1 in 1\n"), complained
     (tmp_path / "new" / "manifest.json").write_text("{")
     for status, said, complained in joined(tmp_path / "new", 3):
-        assert (status, said) == (1, "in 2\n")
+        assert (status, said) == (1, "2 in 2\n")
         assert "manifest.json is damaged" in complained
 
 
@@ -273,7 +285,7 @@ def mount(*arguments: object) -> None:
 
 
 @contextlib.contextmanager
-def small_disk(path: Path, *, size: str = "256k") -> Iterator[Path]:
+def small_disk(path: Path, *, size: str = "512k") -> Iterator[Path]:
     path.mkdir()
     mount("-t", "tmpfs", "-o", f"size={size}", "tmpfs", path)
     try:
@@ -336,7 +348,7 @@ def write_step(run: run_dir.RunDir, step: int) -> None:
     run.log("train", step, {f"loss {number}": step + number / 7 for number in range(100)})
     if step % 3 == 0:
         run.write_predictions(
-            f"toy-{step}", [{"id": str(step), "text": "x\u2028é\ud800" * 500, "n": n} for n in range(3)]
+            f"toy-{step}", [{"id": str(step), "text": "x\u2028é\ud800" * 200, "n": n} for n in range(3)]
         )
 
 
@@ -391,7 +403,7 @@ def test_nothing_is_lost_or_doubled_when_the_disk_takes_nothing_for_a_while(disk
         tried.flush()
     assert files(run) == files(tmp_path / "plain")
     rows = (run / "predictions" / "toy-9.jsonl").read_text("utf-8").split("\n")
-    assert json.loads(rows[2]) == {"id": "9", "text": "x\u2028é\ud800" * 500, "n": 2}
+    assert json.loads(rows[2]) == {"id": "9", "text": "x\u2028é\ud800" * 200, "n": 2}
     assert scalars(run) == scalars(tmp_path / "plain")
     assert len(scalars(run)) == 1200
     messages = [record.getMessage() for record in caplog.records]
@@ -534,6 +546,15 @@ def test_metrics_are_cut_to_the_byte(tmp_path, contents, lines, finished, left, 
     kept = truncated(tmp_path, held, lines=lines, finished=finished)
     assert kept == (None if left is None else b"".join(contents[:left]))
     assert caplog.text == ""
+
+
+def test_a_line_cut_short_by_a_kill_is_gone_before_the_next_is_written(tmp_path):
+    (tmp_path / "config.gin").write_text(CONFIG)
+    (tmp_path / "metrics.jsonl").write_bytes(LINES[0] + LINES[1][:20])
+    with opened(tmp_path) as run:
+        assert run.lines == 1
+        run.log("train", 4, {})
+    assert (tmp_path / "metrics.jsonl").read_bytes() == LINES[0] + LINES[2]
 
 
 @pytest.mark.parametrize("contents", [LINES[:2], [*LINES[:2], LINES[2][:-1]], []])
