@@ -368,7 +368,9 @@ def scalars(path: Path) -> list[tuple[int, str, float]]:
 
     found = []
     for file in sorted((path / "tensorboard").iterdir()):
-        for event in event_file_loader.EventFileLoader(str(file)).Load():
+        events = list(event_file_loader.EventFileLoader(str(file)).Load())
+        assert [event.HasField("file_version") for event in events] == [True] + [False] * (len(events) - 1)
+        for event in events:
             found += [
                 (event.step, value.tag, float(tensor_util.make_ndarray(value.tensor))) for value in event.summary.value
             ]
@@ -396,6 +398,7 @@ def test_nothing_is_lost_or_doubled_when_the_disk_takes_nothing_for_a_while(disk
                 seen = files(run)
                 assert [line["step"] for line in run_dir.read_metrics(run)] == [1, 2, 3, 4]
                 assert seen["metrics.jsonl"].startswith(before["metrics.jsonl"])
+                assert not [name for name in seen if name.endswith(".tmp")]  # which would take the last room
             assert [line["step"] for line in tried.metrics()] == list(range(1, 10))
         assert "can be written again" not in caplog.text
         for step in range(10, 13):
@@ -470,6 +473,22 @@ def test_what_is_missing_at_the_end_is_named(disk):
     assert (run / "predictions" / "toy-2.jsonl").exists()
 
 
+def test_one_file_that_cannot_be_written_does_not_hold_up_the_others(tmp_path):
+    with opened(tmp_path) as run:
+        (tmp_path / "tensorboard").write_text("in the way")
+        (tmp_path / "predictions" / "toy-1.jsonl.tmp").mkdir(parents=True)
+        run.log("train", 1, {"loss": 1.0})
+        run.write_predictions("toy-1", [])
+        run.write_predictions("toy-2", [{"id": "2"}])
+        assert [line["step"] for line in run_dir.read_metrics(tmp_path)] == [1]
+        assert (tmp_path / "predictions" / "toy-2.jsonl").read_text() == '{"id": "2"}\n'
+        with pytest.raises(OSError, match="are not complete") as error:
+            run.flush()
+    named = [line.split(": ")[0].strip() for line in str(error.value).splitlines()[1:]]
+    events = tmp_path / "tensorboard" / "events.out.tfevents.0000000001"
+    assert named == [str(events), str(tmp_path / "predictions" / "toy-1.jsonl")]
+
+
 @pytest.mark.parametrize("outage", OUTAGES)
 def test_a_directory_that_cannot_be_written_to_is_refused_at_the_start(disk, outage):
     run = disk / "run"
@@ -487,6 +506,13 @@ def test_a_file_in_place_of_the_directory_is_refused(tmp_path):
         opened(tmp_path / "run").__enter__()
     with pytest.raises(OSError, match="cannot be written to: Not a directory"):
         opened(tmp_path / "run" / "deeper").__enter__()
+    (tmp_path / "other" / "metrics.jsonl").mkdir(parents=True)
+    (tmp_path / "other" / "config.gin").write_text(CONFIG)
+    with pytest.raises(OSError, match="Is a directory"):
+        opened(tmp_path / "other").__enter__()
+    (tmp_path / "other" / "metrics.jsonl").rmdir()
+    with opened(tmp_path / "other"):  # the lock was given back
+        pass
 
 
 def test_metrics_that_somebody_else_changes_are_continued_with_a_warning(tmp_path, caplog):
@@ -626,7 +652,8 @@ KEEP_CHECKPOINTS = 1
 KEEP_BEST = 1
 LOG_PERIOD = 50
 MODEL_DIR = '/here'
-RECORDS_DIR = '/here'
+RECORDS_DIR = \\
+    '/here'
 VOCABULARY = '/here'
 
 train.TrainConfig.seed = %SEED
