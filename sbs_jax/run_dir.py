@@ -119,7 +119,7 @@ class RunDir:
         if not hosts.is_first():
             return
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        self._outbox.replace(self.path / "predictions" / f"{name}.jsonl", text.encode("utf-8", "surrogatepass"))
+        self._outbox.replace(self.path / "predictions" / f"{name}.jsonl", text.encode("utf-8", "backslashreplace"))
         self._write()
 
     def flush(self) -> None:
