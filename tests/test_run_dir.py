@@ -142,7 +142,7 @@ def test_a_run_that_another_process_took_over_writes_nothing_more(tmp_path, come
             lambda: run.log("train", 3, {}),
             lambda: run.write_predictions("a", [{"id": "1"}]),
             lambda: run.begin({}, step=0, accept_changes=True),
-            lambda: run.truncate_metrics(lines=0, finished=False),
+            lambda: run.truncate_metrics(lines=0),
             run.check,
             run.flush,
         ):
@@ -242,7 +242,7 @@ try:
     with run_dir.RunDir(folder, config_text="SEED = 0\\n") as run:
         run.log("train", 1, {})
         print(run.lines, end=" ")
-        run.truncate_metrics(lines=5, finished=False)
+        run.truncate_metrics(lines=5)
         print("in", run.lines, flush=True)
         run.begin({"mesh": {}}, step=int(sys.argv[4]), accept_changes=False)
         hosts.leave()
@@ -535,13 +535,13 @@ LINES = [
 TEST = b'{"kind": "test", "step": 3, "accuracy": 1.0}\n'
 
 
-def truncated(path: Path, contents: bytes | None, *, lines: int, finished: bool) -> bytes | None:
+def truncated(path: Path, contents: bytes | None, *, lines: int) -> bytes | None:
     """What is left of a metrics file, which a resumed run has touched and continued."""
     file = path / "metrics.jsonl"
     if contents is not None:
         file.write_bytes(contents)
     with opened(path) as run:
-        run.truncate_metrics(lines=lines, finished=finished)
+        run.truncate_metrics(lines=lines)
         left = file.read_bytes() if file.exists() else None
         assert run.lines == len((left or b"").splitlines())
         run.log("train", 9, {})
@@ -550,26 +550,21 @@ def truncated(path: Path, contents: bytes | None, *, lines: int, finished: bool)
 
 
 @pytest.mark.parametrize(
-    ("contents", "lines", "finished", "left"),
+    ("contents", "lines", "left"),
     [
-        ([*LINES], 3, False, 3),
-        ([*LINES], 2, False, 2),  # CRLF and odd spacing stay as they are
-        ([*LINES], 0, False, 0),
-        ([*LINES, b'{"kind": "train", "st'], 3, False, 3),
-        ([*LINES, b"\0\0\0\n\xff"], 3, False, 3),
-        ([*LINES, TEST], 3, True, 4),
-        ([*LINES, TEST], 3, False, 3),
-        ([*LINES, TEST[:-1]], 3, True, 3),
-        ([*LINES, TEST, LINES[0]], 3, True, 4),
-        ([*LINES, LINES[0], TEST], 3, True, 3),
-        ([*LINES, b"garbage\n"], 3, True, 3),
-        (["missing"], 0, False, None),
+        ([*LINES], 3, 3),
+        ([*LINES], 2, 2),  # CRLF and odd spacing stay as they are
+        ([*LINES], 0, 0),
+        ([*LINES, b'{"kind": "train", "st'], 3, 3),
+        ([*LINES, b"\0\0\0\n\xff"], 3, 3),
+        ([*LINES, TEST], 3, 3),
+        (["missing"], 0, None),
     ],
 )
-def test_metrics_are_cut_to_the_byte(tmp_path, contents, lines, finished, left, caplog):
+def test_metrics_are_cut_to_the_byte(tmp_path, contents, lines, left, caplog):
     (tmp_path / "config.gin").write_text(CONFIG)
     held = None if contents == ["missing"] else b"".join(contents)
-    kept = truncated(tmp_path, held, lines=lines, finished=finished)
+    kept = truncated(tmp_path, held, lines=lines)
     assert kept == (None if left is None else b"".join(contents[:left]))
     assert caplog.text == ""
 
@@ -586,7 +581,7 @@ def test_a_line_cut_short_by_a_kill_is_gone_before_the_next_is_written(tmp_path)
 @pytest.mark.parametrize("contents", [LINES[:2], [*LINES[:2], LINES[2][:-1]], []])
 def test_lines_that_never_came_to_disk_are_reported(tmp_path, contents, caplog):
     (tmp_path / "config.gin").write_text(CONFIG)
-    kept = truncated(tmp_path, b"".join(contents), lines=3, finished=True)
+    kept = truncated(tmp_path, b"".join(contents), lines=3)
     assert kept == b"".join(contents[:2])
     last = "the last is of step 3" if contents else "there is none"
     assert f"has {len(contents[:2])} lines, and the checkpoint was saved after 3 ({last})" in caplog.text
@@ -598,12 +593,12 @@ def test_a_damaged_line_of_metrics_is_named(tmp_path, line):
     contents = LINES[0] + line + b"\n" + LINES[2]
     says = rf"{tmp_path / 'metrics.jsonl'} has a line that is not JSON of a run: line 2, .*Put the file back"
     with pytest.raises(ValueError, match=says):
-        truncated(tmp_path, contents, lines=3, finished=False)
+        truncated(tmp_path, contents, lines=3)
     assert (tmp_path / "metrics.jsonl").read_bytes() == contents
     with pytest.raises(ValueError, match=says):
         run_dir.read_metrics(tmp_path)
     (tmp_path / "metrics.jsonl").write_bytes(contents)
-    assert truncated(tmp_path, None, lines=1, finished=False) == LINES[0]
+    assert truncated(tmp_path, None, lines=1) == LINES[0]
 
 
 def test_scores_are_the_primary_metric_of_validations(tmp_path):
@@ -943,7 +938,7 @@ def test_clocks_that_went_back_and_files_of_tomorrow_change_nothing(terms, tmp_p
         os.utime(path, (time.time() + 86400, time.time() + 86400))
     with opened(run, TEXT) as begun:
         begun.begin(terms().contents, step=6, accept_changes=False)
-        begun.truncate_metrics(lines=2, finished=False)
+        begun.truncate_metrics(lines=2)
         begun.log("train", 3, {"again": 1.0})
     assert [start["step"] for start in run_dir.read_manifest(run)["starts"]] == [0, 3, 6, 6]
     assert [len(line) for line in run_dir.read_metrics(run)] == [2, 2, 3]
