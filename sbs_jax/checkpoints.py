@@ -38,6 +38,7 @@ PARAMETERS, OPTIMIZER, METADATA = "parameters", "optimizer", "metadata"
 DAMAGED = "damaged"  # folder of a run for checkpoints that cannot be used
 _WRITING, _REMOVING = ".writing", ".removing"  # a step's directory on its way in and out
 _LEFT_OVER = re.compile(r"\d+(\.\d+\.writing|\.removing|\.orbax-checkpoint-tmp.*)")
+_WORTH_COLLECTING = 32_000_000  # bytes of a failed save; collecting garbage takes half a second
 _RETRY = 2.0  # seconds between attempts of `finish`
 _SEEN_WITHIN = 60.0  # seconds in which a network file system shows a file to another host
 
@@ -304,6 +305,7 @@ class _Save:
         self.step = step
         self._handler = handler
         self._metadata = metadata
+        self._size = _size(arrays)
         self._temporary, self._final = place, place.parent / str(step)
         self._error: BaseException | None = None
         self._own_part, self._told = threading.Event(), threading.Event()
@@ -338,7 +340,8 @@ class _Save:
         if self._error is not None:
             if hosts.is_first():
                 _remove(self._temporary)  # of several processes, none writes there any more
-            _after_failed_write()
+            if self._size > _WORTH_COLLECTING:
+                gc.collect()
         return hosts.from_first(lambda: None if self._error is None else checksums.reason(self._error))
 
     def _write(self) -> None:
@@ -364,7 +367,8 @@ class _Save:
             return
         if not hosts.waited_for():
             _remove(self._temporary)
-        self._failed(checksums.reason(self._error))
+        if isinstance(self._error, OSError):
+            self._failed(checksums.reason(self._error))
 
     def _complete(self) -> None:
         self._hear_from_others()
@@ -476,12 +480,7 @@ def _newest_text(step: int | None) -> str:
 # ------------------------------------------------------------------------------------ Orbax after a failed write
 #
 # Where one array cannot be written, Orbax closes its event loop under the writes of the others. They hold their arrays
-# until they are collected as garbage, and all that they say is a repetition of the error that reaches us anyway.
-
-
-def _after_failed_write() -> None:
-    """Frees what abandoned writes hold; each failed save would hold as much as the state."""
-    gc.collect()
+# until they are collected as garbage (`_Save.wait`), and all that they say repeats the error that reaches us anyway.
 
 
 def _of_abandoned_writes(text: str) -> bool:
