@@ -323,13 +323,13 @@ class _Save:
         """On process 0 `then` is called when the checkpoint is on disk, `failed` with the reason when it cannot be."""
         self._then, self._failed = then, failed
         self._began = time.monotonic()
-        self._thread = threading.Thread(target=self._write, name=f"checkpoint of step {self.step}")
+        self._thread = threading.Thread(target=self._write, name=f"checkpoint of step {self.step}", daemon=True)
         self._thread.start()
 
     def wait(self) -> str | None:
         """Why it is not on disk, None if it is; the same on every process."""
         self._own_part.wait()
-        failures = hosts.from_all(None if self._error is None else str(self._error))
+        failures = hosts.from_all(None if self._error is None else checksums.reason(self._error))
         for index, failure in enumerate(failures):
             if failure is not None and self._error is None:
                 self._error = OSError(f"process {index}: {failure}")
@@ -484,9 +484,8 @@ def _newest_text(step: int | None) -> str:
 
 
 def _of_abandoned_writes(text: str) -> bool:
-    return "orbax" in text and any(
-        end in text for end in ("_SignalingThread.run() raised", "never retrieved", "pending")
-    )
+    theirs = "orbax" in text or "ocdbt" in text
+    return theirs and any(part in text for part in ("_SignalingThread.run() raised", "never retrieved", "pending"))
 
 
 class _Abandoned(logging.Filter):

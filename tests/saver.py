@@ -1,6 +1,13 @@
-"""A process that saves checkpoints until it is killed, once for each line of its input; and what it saves."""
+"""What tests save, and processes that save it.
 
+saver.py RUN                     until it is killed, once for each line of its input
+saver.py RUN COORDINATOR INDEX   one of two, on a disk that gets full; ends with the steps that it sees
+"""
+
+import logging
 import os
+import resource
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -10,6 +17,7 @@ import jax
 import numpy as np
 import optax
 
+from sbs_jax import checkpoints, hosts
 from sbs_jax.checkpoints import Checkpoints, Retention
 
 NEWEST_TWO = Retention(newest=2, best=0, period=None)
@@ -26,7 +34,8 @@ def arrays(step: int, *, rows: int = 64) -> dict[str, Any]:
         "encoder/w": jax.make_array_from_callback(values.shape, split, values.__getitem__),
         "scale": jax.make_array_from_callback((8,), whole, np.full((8,), step, np.float32).__getitem__),
     }
-    optimizer = jax.jit(_ADAM.init)(parameters)
+    placed = jax.tree.map(lambda x: split if x.ndim == 2 else whole, jax.eval_shape(_ADAM.init, parameters))
+    optimizer = jax.jit(_ADAM.init, out_shardings=placed)(parameters)
     return {"parameters": parameters, "optimizer": optimizer, "metadata": {"step": step, "lines": 3 * step}}
 
 
@@ -59,9 +68,65 @@ def _save(path: Path) -> None:
             time.sleep(0.01)
 
 
+def fill(disk: Path, *, leaving: int) -> Path:
+    """A file that takes all but so many bytes."""
+    path = disk / "somebody else's"
+    path.unlink(missing_ok=True)
+    free = shutil.disk_usage(disk).free
+    with path.open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, free - leaving)
+    return path
+
+
+def _fails(saver: Checkpoints, step: int) -> None:
+    saver.save(step, **arrays(step))
+    saver.wait()
+    assert checkpoints.steps(saver.directory.parent) == [1]
+    try:
+        saver.finish(step, **arrays(step), patience=0.0)
+    except OSError as error:
+        print(f"step {step}: {error}", file=sys.stderr)
+    else:
+        raise AssertionError(f"step {step} was written")
+
+
+def _save_together(path: Path) -> None:
+    needed = sum(x.nbytes for name in ("parameters", "optimizer") for x in jax.tree.leaves(arrays(0)[name]))
+    with Checkpoints(path, retention=NEWEST_TWO, scores={}) as saver:
+        assert saver.newest_good() is None
+        saver.save(1, **arrays(1))
+        saver.wait()
+        assert_restores(saver, 1)
+        for step, leaving in ((2, needed // 2), (3, needed + 8192)):  # full before, and while it is written
+            hosts.from_first(lambda leaving=leaving: str(fill(path.parent, leaving=leaving)))
+            _fails(saver, step)
+        hosts.from_first((path.parent / "somebody else's").unlink)
+        # Process 1 alone may write no more than a few bytes.
+        limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+        if not hosts.is_first():
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limit[1]))
+        _fails(saver, 4)
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        saver.save(5, **arrays(5))
+        saver.save(6, **arrays(6))
+        saver.wait()
+        assert_restores(saver, 6)
+        hosts.from_first(lambda: os.truncate(saver.directory / "6" / "optimizer" / "_METADATA", 7))
+        assert saver.newest_good() == 5
+        assert_restores(saver, 5)
+    print(checkpoints.steps(path), flush=True)
+    hosts.leave()
+
+
 if __name__ == "__main__":
     jax.config.update("jax_num_cpu_devices", 2)
-    for _ in sys.stdin:
-        if os.fork() == 0:  # before JAX starts threads
-            _save(Path(sys.argv[1]))
-        os.wait()
+    if len(sys.argv) == 2:
+        for _ in sys.stdin:
+            if os.fork() == 0:  # before JAX starts threads
+                _save(Path(sys.argv[1]))
+            os.wait()
+    else:
+        logging.basicConfig(level=logging.WARNING)
+        place = hosts.Place(coordinator=sys.argv[2], count=2, index=int(sys.argv[3]))
+        hosts.join(place, timeout=60.0, detected=False)
+        _save_together(Path(sys.argv[1]))

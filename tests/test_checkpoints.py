@@ -7,6 +7,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -19,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import toy
-from saver import NEWEST_TWO, arrays, assert_restores, like
+from saver import NEWEST_TWO, arrays, assert_restores, fill, like
 
 from sbs_jax import checkpoints, checksums, t5
 from sbs_jax.checkpoints import Checkpoints, Retention
@@ -399,15 +400,6 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[..., Path]]:
         subprocess.run(["umount", "-l", place], check=True)
 
 
-def fill(disk: Path, *, leaving: int) -> Path:
-    """A file that takes all but so many bytes."""
-    path = disk / "somebody else's"
-    free = shutil.disk_usage(disk).free
-    with path.open("wb") as file:
-        os.posix_fallocate(file.fileno(), 0, free - leaving)
-    return path
-
-
 def descriptors() -> int:
     return len(list(Path("/proc/self/fd").iterdir()))
 
@@ -437,7 +429,7 @@ def test_training_goes_on_when_the_disk_is_full(small_disk, caplog, leaving):
         said = (
             r"The checkpoint of step (\d+) could not be written: No space left on device.*The newest good one is step 1"
         )
-        assert [int(re.match(said, text)[1]) for text in warnings] == list(range(2, 22))
+        assert [re.findall(said, text) for text in warnings] == [[str(step)] for step in range(2, 22)]
         assert names(run) == {"1"}
         assert shutil.disk_usage(disk).free == free
         other.unlink()
@@ -543,11 +535,39 @@ def test_training_goes_on_when_the_disk_becomes_read_only(small_disk, caplog):
 
 def test_errors_that_are_not_the_storage_s_are_raised(tmp_path):
     with opened(tmp_path) as saver:
-        saver.save(1, **arrays(1) | {"metadata": {"model": object()}})
+        saver.save(1, **{**arrays(1), "metadata": {"model": object()}})
         with pytest.raises(TypeError, match="JSON"):
             saver.wait()
         saver.save(3, **arrays(3))
     assert names(tmp_path) == {"3"}
+
+
+@pytest.mark.slow
+def test_two_processes_fail_together_and_go_on(small_disk, tmp_path):
+    """Also where it is one of them alone that cannot write."""
+    disk = small_disk("size=4m")
+    with socket.create_server(("", 0)) as listener:
+        port = listener.getsockname()[1]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONFAULTHANDLER": "1"}
+    command = [sys.executable, str(ROOT / "tests" / "saver.py"), str(disk / "run"), f"localhost:{port}"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment}
+    processes = [subprocess.Popen([*command, str(index)], **pipes) for index in (0, 1)]
+    try:
+        said = [process.communicate(timeout=60) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], said
+    assert [out for out, _ in said] == ["[5]\n"] * 2
+    for _, complained in said:
+        for step, reason in {2: "No space left", 3: "No space left", 4: "process 1: File too large"}.items():
+            assert re.search(rf"^step {step}: The checkpoint of step {step} is missing: .*{reason}", complained, re.M)
+    first, second = (complained for _, complained in said)
+    assert first.count("could not be written") == 6
+    assert second.count("could not be written") == 0
+    for noise in ("Traceback", "Event loop", "Exception ignored"):
+        assert noise not in first + second
+    assert {path.name for path in (disk / "run" / "checkpoints").iterdir()} == {"5"}
 
 
 # ------------------------------------------------------------------------------------ kills
@@ -561,16 +581,17 @@ def saving(run: Path) -> Iterator[Callable[[], int]]:
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
     ) as process:
-        assert process.stdin is not None
-        assert process.stdout is not None
+        asked, answers = process.stdin, process.stdout
+        assert asked is not None
+        assert answers is not None
 
         def start() -> int:
-            process.stdin.write("go\n")
-            process.stdin.flush()
-            return int(process.stdout.readline())
+            asked.write("go\n")
+            asked.flush()
+            return int(answers.readline())
 
         yield start
-        process.stdin.close()
+        asked.close()
 
 
 @pytest.mark.slow
