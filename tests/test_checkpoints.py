@@ -425,6 +425,7 @@ def test_training_goes_on_when_the_disk_is_full(small_disk, caplog, leaving):
                 held = descriptors(), threading.active_count()
         saver.wait()
         assert (descriptors(), threading.active_count()) == held
+        assert ("MB needed" in caplog.text) == (leaving < NEEDED)
         warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
         said = (
             r"The checkpoint of step (\d+) could not be written: No space left on device.*The newest good one is step 1"
@@ -552,11 +553,10 @@ def test_two_processes_fail_together_and_go_on(small_disk, tmp_path):
     command = [sys.executable, str(ROOT / "tests" / "saver.py"), str(disk / "run"), f"localhost:{port}"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment}
     processes = [subprocess.Popen([*command, str(index)], **pipes) for index in (0, 1)]
-    try:
-        said = [process.communicate(timeout=60) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
+    late = threading.Timer(120, lambda: [process.send_signal(signal.SIGABRT) for process in processes])  # shows stacks
+    late.start()
+    said = [process.communicate() for process in processes]
+    late.cancel()
     assert [process.returncode for process in processes] == [0, 0], said
     assert [out for out, _ in said] == ["[5]\n"] * 2
     for _, complained in said:
