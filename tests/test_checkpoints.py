@@ -553,11 +553,11 @@ def test_two_processes_fail_together_and_go_on(small_disk, tmp_path):
     command = [sys.executable, str(ROOT / "tests" / "saver.py"), str(disk / "run"), f"localhost:{port}"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment}
     processes = [subprocess.Popen([*command, str(index)], **pipes) for index in (0, 1)]
-    late = threading.Timer(120, lambda: [process.send_signal(signal.SIGABRT) for process in processes])  # shows stacks
+    late = threading.Timer(60, lambda: [process.send_signal(signal.SIGABRT) for process in processes])  # shows stacks
     late.start()
     said = [process.communicate() for process in processes]
     late.cancel()
-    assert [process.returncode for process in processes] == [0, 0], said
+    assert [process.returncode for process in processes] == [0, 0], "\n\n".join(text for _, text in said)
     assert [out for out, _ in said] == ["[5]\n"] * 2
     for _, complained in said:
         for step, reason in {2: "No space left", 3: "No space left", 4: "process 1: File too large"}.items():
