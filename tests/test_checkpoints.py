@@ -361,7 +361,7 @@ def test_retention_follows_the_scores_as_they_come(tmp_path):
     assert seen == [[1], [2], [2, 3], [2, 4], [2, 4, 5], [4, 6], [4, 6, 7]]
     assert names(tmp_path) == {"4", "6", "7"}
     # As the readers of a run find it.
-    (tmp_path / "manifest.json").write_text(json.dumps({"run": {"primary_metric": "accuracy"}}))
+    (tmp_path / "manifest.json").write_text(json.dumps({"data": {}, "run": {"primary_metric": "accuracy"}}))
     lines = [{"kind": "validation", "step": step, "accuracy": score} for step, score in scores.items()]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert checkpoints.locate(tmp_path) == (tmp_path, 6)
@@ -371,7 +371,7 @@ def test_retention_follows_the_scores_as_they_come(tmp_path):
 
 def test_the_best_is_the_earliest_of_equals_and_the_newest_where_nothing_was_evaluated(run):
     assert checkpoints.best_step(run) == 2
-    (run / "manifest.json").write_text(json.dumps({"run": {"primary_metric": "accuracy"}}))
+    (run / "manifest.json").write_text(json.dumps({"data": {}, "run": {"primary_metric": "accuracy"}}))
     assert checkpoints.best_step(run) == 2
     lines = [{"kind": "validation", "step": step, "accuracy": 0.5} for step in (1, 2)]
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
