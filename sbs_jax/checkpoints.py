@@ -6,21 +6,14 @@ of their own so that predicting reads nothing else. `checksums.json` beside them
 directory has its name only when all of this is on disk: before it is `<step>.<n>.writing`.
 """
 
-import asyncio
-import concurrent.futures
 import dataclasses
 import errno
-import gc
-import json
 import logging
 import math
 import os
 import re
-import shutil
-import sys
-import threading
 import time
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,17 +22,16 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from sbs_jax import checksums, hosts, run_dir, t5
+from sbs_jax import checksums, hosts, run_dir, saving, t5
 from sbs_jax.convert import hugging_face, names, t5x
 
 log = logging.getLogger(__name__)
 
-PARAMETERS, OPTIMIZER, METADATA = "parameters", "optimizer", "metadata"
+PARAMETERS, OPTIMIZER, METADATA = saving.PARAMETERS, saving.OPTIMIZER, saving.METADATA
 DAMAGED = "damaged"  # folder of a run for checkpoints that cannot be used
-_WRITING, _REMOVING = ".writing", ".removing"  # a step's directory on its way in and out
+_REMOVING = ".removing"  # end of a step's name on its way out
 _LEFT_OVER = re.compile(r"\d+(\.\d+\.writing|\.removing|\.orbax-checkpoint-tmp.*)")
 _RETRY = 2.0  # seconds between attempts of `finish`
-_SEEN_WITHIN = 60.0  # seconds in which a network file system shows a file to another host
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,8 +85,8 @@ class Checkpoints:
         self.directory = self._run_dir / "checkpoints"
         self._retention = retention
         self._scores = scores
-        self._handler = _array_handler()
-        self._under_way: _Save | None = None
+        self._handler = saving.array_handler()
+        self._under_way: saving.Save | None = None
         self._attempts = 0
         self._good: set[int] = set()  # steps that this process has read as a whole, or has written
         self._missing: str | None = None  # why the save that was tried last is not on disk
@@ -122,14 +114,14 @@ class Checkpoints:
         """
         self.wait(because=f"Step {step}")
         arrays = {PARAMETERS: parameters, OPTIMIZER: optimizer}
-        answer = hosts.from_first(lambda: self._make_place(step, needed=_size(arrays)))
+        answer = hosts.from_first(lambda: self._make_place(step, needed=saving.size(arrays)))
         self._missing = answer["refused"]
         if answer["refused"] is not None:
             self._warn(step, answer["refused"])
         elif not answer["exists"]:
             scores = dict(self._scores)
             place = Path(answer["place"])
-            save = _Save(step, place, handler=self._handler, arrays=arrays, metadata=dict(metadata))
+            save = saving.Save(step, place, handler=self._handler, arrays=arrays, metadata=dict(metadata))
             save.start(lambda: self._remove_others(step, scores), lambda reason: self._warn(step, reason))
             self._under_way = save
 
@@ -152,22 +144,21 @@ class Checkpoints:
             if hosts.from_first(lambda: time.monotonic() + _RETRY > deadline):
                 break
             time.sleep(_RETRY)
-        needed = _size({PARAMETERS: parameters, OPTIMIZER: optimizer})
-        free = hosts.from_first(lambda: _free(self.directory))
+        needed = saving.megabytes(saving.size({PARAMETERS: parameters, OPTIMIZER: optimizer}))
+        free = hosts.from_first(lambda: saving.free(self.directory))
         newest = hosts.from_first(self._newest)
-        resumes = "anew" if newest is None else f"at step {newest}"
         raise OSError(
             f"The checkpoint of step {step} is missing: {self.directory} did not take it in {patience:g} s "
-            f"({self._missing}). It needs {_megabytes(needed)}; "
-            f"{'an unknown amount' if free is None else _megabytes(free)} is free there. {_newest_text(newest)} Free "
-            f"space there, or make it writable, and repeat the command: the run resumes {resumes}."
+            f"({self._missing}). It needs {needed}; {'?' if free is None else saving.megabytes(free)} is free there. "
+            f"{_newest_text(newest)} Free space there, or make it writable, and repeat the command: the run resumes "
+            f"{'anew' if newest is None else f'at step {newest}'}."
         )
 
     def restore(self, step: int, *, parameters: Any, optimizer: Any) -> Restored:
         """Arrays of a step, on the shardings of the given abstract trees. ValueError where it is damaged."""
         if step not in self._good:
             _refuse_damaged(self._run_dir, step, items=(PARAMETERS, OPTIMIZER, METADATA))
-        return _all(self._handler, self.directory / str(step), parameters=parameters, optimizer=optimizer)
+        return _restored(self._handler, self.directory / str(step), parameters=parameters, optimizer=optimizer)
 
     def wait(self, *, because: str | None = None) -> None:
         """Until the save under way is on disk, or has failed (which a warning has told then)."""
@@ -197,7 +188,7 @@ class Checkpoints:
         self.directory.mkdir(parents=True, exist_ok=True)
         for path in self.directory.iterdir():
             if _LEFT_OVER.fullmatch(path.name):
-                _remove(path)
+                saving.remove(path)
 
     def _find_newest_good(self) -> dict[str, Any]:
         damaged: dict[int, str] = {}
@@ -237,13 +228,14 @@ class Checkpoints:
             if os.path.lexists(final):
                 self._set_aside(step, checksums.problem(final) or "it is in the way of a new one")
             self._tidy()
-            free = _free(self.directory)
+            free = saving.free(self.directory)
             if free is not None and free < needed:
                 # Half a checkpoint would take the last space from the metrics.
-                raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {_megabytes(free)} of {_megabytes(needed)}")
+                lacking = f"{saving.megabytes(needed)} needed, {saving.megabytes(free)} free"
+                raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {lacking}")
             # A name of its own for each attempt: TensorStore may not have ended all writes of one that failed.
             self._attempts += 1
-            temporary = self.directory / f"{step}.{self._attempts}{_WRITING}"
+            temporary = self.directory / f"{step}.{self._attempts}{saving.WRITING}"
             (temporary / METADATA).mkdir(parents=True)
             for item in (PARAMETERS, OPTIMIZER):
                 # The other processes' Orbax would wait long for this folder if ours failed before it made it.
@@ -265,9 +257,9 @@ class Checkpoints:
             for old in sorted(set(existing) - self._retention.kept(existing, scores=scores) - {step}):
                 # Under another name first: nobody shall see half of a checkpoint.
                 going = self.directory / f"{old}{_REMOVING}"
-                _remove(going)
+                saving.remove(going)
                 (self.directory / str(old)).rename(going)
-                _remove(going)
+                saving.remove(going)
         except OSError as error:
             log.warning("A checkpoint that is not kept could not be removed: %s.", checksums.reason(error))
 
@@ -284,233 +276,8 @@ class Checkpoints:
         return max(self._good, default=None) or max(steps(self._run_dir), default=None)
 
 
-class _Save:
-    """One save: arrays on the host, threads that write them, and what comes last.
-
-    Orbax's handlers write arrays; its checkpointers, which put directories in place, are not used: where one process
-    fails, theirs leave the others in a barrier for ten minutes. Here every process leaves word in the directory when
-    its part is written, and process 0 finishes; it is told of the others' failures when all wait for the save.
-    """
-
-    def __init__(
-        self, step: int, place: Path, *, handler: ocp.PyTreeCheckpointHandler, arrays: Any, metadata: dict[str, Any]
-    ) -> None:
-        self.step = step
-        self._handler = handler
-        self._metadata = metadata
-        self._temporary, self._final = place, place.parent / str(step)
-        self._error: BaseException | None = None
-        self._own_part, self._told = threading.Event(), threading.Event()
-        self._futures: list[Any] = []
-        try:
-            for item, tree in arrays.items():
-                copied = handler.async_save(epath.Path(self._temporary / item), args=ocp.args.PyTreeSave(tree))
-                self._futures += _run(copied) or []
-        except Exception as error:
-            self._error = _storage_error(error)
-            if self._error is None:
-                raise
-
-    def start(self, then: Callable[[], None], failed: Callable[[str], None]) -> None:
-        """On process 0 `then` is called when the checkpoint is on disk, `failed` with the reason when it cannot be."""
-        self._then, self._failed = then, failed
-        self._began = time.monotonic()
-        self._thread = threading.Thread(target=self._write, name=f"checkpoint of step {self.step}")
-        self._thread.start()
-
-    def wait(self) -> str | None:
-        """Why it is not on disk, None if it is; the same on every process."""
-        self._own_part.wait()
-        failures = hosts.from_all(None if self._error is None else str(self._error))
-        for index, failure in enumerate(failures):
-            if failure is not None and self._error is None:
-                self._error = OSError(f"process {index}: {failure}")
-        self._told.set()
-        self._thread.join()
-        if self._error is not None and not isinstance(self._error, OSError):
-            raise self._error
-        if self._error is not None:
-            if hosts.is_first():
-                _remove(self._temporary)  # of several processes, none writes there any more
-            _after_failed_write()
-        return hosts.from_first(lambda: None if self._error is None else checksums.reason(self._error))
-
-    def _write(self) -> None:
-        for future in self._futures:  # all of them: nothing may be writing when the directory is removed
-            try:
-                future.result()
-            except Exception as error:
-                self._error = self._error or _storage_error(error) or error
-        self._futures = []
-        try:
-            if not hosts.is_first():
-                self._leave_word()
-                return
-            self._own_part.set()
-            if self._error is None:
-                self._complete()
-        except Exception as error:
-            self._error = self._error or _storage_error(error) or error
-        finally:
-            self._own_part.set()
-        if self._error is None:
-            self._then()
-            return
-        if not hosts.waited_for():
-            _remove(self._temporary)
-        self._failed(checksums.reason(self._error))
-
-    def _complete(self) -> None:
-        self._hear_from_others()
-        for item in (PARAMETERS, OPTIMIZER):
-            if (self._temporary / item).is_dir():
-                self._handler.finalize(epath.Path(self._temporary / item))
-        written = time.monotonic()
-        size = _complete(self._temporary, metadata=self._metadata)
-        self._temporary.rename(self._final)
-        checksums.sync_directory(self._final.parent)
-        now = time.monotonic()
-        log.info(
-            "Checkpoint of step %d: %s on disk after %.2f s, %.2f s of them for checksums.",
-            *(self.step, _megabytes(size), now - self._began, now - written),
-        )
-
-    def _leave_word(self) -> None:
-        text = "" if self._error is None else checksums.reason(self._error)
-        (self._temporary / f"{jax.process_index()}.written").write_text(text, "utf-8")
-
-    def _hear_from_others(self) -> None:
-        words = [self._temporary / f"{index}.written" for index in range(1, jax.process_count())]
-        deadline = None
-        while not all(word.exists() for word in words):
-            if self._error is not None:
-                raise self._error
-            if self._told.is_set() and deadline is None:
-                deadline = time.monotonic() + _SEEN_WITHIN
-            if deadline is not None and time.monotonic() > deadline:
-                raise OSError(f"what the other processes wrote to {self._temporary} is not to be seen here")
-            time.sleep(0.05)
-        for index, word in enumerate(words, start=1):
-            if text := word.read_text("utf-8"):
-                raise OSError(f"process {index}: {text}")
-            word.unlink()
-
-
-def _array_handler() -> ocp.PyTreeCheckpointHandler:
-    # Trained float32 compresses by 8 %, for four times the work.
-    return ocp.PyTreeCheckpointHandler(use_compression=False)
-
-
-def _all(handler: ocp.PyTreeCheckpointHandler, directory: Path, *, parameters: Any, optimizer: Any) -> Restored:
-    return Restored(
-        step=int(directory.name),
-        parameters=_restored(handler, directory / PARAMETERS, like=parameters),
-        optimizer=_restored(handler, directory / OPTIMIZER, like=optimizer),
-        metadata=_metadata(directory),
-    )
-
-
-def _restored(handler: ocp.PyTreeCheckpointHandler, directory: Path, *, like: Any) -> Any:
-    arguments = ocp.checkpoint_utils.construct_restore_args(like)
-    return handler.restore(epath.Path(directory), args=ocp.args.PyTreeRestore(like, restore_args=arguments))
-
-
-def _complete(directory: Path, *, metadata: Mapping[str, Any]) -> int:
-    """Adds metadata and checksums to a step whose arrays are written; returns its bytes."""
-    (directory / METADATA / "metadata").write_text(json.dumps(metadata), "utf-8")
-    return checksums.write(directory)
-
-
-def _run(coroutine: Coroutine[Any, Any, Any]) -> Any:
-    """What a coroutine returns; in a thread of its own, since a notebook has a loop running in this one.
-
-    Not `asyncio.run`: what it does at the end looks at the tasks of other threads' loops, of which Orbax has some.
-    """
-
-    def run() -> Any:
-        loop = asyncio.new_event_loop()
-        try:
-            return loop.run_until_complete(coroutine)
-        finally:
-            loop.close()
-
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        return pool.submit(run).result()
-
-
-def _storage_error(error: BaseException) -> OSError | None:
-    """The error if it is one of the storage; TensorStore has them as ValueError: 'RESOURCE_EXHAUSTED: ..'."""
-    if isinstance(error, OSError):
-        # Anew, since a stack trace would hold the arrays.
-        return OSError(error.errno, error.strerror, error.filename) if error.strerror else OSError(str(error))
-    text = str(error)
-    if code := re.search(r"os_error_code='(\d+)'", text):
-        path = re.search(r'"(/[^"]*)"', text)
-        return OSError(int(code[1]), os.strerror(int(code[1])), path[1] if path else None)
-    return OSError(text) if isinstance(error, ValueError) and re.match(r"[A-Z_]{5,}: ", text) else None
-
-
-def _remove(path: Path) -> None:
-    """Removes a directory as far as that is possible."""
-    shutil.rmtree(path, ignore_errors=True)
-
-
-def _size(tree: Any) -> int:
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
-
-
-def _free(path: Path) -> int | None:
-    """Bytes free at a path; None where its file system does not know, as that of a mounted bucket."""
-    try:
-        usage = shutil.disk_usage(path)
-    except OSError:
-        return None
-    return usage.free if usage.total else None
-
-
-def _megabytes(count: int) -> str:
-    return f"{count / 1e6:,.1f} MB"
-
-
 def _newest_text(step: int | None) -> str:
     return "There is no checkpoint yet." if step is None else f"The newest good one is step {step}."
-
-
-# ------------------------------------------------------------------------------------ Orbax after a failed write
-#
-# Where one array cannot be written, Orbax closes its event loop under the writes of the others. They hold their arrays
-# until they are collected as garbage, and all that they say is a repetition of the error that reaches us anyway.
-
-
-def _after_failed_write() -> None:
-    """Frees what abandoned writes hold; each failed save would hold as much as the state."""
-    gc.collect()
-
-
-def _of_abandoned_writes(text: str) -> bool:
-    return "orbax" in text and any(
-        end in text for end in ("_SignalingThread.run() raised", "never retrieved", "pending")
-    )
-
-
-class _Abandoned(logging.Filter):
-    def filter(self, record: logging.LogRecord) -> bool:
-        return record.levelno < logging.ERROR or not _of_abandoned_writes(logging.Formatter().format(record))
-
-
-def _quiet_hook(otherwise: Callable[[Any], Any]) -> Callable[[Any], None]:
-    def hook(ignored: Any) -> None:
-        code = getattr(ignored.object, "cr_code", None)
-        closed = isinstance(ignored.exc_value, RuntimeError) and str(ignored.exc_value) == "Event loop is closed"
-        if not closed and "orbax" not in getattr(code, "co_filename", ""):
-            otherwise(ignored)
-
-    return hook
-
-
-for _name in ("absl", "asyncio"):
-    logging.getLogger(_name).addFilter(_Abandoned())
-sys.unraisablehook = _quiet_hook(sys.unraisablehook)
 
 
 # ------------------------------------------------------------------------------------ reading a run
@@ -536,21 +303,26 @@ def restore(run_dir: str | Path, step: int, *, parameters: Any, optimizer: Any) 
     """As `Checkpoints.restore`, of a run that another process may be writing."""
     run_dir = Path(run_dir).absolute()
     _refuse_damaged(run_dir, step, items=(PARAMETERS, OPTIMIZER, METADATA))
-    handler = _array_handler()
+    handler = saving.array_handler()
     try:
-        return _all(handler, run_dir / "checkpoints" / str(step), parameters=parameters, optimizer=optimizer)
+        return _restored(handler, run_dir / "checkpoints" / str(step), parameters=parameters, optimizer=optimizer)
     finally:
         handler.close()
 
 
-def _metadata(directory: Path) -> dict[str, Any]:
-    return json.loads((directory / METADATA / "metadata").read_text("utf-8"))
+def _restored(handler: ocp.PyTreeCheckpointHandler, directory: Path, *, parameters: Any, optimizer: Any) -> Restored:
+    return Restored(
+        step=int(directory.name),
+        parameters=saving.restore(handler, directory / PARAMETERS, like=parameters),
+        optimizer=saving.restore(handler, directory / OPTIMIZER, like=optimizer),
+        metadata=saving.read_json(directory),
+    )
 
 
 def read_metadata(run_dir: str | Path, step: int) -> dict[str, Any]:
     """Metadata of a step, without its arrays. ValueError where it is damaged."""
     _refuse_damaged(Path(run_dir), step, items=[METADATA])
-    return _metadata(Path(run_dir) / "checkpoints" / str(step))
+    return saving.read_json(Path(run_dir) / "checkpoints" / str(step))
 
 
 def steps(run_dir: str | Path) -> list[int]:
@@ -660,11 +432,11 @@ def load_parameters(path: str | Path, *, like: Mapping[str, jax.ShapeDtypeStruct
         return {name: arrays[name].onto(leaf) for name, leaf in like.items()}
     directory, step = locate(path)
     _refuse_damaged(directory, step, items=(PARAMETERS, METADATA))
-    place, handler = directory / "checkpoints" / str(step) / PARAMETERS, _array_handler()
+    place, handler = directory / "checkpoints" / str(step) / PARAMETERS, saving.array_handler()
     try:
         tree = handler.metadata(epath.Path(place)).tree
         names.check(path, {name: tuple(leaf.shape) for name, leaf in tree.items()}, wanted, kind=kind)
-        return _restored(handler, place, like=dict(like))
+        return saving.restore(handler, place, like=dict(like))
     except (OSError, ValueError):
         if not place.is_dir():  # the run went on
             _refuse_damaged(directory, step, items=(PARAMETERS, METADATA))
@@ -673,12 +445,12 @@ def load_parameters(path: str | Path, *, like: Mapping[str, jax.ShapeDtypeStruct
 
 def save_parameters(path: str | Path, parameters: t5.Parameters, *, config: t5.T5Config, step: int) -> None:
     """Writes `<path>/checkpoints/<step>` with parameters and architecture, and no optimiser: weights to start from."""
-    folder, handler = Path(path).absolute() / "checkpoints", _array_handler()
-    temporary = folder / f"{step}.1{_WRITING}"
+    folder, handler = Path(path).absolute() / "checkpoints", saving.array_handler()
+    temporary = folder / f"{step}.1{saving.WRITING}"
     (temporary / METADATA).mkdir(parents=True)
     handler.save(epath.Path(temporary / PARAMETERS), args=ocp.args.PyTreeSave(parameters))
     handler.finalize(epath.Path(temporary / PARAMETERS))
-    _complete(temporary, metadata={"step": step, "model": dataclasses.asdict(config)})
+    saving.complete(temporary, metadata={"step": step, "model": dataclasses.asdict(config)})
     temporary.rename(folder / str(step))
 
 

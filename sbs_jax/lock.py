@@ -5,6 +5,7 @@ who holds it. Some network file systems do not exclude another host by flock, an
 last one to come owns the file, and the token in it tells the earlier one so before its next write (`check`).
 """
 
+import contextlib
 import dataclasses
 import datetime
 import errno
@@ -20,6 +21,7 @@ from pathlib import Path
 log = logging.getLogger(__name__)
 
 _NO_FLOCK = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
+_TRIES = 10  # after which a file system that numbers its files anew each time is believed
 _WRITTEN_WITHIN = 0.2  # seconds between a holder's flock and its name in the file
 
 
@@ -59,24 +61,22 @@ class Lock:
 
     def take(self) -> None:
         """HeldError, which says by whom, where another process has it; OSError where the file cannot be written."""
-        while True:
+        for tries_left in reversed(range(_TRIES)):
             descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
             try:
                 self._flock(descriptor)
-                if not self._is_at_path(descriptor):  # somebody removed it between the two calls
+                if tries_left and not self._is_at_path(descriptor):  # somebody removed it between the two calls
                     os.close(descriptor)
                     continue
                 before = os.pread(descriptor, 4096, 0)
-                os.ftruncate(descriptor, 0)
-                os.pwrite(descriptor, (json.dumps(dataclasses.asdict(self.holder)) + "\n").encode(), 0)
-                os.fsync(descriptor)
+                self._sign(descriptor)
             except BaseException:
                 os.close(descriptor)
                 raise
-            break
-        self._descriptor = descriptor
-        if before:
-            self._tell_of(_parse(before))
+            self._descriptor = descriptor
+            if before:
+                self._tell_of(_parse(before))
+            return
 
     def check(self) -> None:
         """TakenOverError where the file is no longer ours. Another OSError says that nobody can know at the moment."""
@@ -124,6 +124,18 @@ class Lock:
                 self.path.parent,
                 error.strerror,
             )
+
+    def _sign(self, descriptor: int) -> None:
+        text = (json.dumps(dataclasses.asdict(self.holder)) + "\n").encode()
+        try:
+            if os.pwrite(descriptor, text, 0) < len(text):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.ftruncate(descriptor, len(text))
+            os.fsync(descriptor)
+        except OSError:
+            with contextlib.suppress(OSError):
+                self.path.unlink()  # what has no name in it would look like somebody else's
+            raise
 
     def _is_at_path(self, descriptor: int) -> bool:
         try:

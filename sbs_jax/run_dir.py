@@ -106,20 +106,19 @@ class RunDir:
 
         return hosts.from_first(all_lines)
 
-    def truncate_metrics(self, *, lines: int, finished: bool) -> None:
+    def truncate_metrics(self, *, lines: int) -> None:
         """Drops what a resumed run will repeat: keeps the first `lines` lines, byte for byte.
 
-        Where the run is `finished`, the line of the test after them stays too. ValueError where a line that stays is
-        damaged; a warning where there are fewer.
+        ValueError where a line that stays is damaged; a warning where there are fewer.
         """
-        self._count = hosts.from_first(lambda: self._truncate(lines, finished=finished))
+        self._count = hosts.from_first(lambda: self._truncate(lines))
 
     def write_predictions(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
         """`predictions/<name>.jsonl`."""
         if not hosts.is_first():
             return
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        self._outbox.replace(self.path / "predictions" / f"{name}.jsonl", text.encode("utf-8", "surrogatepass"))
+        self._outbox.replace(self.path / "predictions" / f"{name}.jsonl", text.encode("utf-8", "backslashreplace"))
         self._write()
 
     def flush(self) -> None:
@@ -229,16 +228,12 @@ class RunDir:
             f"with the changes by --accept_changes, which writes them into {MANIFEST}."
         )
 
-    def _truncate(self, lines: int, *, finished: bool) -> int:
+    def _truncate(self, lines: int) -> int:
         self._check()
         path = self.path / "metrics.jsonl"
         whole = _whole_lines(path)
         kept = whole[:lines]
         parsed = [_parse(line, path=path, number=number) for number, line in enumerate(kept, start=1)]
-        if finished and len(whole) > lines:
-            with contextlib.suppress(ValueError):
-                if _parse(whole[lines], path=path, number=lines + 1)["kind"] == "test":
-                    kept.append(whole[lines])
         if len(kept) < lines:
             last = f"the last is of step {parsed[-1]['step']}" if parsed else "there is none"
             log.warning(

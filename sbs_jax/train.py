@@ -387,7 +387,7 @@ def train(config: TrainConfig, *, config_text: str, accept_changes: bool = False
             metadata = {"lines": 0, "window": [], "evaluation_due": False}
         if start == config.train_steps and any(line["kind"] == "test" for line in run.metrics()):
             return _last_lines(run)
-        run.truncate_metrics(lines=metadata["lines"], finished=False)
+        run.truncate_metrics(lines=metadata["lines"])
         scores |= dict(hosts.from_first(lambda: list(run_dir.read_scores(run.path).items())))
         evaluator = _evaluator(config, trainer, split=datasets.VALIDATION)
         found = batches(config, trainer, skip=start)
@@ -453,6 +453,7 @@ def train(config: TrainConfig, *, config_text: str, accept_changes: bool = False
                 evaluation_due = told = not evaluate_now()
             if save_due:
                 watch.at("saves", step=step)
+                run.check()
                 saved = trainer.unstacked(state)
                 contents = {
                     "parameters": saved.parameters,

@@ -407,7 +407,7 @@ start() {
   say "started on every worker; nothing here has to stay open"
 }
 
-worker_states() { # WORKER, or all: sets run_states, one word a worker: running finished failed interrupted idle unknown
+worker_states() { # WORKER, or all: sets run_states, one word a worker: running finished stopped failed interrupted idle unknown
   local code
   on_workers status "$1" bash sbs/scripts/tpu_worker.sh status >"$scratch/status"
   code=$?
@@ -612,6 +612,10 @@ watch() {
           complain "the run ended with an error of its own, and is not repeated." \
             "  Last lines are above; more: logs --all --no_follow --lines 200"
           return 6
+          ;;
+        *stopped*)
+          complain "the run was ended with stop, which watch does not undo; start goes on with it."
+          return 4
           ;;
         *idle*)
           complain "nothing was started on $name: run install, then start."

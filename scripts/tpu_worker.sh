@@ -2,7 +2,7 @@
 # What tpu_pod.sh runs on every worker of a TPU slice: install, start, status, logs, stop. Not called by hand.
 #
 # In $HOME: sbs (checkout), sbs_venv (packages; its file `revision` says that install was whole), sbs_run (lock, id,
-# command, pid, log, exit_code). Who holds the lock is the run: a stale pid is none, and two never start.
+# command, pid, log, exit_code, stopped). Who holds the lock is the run: a stale pid is none, and two never start.
 # Exit statuses that tpu_pod.sh explains: 10 a run is going on, 11 not installed, 12 still running after stop.
 set -uo pipefail
 
@@ -102,7 +102,7 @@ start() { # ID SETTLE NAME=VALUE.. -- COMMAND..
     echo "already running: $(cat "$run/command" 2>/dev/null)"
     return 10
   fi
-  rm -f "$run/exit_code" "$run/pid"
+  rm -f "$run/exit_code" "$run/pid" "$run/stopped"
   echo "$id" >"$run/id"
   printf '%q ' "$@" >"$run/command"
   echo "== $(date -u +%FT%TZ) revision $revision: $(cat "$run/command")" >>"$run/log"
@@ -140,6 +140,10 @@ status() {
     word=interrupted more=" (killed, or the machine was started again)"
   elif [[ -e $run/id && $(cat "$run/exit_code") == 0 ]]; then
     word=finished more=""
+  elif [[ -e $run/id && $(cat "$run/exit_code") == 75 && -e $run/stopped ]]; then
+    word=stopped more=" (it has saved)"
+  elif [[ -e $run/id && $(cat "$run/exit_code") == 75 ]]; then
+    word=interrupted more=" (told to end by this machine; it has saved)"
   elif [[ -e $run/id ]]; then
     word=failed more=" (exit status $(cat "$run/exit_code"))"
   fi
@@ -174,6 +178,7 @@ stop() { # TIMEOUT KILL
     return 0
   fi
   read_pid || return 1
+  touch "$run/stopped" # else exit status 75 would ask for a new start
   kill -TERM "$pid" 2>/dev/null
   while is_running; do
     if ((SECONDS - begin >= $1)); then

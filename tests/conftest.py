@@ -6,6 +6,7 @@ only the platform is inherited.
 """
 
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,6 +25,11 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.devices()  # reads the flags, which must not reach command lines that tests start
 del os.environ["XLA_FLAGS"]
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Many tests compile the same toy again. Not shared by pytest's workers: entries are not written atomically.
+_COMPILED = tempfile.TemporaryDirectory(prefix="sbs-jax-compiled-")
+jax.config.update("jax_compilation_cache_dir", _COMPILED.name)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 # beartype, not typeguard 4: that one reads shape strings such as "B T" as Python and fails on them.
 jaxtyping.install_import_hook("sbs_jax", "beartype.beartype")
 

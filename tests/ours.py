@@ -50,7 +50,8 @@ def training(config: t5.T5Config, parameters: t5.Parameters, folder) -> tuple[li
         learning_rate=optax.linear_schedule(cases.PEAK_RATE, 0.0, cases.STEPS),
     )
     trainer = train.prepare(settings)
-    state = train.TrainState(jnp.int32(0), parameters, settings.gradient_transformation().init(parameters))
+    optimizer = settings.gradient_transformation().init(parameters)
+    state = train.TrainState(jnp.int32(0), parameters, optimizer, jnp.int32(0))
     found, weights = [], {}
     for step in range(1, cases.STEPS + 1):
         state, metrics = trainer.step(jax.tree.map(jnp.array, state), batch())

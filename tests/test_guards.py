@@ -143,7 +143,9 @@ def poison(tmp_path_factory, records_dir):
     parameters = {name: np.array(x) for name, x in t5.init(toy.MODEL, seed=0)[1].items()}
     byte = 3 + ord("!")
     parameters["token_embedder/embedding"][byte] = np.inf
-    checkpoints.save_npz(folder / "start.npz", {name: jnp.asarray(x) for name, x in parameters.items()}, dtype="float32")
+    checkpoints.save_npz(
+        folder / "start.npz", {name: jnp.asarray(x) for name, x in parameters.items()}, dtype="float32"
+    )
     return path, folder / "start.npz", {lines[number]["id"] for number in (11, 30)}, byte
 
 

@@ -142,7 +142,7 @@ def test_a_run_that_another_process_took_over_writes_nothing_more(tmp_path, come
             lambda: run.log("train", 3, {}),
             lambda: run.write_predictions("a", [{"id": "1"}]),
             lambda: run.begin({}, step=0, accept_changes=True),
-            lambda: run.truncate_metrics(lines=0, finished=False),
+            lambda: run.truncate_metrics(lines=0),
             run.check,
             run.flush,
         ):
@@ -154,11 +154,22 @@ def test_a_run_that_another_process_took_over_writes_nothing_more(tmp_path, come
         assert json.loads((tmp_path / "lock").read_text()) == other
 
 
-@pytest.mark.parametrize("held", [b"", b"\0" * 100, b'{"token": "x', b"{}", b"[" * 4000, b"[1]", b"\xff\xfe", None])
-def test_lock_files_that_are_left_behind_do_not_keep_anybody_out(tmp_path, held, caplog):
+LEFT_BEHIND = {
+    "empty": b"",
+    "zeros": b"\0" * 100,
+    "half": b'{"token": "x',
+    "nobody": b"{}",
+    "deep": b"[" * 4000,
+    "list": b"[1]",
+    "binary": b"\xff\xfe",
+    "another host": json.dumps({"token": "x", "host": "elsewhere", "pid": 7, "since": "then"}).encode(),
+}
+
+
+@pytest.mark.parametrize("what", LEFT_BEHIND)
+def test_lock_files_that_are_left_behind_do_not_keep_anybody_out(tmp_path, what, caplog):
     caplog.set_level(logging.INFO)
-    if held is None:
-        held = json.dumps({"token": "x", "host": "elsewhere", "pid": 7, "since": "then"}).encode()
+    held = LEFT_BEHIND[what]
     (tmp_path / "lock").write_bytes(held)
     (tmp_path / "config.gin.tmp").write_text("SEED")  # killed while it began
     with opened(tmp_path) as run:
@@ -166,9 +177,9 @@ def test_lock_files_that_are_left_behind_do_not_keep_anybody_out(tmp_path, held,
         holder = lock.read(tmp_path / "lock")
         assert holder is not None
         assert holder.pid == os.getpid()
-    if b"elsewhere" in held:
+    if what == "another host":
         assert "was not given back by process 7 on elsewhere (since then). If that process still runs" in caplog.text
-    elif held:
+    elif what != "empty":
         assert "left behind by a process that did not say which" in caplog.text
     else:
         assert caplog.text == ""
@@ -190,6 +201,34 @@ def test_a_lock_that_somebody_removed_is_taken_again(tmp_path):
     assert [line["step"] for line in run_dir.read_metrics(tmp_path)] == [1, 3]
 
 
+def test_a_lock_removed_while_it_is_taken_is_made_anew(tmp_path, monkeypatch):
+    take, removed = lock.Lock._flock, []
+
+    def slowly(self, descriptor):
+        if not removed:
+            removed.append(self.path.unlink())
+        take(self, descriptor)
+
+    monkeypatch.setattr(lock.Lock, "_flock", slowly)
+    with opened(tmp_path), pytest.raises(lock.HeldError):
+        opened(tmp_path).__enter__()
+
+
+def test_a_lock_that_was_removed_and_does_not_fit_on_the_disk_waits_too(disk):
+    run = disk / "run"
+    with opened(run) as held:
+        held.log("train", 1, {})
+        (run / "lock").unlink()
+        with full(disk, run):
+            held.log("train", 2, {})
+            held.log("train", 3, {})
+            assert len(run_dir.read_metrics(run)) == 1
+        held.log("train", 4, {})
+        with pytest.raises(lock.HeldError):
+            opened(run).__enter__()
+    assert [line["step"] for line in run_dir.read_metrics(run)] == [1, 2, 3, 4]
+
+
 # Two processes joined as by `hosts.join`, but for JAX, which takes seconds.
 JOINED = """
 import sys, time
@@ -202,7 +241,8 @@ hosts._link = hosts._Link(place, wires)
 try:
     with run_dir.RunDir(folder, config_text="SEED = 0\\n") as run:
         run.log("train", 1, {})
-        run.truncate_metrics(lines=5, finished=False)
+        print(run.lines, end=" ")
+        run.truncate_metrics(lines=5)
         print("in", run.lines, flush=True)
         run.begin({"mesh": {}}, step=int(sys.argv[4]), accept_changes=False)
         hosts.leave()
@@ -228,10 +268,10 @@ def test_of_several_processes_the_first_locks_and_a_refusal_reaches_all(tmp_path
             assert (status, said) == (1, "")
             assert f"is in use: process {os.getpid()} on" in complained
     for status, said, complained in joined(tmp_path / "new", 0):
-        assert (status, said) == (0, "in 1\n"), complained
+        assert (status, said) == (0, "1 in 1\n"), complained
     (tmp_path / "new" / "manifest.json").write_text("{")
     for status, said, complained in joined(tmp_path / "new", 3):
-        assert (status, said) == (1, "in 2\n")
+        assert (status, said) == (1, "2 in 2\n")
         assert "manifest.json is damaged" in complained
 
 
@@ -245,7 +285,7 @@ def mount(*arguments: object) -> None:
 
 
 @contextlib.contextmanager
-def small_disk(path: Path, *, size: str = "256k") -> Iterator[Path]:
+def small_disk(path: Path, *, size: str = "512k") -> Iterator[Path]:
     path.mkdir()
     mount("-t", "tmpfs", "-o", f"size={size}", "tmpfs", path)
     try:
@@ -307,7 +347,9 @@ def write_step(run: run_dir.RunDir, step: int) -> None:
     """A long line, which does not fit into what a full disk has left of its last page; predictions every third."""
     run.log("train", step, {f"loss {number}": step + number / 7 for number in range(100)})
     if step % 3 == 0:
-        run.write_predictions(f"toy-{step}", [{"id": str(step), "text": "x\u2028é" * 500, "n": n} for n in range(3)])
+        run.write_predictions(
+            f"toy-{step}", [{"id": str(step), "text": "x\u2028é\ud800" * 200, "n": n} for n in range(3)]
+        )
 
 
 def files(path: Path) -> dict[str, bytes]:
@@ -326,7 +368,9 @@ def scalars(path: Path) -> list[tuple[int, str, float]]:
 
     found = []
     for file in sorted((path / "tensorboard").iterdir()):
-        for event in event_file_loader.EventFileLoader(str(file)).Load():
+        events = list(event_file_loader.EventFileLoader(str(file)).Load())
+        assert [event.HasField("file_version") for event in events] == [True] + [False] * (len(events) - 1)
+        for event in events:
             found += [
                 (event.step, value.tag, float(tensor_util.make_ndarray(value.tensor))) for value in event.summary.value
             ]
@@ -354,12 +398,15 @@ def test_nothing_is_lost_or_doubled_when_the_disk_takes_nothing_for_a_while(disk
                 seen = files(run)
                 assert [line["step"] for line in run_dir.read_metrics(run)] == [1, 2, 3, 4]
                 assert seen["metrics.jsonl"].startswith(before["metrics.jsonl"])
+                assert not [name for name in seen if name.endswith(".tmp")]  # which would take the last room
             assert [line["step"] for line in tried.metrics()] == list(range(1, 10))
         assert "can be written again" not in caplog.text
         for step in range(10, 13):
             write_step(tried, step)
         tried.flush()
     assert files(run) == files(tmp_path / "plain")
+    rows = (run / "predictions" / "toy-9.jsonl").read_text("utf-8").split("\n")
+    assert json.loads(rows[2]) == {"id": "9", "text": "x\u2028é\ud800" * 200, "n": 2}
     assert scalars(run) == scalars(tmp_path / "plain")
     assert len(scalars(run)) == 1200
     messages = [record.getMessage() for record in caplog.records]
@@ -426,6 +473,22 @@ def test_what_is_missing_at_the_end_is_named(disk):
     assert (run / "predictions" / "toy-2.jsonl").exists()
 
 
+def test_one_file_that_cannot_be_written_does_not_hold_up_the_others(tmp_path):
+    with opened(tmp_path) as run:
+        (tmp_path / "tensorboard").write_text("in the way")
+        (tmp_path / "predictions" / "toy-1.jsonl.tmp").mkdir(parents=True)
+        run.log("train", 1, {"loss": 1.0})
+        run.write_predictions("toy-1", [])
+        run.write_predictions("toy-2", [{"id": "2"}])
+        assert [line["step"] for line in run_dir.read_metrics(tmp_path)] == [1]
+        assert (tmp_path / "predictions" / "toy-2.jsonl").read_text() == '{"id": "2"}\n'
+        with pytest.raises(OSError, match="are not complete") as error:
+            run.flush()
+    named = [line.split(": ")[0].strip() for line in str(error.value).splitlines()[1:]]
+    events = tmp_path / "tensorboard" / "events.out.tfevents.0000000001"
+    assert named == [str(events), str(tmp_path / "predictions" / "toy-1.jsonl")]
+
+
 @pytest.mark.parametrize("outage", OUTAGES)
 def test_a_directory_that_cannot_be_written_to_is_refused_at_the_start(disk, outage):
     run = disk / "run"
@@ -443,6 +506,13 @@ def test_a_file_in_place_of_the_directory_is_refused(tmp_path):
         opened(tmp_path / "run").__enter__()
     with pytest.raises(OSError, match="cannot be written to: Not a directory"):
         opened(tmp_path / "run" / "deeper").__enter__()
+    (tmp_path / "other" / "metrics.jsonl").mkdir(parents=True)
+    (tmp_path / "other" / "config.gin").write_text(CONFIG)
+    with pytest.raises(OSError, match="Is a directory"):
+        opened(tmp_path / "other").__enter__()
+    (tmp_path / "other" / "metrics.jsonl").rmdir()
+    with opened(tmp_path / "other"):  # the lock was given back
+        pass
 
 
 def test_metrics_that_somebody_else_changes_are_continued_with_a_warning(tmp_path, caplog):
@@ -465,13 +535,13 @@ LINES = [
 TEST = b'{"kind": "test", "step": 3, "accuracy": 1.0}\n'
 
 
-def truncated(path: Path, contents: bytes | None, *, lines: int, finished: bool) -> bytes | None:
+def truncated(path: Path, contents: bytes | None, *, lines: int) -> bytes | None:
     """What is left of a metrics file, which a resumed run has touched and continued."""
     file = path / "metrics.jsonl"
     if contents is not None:
         file.write_bytes(contents)
     with opened(path) as run:
-        run.truncate_metrics(lines=lines, finished=finished)
+        run.truncate_metrics(lines=lines)
         left = file.read_bytes() if file.exists() else None
         assert run.lines == len((left or b"").splitlines())
         run.log("train", 9, {})
@@ -480,34 +550,38 @@ def truncated(path: Path, contents: bytes | None, *, lines: int, finished: bool)
 
 
 @pytest.mark.parametrize(
-    ("contents", "lines", "finished", "left"),
+    ("contents", "lines", "left"),
     [
-        ([*LINES], 3, False, 3),
-        ([*LINES], 2, False, 2),  # CRLF and odd spacing stay as they are
-        ([*LINES], 0, False, 0),
-        ([*LINES, b'{"kind": "train", "st'], 3, False, 3),
-        ([*LINES, b"\0\0\0\n\xff"], 3, False, 3),
-        ([*LINES, TEST], 3, True, 4),
-        ([*LINES, TEST], 3, False, 3),
-        ([*LINES, TEST[:-1]], 3, True, 3),
-        ([*LINES, TEST, LINES[0]], 3, True, 4),
-        ([*LINES, LINES[0], TEST], 3, True, 3),
-        ([*LINES, b"garbage\n"], 3, True, 3),
-        (["missing"], 0, False, None),
+        ([*LINES], 3, 3),
+        ([*LINES], 2, 2),  # CRLF and odd spacing stay as they are
+        ([*LINES], 0, 0),
+        ([*LINES, b'{"kind": "train", "st'], 3, 3),
+        ([*LINES, b"\0\0\0\n\xff"], 3, 3),
+        ([*LINES, TEST], 3, 3),
+        (["missing"], 0, None),
     ],
 )
-def test_metrics_are_cut_to_the_byte(tmp_path, contents, lines, finished, left, caplog):
+def test_metrics_are_cut_to_the_byte(tmp_path, contents, lines, left, caplog):
     (tmp_path / "config.gin").write_text(CONFIG)
     held = None if contents == ["missing"] else b"".join(contents)
-    kept = truncated(tmp_path, held, lines=lines, finished=finished)
+    kept = truncated(tmp_path, held, lines=lines)
     assert kept == (None if left is None else b"".join(contents[:left]))
     assert caplog.text == ""
+
+
+def test_a_line_cut_short_by_a_kill_is_gone_before_the_next_is_written(tmp_path):
+    (tmp_path / "config.gin").write_text(CONFIG)
+    (tmp_path / "metrics.jsonl").write_bytes(LINES[0] + LINES[1][:20])
+    with opened(tmp_path) as run:
+        assert run.lines == 1
+        run.log("train", 4, {})
+    assert (tmp_path / "metrics.jsonl").read_bytes() == LINES[0] + LINES[2]
 
 
 @pytest.mark.parametrize("contents", [LINES[:2], [*LINES[:2], LINES[2][:-1]], []])
 def test_lines_that_never_came_to_disk_are_reported(tmp_path, contents, caplog):
     (tmp_path / "config.gin").write_text(CONFIG)
-    kept = truncated(tmp_path, b"".join(contents), lines=3, finished=True)
+    kept = truncated(tmp_path, b"".join(contents), lines=3)
     assert kept == b"".join(contents[:2])
     last = "the last is of step 3" if contents else "there is none"
     assert f"has {len(contents[:2])} lines, and the checkpoint was saved after 3 ({last})" in caplog.text
@@ -519,12 +593,12 @@ def test_a_damaged_line_of_metrics_is_named(tmp_path, line):
     contents = LINES[0] + line + b"\n" + LINES[2]
     says = rf"{tmp_path / 'metrics.jsonl'} has a line that is not JSON of a run: line 2, .*Put the file back"
     with pytest.raises(ValueError, match=says):
-        truncated(tmp_path, contents, lines=3, finished=False)
+        truncated(tmp_path, contents, lines=3)
     assert (tmp_path / "metrics.jsonl").read_bytes() == contents
     with pytest.raises(ValueError, match=says):
         run_dir.read_metrics(tmp_path)
     (tmp_path / "metrics.jsonl").write_bytes(contents)
-    assert truncated(tmp_path, None, lines=1, finished=False) == LINES[0]
+    assert truncated(tmp_path, None, lines=1) == LINES[0]
 
 
 def test_scores_are_the_primary_metric_of_validations(tmp_path):
@@ -573,7 +647,8 @@ KEEP_CHECKPOINTS = 1
 KEEP_BEST = 1
 LOG_PERIOD = 50
 MODEL_DIR = '/here'
-RECORDS_DIR = '/here'
+RECORDS_DIR = \\
+    '/here'
 VOCABULARY = '/here'
 
 train.TrainConfig.seed = %SEED
@@ -863,7 +938,7 @@ def test_clocks_that_went_back_and_files_of_tomorrow_change_nothing(terms, tmp_p
         os.utime(path, (time.time() + 86400, time.time() + 86400))
     with opened(run, TEXT) as begun:
         begun.begin(terms().contents, step=6, accept_changes=False)
-        begun.truncate_metrics(lines=2, finished=False)
+        begun.truncate_metrics(lines=2)
         begun.log("train", 3, {"again": 1.0})
     assert [start["step"] for start in run_dir.read_manifest(run)["starts"]] == [0, 3, 6, 6]
     assert [len(line) for line in run_dir.read_metrics(run)] == [2, 2, 3]

@@ -42,7 +42,7 @@ case $mode in
   end) exit 0 ;;
   fail) echo "ValueError: no such task" && exit 3 ;;
   fail_later) sleep 0.6; exit 3 ;;
-  wait) trap 'echo saved; exit 0' TERM ;;
+  wait) trap 'echo saved; exit 75' TERM ;;
   stubborn) trap '' TERM ;;
 esac
 while [[ ! -e $STAND_IN/end ]]; do sleep 0.05; done
@@ -423,9 +423,21 @@ def test_stop_lets_the_run_save_and_waits_for_it(cloud: Cloud) -> None:
     for worker in (0, 1):
         log = (cloud.home(worker) / "sbs_run/log").read_text()
         assert "saved\n" in log
-        assert log.rstrip().endswith("exit status 0")
-    assert cloud.pod("status").stdout.count("state: finished") == 2
+        assert log.rstrip().endswith("exit status 75")
+    assert cloud.pod("status").stdout.count("state: stopped (it has saved)") == 2
+    watched = cloud.pod("watch", *TRAIN)
+    assert (watched.returncode, "ended with stop" in watched.stderr) == (4, True)
     assert cloud.pod("start", *TRAIN).returncode == 0
+
+
+def test_a_run_that_its_machine_told_to_end_is_started_again(cloud: Cloud) -> None:
+    ready(cloud)
+    for worker in (0, 1):
+        os.kill(cloud.pid(worker), signal.SIGTERM)
+    cloud.mode("end")
+    done = cloud.pod("watch", *TRAIN)
+    assert done.returncode == 0, done.stderr
+    assert "starting again" in done.stdout + done.stderr
 
 
 def test_stop_of_a_run_that_does_not_listen(cloud: Cloud) -> None:

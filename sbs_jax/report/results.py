@@ -163,7 +163,8 @@ def _test_rows(path: Path, *, step: int) -> dict[str, dict[str, Any]]:
             "Delete the test line of metrics.jsonl and repeat the `sbs train` command to test it again."
         )
     rows: dict[str, dict[str, Any]] = {}
-    for number, line in enumerate(files[0].read_text("utf-8").splitlines(), start=1):
+    # Not splitlines: texts may hold other ends of lines than "\n".
+    for number, line in enumerate(files[0].read_text("utf-8").removesuffix("\n").split("\n"), start=1):
         try:
             row = json.loads(line)
             rows[row["id"]] = {"correct": row["correct"], **row}
