@@ -32,6 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SBS = ("-m", "sbs_jax.main")
 # As tests/conftest.py sets for its own process.
 QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+_SHARED = "JAX_SHARE_BINARY_BETWEEN_HOSTS"  # process 0 compiles for all
 _READY = b"ready\n"
 
 
@@ -250,7 +251,7 @@ class Starter:
         with contextlib.ExitStack() as stack:
             processes = []
             for index in range(count) if present is None else present:
-                environment = {"JAX_SHARE_BINARY_BETWEEN_HOSTS": "1"}
+                environment = {_SHARED: "1"}
                 flags = ["--join_timeout", f"{timeout:g}"]
                 if slurm:
                     environment |= {"SLURM_JOB_ID": str(job), "SLURM_STEP_NODELIST": "localhost", "SLURM_LOCALID": "0"}
@@ -393,11 +394,11 @@ def _become(request: Mapping[str, Any]) -> Callable[[], Any]:
             with contextlib.suppress(ValueError, SyntaxError):
                 value = ast.literal_eval(value)
             jax.config.update(name.lower(), value)
-    # Process 0 compiles for all (JAX_SHARE_BINARY_BETWEEN_HOSTS) and for later runs. On CPU, JAX would look under
-    # another key on every process, because each has another view of the devices; the programs are the same.
-    from jax._src import cache_key
+    if _SHARED in request["environment"]:
+        # On CPU, JAX would look under another key on every process, because each has another view of the devices.
+        from jax._src import cache_key
 
-    cache_key._hash_accelerator_config = cache_key._hash_devices
+        cache_key._hash_accelerator_config = cache_key._hash_devices
     sys.path[0] = request["cwd"]
     sys.path[1:1] = request["environment"]["PYTHONPATH"].split(os.pathsep)
     (kind, text), arguments = request["command"][:2], request["command"][2:]

@@ -266,8 +266,9 @@ def test_two_processes_told_to_end_or_killed_end_as_if_nothing_had_been(starter,
         path.parent.mkdir()
     with two(starter, folder, whole, *bindings) as processes:
         assert [process.wait() for process in processes] == [0, 0], processes[0].complained()
-    finish(starter, folder, one, *bindings)
-    assert_close(whole, one)
+    if signals > 2:  # as in test_hosts.py
+        finish(starter, folder, one, *bindings)
+        assert_close(whole, one)
 
     chosen = random.Random(signals)
     count = checkpoints.steps(whole)[-1]
@@ -348,6 +349,7 @@ FAULTS = ["full", "frozen", "read-only", "damaged", "no data"] * 5 + [*ENDING, "
 WARM_UP = 300  # steps of a process before its memory is looked at
 GROWTH = 10.0  # MB per 1,000 steps, at most
 POISON = "!"
+DISK = 24 << 20  # bytes
 
 
 @pytest.fixture
@@ -355,7 +357,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     disk = tmp_path / "disk"
     disk.mkdir()
     done = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", disk], capture_output=True, text=True, check=False
+        ["mount", "-t", "tmpfs", "-o", f"size={DISK}", "tmpfs", disk], capture_output=True, text=True, check=False
     )
     if done.returncode:
         pytest.skip(f"this user may not mount a small disk: {done.stderr.strip()}")
@@ -388,8 +390,9 @@ def fault(name: str, *, process: Process, run: Path, folder: Path) -> Iterator[C
         with filler.open("wb", buffering=0) as file:
 
             def fill() -> None:  # again and again, since the run removes checkpoints too
+                assert shutil.disk_usage(run).total == DISK, "somebody unmounted the small disk"
                 with contextlib.suppress(OSError):
-                    while True:
+                    for _ in range(DISK // 4096 + 1):
                         file.write(bytes(4096))
 
             fill()
@@ -504,7 +507,7 @@ def test_a_long_run_with_a_fault_every_50_steps_ends_as_one_without(starter, sma
                         return gauges[-1].read() > step  # noqa: B023
 
                     until(has_shown, [process])
-                    end = time.monotonic() + 1
+                    end = time.monotonic() + 0.2
                     until(lambda: again() or time.monotonic() > end, [process])  # noqa: B023
         assert process.wait() == 0, process.complained()
     assert not faults
