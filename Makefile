@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip install --quiet --no-input --disable-pip-version-che
 INSTALL_INPUTS := pyproject.toml scripts/constraints.txt sbs_jax/__init__.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format bench bench-tpu test-parity clean
+.PHONY: help demo test test-faults check format bench bench-tpu test-parity clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
@@ -19,6 +19,9 @@ demo: $(VENV)/.run ## Set up, then run the whole method on the built-in dataset 
 
 test: $(VENV)/.test ## Set up, then run the tests (ARGS="-k name" to choose)
 	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+
+test-faults: $(VENV)/.test ## Run the long forms of the tests of faults, with their figures (half an hour)
+	$(BIN)/python -m pytest -n $(JOBS) -m faults -rP $(ARGS)
 
 check: $(VENV)/.test ## Formatting, lint and types: what CI runs before the tests
 	$(BIN)/ruff format --check .

@@ -653,7 +653,7 @@ class _Window:
         """Metrics of each step; waits for the last one."""
         self._rows += [{name: float(x) for name, x in row.items()} for row in jax.device_get(self._on_device)]
         self._on_device = []
-        return self._rows
+        return list(self._rows)  # a save writes them down later, when this window may have more
 
     def close(self) -> dict[str, float]:
         """Means over the steps that were not left out (none if all were), and speeds; a new window begins."""

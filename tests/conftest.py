@@ -7,6 +7,7 @@ only the platform is inherited.
 
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -17,6 +18,7 @@ os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0 --xla_llvm_disable
 
 import jax
 import jaxtyping
+import processes
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
@@ -35,6 +37,14 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 SHARED = REPOSITORY.parent / "shared"
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out the long forms of tests of faults, unless `-m` speaks of them (`make test-faults`)."""
+    if "faults" not in config.option.markexpr:
+        chosen = [item for item in items if item.get_closest_marker("faults") is None]
+        config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+        items[:] = chosen
+
+
 @pytest.fixture(scope="session")
 def real_data_dir() -> Path:
     """Folder of the released teacher outputs (`<name>/<name>_test.json`, `<name>/llm/*.json`)."""
@@ -51,3 +61,13 @@ def real_vocab() -> Path:
     if not path.is_file():
         pytest.skip("the T5 vocabulary is not in ../shared/vocab/t5/sentencepiece.model")
     return path
+
+
+@pytest.fixture(scope="session")
+def starter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[processes.Starter]:
+    """Starts `sbs` processes, cheaply; all workers of this run of pytest share what makes them cheap."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    with processes.server(folder) as address:
+        yield processes.Starter(address=address, compiled=folder / "compiled")

@@ -1,191 +1,31 @@
 """Several real processes as one run: the numbers and files of one process, and plain ends where something fails."""
 
-import contextlib
-import dataclasses
 import json
-import os
 import re
 import shutil
 import signal
-import socket
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 import pytest
 import toy
+from processes import ROOT, until
 
-from sbs_jax import checkpoints, datasets, evaluate, features, hosts, main, partitioning, run_dir, train
+from sbs_jax import checkpoints, datasets, evaluate, features, hosts, main, partitioning, preemption, run_dir
 
-ROOT = Path(__file__).resolve().parents[1]
 SPEEDS = {"tokens_per_second", "seconds_per_step", "data_wait_share"}
-# As tests/conftest.py sets for this process.
-QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-
-
-def gin_text() -> str:
-    """The toy's training. Defaults are bound too: jaxtyping's hook hides them from gin in this process alone."""
-    lines = ["from __gin__ import dynamic_registration", "import toy_task"]
-    lines += ["from sbs_jax import datasets", "from sbs_jax import t5", "from sbs_jax import train"]
-    for name, configurable in {
-        "t5.T5Config": toy.t5.T5Config,
-        "datasets.DataOptions": datasets.DataOptions,
-        "train.TrainConfig": train.TrainConfig,
-    }.items():
-        for field in dataclasses.fields(configurable):
-            if field.default is not dataclasses.MISSING:
-                lines.append(f"{name}.{field.name} = {field.default!r}")
-    lines += [f'include "gin_configs/{file}.gin"' for file in ("runs/train", "methods/step_by_step")]
-    for name, value in dataclasses.asdict(toy.MODEL).items():
-        lines.append(f"t5.T5Config.{name} = {'%DROPOUT_RATE' if name == 'dropout_rate' else repr(value)}")
-    macros = {
-        "DATASET": "toy",
-        "TASK_FEATURE_LENGTHS": {"inputs": 40, "targets": 32},
-        "PACK": True,
-        "EXAMPLES": 8,
-        "EXAMPLES_PER_ROW": 2,
-        "TRAIN_STEPS": 12,
-        "LEARNING_RATE": 3e-3,
-        "VOCABULARY": "byte",
-        "LOG_PERIOD": 1,
-        "EVAL_PERIOD": 6,
-        "CHECKPOINT_PERIOD": 2,
-        "EVAL_BATCH_SIZE": 8,
-        "MAX_DECODE_LENGTH": 4,
-    }
-    lines += [f"{name} = {value!r}" for name, value in macros.items()]
-    return "\n".join([*lines, "MODEL = @t5.T5Config()", ""])
+MACROS = {"TRAIN_STEPS": 12, "LOG_PERIOD": 1, "EVAL_PERIOD": 6, "CHECKPOINT_PERIOD": 2}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Holds records/, toy.gin, and the module by which a command line knows the toy dataset."""
-    folder = tmp_path_factory.mktemp("hosts")
+    """What a command line needs to train on the toy dataset."""
     before = datasets.options()
-    toy.write_records(folder / "records")
-    (folder / "toy.gin").write_text(gin_text())
-    (folder / "toy_task.py").write_text("import toy\nfrom sbs_jax import datasets\ndatasets.add(toy.DATASET)\n")
-    yield folder
+    yield toy.write_command(tmp_path_factory.mktemp("hosts"), **MACROS)
     datasets.configure(before)
-
-
-def train_flags(folder: Path, run: Path, *bindings: str, mesh: str = "data_parallel") -> list[str]:
-    files = [f"--gin_file={folder / 'toy.gin'}", f"--gin_file=gin_configs/meshes/{mesh}.gin"]
-    paths = [f"--gin.RECORDS_DIR={folder / 'records'}", f"--gin.MODEL_DIR={run}"]
-    return ["train", *files, *paths, *(f"--gin.{binding}" for binding in bindings)]
-
-
-def train_here(folder: Path, run: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """The same training in this process, on its 8 devices."""
-    monkeypatch.syspath_prepend(folder)
-    config, text = main.configure(
-        "train.TrainConfig",
-        gin_files=[str(folder / "toy.gin")],
-        bindings=[f"RECORDS_DIR={folder / 'records'}", f"MODEL_DIR={run}"],
-    )
-    return train.train(config, config_text=text)
-
-
-class Process:
-    """A started process; what it says goes to files."""
-
-    def __init__(self, command: Sequence[str], *, folder: Path, environment: Mapping[str, str], cwd: Path) -> None:
-        self._files = [(folder / name).open("w+") for name in ("out", "err")]
-        self._popen = subprocess.Popen(
-            command, stdout=self._files[0], stderr=self._files[1], cwd=cwd, env={**os.environ, **environment}
-        )
-
-    def kill(self, number: int) -> None:
-        self._popen.send_signal(number)
-
-    def wait(self, timeout: float = 200) -> int:
-        return self._popen.wait(timeout)
-
-    def running(self) -> bool:
-        return self._popen.poll() is None
-
-    def end(self) -> None:
-        if self.running():
-            self._popen.kill()
-            self._popen.wait()
-        for file in self._files:
-            file.close()
-
-    def said(self) -> str:
-        self._files[0].seek(0)
-        return self._files[0].read()
-
-    def complained(self) -> str:
-        self._files[1].seek(0)
-        return self._files[1].read()
-
-
-def free_port() -> int:
-    with socket.create_server(("", 0)) as listener:
-        return listener.getsockname()[1]
-
-
-@contextlib.contextmanager
-def started(
-    tmp_path: Path,
-    arguments: Sequence[str] | Callable[[int], Sequence[str]],
-    *,
-    count: int,
-    devices: int = 1,
-    present: Sequence[int] | None = None,
-    timeout: float = 200,
-    folder: Path = ROOT,
-    roots: Mapping[int, Path] | None = None,
-    slurm: bool = False,
-    command: Sequence[str] = ("-m", "sbs_jax.main"),
-) -> Iterator[list[Process]]:
-    """`sbs` with these arguments in several processes; all are ended afterwards."""
-    port, job = free_port(), 61_440 + os.getpid() % 4096
-    processes = []
-    try:
-        for index in range(count) if present is None else present:
-            root = (roots or {}).get(index, ROOT)
-            environment = {
-                "JAX_PLATFORMS": "cpu",
-                "JAX_NUM_CPU_DEVICES": str(devices),
-                "XLA_FLAGS": QUICK,
-                "PYTHONPATH": os.pathsep.join(map(str, (root, ROOT / "tests", folder))),
-            }
-            flags = ["--join_timeout", f"{timeout:g}"]
-            if slurm:
-                environment |= {"SLURM_JOB_ID": str(job), "SLURM_STEP_NODELIST": "localhost", "SLURM_LOCALID": "0"}
-                environment |= {"SLURM_NTASKS": str(count), "SLURM_PROCID": str(index), "SLURM_STEP_NUM_NODES": "1"}
-                flags.append("--multihost")
-            else:
-                flags += ["--coordinator_address", f"localhost:{port}"]
-                flags += ["--process_count", str(count), "--process_index", str(index)]
-            own = arguments(index) if callable(arguments) else arguments
-            place = tmp_path / f"process-{index}-{len(list(tmp_path.iterdir()))}"
-            place.mkdir()
-            line = [sys.executable, *command, *own, *flags]
-            processes.append(Process(line, folder=place, environment=environment, cwd=root))
-        yield processes
-    finally:
-        for process in processes:
-            process.end()
-
-
-def until(condition: Callable[[], bool], processes: Sequence[Process], *, seconds: float = 200) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        ended = [process.complained() for process in processes if not process.running()]
-        assert not ended, ended
-        assert time.monotonic() < deadline, [process.complained() for process in processes]
-        time.sleep(0.02)
-
-
-def steps_logged(run: Path) -> int:
-    return max((line["step"] for line in run_dir.read_metrics(run)), default=0)
 
 
 def assert_same_run(run: Path, reference: Path) -> None:
@@ -232,8 +72,9 @@ def partitioner_of(layout: partitioning.Layout, order: np.ndarray) -> partitioni
 @pytest.mark.parametrize("pack", [False, True])
 @pytest.mark.parametrize("count", [1, 2, 4, 8])
 @pytest.mark.parametrize("layout", MESHES, ids=lambda layout: "x".join(map(str, layout.shape.values())))
-def test_no_row_is_lost_and_none_is_there_twice(folder, layout, count, pack):
+def test_no_row_is_lost_and_none_is_there_twice(folder, layout, count, pack, monkeypatch):
     """What the devices of `count` hosts hold, put together, is the global batch, whatever the mesh and the order."""
+    monkeypatch.setattr(features, "_PLACES", 256)  # at a time; 8,192 are 170 epochs of the toy
     datasets.configure(toy.options(folder / "records"))
     arguments = {"lengths": {"inputs": 40, "targets": 32}, "split": "train", "batch_size": 16, "pack": pack, "seed": 1}
     whole = next(features.train_dataset("toy_step_by_step", **arguments, skip_batches=2))
@@ -332,66 +173,64 @@ def test_flags_that_do_not_go_together(flags, message):
 
 
 @pytest.fixture(scope="module")
-def reference(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of one process that nothing interrupts."""
-    run = tmp_path_factory.mktemp("reference") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        train_here(folder, run, patch)
+def reference(starter, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one process with 8 devices that nothing interrupts."""
+    folders = tmp_path_factory.mktemp("reference")
+    run = folders / "run"
+    with starter.alone(folders, toy.train_flags(folder, run), devices=8, path=[folder]) as process:
+        assert process.wait() == 0, process.complained()
     return run
 
 
 @pytest.mark.slow
-def test_a_run_passes_from_one_process_to_two_to_four_and_back(folder, reference, tmp_path, monkeypatch):
-    """One process, stopped; two with the matrices split between them, one of them killed; four, told to end; one."""
+def test_a_run_passes_from_one_process_to_two_to_four_and_back(starter, folder, reference, tmp_path):
+    """One process, killed; two with the matrices split between them, one of them killed; four, told to end; one."""
     run = tmp_path / "run"
-    wait_for, steps = train._Window.wait_for, []
+    with starter.alone(tmp_path, toy.train_flags(folder, run), devices=8, path=[folder]) as process:
+        until(lambda: 2 in checkpoints.steps(run), [process])
+        process.send(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+    first = checkpoints.steps(run)[-1]
+    assert first < 12
 
-    def stop_after_three(self, batches):
-        steps.append(1)
-        if len(steps) > 3:
-            raise KeyboardInterrupt
-        return wait_for(self, batches)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train._Window, "wait_for", stop_after_three)
-        with pytest.raises(KeyboardInterrupt):
-            train_here(folder, run, patch)
-    assert checkpoints.steps(run) == [2]
-
-    flags = train_flags(folder, run, mesh="fsdp_tensor")
-    with started(tmp_path, flags, count=2, devices=1, folder=folder) as processes:
-        until(lambda: steps_logged(run) >= 5 and checkpoints.steps(run)[-1] >= 4, processes)
-        processes[1].kill(signal.SIGKILL)
+    flags = toy.train_flags(folder, run, mesh="fsdp_tensor")
+    with starter.together(tmp_path, flags, count=2, devices=1, path=[folder]) as processes:
+        until(lambda: checkpoints.steps(run)[-1] > first, processes)
+        processes[1].send(signal.SIGKILL)
         assert processes[0].wait(20) == 1
         last = processes[0].complained().splitlines()[-1]
     assert last.startswith("sbs, process 0 of 2: Process 1 of 2 is gone without a word (killed, or")
-    assert checkpoints.steps(run)[-1] >= 4
+    second = checkpoints.steps(run)[-1]
+    assert first < second < 10
 
-    flags = train_flags(folder, run, mesh="fsdp")
-    with started(tmp_path, flags, count=4, devices=2, folder=folder, slurm=True) as processes:
-        until(lambda: steps_logged(run) >= 8, processes)
-        processes[3].kill(signal.SIGTERM)
-        assert [process.wait() for process in processes] == [1] * 4
-        (told,) = {process.complained().splitlines()[-1] for process in processes}
+    flags = toy.train_flags(folder, run, mesh="fsdp")
+    with starter.together(tmp_path, flags, count=4, devices=2, path=[folder], slurm=True) as processes:
+        until(lambda: "loss" in processes[0].complained(), processes)
+        processes[3].send(signal.SIGTERM)
+        assert [process.wait() for process in processes] == [preemption.EXIT_STATUS] * 4
         assert "step/s" in processes[0].complained()
-        assert "step/s" not in processes[1].complained()
+        assert all("step/s" not in process.complained() for process in processes[1:])
+        told = processes[0].complained().splitlines()[-1]
     last = checkpoints.steps(run)[-1]
-    assert told.startswith(f"sbs train: A process was told to end; all stopped after step {last} of 12, which is saved")
+    assert f"This run was told to end, and stopped after step {last} of 12, which is saved" in told
 
-    train_here(folder, run, monkeypatch)
+    with starter.alone(tmp_path, toy.train_flags(folder, run), devices=8, path=[folder]) as process:
+        assert process.wait() == 0, process.complained()
     assert_same_run(run, reference)
     assert len(list((run / "tensorboard").iterdir())) == 4  # one writer per start
 
 
 @pytest.mark.slow
-def test_two_processes_evaluate_like_one(folder, reference, tmp_path):
+def test_two_processes_evaluate_like_one(starter, folder, reference, tmp_path):
     (tmp_path / "evaluate.gin").write_text(
         'from __gin__ import dynamic_registration\nimport toy_task\ninclude "gin_configs/runs/evaluate.gin"\n'
     )
     flags = ["evaluate", f"--gin_file={tmp_path / 'evaluate.gin'}", "--gin_file=gin_configs/meshes/fsdp_tensor.gin"]
     flags += [f"--gin.CHECKPOINT_PATH={reference}", "--gin.SPLIT=test", "--gin.BATCH_SIZE=12"]
     out = tmp_path / "out"
-    with started(tmp_path, [*flags, f"--gin.EVAL_OUTPUT_DIR={out}"], count=2, devices=4, folder=folder) as processes:
+    with starter.together(
+        tmp_path, [*flags, f"--gin.EVAL_OUTPUT_DIR={out}"], count=2, devices=4, path=[folder]
+    ) as processes:
         assert [process.wait() for process in processes] == [0] * 2, processes[0].complained()
         said = [process.said() for process in processes]
     step = checkpoints.best_step(reference)
@@ -403,7 +242,7 @@ def test_two_processes_evaluate_like_one(folder, reference, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_predict_like_one(folder, reference, tmp_path):
+def test_two_processes_predict_like_one(starter, folder, reference, tmp_path):
     rows = [{"id": f"q{n}", "input": f"{a} b c"} for n, a in enumerate("abcdefghabc")]  # does not fill its last batch
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     here, there = tmp_path / "here.jsonl", tmp_path / "there.jsonl"
@@ -416,7 +255,7 @@ def test_two_processes_predict_like_one(folder, reference, tmp_path):
 
     # `sbs predict` itself knows the datasets of tasks/ alone.
     command = ["-c", "import sys, toy_task; from sbs_jax import main; sys.exit(main.main())"]
-    with started(tmp_path, arguments, count=2, devices=2, folder=folder, command=command) as processes:
+    with starter.together(tmp_path, arguments, count=2, devices=2, path=[folder], command=command) as processes:
         assert [process.wait() for process in processes] == [0, 0], processes[0].complained()
         assert [process.said() for process in processes] == [f"11 predictions in {there}\n", ""]
     assert_same_predictions(there, here)
@@ -425,10 +264,10 @@ def test_two_processes_predict_like_one(folder, reference, tmp_path):
 # --------------------------------------------------------------------------------- what is refused
 
 
-def test_a_process_that_never_joins_is_named(folder, tmp_path):
-    flags = train_flags(folder, tmp_path / "run")
+def test_a_process_that_never_joins_is_named(starter, folder, tmp_path):
+    flags = toy.train_flags(folder, tmp_path / "run")
     begin = time.monotonic()
-    with started(tmp_path, flags, count=4, present=[0, 2], timeout=3) as processes:
+    with starter.together(tmp_path, flags, count=4, present=[0, 2], timeout=3) as processes:
         assert [process.wait(30) for process in processes] == [1, 1]
         for process in processes:
             assert process.complained() == (
@@ -439,29 +278,29 @@ def test_a_process_that_never_joins_is_named(folder, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_coordinator_that_is_not_there_is_named(folder, tmp_path):
-    flags = train_flags(folder, tmp_path / "run")
-    with started(tmp_path, flags, count=2, present=[1], timeout=1) as processes:
+def test_a_coordinator_that_is_not_there_is_named(starter, folder, tmp_path):
+    flags = toy.train_flags(folder, tmp_path / "run")
+    with starter.together(tmp_path, flags, count=2, present=[1], timeout=1) as processes:
         assert processes[0].wait(30) == 1
         assert "Process 0 of 2, the coordinator, did not answer at localhost:" in processes[0].complained()
         assert "within 1 s" in processes[0].complained()
 
 
-def test_two_processes_with_one_index_are_refused(folder, tmp_path):
-    flags = train_flags(folder, tmp_path / "run")
-    with started(tmp_path, flags, count=3, present=[0, 1, 1]) as processes:
+def test_two_processes_with_one_index_are_refused(starter, folder, tmp_path):
+    flags = toy.train_flags(folder, tmp_path / "run")
+    with starter.together(tmp_path, flags, count=3, present=[0, 1, 1]) as processes:
         assert [process.wait(30) for process in processes] == [1, 1, 1]
         for process in processes:
             assert "Two processes say they are 1 of 3" in process.complained()
 
 
-def test_other_code_is_refused(folder, tmp_path):
+def test_other_code_is_refused(starter, folder, tmp_path):
     copy = tmp_path / "copy"
     for package in ("sbs_jax", "tasks", "gin_configs"):
         shutil.copytree(ROOT / package, copy / package, ignore=shutil.ignore_patterns("__pycache__"))
     with (copy / "sbs_jax" / "losses.py").open("a") as file:
         file.write("# one line more\n")
-    with started(tmp_path, train_flags(folder, tmp_path / "run"), count=3, roots={2: copy}) as processes:
+    with starter.together(tmp_path, toy.train_flags(folder, tmp_path / "run"), count=3, roots={2: copy}) as processes:
         assert [process.wait(60) for process in processes] == [1, 1, 1]
         for process in processes:
             lines = process.complained().splitlines()
@@ -507,9 +346,9 @@ except FileNotFoundError as error:
 """
 
 
-def test_one_process_that_fails_ends_all_with_its_reason(tmp_path):
+def test_one_process_that_fails_ends_all_with_its_reason(starter, tmp_path):
     arguments = ["--folder", str(tmp_path)]
-    with started(tmp_path, arguments, count=3, devices=2, command=["-c", APART]) as processes:
+    with starter.together(tmp_path, arguments, count=3, devices=2, command=["-c", APART]) as processes:
         assert [process.wait(60) for process in processes] == [1, 1, 1]
         complaints = [process.complained().splitlines()[-1] for process in processes]
         assert [process.said() for process in processes] == ["shared\n"] * 3
@@ -520,12 +359,12 @@ def test_one_process_that_fails_ends_all_with_its_reason(tmp_path):
 
 
 @pytest.mark.slow
-def test_another_configuration_is_refused(folder, tmp_path):
+def test_another_configuration_is_refused(starter, folder, tmp_path):
     def arguments(index: int) -> list[str]:
         records = [] if index == 0 else [f"--gin.RECORDS_DIR={folder / 'elsewhere'}"]  # not a difference by itself
-        return [*train_flags(folder, tmp_path / "run", f"SEED={index}"), *records]
+        return [*toy.train_flags(folder, tmp_path / "run", f"SEED={index}"), *records]
 
-    with started(tmp_path, arguments, count=2, folder=folder) as processes:
+    with starter.together(tmp_path, arguments, count=2, path=[folder]) as processes:
         assert [process.wait() for process in processes] == [1, 1]
         for process in processes:
             assert process.complained().splitlines()[-6:] == [

@@ -1,7 +1,10 @@
 """A dataset small enough to train on in a test: the label is the last of three letters, the rationale says so."""
 
+import dataclasses
 import itertools
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import optax
 
@@ -103,3 +106,49 @@ def config(model_dir: Path, records_dir: Path, **changes) -> train.TrainConfig:
         "evaluate_test": True,
     }
     return train.TrainConfig(**{**defaults, **changes})
+
+
+def write_command(folder: Path, **macros: Any) -> Path:
+    """What `sbs train` needs in a folder: records/, toy.gin, and the module by which it knows the dataset."""
+    write_records(folder / "records")
+    (folder / "toy.gin").write_text(_gin_text(macros))
+    (folder / "toy_task.py").write_text("import toy\nfrom sbs_jax import datasets\ndatasets.add(toy.DATASET)\n")
+    return folder
+
+
+def _gin_text(changes: Mapping[str, Any]) -> str:
+    """The toy's training. Defaults are bound too: jaxtyping's hook hides them from gin in the tests' own process."""
+    lines = ["from __gin__ import dynamic_registration", "import toy_task"]
+    lines += ["from sbs_jax import datasets", "from sbs_jax import t5", "from sbs_jax import train"]
+    for name, configurable in {
+        "t5.T5Config": t5.T5Config,
+        "datasets.DataOptions": datasets.DataOptions,
+        "train.TrainConfig": train.TrainConfig,
+    }.items():
+        for field in dataclasses.fields(configurable):
+            if field.default is not dataclasses.MISSING:
+                lines.append(f"{name}.{field.name} = {field.default!r}")
+    lines += [f'include "gin_configs/{file}.gin"' for file in ("runs/train", "methods/step_by_step")]
+    for name, value in dataclasses.asdict(MODEL).items():
+        lines.append(f"t5.T5Config.{name} = {'%DROPOUT_RATE' if name == 'dropout_rate' else repr(value)}")
+    macros = {
+        "DATASET": "toy",
+        "TASK_FEATURE_LENGTHS": {"inputs": 40, "targets": 32},
+        "PACK": True,
+        "EXAMPLES": 8,
+        "EXAMPLES_PER_ROW": 2,
+        "LEARNING_RATE": 3e-3,
+        "VOCABULARY": "byte",
+        "EVAL_BATCH_SIZE": 8,
+        "MAX_DECODE_LENGTH": 4,
+        **changes,
+    }
+    lines += [f"{name} = {value!r}" for name, value in macros.items()]
+    return "\n".join([*lines, "MODEL = @t5.T5Config()", ""])
+
+
+def train_flags(folder: Path, run: Path, *bindings: str, mesh: str = "data_parallel") -> list[str]:
+    """The command line that trains into `run`."""
+    files = [f"--gin_file={folder / 'toy.gin'}", f"--gin_file=gin_configs/meshes/{mesh}.gin"]
+    paths = [f"--gin.RECORDS_DIR={folder / 'records'}", f"--gin.MODEL_DIR={run}"]
+    return ["train", *files, *paths, *(f"--gin.{binding}" for binding in bindings)]

@@ -1,0 +1,526 @@
+"""Real `sbs train` processes, killed and told to end at any moment, and resumed: they end where they would have.
+
+The short forms run in the suite, the long ones with `make test-faults`, which prints figures (docs/reliability.md).
+"""
+
+import collections
+import contextlib
+import dataclasses
+import json
+import os
+import random
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import toy
+from processes import Process, until
+
+from sbs_jax import checkpoints, checksums, datasets, features, preemption, run_dir, t5, tokens
+from sbs_jax.convert import t5x
+
+SPEEDS = {"tokens_per_second", "seconds_per_step", "data_wait_share"}
+STEPS, EVALUATED = 40, 16
+# Almost always a checkpoint is being written; lines, evaluations and checkpoints come at different steps; 7 epochs.
+MACROS = {
+    "TRAIN_STEPS": STEPS,
+    "LOG_PERIOD": 8,
+    "EVAL_PERIOD": EVALUATED,
+    "CHECKPOINT_PERIOD": 3,
+    "MICRO_BATCHES": 2,
+    "EVAL_BATCH_SIZE": 4,
+}
+
+
+LONG = (pytest.mark.faults, pytest.mark.timeout(3600))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """What a command line needs to train on the toy dataset."""
+    before = datasets.options()
+    yield toy.write_command(tmp_path_factory.mktemp("faults"), **MACROS)
+    datasets.configure(before)
+
+
+@pytest.fixture(scope="module")
+def reference(starter, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing interrupts, by the true entry (`python -m sbs_jax.main`), which compiles by itself."""
+    folders = tmp_path_factory.mktemp("reference")
+    run = folders / "run"
+    with starter.alone(folders, toy.train_flags(folder, run), path=[folder], spawn=True) as process:
+        assert process.wait() == 0, process.complained()
+        assert "Error" not in process.complained()
+    return run
+
+
+@dataclasses.dataclass(frozen=True)
+class Contents:
+    """What a finished run has come to."""
+
+    arrays: dict[str, np.ndarray]  # of its last step: parameters and optimiser
+    metadata: dict[str, Any]
+    lines: list[dict[str, Any]]  # of metrics, without speeds
+    predictions: dict[str, bytes]
+    best: int | None
+
+
+def contents(run: Path) -> Contents:
+    step = checkpoints.steps(run)[-1]
+    arrays = {}
+    for item in (checkpoints.PARAMETERS, checkpoints.OPTIMIZER):
+        for name, array in t5x.orbax_arrays(run / "checkpoints" / str(step) / item).items():
+            arrays[f"{item}/{name}"] = array.whole()
+    lines = [{k: v for k, v in line.items() if k not in SPEEDS} for line in run_dir.read_metrics(run)]
+    predictions = {path.name: path.read_bytes() for path in (run / "predictions").iterdir()}
+    metadata = checkpoints.read_metadata(run, step)
+    return Contents(arrays, metadata, lines, predictions, checkpoints.best_step(run))
+
+
+def assert_same(run: Path, reference: Path) -> None:
+    """Bit for bit."""
+    got, want = contents(run), contents(reference)
+    assert got.lines == want.lines
+    assert got.predictions == want.predictions
+    assert (got.best, got.metadata) == (want.best, want.metadata)
+    assert got.arrays.keys() == want.arrays.keys()
+    for name, array in want.arrays.items():
+        np.testing.assert_array_equal(got.arrays[name], array, err_msg=name)
+
+
+def assert_close(run: Path, reference: Path) -> None:
+    """To rounding."""
+    got, want = contents(run), contents(reference)
+    assert [(line["kind"], line["step"]) for line in got.lines] == [(line["kind"], line["step"]) for line in want.lines]
+    for line, wanted in zip(got.lines, want.lines, strict=True):
+        for name in wanted.keys() - {"kind"}:
+            assert line[name] == pytest.approx(wanted[name], rel=2e-3, abs=1e-5), (name, line["step"])
+    assert got.arrays.keys() == want.arrays.keys()
+    for name, array in want.arrays.items():
+        np.testing.assert_allclose(got.arrays[name], array, rtol=2e-2, atol=2e-4, err_msg=name)
+
+
+def being_written(run: Path) -> set[str]:
+    """Directories of checkpoints on their way in (or, by the other name, out)."""
+    return {path.name for path in (run / "checkpoints").glob("*.writing")}
+
+
+def last_line(run: Path) -> dict[str, Any]:
+    lines = run_dir.read_metrics(run)
+    return lines[-1] if lines else {"kind": None, "step": 0}
+
+
+def assert_checkpoints_are_whole(run: Path) -> None:
+    for step in checkpoints.steps(run):
+        assert checksums.problem(run / "checkpoints" / str(step)) is None
+
+
+# ------------------------------------------------------------------------------------------ kill -9
+
+
+def waited_for(moment: str, process: Process, run: Path) -> bool:
+    """Returns when it has come; False where the process ended before."""
+    old, begun = being_written(run), last_line(run)
+
+    def has_come() -> bool:
+        if moment == "start":
+            return True
+        if moment == "steps":
+            return "loss" in process.complained()
+        if moment == "save":
+            return bool(being_written(run) - old)
+        line = last_line(run)
+        if moment == "evaluation":
+            return line != begun and line["kind"] == "train" and line["step"] % EVALUATED == 0
+        return line["kind"] == "train" and line["step"] == STEPS
+
+    while not has_come():
+        if not process.running():
+            return False
+        time.sleep(0.002)
+    return True
+
+
+# Seconds after a moment within which the kill comes.
+MOMENTS = {"start": 2.5, "steps": 0.4, "save": 0.05, "evaluation": 0.2, "end": 0.7}
+
+
+def kill_once(starter: Any, folder: Path, run: Path, *, moment: str, after: float) -> str | None:
+    """Resumes the run and kills it; what it was about, None where it had ended before."""
+    with starter.alone(folder, toy.train_flags(folder, run), path=[folder]) as process:
+        came = waited_for(moment, process, run)
+        time.sleep(after if came else 0)
+        process.send(signal.SIGKILL)
+        status = process.wait()
+        assert status in (0, -signal.SIGKILL), process.complained()
+        if status == 0:
+            return None
+    assert_checkpoints_are_whole(run)
+    return "while a checkpoint was written" if being_written(run) else "at another moment"
+
+
+def finish(starter: Any, folder: Path, run: Path, *bindings: str) -> None:
+    with starter.alone(folder, toy.train_flags(folder, run, *bindings), path=[folder]) as process:
+        assert process.wait() == 0, process.complained()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kills", "of_a_run"), [(4, 4), pytest.param(30, 5, marks=LONG)])
+def test_killed_at_any_moment_and_resumed_a_run_ends_as_if_nothing_had_been(
+    starter, folder, reference, tmp_path, kills, of_a_run
+):
+    chosen = random.Random(kills)
+    moments = [*MOMENTS] * (kills // len(MOMENTS)) + ["start", "steps", "evaluation", "save"][: kills % len(MOMENTS)]
+    chosen.shuffle(moments)
+    count: collections.Counter[tuple[str, str]] = collections.Counter()
+    number = 0
+    while moments:
+        run, killed = tmp_path / f"run-{number}", 0
+        while moments and killed < of_a_run:
+            # In the order in which they come about, so that a run is not over before its last kill.
+            moment = min(moments[: of_a_run - killed], key=[*MOMENTS].index)
+            was = kill_once(starter, folder, run, moment=moment, after=chosen.uniform(0, MOMENTS[moment]))
+            if was is None:
+                break  # what is left of its moments comes to the next run
+            moments.remove(moment)
+            killed += 1
+            count[moment, was] += 1
+        finish(starter, folder, run)
+        assert_same(run, reference)
+        number += 1
+    print(f"\n{sum(count.values())} kills of {number} runs, aimed at and hit:")
+    for (moment, was), times in sorted(count.items()):
+        print(f"  {moment}: {times} {was}")
+    assert sum(times for (_, was), times in count.items() if was.startswith("while")) >= kills // 6
+
+
+# ------------------------------------------------------------------------------------------ SIGTERM
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("times", [2, pytest.param(8, marks=LONG)])
+def test_told_to_end_once_it_saves_and_told_twice_it_ends_at_once(starter, folder, reference, tmp_path, times):
+    chosen, statuses = random.Random(times), []
+    run = tmp_path / "run"
+    for number in range(times):
+        with starter.alone(tmp_path, toy.train_flags(folder, run), path=[folder]) as process:
+            moment = ["evaluation", "save", "steps"][number % 3]
+            if not waited_for(moment, process, run):
+                break
+            twice = bool(number % 2)
+            time.sleep(chosen.uniform(0, 0.1))
+            process.send(signal.SIGTERM)
+            begin = time.monotonic()
+            if twice:
+                time.sleep(chosen.uniform(0.001, 0.005))
+                process.send(signal.SIGTERM)
+                begin = time.monotonic()
+            statuses.append(process.wait(20))
+            seconds = time.monotonic() - begin
+        assert_checkpoints_are_whole(run)
+        if statuses[-1] == preemption.EXIT_STATUS:
+            last = checkpoints.steps(run)[-1]
+            assert not being_written(run)
+            assert f"stopped after step {last} of {STEPS}, which is saved" in process.complained()
+        else:
+            assert twice
+            assert statuses[-1] == 128 + signal.SIGTERM
+            assert seconds < 1
+    print(f"\nstatuses: {statuses}")
+    assert preemption.EXIT_STATUS in statuses
+    finish(starter, folder, run)
+    assert_same(run, reference)
+
+
+# ------------------------------------------------------------------------------------ two processes
+
+
+TWO = ("LOG_PERIOD=1", "TRAIN_STEPS=16", "EVAL_PERIOD=8")
+
+
+@contextlib.contextmanager
+def two(starter: Any, folder: Path, run: Path, *bindings: str) -> Iterator[list[Process]]:
+    flags = toy.train_flags(folder, run, *(bindings or TWO))
+    with starter.together(run.parent, flags, count=2, path=[folder]) as processes:
+        yield processes
+
+
+def steps_of(processes: list[Process], run: Path) -> int:
+    """The newest step that these processes, and not those before them, have logged."""
+    return last_line(run)["step"] if "loss" in processes[0].complained() else 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("signals", "bindings"),
+    [(2, TWO), pytest.param(10, (*TWO[:1], "TRAIN_STEPS=60", *TWO[2:]), marks=LONG)],
+)
+def test_two_processes_told_to_end_or_killed_end_as_if_nothing_had_been(starter, folder, tmp_path, signals, bindings):
+    whole, one, run = (tmp_path / name / "run" for name in ("whole", "one", "interrupted"))
+    for path in (whole, one, run):
+        path.parent.mkdir()
+    with two(starter, folder, whole, *bindings) as processes:
+        assert [process.wait() for process in processes] == [0, 0], processes[0].complained()
+    if signals > 2:  # as in test_hosts.py
+        finish(starter, folder, one, *bindings)
+        assert_close(whole, one)
+
+    chosen = random.Random(signals)
+    count = checkpoints.steps(whole)[-1]
+    stops = []
+    for step in sorted(chosen.sample(range(2, count - 3), signals)):
+        with two(starter, folder, run, *bindings) as processes:
+            until(lambda: steps_of(processes, run) >= step, processes)  # noqa: B023
+            chosen.choice(processes).send(signal.SIGTERM)
+            assert [process.wait() for process in processes] == [preemption.EXIT_STATUS] * 2
+        stops.append(checkpoints.steps(run)[-1])
+        assert f"stopped after step {stops[-1]} of {count}" in processes[0].complained()
+        assert last_line(run)["step"] == stops[-1]
+        assert_checkpoints_are_whole(run)
+    print(f"\nstopped after steps {stops}")
+    for index in (1,) if signals == 2 else (1, 0):
+        with two(starter, folder, run, *bindings) as processes:
+            until(lambda: steps_of(processes, run) > 0, processes)
+            processes[index].send(signal.SIGKILL)
+            assert processes[1 - index].wait(20) == 1
+            assert "is gone without a word" in processes[1 - index].complained()
+        assert_checkpoints_are_whole(run)
+    with two(starter, folder, run, *bindings) as processes:
+        assert [process.wait() for process in processes] == [0, 0], processes[0].complained()
+    assert_same(run, whole)
+
+
+# --------------------------------------------------------------------------------- where a run goes on
+
+
+@pytest.mark.parametrize(("pack", "rows_of_epoch"), [(False, 1_100_000), (True, 190_000)])
+def test_to_go_on_after_three_epochs_of_550_000_rows_takes_seconds(monkeypatch, pack, rows_of_epoch):
+    """e-SNLI has 549,367; nothing of what was seen is read, or made, again."""
+    datasets.add(toy.DATASET)
+    found = {}
+    for task in ("toy_label", "toy_rationale"):
+        for feature, longest in (("inputs", 60), ("targets", 40)):
+            sizes = np.random.default_rng(len(found)).integers(5, longest, 550_000)
+            starts = np.concatenate([[0], np.cumsum(sizes)])
+            ids = np.arange(starts[-1], dtype=np.int32) % 300 + 2
+            found.setdefault(task, {})[feature] = tokens.TokenTable(ids=ids, starts=starts)
+    monkeypatch.setattr(datasets, "token_tables", lambda task, split: found[task])
+
+    def stream(skip: int) -> Iterator[dict[str, np.ndarray]]:
+        lengths = {"inputs": 512, "targets": 128} if pack else {"inputs": 60, "targets": 40}
+        return features.train_dataset(
+            "toy_step_by_step", lengths=lengths, split="train", batch_size=128, pack=pack, seed=0, skip_batches=skip
+        )
+
+    steps = 3 * rows_of_epoch // 128
+    begin, used = time.monotonic(), time.process_time()
+    batches = stream(steps)
+    next(batches)
+    used = time.process_time() - used
+    print(f"\n{time.monotonic() - begin:.2f} s, {used:.2f} s of CPU to step {steps:,}, packed: {pack}")
+    assert used < 10
+    second, after = next(batches), next(stream(steps + 1))
+    for name, array in second.items():
+        np.testing.assert_array_equal(after[name], array)
+
+
+# --------------------------------------------------------------------------------------------- soak
+
+
+SOAK = {
+    "TRAIN_STEPS": 2000,
+    "LOG_PERIOD": 5,
+    "EVAL_PERIOD": 250,
+    "CHECKPOINT_PERIOD": 10,
+    "SKIP_NON_FINITE": 2000,
+    "STALL_SECONDS": 1.0,
+    "KEEP_CHECKPOINTS": 3,
+}
+EVERY = 50  # steps from fault to fault
+# Within one process, so that what it holds can be seen to stay; then those that end it.
+OUTAGES = ("full", "read-only")
+ENDING = ("killed", "told to end", "killed and damaged")
+FAULTS = ["full", "frozen", "read-only", "damaged", "no data"] * 5 + [*ENDING, "frozen"] * 3
+WARM_UP = 300  # steps of a process before its memory is looked at
+GROWTH = 10.0  # MB per 1,000 steps, at most
+POISON = "!"
+DISK = 24 << 20  # bytes
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={DISK}", "tmpfs", disk], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        pytest.skip(f"this user may not mount a small disk: {done.stderr.strip()}")
+    yield disk
+    subprocess.run(["umount", "-l", disk], check=True)
+
+
+def poisoned(folder: Path) -> list[str]:
+    """Bindings for a start from parameters that are infinite for one byte, which two training inputs have."""
+    file = folder / "records" / "toy" / "train.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    for number in (11, 30):
+        rows[number]["input"] += f" {POISON}"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    parameters, name = dict(t5.init(toy.MODEL, seed=0)[1]), "token_embedder/embedding"
+    parameters[name] = parameters[name].at[3 + ord(POISON)].set(np.inf)
+    checkpoints.save_npz(folder / "start.npz", parameters, dtype="float32")
+    return [f"INITIAL_CHECKPOINT_PATH={folder / 'start.npz'}"]
+
+
+@contextlib.contextmanager
+def fault(name: str, *, process: Process, run: Path, folder: Path) -> Iterator[Callable[[], None]]:
+    """Something goes wrong while inside; what it gives is to be called from time to time."""
+
+    def nothing() -> None:
+        pass
+
+    if name == "full":
+        filler = run.parent / "somebody else's"
+        with filler.open("wb", buffering=0) as file:
+
+            def fill() -> None:  # again and again, since the run removes checkpoints too
+                assert shutil.disk_usage(run).total == DISK, "somebody unmounted the small disk"
+                with contextlib.suppress(OSError):
+                    for _ in range(DISK // 4096 + 1):
+                        file.write(bytes(4096))
+
+            fill()
+            yield fill
+        filler.unlink()
+    elif name == "read-only":
+        subprocess.run(["mount", "--bind", run, run], check=True)
+        try:
+            subprocess.run(["mount", "-o", "remount,bind,ro", run], check=True)
+            yield nothing
+        finally:
+            subprocess.run(["umount", "-l", run], check=True)
+    elif name == "frozen":
+        process.send(signal.SIGSTOP)
+        time.sleep(1.5)
+        process.send(signal.SIGCONT)
+        yield nothing
+    elif name == "damaged":
+        flip(run, newest=False)
+        yield nothing
+    elif name == "no data":
+        records = folder / "records" / "toy" / "train.jsonl"
+        away = records.rename(records.with_suffix(".away"))
+        yield nothing
+        away.rename(records)
+
+
+def flip(run: Path, *, newest: bool) -> None:
+    """Changes one byte of the newest checkpoint, or of an older one that is not the best."""
+    *older, step = checkpoints.steps(run)
+    if not newest:
+        step = max(set(older) - {checkpoints.best_step(run)})
+    arrays = run / "checkpoints" / str(step) / "parameters"
+    file = max((path for path in arrays.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    with file.open("r+b") as opened:
+        opened.seek(file.stat().st_size // 2)
+        byte = opened.read(1)[0]
+        opened.seek(-1, os.SEEK_CUR)
+        opened.write(bytes([byte ^ 1]))
+
+
+class Gauge:
+    """Resident memory and open files of a process, by step."""
+
+    def __init__(self, process: Process, run: Path) -> None:
+        self._process, self._run = process, run
+        self.readings: list[tuple[int, float, int]] = []  # step, MB, files
+
+    def read(self) -> int:
+        """Takes a reading; the step."""
+        step = steps_of([self._process], self._run)
+        with contextlib.suppress(OSError):  # it has ended
+            pages = int(Path(f"/proc/{self._process.pid}/statm").read_text().split()[1])
+            files = len(list(Path(f"/proc/{self._process.pid}/fd").iterdir()))
+            self.readings.append((step, pages * os.sysconf("SC_PAGE_SIZE") / 1e6, files))
+        return step
+
+    def slopes(self, *, after: int) -> tuple[float, float, float] | None:
+        """MB and open files per 1,000 steps, and over how many steps; None where there are too few."""
+        first = next((step for step, _, _ in self.readings if step), 0)
+        steps, memory, files = np.array([r for r in self.readings if r[0] >= first + after]).reshape(-1, 3).T
+        if len(steps) < 10 or np.ptp(steps) < 200:
+            return None
+        return np.polyfit(steps / 1000, memory, 1)[0], np.polyfit(steps / 1000, files, 1)[0], np.ptp(steps)
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(3600)
+def test_a_long_run_with_a_fault_every_50_steps_ends_as_one_without(starter, small_disk, tmp_path):
+    folder = tmp_path / "command"
+    folder.mkdir()
+    toy.write_command(folder, **{**MACROS, **SOAK})
+    bindings = poisoned(folder)
+    whole, run = tmp_path / "whole", small_disk / "run"
+    finish(starter, folder, whole, *bindings)
+    left_out = contents(whole).metadata["skipped"]
+    assert left_out > 50
+
+    flags = toy.train_flags(folder, run, *bindings)
+    faults, gauges, processes, injected = list(FAULTS), [], [], collections.Counter()
+    with contextlib.ExitStack() as stack:
+
+        def start() -> Process:
+            processes.append(starter.start(tmp_path, flags, path=[folder]))
+            stack.callback(processes[-1].end)
+            gauges.append(Gauge(processes[-1], run))
+            return processes[-1]
+
+        process, due = start(), EVERY
+        while process.running():
+            time.sleep(0.02)
+            step = gauges[-1].read()
+            if step < due or not faults:
+                continue
+            name = faults.pop(0)
+            injected[name] += 1
+            due += EVERY
+            if name in ENDING:
+                process.send(signal.SIGTERM if name == "told to end" else signal.SIGKILL)
+                assert process.wait(30) == (preemption.EXIT_STATUS if name == "told to end" else -signal.SIGKILL)
+                if name == "killed and damaged":
+                    flip(run, newest=True)
+                process = start()
+            else:
+                before = len(process.complained())
+                with fault(name, process=process, run=run, folder=folder) as again:
+
+                    def has_shown() -> bool:
+                        again()
+                        if name in OUTAGES:  # noqa: B023  (no line comes to the disk by which to count steps)
+                            return "Cannot write" in process.complained()[before:]  # noqa: B023
+                        return gauges[-1].read() > step  # noqa: B023
+
+                    until(has_shown, [process])
+                    end = time.monotonic() + 0.2
+                    until(lambda: again() or time.monotonic() > end, [process])  # noqa: B023
+        assert process.wait() == 0, process.complained()
+    assert not faults
+    assert_same(run, whole)
+    said = "\n".join(process.complained() for process in processes)
+    print(f"\n{sum(injected.values())} faults: {dict(injected)}; {left_out} of 2,000 steps left out")
+    for text in ("No space left", "Read-only file system", "cannot be used", "Nothing moves"):
+        print(f"  {text!r} was said {said.count(text)} times")
+        assert said.count(text) > 0
+    told = [gauge.slopes(after=WARM_UP) for gauge in gauges]
+    for slopes in told:
+        if slopes is not None:
+            print("  over {2} steps: {0:+.2f} MB and {1:+.2f} open files per 1,000 steps".format(*slopes))
+    assert any(slopes is not None and slopes[2] >= 500 for slopes in told)
+    for slopes in told:
+        assert slopes is None or (slopes[0] < GROWTH and slopes[1] < 1)
