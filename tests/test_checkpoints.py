@@ -544,6 +544,7 @@ def test_errors_that_are_not_the_storage_s_are_raised(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.faults
 def test_two_processes_fail_together_and_go_on(small_disk, tmp_path):
     """Also where it is one of them alone that cannot write."""
     disk = small_disk("size=4m")

@@ -72,40 +72,6 @@ def test_one_compile_per_run(tmp_path, records_dir, monkeypatch):
     assert trainers[0].step._cache_size() == 1
 
 
-def test_resuming_equals_not_having_stopped(finished, tmp_path, records_dir):
-    config, _ = finished
-    stopped = dataclasses.replace(config, model_dir=str(tmp_path / "stopped"))
-    real_next = train._Window.wait_for
-    seen = []
-
-    def stop_after_four(self, batches):
-        if len(seen) == 4:
-            raise KeyboardInterrupt
-        seen.append(1)
-        return real_next(self, batches)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train._Window, "wait_for", stop_after_four)
-        with pytest.raises(KeyboardInterrupt):
-            train.train(stopped, config_text="SEED = 0\n")
-    # Steps 4 was logged after the checkpoint of step 3: the resumed run repeats it, and its line stands once.
-    train.train(stopped, config_text="SEED = 0\n")
-    lines = [run_dir.read_metrics(c.model_dir) for c in (config, stopped)]
-    places = [[(line["kind"], line["step"]) for line in of_run] for of_run in lines]
-    assert places[0] == places[1]
-    for whole, resumed in zip(*lines, strict=True):
-        for name in set(whole) - {"tokens_per_second", "seconds_per_step", "data_wait_share"}:
-            if whole["step"] != 4:  # its window began at the checkpoint
-                assert whole[name] == resumed[name], name
-    like = train.prepare(config).abstract.parameters
-    final = [
-        checkpoints.load_parameters(run_dir.Path(c.model_dir) / "checkpoints" / "6", like=like)
-        for c in (config, stopped)
-    ]
-    for name in like:
-        np.testing.assert_array_equal(final[0][name], final[1][name], err_msg=name)
-
-
 def test_a_finished_run_is_not_repeated(finished):
     config, result = finished
     before = run_dir.read_metrics(config.model_dir)
@@ -182,12 +148,6 @@ def test_impossible_configurations_fail_before_anything_is_written(tmp_path, rec
     with pytest.raises(ValueError, match=message):
         train.train(toy.config(tmp_path / "run", records_dir, **changes), config_text="")
     assert not (tmp_path / "run").exists()
-
-
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, records_dir):
-    config = toy.config(tmp_path / "run", records_dir, learning_rate=optax.constant_schedule(1e30), clip_norm=None)
-    with pytest.raises(FloatingPointError, match="not finite"):
-        train.train(config, config_text="")
 
 
 LAYOUTS = {

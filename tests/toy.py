@@ -2,13 +2,15 @@
 
 import dataclasses
 import itertools
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import optax
 
-from sbs_jax import datasets, partitioning, records, t5, train
+from sbs_jax import checkpoints, datasets, partitioning, records, t5, train
 from tasks.metrics import accuracy, same_text
 
 LETTERS = "abcdefgh"
@@ -63,6 +65,22 @@ def write_records(directory: Path, *, train_rows: int = 48, other_rows: int = 16
         records.write_records(folder / f"{split}.jsonl", rows[start : start + count])
         start += count
     return directory
+
+
+POISON = 3 + ord("!")  # a token of no example
+
+
+def poison(records_dir: Path, start: Path) -> tuple[Path, set[str]]:
+    """Gives two training inputs a token for which the parameters written to `start` are infinite; and their ids."""
+    file = records_dir / DATASET.name / "train.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    for number in (11, 30):
+        rows[number]["input"] += f" {chr(POISON - 3)}"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    parameters, name = dict(t5.init(MODEL, seed=0)[1]), "token_embedder/embedding"
+    parameters[name] = parameters[name].at[POISON].set(np.inf)
+    checkpoints.save_npz(start, parameters, dtype="float32")
+    return start, {rows[number]["id"] for number in (11, 30)}
 
 
 def options(records_dir: Path, **changes) -> datasets.DataOptions:
