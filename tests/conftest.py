@@ -6,6 +6,8 @@ only the platform is inherited.
 """
 
 import os
+import random
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -24,6 +26,12 @@ del os.environ["XLA_FLAGS"]
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # beartype, not typeguard 4: that one reads shape strings such as "B T" as Python and fails on them.
 jaxtyping.install_import_hook("sbs_jax", "beartype.beartype")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fuzz-cases", type=int, metavar="N", help="cases of each fuzz test (default: 10,000)")
+    parser.addoption("--fuzz-seed", metavar="N", help="which cases: a number (default: 0), or 'random'")
+
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SHARED = REPOSITORY.parent / "shared"
@@ -45,3 +53,15 @@ def real_vocab() -> Path:
     if not path.is_file():
         pytest.skip("the T5 vocabulary is not in ../shared/vocab/t5/sentencepiece.model")
     return path
+
+
+@pytest.fixture
+def fuzz(request: pytest.FixtureRequest) -> Callable[[Callable], None]:
+    """Runs a case of a fuzz test (tests/fuzzing.py) as often as the options say."""
+    import fuzzing
+
+    chosen = request.config.getoption("--fuzz-seed") or "0"
+    start = random.SystemRandom().randrange(2**32) if chosen == "random" else int(chosen)
+    print(f"--fuzz-seed {start}")  # shown where the test fails
+    cases = request.config.getoption("--fuzz-cases") or fuzzing.CASES
+    return lambda case: fuzzing.run(case, name=request.node.name, cases=cases, start=start)

@@ -147,7 +147,7 @@ def _read_lines(data: bytes) -> Iterator[dict[str, Any]]:
     for line in io.BytesIO(data):
         try:
             value = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(value, dict):
             yield value
@@ -163,6 +163,8 @@ def _outcome(read: Callable[[], Reply]) -> Reply | Failed | None:
         return None
     except Fatal as error:
         return Failed(str(error), reason=REFUSED)
+    except (AttributeError, TypeError, KeyError, IndexError, ValueError, ArithmeticError):
+        return None  # a line of another form
 
 
 # --------------------------------------------------------------------------------------------- OpenAI
@@ -387,8 +389,7 @@ class VertexBatches(_GoogleBatches):
                 continue
             read = await self._storage(lambda name=name: folder.read(name))
             for line in _read_lines(read.value):
-                labels = (line.get("request") or {}).get("labels") or {}
-                key = f"{labels.get('sbs-key-0', '')}{labels.get('sbs-key-1', '')}"
+                key = _vertex_key(line)
                 outcome = _outcome(lambda line=line: _vertex_line(line))
                 if outcome is not None and key:
                     yield key, outcome
@@ -405,6 +406,15 @@ def _folder(url: str) -> Any:
     import tensorstore
 
     return tensorstore.KvStore.open(f"{url}/").result()
+
+
+def _vertex_key(line: Mapping[str, Any]) -> str:
+    """The key among the labels of the request that a line repeats; empty where there is none."""
+    try:
+        labels = line["request"]["labels"]
+        return "".join(labels[name] for name in ("sbs-key-0", "sbs-key-1"))
+    except (KeyError, TypeError):
+        return ""
 
 
 def _vertex_line(line: Mapping[str, Any]) -> Reply:

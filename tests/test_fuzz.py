@@ -1,0 +1,286 @@
+"""Whatever a file of outside holds, reading it returns or says what is wrong and where: the readers of text.
+
+10,000 cases of each reader, the same every time; more with --fuzz-cases, others with --fuzz-seed random. How cases are
+made, and what is watched meanwhile (hangs, memory, inputs that run): tests/fuzzing.py. Checkpoints: test_fuzz_checkpoints.
+"""
+
+import json
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+
+import fuzzing
+import pytest
+from fuzzing import Tape
+
+import tasks
+from sbs_jax import datasets, evaluate, records, release
+from sbs_jax.teacher import batches, clients, parsing, prompts
+from tasks import metrics
+
+Fuzz = Callable[[Callable[[Tape], None]], None]
+
+RECORDS = (
+    {
+        "id": "toy-1",
+        "input": "Ann has 3 pens.\nHow many?",
+        "label": "( 3.0 + 4.0 )",
+        "choices": [],
+        "teacher_text": "3 + 4. The answer is (3 + 4).",
+        "rationale": "3 + 4.",
+        "teacher_label": "(3 + 4)",
+        "outcome": "ok",
+        "prompt": "0123456789ab",
+        "hinted": True,
+        "votes": [2, 3],
+    },
+    {"id": "toy-2", "input": "i", "label": None},
+    {"id": "toy-3", "input": "\u00e9\u4e2d", "label": "b", "choices": ["a", "b"], "outcome": "no_teacher"},
+)
+INPUTS = {
+    "esnli": {"premise": "A dog barks.", "hypothesis": "An animal is heard.", "label": 0},
+    "anli1": {"uid": "u1", "premise": "A dog barks.", "hypothesis": "An animal is heard.", "label": 2},
+    "cqa": {"id": "c1", "question": "What do people drink?", "choices": ["sand", "tea"], "answer": "tea"},
+    "svamp": {"input": "Ann has 3 pens.", "label": "( 3.0 + 4.0 )"},
+    "builtin": {"input": "A tiny red iron lamp. Will it float?", "label": "no"},
+}
+# Texts that the rules of the datasets look for.
+REPLIES = (
+    *("Iron sinks. ", "So the answer is", " no.", "The answer is", " (3 + 4).", "Answer:", " neutral", "(b) tea", "(a)"),
+    *("\n\nQ: next", "Q:", "Premise:", "Premise", "\n", "(", ")", "(14, 21)", ".", "( 84.0 / 2.0 )", "yes", " ", "((1)"),
+    *fuzzing.TEXTS,
+)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    assert tasks  # registers the datasets
+    return tmp_path
+
+
+def test_records(fuzz: Fuzz, folder: Path) -> None:
+    path = folder / "train.jsonl"
+
+    def case(tape: Tape) -> None:
+        path.write_bytes(fuzzing.lines(tape, RECORDS))
+        found = fuzzing.read(lambda: records.read_records(path), raises=ValueError, names=[path])
+        if isinstance(found, list):
+            for record in found:
+                records.check_fields(vars(record))
+                json.dumps(records.fields_of(record), ensure_ascii=False).encode()
+
+    fuzz(case)
+
+
+def test_manifest_of_records(fuzz: Fuzz, folder: Path) -> None:
+    path = folder / records.MANIFEST
+    summary = {
+        "rows": 2,
+        "sha256": "ab" * 32,
+        "sources": {"svamp_train.json": "cd" * 32},
+        "outcomes": {"ok": 2},
+        "rationales": 2,
+        "teacher_labels": 2,
+        "labelled": 2,
+        "teacher_right": 1,
+        "teacher_accuracy": 50.0,
+    }
+    manifest = {
+        "format": records.FORMAT,
+        "dataset": "svamp",
+        "parser": "strict",
+        "inputs": "release",
+        "sbs_jax": "0.1.0",
+        "splits": {"train": summary, "test": summary},
+        "skipped": {"validation": "no inputs"},
+    }
+    other = folder / "other"
+    records.write_manifest(other, manifest)  # type: ignore[arg-type]
+    for split in manifest["splits"]:
+        (other / f"{split}.jsonl").write_text("")
+
+    def case(tape: Tape) -> None:
+        path.write_bytes(fuzzing.scratched(tape, fuzzing.encoded(fuzzing.written(fuzzing.damaged(tape, manifest)))))
+        found = fuzzing.read(lambda: records.read_manifest(folder), raises=ValueError, names=[path])
+        if isinstance(found, dict):
+            fuzzing.read(lambda: records._differences(other, folder), raises=ValueError, names=[path])
+
+    fuzz(case)
+
+
+def test_inputs_of_the_release(fuzz: Fuzz, folder: Path) -> None:
+    paths = {}
+    for name in INPUTS:
+        paths[name] = folder / name / f"{name}_test.json"
+        paths[name].parent.mkdir()
+
+    def case(tape: Tape) -> None:
+        name = tape.one_of(list(INPUTS))
+        paths[name].write_bytes(fuzzing.lines(tape, [INPUTS[name]]))
+        fuzzing.read(
+            lambda: release.read_unanswered(datasets.get(name), inputs_dir=folder, inputs="release"),
+            raises=(ValueError, FileNotFoundError),
+            names=[paths[name]],
+        )
+
+    fuzz(case)
+
+
+def test_shards_of_the_release(fuzz: Fuzz, folder: Path) -> None:
+    shards = folder / "svamp" / "llm"
+    shards.mkdir(parents=True)
+    replies = ["3 + 4 = 7. The answer is (3 + 4).\n\nQ: ..", "x", ""]
+    ends = ("0", "1", "2", "00", "01", "10", "", "-1", "1_0", "٣", "0 ", "999999999", "9" * 30, "0.json", "\n", "a")
+
+    def case(tape: Tape) -> None:
+        names = {f"test_CoT_{tape.one_of(ends) if tape.chance(3) else number}.json" for number in range(2)}
+        for name in names:
+            text = fuzzing.encoded(fuzzing.written(fuzzing.damaged(tape, replies, most=1)))
+            (shards / name).write_bytes(fuzzing.scratched(tape, text, most=1))
+        found = fuzzing.read(
+            lambda: release.read_replies(folder, "svamp", "test"),
+            raises=(ValueError, FileNotFoundError),
+            names=[shards],
+        )
+        if isinstance(found, dict):
+            assert all(isinstance(text, str) for texts in found.values() for text in texts)
+        for name in names:
+            (shards / name).unlink()
+
+    fuzz(case)
+
+
+def test_teacher_text(fuzz: Fuzz) -> None:
+    """Every parser of every dataset, strict and official: none raises, and all say what became of the reply."""
+    rows = {
+        name: release.Row(id="r", input="i", label=None, choices=("sand", "tea", "(", "", "Tea") if name == "cqa" else ())
+        for name in INPUTS
+    }
+    parsers = [(rows[name], parse) for name in INPUTS for parse in datasets.get(name).parsers.values()]
+    assert len(parsers) == 2 * len(INPUTS)
+
+    def case(tape: Tape) -> None:
+        text = "".join(tape.one_of(REPLIES) for _ in range(tape.below(12)))
+        for row, parse in parsers:
+            parsed = fuzzing.read(lambda parse=parse, row=row: parse(text, row), raises=(), names=())
+            assert isinstance(parsed, parsing.Parsed)
+            assert parsed.outcome in parsing.OUTCOMES
+            for part in (parsed.rationale, parsed.label):
+                assert part is None or (part.strip() and len(part) <= len(text) + 10)
+
+    fuzz(case)
+
+
+def test_equations(fuzz: Fuzz) -> None:
+    """Expressions made together with their value, and damaged ones."""
+    numbers = ("1", "2", "3.0", "0.5", ".25", "7.", "84.0", "10", "0", "007", "9" * 100)
+    pieces = (*"()+-*/.", "**", "9**9**9", "1e9", "1e999999999", "٣", "²", "1_000", "0x10", "1j", ",", " ", "x", *numbers)
+
+    def made(tape: Tape, depth: int) -> tuple[str, Fraction]:
+        kind = tape.below(6) if depth < 6 else 0
+        if kind < 2:
+            text = tape.one_of(numbers)
+            return text, Fraction(text)
+        if kind == 2:
+            text, value = made(tape, depth + 1)
+            return f"-({text})", -value
+        (left, a), (right, b) = made(tape, depth + 1), made(tape, depth + 1)
+        sign = tape.one_of("+-*/" if b else "+-*")
+        value = {"+": lambda: a + b, "-": lambda: a - b, "*": lambda: a * b, "/": lambda: a / b}[sign]()
+        return f"( {left} {sign} {right} )", value
+
+    def case(tape: Tape) -> None:
+        text, value = made(tape, 0)
+        found = fuzzing.read(lambda: metrics.equation_value(text), raises=(), names=())
+        assert found == (value if len(text) <= metrics.MAX_CHARACTERS else None), text
+        for _ in range(1 + tape.below(4)):
+            at = tape.below(len(text) + 1)
+            text = text[:at] + tape.one_of(pieces if tape.chance(2) else fuzzing.TEXTS) + text[at + tape.below(3) :]
+        found = fuzzing.read(lambda: metrics.equation_value(text), raises=(), names=())
+        assert found is None or isinstance(found, Fraction)
+        same = fuzzing.read(lambda: metrics.same_equation_value(text, text), raises=(), names=())
+        assert same == (found is not None)
+
+    fuzz(case)
+
+
+def test_inputs_of_predict(fuzz: Fuzz, folder: Path) -> None:
+    path = folder / "questions.jsonl"
+
+    def case(tape: Tape) -> None:
+        path.write_bytes(fuzzing.lines(tape, [{"id": "a", "input": "Is it?"}, {"id": "b", "input": "\u00e9", "more": 1}]))
+        found = fuzzing.read(lambda: list(evaluate.read_inputs(path)), raises=ValueError, names=[path])
+        if isinstance(found, list):
+            for row in found:
+                f"{row['id']} {row['input']}".encode()
+
+    fuzz(case)
+
+
+def test_prompt_files(fuzz: Fuzz, folder: Path) -> None:
+    path = folder / "mine.json"
+    seeds = [json.loads((prompts.FOLDER / f"{name}.json").read_text("utf-8")) for name in ("svamp", "esnli")]
+    for value in seeds:
+        value["exemplars"] = value["exemplars"][:2]
+    fragments = (*fuzzing.FRAGMENTS, '"{input}"', '"{input} {input}"', '"{0} {1}"', '["", "\\nQ:"]', '"{label}"', '"{"')
+
+    def case(tape: Tape) -> None:
+        node = fuzzing.damaged(tape, tape.one_of(seeds), fragments=fragments)
+        path.write_bytes(fuzzing.scratched(tape, fuzzing.encoded(fuzzing.written(node)), most=1))
+        found = fuzzing.read(lambda: prompts.read(path), raises=ValueError, names=[path])
+        if isinstance(found, prompts.Template):
+            assert len(found.hash) == 12
+            asked = tape.one_of(("Ann has 3 pens.", "A dog barks.</s>An animal is heard.", tape.text()))
+            made = fuzzing.read(lambda: prompts.render(found, asked, hint="{label}"), raises=ValueError, names=["input"])
+            if isinstance(made, prompts.Prompt):
+                made.text.encode("utf-8", "surrogatepass")
+
+    fuzz(case)
+
+
+def test_results_of_batch_jobs(fuzz: Fuzz) -> None:
+    """Lines of a provider's result file: a reply, a reason, or nothing (it is asked again)."""
+    chat = {
+        "custom_id": "ab" * 32,
+        "error": None,
+        "response": {
+            "status_code": 200,
+            "body": {
+                "model": "m",
+                "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": "Yes."}}],
+                "usage": {"prompt_tokens": 5, "completion_tokens": 2},
+            },
+        },
+    }
+    refused = {
+        "custom_id": "cd" * 32,
+        "response": {"status_code": 400, "body": {"error": {"message": "too long", "code": "context_length_exceeded"}}},
+    }
+    answer = {
+        "candidates": [{"content": {"parts": [{"text": "Yes."}], "role": "model"}, "finishReason": "STOP"}],
+        "usageMetadata": {"promptTokenCount": 5, "candidatesTokenCount": 2},
+        "modelVersion": "m",
+    }
+    gemini = {"key": "ab" * 32, "response": answer}
+    failed = {"key": "ab" * 32, "error": {"code": 3, "message": "INVALID_ARGUMENT: .."}}
+    vertex = {"request": {"labels": {"sbs-key-0": "ab" * 16, "sbs-key-1": "cd" * 16}}, "status": "", "response": answer}
+    kinds = {
+        "openai": ([chat, refused], batches._openai_line),
+        "gemini": ([gemini, failed], batches._gemini_line),
+        "vertex": ([vertex, {**vertex, "status": "Error: INVALID_ARGUMENT"}], batches._vertex_line),
+    }
+
+    def case(tape: Tape) -> None:
+        seeds, of_line = kinds[tape.one_of(list(kinds))]
+        data = fuzzing.lines(tape, seeds)
+        found = fuzzing.read(lambda: list(batches._read_lines(data)), raises=(), names=())
+        for line in found:
+            outcome = fuzzing.read(lambda line=line: batches._outcome(lambda: of_line(line)), raises=(), names=())
+            assert outcome is None or isinstance(outcome, clients.Reply | clients.Failed)
+            if isinstance(outcome, clients.Reply):
+                f"{outcome.text} {outcome.finish} {outcome.model}".encode()  # a store takes it
+                for tokens in (outcome.input_tokens, outcome.output_tokens):
+                    assert tokens is None or type(tokens) is int and tokens < 2**63
+            assert isinstance(batches._vertex_key(line), str)
+
+    fuzz(case)
