@@ -7,7 +7,7 @@ only the platform is inherited.
 
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -53,6 +53,15 @@ def real_vocab() -> Path:
     if not path.is_file():
         pytest.skip("the T5 vocabulary is not in ../shared/vocab/t5/sentencepiece.model")
     return path
+
+
+@pytest.fixture
+def memory() -> Iterator[Path]:
+    """A folder in memory."""
+    import fuzzing
+
+    with fuzzing.scratch() as folder:
+        yield folder
 
 
 @pytest.fixture

@@ -31,7 +31,9 @@ PATIENCE = 20.0
 ROOM = 3 * 2**30
 # Characters of a message: what was got is shown in part.
 LONGEST_MESSAGE = 4_000
-_TAPE = 80
+# Each drawing is that many cases, which begin to read it at different places: drawing takes longer than most readers.
+_CASES_PER_DRAWING = 4
+_BYTES_PER_CASE = 32
 
 # Whatever runs an input makes this file.
 CANARY = Path(tempfile.gettempdir()) / f"sbs-input-was-run-{os.getpid()}"
@@ -327,24 +329,33 @@ def read(reader: Callable[[], Any], *, raises: type[Exception] | tuple[type[Exce
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
 
 
+@contextlib.contextmanager
+def scratch() -> Iterator[Path]:
+    """A folder in memory where there is one: a file of a case is written, read and written again."""
+    memory = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else None, prefix="sbs-fuzz-") as name:
+        yield Path(name)
+
+
 def run(case: Callable[[Tape], Any], *, name: str, cases: int, start: int) -> None:
     """`case` for so many tapes, the same ones every time for one `start`; hypothesis makes a failure small."""
-    count = 0
+    count, length = 0, _CASES_PER_DRAWING * _BYTES_PER_CASE
 
     @seed(zlib.crc32(name.encode()) + start)
     @settings(
-        max_examples=cases,
+        max_examples=-(-cases // _CASES_PER_DRAWING),
         database=None,
         deadline=None,
         suppress_health_check=list(HealthCheck),
         report_multiple_bugs=False,
         phases=(Phase.generate, Phase.shrink),
     )
-    @given(st.binary(min_size=_TAPE, max_size=_TAPE))
+    @given(st.binary(min_size=length, max_size=length))
     def each(data: bytes) -> None:
         nonlocal count
-        count += 1
-        case(Tape(data))
+        for start in range(0, length, _BYTES_PER_CASE):
+            count += 1
+            case(Tape(data[start:] + data[:start]))
 
     with guarded():
         each()

@@ -10,10 +10,9 @@ from fractions import Fraction
 from pathlib import Path
 
 import fuzzing
-import pytest
 from fuzzing import Tape
 
-import tasks
+import tasks  # noqa: F401  (registers the datasets)
 from sbs_jax import datasets, evaluate, records, release
 from sbs_jax.teacher import batches, clients, parsing, prompts
 from tasks import metrics
@@ -52,14 +51,8 @@ REPLIES = (
 )
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    assert tasks  # registers the datasets
-    return tmp_path
-
-
-def test_records(fuzz: Fuzz, folder: Path) -> None:
-    path = folder / "train.jsonl"
+def test_records(fuzz: Fuzz, memory: Path) -> None:
+    path = memory / "train.jsonl"
 
     def case(tape: Tape) -> None:
         path.write_bytes(fuzzing.lines(tape, RECORDS))
@@ -72,8 +65,8 @@ def test_records(fuzz: Fuzz, folder: Path) -> None:
     fuzz(case)
 
 
-def test_manifest_of_records(fuzz: Fuzz, folder: Path) -> None:
-    path = folder / records.MANIFEST
+def test_manifest_of_records(fuzz: Fuzz, memory: Path) -> None:
+    path = memory / records.MANIFEST
     summary = {
         "rows": 2,
         "sha256": "ab" * 32,
@@ -94,31 +87,31 @@ def test_manifest_of_records(fuzz: Fuzz, folder: Path) -> None:
         "splits": {"train": summary, "test": summary},
         "skipped": {"validation": "no inputs"},
     }
-    other = folder / "other"
+    other = memory / "other"
     records.write_manifest(other, manifest)  # type: ignore[arg-type]
     for split in manifest["splits"]:
         (other / f"{split}.jsonl").write_text("")
 
     def case(tape: Tape) -> None:
         path.write_bytes(fuzzing.scratched(tape, fuzzing.encoded(fuzzing.written(fuzzing.damaged(tape, manifest)))))
-        found = fuzzing.read(lambda: records.read_manifest(folder), raises=ValueError, names=[path])
+        found = fuzzing.read(lambda: records.read_manifest(memory), raises=ValueError, names=[path])
         if isinstance(found, dict):
-            fuzzing.read(lambda: records._differences(other, folder), raises=ValueError, names=[path])
+            fuzzing.read(lambda: records._differences(other, memory), raises=ValueError, names=[path])
 
     fuzz(case)
 
 
-def test_inputs_of_the_release(fuzz: Fuzz, folder: Path) -> None:
+def test_inputs_of_the_release(fuzz: Fuzz, memory: Path) -> None:
     paths = {}
     for name in INPUTS:
-        paths[name] = folder / name / f"{name}_test.json"
+        paths[name] = memory / name / f"{name}_test.json"
         paths[name].parent.mkdir()
 
     def case(tape: Tape) -> None:
         name = tape.one_of(list(INPUTS))
         paths[name].write_bytes(fuzzing.lines(tape, [INPUTS[name]]))
         fuzzing.read(
-            lambda: release.read_unanswered(datasets.get(name), inputs_dir=folder, inputs="release"),
+            lambda: release.read_unanswered(datasets.get(name), inputs_dir=memory, inputs="release"),
             raises=(ValueError, FileNotFoundError),
             names=[paths[name]],
         )
@@ -126,8 +119,8 @@ def test_inputs_of_the_release(fuzz: Fuzz, folder: Path) -> None:
     fuzz(case)
 
 
-def test_shards_of_the_release(fuzz: Fuzz, folder: Path) -> None:
-    shards = folder / "svamp" / "llm"
+def test_shards_of_the_release(fuzz: Fuzz, memory: Path) -> None:
+    shards = memory / "svamp" / "llm"
     shards.mkdir(parents=True)
     replies = ["3 + 4 = 7. The answer is (3 + 4).\n\nQ: ..", "x", ""]
     ends = ("0", "1", "2", "00", "01", "10", "", "-1", "1_0", "٣", "0 ", "999999999", "9" * 30, "0.json", "\n", "a")
@@ -138,7 +131,7 @@ def test_shards_of_the_release(fuzz: Fuzz, folder: Path) -> None:
             text = fuzzing.encoded(fuzzing.written(fuzzing.damaged(tape, replies, most=1)))
             (shards / name).write_bytes(fuzzing.scratched(tape, text, most=1))
         found = fuzzing.read(
-            lambda: release.read_replies(folder, "svamp", "test"),
+            lambda: release.read_replies(memory, "svamp", "test"),
             raises=(ValueError, FileNotFoundError),
             names=[shards],
         )
@@ -204,8 +197,8 @@ def test_equations(fuzz: Fuzz) -> None:
     fuzz(case)
 
 
-def test_inputs_of_predict(fuzz: Fuzz, folder: Path) -> None:
-    path = folder / "questions.jsonl"
+def test_inputs_of_predict(fuzz: Fuzz, memory: Path) -> None:
+    path = memory / "questions.jsonl"
 
     def case(tape: Tape) -> None:
         path.write_bytes(fuzzing.lines(tape, [{"id": "a", "input": "Is it?"}, {"id": "b", "input": "\u00e9", "more": 1}]))
@@ -217,8 +210,8 @@ def test_inputs_of_predict(fuzz: Fuzz, folder: Path) -> None:
     fuzz(case)
 
 
-def test_prompt_files(fuzz: Fuzz, folder: Path) -> None:
-    path = folder / "mine.json"
+def test_prompt_files(fuzz: Fuzz, memory: Path) -> None:
+    path = memory / "mine.json"
     seeds = [json.loads((prompts.FOLDER / f"{name}.json").read_text("utf-8")) for name in ("svamp", "esnli")]
     for value in seeds:
         value["exemplars"] = value["exemplars"][:2]
@@ -265,22 +258,23 @@ def test_results_of_batch_jobs(fuzz: Fuzz) -> None:
     failed = {"key": "ab" * 32, "error": {"code": 3, "message": "INVALID_ARGUMENT: .."}}
     vertex = {"request": {"labels": {"sbs-key-0": "ab" * 16, "sbs-key-1": "cd" * 16}}, "status": "", "response": answer}
     kinds = {
-        "openai": ([chat, refused], batches._openai_line),
-        "gemini": ([gemini, failed], batches._gemini_line),
-        "vertex": ([vertex, {**vertex, "status": "Error: INVALID_ARGUMENT"}], batches._vertex_line),
+        "openai": ([chat, refused], (batches._openai_key, batches._openai_line)),
+        "gemini": ([gemini, failed], (batches._gemini_key, batches._gemini_line)),
+        "vertex": (
+            [vertex, {**vertex, "status": "Error: INVALID_ARGUMENT"}],
+            (batches._vertex_key, batches._vertex_line),
+        ),
     }
 
     def case(tape: Tape) -> None:
         seeds, of_line = kinds[tape.one_of(list(kinds))]
         data = fuzzing.lines(tape, seeds)
-        found = fuzzing.read(lambda: list(batches._read_lines(data)), raises=(), names=())
-        for line in found:
-            outcome = fuzzing.read(lambda line=line: batches._outcome(lambda: of_line(line)), raises=(), names=())
-            assert outcome is None or isinstance(outcome, clients.Reply | clients.Failed)
+        for key, outcome in fuzzing.read(lambda: list(batches._answers(data, *of_line)), raises=(), names=()):
+            assert len(bytes.fromhex(key)) == 32
+            assert isinstance(outcome, clients.Reply | clients.Failed)
             if isinstance(outcome, clients.Reply):
                 f"{outcome.text} {outcome.finish} {outcome.model}".encode()  # a store takes it
                 for tokens in (outcome.input_tokens, outcome.output_tokens):
                     assert tokens is None or type(tokens) is int and tokens < 2**63
-            assert isinstance(batches._vertex_key(line), str)
 
     fuzz(case)

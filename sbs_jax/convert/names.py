@@ -8,6 +8,7 @@ their width apart: `encoder/encoder/attention/query/kernel`, `[D, L, H, K]`, is 
 
 import dataclasses
 import difflib
+import functools
 import math
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
@@ -200,9 +201,48 @@ def check(
     raise ValueError("\n".join(lines))
 
 
+# No T5 has more; a header can say anything.
+MOST_LAYERS = 1_000
+MOST_NUMBERS = 2**40
+
+
+def check_sizes(path: object, shapes: Mapping[str, tuple[int, ...]], config: t5.T5Config, *, kind: str) -> None:
+    """ValueError unless arrays, by our names, are of a possible size, and of that of the architecture as far as one
+    layer tells. It comes before `parameters`, whose time and memory follow the sizes that a file of outside names.
+    """
+    for name, shape in shapes.items():
+        if math.prod(shape) > MOST_NUMBERS:
+            raise ValueError(
+                f"{path} ({kind}): {name} is said to have the shape {shape}, which is more than {MOST_NUMBERS:,} numbers. "
+                "The file is damaged; get it anew."
+            )
+    for stack, count in (("encoder", config.num_encoder_layers), ("decoder", config.num_decoder_layers)):
+        held = len({name.split("/")[2] for name in shapes if name.startswith(f"{stack}/layers/")})
+        if count > min(held, MOST_LAYERS):
+            raise ValueError(
+                f"{path} ({kind}) is said to have {count} layers in its {stack}, and has arrays of {held}; expected "
+                f"arrays of each, and at most {MOST_LAYERS:,} layers. Get the whole checkpoint anew."
+            )
+    joined, inner = config.num_heads * config.head_dim, "wi" if len(config.mlp_activations) == 1 else "wi_0"
+    like = {
+        "token_embedder/embedding": (config.vocab_size, config.emb_dim),
+        "encoder/relpos_bias/rel_embedding": (config.num_heads, config.relative_attention_num_buckets),
+        "encoder/layers/0/relpos_bias/rel_embedding": (config.num_heads, config.relative_attention_num_buckets),
+        "encoder/layers/0/attention/query/kernel": (config.emb_dim, joined),
+        f"encoder/layers/0/mlp/{inner}/kernel": (config.emb_dim, config.mlp_dim),
+    }
+    like = {name: shape for name, shape in like.items() if name in shapes}
+    check(path, {name: shapes[name] for name in like}, like, kind=kind)
+
+
+@functools.lru_cache(maxsize=64)
+def _parameters(config: t5.T5Config) -> dict[str, jax.ShapeDtypeStruct]:
+    return t5.abstract(config)[1]
+
+
 def parameters(config: t5.T5Config) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes of the parameters of an architecture."""
-    return t5.abstract(config)[1]
+    return dict(_parameters(config))
 
 
 def size(shapes: Mapping[str, jax.ShapeDtypeStruct]) -> int:
