@@ -298,6 +298,11 @@ def brief(value: Any) -> str:
         text = repr(value)
     except RecursionError:
         text = _NESTED
+    return part(text)
+
+
+def part(text: str) -> str:
+    """A text for a message; only its beginning where it is long."""
     return f"{text[:200]}.." if len(text) > 202 else text
 
 
@@ -350,9 +355,9 @@ def read_manifest(directory: str | Path) -> Manifest:
         or value.get("format") != FORMAT
         or value.keys() - Manifest.__optional_keys__ != expected
     ):
-        got = value.get("format") if isinstance(value, dict) else value
+        got = value.get("format") if isinstance(value, dict) else shown(value)
         raise ValueError(
-            f"{path}: got format {shown(got)}; expected {FORMAT} with the fields {sorted(expected)}. "
+            f"{path}: got format {brief(got)}; expected {FORMAT} with the fields {sorted(expected)}. "
             "Write the records anew with this version."
         )
     problem = _manifest_problem(value)

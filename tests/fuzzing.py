@@ -51,7 +51,20 @@ PROGRAMS = (
 )
 TEXTS = (
     *("", " ", "\n", "\t", "\r\n", "\x00", "\x0b\x0c\x1c\x85", "\u2028", "\ufeff", "\ufffe", "\u202eabc", "e\u0301"),
-    *("\ud800", "\udfff\ud800", "\U0001f600", "١٢٣", "½²", "None", "null", "NaN", "1e9", "-0", "../../x", "/etc/passwd"),
+    *(
+        "\ud800",
+        "\udfff\ud800",
+        "\U0001f600",
+        "١٢٣",
+        "½²",
+        "None",
+        "null",
+        "NaN",
+        "1e9",
+        "-0",
+        "../../x",
+        "/etc/passwd",
+    ),
     *("a/b\\c", "'", '"', "\\", "</s>", "<script>", "{}", "{input}", "%s", "__proto__", "(", ")", "#", "=", ",", "Q:"),
     *("Answer:", "So the answer is", "The answer is", "(a)", "(1 + 2)", "1/0", "9**9**9", "x" * 9_000, "(" * 9_000),
     *PROGRAMS,
@@ -134,22 +147,23 @@ def written(node: Any) -> str:
     return json.dumps(node, ensure_ascii=False)
 
 
-def _slots(node: Any, found: list[tuple[list, int]]) -> list[tuple[list, int]]:
+def places(node: Any, found: list[tuple[list, int]] | None = None) -> list[tuple[list, int]]:
     """Every place of a value below a node: a list and an index."""
+    found = [] if found is None else found
     if isinstance(node, Pairs):
         for pair in node:
             found.append((pair, 1))
-            _slots(pair[1], found)
+            places(pair[1], found)
     elif isinstance(node, list):
         for index, value in enumerate(node):
             found.append((node, index))
-            _slots(value, found)
+            places(value, found)
     return found
 
 
 def _containers(node: Any) -> list[list]:
     found = [node] if isinstance(node, list) else []
-    for holder, index in _slots(node, []):
+    for holder, index in places(node):
         if isinstance(holder[index], list):
             found.append(holder[index])
     return found
@@ -160,7 +174,7 @@ def damaged(tape: Tape, value: Any, *, most: int = 3, fragments: Sequence[str] =
     node: Any = [tree(value)]
     for _ in range(most):
         kind = tape.below(9)
-        slots = _slots(node, [])
+        slots = places(node)
         holder, index = tape.one_of(slots)
         if kind == 1:
             holder[index] = Fragment(tape.one_of(fragments))
@@ -255,7 +269,16 @@ class ExecutedError(BaseException):
 
 _FORBIDDEN = frozenset(
     {
-        *("os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "os.forkpty", "subprocess.Popen", "pty.spawn"),
+        *(
+            "os.system",
+            "os.exec",
+            "os.posix_spawn",
+            "os.spawn",
+            "os.fork",
+            "os.forkpty",
+            "subprocess.Popen",
+            "pty.spawn",
+        ),
         *("pickle.find_class", "socket.connect", "socket.bind", "os.remove", "os.rmdir", "os.rename", "shutil.rmtree"),
         *("os.truncate", "os.chmod", "os.symlink", "os.link", "os.putenv", "code.__new__", "ctypes.dlsym"),
     }

@@ -45,8 +45,32 @@ INPUTS = {
 }
 # Texts that the rules of the datasets look for.
 REPLIES = (
-    *("Iron sinks. ", "So the answer is", " no.", "The answer is", " (3 + 4).", "Answer:", " neutral", "(b) tea", "(a)"),
-    *("\n\nQ: next", "Q:", "Premise:", "Premise", "\n", "(", ")", "(14, 21)", ".", "( 84.0 / 2.0 )", "yes", " ", "((1)"),
+    *(
+        "Iron sinks. ",
+        "So the answer is",
+        " no.",
+        "The answer is",
+        " (3 + 4).",
+        "Answer:",
+        " neutral",
+        "(b) tea",
+        "(a)",
+    ),
+    *(
+        "\n\nQ: next",
+        "Q:",
+        "Premise:",
+        "Premise",
+        "\n",
+        "(",
+        ")",
+        "(14, 21)",
+        ".",
+        "( 84.0 / 2.0 )",
+        "yes",
+        " ",
+        "((1)",
+    ),
     *fuzzing.TEXTS,
 )
 
@@ -146,7 +170,9 @@ def test_shards_of_the_release(fuzz: Fuzz, memory: Path) -> None:
 def test_teacher_text(fuzz: Fuzz) -> None:
     """Every parser of every dataset, strict and official: none raises, and all say what became of the reply."""
     rows = {
-        name: release.Row(id="r", input="i", label=None, choices=("sand", "tea", "(", "", "Tea") if name == "cqa" else ())
+        name: release.Row(
+            id="r", input="i", label=None, choices=("sand", "tea", "(", "", "Tea") if name == "cqa" else ()
+        )
         for name in INPUTS
     }
     parsers = [(rows[name], parse) for name in INPUTS for parse in datasets.get(name).parsers.values()]
@@ -167,7 +193,22 @@ def test_teacher_text(fuzz: Fuzz) -> None:
 def test_equations(fuzz: Fuzz) -> None:
     """Expressions made together with their value, and damaged ones."""
     numbers = ("1", "2", "3.0", "0.5", ".25", "7.", "84.0", "10", "0", "007", "9" * 100)
-    pieces = (*"()+-*/.", "**", "9**9**9", "1e9", "1e999999999", "٣", "²", "1_000", "0x10", "1j", ",", " ", "x", *numbers)
+    pieces = (
+        *"()+-*/.",
+        "**",
+        "9**9**9",
+        "1e9",
+        "1e999999999",
+        "٣",
+        "²",
+        "1_000",
+        "0x10",
+        "1j",
+        ",",
+        " ",
+        "x",
+        *numbers,
+    )
 
     def made(tape: Tape, depth: int) -> tuple[str, Fraction]:
         kind = tape.below(6) if depth < 6 else 0
@@ -201,7 +242,9 @@ def test_inputs_of_predict(fuzz: Fuzz, memory: Path) -> None:
     path = memory / "questions.jsonl"
 
     def case(tape: Tape) -> None:
-        path.write_bytes(fuzzing.lines(tape, [{"id": "a", "input": "Is it?"}, {"id": "b", "input": "\u00e9", "more": 1}]))
+        path.write_bytes(
+            fuzzing.lines(tape, [{"id": "a", "input": "Is it?"}, {"id": "b", "input": "\u00e9", "more": 1}])
+        )
         found = fuzzing.read(lambda: list(evaluate.read_inputs(path)), raises=ValueError, names=[path])
         if isinstance(found, list):
             for row in found:
@@ -224,7 +267,9 @@ def test_prompt_files(fuzz: Fuzz, memory: Path) -> None:
         if isinstance(found, prompts.Template):
             assert len(found.hash) == 12
             asked = tape.one_of(("Ann has 3 pens.", "A dog barks.</s>An animal is heard.", tape.text()))
-            made = fuzzing.read(lambda: prompts.render(found, asked, hint="{label}"), raises=ValueError, names=["input"])
+            made = fuzzing.read(
+                lambda: prompts.render(found, asked, hint="{label}"), raises=ValueError, names=["input"]
+            )
             if isinstance(made, prompts.Prompt):
                 made.text.encode("utf-8", "surrogatepass")
 

@@ -22,7 +22,7 @@ import safetensors
 from sbs_jax import t5
 from sbs_jax.convert import names
 from sbs_jax.convert.names import LazyArray, Opened
-from sbs_jax.records import brief, decoded, parse_json, read_json
+from sbs_jax.records import brief, decoded, parse_json, part, read_json
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 TORCH_WEIGHTS, TORCH_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -85,12 +85,17 @@ def open_directory(path: str | Path) -> Opened:
     if tied and not config.logits_via_embedding:
         # Tied without the scaling of tied logits (transformers 5 makes new v1.1 models so): a copy says the same.
         stored["lm_head.weight"] = stored["shared.weight"]
-    names.check_sizes(path, _shapes(stored), config, kind="Hugging Face")
+    found = _shapes(stored)
+    held = {
+        stack: len({name.split("/")[2] for name in found if name.startswith(f"{stack}/layers/")})
+        for stack in names.STACKS
+    }
+    names.check_sizes(path, found, config, layers=held, kind="Hugging Face")
     shapes = names.parameters(config)
     table = {name.hugging_face: name for name in names.of(shapes)}
     unknown = sorted(set(stored) - set(table))
     if unknown:
-        lines = [f"{brief(name)[1:-1]}{_near(name[:200], table)}" for name in unknown[:5]]
+        lines = [f"{part(name)}{_near(name[:200], table)}" for name in unknown[:5]]
         raise ValueError(
             f"{path} holds {len(unknown)} arrays that no parameter of this architecture is stored as:\n  "
             + "\n  ".join(lines)
@@ -228,15 +233,15 @@ def _safetensors(file: Path) -> dict[str, LazyArray]:
     try:
         opened = safetensors.safe_open(file, framework="np")
     except safetensors.SafetensorError as error:
-        told = brief(str(error))[1:-1]
+        told = part(str(error))
         raise ValueError(f"{file} is no complete safetensors file ({told}). Download it again.") from None
     arrays = {}
     for name in opened.keys():  # noqa: SIM118  (it has no iterator)
-        part = opened.get_slice(name)
-        code = part.get_dtype()
+        held = opened.get_slice(name)
+        code = held.get_dtype()
         if code not in _DTYPES:
             raise ValueError(f"{file}: {brief(name)} is of type {code}; expected one of {', '.join(_DTYPES)}.")
-        arrays[name] = LazyArray(tuple(part.get_shape()), np.dtype(_DTYPES[code]), part.__getitem__)
+        arrays[name] = LazyArray(tuple(held.get_shape()), np.dtype(_DTYPES[code]), held.__getitem__)
     return arrays
 
 
@@ -253,7 +258,7 @@ def _torch(file: Path) -> dict[str, LazyArray]:
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # of many kinds; that of a file which would run code is one
         raise ValueError(
-            f"{file} holds more, or less, than PyTorch's weights ({type(error).__name__}: {brief(str(error))[1:-1]}). It "
+            f"{file} holds more, or less, than PyTorch's weights ({type(error).__name__}: {part(str(error))}). It "
             "was not loaded; take a revision of the model that has safetensors."
         ) from None
     if not isinstance(state, Mapping) or not all(isinstance(each, torch.Tensor) for each in state.values()):
@@ -293,13 +298,13 @@ def _config(path: Path, settings: Mapping[str, Any], *, tied: bool) -> t5.T5Conf
         raise ValueError(f"{path / CONFIG}: 'architectures' is {brief(architectures)}; expected a list of names.")
     if not isinstance(kind, str) or kind not in MODEL_TYPES:
         raise ValueError(
-            f"{path} holds a model of type {brief(kind)} ({brief(', '.join(architectures) or 'no architecture')[1:-1]}); "
+            f"{path} holds a model of type {brief(kind)} ({part(', '.join(architectures) or 'no architecture')}); "
             f"expected an encoder-decoder of type {', '.join(MODEL_TYPES)}."
         )
     for architecture in architectures:
         if "Encoder" in architecture or not architecture.endswith(("ForConditionalGeneration", "WithLMHeadModel")):
             raise ValueError(
-                f"{path} holds a {brief(architecture)[1:-1]}; expected a ..ForConditionalGeneration, which has a decoder."
+                f"{path} holds a {part(architecture)}; expected a ..ForConditionalGeneration, which has a decoder."
             )
     activation = settings.get("feed_forward_proj", "relu")
     if not isinstance(activation, str) or activation not in _ACTIVATIONS:
@@ -315,31 +320,38 @@ def _config(path: Path, settings: Mapping[str, Any], *, tied: bool) -> t5.T5Conf
     missing = [name for name in needed if name not in settings]
     if missing:
         raise ValueError(f"{path / CONFIG} has no {missing[0]!r}; a T5 needs {', '.join(needed)}.")
+    layers = settings["num_layers"]
+    decoder_layers = settings.get("num_decoder_layers")
+    sizes = {name: settings[name] for name in needed} | {
+        "num_decoder_layers": layers if decoder_layers is None else decoder_layers,
+        "relative_attention_num_buckets": settings.get("relative_attention_num_buckets", 32),
+    }
+    for name, value in sizes.items():
+        if type(value) is not int or value < 1:
+            raise ValueError(f"{path / CONFIG}: {name!r} is {brief(value)}; expected a whole number of at least 1.")
     numbers = {"dropout_rate": 0.1, "layer_norm_epsilon": 1e-6, "relative_attention_max_distance": 128}
     for name, default in numbers.items():
-        numbers[name] = settings.get(name, default)
-        if type(numbers[name]) not in (int, float) or not 0 <= numbers[name] < 2**31:
-            raise ValueError(f"{path / CONFIG}: {name!r} is {brief(numbers[name])}; expected a number of at least 0.")
-    decoder_layers = settings.get("num_decoder_layers")
-    try:
-        return t5.T5Config(
-            vocab_size=settings["vocab_size"],
-            emb_dim=settings["d_model"],
-            num_heads=settings["num_heads"],
-            head_dim=settings["d_kv"],
-            mlp_dim=settings["d_ff"],
-            num_encoder_layers=settings["num_layers"],
-            num_decoder_layers=settings["num_layers"] if decoder_layers is None else decoder_layers,
-            mlp_activations=_ACTIVATIONS[activation],
-            logits_via_embedding=bool(scaled),
-            dropout_rate=float(numbers["dropout_rate"]),
-            relative_attention_num_buckets=settings.get("relative_attention_num_buckets", 32),
-            relative_attention_max_distance=int(numbers["relative_attention_max_distance"]),
-            relative_attention_bias=MODEL_TYPES[kind],
-            layer_norm_epsilon=float(numbers["layer_norm_epsilon"]),
-        )
-    except ValueError as error:
-        raise ValueError(f"{path / CONFIG}: {brief(str(error))[1:-1]}") from None
+        value = numbers[name] = settings.get(name, default)
+        if type(value) not in (int, float) or not 0 <= value < (1 if name == "dropout_rate" else 2**31):
+            raise ValueError(
+                f"{path / CONFIG}: {name!r} is {brief(value)}; expected a number of a T5, such as {default}."
+            )
+    return t5.T5Config(
+        vocab_size=sizes["vocab_size"],
+        emb_dim=sizes["d_model"],
+        num_heads=sizes["num_heads"],
+        head_dim=sizes["d_kv"],
+        mlp_dim=sizes["d_ff"],
+        num_encoder_layers=layers,
+        num_decoder_layers=sizes["num_decoder_layers"],
+        mlp_activations=_ACTIVATIONS[activation],
+        logits_via_embedding=bool(scaled),
+        dropout_rate=float(numbers["dropout_rate"]),
+        relative_attention_num_buckets=sizes["relative_attention_num_buckets"],
+        relative_attention_max_distance=int(numbers["relative_attention_max_distance"]),
+        relative_attention_bias=MODEL_TYPES[kind],
+        layer_norm_epsilon=float(numbers["layer_norm_epsilon"]),
+    )
 
 
 def _settings(config: t5.T5Config, *, dtype: str) -> dict[str, Any]:
@@ -406,7 +418,9 @@ def read_origin(data: bytes, where: object) -> dict[str, Any]:
     except (KeyError, TypeError, IndexError):
         told = False
     if not told:
-        raise ValueError(f"{where}: got {brief(value)}; expected the manifest of a run, with its data options. Remove it.")
+        raise ValueError(
+            f"{where}: got {brief(value)}; expected the manifest of a run, with its data options. Remove it."
+        )
     return value
 
 

@@ -17,6 +17,7 @@ import jax
 import numpy as np
 
 from sbs_jax import t5
+from sbs_jax.records import part
 
 _LAYER = "{layer}"
 _DENSE, _AS_IS = True, False
@@ -192,11 +193,13 @@ def check(
     lines = [f"{path} ({kind}) is a checkpoint of another architecture than the configured model."]
     for title, names in (("shapes differ", reshaped), ("missing", missing), ("left over", extra)):
         if names:
-            lines.append(f"  {title} ({len(names)}): " + "; ".join(names[:5]) + (" .." if len(names) > 5 else ""))
+            lines.append(
+                f"  {title} ({len(names)}): " + "; ".join(map(part, names[:5])) + (" .." if len(names) > 5 else "")
+            )
     for name in missing[:3]:
         near = difflib.get_close_matches(name, extra, n=1)
         if near:
-            lines.append(f"  nearest to {name!r} is {near[0]!r}")
+            lines.append(f"  nearest to {name!r} is {part(near[0])!r}")
     lines.append("Include the gin file of the model that the checkpoint was trained with (gin_configs/models/).")
     raise ValueError("\n".join(lines))
 
@@ -206,22 +209,32 @@ MOST_LAYERS = 1_000
 MOST_NUMBERS = 2**40
 
 
-def check_sizes(path: object, shapes: Mapping[str, tuple[int, ...]], config: t5.T5Config, *, kind: str) -> None:
+STACKS = ("encoder", "decoder")
+
+
+def check_sizes(
+    path: object,
+    shapes: Mapping[str, tuple[int, ...]],
+    config: t5.T5Config,
+    *,
+    layers: Mapping[str, int],
+    kind: str,
+) -> None:
     """ValueError unless arrays, by our names, are of a possible size, and of that of the architecture as far as one
     layer tells. It comes before `parameters`, whose time and memory follow the sizes that a file of outside names.
+    `layers` is the number of layers of each stack that there are arrays of.
     """
     for name, shape in shapes.items():
         if math.prod(shape) > MOST_NUMBERS:
             raise ValueError(
-                f"{path} ({kind}): {name} is said to have the shape {shape}, which is more than {MOST_NUMBERS:,} numbers. "
+                f"{path} ({kind}): {part(name)} is said to have the shape {shape}, which is more than {MOST_NUMBERS:,} numbers. "
                 "The file is damaged; get it anew."
             )
-    for stack, count in (("encoder", config.num_encoder_layers), ("decoder", config.num_decoder_layers)):
-        held = len({name.split("/")[2] for name in shapes if name.startswith(f"{stack}/layers/")})
-        if count > min(held, MOST_LAYERS):
+    for stack, count in zip(STACKS, (config.num_encoder_layers, config.num_decoder_layers), strict=True):
+        if count > min(layers[stack], MOST_LAYERS):
             raise ValueError(
-                f"{path} ({kind}) is said to have {count} layers in its {stack}, and has arrays of {held}; expected "
-                f"arrays of each, and at most {MOST_LAYERS:,} layers. Get the whole checkpoint anew."
+                f"{path} ({kind}) is said to have {count} layers in its {stack}, and has arrays of {layers[stack]}; "
+                f"expected arrays of each, and at most {MOST_LAYERS:,} layers. Get the whole checkpoint anew."
             )
     joined, inner = config.num_heads * config.head_dim, "wi" if len(config.mlp_activations) == 1 else "wi_0"
     like = {

@@ -1,0 +1,493 @@
+"""As test_fuzz.py, for what is opened rather than read through: configurations, checkpoints of others, run directories."""
+
+import json
+import shutil
+import struct
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import fuzzing
+import ml_dtypes
+import numpy as np
+import parity_cases as cases
+import pytest
+from flax import serialization
+from fuzzing import Tape
+
+from sbs_jax import main
+from sbs_jax.convert import hugging_face, names, npz, t5x
+
+Fuzz = Callable[[Callable[[Tape], None]], None]
+
+# ------------------------------------------------------------------------------------------- gin
+
+EVALUATE = {
+    "checkpoint_path": "/runs/svamp",
+    "split": "test",
+    "mixture_or_task_name": "None",
+    "records_dir": "'records'",
+    "batch_size": "64",
+    "max_decode_length": "None",
+    "output_dir": "None",
+    "layout": "@partitioning.Layout()",
+}
+LAYOUT = {"slices": "1", "data": "1", "fsdp": "-1", "tensor": "1"}
+VALUES = (
+    *(
+        "1",
+        "-1",
+        "0.5",
+        "1e400",
+        "1e9999",
+        "9**9**9",
+        "None",
+        "True",
+        "[1, 2]",
+        "(1,",
+        "{",
+        "}",
+        "{'a': 1}",
+        "@",
+        "%",
+        "%X",
+    ),
+    *(
+        "@X",
+        "@X()",
+        "@evaluate.EvaluateConfig()",
+        "@partitioning.Layout",
+        "%gin.REQUIRED",
+        "@optax.adamw()",
+        "'",
+        '"""',
+        "b'x'",
+    ),
+    *(
+        "@train.hosts.os.system()",
+        "@evaluate.json.loads()",
+        "@os.system()",
+        "@builtins.exec()",
+        "@partitioning.Layout.of()",
+    ),
+    *(
+        "[" * 60 + "]" * 60,
+        "[" * 150 + "]" * 150,
+        "(" * 3_000,
+        "-" * 3_000 + "1",
+        "1" * 5_000,
+        "[@X(), %Y]",
+        "0x",
+        "1 if",
+        "a b",
+    ),
+    *(
+        "@evaluate.subprocess.run()",
+        "@evaluate.jax.os.system()",
+        "@datasets.tempfile.mkdtemp()",
+        "lambda: 1",
+        "f'{1}'",
+        "\\",
+    ),
+    *(
+        "@a/b/partitioning.Layout()",
+        "@/partitioning.Layout()",
+        "@partitioning..Layout()",
+        "1 # x",
+        "1; import os",
+        "'\\ud800'",
+    ),
+)
+STATEMENTS = (
+    *(
+        "import os",
+        "import os.path as path",
+        "from os import system",
+        "import antigravity_",
+        "from __gin__ import dynamic_registration",
+    ),
+    *(
+        "include 'nowhere.gin'",
+        "include '/etc/passwd'",
+        "include 1",
+        "X = @os.system()",
+        f"os.system.command = 'touch {fuzzing.CANARY}'",
+    ),
+    *(
+        "X = 1",
+        "X = %X",
+        "X = %Y\nY = %X",
+        "a/b/c.d = 1",
+        "evaluate.EvaluateConfig:",
+        "  split = 'x'",
+        "partitioning.Layout.data = 2",
+    ),
+    *(
+        "= 1",
+        "X =",
+        "X",
+        "X == 1",
+        "\t",
+        "# -*- coding: latin-1 -*-",
+        "from . import x",
+        "from sbs_jax import nothing",
+        "import sbs_jax.nowhere",
+    ),
+    *(
+        "import builtins",
+        "X = @builtins.eval()",
+        "builtins.eval.source = '1'",
+        "import subprocess",
+        "X = @subprocess.getoutput()",
+    ),
+)
+
+
+def prepared() -> None:
+    main.import_tensorflow()
+    main.configure(
+        "evaluate.EvaluateConfig", gin_files=["gin_configs/runs/evaluate.gin"], bindings=["CHECKPOINT_PATH=/x"]
+    )
+
+
+def test_bindings_of_the_command_line(fuzz: Fuzz) -> None:
+    prepared()
+    whole = [f"evaluate.EvaluateConfig.{name}={value}" for name, value in EVALUATE.items()]
+    whole += [f"partitioning.Layout.{name}={value}" for name, value in LAYOUT.items()]
+
+    def case(tape: Tape) -> None:
+        bindings = list(whole)
+        for _ in range(1 + tape.below(2)):
+            at = tape.below(len(bindings))
+            name, _, value = bindings[at].partition("=")
+            kind = tape.below(6)
+            if kind < 3:
+                bindings[at] = f"{name}={tape.one_of(VALUES)}"
+            elif kind == 3:
+                bindings[at] = f"{name}={tape.text()}"
+            elif kind == 4:
+                bindings[at] = tape.one_of(
+                    (name + tape.text(), tape.text(), tape.text() + "=" + value, name[:-1] + "=" + value)
+                )
+            else:
+                bindings[at] += "\n" + tape.one_of(STATEMENTS)
+        fuzzing.read(
+            lambda: main.configure("evaluate.EvaluateConfig", gin_files=[], bindings=bindings),
+            raises=main.UsageError,
+            names=[""],
+        )
+
+    fuzz(case)
+
+
+def test_gin_files(fuzz: Fuzz, memory: Path) -> None:
+    prepared()
+    path = memory / "mine.gin"
+    head = [
+        "from __gin__ import dynamic_registration",
+        "from sbs_jax import evaluate",
+        "from sbs_jax import partitioning",
+    ]
+    lines = [
+        f"evaluate.EvaluateConfig.{name} = {value if value[0] != '/' else repr(value)}"
+        for name, value in EVALUATE.items()
+    ]
+    lines[1] = "evaluate.EvaluateConfig.split = 'test'"
+    lines += [f"partitioning.Layout.{name} = {value}" for name, value in LAYOUT.items()]
+
+    def case(tape: Tape) -> None:
+        text = [*head, *lines]
+        for _ in range(1 + tape.below(2)):
+            at = tape.below(len(text))
+            kind = tape.below(4)
+            if kind == 0:
+                text.insert(at, tape.one_of(STATEMENTS))
+            elif kind == 1:
+                text[at] = text[at].partition("=")[0] + "= " + tape.one_of(VALUES)
+            elif kind == 2:
+                del text[at]
+            else:
+                text[at] = tape.text()
+        path.write_bytes(fuzzing.scratched(tape, fuzzing.encoded("\n".join(text) + "\n"), most=1))
+        fuzzing.read(
+            lambda: main.configure("evaluate.EvaluateConfig", gin_files=[str(path)], bindings=[]),
+            raises=main.UsageError,
+            names=[""],
+        )
+
+    fuzz(case)
+
+
+# ---------------------------------------------------------------------------------- Hugging Face
+
+
+@pytest.fixture
+def exported(memory: Path) -> Path:
+    """A small model as a Hugging Face directory, in two shards."""
+    opened = cases.opened(small())
+    size = sum(np.prod(array.shape) for array in opened.arrays.values()) * 4
+    hugging_face.write(memory / "out", opened, dtype="float32", shard_bytes=int(size * 0.6))
+    assert len(list((memory / "out").glob("*.safetensors"))) == 2
+    return memory / "out"
+
+
+def small() -> Any:
+    import dataclasses
+
+    return dataclasses.replace(cases.config("v1_1"), num_encoder_layers=1, num_decoder_layers=1)
+
+
+def test_settings_of_hugging_face(fuzz: Fuzz, exported: Path) -> None:
+    """config.json, the index, and the settings of a run beside them."""
+    origin = {"data": {"options": {"vocabulary": "byte"}}, "model": {}}
+    (exported / hugging_face.ORIGIN).write_text(json.dumps(origin))
+    valid = {
+        name: (exported / name).read_bytes() for name in (hugging_face.CONFIG, hugging_face.INDEX, hugging_face.ORIGIN)
+    }
+    fragments = (
+        *fuzzing.FRAGMENTS,
+        '"../../x.safetensors"',
+        '"/etc/passwd"',
+        '"model-00001-of-00002.safetensors"',
+        '"t5"',
+        "1e3",
+    )
+
+    def case(tape: Tape) -> None:
+        name = tape.one_of(list(valid))
+        node = fuzzing.damaged(tape, json.loads(valid[name]), fragments=fragments, most=2)
+        (exported / name).write_bytes(fuzzing.scratched(tape, fuzzing.encoded(fuzzing.written(node)), most=1))
+        fuzzing.read(
+            lambda: hugging_face.open_directory(exported), raises=(ValueError, FileNotFoundError), names=[exported]
+        )
+        (exported / name).write_bytes(valid[name])
+
+    fuzz(case)
+
+
+def test_headers_of_safetensors(fuzz: Fuzz, exported: Path) -> None:
+    file = sorted(exported.glob("*.safetensors"))[0]
+    data = file.read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    header, values = json.loads(data[8 : 8 + length]), data[8 + length :]
+    fragments = (
+        *fuzzing.FRAGMENTS,
+        "[0, 1152921504606846976]",
+        "[1152921504606846976]",
+        '"F64"',
+        '"I8"',
+        '"BF16"',
+        "[-1, 8]",
+    )
+
+    def case(tape: Tape) -> None:
+        text = fuzzing.encoded(fuzzing.written(fuzzing.damaged(tape, header, fragments=fragments, most=2)))
+        size = len(text) if not tape.chance(6) else tape.one_of((0, 1, 2**60, 2**64 - 1, len(text) + 1, 10**8, 7))
+        file.write_bytes(fuzzing.scratched(tape, struct.pack("<Q", size) + text + values, most=1))
+        fuzzing.read(
+            lambda: hugging_face.open_directory(exported), raises=(ValueError, FileNotFoundError), names=[exported]
+        )
+
+    fuzz(case)
+
+
+# -------------------------------------------------------------------------------------------- T5X
+
+
+def t5x_tree(config: Any) -> dict[str, Any]:
+    """What T5X's older file holds, arrays and all."""
+    parameters = cases.parameters(config)
+    tree: dict[str, Any] = {}
+    for name in names.of(parameters):
+        *parents, last = name.t5x.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = parameters[name.ours]
+    return {"version": 3, "optimizer": {"state": {"step": np.int32(3)}, "target": tree}}
+
+
+def packed(node: Any) -> bytes:
+    """msgpack of a tree as `fuzzing.damaged` leaves it: fragments of JSON are values where they are any."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, fuzzing.Fragment):
+            try:
+                found = json.loads(value)
+                serialization.msgpack_serialize(found)
+            except (ValueError, RecursionError, OverflowError):
+                return str(value).encode("utf-8", "replace").decode()
+            return found
+        if isinstance(value, fuzzing.Pairs):
+            return {str(name).encode("utf-8", "replace").decode(): plain(each) for name, each in value}
+        if isinstance(value, list):
+            return [plain(each) for each in value]
+        if isinstance(value, str):
+            return value.encode("utf-8", "replace").decode()
+        return max(-(2**63), min(value, 2**64 - 1)) if isinstance(value, int) else value
+
+    return serialization.msgpack_serialize(plain(node))
+
+
+def test_files_of_t5x(fuzz: Fuzz, memory: Path) -> None:
+    """The older form, one msgpack file; and the settings of a run beside it."""
+    tree = t5x_tree(small())
+    file = memory / "checkpoint"
+    origin = memory / hugging_face.ORIGIN
+    valid = packed(fuzzing.tree(tree))
+    leaves = (
+        *(
+            "PLACEHOLDER://target.x",
+            "PLACEHOLDER://../../x",
+            "PLACEHOLDER:///etc",
+            "PLACEHOLDER://",
+            "PLACEHOLDER://a\x00b",
+        ),
+        *(
+            {"driver": "zarr", "kvstore": {"driver": "file", "path": "/etc/"}},
+            {"driver": "zarr", "kvstore": 1},
+            {"driver": 1},
+        ),
+        *(
+            {"driver": "zarr", "path": "../../x"},
+            np.zeros((0, 3)),
+            np.zeros(3, np.complex64),
+            np.zeros((2, 2), ml_dtypes.bfloat16),
+        ),
+        *(
+            np.zeros((25, 24), np.float32),
+            np.float32(1),
+            {"__msgpack_chunked_array__": True, "shape": [2**60], "chunks": {}},
+        ),
+        {"__msgpack_chunked_array__": True, "shape": {"0": 2}, "chunks": {"0": np.zeros(1)}},
+    )
+
+    def case(tape: Tape) -> None:
+        if tape.chance(2):
+            data = fuzzing.scratched(tape, valid)
+        else:
+            node = fuzzing.damaged(tape, tree, most=2)
+            slots = fuzzing.places(node)
+            if slots and tape.chance(2):
+                holder, index = tape.one_of(slots)
+                holder[index] = tape.one_of(leaves)
+            data = packed(node)
+        file.write_bytes(data)
+        if tape.chance(8):
+            node = fuzzing.damaged(tape, {"data": {"options": {"vocabulary": "byte"}}, "model": {"vocab_size": 44}})
+            origin.write_bytes(fuzzing.encoded(fuzzing.written(node)))
+        fuzzing.read(lambda: t5x.open_checkpoint(memory), raises=(ValueError, FileNotFoundError), names=[memory])
+        origin.unlink(missing_ok=True)
+
+    fuzz(case)
+
+
+def test_arrays_of_t5x(fuzz: Fuzz, memory: Path) -> None:
+    """Arrays beside the older file, as zarr describes them; and Orbax's form, whose files have checksums of their own."""
+    config = small()
+    older, newer = memory / "older", memory / "newer"
+    older.mkdir()
+    import test_convert
+
+    test_convert.old_form(older, config, scanned=False)
+    (zarr,) = older.glob("*token_embedder*/.zarray")
+    metadata = json.loads(zarr.read_text())
+    _, parameters = cases.model(config)
+    t5x.write(newer, parameters, step=9)
+    state = newer / "checkpoint_9" / "state"
+    files = {path: path.read_bytes() for path in [state / "manifest.ocdbt", *(state / "d").iterdir()]}
+    fragments = (
+        *fuzzing.FRAGMENTS,
+        "[1152921504606846976, 24]",
+        "[1, 1152921504606846976]",
+        '"<f8"',
+        '"|O"',
+        '"|S9"',
+        '"<i4"',
+    )
+
+    def case(tape: Tape) -> None:
+        if tape.chance(2):
+            path = tape.one_of(list(files))
+            path.write_bytes(fuzzing.scratched(tape, files[path]))
+            fuzzing.read(lambda: t5x.open_checkpoint(newer), raises=(ValueError, FileNotFoundError), names=[newer])
+            path.write_bytes(files[path])
+        else:
+            node = fuzzing.damaged(tape, metadata, fragments=fragments, most=2)
+            zarr.write_bytes(fuzzing.scratched(tape, fuzzing.encoded(fuzzing.written(node)), most=1))
+            fuzzing.read(lambda: t5x.open_checkpoint(older), raises=(ValueError, FileNotFoundError), names=[older])
+
+    fuzz(case)
+
+
+# -------------------------------------------------------------------------------------------- npz
+
+
+def test_npz(fuzz: Fuzz, memory: Path) -> None:
+    """Members of a zip file, each with a header of NumPy's."""
+    path = memory / "student.npz"
+    arrays = {"a/kernel": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.ones(4, np.float16)}
+    np.savez_compressed(path, allow_pickle=False, **arrays)
+    whole = path.read_bytes()
+    wanted = {name: array.shape for name, array in arrays.items()}
+    pickled = memory / "pickled.npz"
+    np.savez(pickled, a=np.array([Canary()], dtype=object))
+    headers = (
+        *(
+            "{'descr': '<f4', 'fortran_order': False, 'shape': (1152921504606846976,), }",
+            "{'descr': '|O', 'fortran_order': False, 'shape': (2, 3), }",
+        ),
+        *(
+            "{'descr': '<f4', 'fortran_order': False, 'shape': (-1,), }",
+            "{'descr': '<f4', 'fortran_order': False, 'shape': (2, 3), }",
+            "{}",
+            "[",
+            "",
+        ),
+        *(
+            "__import__('os').system('x')",
+            "{'descr': [('a', '<f4')], 'fortran_order': False, 'shape': (6,), }",
+            "(" * 300,
+            "1" * 5_000,
+        ),
+        "{'descr': '<f4', 'fortran_order': False, 'shape': (2, 3, " + "1, " * 60 + "), }",
+        "{'descr': '<f4', 'fortran_order': False, 'shape': (" + "9" * 400 + ",), }",
+    )
+
+    def case(tape: Tape) -> None:
+        if tape.chance(2):
+            data = tape.one_of((whole, whole, whole, pickled.read_bytes()))
+            path.write_bytes(fuzzing.scratched(tape, data))
+        else:
+            text = tape.one_of(headers).encode()
+            member = (
+                b"\x93NUMPY"
+                + bytes(tape.one_of(((1, 0), (2, 0), (3, 0), (9, 9))))
+                + struct.pack("<H", len(text))
+                + text
+            )
+            with zipfile.ZipFile(path, "w") as archive:
+                for name in (tape.one_of(("a/kernel", "../../x", "b", "/etc/x", "a")), "b"):
+                    if f"{name}.npy" not in archive.namelist():
+                        archive.writestr(
+                            f"{name}.npy", fuzzing.scratched(tape, member + arrays["a/kernel"].tobytes(), most=1)
+                        )
+        fuzzing.read(lambda: npz.arrays(path, shapes=wanted), raises=ValueError, names=[path])
+
+    fuzz(case)
+
+
+class Canary:
+    """What a pickle can do."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path(fuzzing.CANARY).write_text, ("was run",))
+
+
+def test_the_valid_inputs_are_read(memory: Path, exported: Path) -> None:
+    """Else the tests above would only see one refusal."""
+    hugging_face.open_directory(exported)
+    (memory / "checkpoint").write_bytes(packed(fuzzing.tree(t5x_tree(small()))))
+    shutil.rmtree(exported)
+    assert t5x.open_checkpoint(memory).config == cases.t5x_default(small())
