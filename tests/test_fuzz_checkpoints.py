@@ -23,17 +23,7 @@ Fuzz = Callable[[Callable[[Tape], None]], None]
 
 # ------------------------------------------------------------------------------------------- gin
 
-EVALUATE = {
-    "checkpoint_path": "/runs/svamp",
-    "split": "test",
-    "mixture_or_task_name": "None",
-    "records_dir": "'records'",
-    "batch_size": "64",
-    "max_decode_length": "None",
-    "output_dir": "None",
-    "layout": "@partitioning.Layout()",
-}
-LAYOUT = {"slices": "1", "data": "1", "fsdp": "-1", "tensor": "1"}
+LAYOUT = {"slice": "1", "data": "%DATA", "fsdp": "-1", "tensor": "1"}
 VALUES = (
     *(
         "1",
@@ -151,10 +141,19 @@ def prepared() -> None:
     )
 
 
+def configured(files: list[str], bindings: list[str]) -> None:
+    """gin's messages name the line and its file, where there is one; ours the binding."""
+    fuzzing.read(
+        lambda: main.configure("partitioning.Layout", gin_files=files, bindings=bindings),
+        raises=main.UsageError,
+        names=[""],
+    )
+
+
 def test_bindings_of_the_command_line(fuzz: Fuzz) -> None:
     prepared()
-    whole = [f"evaluate.EvaluateConfig.{name}={value}" for name, value in EVALUATE.items()]
-    whole += [f"partitioning.Layout.{name}={value}" for name, value in LAYOUT.items()]
+    whole = [*(f"partitioning.Layout.{name}={value}" for name, value in LAYOUT.items()), "DATA=1"]
+    main.configure("partitioning.Layout", gin_files=[], bindings=whole)
 
     def case(tape: Tape) -> None:
         bindings = list(whole)
@@ -167,16 +166,11 @@ def test_bindings_of_the_command_line(fuzz: Fuzz) -> None:
             elif kind == 3:
                 bindings[at] = f"{name}={tape.text()}"
             elif kind == 4:
-                bindings[at] = tape.one_of(
-                    (name + tape.text(), tape.text(), tape.text() + "=" + value, name[:-1] + "=" + value)
-                )
+                text = tape.text()
+                bindings[at] = tape.one_of((name + text, text, f"{text}={value}", f"{name[:-1]}={value}"))
             else:
                 bindings[at] += "\n" + tape.one_of(STATEMENTS)
-        fuzzing.read(
-            lambda: main.configure("evaluate.EvaluateConfig", gin_files=[], bindings=bindings),
-            raises=main.UsageError,
-            names=[""],
-        )
+        configured([], bindings)
 
     fuzz(case)
 
@@ -184,20 +178,13 @@ def test_bindings_of_the_command_line(fuzz: Fuzz) -> None:
 def test_gin_files(fuzz: Fuzz, memory: Path) -> None:
     prepared()
     path = memory / "mine.gin"
-    head = [
-        "from __gin__ import dynamic_registration",
-        "from sbs_jax import evaluate",
-        "from sbs_jax import partitioning",
-    ]
-    lines = [
-        f"evaluate.EvaluateConfig.{name} = {value if value[0] != '/' else repr(value)}"
-        for name, value in EVALUATE.items()
-    ]
-    lines[1] = "evaluate.EvaluateConfig.split = 'test'"
+    lines = ["from __gin__ import dynamic_registration", "from sbs_jax import partitioning", "DATA = 1"]
     lines += [f"partitioning.Layout.{name} = {value}" for name, value in LAYOUT.items()]
+    path.write_text("\n".join(lines))
+    main.configure("partitioning.Layout", gin_files=[str(path)], bindings=[])
 
     def case(tape: Tape) -> None:
-        text = [*head, *lines]
+        text = list(lines)
         for _ in range(1 + tape.below(2)):
             at = tape.below(len(text))
             kind = tape.below(4)
@@ -209,12 +196,10 @@ def test_gin_files(fuzz: Fuzz, memory: Path) -> None:
                 del text[at]
             else:
                 text[at] = tape.text()
+            if not text:
+                break
         path.write_bytes(fuzzing.scratched(tape, fuzzing.encoded("\n".join(text) + "\n"), most=1))
-        fuzzing.read(
-            lambda: main.configure("evaluate.EvaluateConfig", gin_files=[str(path)], bindings=[]),
-            raises=main.UsageError,
-            names=[""],
-        )
+        configured([str(path)], [])
 
     fuzz(case)
 
@@ -391,6 +376,16 @@ def test_arrays_of_t5x(fuzz: Fuzz, memory: Path) -> None:
     import test_convert
 
     test_convert.old_form(older, config, scanned=False)
+    # All but two of its arrays in the file: every one that lies beside it takes time to open.
+    contents = t5x_tree(config)
+    for name in ("token_embedder/embedding", "decoder/logits_dense/kernel"):
+        node, place = contents["optimizer"]["target"], "target." + name.replace("/", ".")
+        *parents, last = name.split("/")
+        for parent in parents:
+            node = node[parent]
+        node[last] = f"PLACEHOLDER://{place}"
+    (older / "checkpoint").write_bytes(serialization.msgpack_serialize(contents))
+    t5x.open_checkpoint(older)
     (zarr,) = older.glob("*token_embedder*/.zarray")
     metadata = json.loads(zarr.read_text())
     _, parameters = cases.model(config)
@@ -491,3 +486,41 @@ def test_the_valid_inputs_are_read(memory: Path, exported: Path) -> None:
     (memory / "checkpoint").write_bytes(packed(fuzzing.tree(t5x_tree(small()))))
     shutil.rmtree(exported)
     assert t5x.open_checkpoint(memory).config == cases.t5x_default(small())
+
+
+# ------------------------------------------------------------------------------------------ runs
+
+
+def test_run_directories_of_a_report(fuzz: Fuzz, memory: Path) -> None:
+    import test_report
+
+    from sbs_jax.report import results
+
+    path = test_report.write_run(memory / "run", right=[True, False, True, True])
+    (predictions,) = (path / "predictions").iterdir()
+    valid = {file: file.read_bytes() for file in (path / "manifest.json", path / "metrics.jsonl", predictions)}
+    manifest = json.loads(valid[path / "manifest.json"])
+    rows = {file: [json.loads(line) for line in valid[file].splitlines()] for file in list(valid)[1:]}
+    results.load(results.identify(path))
+
+    def case(tape: Tape) -> None:
+        file = tape.one_of(list(valid))
+        if tape.chance(3):
+            data = valid[file]
+        elif file.suffix == ".json":
+            data = fuzzing.encoded(fuzzing.written(fuzzing.damaged(tape, manifest)))
+        else:
+            lines = [fuzzing.tree(row) for row in rows[file]]
+            at = tape.below(len(lines))
+            lines[at] = fuzzing.damaged(tape, lines[at])
+            data = fuzzing.encoded("".join(fuzzing.written(line) + "\n" for line in lines))
+        file.write_bytes(fuzzing.scratched(tape, data, most=1))
+
+        def opened() -> None:
+            result = results.load(results.identify(path))
+            _ = result.accuracy, result.updates, result.label_rows, result.kind, result.train_seconds
+
+        fuzzing.read(opened, raises=(ValueError, FileNotFoundError), names=[path])
+        file.write_bytes(valid[file])
+
+    fuzz(case)

@@ -86,6 +86,7 @@ def of(parameters: Collection[str]) -> list[Name]:
     return [_name(ours) for ours in parameters]
 
 
+@functools.lru_cache(maxsize=10_000)
 def _name(ours: str) -> Name:
     parts = ours.split("/")
     layer = int(parts[2]) if len(parts) > 3 and parts[1] == "layers" else None
