@@ -202,6 +202,10 @@ def _manifest_problem(manifest: Any) -> str | None:
         value = holder[name]
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
             return f"{place} is {records.brief(value)}; expected {' or '.join(_names_of(kind))}"
+    for name, choices in (("label_source", ("human", "teacher")), ("rationales", ("all", "agreeing"))):
+        value = manifest["data"]["options"][name]
+        if value not in choices:
+            return f"data.options.{name} is {records.brief(value)}; expected {' or '.join(map(repr, choices))}"
     fraction = manifest["data"]["options"]["fraction"]
     if not 0 < fraction <= 1:
         return f"data.options.fraction is {records.brief(fraction)}; expected more than 0 and at most 1"
@@ -209,13 +213,10 @@ def _manifest_problem(manifest: Any) -> str | None:
         if not isinstance(facts, dict) or not isinstance(facts.get("sha256"), str):
             return f"data.splits has {records.brief(split)}: {records.brief(facts)}; expected an object with its sha256"
     counts = manifest["data"]["splits"]["train"]["counts"]
-    if (
-        not all(type(count) is int for count in counts.values())
-        or not {"label", "rationale_then_label"} & counts.keys()
-    ):
-        return (
-            f"data.splits.train.counts is {records.brief(counts)}; expected whole numbers, that of 'label' among them"
-        )
+    single = manifest["run"]["mixture_or_task_name"] == f"{manifest['data']['dataset']}_rationale_then_label"
+    needed = "rationale_then_label" if single else "label"
+    if type(counts.get(needed)) is not int:
+        return f"data.splits.train.counts is {records.brief(counts)}; expected the number of rows of {needed!r}"
     return None
 
 

@@ -249,12 +249,12 @@ def _teacher_accuracy(results: Sequence[Result]) -> float | None:
     if not file.is_file():
         return None
     try:
-        test = records.read_manifest(file.parent)["splits"].get("test")
-    except (ValueError, OSError):
-        return None  # written by another version, or damaged: a report needs no records
-    if test is None or test["sha256"] != data["splits"]["test"]["sha256"]:
-        return None
-    return test["teacher_accuracy"]
+        test = records.read_json(file)["splits"]["test"]
+        same = test["sha256"] == data["splits"]["test"]["sha256"]
+        accuracy = test["teacher_accuracy"]
+    except (ValueError, OSError, KeyError, TypeError):
+        return None  # damaged, or of another version: a report needs no records
+    return accuracy if same and type(accuracy) in (int, float) else None
 
 
 def _cautions(groups: Sequence[Group], results: Sequence[Result]) -> list[str]:
