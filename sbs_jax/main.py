@@ -8,6 +8,7 @@ Heavy imports wait until they are needed, so `--help` answers at once.
 import argparse
 import ast
 import difflib
+import importlib
 import json
 import logging
 import os
@@ -68,7 +69,7 @@ def configure(
     try:
         # Imports of the prelude do not reach into included files, and theirs not out of them.
         includes, _ = gin.parse_config(text)
-        _refuse_foreign(gin.config._CONFIG.values())
+        _refuse_foreign(importlib.import_module("gin.config"))
         missing = _REQUIRED.findall(gin.config_str())
         gin.parse_config("".join(f"{macro} = 'none'\n" for macro in missing if macro in unread))
         missing = [macro for macro in missing if macro not in unread]
@@ -113,30 +114,29 @@ def _quoted(binding: str) -> str:
     return f"{name.strip()} = {value}"
 
 
-def _refuse_foreign(values: Any) -> None:
+def _refuse_foreign(config: Any) -> None:
     """UsageError where a configuration refers to a function of the standard library, which could do anything.
 
     Dynamic registration lets a gin file name whatever can be imported, and what it names with `()` is called; and a
     module that is imported leads to those that it imports (`@train.os.system()`). What a configuration is made of is
-    this project's, or another package's.
+    this project's, or another package's. `config` is gin's module, which has parsed and called nothing yet.
     """
-    import gin
-
-    waiting, seen = list(values), set()
+    waiting, seen = list(config._CONFIG.values()), set()
     while waiting:
         value = waiting.pop()
         if isinstance(value, dict):
             waiting += [*value.keys(), *value.values()]
         elif isinstance(value, list | tuple | set | frozenset):
             waiting += value
-        elif isinstance(value, gin.config.ConfigurableReference) and id(value) not in seen:
+        elif isinstance(value, config.ConfigurableReference) and id(value) not in seen:
             seen.add(id(value))
             function = value.configurable.wrapped
             home = getattr(function, "__module__", None) or type(function).__module__
             if home.partition(".")[0] in sys.stdlib_module_names:
                 raise UsageError(
                     f"The configuration refers to {value.scoped_selector}, which is {home}.{function.__qualname__} of "
-                    "Python itself; it may refer to what sbs_jax, tasks, optax and other packages define. It was not run."
+                    "Python itself; it may refer to what sbs_jax, tasks, optax and other packages define. It was not "
+                    "run."
                 )
 
 

@@ -1,8 +1,8 @@
 """Cases for the fuzz tests: choices read from bytes, hostile values, damage to valid inputs, and guards.
 
-hypothesis draws a case as bytes, and shortens those of a case that fails. A `Tape` reads them as choices; where they are
-zeros or at their end every choice is the first one, which is the harmless one. So a case is damage to a valid input, and
-a failure comes down to the one piece of damage that matters.
+hypothesis draws a case as bytes, and makes those of a case that fails zeros, as far as they do not matter. A `Tape` reads
+them as choices; where they are zeros, or at their end, every choice is the first one, which is the harmless one. So a
+case is damage to a valid input, and a failure comes down to the one piece of damage that matters.
 """
 
 import contextlib
@@ -222,7 +222,7 @@ def encoded(text: str) -> bytes:
 
 
 def scratched(tape: Tape, data: bytes, *, most: int = 2) -> bytes:
-    """Bytes with up to `most` pieces of damage: cut short, pieces lost, doubled or put in, a byte or its bits changed."""
+    """Bytes with up to `most` pieces of damage: cut short, pieces lost, doubled, put in, a byte or bit changed."""
     for _ in range(most):
         kind = tape.below(12)
         if kind not in range(1, 8):
@@ -344,8 +344,10 @@ def read(reader: Callable[[], Any], *, raises: type[Exception] | tuple[type[Exce
         told = str(error)
         _watching = False
         wanted = [str(name) for name in names]
-        assert any(name in told for name in wanted), f"{type(error).__name__} {told[:500]!r} names none of {wanted}"
-        assert len(told) <= LONGEST_MESSAGE, f"a message of {len(told)} characters: {told[:500]!r}"
+        if not any(name in told for name in wanted):
+            raise AssertionError(f"{type(error).__name__} {told[:500]!r} names none of {wanted}") from error
+        if len(told) > LONGEST_MESSAGE:
+            raise AssertionError(f"a message of {len(told)} characters: {told[:500]!r}") from error
         return error
     finally:
         _watching = False
@@ -381,5 +383,5 @@ def run(case: Callable[[Tape], Any], *, name: str, cases: int, start: int) -> No
             case(Tape(data[start:] + data[:start]))
 
     with guarded():
-        each()
+        each()  # type: ignore[reportCallIssue]  # hypothesis gives the argument
     assert count >= cases, f"{count} cases instead of {cases}"

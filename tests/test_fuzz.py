@@ -1,7 +1,7 @@
 """Whatever a file of outside holds, reading it returns or says what is wrong and where: the readers of text.
 
 10,000 cases of each reader, the same every time; more with --fuzz-cases, others with --fuzz-seed random. How cases are
-made, and what is watched meanwhile (hangs, memory, inputs that run): tests/fuzzing.py. Checkpoints: test_fuzz_checkpoints.
+made, and what is watched meanwhile (hangs, memory, inputs that run): tests/fuzzing.py. More readers: test_fuzz_checkpoints.
 """
 
 import json
@@ -320,6 +320,6 @@ def test_results_of_batch_jobs(fuzz: Fuzz) -> None:
             if isinstance(outcome, clients.Reply):
                 f"{outcome.text} {outcome.finish} {outcome.model}".encode()  # a store takes it
                 for tokens in (outcome.input_tokens, outcome.output_tokens):
-                    assert tokens is None or type(tokens) is int and tokens < 2**63
+                    assert tokens is None or (type(tokens) is int and tokens < 2**63)
 
     fuzz(case)

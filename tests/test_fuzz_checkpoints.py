@@ -1,4 +1,4 @@
-"""As test_fuzz.py, for what is opened rather than read through: configurations, checkpoints of others, run directories."""
+"""As test_fuzz.py, for configurations, checkpoints of others, and run directories that a report reads."""
 
 import json
 import shutil
@@ -153,7 +153,7 @@ def configured(name: str, files: list[str], bindings: list[str]) -> None:
 
 def test_bindings_of_the_command_line(fuzz: Fuzz) -> None:
     prepared()
-    # What is bound has no annotations: telling what was wrong with each argument takes the type checker of the tests long.
+    # What is bound has no annotations: to tell what is wrong with an argument takes the tests' type checker long.
     whole = [*(f"optax.linear_schedule.{name}={value}" for name, value in SCHEDULE.items()), "END=0.5"]
     main.configure("optax.linear_schedule", gin_files=[], bindings=whole)
 
@@ -371,7 +371,7 @@ def test_files_of_t5x(fuzz: Fuzz, memory: Path) -> None:
 
 
 def test_arrays_of_t5x(fuzz: Fuzz, memory: Path) -> None:
-    """Arrays beside the older file, as zarr describes them; and Orbax's form, whose files have checksums of their own."""
+    """Arrays beside the older file, as zarr describes them; and Orbax's form, whose files have checksums."""
     config = small()
     older, newer = memory / "older", memory / "newer"
     older.mkdir()

@@ -1,4 +1,4 @@
-"""What comes from outside is data: it is never run, never leads to another folder, never becomes markup; keys stay secret."""
+"""What comes from outside is never run, leads to no other folder and becomes no markup; and keys stay secret."""
 
 import ast
 import html.parser
@@ -80,7 +80,7 @@ def dangers(source: str) -> Iterator[str]:
             elif "shell" in given and not _is(given["shell"], False):
                 found = f"{name} with a shell"
         if found:
-            yield f"line {node.lineno}: {found}"
+            yield f"line {getattr(node, 'lineno', 0)}: {found}"
 
 
 def _is(node: ast.expr | None, value: object) -> bool:
@@ -264,7 +264,7 @@ def test_a_gin_file_cannot_run_a_program(tmp_path: Path) -> None:
         "from __gin__ import dynamic_registration\nimport os\ninclude 'gin_configs/runs/evaluate.gin'\n"
         f"SPLIT = @os.system()\nos.system.command = 'touch {canary}'\n"
     )
-    with pytest.raises(main.UsageError, match="os.system, which is posix.system of Python itself"):
+    with pytest.raises(main.UsageError, match=r"os\.system, which is posix\.system of Python itself"):
         main.configure("evaluate.EvaluateConfig", gin_files=[str(file)], bindings=["CHECKPOINT_PATH=/x"])
     assert not canary.exists()
 
@@ -284,20 +284,20 @@ def test_names_of_datasets_and_splits_are_no_paths(tmp_path: Path, name: str) ->
         datasets.get(name)
     with pytest.raises(ValueError, match="Dataset name"):
         datasets.Dataset(**{**vars(builtin.DATASET), "name": name})
+    folder = tmp_path / "builtin"
+    builtin.write_release(tmp_path / "release", rows={"train": 4, "test": 4}, seed=1)
+    release.import_release(builtin.DATASET, release_dir=tmp_path / "release", records_dir=tmp_path, parser="strict")
+    manifest = json.loads((folder / records.MANIFEST).read_text())
+    manifest["splits"][name] = manifest["splits"].pop("test")
+    (folder / records.MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(ValueError, match=re.escape("expected an object with some of ['train', 'validation', 'test']")):
-        folder = tmp_path / "builtin"
-        builtin.write_release(tmp_path / "release", rows={"train": 4, "test": 4}, seed=1)
-        release.import_release(builtin.DATASET, release_dir=tmp_path / "release", records_dir=tmp_path, parser="strict")
-        manifest = json.loads((folder / records.MANIFEST).read_text())
-        manifest["splits"][name] = manifest["splits"].pop("test")
-        (folder / records.MANIFEST).write_text(json.dumps(manifest))
-        release._answers(builtin.DATASET, tmp_path)
+        records.read_manifest(folder)
 
 
 # ----------------------------------------------------------------------------------- credentials
 
 KEY = "sk-canary-0123456789abcdef"
-PASSWORD = "hunter2-canary"  # noqa: S105  (what the test looks for)
+PASSWORD = "hunter2-canary"
 
 
 def taught(tmp_path: Path, base_url: str, *more: str, provider: str = "openai") -> list[str]:

@@ -1,4 +1,4 @@
-"""Parameters in one `.npz` file, the form of the embedded student: a zip file with an array of NumPy's for each name."""
+"""Parameters in one `.npz` file, the form of the embedded student: a zip file with NumPy's array for each name."""
 
 import math
 import struct

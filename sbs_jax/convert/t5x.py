@@ -64,7 +64,7 @@ def open_checkpoint(path: str | Path) -> Opened:
             config = t5.T5Config.of(origin["model"])
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
-                f"{path}: the 'model' of {hugging_face.ORIGIN} beside it is none ({part(repr(error))}). Remove that file."
+                f"{path}: 'model' of {hugging_face.ORIGIN} beside it is none ({part(repr(error))}). Remove that file."
             ) from None
     shapes = {_NUMBERED.sub(r"\1/layers/\2/", name): _flat(array.shape) for name, array in stored.items()}
     names.check_sizes(path, shapes, config, layers=layers, kind="T5X")
@@ -189,7 +189,7 @@ def _lazy(store: ts.TensorStore, *, where: str) -> LazyArray:
     dtype, chunk = store.dtype.numpy_dtype, store.chunk_layout.read_chunk.shape or ()
     if not _is_number(dtype):
         raise ValueError(f"{where} is of type {dtype}; expected numbers.")
-    if math.prod(chunk) > _MOST_IN_CHUNK:
+    if math.prod(size or 1 for size in chunk) > _MOST_IN_CHUNK:
         raise ValueError(
             f"{where} is said to be in pieces of {tuple(chunk)}, which no memory holds; the file is damaged."
         )
@@ -296,7 +296,7 @@ def _leaves(tree: Mapping[str, Any], prefix: str = "", *, where: str) -> list[tu
 
 
 def _config(path: object, stored: Mapping[str, LazyArray], *, scanned: bool) -> tuple[t5.T5Config, int, dict[str, int]]:
-    """Architecture from the shapes, the layer axis of a scanned model's arrays, and the layers that there are arrays of."""
+    """Architecture from the shapes, the layer axis of a scanned model's arrays, and the layers that have arrays."""
 
     def shape(*choices: str, dimensions: int) -> tuple[int, ...]:
         for name in choices:

@@ -243,10 +243,10 @@ def _metrics(path: Path) -> list[dict[str, Any]]:
         if (
             not whole
             or line["step"] < 0
-            or not all(type(value) in _NUMBER and abs(value) < 1e300 or value != value for value in values)
+            or not all((type(value) in _NUMBER and abs(value) < 1e300) or value != value for value in values)
         ):
             raise ValueError(
-                f'{where}: got {records.brief(line)}; expected {{"kind": text, "step": whole number, name: number, ..}}. '
+                f'{where}: got {records.brief(line)}; expected {{"kind": text, "step": whole number, name: number}}. '
                 "Train this run again."
             )
         found.append(line)
