@@ -1,8 +1,8 @@
 """Cases for the fuzz tests: choices read from bytes, hostile values, damage to valid inputs, and guards.
 
-hypothesis draws a case as bytes, and makes those of a case that fails zeros, as far as they do not matter. A `Tape` reads
-them as choices; where they are zeros, or at their end, every choice is the first one, which is the harmless one. So a
-case is damage to a valid input, and a failure comes down to the one piece of damage that matters.
+hypothesis draws a case as bytes, and makes zeros of those that do not matter to a failure. A `Tape` reads them as
+choices; where they are zeros, or at their end, every choice is the first one, which is the harmless one. So a case is
+damage to a valid input, and a failure comes down to the one piece of damage that matters.
 """
 
 import contextlib

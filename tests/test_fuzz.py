@@ -1,21 +1,24 @@
 """Whatever a file of outside holds, reading it returns or says what is wrong and where: the readers of text.
 
 10,000 cases of each reader, the same every time; more with --fuzz-cases, others with --fuzz-seed random. How cases are
-made, and what is watched meanwhile (hangs, memory, inputs that run): tests/fuzzing.py. More readers: test_fuzz_checkpoints.
+made, and what is watched meanwhile (hangs, memory, inputs that run): tests/fuzzing.py. Below them, each fault that they
+found in its smallest form. Checkpoints and configurations: test_fuzz_checkpoints.py.
 """
 
 import json
+import re
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 
 import fuzzing
+import pytest
 from fuzzing import Tape
 
 import tasks  # noqa: F401  (registers the datasets)
 from sbs_jax import datasets, evaluate, records, release
 from sbs_jax.teacher import batches, clients, parsing, prompts
-from tasks import metrics
+from tasks import metrics, svamp
 
 Fuzz = Callable[[Callable[[Tape], None]], None]
 
@@ -323,3 +326,126 @@ def test_results_of_batch_jobs(fuzz: Fuzz) -> None:
                     assert tokens is None or (type(tokens) is int and tokens < 2**63)
 
     fuzz(case)
+
+
+# ---------------------------------------------------------------------------- what they found
+
+
+def test_a_message_shows_the_beginning_of_what_was_got(tmp_path: Path) -> None:
+    path = tmp_path / "train.jsonl"
+    long = "x" * 50_000
+    for line in (
+        {"id": "a", "input": "i", "label": None, long: 1},
+        {"id": "a", "input": [long] * 3, "label": None},
+        {long: 1},
+    ):
+        path.write_text(json.dumps(line) + "\n")
+        with pytest.raises(ValueError, match=r"train\.jsonl:1: ") as caught:
+            records.read_records(path)
+        assert len(str(caught.value)) < 1_000
+    path.write_text(f"{json.dumps({'id': long, 'input': 'i', 'label': None})}\n" * 2)
+    with pytest.raises(ValueError, match=r"train\.jsonl:2: the id 'x+\.\. is already that of line 1") as caught:
+        records.read_records(path)
+    assert len(str(caught.value)) < 1_000
+
+
+def test_json_nested_to_any_depth_is_refused_by_file_and_line(tmp_path: Path) -> None:
+    """Near Python's limit a value can be read and not be shown any more."""
+    path = tmp_path / "train.jsonl"
+    for depth in (*range(850, 1000, 3), 100_000):
+        path.write_text(f'{{"id": "a", "input": {"[" * depth}{"]" * depth}, "label": null}}\n')
+        with pytest.raises(ValueError, match=r"train\.jsonl:1: "):
+            records.read_records(path)
+        with pytest.raises(ValueError, match=r"train\.jsonl:1: "):
+            list(evaluate.read_inputs(path))
+
+
+def test_a_manifest_of_records_with_other_types_is_refused(tmp_path: Path) -> None:
+    whole = {"format": 1, "dataset": "d", "parser": "p", "inputs": "i", "sbs_jax": "0", "splits": {}, "skipped": {}}
+    for change in (
+        {"splits": None},
+        {"splits": {"train": None}},
+        {"splits": {"../../x": {}}},
+        {"dataset": 1},
+        {"skipped": []},
+    ):
+        (tmp_path / records.MANIFEST).write_text(json.dumps(whole | change))
+        with pytest.raises(ValueError, match=r"manifest\.json: "):
+            records.read_manifest(tmp_path)
+
+
+def test_a_shard_of_any_number_is_a_gap_and_no_list_of_what_lies_below(tmp_path: Path) -> None:
+    folder = tmp_path / "svamp" / "llm"
+    folder.mkdir(parents=True)
+    (folder / f"test_CoT_{'9' * 30}.json").write_text("[]")
+    with pytest.raises(FileNotFoundError, match=r"test_CoT_0\.json, test_CoT_1\.json, test_CoT_2\.json are missing"):
+        release.read_replies(tmp_path, "svamp", "test")
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b'{"id": "a", "input": "\x80"}\n', "is not UTF-8"),
+        (b'{"id": "a", "input": "\\ud800"}\n', "half a surrogate pair"),
+        (b"[" * 5_000, "cannot be read"),
+        (b'{"id": "a", "input": ' + b"1" * 5_000 + b"}\n", "cannot be read"),
+    ],
+)
+def test_what_predict_cannot_read_is_named_by_file_and_line(tmp_path: Path, data: bytes, message: str) -> None:
+    path = tmp_path / "in.jsonl"
+    path.write_bytes(b'{"id": "0", "input": "i"}\n' + data)
+    with pytest.raises(ValueError, match=rf"in\.jsonl:2: .*{message}"):
+        list(evaluate.read_inputs(path))
+
+
+def test_predict_s_rows_end_at_line_feeds_alone(tmp_path: Path) -> None:
+    path = tmp_path / "in.jsonl"
+    path.write_text(json.dumps({"id": "a", "input": "one\u2028two\x85three"}, ensure_ascii=False) + "\r\n", "utf-8")
+    assert [row["input"] for row in evaluate.read_inputs(path)] == ["one\u2028two\x85three"]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "(", "((1)", "a (b) c (d\n) e (f)", ")(", "x\n(y\nz)", "(1)\r(2)", "\u2028(a\u2028)"]
+)
+def test_svamp_s_official_label_is_what_its_expression_finds(text: str) -> None:
+    found = re.search(r"\(.*\)", text)
+    assert svamp._in_parentheses(text) == (found[0] if found else "")
+
+
+def test_parsing_takes_time_in_proportion_to_the_reply() -> None:
+    """A million opened parentheses took the official expression of SVAMP hours."""
+    reply = "The answer is " + "(" * 1_000_000
+    for name in INPUTS:
+        row = release.Row(id="r", input="i", label=None, choices=("a", "b"))
+        for parse in datasets.get(name).parsers.values():
+            fuzzing.read(lambda parse=parse, row=row: parse(reply, row), raises=(), names=())
+
+
+def test_a_blank_choice_is_no_label() -> None:
+    row = release.Row(id="r", input="i", label=None, choices=("tea", " "))
+    assert datasets.get("cqa").parsers["strict"]("So the answer is (b)", row).label is None
+
+
+@pytest.mark.parametrize(
+    "line", [{"response": True}, {"response": {"body": 1}}, {"error": 5}, {"response": {"status_code": []}}]
+)
+def test_a_line_of_a_batch_in_another_form_is_left_out(line: dict) -> None:
+    data = json.dumps({"custom_id": "ab" * 32, **line}).encode()
+    assert list(batches._answers(data, batches._openai_key, batches._openai_line)) == []
+    assert list(batches._answers(b"[" * 100_000, batches._openai_key, batches._openai_line)) == []
+
+
+def test_what_a_batch_answers_can_be_stored() -> None:
+    """Half a surrogate pair, tokens beyond 64 bits, and a key that is no hash were errors of the store."""
+    body = {
+        "model": "m\ud800",
+        "choices": [{"finish_reason": "stop\udfff", "message": {"content": "Yes\ud800 \U0001f600"}}],
+        "usage": {"prompt_tokens": 2**70, "completion_tokens": "2"},
+    }
+    response = {"status_code": 200, "body": body}
+    text = "".join(json.dumps({"custom_id": key, "response": response}) + "\n" for key in ("ab" * 32, "no key", "AB"))
+    ((key, reply),) = batches._answers(text.encode(), batches._openai_key, batches._openai_line)
+    assert key == "ab" * 32
+    assert isinstance(reply, clients.Reply)
+    assert (reply.text, reply.finish, reply.model) == ("Yes\ufffd \U0001f600", "stop\ufffd", "m\ufffd")
+    assert (reply.input_tokens, reply.output_tokens) == (None, None)

@@ -1,6 +1,8 @@
 """As test_fuzz.py, for configurations, checkpoints of others, and run directories that a report reads."""
 
+import dataclasses
 import json
+import re
 import shutil
 import struct
 import zipfile
@@ -13,11 +15,14 @@ import ml_dtypes
 import numpy as np
 import parity_cases as cases
 import pytest
+import test_convert
+import test_report
 from flax import serialization
 from fuzzing import Tape
 
 from sbs_jax import main
 from sbs_jax.convert import hugging_face, names, npz, t5x
+from sbs_jax.report import results
 
 Fuzz = Callable[[Callable[[Tape], None]], None]
 
@@ -220,8 +225,6 @@ def exported(memory: Path) -> Path:
 
 
 def small() -> Any:
-    import dataclasses
-
     return dataclasses.replace(cases.config("v1_1"), num_encoder_layers=1, num_decoder_layers=1)
 
 
@@ -375,8 +378,6 @@ def test_arrays_of_t5x(fuzz: Fuzz, memory: Path) -> None:
     config = small()
     older, newer = memory / "older", memory / "newer"
     older.mkdir()
-    import test_convert
-
     test_convert.old_form(older, config, scanned=False)
     # All but two of its arrays in the file: every one that lies beside it takes time to open.
     contents = t5x_tree(config)
@@ -494,10 +495,6 @@ def test_the_valid_inputs_are_read(memory: Path, exported: Path) -> None:
 
 
 def test_run_directories_of_a_report(fuzz: Fuzz, memory: Path) -> None:
-    import test_report
-
-    from sbs_jax.report import results
-
     path = test_report.write_run(memory / "run", right=[True, False, True, True])
     (predictions,) = (path / "predictions").iterdir()
     valid = {file: file.read_bytes() for file in (path / "manifest.json", path / "metrics.jsonl", predictions)}
@@ -526,3 +523,96 @@ def test_run_directories_of_a_report(fuzz: Fuzz, memory: Path) -> None:
         file.write_bytes(valid[file])
 
     fuzz(case)
+
+
+# ---------------------------------------------------------------------------- what they found
+
+
+@pytest.mark.parametrize(
+    "binding",
+    [
+        "END=(",
+        "END='",
+        "END=" + "(" * 3_000,
+        "END=" + "-" * 5_000 + "1",
+        "END=" + "1" * 5_000,
+        "END=" + "[" * 1_500,
+        "A B=1",
+        "=1",
+    ],
+)
+def test_a_value_that_does_not_end_or_nests_too_deeply_is_a_mistake(binding: str) -> None:
+    with pytest.raises(main.UsageError) as caught:
+        main.configure("optax.linear_schedule", gin_files=[], bindings=[binding])
+    assert 10 < len(str(caught.value)) < fuzzing.LONGEST_MESSAGE
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        (hugging_face.CONFIG, {"num_layers": None}, r"config\.json: 'num_layers' is None"),
+        (hugging_face.CONFIG, {"model_type": []}, r"a model of type \[\]"),
+        (hugging_face.CONFIG, {"architectures": "T5"}, r"config\.json: 'architectures' is 'T5'"),
+        (hugging_face.CONFIG, {"feed_forward_proj": {}}, r"feed_forward_proj is \{\}"),
+        (hugging_face.CONFIG, {"d_kv": "64"}, r"config\.json: 'd_kv' is '64'"),
+        (hugging_face.CONFIG, {"layer_norm_epsilon": "x"}, r"config\.json: 'layer_norm_epsilon' is 'x'"),
+        (hugging_face.INDEX, {"weight_map": []}, r"index\.json: 'weight_map' is \[\]"),
+        (hugging_face.INDEX, {"weight_map": {"a": "x\x00"}}, r"index\.json: 'a' is said to be in"),
+        (hugging_face.ORIGIN, {"data": 1}, r"sbs_run\.json: got"),
+    ],
+)
+def test_settings_of_another_type_are_named(exported: Path, file: str, change: dict, message: str) -> None:
+    path = exported / file
+    whole = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(whole | change))
+    with pytest.raises(ValueError, match=message):
+        hugging_face.open_directory(exported)
+
+
+@pytest.mark.parametrize("data", [b"", b"[]", b"\xff", b'{"a": 1}\x80', b"[" * 9_000])
+def test_settings_that_are_no_json_object_are_named(exported: Path, data: bytes) -> None:
+    for name in (hugging_face.CONFIG, hugging_face.INDEX):
+        valid = (exported / name).read_bytes()
+        (exported / name).write_bytes(data)
+        with pytest.raises(ValueError, match=name):
+            hugging_face.open_directory(exported)
+        (exported / name).write_bytes(valid)
+
+
+@pytest.mark.parametrize(
+    "contents",
+    [
+        *(1, [], {}, {"target": 1}, {"optimizer": 2}, {"target": {"a": "text"}}, {"target": {}, "version": "3"}),
+        *({"target": {"a": None}}, {"target": {"token_embedder": {"embedding": np.zeros(3, np.float32)}}}),
+        {"target": {"a": {"__msgpack_chunked_array__": True}}},
+        {"target": {"token_embedder": {"embedding": {"driver": "zarr"}}}},
+    ],
+)
+def test_a_file_of_t5x_with_something_else_in_it_is_refused(tmp_path: Path, contents: Any) -> None:
+    (tmp_path / "checkpoint").write_bytes(serialization.msgpack_serialize(contents))
+    with pytest.raises(ValueError, match=re.escape(str(tmp_path))):
+        t5x.open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "message"),
+    [
+        ("manifest.json", '"fraction": 1.0', '"fraction": "all"', r"manifest\.json: data\.options\.fraction is 'all'"),
+        ("manifest.json", '"run": {', '"ran": {', r"manifest\.json: it has no run"),
+        ("manifest.json", '"label": ', '"lable": ', r"manifest\.json: data\.splits\.train\.counts"),
+        ("metrics.jsonl", '"step": 20', '"step": "../20"', r"metrics\.jsonl:1: got"),
+        ("metrics.jsonl", '"loss": ', '"loss": null, "x": ', r"metrics\.jsonl:1: got"),
+        ("predictions", '"correct": true', '"correct": "yes"', r"-test-100\.jsonl:1: expected"),
+        ("predictions", '"target": "', '"target": 5, "x": "', r"-test-100\.jsonl:1: expected"),
+    ],
+)
+def test_a_run_directory_with_something_else_in_it_is_refused(
+    tmp_path: Path, file: str, old: str, new: str, message: str
+) -> None:
+    path = test_report.write_run(tmp_path / "run", right=[True, False, True])
+    changed = path / file if "." in file else next((path / file).iterdir())
+    text = changed.read_text()
+    assert old in text
+    changed.write_text(text.replace(old, new, 1))
+    with pytest.raises(ValueError, match=message):
+        results.load(results.identify(path))

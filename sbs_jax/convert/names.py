@@ -228,8 +228,8 @@ def check_sizes(
     for name, shape in shapes.items():
         if math.prod(shape) > MOST_NUMBERS:
             raise ValueError(
-                f"{path} ({kind}): {part(name)} is said to have the shape {shape}, more than {MOST_NUMBERS:,} numbers. The "
-                "file is damaged; get it anew."
+                f"{path} ({kind}): {part(name)} is said to have the shape {shape}, more than {MOST_NUMBERS:,} numbers. "
+                "The file is damaged; get it anew."
             )
     for stack, count in zip(STACKS, (config.num_encoder_layers, config.num_decoder_layers), strict=True):
         if count > min(layers[stack], MOST_LAYERS):
