@@ -42,7 +42,7 @@ test-parity: $(VENV)/.parity ## Add PyTorch and Hugging Face to the set-up, then
 	$(BIN)/python -m pytest -m parity $(ARGS)
 
 audit: $(VENV)/.audit ## Ask the package index about known vulnerabilities of the pinned versions (needs the network)
-	$(VENV)/audit/bin/pip-audit -r scripts/constraints.txt --no-deps --disable-pip $(ARGS)
+	$(VENV)/audit/bin/pip-audit -r scripts/constraints.txt --no-deps --disable-pip --strict $(ARGS)
 
 clean: ## Delete the set-up and the caches (runs are kept)
 	rm -rf $(VENV) .pytest_cache .ruff_cache

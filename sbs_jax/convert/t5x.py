@@ -66,7 +66,12 @@ def open_checkpoint(path: str | Path) -> Opened:
             raise ValueError(
                 f"{path}: 'model' of {hugging_face.ORIGIN} beside it is none ({part(repr(error))}). Remove that file."
             ) from None
-    shapes = {_NUMBERED.sub(r"\1/layers/\2/", name): _flat(array.shape) for name, array in stored.items()}
+    # Kernels may keep heads and their width apart.
+    whole = {name: array.shape for name, array in stored.items()}
+    shapes = {
+        _NUMBERED.sub(r"\1/layers/\2/", name): (shape[0], shape[1] * shape[2]) if len(shape) == 3 else shape
+        for name, shape in whole.items()
+    }
     names.check_sizes(path, shapes, config, layers=layers, kind="T5X")
     table = names.of(names.parameters(config))
     arrays, used = {}, set()
@@ -115,11 +120,6 @@ def orbax_arrays(path: str | Path) -> dict[str, LazyArray]:
     url = _url(str(path))
     store = ts.KvStore.open({"driver": "ocdbt", "base": url}).result()
     return _opened({"driver": "ocdbt", "base": url}, _zarr_names(store))
-
-
-def _flat(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape of a kernel, whether it keeps heads and their width apart or not."""
-    return (shape[0], shape[1] * shape[2]) if len(shape) == 3 else shape
 
 
 def _url(path: str) -> str:
@@ -187,17 +187,13 @@ def _opened(kvstore: Mapping[str, Any], drivers: Mapping[str, str]) -> dict[str,
 
 def _lazy(store: ts.TensorStore, *, where: str) -> LazyArray:
     dtype, chunk = store.dtype.numpy_dtype, store.chunk_layout.read_chunk.shape or ()
-    if not _is_number(dtype):
+    if dtype.kind not in "fiu" and dtype != ml_dtypes.bfloat16:
         raise ValueError(f"{where} is of type {dtype}; expected numbers.")
     if math.prod(size or 1 for size in chunk) > _MOST_IN_CHUNK:
         raise ValueError(
             f"{where} is said to be in pieces of {tuple(chunk)}, which no memory holds; the file is damaged."
         )
     return LazyArray(tuple(store.shape), dtype, lambda index: store[index].read().result())
-
-
-def _is_number(dtype: np.dtype) -> bool:
-    return dtype == ml_dtypes.bfloat16 or dtype.kind in "fiu"
 
 
 def _expect(path: str) -> tuple[str, str]:
@@ -244,7 +240,7 @@ def _from_msgpack(url: str) -> dict[str, LazyArray]:
             elsewhere[name] = _folder(leaf, where=f"{url}{_MSGPACK}: {part(name)}")
             continue
         values = np.asarray(leaf) if isinstance(leaf, np.ndarray | np.generic | int | float) else None
-        if values is None or not _is_number(values.dtype):
+        if values is None or (values.dtype.kind not in "fiu" and values.dtype != ml_dtypes.bfloat16):
             raise ValueError(f"{url}{_MSGPACK}: {part(name)} is {brief(leaf)}; expected an array of numbers.")
         arrays[name] = LazyArray(values.shape, values.dtype, values.__getitem__)
     spec = store.spec().to_json()
