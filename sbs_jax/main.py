@@ -133,8 +133,9 @@ def _refuse_foreign(config: Any) -> None:
             function = value.configurable.wrapped
             home = getattr(function, "__module__", None) or type(function).__module__
             if home.partition(".")[0] in sys.stdlib_module_names:
+                name = getattr(function, "__qualname__", type(function).__qualname__)
                 raise UsageError(
-                    f"The configuration refers to {value.scoped_selector}, which is {home}.{function.__qualname__} of "
+                    f"The configuration refers to {value.scoped_selector}, which is {home}.{name} of "
                     "Python itself; it may refer to what sbs_jax, tasks, optax and other packages define. It was not "
                     "run."
                 )
