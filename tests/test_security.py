@@ -14,6 +14,7 @@ from typing import Any
 
 import chromium
 import fuzzing
+import jax
 import numpy as np
 import parity_cases as cases
 import pytest
@@ -22,7 +23,7 @@ import test_report
 import test_teacher_page
 from flax import serialization
 
-from sbs_jax import datasets, main, records, release, report
+from sbs_jax import checkpoints, datasets, main, records, release, report
 from sbs_jax.convert import hugging_face, npz, t5x
 from sbs_jax.teacher.page import write_page
 from tasks import builtin
@@ -179,6 +180,9 @@ def test_a_bomb_in_an_npz_is_refused_before_it_takes_memory(tmp_path: Path) -> N
     tracemalloc.start()
     with pytest.raises(ValueError, match=r"a: checkpoint \(50000000,\), model \(16,\)"):
         npz.arrays(path, shapes={"a": (16,)})
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    with pytest.raises(ValueError, match=r"a: checkpoint \(50000000,\), model \(16,\)"):
+        checkpoints.load_parameters(path, like={"a": jax.ShapeDtypeStruct((16,), np.float32, sharding=place)})
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 5_000_000
