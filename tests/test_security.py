@@ -184,6 +184,21 @@ def test_a_bomb_in_an_npz_is_refused_before_it_takes_memory(tmp_path: Path) -> N
     assert peak < 5_000_000
 
 
+@pytest.mark.parametrize(
+    ("descr", "more"), [("|S1000000000", b""), ("|V8", b""), ("<U4", b""), ("<f4", b"more"), ("<f8", b""), ("<c8", b"")]
+)
+def test_a_member_of_an_npz_that_is_no_array_of_these_numbers_is_refused(
+    tmp_path: Path, descr: str, more: bytes
+) -> None:
+    path = tmp_path / "student.npz"
+    header = f"{{'descr': '{descr}', 'fortran_order': False, 'shape': (16,), }}".encode()
+    with zipfile.ZipFile(path, "w") as archive:
+        data = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + bytes(64) + more
+        archive.writestr("a.npy", data)
+    with pytest.raises(ValueError, match=r"a\.npy is said to be .* which cannot be"):
+        npz.arrays(path, shapes={"a": (16,)})
+
+
 def test_a_pytorch_file_that_would_run_code_is_refused(tmp_path: Path) -> None:
     torch = pytest.importorskip("torch", reason="PyTorch is not installed (the extra `parity`)")
     hugging_face.write(tmp_path / "out", cases.opened(cases.config("v1_0")), dtype="float32")
