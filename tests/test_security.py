@@ -18,6 +18,7 @@ import numpy as np
 import parity_cases as cases
 import pytest
 import teacher_server
+import test_convert
 import test_report
 import test_teacher_page
 from flax import serialization
@@ -244,6 +245,15 @@ def test_a_header_s_claims_are_not_followed(tmp_path: Path) -> None:
         (tmp_path / "out" / hugging_face.CONFIG).write_text(json.dumps(settings | claim))
         with pytest.raises(ValueError, match=re.escape(str(tmp_path))):
             hugging_face.open_directory(tmp_path / "out")
+    older = tmp_path / "older"
+    older.mkdir()
+    test_convert.old_form(older, cases.config("v1_0"), scanned=False)
+    (metadata,) = older.glob("*token_embedder*/.zarray")
+    array = json.loads(metadata.read_text())
+    for claim in ({"shape": [2**60, 24]}, {"chunks": [2**40, 24]}):
+        metadata.write_text(json.dumps(array | claim))
+        with pytest.raises(ValueError, match=r"is said to (have the shape|be in pieces of) [\s\S]*damaged"):
+            t5x.open_checkpoint(older)
     tree = {"encoder": {"layers_999999999": {"mlp": {"wo": {"kernel": np.zeros((2, 2), np.float32)}}}}}
     (tmp_path / "checkpoint").write_bytes(serialization.msgpack_serialize({"target": tree}))
     with pytest.raises(ValueError, match=re.escape(str(tmp_path))):
