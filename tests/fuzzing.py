@@ -336,6 +336,11 @@ def read(reader: Callable[[], Any], *, raises: type[Exception] | tuple[type[Exce
     Everything else (another error, a hang, an input that runs) is a failure.
     """
     global _watching
+    # hypothesis gives its tests more levels than a command has.
+    levels, depth, frame = sys.getrecursionlimit(), 0, sys._getframe()
+    while frame is not None:
+        depth, frame = depth + 1, frame.f_back
+    sys.setrecursionlimit(depth + 960)
     signal.setitimer(signal.ITIMER_VIRTUAL, PATIENCE)
     _watching = True
     try:
@@ -352,6 +357,7 @@ def read(reader: Callable[[], Any], *, raises: type[Exception] | tuple[type[Exce
     finally:
         _watching = False
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        sys.setrecursionlimit(levels)
 
 
 @contextlib.contextmanager

@@ -212,6 +212,7 @@ def test_equations(fuzz: Fuzz) -> None:
         "x",
         *numbers,
     )
+    pieces += ("/0", "/(1-1)", "/ 0.0", "(" * 240 + "1" + ")" * 240, "-" * 480, "(" * 490, "-(" * 200)
 
     def made(tape: Tape, depth: int) -> tuple[str, Fraction]:
         kind = tape.below(6) if depth < 6 else 0

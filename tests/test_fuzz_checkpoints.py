@@ -406,7 +406,7 @@ def test_arrays_of_t5x(fuzz: Fuzz, memory: Path) -> None:
     )
 
     def case(tape: Tape) -> None:
-        if tape.chance(2):
+        if tape.chance(4):
             path = tape.one_of(list(files))
             path.write_bytes(fuzzing.scratched(tape, files[path]))
             fuzzing.read(lambda: t5x.open_checkpoint(newer), raises=(ValueError, FileNotFoundError), names=[newer])

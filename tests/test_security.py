@@ -19,6 +19,7 @@ import numpy as np
 import parity_cases as cases
 import pytest
 import teacher_server
+import test_convert
 import test_report
 import test_teacher_page
 from flax import serialization
@@ -188,6 +189,21 @@ def test_a_bomb_in_an_npz_is_refused_before_it_takes_memory(tmp_path: Path) -> N
     assert peak < 5_000_000
 
 
+@pytest.mark.parametrize(
+    ("descr", "more"), [("|S1000000000", b""), ("|V8", b""), ("<U4", b""), ("<f4", b"more"), ("<f8", b""), ("<c8", b"")]
+)
+def test_a_member_of_an_npz_that_is_no_array_of_these_numbers_is_refused(
+    tmp_path: Path, descr: str, more: bytes
+) -> None:
+    path = tmp_path / "student.npz"
+    header = f"{{'descr': '{descr}', 'fortran_order': False, 'shape': (16,), }}".encode()
+    with zipfile.ZipFile(path, "w") as archive:
+        data = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + bytes(64) + more
+        archive.writestr("a.npy", data)
+    with pytest.raises(ValueError, match=r"a\.npy is said to be .* which cannot be"):
+        npz.arrays(path, shapes={"a": (16,)})
+
+
 def test_a_pytorch_file_that_would_run_code_is_refused(tmp_path: Path) -> None:
     torch = pytest.importorskip("torch", reason="PyTorch is not installed (the extra `parity`)")
     hugging_face.write(tmp_path / "out", cases.opened(cases.config("v1_0")), dtype="float32")
@@ -233,6 +249,15 @@ def test_a_header_s_claims_are_not_followed(tmp_path: Path) -> None:
         (tmp_path / "out" / hugging_face.CONFIG).write_text(json.dumps(settings | claim))
         with pytest.raises(ValueError, match=re.escape(str(tmp_path))):
             hugging_face.open_directory(tmp_path / "out")
+    older = tmp_path / "older"
+    older.mkdir()
+    test_convert.old_form(older, cases.config("v1_0"), scanned=False)
+    (metadata,) = older.glob("*token_embedder*/.zarray")
+    array = json.loads(metadata.read_text())
+    for claim in ({"shape": [2**60, 24]}, {"chunks": [2**40, 24]}):
+        metadata.write_text(json.dumps(array | claim))
+        with pytest.raises(ValueError, match=r"is said to (have the shape|be in pieces of) [\s\S]*damaged"):
+            t5x.open_checkpoint(older)
     tree = {"encoder": {"layers_999999999": {"mlp": {"wo": {"kernel": np.zeros((2, 2), np.float32)}}}}}
     (tmp_path / "checkpoint").write_bytes(serialization.msgpack_serialize({"target": tree}))
     with pytest.raises(ValueError, match=re.escape(str(tmp_path))):
