@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip install --quiet --no-input --disable-pip-version-che
 INSTALL_INPUTS := pyproject.toml scripts/constraints.txt sbs_jax/__init__.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-faults check format bench bench-tpu test-parity clean
+.PHONY: help demo test test-faults check format bench bench-tpu test-parity audit clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
@@ -43,6 +43,9 @@ bench-tpu: $(VENV)/.test ## Measure training and generation on absent TPUs by th
 
 test-parity: $(VENV)/.parity ## Add PyTorch and Hugging Face to the set-up, then compare with them
 	$(BIN)/python -m pytest -m parity $(ARGS)
+
+audit: $(VENV)/.audit ## Ask the package index about known vulnerabilities of the pinned versions (needs the network)
+	$(VENV)/audit/bin/pip-audit -r scripts/constraints.txt --no-deps --disable-pip --strict $(ARGS)
 
 clean: ## Delete the set-up and the caches (runs are kept)
 	rm -rf $(VENV) .pytest_cache .ruff_cache
@@ -78,6 +81,13 @@ $(VENV)/.test: $(INSTALL_INPUTS) | $(VENV)/.created
 	@echo "Installing sbs-jax and what its tests need into $(VENV) (4 GB on disk, most of it TensorFlow; minutes the first time)"
 	@$(PIP) -e '.[test]'
 	@touch $(VENV)/.run $@
+
+# A tool of its own: nothing that it brings is among what it looks at.
+$(VENV)/.audit: | $(VENV)/.created
+	@echo "Installing pip-audit into $(VENV)/audit"
+	@$(BIN)/python -m venv --clear $(VENV)/audit
+	@$(VENV)/audit/bin/python -m pip install --quiet --no-input --disable-pip-version-check pip-audit
+	@touch $@
 
 $(VENV)/.parity: $(VENV)/.test
 	@echo "Installing PyTorch and Hugging Face transformers into $(VENV)"

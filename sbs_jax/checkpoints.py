@@ -23,7 +23,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from sbs_jax import checksums, hosts, run_dir, saving, t5
-from sbs_jax.convert import hugging_face, names, t5x
+from sbs_jax.convert import hugging_face, names, npz, t5x
 
 log = logging.getLogger(__name__)
 
@@ -417,11 +417,7 @@ def load_parameters(path: str | Path, *, like: Mapping[str, jax.ShapeDtypeStruct
     kind = form(path)
     wanted = {name: tuple(leaf.shape) for name, leaf in like.items()}
     if str(path).endswith(".npz"):
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"No parameters at {path}; expected an .npz file or a run directory.")
-        with np.load(path) as arrays:
-            found = {name: arrays[name] for name in arrays.files}
-        names.check(path, {name: x.shape for name, x in found.items()}, wanted, kind=kind)
+        found = npz.arrays(path, shapes=wanted)
         return {
             name: jax.make_array_from_callback(leaf.shape, leaf.sharding, found[name].astype(leaf.dtype).__getitem__)
             for name, leaf in like.items()

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sbs_jax import checkpoints, datasets, decoding, features, hosts, partitioning, run_dir, t5
+from sbs_jax import checkpoints, datasets, decoding, features, hosts, partitioning, records, run_dir, t5
 from tasks import metrics as grading
 
 log = logging.getLogger(__name__)
@@ -243,19 +243,21 @@ def predict(
 def read_inputs(path: str | Path) -> Iterator[dict[str, Any]]:
     """Rows of a JSONL file that have the texts `id` and `input`; errors name file and line."""
     seen: dict[str, int] = {}
-    for number, line in enumerate(Path(path).read_text("utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}:{number}: not JSON ({error}).") from error
-        if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in ("id", "input")):
-            raise ValueError(f'{path}:{number}: expected {{"id": text, "input": text}}, got {line[:80]}')
-        if row["id"] in seen:
-            raise ValueError(f"{path}:{number}: id {row['id']!r} stands in line {seen[row['id']]} already.")
-        seen[row["id"]] = number
-        yield row
+    with Path(path).open("rb") as file:
+        # Bytes are split at "\n" alone: text may hold other characters that end a line elsewhere.
+        for number, data in enumerate(file, start=1):
+            where = f"{path}:{number}"
+            line = records.decoded(data, where)
+            if not line.strip():
+                continue
+            row = records.parse_json(line, where)
+            if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in ("id", "input")):
+                raise ValueError(f'{where}: expected {{"id": text, "input": text}}, got {line[:80].rstrip()}')
+            if row["id"] in seen:
+                shown = records.brief(row["id"])
+                raise ValueError(f"{where}: id {shown} stands in line {seen[row['id']]} already.")
+            seen[row["id"]] = number
+            yield row
 
 
 def write_rows(path: str | Path, rows: Any) -> int:

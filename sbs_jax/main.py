@@ -8,12 +8,14 @@ Heavy imports wait until they are needed, so `--help` answers at once.
 import argparse
 import ast
 import difflib
+import importlib
 import json
 import logging
 import os
 import re
 import sys
 import tempfile
+import tokenize
 import traceback
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -24,6 +26,8 @@ import absl.logging
 from sbs_jax import hosts, preemption
 
 _BINDING = re.compile(r"--gin\.([^=]+)=(.*)", re.DOTALL)
+_LONGEST = 3_000  # characters of a message; some of gin's quote the configuration
+_NAME = re.compile(r"[\w.]+(/[\w.]+)*", re.ASCII)
 _REFERENCE = re.compile(r"[@%](?:[\w.]+/)*([\w.]+)")
 _REQUIRED = re.compile(r"^([\w.]+) = %gin.REQUIRED$", re.MULTILINE)
 _LEFT_SIDE = re.compile(r"^([\w./]+) =", re.MULTILINE)
@@ -31,6 +35,9 @@ _LEFT_SIDE = re.compile(r"^([\w./]+) =", re.MULTILINE)
 
 class UsageError(Exception):
     """Something the caller of the command can mend; printed without a traceback."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ..")
 
 
 def configure(
@@ -62,6 +69,7 @@ def configure(
     try:
         # Imports of the prelude do not reach into included files, and theirs not out of them.
         includes, _ = gin.parse_config(text)
+        _refuse_foreign(importlib.import_module("gin.config"))
         missing = _REQUIRED.findall(gin.config_str())
         gin.parse_config("".join(f"{macro} = 'none'\n" for macro in missing if macro in unread))
         missing = [macro for macro in missing if macro not in unread]
@@ -69,8 +77,16 @@ def configure(
             flags = " ".join(f"--gin.{macro}=.." for macro in missing)
             raise UsageError(f"{name} needs values that no gin file gives: {flags}")
         instance = gin.get_configurable(name)()
+    except UsageError:
+        raise
+    except tokenize.TokenError as error:
+        raise UsageError(f"The configuration ends within a bracket or a text: {error}") from error
+    except (RecursionError, MemoryError) as error:
+        raise UsageError(f"The configuration is nested too deeply to read ({type(error).__name__}).") from error
+    except (ArithmeticError, LookupError, ImportError) as error:
+        raise UsageError(f"The configuration cannot be read: {type(error).__name__}: {error}") from error
     except (ValueError, SyntaxError, OSError, NameError, AttributeError, TypeError, RuntimeError) as error:
-        raise UsageError(str(error)) from error
+        raise UsageError(str(error) or f"The configuration cannot be read: {type(error).__name__}.") from error
     texts = [text, *(_read(file) for file in _file_names(includes))]
     unused = _unused(gin.config_str(), gin.operative_config_str(), texts)
     if unused:
@@ -84,14 +100,45 @@ def _quoted(binding: str) -> str:
     """A `NAME=value` binding as a line of gin, its value quoted if it is bare text."""
     name, equals, value = binding.partition("=")
     if not equals:
-        raise UsageError(f"Got the binding {binding!r}; expected NAME=value.")
+        raise UsageError(f"Got the binding {binding[:200]!r}; expected NAME=value.")
+    if not _NAME.fullmatch(name.strip()):
+        raise UsageError(f"Got the binding {binding[:200]!r}; {name[:200]!r} is no name of a macro or parameter.")
     value = value.strip()
     if not value.startswith(("@", "%", "[", "(", "{")):
         try:
             ast.literal_eval(value)
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
             value = repr(value)
+    elif "\n" in value or "\r" in value:  # it could go on with other statements
+        raise UsageError(f"Got the binding {binding[:200]!r}; expected a value of one line.")
     return f"{name.strip()} = {value}"
+
+
+def _refuse_foreign(config: Any) -> None:
+    """UsageError where a configuration refers to a function of the standard library, which could do anything.
+
+    Dynamic registration lets a gin file name whatever can be imported, and what it names with `()` is called; and a
+    module that is imported leads to those that it imports (`@train.os.system()`). What a configuration is made of is
+    this project's, or another package's. `config` is gin's module, which has parsed and called nothing yet.
+    """
+    waiting, seen = list(config._CONFIG.values()), set()
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict):
+            waiting += [*value.keys(), *value.values()]
+        elif isinstance(value, list | tuple | set | frozenset):
+            waiting += value
+        elif isinstance(value, config.ConfigurableReference) and id(value) not in seen:
+            seen.add(id(value))
+            function = value.configurable.wrapped
+            home = getattr(function, "__module__", None) or type(function).__module__
+            if home.partition(".")[0] in sys.stdlib_module_names:
+                name = getattr(function, "__qualname__", type(function).__qualname__)
+                raise UsageError(
+                    f"The configuration refers to {value.scoped_selector}, which is {home}.{name} of "
+                    "Python itself; it may refer to what sbs_jax, tasks, optax and other packages define. It was not "
+                    "run."
+                )
 
 
 def _read(file: str) -> str:

@@ -76,6 +76,7 @@ _DEFAULTS = {field.name: field.default for field in dataclasses.fields(Record)}
 _FIELDS = tuple(field.name for field in dataclasses.fields(Record))
 _REQUIRED = ("id", "input", "label")
 _TEXT = ("id", "input", "outcome")
+_NESTED = "a value nested too deeply to show"
 _ONLY_IF_SET = ("prompt", "hinted", "votes")
 
 
@@ -126,7 +127,7 @@ def read_records(path: str | Path) -> list[Record]:
             raise ValueError(f"{path}:{line}: {error}") from None
         if record.id in found:
             raise ValueError(
-                f"{path}:{line}: the id {record.id!r} is already that of line "
+                f"{path}:{line}: the id {brief(record.id)} is already that of line "
                 f"{found[record.id][0]}; rows are joined by id, so ids must be distinct."
             )
         found[record.id] = line, record
@@ -140,12 +141,12 @@ def read_json_lines(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
         # Bytes are split at "\n" alone: text may hold other characters that end a line elsewhere.
         for line, data in enumerate(file, start=1):
             where = f"{path}:{line}"
-            text = _decoded(data, where)
+            text = decoded(data, where)
             if not text.strip():
                 raise ValueError(f"{where}: the line is blank; expected one JSON object per line.")
             value = parse_json(text, where)
             if not isinstance(value, dict):
-                raise ValueError(f"{where}: got {_shown(value)}; expected a JSON object, {{..}}, on every line.")
+                raise ValueError(f"{where}: got {shown(value)}; expected a JSON object, {{..}}, on every line.")
             yield line, value
     if line == 0:
         raise ValueError(f"{path} is empty; expected one JSON object per line.")
@@ -153,7 +154,7 @@ def read_json_lines(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def read_json(path: str | Path) -> Any:
     """The one JSON value that a file holds. ValueError names file and line."""
-    return parse_json(_decoded(Path(path).read_bytes(), str(path)), str(path))
+    return parse_json(decoded(Path(path).read_bytes(), str(path)), str(path))
 
 
 def parse_json(text: str, where: str) -> Any:
@@ -180,7 +181,7 @@ def text_field(fields: Mapping[str, Any], name: str) -> str:
     """The text of a field. ValueError where it is missing or no text."""
     value = _field(fields, name)
     if not isinstance(value, str):
-        raise ValueError(f"the field {name!r} is {value!r}; expected text.")
+        raise ValueError(f"the field {name!r} is {brief(value)}; expected text.")
     return value
 
 
@@ -188,7 +189,7 @@ def integer_field(fields: Mapping[str, Any], name: str) -> int:
     """The integer of a field. ValueError where it is missing or no integer."""
     value = _field(fields, name)
     if isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError(f"the field {name!r} is {value!r}; expected an integer.")
+        raise ValueError(f"the field {name!r} is {brief(value)}; expected an integer.")
     return value
 
 
@@ -196,17 +197,18 @@ def text_list_field(fields: Mapping[str, Any], name: str) -> tuple[str, ...]:
     """The texts of a field. ValueError where it is missing or no list of texts."""
     value = _field(fields, name)
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-        raise ValueError(f"the field {name!r} is {value!r}; expected a list of texts.")
+        raise ValueError(f"the field {name!r} is {brief(value)}; expected a list of texts.")
     return tuple(value)
 
 
 def _field(fields: Mapping[str, Any], name: str) -> Any:
     if name not in fields:
-        raise ValueError(f"the field {name!r} is missing; it has {sorted(fields)}.")
+        raise ValueError(f"the field {name!r} is missing; it has {brief(sorted(fields))}.")
     return fields[name]
 
 
-def _decoded(data: bytes, where: str) -> str:
+def decoded(data: bytes, where: str) -> str:
+    """The text of UTF-8 bytes; `where` begins the message of the ValueError."""
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -220,17 +222,17 @@ def _decoded(data: bytes, where: str) -> str:
 def _record(value: Mapping[str, Any]) -> Record:
     unknown = sorted(value.keys() - set(_FIELDS))
     if unknown:
-        near = difflib.get_close_matches(unknown[0], _FIELDS, n=2)
+        near = difflib.get_close_matches(unknown[0][:100], _FIELDS, n=2)
         hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
-        raise ValueError(f"unknown field {unknown[0]!r}; known are {list(_FIELDS)}.{hint}")
+        raise ValueError(f"unknown field {brief(unknown[0])}; known are {list(_FIELDS)}.{hint}")
     missing = [name for name in _REQUIRED if name not in value]
     if missing:
-        raise ValueError(f"the field {missing[0]!r} is missing; it has {sorted(value)}.")
+        raise ValueError(f"the field {missing[0]!r} is missing; it has {brief(sorted(value))}.")
     fields = dict(value)
     if "choices" in fields:
         choices = fields["choices"]
         if not isinstance(choices, list) or not all(isinstance(c, str) for c in choices):
-            raise ValueError(f"'choices' is {_shown(choices)}; expected a list of texts.")
+            raise ValueError(f"'choices' is {shown(choices)}; expected a list of texts.")
         fields["choices"] = tuple(choices)
     if isinstance(fields.get("votes"), list):
         fields["votes"] = tuple(fields["votes"])
@@ -251,11 +253,11 @@ def check_fields(fields: Mapping[str, Any]) -> None:
             texts = value
         elif name == "hinted":
             if not isinstance(value, bool):
-                raise ValueError(f"'hinted' is {_shown(value)}; expected true or false.")
+                raise ValueError(f"'hinted' is {shown(value)}; expected true or false.")
             continue
         elif name == "votes" and value is not None:
             if not (isinstance(value, tuple) and len(value) == 2 and all(type(n) is int and n > 0 for n in value)):
-                raise ValueError(f"'votes' is {_shown(value)}; expected two whole numbers of at least 1, or null.")
+                raise ValueError(f"'votes' is {shown(value)}; expected two whole numbers of at least 1, or null.")
             continue
         elif isinstance(value, str):
             texts = (value,)
@@ -263,7 +265,7 @@ def check_fields(fields: Mapping[str, Any]) -> None:
             continue
         else:
             expected = "text" if name in _TEXT else "text or null"
-            raise ValueError(f"{name!r} is {_shown(value)}; expected {expected}.")
+            raise ValueError(f"{name!r} is {shown(value)}; expected {expected}.")
         for text in texts:
             if not text.isascii():
                 _check_encodes(name, text)
@@ -281,9 +283,27 @@ def _check_encodes(name: str, text: str) -> None:
         ) from None
 
 
-def _shown(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False, default=repr)
+def shown(value: Any) -> str:
+    """A value for a message, as JSON; only its beginning where it is long."""
+    try:
+        text = json.dumps(value, ensure_ascii=False, default=repr)
+    except RecursionError:
+        text = _NESTED
     return f"{text[:60]}.." if len(text) > 62 else text
+
+
+def brief(value: Any) -> str:
+    """A value for a message, as Python writes it; only its beginning where it is long."""
+    try:
+        text = repr(value)
+    except RecursionError:
+        text = _NESTED
+    return part(text)
+
+
+def part(text: str) -> str:
+    """A text for a message; only its beginning where it is long."""
+    return f"{text[:200]}.." if len(text) > 202 else text
 
 
 # ------------------------------------------------------------------------------------ writing
@@ -335,12 +355,45 @@ def read_manifest(directory: str | Path) -> Manifest:
         or value.get("format") != FORMAT
         or value.keys() - Manifest.__optional_keys__ != expected
     ):
-        got = value.get("format") if isinstance(value, dict) else _shown(value)
+        got = value.get("format") if isinstance(value, dict) else shown(value)
         raise ValueError(
-            f"{path}: got format {got!r}; expected {FORMAT} with the fields {sorted(expected)}. "
+            f"{path}: got format {brief(got)}; expected {FORMAT} with the fields {sorted(expected)}. "
             "Write the records anew with this version."
         )
-    return value  # type: ignore[return-value]  # JSON; its keys were checked above
+    problem = _manifest_problem(value)
+    if problem:
+        raise ValueError(f"{path}: {problem}. Write the records anew with this version.")
+    return value  # type: ignore[return-value]  # JSON; its fields were checked above
+
+
+def _manifest_problem(manifest: Mapping[str, Any]) -> str | None:
+    """What is wrong with the fields of a manifest that has the right names; None where nothing is."""
+    for name in ("dataset", "parser", "inputs", "sbs_jax"):
+        if not isinstance(manifest[name], str):
+            return f"{name!r} is {shown(manifest[name])}; expected text"
+    for name in ("splits", "skipped"):
+        if not isinstance(manifest[name], dict) or not manifest[name].keys() <= set(SPLITS):
+            return f"{name!r} is {shown(manifest[name])}; expected an object with some of {list(SPLITS)}"
+    for split, summary in manifest["splits"].items():
+        where = f"the split {split!r}"
+        if not isinstance(summary, dict) or summary.keys() != SplitSummary.__required_keys__:
+            return f"{where} is {shown(summary)}; expected the fields {sorted(SplitSummary.__required_keys__)}"
+        for name, value in summary.items():
+            if not _is_summary_field(name, value):
+                return f"{name!r} of {where} is {shown(value)}; expected {SplitSummary.__annotations__[name]}"
+    return None
+
+
+def _is_summary_field(name: str, value: Any) -> bool:
+    if name == "sha256":
+        return isinstance(value, str)
+    if name == "sources":
+        return isinstance(value, dict) and all(isinstance(each, str) for each in value.values())
+    if name == "outcomes":
+        return isinstance(value, dict) and all(type(each) is int for each in value.values())
+    if name == "teacher_accuracy":
+        return value is None or type(value) in (int, float)
+    return type(value) is int
 
 
 def file_sha256(path: str | Path) -> str:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import logging
 import re
@@ -277,9 +278,9 @@ def _label_problem(dataset: Dataset, row: Row) -> str | None:
     if possible:
         if row.label in possible:
             return None
-        return f"the label {row.label!r} is outside the label set {list(possible)}."
+        return f"the label {records.brief(row.label)} is outside the label set {records.brief(list(possible))}."
     if dataset.is_label is not None and not dataset.is_label(row.label):
-        return f"the label {row.label!r} is none: {dataset.is_label.__name__}() rejects it."
+        return f"the label {records.brief(row.label)} is none: {dataset.is_label.__name__}() rejects it."
     return None
 
 
@@ -347,7 +348,8 @@ def read_replies(release_dir: str | Path, name: str, split: str) -> dict[Path, l
             raise ValueError(f"{numbered[number]} and {path} are both shard {number}; keep one.")
         numbered[number] = path
     if numbered:
-        gaps = [number for number in range(max(numbered)) if number not in numbered]
+        # The first few alone: a name can hold any number, and a list of what lies below it would fill the memory.
+        gaps = list(itertools.islice((n for n in range(max(numbered)) if n not in numbered), 4))
         if gaps:
             names = ", ".join(f"{short}_CoT_{number}.json" for number in gaps[:3])
             raise FileNotFoundError(
@@ -364,7 +366,7 @@ def _shard(path: Path) -> list[str]:
         raise ValueError(f"{path}: expected a JSON list of texts, got {type(texts).__name__}.")
     for index, text in enumerate(texts):
         if not isinstance(text, str):
-            raise ValueError(f"{path}: item {index} (from 0) is {text!r}; expected text.")
+            raise ValueError(f"{path}: item {index} (from 0) is {records.brief(text)}; expected text.")
     return texts
 
 
@@ -390,7 +392,7 @@ def with_ids(rows: Iterable[Row], *, name: str, where: Callable[[int], str]) -> 
             raise ValueError(f"{where(number)}: the id is empty.")
         if row_id in place:
             raise ValueError(
-                f"{where(number)}: the id {row_id!r} is already that of {where(place[row_id])}; "
+                f"{where(number)}: the id {records.brief(row_id)} is already that of {where(place[row_id])}; "
                 "rows are joined by id, so ids must be distinct."
             )
         place[row_id] = number

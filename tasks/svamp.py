@@ -7,7 +7,6 @@ A reply, with its invented continuation:
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -54,8 +53,16 @@ def official(text: str, row: Row) -> Parsed:
     if isinstance(found, Parsed):
         return found
     rationale, answer = found
-    match = re.search(r"\(.*\)", answer)
-    return official_result(rationale.rstrip(), match[0] if match else "")
+    return official_result(rationale.rstrip(), _in_parentheses(answer))
+
+
+def _in_parentheses(text: str) -> str:
+    """What `re.search(r"\\(.*\\)", text)` finds, or "": in linear time, where many "(" have no ")" after them."""
+    for line in text.split("\n"):
+        start, end = line.find("("), line.rfind(")")
+        if 0 <= start < end:
+            return line[start : end + 1]
+    return ""
 
 
 def strict(text: str, row: Row) -> Parsed:

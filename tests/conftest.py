@@ -6,8 +6,9 @@ only the platform is inherited.
 """
 
 import os
+import random
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -32,6 +33,12 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 # beartype, not typeguard 4: that one reads shape strings such as "B T" as Python and fails on them.
 jaxtyping.install_import_hook("sbs_jax", "beartype.beartype")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fuzz-cases", type=int, metavar="N", help="cases of each fuzz test (default: 10,000)")
+    parser.addoption("--fuzz-seed", metavar="N", help="which cases: a number (default: 0), or 'random'")
+
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SHARED = REPOSITORY.parent / "shared"
@@ -71,3 +78,24 @@ def starter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[processes.Star
         folder = folder.parent
     with processes.server(folder) as address:
         yield processes.Starter(address=address, compiled=folder / "compiled")
+
+
+@pytest.fixture
+def memory() -> Iterator[Path]:
+    """A folder in memory."""
+    import fuzzing
+
+    with fuzzing.scratch() as folder:
+        yield folder
+
+
+@pytest.fixture
+def fuzz(request: pytest.FixtureRequest) -> Callable[[Callable], None]:
+    """Runs a case of a fuzz test (tests/fuzzing.py) as often as the options say."""
+    import fuzzing
+
+    chosen = request.config.getoption("--fuzz-seed") or "0"
+    start = random.SystemRandom().randrange(2**32) if chosen == "random" else int(chosen)
+    print(f"--fuzz-seed {start}")  # shown where the test fails
+    cases = request.config.getoption("--fuzz-cases") or fuzzing.CASES
+    return lambda case: fuzzing.run(case, name=request.node.name, cases=cases, start=start)

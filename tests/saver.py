@@ -111,6 +111,7 @@ def _save_together(path: Path) -> None:
         saver.save(6, **arrays(6))
         saver.wait()
         assert_restores(saver, 6)
+        hosts.barrier()  # both have read it
         hosts.from_first(lambda: os.truncate(saver.directory / "6" / "optimizer" / "_METADATA", 7))
         assert saver.newest_good() == 5
         assert_restores(saver, 5)

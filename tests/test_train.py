@@ -321,7 +321,7 @@ def test_rationales_are_asked_for_with_their_own_prefix(finished, tmp_path, monk
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"id": "a", "input": "x"}\n{"id": "b"\n', "in.jsonl:2: not JSON"),
+        ('{"id": "a", "input": "x"}\n{"id": "b"\n', "in.jsonl:2: not valid JSON"),
         ('{"id": 1, "input": "x"}\n', "in.jsonl:1: expected"),
         ('{"id": "a", "input": "x"}\n\n{"id": "a", "input": "y"}\n', "in.jsonl:3: id 'a' stands in line 1"),
     ],

@@ -8,6 +8,7 @@ import contextlib
 import difflib
 import importlib
 import json
+import re
 import shutil
 import struct
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +22,7 @@ import safetensors
 from sbs_jax import t5
 from sbs_jax.convert import names
 from sbs_jax.convert.names import LazyArray, Opened
+from sbs_jax.records import brief, decoded, parse_json, part, read_json
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 TORCH_WEIGHTS, TORCH_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -43,6 +45,11 @@ _ACTIVATIONS = {
 # Tables that older versions wrote several times, and a bias that no version ever used.
 _COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
 _UNUSED = ("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",)
+# From their names to ours.
+_OURS = {theirs: (ours, transposed) for ours, (theirs, transposed) in names.TABLE.items()}
+_LAYER = re.compile(r"(encoder|decoder)\.block\.(\d+)\.")
+# A file of weights beside its index.
+_SHARD = re.compile(r"[\w.-]{1,200}\.(safetensors|bin)", re.ASCII)
 _DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "F64": np.float64}
 
 
@@ -62,25 +69,33 @@ def open_directory(path: str | Path) -> Opened:
     stored = _stored(path)
     tied = "lm_head.weight" not in stored
     config = _config(path, settings, tied=tied)
-    if not tied and config.logits_via_embedding:
-        _expect_copy(path, stored, "lm_head.weight")
-        del stored["lm_head.weight"]
     for name in _COPIES:
         if name in stored and "shared.weight" in stored:
             _expect_copy(path, stored, name)
             del stored[name]
         elif name in stored:
             stored["shared.weight"] = stored.pop(name)
+    if "shared.weight" not in stored:
+        raise ValueError(f"{path} has no 'shared.weight', the table of tokens; it holds {brief(sorted(stored))}.")
+    if not tied and config.logits_via_embedding:
+        _expect_copy(path, stored, "lm_head.weight")
+        del stored["lm_head.weight"]
     for name in _UNUSED:
         stored.pop(name, None)
     if tied and not config.logits_via_embedding:
         # Tied without the scaling of tied logits (transformers 5 makes new v1.1 models so): a copy says the same.
         stored["lm_head.weight"] = stored["shared.weight"]
+    found = _shapes(stored)
+    held = {
+        stack: len({name.split("/")[2] for name in found if name.startswith(f"{stack}/layers/")})
+        for stack in names.STACKS
+    }
+    names.check_sizes(path, found, config, layers=held, kind="Hugging Face")
     shapes = names.parameters(config)
     table = {name.hugging_face: name for name in names.of(shapes)}
     unknown = sorted(set(stored) - set(table))
     if unknown:
-        lines = [f"{name}{_near(name, table)}" for name in unknown[:5]]
+        lines = [f"{part(name)}{_near(name[:200], table)}" for name in unknown[:5]]
         raise ValueError(
             f"{path} holds {len(unknown)} arrays that no parameter of this architecture is stored as:\n  "
             + "\n  ".join(lines)
@@ -92,7 +107,7 @@ def open_directory(path: str | Path) -> Opened:
     }
     found = {name: array.shape for name, array in arrays.items()}
     names.check(path, found, {name: leaf.shape for name, leaf in shapes.items()}, kind="Hugging Face")
-    origin = _read_json(path / ORIGIN) if (path / ORIGIN).is_file() else None
+    origin = read_origin((path / ORIGIN).read_bytes(), path / ORIGIN) if (path / ORIGIN).is_file() else None
     vocabulary = str(path / SENTENCEPIECE) if (path / SENTENCEPIECE).is_file() else None
     return Opened(config, arrays, vocabulary=vocabulary, origin=origin)
 
@@ -177,17 +192,27 @@ def _write_safetensors(file: Path, arrays: Mapping[str, LazyArray], *, dtype: np
 def _stored(path: Path) -> dict[str, LazyArray]:
     """Every array of the directory under its own name."""
     if (path / INDEX).is_file():
-        return _sharded(path, _read_json(path / INDEX)["weight_map"], _safetensors)
+        return _sharded(path, INDEX, _safetensors)
     if (path / WEIGHTS).is_file():
         return _safetensors(path / WEIGHTS)
     if (path / TORCH_INDEX).is_file():
-        return _sharded(path, _read_json(path / TORCH_INDEX)["weight_map"], _torch)
+        return _sharded(path, TORCH_INDEX, _torch)
     if (path / TORCH_WEIGHTS).is_file():
         return _torch(path / TORCH_WEIGHTS)
     raise FileNotFoundError(f"{path} has no weights: expected {WEIGHTS}, {INDEX}, {TORCH_WEIGHTS} or {TORCH_INDEX}.")
 
 
-def _sharded(path: Path, weight_map: Mapping[str, str], read: Any) -> dict[str, LazyArray]:
+def _sharded(path: Path, index: str, read: Any) -> dict[str, LazyArray]:
+    weight_map = _read_json(path / index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{path / index}: 'weight_map' is {brief(weight_map)}; expected array names and their files.")
+    for name, file in weight_map.items():
+        # Beside the index and nowhere else, whatever it says.
+        if not isinstance(file, str) or not _SHARD.fullmatch(file):
+            raise ValueError(
+                f"{path / index}: {brief(name)} is said to be in {brief(file)}; expected the name of a .safetensors or "
+                ".bin file in the same folder."
+            )
     missing = sorted(file for file in set(weight_map.values()) if not (path / file).is_file())
     if missing:
         raise FileNotFoundError(
@@ -199,7 +224,8 @@ def _sharded(path: Path, weight_map: Mapping[str, str], read: Any) -> dict[str, 
         stored |= read(path / file)
     lost = sorted(set(weight_map) - set(stored))
     if lost:
-        raise ValueError(f"{path}: the index promises {lost[0]!r} in {weight_map[lost[0]]}, which does not hold it.")
+        file = weight_map[lost[0]]
+        raise ValueError(f"{path}: the index promises {brief(lost[0])} in {file}, which does not hold it.")
     return stored
 
 
@@ -207,14 +233,15 @@ def _safetensors(file: Path) -> dict[str, LazyArray]:
     try:
         opened = safetensors.safe_open(file, framework="np")
     except safetensors.SafetensorError as error:
-        raise ValueError(f"{file} is no complete safetensors file ({error}). Download it again.") from error
+        told = part(str(error))
+        raise ValueError(f"{file} is no complete safetensors file ({told}). Download it again.") from None
     arrays = {}
     for name in opened.keys():  # noqa: SIM118  (it has no iterator)
-        part = opened.get_slice(name)
-        code = part.get_dtype()
+        held = opened.get_slice(name)
+        code = held.get_dtype()
         if code not in _DTYPES:
-            raise ValueError(f"{file}: {name!r} is of type {code}; expected one of {', '.join(_DTYPES)}.")
-        arrays[name] = LazyArray(tuple(part.get_shape()), np.dtype(_DTYPES[code]), part.__getitem__)
+            raise ValueError(f"{file}: {brief(name)} is of type {code}; expected one of {', '.join(_DTYPES)}.")
+        arrays[name] = LazyArray(tuple(held.get_shape()), np.dtype(_DTYPES[code]), held.__getitem__)
     return arrays
 
 
@@ -227,7 +254,15 @@ def _torch(file: Path) -> dict[str, LazyArray]:
             f"{file.parent} has no safetensors, and PyTorch, which reads {file.name}, is not installed. Install it "
             "(pip install 'sbs-jax[parity]'), or take a revision of the model that has safetensors."
         ) from error
-    state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # of many kinds; that of a file which would run code is one
+        raise ValueError(
+            f"{file} holds more, or less, than PyTorch's weights ({type(error).__name__}: {part(str(error))}). It "
+            "was not loaded; take a revision of the model that has safetensors."
+        ) from None
+    if not isinstance(state, Mapping) or not all(isinstance(each, torch.Tensor) for each in state.values()):
+        raise ValueError(f"{file} is {type(state).__name__}; expected PyTorch's weights, a tensor for each name.")
 
     def lazy(tensor: Any) -> LazyArray:
         def read(index: names.Index) -> np.ndarray:
@@ -245,6 +280,8 @@ def _torch(file: Path) -> dict[str, LazyArray]:
 def _expect_copy(path: Path, stored: Mapping[str, LazyArray], name: str) -> None:
     """ValueError unless an array is bit for bit the shared table (which tied models may store more than once)."""
     table, copy = stored["shared.weight"], stored[name]
+    if len(table.shape) != 2 or 0 in table.shape:
+        raise ValueError(f"{path}: 'shared.weight' has the shape {table.shape}; expected a table of two dimensions.")
     size, step = table.shape[0], max(1, 2**24 // table.shape[1])
     pieces = [(slice(start, min(start + step, size)), slice(None)) for start in range(0, size, step)]
     same = copy.shape == table.shape and all(np.array_equal(table.read(piece), copy.read(piece)) for piece in pieces)
@@ -256,45 +293,64 @@ def _expect_copy(path: Path, stored: Mapping[str, LazyArray], name: str) -> None
 
 
 def _config(path: Path, settings: Mapping[str, Any], *, tied: bool) -> t5.T5Config:
-    kind = settings.get("model_type")
-    if kind not in MODEL_TYPES:
-        architectures = ", ".join(settings.get("architectures") or ["no architecture"])
+    kind, architectures = settings.get("model_type"), settings.get("architectures") or []
+    if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
+        raise ValueError(f"{path / CONFIG}: 'architectures' is {brief(architectures)}; expected a list of names.")
+    if not isinstance(kind, str) or kind not in MODEL_TYPES:
         raise ValueError(
-            f"{path} holds a model of type {kind!r} ({architectures}); expected an encoder-decoder of type "
-            f"{', '.join(MODEL_TYPES)}."
+            f"{path} holds a model of type {brief(kind)} ({part(', '.join(architectures) or 'no architecture')}); "
+            f"expected an encoder-decoder of type {', '.join(MODEL_TYPES)}."
         )
-    for architecture in settings.get("architectures") or ():
+    for architecture in architectures:
         if "Encoder" in architecture or not architecture.endswith(("ForConditionalGeneration", "WithLMHeadModel")):
             raise ValueError(
-                f"{path} holds a {architecture}; expected a ..ForConditionalGeneration, which has a decoder."
+                f"{path} holds a {part(architecture)}; expected a ..ForConditionalGeneration, which has a decoder."
             )
     activation = settings.get("feed_forward_proj", "relu")
-    if activation not in _ACTIVATIONS:
+    if not isinstance(activation, str) or activation not in _ACTIVATIONS:
         raise ValueError(
-            f"{path}: feed_forward_proj is {activation!r}; expected one of {', '.join(_ACTIVATIONS)}"
-            f"{_near(activation, _ACTIVATIONS)}."
+            f"{path}: feed_forward_proj is {brief(activation)}; expected one of {', '.join(_ACTIVATIONS)}"
+            f"{_near(str(activation)[:200], _ACTIVATIONS)}."
         )
     # transformers 5 says `tie_word_embeddings: true` of every T5 and keeps the old meaning in scale_decoder_outputs.
     scaled = settings.get("scale_decoder_outputs", settings.get("tie_word_embeddings", True))
     if kind in ("mt5", "umt5"):
         scaled = tied and scaled  # published with false; what newer versions write says nothing
+    needed = ("vocab_size", "d_model", "num_heads", "d_kv", "d_ff", "num_layers")
+    missing = [name for name in needed if name not in settings]
+    if missing:
+        raise ValueError(f"{path / CONFIG} has no {missing[0]!r}; a T5 needs {', '.join(needed)}.")
     layers = settings["num_layers"]
     decoder_layers = settings.get("num_decoder_layers")
+    sizes = {name: settings[name] for name in needed} | {
+        "num_decoder_layers": layers if decoder_layers is None else decoder_layers,
+        "relative_attention_num_buckets": settings.get("relative_attention_num_buckets", 32),
+    }
+    for name, value in sizes.items():
+        if type(value) is not int or value < 1:
+            raise ValueError(f"{path / CONFIG}: {name!r} is {brief(value)}; expected a whole number of at least 1.")
+    numbers = {"dropout_rate": 0.1, "layer_norm_epsilon": 1e-6, "relative_attention_max_distance": 128}
+    for name, default in numbers.items():
+        value = numbers[name] = settings.get(name, default)
+        if type(value) not in (int, float) or not 0 <= value < (1 if name == "dropout_rate" else 2**31):
+            raise ValueError(
+                f"{path / CONFIG}: {name!r} is {brief(value)}; expected a number of a T5, such as {default}."
+            )
     return t5.T5Config(
-        vocab_size=settings["vocab_size"],
-        emb_dim=settings["d_model"],
-        num_heads=settings["num_heads"],
-        head_dim=settings["d_kv"],
-        mlp_dim=settings["d_ff"],
+        vocab_size=sizes["vocab_size"],
+        emb_dim=sizes["d_model"],
+        num_heads=sizes["num_heads"],
+        head_dim=sizes["d_kv"],
+        mlp_dim=sizes["d_ff"],
         num_encoder_layers=layers,
-        num_decoder_layers=layers if decoder_layers is None else decoder_layers,
+        num_decoder_layers=sizes["num_decoder_layers"],
         mlp_activations=_ACTIVATIONS[activation],
         logits_via_embedding=bool(scaled),
-        dropout_rate=float(settings.get("dropout_rate", 0.1)),
-        relative_attention_num_buckets=settings.get("relative_attention_num_buckets", 32),
-        relative_attention_max_distance=settings.get("relative_attention_max_distance", 128),
+        dropout_rate=float(numbers["dropout_rate"]),
+        relative_attention_num_buckets=sizes["relative_attention_num_buckets"],
+        relative_attention_max_distance=int(numbers["relative_attention_max_distance"]),
         relative_attention_bias=MODEL_TYPES[kind],
-        layer_norm_epsilon=settings.get("layer_norm_epsilon", 1e-6),
+        layer_norm_epsilon=float(numbers["layer_norm_epsilon"]),
     )
 
 
@@ -347,10 +403,39 @@ def _write_tokenizer(folder: Path, opened: Opened) -> None:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: got {brief(value)}; expected a JSON object, {{..}}.")
+    return value
+
+
+def read_origin(data: bytes, where: object) -> dict[str, Any]:
+    """The manifest of the run that a checkpoint was exported from. ValueError where a conversion could not use it."""
+    value = parse_json(decoded(data, str(where)), str(where))
     try:
-        return json.loads(path.read_text("utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON ({error}).") from error
+        options = value["data"]["options"]
+        told = isinstance(options, dict) and (options["vocabulary"] is None or isinstance(options["vocabulary"], str))
+    except (KeyError, TypeError, IndexError):
+        told = False
+    if not told:
+        raise ValueError(
+            f"{where}: got {brief(value)}; expected the manifest of a run, with its data options. Remove it."
+        )
+    return value
+
+
+def _shapes(stored: Mapping[str, LazyArray]) -> dict[str, tuple[int, ...]]:
+    """Shapes by our names and in our layout, of those arrays that the table has."""
+    found = {}
+    for theirs, array in stored.items():
+        layer = _LAYER.match(theirs)
+        pattern = theirs if layer is None else f"{layer[1]}.block.{{layer}}.{theirs[layer.end() :]}"
+        # A bias that all layers share lies in the first layer there, and has its name with the number.
+        ours, transposed = _OURS.get(theirs) or _OURS.get(pattern) or (None, False)
+        if ours is not None:
+            name = ours if layer is None else ours.replace("{layer}", layer[2])
+            found[name] = array.shape[::-1] if transposed else array.shape
+    return found
 
 
 def _write_json(path: Path, contents: Mapping[str, Any]) -> None:

@@ -8,6 +8,7 @@ their width apart: `encoder/encoder/attention/query/kernel`, `[D, L, H, K]`, is 
 
 import dataclasses
 import difflib
+import functools
 import math
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
@@ -16,6 +17,7 @@ import jax
 import numpy as np
 
 from sbs_jax import t5
+from sbs_jax.records import part
 
 _LAYER = "{layer}"
 _DENSE, _AS_IS = True, False
@@ -84,6 +86,7 @@ def of(parameters: Collection[str]) -> list[Name]:
     return [_name(ours) for ours in parameters]
 
 
+@functools.lru_cache(maxsize=10_000)
 def _name(ours: str) -> Name:
     parts = ours.split("/")
     layer = int(parts[2]) if len(parts) > 3 and parts[1] == "layers" else None
@@ -191,18 +194,69 @@ def check(
     lines = [f"{path} ({kind}) is a checkpoint of another architecture than the configured model."]
     for title, names in (("shapes differ", reshaped), ("missing", missing), ("left over", extra)):
         if names:
-            lines.append(f"  {title} ({len(names)}): " + "; ".join(names[:5]) + (" .." if len(names) > 5 else ""))
+            lines.append(
+                f"  {title} ({len(names)}): " + "; ".join(map(part, names[:5])) + (" .." if len(names) > 5 else "")
+            )
     for name in missing[:3]:
         near = difflib.get_close_matches(name, extra, n=1)
         if near:
-            lines.append(f"  nearest to {name!r} is {near[0]!r}")
+            lines.append(f"  nearest to {name!r} is {part(near[0])!r}")
     lines.append("Include the gin file of the model that the checkpoint was trained with (gin_configs/models/).")
     raise ValueError("\n".join(lines))
 
 
+# No T5 has more; a header can say anything.
+MOST_LAYERS = 1_000
+MOST_NUMBERS = 2**40
+
+
+STACKS = ("encoder", "decoder")
+
+
+def check_sizes(
+    path: object,
+    shapes: Mapping[str, tuple[int, ...]],
+    config: t5.T5Config,
+    *,
+    layers: Mapping[str, int],
+    kind: str,
+) -> None:
+    """ValueError unless arrays, by our names, are of a possible size, and of that of the architecture as far as one
+    layer tells. It comes before `parameters`, whose time and memory follow the sizes that a file of outside names.
+    `layers` is the number of layers of each stack that there are arrays of.
+    """
+    for name, shape in shapes.items():
+        if math.prod(shape) > MOST_NUMBERS:
+            raise ValueError(
+                f"{path} ({kind}): {part(name)} is said to have the shape {shape}, more than {MOST_NUMBERS:,} numbers. "
+                "The file is damaged; get it anew."
+            )
+    for stack, count in zip(STACKS, (config.num_encoder_layers, config.num_decoder_layers), strict=True):
+        if count > min(layers[stack], MOST_LAYERS):
+            raise ValueError(
+                f"{path} ({kind}) is said to have {count} layers in its {stack}, and has arrays of {layers[stack]}; "
+                f"expected arrays of each, and at most {MOST_LAYERS:,} layers. Get the whole checkpoint anew."
+            )
+    joined, inner = config.num_heads * config.head_dim, "wi" if len(config.mlp_activations) == 1 else "wi_0"
+    like = {
+        "token_embedder/embedding": (config.vocab_size, config.emb_dim),
+        "encoder/relpos_bias/rel_embedding": (config.num_heads, config.relative_attention_num_buckets),
+        "encoder/layers/0/relpos_bias/rel_embedding": (config.num_heads, config.relative_attention_num_buckets),
+        "encoder/layers/0/attention/query/kernel": (config.emb_dim, joined),
+        f"encoder/layers/0/mlp/{inner}/kernel": (config.emb_dim, config.mlp_dim),
+    }
+    like = {name: shape for name, shape in like.items() if name in shapes}
+    check(path, {name: shapes[name] for name in like}, like, kind=kind)
+
+
+@functools.lru_cache(maxsize=64)
+def _parameters(config: t5.T5Config) -> dict[str, jax.ShapeDtypeStruct]:
+    return t5.abstract(config)[1]
+
+
 def parameters(config: t5.T5Config) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes of the parameters of an architecture."""
-    return t5.abstract(config)[1]
+    return dict(_parameters(config))
 
 
 def size(shapes: Mapping[str, jax.ShapeDtypeStruct]) -> int:

@@ -8,7 +8,6 @@ All reading goes through TensorStore, so a bucket is read as a folder is, by sli
 all layers of a stack; they are read layer by layer.
 """
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -24,13 +23,19 @@ from flax import serialization
 from sbs_jax import t5
 from sbs_jax.convert import hugging_face, names
 from sbs_jax.convert.names import LazyArray, Opened
+from sbs_jax.records import brief, part
 
 _MSGPACK, _OCDBT, _STATE = "checkpoint", "manifest.ocdbt", "state/"
 _TARGET = "target/"
 _PLACEHOLDER = "PLACEHOLDER://"
+_NUMBERED = re.compile(r"^(encoder|decoder)/layers_(\d+)/")
 _STEP = re.compile(r"checkpoint_(\d+)/")
 # Since this version bfloat16 is stored as such; before, as its bits in uint16.
 _NATIVE_BFLOAT16 = 3
+_BESIDE = re.compile(r"[^/\\\x00-\x1f\ud800-\udfff]{1,240}")
+_DEEPEST = 50  # names within names
+# A piece of a file is read whole; T5X's have some millions of numbers.
+_MOST_IN_CHUNK = 2**32
 # T5X's own default, which no shape tells.
 _DROPOUT_RATE = 0.1
 
@@ -51,11 +56,23 @@ def open_checkpoint(path: str | Path) -> Opened:
     url, form = _expect(str(path))
     stored = _from_orbax(url) if form == _OCDBT else _from_msgpack(url)
     scanned = any(name.startswith(("encoder/encoder/", "decoder/decoder/")) for name in stored)
-    config, axis = _config(path, stored, scanned=scanned)
+    config, axis, layers = _config(path, stored, scanned=scanned)
     origin = _origin(url)
     step = int(match[1]) if (match := _STEP.search(url)) else 0
     if origin is not None:
-        config = t5.T5Config.of(origin["model"])
+        try:
+            config = t5.T5Config.of(origin["model"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{path}: 'model' of {hugging_face.ORIGIN} beside it is none ({part(repr(error))}). Remove that file."
+            ) from None
+    # Kernels may keep heads and their width apart.
+    whole = {name: array.shape for name, array in stored.items()}
+    shapes = {
+        _NUMBERED.sub(r"\1/layers/\2/", name): (shape[0], shape[1] * shape[2]) if len(shape) == 3 else shape
+        for name, shape in whole.items()
+    }
+    names.check_sizes(path, shapes, config, layers=layers, kind="T5X")
     table = names.of(names.parameters(config))
     arrays, used = {}, set()
     for name in table:
@@ -157,11 +174,26 @@ def _opened(kvstore: Mapping[str, Any], drivers: Mapping[str, str]) -> dict[str,
         name: ts.open({"driver": driver, "kvstore": {**kvstore, "path": f"{path}{name}/"}}, read=True, open=True)
         for name, driver in drivers.items()
     }
-    return {name: _lazy(future.result()) for name, future in waiting.items()}
+    opened = {}
+    for name, future in waiting.items():
+        where = f"{kvstore.get('base', path)}: the array {part(name)}"
+        try:
+            store = future.result()
+        except (ValueError, OSError, RuntimeError, NotImplementedError) as error:
+            raise ValueError(f"{where} cannot be opened: {part(str(error))}. Copy the checkpoint anew.") from None
+        opened[name] = _lazy(store, where=where)
+    return opened
 
 
-def _lazy(store: ts.TensorStore) -> LazyArray:
-    return LazyArray(tuple(store.shape), store.dtype.numpy_dtype, lambda index: store[index].read().result())
+def _lazy(store: ts.TensorStore, *, where: str) -> LazyArray:
+    dtype, chunk = store.dtype.numpy_dtype, store.chunk_layout.read_chunk.shape or ()
+    if dtype.kind not in "fiu" and dtype != ml_dtypes.bfloat16:
+        raise ValueError(f"{where} is of type {dtype}; expected numbers.")
+    if math.prod(size or 1 for size in chunk) > _MOST_IN_CHUNK:
+        raise ValueError(
+            f"{where} is said to be in pieces of {tuple(chunk)}, which no memory holds; the file is damaged."
+        )
+    return LazyArray(tuple(store.shape), dtype, lambda index: store[index].read().result())
 
 
 def _expect(path: str) -> tuple[str, str]:
@@ -177,7 +209,7 @@ def _origin(url: str) -> dict[str, Any] | None:
     """The manifest of the run that a checkpoint was exported from, which lies in the model directory."""
     parent = re.sub(r"checkpoint_\d+/(state/)?$", "", url)
     found = ts.KvStore.open(parent).result().read(hugging_face.ORIGIN).result()
-    return json.loads(found.value) if found.state == "value" else None
+    return hugging_face.read_origin(found.value, parent + hugging_face.ORIGIN) if found.state == "value" else None
 
 
 # Every parameter by T5X's name (`encoder/layers_0/mlp/wo/kernel`); optimiser state is left out.
@@ -192,23 +224,25 @@ def _from_msgpack(url: str) -> dict[str, LazyArray]:
     store = ts.KvStore.open(url).result()
     try:
         contents: Any = serialization.msgpack_restore(store.read(_MSGPACK).result().value)
-    except ValueError as error:
-        raise ValueError(f"{url}{_MSGPACK} is not a T5X checkpoint: {error}") from error
-    version = contents.get("version", 0)
-    root = contents.get("optimizer", contents)
-    if "target" not in root:
-        raise ValueError(f"{url}{_MSGPACK} has no parameters under 'target'; it has {', '.join(sorted(root))}.")
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError, MemoryError) as error:
+        # Whatever its arrays are said to be, flax's reader follows it.
+        told = part(f"{type(error).__name__}: {error}")
+        raise ValueError(f"{url}{_MSGPACK} is not a T5X checkpoint: {told}") from None
+    version = contents.get("version", 0) if isinstance(contents, dict) else 0
+    root = contents.get("optimizer", contents) if isinstance(contents, dict) else contents
+    if not isinstance(root, dict) or not isinstance(root.get("target"), dict) or type(version) is not int:
+        held = part(", ".join(map(str, root))) if isinstance(root, dict) else type(root).__name__
+        raise ValueError(f"{url}{_MSGPACK} has no parameters under 'target'; it has {held}.")
     arrays: dict[str, LazyArray] = {}
     elsewhere: dict[str, str] = {}
-    for name, leaf in _leaves(root["target"]):
-        if isinstance(leaf, str) and leaf.startswith(_PLACEHOLDER):
-            elsewhere[name] = leaf.removeprefix(_PLACEHOLDER)
-        elif isinstance(leaf, Mapping):
-            # The path has stood in two places of the description; the folder it names is always beside the file.
-            elsewhere[name] = (leaf["kvstore"].get("path") or leaf["path"]).strip("/")
-        else:
-            values = np.asarray(leaf)
-            arrays[name] = LazyArray(values.shape, values.dtype, values.__getitem__)
+    for name, leaf in _leaves(root["target"], where=f"{url}{_MSGPACK}"):
+        if isinstance(leaf, Mapping) or (isinstance(leaf, str) and leaf.startswith(_PLACEHOLDER)):
+            elsewhere[name] = _folder(leaf, where=f"{url}{_MSGPACK}: {part(name)}")
+            continue
+        values = np.asarray(leaf) if isinstance(leaf, np.ndarray | np.generic | int | float) else None
+        if values is None or (values.dtype.kind not in "fiu" and values.dtype != ml_dtypes.bfloat16):
+            raise ValueError(f"{url}{_MSGPACK}: {part(name)} is {brief(leaf)}; expected an array of numbers.")
+        arrays[name] = LazyArray(values.shape, values.dtype, values.__getitem__)
     spec = store.spec().to_json()
     missing = [folder for folder in elsewhere.values() if not _has(store, f"{folder}/.zarray")]
     if missing:
@@ -230,65 +264,92 @@ def _from_bits(array: LazyArray) -> LazyArray:
     return LazyArray(array.shape, bfloat16, lambda index: array.read(index).view(bfloat16))
 
 
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+def _folder(leaf: Any, *, where: str) -> str:
+    """The folder beside the file in which an array is, as the file names it. ValueError where that is another place."""
+    try:
+        # The path has stood in two places of the description; the folder it names is always beside the file.
+        named = (
+            leaf.removeprefix(_PLACEHOLDER) if isinstance(leaf, str) else leaf["kvstore"].get("path") or leaf["path"]
+        )
+        folder = named.strip("/")
+    except (KeyError, TypeError, AttributeError):
+        folder = ""
+    if not _BESIDE.fullmatch(folder) or folder in (".", ".."):
+        raise ValueError(f"{where} is said to be in {brief(leaf)}; expected the name of a folder beside the file.")
+    return folder
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "", *, where: str) -> list[tuple[str, Any]]:
+    if prefix.count("/") > _DEEPEST:
+        raise ValueError(f"{where} has parameters within more than {_DEEPEST} others; expected those of a T5.")
     found = []
     for key, value in tree.items():
         if isinstance(value, Mapping) and "driver" not in value:
-            found += _leaves(value, f"{prefix}{key}/")
+            found += _leaves(value, f"{prefix}{key}/", where=where)
         else:
-            found.append((prefix + key, value))
+            found.append((f"{prefix}{key}", value))
     return found
 
 
-def _config(path: object, stored: Mapping[str, LazyArray], *, scanned: bool) -> tuple[t5.T5Config, int]:
-    """Architecture from the shapes, and the layer axis of a scanned model's arrays."""
+def _config(path: object, stored: Mapping[str, LazyArray], *, scanned: bool) -> tuple[t5.T5Config, int, dict[str, int]]:
+    """Architecture from the shapes, the layer axis of a scanned model's arrays, and the layers that have arrays."""
 
-    def shape(*choices: str) -> tuple[int, ...]:
+    def shape(*choices: str, dimensions: int) -> tuple[int, ...]:
         for name in choices:
             if name in stored:
-                return stored[name].shape
+                found = stored[name].shape
+                if len(found) < dimensions or 0 in found:
+                    raise ValueError(
+                        f"{path}: {name} has the shape {found}; expected {dimensions} dimensions of numbers."
+                    )
+                return found
         raise ValueError(
             f"{path} is no encoder-decoder T5 of T5X: it has no {choices[0]!r}. It has {len(stored)} parameters: "
-            f"{', '.join(sorted(stored)[:5])} .."
+            f"{part(', '.join(sorted(stored)[:5]))} .."
         )
 
-    vocab_size, emb_dim = shape("token_embedder/embedding")
+    vocab_size, emb_dim = shape("token_embedder/embedding", dimensions=2)[:2]
     axis = 1
     if scanned:
-        scale = {stack: shape(f"{stack}/{stack}/pre_mlp_layer_norm/scale") for stack in ("encoder", "decoder")}
+        scale = {stack: shape(f"{stack}/{stack}/pre_mlp_layer_norm/scale", dimensions=2) for stack in names.STACKS}
         if all(each[1] == emb_dim and each[0] != emb_dim for each in scale.values()):
             axis = 0
-        layers = {stack: each[axis] for stack, each in scale.items()}
+        layers = held = {stack: each[axis] for stack, each in scale.items()}
         first = {stack: f"{stack}/{stack}" for stack in scale}
     else:
-        numbered = [re.match(r"(encoder|decoder)/layers_(\d+)/", name) for name in stored]
-        layers = {
-            stack: 1 + max((int(match[2]) for match in numbered if match and match[1] == stack), default=-1)
-            for stack in ("encoder", "decoder")
-        }
+        numbers: dict[str, set[int]] = {stack: set() for stack in names.STACKS}
+        for match in filter(None, map(_NUMBERED.match, stored)):
+            numbers[match[1]].add(int(match[2][:9]))
+        layers = {stack: 1 + max(found, default=-1) for stack, found in numbers.items()}
+        held = {stack: len(found) for stack, found in numbers.items()}
         first = {stack: f"{stack}/layers_0" for stack in layers}
 
     def without_layers(full: tuple[int, ...]) -> tuple[int, ...]:
         return full[:axis] + full[axis + 1 :] if scanned else full
 
-    joined = math.prod(without_layers(shape(f"{first['encoder']}/attention/query/kernel"))[1:])
+    more = int(scanned)
+    joined = math.prod(without_layers(shape(f"{first['encoder']}/attention/query/kernel", dimensions=2 + more))[1:])
     gated = f"{first['encoder']}/mlp/wi_0/kernel" in stored
-    mlp_dim = without_layers(shape(f"{first['encoder']}/mlp/{'wi_0' if gated else 'wi'}/kernel"))[-1]
+    inner = f"{first['encoder']}/mlp/{'wi_0' if gated else 'wi'}/kernel"
+    mlp_dim = without_layers(shape(inner, dimensions=2 + more))[-1]
     per_layer = f"{first['encoder']}/relpos_bias/rel_embedding"
-    bias = shape("encoder/relpos_bias/rel_embedding", per_layer)
-    heads, buckets = without_layers(bias) if per_layer in stored else bias
-    config = t5.T5Config(
-        vocab_size=vocab_size,
-        emb_dim=emb_dim,
-        num_heads=heads,
-        head_dim=joined // heads,
-        mlp_dim=mlp_dim,
-        num_encoder_layers=layers["encoder"],
-        num_decoder_layers=layers["decoder"],
-        mlp_activations=("gelu", "linear") if gated else ("relu",),
-        logits_via_embedding="decoder/logits_dense/kernel" not in stored,
-        dropout_rate=_DROPOUT_RATE,
-        relative_attention_num_buckets=buckets,
-        relative_attention_bias="per_layer" if per_layer in stored else "shared",
-    )
-    return config, axis
+    bias = shape("encoder/relpos_bias/rel_embedding", per_layer, dimensions=2)
+    heads, buckets = (without_layers(bias) if per_layer in stored else bias)[:2]
+    try:
+        config = t5.T5Config(
+            vocab_size=vocab_size,
+            emb_dim=emb_dim,
+            num_heads=heads,
+            head_dim=joined // heads,
+            mlp_dim=mlp_dim,
+            num_encoder_layers=layers["encoder"],
+            num_decoder_layers=layers["decoder"],
+            mlp_activations=("gelu", "linear") if gated else ("relu",),
+            logits_via_embedding="decoder/logits_dense/kernel" not in stored,
+            dropout_rate=_DROPOUT_RATE,
+            relative_attention_num_buckets=buckets,
+            relative_attention_bias="per_layer" if per_layer in stored else "shared",
+        )
+    except ValueError as error:
+        raise ValueError(f"{path} is no encoder-decoder T5 of T5X: {error}") from None
+    return config, axis, held

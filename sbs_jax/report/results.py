@@ -1,14 +1,13 @@
 """Run directories as a report reads them: what each stands for, and everything it left behind."""
 
 import difflib
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sbs_jax import run_dir
+from sbs_jax import records, run_dir
 
 FINE_TUNING = "standard fine-tuning"
 DISTILLATION = "standard distillation"
@@ -105,7 +104,7 @@ def load(run: Run) -> Result:
     """Reads a run directory; says which run lacks what, and what to do about it."""
     path = Path(run.path)
     manifest = _manifest(path)
-    metrics = run_dir.read_metrics(path)
+    metrics = _metrics(path)
     if not metrics:
         raise ValueError(
             f"{path} has no metrics: metrics.jsonl is missing or empty. The run stopped before its first log line; "
@@ -121,7 +120,8 @@ def load(run: Run) -> Result:
     names = [name for name in tests[-1] if name.rpartition("_")[2] == "accuracy"]
     if not names:
         raise ValueError(
-            f"{path}: the test line has no accuracy, only {', '.join(tests[-1])}; a report compares accuracies."
+            f"{path}: the test line has no accuracy, only {records.part(', '.join(tests[-1]))}; a report compares "
+            "accuracies."
         )
     metric = "accuracy" if "accuracy" in names else names[0]
     rows = _test_rows(path, step=step)
@@ -151,7 +151,106 @@ def _manifest(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(
             f"{path} {what}; expected a run directory as `sbs train` writes it (its MODEL_DIR).{hint}"
         )
-    return run_dir.read_manifest(path)
+    file = path / run_dir.MANIFEST
+    manifest = records.read_json(file)
+    problem = _manifest_problem(manifest)
+    if problem:
+        raise ValueError(f"{file}: {problem}. It is not as `sbs train` wrote it; train this run again.")
+    return manifest
+
+
+_NUMBER = (int, float)
+# What a report takes from a manifest: where it is, what it is, and whether it has to be there.
+_FIELDS: tuple[tuple[str, type | tuple[type, ...], bool], ...] = (
+    ("data", dict, True),
+    ("data.dataset", str, True),
+    ("data.options", dict, True),
+    ("data.options.label_source", str, True),
+    ("data.options.rationales", str, True),
+    ("data.options.fraction", _NUMBER, True),
+    ("data.options.seed", int, True),
+    ("data.options.records_dir", str, True),
+    ("data.options.label_prefix", str, False),
+    ("data.splits", dict, True),
+    ("data.splits.train", dict, True),
+    ("data.splits.train.sha256", str, True),
+    ("data.splits.train.counts", dict, True),
+    ("data.splits.test", dict, True),
+    ("data.splits.test.sha256", str, True),
+    ("run", dict, True),
+    ("run.mixture_or_task_name", str, True),
+    ("git_revision", str, False),
+    ("versions", dict, False),
+    ("devices", list, False),
+    ("parameter_count", int, False),
+)
+
+
+def _manifest_problem(manifest: Any) -> str | None:
+    """What a report could not use of a manifest; None where it can use all."""
+    if not isinstance(manifest, dict):
+        return f"got {records.brief(manifest)}; expected a JSON object"
+    for place, kind, required in _FIELDS:
+        *parents, name = place.split(".")
+        holder = manifest
+        for parent in parents:
+            holder = holder[parent]
+        if name not in holder:
+            if required:
+                return f"it has no {place}"
+            continue
+        value = holder[name]
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            return f"{place} is {records.brief(value)}; expected {' or '.join(_names_of(kind))}"
+    for name, choices in (("label_source", ("human", "teacher")), ("rationales", ("all", "agreeing"))):
+        value = manifest["data"]["options"][name]
+        if value not in choices:
+            return f"data.options.{name} is {records.brief(value)}; expected {' or '.join(map(repr, choices))}"
+    fraction = manifest["data"]["options"]["fraction"]
+    if not 0 < fraction <= 1:
+        return f"data.options.fraction is {records.brief(fraction)}; expected more than 0 and at most 1"
+    for split, facts in manifest["data"]["splits"].items():
+        if not isinstance(facts, dict) or not isinstance(facts.get("sha256"), str):
+            return f"data.splits has {records.brief(split)}: {records.brief(facts)}; expected an object with its sha256"
+    counts = manifest["data"]["splits"]["train"]["counts"]
+    single = manifest["run"]["mixture_or_task_name"] == f"{manifest['data']['dataset']}_rationale_then_label"
+    needed = "rationale_then_label" if single else "label"
+    if type(counts.get(needed)) is not int:
+        return f"data.splits.train.counts is {records.brief(counts)}; expected the number of rows of {needed!r}"
+    return None
+
+
+def _names_of(kind: type | tuple[type, ...]) -> list[str]:
+    told = {str: "text", int: "a whole number", float: "a number", dict: "an object", list: "a list"}
+    return [told[each] for each in (kind if isinstance(kind, tuple) else (kind,))]
+
+
+def _metrics(path: Path) -> list[dict[str, Any]]:
+    """Lines of metrics.jsonl; a last line without its end is left out, as the run's own reader does."""
+    file = path / "metrics.jsonl"
+    if not file.is_file():
+        return []
+    lines = file.read_bytes().split(b"\n")[:-1]
+    found = []
+    for number, data in enumerate(lines, start=1):
+        where = f"{file}:{number}"
+        try:
+            line = records.parse_json(records.decoded(data, where), where)
+        except ValueError as error:
+            raise ValueError(f"{file} has a line that is not JSON ({error}); train this run again.") from None
+        whole = isinstance(line, dict) and isinstance(line.get("kind"), str) and type(line.get("step")) is int
+        values = [value for name, value in line.items() if name not in ("kind", "step")] if whole else []
+        if (
+            not whole
+            or line["step"] < 0
+            or not all((type(value) in _NUMBER and abs(value) < 1e300) or value != value for value in values)
+        ):
+            raise ValueError(
+                f'{where}: got {records.brief(line)}; expected {{"kind": text, "step": whole number, name: number}}. '
+                "Train this run again."
+            )
+        found.append(line)
+    return found
 
 
 def _test_rows(path: Path, *, step: int) -> dict[str, dict[str, Any]]:
@@ -163,23 +262,27 @@ def _test_rows(path: Path, *, step: int) -> dict[str, dict[str, Any]]:
             "Delete the test line of metrics.jsonl and repeat the `sbs train` command to test it again."
         )
     rows: dict[str, dict[str, Any]] = {}
-    # Not splitlines: texts may hold other ends of lines than "\n".
-    for number, line in enumerate(files[0].read_text("utf-8").removesuffix("\n").split("\n"), start=1):
-        try:
-            row = json.loads(line)
-            rows[row["id"]] = {"correct": row["correct"], **row}
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(
-                f'{files[0]}:{number}: expected {{"id": .., "correct": ..}}, got {line[:80]!r} ({error!r}).'
-            ) from error
+    for number, data in enumerate(files[0].read_bytes().removesuffix(b"\n").split(b"\n"), start=1):
+        where = f"{files[0]}:{number}"
+        row = records.parse_json(records.decoded(data, where), where)
+        texts = (
+            [row.get(name, "") for name in ("id", "input", "target", "prediction")] if isinstance(row, dict) else [0]
+        )
+        if (
+            not all(isinstance(text, str) for text in texts)
+            or "id" not in row
+            or not isinstance(row.get("correct"), bool)
+        ):
+            raise ValueError(f'{where}: expected {{"id": .., "correct": ..}}, got {records.brief(row)}.')
+        rows[row["id"]] = row
     return rows
 
 
 def _examples_per_update(path: Path) -> int | None:
     """EXAMPLES of the configuration, where rows per update follow from it (not with packing)."""
     config = path / "config.gin"
-    text = config.read_text("utf-8") if config.is_file() else ""
-    found = re.search(r"^EXAMPLES = (\d+)$", text, flags=re.MULTILINE)
+    text = records.decoded(config.read_bytes(), str(config)) if config.is_file() else ""
+    found = re.search(r"^EXAMPLES = ([0-9]{1,12})$", text, flags=re.MULTILINE)
     derived = re.search(r"^BATCH_SIZE = @(\w+\.)?rows_per_update\(\)$", text, flags=re.MULTILINE)
     packed = re.search(r"^PACK = True$", text, flags=re.MULTILINE)
     return int(found[1]) if found and derived and not packed else None

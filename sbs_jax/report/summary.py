@@ -3,7 +3,6 @@
 Accuracies are percentages and differences are points.
 """
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from sbs_jax import records
 from sbs_jax.report.intervals import accuracy_interval, difference_interval
 from sbs_jax.report.results import DISTILLATION, FINE_TUNING, METHODS, TEACHER_LABELS, Result, Run, load
 
@@ -248,8 +248,13 @@ def _teacher_accuracy(results: Sequence[Result]) -> float | None:
     file = Path(data["options"]["records_dir"]) / data["dataset"] / "manifest.json"
     if not file.is_file():
         return None
-    test = json.loads(file.read_text("utf-8")).get("splits", {}).get("test", {})
-    return test.get("teacher_accuracy") if test.get("sha256") == data["splits"]["test"]["sha256"] else None
+    try:
+        test = records.read_json(file)["splits"]["test"]
+        same = test["sha256"] == data["splits"]["test"]["sha256"]
+        accuracy = test["teacher_accuracy"]
+    except (ValueError, OSError, KeyError, TypeError):
+        return None  # damaged, or of another version: a report needs no records
+    return accuracy if same and type(accuracy) in (int, float) else None
 
 
 def _cautions(groups: Sequence[Group], results: Sequence[Result]) -> list[str]:

@@ -41,6 +41,8 @@ REFUSED = "refused"
 _TRIES, _DELAY = 6, 0.5
 # Seconds that a file may take, up or down.
 _TRANSFER = 1800.0
+# As `Request.key` makes them: a SHA-256.
+_KEY = re.compile(r"[0-9a-f]{64}")
 _T = TypeVar("_T")
 
 
@@ -147,10 +149,24 @@ def _read_lines(data: bytes) -> Iterator[dict[str, Any]]:
     for line in io.BytesIO(data):
         try:
             value = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(value, dict):
             yield value
+
+
+def _answers(
+    data: bytes, key_of: Callable[[Mapping[str, Any]], str], read: Callable[[Mapping[str, Any]], Reply]
+) -> Iterator[tuple[str, Reply | Failed]]:
+    """(key, what was answered) of each line of a file that has both; lines of any other form are left out."""
+    for line in _read_lines(data):
+        try:
+            key = key_of(line)
+        except (KeyError, TypeError):
+            continue
+        outcome = _outcome(lambda line=line: read(line))
+        if outcome is not None and isinstance(key, str) and _KEY.fullmatch(key):
+            yield key, outcome
 
 
 def _outcome(read: Callable[[], Reply]) -> Reply | Failed | None:
@@ -163,6 +179,8 @@ def _outcome(read: Callable[[], Reply]) -> Reply | Failed | None:
         return None
     except Fatal as error:
         return Failed(str(error), reason=REFUSED)
+    except (AttributeError, TypeError, KeyError, IndexError, ValueError, ArithmeticError):
+        return None  # a line of another form
 
 
 # --------------------------------------------------------------------------------------------- OpenAI
@@ -213,10 +231,8 @@ class OpenAIBatches:
             if name is None:
                 continue
             file = await self._call(lambda name=name: self.sdk.files.content(name), seconds=_TRANSFER)
-            for line in _read_lines(file.content):
-                outcome = _outcome(lambda line=line: _openai_line(line))
-                if outcome is not None and isinstance(line.get("custom_id"), str):
-                    yield line["custom_id"], outcome
+            for answer in _answers(file.content, _openai_key, _openai_line):
+                yield answer
 
     async def cancel(self, job: str) -> None:
         batch = await self._call(lambda: self.sdk.batches.retrieve(job))
@@ -237,6 +253,10 @@ class OpenAIBatches:
 
     async def _call(self, call: Callable[[], Awaitable[_T]], *, seconds: float | None = None) -> _T:
         return await _patiently(lambda: self._openai.guarded(call, seconds=seconds))
+
+
+def _openai_key(line: Mapping[str, Any]) -> str:
+    return line["custom_id"]
 
 
 def _openai_line(line: Mapping[str, Any]) -> Reply:
@@ -334,10 +354,12 @@ class GeminiBatches(_GoogleBatches):
             return
         name = found.dest.file_name
         data = await self._call(lambda: self._api.files.download(file=name), seconds=_TRANSFER)
-        for line in _read_lines(data):
-            outcome = _outcome(lambda line=line: _gemini_line(line))
-            if outcome is not None and isinstance(line.get("key"), str):
-                yield line["key"], outcome
+        for answer in _answers(data, _gemini_key, _gemini_line):
+            yield answer
+
+
+def _gemini_key(line: Mapping[str, Any]) -> str:
+    return line["key"]
 
 
 def _gemini_line(line: Mapping[str, Any]) -> Reply:
@@ -386,12 +408,8 @@ class VertexBatches(_GoogleBatches):
             if not name.endswith(".jsonl"):
                 continue
             read = await self._storage(lambda name=name: folder.read(name))
-            for line in _read_lines(read.value):
-                labels = (line.get("request") or {}).get("labels") or {}
-                key = f"{labels.get('sbs-key-0', '')}{labels.get('sbs-key-1', '')}"
-                outcome = _outcome(lambda line=line: _vertex_line(line))
-                if outcome is not None and key:
-                    yield key, outcome
+            for answer in _answers(read.value, _vertex_key, _vertex_line):
+                yield answer
 
     async def _storage(self, call: Callable[[], Awaitable[_T]]) -> _T:
         try:
@@ -405,6 +423,12 @@ def _folder(url: str) -> Any:
     import tensorstore
 
     return tensorstore.KvStore.open(f"{url}/").result()
+
+
+def _vertex_key(line: Mapping[str, Any]) -> str:
+    """The key among the labels of the request that a line repeats."""
+    labels = line["request"]["labels"]
+    return f"{labels['sbs-key-0']}{labels['sbs-key-1']}"
 
 
 def _vertex_line(line: Mapping[str, Any]) -> Reply:

@@ -76,7 +76,9 @@ def unusable(outcome: str, *, rationale: str | None = None) -> Parsed:
 
 
 def usable(rationale: str, label: str, *, outcome: str = OK) -> Parsed:
-    """Both, with "no_rationale" as the outcome where the rationale is blank."""
+    """Both, with "no_rationale" as the outcome where the rationale is blank; a blank label is none ("no_label")."""
+    if not label.strip():
+        return unusable(NO_LABEL, rationale=rationale)
     kept = _unless_blank(rationale)
     if kept is None and outcome == OK:
         outcome = NO_RATIONALE
@@ -85,8 +87,6 @@ def usable(rationale: str, label: str, *, outcome: str = OK) -> Parsed:
 
 def official_result(rationale: str, label: str) -> Parsed:
     """What the official code would train on. A blank label there is a blank target; here, None."""
-    if not label.strip():
-        return unusable(NO_LABEL, rationale=rationale)
     return usable(rationale, label)
 
 

@@ -34,7 +34,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sbs_jax.records import read_json
+from sbs_jax.records import brief, read_json
 from sbs_jax.selection import near_matches
 
 SYSTEM, USER, ASSISTANT = "system", "user", "assistant"
@@ -100,7 +100,7 @@ class Template:
 
     def __post_init__(self) -> None:
         if self.version < 1:
-            raise ValueError(f"the field 'version' is {self.version!r}; expected a whole number of at least 1.")
+            raise ValueError(f"the field 'version' is {brief(self.version)}; expected a whole number of at least 1.")
         if self.split == "":
             raise ValueError("the field 'split' is empty; expected what stands between an input's texts, or null.")
         found = _PLACE.findall(self.question)
@@ -108,12 +108,13 @@ class Template:
             _check_places("question", self.question, ("input",))
         elif len(found) < 2 or sorted(found) != [str(number) for number in range(len(found))]:
             raise ValueError(
-                f"the field 'question' is {self.question!r}; with 'split', expected {{0}}, {{1}} and so on, once each."
+                f"the field 'question' is {brief(self.question)}; with 'split', expected {{0}}, {{1}} and so on, once "
+                "each."
             )
         _check_places("answer", self.answer, ("rationale", "label"))
         _check_places("hint", self.hint, ("label",))
         if "" in self.stops:
-            raise ValueError(f"the field 'stops' is {list(self.stops)!r}; expected no empty text.")
+            raise ValueError(f"the field 'stops' is {brief(list(self.stops))}; expected no empty text.")
         for number, exemplar in enumerate(self.exemplars):
             where = f"exemplars[{number}]"
             for name, text in vars(exemplar).items():
@@ -126,7 +127,7 @@ class Template:
             cut = [stop for stop in self.stops if stop in answer]
             if cut:
                 raise ValueError(
-                    f"{where}: the answer {answer!r} holds the stop string {cut[0]!r}, which would end it."
+                    f"{where}: the answer {brief(answer)} holds the stop string {brief(cut[0])}, which would end it."
                 )
 
     @functools.cached_property
@@ -147,8 +148,8 @@ class Template:
             texts = input.split(self.split)
             if len(texts) != len(places):
                 raise ValueError(
-                    f"the input {input[:80]!r} is {len(texts)} texts with {self.split!r} between them; the question of "
-                    f"the prompt names {len(places)}."
+                    f"the input {input[:80]!r} is {len(texts)} texts with {brief(self.split)} between them; the "
+                    f"question of the prompt names {len(places)}."
                 )
             parts = {str(number): text for number, text in enumerate(texts)}
         if hint is None:
@@ -259,16 +260,16 @@ def from_json(value: Any) -> Template:
     """The template that a JSON value describes; ValueError names the field."""
     fields = _fields(value, Template)
     if type(fields["version"]) is not int:  # true and false are integers to Python
-        raise ValueError(f"the field 'version' is {fields['version']!r}; expected a whole number of at least 1.")
+        raise ValueError(f"the field 'version' is {brief(fields['version'])}; expected a whole number of at least 1.")
     for name in ("instruction", "question", "answer", "hint"):
         _check_text(fields, name)
     if fields.get("split") is not None:
         _check_text(fields, "split")
     stops, exemplars = fields["stops"], fields["exemplars"]
     if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
-        raise ValueError(f"the field 'stops' is {stops!r}; expected a list of texts.")
+        raise ValueError(f"the field 'stops' is {brief(stops)}; expected a list of texts.")
     if not isinstance(exemplars, list):
-        raise ValueError(f"the field 'exemplars' is {exemplars!r}; expected a list of objects.")
+        raise ValueError(f"the field 'exemplars' is {brief(exemplars)}; expected a list of objects.")
     solved = []
     for number, exemplar in enumerate(exemplars):
         try:
@@ -284,20 +285,20 @@ def from_json(value: Any) -> Template:
 def _fields(value: Any, kind: type) -> dict[str, Any]:
     """A JSON object's fields, which are those of the dataclass `kind`."""
     if not isinstance(value, dict):
-        raise ValueError(f"got {value!r:.60}; expected an object with the fields of a prompt.")
+        raise ValueError(f"got {brief(value)}; expected an object with the fields of a prompt.")
     known = {field.name: field.default is dataclasses.MISSING for field in dataclasses.fields(kind)}
     for name in value:
         if name not in known:
-            raise ValueError(f"unknown field {name!r}; known are {list(known)}.{near_matches(name, known)}")
+            raise ValueError(f"unknown field {brief(name)}; known are {list(known)}.{near_matches(name[:100], known)}")
     missing = [name for name, required in known.items() if required and name not in value]
     if missing:
-        raise ValueError(f"the field {missing[0]!r} is missing; it has {sorted(value)}.")
+        raise ValueError(f"the field {missing[0]!r} is missing; it has {brief(sorted(value))}.")
     return value
 
 
 def _check_text(fields: Mapping[str, Any], name: str) -> None:
     if not isinstance(fields[name], str):
-        raise ValueError(f"the field {name!r} is {fields[name]!r}; expected text.")
+        raise ValueError(f"the field {name!r} is {brief(fields[name])}; expected text.")
 
 
 def _check_places(field: str, text: str, names: tuple[str, ...]) -> None:
@@ -306,9 +307,10 @@ def _check_places(field: str, text: str, names: tuple[str, ...]) -> None:
     wanted = " and ".join(f"{{{name}}}" for name in names)
     for name in found:
         if name not in names:
-            raise ValueError(f"the field {field!r} holds {{{name}}}; expected {wanted}.{near_matches(name, names)}")
+            near = near_matches(name[:100], names)
+            raise ValueError(f"the field {field!r} holds {{{name[:100]}}}; expected {wanted}.{near}")
     if sorted(found) != sorted(names):
-        raise ValueError(f"the field {field!r} is {text!r}; expected it to hold {wanted}, once each.")
+        raise ValueError(f"the field {field!r} is {brief(text)}; expected it to hold {wanted}, once each.")
 
 
 def _filled(text: str, parts: Mapping[str, str]) -> str:

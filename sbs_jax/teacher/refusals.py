@@ -82,7 +82,11 @@ def not_text() -> Failed:
 
 def no_reply(what: str, data: object) -> Again:
     """For a body of status 200 without a reply; `what` is what it has instead."""
-    return Again(f"The reply has {what}: {short(json.dumps(data))}")
+    try:
+        told = json.dumps(data)
+    except RecursionError:
+        told = "nested too deeply to show"
+    return Again(f"The reply has {what}: {short(told)}")
 
 
 def check_stops(provider: str, stops: tuple[str, ...], *, most: int) -> None:
@@ -93,17 +97,34 @@ def check_stops(provider: str, stops: tuple[str, ...], *, most: int) -> None:
 
 def reply(text: Any, *, finish: Any, data: object, **fields: Any) -> Reply:
     """A reply, unless it is empty. One that was cut short before its first word (in thought) is a reply: of no text."""
-    finish = STOP if finish is None else str(finish)
+    finish = STOP if finish is None else _storable(str(finish))
     if finish != LENGTH and not (text and text.strip()):
         raise no_reply("no text", data)
-    return Reply(text=text or "", finish=finish, **{**fields, "model": fields["model"] or ""})
+    model = fields["model"]
+    return Reply(
+        text=_storable(text or ""),
+        finish=finish,
+        input_tokens=_tokens(fields["input_tokens"]),
+        output_tokens=_tokens(fields["output_tokens"]),
+        model=_storable(model) if isinstance(model, str) else "",
+    )
+
+
+def _storable(text: str) -> str:
+    """The text with U+FFFD for each half of a surrogate pair, which JSON can bring and no file can hold."""
+    return text if text.isascii() else text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
+def _tokens(value: Any) -> int | None:
+    """A provider's count; None where it is no number that could be one."""
+    return value if type(value) is int and 0 <= value < 2**53 else None
 
 
 def json_object(content: str | bytes) -> Mapping[str, Any]:
     """The JSON object that a body of status 200 has to be."""
     try:
         value = json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
         text = content.decode("utf-8", "replace") if isinstance(content, bytes) else content

@@ -1,0 +1,452 @@
+"""Whatever a file of outside holds, reading it returns or says what is wrong and where: the readers of text.
+
+10,000 cases of each reader, the same every time; more with --fuzz-cases, others with --fuzz-seed random. How cases are
+made, and what is watched meanwhile (hangs, memory, inputs that run): tests/fuzzing.py. Below them, each fault that they
+found in its smallest form. Checkpoints and configurations: test_fuzz_checkpoints.py.
+"""
+
+import json
+import re
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+
+import fuzzing
+import pytest
+from fuzzing import Tape
+
+import tasks  # noqa: F401  (registers the datasets)
+from sbs_jax import datasets, evaluate, records, release
+from sbs_jax.teacher import batches, clients, parsing, prompts
+from tasks import metrics, svamp
+
+Fuzz = Callable[[Callable[[Tape], None]], None]
+
+RECORDS = (
+    {
+        "id": "toy-1",
+        "input": "Ann has 3 pens.\nHow many?",
+        "label": "( 3.0 + 4.0 )",
+        "choices": [],
+        "teacher_text": "3 + 4. The answer is (3 + 4).",
+        "rationale": "3 + 4.",
+        "teacher_label": "(3 + 4)",
+        "outcome": "ok",
+        "prompt": "0123456789ab",
+        "hinted": True,
+        "votes": [2, 3],
+    },
+    {"id": "toy-2", "input": "i", "label": None},
+    {"id": "toy-3", "input": "\u00e9\u4e2d", "label": "b", "choices": ["a", "b"], "outcome": "no_teacher"},
+)
+INPUTS = {
+    "esnli": {"premise": "A dog barks.", "hypothesis": "An animal is heard.", "label": 0},
+    "anli1": {"uid": "u1", "premise": "A dog barks.", "hypothesis": "An animal is heard.", "label": 2},
+    "cqa": {"id": "c1", "question": "What do people drink?", "choices": ["sand", "tea"], "answer": "tea"},
+    "svamp": {"input": "Ann has 3 pens.", "label": "( 3.0 + 4.0 )"},
+    "builtin": {"input": "A tiny red iron lamp. Will it float?", "label": "no"},
+}
+# Texts that the rules of the datasets look for.
+REPLIES = (
+    *(
+        "Iron sinks. ",
+        "So the answer is",
+        " no.",
+        "The answer is",
+        " (3 + 4).",
+        "Answer:",
+        " neutral",
+        "(b) tea",
+        "(a)",
+    ),
+    *(
+        "\n\nQ: next",
+        "Q:",
+        "Premise:",
+        "Premise",
+        "\n",
+        "(",
+        ")",
+        "(14, 21)",
+        ".",
+        "( 84.0 / 2.0 )",
+        "yes",
+        " ",
+        "((1)",
+    ),
+    *fuzzing.TEXTS,
+)
+
+
+def test_records(fuzz: Fuzz, memory: Path) -> None:
+    path = memory / "train.jsonl"
+
+    def case(tape: Tape) -> None:
+        path.write_bytes(fuzzing.lines(tape, RECORDS))
+        found = fuzzing.read(lambda: records.read_records(path), raises=ValueError, names=[path])
+        if isinstance(found, list):
+            for record in found:
+                records.check_fields(vars(record))
+                json.dumps(records.fields_of(record), ensure_ascii=False).encode()
+
+    fuzz(case)
+
+
+def test_manifest_of_records(fuzz: Fuzz, memory: Path) -> None:
+    path = memory / records.MANIFEST
+    summary = {
+        "rows": 2,
+        "sha256": "ab" * 32,
+        "sources": {"svamp_train.json": "cd" * 32},
+        "outcomes": {"ok": 2},
+        "rationales": 2,
+        "teacher_labels": 2,
+        "labelled": 2,
+        "teacher_right": 1,
+        "teacher_accuracy": 50.0,
+    }
+    manifest = {
+        "format": records.FORMAT,
+        "dataset": "svamp",
+        "parser": "strict",
+        "inputs": "release",
+        "sbs_jax": "0.1.0",
+        "splits": {"train": summary, "test": summary},
+        "skipped": {"validation": "no inputs"},
+    }
+    other = memory / "other"
+    records.write_manifest(other, manifest)  # type: ignore[arg-type]
+    for split in manifest["splits"]:
+        (other / f"{split}.jsonl").write_text("")
+
+    def case(tape: Tape) -> None:
+        path.write_bytes(fuzzing.scratched(tape, fuzzing.encoded(fuzzing.written(fuzzing.damaged(tape, manifest)))))
+        found = fuzzing.read(lambda: records.read_manifest(memory), raises=ValueError, names=[path])
+        if isinstance(found, dict):
+            fuzzing.read(lambda: records._differences(other, memory), raises=ValueError, names=[path])
+
+    fuzz(case)
+
+
+def test_inputs_of_the_release(fuzz: Fuzz, memory: Path) -> None:
+    paths = {}
+    for name in INPUTS:
+        paths[name] = memory / name / f"{name}_test.json"
+        paths[name].parent.mkdir()
+
+    def case(tape: Tape) -> None:
+        name = tape.one_of(list(INPUTS))
+        paths[name].write_bytes(fuzzing.lines(tape, [INPUTS[name]]))
+        fuzzing.read(
+            lambda: release.read_unanswered(datasets.get(name), inputs_dir=memory, inputs="release"),
+            raises=(ValueError, FileNotFoundError),
+            names=[paths[name]],
+        )
+
+    fuzz(case)
+
+
+def test_shards_of_the_release(fuzz: Fuzz, memory: Path) -> None:
+    shards = memory / "svamp" / "llm"
+    shards.mkdir(parents=True)
+    replies = ["3 + 4 = 7. The answer is (3 + 4).\n\nQ: ..", "x", ""]
+    ends = ("0", "1", "2", "00", "01", "10", "", "-1", "1_0", "٣", "0 ", "999999999", "9" * 30, "0.json", "\n", "a")
+
+    def case(tape: Tape) -> None:
+        names = {f"test_CoT_{tape.one_of(ends) if tape.chance(3) else number}.json" for number in range(2)}
+        for name in names:
+            text = fuzzing.encoded(fuzzing.written(fuzzing.damaged(tape, replies, most=1)))
+            (shards / name).write_bytes(fuzzing.scratched(tape, text, most=1))
+        found = fuzzing.read(
+            lambda: release.read_replies(memory, "svamp", "test"),
+            raises=(ValueError, FileNotFoundError),
+            names=[shards],
+        )
+        if isinstance(found, dict):
+            assert all(isinstance(text, str) for texts in found.values() for text in texts)
+        for name in names:
+            (shards / name).unlink()
+
+    fuzz(case)
+
+
+def test_teacher_text(fuzz: Fuzz) -> None:
+    """Every parser of every dataset, strict and official: none raises, and all say what became of the reply."""
+    rows = {
+        name: release.Row(
+            id="r", input="i", label=None, choices=("sand", "tea", "(", "", "Tea") if name == "cqa" else ()
+        )
+        for name in INPUTS
+    }
+    parsers = [(rows[name], parse) for name in INPUTS for parse in datasets.get(name).parsers.values()]
+    assert len(parsers) == 2 * len(INPUTS)
+
+    def case(tape: Tape) -> None:
+        text = "".join(tape.one_of(REPLIES) for _ in range(tape.below(12)))
+        for row, parse in parsers:
+            parsed = fuzzing.read(lambda parse=parse, row=row: parse(text, row), raises=(), names=())
+            assert isinstance(parsed, parsing.Parsed)
+            assert parsed.outcome in parsing.OUTCOMES
+            for part in (parsed.rationale, parsed.label):
+                assert part is None or (part.strip() and len(part) <= len(text) + 10)
+
+    fuzz(case)
+
+
+def test_equations(fuzz: Fuzz) -> None:
+    """Expressions made together with their value, and damaged ones."""
+    numbers = ("1", "2", "3.0", "0.5", ".25", "7.", "84.0", "10", "0", "007", "9" * 100)
+    pieces = (
+        *"()+-*/.",
+        "**",
+        "9**9**9",
+        "1e9",
+        "1e999999999",
+        "٣",
+        "²",
+        "1_000",
+        "0x10",
+        "1j",
+        ",",
+        " ",
+        "x",
+        *numbers,
+    )
+    pieces += ("/0", "/(1-1)", "/ 0.0", "(" * 240 + "1" + ")" * 240, "-" * 480, "(" * 490, "-(" * 200)
+
+    def made(tape: Tape, depth: int) -> tuple[str, Fraction]:
+        kind = tape.below(6) if depth < 6 else 0
+        if kind < 2:
+            text = tape.one_of(numbers)
+            return text, Fraction(text)
+        if kind == 2:
+            text, value = made(tape, depth + 1)
+            return f"-({text})", -value
+        (left, a), (right, b) = made(tape, depth + 1), made(tape, depth + 1)
+        sign = tape.one_of("+-*/" if b else "+-*")
+        value = {"+": lambda: a + b, "-": lambda: a - b, "*": lambda: a * b, "/": lambda: a / b}[sign]()
+        return f"( {left} {sign} {right} )", value
+
+    def case(tape: Tape) -> None:
+        text, value = made(tape, 0)
+        found = fuzzing.read(lambda: metrics.equation_value(text), raises=(), names=())
+        assert found == (value if len(text) <= metrics.MAX_CHARACTERS else None), text
+        for _ in range(1 + tape.below(4)):
+            at = tape.below(len(text) + 1)
+            text = text[:at] + tape.one_of(pieces if tape.chance(2) else fuzzing.TEXTS) + text[at + tape.below(3) :]
+        found = fuzzing.read(lambda: metrics.equation_value(text), raises=(), names=())
+        assert found is None or isinstance(found, Fraction)
+        same = fuzzing.read(lambda: metrics.same_equation_value(text, text), raises=(), names=())
+        assert same == (found is not None)
+
+    fuzz(case)
+
+
+def test_inputs_of_predict(fuzz: Fuzz, memory: Path) -> None:
+    path = memory / "questions.jsonl"
+
+    def case(tape: Tape) -> None:
+        path.write_bytes(
+            fuzzing.lines(tape, [{"id": "a", "input": "Is it?"}, {"id": "b", "input": "\u00e9", "more": 1}])
+        )
+        found = fuzzing.read(lambda: list(evaluate.read_inputs(path)), raises=ValueError, names=[path])
+        if isinstance(found, list):
+            for row in found:
+                f"{row['id']} {row['input']}".encode()
+
+    fuzz(case)
+
+
+def test_prompt_files(fuzz: Fuzz, memory: Path) -> None:
+    path = memory / "mine.json"
+    seeds = [json.loads((prompts.FOLDER / f"{name}.json").read_text("utf-8")) for name in ("svamp", "esnli")]
+    for value in seeds:
+        value["exemplars"] = value["exemplars"][:2]
+    fragments = (*fuzzing.FRAGMENTS, '"{input}"', '"{input} {input}"', '"{0} {1}"', '["", "\\nQ:"]', '"{label}"', '"{"')
+
+    def case(tape: Tape) -> None:
+        node = fuzzing.damaged(tape, tape.one_of(seeds), fragments=fragments)
+        path.write_bytes(fuzzing.scratched(tape, fuzzing.encoded(fuzzing.written(node)), most=1))
+        found = fuzzing.read(lambda: prompts.read(path), raises=ValueError, names=[path])
+        if isinstance(found, prompts.Template):
+            assert len(found.hash) == 12
+            asked = tape.one_of(("Ann has 3 pens.", "A dog barks.</s>An animal is heard.", tape.text()))
+            made = fuzzing.read(
+                lambda: prompts.render(found, asked, hint="{label}"), raises=ValueError, names=["input"]
+            )
+            if isinstance(made, prompts.Prompt):
+                made.text.encode("utf-8", "surrogatepass")
+
+    fuzz(case)
+
+
+def test_results_of_batch_jobs(fuzz: Fuzz) -> None:
+    """Lines of a provider's result file: a reply, a reason, or nothing (it is asked again)."""
+    chat = {
+        "custom_id": "ab" * 32,
+        "error": None,
+        "response": {
+            "status_code": 200,
+            "body": {
+                "model": "m",
+                "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": "Yes."}}],
+                "usage": {"prompt_tokens": 5, "completion_tokens": 2},
+            },
+        },
+    }
+    refused = {
+        "custom_id": "cd" * 32,
+        "response": {"status_code": 400, "body": {"error": {"message": "too long", "code": "context_length_exceeded"}}},
+    }
+    answer = {
+        "candidates": [{"content": {"parts": [{"text": "Yes."}], "role": "model"}, "finishReason": "STOP"}],
+        "usageMetadata": {"promptTokenCount": 5, "candidatesTokenCount": 2},
+        "modelVersion": "m",
+    }
+    gemini = {"key": "ab" * 32, "response": answer}
+    failed = {"key": "ab" * 32, "error": {"code": 3, "message": "INVALID_ARGUMENT: .."}}
+    vertex = {"request": {"labels": {"sbs-key-0": "ab" * 16, "sbs-key-1": "cd" * 16}}, "status": "", "response": answer}
+    kinds = {
+        "openai": ([chat, refused], (batches._openai_key, batches._openai_line)),
+        "gemini": ([gemini, failed], (batches._gemini_key, batches._gemini_line)),
+        "vertex": (
+            [vertex, {**vertex, "status": "Error: INVALID_ARGUMENT"}],
+            (batches._vertex_key, batches._vertex_line),
+        ),
+    }
+
+    def case(tape: Tape) -> None:
+        seeds, of_line = kinds[tape.one_of(list(kinds))]
+        data = fuzzing.lines(tape, seeds)
+        for key, outcome in fuzzing.read(lambda: list(batches._answers(data, *of_line)), raises=(), names=()):
+            assert len(bytes.fromhex(key)) == 32
+            assert isinstance(outcome, clients.Reply | clients.Failed)
+            if isinstance(outcome, clients.Reply):
+                f"{outcome.text} {outcome.finish} {outcome.model}".encode()  # a store takes it
+                for tokens in (outcome.input_tokens, outcome.output_tokens):
+                    assert tokens is None or (type(tokens) is int and tokens < 2**63)
+
+    fuzz(case)
+
+
+# ---------------------------------------------------------------------------- what they found
+
+
+def test_a_message_shows_the_beginning_of_what_was_got(tmp_path: Path) -> None:
+    path = tmp_path / "train.jsonl"
+    long = "x" * 50_000
+    for line in (
+        {"id": "a", "input": "i", "label": None, long: 1},
+        {"id": "a", "input": [long] * 3, "label": None},
+        {long: 1},
+    ):
+        path.write_text(json.dumps(line) + "\n")
+        with pytest.raises(ValueError, match=r"train\.jsonl:1: ") as caught:
+            records.read_records(path)
+        assert len(str(caught.value)) < 1_000
+    path.write_text(f"{json.dumps({'id': long, 'input': 'i', 'label': None})}\n" * 2)
+    with pytest.raises(ValueError, match=r"train\.jsonl:2: the id 'x+\.\. is already that of line 1") as caught:
+        records.read_records(path)
+    assert len(str(caught.value)) < 1_000
+
+
+def test_json_nested_to_any_depth_is_refused_by_file_and_line(tmp_path: Path) -> None:
+    """Near Python's limit a value can be read and not be shown any more."""
+    path = tmp_path / "train.jsonl"
+    for depth in (*range(850, 1000, 3), 100_000):
+        path.write_text(f'{{"id": "a", "input": {"[" * depth}{"]" * depth}, "label": null}}\n')
+        with pytest.raises(ValueError, match=r"train\.jsonl:1: "):
+            records.read_records(path)
+        with pytest.raises(ValueError, match=r"train\.jsonl:1: "):
+            list(evaluate.read_inputs(path))
+
+
+def test_a_manifest_of_records_with_other_types_is_refused(tmp_path: Path) -> None:
+    whole = {"format": 1, "dataset": "d", "parser": "p", "inputs": "i", "sbs_jax": "0", "splits": {}, "skipped": {}}
+    for change in (
+        {"splits": None},
+        {"splits": {"train": None}},
+        {"splits": {"../../x": {}}},
+        {"dataset": 1},
+        {"skipped": []},
+    ):
+        (tmp_path / records.MANIFEST).write_text(json.dumps(whole | change))
+        with pytest.raises(ValueError, match=r"manifest\.json: "):
+            records.read_manifest(tmp_path)
+
+
+def test_a_shard_of_any_number_is_a_gap_and_no_list_of_what_lies_below(tmp_path: Path) -> None:
+    folder = tmp_path / "svamp" / "llm"
+    folder.mkdir(parents=True)
+    (folder / f"test_CoT_{'9' * 30}.json").write_text("[]")
+    with pytest.raises(FileNotFoundError, match=r"test_CoT_0\.json, test_CoT_1\.json, test_CoT_2\.json are missing"):
+        release.read_replies(tmp_path, "svamp", "test")
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b'{"id": "a", "input": "\x80"}\n', "is not UTF-8"),
+        (b'{"id": "a", "input": "\\ud800"}\n', "half a surrogate pair"),
+        (b"[" * 5_000, "cannot be read"),
+        (b'{"id": "a", "input": ' + b"1" * 5_000 + b"}\n", "cannot be read"),
+    ],
+)
+def test_what_predict_cannot_read_is_named_by_file_and_line(tmp_path: Path, data: bytes, message: str) -> None:
+    path = tmp_path / "in.jsonl"
+    path.write_bytes(b'{"id": "0", "input": "i"}\n' + data)
+    with pytest.raises(ValueError, match=rf"in\.jsonl:2: .*{message}"):
+        list(evaluate.read_inputs(path))
+
+
+def test_predict_s_rows_end_at_line_feeds_alone(tmp_path: Path) -> None:
+    path = tmp_path / "in.jsonl"
+    path.write_text(json.dumps({"id": "a", "input": "one\u2028two\x85three"}, ensure_ascii=False) + "\r\n", "utf-8")
+    assert [row["input"] for row in evaluate.read_inputs(path)] == ["one\u2028two\x85three"]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "(", "((1)", "a (b) c (d\n) e (f)", ")(", "x\n(y\nz)", "(1)\r(2)", "\u2028(a\u2028)"]
+)
+def test_svamp_s_official_label_is_what_its_expression_finds(text: str) -> None:
+    found = re.search(r"\(.*\)", text)
+    assert svamp._in_parentheses(text) == (found[0] if found else "")
+
+
+def test_parsing_takes_time_in_proportion_to_the_reply() -> None:
+    """A million opened parentheses took the official expression of SVAMP hours."""
+    reply = "The answer is " + "(" * 1_000_000
+    for name in INPUTS:
+        row = release.Row(id="r", input="i", label=None, choices=("a", "b"))
+        for parse in datasets.get(name).parsers.values():
+            fuzzing.read(lambda parse=parse, row=row: parse(reply, row), raises=(), names=())
+
+
+def test_a_blank_choice_is_no_label() -> None:
+    row = release.Row(id="r", input="i", label=None, choices=("tea", " "))
+    assert datasets.get("cqa").parsers["strict"]("So the answer is (b)", row).label is None
+
+
+@pytest.mark.parametrize(
+    "line", [{"response": True}, {"response": {"body": 1}}, {"error": 5}, {"response": {"status_code": []}}]
+)
+def test_a_line_of_a_batch_in_another_form_is_left_out(line: dict) -> None:
+    data = json.dumps({"custom_id": "ab" * 32, **line}).encode()
+    assert list(batches._answers(data, batches._openai_key, batches._openai_line)) == []
+    assert list(batches._answers(b"[" * 100_000, batches._openai_key, batches._openai_line)) == []
+
+
+def test_what_a_batch_answers_can_be_stored() -> None:
+    """Half a surrogate pair, tokens beyond 64 bits, and a key that is no hash were errors of the store."""
+    body = {
+        "model": "m\ud800",
+        "choices": [{"finish_reason": "stop\udfff", "message": {"content": "Yes\ud800 \U0001f600"}}],
+        "usage": {"prompt_tokens": 2**70, "completion_tokens": "2"},
+    }
+    response = {"status_code": 200, "body": body}
+    text = "".join(json.dumps({"custom_id": key, "response": response}) + "\n" for key in ("ab" * 32, "no key", "AB"))
+    ((key, reply),) = batches._answers(text.encode(), batches._openai_key, batches._openai_line)
+    assert key == "ab" * 32
+    assert isinstance(reply, clients.Reply)
+    assert (reply.text, reply.finish, reply.model) == ("Yes\ufffd \U0001f600", "stop\ufffd", "m\ufffd")
+    assert (reply.input_tokens, reply.output_tokens) == (None, None)
