@@ -233,7 +233,7 @@ def test_told_to_end_once_it_saves_and_told_twice_it_ends_at_once(starter, folde
             assert statuses[-1] == 128 + signal.SIGTERM
             assert seconds < 1
     print(f"\nstatuses: {statuses}")
-    assert preemption.EXIT_STATUS in statuses
+    assert set(statuses) == {75, 143}
     finish(starter, folder, run)
     assert_same(run, reference)
 
@@ -348,7 +348,9 @@ OUTAGES = ("full", "read-only")
 ENDING = ("killed", "told to end", "killed and damaged")
 FAULTS = ["full", "frozen", "read-only", "damaged", "no data"] * 5 + [*ENDING, "frozen"] * 3
 WARM_UP = 300  # steps of a process before its memory is looked at
-GROWTH = 10.0  # MB per 1,000 steps, at most
+# MB per 1,000 steps, and so per 100 saves. Each time that Orbax reads TensorStore's counters, TensorStore (0.1.86)
+# loses 12 KB: with 100 saves it is 7 to 13 MB, without any 1 MB. One state kept by every save would be 60 MB.
+GROWTH = 20.0
 POISON = "!"
 DISK = 24 << 20  # bytes
 
