@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from sbs_jax import events, hosts, lock, manifest, outbox
+from sbs_jax import events, hosts, lock, manifest, outbox, records
 
 MANIFEST = manifest.NAME
 read_manifest = manifest.read
@@ -323,15 +323,19 @@ def _whole_lines(path: Path) -> list[bytes]:
 
 
 def _parse(line: bytes, *, path: Path, number: int) -> dict[str, Any]:
+    where = f"{path}:{number}"
     try:
-        found = json.loads(line)
-        if not isinstance(found, dict) or not isinstance(found.get("kind"), str) or type(found.get("step")) is not int:
-            raise ValueError('expected {"kind": .., "step": .., ..}')
-    except (ValueError, RecursionError) as error:
-        shown = line[:60].decode("utf-8", "backslashreplace").rstrip()
+        found = records.parse_json(records.decoded(line, where), where)
+        values = {**found} if isinstance(found, dict) else {}
+        kind, step = values.pop("kind", None), values.pop("step", None)
+        numbers = all(type(x) in (int, float) and (abs(x) < 1e300 or x != x) for x in values.values())
+        if not isinstance(kind, str) or type(step) is not int or step < 0 or not numbers:
+            raise ValueError(
+                f'{where}: got {records.brief(found)}; expected {{"kind": text, "step": whole number, name: number}}.'
+            )
+    except ValueError as error:
         raise ValueError(
-            f"{path} has a line that is not JSON of a run: line {number}, {shown!r} ({error}). Put the file back from "
-            "a copy; or delete the line, without which the run can be read and resumed."
+            f"{error} Put the file back from a copy; or delete the line, without which the run can be read and resumed."
         ) from None
     return found
 

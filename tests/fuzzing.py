@@ -377,7 +377,7 @@ def run(case: Callable[[Tape], Any], *, name: str, cases: int, start: int) -> No
         max_examples=-(-cases // _CASES_PER_DRAWING),
         database=None,
         deadline=None,
-        suppress_health_check=list(HealthCheck),
+        suppress_health_check=list(HealthCheck),  # type: ignore[reportArgumentType]  # its iterator is not typed
         report_multiple_bugs=False,
         phases=(Phase.generate, Phase.shrink),
     )
@@ -389,5 +389,5 @@ def run(case: Callable[[Tape], Any], *, name: str, cases: int, start: int) -> No
             case(Tape(data[start:] + data[:start]))
 
     with guarded():
-        each()  # type: ignore[reportCallIssue]  # hypothesis gives the argument
+        each()
     assert count >= cases, f"{count} cases instead of {cases}"

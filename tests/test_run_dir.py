@@ -591,7 +591,7 @@ def test_lines_that_never_came_to_disk_are_reported(tmp_path, contents, caplog):
 def test_a_damaged_line_of_metrics_is_named(tmp_path, line):
     (tmp_path / "config.gin").write_text(CONFIG)
     contents = LINES[0] + line + b"\n" + LINES[2]
-    says = rf"{tmp_path / 'metrics.jsonl'} has a line that is not JSON of a run: line 2, .*Put the file back"
+    says = rf"{tmp_path / 'metrics.jsonl'}:2: .*Put the file back"
     with pytest.raises(ValueError, match=says):
         truncated(tmp_path, contents, lines=3)
     assert (tmp_path / "metrics.jsonl").read_bytes() == contents

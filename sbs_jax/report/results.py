@@ -70,7 +70,7 @@ class Result:
 
     def curve(self, kind: str, name: str) -> list[tuple[int, float]]:
         """(step, value) of each line of this kind ("train", "validation") that has the value."""
-        return [(line["step"], line[name]) for line in self.metrics if line["kind"] == kind and name in line]
+        return [(line["step"], float(line[name])) for line in self.metrics if line["kind"] == kind and name in line]
 
 
 def identify(path: str | Path) -> Run:
@@ -104,7 +104,7 @@ def load(run: Run) -> Result:
     """Reads a run directory; says which run lacks what, and what to do about it."""
     path = Path(run.path)
     manifest = _manifest(path)
-    metrics = _metrics(path)
+    metrics = run_dir.read_metrics(path)
     if not metrics:
         raise ValueError(
             f"{path} has no metrics: metrics.jsonl is missing or empty. The run stopped before its first log line; "
@@ -223,34 +223,6 @@ def _manifest_problem(manifest: Any) -> str | None:
 def _names_of(kind: type | tuple[type, ...]) -> list[str]:
     told = {str: "text", int: "a whole number", float: "a number", dict: "an object", list: "a list"}
     return [told[each] for each in (kind if isinstance(kind, tuple) else (kind,))]
-
-
-def _metrics(path: Path) -> list[dict[str, Any]]:
-    """Lines of metrics.jsonl; a last line without its end is left out, as the run's own reader does."""
-    file = path / "metrics.jsonl"
-    if not file.is_file():
-        return []
-    lines = file.read_bytes().split(b"\n")[:-1]
-    found = []
-    for number, data in enumerate(lines, start=1):
-        where = f"{file}:{number}"
-        try:
-            line = records.parse_json(records.decoded(data, where), where)
-        except ValueError as error:
-            raise ValueError(f"{file} has a line that is not JSON ({error}); train this run again.") from None
-        whole = isinstance(line, dict) and isinstance(line.get("kind"), str) and type(line.get("step")) is int
-        values = [value for name, value in line.items() if name not in ("kind", "step")] if whole else []
-        if (
-            not whole
-            or line["step"] < 0
-            or not all((type(value) in _NUMBER and abs(value) < 1e300) or value != value for value in values)
-        ):
-            raise ValueError(
-                f'{where}: got {records.brief(line)}; expected {{"kind": text, "step": whole number, name: number}}. '
-                "Train this run again."
-            )
-        found.append(line)
-    return found
 
 
 def _test_rows(path: Path, *, step: int) -> dict[str, dict[str, Any]]:
