@@ -127,6 +127,8 @@ def test_a_step_that_is_not_finite_changes_nothing_and_ends_the_rest(records_dir
     assert (int(first.step), int(first.skipped)) == (1, 1)
     second, _ = step(first, batch)
     assert (int(second.step), int(second.skipped)) == (1, 2)  # one too many: no step from here on
+    again, _ = step(second, batch)
+    assert (int(again.step), int(again.skipped)) == (1, 2)
     third, _ = step(dataclasses.replace(state, step=second.step, skipped=second.skipped), batch)
     assert (int(third.step), int(third.skipped)) == (1, 2)
     for name, want in bad.parameters.items():
