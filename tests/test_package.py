@@ -187,3 +187,12 @@ def test_makefile_targets_are_explained() -> None:
     done = subprocess.run(["make", "help"], cwd=REPOSITORY, capture_output=True, text=True, check=True)
     for target in ("demo", "test", "test-faults", "check", "bench", "test-parity", "clean"):
         assert re.search(rf"^  make {target} +\w", done.stdout, flags=re.MULTILINE)
+
+
+def test_every_test_that_the_promises_name_exists():
+    text = (REPOSITORY / "docs" / "reliability.md").read_text("utf-8")
+    files = {path.name: path.read_text("utf-8") for path in (REPOSITORY / "tests").glob("test_*.py")}
+    functions = {name for code in files.values() for name in re.findall(r"^def (test_\w+)", code, re.MULTILINE)}
+    named = set(re.findall(r"\btest_\w+(?:\.py)?", text))
+    assert len(named) > 50
+    assert {name for name in named if name not in files and name not in functions} == set()
