@@ -9,10 +9,10 @@ PIP := $(BIN)/python -m pip install --quiet --no-input --disable-pip-version-che
 INSTALL_INPUTS := pyproject.toml scripts/constraints.txt sbs_jax/__init__.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-faults check format bench bench-tpu test-parity audit clean
+.PHONY: help demo test test-faults check format bench bench-tpu bench-faults test-parity audit clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
 
 demo: $(VENV)/.run ## Set up, then run the whole method on the built-in dataset (no download, no account)
 	$(BIN)/sbs demo
@@ -40,6 +40,9 @@ bench: $(VENV)/.run ## Measure speed and memory, of a training step and of askin
 
 bench-tpu: $(VENV)/.test ## Measure training and generation on absent TPUs by their compiler's count; appends to bench.json
 	$(BIN)/python scripts/bench_tpu.py $(ARGS)
+
+bench-faults: $(VENV)/.test ## Measure what checkpoints and restarts cost (15 minutes); appends to bench.json
+	$(BIN)/python scripts/bench_faults.py $(ARGS)
 
 test-parity: $(VENV)/.parity ## Add PyTorch and Hugging Face to the set-up, then compare with them
 	$(BIN)/python -m pytest -m parity $(ARGS)
