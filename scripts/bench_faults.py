@@ -1,6 +1,6 @@
 """Measures what checkpoints cost: of training time, and of the time to the first step after a restart.
 
-    python scripts/bench_faults.py                               # 15 minutes; appends to bench.json
+    python scripts/bench_faults.py                               # 8 minutes; appends to bench.json
     python scripts/bench_faults.py --steps 6 --rounds 2 --starts 1  # shorter
 
 T5 v1.0 small (60,506,624 parameters, random), AdamW, float32: 726 MB a checkpoint. `checkpoint_overhead` runs the loop
@@ -36,7 +36,7 @@ GIN_FILES = ("runs/train", "models/t5_1_0_small", "methods/step_by_step")
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=4, help="turns of each side")
-    parser.add_argument("--steps", type=int, default=20, help="training steps in a turn")
+    parser.add_argument("--steps", type=int, default=10, help="training steps in a turn")
     parser.add_argument("--starts", type=int, default=3, help="from nothing and from a checkpoint, each")
     parser.add_argument("--threads", type=int, default=2, help="CPUs that each process may use")
     parser.add_argument("--output", default="bench.json", help="file to append the results to")
