@@ -404,7 +404,9 @@ def fault(name: str, *, process: Process, run: Path, folder: Path) -> Iterator[C
     elif name == "read-only":
         subprocess.run(["mount", "--bind", run, run], check=True)
         try:
-            subprocess.run(["mount", "-o", "remount,bind,ro", run], check=True)
+            command = ["mount", "-o", "remount,bind,ro", run]
+            # Not while a file is open for writing.
+            until(lambda: not subprocess.run(command, capture_output=True, check=False).returncode, [process])
             yield nothing
         finally:
             subprocess.run(["umount", "-l", run], check=True)
@@ -455,10 +457,17 @@ class Gauge:
 
     def slopes(self, *, after: int) -> tuple[float, float, float] | None:
         """MB and open files per 1,000 steps, and over how many steps; None where there are too few."""
+        least: dict[int, tuple[float, int]] = {}  # of every 50 steps: between two saves
         first = next((step for step, _, _ in self.readings if step), 0)
-        steps, memory, files = np.array([r for r in self.readings if r[0] >= first + after]).reshape(-1, 3).T
-        if len(steps) < 10 or np.ptp(steps) < 200:
+        for step, memory, files in self.readings:
+            if step >= first + after:
+                before = least.get(step // EVERY, (memory, files))
+                least[step // EVERY] = (min(memory, before[0]), min(files, before[1]))
+        if len(least) < 4:
             return None
+        steps = np.array(list(least)) * EVERY
+        memory, files = np.array(list(least.values())).T
+        print(" ", *(f"{x:.0f} MB, {y:.0f} files;" for x, y in zip(memory, files, strict=True)))
         return np.polyfit(steps / 1000, memory, 1)[0], np.polyfit(steps / 1000, files, 1)[0], np.ptp(steps)
 
 
