@@ -238,7 +238,15 @@ def _of_abandoned_writes(text: str) -> bool:
 
 class _Abandoned(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
-        return record.levelno < logging.ERROR or not _of_abandoned_writes(logging.Formatter().format(record))
+        # Garbage is collected anywhere, also inside the parser, which formatting a traceback would enter again (Python
+        # 3.11 fails then): so the traceback's files are looked at, and not its text.
+        words = [record.getMessage(), record.pathname]
+        _, error, place = record.exc_info or (None, None, None)
+        words.append(str(error))
+        while place is not None:
+            words.append(place.tb_frame.f_code.co_filename)
+            place = place.tb_next
+        return record.levelno < logging.ERROR or not _of_abandoned_writes("\n".join(words))
 
 
 def _quiet_hook(otherwise: Callable[[Any], Any]) -> Callable[[Any], None]:
