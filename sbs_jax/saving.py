@@ -200,8 +200,12 @@ def _storage_error(error: BaseException) -> OSError | None:
 
 
 def remove(path: Path) -> None:
-    """Removes a directory as far as that is possible."""
-    shutil.rmtree(path, ignore_errors=True)
+    """Removes a directory as far as that is possible; writes that have not ended may put files into it meanwhile."""
+    for _ in range(10):
+        shutil.rmtree(path, ignore_errors=True)
+        if not path.exists():
+            return
+        time.sleep(0.05)
 
 
 def size(tree: Any) -> int:

@@ -5,6 +5,7 @@ environment variables, so that a command line started by a test sees the machine
 only the platform is inherited.
 """
 
+import logging
 import os
 import random
 import tempfile
@@ -50,6 +51,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         chosen = [item for item in items if item.get_closest_marker("faults") is None]
         config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
         items[:] = chosen
+
+
+@pytest.fixture(autouse=True)
+def log_levels() -> Iterator[None]:
+    """As each test found them: commands that are called in this process set what they want to be shown."""
+    loggers = [logging.getLogger(name) for name in ("sbs_jax", "absl")]
+    levels = [logger.level for logger in loggers]
+    yield
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
 
 
 @pytest.fixture(scope="session")

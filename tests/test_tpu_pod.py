@@ -618,7 +618,15 @@ XPK = {
     ),
     "workload create": (
         {"command", "tpu-type", "workload", "cluster"},
-        {"num-slices", "docker-image", "max-restarts", "termination-grace-period-seconds", "env", "storage"},
+        {
+            "num-slices",
+            "docker-image",
+            "max-restarts",
+            "restart-on-exit-codes",
+            "termination-grace-period-seconds",
+            "env",
+            "storage",
+        },
     ),
     "workload list": ({"cluster"}, set()),
     "workload delete": ({"cluster", "workload"}, {"force"}),
