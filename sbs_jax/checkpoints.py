@@ -55,10 +55,15 @@ class Retention:
 
         newest 2, best 1, period 40 of steps 10, 20, .., 60 with scores {20: 0.5, 30: 0.5}: 20, 40, 50, 60.
         """
-        scored = [step for step in steps if math.isfinite(scores.get(step, math.nan))]
-        best = sorted(scored, key=lambda step: (-scores[step], step))[: self.best]
+        best = _best_first(steps, scores=scores)[: self.best]
         periodic = [step for step in steps if self.period is not None and step % self.period == 0]
         return {*sorted(steps)[-self.newest :], *best, *periodic}
+
+
+def _best_first(steps: Sequence[int], *, scores: Mapping[int, float]) -> list[int]:
+    """The steps that have a score, the highest first, of equals the earliest: more training brought nothing."""
+    scored = [step for step in steps if math.isfinite(scores.get(step, math.nan))]
+    return sorted(scored, key=lambda step: (-scores[step], step))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -336,10 +341,8 @@ def steps(run_dir: str | Path) -> list[int]:
 def best_step(path: str | Path) -> int | None:
     """Of a run's checkpoints the best by validation, of equals the earliest; the newest where none was evaluated."""
     existing, scores = steps(path), run_dir.read_scores(path)
-    evaluated = [step for step in existing if step in scores]
-    if evaluated:
-        return min(evaluated, key=lambda step: (-scores[step], step))
-    return existing[-1] if existing else None
+    ranked = _best_first(existing, scores=scores) or existing[::-1]
+    return ranked[0] if ranked else None
 
 
 def locate(path: str | Path) -> tuple[Path, int]:
@@ -398,8 +401,9 @@ def open_any(path: str | Path, *, kind: str) -> names.Opened:
         return t5x.open_checkpoint(path)
     directory, step = locate(path)
     _refuse_damaged(directory, step, items=(PARAMETERS, METADATA))
-    config = t5.T5Config.of(read_metadata(directory, step)["model"])
-    arrays = t5x.orbax_arrays(directory / "checkpoints" / str(step) / PARAMETERS)
+    checkpoint = directory / "checkpoints" / str(step)
+    config = t5.T5Config.of(saving.read_json(checkpoint)["model"])
+    arrays = t5x.orbax_arrays(checkpoint / PARAMETERS)
     origin, vocabulary = None, None
     if (directory / run_dir.MANIFEST).is_file():
         origin = run_dir.read_manifest(directory)

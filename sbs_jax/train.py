@@ -587,16 +587,8 @@ def state_of(restored: checkpoints.Restored, trainer: Trainer) -> TrainState:
 
 def batches(config: TrainConfig, trainer: Trainer, *, skip: int) -> Iterator[dict[str, np.ndarray]]:
     """What this host's devices get of each batch, without the first `skip`."""
-    return features.train_dataset(
-        config.mixture_or_task_name,
-        lengths=config.task_feature_lengths,
-        split=datasets.TRAIN,
-        batch_size=config.batch_size,
-        pack=config.pack,
-        seed=config.seed,
-        skip_batches=skip,
-        rows=trainer.partitioner.local_rows(config.batch_size),
-    )
+    rows = trainer.partitioner.local_rows(config.batch_size)
+    return features.train_dataset(config.mixture_or_task_name, **_training_data(config), skip_batches=skip, rows=rows)
 
 
 def _data_text(config: TrainConfig, data: Mapping[str, Any]) -> str:
@@ -674,15 +666,18 @@ class _Window:
 
 def batch_examples(config: TrainConfig, *, step: int) -> tuple[list[features.BatchExample], dict[str, np.ndarray]]:
     """The examples of a step's batch, and each in a row of its own."""
-    return features.batch_examples(
-        config.mixture_or_task_name,
-        lengths=config.task_feature_lengths,
-        split=datasets.TRAIN,
-        batch_size=config.batch_size,
-        pack=config.pack,
-        seed=config.seed,
-        batch=step - 1,
-    )
+    return features.batch_examples(config.mixture_or_task_name, **_training_data(config), batch=step - 1)
+
+
+def _training_data(config: TrainConfig) -> dict[str, Any]:
+    """What decides which rows a step trains on; as features.py names it."""
+    return {
+        "lengths": config.task_feature_lengths,
+        "split": datasets.TRAIN,
+        "batch_size": config.batch_size,
+        "pack": config.pack,
+        "seed": config.seed,
+    }
 
 
 def _is_finite(row: Mapping[str, float]) -> bool:

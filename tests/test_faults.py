@@ -6,7 +6,6 @@ The short forms run in the suite, the long ones with `make test-faults`, which p
 import collections
 import contextlib
 import dataclasses
-import json
 import os
 import random
 import shutil
@@ -22,7 +21,7 @@ import pytest
 import toy
 from processes import Process, until
 
-from sbs_jax import checkpoints, checksums, datasets, features, preemption, run_dir, t5, tokens
+from sbs_jax import checkpoints, checksums, datasets, features, preemption, run_dir, tokens
 from sbs_jax.convert import t5x
 
 SPEEDS = {"tokens_per_second", "seconds_per_step", "data_wait_share"}
@@ -352,7 +351,6 @@ WARM_UP = 300  # steps of a process before its memory is looked at
 # loses 12 KB, 45 KB a save: 7 to 13 MB with 100 saves, 18 to 21 where 40 fail besides, 1 MB without any. One state kept
 # by every save would be 60 MB.
 GROWTH = 30.0
-POISON = "!"
 DISK = 24 << 20  # bytes
 
 
@@ -367,19 +365,6 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         pytest.skip(f"this user may not mount a small disk: {done.stderr.strip()}")
     yield disk
     subprocess.run(["umount", "-l", disk], check=True)
-
-
-def poisoned(folder: Path) -> list[str]:
-    """Bindings for a start from parameters that are infinite for one byte, which two training inputs have."""
-    file = folder / "records" / "toy" / "train.jsonl"
-    rows = [json.loads(line) for line in file.read_text().splitlines()]
-    for number in (11, 30):
-        rows[number]["input"] += f" {POISON}"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    parameters, name = dict(t5.init(toy.MODEL, seed=0)[1]), "token_embedder/embedding"
-    parameters[name] = parameters[name].at[3 + ord(POISON)].set(np.inf)
-    checkpoints.save_npz(folder / "start.npz", parameters, dtype="float32")
-    return [f"INITIAL_CHECKPOINT_PATH={folder / 'start.npz'}"]
 
 
 @contextlib.contextmanager
@@ -479,7 +464,8 @@ def test_a_long_run_with_a_fault_every_50_steps_ends_as_one_without(starter, sma
     folder = tmp_path / "command"
     folder.mkdir()
     toy.write_command(folder, **{**MACROS, **SOAK})
-    bindings = poisoned(folder)
+    infinite, _ = toy.poison(folder / "records", folder / "start.npz")
+    bindings = [f"INITIAL_CHECKPOINT_PATH={infinite}"]
     whole, run = tmp_path / "whole", small_disk / "run"
     finish(starter, folder, whole, *bindings)
     left_out = contents(whole).metadata["skipped"]
