@@ -95,13 +95,15 @@ def linked(count: int) -> Iterator[list[hosts._Link]]:
         wires = [{index: hosts._Wire(mine) for index, (mine, _) in enumerate(pairs, start=1)}]
         wires += [{0: hosts._Wire(theirs)} for _, theirs in pairs]
         links = [hosts._Link(place, of) for place, of in zip(places, wires, strict=True)]
-        yield links
-        for link in links:
-            for event in link._leaving.values():
-                event.set()
-        for of in wires:
-            for wire in of.values():
-                wire.connection.shutdown(socket.SHUT_RDWR)
+        try:
+            yield links
+        finally:  # a link that is cut without a word ends its process, which is this one
+            for link in links:
+                for event in link._leaving.values():
+                    event.set()
+            for of in wires:
+                for wire in of.values():
+                    wire.connection.shutdown(socket.SHUT_RDWR)
 
 
 @pytest.mark.parametrize("told", [0, 2])
@@ -135,12 +137,19 @@ def test_a_process_that_is_busy_delays_the_stop_and_changes_nothing():
     with linked(2) as links:
         for _ in range(5):
             assert not links[0].told_to_end()
-        links[1].notice()
-        waiting = threading.Thread(target=links[0].told_to_end)
+        links[1].notice()  # reaches the other one at its next call, or some calls later
+        calls = [6]
+
+        def loop() -> None:
+            while not links[0].told_to_end():
+                calls.append(calls[-1] + 1)
+
+        waiting = threading.Thread(target=loop, daemon=True)
         waiting.start()
         waiting.join(10)
-        assert not waiting.is_alive()  # its sixth call is where all stop
-        assert [links[1].told_to_end() for _ in range(6)] == [False] * 5 + [True]
+        assert not waiting.is_alive()
+        stop = calls[-1]
+        assert [links[1].told_to_end() for _ in range(stop)] == [False] * (stop - 1) + [True]
 
 
 def test_the_report_names_the_process_that_the_others_wait_for(monkeypatch, caplog):
