@@ -35,40 +35,56 @@ def attend(
     segments: tuple[Int[Array, "B T"], Int[Array, "B S"]],
     *,
     causal: bool,
+    prefix: int = 0,
 ) -> Float[Array, "B T H K"]:
     """`softmax(q k + bias) v` over the keys of a query's own segment; with `causal`, none later than the query.
+
+    The first `prefix` keys are seen by every query, without bias; bias and segments are those of the keys after them.
 
     Scores and their softmax's normaliser are float32; weights are rounded to the values' type. There is no factor
     1/sqrt(K): T5 folds it into the query's initial scale. A query without any key takes the mean of all values.
     """
-    return _attend(q_BTHK, k_BSHK, v_BSHK, bias_HTS, segments, causal)
+    if prefix:
+        bias_HTS = None if bias_HTS is None else jnp.pad(bias_HTS, ((0, 0), (0, 0), (prefix, 0)))
+        segments = segments[0], jnp.pad(segments[1], ((0, 0), (prefix, 0)))
+    return _attend(q_BTHK, k_BSHK, v_BSHK, bias_HTS, segments, _Mask(causal, prefix))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Mask:
+    """What a query sees of its segment, and how many keys before it that all queries see."""
+
+    causal: bool
+    prefix: int
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _attend(
-    q_BTHK: Array, k_BSHK: Array, v_BSHK: Array, bias_HTS: Array | None, segments: tuple[Array, Array], causal: bool
+    q_BTHK: Array, k_BSHK: Array, v_BSHK: Array, bias_HTS: Array | None, segments: tuple[Array, Array], mask: _Mask
 ) -> Array:
-    return _forward(q_BTHK, k_BSHK, v_BSHK, bias_HTS, segments, causal)[0]
+    return _forward(q_BTHK, k_BSHK, v_BSHK, bias_HTS, segments, mask)[0]
 
 
-def _scores(q_BTHK: Array, k_BSHK: Array, bias_HTS: Array | None, segments: tuple[Array, Array], causal: bool) -> Array:
+def _scores(q_BTHK: Array, k_BSHK: Array, bias_HTS: Array | None, segments: tuple[Array, Array], mask: _Mask) -> Array:
     scores_BHTS = jnp.einsum("bthk,bshk->bhts", q_BTHK, k_BSHK, preferred_element_type=jnp.float32)
     if bias_HTS is not None:
         scores_BHTS += bias_HTS[None]
     queries, keys = segments
     visible = queries[:, None, :, None] == keys[:, None, None, :]
-    if causal:
-        places = jnp.arange(queries.shape[1])[:, None] >= jnp.arange(keys.shape[1])[None, :]
-        visible &= places[None, None]
+    place = jnp.arange(keys.shape[1]) - mask.prefix
+    if mask.causal:
+        visible &= (jnp.arange(queries.shape[1])[:, None] >= place[None, :])[None, None]
+    if mask.prefix:
+        visible |= (place < 0)[None, None, None, :]
     return jnp.where(visible, scores_BHTS, MASKED)
 
 
 def _forward(
-    q_BTHK: Array, k_BSHK: Array, v_BSHK: Array, bias_HTS: Array | None, segments: tuple[Array, Array], causal: bool
+    q_BTHK: Array, k_BSHK: Array, v_BSHK: Array, bias_HTS: Array | None, segments: tuple[Array, Array], mask: _Mask
 ) -> tuple[Array, tuple[Any, ...]]:
     cut = _Groups.of(q_BTHK, k_BSHK)
     groups = zip(*(cut.heads(x, axis=2) for x in (q_BTHK, k_BSHK, v_BSHK)), cut.bias(bias_HTS), strict=True)
-    found = _in_turn(functools.partial(_forward_of_group, segments=segments, causal=causal), groups)
+    found = _in_turn(functools.partial(_forward_of_group, segments=segments, mask=mask), groups)
     y_BTHK, largest_BHT, total_BHT = (
         cut.joined(parts, axis=axis) for parts, axis in zip(found, (2, 1, 1), strict=True)
     )
@@ -98,10 +114,10 @@ def _forward_of_group(
     bias_HTS: Array | None,
     *,
     segments: tuple[Array, Array],
-    causal: bool,
+    mask: _Mask,
 ) -> tuple[Array, Array, Array]:
     """Attended values; the largest score of each query; the sum of its weights relative to that."""
-    scores_BHTS = _scores(q_BTHK, k_BSHK, bias_HTS, segments, causal)
+    scores_BHTS = _scores(q_BTHK, k_BSHK, bias_HTS, segments, mask)
     largest_BHT = jnp.max(scores_BHTS, axis=-1)
     # Without this the maximum's pass over the scores is not shared with the product that makes them.
     scores_BHTS, largest_BHT = jax.lax.optimization_barrier((scores_BHTS, largest_BHT))
@@ -118,7 +134,7 @@ def _forward_of_group(
     return y_BTHK, largest_BHT, jnp.moveaxis(total_BTH1[..., 0], 1, 2)
 
 
-def _backward(causal: bool, kept: tuple[Any, ...], dy_BTHK: Array) -> tuple[Any, ...]:
+def _backward(mask: _Mask, kept: tuple[Any, ...], dy_BTHK: Array) -> tuple[Any, ...]:
     q_BTHK, k_BSHK, v_BSHK, bias_HTS, segments, y_BTHK, largest_BHT, total_BHT = kept
     # Keeps what made these out of the passes over the scores, which would slow them down.
     q_BTHK, k_BSHK, v_BSHK, dy_BTHK = jax.lax.optimization_barrier((q_BTHK, k_BSHK, v_BSHK, dy_BTHK))
@@ -133,7 +149,7 @@ def _backward(causal: bool, kept: tuple[Any, ...], dy_BTHK: Array) -> tuple[Any,
         cut.heads(dy_BTHK, axis=2),
         strict=True,
     )
-    found = _in_turn(functools.partial(_backward_of_group, segments=segments, causal=causal), groups)
+    found = _in_turn(functools.partial(_backward_of_group, segments=segments, mask=mask), groups)
     dq_BTHK, dk_BSHK, dv_BSHK, *dbias = (
         cut.joined(parts, axis=axis) for parts, axis in zip(found, (2, 2, 2, 0), strict=False)
     )
@@ -151,10 +167,10 @@ def _backward_of_group(
     dy_BTHK: Array,
     *,
     segments: tuple[Array, Array],
-    causal: bool,
+    mask: _Mask,
 ) -> tuple[Array, ...]:
     """Gradients of queries, keys, values and, if there is one, bias."""
-    scores_BHTS = _scores(q_BTHK, k_BSHK, bias_HTS, segments, causal)
+    scores_BHTS = _scores(q_BTHK, k_BSHK, bias_HTS, segments, mask)
     weights_BHTS = jnp.exp(scores_BHTS - largest_BHT[..., None]) / total_BHT[..., None]
     dv_BSHK = jnp.einsum("bhts,bthk->bshk", weights_BHTS.astype(v_BSHK.dtype), dy_BTHK)
     dweights_BHTS = jnp.einsum("bthk,bshk->bhts", dy_BTHK, v_BSHK, preferred_element_type=jnp.float32)

@@ -22,8 +22,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from sbs_jax import checksums, hosts, run_dir, saving, t5
-from sbs_jax.convert import hugging_face, names, npz, t5x
+from sbs_jax import adapters, checksums, hosts, run_dir, saving, t5
+from sbs_jax.convert import hugging_face, merging, names, npz, t5x
 
 log = logging.getLogger(__name__)
 
@@ -394,7 +394,10 @@ def form(path: str | Path) -> str:
 
 
 def open_any(path: str | Path, *, kind: str) -> names.Opened:
-    """Architecture and arrays of a checkpoint; arrays are read when they are asked for, by slices."""
+    """Architecture and arrays of a checkpoint; arrays are read when they are asked for, by slices.
+
+    Adapters of a run are merged into the base that they were trained on.
+    """
     if kind == HUGGING_FACE:
         return hugging_face.open_directory(path)
     if kind == T5X:
@@ -402,13 +405,29 @@ def open_any(path: str | Path, *, kind: str) -> names.Opened:
     directory, step = locate(path)
     _refuse_damaged(directory, step, items=(PARAMETERS, METADATA))
     checkpoint = directory / "checkpoints" / str(step)
-    config = t5.T5Config.of(saving.read_json(checkpoint)["model"])
+    metadata = saving.read_json(checkpoint)
+    config, tuning = t5.T5Config.of(metadata["model"]), adapters.Tuning.of(metadata.get("tuning"))
     arrays = t5x.orbax_arrays(checkpoint / PARAMETERS)
+    if tuning is not None:
+        arrays = merging.merged(config, tuning, arrays, base_arrays(config, metadata["base"]), owner=str(directory))
     origin, vocabulary = None, None
     if (directory / run_dir.MANIFEST).is_file():
         origin = run_dir.read_manifest(directory)
         vocabulary = origin["data"]["options"]["vocabulary"]
     return names.Opened(config, arrays, step=step, vocabulary=vocabulary, origin=origin)
+
+
+def base_arrays(config: t5.T5Config, identity: Mapping[str, Any]) -> Mapping[str, names.LazyArray]:
+    """The arrays of the base that adapters were trained on, of a checkpoint or fresh from a seed."""
+    path, wanted = identity["path"], {name: leaf.shape for name, leaf in t5.abstract(config)[1].items()}
+    if path is None:
+        return {name: names.of_array(np.asarray(x)) for name, x in t5.init(config, seed=identity["seed"])[1].items()}
+    kind = form(path)
+    if str(path).endswith(".npz"):
+        return {name: names.of_array(array) for name, array in npz.arrays(path, shapes=wanted).items()}
+    arrays = open_any(path, kind=kind).arrays
+    names.check(path, {name: array.shape for name, array in arrays.items()}, wanted, kind=kind)
+    return arrays
 
 
 def load_parameters(path: str | Path, *, like: Mapping[str, jax.ShapeDtypeStruct]) -> t5.Parameters:
@@ -427,20 +446,27 @@ def load_parameters(path: str | Path, *, like: Mapping[str, jax.ShapeDtypeStruct
             for name, leaf in like.items()
         }
     if kind != SBS:
-        arrays = open_any(path, kind=kind).arrays
-        names.check(path, {name: array.shape for name, array in arrays.items()}, wanted, kind=kind)
-        return {name: arrays[name].onto(leaf) for name, leaf in like.items()}
+        return _from_any(path, like=like, kind=kind)
     directory, step = locate(path)
     _refuse_damaged(directory, step, items=(PARAMETERS, METADATA))
     place, handler = directory / "checkpoints" / str(step) / PARAMETERS, saving.array_handler()
     try:
         tree = handler.metadata(epath.Path(place)).tree
+        if set(tree) != set(like) and saving.read_json(place.parent).get("tuning") is not None:
+            return _from_any(path, like=like, kind=kind)  # a plain student is asked for, of a run that trained adapters
         names.check(path, {name: tuple(leaf.shape) for name, leaf in tree.items()}, wanted, kind=kind)
         return saving.restore(handler, place, like=dict(like))
     except (OSError, ValueError):
         if not place.is_dir():  # the run went on
             _refuse_damaged(directory, step, items=(PARAMETERS, METADATA))
         raise
+
+
+def _from_any(path: str | Path, *, like: Mapping[str, jax.ShapeDtypeStruct], kind: str) -> t5.Parameters:
+    arrays = open_any(path, kind=kind).arrays
+    wanted = {name: tuple(leaf.shape) for name, leaf in like.items()}
+    names.check(path, {name: array.shape for name, array in arrays.items()}, wanted, kind=kind)
+    return {name: arrays[name].onto(leaf) for name, leaf in like.items()}
 
 
 def save_parameters(path: str | Path, parameters: t5.Parameters, *, config: t5.T5Config, step: int) -> None:

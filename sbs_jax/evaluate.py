@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sbs_jax import checkpoints, datasets, decoding, features, hosts, partitioning, records, run_dir, t5
+from sbs_jax import adapters, checkpoints, datasets, decoding, features, frozen, hosts, partitioning, records, run_dir, t5
 from tasks import metrics as grading
 
 log = logging.getLogger(__name__)
@@ -136,10 +136,13 @@ class Student:
     manifest: dict[str, Any]
 
 
-def load_student(path: str | Path, *, layout: partitioning.Layout, records_dir: str | None = None) -> Student:
+def load_student(
+    path: str | Path, *, layout: partitioning.Layout, records_dir: str | None = None, base: str | None = None
+) -> Student:
     """The student of a run directory (its best step) or of one `checkpoints/<step>`; registers its tasks.
 
-    Vocabulary, prefixes and lengths are those it was trained with; `records_dir` may have moved.
+    Vocabulary, prefixes and lengths are those it was trained with; `records_dir` may have moved, and so may the `base`
+    of a run that trained adapters.
     """
     directory, step = checkpoints.locate(path)
     manifest = run_dir.read_manifest(directory)
@@ -147,12 +150,21 @@ def load_student(path: str | Path, *, layout: partitioning.Layout, records_dir: 
     if records_dir is not None:
         options = options | {"records_dir": records_dir}
     datasets.configure(datasets.DataOptions(**options))
-    config = t5.T5Config.of(checkpoints.read_metadata(directory, step)["model"])
-    structure, shapes, axes = t5.abstract(config)
+    metadata = checkpoints.read_metadata(directory, step)
+    config, tuning = t5.T5Config.of(metadata["model"]), adapters.Tuning.of(metadata.get("tuning"))
+    adapted = adapters.abstract(config, tuning)
     partitioner = layout.partitioner()
-    like = partitioner.placed(shapes, parameters=shapes, axes=axes)
-    parameters = checkpoints.load_parameters(directory / "checkpoints" / str(step), like=like)
-    return Student(config, structure, parameters, partitioner, step, manifest)
+    like = partitioner.placed(adapted.shapes, parameters=adapted.shapes, axes=adapted.axes)
+    checkpoint = directory / "checkpoints" / str(step)
+    parameters = checkpoints.load_parameters(checkpoint, like=adapted.parts(like)[0])
+    if tuning is not None:
+        known = metadata["base"]
+        found = frozen.load(
+            *(config, tuning), path=base or known["path"], seed=known["seed"], like=like, partitioner=partitioner
+        )
+        frozen.check(found.identity, known, owner=str(directory))
+        parameters |= found.frozen
+    return Student(config, adapted.structure, parameters, partitioner, step, manifest)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

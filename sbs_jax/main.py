@@ -61,7 +61,7 @@ def configure(
     for path in search_paths:
         gin.add_config_file_search_path(path)
     # What bindings of the command line may name without an import of their own.
-    modules = ("datasets", "evaluate", "partitioning", "t5", "train")
+    modules = ("adapters", "datasets", "evaluate", "partitioning", "t5", "train")
     prelude = "from __gin__ import dynamic_registration\nimport optax\nimport tasks\n"
     prelude += "".join(f"from sbs_jax import {module}\n" for module in modules)
     prelude += "".join(f"include {file!r}\n" for file in gin_files)

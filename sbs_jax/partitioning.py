@@ -30,6 +30,8 @@ RULES: Rules = {
     "heads": None,
     "relpos_buckets": None,
     "layers": None,
+    "adapter": None,  # the narrow side of a LoRA or adapter, and the length of a prompt or prefix
+    "blocks": None,  # of a quantised kernel's rows
     # Of batches and activations.
     "batch": ("slice", "data", "fsdp"),
     "length": None,
@@ -277,7 +279,13 @@ _IN_USE = {
     "embed": "activation_embed",
     "mlp": "activation_mlp",
     "joined_kv": "activation_heads",
+    "adapter": "adapter",
 }
+
+
+def whole(parameter: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    """A parameter with these logical axes, made whole for use, but for what `tensor` splits."""
+    return constrain(parameter, tuple(_IN_USE[axis] for axis in axes))
 
 
 def gathered(parameter: jax.Array, axes: tuple[str, ...]) -> jax.Array:
@@ -292,7 +300,7 @@ def gathered(parameter: jax.Array, axes: tuple[str, ...]) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _gathered(parameter: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-    return constrain(parameter, tuple(_IN_USE[axis] for axis in axes))
+    return whole(parameter, axes)
 
 
 def _gathered_forward(parameter: jax.Array, axes: tuple[str, ...]) -> tuple[jax.Array, None]:

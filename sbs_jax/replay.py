@@ -40,15 +40,17 @@ def replay(config: train.TrainConfig, run: str | Path, *, step: int | None) -> d
     state = _state_before(config, trainer, run, step=step)
     (batch,) = _batches(config, trainer, first=step, count=1)
     examples, alone = train.batch_examples(config, step=step)
-    structure = t5.abstract(config.model)[0]
-    parameters = trainer.unstacked(state).parameters
+    structure, parameters = trainer.structure, trainer.parameters(state)
+    trained = {name: parameters[name] for name in trainer.saved.parameters}
+    others = {name: x for name, x in parameters.items() if name not in trained}
 
-    def diagnose(parameters: t5.Parameters, batch: train.Batch) -> tuple[Any, Any]:
+    def diagnose(trained: t5.Parameters, others: t5.Parameters, batch: train.Batch) -> tuple[Any, Any]:
         with trainer.partitioner.constraining():
             key = jax.random.fold_in(jax.random.key(config.seed), step - 1)
             _, _, gradients = train.loss_and_gradients(
-                parameters,
+                trained,
                 batch,
+                frozen=others,
                 structure=structure,
                 alpha=config.alpha,
                 z_loss=config.z_loss,
@@ -57,9 +59,10 @@ def replay(config: train.TrainConfig, run: str | Path, *, step: int | None) -> d
                 dropout_key=key,
             )
             norms = jax.tree.map(lambda x: jnp.sqrt(jnp.sum(jnp.square(x.astype(jnp.float32)))), gradients)
-            return _token_losses(t5.join(structure, parameters), batch, dropout_key=jax.random.fold_in(key, 0)), norms
+            model = t5.join(structure, {**others, **trained})
+            return _token_losses(model, batch, dropout_key=jax.random.fold_in(key, 0)), norms
 
-    tokens_BT, norms = jax.device_get(jax.jit(diagnose)(parameters, batch))
+    tokens_BT, norms = jax.device_get(jax.jit(diagnose)(trained, others, batch))
     in_batch = _example_losses(tokens_BT, jax.device_get(batch))
     by_itself = _alone(config, trainer, structure, parameters, alone)
     rows = [
@@ -111,16 +114,17 @@ def text(found: Mapping[str, Any], kept: Mapping[str, Any] | None) -> str:
 
 def _state_before(config: train.TrainConfig, trainer: train.Trainer, run: Path, *, step: int) -> train.TrainState:
     """The state before an update: as kept, or computed from the newest checkpoint before it."""
+    base = None if config.tuning is None else train.base_of(config, trainer)
 
     def restored(directory: Path, number: int) -> train.TrainState:
         like = {"parameters": trainer.saved.parameters, "optimizer": trainer.saved.optimizer}
-        return train.state_of(checkpoints.restore(directory, number, **like), trainer)
+        return train.state_of(checkpoints.restore(directory, number, **like), trainer, base=base)
 
     kept = failures.folder(run, step)
     if checkpoints.steps(kept) == [step - 1]:
         return restored(kept, step - 1)
     start = max((number for number in checkpoints.steps(run) if number < step), default=0)
-    state = restored(run, start) if start else train.initial_state(config, trainer)
+    state = restored(run, start) if start else train.initial_state(config, trainer, base=base)
     log.info("Starting at step %d, the newest before it that is kept.", start)
     steps = _batches(config, trainer, first=start + 1, count=step - 1 - start)
     for batch in tqdm.tqdm(steps, total=step - 1 - start, unit="step", desc="replay"):

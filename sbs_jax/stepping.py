@@ -12,39 +12,49 @@ the row's keys each beam may see.
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from sbs_jax import attention, partitioning, t5
 from sbs_jax.partitioning import constrain
 
 
+_Product = Callable[[Float[Array, "B N I"]], Float[Array, "B N O"]]
+
+
 @dataclasses.dataclass(frozen=True)
 class _Layer:
-    """What a decoder layer uses at every position. Norms and bias are float32, the rest is in the model's dtype."""
+    """What a decoder layer uses at every position. Norms and bias are float32, the rest is in the model's dtype.
+
+    A `_Product` multiplies the last axis with a weight.
+    """
 
     self_norm: jax.Array  # [D]
-    self_query: jax.Array  # [D, J]
-    self_key: jax.Array
-    self_value: jax.Array
-    self_out: jax.Array  # [J, D]
+    self_query: _Product  # D to J
+    self_key: _Product
+    self_value: _Product
+    self_out: _Product  # J to D, and what is put on after it
+    self_prefix: tuple[jax.Array, jax.Array] | None  # keys and values [X, J] that come before all others
     cross_norm: jax.Array  # [D]
-    cross_query: jax.Array  # [D, J]
-    cross_keys: jax.Array  # [B, S, J], of the source
+    cross_query: _Product
+    cross_keys: jax.Array  # [B, S, J], of the source, after those of a prefix
     cross_values: jax.Array
-    cross_out: jax.Array  # [J, D]
+    cross_bias: jax.Array  # [B, 1, 1, S]
+    cross_out: _Product
     mlp_norm: jax.Array  # [D]
-    mlp_in: tuple[jax.Array, ...]  # [D, F], one per activation
-    mlp_out: jax.Array  # [F, D]
+    mlp_in: tuple[_Product, ...]  # D to F, one per activation
+    mlp_out: _Product  # F to D
     bias: jax.Array  # [T, H, P], of the query at T: its relative position bias, and MASKED on keys of later positions
 
 
 _STATES = ("batch", None, "activation_embed")
 
-# Of each layer, keys and values [B, P, J]. (`Any`: transformations put other things in place of the arrays.)
+# Of each layer, keys and values [B, P, J], those of a prefix before them. (`Any`: transformations put other things in place of the arrays.)
 Cache = tuple[tuple[Any, Any], ...]
 
 
@@ -63,8 +73,8 @@ class Stepper:
         self._config, self._embed = model.config, model.token_embedder
         self._length, self._beams = length, beams
         self._final_norm_D = constrain(model.decoder.decoder_norm.scale[...], (None,))
-        self._layers = _layers(model, encoded_BSD, length=length, beams=beams)
-        self._source_bias = jnp.where(encoder_segment_ids_BS == 1, 0.0, attention.MASKED)[:, None, None, :]
+        segments_BS = model.attended_segments(encoder_segment_ids_BS)
+        self._layers = _layers(model, encoded_BSD, segments_BS, length=length, beams=beams)
         tied = model.config.logits_via_embedding
         table_DV = model.token_embedder.embedding[...].T if tied else model.logits_dense.kernel[...]
         self.table_DV = _weight(table_DV, (None, "vocab"), model.config)
@@ -73,8 +83,12 @@ class Stepper:
         """A cache that holds nothing yet."""
         rows, _, joined = self._layers[0].cross_keys.shape
         none_BPJ = jnp.zeros((rows, self._length * self._beams, joined), self._config.dtype)
-        none_BPJ = constrain(none_BPJ, ("batch", None, "joined_kv"))
-        return tuple((none_BPJ, none_BPJ) for _ in self._layers)
+
+        def after(prefix_XJ: jax.Array | None) -> jax.Array:
+            cache_BPJ = none_BPJ if prefix_XJ is None else _after(prefix_XJ, none_BPJ)
+            return constrain(cache_BPJ, ("batch", None, "joined_kv"))
+
+        return tuple(tuple(after(each) for each in w.self_prefix or (None, None)) for w in self._layers)  # pyright: ignore[reportReturnType]
 
     def step(
         self,
@@ -95,22 +109,23 @@ class Stepper:
         updated = []
         for w, (keys_BPJ, values_BPJ) in zip(self._layers, cache, strict=True):
             y_BND = self._norm(x_BND, w.self_norm)
-            at = position * self._beams
-            keys_BPJ = jax.lax.dynamic_update_slice_in_dim(keys_BPJ, _matmul(y_BND, w.self_key), at, axis=1)
-            values_BPJ = jax.lax.dynamic_update_slice_in_dim(values_BPJ, _matmul(y_BND, w.self_value), at, axis=1)
+            before = 0 if w.self_prefix is None else len(w.self_prefix[0])
+            at = before + position * self._beams
+            keys_BPJ = jax.lax.dynamic_update_slice_in_dim(keys_BPJ, w.self_key(y_BND), at, axis=1)
+            values_BPJ = jax.lax.dynamic_update_slice_in_dim(values_BPJ, w.self_value(y_BND), at, axis=1)
             updated.append((keys_BPJ, values_BPJ))
             bias_BNHP = jax.lax.dynamic_index_in_dim(w.bias, position, axis=0)[:, None]
             if hidden_BNP is not None:
-                bias_BNHP = bias_BNHP + hidden_BNP[:, :, None]
-            y_BNJ = attend(_matmul(y_BND, w.self_query), keys_BPJ, values_BPJ, bias_BNHP=bias_BNHP, heads=c.num_heads)
-            x_BND += _matmul(y_BNJ, w.self_out)
-            q_BNJ = _matmul(self._norm(x_BND, w.cross_norm), w.cross_query)
-            y_BNJ = attend(q_BNJ, w.cross_keys, w.cross_values, bias_BNHP=self._source_bias, heads=c.num_heads)
-            x_BND += _matmul(y_BNJ, w.cross_out)
+                bias_BNHP = bias_BNHP + jnp.pad(hidden_BNP, ((0, 0), (0, 0), (before, 0)))[:, :, None]
+            y_BNJ = attend(w.self_query(y_BND), keys_BPJ, values_BPJ, bias_BNHP=bias_BNHP, heads=c.num_heads)
+            x_BND += w.self_out(y_BNJ)
+            q_BNJ = w.cross_query(self._norm(x_BND, w.cross_norm))
+            y_BNJ = attend(q_BNJ, w.cross_keys, w.cross_values, bias_BNHP=w.cross_bias, heads=c.num_heads)
+            x_BND += w.cross_out(y_BNJ)
             y_BND = self._norm(x_BND, w.mlp_norm)
-            inner = [_matmul(y_BND, kernel) for kernel in w.mlp_in]
+            inner = [product(y_BND) for product in w.mlp_in]
             gated = [t5.ACTIVATIONS[name](branch) for name, branch in zip(c.mlp_activations, inner, strict=True)]
-            x_BND = constrain(x_BND + _matmul(math.prod(gated[1:], start=gated[0]), w.mlp_out), _STATES)
+            x_BND = constrain(x_BND + w.mlp_out(math.prod(gated[1:], start=gated[0])), _STATES)
         y_BND = self._norm(x_BND, self._final_norm_D)
         return (y_BND * c.emb_dim**-0.5 if c.logits_via_embedding else y_BND), tuple(updated)
 
@@ -121,7 +136,20 @@ class Stepper:
         return (y_BND * scale_D[None, None, :]).astype(self._config.dtype)
 
 
-def _layers(model: t5.T5, encoded_BSD: Float[Array, "B S D"], *, length: int, beams: int) -> list[_Layer]:
+def _after(prefix_XJ: Float[Array, "X J"], rest_BPJ: Float[Array, "B P J"]) -> Float[Array, "B XP J"]:
+    """The prefix before what each row has."""
+    prefix_BXJ = jnp.broadcast_to(prefix_XJ[None].astype(rest_BPJ.dtype), (len(rest_BPJ), *prefix_XJ.shape))
+    return jnp.concatenate([prefix_BXJ, rest_BPJ], axis=1)
+
+
+def _layers(
+    model: t5.T5,
+    encoded_BSD: Float[Array, "B S D"],
+    segments_BS: Int[Array, "B S"],
+    *,
+    length: int,
+    beams: int,
+) -> list[_Layer]:
     positions = jnp.arange(length)
     future_TP = jnp.where(positions[None, :] > positions[:, None], attention.MASKED, 0.0)
 
@@ -129,37 +157,76 @@ def _layers(model: t5.T5, encoded_BSD: Float[Array, "B S D"], *, length: int, be
         bias_HTP = module(positions, positions)[0] + future_TP[None]
         return jnp.repeat(bias_HTP.swapaxes(0, 1), beams, axis=-1)
 
-    def inward(dense: t5.Dense, axis: str = "joined_kv") -> jax.Array:
-        return _weight(dense.kernel[...], (None, axis), model.config)
+    def inward(dense: t5.Dense, axis: str = "joined_kv") -> _Product:
+        return _product(dense, (None, axis), model.config)
 
-    def outward(dense: t5.Dense, axis: str = "joined_kv") -> jax.Array:
-        return _weight(dense.kernel[...], (axis, None), model.config)
+    def outward(dense: t5.Dense, adapter: Any, axis: str = "joined_kv") -> _Product:
+        product = _product(dense, (axis, None), model.config)
+        return product if adapter is None else lambda x: adapter(product(x))
 
+    def source(dense: t5.Dense, prefix_XJ: jax.Array | None) -> Float[Array, "B S J"]:
+        found_BSJ = dense(encoded_BSD)
+        if prefix_XJ is not None:
+            found_BSJ = _after(prefix_XJ, found_BSJ)
+        return constrain(found_BSJ, ("batch", None, "joined_kv"))
+
+    source_bias = jnp.where(segments_BS == 1, 0.0, attention.MASKED)[:, None, None, :]
     layers, shared = [], None
     if hasattr(model.decoder, "relpos_bias"):
         shared = bias_of(model.decoder.relpos_bias)
     for layer in model.decoder.layers:
         self_attention, cross_attention = layer.self_attention, layer.encoder_decoder_attention
         branches = [getattr(layer.mlp, name) for name in layer.mlp.names]
+        self_prefix, cross_prefix = (
+            None if each.prefix is None else (each.prefix.key[...], each.prefix.value[...])
+            for each in (self_attention, cross_attention)
+        )
+        bias_THP = bias_of(layer.relpos_bias) if shared is None else shared
+        cross_keys, cross_values = cross_prefix or (None, None)
         layers.append(
             _Layer(
                 self_norm=constrain(layer.pre_self_attention_layer_norm.scale[...], (None,)),
                 self_query=inward(self_attention.query),
                 self_key=inward(self_attention.key),
                 self_value=inward(self_attention.value),
-                self_out=outward(self_attention.out),
+                self_out=outward(self_attention.out, layer.self_attention_adapter),
+                self_prefix=self_prefix,
                 cross_norm=constrain(layer.pre_cross_attention_layer_norm.scale[...], (None,)),
                 cross_query=inward(cross_attention.query),
-                cross_keys=constrain(cross_attention.key(encoded_BSD), ("batch", None, "joined_kv")),
-                cross_values=constrain(cross_attention.value(encoded_BSD), ("batch", None, "joined_kv")),
-                cross_out=outward(cross_attention.out),
+                cross_keys=source(cross_attention.key, cross_keys),
+                cross_values=source(cross_attention.value, cross_values),
+                cross_bias=_unseen(source_bias, cross_prefix),
+                cross_out=outward(cross_attention.out, layer.encoder_decoder_attention_adapter),
                 mlp_norm=constrain(layer.pre_mlp_layer_norm.scale[...], (None,)),
                 mlp_in=tuple(inward(branch, "mlp") for branch in branches),
-                mlp_out=outward(layer.mlp.wo, "mlp"),
-                bias=bias_of(layer.relpos_bias) if shared is None else shared,
+                mlp_out=outward(layer.mlp.wo, layer.mlp_adapter, "mlp"),
+                bias=_unseen(bias_THP, self_prefix),
             )
         )
     return layers
+
+
+def _unseen(bias: Float[Array, "... P"], prefix: tuple[jax.Array, jax.Array] | None) -> Float[Array, "... P"]:
+    """The bias, 0 for the keys of a prefix before the others."""
+    return bias if prefix is None else jnp.pad(bias, [(0, 0)] * (bias.ndim - 1) + [(len(prefix[0]), 0)])
+
+
+def _product(dense: t5.Dense, axes: tuple[str | None, str | None], c: t5.T5Config) -> _Product:
+    """What multiplies with a weight at every position.
+
+    What is put on a weight becomes part of it before the loop, and a quantised one is unpacked; not where the decoder
+    is too large for that: there every position does it anew.
+    """
+    adapted = not isinstance(dense.kernel, nnx.Param) or any(
+        each is not None for each in (dense.lora, dense.in_scale, dense.out_scale)
+    )
+    if adapted and not _fits(c):
+        return dense
+    kernel_IO = _weight(dense.merged(), axes, c)
+    if dense.bias is None:
+        return lambda x_BNI: _matmul(x_BNI, kernel_IO)
+    bias_O = dense.bias[...].astype(c.dtype)
+    return lambda x_BNI: _matmul(x_BNI, kernel_IO) + bias_O[None, None, :]
 
 
 # Bytes of the decoder's weights, on one device, up to which `fsdp` does not cut them: XL has 2.7 GiB in bfloat16.
@@ -172,10 +239,13 @@ def _weight(kernel_IO: Float[Array, "I O"], axes: tuple[str | None, str | None],
     The weights of a larger decoder stay cut, and the compiler sends the states of all rows around at every position.
     """
     kernel_IO = kernel_IO.astype(c.dtype)
+    return constrain(kernel_IO, axes) if _fits(c) else kernel_IO
+
+
+def _fits(c: t5.T5Config) -> bool:
     attention, mlp = 6 * c.emb_dim * c.num_heads * c.head_dim, (len(c.mlp_activations) + 1) * c.emb_dim * c.mlp_dim
     weights = c.num_decoder_layers * (attention + mlp) + c.emb_dim * c.vocab_size
-    size = weights * kernel_IO.dtype.itemsize // partitioning.pieces("joined_kv")
-    return constrain(kernel_IO, axes) if size <= WHOLE_UP_TO else kernel_IO
+    return weights * jnp.dtype(c.dtype).itemsize // partitioning.pieces("joined_kv") <= WHOLE_UP_TO
 
 
 def _matmul(x_BNI: Float[Array, "B N I"], kernel_IO: Float[Array, "I O"]) -> Float[Array, "B N O"]:

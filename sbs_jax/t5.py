@@ -11,6 +11,8 @@ plain `jax` on a plain pytree. Parameter names, shapes and initial scales are th
 `[in, heads * head_dim]`, relative bias `[heads, buckets]`).
 
 Packed rows are told apart by segment ids (1, 2, .. per example, 0 for padding); an unpacked row is one segment.
+
+What `adapters.py` puts on a model (LoRA, prefixes, ..) are attributes that are None here.
 """
 
 import dataclasses
@@ -74,6 +76,9 @@ class T5Config:
     relative_attention_max_distance: int = 128
     relative_attention_bias: str = "shared"
     layer_norm_epsilon: float = 1e-6
+    # Noise on the input embeddings in training (NEFTune, arXiv 2310.05914: 5, 10 or 15 for the encoder); 0 for none.
+    neftune_alpha: float = 0.0
+    neftune_decoder_alpha: float = 0.0
 
     def __post_init__(self) -> None:
         # gin hands over lists, and checks no types.
@@ -87,6 +92,10 @@ class T5Config:
                 raise ValueError(f"T5Config.{name} is {value!r}; expected a whole number of at least 1.")
         if not 0.0 <= self.dropout_rate < 1.0:
             raise ValueError(f"T5Config.dropout_rate is {self.dropout_rate!r}; expected 0 <= rate < 1.")
+        for name in ("neftune_alpha", "neftune_decoder_alpha"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 <= value < math.inf:
+                raise ValueError(f"T5Config.{name} is {value!r}; expected a number of at least 0, such as 5.0.")
         if self.dtype not in DTYPES:
             raise ValueError(f"T5Config.dtype is {self.dtype!r}; expected one of {', '.join(DTYPES)}.")
         if self.relative_attention_bias not in RELATIVE_BIASES:
@@ -120,7 +129,7 @@ def _normal(key: Key[Array, ""], shape: tuple[int, ...], *, std: float) -> Float
     return jax.random.truncated_normal(key, -2.0, 2.0, shape, jnp.float32) * (std / 0.87962566103423978)
 
 
-class _Dropout:
+class Dropout:
     """Draws a fresh key at each use while a step is traced; holds no array between calls.
 
     Masks are shared along the second-to-last axis (sequence), as T5X and Mesh TensorFlow trained T5, which also makes
@@ -129,18 +138,34 @@ class _Dropout:
 
     def __init__(self, rate: float, key: Key[Array, ""] | None) -> None:
         self._rate = rate
-        self._key = None if rate == 0.0 else key
-        self._uses = 0
+        self._key = key
+        self._uses = self._own_uses = 0
 
     def __call__(self, x: jax.Array, *, shared: int = -2) -> jax.Array:
         """`x` with some values 0 and the others scaled up; one mask for all places along the axis `shared`."""
-        if self._key is None:
+        if self._key is None or self._rate == 0.0:
             return x
         self._uses += 1
         shape = list(x.shape)
         shape[shared] = 1
-        keep = jax.random.bernoulli(jax.random.fold_in(self._key, self._uses), 1.0 - self._rate, tuple(shape))
-        return jnp.where(keep, x / (1.0 - self._rate), jnp.zeros((), x.dtype))
+        return _dropped(x, jax.random.fold_in(self._key, self._uses), rate=self._rate, shape=tuple(shape))
+
+    def at(self, rate: float, x: jax.Array) -> jax.Array:
+        """`x` with values dropped at a rate of its own, each by itself; other masks stay what they are without it."""
+        if self._key is None or rate == 0.0:
+            return x
+        self._own_uses += 1
+        key = jax.random.fold_in(jax.random.fold_in(self._key, _OWN_RATE), self._own_uses)
+        return _dropped(x, key, rate=rate, shape=x.shape)
+
+
+# Keys are made by numbers: uses of a stack's or layer's dropout have 1, 2, .. and what is rare has numbers far off.
+_OWN_RATE, _NOISE = 2**30, 2**30 + 1
+
+
+def _dropped(x: jax.Array, key: Key[Array, ""], *, rate: float, shape: tuple[int, ...]) -> jax.Array:
+    keep = jax.random.bernoulli(key, 1.0 - rate, shape)
+    return jnp.where(keep, x / (1.0 - rate), jnp.zeros((), x.dtype))
 
 
 class LayerNorm(nnx.Module):
@@ -161,6 +186,13 @@ class LayerNorm(nnx.Module):
 class Dense(nnx.Module):
     """A matrix without bias, `[in, out]`, named by logical axes for the sharding table."""
 
+    kernel: Any  # nnx.Param, or a quantized.Kernel in its place
+    # Of adapters.py: what is added to the product; factors of what goes in, and of what comes out; a bias.
+    lora: Any = None
+    in_scale: nnx.Param | None = None
+    out_scale: nnx.Param | None = None
+    bias: nnx.Param | None = None
+
     def __init__(
         self, shape: tuple[int, int], *, axes: tuple[str, str], std: float, dtype: str, rngs: nnx.Rngs
     ) -> None:
@@ -169,15 +201,48 @@ class Dense(nnx.Module):
         self.dtype = dtype
 
     def __call__(
-        self, x: Float[Array, "..."], *, split: tuple[int, ...] = (), contract: int = 1
+        self,
+        x: Float[Array, "..."],
+        *,
+        split: tuple[int, ...] = (),
+        contract: int = 1,
+        dropout: Dropout | None = None,
     ) -> Float[Array, "..."]:
         """The product over the last `contract` axes of `x`; `split` cuts its own last axis into several."""
-        kernel = gathered(self.kernel[...].astype(self.dtype), self.axes)
         inner = x.shape[x.ndim - contract :]
-        return _matmul(x.astype(self.dtype), kernel.reshape(*inner, *(split or kernel.shape[1:])), contract=contract)
+        x = x.astype(self.dtype)
+        if self.in_scale is not None:
+            x = x * self.in_scale[...].astype(self.dtype).reshape((1,) * (x.ndim - contract) + inner)
+        if isinstance(self.kernel, nnx.Param):
+            kernel = gathered(self.kernel[...].astype(self.dtype), self.axes)
+            y = matmul(x, kernel.reshape(*inner, *(split or kernel.shape[1:])), contract=contract)
+        else:
+            y = self.kernel(x, axes=self.axes, split=split, contract=contract, dtype=self.dtype)
+        if self.lora is not None:
+            added = self.lora(x.reshape(*x.shape[: x.ndim - contract], -1), dtype=self.dtype, dropout=dropout)
+            y = y + added.reshape(y.shape)
+        outer = y.shape[x.ndim - contract :]
+        for vector, change in ((self.out_scale, jnp.multiply), (self.bias, jnp.add)):
+            if vector is not None:
+                values = vector[...].astype(self.dtype)
+                y = change(y, values.reshape((1,) * (y.ndim - len(outer)) + outer))
+        return y
+
+    def matrix(self) -> Float[Array, "I O"]:
+        """The kernel alone, float32 unless it is held in bfloat16."""
+        return self.kernel[...] if isinstance(self.kernel, nnx.Param) else self.kernel.matrix()
+
+    def merged(self) -> Float[Array, "I O"]:
+        """Kernel, LoRA and factors as one matrix: `x @ merged()` is what a call gives, but for dropout and bias."""
+        kernel = self.matrix()
+        if self.in_scale is not None:
+            kernel = kernel * self.in_scale[...][:, None]
+        if self.lora is not None:
+            kernel = kernel.astype(jnp.float32) + self.lora.matrix(self.in_scale)
+        return kernel if self.out_scale is None else kernel * self.out_scale[...][None, :]
 
 
-def _matmul(
+def matmul(
     x: Float[Array, "..."], kernel: Float[Array, "..."], *, contract: int = 1, dtype: Any = None
 ) -> Float[Array, "..."]:
     """The product over the last `contract` axes of `x` and the first of `kernel`, in `dtype` if given, else in theirs.
@@ -264,6 +329,8 @@ class Attention(nnx.Module):
         self.out = Dense((joined, width), axes=("joined_kv", "embed"), std=joined**-0.5, dtype=config.dtype, rngs=rngs)
         self.heads = (config.num_heads, config.head_dim)
 
+    prefix: Any = None  # of adapters.py: keys and values before those of the source
+
     def __call__(
         self,
         x_BTD: Float[Array, "B T D"],
@@ -272,18 +339,23 @@ class Attention(nnx.Module):
         bias: Float[Array, "H T S"] | None,
         segments: tuple[Int[Array, "B T"], Int[Array, "B S"]],
         causal: bool,
-        dropout: _Dropout,
+        dropout: Dropout,
     ) -> Float[Array, "B T D"]:
         """Attention of `x` over `source`, within segments."""
         axes = ("batch", "length", "activation_heads", None)
         q_BTHK, k_BSHK, v_BSHK = (
-            _keep("projected", constrain(kernel(x, split=self.heads), axes))
+            _keep("projected", constrain(kernel(x, split=self.heads, dropout=dropout), axes))
             for kernel, x in ((self.query, x_BTD), (self.key, source_BSD), (self.value, source_BSD))
         )
+        before = 0
+        if self.prefix is not None:
+            k_BSHK, v_BSHK = self.prefix.before(k_BSHK, v_BSHK)
+            before = k_BSHK.shape[1] - source_BSD.shape[1]
         # A weight's mask is shared by all queries (as T5X and Mesh TensorFlow trained T5): the same as masking the
         # value, without a pass over the weights.
-        y_BTHK = attention.attend(q_BTHK, k_BSHK, dropout(v_BSHK, shared=-1), bias, segments, causal=causal)
-        return self.out(y_BTHK, contract=2)
+        v_BSHK = dropout(v_BSHK, shared=-1)
+        y_BTHK = attention.attend(q_BTHK, k_BSHK, v_BSHK, bias, segments, causal=causal, prefix=before)
+        return self.out(y_BTHK, contract=2, dropout=dropout)
 
 
 class MLP(nnx.Module):
@@ -300,10 +372,12 @@ class MLP(nnx.Module):
         self.wo = Dense((hidden, width), axes=("mlp", "embed"), std=hidden**-0.5, dtype=dtype, rngs=rngs)
         self.activations = config.mlp_activations
 
-    def __call__(self, x_BTD: Float[Array, "B T D"], *, dropout: _Dropout) -> Float[Array, "B T D"]:
+    def __call__(self, x_BTD: Float[Array, "B T D"], *, dropout: Dropout) -> Float[Array, "B T D"]:
         axes = ("batch", "length", "activation_mlp")
-        branches = tuple(_keep("projected", constrain(getattr(self, name)(x_BTD), axes)) for name in self.names)
-        return self.wo(dropout(_gated(branches, self.activations)))
+        branches = tuple(
+            _keep("projected", constrain(getattr(self, name)(x_BTD, dropout=dropout), axes)) for name in self.names
+        )
+        return self.wo(dropout(_gated(branches, self.activations)), dropout=dropout)
 
 
 @functools.partial(jax.checkpoint, static_argnums=1)
@@ -319,6 +393,9 @@ def _gated(branches: tuple[Float[Array, "B T F"], ...], activations: tuple[str, 
 class EncoderLayer(nnx.Module):
     """Self-attention, then MLP, each normed before and added to its input."""
 
+    attention_adapter: Any = None  # of adapters.py: after each of the two
+    mlp_adapter: Any = None
+
     def __init__(self, config: T5Config, *, rngs: nnx.Rngs) -> None:
         if config.relative_attention_bias == "per_layer":
             self.relpos_bias = RelativePositionBias(config, bidirectional=True, rngs=rngs)
@@ -333,7 +410,7 @@ class EncoderLayer(nnx.Module):
         *,
         bias: Float[Array, "H S S"] | None,
         segments_BS: Int[Array, "B S"],
-        dropout: _Dropout,
+        dropout: Dropout,
     ) -> Float[Array, "B S D"]:
         """`bias` is the stack's; None where every layer has its own."""
         y_BSD = self.pre_attention_layer_norm(x_BSD)
@@ -344,12 +421,17 @@ class EncoderLayer(nnx.Module):
             causal=False,
             dropout=dropout,
         )
-        x_BSD = _residual(x_BSD, dropout(y_BSD))
-        return _residual(x_BSD, dropout(self.mlp(self.pre_mlp_layer_norm(x_BSD), dropout=dropout)))
+        x_BSD = _residual(x_BSD, _adapted(dropout(y_BSD), self.attention_adapter))
+        y_BSD = self.mlp(self.pre_mlp_layer_norm(x_BSD), dropout=dropout)
+        return _residual(x_BSD, _adapted(dropout(y_BSD), self.mlp_adapter))
 
 
 class DecoderLayer(nnx.Module):
     """Causal self-attention, attention over the encoder's output, then MLP."""
+
+    self_attention_adapter: Any = None  # of adapters.py: after each of the three
+    encoder_decoder_attention_adapter: Any = None
+    mlp_adapter: Any = None
 
     def __init__(self, config: T5Config, *, rngs: nnx.Rngs) -> None:
         if config.relative_attention_bias == "per_layer":
@@ -369,7 +451,7 @@ class DecoderLayer(nnx.Module):
         bias: Float[Array, "H T T"] | None,
         segments_BT: Int[Array, "B T"],
         encoder_segments_BS: Int[Array, "B S"],
-        dropout: _Dropout,
+        dropout: Dropout,
     ) -> Float[Array, "B T D"]:
         """`bias` is the stack's; None where every layer has its own."""
         y_BTD = self.pre_self_attention_layer_norm(x_BTD)
@@ -380,7 +462,7 @@ class DecoderLayer(nnx.Module):
             causal=True,
             dropout=dropout,
         )
-        x_BTD = _residual(x_BTD, dropout(y_BTD))
+        x_BTD = _residual(x_BTD, _adapted(dropout(y_BTD), self.self_attention_adapter))
         y_BTD = self.encoder_decoder_attention(
             *(self.pre_cross_attention_layer_norm(x_BTD), encoded_BSD),
             bias=None,
@@ -388,8 +470,13 @@ class DecoderLayer(nnx.Module):
             causal=False,
             dropout=dropout,
         )
-        x_BTD = _residual(x_BTD, dropout(y_BTD))
-        return _residual(x_BTD, dropout(self.mlp(self.pre_mlp_layer_norm(x_BTD), dropout=dropout)))
+        x_BTD = _residual(x_BTD, _adapted(dropout(y_BTD), self.encoder_decoder_attention_adapter))
+        y_BTD = self.mlp(self.pre_mlp_layer_norm(x_BTD), dropout=dropout)
+        return _residual(x_BTD, _adapted(dropout(y_BTD), self.mlp_adapter))
+
+
+def _adapted(y_BTD: Float[Array, "B T D"], adapter: Any) -> Float[Array, "B T D"]:
+    return y_BTD if adapter is None else adapter(y_BTD)
 
 
 def _own_bias(
@@ -445,10 +532,10 @@ class Encoder(nnx.Module):
         *,
         dropout_key: Key[Array, ""] | None,
     ) -> Float[Array, "B S D"]:
-        dropout = _Dropout(self.dropout_rate, dropout_key)
+        dropout = Dropout(self.dropout_rate, dropout_key)
         bias = _shared_bias(self, x_BSD.shape[1])
 
-        def call(layer: EncoderLayer, x_BSD: Array, dropout: _Dropout) -> Array:
+        def call(layer: EncoderLayer, x_BSD: Array, dropout: Dropout) -> Array:
             return layer(x_BSD, bias=bias, segments_BS=segment_ids_BS, dropout=dropout)
 
         x_BSD = _through(self, dropout(x_BSD), call, dropout_key=dropout_key)
@@ -475,10 +562,10 @@ class Decoder(nnx.Module):
         encoder_segment_ids_BS: Int[Array, "B S"],
         dropout_key: Key[Array, ""] | None,
     ) -> Float[Array, "B T D"]:
-        dropout = _Dropout(self.dropout_rate, dropout_key)
+        dropout = Dropout(self.dropout_rate, dropout_key)
         bias = _shared_bias(self, x_BTD.shape[1])
 
-        def call(layer: DecoderLayer, x_BTD: Array, dropout: _Dropout) -> Array:
+        def call(layer: DecoderLayer, x_BTD: Array, dropout: Dropout) -> Array:
             return layer(
                 *(x_BTD, encoded_BSD),
                 bias=bias,
@@ -499,7 +586,7 @@ def _shared_bias(stack: Encoder | Decoder, length: int) -> Float[Array, "H T T"]
 def _through(
     stack: Encoder | Decoder,
     x: Float[Array, "B T D"],
-    call: Callable[[Any, Array, _Dropout], Array],
+    call: Callable[[Any, Array, Dropout], Array],
     *,
     dropout_key: Key[Array, ""] | None,
 ) -> Float[Array, "B T D"]:
@@ -511,7 +598,7 @@ def _through(
 
     def one(x: Array, of_layer: tuple[Any, Any]) -> tuple[Array, None]:
         parameters, key = of_layer
-        return call(nnx.merge(structure, parameters), x, _Dropout(stack.dropout_rate, key)), None
+        return call(nnx.merge(structure, parameters), x, Dropout(stack.dropout_rate, key)), None
 
     if stack.remat != "none":
         # A scan's loop keeps the compiler from undoing the recomputation by itself.
@@ -523,6 +610,21 @@ def _through(
     return x
 
 
+def with_noise(
+    x_BTD: Float[Array, "B T D"], segments_BT: Int[Array, "B T"], *, alpha: float, key: Key[Array, ""]
+) -> Float[Array, "B T D"]:
+    """NEFTune (arXiv 2310.05914): `x` plus uniform noise within `alpha / sqrt(L * D)`, and none on padding (segment 0).
+
+    L is the number of tokens of the example a token belongs to, not of the row: the noise of an example is the same
+    distribution whatever it is packed or padded with. (Hugging Face's takes the padded length.)
+    """
+    same_BTT = segments_BT[:, :, None] == segments_BT[:, None, :]
+    length_BT = jnp.sum(same_BTT, axis=-1).astype(jnp.float32)
+    bound_BT = jnp.where(segments_BT > 0, alpha / jnp.sqrt(length_BT * x_BTD.shape[-1]), 0.0)
+    noise_BTD = jax.random.uniform(jax.random.fold_in(key, _NOISE), x_BTD.shape, jnp.float32, -1.0, 1.0)
+    return x_BTD + (noise_BTD * bound_BT[..., None]).astype(x_BTD.dtype)
+
+
 def source_segments(tokens_BS: Int[Array, "B S"]) -> Int[Array, "B S"]:
     """Segment ids of unpacked source rows: 1 on tokens, 0 on padding (token id 0)."""
     return (tokens_BS > 0).astype(jnp.int32)
@@ -530,6 +632,8 @@ def source_segments(tokens_BS: Int[Array, "B S"]) -> Int[Array, "B S"]:
 
 class T5(nnx.Module):
     """Encoder-decoder student. `model(source, target_in)` is `decode(encode(source), target_in)`."""
+
+    prompt: Any = None  # of adapters.py: vectors before the embedded source
 
     def __init__(self, config: T5Config, *, rngs: nnx.Rngs) -> None:
         self.config = config
@@ -599,8 +703,19 @@ class T5(nnx.Module):
         segment_ids: Int[Array, "B S"],
         dropout_key: Key[Array, ""] | None = None,
     ) -> Float[Array, "B S D"]:
+        """The encoded source; before it, where there is a prompt, what became of that: `attended_segments`."""
         x_BSD = self.token_embedder(encoder_input_tokens)
-        return self.encoder(x_BSD, segment_ids, dropout_key=dropout_key)
+        if self.config.neftune_alpha and dropout_key is not None:
+            x_BSD = with_noise(x_BSD, segment_ids, alpha=self.config.neftune_alpha, key=dropout_key)
+        if self.prompt is not None:
+            x_BSD = self.prompt.before(x_BSD)
+        return self.encoder(x_BSD, self.attended_segments(segment_ids), dropout_key=dropout_key)
+
+    def attended_segments(self, segment_ids: Int[Array, "B S"]) -> Int[Array, "B P"]:
+        """Segment ids of what the encoder gives: those of the source, after a prompt's."""
+        if self.prompt is None:
+            return segment_ids
+        return jnp.pad(segment_ids, ((0, 0), (self.prompt.length, 0)), constant_values=1)
 
     def decode(
         self,
@@ -611,20 +726,28 @@ class T5(nnx.Module):
         decoder_segment_ids: Int[Array, "B T"] | None = None,
         dropout_key: Key[Array, ""] | None = None,
     ) -> Float[Array, "B T D"]:
+        """Decoder states; `encoder_segment_ids` are those of the source, as `encode` had them."""
+        x_BTD = self.token_embedder(decoder_input_tokens)
+        if self.config.neftune_decoder_alpha and dropout_key is not None:
+            # Without segments padding is not told apart but by its id, which a target also begins with.
+            begins = (jnp.arange(x_BTD.shape[1]) == 0)[None, :]
+            found = (decoder_input_tokens > 0) | begins if decoder_segment_ids is None else decoder_segment_ids
+            alpha = self.config.neftune_decoder_alpha
+            x_BTD = with_noise(x_BTD, found.astype(jnp.int32), alpha=alpha, key=dropout_key)
         if decoder_segment_ids is None:
             decoder_segment_ids = jnp.ones_like(decoder_input_tokens)
         return self.decoder(
-            self.token_embedder(decoder_input_tokens),
+            x_BTD,
             encoded_BSD,
             segment_ids_BT=decoder_segment_ids,
-            encoder_segment_ids_BS=encoder_segment_ids,
+            encoder_segment_ids_BS=self.attended_segments(encoder_segment_ids),
             dropout_key=dropout_key,
         )
 
     def logits(self, y_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Decoder states to float32 logits."""
         y_BTD, kernel_DV = self.projection(y_BTD)
-        return constrain(_matmul(y_BTD, kernel_DV, dtype=jnp.float32), ("batch", "length", "activation_vocab"))
+        return constrain(matmul(y_BTD, kernel_DV, dtype=jnp.float32), ("batch", "length", "activation_vocab"))
 
     def projection(self, y_BTD: Float[Array, "B T D"]) -> tuple[Float[Array, "B T D"], Float[Array, "D V"]]:
         """What logits are the product of; a tied table is scaled by D^-0.5 (Mesh TensorFlow's convention)."""
@@ -687,10 +810,19 @@ UNROLLED = Execution(layers="unrolled", remat="none")
 
 
 def abstract(
-    config: T5Config, *, execution: Execution = UNROLLED
+    config: T5Config, *, execution: Execution = UNROLLED, change: Callable[[T5], None] = lambda model: None
 ) -> tuple[Structure, dict[str, jax.ShapeDtypeStruct], dict[str, tuple[str, ...]]]:
-    """Structure, shapes and logical axes of every parameter, without computing any; stacked if layers are scanned."""
-    model = nnx.eval_shape(lambda: T5(config, rngs=nnx.Rngs(0)))
+    """Structure, shapes and logical axes of every parameter, without computing any; stacked if layers are scanned.
+
+    `change` may put something on the model, or in the place of something, before its parameters are looked at.
+    """
+
+    def build() -> T5:
+        model = T5(config, rngs=nnx.Rngs(0))
+        change(model)
+        return model
+
+    model = nnx.eval_shape(build)
     _, state = nnx.split(model, nnx.Param)
     shapes, axes = {}, {}
     for path, leaf in nnx.to_flat_state(state):

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import logging
 import math
@@ -17,11 +18,13 @@ import tqdm
 from jaxtyping import Array, Float
 
 from sbs_jax import (
+    adapters,
     checkpoints,
     datasets,
     evaluate,
     failures,
     features,
+    frozen,
     hosts,
     losses,
     partitioning,
@@ -34,6 +37,9 @@ from sbs_jax import (
 )
 
 log = logging.getLogger(__name__)
+
+
+MEMORIES = ("device", "pinned_host")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,6 +67,8 @@ class TrainConfig:
     execution: t5.Execution
     layout: partitioning.Layout
     initial_checkpoint_path: str | None
+    tuning: adapters.Tuning | None  # what is trained; None: everything
+    optimizer_memory: str  # where the optimiser's state lives between updates, of MEMORIES
     # Periods in steps.
     log_period: int
     eval_period: int
@@ -112,6 +120,15 @@ class TrainConfig:
                 "TrainConfig.optimizer must be an optimiser's constructor (gin: @optax.adamw) and learning_rate a "
                 f"schedule (gin: @optax.constant_schedule()); got {self.optimizer!r} and {self.learning_rate!r}."
             )
+        if self.optimizer_memory not in MEMORIES:
+            raise ValueError(
+                f"TrainConfig.optimizer_memory is {self.optimizer_memory!r}; expected one of {', '.join(MEMORIES)}."
+            )
+        if self.pack and self.tuning is not None and self.tuning.prompt is not None:
+            raise ValueError(
+                "A prompt stands before each example, and packed rows hold several: set PACK = False, or take prefix "
+                "tuning, whose keys all examples of a row see."
+            )
         self.gradient_transformation()  # a wrong optimiser argument fails here, before any compile
 
     def gradient_transformation(self) -> optax.GradientTransformation:
@@ -141,12 +158,13 @@ def rsqrt_schedule(*, peak: float, warmup_steps: int) -> optax.Schedule:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """What an update changes."""
+    """What an update changes, and what it leaves alone."""
 
     step: Any  # int32 scalar, the number of updates made, or left out because they were not finite
-    parameters: Any  # t5.Parameters, or the same tree of shapes or shardings
+    parameters: Any  # t5.Parameters that are trained, or the same tree of shapes or shardings
     optimizer: Any
     skipped: Any  # int32 scalar, how many of them were left out
+    frozen: Any = dataclasses.field(default_factory=dict)  # the other t5.Parameters
 
 
 Batch = dict[str, Any]  # arrays, or their shapes
@@ -162,13 +180,17 @@ def loss_and_gradients(
     micro_batches: int,
     vocabulary_chunks: int,
     dropout_key: jax.Array,
+    frozen: t5.Parameters | None = None,
 ) -> tuple[Float[Array, ""], dict[int, losses.TaskSums], t5.Parameters]:
-    """Loss of a global batch, sums per task, and gradients; the same however the batch is cut into micro-batches."""
+    """Loss of a global batch, sums per task, and gradients; the same however the batch is cut into micro-batches.
+
+    `parameters` and `frozen` together are all that the model has; gradients are of `parameters` alone.
+    """
     # Over the whole batch, before it is cut: see losses.py.
     weights = losses.token_weights(batch["decoder_task_ids"], alpha=alpha)
 
     def loss_of(parameters: t5.Parameters, rows: Batch, index: jax.Array):
-        model = t5.join(structure, parameters)
+        model = t5.join(structure, {**(frozen or {}), **parameters})
         states = model.states(
             rows["encoder_input_tokens"],
             rows["decoder_input_tokens"],
@@ -227,6 +249,7 @@ def train_step(
         micro_batches=config.micro_batches,
         vocabulary_chunks=config.vocabulary_chunks,
         dropout_key=jax.random.fold_in(jax.random.key(config.seed), state.step),
+        frozen=state.frozen,
     )
     norm = optax.tree.norm(gradients)
     if config.clip_norm is not None:
@@ -246,7 +269,7 @@ def train_step(
     for task, name in losses.TASK_NAMES.items():
         metrics |= sums[task].means(name)
     step = state.step + (skipped <= config.skip_non_finite)
-    return TrainState(step, parameters, optimizer_state, skipped), metrics
+    return TrainState(step, parameters, optimizer_state, skipped, state.frozen), metrics
 
 
 def _cut(batch: Batch, pieces: int) -> Batch:
@@ -260,11 +283,13 @@ class Trainer:
 
     partitioner: partitioning.Partitioner
     abstract: TrainState  # shapes with shardings, as held in memory
-    saved: TrainState  # the same as on disk, where every layer has arrays of its own
+    saved: TrainState  # the same where every layer has arrays of its own: as on disk, but for what is frozen
     batch: Batch  # the same, of one global batch
     step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
-    unstacked: Callable[[TrainState], TrainState]  # from memory to disk
-    stacked: Callable[[TrainState], TrainState]  # and back
+    unstacked: Callable[[TrainState], TrainState]  # from memory to disk, without what is frozen
+    stacked: Callable[[TrainState], TrainState]  # and back, with it
+    parameters: Callable[[TrainState], t5.Parameters]  # all of them, every layer's by itself
+    structure: t5.Structure  # of a model that has them
 
 
 def prepare(config: TrainConfig, *, devices: Sequence[Any] | None = None) -> Trainer:
@@ -277,20 +302,34 @@ def prepare(config: TrainConfig, *, devices: Sequence[Any] | None = None) -> Tra
     optimizer = config.gradient_transformation()
 
     def placed(execution: t5.Execution, optimizer: optax.GradientTransformation) -> tuple[t5.Structure, TrainState]:
-        structure, shapes, axes = t5.abstract(config.model, execution=execution)
+        adapted = adapters.abstract(config.model, config.tuning, execution=execution)
+        trained, rest = adapted.parts(adapted.shapes)
         number = jax.ShapeDtypeStruct((), jnp.int32)
-        state = TrainState(number, shapes, jax.eval_shape(optimizer.init, shapes), number)
-        return structure, partitioner.placed(state, parameters=shapes, axes=axes)
+        state = TrainState(number, trained, jax.eval_shape(optimizer.init, trained), number, rest)
+        state = partitioner.placed(state, parameters=adapted.shapes, axes=adapted.axes)
+        return adapted.structure, dataclasses.replace(state, optimizer=_in_memory(state.optimizer, config))
 
     structure, abstract = placed(config.execution, optimizer)
     if config.execution.layers == "scanned":
-        _, saved = placed(t5.UNROLLED, config.optimizer(learning_rate=config.learning_rate))
-        unstacked = jax.jit(stacking.unstack, out_shardings=_shardings(saved))
+        saved_structure, saved = placed(t5.UNROLLED, config.optimizer(learning_rate=config.learning_rate))
+        unstack = jax.jit(stacking.unstack, out_shardings=_shardings(dataclasses.replace(saved, frozen={})))
+        unstack_all = jax.jit(stacking.unstack, out_shardings=_shardings({**saved.frozen, **saved.parameters}))
         stacked = jax.jit(stacking.stack, out_shardings=_shardings(abstract))
     else:
-        saved, unstacked, stacked = abstract, _as_it_is, _as_it_is
+        saved_structure, saved = structure, abstract
+        unstack = unstack_all = stacked = _as_it_is
+
+    def unstacked(state: TrainState) -> TrainState:
+        return unstack(dataclasses.replace(state, frozen={}))
+
+    def parameters(state: TrainState) -> t5.Parameters:
+        return unstack_all({**state.frozen, **state.parameters})
+
+    on_device = jax.tree.map(lambda leaf: leaf.sharding.with_memory_kind("device"), abstract.optimizer)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+        if config.optimizer_memory != "device":
+            state = dataclasses.replace(state, optimizer=jax.device_put(state.optimizer, on_device))
         with partitioner.constraining():
             return train_step(state, batch, structure=structure, config=config, optimizer=optimizer)
 
@@ -307,15 +346,29 @@ def prepare(config: TrainConfig, *, devices: Sequence[Any] | None = None) -> Tra
             config.task_feature_lengths, batch_size=config.batch_size, pack=config.pack
         ).items()
     }
-    return Trainer(partitioner, abstract, saved, batch, compiled, unstacked, stacked)
+    return Trainer(partitioner, abstract, saved, batch, compiled, unstacked, stacked, parameters, saved_structure)
+
+
+def _in_memory(optimizer: Any, config: TrainConfig) -> Any:
+    """The optimiser's abstract state in the memory that is asked for; its step counts and the like stay on the device."""
+    if config.optimizer_memory == "device":
+        return optimizer
+
+    def one(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        sharding: Any = leaf.sharding
+        if leaf.ndim == 0:
+            return leaf
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding.with_memory_kind(config.optimizer_memory))
+
+    return jax.tree.map(one, optimizer)
 
 
 def _shardings(abstract: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf.sharding, abstract)
 
 
-def _as_it_is(state: TrainState) -> TrainState:
-    return state
+def _as_it_is(tree: Any) -> Any:
+    return tree
 
 
 def _check_divisible(config: TrainConfig, partitioner: partitioning.Partitioner) -> None:
@@ -338,16 +391,38 @@ def _check_divisible(config: TrainConfig, partitioner: partitioning.Partitioner)
         )
 
 
-def initial_state(config: TrainConfig, trainer: Trainer) -> TrainState:
+def initial_state(config: TrainConfig, trainer: Trainer, *, base: frozen.Base | None = None) -> TrainState:
     """Fresh parameters from the seed, or those of `initial_checkpoint_path`; optimiser at zero; step 0."""
     saved = _shardings(trainer.saved)
-    if config.initial_checkpoint_path is None:
+    if config.tuning is not None:
+        base = base or base_of(config, trainer)
+        model = {**base.frozen, **base.trained}
+        new = {name: sharding for name, sharding in saved.parameters.items() if name not in base.trained}
+        put_on = functools.partial(
+            *(adapters.initial, config.model, config.tuning), structure=trainer.structure, seed=config.seed
+        )
+        parameters = base.trained | jax.jit(lambda base: put_on(base=base), out_shardings=new)(model)
+    elif config.initial_checkpoint_path is None:
         parameters = jax.jit(lambda: t5.init(config.model, seed=config.seed)[1], out_shardings=saved.parameters)()
     else:
         parameters = checkpoints.load_parameters(config.initial_checkpoint_path, like=trainer.saved.parameters)
     optimizer = config.optimizer(learning_rate=config.learning_rate)
     state = jax.jit(optimizer.init, out_shardings=saved.optimizer)(parameters)
-    return trainer.stacked(TrainState(_number(0, saved.step), parameters, state, _number(0, saved.skipped)))
+    zero = _number(0, saved.step)
+    return trainer.stacked(TrainState(zero, parameters, state, _number(0, saved.skipped), base.frozen if base else {}))
+
+
+def base_of(config: TrainConfig, trainer: Trainer) -> frozen.Base:
+    """What a run with a tuning begins from, as it is held: read anew at every start, since no checkpoint has it."""
+    assert config.tuning is not None
+    return frozen.load(
+        config.model,
+        config.tuning,
+        path=config.initial_checkpoint_path,
+        seed=config.seed,
+        like={**trainer.saved.frozen, **trainer.saved.parameters},
+        partitioner=trainer.partitioner,
+    )
 
 
 def _number(value: int, sharding: Any) -> jax.Array:
@@ -369,6 +444,7 @@ def train(config: TrainConfig, *, config_text: str, accept_changes: bool = False
     _check_vocabulary(config)
     hosts.agree({"data": _data_text(config, data)})
     trainer = prepare(config)
+    base = None if config.tuning is None else base_of(config, trainer)
     manifest = _manifest(config, data=data, trainer=trainer)
     with contextlib.ExitStack() as stack:
         stack.enter_context(preemption.listening())
@@ -381,9 +457,9 @@ def train(config: TrainConfig, *, config_text: str, accept_changes: bool = False
         if start:
             log.info("Resuming at step %d of %d.", start, config.train_steps)
             restored = saver.restore(start, parameters=trainer.saved.parameters, optimizer=trainer.saved.optimizer)
-            state, metadata = state_of(restored, trainer), restored.metadata
+            state, metadata = state_of(restored, trainer, base=base), restored.metadata
         else:
-            state = initial_state(config, trainer)
+            state = initial_state(config, trainer, base=base)
             metadata = {"lines": 0, "window": [], "evaluation_due": False}
         if start == config.train_steps and any(line["kind"] == "test" for line in run.metrics()):
             return _last_lines(run)
@@ -408,7 +484,7 @@ def train(config: TrainConfig, *, config_text: str, accept_changes: bool = False
             """False where the process is told to end meanwhile."""
             try:
                 with window.paused():
-                    result = evaluator.run(trainer.unstacked(state).parameters, before_batch=before_batch)
+                    result = evaluator.run(trainer.parameters(state), before_batch=before_batch)
             except preemption.PreemptedError:
                 return False
             run.write_predictions(f"{eval_task_name}-{step}", result.rows)
@@ -441,7 +517,7 @@ def train(config: TrainConfig, *, config_text: str, accept_changes: bool = False
             evaluation_due = step % config.eval_period == 0 or last
             save_due = step % config.checkpoint_period == 0 or evaluation_due or told
             if log_due or save_due:
-                skipped = _check_finite(config, window, state, trainer=trainer, run=run)
+                skipped = _check_finite(config, window, state, trainer=trainer, run=run, base=base)
             if log_due:
                 values = window.close() | {"learning_rate": float(np.asarray(config.learning_rate(step - 1 - skipped)))}
                 if config.skip_non_finite:
@@ -460,7 +536,7 @@ def train(config: TrainConfig, *, config_text: str, accept_changes: bool = False
                     "optimizer": saved.optimizer,
                     "metadata": {
                         "step": step,
-                        "model": dataclasses.asdict(config.model),
+                        **described(config, base),
                         "skipped": skipped,
                         "lines": run.lines,
                         "window": window.rows(),
@@ -476,7 +552,7 @@ def train(config: TrainConfig, *, config_text: str, accept_changes: bool = False
         progress.close()
         if config.evaluate_test:
             try:
-                _test(config, trainer, run, before_batch=before_batch)
+                _test(config, trainer, run, frozen=trainer.parameters(state), before_batch=before_batch)
             except preemption.PreemptedError:
                 leave()
         run.flush()
@@ -509,7 +585,7 @@ def _evaluator(config: TrainConfig, trainer: Trainer, *, split: str) -> evaluate
     return evaluate.Evaluator(
         task_name=graded_task(config),
         split=split,
-        structure=t5.abstract(config.model)[0],
+        structure=trainer.structure,
         partitioner=trainer.partitioner,
         task_feature_lengths=config.task_feature_lengths,
         batch_size=config.eval_batch_size,
@@ -517,11 +593,18 @@ def _evaluator(config: TrainConfig, trainer: Trainer, *, split: str) -> evaluate
     )
 
 
-def _test(config: TrainConfig, trainer: Trainer, run: run_dir.RunDir, *, before_batch: Callable[[], None]) -> None:
-    """Grades the best checkpoint on test."""
+def _test(
+    config: TrainConfig,
+    trainer: Trainer,
+    run: run_dir.RunDir,
+    *,
+    frozen: t5.Parameters,
+    before_batch: Callable[[], None],
+) -> None:
+    """Grades the best checkpoint on test; what it has not is among `frozen`."""
     step = hosts.from_first(lambda: checkpoints.best_step(run.path))
     parameters = checkpoints.load_parameters(run.path / "checkpoints" / str(step), like=trainer.saved.parameters)
-    result = _evaluator(config, trainer, split=datasets.TEST).run(parameters, before_batch=before_batch)
+    result = _evaluator(config, trainer, split=datasets.TEST).run({**frozen, **parameters}, before_batch=before_batch)
     run.write_predictions(f"{graded_task(config)}-test-{step}", result.rows)
     run.log("test", step, result.metrics)
 
@@ -546,13 +629,15 @@ def _manifest(config: TrainConfig, *, data: dict[str, Any], trainer: Trainer) ->
                 log.warning("%s, %s: sequences longer than the feature lengths are cut: %s", task, split, counts)
     parameters = {
         name: {"shape": leaf.shape, "dtype": str(leaf.dtype), "spec": str(leaf.sharding.spec)}
-        for name, leaf in trainer.saved.parameters.items()
+        for name, leaf in {**trainer.saved.frozen, **trainer.saved.parameters}.items()
     }
-    total = sum(math.prod(leaf.shape) for leaf in trainer.saved.parameters.values())
+    total = sum(math.prod(leaf.shape) for leaf in t5.abstract(config.model)[1].values())
     partitioner = trainer.partitioner
     devices = [str(device) for device in partitioner.mesh.devices.flat]
     log.info("Devices: %s; mesh %s.", ", ".join(devices), partitioner.sizes)
     log.info("Parameters: %s in %d arrays.", f"{total:,}", len(parameters))
+    if config.tuning is not None:
+        log.info("%s", adapters.summary(trainer.saved.parameters, trainer.saved.frozen, total=total))
     log.info("Data: %s", {name: split["counts"] for name, split in data["splits"].items()})
     return {
         "data": data,
@@ -572,15 +657,26 @@ def _manifest(config: TrainConfig, *, data: dict[str, Any], trainer: Trainer) ->
     }
 
 
-def state_of(restored: checkpoints.Restored, trainer: Trainer) -> TrainState:
-    """The state that a checkpoint holds, as it is held in memory."""
+def described(config: TrainConfig, base: frozen.Base | None) -> dict[str, Any]:
+    """What a checkpoint's metadata say of the student."""
+    model = {"model": dataclasses.asdict(config.model)}
+    if config.tuning is None or base is None:
+        return model
+    return model | {"tuning": dataclasses.asdict(config.tuning), "base": base.identity}
+
+
+def state_of(restored: checkpoints.Restored, trainer: Trainer, *, base: frozen.Base | None = None) -> TrainState:
+    """The state that a checkpoint holds, as it is held in memory. ValueError where it belongs to another base."""
     saved = trainer.saved
+    if base is not None:
+        frozen.check(base.identity, restored.metadata["base"], owner=f"The checkpoint of step {restored.step}")
     return trainer.stacked(
         TrainState(
             _number(restored.step, saved.step.sharding),
             restored.parameters,
             restored.optimizer,
             _number(restored.metadata["skipped"], saved.skipped.sharding),
+            base.frozen if base else {},
         )
     )
 
@@ -685,7 +781,13 @@ def _is_finite(row: Mapping[str, float]) -> bool:
 
 
 def _check_finite(
-    config: TrainConfig, window: _Window, state: TrainState, *, trainer: Trainer, run: run_dir.RunDir
+    config: TrainConfig,
+    window: _Window,
+    state: TrainState,
+    *,
+    trainer: Trainer,
+    run: run_dir.RunDir,
+    base: frozen.Base | None,
 ) -> int:
     """The number of updates left out so far. FloatingPointError where they are too many, after saving the evidence."""
     rows = window.rows()
@@ -704,7 +806,7 @@ def _check_finite(
     saved = trainer.unstacked(state)
     retention = checkpoints.Retention(newest=1, best=0, period=None)
     with checkpoints.Checkpoints(folder, retention=retention, scores={}) as saver:
-        metadata = {"step": step - 1, "model": dataclasses.asdict(config.model), "skipped": skipped - 1}
+        metadata = {"step": step - 1, **described(config, base), "skipped": skipped - 1}
         saver.finish(step - 1, parameters=saved.parameters, optimizer=saved.optimizer, metadata=metadata, patience=0.0)
     bad = [name for name in ("loss", "gradient_norm") if not math.isfinite(rows[first][name])]
     left_out = f" after {config.skip_non_finite} steps left out for it" if config.skip_non_finite else ""

@@ -260,7 +260,7 @@ def test_dropout_needs_a_key_keeps_the_mean_and_repeats_with_the_key():
     np.testing.assert_array_equal(noisy[0], noisy[1])
     assert not np.allclose(noisy[0], noisy[2])
     x = jnp.ones((64, 1, 512))
-    kept = t5._Dropout(0.25, jax.random.key(0))(x)
+    kept = t5.Dropout(0.25, jax.random.key(0))(x)
     assert abs(float(kept.mean()) - 1.0) < 0.02
     assert np.unique(np.asarray(kept)).tolist() == pytest.approx([0.0, 4 / 3])
 

@@ -110,6 +110,8 @@ def config(model_dir: Path, records_dir: Path, **changes) -> train.TrainConfig:
         "vocabulary_chunks": 1,
         "layout": partitioning.DATA_PARALLEL,
         "initial_checkpoint_path": None,
+        "tuning": None,
+        "optimizer_memory": "device",
         "log_period": 2,
         "eval_period": 3,
         "checkpoint_period": 3,

@@ -259,6 +259,11 @@ def parameters(config: t5.T5Config) -> dict[str, jax.ShapeDtypeStruct]:
     return dict(_parameters(config))
 
 
+def of_array(array: np.ndarray) -> LazyArray:
+    """An array that is in memory, as one to be read."""
+    return LazyArray(array.shape, array.dtype, lambda index: array[index])
+
+
 def size(shapes: Mapping[str, jax.ShapeDtypeStruct]) -> int:
     """Number of numbers."""
     return sum(math.prod(leaf.shape) for leaf in shapes.values())

@@ -74,13 +74,13 @@ def _lowerings(config: train.TrainConfig, trainer: train.Trainer) -> dict[str, C
 
     def generation(length: int) -> Callable[[], jax.stages.Lowered]:
         generator = evaluate.Generator(
-            t5.abstract(config.model)[0],
+            trainer.structure,
             partitioner=trainer.partitioner,
             batch_size=config.eval_batch_size,
             length=length,
         )
         source_length = config.task_feature_lengths["inputs"]
-        return lambda: generator.lower(trainer.saved.parameters, inputs=source_length)
+        return lambda: generator.lower({**trainer.saved.frozen, **trainer.saved.parameters}, inputs=source_length)
 
     step: Any = trainer.step  # jitted: it has `lower`
     return {
@@ -95,7 +95,7 @@ def _compiled(
 ) -> dict[str, Any]:
     """One step: memory, cycles, collectives, seconds that its compilation took."""
     start = time.monotonic()
-    held = {"parameters": _bytes_per_device(trainer.abstract.parameters)}
+    held = {"parameters": _bytes_per_device((trainer.abstract.parameters, trainer.abstract.frozen))}
     if step == TRAIN:
         held["batch"] = _bytes_per_device(trainer.batch)
     if step != GENERATION:  # evaluation happens while training: the optimiser's state stays where it is

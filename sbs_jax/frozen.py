@@ -1,0 +1,102 @@
+"""The base that adapters are trained on: read array by array, held as its `Tuning` says, told from another one."""
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sbs_jax import adapters, checkpoints, partitioning, t5
+from sbs_jax.convert import names
+
+
+@dataclasses.dataclass(frozen=True)
+class Base:
+    """A base's parameters as they are held: those that stay as they are, and those that are trained further.
+
+    `identity` is what a checkpoint of adapters keeps of it: {"path", "seed", "fingerprint"}.
+    """
+
+    frozen: t5.Parameters
+    trained: t5.Parameters
+    identity: dict[str, Any]
+
+
+def load(
+    config: t5.T5Config,
+    tuning: adapters.Tuning,
+    *,
+    path: str | None,
+    seed: int,
+    like: Mapping[str, jax.ShapeDtypeStruct],
+    partitioner: partitioning.Partitioner,
+) -> Base:
+    """The base from a checkpoint of any form, or fresh from a seed; on the shardings of `like`, which has every name.
+
+    One array after the other, so that no more than one is there in float32: the base of a quantised run may not fit
+    into memory as it is on disk.
+    """
+    adapted = adapters.abstract(config, tuning)
+    _, own, axes = t5.abstract(config)
+    whole = partitioner.placed(own, parameters=own, axes=axes)
+    read = _from_seed(config, seed, whole) if path is None else _from_checkpoint(path, whole)
+    held: t5.Parameters = {}
+    prints: dict[str, list[int]] = {}
+    for name in own:
+        array = read(name)
+        prints[name] = [int(x) for x in np.asarray(fingerprint(array))]
+        of = {each: like[each].sharding for each in like if each == name or each.rpartition("/")[0] == name}
+        hold = jax.jit(
+            lambda x, name=name: adapters.hold(name, x, shapes=adapted.shapes, form=tuning.base), out_shardings=of
+        )
+        held |= hold(array)
+        del array
+    trained, rest = adapted.parts(held)
+    digest = hashlib.sha256(repr(sorted(prints.items())).encode()).hexdigest()
+    return Base(rest, trained, {"path": path, "seed": None if path else seed, "fingerprint": digest})
+
+
+def check(found: Mapping[str, Any], expected: Mapping[str, Any], *, owner: str) -> None:
+    """ValueError where a base is not that which adapters were trained on."""
+    if found["fingerprint"] != expected["fingerprint"]:
+        raise ValueError(
+            f"{owner} has adapters of another base. They were trained on {described(expected)}, of fingerprint "
+            f"{expected['fingerprint'][:16]}; {described(found)} has {found['fingerprint'][:16]}. Give the base they "
+            "were trained on."
+        )
+
+
+def described(identity: Mapping[str, Any]) -> str:
+    return str(identity["path"]) if identity["path"] else f"parameters fresh from seed {identity['seed']}"
+
+
+def _from_seed(
+    config: t5.T5Config, seed: int, like: Mapping[str, jax.ShapeDtypeStruct]
+) -> Callable[[str], jax.Array]:
+    shardings = {name: leaf.sharding for name, leaf in like.items()}
+    return jax.jit(lambda: t5.init(config, seed=seed)[1], out_shardings=shardings)().pop
+
+
+def _from_checkpoint(path: str, like: Mapping[str, jax.ShapeDtypeStruct]) -> Callable[[str], jax.Array]:
+    kind = checkpoints.form(path)
+    if str(path).endswith(".npz"):
+        return checkpoints.load_parameters(path, like=like).pop
+    arrays = checkpoints.open_any(path, kind=kind).arrays
+    wanted = {name: tuple(leaf.shape) for name, leaf in like.items()}
+    names.check(path, {name: array.shape for name, array in arrays.items()}, wanted, kind=kind)
+    return lambda name: arrays[name].onto(like[name])
+
+
+@jax.jit
+def fingerprint(array: jax.Array) -> jax.Array:
+    """Two 32-bit sums of a float32 array's bits, each weighted by place: the same however it is cut over devices."""
+    bits = jax.lax.bitcast_convert_type(array.astype(jnp.float32), jnp.uint32)
+    place = jnp.zeros(bits.shape, jnp.uint32)
+    for axis in range(bits.ndim):
+        place = place * np.uint32(bits.shape[axis]) + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
+    # Odd factors, so that a change of any one bit changes both sums (Knuth's and xxHash's multipliers).
+    weights = [(place * np.uint32(factor)) ^ (place >> 15) | np.uint32(1) for factor in (2654435761, 2246822519)]
+    return jnp.stack([jnp.sum(bits * weight, dtype=jnp.uint32) for weight in weights])
