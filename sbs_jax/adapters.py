@@ -26,7 +26,7 @@ from sbs_jax import quantized, stacking, t5
 from sbs_jax.partitioning import gathered
 
 BASES = ("float32", "bfloat16", *quantized.FORMS)
-ALL_KERNELS = ("query", "key", "value", "out", "wi", "wi_0", "wi_1", "wo")
+ALL = (".*",)  # kernels of the layers: query, key, value, out, wi or wi_0 and wi_1, wo
 # Words that a prompt or prefix begins as are drawn from so many pieces of the vocabulary, the most frequent ones
 # (Lester et al., 2021), after padding, end and unknown.
 _WORDS = range(3, 5003)
@@ -120,7 +120,7 @@ class Biases:
     The only ones that T5 has, of relative positions, are trained with `Tuning.trained = (".*relpos_bias.*",)`.
     """
 
-    modules: Sequence[str] = ALL_KERNELS
+    modules: Sequence[str] = ALL
 
     def __post_init__(self) -> None:
         _check_patterns(self, "modules")
@@ -136,7 +136,7 @@ class Tuning:
     """
 
     base: str = "float32"
-    quantized: Sequence[str] = ALL_KERNELS
+    quantized: Sequence[str] = ALL
     trained: Sequence[str] = ()
     last_layers: int = 0
     lora: LoRA | None = None
@@ -195,17 +195,16 @@ def _check_patterns(owner: Any, *names: str) -> None:
 
 class LoRAModule(nnx.Module):
     def __init__(self, dense: t5.Dense, shape: tuple[int, int], *, lora: LoRA) -> None:
-        self.a = nnx.Param(jnp.zeros((shape[0], lora.rank), jnp.float32), axes=(dense.axes[0], "adapter"))
-        self.b = nnx.Param(jnp.zeros((lora.rank, shape[1]), jnp.float32), axes=("adapter", dense.axes[1]))
+        self.axes = ((dense.axes[0], "adapter"), ("adapter", dense.axes[1]))
+        self.a = nnx.Param(jnp.zeros((shape[0], lora.rank), jnp.float32), axes=self.axes[0])
+        self.b = nnx.Param(jnp.zeros((lora.rank, shape[1]), jnp.float32), axes=self.axes[1])
         self.scaling = lora.alpha / lora.rank
         self.rate = lora.dropout
 
-    def __call__(
-        self, x: Float[Array, "... I"], *, dtype: str, dropout: t5.Dropout | None
-    ) -> Float[Array, "... O"]:
+    def __call__(self, x: Float[Array, "... I"], *, dtype: str, dropout: t5.Dropout | None) -> Float[Array, "... O"]:
         if dropout is not None:
             x = dropout.at(self.rate, x)
-        a, b = (gathered(each[...].astype(dtype), each.axes) for each in (self.a, self.b))
+        a, b = (gathered(each[...].astype(dtype), axes) for each, axes in zip((self.a, self.b), self.axes, strict=True))
         return t5.matmul(t5.matmul(x, a), b) * self.scaling
 
     def matrix(self, in_scale: nnx.Param | None) -> Float[Array, "I O"]:
@@ -213,15 +212,20 @@ class LoRAModule(nnx.Module):
         return jnp.matmul(a, self.b[...], precision=jax.lax.Precision.HIGHEST) * self.scaling
 
 
+_DOWN, _UP = ("embed", "adapter"), ("adapter", "embed")
+
+
 class BottleneckModule(nnx.Module):
     def __init__(self, config: t5.T5Config, *, bottleneck: Bottleneck) -> None:
         width, narrow = config.emb_dim, bottleneck.width
-        self.down = nnx.Param(jnp.zeros((width, narrow), jnp.float32), axes=("embed", "adapter"))
-        self.up = nnx.Param(jnp.zeros((narrow, width), jnp.float32), axes=("adapter", "embed"))
+        self.down = nnx.Param(jnp.zeros((width, narrow), jnp.float32), axes=_DOWN)
+        self.up = nnx.Param(jnp.zeros((narrow, width), jnp.float32), axes=_UP)
         self.activation = bottleneck.activation
 
     def __call__(self, y_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        down, up = (gathered(each[...].astype(y_BTD.dtype), each.axes) for each in (self.down, self.up))
+        down, up = (
+            gathered(each[...].astype(y_BTD.dtype), axes) for each, axes in ((self.down, _DOWN), (self.up, _UP))
+        )
         return y_BTD + t5.matmul(t5.ACTIVATIONS[self.activation](t5.matmul(y_BTD, down)), up)
 
 
@@ -296,12 +300,17 @@ def put_on(model: t5.T5, tuning: Tuning) -> None:
 
 
 def _quantize(model: t5.T5, kernels: Mapping[str, t5.Dense], tuning: Tuning) -> None:
-    own = [pattern for pattern in tuning.quantized if _matches(pattern, "token_embedder")]
+    table = "token_embedder"
+    own = [
+        pattern
+        for pattern in tuning.quantized
+        if _matches(pattern, table) and not any(_matches(pattern, name) for name in kernels)
+    ]
     if own:
         tied = ", and the matrix of the logits" if model.config.logits_via_embedding else ""
         raise ValueError(
             f"Tuning.quantized has {own[0]!r}, the embedding table. It is looked up{tied}, and not quantised; it is "
-            f"held in bfloat16. Kernels of the layers can be: {', '.join(ALL_KERNELS)}."
+            f"held in bfloat16. Kernels of the layers can be: {', '.join(_ends(kernels))}."
         )
     for name in chosen(tuning.quantized, kernels, what="Tuning.quantized"):
         if _trains(tuning, f"{name}/kernel", model.config):
@@ -344,12 +353,16 @@ def chosen(patterns: Iterable[str], names: Collection[str], *, what: str) -> lis
     """The names that some pattern matches, in their order. ValueError for a pattern that matches none."""
     for pattern in patterns:
         if not any(_matches(pattern, name) for name in names):
-            ends = sorted({name.rpartition("/")[2] for name in names})
+            ends = _ends(names)
             raise ValueError(
                 f"{what} has {pattern!r}, which matches nothing.{_near(pattern, [*ends, *names])} There are "
                 f"{', '.join(ends)}, in full such as {next(iter(names), 'none')}."
             )
     return [name for name in names if any(_matches(pattern, name) for pattern in patterns)]
+
+
+def _ends(names: Iterable[str]) -> list[str]:
+    return sorted({name.rpartition("/")[2] for name in names})
 
 
 def _near(name: str, known: Iterable[str]) -> str:
@@ -402,7 +415,9 @@ def abstract(config: t5.T5Config, tuning: Tuning | None, *, execution: t5.Execut
 def _held(name: str, leaf: jax.ShapeDtypeStruct, tuning: Tuning) -> Any:
     """The type in which a frozen parameter is held: what is no large matrix stays in float32, as it weighs nothing."""
     is_matrix = leaf.ndim - stacking.is_stacked(name) >= 2 and not name.endswith("rel_embedding")
-    return jnp.dtype(jnp.bfloat16) if tuning.base != "float32" and is_matrix and leaf.dtype == jnp.float32 else leaf.dtype
+    return (
+        jnp.dtype(jnp.bfloat16) if tuning.base != "float32" and is_matrix and leaf.dtype == jnp.float32 else leaf.dtype
+    )
 
 
 def _is_new(name: str, own: Collection[str]) -> bool:

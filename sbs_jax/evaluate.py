@@ -12,7 +12,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sbs_jax import adapters, checkpoints, datasets, decoding, features, frozen, hosts, partitioning, records, run_dir, t5
+from sbs_jax import (
+    adapters,
+    checkpoints,
+    datasets,
+    decoding,
+    features,
+    frozen,
+    hosts,
+    partitioning,
+    records,
+    run_dir,
+    t5,
+)
 from tasks import metrics as grading
 
 log = logging.getLogger(__name__)

@@ -73,9 +73,7 @@ def described(identity: Mapping[str, Any]) -> str:
     return str(identity["path"]) if identity["path"] else f"parameters fresh from seed {identity['seed']}"
 
 
-def _from_seed(
-    config: t5.T5Config, seed: int, like: Mapping[str, jax.ShapeDtypeStruct]
-) -> Callable[[str], jax.Array]:
+def _from_seed(config: t5.T5Config, seed: int, like: Mapping[str, jax.ShapeDtypeStruct]) -> Callable[[str], jax.Array]:
     shardings = {name: leaf.sharding for name, leaf in like.items()}
     return jax.jit(lambda: t5.init(config, seed=seed)[1], out_shardings=shardings)().pop
 

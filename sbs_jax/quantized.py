@@ -115,13 +115,17 @@ class Kernel(nnx.Module):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _product(x: Array, parts: Parts, how: tuple[Any, ...]) -> Array:
     """`x` times the matrix. The backward pass computes the matrix again: kept, it would be the model in full size."""
+    return _multiplied(x, parts, how)
+
+
+def _multiplied(x: Array, parts: Parts, how: tuple[Any, ...]) -> Array:
     form, inner, outer, dtype = how
     kernel = dequantize(parts, form=form, dtype=dtype)
     return t5.matmul(x, kernel.reshape(*inner, *outer), contract=len(inner))
 
 
 def _forward(x: Array, parts: Parts, how: tuple[Any, ...]) -> tuple[Array, Parts]:
-    return _product(x, parts, how), parts
+    return _multiplied(x, parts, how), parts
 
 
 def _backward(how: tuple[Any, ...], parts: Parts, dy: Array) -> tuple[Array, None]:
@@ -129,7 +133,8 @@ def _backward(how: tuple[Any, ...], parts: Parts, dy: Array) -> tuple[Array, Non
     rows = dy.shape[: dy.ndim - len(outer)]
     # A barrier, or the compiler would share the matrix with the forward pass after all.
     parts = jax.lax.optimization_barrier(parts)
-    (dx,) = jax.linear_transpose(lambda x: _product(x, parts, how), jax.ShapeDtypeStruct((*rows, *inner), dtype))(dy)
+    like = jax.ShapeDtypeStruct((*rows, *inner), dtype)
+    (dx,) = jax.linear_transpose(lambda x: _multiplied(x, parts, how), like)(dy)
     return dx, None
 
 

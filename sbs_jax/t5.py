@@ -591,22 +591,26 @@ def _through(
     dropout_key: Key[Array, ""] | None,
 ) -> Float[Array, "B T D"]:
     """`x` through the layers of a stack, unrolled or scanned, each by `call(layer, x, dropout)`."""
-    stacked = not isinstance(stack.layers, nnx.List)
-    structure, first = nnx.split(stack.layers if stacked else stack.layers[0], nnx.Param)
-    count = jax.tree.leaves(first)[0].shape[0] if stacked else len(stack.layers)
-    keys = None if dropout_key is None else jax.random.split(jax.random.fold_in(dropout_key, 0), count)
 
-    def one(x: Array, of_layer: tuple[Any, Any]) -> tuple[Array, None]:
-        parameters, key = of_layer
-        return call(nnx.merge(structure, parameters), x, Dropout(stack.dropout_rate, key)), None
+    def of(structure: Structure) -> Callable[[Array, tuple[Any, Any]], tuple[Array, None]]:
+        def one(x: Array, of_layer: tuple[Any, Any]) -> tuple[Array, None]:
+            parameters, key = of_layer
+            return call(nnx.merge(structure, parameters), x, Dropout(stack.dropout_rate, key)), None
 
-    if stack.remat != "none":
+        if stack.remat == "none":
+            return one
         # A scan's loop keeps the compiler from undoing the recomputation by itself.
-        one = jax.checkpoint(one, policy=REMAT[stack.remat], prevent_cse=not stacked)
+        return jax.checkpoint(one, policy=REMAT[stack.remat], prevent_cse=not stacked)
+
+    stacked = not isinstance(stack.layers, nnx.List)
+    layers = [nnx.split(layer, nnx.Param) for layer in ([stack.layers] if stacked else stack.layers)]
+    count = jax.tree.leaves(layers[0][1])[0].shape[0] if stacked else len(layers)
+    keys = None if dropout_key is None else jax.random.split(jax.random.fold_in(dropout_key, 0), count)
     if stacked:
-        return jax.lax.scan(one, x, (first, keys))[0]
-    for index, layer in enumerate(stack.layers):
-        x, _ = one(x, (nnx.split(layer, nnx.Param)[1], None if keys is None else keys[index]))
+        ((structure, parameters),) = layers
+        return jax.lax.scan(of(structure), x, (parameters, keys))[0]
+    for index, (structure, parameters) in enumerate(layers):
+        x, _ = of(structure)(x, (parameters, None if keys is None else keys[index]))
     return x
 
 
