@@ -23,7 +23,6 @@ from jaxtyping import Array, Bool, Float, Int
 from sbs_jax import attention, partitioning, t5
 from sbs_jax.partitioning import constrain
 
-
 _Product = Callable[[Float[Array, "B N I"]], Float[Array, "B N O"]]
 
 

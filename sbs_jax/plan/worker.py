@@ -17,7 +17,7 @@ from typing import Any, TextIO
 
 import jax
 
-from sbs_jax import evaluate, partitioning, t5, train
+from sbs_jax import evaluate, partitioning, train
 from sbs_jax.plan import chips, hlo
 
 TRAIN, EVALUATION, GENERATION = "train", "evaluation", "generation"
