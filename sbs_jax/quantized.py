@@ -10,6 +10,7 @@ gather over the flattened matrix: neither meets kernels that are cut over device
 """
 
 import functools
+import itertools
 import math
 from typing import Any
 
@@ -54,7 +55,7 @@ def quantize(kernel_IO: Float[Array, "I O"], *, form: str) -> Parts:
     blocks = kernel_IO.reshape(rows // BLOCK, BLOCK, columns)
     largest_NO = jnp.max(jnp.abs(blocks), axis=1)
     unit = blocks / jnp.where(largest_NO > 0, largest_NO, 1.0)[:, None, :]
-    middle = [(low + high) / 2 for low, high in zip(NF4_VALUES[:-1], NF4_VALUES[1:], strict=True)]
+    middle = [(low + high) / 2 for low, high in itertools.pairwise(NF4_VALUES)]
     codes = jnp.zeros(unit.shape, jnp.uint8)
     for value in middle:  # of equally near values the lower one
         codes += (unit > np.float32(value)).astype(jnp.uint8)
@@ -89,7 +90,7 @@ class Kernel(nnx.Module):
     """A quantised `[I, O]` in the place of a `t5.Dense`'s kernel; made of nothing, its parts are put in by name."""
 
     def __init__(self, shape: tuple[int, int], *, form: str, axes: tuple[str, str]) -> None:
-        self.form = form
+        self.form, self.shape = form, shape
         of = {"codes": axes, "scales": ("blocks", axes[1]), "scale": (axes[1],)}
         parts = jax.eval_shape(functools.partial(quantize, form=form), jax.ShapeDtypeStruct(shape, jnp.float32))
         self.names = tuple(sorted(parts))

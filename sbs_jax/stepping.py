@@ -53,7 +53,8 @@ class _Layer:
 
 _STATES = ("batch", None, "activation_embed")
 
-# Of each layer, keys and values [B, P, J], those of a prefix before them. (`Any`: transformations put other things in place of the arrays.)
+# Of each layer, keys and values [B, P, J], those of a prefix before them.
+# (`Any`: transformations put other things in place of the arrays.)
 Cache = tuple[tuple[Any, Any], ...]
 
 
