@@ -1,0 +1,51 @@
+"""Where jaxtyping's checks are made: in functions and data classes that speak of shapes.
+
+jaxtyping binds the arguments of every call and has them checked twice, so that a size `B` is the same in all of them;
+that is half the time of a test that calls much. A function without such annotations is checked by beartype alone.
+"""
+
+import dataclasses
+import functools
+import inspect
+import typing
+from collections.abc import Callable
+from typing import Any
+
+import jaxtyping
+
+_everywhere = jaxtyping.jaxtyped
+
+
+def only_where_there_are_some() -> None:
+    """For modules that are imported from here on: jaxtyping's import hook names the decorator by this attribute."""
+    jaxtyping.jaxtyped = _decorator  # type: ignore[assignment]
+
+
+def _decorator(*, typechecker: Callable) -> Callable:
+    return functools.partial(_checked, typechecker=typechecker)
+
+
+def _checked(subject: Any, *, typechecker: Callable) -> Any:
+    if inspect.isclass(subject):
+        start = vars(subject).get("__init__")
+        if not dataclasses.is_dataclass(subject) or start is None:
+            return subject
+        if not speaks_of_shapes(start):
+            subject.__init__ = typechecker(start)
+            return subject
+    elif inspect.isfunction(subject) and not speaks_of_shapes(subject):
+        return typechecker(subject)
+    return _everywhere(subject, typechecker=typechecker)
+
+
+def speaks_of_shapes(function: Callable) -> bool:
+    """Whether an annotation is one of jaxtyping's, has one in it, or is a text that could be one."""
+    return any(map(_has_shape, inspect.get_annotations(function).values()))
+
+
+def _has_shape(hint: Any) -> bool:
+    if isinstance(hint, list | tuple):
+        return any(map(_has_shape, hint))
+    if isinstance(hint, str | typing.ForwardRef) or type(hint).__module__.startswith("jaxtyping"):
+        return True
+    return getattr(hint, "__module__", "").startswith("jaxtyping") or any(map(_has_shape, typing.get_args(hint)))
