@@ -75,7 +75,9 @@ class Process:
 class Spawned(Process):
     """Started by an interpreter of its own."""
 
-    def __init__(self, command: Sequence[str], *, folder: Path, environment: Mapping[str, str], cwd: Path) -> None:
+    def __init__(
+        self, command: Sequence[str], *, folder: Path, environment: Mapping[str, str | None], cwd: Path
+    ) -> None:
         super().__init__(folder)
         with (folder / "out").open("wb") as out, (folder / "err").open("wb") as err:
             self._popen = subprocess.Popen(
@@ -84,7 +86,7 @@ class Spawned(Process):
                 stdout=out,
                 stderr=err,
                 cwd=cwd,
-                env={**os.environ, **environment},
+                env={name: value for name, value in {**os.environ, **environment}.items() if value is not None},
                 start_new_session=True,
             )
         self.pid = self._popen.pid
@@ -106,7 +108,7 @@ class Forked(Process):
     """Started by the server, which passes signals on and tells how it ended (and so never means another process)."""
 
     def __init__(
-        self, server: str, command: Sequence[str], *, folder: Path, environment: Mapping[str, str], cwd: Path
+        self, server: str, command: Sequence[str], *, folder: Path, environment: Mapping[str, str | None], cwd: Path
     ) -> None:
         super().__init__(folder)
         request = {"command": list(command), "environment": dict(environment), "cwd": str(cwd)}
@@ -208,9 +210,13 @@ class Starter:
         devices: int = 1,
         command: Sequence[str] = SBS,
         spawn: bool = False,
-        environment: Mapping[str, str] | None = None,
+        environment: Mapping[str, str | None] | None = None,
+        cwd: Path | None = None,
     ) -> Process:
-        """`sbs` with these arguments, in a folder of its own under `folder`; `path` is where modules are found too."""
+        """`sbs` with these arguments, its output in a folder of its own under `folder`.
+
+        `path` is where modules are found too; variables of the environment that are None are not set.
+        """
         place = Path(tempfile.mkdtemp(prefix="process-", dir=folder))
         whole = {
             "JAX_PLATFORMS": "cpu",
@@ -224,8 +230,14 @@ class Starter:
         }
         line = [*command, *arguments]
         if spawn or self.address is None or root != ROOT:
-            return Spawned(line, folder=place, environment=whole, cwd=root)
-        return Forked(self.address, line, folder=place, environment=whole, cwd=root)
+            return Spawned(line, folder=place, environment=whole, cwd=cwd or root)
+        return Forked(self.address, line, folder=place, environment=whole, cwd=cwd or root)
+
+    def run(self, folder: Path, arguments: Sequence[str], **options: Any) -> subprocess.CompletedProcess[str]:
+        """`start`, waited for."""
+        with self.alone(folder, arguments, **options) as process:
+            status = process.wait()
+            return subprocess.CompletedProcess(list(arguments), status, process.said(), process.complained())
 
     @contextlib.contextmanager
     def alone(self, folder: Path, arguments: Sequence[str], **options: Any) -> Iterator[Process]:
@@ -300,6 +312,9 @@ def _import_everything() -> None:
 
     import tasks  # noqa: F401
     from sbs_jax import train  # noqa: F401
+
+    with contextlib.suppress(ImportError):  # of the extra `teacher`
+        import openai  # noqa: F401
 
     gc.collect()
     gc.freeze()  # the copies need not look through it again, and share its memory
@@ -389,7 +404,10 @@ def _become(request: Mapping[str, Any]) -> Callable[[], Any]:
         os.dup2(file, number)
         os.close(file)
     os.chdir(request["cwd"])
-    os.environ.update(request["environment"])
+    for name, value in request["environment"].items():
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value
     import jax
 
     for name, value in request["environment"].items():
