@@ -2,18 +2,27 @@
 
 jaxtyping binds the arguments of every call and has them checked twice, so that a size `B` is the same in all of them;
 that is half the time of a test that calls much. A function without such annotations is checked by beartype alone.
+Nor is every copy of a function that is made within another one: writing its checks takes a millisecond each time.
 """
 
+import collections
 import dataclasses
 import functools
 import inspect
+import types
 import typing
 from collections.abc import Callable
 from typing import Any
 
+import beartype
 import jaxtyping
 
 _everywhere = jaxtyping.jaxtyped
+# Copies of a function within another one that are checked, of each place in the code.
+_COPIES = 50
+# Wrong types are the same error, a TypeError, wherever they are seen.
+_check = beartype.beartype(conf=beartype.BeartypeConf(violation_type=jaxtyping.TypeCheckError))
+_made: collections.Counter[types.CodeType] = collections.Counter()
 
 
 def only_where_there_are_some() -> None:
@@ -31,10 +40,15 @@ def _checked(subject: Any, *, typechecker: Callable) -> Any:
         if not dataclasses.is_dataclass(subject) or start is None:
             return subject
         if not speaks_of_shapes(start):
-            subject.__init__ = typechecker(start)
+            subject.__init__ = _check(start)
             return subject
-    elif inspect.isfunction(subject) and not speaks_of_shapes(subject):
-        return typechecker(subject)
+    elif inspect.isfunction(subject):
+        if "<locals>" in subject.__qualname__:
+            _made[subject.__code__] += 1
+            if _made[subject.__code__] > _COPIES:
+                return subject
+        if not speaks_of_shapes(subject):
+            return _check(subject)
     return _everywhere(subject, typechecker=typechecker)
 
 
