@@ -361,7 +361,10 @@ def options(dataset, server, inputs_dir, tmp_path, *, template, **changes) -> co
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("dataset", "official", "strict"),
-    [("svamp", 74.0, 77.5), ("cqa", 77.23, 78.79), ("anli1", 65.6, None), ("esnli", 73.0, None)],
+    [
+        *(("svamp", 74.0, 77.5), ("cqa", 77.23, 78.79), ("anli1", 65.6, None)),
+        pytest.param("esnli", 73.0, None, marks=pytest.mark.faults),  # 9,824 requests; test_release.py has its figure
+    ],
 )
 def test_the_real_teacher_s_replies_give_its_accuracy(dataset, official, strict, real_data_dir, tmp_path, monkeypatch):
     """The raw texts of the 540B PaLM, played back as a model without stop strings would have written them."""
