@@ -27,7 +27,7 @@ _made: collections.Counter[types.CodeType] = collections.Counter()
 
 def only_where_there_are_some() -> None:
     """For modules that are imported from here on: jaxtyping's import hook names the decorator by this attribute."""
-    jaxtyping.jaxtyped = _decorator  # type: ignore[assignment]
+    jaxtyping.jaxtyped = _decorator
 
 
 def _decorator(*, typechecker: Callable) -> Callable:
