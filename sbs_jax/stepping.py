@@ -206,7 +206,7 @@ def _layers(
     return layers
 
 
-def _unseen(bias: Float[Array, "... P"], prefix: tuple[jax.Array, jax.Array] | None) -> Float[Array, "... P"]:
+def _unseen(bias: Float[Array, "... P"], prefix: tuple[jax.Array, jax.Array] | None) -> Float[Array, "... Q"]:
     """The bias, 0 for the keys of a prefix before the others."""
     return bias if prefix is None else jnp.pad(bias, [(0, 0)] * (bias.ndim - 1) + [(len(prefix[0]), 0)])
 
