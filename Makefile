@@ -20,7 +20,7 @@ demo: $(VENV)/.run ## Set up, then run the whole method on the built-in dataset 
 test: $(VENV)/.test ## Set up, then run the tests (ARGS="-k name" to choose)
 	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
 
-test-faults: $(VENV)/.test ## Run the long forms of the tests of faults, with their figures (half an hour)
+test-faults: $(VENV)/.test ## Run the long forms of the tests of faults, with their figures (a quarter of an hour)
 	$(BIN)/python -m pytest -n $(JOBS) -m faults -rP $(ARGS)
 
 check: $(VENV)/.test ## Formatting, lint and types: what CI runs before the tests
