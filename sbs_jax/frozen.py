@@ -30,7 +30,7 @@ def load(
     tuning: adapters.Tuning,
     *,
     path: str | None,
-    seed: int,
+    seed: int | None,
     like: Mapping[str, jax.ShapeDtypeStruct],
     partitioner: partitioning.Partitioner,
 ) -> Base:
@@ -42,7 +42,9 @@ def load(
     adapted = adapters.abstract(config, tuning)
     _, own, axes = t5.abstract(config)
     whole = partitioner.placed(own, parameters=own, axes=axes)
-    read = _from_seed(config, seed, whole) if path is None else _from_checkpoint(path, whole)
+    if path is None and seed is None:
+        raise ValueError("These adapters know neither the path of their base nor a seed; give the base.")
+    read = _from_seed(config, seed or 0, whole) if path is None else _from_checkpoint(path, whole)
     held: t5.Parameters = {}
     prints: dict[str, list[int]] = {}
     for name in own:

@@ -85,11 +85,10 @@ def logits_of(structure: t5.Structure):
     return jax.jit(lambda p: t5.join(structure, p)(jnp.asarray(SOURCE), jnp.asarray(TARGET)))
 
 
-@pytest.mark.parametrize("config", [MODEL, TIED], ids=["v1.1", "v1.0"])
-@pytest.mark.parametrize("name", SILENT)
+@pytest.mark.parametrize(
+    ("name", "config"), [*((name, MODEL) for name in SILENT), ("lora", TIED)], ids=lambda value: str(value)[:20]
+)
 def test_at_first_a_student_answers_as_without_it(name, config):
-    if config is TIED and name not in ("lora", "bottleneck"):
-        pytest.skip("the same code as with v1.1")
     of, parameters = adapted(config, SILENT[name])
     structure, plain = t5.init(config, seed=0)
     np.testing.assert_array_equal(logits_of(of.structure)(parameters), logits_of(structure)(plain))
@@ -190,9 +189,8 @@ def test_neftune_is_for_training_alone_and_off_by_default():
     np.testing.assert_array_equal(logits(noisy), plain)
     for config in (noisy, decoder):
         assert np.abs(logits(config, key) - plain).max() > 1e-3
-    # Causality: the first target position sees noise on the decoder's own first input alone.
     with pytest.raises(ValueError, match="neftune_alpha is -1"):
-        dataclasses.replace(MODEL, neftune_alpha=-1)
+        dataclasses.replace(MODEL, neftune_alpha=-1.0)
 
 
 def test_dropout_draws_the_same_masks_with_and_without_lora():
@@ -234,7 +232,7 @@ def updates(config, *, count=3, devices=None):
     return trainer, before, state, losses
 
 
-@pytest.mark.parametrize("name", ["lora", "nf4", "last layers"])
+@pytest.mark.parametrize("name", ["nf4", "last layers"])
 def test_what_is_trained_has_gradients_and_state_and_the_rest_stays(tmp_path, records_dir, name):
     tuning = (SILENT | SPOKEN)[name]
     trainer, before, state, losses = updates(config_of(tmp_path, records_dir, tuning, model=DEEP))
@@ -259,7 +257,7 @@ LAYOUTS = {
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "mesh", "layers"),
-    [("everything", "fsdp x tp", "scanned"), ("int8", "dp", "scanned"), ("last layers", "fsdp x tp", "unrolled")],
+    [("nf4", "fsdp x tp", "scanned"), ("prefix", "dp", "scanned"), ("last layers", "fsdp x tp", "unrolled")],
 )
 def test_sharded_and_scanned_training_is_that_of_one_device(tmp_path, records_dir, name, mesh, layers):
     tuning = (SILENT | SPOKEN)[name]
@@ -267,8 +265,8 @@ def test_sharded_and_scanned_training_is_that_of_one_device(tmp_path, records_di
     one = config_of(tmp_path, records_dir, tuning, model=DEEP, layout=alone, optimizer=optax.sgd)
     execution = t5.Execution(layers=layers, remat="full" if layers == "scanned" else "none")
     many = dataclasses.replace(one, layout=LAYOUTS[mesh], execution=execution)
-    trainer, _, state, losses = updates(one, devices=jax.devices()[:1])
-    sharded_trainer, _, sharded, losses_too = updates(many)
+    trainer, _, state, losses = updates(one, count=2, devices=jax.devices()[:1])
+    sharded_trainer, _, sharded, losses_too = updates(many, count=2)
     np.testing.assert_allclose(losses_too, losses, rtol=2e-4)
     wanted, found = (jax.device_get(t.parameters(s)) for t, s in ((trainer, state), (sharded_trainer, sharded)))
     for name, want in wanted.items():
@@ -352,7 +350,10 @@ def test_prompts_and_prefixes_begin_as_words(records_dir):
 @pytest.mark.parametrize(
     ("tuning", "message"),
     [
-        (Tuning(lora=LoRA(rank=4, alpha=8.0, modules=("quary",))), r"'quary', which matches nothing. Did you mean 'query'"),
+        (
+            Tuning(lora=LoRA(rank=4, alpha=8.0, modules=("quary",))),
+            r"'quary', which matches nothing. Did you mean 'query'",
+        ),
         (Tuning(lora=LoRA(rank=65, alpha=8.0)), r"rank is 65, above the smaller dimension .* \[64, 64\]"),
         (Tuning(trained=(".*layer_norms/scale",)), "matches nothing"),
         (Tuning(base="nf4", quantized=("token_embedder",), lora=EVERY_LORA), "the matrix of the logits.*not quantised"),
