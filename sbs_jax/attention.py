@@ -39,7 +39,7 @@ def attend(
 ) -> Float[Array, "B T H K"]:
     """`softmax(q k + bias) v` over the keys of a query's own segment; with `causal`, none later than the query.
 
-    The first `prefix` of the P keys are seen by every query, without bias; S, of bias and segments, are those after them.
+    The first `prefix` of the P keys are seen by every query, without bias; bias and segments have the S after them.
 
     Scores and their softmax's normaliser are float32; weights are rounded to the values' type. There is no factor
     1/sqrt(K): T5 folds it into the query's initial scale. A query without any key takes the mean of all values.

@@ -277,7 +277,7 @@ def test_sharded_and_scanned_training_is_that_of_one_device(tmp_path, records_di
 
 def test_the_optimiser_s_state_may_live_in_host_memory(tmp_path, records_dir):
     config = config_of(tmp_path, records_dir, SILENT["lora"])
-    trainer, _, state, losses = updates(config)
+    _, _, state, losses = updates(config)
     _, _, hosted, losses_too = updates(dataclasses.replace(config, optimizer_memory="pinned_host"))
     kinds = {leaf.sharding.memory_kind for leaf in jax.tree.leaves(hosted.optimizer) if leaf.ndim}
     assert kinds == {"pinned_host"}
