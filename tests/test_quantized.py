@@ -128,7 +128,8 @@ def test_the_backward_pass_keeps_no_matrix():
         return jnp.sum(jax.lax.scan(lambda x, one: (jnp.tanh(quantized._product(x, one, how)), None), x, stacked)[0])
 
     x = jax.ShapeDtypeStruct((4, size), jnp.float32)
-    compiled = jax.jit(jax.grad(loss)).lower(x, stacked).compile()
-    needed = compiled.memory_analysis().temp_size_in_bytes
+    sizes = jax.jit(jax.grad(loss)).lower(x, stacked).compile().memory_analysis()
+    assert sizes is not None
+    needed = sizes.temp_size_in_bytes
     # Unpacking one takes some; that of keeping all 16 comes on top, 17 MB.
     assert needed < 12e6, f"{needed:,} bytes"
