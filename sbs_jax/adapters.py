@@ -522,19 +522,22 @@ def own_names(config: t5.T5Config) -> tuple[str, ...]:
 # ------------------------------------------------------------------------------------ said
 
 
-def summary(trained: Mapping[str, Any], frozen: Mapping[str, Any], *, total: int) -> str:
-    """The line that a run begins with; `total` is the number of the base's parameters."""
+def summary(config: t5.T5Config, trained: Mapping[str, Any], frozen: Mapping[str, Any]) -> str:
+    """The line that a run begins with."""
+    own = t5.abstract(config)[1]
+    total = sum(math.prod(leaf.shape) for leaf in own.values())
 
     def size(tree: Mapping[str, Any]) -> int:
         return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in tree.values())
 
     count = sum(math.prod(leaf.shape) for leaf in trained.values())
+    others = sum(math.prod(leaf.shape) for name, leaf in own.items() if name not in trained)
     # Weights, their gradients and two moments of Adam, all float32.
     now, full = 4 * size(trained) + size(frozen), 16 * total
     return (
-        f"Trained: {count:,} parameters ({count / total:.2%} of {total:,}), {_megabytes(size(trained))}; frozen: "
-        f"{_megabytes(size(frozen))}. With gradients and two moments {_megabytes(now)}, where training all takes "
-        f"{_megabytes(full)}: {1 - now / full:.0%} less."
+        f"Trained: {count:,} parameters ({count / total:.2%} of the base's), {_megabytes(size(trained))}; frozen: "
+        f"{others:,}, {_megabytes(size(frozen))}. With gradients and two moments {_megabytes(now)}, where training all "
+        f"takes {_megabytes(full)}: {1 - now / full:.0%} less."
     )
 
 

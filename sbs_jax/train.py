@@ -637,7 +637,7 @@ def _manifest(config: TrainConfig, *, data: dict[str, Any], trainer: Trainer) ->
     log.info("Devices: %s; mesh %s.", ", ".join(devices), partitioner.sizes)
     log.info("Parameters: %s in %d arrays.", f"{total:,}", len(parameters))
     if config.tuning is not None:
-        log.info("%s", adapters.summary(trainer.saved.parameters, trainer.saved.frozen, total=total))
+        log.info("%s", adapters.summary(config.model, trainer.saved.parameters, trainer.saved.frozen))
     log.info("Data: %s", {name: split["counts"] for name, split in data["splits"].items()})
     return {
         "data": data,

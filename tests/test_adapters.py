@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import math
 import re
 import subprocess
 import sys
@@ -296,6 +297,7 @@ def test_a_run_keeps_its_adapters_alone_and_goes_on_where_it_was(tmp_path, recor
     said = next(message for message in caplog.messages if message.startswith("Trained: "))
     share = sum(x.size for n, x in adapters.abstract(MODEL, tuning).shapes.items() if "lora" in n or "adapter" in n)
     assert said.startswith(f"Trained: {share:,} parameters")
+    assert f"frozen: {sum(math.prod(x.shape) for x in t5.abstract(MODEL)[1].values()):,}, " in said
     stopped = dataclasses.replace(whole, model_dir=str(tmp_path / "stopped"), train_steps=3, evaluate_test=False)
     train.train(stopped, config_text="")
     resumed = dataclasses.replace(whole, model_dir=stopped.model_dir)
