@@ -1,0 +1,579 @@
+"""Adapters outside of training: PEFT's form and back, merged, over bases that moved or are others, several at once."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import ours
+import parity_cases as cases
+import pytest
+import safetensors.numpy
+import toy
+
+from sbs_jax import adapters, checkpoints, evaluate, frozen, identity, main, partitioning, quantized, t5, train
+from sbs_jax.convert import command, hugging_face, names, peft
+
+LORA = adapters.LoRA(rank=4, alpha=8.0)
+TUNINGS = {
+    "lora": adapters.Tuning(lora=LORA),
+    "lora everywhere": adapters.Tuning(lora=adapters.LoRA(rank=3, alpha=4.5, dropout=0.1, modules=(".*",))),
+    "lora in one layer": adapters.Tuning(
+        lora=adapters.LoRA(rank=2, alpha=2.0, modules=("encoder/layers/1/attention/(query|out)", "mlp/wo"))
+    ),
+    "lora over bfloat16": adapters.Tuning(base="bfloat16", lora=LORA),
+    "ia3": adapters.Tuning(ia3=adapters.IA3()),
+    "ia3 in one layer": adapters.Tuning(ia3=adapters.IA3(outputs=("decoder/layers/0/.*/key",), inputs=("wo",))),
+}
+# What PEFT's LoRA and IA3 have no place for, and what the error calls it.
+WITHOUT_A_PLACE = {
+    "bottlenecks": adapters.Tuning(lora=LORA, bottleneck=adapters.Bottleneck(width=3)),
+    "a prompt": adapters.Tuning(prompt=adapters.Prompt(length=2)),
+    "prefixes": adapters.Tuning(lora=LORA, prefix=adapters.Prefix(length=2)),
+    "biases": adapters.Tuning(biases=adapters.Biases()),
+    "trained parameters of the base": adapters.Tuning(lora=LORA, trained=(".*norm/scale",)),
+    "LoRA and IA3 at once": adapters.Tuning(lora=LORA, ia3=adapters.IA3()),
+    "factors on both sides": adapters.Tuning(ia3=adapters.IA3(outputs=("wo",), inputs=("wo",))),
+}
+CONFIG = cases.config("v1_1")
+
+
+def convert(source, target, to_form, **changes) -> dict[str, Any]:
+    options = {"from_form": None, "dtype": "float32", "shard_bytes": 10**9, **changes}
+    return command.convert(str(source), str(target), to_form=to_form, **options)
+
+
+def trained_values(config: t5.T5Config, tuning: adapters.Tuning) -> t5.Parameters:
+    """Of all that is trained, values that are far from those it begins with."""
+    adapted = adapters.abstract(config, tuning)
+    found = {}
+    for number, name in enumerate(sorted(adapted.trained)):
+        shape = adapted.shapes[name].shape
+        values = 0.3 * np.random.default_rng(number).standard_normal(shape)
+        found[name] = jnp.asarray(values + name.endswith(("scale",)), jnp.float32)
+    return found
+
+
+def identity_of(config: t5.T5Config, path: Path) -> dict[str, Any]:
+    arrays = {name: names.of_array(values) for name, values in cases.parameters(config).items()}
+    return {"path": str(path), "seed": None, "fingerprint": identity.of_arrays(arrays)}
+
+
+def write_run(folder: Path, config: t5.T5Config, tuning: adapters.Tuning, *, base: Path) -> t5.Parameters:
+    """A run's checkpoint of adapters over the case's weights."""
+    values = trained_values(config, tuning)
+    checkpoints.save_parameters(folder, values, config=config, step=3, tuning=tuning, base=identity_of(config, base))
+    return values
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    """The v1.1 case as a Hugging Face directory."""
+    folder = tmp_path_factory.mktemp("base") / "base"
+    hugging_face.write(folder, cases.opened(CONFIG), dtype="float32")
+    return folder
+
+
+@pytest.fixture
+def run(tmp_path, base) -> Path:
+    """A run of LoRA over it."""
+    write_run(tmp_path / "run", CONFIG, TUNINGS["lora"], base=base)
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def exported(tmp_path, run) -> Path:
+    """That run in PEFT's form."""
+    convert(run, tmp_path / "exported", "peft")
+    return tmp_path / "exported"
+
+
+def edit(folder: Path, **changes) -> None:
+    settings = json.loads((folder / peft.CONFIG).read_text()) | changes
+    (folder / peft.CONFIG).write_text(json.dumps(settings))
+
+
+def edit_arrays(folder: Path, change) -> None:
+    arrays = safetensors.numpy.load_file(folder / peft.WEIGHTS)
+    change(arrays)
+    safetensors.numpy.save_file(arrays, folder / peft.WEIGHTS)
+
+
+# ------------------------------------------------------------------------------------ PEFT's form
+
+
+def test_an_export_of_lora_has_peft_s_names_shapes_and_settings(tmp_path, base):
+    values = write_run(tmp_path / "run", CONFIG, TUNINGS["lora everywhere"], base=base)
+    summary = convert(tmp_path / "run", tmp_path / "out", "peft")
+    settings = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    expected = {"peft_type": "LORA", "task_type": "SEQ_2_SEQ_LM", "r": 3, "lora_alpha": 4.5, "lora_dropout": 0.1}
+    assert {name: settings[name] for name in expected} == expected
+    assert settings["target_modules"] == ["k", "o", "q", "v", "wi_0", "wi_1", "wo"]
+    assert settings["base_model_name_or_path"] == str(base)
+    assert summary["base"]["fingerprint"] == identity_of(CONFIG, base)["fingerprint"]
+    arrays = safetensors.numpy.load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert len(arrays) == len(values)
+    a = arrays["base_model.model.encoder.block.0.layer.0.SelfAttention.q.lora_A.weight"]
+    b = arrays["base_model.model.decoder.block.1.layer.2.DenseReluDense.wi_1.lora_B.weight"]
+    np.testing.assert_array_equal(a, values["encoder/layers/0/attention/query/lora/a"].T)
+    np.testing.assert_array_equal(b, values["decoder/layers/1/mlp/wi_1/lora/b"].T)
+    assert (a.shape, b.shape) == ((3, 24), (40, 3))
+
+
+def test_an_export_of_ia3_has_peft_s_names_and_shapes(tmp_path, base):
+    values = write_run(tmp_path / "run", CONFIG, TUNINGS["ia3"], base=base)
+    convert(tmp_path / "run", tmp_path / "out", "peft")
+    settings = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert settings["peft_type"] == "IA3"
+    assert (settings["target_modules"], settings["feedforward_modules"]) == (["k", "v", "wo"], ["wo"])
+    arrays = safetensors.numpy.load_file(tmp_path / "out" / "adapter_model.safetensors")
+    key = arrays["base_model.model.decoder.block.0.layer.1.EncDecAttention.k.ia3_l"]
+    wo = arrays["base_model.model.encoder.block.2.layer.1.DenseReluDense.wo.ia3_l"]
+    assert (key.shape, wo.shape) == ((18, 1), (1, 40))
+    np.testing.assert_array_equal(key[:, 0], values["decoder/layers/0/encoder_decoder_attention/key/out_scale"])
+    np.testing.assert_array_equal(wo[0], values["encoder/layers/2/mlp/wo/in_scale"])
+
+
+@pytest.mark.parametrize("name", TUNINGS)
+def test_there_and_back_is_the_same_run_bit_for_bit(name, tmp_path, base):
+    tuning = TUNINGS[name]
+    values = write_run(tmp_path / "run", CONFIG, tuning, base=base)
+    convert(tmp_path / "run", tmp_path / "out", "peft")
+    assert checkpoints.form(tmp_path / "out") == "peft"
+    convert(tmp_path / "out", tmp_path / "back", "sbs", base=str(base))
+    opened = checkpoints.open_run(tmp_path / "back")
+    assert opened.base == identity_of(CONFIG, base)
+    assert opened.tuning is not None
+    assert opened.tuning.base == tuning.base
+    for part in ("lora", "ia3"):
+        before, after = (getattr(each, part) for each in (tuning, opened.tuning))
+        plain = [
+            None if each is None else {**vars(each), "modules": (), "outputs": (), "inputs": ()}
+            for each in (before, after)
+        ]
+        assert plain[0] == plain[1]
+    assert set(opened.arrays) == set(values) == adapters.abstract(CONFIG, opened.tuning).trained
+    for each, array in values.items():
+        np.testing.assert_array_equal(opened.arrays[each].whole(), array, err_msg=each)
+
+
+@pytest.mark.parametrize("name", TUNINGS)
+def test_target_modules_select_what_has_adapters_and_nothing_else(name, tmp_path, base):
+    write_run(tmp_path / "run", CONFIG, TUNINGS[name], base=base)
+    settings, arrays = peft.contents(checkpoints.open_run(tmp_path / "run"), owner="it")
+    everything = {each.hugging_face.removesuffix(".weight") for each in names.of(names.parameters(CONFIG))}
+    meant = {key.removeprefix("base_model.model.").rpartition(".lora_")[0] or key[17:-6] for key in arrays}
+    targets = settings["target_modules"]
+    # PEFT's own rule: a name, or the end of one after a dot.
+    assert {each for each in everything if any(each == t or each.endswith(f".{t}") for t in targets)} == meant
+
+
+@pytest.mark.parametrize("what", WITHOUT_A_PLACE)
+def test_what_peft_cannot_hold_is_named(what, tmp_path, base):
+    write_run(tmp_path / "run", CONFIG, WITHOUT_A_PLACE[what], base=base)
+    with pytest.raises(ValueError, match=what):
+        convert(tmp_path / "run", tmp_path / "out", "peft")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_plain_student_has_no_adapters_to_export(tmp_path, base):
+    with pytest.raises(ValueError, match="has no adapters"):
+        convert(base, tmp_path / "out", "peft")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rank_pattern": {"q": 8}}, "'rank_pattern' is .*not read here"),
+        ({"alpha_pattern": {"q": 8}}, "'alpha_pattern'"),
+        ({"use_rslora": True}, "'use_rslora' is True"),
+        ({"use_dora": True}, "'use_dora' is True"),
+        ({"modules_to_save": ["lm_head"]}, "'modules_to_save'"),
+        ({"bias": "all"}, "'bias' is 'all'"),
+        ({"layer_replication": [[0, 2]]}, "'layer_replication'"),
+        ({"of_a_later_peft": 3}, "'of_a_later_peft' is 3"),
+        ({"init_lora_weights": "pissa"}, "'pissa', which changes the base"),
+        ({"peft_type": "PREFIX_TUNING"}, "'PREFIX_TUNING'; expected one of LORA, IA3"),
+        ({"peft_type": None}, "peft_type is None"),
+        ({"task_type": "CAUSAL_LM"}, "'CAUSAL_LM'; expected SEQ_2_SEQ_LM"),
+        ({"r": 5}, r"lora_A.weight \[4, 24\] is of rank 4, and adapter_config.json says r 5"),
+        ({"r": None}, "says r None"),
+        ({"lora_alpha": "8"}, "lora_alpha is '8'; expected a number"),
+        ({"lora_alpha": -8}, "LoRA.alpha is -8"),
+        ({"target_modules": ["q", "v", "wo"]}, "selects have no weights, such as .*wo"),
+        ({"target_modules": r".*\.(q|v|wi_0)"}, "selects have no weights, such as .*wi_0"),
+        ({"target_modules": "(q"}, "is no pattern"),
+        ({"target_modules": 3}, "target_modules is 3; expected names"),
+    ],
+)
+def test_settings_that_are_not_read_are_refused_by_name(changes, message, exported, base, tmp_path):
+    edit(exported, **changes)
+    with pytest.raises(ValueError, match=message):
+        convert(exported, tmp_path / "out", "sbs", base=str(base))
+    assert not (tmp_path / "out").exists()
+
+
+Q = "base_model.model.encoder.block.0.layer.0.SelfAttention.q"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda arrays: arrays.pop(f"{Q}.lora_A.weight"), "SelfAttention.q has one of lora_A and lora_B"),
+        (
+            lambda arrays: arrays.update({Q.replace("Self", "Sefl") + ".lora_A.weight": np.zeros((4, 24))}),
+            r"SeflAttention.q is no layer's kernel .*nearest: .*SelfAttention.q'",
+        ),
+        (
+            lambda arrays: arrays.update({"base_model.model.lm_head.lora_A.weight": np.zeros((4, 24))}),
+            "lm_head is no layer's kernel",
+        ),
+        (
+            lambda arrays: arrays.update({f"{Q}.lora_magnitude_vector": np.zeros(3)}),
+            "lora_magnitude_vector' is no part of LoRA or IA3",
+        ),
+        (lambda arrays: arrays.update({f"{Q}.ia3_l": np.zeros((18, 1))}), "is IA3's, and .* says peft_type LORA"),
+        (
+            lambda arrays: arrays.update({f"{Q}.lora_A.weight": np.zeros((4, 25), np.float32)}),
+            r"does not fit .*query/lora/a is \[25, 4\], and would be \[24, 4\]",
+        ),
+        (lambda arrays: arrays.update({f"{Q}.lora_A.weight": np.zeros(4)}), "expected two dimensions"),
+        (lambda arrays: arrays.clear(), "holds no adapters"),
+    ],
+)
+def test_arrays_that_do_not_fit_are_refused(change, message, exported, base, tmp_path):
+    edit_arrays(exported, change)
+    with pytest.raises(ValueError, match=message):
+        convert(exported, tmp_path / "out", "sbs", base=str(base))
+
+
+def test_factors_on_the_other_side_than_the_settings_say_are_refused(tmp_path, base):
+    write_run(tmp_path / "run", CONFIG, TUNINGS["ia3"], base=base)
+    convert(tmp_path / "run", tmp_path / "out", "peft")
+    edit(tmp_path / "out", feedforward_modules=[])
+    with pytest.raises(ValueError, match=r"wo.ia3_l has the shape \[1, 40\]; expected \[rows, 1\]"):
+        convert(tmp_path / "out", tmp_path / "back", "sbs", base=str(base))
+
+
+def test_adapters_of_peft_need_their_base(exported, base, tmp_path):
+    with pytest.raises(ValueError, match=rf"give the base they were trained on by --base \(they say: {base}\)"):
+        convert(exported, tmp_path / "out", "sbs")
+    with pytest.raises(ValueError, match="and no base. Make a run of both: sbs convert --to sbs"):
+        checkpoints.open_any(exported, kind="peft")
+    (exported / peft.WEIGHTS).unlink()
+    with pytest.raises(FileNotFoundError, match="has no weights: expected adapter_model.safetensors"):
+        convert(exported, tmp_path / "out", "sbs", base=str(base))
+
+
+def test_adapters_of_peft_over_another_base_are_refused_where_they_say_which(exported, tmp_path, base):
+    other = tmp_path / "other"
+    arrays = {
+        name: names.of_array(values * np.float32(1.01 if name == "encoder/encoder_norm/scale" else 1))
+        for name, values in cases.parameters(CONFIG).items()
+    }
+    hugging_face.write(other, names.Opened(CONFIG, arrays), dtype="float32")
+    with pytest.raises(ValueError, match=rf"has adapters of {base}, of fingerprint .*{other} has"):
+        convert(exported, tmp_path / "out", "sbs", base=str(other))
+    (exported / peft.BASE).write_text('{"base": 3}')
+    with pytest.raises(ValueError, match="expected what sbs convert --to peft writes. Remove it"):
+        convert(exported, tmp_path / "out", "sbs", base=str(other))
+    (exported / peft.BASE).unlink()  # as PEFT itself saves: nothing says which base it is
+    convert(exported, tmp_path / "out", "sbs", base=str(other))
+    assert checkpoints.open_run(tmp_path / "out").base["path"] == str(other)
+
+
+# ------------------------------------------------------------------------------------ merged
+
+WIDE = t5.T5Config(
+    **{**cases.SHAPE, "emb_dim": 64, "num_heads": 2, "head_dim": 32, "mlp_dim": 64}, **cases.CASES["v1_1"]
+)
+MERGED = {
+    "lora": (CONFIG, TUNINGS["lora everywhere"]),
+    "ia3": (CONFIG, TUNINGS["ia3"]),
+    "layer norms": (CONFIG, adapters.Tuning(trained=(".*norm/scale",))),
+    "all at once": (CONFIG, adapters.Tuning(lora=LORA, ia3=adapters.IA3(), last_layers=1, trained=("rel_embedding",))),
+    "lora over nf4": (WIDE, adapters.Tuning(base="nf4", lora=LORA)),
+    "lora over int8": (CONFIG, adapters.Tuning(base="int8", quantized=("mlp/.*",), lora=LORA)),
+}
+
+
+def held_parameters(config: t5.T5Config, tuning: adapters.Tuning, base: Path) -> tuple[adapters.Adapted, t5.Parameters]:
+    """The base as a run holds it."""
+    adapted = adapters.abstract(config, tuning)
+    partitioner = partitioning.DATA_PARALLEL.partitioner()
+    like = partitioner.placed(adapted.shapes, parameters=adapted.shapes, axes=adapted.axes)
+    found = frozen.load(config, tuning, path=str(base), seed=0, like=like, partitioner=partitioner)
+    return adapted, found.frozen
+
+
+def logits(structure: t5.Structure, parameters: t5.Parameters) -> np.ndarray:
+    source, target = jnp.asarray(cases.source()), jnp.asarray(cases.shifted(cases.target()))
+    return np.asarray(jax.jit(lambda parameters: t5.join(structure, parameters)(source, target))(parameters))
+
+
+@pytest.mark.parametrize("name", MERGED)
+def test_merged_answers_as_base_and_adapters_do(name, tmp_path, caplog):
+    config, tuning = MERGED[name]
+    hugging_face.write(tmp_path / "base", cases.opened(config), dtype="float32")
+    values = write_run(tmp_path / "run", config, tuning, base=tmp_path / "base")
+    adapted, held = held_parameters(config, tuning, tmp_path / "base")
+    summary = convert(tmp_path / "run", tmp_path / "merged", "sbs")
+    opened = checkpoints.open_run(tmp_path / "merged")
+    assert (opened.tuning, opened.base) == (None, None)
+    plain = {each: jnp.asarray(array.whole()) for each, array in opened.arrays.items()}
+    separate = logits(adapted.structure, jax.device_get({**held, **values}))
+    together = logits(t5.abstract(config)[0], plain)
+    np.testing.assert_allclose(together, separate, rtol=0, atol=1e-5)
+    # And they are not those of the base.
+    assert np.max(np.abs(together - logits(*cases.model(config)))) > 0.1
+    if tuning.base == "float32":
+        assert "quantized" not in summary
+        return
+    weights = cases.parameters(config)
+    errors = {
+        each: quantized.error(weights[each], form=tuning.base)
+        for each in weights
+        if each.endswith("/kernel") and "layers" in each and (tuning.base == "nf4" or "mlp" in each)
+    }
+    told = summary["quantized"]
+    assert (told["form"], told["kernels"]) == (tuning.base, len(errors))
+    assert told["relative_rms_error"]["largest"] == max(errors.values()) == errors[told["relative_rms_error"]["of"]]
+    assert told["relative_rms_error"]["mean"] == pytest.approx(np.mean(list(errors.values())))
+    assert f"held in {tuning.base}" in caplog.text
+
+
+def test_peft_s_adapters_are_merged_as_well(exported, run, base, tmp_path):
+    convert(run, tmp_path / "of_run", "hf")
+    convert(exported, tmp_path / "of_peft", "hf", base=str(base))
+    mine, theirs = (hugging_face.open_directory(tmp_path / name).arrays for name in ("of_run", "of_peft"))
+    for name, array in mine.items():
+        np.testing.assert_array_equal(array.whole(), theirs[name].whole())
+
+
+def test_a_base_that_moved_is_named_and_may_be_given_anew(tmp_path, base):
+    shutil.copytree(base, tmp_path / "before")
+    write_run(tmp_path / "run", CONFIG, TUNINGS["lora"], base=tmp_path / "before")
+    (tmp_path / "before").rename(tmp_path / "after")
+    with pytest.raises(FileNotFoundError, match=r"before: nothing is there \(any more\).*--base"):
+        convert(tmp_path / "run", tmp_path / "out", "hf")
+    convert(tmp_path / "run", tmp_path / "out", "hf", base=str(tmp_path / "after"))
+    convert(tmp_path / "run", tmp_path / "peft", "peft", base=str(tmp_path / "after"))
+    said = json.loads((tmp_path / "peft" / peft.CONFIG).read_text())["base_model_name_or_path"]
+    assert said == str(tmp_path / "after")
+    with pytest.raises(FileNotFoundError, match=r"nowhere: nothing is there\.$"):
+        convert(tmp_path / "run", tmp_path / "out2", "hf", base="nowhere")
+
+
+def test_another_base_is_refused_wherever_adapters_meet_it(run, tmp_path, base):
+    other = tmp_path / "other.npz"
+    values = cases.parameters(CONFIG)
+    values["encoder/layers/0/mlp/wo/kernel"][3, 5] = np.nextafter(values["encoder/layers/0/mlp/wo/kernel"][3, 5], 9)
+    checkpoints.save_npz(other, {name: jnp.asarray(array) for name, array in values.items()}, dtype="float32")
+    for to_form in ("hf", "t5x", "sbs", "peft"):
+        with pytest.raises(ValueError, match=rf"{run} has adapters of another base. They were trained on {base}"):
+            convert(run, tmp_path / "out", to_form, base=str(other))
+    with pytest.raises(ValueError, match="has adapters of another base"):
+        checkpoints.open_any(run, kind="sbs", base=str(other))
+    # The same numbers of another form are the same base.
+    same = tmp_path / "same.npz"
+    checkpoints.save_npz(same, cases.model(CONFIG)[1], dtype="float32")
+    convert(run, tmp_path / "out", "t5x", base=str(same))
+
+
+def test_a_base_for_what_has_no_adapters_is_refused(base, tmp_path):
+    with pytest.raises(ValueError, match="has no adapters, and needs no base; got --base"):
+        convert(base, tmp_path / "out", "sbs", base=str(base))
+
+
+def test_what_cannot_be_merged_is_refused_before_the_base_is_read(tmp_path, base):
+    write_run(tmp_path / "run", CONFIG, WITHOUT_A_PLACE["prefixes"], base=tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="has prefixes .* cannot be merged"):
+        convert(tmp_path / "run", tmp_path / "out", "hf")
+
+
+# ------------------------------------------------------------------------------------ predicting
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory) -> Path:
+    """The toy's records, a base, and runs over it: one that was trained, and others that have its settings."""
+    folder = tmp_path_factory.mktemp("task")
+    records_dir = toy.write_records(folder / "records")
+    config = dataclasses.replace(toy.MODEL, dropout_rate=0.0)
+    checkpoints.save_npz(folder / "base.npz", t5.init(config, seed=7)[1], dtype="float32")
+    settings = toy.config(
+        folder / "own",
+        records_dir,
+        model=config,
+        tuning=TUNINGS["lora"],
+        initial_checkpoint_path=str(folder / "base.npz"),
+        train_steps=1,
+        evaluate_test=False,
+    )
+    train.train(settings, config_text="")
+    manifest = json.loads((folder / "own" / "manifest.json").read_text())
+    base = checkpoints.read_metadata(folder / "own", 1)["base"]
+    tunings = {
+        "lora": adapters.Tuning(lora=LORA),
+        "prefix": adapters.Tuning(prefix=adapters.Prefix(length=3)),
+        "norms": adapters.Tuning(trained=(".*norm/scale",)),
+        "int8": adapters.Tuning(base="int8", lora=LORA),
+    }
+    for name, tuning in tunings.items():
+        values = trained_values(config, tuning)
+        checkpoints.save_parameters(folder / name, values, config=config, step=3, tuning=tuning, base=base)
+        data = manifest["data"] | {"options": manifest["data"]["options"] | {"label_prefix": f"{name}: "}}
+        run = manifest["run"] | {"max_decode_length": 3 if name == "prefix" else 5}
+        (folder / name / "manifest.json").write_text(json.dumps(manifest | {"data": data, "run": run}))
+    return folder
+
+
+def answered(folder: Path, rows: list[dict[str, Any]], model: str, **options) -> list[dict[str, Any]]:
+    (folder / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    evaluate.predict(
+        model,
+        input_path=folder / "in.jsonl",
+        output_path=folder / "out.jsonl",
+        objective="label",
+        batch_size=8,
+        **options,
+    )
+    return [json.loads(line) for line in (folder / "out.jsonl").read_text().splitlines()]
+
+
+def test_rows_are_answered_by_the_adapters_they_name_in_their_order(task, tmp_path):
+    named = {name: str(task / name) for name in ("lora", "prefix", "norms")}
+    turns = ("lora", None, "prefix", "norms", "lora", None)
+    rows = [
+        {"id": f"{number}", "input": f"{number} a {'b' * number}", **({} if name is None else {"adapter": name})}
+        for number, name in enumerate(turns)
+    ]
+    found = answered(tmp_path, rows, str(task / "own"), adapters=named)
+    assert [row["id"] for row in found] == [row["id"] for row in rows]
+    for name in (None, *named):
+        mine = [{"id": row["id"], "input": row["input"]} for row in rows if row.get("adapter") == name]
+        alone = answered(tmp_path, mine, named.get(name, str(task / "own")) if name else str(task / "own"))
+        for expected in alone:
+            (got,) = [row for row in found if row["id"] == expected["id"]]
+            assert got["prediction"] == expected["prediction"]
+            assert got["score"] == pytest.approx(expected["score"], abs=1e-5)
+    assert len({row["score"] for row in found}) == len(rows)
+
+
+def test_the_base_is_held_once(task):
+    layout = partitioning.DATA_PARALLEL
+    first, others = evaluate.load_students(
+        task / "own", {"prefix": task / "prefix", "norms": task / "norms"}, layout=layout
+    )
+    for name, other in others.items():
+        shared = [each for each in first.parameters if other.parameters.get(each) is first.parameters[each]]
+        norms = sum("norm" in each for each in first.parameters)
+        own = sum("lora" in each for each in first.parameters)
+        assert len(shared) == len(first.parameters) - own - (norms if name == "norms" else 0)
+        assert other.options.label_prefix == f"{name}: "
+
+
+def test_an_unknown_adapter_is_named_with_its_line_before_anything_is_read(tmp_path):
+    rows = [{"id": "1", "input": "a", "adapter": "svamp"}, {"id": "2", "input": "b", "adapter": "esnly"}]
+    with pytest.raises(ValueError, match=r"in.jsonl:2: no adapter is named 'esnly'. Did you mean 'esnli'\?"):
+        answered(tmp_path, rows, "no run", adapters={"svamp": "none", "esnli": "none"})
+    with pytest.raises(ValueError, match=r"in.jsonl:1: no adapter is named 'svamp'. There are none: .*--adapters"):
+        answered(tmp_path, rows, "no run")
+    with pytest.raises(ValueError, match=r"in.jsonl:1: no adapter is named 3"):
+        answered(tmp_path, [{"id": "1", "input": "a", "adapter": 3}], "no run", adapters={"svamp": "none"})
+
+
+def test_adapters_that_cannot_share_a_base_are_refused(task, run, tmp_path):
+    rows = [{"id": "1", "input": "a", "adapter": "other"}]
+    with pytest.raises(ValueError, match=r"own and .*int8 hold their base in different ways \(float32, int8\)"):
+        answered(tmp_path, rows, str(task / "own"), adapters={"other": str(task / "int8")})
+    other = tmp_path / "other"
+    shutil.copytree(task / "lora", other)
+    shutil.rmtree(other / "checkpoints")
+    opened = checkpoints.open_run(task / "lora")
+    values = {name: jnp.asarray(array.whole()) for name, array in opened.arrays.items()}
+    fresh = {"path": None, "seed": 3, "fingerprint": "0" * 64}
+    checkpoints.save_parameters(other, values, config=opened.config, step=3, tuning=opened.tuning, base=fresh)
+    with pytest.raises(
+        ValueError, match=r"different bases: .*base.npz \(fing.* fresh from seed 3 \(0000000000000000\)"
+    ):
+        answered(tmp_path, rows, str(task / "own"), adapters={"other": str(other)})
+    plain = tmp_path / "plain"
+    convert(task / "lora", plain, "sbs")
+    with pytest.raises(ValueError, match="plain has no adapters: everything was trained"):
+        answered(tmp_path, rows, str(task / "own"), adapters={"other": str(plain)})
+    with pytest.raises(ValueError, match="plain has no adapters: everything was trained"):
+        answered(tmp_path, rows[:0], str(plain), base=str(task / "base.npz"))
+
+
+def test_predict_and_evaluate_take_a_base_that_moved(task, tmp_path):
+    for name in ("lora", "records"):
+        shutil.copytree(task / name, tmp_path / name)
+    metadata = checkpoints.read_metadata(task / "lora", 3)
+    opened = checkpoints.open_run(task / "lora")
+    values = {name: jnp.asarray(array.whole()) for name, array in opened.arrays.items()}
+    shutil.rmtree(tmp_path / "lora" / "checkpoints")
+    gone = metadata["base"] | {"path": str(tmp_path / "gone.npz")}
+    checkpoints.save_parameters(
+        tmp_path / "lora", values, config=opened.config, step=3, tuning=opened.tuning, base=gone
+    )
+    rows = [{"id": "1", "input": "a b c"}]
+    with pytest.raises(FileNotFoundError, match=r"gone.npz: nothing is there \(any more\)"):
+        answered(tmp_path, rows, str(tmp_path / "lora"))
+    moved = str(task / "base.npz")
+    found = answered(tmp_path, rows, str(tmp_path / "lora"), base=moved)
+    assert found == answered(tmp_path, rows, str(task / "lora"))
+    arguments: dict[str, Any] = {
+        **{"split": "test", "mixture_or_task_name": None, "records_dir": None, "batch_size": 16},
+        **{"max_decode_length": None, "output_dir": None, "layout": partitioning.DATA_PARALLEL},
+    }
+    results = [
+        evaluate.evaluate(evaluate.EvaluateConfig(checkpoint_path=str(folder / "lora"), base=base, **arguments))
+        for folder, base in ((tmp_path, moved), (task, None))
+    ]
+    assert results[0] == results[1]
+
+
+def test_gin_binds_the_base_of_an_evaluation():
+    bindings = ["CHECKPOINT_PATH=run", "BASE_PATH=moved"]
+    config, _ = main.configure(
+        "evaluate.EvaluateConfig", gin_files=["gin_configs/runs/evaluate.gin"], bindings=bindings
+    )
+    assert config.base == "moved"
+
+
+def test_adapters_of_the_command_line_have_names():
+    assert main._named(["a=runs/a", "b=c=d"]) == {"a": "runs/a", "b": "c=d"}
+    for flag in ("runs/a", "=runs/a", "a="):
+        with pytest.raises(main.UsageError, match="expected NAME=DIR"):
+            main._named([flag])
+    with pytest.raises(main.UsageError, match="names 'a' twice: x and y"):
+        main._named(["a=x", "a=y"])
+
+
+def test_an_imported_run_predicts_as_the_one_it_was_exported_from(task, tmp_path):
+    """Its settings go along; and where PEFT's directory has none, those of a base that is a run."""
+    rows = [{"id": "1", "input": "a b c"}, {"id": "2", "input": "d"}]
+    expected = answered(tmp_path, rows, str(task / "lora"))
+    convert(task / "lora", tmp_path / "out", "peft")
+    whole = tmp_path / "base"
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    values = checkpoints.load_parameters(
+        task / "base.npz",
+        like={
+            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+            for name, leaf in names.parameters(toy.MODEL).items()
+        },
+    )
+    config = dataclasses.replace(toy.MODEL, dropout_rate=0.0)
+    checkpoints.save_parameters(whole, values, config=config, step=0)
+    shutil.copy(task / "lora" / "manifest.json", whole)
+    convert(tmp_path / "out", tmp_path / "back", "sbs", base=str(whole))
+    assert answered(tmp_path, rows, str(tmp_path / "back")) == expected
+    (tmp_path / "out" / hugging_face.ORIGIN).unlink()
+    convert(tmp_path / "out", tmp_path / "again", "sbs", base=str(whole))
+    assert answered(tmp_path, rows, str(tmp_path / "again")) == expected
