@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import importlib
 import json
 import shutil
 from pathlib import Path
@@ -10,12 +11,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+import ours
 import parity_cases as cases
 import pytest
 import safetensors.numpy
 import toy
 
-from sbs_jax import adapters, checkpoints, evaluate, frozen, identity, main, partitioning, quantized, t5
+from sbs_jax import adapters, checkpoints, evaluate, frozen, identity, main, partitioning, quantized, t5, train
 from sbs_jax.convert import command, hugging_face, names, peft
 
 LORA = adapters.LoRA(rank=4, alpha=8.0)
@@ -573,3 +576,135 @@ def test_an_imported_run_predicts_as_the_one_it_was_exported_from(task, tmp_path
     convert(tmp_path / "out", tmp_path / "again", "sbs", base=str(base))
     options = json.loads((tmp_path / "again" / "manifest.json").read_text())["data"]["options"]
     assert options["label_prefix"] == "norms: "
+
+
+# ------------------------------------------------------------------------------------ against PEFT itself
+
+
+@pytest.fixture(scope="module", params=["v1_0", "v1_1"])
+def theirs(request, tmp_path_factory) -> tuple[t5.T5Config, Path, Any, Any]:
+    """A case's configuration and base, and the modules of PEFT and of our reference in PyTorch."""
+    for name in ("torch", "transformers", "peft"):
+        pytest.importorskip(name, reason=f"{name} is not installed; `make test-parity` installs it")
+    reference, library = importlib.import_module("torch_reference"), importlib.import_module("peft")
+    folder = tmp_path_factory.mktemp(request.param) / "base"
+    reference.exported(request.param, folder)
+    return cases.config(request.param), folder, reference, library
+
+
+def torch_logits(reference: Any, model: Any) -> np.ndarray:
+    source, inputs = (reference.torch.from_numpy(x).long() for x in (cases.source(), cases.shifted(cases.target())))
+    with reference.torch.no_grad():
+        return model(input_ids=source, attention_mask=(source != 0).long(), decoder_input_ids=inputs).logits.numpy()
+
+
+def our_logits(config: t5.T5Config, tuning: adapters.Tuning, values: t5.Parameters) -> np.ndarray:
+    return logits(adapters.abstract(config, tuning).structure, {**cases.model(config)[1], **values})
+
+
+@pytest.mark.parity
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["lora everywhere", "lora in one layer", "ia3"])
+def test_an_export_answers_in_peft_as_our_run_does(name, theirs, tmp_path):
+    config, base, reference, library = theirs
+    values = write_run(tmp_path / "run", config, TUNINGS[name], base=base)
+    convert(tmp_path / "run", tmp_path / "out", "peft")
+    model = library.PeftModel.from_pretrained(reference.load(base), tmp_path / "out").eval()
+    found = torch_logits(reference, model)
+    np.testing.assert_allclose(our_logits(config, TUNINGS[name], values), found, rtol=0, atol=2e-5)
+    assert np.max(np.abs(found - torch_logits(reference, reference.load(base)))) > 0.1
+    # What PEFT saves of it again is the same.
+    model.save_pretrained(tmp_path / "saved")
+    first, again = (safetensors.numpy.load_file(tmp_path / each / peft.WEIGHTS) for each in ("out", "saved"))
+    assert set(first) == set(again)
+    for each, array in first.items():
+        np.testing.assert_array_equal(array, again[each])
+
+
+@pytest.mark.parity
+@pytest.mark.filterwarnings("ignore")
+def test_an_update_is_the_one_that_pytorch_makes_with_peft(theirs, tmp_path):
+    config, base, reference, library = theirs
+    torch, tuning = reference.torch, TUNINGS["lora"]
+    values = write_run(tmp_path / "run", config, tuning, base=base)
+    convert(tmp_path / "run", tmp_path / "out", "peft")
+    model = library.PeftModel.from_pretrained(reference.load(base), tmp_path / "out", is_trainable=True).train()
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = torch.optim.SGD(weights, lr=0.5)
+    expected = []
+    for _ in range(2):
+        mean = []
+        for source, target in cases.training_rows().values():
+            ids, labels = torch.from_numpy(source).long(), torch.from_numpy(target).long()
+            labels = labels.masked_fill(labels == 0, -100)
+            mean.append(model(input_ids=ids, attention_mask=(ids != 0).long(), labels=labels).loss)
+        loss = cases.ALPHA * mean[0] + (1 - cases.ALPHA) * mean[1]
+        expected.append(loss.item())
+        if len(expected) == 1:
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(weights, 1.0)
+            optimizer.step()
+    model.save_pretrained(tmp_path / "trained")
+
+    settings = toy.config(
+        tmp_path / "own",
+        tmp_path,
+        model=config,
+        tuning=tuning,
+        initial_checkpoint_path=str(base),
+        batch_size=16,
+        optimizer=optax.sgd,
+        learning_rate=optax.constant_schedule(0.5),
+    )
+    trainer = train.prepare(settings)
+    held = train.base_of(settings, trainer).frozen
+    state = train.TrainState(jnp.int32(0), values, settings.gradient_transformation().init(values), jnp.int32(0), held)
+    found = []
+    for step in range(2):
+        state, metrics = trainer.step(jax.tree.map(jnp.array, state), ours.batch())
+        found.append(float(metrics["loss"]))
+        if step == 0:
+            trained = jax.tree.map(np.asarray, state.parameters)
+    np.testing.assert_allclose(found, expected, rtol=2e-6)
+    assert expected[0] - expected[1] > 0.01
+    updated = imported_over(config, base, tmp_path / "trained").arrays
+    for each, array in trained.items():
+        np.testing.assert_allclose(array, updated[each].whole(), rtol=0, atol=2e-6, err_msg=each)
+
+
+def imported_over(config: t5.T5Config, base: Path, folder: Path) -> names.Opened:
+    return peft.open_directory(folder, base=cases.opened(config), identity=identity_of(config, base))
+
+
+@pytest.mark.parity
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["lora", "lora by a pattern", "lora of pytorch's format", "ia3"])
+def test_what_peft_itself_saved_is_imported_and_answers_alike(kind, theirs, tmp_path):
+    config, base, reference, library = theirs
+    targets = r".*SelfAttention\.(q|o)" if "pattern" in kind else None
+    if kind == "ia3":
+        settings = library.IA3Config(task_type="SEQ_2_SEQ_LM")
+    else:
+        settings = library.LoraConfig(
+            task_type="SEQ_2_SEQ_LM", r=4, lora_alpha=6, target_modules=targets, init_lora_weights=False
+        )
+    reference.torch.manual_seed(0)
+    model = library.get_peft_model(reference.load(base), settings).eval()
+    with reference.torch.no_grad():
+        for weight in model.parameters():
+            if weight.requires_grad:
+                weight.add_(0.1 * reference.torch.randn_like(weight))
+    model.save_pretrained(tmp_path / "saved")
+    if "format" in kind:
+        arrays = safetensors.numpy.load_file(tmp_path / "saved" / peft.WEIGHTS)
+        (tmp_path / "saved" / peft.WEIGHTS).unlink()
+        tensors = {name: reference.torch.from_numpy(array) for name, array in arrays.items()}
+        reference.torch.save(tensors, tmp_path / "saved" / peft.TORCH_WEIGHTS)
+    summary = convert(tmp_path / "saved", tmp_path / "run", "sbs", base=str(base))
+    assert summary["base"]["path"] == str(base)
+    opened = checkpoints.open_run(tmp_path / "run")
+    assert opened.tuning is not None
+    values = {name: jnp.asarray(array.whole()) for name, array in opened.arrays.items()}
+    found = our_logits(config, opened.tuning, values)
+    np.testing.assert_allclose(found, torch_logits(reference, model), rtol=0, atol=2e-5)
+    assert np.max(np.abs(found - torch_logits(reference, reference.load(base)))) > 0.1
