@@ -352,7 +352,10 @@ def test_prompts_and_prefixes_begin_as_words(records_dir):
 @pytest.mark.parametrize(
     ("tuning", "message"),
     [
-        (Tuning(lora=LoRA(rank=4, alpha=8.0, modules=("quary",))), r"'quary', which matches nothing. Did you mean 'query'"),
+        (
+            Tuning(lora=LoRA(rank=4, alpha=8.0, modules=("quary",))),
+            r"'quary', which matches nothing. Did you mean 'query'",
+        ),
         (Tuning(lora=LoRA(rank=65, alpha=8.0)), r"rank is 65, above the smaller dimension .* \[64, 64\]"),
         (Tuning(trained=(".*layer_norms/scale",)), "matches nothing"),
         (Tuning(base="nf4", quantized=("token_embedder",), lora=EVERY_LORA), "the matrix of the logits.*not quantised"),

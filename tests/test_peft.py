@@ -544,6 +544,22 @@ def test_predict_and_evaluate_take_a_base_that_moved(task, tmp_path):
     assert "accuracy" in evaluate.evaluate(config)
 
 
+def test_the_command_line_takes_bases_and_adapters(task, tmp_path, capsys):
+    (tmp_path / "in.jsonl").write_text('{"id": "1", "input": "a", "adapter": "norms"}\n')
+    other = tmp_path / "other.npz"
+    weights = {name: jnp.asarray(values) for name, values in cases.parameters(SMALL).items()}
+    checkpoints.save_npz(other, {**weights, "encoder/encoder_norm/scale": jnp.ones(32)}, dtype="float32")
+    flags = ["predict", "--model", str(task / "own"), "--adapters", f"norms={task / 'norms'}"]
+    flags += ["--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out.jsonl")]
+    assert main.main([*flags, "--base", str(other)]) == 1
+    assert "own has adapters of another base" in capsys.readouterr().err
+    assert main.main([*flags, "--base", str(task / "base.npz")]) == 0
+    assert main.main(["convert", "--to", "peft", "--base", str(other), str(task / "own"), str(tmp_path / "out")]) == 1
+    assert "own has adapters of another base" in capsys.readouterr().err
+    assert main.main(["convert", "--to", "peft", str(task / "own"), str(tmp_path / "out")]) == 0
+    assert json.loads(capsys.readouterr().out)["base"]["path"] == str(task / "base.npz")
+
+
 def test_gin_binds_the_base_of_an_evaluation():
     bindings = ["CHECKPOINT_PATH=run", "BASE_PATH=moved"]
     config, _ = main.configure(

@@ -83,9 +83,7 @@ def test_zeros_stay_zeros_and_small_columns_and_blocks_are_not_lost(form):
 
 @pytest.mark.parametrize(("form", "bits"), [("nf4", 4.2), ("int8", 8.1)])
 def test_bits_per_value(form, bits):
-    parts = jax.eval_shape(
-        lambda x: quantized.quantize(x, form=form), jax.ShapeDtypeStruct((1024, 4096), jnp.float32)
-    )
+    parts = jax.eval_shape(lambda x: quantized.quantize(x, form=form), jax.ShapeDtypeStruct((1024, 4096), jnp.float32))
     assert 8 * sum(x.size * x.dtype.itemsize for x in parts.values()) / (1024 * 4096) <= bits
 
 
