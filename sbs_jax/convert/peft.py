@@ -10,7 +10,6 @@ Ours and PEFT's are the same numbers under other names. Of `encoder/layers/0/att
 """
 
 import difflib
-import math
 import re
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
@@ -62,7 +61,9 @@ def write(path: str | Path, opened: Opened, *, base: str | None) -> None:
         settings = {"base_model_name_or_path": base, **settings}
         hugging_face.write_json(folder / CONFIG, settings)
         hugging_face.write_safetensors(folder / WEIGHTS, arrays, dtype=np.dtype(np.float32))
-        held = {"base": opened.base, "held": tuning.base, "quantized": list(tuning.quantized)}
+        shapes = adapters.abstract(opened.config, tuning).shapes
+        few = [ours for ours in _modules(opened.config).values() if f"{ours}/kernel" not in shapes]
+        held = {"base": opened.base, "held": tuning.base, "quantized": few}
         hugging_face.write_json(folder / BASE, held)
         if opened.origin is not None:
             hugging_face.write_json(folder / hugging_face.ORIGIN, opened.origin)
@@ -144,11 +145,9 @@ def _shortest(modules: Collection[str], all_modules: Collection[str]) -> list[st
     return ends if set(_selected(ends, all_modules)) == set(modules) else sorted(modules)
 
 
-def _selected(targets: Iterable[str] | str, modules: Iterable[str]) -> list[str]:
-    """The modules that PEFT takes: a text is a regular expression, of a list names or ends after a dot."""
-    if isinstance(targets, str):
-        return [module for module in modules if re.fullmatch(targets, module)]
-    listed = tuple(targets)
+def _selected(targets: Iterable[str], modules: Iterable[str]) -> list[str]:
+    """The modules that PEFT takes of a list: those of a name, or of an end of one after a dot."""
+    listed = [str(each) for each in targets]
     return [module for module in modules if module in listed or module.endswith(tuple(f".{end}" for end in listed))]
 
 
@@ -205,11 +204,10 @@ def open_directory(path: str | Path, *, base: Opened, identity: Mapping[str, Any
     origin = base.origin
     if (path / hugging_face.ORIGIN).is_file():
         origin = hugging_face.read_origin((path / hugging_face.ORIGIN).read_bytes(), path / hugging_face.ORIGIN)
-    vocabulary = None if origin is None else origin["data"]["options"]["vocabulary"]
     return Opened(
         config=base.config,
         arrays=arrays,
-        vocabulary=base.vocabulary or vocabulary,
+        vocabulary=base.vocabulary,  # of no other place that the directory names: it would be copied
         origin=origin,
         tuning=tuning,
         base=dict(identity),
@@ -285,24 +283,24 @@ def _imported(
         if held != rank:
             raise ValueError(f"{where} {list(array.shape)} is of rank {held}, and {CONFIG} says r {brief(rank)}.")
         return ("lora/a" if is_a else "lora/b"), array.transposed()
-    inner = module in _selected(_targets(path, settings, "feedforward_modules"), [module])
-    if array.shape[0 if inner else 1] != 1:
-        expected = "[1, columns]" if inner else "[rows, 1]"
-        raise ValueError(f"{where} has the shape {list(array.shape)}; expected {expected}, as feedforward_modules say.")
+    listed = settings.get("feedforward_modules")
+    inner = array.shape[0] == 1
+    denied = isinstance(listed, list) and inner != bool(_selected(listed, [module]))
+    if 1 not in array.shape or denied:
+        raise ValueError(
+            f"{where} has the shape {list(array.shape)}, and feedforward_modules are {brief(listed)}; expected "
+            "[1, rows] for those and [columns, 1] for others."
+        )
     return ("in_scale" if inner else "out_scale"), names.of_array(array.whole().reshape(-1))
 
 
-def _targets(path: Path, settings: Mapping[str, Any], name: str) -> list[str] | str:
-    value = settings.get(name)
-    value = [] if value is None else value
+def _targets(path: Path, settings: Mapping[str, Any]) -> list[str] | None:
+    """Names of modules; None for a pattern, which is not run, as it comes from outside and could take for ever."""
+    value = settings.get("target_modules")
     if isinstance(value, str):
-        try:
-            re.compile(value)
-        except re.error as error:
-            raise ValueError(f"{path / CONFIG}: {name} {brief(value)} is no pattern ({error}).") from None
-        return value
+        return None
     if not isinstance(value, list) or not all(isinstance(each, str) for each in value):
-        raise ValueError(f"{path / CONFIG}: {name} is {brief(value)}; expected names of modules, or a pattern.")
+        raise ValueError(f"{path / CONFIG}: target_modules is {brief(value)}; expected names of modules, or a pattern.")
     return value
 
 
@@ -318,8 +316,8 @@ def _check_complete(
         raise ValueError(f"{path} holds no adapters.")
     if any(settings.get(name) for name in ("exclude_modules", "layers_to_transform")):
         return
-    targets = _targets(path, settings, "target_modules")
-    missing = set() if targets == "all-linear" else set(_selected(targets, modules)) - every
+    targets = _targets(path, settings)
+    missing = set() if targets is None else set(_selected(targets, modules)) - every
     if missing:
         raise ValueError(
             f"{path}: target_modules is {brief(targets)}, and {len(missing)} of the base's modules that it selects "
@@ -330,29 +328,36 @@ def _check_complete(
 def _tuning(path: Path, settings: Mapping[str, Any], found: Mapping[str, set[str]], *, base: Opened) -> adapters.Tuning:
     kernels = [ours for ours in _modules(base.config).values() if ours.startswith(names.STACKS)]
 
-    def patterns(end: str) -> tuple[str, ...]:
+    def patterns(chosen: Collection[str]) -> tuple[str, ...]:
         """Ends of names where all kernels of that end are meant, else names."""
-        chosen = found.get(end, set())
         ends = sorted({module.rpartition("/")[2] for module in chosen})
         short = {module for module in kernels if module.rpartition("/")[2] in ends}
-        return tuple(ends if short == chosen else sorted(chosen))
+        return tuple(ends if short == set(chosen) else sorted(chosen))
 
-    known = _known_base(path) or {"held": "float32", "quantized": ["kernel"]}
+    known = _known_base(path) or {"held": "float32", "quantized": []}
     held: dict[str, Any] = {"base": known["held"]}
     if known["held"] in quantized.FORMS:
-        held["quantized"] = known["quantized"]
+        foreign = sorted(set(known["quantized"]) - set(kernels))
+        if foreign:
+            raise ValueError(f"{path / BASE}: {part(foreign[0])} is no kernel of the base's layers. Remove the file.")
+        held["quantized"] = patterns(known["quantized"])
     try:
         if settings["peft_type"] == "IA3":
-            return adapters.Tuning(**held, ia3=adapters.IA3(outputs=patterns("out_scale"), inputs=patterns("in_scale")))
+            return adapters.Tuning(
+                **held,
+                ia3=adapters.IA3(
+                    outputs=patterns(found.get("out_scale", set())), inputs=patterns(found.get("in_scale", set()))
+                ),
+            )
         numbers = {name: settings.get(name, default) for name, default in (("lora_alpha", 8), ("lora_dropout", 0.0))}
         for name, value in numbers.items():
-            if type(value) not in (int, float) or not math.isfinite(value):
+            if type(value) not in (int, float) or not -(2**31) < value < 2**31:
                 raise ValueError(f"{name} is {brief(value)}; expected a number.")
         lora = adapters.LoRA(
             rank=settings["r"],
             alpha=float(numbers["lora_alpha"]),
             dropout=float(numbers["lora_dropout"]),
-            modules=patterns("lora/a"),
+            modules=patterns(found["lora/a"]),
         )
         return adapters.Tuning(**held, lora=lora)
     except ValueError as error:
