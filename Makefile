@@ -93,6 +93,6 @@ $(VENV)/.audit: | $(VENV)/.created
 	@touch $@
 
 $(VENV)/.parity: $(VENV)/.test
-	@echo "Installing PyTorch and Hugging Face transformers into $(VENV)"
+	@echo "Installing PyTorch, and Hugging Face's transformers and PEFT, into $(VENV)"
 	@$(PIP) -e '.[test,parity]'
 	@touch $@

@@ -389,6 +389,12 @@ class Adapted:
 
 def abstract(config: t5.T5Config, tuning: Tuning | None, *, execution: t5.Execution = t5.UNROLLED) -> Adapted:
     """As `t5.abstract`, with what the tuning puts on; without one everything is trained."""
+    adapted = _abstract(config, tuning, execution)  # kept: building a model of shapes takes a second
+    return dataclasses.replace(adapted, shapes=dict(adapted.shapes), axes=dict(adapted.axes))
+
+
+@functools.lru_cache(maxsize=64)
+def _abstract(config: t5.T5Config, tuning: Tuning | None, execution: t5.Execution) -> Adapted:
     if tuning is None:
         structure, shapes, axes = t5.abstract(config, execution=execution)
         return Adapted(structure, shapes, axes, frozenset(shapes))

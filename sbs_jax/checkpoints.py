@@ -22,8 +22,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from sbs_jax import adapters, checksums, hosts, run_dir, saving, t5
-from sbs_jax.convert import hugging_face, merging, names, npz, t5x
+from sbs_jax import adapters, checksums, hosts, identity, run_dir, saving, t5
+from sbs_jax.convert import hugging_face, merging, names, npz, peft, t5x
 
 log = logging.getLogger(__name__)
 
@@ -365,7 +365,7 @@ def locate(path: str | Path) -> tuple[Path, int]:
 
 
 # Forms of checkpoints, as `sbs convert` names them.
-SBS, HUGGING_FACE, T5X = "sbs", "hf", "t5x"
+SBS, HUGGING_FACE, T5X, PEFT = "sbs", "hf", "t5x", "peft"
 
 
 def form(path: str | Path) -> str:
@@ -377,6 +377,8 @@ def form(path: str | Path) -> str:
         local = Path(text)
         if not local.exists():
             raise FileNotFoundError(f"There is no checkpoint at {path}: nothing is there.")
+        if peft.is_directory(local):
+            return PEFT
         if hugging_face.is_directory(local):
             return HUGGING_FACE
         if (
@@ -389,44 +391,72 @@ def form(path: str | Path) -> str:
         return T5X
     raise FileNotFoundError(
         f"{path} holds no checkpoint: expected a run directory (with checkpoints/<step>) or one such step, a Hugging "
-        "Face directory (config.json), a T5X model directory (checkpoint_<step>/) or checkpoint, or an .npz file."
+        "Face directory (config.json), a T5X model directory (checkpoint_<step>/) or checkpoint, adapters of PEFT "
+        "(adapter_config.json), or an .npz file."
     )
 
 
-def open_any(path: str | Path, *, kind: str) -> names.Opened:
+def open_any(path: str | Path, *, kind: str, base: str | None = None) -> names.Opened:
     """Architecture and arrays of a checkpoint; arrays are read when they are asked for, by slices.
 
-    Adapters of a run are merged into the base that they were trained on.
+    Adapters of a run are merged into the base that they were trained on, which lies at `base` if it has moved.
     """
     if kind == HUGGING_FACE:
         return hugging_face.open_directory(path)
     if kind == T5X:
         return t5x.open_checkpoint(path)
+    if kind == PEFT:
+        raise ValueError(
+            f"{path} holds adapters of PEFT, and no base. Make a run of both: sbs convert --to sbs {path} RUN "
+            "--base BASE."
+        )
+    opened = open_run(path)
+    if opened.tuning is None:
+        return opened
+    merging.check(opened, owner=str(path))
+    return merging.merged(opened, base_arrays(opened, given=base, owner=str(path)))
+
+
+def open_run(path: str | Path) -> names.Opened:
+    """As `open_any`, of a run or one of its steps; adapters are not merged."""
     directory, step = locate(path)
     _refuse_damaged(directory, step, items=(PARAMETERS, METADATA))
     checkpoint = directory / "checkpoints" / str(step)
     metadata = saving.read_json(checkpoint)
-    config, tuning = t5.T5Config.of(metadata["model"]), adapters.Tuning.of(metadata.get("tuning"))
-    arrays = t5x.orbax_arrays(checkpoint / PARAMETERS)
-    if tuning is not None:
-        arrays = merging.merged(config, tuning, arrays, base_arrays(config, metadata["base"]), owner=str(directory))
     origin, vocabulary = None, None
     if (directory / run_dir.MANIFEST).is_file():
         origin = run_dir.read_manifest(directory)
         vocabulary = origin["data"]["options"]["vocabulary"]
-    return names.Opened(config, arrays, step=step, vocabulary=vocabulary, origin=origin)
+    return names.Opened(
+        config=t5.T5Config.of(metadata["model"]),
+        arrays=t5x.orbax_arrays(checkpoint / PARAMETERS),
+        step=step,
+        vocabulary=vocabulary,
+        origin=origin,
+        tuning=adapters.Tuning.of(metadata.get("tuning")),
+        base=metadata.get("base"),
+    )
 
 
-def base_arrays(config: t5.T5Config, identity: Mapping[str, Any]) -> Mapping[str, names.LazyArray]:
-    """The arrays of the base that adapters were trained on, of a checkpoint or fresh from a seed."""
-    path, wanted = identity["path"], {name: leaf.shape for name, leaf in t5.abstract(config)[1].items()}
+def base_arrays(opened: names.Opened, *, given: str | None, owner: str) -> dict[str, names.LazyArray]:
+    """The arrays of the base that adapters were trained on: of a checkpoint, now at `given`, or fresh from a seed.
+
+    Every array is read once for the fingerprint. ValueError where it is another base.
+    """
+    assert opened.base is not None
+    path = identity.place(opened.base, given, owner=owner)
+    shapes = {name: leaf.shape for name, leaf in names.parameters(opened.config).items()}
     if path is None:
-        return {name: names.of_array(np.asarray(x)) for name, x in t5.init(config, seed=identity["seed"])[1].items()}
-    kind = form(path)
-    if str(path).endswith(".npz"):
-        return {name: names.of_array(array) for name, array in npz.arrays(path, shapes=wanted).items()}
-    arrays = open_any(path, kind=kind).arrays
-    names.check(path, {name: array.shape for name, array in arrays.items()}, wanted, kind=kind)
+        made = t5.init(opened.config, seed=opened.base["seed"])[1]
+        arrays = {name: names.of_array(np.asarray(x)) for name, x in made.items()}
+    elif str(path).endswith(".npz"):
+        arrays = {name: names.of_array(array) for name, array in npz.arrays(path, shapes=shapes).items()}
+    else:
+        kind = form(path)
+        arrays = open_any(path, kind=kind).arrays
+        names.check(path, {name: array.shape for name, array in arrays.items()}, shapes, kind=kind)
+    found = {"path": path, "seed": opened.base["seed"], "fingerprint": identity.of_arrays(arrays)}
+    identity.check(found, opened.base, owner=owner)
     return arrays
 
 
@@ -469,14 +499,28 @@ def _from_any(path: str | Path, *, like: Mapping[str, jax.ShapeDtypeStruct], kin
     return {name: arrays[name].onto(leaf) for name, leaf in like.items()}
 
 
-def save_parameters(path: str | Path, parameters: t5.Parameters, *, config: t5.T5Config, step: int) -> None:
-    """Writes `<path>/checkpoints/<step>` with parameters and architecture, and no optimiser: weights to start from."""
+def save_parameters(
+    path: str | Path,
+    parameters: t5.Parameters,
+    *,
+    config: t5.T5Config,
+    step: int,
+    tuning: adapters.Tuning | None = None,
+    base: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes `<path>/checkpoints/<step>` with parameters and architecture, and no optimiser: weights to start from.
+
+    With a tuning they are adapters, of a base of the given identity.
+    """
+    metadata = {"step": step, "model": dataclasses.asdict(config)}
+    if tuning is not None and base is not None:
+        metadata |= {"tuning": dataclasses.asdict(tuning), "base": dict(base)}
     folder, handler = Path(path).absolute() / "checkpoints", saving.array_handler()
     temporary = folder / f"{step}.1{saving.WRITING}"
     (temporary / METADATA).mkdir(parents=True)
     handler.save(epath.Path(temporary / PARAMETERS), args=ocp.args.PyTreeSave(parameters))
     handler.finalize(epath.Path(temporary / PARAMETERS))
-    saving.complete(temporary, metadata={"step": step, "model": dataclasses.asdict(config)})
+    saving.complete(temporary, metadata=metadata)
     temporary.rename(folder / str(step))
 
 

@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,11 @@ from sbs_jax import (
     features,
     frozen,
     hosts,
+    identity,
     partitioning,
     records,
     run_dir,
+    selection,
     t5,
 )
 from tasks import metrics as grading
@@ -146,6 +148,7 @@ class Student:
     partitioner: partitioning.Partitioner
     step: int
     manifest: dict[str, Any]
+    options: datasets.DataOptions
 
 
 def load_student(
@@ -156,27 +159,124 @@ def load_student(
     Vocabulary, prefixes and lengths are those it was trained with; `records_dir` may have moved, and so may the `base`
     of a run that trained adapters.
     """
+    return _load_sharing(path, {}, layout=layout, records_dir=records_dir, base=base)[0]
+
+
+def load_students(
+    path: str | Path, others: Mapping[str, str | Path], *, layout: partitioning.Layout, base: str | None = None
+) -> tuple[Student, dict[str, Student]]:
+    """A run that trained adapters, and others by name, over one base, which is read and held once.
+
+    Registers the tasks of the first. ValueError where they were trained on different bases, or hold theirs otherwise.
+    """
+    return _load_sharing(path, others, layout=layout, records_dir=None, base=base)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Trained:
+    """What a run trained, and the shapes of all that its student has."""
+
+    owner: str
+    config: t5.T5Config
+    tuning: adapters.Tuning | None
+    adapted: adapters.Adapted
+    like: dict[str, jax.ShapeDtypeStruct]
+    parameters: t5.Parameters
+    base: dict[str, Any] | None
+    step: int
+    manifest: dict[str, Any]
+
+    def student(
+        self, frozen: Mapping[str, jax.Array], *, partitioner: partitioning.Partitioner, options: datasets.DataOptions
+    ) -> Student:
+        parameters = {**{name: frozen[name] for name in self.like if name in frozen}, **self.parameters}
+        return Student(
+            *(self.config, self.adapted.structure, parameters, partitioner, self.step, self.manifest, options)
+        )
+
+
+def _load_sharing(
+    path: str | Path,
+    others: Mapping[str, str | Path],
+    *,
+    layout: partitioning.Layout,
+    records_dir: str | None,
+    base: str | None,
+) -> tuple[Student, dict[str, Student]]:
+    partitioner = layout.partitioner()
+    first = _read_trained(path, partitioner)
+    named = {name: _read_trained(place, partitioner) for name, place in others.items()}
+    held: t5.Parameters = {}
+    for each in (first, *named.values()):
+        if each.tuning is None and (named or base is not None):
+            raise ValueError(
+                f"{each.owner} has no adapters: everything was trained, and it needs no base. Only runs that trained "
+                "adapters share one; predict with this one by itself."
+            )
+    if first.tuning is not None and first.base is not None:
+        for each in named.values():
+            _check_shared(first, each)
+        found = frozen.load(
+            *(first.config, first.tuning),
+            path=identity.place(first.base, base, owner=first.owner),
+            seed=first.base["seed"] or 0,  # None where there is a path
+            like=first.like,
+            partitioner=partitioner,
+        )
+        identity.check(found.identity, first.base, owner=first.owner)
+        held = {**found.frozen, **found.trained}
+    options = _options(first)
+    if records_dir is not None:
+        options = dataclasses.replace(options, records_dir=records_dir)
+    datasets.configure(options)
+    return (
+        first.student(held, partitioner=partitioner, options=options),
+        {name: each.student(held, partitioner=partitioner, options=_options(each)) for name, each in named.items()},
+    )
+
+
+def _options(trained: _Trained) -> datasets.DataOptions:
+    return datasets.DataOptions(**trained.manifest["data"]["options"])
+
+
+def _read_trained(path: str | Path, partitioner: partitioning.Partitioner) -> _Trained:
     directory, step = checkpoints.locate(path)
     manifest = run_dir.read_manifest(directory)
-    options = manifest["data"]["options"]
-    if records_dir is not None:
-        options = options | {"records_dir": records_dir}
-    datasets.configure(datasets.DataOptions(**options))
     metadata = checkpoints.read_metadata(directory, step)
     config, tuning = t5.T5Config.of(metadata["model"]), adapters.Tuning.of(metadata.get("tuning"))
     adapted = adapters.abstract(config, tuning)
-    partitioner = layout.partitioner()
     like = partitioner.placed(adapted.shapes, parameters=adapted.shapes, axes=adapted.axes)
     checkpoint = directory / "checkpoints" / str(step)
     parameters = checkpoints.load_parameters(checkpoint, like=adapted.parts(like)[0])
-    if tuning is not None:
-        known = metadata["base"]
-        found = frozen.load(
-            *(config, tuning), path=base or known["path"], seed=known["seed"], like=like, partitioner=partitioner
+    base = metadata.get("base")
+    return _Trained(str(directory), config, tuning, adapted, like, parameters, base, step, manifest)
+
+
+def _check_shared(first: _Trained, other: _Trained) -> None:
+    """ValueError unless the base, as the first run holds it, serves the other as well."""
+    assert first.base is not None
+    assert other.base is not None
+    if first.base["fingerprint"] != other.base["fingerprint"]:
+        raise ValueError(
+            f"{first.owner} and {other.owner} have adapters of different bases: {identity.described(first.base)} "
+            f"(fingerprint {first.base['fingerprint'][:16]}) and {identity.described(other.base)} "
+            f"({other.base['fingerprint'][:16]}). Adapters of one base are answered with together; the others by "
+            "themselves."
         )
-        frozen.check(found.identity, known, owner=str(directory))
-        parameters |= found.frozen
-    return Student(config, adapted.structure, parameters, partitioner, step, manifest)
+    needed = other.adapted.parts(other.like)[1]
+    for name, leaf in needed.items():
+        held = first.like.get(name)
+        if held is None or (held.shape, held.dtype) != (leaf.shape, leaf.dtype):
+            raise ValueError(
+                f"{first.owner} and {other.owner} hold their base in different ways ({_holding(first)}, "
+                f"{_holding(other)}), which differ in {name}. Adapters of a base that is held alike are answered with "
+                "together; predict with these runs by themselves."
+            )
+
+
+def _holding(trained: _Trained) -> str:
+    assert trained.tuning is not None
+    return trained.tuning.base
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -191,11 +291,14 @@ class EvaluateConfig:
     max_decode_length: int | None
     output_dir: str | None
     layout: partitioning.Layout
+    base: str | None = None  # where the base of a run that trained adapters lies, if it has moved
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, float]:
     """Grades a checkpoint on a split; writes predictions and `metrics.json` to `output_dir` if there is one."""
-    student = load_student(config.checkpoint_path, layout=config.layout, records_dir=config.records_dir)
+    student = load_student(
+        config.checkpoint_path, layout=config.layout, records_dir=config.records_dir, base=config.base
+    )
     run = student.manifest["run"]
     task = datasets.graded_task(config.mixture_or_task_name or run["mixture_or_task_name"])
     if task is None:
@@ -228,44 +331,83 @@ def predict(
     output_path: str | Path,
     objective: str,
     batch_size: int,
+    base: str | None = None,
+    adapters: Mapping[str, str | Path] | None = None,
 ) -> int:
     """Answers each `{"id", "input"}` row of a file with `{"id", "prediction", "score"}`; returns their number.
 
     `input` is the text without prefix, which comes from the saved configuration. `score` is the natural log
-    probability of the prediction. Every row is read and checked before the first is answered.
+    probability of the prediction. Every row is read and checked before the first is answered. A row may name one of
+    `adapters`, runs over the same base as `model`, in "adapter"; it is answered with that run, by that run's
+    vocabulary, prefix and lengths.
     """
-    rows = list(read_inputs(input_path))
-    student = load_student(model, layout=partitioning.DATA_PARALLEL)
-    options, run = datasets.options(), student.manifest["run"]
-    kind = datasets.split_task(run["mixture_or_task_name"])[1]
-    if objective == datasets.RATIONALE and kind == datasets.LABEL:
-        log.warning("This student was trained on labels alone; its rationales mean nothing.")
-    if objective == datasets.RATIONALE:
-        kind, prefix, length = objective, options.rationale_prefix, run["task_feature_lengths"]["targets"]
-    else:
-        kind = datasets.RATIONALE_THEN_LABEL if kind == datasets.RATIONALE_THEN_LABEL else datasets.LABEL
-        prefix, length = options.label_prefix, run["max_decode_length"]
-    vocabulary = datasets.vocabulary(options.vocabulary)
-    tokens, truncated = features.encode_inputs(
-        [prefix + row["input"] for row in rows],
-        vocabulary=vocabulary,
-        length=run["task_feature_lengths"]["inputs"],
+    named = adapters or {}
+    rows = list(read_inputs(input_path, adapters=named))
+    student, others = load_students(model, named, layout=partitioning.DATA_PARALLEL, base=base)
+    places = {None: str(model), **{name: str(place) for name, place in named.items()}}
+    asked = {}
+    for name, each in {None: student, **others}.items():
+        texts = {number: row["input"] for number, row in enumerate(rows) if row.get("adapter") == name}
+        if texts:
+            asked[name] = _Asked.of(texts, each, owner=places[name], objective=objective)
+    hosts.agree(
+        {
+            "inputs": hashlib.sha256(b"".join(each.tokens.tobytes() for each in asked.values())).hexdigest(),
+            "student": ", ".join(f"{places[name]} step {each.student.step}" for name, each in asked.items()),
+        }
     )
-    if truncated:
-        log.warning("%d of %d inputs are longer than %d tokens and were cut.", truncated, len(rows), tokens.shape[1])
-    hosts.agree({"inputs": hashlib.sha256(tokens.data).hexdigest(), "student": f"{model} step {student.step}"})
-    generator = Generator(student.structure, partitioner=student.partitioner, batch_size=batch_size, length=length)
-    answers = (
-        {"id": row["id"], "prediction": datasets.graded_text(vocabulary.decode(ids), kind=kind), "score": score}
-        for row, (ids, score) in zip(rows, generator.run(student.parameters, tokens), strict=True)
-    )
-    if hosts.is_first():
-        return write_rows(output_path, answers)
-    return sum(1 for _ in answers)
+    answers: dict[int, dict[str, Any]] = {}
+    for each in asked.values():
+        for number, (text, score) in zip(each.numbers, each.answers(batch_size), strict=True):
+            answers[number] = {"id": rows[number]["id"], "prediction": text, "score": score}
+    return write_rows(output_path, (answers[number] for number in range(len(rows)))) if hosts.is_first() else len(rows)
 
 
-def read_inputs(path: str | Path) -> Iterator[dict[str, Any]]:
-    """Rows of a JSONL file that have the texts `id` and `input`; errors name file and line."""
+@dataclasses.dataclass(frozen=True)
+class _Asked:
+    """The rows of a file that one student answers, by their numbers."""
+
+    student: Student
+    numbers: list[int]
+    tokens: np.ndarray
+    kind: str
+    length: int  # of an answer, in tokens
+
+    @classmethod
+    def of(cls, texts: Mapping[int, str], student: Student, *, owner: str, objective: str) -> "_Asked":
+        options, run = student.options, student.manifest["run"]
+        kind = datasets.split_task(run["mixture_or_task_name"])[1]
+        if objective == datasets.RATIONALE and kind == datasets.LABEL:
+            log.warning("%s was trained on labels alone; its rationales mean nothing.", owner)
+        if objective == datasets.RATIONALE:
+            kind, prefix, length = objective, options.rationale_prefix, run["task_feature_lengths"]["targets"]
+        else:
+            kind = datasets.RATIONALE_THEN_LABEL if kind == datasets.RATIONALE_THEN_LABEL else datasets.LABEL
+            prefix, length = options.label_prefix, run["max_decode_length"]
+        tokens, truncated = features.encode_inputs(
+            [prefix + text for text in texts.values()],
+            vocabulary=datasets.vocabulary(options.vocabulary),
+            length=run["task_feature_lengths"]["inputs"],
+        )
+        if truncated:
+            cut = truncated, len(texts), tokens.shape[1]
+            log.warning("%d of %d inputs are longer than %d tokens and were cut.", *cut)
+        return cls(student, list(texts), tokens, kind, length)
+
+    def answers(self, batch_size: int) -> Iterator[tuple[str, float]]:
+        student, vocabulary = self.student, datasets.vocabulary(self.student.options.vocabulary)
+        generator = Generator(
+            student.structure, partitioner=student.partitioner, batch_size=batch_size, length=self.length
+        )
+        for ids, score in generator.run(student.parameters, self.tokens):
+            yield datasets.graded_text(vocabulary.decode(ids), kind=self.kind), score
+
+
+def read_inputs(path: str | Path, *, adapters: Iterable[str] = ()) -> Iterator[dict[str, Any]]:
+    """Rows of a JSONL file that have the texts `id` and `input`, and perhaps `adapter`, one of those named.
+
+    ValueError, with file and line, for another row.
+    """
     seen: dict[str, int] = {}
     with Path(path).open("rb") as file:
         # Bytes are split at "\n" alone: text may hold other characters that end a line elsewhere.
@@ -280,8 +422,18 @@ def read_inputs(path: str | Path) -> Iterator[dict[str, Any]]:
             if row["id"] in seen:
                 shown = records.brief(row["id"])
                 raise ValueError(f"{where}: id {shown} stands in line {seen[row['id']]} already.")
+            if row.get("adapter") is not None:
+                _check_adapter(row["adapter"], adapters, where)
             seen[row["id"]] = number
             yield row
+
+
+def _check_adapter(name: Any, known: Iterable[str], where: str) -> None:
+    if not isinstance(name, str) or name not in known:
+        listed = ", ".join(map(repr, known))
+        there = f"There are {listed}" if listed else "There are none: give some by --adapters NAME=RUN"
+        near = selection.near_matches(str(name)[:200], known)
+        raise ValueError(f"{where}: no adapter is named {records.brief(name)}.{near} {there}.")
 
 
 def write_rows(path: str | Path, rows: Any) -> int:

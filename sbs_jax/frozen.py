@@ -1,16 +1,16 @@
 """The base that adapters are trained on: read array by array, held as its `Tuning` says, told from another one."""
 
 import dataclasses
-import hashlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from sbs_jax import adapters, checkpoints, partitioning, t5
 from sbs_jax.convert import names
+from sbs_jax.identity import check as check
+from sbs_jax.identity import digest, fingerprint
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,22 +57,7 @@ def load(
         held |= hold(array)
         del array
     trained, rest = adapted.parts(held)
-    digest = hashlib.sha256(repr(sorted(prints.items())).encode()).hexdigest()
-    return Base(rest, trained, {"path": path, "seed": None if path else seed, "fingerprint": digest})
-
-
-def check(found: Mapping[str, Any], expected: Mapping[str, Any], *, owner: str) -> None:
-    """ValueError where a base is not that which adapters were trained on."""
-    if found["fingerprint"] != expected["fingerprint"]:
-        raise ValueError(
-            f"{owner} has adapters of another base. They were trained on {described(expected)}, of fingerprint "
-            f"{expected['fingerprint'][:16]}; {described(found)} has {found['fingerprint'][:16]}. Give the base they "
-            "were trained on."
-        )
-
-
-def described(identity: Mapping[str, Any]) -> str:
-    return str(identity["path"]) if identity["path"] else f"parameters fresh from seed {identity['seed']}"
+    return Base(rest, trained, {"path": path, "seed": None if path else seed, "fingerprint": digest(prints)})
 
 
 def _from_seed(config: t5.T5Config, seed: int, like: Mapping[str, jax.ShapeDtypeStruct]) -> Callable[[str], jax.Array]:
@@ -88,15 +73,3 @@ def _from_checkpoint(path: str, like: Mapping[str, jax.ShapeDtypeStruct]) -> Cal
     wanted = {name: tuple(leaf.shape) for name, leaf in like.items()}
     names.check(path, {name: array.shape for name, array in arrays.items()}, wanted, kind=kind)
     return lambda name: arrays[name].onto(like[name])
-
-
-@jax.jit
-def fingerprint(array: jax.Array) -> jax.Array:
-    """Two 32-bit sums of a float32 array's bits, each weighted by place: the same however it is cut over devices."""
-    bits = jax.lax.bitcast_convert_type(array.astype(jnp.float32), jnp.uint32)
-    place = jnp.zeros(bits.shape, jnp.uint32)
-    for axis in range(bits.ndim):
-        place = place * np.uint32(bits.shape[axis]) + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
-    # Odd factors, so that a change of any one bit changes both sums (Knuth's and xxHash's multipliers).
-    weights = [(place * np.uint32(factor)) ^ (place >> 15) | np.uint32(1) for factor in (2654435761, 2246822519)]
-    return jnp.stack([jnp.sum(bits * weight, dtype=jnp.uint32) for weight in weights])

@@ -365,6 +365,11 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         _predict,
         'Answer {"id", "input"} rows with {"id", "prediction", "score"} rows.',
         multihost=True,
+        epilog="examples:\n  sbs predict --model runs/svamp --input questions.jsonl --output answers.jsonl\n"
+        "  sbs predict --model runs/svamp-lora --adapters esnli=runs/esnli-lora --input rows.jsonl \\\n"
+        "      --output answers.jsonl\n\n"
+        'With --adapters, rows that have "adapter": "esnli" are answered by that run, the others by --model; all of\n'
+        "them over one base, which is held once. Their vocabularies, prefixes and lengths are their own.",
     )
     predict.add_argument(
         "--model", required=True, metavar="DIR", help="run directory, or one of its checkpoints/<step>"
@@ -373,17 +378,36 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     predict.add_argument("--output", required=True, metavar="FILE", help="JSON lines to write")
     predict.add_argument("--task", choices=("label", "rationale"), default="label", help="what to predict")
     predict.add_argument("--batch_size", type=int, default=32, help="rows at a time")
+    predict.add_argument(
+        "--base", metavar="PATH", help="where the base of a run that trained adapters lies, if it has moved"
+    )
+    predict.add_argument(
+        "--adapters",
+        action="append",
+        default=[],
+        metavar="NAME=DIR",
+        help="a run over the same base, for rows that name it; repeat",
+    )
     convert = command(
         "convert",
         _convert,
-        "Convert a checkpoint: Hugging Face, T5X, or a run of ours, to any of them.",
-        epilog="example:\n  sbs convert --to hf runs/svamp svamp-student",
+        "Convert a checkpoint: Hugging Face, T5X, or a run of ours, to any of them; adapters to PEFT's form and back.",
+        epilog="examples:\n  sbs convert --to hf runs/svamp svamp-student\n"
+        "  sbs convert --to peft runs/svamp-lora svamp-lora\n"
+        "  sbs convert --to sbs svamp-lora runs/svamp-again --base t5-v1_1-base\n\n"
+        "A run that trained adapters becomes one whole student in hf, t5x and sbs: they are merged into their base.\n"
+        "PEFT has LoRA and IA3 alone; what else was trained is named. See docs/checkpoints.md.",
     )
-    forms = ("hf", "t5x", "sbs")
+    forms = ("hf", "t5x", "sbs", "peft")
     convert.add_argument("--from", dest="from_form", choices=forms, help="form of the source (default: as it looks)")
     convert.add_argument("--to", dest="to_form", choices=forms, required=True, help="form to write")
     convert.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="type of hf weights")
     convert.add_argument("--shard_gb", type=float, default=5.0, metavar="GB", help="largest file of hf weights")
+    convert.add_argument(
+        "--base",
+        metavar="PATH",
+        help="of adapters of PEFT, their base; of a run's, where its base lies, if it has moved",
+    )
     convert.add_argument("source", metavar="SRC", help="directory, .npz, or gs:// path of T5X")
     convert.add_argument("target", metavar="DST", help="directory to make")
     report = command("report", _report, "Compare finished runs: a table, and a page with their curves.")
@@ -638,10 +662,25 @@ def _predict(arguments: argparse.Namespace) -> int:
         output_path=arguments.output,
         objective=arguments.task,
         batch_size=arguments.batch_size,
+        base=arguments.base,
+        adapters=_named(arguments.adapters),
     )
     if hosts.is_first():
         print(f"{count} predictions in {arguments.output}")
     return 0
+
+
+def _named(flags: Sequence[str]) -> dict[str, str]:
+    """`NAME=DIR` flags by name."""
+    named: dict[str, str] = {}
+    for flag in flags:
+        name, equals, place = flag.partition("=")
+        if not (name and equals and place):
+            raise UsageError(f"got --adapters {flag!r}; expected NAME=DIR, such as esnli=runs/esnli-lora.")
+        if name in named:
+            raise UsageError(f"--adapters names {name!r} twice: {named[name]} and {place}.")
+        named[name] = place
+    return named
 
 
 def _records(arguments: argparse.Namespace) -> int:
@@ -670,6 +709,7 @@ def _convert(arguments: argparse.Namespace) -> int:
         to_form=arguments.to_form,
         dtype=arguments.dtype,
         shard_bytes=int(arguments.shard_gb * 1e9),
+        base=arguments.base,
     )
     print(json.dumps(summary))
     return 0

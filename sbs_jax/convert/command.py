@@ -2,27 +2,40 @@
 
 import dataclasses
 import json
+import logging
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
-from sbs_jax import checkpoints, run_dir, t5, tokens
-from sbs_jax.convert import hugging_face, names, t5x
+from sbs_jax import checkpoints, identity, run_dir, t5, tokens
+from sbs_jax.convert import hugging_face, merging, names, peft, t5x
 
-FORMS = (checkpoints.HUGGING_FACE, checkpoints.T5X, checkpoints.SBS)
+log = logging.getLogger(__name__)
+
+FORMS = (checkpoints.HUGGING_FACE, checkpoints.T5X, checkpoints.SBS, checkpoints.PEFT)
 VOCABULARY = "sentencepiece.model"
 
 
 def convert(
-    source: str, target: str, *, from_form: str | None, to_form: str, dtype: str, shard_bytes: int
+    source: str,
+    target: str,
+    *,
+    from_form: str | None,
+    to_form: str,
+    dtype: str,
+    shard_bytes: int,
+    base: str | None = None,
 ) -> dict[str, Any]:
     """Converts, and returns what it did. `target` must not exist, and appears when it is complete.
 
     `from_form` None means: as it looks. `dtype` and `shard_bytes` are those of Hugging Face's files; the other forms
     hold float32. Where the source is a run (or an export of one), its settings go along, so that a conversion back is a
-    run again.
+    run again. Adapters are merged into their base, which lies at `base` if it has moved; but to PEFT's form, and from
+    that to a run, they stay adapters.
     """
     found = checkpoints.form(source)
     if from_form not in (None, found):
@@ -32,10 +45,23 @@ def convert(
         raise ValueError(f"{target}: only T5X checkpoints are written to a bucket; convert to a folder and copy it.")
     if not remote and Path(target).exists():
         raise FileExistsError(f"{target} exists already; choose another name, or remove it.")
-    opened = checkpoints.open_any(source, kind=found)
-    summary = {
-        "from": found,
-        "to": to_form,
+    opened = _open(source, kind=found, base=base)
+    summary = {"from": found, "to": to_form}
+    if to_form == checkpoints.PEFT:
+        summary |= _to_peft(opened, source, target, base=base)
+    elif opened.tuning is not None and found == checkpoints.PEFT and to_form == checkpoints.SBS:
+        if opened.origin is None:
+            log.warning(
+                "%s is no run of ours, so that nothing says how inputs are written for it: %s can be merged and "
+                "exported, and does not predict.",
+                base,
+                target,
+            )
+        summary |= _told_of(opened)
+    elif opened.tuning is not None:
+        opened, told = _merged(opened, source, base=base)
+        summary |= told
+    summary |= {
         "arrays": len(opened.arrays),
         "parameters": names.size(names.parameters(opened.config)),
         "model": dataclasses.asdict(opened.config),
@@ -44,22 +70,89 @@ def convert(
         hugging_face.write(target, opened, dtype=dtype, shard_bytes=shard_bytes)
     elif remote:
         t5x.write(target, _parameters(opened), step=opened.step)
-    else:
+    elif to_form != checkpoints.PEFT:
         with hugging_face.beside(Path(target)) as folder:
             if to_form == checkpoints.T5X:
                 t5x.write(folder, _parameters(opened), step=opened.step)
                 _write_origin(folder / hugging_face.ORIGIN, opened.origin)
             else:
-                checkpoints.save_parameters(folder, _parameters(opened), config=opened.config, step=opened.step)
+                checkpoints.save_parameters(
+                    *(folder, _parameters(opened)),
+                    config=opened.config,
+                    step=opened.step,
+                    tuning=opened.tuning,
+                    base=opened.base,
+                )
                 _write_run(folder, opened, home=Path(target).absolute())
     return summary
 
 
+def _open(source: str, *, kind: str, base: str | None) -> names.Opened:
+    """The source as it is: adapters are not merged, and of a run's the base is not read yet."""
+    if kind == checkpoints.PEFT:
+        if base is None:
+            said = peft.said_base(source)
+            raise ValueError(
+                f"{source} holds adapters of PEFT; give the base they were trained on by --base"
+                f"{f' (they say: {said})' if said else ''}."
+            )
+        under = checkpoints.open_any(base, kind=checkpoints.form(base))
+        path = base if "://" in base else str(Path(base).absolute())
+        known = {"path": path, "seed": None, "fingerprint": identity.of_arrays(under.arrays)}
+        return peft.open_directory(source, base=under, identity=known)
+    opened = (
+        checkpoints.open_run(source) if kind == checkpoints.SBS else checkpoints.open_any(source, kind=kind, base=base)
+    )
+    if base is not None and opened.tuning is None:
+        raise ValueError(f"{source} has no adapters, and needs no base; got --base {base}.")
+    return opened
+
+
+def _to_peft(opened: names.Opened, source: str, target: str, *, base: str | None) -> dict[str, Any]:
+    peft.contents(opened, owner=source)
+    assert opened.base is not None
+    if base is not None:
+        checkpoints.base_arrays(opened, given=base, owner=source)  # whether it is the same
+    peft.write(target, opened, base=base or opened.base["path"])
+    return _told_of(opened)
+
+
+def _told_of(opened: names.Opened) -> dict[str, Any]:
+    """What a summary says of adapters that stay adapters."""
+    tuning = opened.tuning
+    assert tuning is not None
+    if tuning.base != "float32":
+        log.warning(
+            "These adapters were trained on a base held in %s. On the base in another precision they give other "
+            "answers; the base as it was held is what sbs convert --to hf writes, merged with them.",
+            tuning.base,
+        )
+    return {"base": opened.base, "base_held_in": tuning.base}
+
+
+def _merged(opened: names.Opened, source: str, *, base: str | None) -> tuple[names.Opened, dict[str, Any]]:
+    """Base and adapters as one student, and what a summary says of that."""
+    merging.check(opened, owner=source)
+    arrays = checkpoints.base_arrays(opened, given=base, owner=source)
+    told: dict[str, Any] = {"base": opened.base}
+    lost = merging.lost(opened, arrays)
+    if lost:
+        error = lost["relative_rms_error"]
+        log.warning(
+            "The base was held in %s: the weights that are written are its %d kernels as they were held, with the "
+            "adapters. They differ from the base in float32 by %.4f of their size on average, at most %.4f (%s).",
+            *(lost["form"], lost["kernels"], error["mean"], error["largest"], error["of"]),
+        )
+        told["quantized"] = lost
+    return merging.merged(opened, arrays), told
+
+
 def _parameters(opened: names.Opened) -> t5.Parameters:
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shapes: Mapping[str, Any] = opened.arrays if opened.tuning is not None else names.parameters(opened.config)
     return {
-        name: opened.arrays[name].onto(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place))
-        for name, leaf in names.parameters(opened.config).items()
+        name: opened.arrays[name].onto(jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=place))
+        for name, leaf in shapes.items()
     }
 
 

@@ -127,13 +127,13 @@ def write(
     path = Path(path)
     with beside(path) as folder:
         _write_weights(folder, opened, dtype=np.dtype(dtype), shard_bytes=shard_bytes)
-        _write_json(folder / CONFIG, _settings(opened.config, dtype=dtype))
+        write_json(folder / CONFIG, _settings(opened.config, dtype=dtype))
         generation = {"decoder_start_token_id": 0, "eos_token_id": 1, "pad_token_id": 0}
-        _write_json(folder / "generation_config.json", generation)
+        write_json(folder / "generation_config.json", generation)
         if opened.vocabulary is not None:
             _write_tokenizer(folder, opened)
         if opened.origin is not None:
-            _write_json(folder / ORIGIN, opened.origin)
+            write_json(folder / ORIGIN, opened.origin)
 
 
 @contextlib.contextmanager
@@ -167,12 +167,12 @@ def _write_weights(folder: Path, opened: Opened, *, dtype: np.dtype, shard_bytes
         files = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
         weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
-        _write_json(folder / INDEX, index)
+        write_json(folder / INDEX, index)
     for file, shard in zip(files, shards, strict=True):
-        _write_safetensors(folder / file, {name: stored[name] for name in shard}, dtype=dtype)
+        write_safetensors(folder / file, {name: stored[name] for name in shard}, dtype=dtype)
 
 
-def _write_safetensors(file: Path, arrays: Mapping[str, LazyArray], *, dtype: np.dtype) -> None:
+def write_safetensors(file: Path, arrays: Mapping[str, LazyArray], *, dtype: np.dtype) -> None:
     """The library's own writer wants every array of a file in memory; this one holds a single array."""
     code = next(code for code, each in _DTYPES.items() if np.dtype(each) == dtype)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -192,13 +192,13 @@ def _write_safetensors(file: Path, arrays: Mapping[str, LazyArray], *, dtype: np
 def _stored(path: Path) -> dict[str, LazyArray]:
     """Every array of the directory under its own name."""
     if (path / INDEX).is_file():
-        return _sharded(path, INDEX, _safetensors)
+        return _sharded(path, INDEX, read_safetensors)
     if (path / WEIGHTS).is_file():
-        return _safetensors(path / WEIGHTS)
+        return read_safetensors(path / WEIGHTS)
     if (path / TORCH_INDEX).is_file():
-        return _sharded(path, TORCH_INDEX, _torch)
+        return _sharded(path, TORCH_INDEX, read_torch)
     if (path / TORCH_WEIGHTS).is_file():
-        return _torch(path / TORCH_WEIGHTS)
+        return read_torch(path / TORCH_WEIGHTS)
     raise FileNotFoundError(f"{path} has no weights: expected {WEIGHTS}, {INDEX}, {TORCH_WEIGHTS} or {TORCH_INDEX}.")
 
 
@@ -229,7 +229,7 @@ def _sharded(path: Path, index: str, read: Any) -> dict[str, LazyArray]:
     return stored
 
 
-def _safetensors(file: Path) -> dict[str, LazyArray]:
+def read_safetensors(file: Path) -> dict[str, LazyArray]:
     try:
         opened = safetensors.safe_open(file, framework="np")
     except safetensors.SafetensorError as error:
@@ -245,7 +245,7 @@ def _safetensors(file: Path) -> dict[str, LazyArray]:
     return arrays
 
 
-def _torch(file: Path) -> dict[str, LazyArray]:
+def read_torch(file: Path) -> dict[str, LazyArray]:
     """PyTorch's own format, which only PyTorch reads; its arrays are mapped, and read by slices as well."""
     try:
         torch: Any = importlib.import_module("torch")  # not `import`: the type checks run without it
@@ -399,7 +399,7 @@ def _write_tokenizer(folder: Path, opened: Opened) -> None:
     else:
         settings["tokenizer_class"] = "T5Tokenizer"
         shutil.copyfile(str(opened.vocabulary), folder / SENTENCEPIECE)
-    _write_json(folder / "tokenizer_config.json", settings)
+    write_json(folder / "tokenizer_config.json", settings)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -438,7 +438,7 @@ def _shapes(stored: Mapping[str, LazyArray]) -> dict[str, tuple[int, ...]]:
     return found
 
 
-def _write_json(path: Path, contents: Mapping[str, Any]) -> None:
+def write_json(path: Path, contents: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(contents, indent=2) + "\n", "utf-8")
 
 

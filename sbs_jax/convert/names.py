@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from sbs_jax import t5
+from sbs_jax import adapters, t5
 from sbs_jax.records import part
 
 _LAYER = "{layer}"
@@ -168,7 +168,8 @@ class Opened:
     """A checkpoint of any form: its architecture, and its arrays under our names and in our layout.
 
     `vocabulary` is the path of its SentencePiece model (or "byte"), `origin` the manifest of the run that it is or was
-    exported from; None where nothing is known.
+    exported from; None where nothing is known. Of a run of adapters that are not merged the arrays are what was
+    trained, `tuning` says how, and `base` on what: {"path", "seed", "fingerprint"}.
     """
 
     config: t5.T5Config
@@ -176,6 +177,8 @@ class Opened:
     step: int = 0
     vocabulary: str | None = None
     origin: dict[str, Any] | None = None
+    tuning: adapters.Tuning | None = None
+    base: dict[str, Any] | None = None
 
 
 def check(
