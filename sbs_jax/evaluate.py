@@ -219,7 +219,7 @@ def _load_sharing(
         found = frozen.load(
             *(first.config, first.tuning),
             path=identity.place(first.base, base, owner=first.owner),
-            seed=first.base["seed"] or 0,  # None where there is a path
+            seed=first.base["seed"],
             like=first.like,
             partitioner=partitioner,
         )

@@ -1,7 +1,8 @@
-"""The base that adapters are trained on: read array by array, held as its `Tuning` says, told from another one."""
+"""The base that adapters are trained on: read array by array, held as its `Tuning` says, told from another one (`identity.py`)."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -9,7 +10,6 @@ import numpy as np
 
 from sbs_jax import adapters, checkpoints, partitioning, t5
 from sbs_jax.convert import names
-from sbs_jax.identity import check as check
 from sbs_jax.identity import digest, fingerprint
 
 
@@ -47,17 +47,25 @@ def load(
     read = _from_seed(config, seed or 0, whole) if path is None else _from_checkpoint(path, whole)
     held: t5.Parameters = {}
     prints: dict[str, list[int]] = {}
+    compiled: dict[Any, Callable[[jax.Array], tuple[jax.Array, ...]]] = {}  # one for all arrays that are alike
     for name in own:
         array = read(name)
         prints[name] = [int(x) for x in np.asarray(fingerprint(array))]
-        of = {each: like[each].sharding for each in like if each == name or each.rpartition("/")[0] == name}
-        hold = jax.jit(
-            lambda x, name=name: adapters.hold(name, x, shapes=adapted.shapes, form=tuning.base), out_shardings=of
-        )
-        held |= hold(array)
+        parts = [each for each in like if each == name or each.rpartition("/")[0] == name]
+
+        def hold(array: jax.Array, name: str = name, parts: list[str] = parts) -> tuple[jax.Array, ...]:
+            found = adapters.hold(name, array, shapes=adapted.shapes, form=tuning.base)
+            return tuple(found[part] for part in parts)
+
+        shardings = tuple(like[part].sharding for part in parts)
+        alike = (array.shape, shardings, tuple(like[part].dtype for part in parts))
+        if alike not in compiled:
+            compiled[alike] = jax.jit(hold, out_shardings=shardings)
+        held |= zip(parts, compiled[alike](array), strict=True)
         del array
     trained, rest = adapted.parts(held)
-    return Base(rest, trained, {"path": path, "seed": None if path else seed, "fingerprint": digest(prints)})
+    place = path if path is None or "://" in path else str(Path(path).absolute())
+    return Base(rest, trained, {"path": place, "seed": None if path else seed, "fingerprint": digest(prints)})
 
 
 def _from_seed(config: t5.T5Config, seed: int, like: Mapping[str, jax.ShapeDtypeStruct]) -> Callable[[str], jax.Array]:

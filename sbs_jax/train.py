@@ -26,6 +26,7 @@ from sbs_jax import (
     features,
     frozen,
     hosts,
+    identity,
     losses,
     partitioning,
     preemption,
@@ -669,7 +670,7 @@ def state_of(restored: checkpoints.Restored, trainer: Trainer, *, base: frozen.B
     """The state that a checkpoint holds, as it is held in memory. ValueError where it belongs to another base."""
     saved = trainer.saved
     if base is not None:
-        frozen.check(base.identity, restored.metadata["base"], owner=f"The checkpoint of step {restored.step}")
+        identity.check(base.identity, restored.metadata["base"], owner=f"The checkpoint of step {restored.step}")
     return trainer.stacked(
         TrainState(
             _number(restored.step, saved.step.sharding),

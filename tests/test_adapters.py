@@ -16,7 +16,7 @@ import pytest
 import toy
 from conftest import REPOSITORY
 
-from sbs_jax import adapters, checkpoints, datasets, decoding, evaluate, frozen, partitioning, quantized, t5, train
+from sbs_jax import adapters, checkpoints, datasets, decoding, evaluate, identity, partitioning, quantized, t5, train
 from sbs_jax.adapters import IA3, Biases, Bottleneck, LoRA, Prefix, Prompt, Tuning
 
 MODEL = dataclasses.replace(toy.MODEL, emb_dim=64, num_heads=4, mlp_dim=128, dropout_rate=0.0)
@@ -321,15 +321,15 @@ def test_a_run_keeps_its_adapters_alone_and_goes_on_where_it_was(tmp_path, recor
 
 def test_fingerprints_tell_values_and_places_apart_and_do_not_depend_on_the_mesh():
     x = np.random.default_rng(0).normal(size=(64, 32)).astype(np.float32)
-    first = np.asarray(frozen.fingerprint(jnp.asarray(x)))
+    first = np.asarray(identity.fingerprint(jnp.asarray(x)))
     moved, changed = x.copy(), x.copy()
     moved[[3, 9]] = moved[[9, 3]]
     changed[5, 5] = np.nextafter(changed[5, 5], np.float32(9))
     for other in (moved, changed, x[:, ::-1].copy(), x.reshape(32, 64)[:, ::-1].copy()):
-        assert np.all(np.asarray(frozen.fingerprint(jnp.asarray(other))) != first)
+        assert np.all(np.asarray(identity.fingerprint(jnp.asarray(other))) != first)
     partitioner = LAYOUTS["fsdp x tp"].partitioner()
     cut = jax.device_put(x, partitioner.sharding(("embed", "mlp")))
-    np.testing.assert_array_equal(np.asarray(frozen.fingerprint(cut)), first)
+    np.testing.assert_array_equal(np.asarray(identity.fingerprint(cut)), first)
 
 
 def test_prompts_and_prefixes_begin_as_words(records_dir):
