@@ -1,4 +1,4 @@
-"""The base that adapters are trained on: read array by array, held as its `Tuning` says, told from another one (`identity.py`)."""
+"""The base that adapters are trained on: read array by array, held as its `Tuning` says, told apart by identity.py."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
