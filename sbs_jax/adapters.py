@@ -89,7 +89,7 @@ class Prompt:
 class Prefix:
     """Prefix tuning (Li and Liang, 2021): `length` keys and values [X, J] of their own in every attention.
 
-    They begin as those of words, and are trained themselves (the paper's second network, which makes them, is left out).
+    They begin as those of words, and are trained themselves (not a second network that makes them, as in the paper).
     `attentions` are patterns: attention, self_attention, encoder_decoder_attention.
     """
 
@@ -223,9 +223,8 @@ class BottleneckModule(nnx.Module):
         self.activation = bottleneck.activation
 
     def __call__(self, y_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        down, up = (
-            gathered(each[...].astype(y_BTD.dtype), axes) for each, axes in ((self.down, _DOWN), (self.up, _UP))
-        )
+        down = gathered(self.down[...].astype(y_BTD.dtype), _DOWN)
+        up = gathered(self.up[...].astype(y_BTD.dtype), _UP)
         return y_BTD + t5.matmul(t5.ACTIVATIONS[self.activation](t5.matmul(y_BTD, down)), up)
 
 
@@ -269,7 +268,7 @@ def put_on(model: t5.T5, tuning: Tuning) -> None:
         _quantize(model, kernels, tuning)
     if tuning.lora is not None:
         for name in chosen(tuning.lora.modules, kernels, what="LoRA.modules"):
-            shape = kernels[name].kernel.shape if isinstance(kernels[name].kernel, nnx.Param) else _shape(kernels[name])
+            shape = _shape(kernels[name])
             if tuning.lora.rank > min(shape):
                 raise ValueError(
                     f"LoRA.rank is {tuning.lora.rank}, above the smaller dimension of {name} {list(shape)}; a rank of "
@@ -327,10 +326,10 @@ def _quantize(model: t5.T5, kernels: Mapping[str, t5.Dense], tuning: Tuning) -> 
 
 
 def _shape(dense: t5.Dense) -> tuple[int, int]:
-    if isinstance(dense.kernel, nnx.Param):
+    if isinstance(dense.kernel, quantized.Kernel):
         return dense.kernel.shape
-    rows, columns = dense.kernel.codes.shape
-    return (2 * rows if dense.kernel.form == quantized.NF4 else rows), columns
+    rows, columns = dense.kernel.shape
+    return rows, columns
 
 
 def _kernels(model: t5.T5) -> Iterator[tuple[str, t5.Dense]]:
@@ -375,7 +374,7 @@ def _near(name: str, known: Iterable[str]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Adapted:
-    """A student with its tuning: structure, and shapes and logical axes of all parameters; which of them are trained."""
+    """A student with its tuning: structure, shapes and logical axes of all parameters; which of them are trained."""
 
     structure: t5.Structure
     shapes: dict[str, jax.ShapeDtypeStruct]
@@ -413,7 +412,7 @@ def abstract(config: t5.T5Config, tuning: Tuning | None, *, execution: t5.Execut
 
 
 def _held(name: str, leaf: jax.ShapeDtypeStruct, tuning: Tuning) -> Any:
-    """The type in which a frozen parameter is held: what is no large matrix stays in float32, as it weighs nothing."""
+    """The type in which a frozen parameter is held; what is no large matrix, and weighs nothing, stays in float32."""
     is_matrix = leaf.ndim - stacking.is_stacked(name) >= 2 and not name.endswith("rel_embedding")
     return (
         jnp.dtype(jnp.bfloat16) if tuning.base != "float32" and is_matrix and leaf.dtype == jnp.float32 else leaf.dtype
@@ -448,8 +447,8 @@ def _scanned(unrolled: Mapping[str, Any], trained: Collection[str]) -> set[str]:
         alike = not stacking.is_stacked(name) or len(of) == layers[name.partition("/")[0]]
         if not alike or len({each in trained for each in of}) > 1 or len({unrolled[each].shape for each in of}) > 1:
             raise ValueError(
-                f"This tuning treats the layers of a stack differently ({of[0]}), and scanned layers are one array. Set "
-                'LAYERS = "unrolled", or choose modules of all layers.'
+                f"This tuning treats the layers of a stack differently ({of[0]}), and scanned layers are one array. "
+                'Set LAYERS = "unrolled", or choose modules of all layers.'
             )
         if of[0] in trained:
             found.add(name)

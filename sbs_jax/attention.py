@@ -29,8 +29,8 @@ FAST = 104 * 2**20
 
 def attend(
     q_BTHK: Float[Array, "B T H K"],
-    k_BSHK: Float[Array, "B S H K"],
-    v_BSHK: Float[Array, "B S H K"],
+    k_BPHK: Float[Array, "B P H K"],
+    v_BPHK: Float[Array, "B P H K"],
     bias_HTS: Float[Array, "H T S"] | None,
     segments: tuple[Int[Array, "B T"], Int[Array, "B S"]],
     *,
@@ -39,7 +39,7 @@ def attend(
 ) -> Float[Array, "B T H K"]:
     """`softmax(q k + bias) v` over the keys of a query's own segment; with `causal`, none later than the query.
 
-    The first `prefix` keys are seen by every query, without bias; bias and segments are those of the keys after them.
+    The first `prefix` of the P keys are seen by every query, without bias; S, of bias and segments, are those after them.
 
     Scores and their softmax's normaliser are float32; weights are rounded to the values' type. There is no factor
     1/sqrt(K): T5 folds it into the query's initial scale. A query without any key takes the mean of all values.
@@ -47,7 +47,7 @@ def attend(
     if prefix:
         bias_HTS = None if bias_HTS is None else jnp.pad(bias_HTS, ((0, 0), (0, 0), (prefix, 0)))
         segments = segments[0], jnp.pad(segments[1], ((0, 0), (prefix, 0)))
-    return _attend(q_BTHK, k_BSHK, v_BSHK, bias_HTS, segments, _Mask(causal, prefix))
+    return _attend(q_BTHK, k_BPHK, v_BPHK, bias_HTS, segments, _Mask(causal, prefix))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,6 +10,7 @@ gather over the flattened matrix: neither meets kernels that are cut over device
 """
 
 import functools
+import itertools
 import math
 from typing import Any
 
@@ -54,7 +55,7 @@ def quantize(kernel_IO: Float[Array, "I O"], *, form: str) -> Parts:
     blocks = kernel_IO.reshape(rows // BLOCK, BLOCK, columns)
     largest_NO = jnp.max(jnp.abs(blocks), axis=1)
     unit = blocks / jnp.where(largest_NO > 0, largest_NO, 1.0)[:, None, :]
-    middle = [(low + high) / 2 for low, high in zip(NF4_VALUES[:-1], NF4_VALUES[1:], strict=True)]
+    middle = [(low + high) / 2 for low, high in itertools.pairwise(NF4_VALUES)]
     codes = jnp.zeros(unit.shape, jnp.uint8)
     for value in middle:  # of equally near values the lower one
         codes += (unit > np.float32(value)).astype(jnp.uint8)
@@ -71,9 +72,10 @@ def dequantize(parts: Parts, *, form: str, dtype: Any = jnp.float32) -> Float[Ar
         return (parts["codes"].astype(jnp.float32) * parts["scale"][None, :]).astype(dtype)
     half, columns = parts["codes"].shape
     packed = parts["codes"].reshape(-1, BLOCK // 2, columns)
-    values = _nf4_values(jnp.concatenate([packed & 15, packed >> 4], axis=1))
     scales_NO = parts["scales"].astype(jnp.float32) * (parts["scale"] / _LEVELS)[None, :]
-    return (values * scales_NO[:, None, :]).astype(dtype).reshape(2 * half, columns)
+    # Values are joined, and not codes: then all of it is one pass, twice as fast.
+    halves = [(_nf4_values(codes) * scales_NO[:, None, :]).astype(dtype) for codes in (packed & 15, packed >> 4)]
+    return jnp.concatenate(halves, axis=1).reshape(2 * half, columns)
 
 
 def _nf4_values(codes: UInt8[Array, "..."]) -> Float[Array, "..."]:
@@ -89,7 +91,7 @@ class Kernel(nnx.Module):
     """A quantised `[I, O]` in the place of a `t5.Dense`'s kernel; made of nothing, its parts are put in by name."""
 
     def __init__(self, shape: tuple[int, int], *, form: str, axes: tuple[str, str]) -> None:
-        self.form = form
+        self.form, self.shape = form, shape
         of = {"codes": axes, "scales": ("blocks", axes[1]), "scale": (axes[1],)}
         parts = jax.eval_shape(functools.partial(quantize, form=form), jax.ShapeDtypeStruct(shape, jnp.float32))
         self.names = tuple(sorted(parts))
@@ -131,8 +133,8 @@ def _forward(x: Array, parts: Parts, how: tuple[Any, ...]) -> tuple[Array, Parts
 def _backward(how: tuple[Any, ...], parts: Parts, dy: Array) -> tuple[Array, None]:
     _, inner, outer, dtype = how
     rows = dy.shape[: dy.ndim - len(outer)]
-    # A barrier, or the compiler would share the matrix with the forward pass after all.
-    parts = jax.lax.optimization_barrier(parts)
+    # Or the compiler would share the matrix with the forward pass after all, or unpack it long before it is needed.
+    parts, dy = jax.lax.optimization_barrier((parts, dy))
     like = jax.ShapeDtypeStruct((*rows, *inner), dtype)
     (dx,) = jax.linear_transpose(lambda x: _multiplied(x, parts, how), like)(dy)
     return dx, None

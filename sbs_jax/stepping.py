@@ -53,7 +53,8 @@ class _Layer:
 
 _STATES = ("batch", None, "activation_embed")
 
-# Of each layer, keys and values [B, P, J], those of a prefix before them. (`Any`: transformations put other things in place of the arrays.)
+# Of each layer, keys and values [B, P, J], those of a prefix before them.
+# (`Any`: transformations put other things in place of the arrays.)
 Cache = tuple[tuple[Any, Any], ...]
 
 
@@ -63,7 +64,7 @@ class Stepper:
     def __init__(
         self,
         model: t5.T5,
-        encoded_BSD: Float[Array, "B S D"],
+        encoded_BPD: Float[Array, "B P D"],
         encoder_segment_ids_BS: Int[Array, "B S"],
         *,
         length: int,
@@ -72,8 +73,8 @@ class Stepper:
         self._config, self._embed = model.config, model.token_embedder
         self._length, self._beams = length, beams
         self._final_norm_D = constrain(model.decoder.decoder_norm.scale[...], (None,))
-        segments_BS = model.attended_segments(encoder_segment_ids_BS)
-        self._layers = _layers(model, encoded_BSD, segments_BS, length=length, beams=beams)
+        segments_BP = model.attended_segments(encoder_segment_ids_BS)
+        self._layers = _layers(model, encoded_BPD, segments_BP, length=length, beams=beams)
         tied = model.config.logits_via_embedding
         table_DV = model.token_embedder.embedding[...].T if tied else model.logits_dense.kernel[...]
         self.table_DV = _weight(table_DV, (None, "vocab"), model.config)
@@ -143,8 +144,8 @@ def _after(prefix_XJ: Float[Array, "X J"], rest_BPJ: Float[Array, "B P J"]) -> F
 
 def _layers(
     model: t5.T5,
-    encoded_BSD: Float[Array, "B S D"],
-    segments_BS: Int[Array, "B S"],
+    encoded_BPD: Float[Array, "B P D"],
+    segments_BP: Int[Array, "B P"],
     *,
     length: int,
     beams: int,
@@ -163,13 +164,13 @@ def _layers(
         product = _product(dense, (axis, None), model.config)
         return product if adapter is None else lambda x: adapter(product(x))
 
-    def source(dense: t5.Dense, prefix_XJ: jax.Array | None) -> Float[Array, "B S J"]:
-        found_BSJ = dense(encoded_BSD)
+    def source(dense: t5.Dense, prefix_XJ: jax.Array | None) -> Float[Array, "B P J"]:
+        found_BPJ = dense(encoded_BPD)
         if prefix_XJ is not None:
-            found_BSJ = _after(prefix_XJ, found_BSJ)
-        return constrain(found_BSJ, ("batch", None, "joined_kv"))
+            found_BPJ = _after(prefix_XJ, found_BPJ)
+        return constrain(found_BPJ, ("batch", None, "joined_kv"))
 
-    source_bias = jnp.where(segments_BS == 1, 0.0, attention.MASKED)[:, None, None, :]
+    source_bias = jnp.where(segments_BP == 1, 0.0, attention.MASKED)[:, None, None, :]
     layers, shared = [], None
     if hasattr(model.decoder, "relpos_bias"):
         shared = bias_of(model.decoder.relpos_bias)

@@ -689,11 +689,11 @@ class T5(nnx.Module):
         """
         if encoder_segment_ids is None:
             encoder_segment_ids = source_segments(encoder_input_tokens)
-        encoded_BSD = self.encode(
+        encoded_BPD = self.encode(
             encoder_input_tokens, segment_ids=encoder_segment_ids, dropout_key=_fold(dropout_key, 0)
         )
         return self.decode(
-            encoded_BSD,
+            encoded_BPD,
             decoder_input_tokens,
             encoder_segment_ids=encoder_segment_ids,
             decoder_segment_ids=decoder_segment_ids,
@@ -706,7 +706,7 @@ class T5(nnx.Module):
         *,
         segment_ids: Int[Array, "B S"],
         dropout_key: Key[Array, ""] | None = None,
-    ) -> Float[Array, "B S D"]:
+    ) -> Float[Array, "B P D"]:
         """The encoded source; before it, where there is a prompt, what became of that: `attended_segments`."""
         x_BSD = self.token_embedder(encoder_input_tokens)
         if self.config.neftune_alpha and dropout_key is not None:
@@ -723,7 +723,7 @@ class T5(nnx.Module):
 
     def decode(
         self,
-        encoded_BSD: Float[Array, "B S D"],
+        encoded_BPD: Float[Array, "B P D"],
         decoder_input_tokens: Int[Array, "B T"],
         *,
         encoder_segment_ids: Int[Array, "B S"],
@@ -742,7 +742,7 @@ class T5(nnx.Module):
             decoder_segment_ids = jnp.ones_like(decoder_input_tokens)
         return self.decoder(
             x_BTD,
-            encoded_BSD,
+            encoded_BPD,
             segment_ids_BT=decoder_segment_ids,
             encoder_segment_ids_BS=self.attended_segments(encoder_segment_ids),
             dropout_key=dropout_key,

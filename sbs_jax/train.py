@@ -350,7 +350,7 @@ def prepare(config: TrainConfig, *, devices: Sequence[Any] | None = None) -> Tra
 
 
 def _in_memory(optimizer: Any, config: TrainConfig) -> Any:
-    """The optimiser's abstract state in the memory that is asked for; its step counts and the like stay on the device."""
+    """The optimiser's abstract state in the memory that is asked for; step counts and the like stay on the device."""
     if config.optimizer_memory == "device":
         return optimizer
 

@@ -15,13 +15,14 @@ from pathlib import Path
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
-# Tests compile much and compute little: without LLVM's expensive passes they take less than half as long.
-os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+import processes
+
+os.environ["XLA_FLAGS"] = processes.QUICK
 
 import jax
 import jaxtyping
-import processes
 import pytest
+import shapes
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.devices()  # reads the flags, which must not reach command lines that tests start
@@ -34,6 +35,7 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 # beartype, not typeguard 4: that one reads shape strings such as "B T" as Python and fails on them.
 jaxtyping.install_import_hook("sbs_jax", "beartype.beartype")
+shapes.only_where_there_are_some()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -30,8 +30,11 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 SBS = ("-m", "sbs_jax.main")
-# As tests/conftest.py sets for its own process.
-QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+# Tests compile much and compute little: without LLVM's expensive passes they take less than half as long, and without
+# the newer emitters of fusions, which compile more code, a third less again.
+QUICK = (
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false"
+)
 _SHARED = "JAX_SHARE_BINARY_BETWEEN_HOSTS"  # process 0 compiles for all
 _READY = b"ready\n"
 
@@ -72,7 +75,9 @@ class Process:
 class Spawned(Process):
     """Started by an interpreter of its own."""
 
-    def __init__(self, command: Sequence[str], *, folder: Path, environment: Mapping[str, str], cwd: Path) -> None:
+    def __init__(
+        self, command: Sequence[str], *, folder: Path, environment: Mapping[str, str | None], cwd: Path
+    ) -> None:
         super().__init__(folder)
         with (folder / "out").open("wb") as out, (folder / "err").open("wb") as err:
             self._popen = subprocess.Popen(
@@ -81,7 +86,7 @@ class Spawned(Process):
                 stdout=out,
                 stderr=err,
                 cwd=cwd,
-                env={**os.environ, **environment},
+                env={name: value for name, value in {**os.environ, **environment}.items() if value is not None},
                 start_new_session=True,
             )
         self.pid = self._popen.pid
@@ -103,7 +108,7 @@ class Forked(Process):
     """Started by the server, which passes signals on and tells how it ended (and so never means another process)."""
 
     def __init__(
-        self, server: str, command: Sequence[str], *, folder: Path, environment: Mapping[str, str], cwd: Path
+        self, server: str, command: Sequence[str], *, folder: Path, environment: Mapping[str, str | None], cwd: Path
     ) -> None:
         super().__init__(folder)
         request = {"command": list(command), "environment": dict(environment), "cwd": str(cwd)}
@@ -205,9 +210,13 @@ class Starter:
         devices: int = 1,
         command: Sequence[str] = SBS,
         spawn: bool = False,
-        environment: Mapping[str, str] | None = None,
+        environment: Mapping[str, str | None] | None = None,
+        cwd: Path | None = None,
     ) -> Process:
-        """`sbs` with these arguments, in a folder of its own under `folder`; `path` is where modules are found too."""
+        """`sbs` with these arguments, its output in a folder of its own under `folder`.
+
+        `path` is where modules are found too; variables of the environment that are None are not set.
+        """
         place = Path(tempfile.mkdtemp(prefix="process-", dir=folder))
         whole = {
             "JAX_PLATFORMS": "cpu",
@@ -221,8 +230,14 @@ class Starter:
         }
         line = [*command, *arguments]
         if spawn or self.address is None or root != ROOT:
-            return Spawned(line, folder=place, environment=whole, cwd=root)
-        return Forked(self.address, line, folder=place, environment=whole, cwd=root)
+            return Spawned(line, folder=place, environment=whole, cwd=cwd or root)
+        return Forked(self.address, line, folder=place, environment=whole, cwd=cwd or root)
+
+    def run(self, folder: Path, arguments: Sequence[str], **options: Any) -> subprocess.CompletedProcess[str]:
+        """`start`, waited for."""
+        with self.alone(folder, arguments, **options) as process:
+            status = process.wait()
+            return subprocess.CompletedProcess(list(arguments), status, process.said(), process.complained())
 
     @contextlib.contextmanager
     def alone(self, folder: Path, arguments: Sequence[str], **options: Any) -> Iterator[Process]:
@@ -297,6 +312,9 @@ def _import_everything() -> None:
 
     import tasks  # noqa: F401
     from sbs_jax import train  # noqa: F401
+
+    with contextlib.suppress(ImportError):  # of the extra `teacher`
+        import openai  # noqa: F401
 
     gc.collect()
     gc.freeze()  # the copies need not look through it again, and share its memory
@@ -386,7 +404,10 @@ def _become(request: Mapping[str, Any]) -> Callable[[], Any]:
         os.dup2(file, number)
         os.close(file)
     os.chdir(request["cwd"])
-    os.environ.update(request["environment"])
+    for name, value in request["environment"].items():
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value
     import jax
 
     for name, value in request["environment"].items():

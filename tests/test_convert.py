@@ -1,10 +1,7 @@
 """Conversions: names, round trips, T5X's forms, buckets, memory, and what is refused."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -188,7 +185,7 @@ def test_of_several_t5x_checkpoints_the_newest_is_taken(tmp_path):
 
 
 @pytest.mark.parametrize("form", ["orbax", "older"])
-def test_a_bucket_is_read_by_slices(form, tmp_path):
+def test_a_bucket_is_read_by_slices(starter, form, tmp_path):
     """TensorStore's own client against a bucket over loopback, in a process of its own (it reads its settings once)."""
     config = cases.config("v1_0")
     folder = tmp_path / "pretrained" / "t5" / "checkpoint_5"
@@ -207,13 +204,9 @@ def test_a_bucket_is_read_by_slices(form, tmp_path):
     )
     with bucket.served(tmp_path, bucket="some-bucket") as (environment, asked):
         for place in ("gs://some-bucket/pretrained/t5", "gs://some-bucket/pretrained/t5/checkpoint_5"):
-            subprocess.run(
-                [sys.executable, "-c", program, place, str(tmp_path / "got.npz")],
-                env=os.environ | environment,
-                check=True,
-                timeout=120,
-                cwd=Path(__file__).parents[1],
-            )
+            arguments = [place, str(tmp_path / "got.npz")]
+            done = starter.run(tmp_path, arguments, command=["-c", program], environment=environment)
+            assert done.returncode == 0, done.stderr
             with np.load(tmp_path / "got.npz") as got:
                 for name, values in cases.parameters(config).items():
                     np.testing.assert_array_equal(got[name], values)
@@ -304,12 +297,13 @@ def test_training_starts_from_every_form(run, through, tmp_path):
         assert state.parameters[name].sharding == trainer.abstract.parameters[name].sharding
 
 
-def test_the_command_line_converts(run, tmp_path):
-    command_line = [sys.executable, "-m", "sbs_jax.main", "convert", "--to", "hf", run.model_dir, str(tmp_path / "out")]
-    done = subprocess.run(command_line, capture_output=True, text=True, check=True, timeout=120)
+def test_the_command_line_converts(starter, run, tmp_path):
+    command_line = ["convert", "--to", "hf", run.model_dir, str(tmp_path / "out")]
+    done = starter.run(tmp_path, command_line)
+    assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["to"] == "hf"
     assert hugging_face.open_directory(tmp_path / "out").origin is not None
-    again = subprocess.run(command_line, capture_output=True, text=True, check=False, timeout=120)
+    again = starter.run(tmp_path, command_line)
     assert again.returncode == 1
     assert "exists already" in again.stderr
     assert "Traceback" not in again.stderr
@@ -439,7 +433,7 @@ def test_weights_of_another_size_than_the_configured_model_are_refused(exported,
 
 
 @pytest.mark.slow
-def test_weights_are_streamed_and_never_held_together(tmp_path):
+def test_weights_are_streamed_and_never_held_together(starter, tmp_path):
     """An export of 0.3 GB, from a file of holes: what the process holds at its peak is a few arrays, not the model."""
     config = t5.T5Config(
         vocab_size=32128,
@@ -478,13 +472,7 @@ def test_weights_are_streamed_and_never_held_together(tmp_path):
         "thread.join()\n"
         "print((peak - before) * 1024)\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program, str(tmp_path / "source"), str(tmp_path / "target")],
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=120,
-        cwd=Path(__file__).parents[1],
-    )
+    done = starter.run(tmp_path, [str(tmp_path / "source"), str(tmp_path / "target")], command=["-c", program])
+    assert done.returncode == 0, done.stderr
     largest = max(int(np.prod(leaf.shape)) for leaf in shapes.values()) * 4
     assert 0 < int(done.stdout) < 3 * largest < names.size(shapes) * 4

@@ -232,7 +232,8 @@ def test_told_to_end_once_it_saves_and_told_twice_it_ends_at_once(starter, folde
             assert statuses[-1] in {128 + signal.SIGTERM, 128 + signal.SIGINT}  # whichever arrived last
             assert seconds < 1
     print(f"\nstatuses: {statuses}")
-    assert statuses[0] == preemption.EXIT_STATUS and statuses[1] != preemption.EXIT_STATUS
+    assert statuses[0] == preemption.EXIT_STATUS
+    assert statuses[1] != preemption.EXIT_STATUS
     finish(starter, folder, run)
     assert_same(run, reference)
 

@@ -3,8 +3,6 @@
 import hashlib
 import itertools
 import json
-import subprocess
-import sys
 import textwrap
 from collections import Counter
 from pathlib import Path
@@ -321,7 +319,7 @@ def test_seeds_and_epochs_give_new_orders(cats: Path):
     assert not np.array_equal(epochs[0], epochs[1])
 
 
-def test_another_process_gives_the_same_batches(cats: Path):
+def test_another_process_gives_the_same_batches(starter, cats: Path, tmp_path: Path):
     program = f"""
         import hashlib, itertools
         from sbs_jax import datasets, features
@@ -335,13 +333,8 @@ def test_another_process_gives_the_same_batches(cats: Path):
         content = b"".join(b[k].tobytes() for b in itertools.islice(found, 20) for k in sorted(b))
         print(hashlib.sha256(content).hexdigest())
     """
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program)],
-        cwd=Path(__file__).resolve().parents[1],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    done = starter.run(tmp_path, [], command=["-c", textwrap.dedent(program)])
+    assert done.returncode == 0, done.stderr
     content = b"".join(b[k].tobytes() for b in batches(count=20, pack=True) for k in sorted(b))
     assert done.stdout.split()[-1] == hashlib.sha256(content).hexdigest()
 

@@ -1,9 +1,6 @@
 """The command line as its user meets it: real processes, real files, the shipped gin files."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,17 +12,20 @@ from sbs_jax import datasets, main, release, run_dir
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def sbs(*arguments, cwd=ROOT, check=True):
+@pytest.fixture
+def sbs(starter, tmp_path):
     """Runs the command in a process of its own, on one CPU device."""
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "sbs_jax.main", *map(str, arguments)]
-    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=280, check=False)
-    assert not check or done.returncode == 0, done.stderr
-    return done
+
+    def run(*arguments, check=True, **options):
+        done = starter.run(tmp_path, [*map(str, arguments)], **options)
+        assert not check or done.returncode == 0, done.stderr
+        return done
+
+    return run
 
 
 @pytest.mark.slow
-def test_eight_real_examples_are_learned_by_heart(tmp_path, real_data_dir, real_vocab):
+def test_eight_real_examples_are_learned_by_heart(sbs, tmp_path, real_data_dir, real_vocab):
     """8 real SVAMP rows to 100 % by generation, through the commands that users type."""
     records_dir = tmp_path / "records"
     release.import_release(datasets.get("svamp"), release_dir=real_data_dir, records_dir=records_dir, parser="strict")
@@ -167,7 +167,7 @@ def test_a_user_s_own_gin_file_includes_ours_from_anywhere(tmp_path):
         )
 
 
-def test_errors_of_the_command_are_one_message_without_a_traceback(tmp_path):
+def test_errors_of_the_command_are_one_message_without_a_traceback(sbs, tmp_path):
     done = sbs("train", "--gin_file=gin_configs/experiments/svamp/cpu.gin", "--gin.FRACTON=0.5", check=False)
     assert done.returncode == 1
     assert done.stdout == ""

@@ -12,6 +12,7 @@ import threading
 import time
 from pathlib import Path
 
+import processes
 import pytest
 import teacher_server
 
@@ -78,21 +79,17 @@ def flags(server, inputs, tmp_path, *more) -> list[str]:
     ]
 
 
-def sbs(arguments, *, key: str | None = KEY):
-    environment = {name: value for name, value in os.environ.items() if name != "OPENAI_API_KEY"}
-    if key is not None:
-        environment["OPENAI_API_KEY"] = key
-    return subprocess.run(
-        [sys.executable, "-m", "sbs_jax.main", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env=environment,
-        check=False,
-    )
+@pytest.fixture
+def sbs(starter, tmp_path_factory):
+    """Runs the command in a process of its own, whose output is outside of the test's folder."""
+
+    def run(arguments, *, key: str | None = KEY):
+        return starter.run(tmp_path_factory.mktemp("said"), arguments, environment={"OPENAI_API_KEY": key})
+
+    return run
 
 
-def test_from_questions_to_records_that_are_those_of_the_import(inputs, answer, tmp_path):
+def test_from_questions_to_records_that_are_those_of_the_import(sbs, inputs, answer, tmp_path):
     with teacher_server.served(answer=answer, key=KEY) as server:
         page = tmp_path / "page.html"
         done = sbs(flags(server, inputs, tmp_path, "--page", str(page)))
@@ -125,7 +122,7 @@ def test_from_questions_to_records_that_are_those_of_the_import(inputs, answer, 
     assert KEY not in done.stdout + done.stderr
 
 
-def test_a_dry_run_shows_prompt_tokens_price_and_time_and_asks_nothing(inputs, tmp_path):
+def test_a_dry_run_shows_prompt_tokens_price_and_time_and_asks_nothing(sbs, inputs, tmp_path):
     with teacher_server.served() as server:
         done = sbs(flags(server, inputs, tmp_path, "--dry_run", "--price", "1,2"), key=None)
         assert done.returncode == 0, done.stderr
@@ -143,7 +140,7 @@ def test_a_dry_run_shows_prompt_tokens_price_and_time_and_asks_nothing(inputs, t
         (404, KEY, "some-model"),
     ],
 )
-def test_a_wrong_key_or_model_ends_it_at_once(inputs, tmp_path, fault, key, message):
+def test_a_wrong_key_or_model_ends_it_at_once(sbs, inputs, tmp_path, fault, key, message):
     with teacher_server.served(key=KEY, models=["another-model"] if fault == 404 else None) as server:
         done = sbs(flags(server, inputs, tmp_path, "--concurrency", "4"), key=key)
         assert done.returncode == 1
@@ -162,7 +159,7 @@ def test_a_wrong_key_or_model_ends_it_at_once(inputs, tmp_path, fault, key, mess
         ({"--model": "no-such", "--max_cost": "1"}, "--price IN,OUT"),
     ],
 )
-def test_wrong_words_get_a_hint(inputs, tmp_path, change, message):
+def test_wrong_words_get_a_hint(sbs, inputs, tmp_path, change, message):
     with teacher_server.served() as server:
         arguments = flags(server, inputs, tmp_path)
         for flag, value in change.items():
@@ -176,7 +173,7 @@ def test_wrong_words_get_a_hint(inputs, tmp_path, change, message):
     assert "Traceback" not in done.stderr
 
 
-def test_a_missing_key_is_named(inputs, tmp_path):
+def test_a_missing_key_is_named(sbs, inputs, tmp_path):
     with teacher_server.served() as server:
         arguments = flags(server, inputs, tmp_path)
         # A server of one's own may need no key; OpenAI does.
@@ -187,19 +184,14 @@ def test_a_missing_key_is_named(inputs, tmp_path):
     assert "Traceback" not in done.stderr
 
 
-def test_an_interruption_ends_it_softly_and_the_next_run_goes_on(inputs, answer, tmp_path):
+def test_an_interruption_ends_it_softly_and_the_next_run_goes_on(starter, sbs, inputs, answer, tmp_path):
     with teacher_server.served(answer=answer, latency=0.2) as server:
-        arguments = [sys.executable, "-m", "sbs_jax.main", *flags(server, inputs, tmp_path, "--concurrency", "4")]
-        process = subprocess.Popen(
-            arguments, stderr=subprocess.PIPE, text=True, env={**os.environ, "OPENAI_API_KEY": KEY}
-        )
-        while server.asked < 12:
-            time.sleep(0.02)
-            assert process.poll() is None
-        process.send_signal(signal.SIGINT)
-        _, said = process.communicate(timeout=60)
-        assert process.returncode == 3
-        assert "interrupted" in said
+        arguments = flags(server, inputs, tmp_path, "--concurrency", "4")
+        with starter.alone(tmp_path, arguments, environment={"OPENAI_API_KEY": KEY}) as process:
+            processes.until(lambda: server.asked >= 12, [process])
+            process.send(signal.SIGINT)
+            assert process.wait(60) == 3
+            assert "interrupted" in process.complained()
         asked = server.asked
         assert asked < 40
         with Store(tmp_path / "store.sqlite") as store:
@@ -288,27 +280,23 @@ if __name__ == "__main__":
 
 
 @pytest.mark.slow
-def test_kill_9_at_20_random_points_pays_for_nothing_twice_but_what_was_in_flight(tmp_path):
-    (tmp_path / "driver.py").write_text(DRIVER)
+def test_kill_9_at_20_random_points_pays_for_nothing_twice_but_what_was_in_flight(starter, tmp_path):
     chance = random.Random(7)
     count, kills = 3000, 0
     with teacher_server.served(latency=0.01) as server:
-        arguments = [sys.executable, str(tmp_path / "driver.py"), server.openai, str(tmp_path / "s.sqlite"), str(count)]
-        environment = {**os.environ, "OPENAI_API_KEY": KEY, "PYTHONPATH": str(Path(__file__).parents[1])}
-        while True:
+        arguments = [server.openai, str(tmp_path / "s.sqlite"), str(count)]
+        options = {"command": ["-c", DRIVER], "environment": {"OPENAI_API_KEY": KEY}}
+        while kills < 20:
             begin = server.asked
-            process = subprocess.Popen(arguments, env=environment)
-            if kills < 20:
-                while server.asked == begin and process.poll() is None:
+            with starter.alone(tmp_path, arguments, **options) as process:
+                while server.asked == begin and process.running():
                     time.sleep(0.005)
                 time.sleep(chance.uniform(0, 0.25))
-                process.kill()
+                process.send(signal.SIGKILL)
                 kills += 1
                 process.wait(60)
-            elif process.wait(120) == 0:
-                break
-            else:
-                pytest.fail("the run after the last kill failed")
+        done = starter.run(tmp_path, arguments, **options)
+        assert done.returncode == 0, done.stderr
         with Store(tmp_path / "s.sqlite") as store:
             assert store.counts()["replies"] == count
         assert count < server.replied <= count + kills * 8
@@ -373,7 +361,10 @@ def options(dataset, server, inputs_dir, tmp_path, *, template, **changes) -> co
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("dataset", "official", "strict"),
-    [("svamp", 74.0, 77.5), ("cqa", 77.23, 78.79), ("anli1", 65.6, None), ("esnli", 73.0, None)],
+    [
+        *(("svamp", 74.0, 77.5), ("cqa", 77.23, 78.79), ("anli1", 65.6, None)),
+        pytest.param("esnli", 73.0, None, marks=pytest.mark.faults),  # 9,824 requests; test_release.py has its figure
+    ],
 )
 def test_the_real_teacher_s_replies_give_its_accuracy(dataset, official, strict, real_data_dir, tmp_path, monkeypatch):
     """The raw texts of the 540B PaLM, played back as a model without stop strings would have written them."""
