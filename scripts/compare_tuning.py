@@ -1,4 +1,4 @@
-"""Trains one student in every way of gin_configs/adapters/, with step-by-step, and prints accuracy beside what is trained.
+"""Trains one student in every way of gin_configs/adapters/, step by step, and prints accuracy beside what is trained.
 
     python scripts/compare_tuning.py --output runs/tuning                       # the built-in dataset, its student
     python scripts/compare_tuning.py --output runs/tuning --dataset svamp --release DIR --vocabulary MODEL
@@ -42,7 +42,7 @@ class Way:
 WAYS = (
     Way("everything", None, (), (1e-3, 2e-3, 4e-3, 8e-3)),
     Way("everything, NEFTune", "neftune", (), (1e-3, 2e-3, 4e-3, 8e-3)),
-    Way("LoRA, rank 8, query and value", "lora", ("LORA_DROPOUT=0.0",), (5e-3, 1e-2, 2e-2, 5e-2)),
+    Way("LoRA, rank 8, query and value", "lora", ("LORA_DROPOUT=0.0",), (2e-3, 5e-3, 1e-2, 2e-2)),
     Way("QLoRA, rank 8, all kernels", "qlora", ("LORA_DROPOUT=0.0",), (2e-3, 5e-3, 1e-2, 2e-2)),
     Way("bottlenecks of width 16", "bottleneck", ("ADAPTER_WIDTH=16",), (2e-3, 5e-3, 1e-2, 2e-2)),
     Way("prompt of 20", "prompt", ("PROMPT_LENGTH=20",), (1e-2, 5e-2, 1e-1, 3e-1)),
@@ -99,7 +99,12 @@ def svamp(folder: Path, steps: int, *, release: str, vocabulary: str, first: int
         dataset = datasets.get("svamp")
         releases.import_release(dataset, release_dir=release, records_dir=folder / "records", parser="strict")
     files = ["gin_configs/experiments/svamp/cpu.gin"]
-    bindings = [f"RECORDS_DIR={folder / 'records'}", f"VOCABULARY={vocabulary}", "EVAL_BATCH_SIZE=40", "DROPOUT_RATE=0.0"]
+    bindings = [
+        f"RECORDS_DIR={folder / 'records'}",
+        f"VOCABULARY={vocabulary}",
+        "EVAL_BATCH_SIZE=40",
+        "DROPOUT_RATE=0.0",
+    ]
     start = folder / "start"
     if not (start / "checkpoints" / str(first)).is_dir():
         own = [f"TRAIN_STEPS={first}", f"EVAL_PERIOD={first}", f"CHECKPOINT_PERIOD={first}", f"MODEL_DIR={start}"]
@@ -121,6 +126,7 @@ def run() -> int:
     parser.add_argument("--steps", type=int, default=500, help="updates of every run")
     parser.add_argument("--first", type=int, default=300, help="updates of the student that svamp begins from")
     parser.add_argument("--only", nargs="+", choices=list(BY_FILE), default=list(BY_FILE), help="ways to train")
+    parser.add_argument("--rates", type=int, default=4, help="so many of each way's learning rates, the lowest")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
     main.import_tensorflow()
@@ -141,7 +147,10 @@ def run() -> int:
     runs, lines = [], []
     for name in arguments.only:
         way = BY_FILE[name]
-        tried = [run_one(way, rate=rate, seed=SEEDS[0], common=common, folder=folder / "runs") for rate in way.rates]
+        tried = [
+            run_one(way, rate=rate, seed=SEEDS[0], common=common, folder=folder / "runs")
+            for rate in way.rates[: arguments.rates]
+        ]
         best = max(tried, key=lambda found: (found["validation"], -found["loss"]))
         others = [
             run_one(way, rate=best["rate"], seed=seed, common=common, folder=folder / "runs") for seed in SEEDS[1:]
