@@ -32,6 +32,7 @@ SEEDS = (0, 1, 2)
 class Way:
     """A file of gin_configs/adapters/ (None: everything is trained), what differs from it, and rates to try."""
 
+    name: str
     title: str
     file: str | None
     bindings: tuple[str, ...]
@@ -40,26 +41,33 @@ class Way:
 
 # Sizes are for students of width 64 and 128 with 2 + 2 layers; those of the files are for ones ten times as wide.
 WAYS = (
-    Way("everything", None, (), (1e-3, 2e-3, 4e-3, 8e-3)),
-    Way("everything, NEFTune", "neftune", (), (1e-3, 2e-3, 4e-3, 8e-3)),
-    Way("LoRA, rank 8, query and value", "lora", ("LORA_DROPOUT=0.0",), (2e-3, 5e-3, 1e-2, 2e-2)),
-    Way("QLoRA, rank 8, all kernels", "qlora", ("LORA_DROPOUT=0.0",), (2e-3, 5e-3, 1e-2, 2e-2)),
-    Way("bottlenecks of width 16", "bottleneck", ("ADAPTER_WIDTH=16",), (2e-3, 5e-3, 1e-2, 2e-2)),
-    Way("prompt of 20", "prompt", ("PROMPT_LENGTH=20",), (1e-2, 5e-2, 1e-1, 3e-1)),
-    Way("prefixes of 20", "prefix", ("PREFIX_LENGTH=20",), (5e-3, 2e-2, 5e-2, 1e-1)),
-    Way("IA3", "ia3", (), (1e-2, 3e-2, 1e-1, 3e-1)),
-    Way("biases (after BitFit)", "bitfit", (), (5e-3, 1e-2, 2e-2, 5e-2)),
-    Way("norms", "layer_norm", (), (1e-2, 3e-2, 1e-1, 3e-1)),
-    Way("the last layer of both stacks", "last_layers", ("LAST_LAYERS=1",), (2e-3, 4e-3, 8e-3, 2e-2)),
+    Way("full", "everything", None, (), (1e-3, 2e-3, 4e-3, 8e-3)),
+    Way("neftune", "everything, NEFTune", "neftune", (), (1e-3, 2e-3, 4e-3, 8e-3)),
+    Way("lora", "LoRA, rank 8, query and value", "lora", ("LORA_DROPOUT=0.0",), (2e-3, 5e-3, 1e-2, 2e-2)),
+    Way(
+        "lora_all",
+        "LoRA, rank 8, all kernels",
+        "lora",
+        ("LORA_DROPOUT=0.0", "LORA_MODULES=['.*']"),
+        (2e-3, 5e-3, 1e-2, 2e-2),
+    ),
+    Way("qlora", "QLoRA, rank 8, all kernels", "qlora", ("LORA_DROPOUT=0.0",), (2e-3, 5e-3, 1e-2, 2e-2)),
+    Way("bottleneck", "bottlenecks of width 16", "bottleneck", ("ADAPTER_WIDTH=16",), (2e-3, 5e-3, 1e-2, 2e-2)),
+    Way("prompt", "prompt of 20", "prompt", ("PROMPT_LENGTH=20",), (1e-2, 5e-2, 1e-1, 3e-1)),
+    Way("prefix", "prefixes of 20", "prefix", ("PREFIX_LENGTH=20",), (5e-3, 2e-2, 5e-2, 1e-1)),
+    Way("ia3", "IA3", "ia3", (), (1e-2, 3e-2, 1e-1, 3e-1)),
+    Way("bitfit", "biases (after BitFit)", "bitfit", (), (5e-3, 1e-2, 2e-2, 5e-2)),
+    Way("layer_norm", "norms", "layer_norm", (), (1e-2, 3e-2, 1e-1, 3e-1)),
+    Way("last_layers", "the last layer of both stacks", "last_layers", ("LAST_LAYERS=1",), (2e-3, 4e-3, 8e-3, 2e-2)),
 )
-BY_FILE = {way.file or "full": way for way in WAYS}
+BY_NAME = {way.name: way for way in WAYS}
 
 
 def run_one(way: Way, *, rate: float, seed: int, common: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Trains one, or reads what it left: {"validation": accuracy, "trained": share, "path": ..}."""
     from sbs_jax import run_dir, train
 
-    path = folder / f"{way.file or 'full'}-{rate:g}-{seed}"
+    path = folder / f"{way.name}-{rate:g}-{seed}"
     bindings = common["bindings"] + [*way.bindings, f"LEARNING_RATE={rate}", f"SEED={seed}", f"MODEL_DIR={path}"]
     files = [*common["files"], *([f"gin_configs/adapters/{way.file}.gin"] if way.file else [])]
     config, text = main.configure("train.TrainConfig", gin_files=files, bindings=bindings)
@@ -125,7 +133,7 @@ def run() -> int:
     parser.add_argument("--vocabulary", help="T5's sentencepiece.model, for svamp")
     parser.add_argument("--steps", type=int, default=500, help="updates of every run")
     parser.add_argument("--first", type=int, default=300, help="updates of the student that svamp begins from")
-    parser.add_argument("--only", nargs="+", choices=list(BY_FILE), default=list(BY_FILE), help="ways to train")
+    parser.add_argument("--only", nargs="+", choices=list(BY_NAME), default=list(BY_NAME), help="ways to train")
     parser.add_argument("--rates", type=int, default=4, help="so many of each way's learning rates, the lowest")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
@@ -146,7 +154,7 @@ def run() -> int:
         )
     runs, lines = [], []
     for name in arguments.only:
-        way = BY_FILE[name]
+        way = BY_NAME[name]
         tried = [
             run_one(way, rate=rate, seed=SEEDS[0], common=common, folder=folder / "runs")
             for rate in way.rates[: arguments.rates]
