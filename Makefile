@@ -36,10 +36,12 @@ bench: $(VENV)/.run ## Measure speed and memory, of a training step and of askin
 	@$(MAKE) --no-print-directory $(VENV)/.parity || \
 	  echo "make: PyTorch and transformers could not be installed (reasons above); measuring without them" >&2
 	$(BIN)/python scripts/bench.py $(ARGS)
+	$(BIN)/python scripts/bench_tuning.py
 	$(BIN)/python scripts/bench_teacher.py $(TEACHER_ARGS)
 
 bench-tpu: $(VENV)/.test ## Measure training and generation on absent TPUs by their compiler's count; appends to bench.json
 	$(BIN)/python scripts/bench_tpu.py $(ARGS)
+	$(BIN)/python scripts/bench_tpu_tuning.py --only xxl-qlora-v5e:1x1
 
 bench-faults: $(VENV)/.test ## Measure what checkpoints and restarts cost (15 minutes); appends to bench.json
 	$(BIN)/python scripts/bench_faults.py $(ARGS)

@@ -528,6 +528,22 @@ def own_names(config: t5.T5Config) -> tuple[str, ...]:
 # ------------------------------------------------------------------------------------ said
 
 
+def title(tuning: Tuning) -> str:
+    """In a few words: "LoRA of rank 8 (.*), base in nf4"."""
+    lora, bottleneck, prompt, prefix = tuning.lora, tuning.bottleneck, tuning.prompt, tuning.prefix
+    parts = [
+        lora and f"LoRA of rank {lora.rank} ({', '.join(lora.modules)})",
+        bottleneck and f"bottlenecks of width {bottleneck.width}",
+        prompt and f"a prompt of {prompt.length}",
+        prefix and f"prefixes of {prefix.length}",
+        tuning.ia3 and "IA3",
+        tuning.biases and "biases",
+        tuning.last_layers and f"the last {tuning.last_layers} layers of both stacks",
+        *tuning.trained,
+    ]
+    return f"{', '.join(part for part in parts if part)}; base in {tuning.base}"
+
+
 def summary(config: t5.T5Config, trained: Mapping[str, Any], frozen: Mapping[str, Any]) -> str:
     """The line that a run begins with."""
     own = t5.abstract(config)[1]

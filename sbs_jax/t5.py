@@ -151,12 +151,16 @@ class Dropout:
         return _dropped(x, jax.random.fold_in(self._key, self._uses), rate=self._rate, shape=tuple(shape))
 
     def at(self, rate: float, x: jax.Array) -> jax.Array:
-        """`x` with values dropped at a rate of its own, each by itself; other masks stay what they are without it."""
+        """`x` [.., T, I] with values dropped at a rate of its own; other masks stay what they are without it.
+
+        Shared along the sequence too: a mask for each value of each kernel's input is drawn again wherever it is used,
+        and the TPU's compiler then takes minutes for what it otherwise does in seconds.
+        """
         if self._key is None or rate == 0.0:
             return x
         self._own_uses += 1
         key = jax.random.fold_in(jax.random.fold_in(self._key, _OWN_RATE), self._own_uses)
-        return _dropped(x, key, rate=rate, shape=x.shape)
+        return _dropped(x, key, rate=rate, shape=(*x.shape[:-2], 1, x.shape[-1]))
 
 
 # Keys are made by numbers: uses of a stack's or layer's dropout have 1, 2, .. and what is rare has numbers far off.

@@ -6,6 +6,7 @@ Writes the model's shape and the examples of every batch to a file, from which t
 import argparse
 import dataclasses
 import json
+import math
 import os
 import statistics
 import tempfile
@@ -29,6 +30,7 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--work", required=True)
+    parser.add_argument("--tuning", help="file of gin_configs/adapters: train that alone")
     arguments = parser.parse_args()
     stream = bench.protocol()
     bench.use_threads(arguments.threads)
@@ -36,7 +38,7 @@ def main() -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     import jax
 
-    from sbs_jax import datasets, features, main, train
+    from sbs_jax import datasets, features, main, t5, train
 
     with tempfile.TemporaryDirectory() as folder:
         source = write_records(Path(folder))
@@ -58,6 +60,7 @@ def main() -> None:
                 "gin_configs/runs/train.gin",
                 f"gin_configs/models/{arguments.model}.gin",
                 "gin_configs/methods/step_by_step.gin",
+                *([f"gin_configs/adapters/{arguments.tuning}.gin"] if arguments.tuning else []),
             ],
             bindings=[f"{name}={value}" for name, value in bindings.items()],
         )
@@ -84,13 +87,15 @@ def main() -> None:
     jax.monitoring.register_event_duration_secs_listener(listen)
     trainer = train.prepare(config)
     state = jax.block_until_ready(train.initial_state(config, trainer))
-    parameters = sum(x.size for x in state.parameters.values())
+    trained = sum(x.size for x in state.parameters.values())
+    parameters = sum(math.prod(leaf.shape) for leaf in t5.abstract(config.model)[1].values())
     work = {
         "model": dataclasses.asdict(config.model),
         "parameters": parameters,
         "alpha": config.alpha,
         "clip_norm": config.clip_norm,
         "learning_rate": bindings["LEARNING_RATE"],
+        "lora": lora_of(config.tuning),
         "batches": [bench.unpacked(batch) for batch in batches],
     }
     Path(arguments.work).write_text(json.dumps(work), "utf-8")
@@ -107,12 +112,18 @@ def main() -> None:
     ready = {
         "data": source,
         "parameters": parameters,
+        "trained": trained,
         "examples per step": 2 * EXAMPLES,
         "tokens per step": statistics.mean(tokens),
         "rows": f"{ROWS} of {LENGTHS}",
         "compile seconds": round(compiles[0], 1),
     }
     bench.serve(step, ready=ready, stream=stream)
+
+
+def lora_of(tuning: Any) -> dict[str, Any] | None:
+    """The LoRA of a tuning, for the peer to put on the same; None where there is none."""
+    return None if tuning is None or tuning.lora is None else dataclasses.asdict(tuning.lora)
 
 
 def first_batches(batches: Any) -> list[Any]:

@@ -22,6 +22,7 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--work", required=True)
+    parser.add_argument("--peft", action="store_true", help="train PEFT's LoRA alone, like that of the work")
     arguments = parser.parse_args()
     stream = bench.protocol()
     bench.use_threads(arguments.threads)
@@ -53,8 +54,11 @@ def main() -> None:
     parameters = sum(x.numel() for x in model.parameters())
     if parameters != work["parameters"]:
         raise ValueError(f"The peer has {parameters:,} parameters and ours {work['parameters']:,}; expected as many.")
+    if arguments.peft:
+        model = with_lora(model, work["lora"])
+    trained = [x for x in model.parameters() if x.requires_grad]
     # Fused is the fastest on CPU, and what Hugging Face's trainer takes today.
-    optimizer = torch.optim.AdamW(model.parameters(), lr=work["learning_rate"], weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(trained, lr=work["learning_rate"], weight_decay=0.0, fused=True)
 
     def tensors(examples: list[bench.Example]) -> dict[str, Any]:
         inputs = torch.tensor(bench.padded([inputs for inputs, _, _ in examples], padding=0))
@@ -72,7 +76,7 @@ def main() -> None:
         rationale_loss = model(**batch[RATIONALE]).loss
         loss = work["alpha"] * label_loss + (1 - work["alpha"]) * rationale_loss
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), work["clip_norm"])
+        torch.nn.utils.clip_grad_norm_(trained, work["clip_norm"])
         optimizer.step()
         optimizer.zero_grad()
         return tokens[index % len(tokens)]
@@ -80,11 +84,29 @@ def main() -> None:
     step(0)
     ready = {
         "parameters": parameters,
+        "trained": sum(x.numel() for x in trained),
         "examples per step": statistics.mean(map(len, work["batches"])),
         "tokens per step": statistics.mean(tokens),
         "threads": torch.get_num_threads(),
     }
     bench.serve(step, ready=ready, stream=stream)
+
+
+NAMES = {"query": "q", "key": "k", "value": "v", "out": "o"}  # of kernels there; others are called as here
+
+
+def with_lora(model: Any, lora: dict[str, Any]) -> Any:
+    """The model with PEFT's LoRA beside the same kernels; all else is frozen."""
+    peft: Any = importlib.import_module("peft")
+    config = peft.LoraConfig(
+        r=lora["rank"],
+        lora_alpha=lora["alpha"],
+        lora_dropout=lora["dropout"],
+        target_modules=[NAMES.get(name, name) for name in lora["modules"]],
+        bias="none",
+        task_type=peft.TaskType.SEQ_2_SEQ_LM,
+    )
+    return peft.get_peft_model(model, config).train()
 
 
 if __name__ == "__main__":

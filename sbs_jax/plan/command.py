@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from sbs_jax import datasets, t5, train
+from sbs_jax import adapters, datasets, t5, train
 from sbs_jax.plan import chips, compiler, flops, worker
 
 MESHES = (
@@ -89,10 +89,12 @@ def plan(
 
 
 def _configuration(config: train.TrainConfig) -> dict[str, Any]:
-    shapes = t5.abstract(config.model)[1]
+    parameters, trained = _parameters(config)
     return {
         "task": config.mixture_or_task_name,
-        "parameters": sum(math.prod(leaf.shape) for leaf in shapes.values()),
+        "parameters": parameters,
+        "trained": trained,
+        "tuning": None if config.tuning is None else adapters.title(config.tuning),
         "dtype": config.model.dtype,
         "batch_size": config.batch_size,
         "micro_batches": config.micro_batches,
@@ -105,10 +107,24 @@ def _configuration(config: train.TrainConfig) -> dict[str, Any]:
     }
 
 
+def _parameters(config: train.TrainConfig) -> tuple[int, int]:
+    """How many the student has, with nothing put on, and how many are trained."""
+    adapted = adapters.abstract(config.model, config.tuning)
+    counts = [
+        sum(math.prod(leaf.shape) for leaf in shapes.values())
+        for shapes in (t5.abstract(config.model)[1], adapted.parts(adapted.shapes)[0])
+    ]
+    return counts[0], counts[1]
+
+
 def _flops(config: train.TrainConfig) -> int:
-    lengths = config.task_feature_lengths
+    lengths, (parameters, trained) = config.task_feature_lengths, _parameters(config)
     return flops.training_flops(
-        config.model, rows=config.batch_size, inputs=lengths["inputs"], targets=lengths["targets"]
+        config.model,
+        rows=config.batch_size,
+        inputs=lengths["inputs"],
+        targets=lengths["targets"],
+        trained=trained / parameters,
     )
 
 

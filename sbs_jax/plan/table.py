@@ -13,6 +13,7 @@ def text(plan: dict[str, Any]) -> str:
     lines = [
         f"{config['task']}, {config['parameters'] / 1e6:,.1f} M parameters, {config['dtype']}; an update is "
         f"{config['batch_size']} rows of {config['inputs']} + {config['targets']} tokens.",
+        *_tuning(config),
         f"Estimates throughout, by libtpu {plan['libtpu']} (the TPU compiler) and link speeds; nothing ran.",
     ]
     if len(tried) > 1:
@@ -24,6 +25,13 @@ def text(plan: dict[str, Any]) -> str:
             lines += ["", *_details(one, number if len(tried) > 1 else None)]
     lines += ["", *_money(plan), "", *_suggestion(plan)]
     return "\n".join(lines)
+
+
+def _tuning(config: dict[str, Any]) -> list[str]:
+    if config["tuning"] is None:
+        return []
+    share = config["trained"] / config["parameters"]
+    return [f"Trained: {config['tuning']}; {config['trained']:,} parameters, {share:.2%} as many as the model has."]
 
 
 def _name(one: dict[str, Any]) -> str:
