@@ -154,7 +154,7 @@ class Dropout:
         """`x` [.., T, I] with values dropped at a rate of its own; other masks stay what they are without it.
 
         Shared along the sequence too: a mask for each value of each kernel's input is drawn again wherever it is used,
-        and the TPU's compiler then takes minutes for what it otherwise does in seconds.
+        and the TPU's compiler spent minutes on such operations (docs/experiments.md).
         """
         if self._key is None or rate == 0.0:
             return x

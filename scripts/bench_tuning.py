@@ -31,6 +31,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=2, help="CPUs that each side may use")
     parser.add_argument("--model", default="t5_1_1_small", help="file of gin_configs/models")
     parser.add_argument("--output", default="bench.json", help="file to append the results to")
+    parser.add_argument("--ours", nargs="+", choices=list(OURS), default=list(OURS), help="our sides to measure")
     arguments = parser.parse_args()
     missing = [name for name in PEER_NEEDS if importlib.util.find_spec(name) is None]
     sides: list[bench.Side] = []
@@ -41,9 +42,11 @@ def main() -> int:
             sides.append(bench.Side(name, [sys.executable, str(FOLDER / script), *common, *flags]))
             print(f"{name}: {sides[-1].ready}", flush=True)
 
-        for name, flags in OURS.items():
-            start(name, "bench_ours.py", *flags, "--work", f"{folder}/{name}.json")
-        if missing:
+        for name in arguments.ours:
+            start(name, "bench_ours.py", *OURS[name], "--work", f"{folder}/{name}.json")
+        if "lora" not in arguments.ours:
+            print("The peer is not measured: it does the work of our LoRA, which is not among --ours.")
+        elif missing:
             print(f"The peer is not measured: {' and '.join(missing)} not installed; `make test-parity` installs them.")
         else:
             start("peft", "bench_peer.py", "--peft", "--work", f"{folder}/lora.json")
@@ -61,14 +64,15 @@ def main() -> int:
     def row(name: str, unit: str, ours: float, peer: float | None, goal: str) -> bench.Row:
         return bench.Row(name=name, unit=unit, ours=ours, peer=peer, goal=goal, versions=versions)
 
-    rows = [
-        row("lora_memory_vs_full", "GiB", peaks["lora"], peaks["full"], "< 1"),
-        row("qlora_memory_vs_full", "GiB", peaks["qlora"], peaks["full"], "< 1"),
-        row("lora_step_vs_full", "s", medians["lora"], medians["full"], "< 1"),
-        row("qlora_step_vs_full", "s", medians["qlora"], medians["full"], "< 2"),
-        row("lora_step_vs_peft", "s", medians["lora"], medians.get("peft"), "< 1"),
-        row("lora_memory_vs_peft", "GiB", peaks["lora"], peaks.get("peft"), "< 1"),
-    ]
+    rows = []
+    for name, ours, peer, goal in (
+        ("lora_{}_vs_full", "lora", "full", "< 1"),
+        ("qlora_{}_vs_full", "qlora", "full", "< 2"),
+        ("lora_{}_vs_peft", "lora", "peft", "< 1"),
+    ):
+        if ours in medians and (peer in medians or peer == "peft"):
+            rows.append(row(name.format("memory"), "GiB", peaks[ours], peaks.get(peer), "< 1"))
+            rows.append(row(name.format("step"), "s", medians[ours], medians.get(peer), goal))
     bench.append(arguments.output, rows)
     print(bench.table(rows))
     return 0
