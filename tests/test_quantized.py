@@ -118,18 +118,20 @@ def test_products_and_gradients_are_those_of_the_matrix(form):
 
 
 def test_the_backward_pass_keeps_no_matrix():
-    """Of 16 layers one after the other the forward pass keeps their inputs, far less than one matrix."""
+    """Of 16 layers one after the other: 17 MB less than if each one's matrix were kept for the way back."""
     size, layers = 512, 16
     shape = jax.ShapeDtypeStruct((layers, size, size), jnp.float32)
     stacked = jax.eval_shape(jax.vmap(lambda x: quantized.quantize(x, form="nf4")), shape)
     how = ("nf4", (size,), (size,), "float32")
 
-    def loss(x, stacked):
-        return jnp.sum(jax.lax.scan(lambda x, one: (jnp.tanh(quantized._product(x, one, how)), None), x, stacked)[0])
+    def needed(product) -> int:
+        def loss(x, stacked):
+            return jnp.sum(jax.lax.scan(lambda x, one: (jnp.tanh(product(x, one, how)), None), x, stacked)[0])
 
-    x = jax.ShapeDtypeStruct((4, size), jnp.float32)
-    sizes = jax.jit(jax.grad(loss)).lower(x, stacked).compile().memory_analysis()
-    assert sizes is not None
-    needed = sizes.temp_size_in_bytes
-    # Unpacking one takes some; that of keeping all 16 comes on top, 17 MB.
-    assert needed < 12e6, f"{needed:,} bytes"
+        x = jax.ShapeDtypeStruct((4, size), jnp.float32)
+        sizes = jax.jit(jax.grad(loss)).lower(x, stacked).compile().memory_analysis()
+        assert sizes is not None
+        return sizes.temp_size_in_bytes
+
+    matrices = layers * size * size * 4
+    assert needed(quantized._product) < needed(quantized._multiplied) - 0.9 * matrices
