@@ -156,7 +156,11 @@ def test_a_merged_kernel_is_what_a_layer_computes(name):
 
 def test_packed_rows_with_a_prefix_are_rows_of_their_own():
     of, parameters = adapted(MODEL, SPOKEN["prefix"], changed=0.05)
-    model = t5.join(of.structure, parameters)
+
+    @jax.jit
+    def model(source, target, **segments):
+        return t5.join(of.structure, parameters)(source, target, **segments)
+
     alone = [model(jnp.asarray(SOURCE[i : i + 1, :5]), jnp.asarray(TARGET[i : i + 1, :4])) for i in (0, 2)]
     segments = [jnp.asarray([[1] * n + [2] * n + [0]]) for n in (5, 4)]
 
@@ -169,6 +173,15 @@ def test_packed_rows_with_a_prefix_are_rows_of_their_own():
     # Positions of the second example begin anew only for a bias that is relative, which T5's is.
     np.testing.assert_allclose(together[:, :4], alone[0], rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(together[:, 4:8], alone[1], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["prompt", "prefix"])
+def test_what_stands_before_a_row_is_seen_from_every_place_of_it(name):
+    logits = []
+    for changed in (0.0, 0.5):
+        of, parameters = adapted(MODEL, SPOKEN[name], changed=changed)
+        logits.append(np.asarray(logits_of(of.structure)(parameters)))
+    assert np.all(np.abs(logits[1] - logits[0]).max(axis=-1) > 1e-3)
 
 
 # ------------------------------------------------------------------------------------ NEFTune
@@ -428,8 +441,8 @@ from sbs_jax import adapters, main
 for file in sys.argv[1:]:
     config, text = main.configure(
         "train.TrainConfig",
-        gin_files=["gin_configs/experiments/svamp/base.gin", file, "gin_configs/adapters/neftune.gin"],
-        bindings=["MODEL_DIR=/nowhere", "RECORDS_DIR=/nowhere", "INITIAL_CHECKPOINT_PATH=/nowhere"],
+        gin_files=["gin_configs/experiments/svamp/cpu.gin", file, "gin_configs/adapters/neftune.gin"],
+        bindings=["MODEL_DIR=/nowhere", "RECORDS_DIR=/nowhere", "PACK=False"],
     )
     if "neftune" not in file:
         print(pathlib.Path(file).stem, len(adapters.abstract(config.model, config.tuning).trained))
@@ -437,6 +450,7 @@ for file in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 def test_every_file_of_adapters_is_an_include_on_top_of_a_method():
     files = sorted((REPOSITORY / "gin_configs/adapters").glob("*.gin"))
     names = [str(file.relative_to(REPOSITORY)) for file in files]
