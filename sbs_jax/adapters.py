@@ -234,8 +234,7 @@ class PromptModule(nnx.Module):
         self.length = prompt.length
 
     def before(self, x_BSD: Float[Array, "B S D"]) -> Float[Array, "B P D"]:
-        prompt_XD = self.embedding[...].astype(x_BSD.dtype)
-        return jnp.concatenate([jnp.broadcast_to(prompt_XD[None], (len(x_BSD), *prompt_XD.shape)), x_BSD], axis=1)
+        return t5.prepended(self.embedding[...], x_BSD)
 
 
 class PrefixModule(nnx.Module):
@@ -248,9 +247,7 @@ class PrefixModule(nnx.Module):
         self, k_BSHK: Float[Array, "B S H K"], v_BSHK: Float[Array, "B S H K"]
     ) -> tuple[Float[Array, "B P H K"], Float[Array, "B P H K"]]:
         def one(prefix: nnx.Param, x_BSHK: Array) -> Array:
-            prefix_XHK = prefix[...].astype(x_BSHK.dtype).reshape(-1, *x_BSHK.shape[2:])
-            rows = jnp.broadcast_to(prefix_XHK[None], (len(x_BSHK), *prefix_XHK.shape))
-            return jnp.concatenate([rows, x_BSHK], axis=1)
+            return t5.prepended(prefix[...].reshape(-1, *x_BSHK.shape[2:]), x_BSHK)
 
         return one(self.key, k_BSHK), one(self.value, v_BSHK)
 

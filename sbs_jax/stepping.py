@@ -85,7 +85,7 @@ class Stepper:
         none_BPJ = jnp.zeros((rows, self._length * self._beams, joined), self._config.dtype)
 
         def after(prefix_XJ: jax.Array | None) -> jax.Array:
-            cache_BPJ = none_BPJ if prefix_XJ is None else _after(prefix_XJ, none_BPJ)
+            cache_BPJ = none_BPJ if prefix_XJ is None else t5.prepended(prefix_XJ, none_BPJ)
             return constrain(cache_BPJ, ("batch", None, "joined_kv"))
 
         return tuple(tuple(after(each) for each in w.self_prefix or (None, None)) for w in self._layers)  # pyright: ignore[reportReturnType]
@@ -136,12 +136,6 @@ class Stepper:
         return (y_BND * scale_D[None, None, :]).astype(self._config.dtype)
 
 
-def _after(prefix_XJ: Float[Array, "X J"], rest_BPJ: Float[Array, "B P J"]) -> Float[Array, "B XP J"]:
-    """The prefix before what each row has."""
-    prefix_BXJ = jnp.broadcast_to(prefix_XJ[None].astype(rest_BPJ.dtype), (len(rest_BPJ), *prefix_XJ.shape))
-    return jnp.concatenate([prefix_BXJ, rest_BPJ], axis=1)
-
-
 def _layers(
     model: t5.T5,
     encoded_BPD: Float[Array, "B P D"],
@@ -167,7 +161,7 @@ def _layers(
     def source(dense: t5.Dense, prefix_XJ: jax.Array | None) -> Float[Array, "B P J"]:
         found_BPJ = dense(encoded_BPD)
         if prefix_XJ is not None:
-            found_BPJ = _after(prefix_XJ, found_BPJ)
+            found_BPJ = t5.prepended(prefix_XJ, found_BPJ)
         return constrain(found_BPJ, ("batch", None, "joined_kv"))
 
     source_bias = jnp.where(segments_BP == 1, 0.0, attention.MASKED)[:, None, None, :]

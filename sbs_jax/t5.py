@@ -618,6 +618,12 @@ def _through(
     return x
 
 
+def prepended(prefix: Float[Array, "X *each"], rows: Float[Array, "B P *each"]) -> Float[Array, "B Q *each"]:
+    """Each row with the same prefix before what it has, in the rows' type; Q = X + P."""
+    repeated = jnp.broadcast_to(prefix[None].astype(rows.dtype), (len(rows), *prefix.shape))
+    return jnp.concatenate([repeated, rows], axis=1)
+
+
 def with_noise(
     x_BTD: Float[Array, "B T D"], segments_BT: Int[Array, "B T"], *, alpha: float, key: Key[Array, ""]
 ) -> Float[Array, "B T D"]:
