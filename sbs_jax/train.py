@@ -462,6 +462,8 @@ def train(config: TrainConfig, *, config_text: str, accept_changes: bool = False
         else:
             state = initial_state(config, trainer, base=base)
             metadata = {"lines": 0, "window": [], "evaluation_due": False}
+        # Its arrays are in the state now, stacked if layers are scanned: held here too, the base would be there twice.
+        known, base = (base.identity if base else None), None
         if start == config.train_steps and any(line["kind"] == "test" for line in run.metrics()):
             return _last_lines(run)
         run.truncate_metrics(lines=metadata["lines"])
@@ -518,7 +520,7 @@ def train(config: TrainConfig, *, config_text: str, accept_changes: bool = False
             evaluation_due = step % config.eval_period == 0 or last
             save_due = step % config.checkpoint_period == 0 or evaluation_due or told
             if log_due or save_due:
-                skipped = _check_finite(config, window, state, trainer=trainer, run=run, base=base)
+                skipped = _check_finite(config, window, state, trainer=trainer, run=run, base=known)
             if log_due:
                 values = window.close() | {"learning_rate": float(np.asarray(config.learning_rate(step - 1 - skipped)))}
                 if config.skip_non_finite:
@@ -537,7 +539,7 @@ def train(config: TrainConfig, *, config_text: str, accept_changes: bool = False
                     "optimizer": saved.optimizer,
                     "metadata": {
                         "step": step,
-                        **described(config, base),
+                        **described(config, known),
                         "skipped": skipped,
                         "lines": run.lines,
                         "window": window.rows(),
@@ -553,7 +555,8 @@ def train(config: TrainConfig, *, config_text: str, accept_changes: bool = False
         progress.close()
         if config.evaluate_test:
             try:
-                _test(config, trainer, run, frozen=trainer.parameters(state), before_batch=before_batch)
+                others = {} if config.tuning is None else trainer.parameters(state)
+                _test(config, trainer, run, frozen=others, before_batch=before_batch)
             except preemption.PreemptedError:
                 leave()
         run.flush()
@@ -658,12 +661,12 @@ def _manifest(config: TrainConfig, *, data: dict[str, Any], trainer: Trainer) ->
     }
 
 
-def described(config: TrainConfig, base: frozen.Base | None) -> dict[str, Any]:
-    """What a checkpoint's metadata say of the student."""
+def described(config: TrainConfig, base: dict[str, Any] | None) -> dict[str, Any]:
+    """What a checkpoint's metadata say of the student; `base` is the identity of what adapters are trained on."""
     model = {"model": dataclasses.asdict(config.model)}
     if config.tuning is None or base is None:
         return model
-    return model | {"tuning": dataclasses.asdict(config.tuning), "base": base.identity}
+    return model | {"tuning": dataclasses.asdict(config.tuning), "base": base}
 
 
 def state_of(restored: checkpoints.Restored, trainer: Trainer, *, base: frozen.Base | None = None) -> TrainState:
@@ -788,7 +791,7 @@ def _check_finite(
     *,
     trainer: Trainer,
     run: run_dir.RunDir,
-    base: frozen.Base | None,
+    base: dict[str, Any] | None,
 ) -> int:
     """The number of updates left out so far. FloatingPointError where they are too many, after saving the evidence."""
     rows = window.rows()
