@@ -452,9 +452,7 @@ def base_arrays(opened: names.Opened, *, given: str | None, owner: str) -> dict[
     elif str(path).endswith(".npz"):
         arrays = {name: names.of_array(array) for name, array in npz.arrays(path, shapes=shapes).items()}
     else:
-        kind = form(path)
-        arrays = open_any(path, kind=kind).arrays
-        names.check(path, {name: array.shape for name, array in arrays.items()}, shapes, kind=kind)
+        arrays = arrays_of(path, shapes=shapes)
     found = {"path": path, "seed": opened.base["seed"], "fingerprint": identity.of_arrays(arrays)}
     identity.check(found, opened.base, owner=owner)
     return arrays
@@ -476,14 +474,14 @@ def load_parameters(path: str | Path, *, like: Mapping[str, jax.ShapeDtypeStruct
             for name, leaf in like.items()
         }
     if kind != SBS:
-        return _from_any(path, like=like, kind=kind)
+        return _from_any(path, like=like)
     directory, step = locate(path)
     _refuse_damaged(directory, step, items=(PARAMETERS, METADATA))
     place, handler = directory / "checkpoints" / str(step) / PARAMETERS, saving.array_handler()
     try:
         tree = handler.metadata(epath.Path(place)).tree
         if set(tree) != set(like) and saving.read_json(place.parent).get("tuning") is not None:
-            return _from_any(path, like=like, kind=kind)  # a plain student is asked for, of a run that trained adapters
+            return _from_any(path, like=like)  # a plain student is asked for, of a run that trained adapters
         names.check(path, {name: tuple(leaf.shape) for name, leaf in tree.items()}, wanted, kind=kind)
         return saving.restore(handler, place, like=dict(like))
     except (OSError, ValueError):
@@ -492,11 +490,17 @@ def load_parameters(path: str | Path, *, like: Mapping[str, jax.ShapeDtypeStruct
         raise
 
 
-def _from_any(path: str | Path, *, like: Mapping[str, jax.ShapeDtypeStruct], kind: str) -> t5.Parameters:
-    arrays = open_any(path, kind=kind).arrays
-    wanted = {name: tuple(leaf.shape) for name, leaf in like.items()}
-    names.check(path, {name: array.shape for name, array in arrays.items()}, wanted, kind=kind)
+def _from_any(path: str | Path, *, like: Mapping[str, jax.ShapeDtypeStruct]) -> t5.Parameters:
+    arrays = arrays_of(path, shapes={name: tuple(leaf.shape) for name, leaf in like.items()})
     return {name: arrays[name].onto(leaf) for name, leaf in like.items()}
+
+
+def arrays_of(path: str | Path, *, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, names.LazyArray]:
+    """The arrays of a checkpoint of any form but `.npz`. ValueError where they are not those of the given shapes."""
+    kind = form(path)
+    arrays = open_any(path, kind=kind).arrays
+    names.check(path, {name: array.shape for name, array in arrays.items()}, shapes, kind=kind)
+    return dict(arrays)
 
 
 def save_parameters(

@@ -9,7 +9,6 @@ import jax
 import numpy as np
 
 from sbs_jax import adapters, checkpoints, partitioning, t5
-from sbs_jax.convert import names
 from sbs_jax.identity import digest, fingerprint
 
 
@@ -74,10 +73,7 @@ def _from_seed(config: t5.T5Config, seed: int, like: Mapping[str, jax.ShapeDtype
 
 
 def _from_checkpoint(path: str, like: Mapping[str, jax.ShapeDtypeStruct]) -> Callable[[str], jax.Array]:
-    kind = checkpoints.form(path)
-    if str(path).endswith(".npz"):
+    if path.endswith(".npz"):
         return checkpoints.load_parameters(path, like=like).pop
-    arrays = checkpoints.open_any(path, kind=kind).arrays
-    wanted = {name: tuple(leaf.shape) for name, leaf in like.items()}
-    names.check(path, {name: array.shape for name, array in arrays.items()}, wanted, kind=kind)
+    arrays = checkpoints.arrays_of(path, shapes={name: tuple(leaf.shape) for name, leaf in like.items()})
     return lambda name: arrays[name].onto(like[name])
