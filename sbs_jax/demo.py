@@ -18,6 +18,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, TextIO
 
+from sbs_jax import configuration
 from sbs_jax import main as command_line
 
 ROWS: Mapping[str, int] = {"train": 800, "validation": 300, "test": 1000}
@@ -151,7 +152,7 @@ def train_one(plan: Plan) -> tuple[dict[str, Any], float]:
     with log.open("a", encoding="utf-8") as file, _output_to(file):
         from sbs_jax import train
 
-        config, text = command_line.configure(
+        config, text = configuration.configure(
             "train.TrainConfig",
             gin_files=plan.gin_files(),
             bindings=plan.bindings(),

@@ -129,6 +129,7 @@ def serve(arguments: argparse.Namespace) -> None:
     stream = bench.protocol()
     bench.use_threads(arguments.threads)
     os.environ["JAX_PLATFORMS"] = "cpu"
+    from sbs_jax import configuration
     from sbs_jax import main as command
 
     command.import_tensorflow()
@@ -139,7 +140,7 @@ def serve(arguments: argparse.Namespace) -> None:
 
     folder = Path(arguments.folder)
     period = arguments.steps if arguments.side == "with" else NEVER
-    config, text = command.configure(
+    config, text = configuration.configure(
         "train.TrainConfig",
         gin_files=[f"gin_configs/{file}.gin" for file in GIN_FILES],
         bindings=[

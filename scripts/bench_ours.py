@@ -38,7 +38,7 @@ def main() -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     import jax
 
-    from sbs_jax import datasets, features, main, t5, train
+    from sbs_jax import configuration, datasets, features, t5, train
 
     with tempfile.TemporaryDirectory() as folder:
         source = write_records(Path(folder))
@@ -54,7 +54,7 @@ def main() -> None:
             "TRAIN_STEPS": 100_000,
             "LEARNING_RATE": 5e-5,
         }
-        config, _ = main.configure(
+        config, _ = configuration.configure(
             "train.TrainConfig",
             gin_files=[
                 "gin_configs/runs/train.gin",

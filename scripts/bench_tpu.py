@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import bench_tpu_decode
 
-from sbs_jax import bench, main, train
+from sbs_jax import bench, configuration, main, train
 from sbs_jax.plan import chips, flops, worker
 
 GIB = 2**30
@@ -53,7 +53,7 @@ class Work:
             *(f"BATCH_SIZE={self.rows}", f"LAYERS={self.layers}", f"REMAT={self.remat}"),
         )
         names = [f"gin_configs/{name}.gin" for name in (*files, "optimizers/adafactor")]
-        return main.configure("train.TrainConfig", gin_files=names, bindings=bindings)[0]
+        return configuration.configure("train.TrainConfig", gin_files=names, bindings=bindings)[0]
 
 
 WORK = {

@@ -18,7 +18,7 @@ from typing import Any
 os.environ["JAX_PLATFORMS"] = "cpu"
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from sbs_jax import bench, main, train
+from sbs_jax import bench, configuration, main, train
 from sbs_jax.plan import chips, worker
 
 MODELS, WAYS, TOPOLOGIES = ("base", "large", "xl", "xxl"), ("full", "lora", "qlora"), ("v5e:2x4", "v5e:4x4")
@@ -38,7 +38,7 @@ def config_of(name: str) -> train.TrainConfig:
         *(f"BATCH_SIZE={rows}", f"MICRO_BATCHES={micro_batches}", "LAYERS=scanned", "REMAT=full"),
     )
     names = [f"gin_configs/{file}.gin" for file in files]
-    return main.configure("train.TrainConfig", gin_files=names, bindings=bindings)[0]
+    return configuration.configure("train.TrainConfig", gin_files=names, bindings=bindings)[0]
 
 
 def measure(name: str, *, steps: tuple[str, ...]) -> list[dict[str, Any]]:

@@ -23,7 +23,7 @@ os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false intra_op_paralleli
 os.environ["JAX_PLATFORMS"] = "cpu"
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from sbs_jax import demo, main
+from sbs_jax import configuration, demo, main
 
 SEEDS = (0, 1, 2)
 
@@ -70,7 +70,7 @@ def run_one(way: Way, *, rate: float, seed: int, common: dict[str, Any], folder:
     path = folder / f"{way.name}-{rate:g}-{seed}"
     bindings = common["bindings"] + [*way.bindings, f"LEARNING_RATE={rate}", f"SEED={seed}", f"MODEL_DIR={path}"]
     files = [*common["files"], *([f"gin_configs/adapters/{way.file}.gin"] if way.file else [])]
-    config, text = main.configure("train.TrainConfig", gin_files=files, bindings=bindings)
+    config, text = configuration.configure("train.TrainConfig", gin_files=files, bindings=bindings)
     trained = sum(leaf.size for leaf in train.prepare(config).saved.parameters.values())
     if not any(line["kind"] == "test" for line in (run_dir.read_metrics(path) if path.is_dir() else [])):
         train.train(config, config_text=text)
@@ -116,7 +116,7 @@ def svamp(folder: Path, steps: int, *, release: str, vocabulary: str, first: int
     start = folder / "start"
     if not (start / "checkpoints" / str(first)).is_dir():
         own = [f"TRAIN_STEPS={first}", f"EVAL_PERIOD={first}", f"CHECKPOINT_PERIOD={first}", f"MODEL_DIR={start}"]
-        config, text = main.configure("train.TrainConfig", gin_files=files, bindings=[*bindings, *own])
+        config, text = configuration.configure("train.TrainConfig", gin_files=files, bindings=[*bindings, *own])
         train.train(config, config_text=text)
     own = [f"TRAIN_STEPS={steps}", f"EVAL_PERIOD={steps}", f"CHECKPOINT_PERIOD={steps}"]
     return {

@@ -10,7 +10,7 @@ import argparse
 import itertools
 from pathlib import Path
 
-from sbs_jax import checkpoints, main, records, train
+from sbs_jax import checkpoints, configuration, records, train
 from tasks import builtin, builtin_corpus
 
 SEED = 20261121
@@ -32,7 +32,7 @@ def run(work: Path, bindings: list[str]) -> None:
     """Vocabulary, records, training, and the shipped parameters."""
     Path(builtin.vocabulary_path()).write_bytes(builtin_corpus.vocabulary(seed=SEED))
     given = [*bindings, f"RECORDS_DIR={work / 'records'}", f"MODEL_DIR={work / 'run'}"]
-    config, text = main.configure(
+    config, text = configuration.configure(
         "train.TrainConfig", gin_files=["gin_configs/experiments/builtin/pretrain.gin"], bindings=given
     )
     (work / "records" / builtin_corpus.NAME).mkdir(parents=True, exist_ok=True)

@@ -437,9 +437,9 @@ def test_a_prompt_is_not_packed(tmp_path, records_dir):
 
 COMPOSED = """
 import sys, pathlib
-from sbs_jax import adapters, main
+from sbs_jax import adapters, configuration, main
 for file in sys.argv[1:]:
-    config, text = main.configure(
+    config, text = configuration.configure(
         "train.TrainConfig",
         gin_files=["gin_configs/experiments/svamp/cpu.gin", file, "gin_configs/adapters/neftune.gin"],
         bindings=["MODEL_DIR=/nowhere", "RECORDS_DIR=/nowhere", "PACK=False"],

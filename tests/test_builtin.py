@@ -14,7 +14,7 @@ import optax
 import pytest
 import sentencepiece
 
-from sbs_jax import checkpoints, demo, main, records, release, t5, tokens, train
+from sbs_jax import checkpoints, configuration, demo, records, release, t5, tokens, train
 from sbs_jax.release import Row
 from tasks import builtin, builtin_corpus
 
@@ -239,7 +239,7 @@ def padded(rows: list[list[int]]) -> jnp.ndarray:
 
 def demo_config(method: str) -> train.TrainConfig:
     plan = demo.Plan(method=method, fraction=0.5, seed=1, folder=Path("demo"))
-    config, _ = main.configure("train.TrainConfig", gin_files=plan.gin_files(), bindings=plan.bindings())
+    config, _ = configuration.configure("train.TrainConfig", gin_files=plan.gin_files(), bindings=plan.bindings())
     return config
 
 

@@ -14,7 +14,18 @@ import pytest
 import toy
 from processes import ROOT, until
 
-from sbs_jax import checkpoints, datasets, evaluate, features, hosts, main, partitioning, preemption, run_dir
+from sbs_jax import (
+    checkpoints,
+    configuration,
+    datasets,
+    evaluate,
+    features,
+    hosts,
+    main,
+    partitioning,
+    preemption,
+    run_dir,
+)
 
 SPEEDS = {"tokens_per_second", "seconds_per_step", "data_wait_share"}
 MACROS = {"TRAIN_STEPS": 12, "LOG_PERIOD": 1, "EVAL_PERIOD": 6, "CHECKPOINT_PERIOD": 2}
@@ -165,7 +176,7 @@ def test_slurm_tells_the_place(monkeypatch):
 def test_flags_that_do_not_go_together(flags, message):
     parser, _ = main._parser()
     arguments = parser.parse_args(["predict", "--model=x", "--input=y", "--output=z", *flags])
-    with pytest.raises((main.UsageError, hosts.HostsError), match=re.escape(message)):
+    with pytest.raises((configuration.UsageError, hosts.HostsError), match=re.escape(message)):
         main._join(arguments)
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import tasks  # noqa: F401  (registers the datasets)
-from sbs_jax import datasets, main, release, run_dir
+from sbs_jax import configuration, datasets, main, release, run_dir
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -75,7 +75,7 @@ def test_eight_real_examples_are_learned_by_heart(sbs, tmp_path, real_data_dir, 
 def configure(*files, bindings=()):
     paths = ["MODEL_DIR=/nowhere/run", "RECORDS_DIR=/nowhere/records", "INITIAL_CHECKPOINT_PATH=/nowhere/t5"]
     names = [f"gin_configs/{file}.gin" for file in files]
-    return main.configure("train.TrainConfig", gin_files=names, bindings=[*paths, *bindings])
+    return configuration.configure("train.TrainConfig", gin_files=names, bindings=[*paths, *bindings])
 
 
 EXPERIMENTS = sorted(
@@ -147,20 +147,20 @@ def test_the_other_optimiser_replaces_the_first():
     ],
 )
 def test_mistakes_in_bindings_are_explained(bindings, message):
-    with pytest.raises(main.UsageError, match=message):
+    with pytest.raises(configuration.UsageError, match=message):
         configure("experiments/svamp/base", bindings=bindings)
 
 
 def test_what_is_required_is_named_with_its_flag():
-    with pytest.raises(main.UsageError, match=r"--gin\.MODEL_DIR=\.\."):
-        main.configure("train.TrainConfig", gin_files=["gin_configs/experiments/svamp/base.gin"], bindings=[])
+    with pytest.raises(configuration.UsageError, match=r"--gin\.MODEL_DIR=\.\."):
+        configuration.configure("train.TrainConfig", gin_files=["gin_configs/experiments/svamp/base.gin"], bindings=[])
 
 
 def test_a_user_s_own_gin_file_includes_ours_from_anywhere(tmp_path):
     mine = tmp_path / "mine.gin"
     mine.write_text("include 'gin_configs/experiments/cqa/large.gin'\nALPHA = 0.7\nUNHEARD_OF = 1\n")
-    with pytest.raises(main.UsageError, match="UNHEARD_OF"):
-        main.configure(
+    with pytest.raises(configuration.UsageError, match="UNHEARD_OF"):
+        configuration.configure(
             "train.TrainConfig",
             gin_files=[str(mine)],
             bindings=["MODEL_DIR=/m", "RECORDS_DIR=/r", "INITIAL_CHECKPOINT_PATH=/i"],

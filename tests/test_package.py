@@ -123,9 +123,9 @@ def test_no_module_is_a_drawer_for_the_rest() -> None:
     assert not found, f"{found}: name a module after the one thing it holds"
 
 
-def test_only_main_imports_gin() -> None:
+def test_one_module_imports_gin() -> None:
     found = {name(path) for path in sources("sbs_jax", "tasks") if "gin" in imported(path)}
-    assert found <= {"sbs_jax/main.py"}
+    assert found <= {"sbs_jax/configuration.py"}
 
 
 def test_nothing_imports_t5x_but_its_model() -> None:

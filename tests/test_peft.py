@@ -18,7 +18,20 @@ import pytest
 import safetensors.numpy
 import toy
 
-from sbs_jax import adapters, checkpoints, evaluate, frozen, identity, main, partitioning, quantized, t5, train
+from sbs_jax import (
+    adapters,
+    checkpoints,
+    configuration,
+    evaluate,
+    frozen,
+    identity,
+    main,
+    partitioning,
+    quantized,
+    t5,
+    train,
+)
+from sbs_jax.commands import predict
 from sbs_jax.convert import command, hugging_face, names, peft
 
 LORA = adapters.LoRA(rank=4, alpha=8.0)
@@ -577,19 +590,19 @@ def test_the_command_line_takes_bases_and_adapters(task, tmp_path, capsys):
 
 def test_gin_binds_the_base_of_an_evaluation():
     bindings = ["CHECKPOINT_PATH=run", "BASE_PATH=moved"]
-    config, _ = main.configure(
+    config, _ = configuration.configure(
         "evaluate.EvaluateConfig", gin_files=["gin_configs/runs/evaluate.gin"], bindings=bindings
     )
     assert config.base == "moved"
 
 
 def test_adapters_of_the_command_line_have_names():
-    assert main._named(["a=runs/a", "b=c=d"]) == {"a": "runs/a", "b": "c=d"}
+    assert predict.named(["a=runs/a", "b=c=d"]) == {"a": "runs/a", "b": "c=d"}
     for flag in ("runs/a", "=runs/a", "a="):
-        with pytest.raises(main.UsageError, match="expected NAME=DIR"):
-            main._named([flag])
-    with pytest.raises(main.UsageError, match="names 'a' twice: x and y"):
-        main._named(["a=x", "a=y"])
+        with pytest.raises(configuration.UsageError, match="expected NAME=DIR"):
+            predict.named([flag])
+    with pytest.raises(configuration.UsageError, match="names 'a' twice: x and y"):
+        predict.named(["a=x", "a=y"])
 
 
 def test_an_imported_run_predicts_as_the_one_it_was_exported_from(task, tmp_path):

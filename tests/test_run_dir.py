@@ -24,7 +24,7 @@ import optax
 import pytest
 import toy
 
-from sbs_jax import datasets, lock, main, run_dir, settings, train
+from sbs_jax import configuration, datasets, lock, run_dir, settings, train
 from tasks import builtin
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -981,7 +981,8 @@ class Halving:
 def test_settings_of_a_configuration_that_gin_made():
     paths = ["MODEL_DIR=/nowhere/run", "RECORDS_DIR=/nowhere/records", "INITIAL_CHECKPOINT_PATH=/nowhere/t5"]
     file = "gin_configs/experiments/svamp/base.gin"
-    config, _ = main.configure("train.TrainConfig", gin_files=[file], bindings=[*paths, "OPTIMIZER=@a/optax.adamw"])
+    bindings = [*paths, "OPTIMIZER=@a/optax.adamw"]
+    config, _ = configuration.configure("train.TrainConfig", gin_files=[file], bindings=bindings)
     found = json.loads(json.dumps(settings.settings(config), allow_nan=False))
     assert found["optimizer"]["callable"] == "optax.adamw"
     assert found["optimizer"]["defaults"]["b2"] == 0.999

@@ -24,7 +24,7 @@ import test_report
 import test_teacher_page
 from flax import serialization
 
-from sbs_jax import checkpoints, datasets, main, records, release, report
+from sbs_jax import checkpoints, configuration, datasets, main, records, release, report
 from sbs_jax.convert import hugging_face, npz, t5x
 from sbs_jax.teacher.page import write_page
 from tasks import builtin
@@ -278,8 +278,8 @@ def test_a_header_s_claims_are_not_followed(tmp_path: Path) -> None:
     ],
 )
 def test_a_binding_cannot_call_python_s_own_functions(reference: str) -> None:
-    with pytest.raises(main.UsageError, match="It was not run"):
-        main.configure(
+    with pytest.raises(configuration.UsageError, match="It was not run"):
+        configuration.configure(
             "evaluate.EvaluateConfig",
             gin_files=["gin_configs/runs/evaluate.gin"],
             bindings=["CHECKPOINT_PATH=/x", f"SPLIT={reference}"],
@@ -293,15 +293,16 @@ def test_a_gin_file_cannot_run_a_program(tmp_path: Path) -> None:
         "from __gin__ import dynamic_registration\nimport os\ninclude 'gin_configs/runs/evaluate.gin'\n"
         f"SPLIT = @os.system()\nos.system.command = 'touch {canary}'\n"
     )
-    with pytest.raises(main.UsageError, match=r"os\.system, which is posix\.system of Python itself"):
-        main.configure("evaluate.EvaluateConfig", gin_files=[str(file)], bindings=["CHECKPOINT_PATH=/x"])
+    with pytest.raises(configuration.UsageError, match=r"os\.system, which is posix\.system of Python itself"):
+        configuration.configure("evaluate.EvaluateConfig", gin_files=[str(file)], bindings=["CHECKPOINT_PATH=/x"])
     assert not canary.exists()
 
 
 def test_a_binding_is_one_statement() -> None:
+    files = ["gin_configs/runs/evaluate.gin"]
     for binding in ("SPLIT=[1]\nBATCH_SIZE = 1", "SPLIT\nBATCH_SIZE=1", "SPLIT=@evaluate.evaluate\r\nimport os", "=1"):
-        with pytest.raises(main.UsageError, match=r"expected a value of one line|is no name of"):
-            main.configure("evaluate.EvaluateConfig", gin_files=["gin_configs/runs/evaluate.gin"], bindings=[binding])
+        with pytest.raises(configuration.UsageError, match=r"expected a value of one line|is no name of"):
+            configuration.configure("evaluate.EvaluateConfig", gin_files=files, bindings=[binding])
 
 
 # ------------------------------------------------------------------------------------- datasets

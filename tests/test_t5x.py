@@ -31,7 +31,7 @@ except ImportError as error:
     pytest.skip(f"T5X is not installed here ({error}); docs/t5x.md says how.", allow_module_level=True)
 
 import tasks
-from sbs_jax import datasets, evaluate, features, losses, main, partitioning, release, t5, train
+from sbs_jax import configuration, datasets, evaluate, features, losses, partitioning, release, t5, train
 from sbs_jax.convert import names
 from sbs_jax.convert import t5x as t5x_checkpoints
 from tasks import builtin
@@ -424,7 +424,7 @@ print(json.dumps({
     )
     assert done.returncode == 0, done.stderr[-3000:]
     theirs = json.loads(done.stdout.splitlines()[-1])
-    ours, _ = main.configure(
+    ours, _ = configuration.configure(
         "train.TrainConfig",
         gin_files=["gin_configs/experiments/svamp/base.gin"],
         bindings=[b.replace(" ", "") for b in given],

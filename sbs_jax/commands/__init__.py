@@ -1,0 +1,1 @@
+"""One module per command of `sbs`: `add(command)` defines its flags, `run` calls the function that does the work."""

@@ -1,0 +1,104 @@
+"""`sbs teach`: rationales and labels from a hosted model."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+
+def add(command: Any) -> None:
+    teach = command(
+        "teach",
+        run,
+        "Ask a hosted model for rationales and labels, and write its replies as records.",
+        epilog="example:\n  sbs teach --dataset svamp --inputs_dir dss --provider openai --model gpt-4o-mini \\\n"
+        "      --store svamp.sqlite --records_dir records --dry_run\n\n"
+        "Credentials come from the environment (OPENAI_API_KEY, GEMINI_API_KEY, or Google's default credentials).\n"
+        "Replies are kept in the store and never asked for twice; repeat the command to go on. See docs/teacher.md.",
+    )
+    rows = teach.add_argument_group("rows")
+    rows.add_argument("--dataset", required=True, help="name of a dataset")
+    rows.add_argument("--inputs_dir", metavar="DIR", help="folder of the inputs")
+    rows.add_argument(
+        "--inputs",
+        choices=("release", "records", "tfds"),
+        default="release",
+        help="what they are: the official release's layout, <dataset>/<split>.jsonl of id, input and label, or TFDS",
+    )
+    rows.add_argument(
+        "--split", action="append", metavar="NAME", help="train, validation or test; repeat (default: all)"
+    )
+    rows.add_argument("--limit", type=int, metavar="N", help="the first N rows of each split")
+    ask = teach.add_argument_group("the teacher")
+    ask.add_argument("--provider", required=True, metavar="NAME", help="openai (any compatible server), gemini, vertex")
+    ask.add_argument("--model", required=True, help="the provider's name of the model")
+    ask.add_argument("--base_url", metavar="URL", help="address of an OpenAI-compatible server, for example vLLM's")
+    ask.add_argument("--prompt", metavar="FILE", help="prompt file (default: tasks/prompts/<dataset>.json)")
+    ask.add_argument("--form", choices=("chat", "completion"), default="chat", help="messages, or one text to continue")
+    ask.add_argument("--temperature", type=float, default=0.0)
+    ask.add_argument(
+        "--max_tokens", type=int, default=256, help="room for a reply; cut short ones get 2 and 4 times it"
+    )
+    ask.add_argument("--samples", type=int, default=1, help="replies per row; the most frequent label is taken")
+    ask.add_argument("--hint", action="store_true", help="ask again with the label as a hint where the label differs")
+    pace = teach.add_argument_group("pace and money")
+    pace.add_argument("--concurrency", type=int, default=64, help="requests in flight at most")
+    pace.add_argument("--requests_per_minute", type=float, metavar="N")
+    pace.add_argument("--tokens_per_minute", type=float, metavar="N")
+    pace.add_argument("--timeout", type=float, default=120.0, metavar="SECONDS", help="for one reply")
+    pace.add_argument("--retries", type=int, default=6, help="repetitions of a request after errors that may pass")
+    pace.add_argument("--max_requests", type=int, metavar="N", help="ask at most so often in this run")
+    pace.add_argument("--max_cost", type=float, metavar="USD", help="spend at most so much in this run")
+    pace.add_argument("--price", metavar="IN,OUT", help="USD per million tokens, where the model's is not known or old")
+    pace.add_argument("--unusable", type=float, default=0.3, help="share of unreadable replies that ends the run")
+    pace.add_argument("--batch", action="store_true", help="batch jobs: half the price, within a day")
+    pace.add_argument("--batch_size", type=int, default=20_000, metavar="N", help="requests in one job")
+    pace.add_argument("--batch_folder", metavar="GS", help="gs:// folder for the files of Vertex AI's batch jobs")
+    pace.add_argument("--cancel_batches", action="store_true", help="cancel the jobs under way, keep their answers")
+    out = teach.add_argument_group("results")
+    out.add_argument("--store", required=True, metavar="FILE", help="where replies are kept (SQLite)")
+    out.add_argument("--records_dir", required=True, metavar="DIR", help="where to write <dataset>/*.jsonl")
+    out.add_argument("--parser", choices=("strict", "official"), default="strict", help="how replies are read")
+    out.add_argument("--page", metavar="FILE", help="HTML page to look at the replies (default: beside the store)")
+    out.add_argument("--overwrite", action="store_true", help="replace other records there")
+    out.add_argument("--retry_failed", action="store_true", help="ask again what failed for good before")
+    out.add_argument("--dry_run", action="store_true", help="show prompt, tokens, price and time; ask nothing")
+    out.add_argument("--export_only", action="store_true", help="write records of what is stored; ask nothing")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    import tasks  # noqa: F401  (registers the datasets)
+    from sbs_jax.teacher import clients, command, prompts, sampler
+
+    template = prompts.read(arguments.prompt or arguments.dataset)
+    settings = sampler.Settings(
+        model=arguments.model,
+        form=arguments.form,
+        parameters=clients.Parameters(temperature=arguments.temperature, max_tokens=arguments.max_tokens),
+        samples=arguments.samples,
+        hint=arguments.hint,
+        concurrency=arguments.concurrency,
+        requests_per_minute=arguments.requests_per_minute,
+        tokens_per_minute=arguments.tokens_per_minute,
+        retries=arguments.retries,
+        max_requests=arguments.max_requests,
+        max_cost=arguments.max_cost,
+        unusable=arguments.unusable,
+    )
+    same = (
+        *("dataset", "inputs_dir", "inputs", "limit", "provider", "base_url", "price", "timeout"),
+        *("batch", "batch_size", "batch_folder", "cancel_batches", "parser", "retry_failed", "store", "records_dir"),
+        *("overwrite", "dry_run", "export_only"),
+    )
+    options = command.Options(
+        settings=settings,
+        template=template,
+        splits=tuple(arguments.split) if arguments.split else None,
+        page=arguments.page or str(Path(arguments.store).with_suffix(".html")),
+        **{name: getattr(arguments, name) for name in same},
+    )
+    manifest = command.teach(options)
+    if manifest is None:
+        return 0 if arguments.dry_run else 3
+    print(json.dumps(manifest, indent=1))
+    return 0
