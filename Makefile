@@ -37,6 +37,7 @@ bench: $(VENV)/.run ## Measure speed and memory, of a training step and of askin
 	  echo "make: PyTorch and transformers could not be installed (reasons above); measuring without them" >&2
 	$(BIN)/python scripts/bench.py $(ARGS)
 	$(BIN)/python scripts/bench_tuning.py
+	$(BIN)/python scripts/bench_predict.py
 	$(BIN)/python scripts/bench_teacher.py $(TEACHER_ARGS)
 
 bench-tpu: $(VENV)/.test ## Measure training and generation on absent TPUs by their compiler's count; appends to bench.json
