@@ -50,7 +50,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=2, help="CPUs that each side may use")
     parser.add_argument("--work", default="runs/bench_predict", help="where the student and its other forms are kept")
     parser.add_argument("--model", help="a run to measure instead of the one that is trained for this")
-    parser.add_argument("--train_steps", type=int, default=300, help="of the student that is trained for this")
+    parser.add_argument("--train_steps", type=int, default=200, help="of the student that is trained for this")
     parser.add_argument("--output", default="bench.json", help="file to append the results to")
     parser.add_argument("--sides", nargs="+", choices=[*OURS, *PEERS], default=[*OURS, *PEERS])
     arguments = parser.parse_args()
