@@ -10,6 +10,8 @@ Their codes, whole numbers that bfloat16 holds exactly, are multiplied with inpu
 fast on a CPU as products of int8 with int8, without rounding inputs to 255 steps of their largest (docs/speed.md).
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -37,6 +39,10 @@ def held(structure: t5.Structure, parameters: t5.Parameters, *, weights: str) ->
     return t5.split(model)
 
 
+# Compiled once for each shape.
+_quantized = jax.jit(functools.partial(quantized.quantize, form=quantized.INT8))
+
+
 def _hold(dense: t5.Dense, *, form: str) -> None:
     kernel = dense.merged()
     dense.lora = dense.in_scale = dense.out_scale = None
@@ -46,5 +52,5 @@ def _hold(dense: t5.Dense, *, form: str) -> None:
         return
     rows, columns = kernel.shape
     dense.kernel = quantized.Kernel((rows, columns), form=quantized.INT8, axes=dense.axes)
-    for name, part in jax.jit(lambda kernel: quantized.quantize(kernel, form=quantized.INT8))(kernel).items():
+    for name, part in _quantized(kernel).items():
         getattr(dense.kernel, name)[...] = part
