@@ -36,7 +36,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Adds the pages that are made, and puts a page in the place of each notebook."""
     for path, text in pages.made().items():
         files.append(File.generated(config, path, content=text))
-    files.append(File.generated(config, "site.css", abs_src_path=str(HERE / "site.css")))
+    for name in ("site.css", "iframe-worker.js"):
+        files.append(File.generated(config, name, abs_src_path=str(HERE / name)))
     for notebook in [file for file in files if file.src_path.endswith(".ipynb")]:
         files.remove(notebook)
         text, pictures = notebook_page(Path(notebook.abs_src_path or ""))
