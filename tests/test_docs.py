@@ -172,8 +172,11 @@ def test_a_wrong_command_would_be_seen(line, found):
 
 
 @pytest.mark.parametrize("page", WRITTEN)
-def test_files_and_make_targets_that_are_named_are_there(page):
+def test_files_macros_and_make_targets_that_are_named_are_there(page):
     text = (ROOT / page).read_text("utf-8")
+    macros = set(re.findall(r"(?:--gin\.|`)([A-Z][A-Z_]{3,})=", text)) - {"NAME"}
+    scripts = "\n".join(path.read_text("utf-8") for path in [ROOT / "Makefile", *ROOT.glob("scripts/*.sh")])
+    assert sorted(name for name in macros - MACROS if not re.search(rf"\b{name}\b", scripts)) == []
     names = set(re.findall(r"(?<![\w/])(?:sbs_jax|tasks|tests|scripts|gin_configs|docs)/[\w/.{},*-]*\.[a-z]\w*", text))
     assert sorted(name for name in names if not gin_file(name)) == []
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE))
