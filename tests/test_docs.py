@@ -89,7 +89,7 @@ def commands(text: str) -> list[str]:
         # A line that was printed begins with no command; comments of gin files have examples.
         lines = re.sub(r"\\\n", " ", re.sub(r"^# +", "", block, flags=re.MULTILINE)).splitlines()
         for line in lines:
-            match = re.search(r"(?:^|&& |-- |until |do |\$ )\s*(sbs [a-z].*)", line)
+            match = re.search(r"(?:^|&& |-- |until |do |\$ )\s*(sbs [a-z]+(?: .*)?)$", line)
             if match:
                 found.append(re.split(r" #| ; | && | \| | > |; do", match[1])[0].strip())
     return found

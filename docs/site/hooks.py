@@ -1,5 +1,6 @@
 """What MkDocs is told beside its configuration: pages that are made (pages.py), and notebooks as pages."""
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,11 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         for name, data in pictures.items():
             files.append(File.generated(config, name, content=data))
     return files
+
+
+def on_page_markdown(markdown: str, **unused: Any) -> str:
+    """Links to notebooks lead to their pages."""
+    return re.sub(r"(\]\([^)\s]+)\.ipynb\b", r"\1.md", markdown)
 
 
 def notebook_page(path: Path) -> tuple[str, dict[str, bytes]]:
