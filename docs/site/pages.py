@@ -103,6 +103,8 @@ def modules() -> list[str]:
     for package in PACKAGES:
         for path in sorted((ROOT / package).rglob("*.py")):
             name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+            if not (path.parent / "__init__.py").exists():  # files that the package hands out, not modules of it
+                continue
             if ".commands" not in name and _has_public(path):
                 found.append(name)
     return found
