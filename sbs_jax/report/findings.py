@@ -1,10 +1,29 @@
 """A summary in words, generated from its numbers, whichever way they point."""
 
+from collections import Counter
 from collections.abc import Sequence
 
+from sbs_jax.report.study import Study
 from sbs_jax.report.summary import Comparison, Summary
 
 MINUS = "\N{MINUS SIGN}"
+
+
+def headline_of_all(study: Study) -> str:
+    """The result of several datasets or sizes in one sentence: how often a method is ahead of its reference."""
+    if len(study.summaries) == 1:
+        return headline(study.summaries[0])
+    found = [c for summary in study.summaries for c in summary.comparisons]
+    where = listed(study.datasets) if len(study.datasets) < 5 else f"{len(study.datasets)} datasets"
+    if not found:
+        return f"Test accuracies on {where}"
+    method = min(found, key=lambda c: not c.method.startswith("step-by-step")).method
+    reference = next(c.reference for c in found if c.method == method)
+    counts = Counter(c.verdict for c in found if (c.method, c.reference) == (method, reference))
+    return (
+        f"{capital(method)} is ahead of {reference} in {counts['ahead']} of {counts.total()} comparisons on {where}, "
+        f"behind in {counts['behind']}"
+    )
 
 
 def headline(summary: Summary) -> str:
@@ -110,3 +129,14 @@ def _one_seed(comparisons: Sequence[Comparison]) -> str:
 
 def signed(points: float) -> str:
     return f"{points:+.1f}".replace("-", MINUS)
+
+
+def named_p(p: float) -> str:
+    """A p value in two figures; "< 0.0001" where it is smaller.
+
+    >>> named_p(0.0312), named_p(0.5), named_p(0.000004), named_p(1.0)
+    ('0.031', '0.50', '< 0.0001', '1.00')
+    """
+    if p < 0.0001:
+        return "< 0.0001"
+    return f"{p:.2f}" if p >= 0.095 else f"{p:.2g}"
