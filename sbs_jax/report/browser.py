@@ -42,8 +42,8 @@ def data(study: Study, *, answers: int = MOST_ANSWERS, characters: int = MOST_CH
 
     Test rows that do not fit are left out by a hash of their ids, the same share of every dataset; `rows` counts all.
     """
-    kept = {name: _sample([s.groups[0].results[0] for s in study.of(name)][0], 1.0) for name in study.datasets}
     runs_of = {name: [r for r in study.results if r.manifest["data"]["dataset"] == name] for name in study.datasets}
+    kept = {name: _sample(runs_of[name][0], 1.0) for name in study.datasets}
     total = sum(len(ids) * len(runs_of[name]) for name, ids in kept.items())
     size = sum(_characters(runs_of[name], ids) for name, ids in kept.items())
     share = min(1.0, answers / total, characters / max(1, size))
@@ -171,7 +171,7 @@ def section(found: dict[str, Any]) -> str:
     return f"""<section id="predictions" aria-labelledby="predictions-name">
 <h2 id="predictions-name">Predictions</h2>
 <p>{text(note)} Arrow keys move through the list, Enter goes to the answer, Escape back.</p>
-<noscript><p class="caution">The browser of predictions needs JavaScript; nothing is loaded from anywhere.</p></noscript>
+<noscript><p class="caution">This list needs JavaScript; nothing is loaded from anywhere.</p></noscript>
 <form id="filters" role="search" aria-label="Predictions">
 <label class="search">Text in input, labels, rationale or id
 <input type="search" id="text" autocomplete="off" spellcheck="false"></label>

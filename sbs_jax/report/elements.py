@@ -59,16 +59,19 @@ def table(
     name: str,
     strong: int | None = None,
     texts: int = 1,
+    last_is_text: bool = False,
     colours: Sequence[str | None] = (),
 ) -> str:
     """A table that scrolls by itself where it is too wide; `name` tells a screen reader what it is.
 
-    The first `texts` columns are texts and the others numbers; `strong` is the column to see first. `colours` gives
-    each row a dot, by CSS colour. A line is drawn where the first column changes.
+    The first `texts` columns are texts and the others numbers, but for the last one if `last_is_text`; `strong` is the
+    column to see first. `colours` gives each row a dot, by CSS colour. A line is drawn where the first column changes.
     """
 
     def kind(column: int) -> str:
         names = ["number"] if column >= texts else []
+        if last_is_text and column == len(header) - 1:
+            names = ["note"]
         names += ["strong"] if column == strong else []
         return f' class="{" ".join(names)}"' if names else ""
 

@@ -43,7 +43,12 @@ class Files:
         if self._folder is None:
             return ""
         to = os.path.relpath(self._folder, self._page.parent).replace(os.sep, "/")
-        shown = [f'<a href="{text(_quoted(to))}/{name}" download>{text(name)}</a>' for name in names]
+        shown = [
+            f'<a href="{text(_quoted(to))}/{name}" download aria-label="SVG {name}">SVG</a>'
+            if name.endswith(".svg")
+            else f'<a href="{text(_quoted(to))}/{name}" download>{name}</a>'
+            for name in names
+        ]
         return f'<span class="files">{" ".join(shown)}</span>'
 
     def write(self) -> None:

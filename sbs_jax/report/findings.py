@@ -1,6 +1,5 @@
 """A summary in words, generated from its numbers, whichever way they point."""
 
-from collections import Counter
 from collections.abc import Sequence
 
 from sbs_jax.report.study import Study
@@ -19,11 +18,26 @@ def headline_of_all(study: Study) -> str:
         return f"Test accuracies on {where}"
     method = min(found, key=lambda c: not c.method.startswith("step-by-step")).method
     reference = next(c.reference for c in found if c.method == method)
-    counts = Counter(c.verdict for c in found if (c.method, c.reference) == (method, reference))
+    these = [c for c in found if (c.method, c.reference) == (method, reference)]
+    ahead, behind = ([c for c in these if c.verdict == verdict] for verdict in ("ahead", "behind"))
+    of = f"{len(these)} comparison{'s' * (len(these) != 1)} on {where}"
+    if not ahead and not behind:
+        return f"No difference shown between {method} and {reference} in any of {of}"
     return (
-        f"{capital(method)} is ahead of {reference} in {counts['ahead']} of {counts.total()} comparisons on {where}, "
-        f"behind in {counts['behind']}"
+        f"{capital(method)} is ahead of {reference} in {len(ahead) or 'none'} of {of}{_not_by_holm(ahead)}, behind in "
+        f"{len(behind) or 'none'}{_not_by_holm(behind)}"
     )
+
+
+def _not_by_holm(comparisons: Sequence[Comparison]) -> str:
+    """A reservation, where a difference that is shown is not once p is corrected for the number of comparisons."""
+    lost = [c for c in comparisons if c.verdict != "no difference shown" and c.p_holm >= 0.05]
+    if not lost:
+        return ""
+    if len(comparisons) == 1:
+        return f" (not by Holm's correction: p = {named_p(lost[0].p_holm)})"
+    kept = len(comparisons) - len(lost)
+    return f" ({kept or 'none'} of them by Holm's correction)"
 
 
 def headline(summary: Summary) -> str:
@@ -60,7 +74,7 @@ def headline(summary: Summary) -> str:
 
 def sentences(summary: Summary) -> list[str]:
     """Every comparison in a sentence, then how little data does as well as more, then the reference lines."""
-    found = [f"{_finding(comparison)}." for comparison in summary.comparisons]
+    found = [f"{_finding(comparison)}{_not_by_holm([comparison])}." for comparison in summary.comparisons]
     found += _savings(summary)
     if summary.teacher_accuracy is not None:
         best = max(summary.groups, key=lambda group: group.accuracy)

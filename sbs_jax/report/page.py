@@ -112,10 +112,8 @@ def _reproduction(study: Study, *, command: str | None) -> str:
     revisions = sorted({str(result.manifest.get("git_revision")) for result in results})
     parts = ["<h2>How to reproduce</h2>"]
     if command:
-        parts.append(f"<p>All of it:</p>\n<pre>{text(command)}</pre>")
-    parts.append(
-        f"<p>One run again, by its own configuration (the first; the others likewise):</p>\n<pre>{text(again)}</pre>"
-    )
+        parts.append(f"<p>All of it:</p>\n{_code(command)}")
+    parts.append(f"<p>One run again, by its own configuration (the first; the others likewise):</p>\n{_code(again)}")
     parts.append(f"<p>Code at revision <code>{text(', '.join(revisions))}</code>.</p>")
     rows = [
         [
@@ -130,8 +128,8 @@ def _reproduction(study: Study, *, command: str | None) -> str:
         for r in results
     ]
     header = ["run", "dataset", "data", "seed", "accuracy", "tested checkpoint", "directory"]
-    shown = table(header, rows, name="Runs", strong=4, texts=2)
-    parts.append(f"<details><summary>The {len(results)} runs</summary>\n{shown}\n<pre>{text(report)}</pre></details>")
+    shown = table(header, rows, name="Table of runs", strong=4, texts=2)
+    parts.append(f"<details><summary>The {len(results)} runs</summary>\n{shown}\n{_code(report)}</details>")
     splits = first["data"]["splits"]
     facts = [
         *((name, version) for name, version in sorted(first.get("versions", {}).items())),
@@ -147,6 +145,10 @@ def _reproduction(study: Study, *, command: str | None) -> str:
         "</tbody></table></details>"
     )
     return joined(parts)
+
+
+def _code(command: str) -> str:
+    return f'<pre tabindex="0">{text(command)}</pre>'
 
 
 def _unbroken(heading: str) -> str:

@@ -154,7 +154,7 @@ def accuracy_against_cost(summaries: Sequence[Summary], *, width: int = 508, hei
     groups = [group for summary in summaries for group in summary.groups]
     sizes = sorted({summary.parameters or 0 for summary in summaries})
     with Canvas(width, height) as canvas:
-        axes = canvas.axes(left=44, right=24, bottom=56, top=12)
+        axes = canvas.axes(left=44, right=44, bottom=56, top=12)
         axes.grid(visible=True, axis="x")
         axes.set_xscale("log")
         hours = []
@@ -168,17 +168,27 @@ def accuracy_against_cost(summaries: Sequence[Summary], *, width: int = 508, hei
                     group.accuracy,
                     marker,
                     color=colour,
-                    markersize=7 + 3 * sizes.index(summary.parameters or 0),
+                    markersize=8 + 3 * sizes.index(summary.parameters or 0),
                     markeredgecolor=PAPER,
                     clip_on=False,
                     zorder=3,
                 )
                 size = f", {compact(summary.parameters)} parameters" if summary.parameters else ""
                 canvas.explain(point, f"{_told(group)}, {100 * group.fraction:g} % of the data{size}")
+                if len({g.fraction for g in groups}) > 1 and len(groups) <= 16:
+                    axes.annotate(
+                        f"{100 * group.fraction:g} %",
+                        (x, group.accuracy),
+                        (9, 0),
+                        textcoords="offset points",
+                        va="center",
+                        color=MUTED,
+                        size=10.5,
+                    )
         low, high = min(hours), max(hours)
         room = max(1.15, (high / low) ** 0.08)
         axes.set_xlim(low / room, high * room)
-        places = _one_two_five(low / room, high * room)
+        places = _round_numbers(low / room, high * room)
         axes.set_xticks(places, [f"{place:g}" for place in places])
         axes.minorticks_off()
         axes.set_xlabel("device-hours of training, one run", labelpad=8)
@@ -187,11 +197,11 @@ def accuracy_against_cost(summaries: Sequence[Summary], *, width: int = 508, hei
         return canvas.svg("Test accuracy against the cost of training")
 
 
-def _one_two_five(low: float, high: float) -> list[float]:
-    """1, 2 and 5 of each power of ten between two bounds, thinned to at most six; the bounds where there is none."""
+def _round_numbers(low: float, high: float) -> list[float]:
+    """Up to six round numbers between two bounds, as even as can be on a logarithmic axis; else the bounds."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    for factors in ((1, 2, 5), (1, 3), (1,)):
-        places = [float(f"{factor}e{power}") for power in powers for factor in factors]
+    for factors in ((1, 1.5, 2, 3, 4, 5, 6, 8), (1, 2, 5), (1, 3), (1,)):
+        places = [float(f"{factor:g}e{power}") for power in powers for factor in factors]
         places = [place for place in places if low <= place <= high]
         if len(places) <= 6:
             break

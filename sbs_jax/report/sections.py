@@ -1,5 +1,6 @@
 """The parts of a page about some runs, as HTML text: figures with their files, tables, and what explains them."""
 
+import re
 from collections.abc import Sequence
 
 from sbs_jax.report import paper as paper_numbers
@@ -40,7 +41,9 @@ def overview(study: Study, files: Files) -> str:
         "with all of the data." if most else "with all of the data or, in brackets, the largest share that was trained."
     )
     texts = 2 if header[1] == "parameters" else 1
-    return _section("Overview", note, table(header, rows, name="Overview", texts=texts) + files.links("accuracy.csv"))
+    return _section(
+        "Overview", note, table(header, rows, name="Table of all datasets", texts=texts) + files.links("accuracy.csv")
+    )
 
 
 def of_dataset(study: Study, dataset: str, files: Files) -> str:
@@ -55,7 +58,10 @@ def of_dataset(study: Study, dataset: str, files: Files) -> str:
             parts.append(f"<h3>{text(capital(_size(summary)))}</h3>")
         level = "h4" if len(summaries) > 1 else "h3"
         parts.append(_figures(summary, files, name=of_size(study, summary)))
-        parts.append(f'<ul class="findings">\n{joined(f"<li>{text(t)}</li>" for t in sentences(summary))}\n</ul>')
+        told = sentences(summary)
+        if len(study.summaries) > 1:  # the table says it of each
+            told = [sentence for sentence in told if not sentence.startswith("No difference shown")]
+        parts.append(f'<ul class="findings">\n{joined(f"<li>{_unbroken(t)}</li>" for t in told)}\n</ul>')
         parts.append(_tables(summary, files, name=of_size(study, summary), level=level))
         curves = _curves(summary, files, name=of_size(study, summary), level=level)
         if curves and len(study.summaries) > 1:
@@ -120,7 +126,7 @@ def _tables(summary: Summary, files: Files, *, name: str, level: str) -> str:
         colours = [_colour(summary.methods, c.method) for c in summary.comparisons]
         parts += [
             f"<{level}>Differences and tests</{level}>",
-            table(header, rows, name=f"Differences, {name}", strong=2, colours=colours),
+            table(header, rows, name=f"Differences, {name}", strong=2, colours=colours, last_is_text=True),
             files.links("comparisons.csv"),
         ]
     return joined(parts)
@@ -132,8 +138,8 @@ def _curves(summary: Summary, files: Files, *, name: str, level: str) -> str:
     parts = []
     if any(result.curve("validation", metric) for result in results):
         parts.append(
-            f"<{level}>Learning curves</{level}>\n<p>Accuracy on validation rows, by which the checkpoint that is tested was "
-            "chosen. Bold lines are means over the seeds.</p>"
+            f"<{level}>Learning curves</{level}>\n<p>Accuracy on validation rows, by which the checkpoint that is "
+            "tested was chosen. Bold lines are means over the seeds.</p>"
         )
         parts.append(_key(summary.methods))
         parts.append(_panels(summary, files, name=name, quantity="validation", shown={metric: "-"}))
@@ -186,7 +192,7 @@ def paper(study: Study, files: Files) -> str:
         f"{paper_numbers.SOURCE}. The interval of the deviation is that of the runs here; the paper's number has an "
         "error of its own, which it does not give per cell."
     )
-    shown = table(header, rows, name="Deviation from the paper", strong=5, texts=2) + files.links("accuracy.csv")
+    shown = table(header, rows, name="Table beside the paper", strong=5, texts=2) + files.links("accuracy.csv")
     return _section("Beside the paper", note, shown)
 
 
@@ -206,15 +212,16 @@ def costs(study: Study, files: Files) -> str:
     note = (
         "Training: seconds of the training steps (with compilation, without evaluation) times devices, mean over the "
         "seeds, as the runs logged them. FLOPs: updates times what the model's definition asks for at the batch and "
-        "the lengths of the configuration, padding counted. An answer: a student generates the label alone, whatever "
-        "it was trained on, and every token of it passes all its parameters once, as in the teacher."
+        "the lengths of the configuration, padding counted. Answering: every generated token passes all parameters "
+        "once, in a student as in the teacher. Students generate the label alone, also after step-by-step training; a "
+        "single-task student writes its rationale first, as the teacher does."
     )
     if len(hardware) > 1:
         note += " The runs were made on different devices, whose hours are not alike."
     header, rows = cost_rows(study)
     body = _key(study.methods) if plots_of else ""
     body += f'<div class="figures">\n{joined(plots_of)}\n</div>' if plots_of else ""
-    body += table(header, rows, name="Cost", texts=2) + files.links("costs.csv")
+    body += table(header, rows, name="Table of costs", texts=2) + files.links("costs.csv")
     return _section("Cost", note, body)
 
 
@@ -227,7 +234,9 @@ def teachers(study: Study, files: Files) -> str:
         "What the records say of the teacher's replies. A usable label that is not the human's comes with a rationale "
         "that argues for it: the share of these is how much of what step-by-step learns from speaks for another answer."
     )
-    shown = table(header, rows, name="Teacher", texts=3, strong=4) + files.links("teacher.csv")
+    shown = table(header, rows, name="Table of teachers", texts=3, strong=4, last_is_text=True) + files.links(
+        "teacher.csv"
+    )
     return _section("Teacher", note, shown)
 
 
@@ -241,7 +250,7 @@ def rationales(study: Study, files: Files) -> str:
         "text (by the dataset's parser), or the label that the student gives when it reads them, is the one predicted. "
         "Overlap is with the teacher's rationale for the same row: ROUGE-L as F from 0 to 1, chrF as it was measured."
     )
-    shown = table(header, rows, name="Rationales", texts=2) + files.links("rationales.csv")
+    shown = table(header, rows, name="Table of rationales", texts=2) + files.links("rationales.csv")
     return _section("Rationales", note, shown)
 
 
@@ -277,8 +286,8 @@ def _about(study: Study) -> list[str]:
         )
     if study.comparisons > 1:
         found.append(
-            f"Each interval and p stands for itself; of the {study.comparisons} comparisons here one in twenty misses by "
-            "chance. Holm's p is corrected for that, over all comparisons of this page."
+            f"Each interval and p stands for itself; of the {study.comparisons} comparisons here one in twenty misses "
+            "by chance. Holm's p is corrected for that, over all comparisons of this page."
         )
     return [*found, "Training time includes compilation and leaves out evaluation."]
 
@@ -288,6 +297,12 @@ def _section(name: str, note: str, body: str, *, place: str = "") -> str:
     told = f"\n<p>{text(note)}</p>" if note else ""
     heading = f'<h2 id="{place}-name">{text(name)}</h2>'
     return f'<section id="{place}" aria-labelledby="{place}-name">\n{heading}{told}\n{body}\n</section>'
+
+
+def _unbroken(sentence: str) -> str:
+    """Percentages and intervals stay on one line."""
+    spaces = r"(?<=\d) (?=%)|(?<=,) (?=[\u2212+\d.]+\])"
+    return re.sub(spaces, "\u00a0", text(sentence))
 
 
 def _colour(methods: Sequence[str], method: str) -> str:
