@@ -62,7 +62,7 @@ def _training_flops(result: Result) -> int | None:
         return None
     try:
         of_one = flops.training_flops(
-            t5.T5Config(**model), rows=settings["batch_size"], inputs=lengths["inputs"], targets=lengths["targets"]
+            t5.T5Config.of(model), rows=settings["batch_size"], inputs=lengths["inputs"], targets=lengths["targets"]
         )
     except (TypeError, ValueError, KeyError):  # a manifest of another version: a report can do without
         return None
