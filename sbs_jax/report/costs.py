@@ -53,13 +53,13 @@ def _devices(result: Result) -> str:
 
 
 def _training_flops(result: Result) -> int | None:
-    from sbs_jax import t5
-    from sbs_jax.plan import flops
-
     settings, lengths = result.manifest.get("settings"), result.manifest["run"].get("task_feature_lengths")
     model = result.manifest.get("model")
     if not isinstance(settings, dict) or settings.get("tuning") is not None or not isinstance(model, dict):
         return None
+    from sbs_jax import t5  # a second to import
+    from sbs_jax.plan import flops
+
     try:
         of_one = flops.training_flops(
             t5.T5Config.of(model), rows=settings["batch_size"], inputs=lengths["inputs"], targets=lengths["targets"]

@@ -83,8 +83,7 @@ def _problem(found: Any) -> str | None:
         if not isinstance(holder, dict):
             return f"{group} is {records.brief(holder)}; expected an object"
         value = holder.get(name)
-        number = type(value) in (int, float) and 0 <= value <= (1 if is_share else 1e9)
-        if value is not None and not number:
+        if value is not None and not (type(value) in (int, float) and 0 <= float(value) <= (1 if is_share else 1e9)):
             expected = "a number from 0 to 1" if is_share else "a number of at least 0"
             return f"{group}.{name} is {records.brief(value)}; expected {expected}, or null"
     name = found.get("examples_file")

@@ -67,7 +67,7 @@ def of_dataset(study: Study, dataset: str, files: Files) -> str:
         if curves and len(study.summaries) > 1:
             curves = f"<details><summary>Learning curves and training loss</summary>\n{curves}</details>"
         parts.append(curves)
-    name = dataset if len(summaries) > 1 else f"{dataset}, {_size(summaries[0])}" if sized else dataset
+    name = f"{dataset}, {_size(sized[0])}" if len(summaries) == len(sized) == 1 else dataset
     return _section(name, "", joined(parts), place=named("dataset", dataset))
 
 
