@@ -33,7 +33,7 @@ MEASURED = {
     "step": 100,
     "split": "test",
     "rows": 2,
-    "consistency": {"by_parser": 0.5, "by_label_task": None},
+    "consistency": {"by_parser": 0.5, "by_parser_rows": 2, "by_label_task": None},
     "overlap_with_teacher": {"rouge_l": 0.25, "chrf": None},
     "length": {"student_words": 12.5, "teacher_words": 20.0},
     "examples_file": "rationales.jsonl",
@@ -195,6 +195,28 @@ def test_one_dataset_has_one_test_set_in_every_size(tmp_path: Path) -> None:
         report.study([runs[0], report.identify(write_run(tmp_path / "toy"))], teacher_accuracy=50.0)
 
 
+def test_runs_that_differ_in_a_setting_are_told_apart_by_it(tmp_path: Path) -> None:
+    runs = []
+    for kind in ("label", "step_by_step"):
+        for alpha in (0.3, 0.5):
+            for seed in range(2):
+                settings = {"alpha": alpha, "seed": seed, "model_dir": f"{kind}{alpha}", "data": {"seed": seed}}
+                path = tmp_path / f"{kind}-{alpha}-{seed}"
+                write_run(path, kind=kind, seed=seed, manifest_of={"settings": settings})
+                runs.append(report.identify(path))
+    summary = report.study(runs).summaries[0]
+    assert summary.methods == tuple(f"{m} (alpha {a})" for m in (FINE_TUNING, STEP_BY_STEP) for a in (0.3, 0.5))
+    assert all(group.seeds == (0, 1) for group in summary.groups)
+    pairs = [(c.method, c.reference) for c in summary.comparisons]
+    ours = [(f"{STEP_BY_STEP} (alpha {a})", f"{FINE_TUNING} (alpha {a})") for a in (0.3, 0.5)]
+    assert pairs == [(f"{FINE_TUNING} (alpha 0.5)", f"{FINE_TUNING} (alpha 0.3)"), *ours]
+    one_standard = [run for run in runs if run.method == STEP_BY_STEP or "0.5" in str(run.path)]
+    pairs = [(c.method, c.reference) for c in report.study(one_standard).summaries[0].comparisons]
+    assert pairs == [(f"{STEP_BY_STEP} (alpha {a})", FINE_TUNING) for a in (0.3, 0.5)]
+    with pytest.raises(ValueError, match=r"are both standard fine-tuning at fraction 1 with seed 0"):
+        report.study([*runs[2:3], *runs[2:3]])
+
+
 def test_folders_are_searched_and_what_is_not_finished_is_left_out(sweep: Path, tmp_path: Path) -> None:
     found = folders.find([sweep])
     assert len(found.runs) == 14
@@ -305,7 +327,7 @@ def test_rationales_that_were_measured_are_shown(tmp_path: Path) -> None:
     )
     _, rows = tables.rationale_rows(report.study([report.identify(path)]))
     assert rows == [
-        [STEP_BY_STEP, "toy", "1.23M", "100 %", "1", "2", "50.0 %", "-", "0.25", "-", "12.5", "20.0"],
+        [STEP_BY_STEP, "toy", "1.23M", "100 %", "1", "2", "2", "50.0 %", "-", "-", "0.25", "-", "12.5", "20.0"],
     ]
 
 

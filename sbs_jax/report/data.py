@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
+from sbs_jax.report import quality
 from sbs_jax.report.costs import cost
 from sbs_jax.report.files import Files
 from sbs_jax.report.study import Study, paper_accuracy, teacher_of
@@ -57,8 +58,7 @@ def add(files: Files, study: Study) -> None:
     )  # fmt: skip
     files.table(
         "rationales",
-        ["dataset", "parameters", "method", "fraction", "seed", "step", "rows", "by_parser", "by_label_task", "rouge_l",
-         "chrf", "student_words", "teacher_words"],
+        ["dataset", "parameters", "method", "fraction", "seed", "step", "rows", *quality.NAMES],
         (
             [s.dataset, s.parameters, g.method, g.fraction, r.run.seed, r.quality.step, r.quality.rows,
              *r.quality.values.values()]

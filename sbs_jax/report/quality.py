@@ -1,7 +1,9 @@
 """What is known of a run's rationales: `rationales.json` in the run directory, and the texts beside it.
 
     {"version": 1, "dataset": "svamp", "step": 500, "split": "test", "rows": 200,
-     "consistency": {"by_parser": 0.91, "by_label_task": 0.88}, "overlap_with_teacher": {"rouge_l": 0.41, "chrf": 0.5},
+     "consistency": {"by_parser": 0.91, "by_parser_rows": 180, "by_label_task": 0.88,
+                     "by_label_task_other_rationale": 0.7},
+     "overlap_with_teacher": {"rouge_l": 0.41, "chrf": null},
      "length": {"student_words": 31.5, "teacher_words": 28.2}, "examples_file": "rationales.jsonl"}
 
 A line of the examples file:
@@ -19,15 +21,18 @@ from sbs_jax import records
 
 NAME = "rationales.json"
 _VERSION = 1
-# Group, name, whether it is a share of 0 to 1. Any of them may be null, where it was not or cannot be measured.
+# Group, name, whether it is a share of 0 to 1. Any may be null or missing, where it was not or cannot be measured.
 _VALUES = (
     ("consistency", "by_parser", True),
+    ("consistency", "by_parser_rows", False),
     ("consistency", "by_label_task", True),
+    ("consistency", "by_label_task_other_rationale", True),
     ("overlap_with_teacher", "rouge_l", True),
     ("overlap_with_teacher", "chrf", False),
     ("length", "student_words", False),
     ("length", "teacher_words", False),
 )
+NAMES = tuple(name for _, name, _ in _VALUES)
 
 
 @dataclass(frozen=True, kw_only=True)

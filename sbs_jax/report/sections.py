@@ -246,9 +246,10 @@ def rationales(study: Study, files: Files) -> str:
     if not rows:
         return ""
     note = (
-        "Rationales that the students wrote for test rows. They argue for the prediction if the label read from their "
-        "text (by the dataset's parser), or the label that the student gives when it reads them, is the one predicted. "
-        "Overlap is with the teacher's rationale for the same row: ROUGE-L as F from 0 to 1, chrF as it was measured."
+        "Rationales that the students wrote for test rows: how many name a label, by the dataset's parser, and how "
+        "often it is the one that was predicted; how often the student keeps its prediction when it reads its own rationale "
+        "after the input, and when it reads that of another row instead (where both are alike, it hardly reads them); "
+        "overlap with the teacher's rationale for the same row, from 0 to 1; and words."
     )
     shown = table(header, rows, name="Table of rationales", texts=2) + files.links("rationales.csv")
     return _section("Rationales", note, shown)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from sbs_jax.report import paper, teacher
 from sbs_jax.report.results import Result, Run, load
 from sbs_jax.report.summary import Group, Summary, check_comparable, corrected, of_results
+from sbs_jax.report.variants import told_apart
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +50,8 @@ def study(runs: Sequence[Run], *, teacher_accuracy: float | None = None, left_ou
     """Summaries of some runs, one per dataset and size; p values are corrected for all comparisons together.
 
     Runs of one dataset have to answer the same test rows, whatever their size. Sizes are told apart by the
-    configuration of the model, not by what adapters add to it. `teacher_accuracy` as in `summarize`; with several
+    configuration of the model, not by what adapters add to it; runs that differ in a setting alone by that setting, in
+    the name of their method. `teacher_accuracy` as in `summarize`; with several
     datasets it must be left out.
     """
     results = [load(run) for run in runs]
@@ -61,6 +63,7 @@ def study(runs: Sequence[Run], *, teacher_accuracy: float | None = None, left_ou
     summaries = []
     for of_dataset in by_dataset.values():
         check_comparable(of_dataset)
+        of_dataset = told_apart(of_dataset, size=_size)
         sizes: dict[str, list[Result]] = {}
         for result in of_dataset:
             sizes.setdefault(_size(result), []).append(result)

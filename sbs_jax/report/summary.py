@@ -233,12 +233,24 @@ def corrected(comparisons: Sequence[Comparison]) -> list[Comparison]:
 
 
 def _reference(method: str, methods: Sequence[str]) -> str | None:
-    """What a method is measured against."""
-    if FINE_TUNING not in methods and DISTILLATION not in methods:
-        return None if method == methods[0] else methods[0]
-    if method in (FINE_TUNING, DISTILLATION):
+    """What a method is measured against: the standard one, of the same settings where there are several."""
+    base, _, remarks = method.partition(" (")
+    standard = DISTILLATION if TEACHER_LABELS in remarks else FINE_TUNING
+    if base not in (FINE_TUNING, DISTILLATION):
+        settings = [part for part in remarks.removesuffix(")").split(", ") if part and not _of_data(part)]
+        for candidate in (f"{standard} ({', '.join(settings)})", standard):
+            if candidate in methods:
+                return candidate
+    elif base == method:
         return None
-    return DISTILLATION if TEACHER_LABELS in method else FINE_TUNING
+    if FINE_TUNING in methods or DISTILLATION in methods:
+        return standard if standard in methods else None
+    return None if method == methods[0] else methods[0]
+
+
+def _of_data(remark: str) -> bool:
+    """Whether a remark in a method's name is of the data it learned from, which the standard methods have not."""
+    return remark == TEACHER_LABELS or remark.endswith(" rationales")
 
 
 def _place(method: str) -> int:

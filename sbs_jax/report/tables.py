@@ -182,9 +182,10 @@ def teacher_rows(study: Study) -> tuple[list[str], list[list[str]]]:
 
 
 def rationale_rows(study: Study) -> tuple[list[str], list[list[str]]]:
-    """The students' rationales, means over the seeds that were measured."""
-    header = ["method", "dataset", "parameters", "data", "seeds", "rows", "argue for the prediction (parser)"]
-    header += ["(label task)", "ROUGE-L with teacher", "chrF", "words", "teacher's words"]
+    """The students' rationales, means over the seeds that were measured (rationales.py says what each figure is)."""
+    header = ["method", "dataset", "parameters", "data", "seeds", "rows", "name a label"]
+    header += ["the one predicted", "kept when read", "kept when another's is read", "ROUGE-L with teacher's", "chrF"]
+    header += ["words", "teacher's words"]
     rows = []
     for summary, group in study.groups():
         measured = [result.quality for result in group.results if result.quality]
@@ -203,7 +204,9 @@ def rationale_rows(study: Study) -> tuple[list[str], list[list[str]]]:
                 percent(group.fraction),
                 f"{len(measured)}",
                 f"{measured[0].rows:,}",
+                _known(means["by_parser_rows"], "{:,.0f}"),
                 *(_known(means[name], "{:.1%}") for name in ("by_parser", "by_label_task")),
+                _known(means["by_label_task_other_rationale"], "{:.1%}"),
                 *(_known(means[name], "{:.3g}") for name in ("rouge_l", "chrf")),
                 *(_known(means[name], "{:.1f}") for name in ("student_words", "teacher_words")),
             ]
