@@ -115,7 +115,7 @@ def test_filters_narrow_what_is_shown(tab: chromium.Page, page: Path) -> None:
 def test_an_answer_is_shown_in_full_beside_the_others(tab: chromium.Page, page: Path) -> None:
     opened(tab, page)
     choose(tab, dataset="toy", method="step-by-step", seed="0")
-    for expected in ("✓ right by toy, step-by-step, seed 0", "It is so.", "argues forneutral", "agreeno"):
+    for expected in ("✓ right: toy, step-by-step, seed 0", "It is so.", "argues forneutral", "agreeno"):
         assert expected in detail(tab)
     assert "teacher's rationaleThe teacher's words." in detail(tab)
     assert "All 5 answers to this input" in detail(tab)

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import shutil
 import xml.etree.ElementTree
 from pathlib import Path
 
@@ -26,7 +27,7 @@ BASE = {
     "logits_via_embedding": False,
     "dropout_rate": 0.1,
 }
-SIZES = {247_577_856: BASE, 783_150_080: BASE | {"emb_dim": 1024, "mlp_dim": 2816, "num_heads": 16}}
+SIZES = {247_577_856: BASE, 783_150_080: BASE | {"emb_dim": 1024, "mlp_dim": 2816}}
 MEASURED = {
     "version": 1,
     "dataset": "toy",
@@ -227,6 +228,10 @@ def test_folders_are_searched_and_what_is_not_finished_is_left_out(sweep: Path, 
     assert {str(run.path) for run in again.runs} > {str(run.path) for run in found.runs}
     with pytest.raises(FileNotFoundError, match=r"has no manifest\.json"):
         folders.find([tmp_path])
+    write_run(tmp_path / "whole")
+    write_run(tmp_path / "whole" / "checkpoints" / "copy")  # what a run holds is no run
+    assert [run.path for run in folders.find([tmp_path]).runs] == [tmp_path / "whole"]
+    shutil.rmtree(tmp_path / "whole")
     write_run(tmp_path / "odd")
     manifest = json.loads((tmp_path / "odd" / "manifest.json").read_text())
     manifest["run"]["mixture_or_task_name"] = "toy_rationale"

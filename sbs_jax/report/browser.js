@@ -237,7 +237,7 @@
       if (other === run) line.setAttribute("aria-current", "true");
       others.append(line);
     }
-    const parts = [element("h3", "", verdict, ` by ${told(set, run)}`), facts];
+    const parts = [element("h3", "", verdict, `: ${told(set, run)}`), facts];
     if (set.runs.length > 1) {
       const caption = element("caption", "", `All ${set.runs.length} answers to this input`);
       parts.push(element("table", "", caption, others));

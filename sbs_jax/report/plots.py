@@ -148,7 +148,7 @@ def accuracy_against_size(
         return canvas.svg("Test accuracy of each method against the size of the student")
 
 
-def accuracy_against_cost(summaries: Sequence[Summary], *, width: int = 508, height: int = 320) -> str:
+def accuracy_against_cost(summaries: Sequence[Summary], *, width: int, height: int = 320) -> str:
     """Accuracy over the hours of training of one run, of every method, size and share of the data of one dataset."""
     methods = list(dict.fromkeys(method for summary in summaries for method in summary.methods))
     groups = [group for summary in summaries for group in summary.groups]

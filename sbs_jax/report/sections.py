@@ -22,6 +22,7 @@ from sbs_jax.report.tables import (
 )
 
 _PAGE_WIDTH = 1040  # pixels between the margins of page.css
+_COST_WIDTH = 500  # two beside each other
 
 
 def of_size(study: Study, summary: Summary) -> str:
@@ -55,7 +56,7 @@ def of_dataset(study: Study, dataset: str, files: Files) -> str:
         parts.append(_against_size(study, sized, files))
     for summary in summaries:
         if len(summaries) > 1:
-            parts.append(f"<h3>{text(capital(_size(summary)))}</h3>")
+            parts.append(f'<h3 class="size">{text(capital(_size(summary)))}</h3>')
         level = "h4" if len(summaries) > 1 else "h3"
         parts.append(_figures(summary, files, name=of_size(study, summary)))
         told = sentences(summary)
@@ -202,12 +203,13 @@ def costs(study: Study, files: Files) -> str:
     for dataset in study.datasets:
         summaries = study.of(dataset)
         if sum(len(s.groups) for s in summaries) > 1:
-            plot = plots.accuracy_against_cost(summaries)
+            plot = plots.accuracy_against_cost(summaries, width=_COST_WIDTH)
             file = named("cost", dataset)
             files.plot(file, plot)
             links = files.links(f"{file}.svg", "costs.csv")
-            plots_of.append(figure(dataset, "Larger marks are larger students." * (len(summaries) > 1), plot, width=508,
-                                   files=links))  # fmt: skip
+            told = "Test accuracy against the training of one run."
+            told += " Larger marks are larger students." * (len(summaries) > 1)
+            plots_of.append(figure(dataset, told, plot, width=_COST_WIDTH, files=links))
     hardware = {cost(group).devices for _, group in study.groups()}
     note = (
         "Training: seconds of the training steps (with compilation, without evaluation) times devices, mean over the "
@@ -247,9 +249,9 @@ def rationales(study: Study, files: Files) -> str:
         return ""
     note = (
         "Rationales that the students wrote for test rows: how many name a label, by the dataset's parser, and how "
-        "often it is the one that was predicted; how often the student keeps its prediction when it reads its own rationale "
-        "after the input, and when it reads that of another row instead (where both are alike, it hardly reads them); "
-        "overlap with the teacher's rationale for the same row, from 0 to 1; and words."
+        "often it is the one that was predicted; how often the student keeps its prediction when it reads its own "
+        "rationale after the input, and when it reads that of another row instead (where both are alike, it hardly "
+        "reads them); overlap with the teacher's rationale for the same row, from 0 to 1; and words."
     )
     shown = table(header, rows, name="Table of rationales", texts=2) + files.links("rationales.csv")
     return _section("Rationales", note, shown)
