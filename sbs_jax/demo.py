@@ -180,7 +180,7 @@ def _report(folder: Path, plans: list[Plan], *, teacher_accuracy: float) -> None
         "examples for the same number of updates. How the problems were chosen: docs/experiments.md.",
     )
     page = folder / "index.html"
-    summary = report.write_page(
+    study = report.write_page(
         page,
         [report.identify(plan.model_dir) for plan in plans],
         title="Distilling step-by-step on the built-in dataset",
@@ -188,4 +188,4 @@ def _report(folder: Path, plans: list[Plan], *, teacher_accuracy: float) -> None
         command="sbs demo",
         teacher_accuracy=teacher_accuracy,
     )
-    print(f"\n{report.table(summary)}\n\nPage: {page}")
+    print(f"\n{report.table(study.summaries[0])}\n\nPage: {page}")
