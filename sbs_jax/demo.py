@@ -116,7 +116,7 @@ def _report(folder: Path, cells: Sequence[sweep.Cell], *, teacher_accuracy: floa
         "examples for the same number of updates. How the problems were chosen: docs/experiments.md.",
     )
     page = folder / "index.html"
-    summary = report.write_page(
+    study = report.write_page(
         page,
         [report.identify(cell.model_dir) for cell in cells],
         title="Distilling step-by-step on the built-in dataset",
@@ -124,4 +124,4 @@ def _report(folder: Path, cells: Sequence[sweep.Cell], *, teacher_accuracy: floa
         command="sbs demo",
         teacher_accuracy=teacher_accuracy,
     )
-    print(f"\n{report.table(summary)}\n\nPage: {page}")
+    print(f"\n{report.table(study.summaries[0])}\n\nPage: {page}")
