@@ -77,7 +77,7 @@ class Sweep:
     """Every combination of its lists. Bound by `gin_configs/runs/sweep.gin`.
 
     Attributes:
-      sweep_dir: runs/<cell>, logs/<cell>.log and the pages of the report go there.
+      sweep_dir: runs/<cell>, logs/<cell>.log and the report, index.html, go there.
       records_dir: holds the records of all datasets.
       datasets: names of datasets.
       sizes: names of experiments of each dataset: "base", "large".

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import itertools
 import os
 import signal
 import time
@@ -89,11 +88,10 @@ def main(sweep: Sweep, *, jobs: int, redo_changed: bool) -> int:
 
 
 def _report(sweep: Sweep, cells: Sequence[Cell], *, leaving_out: set[str]) -> None:
-    """A table and a page for each dataset and size, of what has finished."""
+    """Tables and a page of what has finished."""
     from sbs_jax import report
 
-    for (dataset, size), group in itertools.groupby(cells, lambda cell: (cell.dataset, cell.size)):
-        finished = [cell.model_dir for cell in group if cell.name not in leaving_out]
-        if finished:
-            print(flush=True)
-            report.main(finished, Path(sweep.sweep_dir) / f"{dataset}-{size}.html")
+    finished = [cell.model_dir for cell in cells if cell.name not in leaving_out]
+    if finished:
+        print(flush=True)
+        report.main(finished, Path(sweep.sweep_dir) / "index.html")
