@@ -90,7 +90,8 @@ def implied_label(rationale: str, choices: Sequence[str]) -> str | None:
     '3 + 4'
     """
     del choices
-    found = [match[0].strip() for match in _EQUATION.finditer(rationale[-MAX_CHARACTERS:])]
+    # A calculation that is cut off at the front here is too long to have a value in any case.
+    found = [match[0].strip() for match in _EQUATION.finditer(rationale[-4 * MAX_CHARACTERS :])]
     return found[-1] if found and is_arithmetic(found[-1]) else None
 
 

@@ -100,7 +100,7 @@ def test_quality_by_hand() -> None:
     assert [line["consistent"] for line in lines] == [True, False, None]
     assert [line["implied_label"] for line in lines] == ["1 + 2", "2 + 2", None]
     assert lines[2]["rouge_l"] is None
-    assert found["overlap_with_teacher"]["rouge_l"] == pytest.approx((1 + 2 * 1 / 7) / 2)  # "2" of 3 and 4 words
+    assert found["overlap_with_teacher"]["rouge_l"] == pytest.approx((1 + 2 * 1 / 8) / 2)  # "2" of 4 and 4 words
     assert found["length"] == {"student_words": pytest.approx((5 + 6 + 4) / 3), "teacher_words": 5.0}
 
 
