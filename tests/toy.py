@@ -67,6 +67,18 @@ def write_records(directory: Path, *, train_rows: int = 48, other_rows: int = 16
     return directory
 
 
+def random_run(folder: Path, *, scale: float = 3.0) -> Path:
+    """A run directory of a student that was never trained, whose answers differ from input to input."""
+    datasets.add(DATASET)
+    parameters = {name: value * scale for name, value in t5.init(MODEL, seed=0)[1].items()}
+    checkpoints.save_parameters(folder, parameters, config=MODEL, step=7)
+    like = config(folder, folder)
+    run = {name: getattr(like, name) for name in ("mixture_or_task_name", "task_feature_lengths", "max_decode_length")}
+    manifest = {"run": run | {"primary_metric": "accuracy"}, "data": {"options": dataclasses.asdict(like.data)}}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder
+
+
 POISON = 3 + ord("!")  # a token of no example
 
 

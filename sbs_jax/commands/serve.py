@@ -60,7 +60,9 @@ def run(arguments: argparse.Namespace) -> int:
         import starlette  # noqa: F401
         import uvicorn  # noqa: F401
     except ModuleNotFoundError as error:
-        raise UsageError(f"{error.name} is not installed; sbs serve needs the extra: pip install 'sbs-jax[serve]'.")
+        raise UsageError(
+            f"{error.name} is not installed; sbs serve needs the extra: pip install 'sbs-jax[serve]'."
+        ) from None
     from sbs_jax.prediction import engine
     from sbs_jax.serve import app, server
 

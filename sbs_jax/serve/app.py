@@ -1,7 +1,6 @@
 """The HTTP side of a server: what each path answers, and what a request may ask for."""
 
 import asyncio
-import contextlib
 import dataclasses
 import logging
 import math
@@ -87,6 +86,7 @@ class Service:
         self.batcher, self.limits, self.model, self.step = batcher, limits, model, step
         self.state = WARMING_UP
         self.in_flight = 0  # requests for predictions
+        self.cut = asyncio.Event()  # set where those in flight are not waited for any longer
         self._responses: dict[int, int] = {}  # by status
 
     def app(self) -> Starlette:
@@ -108,9 +108,7 @@ class Service:
 
     async def predict(self, request: Request) -> Response:
         if self.state != READY:
-            raise ProblemError(
-                503, self.state.replace(" ", "_"), f"the server is {self.state}.", headers={"Retry-After": "5"}
-            )
+            raise self._not_ready()
         self.in_flight += 1
         try:
             return await self._predict(request)
@@ -185,17 +183,20 @@ class Service:
         """Answers, unless the client goes away, or it takes too long: then rows that still wait are dropped."""
         work = asyncio.ensure_future(self.batcher.ask(asked))
         gone = asyncio.ensure_future(_disconnected(request))
+        cut = asyncio.ensure_future(self.cut.wait())
+        seconds = self.limits.request_timeout
         try:
-            await asyncio.wait((work, gone), timeout=self.limits.request_timeout, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((work, gone, cut), timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
             if work.done():
                 return work.result()
             if gone.done():
                 raise _GoneError
+            if cut.done():
+                raise batching.ClosedError
             raise ProblemError(
                 504,
                 "too_slow",
-                f"no answer within {self.limits.request_timeout:g} s; {self.batcher.waiting} rows wait. Ask again later, "
-                "with fewer inputs per request.",
+                f"no answer within {seconds:g} s; {self.batcher.waiting} rows wait. Ask again later or for less.",
             )
         except batching.FullError as error:
             raise ProblemError(
@@ -206,12 +207,15 @@ class Service:
                 500, "model_failed", "the model failed on the batch with these rows; the server's log says how."
             ) from None
         except batching.ClosedError:
-            raise ProblemError(503, "stopping", "the server is stopping.", headers={"Retry-After": "5"}) from None
+            raise self._not_ready() from None
         finally:
-            for task in (work, gone):
+            for task in (work, gone, cut):
                 task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await asyncio.gather(work, gone, return_exceptions=True)
+            await asyncio.gather(work, gone, cut, return_exceptions=True)
+
+    def _not_ready(self) -> ProblemError:
+        code = self.state.replace(" ", "_")
+        return ProblemError(503, code, f"the server is {self.state}.", headers={"Retry-After": "5"})
 
     # ------------------------------------------------------------------------------------------ the others
 

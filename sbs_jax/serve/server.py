@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -47,11 +48,19 @@ def serve(
     listener = _bind(host, port)
     with listener:
         student = Student.load(model, settings=settings, base=base, adapters=adapters)
-        return asyncio.run(_Server(student, limits=limits, listener=listener, say=say).run())
+        server = _Server(student, limits=limits, listener=listener, say=say)
+        status = asyncio.run(server.run())
+        if server.computing:  # Python would wait for it, or pull the ground from under it
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+        return status
 
 
 def _bind(host: str, port: int) -> socket.socket:
     """A socket that is bound and does not listen yet: clients are refused until the model is loaded."""
+    if not 0 <= port < 2**16:  # the system takes what is left of it after division
+        raise ServeError(f"--port is {port}; expected 0 (any that is free) to 65535.")
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         listener = socket.socket(family)
@@ -136,8 +145,10 @@ class _Server:
         )
         self._told = asyncio.Event()
         self._error: BaseException | None = None
+        self.computing = True  # the thread of the model
 
     async def run(self) -> int:
+        """Until told to end: 0, or 1 where requests were left unanswered. ServeError where the model gave out."""
         loop = asyncio.get_running_loop()
         for number in _SIGNALS:
             loop.add_signal_handler(number, self._tell, number)
@@ -146,16 +157,17 @@ class _Server:
         self._batcher.start(self._student.warm_up, prepared=self._ready, ended=self._model_ended)
         told = asyncio.create_task(self._told.wait())
         await asyncio.wait((serving, told), return_when=asyncio.FIRST_COMPLETED)
-        began, self._service.state = time.monotonic(), app.STOPPING
-        left = await self._finish(began)
+        self._service.state = app.STOPPING
+        left = await self._finish()
         self._uvicorn.should_exit = True
         await serving
-        watching.cancel()
+        for task in (watching, told):
+            task.cancel()
         if self._error is not None:
-            raise ServeError(f"the model could not be made ready: {type(self._error).__name__}: {self._error}")
+            raise ServeError(f"the model gave out: {type(self._error).__name__}: {self._error}") from self._error
         if left:
             log.warning("%d requests were not answered within %g s.", left, self._limits.stop_timeout)
-        return 0
+        return 1 if left else 0
 
     def _ready(self, seconds: float) -> None:
         if self._service.state != app.WARMING_UP:
@@ -167,7 +179,7 @@ class _Server:
         self._say(f"ready: {url} answers with {name}, step {step}; warmed up in {seconds:.1f} s")
 
     def _model_ended(self, error: BaseException | None) -> None:
-        self._error = error
+        self.computing, self._error = False, error
         self._told.set()
 
     def _tell(self, number: int) -> None:
@@ -180,12 +192,15 @@ class _Server:
         )
         self._told.set()
 
-    async def _finish(self, began: float) -> int:
-        """Waits for the requests in flight; how many are left when the time is over."""
-        while self._service.in_flight and time.monotonic() - began < self._limits.stop_timeout:
+    async def _finish(self) -> int:
+        """Waits for the requests in flight, and tells those that are left when the time is over; their number."""
+        end = time.monotonic() + self._limits.stop_timeout
+        while self._service.in_flight and time.monotonic() < end:
             await asyncio.sleep(0.02)
+        left = self._service.in_flight
+        self._service.cut.set()
         self._batcher.close()
-        return self._service.in_flight
+        return left
 
     async def _watch(self) -> None:
         while True:
