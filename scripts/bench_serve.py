@@ -12,6 +12,7 @@ import argparse
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import itertools
 import json
 import os
@@ -31,7 +32,7 @@ from sbs_jax import bench
 
 ROOT = Path(__file__).resolve().parents[1]
 CLIENTS = 200
-BATCH = 128
+BATCH = 128  # rows that the server takes from its queue at once, as by default
 UNLOADED = 20  # batches on the idle server
 STUDENTS = {
     # Weights that were never trained end no answer early: every row takes the whole of its length.
@@ -112,11 +113,14 @@ def served(folder: Path, *flags: str) -> Iterator[tuple[str, subprocess.Popen]]:
 # ------------------------------------------------------------------------------------------ the clients
 
 
-def inputs(count: int) -> list[str]:
+def write_inputs(folder: Path, *, count: int = 2000) -> str:
+    """Questions for the clients, which import as little as they can; the file."""
     from tasks import builtin
 
     random_ = random.Random(0)
-    return [builtin.random_problem(random_).text for _ in range(count)]
+    file = folder / "inputs.json"
+    file.write_text(json.dumps([builtin.random_problem(random_).text for _ in range(count)]))
+    return str(file)
 
 
 def request(rows: Sequence[Mapping[str, Any]]) -> bytes:
@@ -153,12 +157,12 @@ class Connection:
         self._writer.close()
 
 
-def side_clients(*, url: str, clients: int, requests: int, unruly: int) -> dict[str, Any]:
+def side_clients(*, url: str, inputs: str, clients: int, requests: int, unruly: int) -> dict[str, Any]:
     """So many clients, each of which asks again when it has its answer, until there were so many requests.
 
     Every `unruly`-th request (0: none) is not what it should be: a bad body or a client that leaves, in turn.
     """
-    texts = inputs(1000)
+    texts = json.loads(Path(inputs).read_text("utf-8"))
     numbers = itertools.count()
     latencies: list[float] = []
     errors: list[str] = []
@@ -207,16 +211,16 @@ def side_clients(*, url: str, clients: int, requests: int, unruly: int) -> dict[
     }
 
 
-def side_unloaded(*, url: str, rows: int, times: int) -> dict[str, Any]:
+def side_unloaded(*, url: str, inputs: str, rows: int, times: int) -> dict[str, Any]:
     """Requests of so many rows on an idle server, one after the other."""
-    texts = inputs(rows * times)
+    texts = json.loads(Path(inputs).read_text("utf-8"))
 
     async def run() -> list[float]:
         connection = Connection(url)
         await connection.open()
         found = []
         for number in range(times + 1):
-            chosen = texts[rows * (number % times) :][:rows]
+            chosen = [texts[(rows * number + place) % len(texts)] for place in range(rows)]
             data = request([{"id": str(place), "input": text} for place, text in enumerate(chosen)])
             began = time.perf_counter()
             status, body = await connection.ask(data)
@@ -246,16 +250,18 @@ def measured(side: str, **options: Any) -> dict[str, Any]:
 
 
 def latency(folder: Path, arguments: argparse.Namespace) -> list[bench.Row]:
-    with served(folder, f"--batch_size={arguments.batch_size}") as (url, _):
-        alone = measured("unloaded", url=url, rows=1, times=UNLOADED)
-        before = measured("unloaded", url=url, rows=arguments.batch_size, times=UNLOADED)
-        loaded = measured("clients", url=url, clients=arguments.clients, requests=arguments.requests, unruly=0)
-        after = measured("unloaded", url=url, rows=arguments.batch_size, times=UNLOADED)
+    file, batch_rows = write_inputs(folder), arguments.max_batch
+    with served(folder, f"--max_batch={batch_rows}", *arguments.flags) as (url, _):
+        ask = functools.partial(measured, url=url, inputs=file)
+        alone = ask("unloaded", rows=1, times=UNLOADED)
+        before = ask("unloaded", rows=batch_rows, times=UNLOADED)
+        loaded = ask("clients", clients=arguments.clients, requests=arguments.requests, unruly=0)
+        after = ask("unloaded", rows=batch_rows, times=UNLOADED)
     batch = statistics.median([before["median"], after["median"]])
     print(
         f"{arguments.clients} clients: p50 {loaded['p50']:.3f} s, p99 {loaded['p99']:.3f} s, longest "
         f"{loaded['longest']:.3f} s, {loaded['per_second']:.1f} rows/s, {loaded['errors']} errors; unloaded: one row "
-        f"{alone['median']:.3f} s, {arguments.batch_size} rows {before['median']:.3f} s before and "
+        f"{alone['median']:.3f} s, {batch_rows} rows {before['median']:.3f} s before and "
         f"{after['median']:.3f} s after."
     )
     if loaded["errors"]:
@@ -267,11 +273,11 @@ def memory(folder: Path, arguments: argparse.Namespace) -> list[bench.Row]:
     """Resident memory after a tenth of the requests, and after all of them."""
     found: list[tuple[int, int]] = []
     parts, warm = 50, max(arguments.memory_requests // 10, arguments.clients)
-    with served(folder, f"--batch_size={arguments.batch_size}") as (url, process):
-        options = {"url": url, "clients": arguments.clients, "unruly": 50}
+    options = {"inputs": write_inputs(folder), "clients": arguments.clients, "unruly": 50}
+    with served(folder, *arguments.flags) as (url, process):
         done = 0
         for part in [warm] + [arguments.memory_requests // parts] * parts:
-            told = measured("clients", requests=part, **options)
+            told = measured("clients", url=url, requests=part, **options)
             if told["errors"]:
                 raise RuntimeError(f"{told['errors']} errors, the first: {told['first_error']}")
             done += part
@@ -305,7 +311,10 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--student", choices=list(STUDENTS), default="small", help="of the latency")
     parser.add_argument("--clients", type=int, default=CLIENTS)
-    parser.add_argument("--batch_size", type=int, default=BATCH)
+    parser.add_argument("--max_batch", type=int, default=BATCH)
+    parser.add_argument(
+        "--flags", nargs="*", default=[], help="more flags for sbs serve, such as --flags=--batch_size=64"
+    )
     parser.add_argument("--requests", type=int, default=2000, help="of the latency")
     parser.add_argument("--memory_requests", type=int, default=50_000)
     parser.add_argument("--output", default="bench.json")

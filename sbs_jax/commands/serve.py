@@ -3,8 +3,11 @@
 import argparse
 from typing import Any
 
-from sbs_jax.commands.predict import named
+from sbs_jax.commands import predict
 from sbs_jax.configuration import UsageError
+
+# Rows that programs are compiled for beside --batch_size: of an idle server, whose batches are small.
+SMALLER = (1, 8)
 
 
 def add(command: Any) -> None:
@@ -28,12 +31,9 @@ def add(command: Any) -> None:
     )
     serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine alone)")
     serve.add_argument("--port", type=int, default=8000, help="0: any that is free")
-    answers = serve.add_argument_group("answers")
-    answers.add_argument("--decoding", default="greedy", help="greedy, beam, sample or choices")
-    answers.add_argument("--weights", default="float32", help="float32, bfloat16 or int8")
-    answers.add_argument("--rationale", action="store_true", help="let rows ask for their rationale too")
-    limits = serve.add_argument_group("batches and limits")
-    limits.add_argument("--batch_size", type=int, default=128, metavar="ROWS", help="rows computed together at most")
+    predict.add_settings(serve)
+    limits = serve.add_argument_group("queue and limits")
+    limits.add_argument("--max_batch", type=int, default=128, metavar="ROWS", help="rows taken together at most")
     limits.add_argument(
         "--max_wait_ms", type=float, default=5.0, help="how long a first row waits for others while the model is idle"
     )
@@ -63,27 +63,23 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError(
             f"{error.name} is not installed; sbs serve needs the extra: pip install 'sbs-jax[serve]'."
         ) from None
-    from sbs_jax.prediction import engine
+    from sbs_jax.prediction import compiled
     from sbs_jax.serve import app, server
 
-    names = ("batch_size", "max_queue", "max_inputs", "max_body_bytes", "max_connections")
+    names = ("max_batch", "max_queue", "max_inputs", "max_body_bytes", "max_connections")
     times = ("request_timeout", "read_timeout", "keep_alive", "stop_timeout")
     limits = app.Limits(
         max_wait=arguments.max_wait_ms / 1000, **{name: getattr(arguments, name) for name in (*names, *times)}
     )
-    settings = engine.Settings(
-        decoding=arguments.decoding,
-        weights=arguments.weights,
-        rationale=arguments.rationale,
-        batch_size=arguments.batch_size,
-    )
+    smaller = tuple(size for size in SMALLER if size < arguments.batch_size)
     return server.serve(
         arguments.model,
-        settings=settings,
+        settings=predict.settings(arguments, smaller=smaller),
         limits=limits,
         host=arguments.host,
         port=arguments.port,
+        kept=arguments.compiled or compiled.default(),
         base=arguments.base,
-        adapters=named(arguments.adapters),
+        adapters=predict.named(arguments.adapters),
         say=lambda line: print(f"sbs serve: {line}", flush=True),
     )

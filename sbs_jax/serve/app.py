@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
-from sbs_jax.prediction.engine import Answer
+from sbs_jax.prediction.engine import Answer, Question
 from sbs_jax.serve import batching, bodies, openapi
 from sbs_jax.serve.connections import error_body
 
@@ -28,7 +28,7 @@ class Limits:
     """What requests may take. Times are seconds.
 
     Attributes:
-      batch_size: rows that are computed together at most.
+      max_batch: rows that are taken from the queue together at most.
       max_wait: how long a first row waits for others while the model is idle.
       max_queue: rows that may wait, of all requests.
       max_inputs: rows of one request.
@@ -40,7 +40,7 @@ class Limits:
       stop_timeout: for what is in flight when the server is told to end.
     """
 
-    batch_size: int = 128
+    max_batch: int = 128
     max_wait: float = 0.005
     max_queue: int = 1024
     max_inputs: int = 256
@@ -123,7 +123,7 @@ class Service:
             rows = bodies.read(data, most=self.limits.max_inputs)
         except bodies.BodyError as error:
             raise ProblemError(422 if error.code == "too_many_inputs" else 400, error.code, str(error)) from None
-        asked = [row for row in rows if isinstance(row, bodies.Asked)]
+        asked = [row for row in rows if isinstance(row, Question)]
         answers = iter(await self._answers(asked, request) if asked else [])
         found = [_row(row if isinstance(row, bodies.Refused) else next(answers)) for row in rows]
         status = 200 if any("error" not in row for row in found) else 422
@@ -179,7 +179,7 @@ class Service:
         close = {"Connection": "close"} if "expect" in request.headers else None
         return ProblemError(status, code, message, headers=close)
 
-    async def _answers(self, asked: list[bodies.Asked], request: Request) -> list[Answer]:
+    async def _answers(self, asked: list[Question], request: Request) -> list[Answer]:
         """Answers, unless the client goes away, or it takes too long: then rows that still wait are dropped."""
         work = asyncio.ensure_future(self.batcher.ask(asked))
         gone = asyncio.ensure_future(_disconnected(request))

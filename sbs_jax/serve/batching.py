@@ -1,7 +1,7 @@
 """Rows of many requests, answered together: one thread owns the model, and takes what waits.
 
 While a batch is computed the next one fills up, so that batches grow with the load: an idle server answers a row alone
-after `max_wait`, a busy one takes as many as `batch_size` at a time. First come, first answered.
+after `max_wait`, a busy one takes as many as `max_batch` at a time. First come, first answered.
 """
 
 import asyncio
@@ -15,8 +15,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from sbs_jax.prediction.engine import Answer
-from sbs_jax.serve.bodies import Asked
+from sbs_jax.prediction.engine import Answer, Question
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +41,7 @@ class ClosedError(Exception):
 
 @dataclasses.dataclass(eq=False, slots=True)
 class _Waiting:
-    asked: Asked
+    question: Question
     answer: "asyncio.Future[Answer]"
     since: float
 
@@ -67,13 +66,13 @@ class Batcher:
 
     def __init__(
         self,
-        answer: Callable[[Sequence[Asked]], Sequence[Answer]],
+        answer: Callable[[Sequence[Question]], Sequence[Answer]],
         *,
-        batch_size: int,
+        max_batch: int,
         max_wait: float,
         max_queue: int,
     ) -> None:
-        self._answer, self._batch_size, self._max_wait, self._max_queue = answer, batch_size, max_wait, max_queue
+        self._answer, self._max_batch, self._max_wait, self._max_queue = answer, max_batch, max_wait, max_queue
         self._queue: collections.OrderedDict[_Waiting, None] = collections.OrderedDict()
         self._changed = threading.Condition()
         self._closing = False
@@ -120,12 +119,12 @@ class Batcher:
         began = self._began
         return 0.0 if began is None else time.monotonic() - began
 
-    async def ask(self, rows: Sequence[Asked]) -> list[Answer]:
+    async def ask(self, rows: Sequence[Question]) -> list[Answer]:
         """Their answers, in order. All are taken or none: FullError. Cancelled, those that still wait are dropped.
 
         FailedError where the model failed on one of them.
         """
-        waiting = [_Waiting(asked, self._loop.create_future(), time.monotonic()) for asked in rows]
+        waiting = [_Waiting(row, self._loop.create_future(), time.monotonic()) for row in rows]
         with self._changed:
             if self._closing:
                 raise ClosedError
@@ -169,7 +168,7 @@ class Batcher:
             self._began = began
             answers: Sequence[Answer] | Exception
             try:
-                answers = self._answer([each.asked for each in rows])
+                answers = self._answer([each.question for each in rows])
                 if len(answers) != len(rows):
                     raise RuntimeError(f"{len(answers)} answers to {len(rows)} rows")
             except Exception as error:
@@ -183,7 +182,7 @@ class Batcher:
         with self._changed:
             self.computing = 0
             while True:
-                if len(self._queue) >= self._batch_size or (self._closing and self._queue):
+                if len(self._queue) >= self._max_batch or (self._closing and self._queue):
                     break
                 if not self._queue:
                     if self._closing:
@@ -194,7 +193,7 @@ class Batcher:
                 if left <= 0:
                     break
                 self._changed.wait(left)
-            count = min(self._batch_size, len(self._queue))
+            count = min(self._max_batch, len(self._queue))
             rows = [self._queue.popitem(last=False)[0] for _ in range(count)]
             self.computing = count
             return rows

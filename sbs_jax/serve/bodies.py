@@ -28,14 +28,6 @@ class BodyError(ValueError):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Asked:
-    """A row to answer."""
-
-    question: Question
-    rationale: bool
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class Refused:
     """A row that is not answered, and why."""
 
@@ -43,7 +35,7 @@ class Refused:
     message: str
 
 
-def read(data: bytes, *, most: int) -> list[Asked | Refused]:
+def read(data: bytes, *, most: int) -> list[Question | Refused]:
     """The rows of a body, at most `most`, in order. A row without an id has its place, from "0", as its id.
 
     BodyError for what is not UTF-8, not JSON, or not of the form above.
@@ -65,18 +57,18 @@ def read(data: bytes, *, most: int) -> list[Asked | Refused]:
         raise BodyError(
             "too_many_inputs", f"the body has {len(rows)} inputs; at most {most} per request: send several."
         )
-    found: list[Asked | Refused] = []
+    found: list[Question | Refused] = []
     seen: dict[str, int] = {}
     for place, row in enumerate(rows):
         name = row.get("id") if isinstance(row, dict) and isinstance(row.get("id"), str) else None
         try:
             asked = _asked(row, place)
-            if asked.question.id in seen:
+            if asked.id in seen:
                 raise ValueError(
-                    f"the id {records.brief(asked.question.id)} is that of row {seen[asked.question.id]} already; "
+                    f"the id {records.brief(asked.id)} is that of row {seen[asked.id]} already; "
                     "give every row its own, or none."
                 )
-            seen[asked.question.id] = place
+            seen[asked.id] = place
             found.append(asked)
         except ValueError as error:
             found.append(Refused(id=str(place) if name is None else name, message=str(error)))
@@ -113,7 +105,7 @@ def _once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _asked(row: Any, place: int) -> Asked:
+def _asked(row: Any, place: int) -> Question:
     """ValueError where a row is not as it should be."""
     if not isinstance(row, dict):
         raise ValueError(f'row {place} is {records.shown(row)}; expected an object: {{"input": "a question"}}.')
@@ -131,7 +123,7 @@ def _asked(row: Any, place: int) -> Asked:
         raise ValueError(f"'rationale' is {records.shown(rationale)}; expected true or false.")
     texts = {"id": row.get("id", str(place)), "input": records.text_field(row, "input"), "adapter": row.get("adapter")}
     records.check_fields({**texts, "choices": choices or ()})
-    return Asked(question=Question(**texts, choices=choices), rationale=rationale)
+    return Question(**texts, choices=choices, rationale=rationale)
 
 
 def written(value: Any) -> bytes:

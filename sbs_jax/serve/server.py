@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import copy
 import dataclasses
 import logging
 import os
@@ -17,8 +16,9 @@ from typing import Any
 import uvicorn
 
 from sbs_jax import checkpoints
-from sbs_jax.prediction.engine import Answer, Predictor, Settings
-from sbs_jax.serve import app, batching, bodies, connections
+from sbs_jax.prediction import compiled
+from sbs_jax.prediction.engine import Answer, Predictor, Question, Settings
+from sbs_jax.serve import app, batching, connections
 
 log = logging.getLogger(__name__)
 
@@ -37,17 +37,20 @@ def serve(
     limits: app.Limits,
     host: str,
     port: int,
+    kept: str = compiled.OFF,
     base: str | None = None,
     adapters: Mapping[str, str | Path] | None = None,
     say: Callable[[str], None] = print,
 ) -> int:
     """Serves a run until told to end; the exit status. `say` gets one line when it is ready.
 
+    Compiled programs are `kept` in that folder.
+
     ServeError where the address cannot be had, before the model is loaded.
     """
     listener = _bind(host, port)
     with listener:
-        student = Student.load(model, settings=settings, base=base, adapters=adapters)
+        student = Student.load(model, kept=kept, settings=settings, base=base, adapters=adapters)
         server = _Server(student, limits=limits, listener=listener, say=say)
         status = asyncio.run(server.run())
         if server.computing:  # Python would wait for it, or pull the ground from under it
@@ -79,41 +82,33 @@ def _bind(host: str, port: int) -> socket.socket:
 
 @dataclasses.dataclass(frozen=True)
 class Student:
-    """The loaded student: it answers rows, those that ask for a rationale by themselves."""
+    """The loaded student, and where its compiled programs are kept."""
 
     name: str
     step: int
-    plain: Predictor
-    reasoning: Predictor | None  # the same student, which generates rationales too
+    predictor: Predictor
+    kept: str
 
     @classmethod
-    def load(cls, model: str | Path, *, settings: Settings, **options: Any) -> "Student":
+    def load(cls, model: str | Path, *, kept: str, **options: Any) -> "Student":
         directory, step = checkpoints.locate(model)
-        loaded = Predictor.load(model, settings=settings, **options)
-        reasoning = loaded if settings.rationale else None
-        if reasoning is not None:
-            loaded = copy.copy(loaded)
-            loaded.settings = dataclasses.replace(settings, rationale=False)
-        return cls(directory.resolve().name, step, loaded, reasoning)
+        return cls(directory.resolve().name, step, Predictor.load(model, **options), kept)
 
     def warm_up(self) -> float:
-        return sum(each.warm_up() for each in (self.plain, self.reasoning) if each is not None)
+        """Compiles everything, or reads it; seconds."""
+        with compiled.kept(self.kept):
+            return self.predictor.warm_up()
 
-    def answer(self, rows: Sequence[bodies.Asked]) -> list[Answer]:
+    def answer(self, rows: Sequence[Question]) -> list[Answer]:
         """An answer to each, in order."""
-        found: dict[int, Answer] = {}
-        for predictor, rationale in ((self.plain, False), (self.reasoning, True)):
-            numbers = [number for number, row in enumerate(rows) if row.rationale is rationale]
-            questions = [rows[number].question for number in numbers]
-            if not questions:
-                continue
-            if predictor is None:
-                told = "this server generates no rationales: start it with --rationale, or leave 'rationale' out."
-                answers = [Answer(id=each.id, prediction=None, score=None, error=told) for each in questions]
-            else:
-                answers = predictor.answer(questions)
-            found |= zip(numbers, answers, strict=True)
-        return [found[number] for number in range(len(rows))]
+        if self.predictor.settings.rationale:
+            return self.predictor.answer(rows)
+        told = "this server generates no rationales: start it with --rationale, or leave 'rationale' out."
+        answers = iter(self.predictor.answer([row for row in rows if not row.rationale]))
+        return [
+            Answer(id=row.id, prediction=None, score=None, error=told) if row.rationale else next(answers)
+            for row in rows
+        ]
 
 
 class _Server:
@@ -124,7 +119,7 @@ class _Server:
     ) -> None:
         self._student, self._limits, self._listener, self._say = student, limits, listener, say
         self._batcher = batching.Batcher(
-            student.answer, batch_size=limits.batch_size, max_wait=limits.max_wait, max_queue=limits.max_queue
+            student.answer, max_batch=limits.max_batch, max_wait=limits.max_wait, max_queue=limits.max_queue
         )
         self._service = app.Service(self._batcher, limits=limits, model=student.name, step=student.step)
         self._uvicorn = _Uvicorn(
