@@ -4,6 +4,7 @@ import argparse
 import asyncio
 import concurrent.futures
 import contextlib
+import importlib.util
 import json
 import re
 import signal
@@ -297,6 +298,30 @@ def test_many_clients_at_once_share_batches(client: Client) -> None:
     assert rows >= 96
     assert batches < rows / 2
     assert client.send("GET", "/health").json()["queue"]["rows"] == 0
+
+
+def test_the_benchmark_s_clients_ask_as_often_as_told(client: Client, tmp_path: Path) -> None:
+    spec = importlib.util.spec_from_file_location("bench_serve", processes.ROOT / "scripts" / "bench_serve.py")
+    assert spec is not None
+    assert spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    file = tmp_path / "inputs.json"
+    file.write_text(json.dumps(["a", "b", "c"]))
+    before = client.metrics()
+    found = script.side_clients(url=client.url, inputs=str(file), clients=4, requests=40, unruly=10)
+    alone = script.side_unloaded(url=client.url, inputs=str(file), rows=8, times=2)
+    after = client.metrics()
+    statuses = {
+        status: after.get(f'sbs_requests_total{{status="{status}"}}', 0)
+        - before.get(f'sbs_requests_total{{status="{status}"}}', 0)
+        for status in (200, 400)
+    }
+    # Of 40 requests two have a bad body, and two clients left; then a batch once to begin with, and twice.
+    assert (found["errors"], statuses) == (0, {200: 36 + 3, 400: 2})
+    assert 0 < found["p50"] <= found["p99"] <= found["longest"]
+    assert 0 < alone["median"] <= alone["longest"]
+    assert script.resident(client.process.pid) > 2**20
 
 
 @pytest.mark.faults
