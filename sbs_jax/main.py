@@ -22,18 +22,9 @@ from sbs_jax.configuration import UsageError, near
 _BINDING = re.compile(r"--gin\.([^=]+)=(.*)", re.DOTALL)
 # The commands, in the order of --help: a module of `sbs_jax/commands/` each.
 NAMES = (
-    "records",
-    "teach",
-    "train",
-    "sweep",
-    "replay",
-    "evaluate",
-    "predict",
-    "rationales",
-    "convert",
-    "report",
-    "plan",
-    "demo",
+    *("records", "teach", "train", "sweep", "replay"),
+    *("evaluate", "predict", "serve", "rationales", "convert"),
+    *("report", "plan", "demo"),
 )
 
 
