@@ -16,14 +16,14 @@ def add(command: Any) -> None:
     convert = command(
         "convert",
         run,
-        "Convert a checkpoint: Hugging Face, T5X, or a run of ours, to any of them, to StableHLO or to ONNX; adapters to "
-        "PEFT's form and back.",
+        "Convert a checkpoint: Hugging Face, T5X, or a run of ours, to any of them, to StableHLO or to ONNX; adapters "
+        "to PEFT's form and back.",
         epilog="examples:\n  sbs convert --to hf runs/svamp svamp-student\n"
         "  sbs convert --to stablehlo --dtype int8 --shapes 1x88,32x88 runs/svamp svamp-int8\n"
         "  sbs convert --to peft runs/svamp-lora svamp-lora\n"
         "  sbs convert --to sbs svamp-lora runs/svamp-again --base t5-v1_1-base\n\n"
-        "A run that trained adapters becomes one whole student: they are merged into their base. Those that no plain T5\n"
-        "has a place for go to stablehlo alone. PEFT has LoRA and IA3 alone; what else was trained is named.\n"
+        "A run that trained adapters becomes one whole student: they are merged into their base. Those that no plain\n"
+        "T5 has a place for go to stablehlo alone. PEFT has LoRA and IA3 alone; what else was trained is named.\n"
         "See docs/checkpoints.md and docs/export.md.",
     )
     convert.add_argument("--from", dest="from_form", choices=_READ, help="form of the source (default: as it looks)")

@@ -131,7 +131,11 @@ def _check_options(to_form: str, *, dtype: str, platforms: Sequence[str], shapes
         from sbs_jax.export import stablehlo
 
         stablehlo.check_platforms(platforms or stablehlo.DEFAULT_PLATFORMS)
-    elif platforms:
+    elif to_form == ONNX:
+        from sbs_jax.export import onnx
+
+        onnx.check_installed()
+    if platforms and to_form != STABLEHLO:
         raise ValueError(f"--to {to_form} has no platforms; --platforms is of stablehlo.")
     if shapes and to_form not in (STABLEHLO, ONNX):
         raise ValueError(f"--to {to_form} has no programs; --shapes is of stablehlo and onnx.")

@@ -4,14 +4,14 @@ An export can be used with nothing but what the card says: what stands before an
 answer is read from the text, which labels there are, how answers are graded, and what came out on test.
 """
 
+import contextlib
 import dataclasses
 import inspect
 import json
 import logging
-import math
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -105,10 +105,8 @@ def read_samples(path: str | Path, card: Mapping[str, Any], *, rows: int) -> lis
 
 def _of_run(directory: Path, opened: names.Opened, *, step: int) -> dict[str, Any]:
     card = _of_settings(opened)
-    try:
+    with contextlib.suppress(ValueError):  # a task that no report compares, such as rationales alone
         card["training"]["method"] = results.identify(directory).method
-    except ValueError:  # a task that no report compares, such as rationales alone
-        pass
     return card | {"test": _tested(directory, step=step)}
 
 
@@ -306,8 +304,3 @@ def _grading_text(card: Mapping[str, Any]) -> str:
 
 def megabytes(size: int) -> str:
     return f"{size / 1e6:,.1f} MB"
-
-
-def share(same: Sequence[bool]) -> float:
-    """Percent of what is True; not rounded up to 100."""
-    return math.floor(1000 * sum(same) / len(same)) / 10

@@ -11,8 +11,6 @@ operations that are not promised to stay.
 """
 
 import functools
-import importlib.metadata
-import logging
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,16 +18,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import export
 from safetensors.flax import load_file
 
 from sbs_jax.convert import hugging_face
 from sbs_jax.export import card as cards
 from sbs_jax.export import weights
-from sbs_jax.export.student import ANSWER, Student, agreement, answers, check_shapes, write_vocabulary
-
-log = logging.getLogger(__name__)
+from sbs_jax.export.student import ANSWER, Student, agreed, check, check_shapes, warn_of_difference, write_vocabulary
 
 PLATFORMS = ("cpu", "tpu", "cuda", "rocm")
 DEFAULT_PLATFORMS = ("cpu", "tpu", "cuda")
@@ -57,8 +52,9 @@ def write(
 ) -> dict[str, Any]:
     """Writes the artefact into a folder that exists; returns what a summary says, and the card as well.
 
-    `form` is how weights are stored (weights.py), `shapes` are (rows, tokens) of the programs. With `samples`, texts with
-    their prefix, the artefact is read again and answers them, and so does the student in its own precision.
+    `form` is how weights are stored (weights.py), `shapes` are (rows, tokens) of the programs, () for the usual ones.
+    With `samples`, texts with their prefix, the artefact is read again and answers them, and so does the student in its
+    own precision.
     """
     longest = student.card["input"]["max_tokens"]
     shapes, platforms = shapes or ((1, longest), (32, longest)), platforms or DEFAULT_PLATFORMS
@@ -87,7 +83,12 @@ def write(
     }
     if form == weights.INT8:
         told["int8_error"] = weights.error(student.arrays)
-    told["check"] = _check(folder, student, shapes, samples, form=form)
+    rows, tokens = max(shapes, key=lambda shape: (shape[1], shape[0]))
+    program = export.deserialize(bytearray((folder / f"{ANSWER}_{rows}x{tokens}{SUFFIX}").read_bytes()))
+    arrays = load_file(folder / WEIGHTS)
+    told["check"] = check(student, lambda batch: program.call(arrays, batch)[0], shape=(rows, tokens), samples=samples)
+    if form == weights.FLOAT32:
+        warn_of_difference(told["check"])
     cards.write(folder, student.card, usage=_usage(told), runtime="jax", **told)
     return told
 
@@ -98,43 +99,13 @@ def _program(
     return student.greedy(weights.parameters(stored, student.shapes, form=form), rows, length=length)
 
 
-def _check(
-    folder: Path, student: Student, shapes: Sequence[tuple[int, int]], samples: Sequence[str], *, form: str
-) -> dict[str, Any] | None:
-    """How many of the samples the artefact, read from its files, answers as the student does."""
-    if not samples:
-        return None
-    rows, tokens = max(shapes, key=lambda shape: (shape[1], shape[0]))
-    source = student.encoded(samples)
-    padded = np.zeros((-(-len(source) // rows) * rows, tokens), np.int32)
-    padded[: len(source)] = source
-    program = export.deserialize(bytearray((folder / f"{ANSWER}_{rows}x{tokens}{SUFFIX}").read_bytes()))
-    arrays = load_file(folder / WEIGHTS)
-    batches = [np.asarray(program.call(arrays, batch)[0]) for batch in np.split(padded, len(padded) // rows)]
-    found = np.concatenate(batches)[: len(source)]
-    length = student.tasks[ANSWER]
-    own = [answers(student, student.on_device(), batch, length=length) for batch in np.split(padded, len(batches))]
-    same = agreement(np.concatenate(own)[: len(source)], found)
-    if form == weights.FLOAT32 and not all(same):
-        log.warning("The artefact answers %d of %d samples otherwise than the student.", same.count(False), len(same))
-    return {"samples": len(same), "same_answers": sum(same), "percent": cards.share(same)}
-
-
 def _usage(told: dict[str, Any]) -> str:
-    needs = "jax, numpy, safetensors and sentencepiece"
-    agreed = told["check"]
-    lines = [
-        "```\n"
-        f"pip install 'jax=={importlib.metadata.version('jax')}' numpy safetensors sentencepiece\n"
-        "python run.py < questions.jsonl > answers.jsonl\n```\n",
-        f'`run.py` needs {needs}, and answers `{{"id", "input"}}` lines. Each `*{SUFFIX}` is a program of '
-        f"`jax.export` ({', '.join(told['platforms'])}) for as many rows of as many tokens as its name says; `model.py` "
-        "calls them. Written by jax "
-        f"{told['jax']}: later versions read it for at least six months, and versions up to three weeks older.\n",
-    ]
-    if agreed is not None:
-        lines.append(
-            f"At export it answered {agreed['same_answers']} of {agreed['samples']} sample inputs with the same tokens as "
-            "the student in its own precision.\n"
-        )
-    return "\n".join(lines)
+    return (
+        f"```\npip install 'jax=={told['jax']}' numpy safetensors sentencepiece\n"
+        "python run.py < questions.jsonl > answers.jsonl\n```\n\n"
+        "`run.py` needs jax, numpy, safetensors and sentencepiece alone, and answers lines of "
+        f'`{{"id", "input"}}`. Each `*{SUFFIX}` is a program of `jax.export` ({", ".join(told["platforms"])}) for as '
+        "many rows of as many tokens as its name says; `model.py` calls them. They were written by jax "
+        f"{told['jax']}: later versions read them for at least six months, and so do versions that are up to three "
+        f"weeks older.\n{agreed(told['check'])}"
+    )

@@ -1,18 +1,21 @@
 """What an export is made of: a student's structure and arrays, what it was trained to do, and its vocabulary."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import seqio
 
-from sbs_jax import checkpoints, datasets, decoding, evaluate, features, partitioning, t5, tokens
+from sbs_jax import datasets, decoding, evaluate, features, partitioning, t5
 from sbs_jax.convert import names
 from sbs_jax.export import card as cards
+
+log = logging.getLogger(__name__)
 
 ANSWER, RATIONALE = "answer", "rationale"
 
@@ -43,7 +46,7 @@ class Student:
         if opened.tuning is None:
             structure, shapes, _ = t5.abstract(opened.config)
             return cls(structure, opened.arrays, shapes, card, vocabulary)
-        student = evaluate.load_student(source, layout=ON_ONE, base=base)
+        student = evaluate.load_student(source, layout=partitioning.DATA_PARALLEL, base=base)
         arrays = {name: names.of_array(np.asarray(x)) for name, x in student.parameters.items()}
         shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in student.parameters.items()}
         return cls(student.structure, arrays, shapes, card, vocabulary)
@@ -71,10 +74,6 @@ class Student:
             name: self.arrays[name].onto(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place))
             for name, leaf in self.shapes.items()
         }
-
-
-# One device: an export's programs are for one.
-ON_ONE = partitioning.Layout(slice=1, data=1, fsdp=1, tensor=1)
 
 
 def vocabulary_of(opened: names.Opened, source: str) -> str:
@@ -106,11 +105,44 @@ def check_shapes(shapes: Sequence[tuple[int, int]], *, longest: int) -> None:
         )
 
 
-def agreement(reference: np.ndarray, found: np.ndarray) -> list[bool]:
-    """Row by row, whether all tokens are the same."""
-    return [bool(same) for same in (np.asarray(reference) == np.asarray(found)).all(axis=1)]
+def check(
+    student: Student, generate: Callable[[np.ndarray], Any], *, shape: tuple[int, int], samples: Sequence[str]
+) -> dict[str, Any] | None:
+    """How many samples `generate` (rows [B, S] to tokens [B, T]) answers as the student does in its own precision.
+
+    None without samples.
+    """
+    if not samples:
+        return None
+    rows, length = shape
+    source = student.encoded(samples)
+    padded = np.zeros((-(-len(source) // rows) * rows, length), np.int32)
+    padded[: len(source)] = source
+    parameters = student.on_device()
+    own = jax.jit(lambda p, x: student.greedy(p, x, length=student.tasks[ANSWER])[0])
+    same: list[bool] = []
+    for batch in np.split(padded, len(padded) // rows):
+        same += (np.asarray(own(parameters, batch)) == np.asarray(generate(batch))).all(axis=1).tolist()
+    same = same[: len(source)]
+    return {"samples": len(same), "same_answers": sum(same), "percent": math.floor(1000 * sum(same) / len(same)) / 10}
 
 
-def answers(student: Student, parameters: t5.Parameters, rows: np.ndarray, *, length: int) -> np.ndarray:
-    """Greedy answers of the student as it is here, int32 [N, T]."""
-    return np.asarray(jax.jit(lambda p, x: student.greedy(p, x, length=length))(parameters, jnp.asarray(rows))[0])
+def warn_of_difference(checked: Mapping[str, Any] | None) -> None:
+    """Says loudly that what should be equal is not."""
+    if checked is not None and checked["same_answers"] < checked["samples"]:
+        log.warning(
+            "What was written answers %d of %d samples otherwise than the student. It should not: two tokens that are "
+            "equally likely to rounding can change places, nothing more.",
+            checked["samples"] - checked["same_answers"],
+            checked["samples"],
+        )
+
+
+def agreed(checked: Mapping[str, Any] | None) -> str:
+    """The line of a README."""
+    if checked is None:
+        return ""
+    return (
+        f"\nAt export it answered {checked['same_answers']} of {checked['samples']} sample inputs with the same tokens "
+        "as the student in its own precision.\n"
+    )

@@ -13,7 +13,7 @@ import numpy as np
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
-import model  # noqa: E402  # pyright: ignore[reportMissingImports]  # model.py of this folder
+import model  # noqa: E402  (model.py of this folder)
 
 CARD = json.loads((HERE / "sbs_student.json").read_text("utf-8"))
 GIVEN, TOKENIZER, MARKER = CARD["input"], CARD["tokenizer"], CARD["answer"]["parser"]["after_last"]
