@@ -29,7 +29,9 @@ def write(folder: Path, *, vocabulary: str = "byte", task: str = "toy_step_by_st
     datasets.add(toy.DATASET)
     rows = 384 if vocabulary == tokens.BYTE_VOCABULARY else 32_128
     config = dataclasses.replace(toy.MODEL, **{"vocab_size": rows, **changes})
-    parameters = {name: jnp.asarray(values) for name, values in cases.parameters(config).items()}
+    values = cases.parameters(config)
+    values["logits_dense/kernel"][:, 259 if rows == 384 else 32_000 :] = 0  # rows of no token, and sentinels
+    parameters = {name: jnp.asarray(each) for name, each in values.items()}
     checkpoints.save_parameters(folder, parameters, config=config, step=7)
     _write_manifest(folder, vocabulary=vocabulary, task=task, tuning=None)
     return folder

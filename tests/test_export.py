@@ -8,8 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+import processes
 import pytest
 import safetensors.numpy
 import students
@@ -50,7 +52,7 @@ def answered(artefact: Path, *, also_refused: tuple[str, ...] = ()) -> dict:
     """What an artefact answers to `students.TEXTS` in a Python that cannot import this package."""
     program = f"REFUSED = {REFUSED + also_refused!r}\n{ANSWER}"
     arguments = ["-I", "-c", program, str(artefact), json.dumps(students.TEXTS)]
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": processes.QUICK}
     done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
@@ -78,9 +80,9 @@ def label_student(tmp_path_factory) -> Path:
 
 
 def test_stablehlo_answers_without_this_package(student, tmp_path):
-    """Label and rationale, one more row than a program takes; inputs that are cut, that have an end token, and bytes."""
-    summary = convert(student, tmp_path / "out", samples=str(students.questions(tmp_path)))
-    assert summary["check"] == {"samples": 6, "same_answers": 6, "percent": 100.0}
+    """Label and rationale, two more rows than a program takes; inputs that are cut, or have an end token."""
+    summary = convert(student, tmp_path / "out", check=0)
+    assert summary["check"] is None
     assert summary["platforms"] == ["cpu", "tpu", "cuda"]
     found = answered(tmp_path / "out")
     labels = [text for text, _ in found["answer"]]
@@ -135,7 +137,7 @@ def test_int8_weights_are_a_quarter_and_say_what_they_lose(label_student, tmp_pa
     # What the program answers is what the student with those weights does.
     rows = jnp.asarray([[5, 9, 7, 1] + 16 * [0], [80, 81, 82, 83, 1] + 15 * [0]] * 2)
     found = _program(tmp_path / "out")(stored, rows)
-    expected = decoding.greedy(t5.join(structure, unpacked), rows, length=6)
+    expected = greedy(structure, unpacked, rows)
     np.testing.assert_array_equal(found[0], expected[0])
     np.testing.assert_allclose(found[1], expected[1], rtol=1e-4)
     error = summary["int8_error"]
@@ -147,6 +149,10 @@ def test_int8_weights_are_a_quarter_and_say_what_they_lose(label_student, tmp_pa
     told = json.loads((tmp_path / "out" / cards.FILE).read_text())
     assert told["check"] == summary["check"]
     assert f"{summary['check']['same_answers']} of 6 sample inputs" in (tmp_path / "out" / cards.README).read_text()
+
+
+def greedy(structure, parameters, rows):
+    return jax.jit(lambda parameters: decoding.greedy(t5.join(structure, parameters), rows, length=6))(parameters)
 
 
 def _program(folder: Path):
@@ -176,7 +182,7 @@ def test_what_cannot_be_merged_is_carried(student, tmp_path):
     # Not what the base answers: the prompt is in it.
     structure, base = students.parameters(student)
     rows = jnp.asarray([[5, 9, 7, 1] + 16 * [0]] * 4)
-    without = decoding.greedy(t5.join(structure, base), rows, length=6)[1]
+    without = greedy(structure, base, rows)[1]
     assert np.abs(_program(tmp_path / "out")(stored, rows)[1] - without).max() > 1e-3
     assert "a prompt of 3" in (tmp_path / "out" / cards.README).read_text()
 
@@ -313,10 +319,8 @@ def test_a_student_without_tokenizer_is_refused_by_programs(student, tmp_path):
 
 @pytest.mark.parametrize("name", ["jax2onnx", "onnxruntime"])
 def test_a_missing_exporter_says_what_to_install(student, name, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "jax2onnx", sys)
-    monkeypatch.setitem(sys.modules, "onnxruntime", sys)
-    monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(ModuleNotFoundError, match=rf"--to onnx needs {name} .* pip install 'sbs-jax\[onnx\]'"):
+    monkeypatch.setattr("importlib.util.find_spec", lambda asked: None if asked == name else True)
+    with pytest.raises(ModuleNotFoundError, match=rf"--to onnx needs {name}, .* pip install 'sbs-jax\[onnx\]'"):
         convert(student, tmp_path / "out", "onnx")
 
 

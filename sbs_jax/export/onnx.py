@@ -10,6 +10,8 @@ jax2onnx and onnxruntime are the extra `onnx`.
 import contextlib
 import importlib
 import importlib.metadata
+import importlib.util
+import logging
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -29,12 +31,8 @@ ARTEFACT = Path(__file__).parent / "artefact"
 def check_installed() -> None:
     """ModuleNotFoundError, with what to install, where the exporter or the runtime is missing."""
     for name in ("jax2onnx", "onnxruntime"):
-        try:
-            importlib.import_module(name)
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(
-                f"--to onnx needs {name} ({error}). Install it: pip install 'sbs-jax[onnx]'."
-            ) from None
+        if importlib.util.find_spec(name) is None:
+            raise ModuleNotFoundError(f"--to onnx needs {name}, which is not there: pip install 'sbs-jax[onnx]'.")
 
 
 def write(
@@ -50,13 +48,13 @@ def write(
         raise ValueError(f"An ONNX model has one shape; got {len(shapes)}. Convert again for another.")
     check_shapes(shapes, longest=longest)
     (shape,) = shapes
-    jax2onnx: Any = importlib.import_module("jax2onnx")
     parameters, length = student.on_device(), student.tasks[ANSWER]
 
     def greedy(rows: jax.Array) -> tuple[jax.Array, jax.Array]:
         return student.greedy(parameters, rows, length=length)
 
-    with _for_cpu():
+    with _quietly(), _for_cpu():
+        jax2onnx: Any = importlib.import_module("jax2onnx")
         jax2onnx.to_onnx(
             greedy,
             [jax.ShapeDtypeStruct(shape, jnp.int32)],
@@ -85,6 +83,20 @@ def _answering(folder: Path) -> Any:
     options.log_severity_level = 3
     session = runtime.InferenceSession(str(folder / MODEL), options, providers=["CPUExecutionProvider"])
     return lambda rows: np.asarray(session.run(None, {session.get_inputs()[0].name: rows})[0])
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Without what the exporter tells of plugins for libraries that are not used here, and of each constant."""
+    loggers = [logging.getLogger(name) for name in ("jax2onnx", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 @contextlib.contextmanager
