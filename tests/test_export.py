@@ -221,10 +221,22 @@ def test_a_run_s_export_tells_all_there_is_to_know(toy_run, tmp_path):
     grades: dict = {}
     exec((tmp_path / "out" / cards.GRADING).read_text(), grades)
     assert grades["accuracy"](["a", "b"], ["a", "c"]) == metrics.accuracy(["a", "b"], ["a", "c"])
-    # The card goes along.
-    convert(tmp_path / "out", tmp_path / "again", "hf")
-    again = json.loads((tmp_path / "again" / cards.FILE).read_text())
-    assert {**again, "weights": card["weights"]} == card
+    # The card goes along, through every form.
+    for before, to_form in (("out", "t5x"), ("t5x", "sbs"), ("sbs", "hf")):
+        convert(tmp_path / before, tmp_path / to_form, to_form)
+    again = json.loads((tmp_path / "hf" / cards.FILE).read_text())
+    assert again == card
+
+
+def test_of_a_dataset_that_is_not_known_here_the_card_has_less(tmp_path, caplog):
+    run = students.write(tmp_path / "run")
+    manifest = json.loads((run / "manifest.json").read_text().replace('"toy', '"elsewhere'))
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    convert(run, tmp_path / "out", "hf")
+    assert "'elsewhere' is not known here" in caplog.text
+    card = json.loads((tmp_path / "out" / cards.FILE).read_text())
+    assert (card["dataset"], card["input"]["prefix"]) == ("elsewhere", "predict: ")
+    assert (card["answer"]["labels"], card["grading"]["file"]) == (None, None)
 
 
 def test_of_another_step_nothing_was_tested(toy_run, tmp_path):

@@ -115,6 +115,8 @@ def convert(
                     base=opened.base,
                 )
                 _write_run(folder, opened, home=Path(target).absolute())
+            card = None if opened.tuning is not None else cards.of(source, opened, form=found)
+            _write_origin(folder / cards.FILE, card)
     return summary
 
 

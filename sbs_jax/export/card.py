@@ -10,7 +10,6 @@ import inspect
 import json
 import logging
 import shutil
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from typing import Any
 from sbs_jax import adapters, checkpoints, datasets, records, run_dir, selection, tokens
 from sbs_jax.convert import hugging_face, names
 from sbs_jax.report import intervals, results
+from tasks import metrics
 
 log = logging.getLogger(__name__)
 
@@ -69,8 +69,7 @@ def write(folder: Path, card: Mapping[str, Any], *, usage: str, **more: Any) -> 
     hugging_face.write_json(folder / FILE, {**card, **more})
     (folder / README).write_text(_readme(card, usage=usage, more=more), "utf-8")
     if card["grading"]["file"] is not None:
-        module = sys.modules[datasets.get(card["dataset"]).metric_fns[0].__module__]
-        shutil.copyfile(str(module.__file__), folder / GRADING)
+        shutil.copyfile(metrics.__file__, folder / GRADING)
 
 
 def sample_inputs(source: str, card: Mapping[str, Any], *, form: str, rows: int) -> list[str]:
@@ -115,8 +114,11 @@ def _of_settings(opened: names.Opened) -> dict[str, Any]:
     manifest = opened.origin
     assert manifest is not None
     run, options = manifest["run"], manifest["data"]["options"]
-    task = run["mixture_or_task_name"]
-    dataset, kind = datasets.split_task(task)
+    task, name = run["mixture_or_task_name"], manifest["data"]["dataset"]
+    kind = task.removeprefix(f"{name}_")
+    dataset = datasets.get(name) if name in datasets.names() else None
+    if dataset is None:
+        log.warning("The dataset %r is not known here: the card has neither its labels nor how it is graded.", name)
     lengths = run["task_feature_lengths"]
     rationale = {"prefix": options["rationale_prefix"], "max_new_tokens": lengths["targets"]}
     label = {"prefix": options["label_prefix"], "max_new_tokens": run["max_decode_length"]}
@@ -124,7 +126,7 @@ def _of_settings(opened: names.Opened) -> dict[str, Any]:
     marker = selection.ANSWER_MARKER if kind == datasets.RATIONALE_THEN_LABEL else None
     return {
         "format": FORMAT,
-        "dataset": dataset.name,
+        "dataset": name,
         "task": task,
         "input": {
             "prefix": asked["prefix"],
@@ -138,11 +140,11 @@ def _of_settings(opened: names.Opened) -> dict[str, Any]:
             ),
             "max_new_tokens": asked["max_new_tokens"],
             "decoding": "greedy",
-            "labels": list(dataset.labels) if dataset.labels is not None else None,
+            "labels": list(dataset.labels) if dataset is not None and dataset.labels is not None else None,
             "parser": {"after_last": marker, "strip": True},
         },
         "rationale": rationale if kind == datasets.STEP_BY_STEP else None,
-        "grading": _grading(dataset),
+        "grading": _grading(dataset, metric=run.get("primary_metric")),
         "test": None,
         "training": _training(manifest, opened),
         "model": dataclasses.asdict(opened.config),
@@ -162,11 +164,12 @@ def _tokenizer(manifest: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _grading(dataset: datasets.Dataset) -> dict[str, Any]:
+def _grading(dataset: datasets.Dataset | None, *, metric: str | None) -> dict[str, Any]:
     """How answers are graded; `file` where the functions need nothing but the standard library."""
-    functions = [function for function in dataset.metric_fns if function.__module__ == "tasks.metrics"]
+    known = () if dataset is None else dataset.metric_fns
+    functions = [function for function in known if function.__module__ == metrics.__name__]
     return {
-        "metric": dataset.primary_metric,
+        "metric": metric,
         "file": GRADING if functions else None,
         "functions": [function.__name__ for function in functions],
         "meaning": [(inspect.getdoc(function) or "").partition("\n")[0] for function in functions],
@@ -235,7 +238,7 @@ def _readme(card: Mapping[str, Any], *, usage: str, more: Mapping[str, Any]) -> 
         ("answer", f"{answer['is']}, up to {answer['max_new_tokens']} tokens, greedy"),
         ("labels", shown + (" .." if labels is not None and len(labels) > 20 else "")),
         ("parser", _parser(answer["parser"])),
-        ("graded by", f"{card['grading']['metric']}. {' '.join(card['grading']['meaning'])}"),
+        ("graded by", ". ".join([str(card["grading"]["metric"]), *card["grading"]["meaning"]])),
         ("on test", _score(card)),
         ("dataset", card["dataset"]),
         ("method", training["method"]),
