@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -355,3 +356,22 @@ def test_a_damaged_card_is_refused(student, tmp_path):
     (tmp_path / "hf" / cards.FILE).write_text('{"format": 99}')
     with pytest.raises(ValueError, match=r"sbs_student.json: got format 99; expected .* format 1"):
         convert(tmp_path / "hf", tmp_path / "out", "hf")
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("/home/somebody/t5-v1_1-base", "t5-v1_1-base"),
+        ("t5x/t5_1_1_base/checkpoint_1000000", "t5_1_1_base/checkpoint_1000000"),
+        ("gs://t5-data/pretrained_models/t5x/t5_1_1_base", "gs://t5-data/pretrained_models/t5x/t5_1_1_base"),
+    ],
+)
+def test_a_base_is_named_without_where_it_lies(student, path, name, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(student, run)
+    manifest = json.loads((run / "manifest.json").read_text())
+    manifest["settings"]["initial_checkpoint_path"] = path
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    convert(run, tmp_path / "out", "hf")
+    assert json.loads((tmp_path / "out" / cards.FILE).read_text())["training"]["base"] == name
+    assert f"| base | {name} |" in (tmp_path / "out" / cards.README).read_text()
