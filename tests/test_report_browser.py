@@ -30,7 +30,9 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for seed in range(2):
         write_run(root / f"toy-label-{seed}", right=some(20, rows=40), seed=seed)
         write_run(root / f"toy-steps-{seed}", kind="step_by_step", right=[i % 2 == 0 for i in range(40)], seed=seed)
-    write_run(root / "toy-single", kind="rationale_then_label", right=some(10, rows=40))
+    single = write_run(root / "toy-single", kind="rationale_then_label", right=some(10, rows=40))
+    (file,) = (single / "predictions").iterdir()  # right, in other words than the other methods
+    file.write_text(file.read_text().replace('"prediction": "entailment"', '"prediction": "Entailment"', 1))
     write_rationales(root / "toy-steps-0", MEASURED, EXAMPLES)
     write_run(root / "zoo-label", dataset="zoo", right=some(5, rows=30), text=" In the zoo?")
     assert report.main([root], root / "report.html") == 0
