@@ -53,6 +53,7 @@ def _plan(dataset: str, size: str, method: str, *, folder: Path) -> None:
     if _read(file):
         return
     command = [sys.executable, "-m", "sbs_jax.main", "plan", "--json", "--steps", "train,evaluation"]
+    command += ["--time_limit", "14400"]
     command += ["--topology", TOPOLOGIES[size], f"--gin_file=gin_configs/experiments/{dataset}/{size}.gin"]
     command += [f"--gin_file=gin_configs/methods/{method}.gin", "--gin.LAYERS=scanned", "--gin.REMAT=attended"]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
@@ -62,9 +63,11 @@ def _plan(dataset: str, size: str, method: str, *, folder: Path) -> None:
 
 
 def _read(file: Path) -> dict[str, Any] | None:
+    """The candidate of a plan that fits; None where there is no plan yet, or its compilation took too long."""
     if not file.is_file() or not file.stat().st_size:
         return None
-    return json.loads(file.read_text("utf-8"))["candidates"][0]
+    found = json.loads(file.read_text("utf-8"))["candidates"][0]
+    return found if found["fits"] else None
 
 
 def _run_hours(plan: dict[str, Any], dataset: str, *, step: float = 1.0) -> float:

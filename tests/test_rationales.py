@@ -1,6 +1,7 @@
 """What rationales are worth: which label a text names, overlap with the teacher's, and `sbs rationales` on a run."""
 
 import json
+import random
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import toy
 
 import tasks
 from sbs_jax import datasets, main, naming, rationales, records, release, train
-from tasks import nli, svamp
+from tasks import builtin, nli, svamp
 
 
 @pytest.mark.parametrize(
@@ -61,6 +62,19 @@ def test_the_last_calculation_of_a_text(text: str, expected: str | None) -> None
 )
 def test_the_relation_that_a_text_names(text: str, expected: str | None) -> None:
     assert nli.implied_label(text, ()) == expected
+
+
+def test_every_usable_reply_of_the_scripted_teacher_argues_for_its_answer() -> None:
+    """Also where it errs: a claim has one answer, which no other question takes for another."""
+    random_ = random.Random(5)
+    answers = []
+    for _ in range(500):
+        problem = builtin.random_problem(random_)
+        found = builtin.strict(builtin.teacher_reply(problem, random_), builtin.row({"input": "", "label": ""}))
+        if found.rationale is not None and found.label is not None:
+            assert builtin.implied_label(found.rationale, ()) == found.label
+            answers.append(found.label == problem.label)
+    assert 0.75 < sum(answers) / len(answers) < 0.95
 
 
 @pytest.mark.parametrize(

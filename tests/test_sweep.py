@@ -53,7 +53,7 @@ def test_cells_are_every_combination_and_comparable_ones_stand_together() -> Non
 
 def test_a_cell_is_configured_as_its_name_says() -> None:
     """Texts keep their type, placeholders are filled, references stay gin's."""
-    bindings = {"RATIONALES": "agreeing", "OPTIMIZER": "@optax.adafactor", "TRAIN_STEPS": 7}
+    bindings = {"RATIONALES": "agreeing", "OPTIMIZER": "@optax.adafactor", "TRAIN_STEPS": 7, "LABEL_PREFIX": "(1)"}
     cells = a_sweep(
         sizes=("base",),
         axes={"ALPHA": (0.3,)},
@@ -69,6 +69,7 @@ def test_a_cell_is_configured_as_its_name_says() -> None:
         7,
         "cqa_step_by_step",
     )
+    assert config.data.label_prefix == "(1)"  # which unquoted is a number of gin
     assert config.initial_checkpoint_path == "points/cqa/t5-base"
     assert config.model_dir == "runs/runs/cqa-base-step_by_step-ALPHA=0.3-0.5-1"
     assert "adafactor" in str(config.optimizer)
@@ -297,6 +298,12 @@ def test_what_makes_a_finished_cell_another_one(trained: Path, monkeypatch: pyte
     longer = states(f"BINDINGS={bindings | {'TRAIN_STEPS': 50}}")
     assert [state for state, _ in longer] == ["changed", "changed"]
     assert f"-TRAIN_STEPS = {STEPS}\n+TRAIN_STEPS = 50" in longer[0][1]
+    # Not tested yet.
+    shutil.copytree(trained / "sweep", tmp_path / "cut")
+    name = "toy-tiny-step_by_step-1-0"
+    metrics = tmp_path / "cut" / "runs" / name / "metrics.jsonl"
+    metrics.write_bytes(b"".join(line for line in metrics.read_bytes().splitlines(True) if b'"test"' not in line))
+    assert states(f"SWEEP_DIR={tmp_path / 'cut'}") == [("finished", ""), ("begun", "")]
     # The same names, other rows.
     other = tmp_path / "other" / "toy"
     other.mkdir(parents=True)
