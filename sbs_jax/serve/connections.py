@@ -35,10 +35,12 @@ class Connection(H11Protocol):
 
     max_connections: int
     read_timeout: float
+    keep_alive: float
+    _headers_since: float | None
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
-        self._headers_since: float | None = time.monotonic()
+        self._opened, self._headers_since = time.monotonic(), None
         self._unsent_since: float | None = None
         self._early_since: float | None = None
         self._discarded = 0
@@ -93,15 +95,14 @@ class Connection(H11Protocol):
         elif self.transport.is_closing():
             return
         elif self._headers_since is not None and now - self._headers_since > self.read_timeout:
-            if self.conn.trailing_data[0]:
-                expected = f"the headers of a request within {self.read_timeout:g} s"
-                self._end("408 Request Timeout", "slow_headers", f"got a part of the headers; expected {expected}.")
-            else:
-                self.transport.close()
+            expected = f"the headers of a request within {self.read_timeout:g} s"
+            self._end("408 Request Timeout", "slow_headers", f"got a part of the headers; expected {expected}.")
+        elif self.cycle is None and self._headers_since is None and now - self._opened > self.keep_alive:
+            self.transport.close()  # it has never asked for anything
         elif self._early_since is not None and now - self._early_since > self.read_timeout and self._answered_early():
             self.transport.abort()
 
 
-def limited(*, max_connections: int, read_timeout: float) -> type[Connection]:
-    """The class of the connections of one server."""
-    return type("Connection", (Connection,), {"max_connections": max_connections, "read_timeout": read_timeout})
+def limited(**limits: float) -> type[Connection]:
+    """The class of the connections of one server: `max_connections`, `read_timeout` and `keep_alive`."""
+    return type("Connection", (Connection,), limits)

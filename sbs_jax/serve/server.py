@@ -125,7 +125,11 @@ class _Server:
         self._uvicorn = _Uvicorn(
             uvicorn.Config(
                 self._service.app(),
-                http=connections.limited(max_connections=limits.max_connections, read_timeout=limits.read_timeout),
+                http=connections.limited(
+                    max_connections=limits.max_connections,
+                    read_timeout=limits.read_timeout,
+                    keep_alive=limits.keep_alive,
+                ),
                 ws="none",
                 lifespan="off",
                 loop="asyncio",
