@@ -375,3 +375,40 @@ def test_a_base_is_named_without_where_it_lies(student, path, name, tmp_path):
     convert(run, tmp_path / "out", "hf")
     assert json.loads((tmp_path / "out" / cards.FILE).read_text())["training"]["base"] == name
     assert f"| base | {name} |" in (tmp_path / "out" / cards.README).read_text()
+
+
+def test_a_card_with_anything_else_in_any_place_is_refused_or_still_a_card(student, tmp_path):
+    convert(student, tmp_path / "hf", "hf")
+    card = json.loads((tmp_path / "hf" / cards.FILE).read_text())
+    refused = []
+    for place in _places(card):
+        for value in (None, [1], {"a": {}}, -1, "x"):
+            changed = json.loads(json.dumps(card))
+            holder = changed
+            for name in place[:-1]:
+                holder = holder[name]
+            holder[place[-1]] = value
+            (tmp_path / "card.json").write_text(json.dumps(changed))
+            try:
+                found = cards.read(tmp_path / "card.json")
+            except ValueError as error:
+                assert "card.json: " in str(error)  # noqa: PT017  (and no other error, whatever the value)
+                refused.append(".".join(place))
+                continue
+            (tmp_path / "out").mkdir(exist_ok=True)
+            cards.write(tmp_path / "out", found, usage="")
+    for place in (
+        "format",
+        "input.max_tokens",
+        "answer.parser.after_last",
+        "rationale.max_new_tokens",
+        "training.rows",
+    ):
+        assert place in refused
+
+
+def _places(value, before=()):
+    for name, each in value.items():
+        yield (*before, name)
+        if isinstance(each, dict) and name not in ("model", "versions", "rows"):
+            yield from _places(each, (*before, name))

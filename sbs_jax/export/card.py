@@ -28,7 +28,7 @@ _PREDICTIONS = "predictions"
 
 
 def of(source: str, opened: names.Opened, *, form: str) -> dict[str, Any] | None:
-    """The card of a checkpoint: of a run what it left behind, of an export the card that it carries.
+    """The card of a checkpoint: of a run what it left, of an export the card that it carries.
 
     None where nothing tells what the student was trained to do: published weights. ValueError for a card that is
     damaged.
@@ -54,11 +54,35 @@ def read(path: Path) -> dict[str, Any]:
             f"{path}: got format {records.brief(what)}; expected the card of an export, of format {FORMAT}. Remove it, "
             "and sbs_run.json beside it says what it can."
         )
-    parts = {"dataset": str, "input": dict, "answer": dict, "tokenizer": dict, "training": dict}
-    for name, kind in parts.items():
-        if not isinstance(found.get(name), kind):
-            raise ValueError(f"{path}: {name!r} is {records.brief(found.get(name))}; it is damaged. Remove it.")
+    for place, kinds in _FIELDS.items():
+        value: Any = found
+        for name in place.split("."):
+            value = value.get(name) if isinstance(value, dict) else None
+        if type(value) not in kinds or (type(value) is int and value < 1):
+            expected = " or ".join(kind.__name__ for kind in kinds)
+            raise ValueError(f"{path}: {place!r} is {records.brief(value)}; expected {expected}. {_DAMAGED}")
+    try:
+        _readme(found, usage="", more={})
+    except (LookupError, TypeError, ValueError, AttributeError) as error:  # whatever is wrong in what is only shown
+        raise ValueError(f"{path}: {type(error).__name__}: {records.part(str(error))}. {_DAMAGED}") from None
     return found
+
+
+_DAMAGED = "The card is damaged: put it back, or remove it."
+_NONE = type(None)
+# What an export takes from a card that it reads.
+_FIELDS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("dataset", "task", "input.prefix", "input.joint", "answer.is", "training.method"), (str,)),
+    **dict.fromkeys(("input.max_tokens", "answer.max_new_tokens", "parameters"), (int,)),
+    "answer.labels": (list, _NONE),
+    "answer.parser.after_last": (str, _NONE),
+    "rationale": (dict, _NONE),
+    **dict.fromkeys(("grading.metric", "grading.file", "training.base", "training.adapters"), (str, _NONE)),
+    **dict.fromkeys(("grading.functions", "grading.meaning"), (list,)),
+    "test": (dict, _NONE),
+    "test.interval_95": (list, _NONE),
+    **dict.fromkeys(("input", "answer", "answer.parser", "grading", "training", "training.rows", "tokenizer"), (dict,)),
+}
 
 
 def write(folder: Path, card: Mapping[str, Any], *, usage: str, **more: Any) -> None:
@@ -292,10 +316,8 @@ def _trained(training: Mapping[str, Any]) -> str:
 def _rationale(card: Mapping[str, Any]) -> str:
     if card["rationale"] is None:
         return ""
-    return (
-        f"\nIt also writes a rationale: after `{card['rationale']['prefix']}`, of up to "
-        f"{card['rationale']['max_new_tokens']} tokens.\n"
-    )
+    prefix, length = str(card["rationale"]["prefix"]), int(card["rationale"]["max_new_tokens"])
+    return f"\nIt also writes a rationale: after `{prefix}`, of up to {length} tokens.\n"
 
 
 def _grading_text(card: Mapping[str, Any]) -> str:
