@@ -199,6 +199,8 @@ def test_a_phone_does_not_scroll_sideways(tab: chromium.Page, page: Path, width:
     assert tab.run("document.documentElement.scrollWidth") <= width
     choose(tab, text="toy-1")
     assert tab.run("document.documentElement.scrollWidth") <= width
+    rights = tab.run("['list', 'detail'].map((id) => document.getElementById(id).getBoundingClientRect().right)")
+    assert max(rights) <= width
     sizes = tab.run("[...document.querySelectorAll('#filters select, #filters input')].map((e) => e.offsetWidth)")
     assert min(sizes) >= 120
     small = tab.run(
@@ -299,6 +301,7 @@ def test_more_answers_than_a_page_holds_are_sampled(tmp_path: Path) -> None:
     assert [len(whole["sets"][0]["ids"]), len(part["sets"][0]["ids"])] == [40, 15]
     assert part["sets"][0]["rows"] == 40
     assert set(part["sets"][0]["ids"]) < set(whole["sets"][0]["ids"])
+    assert part["sets"][0]["ids"] != whole["sets"][0]["ids"][:15]
     assert "The other 25 test rows would make the page too large" in browser.section(part)
     assert browser.data(study, answers=30) == part
     assert len(browser.data(study, characters=400)["sets"][0]["ids"]) < 25
