@@ -14,6 +14,7 @@ from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+os.environ["SBS_COMPILED"] = "off"  # no test writes to the user's cache
 
 import processes
 
@@ -91,6 +92,19 @@ def starter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[processes.Star
         folder = folder.parent
     with processes.server(folder) as address:
         yield processes.Starter(address=address, compiled=folder / "compiled")
+
+
+@pytest.fixture(scope="session")
+def toy_run(tmp_path_factory: pytest.TempPathFactory):
+    """Configuration of a finished run of ours on the toy data, of 6 steps; not to be changed."""
+    import toy
+
+    from sbs_jax import train
+
+    folder = tmp_path_factory.mktemp("toy_run")
+    config = toy.config(folder / "run", toy.write_records(folder / "records"))
+    train.train(config, config_text="")
+    return config
 
 
 @pytest.fixture
