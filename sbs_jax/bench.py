@@ -117,14 +117,15 @@ def _number(x: float) -> str:
 
 def versions(*distributions: str) -> dict[str, str]:
     """Versions of Python, of the machine and of these distributions; those not installed are left out."""
-    found = {"python": platform.python_version(), "machine": f"{_processor()}, {os.cpu_count()} CPUs"}
+    found = {"python": platform.python_version(), "machine": f"{processor()}, {os.cpu_count()} CPUs"}
     for name in distributions:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
     return found
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The name of the processor."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text("utf-8").splitlines():
             if line.startswith("model name"):

@@ -1,12 +1,14 @@
-"""Generation from a student: greedy and beam search with a cache, and the score of given targets.
+"""Generation from a student: greedy, sampling and beam search with a cache, and the score of given targets.
 
-Both take a batch of unpacked source rows; row by row they are independent of their neighbours and of how far the
+All take a batch of unpacked source rows; row by row they are independent of their neighbours and of how far the
 source is padded.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt32
 
 from sbs_jax import stepping, t5
 from sbs_jax.partitioning import constrain
@@ -22,6 +24,80 @@ def greedy(
     Returns tokens (EOS included, 0 after it) and the natural log probability of each row's tokens, EOS included.
     The loop ends as soon as every row has ended. Decoding starts from token 0, as T5 was trained.
     """
+
+    def choose(logits_BV: jax.Array, position: jax.Array) -> tuple[jax.Array, jax.Array]:
+        del position
+        return most_likely(logits_BV), jnp.max(logits_BV, axis=-1)
+
+    return _generate(model, encoder_input_tokens, length=length, choose=choose)
+
+
+def sample(
+    model: t5.T5,
+    encoder_input_tokens: Int[Array, "B S"],
+    keys_B2: UInt32[Array, "B 2"],
+    *,
+    length: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+) -> tuple[Int[Array, "B T"], Float[Array, "B"]]:
+    """Tokens drawn from the student's distribution, up to `length` of them or EOS; returns what `greedy` does.
+
+    The logits are divided by `temperature`; of tokens remain the `top_k` likeliest (0: all) and of those the fewest
+    whose probabilities sum to at least `top_p`, as in Hugging Face's `generate`. A row draws with its own key (the data
+    of a threefry key) folded with the position, so neither its neighbours nor padding change what it draws. The log
+    probability is the student's own, of the undivided logits over all tokens.
+    """
+    keys_B = jax.random.wrap_key_data(keys_B2, impl="threefry2x32")
+
+    def choose(logits_BV: jax.Array, position: jax.Array) -> tuple[jax.Array, jax.Array]:
+        kept_BV = _kept(logits_BV / temperature, top_k=top_k, top_p=top_p)
+        noise_BV = jax.vmap(lambda key: jax.random.gumbel(jax.random.fold_in(key, position), kept_BV.shape[1:]))(keys_B)
+        token_B = most_likely(kept_BV + noise_BV)
+        return token_B, jnp.take_along_axis(logits_BV, token_B[:, None], axis=-1)[:, 0]
+
+    return _generate(model, encoder_input_tokens, length=length, choose=choose)
+
+
+def _kept(logits_BV: Float[Array, "B V"], *, top_k: int, top_p: float) -> Float[Array, "B V"]:
+    """The logits, -inf for tokens that may not be drawn."""
+    if top_k:
+        least_B1 = jax.lax.top_k(logits_BV, min(top_k, logits_BV.shape[1]))[0][:, -1:]
+        logits_BV = jnp.where(logits_BV < least_B1, -jnp.inf, logits_BV)
+    if top_p < 1.0:
+        ordered_BV = jnp.sort(logits_BV, axis=-1, descending=True)
+        p_BV = jax.nn.softmax(ordered_BV, axis=-1)
+        needed_BV = jnp.cumsum(p_BV, axis=-1) - p_BV < top_p  # those before it do not suffice
+        least_B1 = jnp.min(jnp.where(needed_BV, ordered_BV, jnp.inf), axis=-1, keepdims=True)
+        logits_BV = jnp.where(logits_BV < least_B1, -jnp.inf, logits_BV)
+    return logits_BV
+
+
+def most_likely(logits_BV: Float[Array, "B V"]) -> Int[Array, "B"]:
+    """The largest of each row; of equal ones the first."""
+
+    def by_argmax(logits_BV: jax.Array) -> jax.Array:
+        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+
+    def by_comparison(logits_BV: jax.Array) -> jax.Array:
+        """XLA for CPU reduces a pair of value and index one by one; a maximum, and then a minimum, many at a time."""
+        most_B1 = jnp.max(logits_BV, axis=-1, keepdims=True)
+        token_V = jnp.arange(logits_BV.shape[1], dtype=jnp.int32)
+        # Not a number is equal to nothing: then the last token, rather than none there is.
+        return jnp.min(jnp.where(logits_BV == most_B1, token_V[None, :], token_V[None, -1:]), axis=-1)
+
+    return jax.lax.platform_dependent(logits_BV, tpu=by_argmax, default=by_comparison)
+
+
+def _generate(
+    model: t5.T5,
+    encoder_input_tokens: Int[Array, "B S"],
+    *,
+    length: int,
+    choose: Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]],
+) -> tuple[Int[Array, "B T"], Float[Array, "B"]]:
+    """One token after the other, by `choose(logits [B, V], position)`: tokens [B], and their logits [B]."""
     segments = t5.source_segments(encoder_input_tokens)
     encoded = model.encode(encoder_input_tokens, segment_ids=segments)
     batch = encoder_input_tokens.shape[0]
@@ -44,10 +120,9 @@ def greedy(
         position, previous, done, tokens, score, caches = loop
         states, caches = stepper.step(previous[:, None], caches, position=position)
         logits = jnp.matmul(states[:, 0], stepper.table_DV, preferred_element_type=jnp.float32)
-        best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        chosen = jnp.where(done, PAD, best)
-        log_p = jnp.max(logits, axis=-1) - jax.nn.logsumexp(logits, axis=-1)
-        score = score + jnp.where(done, 0.0, log_p)
+        token, its_logit = choose(logits, position)
+        chosen = jnp.where(done, PAD, token)
+        score = score + jnp.where(done, 0.0, its_logit - jax.nn.logsumexp(logits, axis=-1))
         tokens = jax.lax.dynamic_update_slice_in_dim(tokens, chosen[:, None], position, axis=1)
         return position + 1, chosen, done | (chosen == EOS), tokens, score, caches
 
@@ -237,3 +312,32 @@ def score(
     log_p = jax.nn.log_softmax(model(encoder_input_tokens, shifted), axis=-1)
     chosen = jnp.take_along_axis(log_p, decoder_target_tokens[..., None], axis=-1)[..., 0]
     return jnp.sum(jnp.where(decoder_target_tokens > 0, chosen, 0.0), axis=-1)
+
+
+def score_choices(
+    model: t5.T5, encoder_input_tokens: Int[Array, "B S"], choices_BNT: Int[Array, "B N T"]
+) -> Float[Array, "B N"]:
+    """Natural log probability of each of a row's N targets, as `score` gives it (0 for one of nothing but padding).
+
+    The source is encoded once, and all targets of a row share its keys and values.
+    """
+    batch, count, length = choices_BNT.shape
+    segments = t5.source_segments(encoder_input_tokens)
+    encoded = model.encode(encoder_input_tokens, segment_ids=segments)
+    stepper = stepping.Stepper(model, encoded, segments, length=length, beams=count)
+    # Of target n at position t, the key is number t * N + n; what is later than the query is masked there.
+    own_1NP = (jnp.arange(length * count)[None, :] % count == jnp.arange(count)[:, None])[None]
+    before_BNT = jnp.pad(choices_BNT, ((0, 0), (0, 0), (1, 0)))[:, :, :-1]
+
+    def advance(carry, at):
+        caches, log_p_BN = carry
+        position, previous_BN, token_BN = at
+        states, caches = stepper.step(previous_BN, caches, position=position, visible_BNP=own_1NP)
+        logits = jnp.matmul(states, stepper.table_DV, preferred_element_type=jnp.float32)
+        its_logit = jnp.take_along_axis(logits, token_BN[:, :, None], axis=-1)[:, :, 0]
+        added = jnp.where(token_BN > 0, its_logit - jax.nn.logsumexp(logits, axis=-1), 0.0)
+        return (caches, log_p_BN + added), None
+
+    steps = jnp.arange(length), jnp.moveaxis(before_BNT, 2, 0), jnp.moveaxis(choices_BNT, 2, 0)
+    (_, log_p_BN), _ = jax.lax.scan(advance, (stepper.empty(), jnp.zeros((batch, count))), steps)
+    return log_p_BN

@@ -1,10 +1,11 @@
-"""Run a student over a task (metrics and predictions) or over a file of inputs (predictions)."""
+"""Load a student, and run it over a task: metrics and predictions. Over other inputs: prediction/."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,7 @@ from sbs_jax import (
     hosts,
     identity,
     partitioning,
-    records,
     run_dir,
-    selection,
     t5,
 )
 from tasks import metrics as grading
@@ -95,22 +94,35 @@ class Evaluator:
 
 
 class Generator:
-    """Greedy generation for any number of source rows, a fixed batch at a time.
+    """Generation for any number of source rows, a fixed batch at a time: greedy, or what `compute` does.
 
-    Of several processes each gives all rows and gets all answers, and puts on its devices what belongs there.
+    `compute(model, tokens [B, S], ..)` gives arrays of B rows, of other arrays of B rows besides the tokens; `run`
+    needs tokens and scores. Of several processes each gives all rows and gets all answers, and puts on its devices what
+    belongs there.
     """
 
     def __init__(
-        self, structure: t5.Structure, *, partitioner: partitioning.Partitioner, batch_size: int, length: int
+        self,
+        structure: t5.Structure,
+        *,
+        partitioner: partitioning.Partitioner,
+        batch_size: int,
+        length: int,
+        compute: Callable[..., Any] | None = None,
+        smaller: Sequence[int] = (),
     ) -> None:
+        """`smaller`: other numbers of rows to compile for; a batch that is not full takes the least that holds it."""
         pieces = partitioner.data_parallel_size
-        # Rows that fill the last batch up are padding, which costs nothing and is dropped again.
+        # Rows that fill a batch up are padding, which is dropped again.
         self._batch_size = -(-batch_size // pieces) * pieces
+        rounded = {-(-size // pieces) * pieces for size in smaller if size < batch_size}
+        self.sizes = sorted({*rounded, self._batch_size})
         self._partitioner = partitioner
+        compute = compute or functools.partial(decoding.greedy, length=length)
 
-        def generate(parameters: t5.Parameters, tokens: jax.Array):
+        def generate(parameters: t5.Parameters, *rows: jax.Array):
             with partitioner.constraining():
-                return decoding.greedy(t5.join(structure, parameters), tokens, length=length)
+                return compute(t5.join(structure, parameters), *rows)
 
         self._generate = jax.jit(generate, out_shardings=partitioner.replicated)
 
@@ -123,19 +135,33 @@ class Generator:
         return self._generate.lower(parameters, tokens)
 
     def run(
-        self, parameters: t5.Parameters, tokens_NS: np.ndarray, *, before_batch: Callable[[], None] = lambda: None
+        self, parameters: t5.Parameters, *rows: np.ndarray, before_batch: Callable[[], None] = lambda: None
     ) -> Iterator[tuple[list[int], float]]:
         """(token ids without EOS and padding, natural log probability) of each source row, in order."""
-        mine = self._partitioner.local_rows(self._batch_size)
-        for start in range(0, len(tokens_NS), self._batch_size):
-            before_batch()
-            rows = tokens_NS[start : start + self._batch_size]
-            filled = np.zeros((self._batch_size, tokens_NS.shape[1]), np.int32)
-            filled[: len(rows)] = rows
-            batch = self._partitioner.put_batch({"tokens": filled[mine]})["tokens"]
-            tokens, scores = jax.device_get(self._generate(parameters, batch))
-            for ids, score in zip(tokens[: len(rows)], scores, strict=False):
+        for tokens, scores in self.batches(parameters, *rows, before_batch=before_batch):
+            for ids, score in zip(tokens, scores, strict=True):
                 yield [int(i) for i in ids if i not in (decoding.PAD, decoding.EOS)], float(score)
+
+    def batches(
+        self, parameters: t5.Parameters, *rows: np.ndarray, before_batch: Callable[[], None] = lambda: None
+    ) -> Iterator[Any]:
+        """What is computed of each batch: the array, or the tuple of arrays, of its rows without those that fill it up.
+
+        `rows` are arrays of as many rows each, tokens `[N, S]` first.
+        """
+
+        def filled(rows: np.ndarray) -> np.ndarray:
+            size = next(size for size in self.sizes if size >= len(rows))
+            padding = np.zeros((size - len(rows), *rows.shape[1:]), rows.dtype)
+            return np.concatenate([rows, padding])[self._partitioner.local_rows(size)]
+
+        for start in range(0, len(rows[0]), self._batch_size):
+            before_batch()
+            part = [each[start : start + self._batch_size] for each in rows]
+            placed = self._partitioner.put_batch({str(number): filled(each) for number, each in enumerate(part)})
+            found = jax.device_get(self._generate(parameters, *placed.values()))
+            there = len(part[0])
+            yield found[:there] if isinstance(found, np.ndarray) else tuple(each[:there] for each in found)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -322,118 +348,6 @@ def evaluate(config: EvaluateConfig) -> dict[str, float]:
         summary = {"task": task, "split": config.split, "step": student.step, **result.metrics}
         (directory / "metrics.json").write_text(json.dumps(summary, indent=1) + "\n", "utf-8")
     return result.metrics
-
-
-def predict(
-    model: str | Path,
-    *,
-    input_path: str | Path,
-    output_path: str | Path,
-    objective: str,
-    batch_size: int,
-    base: str | None = None,
-    adapters: Mapping[str, str | Path] | None = None,
-) -> int:
-    """Answers each `{"id", "input"}` row of a file with `{"id", "prediction", "score"}`; returns their number.
-
-    `input` is the text without prefix, which comes from the saved configuration. `score` is the natural log
-    probability of the prediction. Every row is read and checked before the first is answered. A row may name one of
-    `adapters`, runs over the same base as `model`, in "adapter"; it is answered with that run, by that run's
-    vocabulary, prefix and lengths.
-    """
-    named = adapters or {}
-    rows = list(read_inputs(input_path, adapters=named))
-    student, others = load_students(model, named, layout=partitioning.DATA_PARALLEL, base=base)
-    places = {None: str(model), **{name: str(place) for name, place in named.items()}}
-    asked = {}
-    for name, each in {None: student, **others}.items():
-        texts = {number: row["input"] for number, row in enumerate(rows) if row.get("adapter") == name}
-        if texts:
-            asked[name] = _Asked.of(texts, each, owner=places[name], objective=objective)
-    hosts.agree(
-        {
-            "inputs": hashlib.sha256(b"".join(each.tokens.tobytes() for each in asked.values())).hexdigest(),
-            "student": ", ".join(f"{places[name]} step {each.student.step}" for name, each in asked.items()),
-        }
-    )
-    answers: dict[int, dict[str, Any]] = {}
-    for each in asked.values():
-        for number, (text, score) in zip(each.numbers, each.answers(batch_size), strict=True):
-            answers[number] = {"id": rows[number]["id"], "prediction": text, "score": score}
-    return write_rows(output_path, (answers[number] for number in range(len(rows)))) if hosts.is_first() else len(rows)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Asked:
-    """The rows of a file that one student answers, by their numbers."""
-
-    student: Student
-    numbers: list[int]
-    tokens: np.ndarray
-    kind: str
-    length: int  # of an answer, in tokens
-
-    @classmethod
-    def of(cls, texts: Mapping[int, str], student: Student, *, owner: str, objective: str) -> "_Asked":
-        options, run = student.options, student.manifest["run"]
-        kind = datasets.split_task(run["mixture_or_task_name"])[1]
-        if objective == datasets.RATIONALE and kind == datasets.LABEL:
-            log.warning("%s was trained on labels alone; its rationales mean nothing.", owner)
-        if objective == datasets.RATIONALE:
-            kind, prefix, length = objective, options.rationale_prefix, run["task_feature_lengths"]["targets"]
-        else:
-            kind = datasets.RATIONALE_THEN_LABEL if kind == datasets.RATIONALE_THEN_LABEL else datasets.LABEL
-            prefix, length = options.label_prefix, run["max_decode_length"]
-        tokens, truncated = features.encode_inputs(
-            [prefix + text for text in texts.values()],
-            vocabulary=datasets.vocabulary(options.vocabulary),
-            length=run["task_feature_lengths"]["inputs"],
-        )
-        if truncated:
-            cut = truncated, len(texts), tokens.shape[1]
-            log.warning("%d of %d inputs are longer than %d tokens and were cut.", *cut)
-        return cls(student, list(texts), tokens, kind, length)
-
-    def answers(self, batch_size: int) -> Iterator[tuple[str, float]]:
-        student, vocabulary = self.student, datasets.vocabulary(self.student.options.vocabulary)
-        generator = Generator(
-            student.structure, partitioner=student.partitioner, batch_size=batch_size, length=self.length
-        )
-        for ids, score in generator.run(student.parameters, self.tokens):
-            yield datasets.graded_text(vocabulary.decode(ids), kind=self.kind), score
-
-
-def read_inputs(path: str | Path, *, adapters: Iterable[str] = ()) -> Iterator[dict[str, Any]]:
-    """Rows of a JSONL file that have the texts `id` and `input`, and perhaps `adapter`, one of those named.
-
-    ValueError, with file and line, for another row.
-    """
-    seen: dict[str, int] = {}
-    with Path(path).open("rb") as file:
-        # Bytes are split at "\n" alone: text may hold other characters that end a line elsewhere.
-        for number, data in enumerate(file, start=1):
-            where = f"{path}:{number}"
-            line = records.decoded(data, where)
-            if not line.strip():
-                continue
-            row = records.parse_json(line, where)
-            if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in ("id", "input")):
-                raise ValueError(f'{where}: expected {{"id": text, "input": text}}, got {line[:80].rstrip()}')
-            if row["id"] in seen:
-                shown = records.brief(row["id"])
-                raise ValueError(f"{where}: id {shown} stands in line {seen[row['id']]} already.")
-            if row.get("adapter") is not None:
-                _check_adapter(row["adapter"], adapters, where)
-            seen[row["id"]] = number
-            yield row
-
-
-def _check_adapter(name: Any, known: Iterable[str], where: str) -> None:
-    if not isinstance(name, str) or name not in known:
-        listed = ", ".join(map(repr, known))
-        there = f"There are {listed}" if listed else "There are none: give some by --adapters NAME=RUN"
-        near = selection.near_matches(str(name)[:200], known)
-        raise ValueError(f"{where}: no adapter is named {records.brief(name)}.{near} {there}.")
 
 
 def write_rows(path: str | Path, rows: Any) -> int:

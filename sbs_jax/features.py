@@ -1,8 +1,7 @@
 """Task features to model features: shifted, padded or packed, with a task id per target token.
 
 `train_dataset` gives endless training batches, `eval_examples` the rows of a split with their
-texts, `encode_inputs` the tokens of texts that come from elsewhere, and `count_truncated` what the
-feature lengths cut off.
+texts, and `count_truncated` what the feature lengths cut off.
 """
 
 from __future__ import annotations
@@ -443,19 +442,6 @@ def eval_examples(task: str, *, split: str, lengths: Mapping[str, int]) -> list[
         )
         for index, row in enumerate(rows)
     ]
-
-
-def encode_inputs(texts: Sequence[str], *, vocabulary: seqio.Vocabulary, length: int) -> tuple[np.ndarray, int]:
-    """Tokens of texts that carry their prefix: int32 [n, length]; and how many had to be cut.
-
-    The same tokens as the tasks', EOS for "</s>" and at the end, padded with 0.
-    """
-    table = tokens.TokenTable.of(texts, vocabulary)
-    padded = np.zeros((len(texts), length), np.int32)
-    for index, row in enumerate(padded):
-        ids = table.row(index, length=length)
-        row[: len(ids)] = ids
-    return padded, int(np.sum(table.sizes > length))
 
 
 def count_truncated(mixture_or_task: str, split: str, lengths: Mapping[str, int]) -> dict[str, dict[str, int]]:

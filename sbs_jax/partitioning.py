@@ -322,6 +322,12 @@ def pieces(axis: str) -> int:
     return math.prod(partitioner.mesh.shape[each] for each in _as_tuple(partitioner.rules[axis]))
 
 
+def platform() -> str:
+    """What a function being traced will run on: the platform of a `Partitioner` that is `constraining`, else JAX's."""
+    partitioner = _constraining.get()
+    return jax.default_backend() if partitioner is None else partitioner.mesh.devices.flat[0].platform
+
+
 def nearest_divisor(number: int, most: int) -> int:
     """The largest divisor of `number` that is at most `most`."""
     return max(d for d in range(1, min(number, most) + 1) if number % d == 0)

@@ -104,13 +104,32 @@ class Kernel(nnx.Module):
     def matrix(self) -> Float[Array, "I O"]:
         return dequantize(self.parts(), form=self.form)
 
+    def factors(self) -> tuple[Int[Array, "I O"], Float[Array, "O"]]:
+        """Of int8: whole numbers up to 127, which bfloat16 holds exactly, and what one of each column is worth."""
+        parts = self.parts()
+        return parts["codes"], parts["scale"]
+
     def __call__(
-        self, x: Float[Array, "..."], *, axes: tuple[str, str], split: tuple[int, ...], contract: int, dtype: str
+        self,
+        x: Float[Array, "..."],
+        *,
+        axes: tuple[str, str],
+        split: tuple[int, ...],
+        contract: int,
+        dtype: str,
+        product: str | None = None,
     ) -> Float[Array, "..."]:
-        """As `t5.Dense` multiplies; what is sent to other devices are the few bits."""
+        """As `t5.Dense` multiplies; what is sent to other devices are the few bits.
+
+        With a type for the product (int8, without gradients) the codes are multiplied in it, and what comes out scaled.
+        """
         parts = self.parts()
         parts["codes"] = partitioning.whole(parts["codes"], axes)
         outer = split or parts["codes"].shape[1:]
+        if product is not None:
+            codes = parts["codes"].astype(product).reshape(*x.shape[x.ndim - contract :], *outer)
+            y = t5.matmul(x.astype(product), codes, contract=contract, dtype=dtype)
+            return y * parts["scale"].astype(dtype).reshape((1,) * (y.ndim - len(outer)) + tuple(outer))
         return _product(x, parts, (self.form, x.shape[x.ndim - contract :], tuple(outer), dtype))
 
 

@@ -8,6 +8,9 @@ What stays the same from one position to the next is made once, before the loop:
 computation, the position bias, and keys and values of the source, which the beams of a row share. The cache of the
 target keeps each key where it was first written. When beams change places no key moves with them: a mask says which of
 the row's keys each beam may see.
+
+Keys and values lie in memory as the platform multiplies them fastest: on a TPU with all heads of a key side by side,
+elsewhere head by head (`_laid_out`).
 """
 
 import dataclasses
@@ -18,7 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Num
 
 from sbs_jax import attention, partitioning, t5
 from sbs_jax.partitioning import constrain
@@ -41,8 +44,7 @@ class _Layer:
     self_prefix: tuple[jax.Array, jax.Array] | None  # keys and values [X, J] that come before all others
     cross_norm: jax.Array  # [D]
     cross_query: _Product
-    cross_keys: jax.Array  # [B, S, J], of the source, after those of a prefix
-    cross_values: jax.Array
+    cross: "_Pair"  # keys and values of the source, after those of a prefix
     cross_bias: jax.Array  # [B, 1, 1, S]
     cross_out: _Product
     mlp_norm: jax.Array  # [D]
@@ -53,9 +55,11 @@ class _Layer:
 
 _STATES = ("batch", None, "activation_embed")
 
-# Of each layer, keys and values [B, P, J], those of a prefix before them.
+# Keys and values, [B, P, J] or, head by head, [B, H, P, K].
 # (`Any`: transformations put other things in place of the arrays.)
-Cache = tuple[tuple[Any, Any], ...]
+_Pair = tuple[Any, Any]
+# Of each layer, those of a prefix before them.
+Cache = tuple[_Pair, ...]
 
 
 class Stepper:
@@ -77,16 +81,17 @@ class Stepper:
         self._layers = _layers(model, encoded_BPD, segments_BP, length=length, beams=beams)
         tied = model.config.logits_via_embedding
         table_DV = model.token_embedder.embedding[...].T if tied else model.logits_dense.kernel[...]
-        self.table_DV = _weight(table_DV, (None, "vocab"), model.config)
+        product = (model.token_embedder if tied else model.logits_dense).product
+        self.table_DV = _weight(table_DV, (None, "vocab"), model.config, product=product)
 
     def empty(self) -> Cache:
         """A cache that holds nothing yet."""
-        rows, _, joined = self._layers[0].cross_keys.shape
+        rows, joined = len(self._layers[0].cross[0]), self._config.num_heads * self._config.head_dim
         none_BPJ = jnp.zeros((rows, self._length * self._beams, joined), self._config.dtype)
 
         def after(prefix_XJ: jax.Array | None) -> jax.Array:
             cache_BPJ = none_BPJ if prefix_XJ is None else t5.prepended(prefix_XJ, none_BPJ)
-            return constrain(cache_BPJ, ("batch", None, "joined_kv"))
+            return _laid_out(cache_BPJ, self._config.num_heads)
 
         return tuple(tuple(after(each) for each in w.self_prefix or (None, None)) for w in self._layers)  # pyright: ignore[reportReturnType]
 
@@ -100,6 +105,8 @@ class Stepper:
     ) -> tuple[Float[Array, "B N D"], Cache]:
         """States that the logits of the next token are made of (`states @ table_DV`), and the cache with `tokens`.
 
+        The states have the table's type.
+
         `tokens` stand at `position`; of beam n at position t, the key is number `t * N + n`. Without `visible`, a query
         sees all keys up to its position.
         """
@@ -107,27 +114,29 @@ class Stepper:
         x_BND = constrain(self._embed(tokens_BN), _STATES)
         hidden_BNP = None if visible_BNP is None else jnp.where(visible_BNP, 0.0, attention.MASKED)
         updated = []
-        for w, (keys_BPJ, values_BPJ) in zip(self._layers, cache, strict=True):
+        for w, (keys, values) in zip(self._layers, cache, strict=True):
             y_BND = self._norm(x_BND, w.self_norm)
             before = 0 if w.self_prefix is None else len(w.self_prefix[0])
-            at = before + position * self._beams
-            keys_BPJ = jax.lax.dynamic_update_slice_in_dim(keys_BPJ, w.self_key(y_BND), at, axis=1)
-            values_BPJ = jax.lax.dynamic_update_slice_in_dim(values_BPJ, w.self_value(y_BND), at, axis=1)
-            updated.append((keys_BPJ, values_BPJ))
+            at, axis = before + position * self._beams, keys.ndim - 2
+            new_key, new_value = (_laid_out(product(y_BND), c.num_heads) for product in (w.self_key, w.self_value))
+            keys = jax.lax.dynamic_update_slice_in_dim(keys, new_key, at, axis=axis)
+            values = jax.lax.dynamic_update_slice_in_dim(values, new_value, at, axis=axis)
+            updated.append((keys, values))
             bias_BNHP = jax.lax.dynamic_index_in_dim(w.bias, position, axis=0)[:, None]
             if hidden_BNP is not None:
                 bias_BNHP = bias_BNHP + jnp.pad(hidden_BNP, ((0, 0), (0, 0), (before, 0)))[:, :, None]
-            y_BNJ = attend(w.self_query(y_BND), keys_BPJ, values_BPJ, bias_BNHP=bias_BNHP, heads=c.num_heads)
+            y_BNJ = attend(w.self_query(y_BND), keys, values, bias_BNHP=bias_BNHP, heads=c.num_heads)
             x_BND += w.self_out(y_BNJ)
             q_BNJ = w.cross_query(self._norm(x_BND, w.cross_norm))
-            y_BNJ = attend(q_BNJ, w.cross_keys, w.cross_values, bias_BNHP=w.cross_bias, heads=c.num_heads)
+            y_BNJ = attend(q_BNJ, *w.cross, bias_BNHP=w.cross_bias, heads=c.num_heads)
             x_BND += w.cross_out(y_BNJ)
             y_BND = self._norm(x_BND, w.mlp_norm)
             inner = [product(y_BND) for product in w.mlp_in]
             gated = [t5.ACTIVATIONS[name](branch) for name, branch in zip(c.mlp_activations, inner, strict=True)]
             x_BND = constrain(x_BND + w.mlp_out(math.prod(gated[1:], start=gated[0])), _STATES)
         y_BND = self._norm(x_BND, self._final_norm_D)
-        return (y_BND * c.emb_dim**-0.5 if c.logits_via_embedding else y_BND), tuple(updated)
+        y_BND = y_BND * c.emb_dim**-0.5 if c.logits_via_embedding else y_BND
+        return y_BND.astype(self.table_DV.dtype), tuple(updated)
 
     def _norm(self, x_BND: Float[Array, "B N D"], scale_D: Float[Array, "D"]) -> Float[Array, "B N D"]:
         x_BND = x_BND.astype(jnp.float32)
@@ -158,11 +167,11 @@ def _layers(
         product = _product(dense, (axis, None), model.config)
         return product if adapter is None else lambda x: adapter(product(x))
 
-    def source(dense: t5.Dense, prefix_XJ: jax.Array | None) -> Float[Array, "B P J"]:
+    def source(dense: t5.Dense, prefix_XJ: jax.Array | None) -> jax.Array:
         found_BPJ = dense(encoded_BPD)
         if prefix_XJ is not None:
             found_BPJ = t5.prepended(prefix_XJ, found_BPJ)
-        return constrain(found_BPJ, ("batch", None, "joined_kv"))
+        return _laid_out(found_BPJ, model.config.num_heads)
 
     source_bias = jnp.where(segments_BP == 1, 0.0, attention.MASKED)[:, None, None, :]
     layers, shared = [], None
@@ -187,8 +196,7 @@ def _layers(
                 self_prefix=self_prefix,
                 cross_norm=constrain(layer.pre_cross_attention_layer_norm.scale[...], (None,)),
                 cross_query=inward(cross_attention.query),
-                cross_keys=source(cross_attention.key, cross_keys),
-                cross_values=source(cross_attention.value, cross_values),
+                cross=(source(cross_attention.key, cross_keys), source(cross_attention.value, cross_values)),
                 cross_bias=_unseen(source_bias, cross_prefix),
                 cross_out=outward(cross_attention.out, layer.encoder_decoder_attention_adapter),
                 mlp_norm=constrain(layer.pre_mlp_layer_norm.scale[...], (None,)),
@@ -216,23 +224,35 @@ def _product(dense: t5.Dense, axes: tuple[str | None, str | None], c: t5.T5Confi
     )
     if adapted and not _fits(c):
         return dense
-    kernel_IO = _weight(dense.merged(), axes, c)
-    if dense.bias is None:
-        return lambda x_BNI: _matmul(x_BNI, kernel_IO)
-    bias_O = dense.bias[...].astype(c.dtype)
-    return lambda x_BNI: _matmul(x_BNI, kernel_IO) + bias_O[None, None, :]
+    scale_O = None
+    if dense.product is not None and not isinstance(dense.kernel, nnx.Param):
+        kernel_IO, scale_O = dense.kernel.factors()  # nothing is put on it (weights.py)
+    else:
+        kernel_IO = dense.merged()
+    kernel_IO = _weight(kernel_IO, axes, c, product=dense.product)
+    bias_O = None if dense.bias is None else dense.bias[...].astype(c.dtype)
+
+    def multiply(x_BNI: jax.Array) -> jax.Array:
+        y_BNO = _matmul(x_BNI, kernel_IO)
+        if scale_O is not None:
+            y_BNO = y_BNO * scale_O[None, None, :].astype(c.dtype)
+        return y_BNO if bias_O is None else y_BNO + bias_O[None, None, :]
+
+    return multiply
 
 
 # Bytes of the decoder's weights, on one device, up to which `fsdp` does not cut them: XL has 2.7 GiB in bfloat16.
 WHOLE_UP_TO = 4 * 2**30
 
 
-def _weight(kernel_IO: Float[Array, "I O"], axes: tuple[str | None, str | None], c: t5.T5Config) -> Float[Array, "I O"]:
+def _weight(
+    kernel_IO: Num[Array, "I O"], axes: tuple[str | None, str | None], c: t5.T5Config, *, product: str | None
+) -> Float[Array, "I O"]:
     """A weight in the dtype of the computation, gathered once if `fsdp` cuts it, as no step could use it cut.
 
     The weights of a larger decoder stay cut, and the compiler sends the states of all rows around at every position.
     """
-    kernel_IO = kernel_IO.astype(c.dtype)
+    kernel_IO = kernel_IO.astype(product or c.dtype)
     return constrain(kernel_IO, axes) if _fits(c) else kernel_IO
 
 
@@ -243,10 +263,42 @@ def _fits(c: t5.T5Config) -> bool:
 
 
 def _matmul(x_BNI: Float[Array, "B N I"], kernel_IO: Float[Array, "I O"]) -> Float[Array, "B N O"]:
-    return (x_BNI.reshape(-1, x_BNI.shape[-1]) @ kernel_IO).reshape(*x_BNI.shape[:2], -1)
+    x_MI = x_BNI.reshape(-1, x_BNI.shape[-1]).astype(kernel_IO.dtype)
+    return jnp.matmul(x_MI, kernel_IO, preferred_element_type=x_BNI.dtype).reshape(*x_BNI.shape[:2], -1)
+
+
+def _laid_out(x_BPJ: Float[Array, "B P J"], heads: int) -> jax.Array:
+    """Keys or values as they lie in memory: [B, P, J] on a TPU, [B, H, P, K] elsewhere.
+
+    Elsewhere a product per row and head reads the keys of its head, which then lie side by side: for 64 rows of 70 keys
+    0.5 ms instead of 4.6 on a CPU (docs/speed.md). The layout is that of a loop's state, so it is chosen while tracing.
+    """
+    if partitioning.platform() == "tpu":
+        return constrain(x_BPJ, ("batch", None, "joined_kv"))
+    x_BHPK = x_BPJ.reshape(*x_BPJ.shape[:2], heads, -1).swapaxes(1, 2)
+    cut = heads % partitioning.pieces("joined_kv") == 0
+    return constrain(x_BHPK, ("batch", "joined_kv" if cut else None, None, None))
 
 
 def attend(
+    q_BNJ: Float[Array, "B N J"],
+    keys: Float[Array, "B *H P X"],
+    values: Float[Array, "B *H P X"],
+    *,
+    bias_BNHP: Float[Array, "#B #N #H P"],
+    heads: int,
+) -> Float[Array, "B N J"]:
+    """Attention of a few queries per row over keys and values as `_laid_out`; the softmax runs in float32."""
+    if keys.ndim == 3:
+        return _attend_jointly(q_BNJ, keys, values, bias_BNHP=bias_BNHP, heads=heads)
+    rows, beams, joined = q_BNJ.shape
+    q_BHNK = q_BNJ.reshape(rows, beams, heads, -1).swapaxes(1, 2)
+    scores_BHNP = jnp.einsum("bhnk,bhpk->bhnp", q_BHNK, keys, preferred_element_type=jnp.float32)
+    weights_BHNP = jax.nn.softmax(scores_BHNP + bias_BNHP.swapaxes(1, 2), axis=-1).astype(q_BNJ.dtype)
+    return jnp.einsum("bhnp,bhpk->bhnk", weights_BHNP, values).swapaxes(1, 2).reshape(rows, beams, joined)
+
+
+def _attend_jointly(
     q_BNJ: Float[Array, "B N J"],
     k_BPJ: Float[Array, "B P J"],
     v_BPJ: Float[Array, "B P J"],
@@ -254,37 +306,27 @@ def attend(
     bias_BNHP: Float[Array, "#B #N #H P"],
     heads: int,
 ) -> Float[Array, "B N J"]:
-    """Attention of a few queries per row; the softmax runs in float32.
+    """For a TPU: with few queries, a product per head is one of vectors and a matrix, which its matrix unit cannot use.
 
-    With few queries, a product per head is one of vectors and a matrix, which a TPU's matrix unit has no use for. There
-    all heads of a row are one product, in which each query is zero outside its head's columns. Where the heads are cut
-    over devices, those of a device are (G pieces, of h heads and j columns each), so that nothing need be summed.
+    There all heads of a row are one product, in which each query is zero outside its head's columns. Where the heads
+    are cut over devices, those of a device are (G pieces, of h heads and j columns each), so that nothing need be
+    summed.
     """
     (rows, beams, joined), keys = q_BNJ.shape, k_BPJ.shape[1]
     cut = partitioning.pieces("joined_kv")
     cut = cut if heads % cut == 0 else 1
 
-    def by_matrix(q_BNJ: jax.Array, k_BPJ: jax.Array, v_BPJ: jax.Array, bias_BNHP: jax.Array) -> jax.Array:
-        def per_query(x_BNGhx: jax.Array) -> jax.Array:
-            return x_BNGhx.swapaxes(1, 2).reshape(len(x_BNGhx), cut, -1, x_BNGhx.shape[-1])
+    def per_query(x_BNGhx: jax.Array) -> jax.Array:
+        return x_BNGhx.swapaxes(1, 2).reshape(len(x_BNGhx), cut, -1, x_BNGhx.shape[-1])
 
-        own_hj = jnp.repeat(jnp.eye(heads // cut, dtype=bool), joined // heads, axis=1)[None, None, None]
-        zero = jnp.zeros((), q_BNJ.dtype)
-        q_BGMj = per_query(jnp.where(own_hj, q_BNJ.reshape(rows, beams, cut, 1, -1), zero))
-        k_BPGj, v_BPGj = k_BPJ.reshape(rows, keys, cut, -1), v_BPJ.reshape(rows, keys, cut, -1)
-        scores_BGMP = jnp.einsum("bgmj,bpgj->bgmp", q_BGMj, k_BPGj, preferred_element_type=jnp.float32)
-        bias_BNHP = jnp.broadcast_to(bias_BNHP, (len(bias_BNHP), beams, heads, keys))
-        bias_BGMP = per_query(bias_BNHP.reshape(len(bias_BNHP), beams, cut, -1, keys))
-        weights_BGMP = jax.nn.softmax(scores_BGMP + bias_BGMP, axis=-1).astype(q_BNJ.dtype)
-        y_BGMj = jnp.einsum("bgmp,bpgj->bgmj", weights_BGMP, v_BPGj)
-        y_BGNhj = y_BGMj.reshape(rows, cut, beams, heads // cut, -1)
-        return jnp.sum(jnp.where(own_hj, y_BGNhj, zero), axis=3).swapaxes(1, 2).reshape(rows, beams, joined)
-
-    def by_head(q_BNJ: jax.Array, k_BPJ: jax.Array, v_BPJ: jax.Array, bias_BNHP: jax.Array) -> jax.Array:
-        q_BNHK = q_BNJ.reshape(rows, beams, heads, -1)
-        k_BPHK, v_BPHK = k_BPJ.reshape(rows, keys, heads, -1), v_BPJ.reshape(rows, keys, heads, -1)
-        scores_BNHP = jnp.einsum("bnhk,bphk->bnhp", q_BNHK, k_BPHK, preferred_element_type=jnp.float32)
-        weights_BNHP = jax.nn.softmax(scores_BNHP + bias_BNHP, axis=-1).astype(q_BNJ.dtype)
-        return jnp.einsum("bnhp,bphk->bnhk", weights_BNHP, v_BPHK).reshape(rows, beams, joined)
-
-    return jax.lax.platform_dependent(q_BNJ, k_BPJ, v_BPJ, bias_BNHP, tpu=by_matrix, default=by_head)
+    own_hj = jnp.repeat(jnp.eye(heads // cut, dtype=bool), joined // heads, axis=1)[None, None, None]
+    zero = jnp.zeros((), q_BNJ.dtype)
+    q_BGMj = per_query(jnp.where(own_hj, q_BNJ.reshape(rows, beams, cut, 1, -1), zero))
+    k_BPGj, v_BPGj = k_BPJ.reshape(rows, keys, cut, -1), v_BPJ.reshape(rows, keys, cut, -1)
+    scores_BGMP = jnp.einsum("bgmj,bpgj->bgmp", q_BGMj, k_BPGj, preferred_element_type=jnp.float32)
+    bias_BNHP = jnp.broadcast_to(bias_BNHP, (len(bias_BNHP), beams, heads, keys))
+    bias_BGMP = per_query(bias_BNHP.reshape(len(bias_BNHP), beams, cut, -1, keys))
+    weights_BGMP = jax.nn.softmax(scores_BGMP + bias_BGMP, axis=-1).astype(q_BNJ.dtype)
+    y_BGMj = jnp.einsum("bgmp,bpgj->bgmj", weights_BGMP, v_BPGj)
+    y_BGNhj = y_BGMj.reshape(rows, cut, beams, heads // cut, -1)
+    return jnp.sum(jnp.where(own_hj, y_BGNhj, zero), axis=3).swapaxes(1, 2).reshape(rows, beams, joined)

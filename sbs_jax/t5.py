@@ -196,6 +196,8 @@ class Dense(nnx.Module):
     in_scale: nnx.Param | None = None
     out_scale: nnx.Param | None = None
     bias: nnx.Param | None = None
+    # Of weights.py: the dtype of both factors of the product where it is not `dtype`, which the sums keep.
+    product: str | None = None
 
     def __init__(
         self, shape: tuple[int, int], *, axes: tuple[str, str], std: float, dtype: str, rngs: nnx.Rngs
@@ -218,10 +220,13 @@ class Dense(nnx.Module):
         if self.in_scale is not None:
             x = x * self.in_scale[...].astype(self.dtype).reshape((1,) * (x.ndim - contract) + inner)
         if isinstance(self.kernel, nnx.Param):
-            kernel = gathered(self.kernel[...].astype(self.dtype), self.axes)
-            y = matmul(x, kernel.reshape(*inner, *(split or kernel.shape[1:])), contract=contract)
+            kernel = gathered(self.kernel[...].astype(self.product or self.dtype), self.axes)
+            kernel = kernel.reshape(*inner, *(split or kernel.shape[1:]))
+            sums = self.dtype if self.product else None
+            y = matmul(x.astype(kernel.dtype), kernel, contract=contract, dtype=sums)
         else:
-            y = self.kernel(x, axes=self.axes, split=split, contract=contract, dtype=self.dtype)
+            how = {"split": split, "contract": contract, "dtype": self.dtype, "product": self.product}
+            y = self.kernel(x, axes=self.axes, **how)
         if self.lora is not None:
             added = self.lora(x.reshape(*x.shape[: x.ndim - contract], -1), dtype=self.dtype, dropout=dropout)
             y = y + added.reshape(y.shape)
@@ -506,6 +511,8 @@ def _residual(x_BTD: Float[Array, "B T D"], y_BTD: Float[Array, "B T D"]) -> Flo
 
 class TokenEmbedder(nnx.Module):
     """The table `[V, D]` that both stacks read, and that v1.0 also writes logits with."""
+
+    product: str | None = None  # of weights.py: as `Dense.product`, of the logits
 
     def __init__(self, config: T5Config, *, rngs: nnx.Rngs) -> None:
         value = jax.random.normal(rngs.params(), (config.vocab_size, config.emb_dim), jnp.float32)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+os.environ["SBS_COMPILED"] = "off"  # no test writes to the user's cache
 
 import processes
 

@@ -19,6 +19,7 @@ from flax import serialization, traverse_util
 
 from sbs_jax import checkpoints, evaluate, t5, train
 from sbs_jax.convert import command, hugging_face, names, t5x
+from sbs_jax.prediction import engine, files
 
 ALL = list(cases.CASES)
 
@@ -276,7 +277,8 @@ def test_a_run_comes_back_from_every_form_as_a_run_that_predicts(run, through, t
     rows.write_text('{"id": "1", "input": "three and four"}\n{"id": "2", "input": "nine"}\n')
     answers = []
     for model in (run.model_dir, tmp_path / "back"):
-        evaluate.predict(model, input_path=rows, output_path=tmp_path / "out", objective="label", batch_size=2)
+        predictor = engine.Predictor.load(model, settings=engine.Settings(batch_size=2))
+        files.predict(predictor, input_path=rows, output_path=tmp_path / "out")
         answers.append((tmp_path / "out").read_text())
     assert answers[0] == answers[1]
 

@@ -100,6 +100,7 @@ def as_on_tpu(monkeypatch):
     monkeypatch.setattr(
         jax.lax, "platform_dependent", lambda *args, default, tpu=None, cpu=None: (tpu or default)(*args)
     )
+    monkeypatch.setattr(partitioning, "platform", lambda: "tpu")
 
 
 @KINDS

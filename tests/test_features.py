@@ -13,7 +13,7 @@ import pytest
 import seqio
 import tensorflow as tf
 
-from sbs_jax import datasets, features, losses, records
+from sbs_jax import datasets, features, losses, records, tokens
 from tasks import metrics
 
 LENGTHS = {"inputs": 60, "targets": 48}
@@ -377,17 +377,14 @@ def test_eval_examples(cats: Path):
         features.eval_examples("cats_step_by_step", split="train", lengths=LENGTHS)
 
 
-def test_encode_inputs_gives_the_tasks_tokens(cats: Path):
-    vocabulary = datasets.vocabulary("byte")
+def test_texts_from_elsewhere_have_the_tasks_tokens(cats: Path):
+    """As `sbs predict` encodes and cuts them."""
     examples = features.eval_examples("cats_label", split="train", lengths={"inputs": 16, "targets": 8})
-    texts = [example.inputs for example in examples]
-    ids, truncated = features.encode_inputs(texts, vocabulary=vocabulary, length=16)
-    np.testing.assert_array_equal(ids, [e.features["encoder_input_tokens"] for e in examples])
-    assert truncated == sum(len(text) + 1 > 16 for text in texts) > 0
-    assert ids.dtype == np.int32
-    empty, truncated = features.encode_inputs([], vocabulary=vocabulary, length=16)
-    assert empty.shape == (0, 16)
-    assert truncated == 0
+    encoded = tokens.encode([example.inputs for example in examples], datasets.vocabulary("byte"))
+    assert any(len(ids) > 16 for ids in encoded)
+    for example, ids in zip(examples, encoded, strict=True):
+        cut = tokens.cut(np.asarray(ids, np.int32), 16)
+        np.testing.assert_array_equal(np.pad(cut, (0, 16 - len(cut))), example.features["encoder_input_tokens"])
 
 
 def test_counts_of_what_is_cut(cats: Path):

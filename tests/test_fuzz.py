@@ -10,13 +10,17 @@ import re
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import fuzzing
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from fuzzing import Tape
 
 import tasks  # noqa: F401  (registers the datasets)
-from sbs_jax import datasets, evaluate, records, release
+from sbs_jax import datasets, records, release
+from sbs_jax.prediction import inputs
 from sbs_jax.teacher import batches, clients, parsing, prompts
 from tasks import metrics, svamp
 
@@ -242,17 +246,51 @@ def test_equations(fuzz: Fuzz) -> None:
     fuzz(case)
 
 
+def check_entries(found: Any) -> None:
+    """Each is a question of texts that UTF-8 holds, or an error that a line can show."""
+    for entry in found if isinstance(found, list) else []:
+        assert (entry.question is None) != (entry.error is None)
+        if entry.question is None:
+            assert 0 < len(entry.error) < fuzzing.LONGEST_MESSAGE
+            json.dumps(entry.id)
+            continue
+        for text in (entry.id, entry.question.input, entry.question.adapter or "", *(entry.question.choices or ())):
+            assert isinstance(text, str)
+            text.encode()
+
+
+QUESTIONS = [{"id": "a", "input": "Is it?"}, {"id": "b", "input": "\u00e9", "more": 1, "choices": ["x", "y"]}]
+
+
 def test_inputs_of_predict(fuzz: Fuzz, memory: Path) -> None:
     path = memory / "questions.jsonl"
 
     def case(tape: Tape) -> None:
-        path.write_bytes(
-            fuzzing.lines(tape, [{"id": "a", "input": "Is it?"}, {"id": "b", "input": "\u00e9", "more": 1}])
-        )
-        found = fuzzing.read(lambda: list(evaluate.read_inputs(path)), raises=ValueError, names=[path])
-        if isinstance(found, list):
-            for row in found:
-                f"{row['id']} {row['input']}".encode()
+        path.write_bytes(fuzzing.lines(tape, QUESTIONS))
+        check_entries(fuzzing.read(lambda: list(inputs.read(path)), raises=(), names=()))
+
+    fuzz(case)
+
+
+def test_csv_inputs_of_predict(fuzz: Fuzz, memory: Path) -> None:
+    path = memory / "questions.csv"
+    valid = 'id,input,adapter,choices\r\na,"Is it, or\nnot?",,\r\nb,"\u00e9 ""quoted""",x,"[""p"", ""q""]"\r\n'.encode()
+
+    def case(tape: Tape) -> None:
+        path.write_bytes(fuzzing.scratched(tape, valid, most=3))
+        check_entries(fuzzing.read(lambda: list(inputs.read(path)), raises=ValueError, names=[path]))
+
+    fuzz(case)
+
+
+def test_parquet_inputs_of_predict(fuzz: Fuzz, memory: Path) -> None:
+    path = memory / "questions.parquet"
+    pq.write_table(pa.table({"id": ["a", "b"], "input": ["Is it?", None], "choices": [None, ["x", "y"]]}), path)
+    valid = path.read_bytes()
+
+    def case(tape: Tape) -> None:
+        path.write_bytes(fuzzing.scratched(tape, valid, most=3))
+        check_entries(fuzzing.read(lambda: list(inputs.read(path)), raises=ValueError, names=[path]))
 
     fuzz(case)
 
@@ -357,8 +395,9 @@ def test_json_nested_to_any_depth_is_refused_by_file_and_line(tmp_path: Path) ->
         path.write_text(f'{{"id": "a", "input": {"[" * depth}{"]" * depth}, "label": null}}\n')
         with pytest.raises(ValueError, match=r"train\.jsonl:1: "):
             records.read_records(path)
-        with pytest.raises(ValueError, match=r"train\.jsonl:1: "):
-            list(evaluate.read_inputs(path))
+        (entry,) = inputs.read(path)
+        assert entry.line == 1
+        assert entry.error is not None
 
 
 def test_a_manifest_of_records_with_other_types_is_refused(tmp_path: Path) -> None:
@@ -392,17 +431,19 @@ def test_a_shard_of_any_number_is_a_gap_and_no_list_of_what_lies_below(tmp_path:
         (b'{"id": "a", "input": ' + b"1" * 5_000 + b"}\n", "cannot be read"),
     ],
 )
-def test_what_predict_cannot_read_is_named_by_file_and_line(tmp_path: Path, data: bytes, message: str) -> None:
+def test_what_predict_cannot_read_is_named_by_its_line(tmp_path: Path, data: bytes, message: str) -> None:
     path = tmp_path / "in.jsonl"
     path.write_bytes(b'{"id": "0", "input": "i"}\n' + data)
-    with pytest.raises(ValueError, match=rf"in\.jsonl:2: .*{message}"):
-        list(evaluate.read_inputs(path))
+    first, second = inputs.read(path)
+    assert first.error is None
+    assert second.line == 2
+    assert message in (second.error or "")
 
 
 def test_predict_s_rows_end_at_line_feeds_alone(tmp_path: Path) -> None:
     path = tmp_path / "in.jsonl"
     path.write_text(json.dumps({"id": "a", "input": "one\u2028two\x85three"}, ensure_ascii=False) + "\r\n", "utf-8")
-    assert [row["input"] for row in evaluate.read_inputs(path)] == ["one\u2028two\x85three"]
+    assert [row.question.input for row in inputs.read(path) if row.question] == ["one\u2028two\x85three"]
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,6 @@ from sbs_jax import (
     checkpoints,
     configuration,
     datasets,
-    evaluate,
     features,
     hosts,
     main,
@@ -26,6 +25,7 @@ from sbs_jax import (
     preemption,
     run_dir,
 )
+from sbs_jax.prediction import engine, files
 
 SPEEDS = {"tokens_per_second", "seconds_per_step", "data_wait_share"}
 MACROS = {"TRAIN_STEPS": 12, "LOG_PERIOD": 1, "EVAL_PERIOD": 6, "CHECKPOINT_PERIOD": 2}
@@ -257,8 +257,8 @@ def test_two_processes_predict_like_one(starter, folder, reference, tmp_path):
     rows = [{"id": f"q{n}", "input": f"{a} b c"} for n, a in enumerate("abcdefghabc")]  # does not fill its last batch
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     here, there = tmp_path / "here.jsonl", tmp_path / "there.jsonl"
-    predict = {"input_path": tmp_path / "in.jsonl", "objective": "label", "batch_size": 8}
-    assert evaluate.predict(reference, output_path=here, **predict) == len(rows)
+    predictor = engine.Predictor.load(reference, settings=engine.Settings(batch_size=8))
+    assert files.predict(predictor, input_path=tmp_path / "in.jsonl", output_path=here).rows == len(rows)
     flags = ["predict", "--model", str(reference), "--input", str(tmp_path / "in.jsonl"), "--batch_size", "8"]
 
     def arguments(index: int) -> list[str]:  # only process 0 can write where it is told to

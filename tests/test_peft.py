@@ -33,6 +33,7 @@ from sbs_jax import (
 )
 from sbs_jax.commands import predict
 from sbs_jax.convert import command, hugging_face, names, peft
+from sbs_jax.prediction import engine, files
 
 LORA = adapters.LoRA(rank=4, alpha=8.0)
 TUNINGS = {
@@ -477,14 +478,8 @@ def task(tmp_path_factory) -> Path:
 
 def answered(folder: Path, rows: list[dict[str, Any]], model: str, **options) -> list[dict[str, Any]]:
     (folder / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    evaluate.predict(
-        model,
-        input_path=folder / "in.jsonl",
-        output_path=folder / "out.jsonl",
-        objective="label",
-        batch_size=8,
-        **options,
-    )
+    predictor = engine.Predictor.load(model, settings=engine.Settings(batch_size=8), **options)
+    files.predict(predictor, input_path=folder / "in.jsonl", output_path=folder / "out.jsonl")
     return [json.loads(line) for line in (folder / "out.jsonl").read_text().splitlines()]
 
 
@@ -517,14 +512,20 @@ def test_the_base_is_held_once(task):
         assert other.options.label_prefix == f"{name}: "
 
 
-def test_an_unknown_adapter_is_named_with_its_line_before_anything_is_read(tmp_path):
-    rows = [{"id": "1", "input": "a", "adapter": "svamp"}, {"id": "2", "input": "b", "adapter": "esnly"}]
-    with pytest.raises(ValueError, match=r"in.jsonl:2: no adapter is named 'esnly'. Did you mean 'esnli'\?"):
-        answered(tmp_path, rows, "no run", adapters={"svamp": "none", "esnli": "none"})
-    with pytest.raises(ValueError, match=r"in.jsonl:1: no adapter is named 'svamp'. There are none: .*--adapters"):
-        answered(tmp_path, rows, "no run")
-    with pytest.raises(ValueError, match=r"in.jsonl:1: no adapter is named 3"):
-        answered(tmp_path, [{"id": "1", "input": "a", "adapter": 3}], "no run", adapters={"svamp": "none"})
+def test_a_row_of_an_unknown_adapter_is_an_error_and_the_others_are_answered(task, tmp_path):
+    rows = [
+        {"id": "1", "input": "a", "adapter": "norns"},
+        {"id": "2", "input": "b", "adapter": "norms"},
+        {"id": "3", "input": "a", "adapter": 3},
+    ]
+    found = answered(tmp_path, rows, str(task / "own"), adapters={"norms": task / "norms"})
+    assert [row["id"] for row in found] == ["1", "2", "3"]
+    assert found[0]["line"] == 1
+    assert found[0]["error"].startswith("no adapter is named 'norns'. Did you mean 'norms'?")
+    assert "error" not in found[1]
+    assert found[2]["error"].startswith("no adapter is named 3")
+    (alone,) = answered(tmp_path, rows[:1], str(task / "own"))
+    assert alone["error"] == "no adapter is named 'norns'. There are none: give some by --adapters NAME=RUN."
 
 
 def test_adapters_that_cannot_share_a_base_are_refused(task, tmp_path):

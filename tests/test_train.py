@@ -11,7 +11,8 @@ import optax
 import pytest
 import toy
 
-from sbs_jax import checkpoints, datasets, evaluate, partitioning, run_dir, t5, train
+from sbs_jax import checkpoints, datasets, evaluate, partitioning, run_dir, t5, tokens, train
+from sbs_jax.prediction import engine, files
 
 
 @pytest.fixture(scope="module")
@@ -286,11 +287,11 @@ def test_evaluate_and_predict_use_the_saved_configuration(finished, tmp_path, re
     inputs.write_text(
         "".join(json.dumps({"id": row["id"], "input": row["input"].removeprefix("predict: ")}) + "\n" for row in graded)
     )
-    count = evaluate.predict(
-        config.model_dir, input_path=inputs, output_path=tmp_path / "out.jsonl", objective="label", batch_size=5
-    )
+    predictor = engine.Predictor.load(config.model_dir, settings=engine.Settings(batch_size=5))
+    done = files.predict(predictor, input_path=inputs, output_path=tmp_path / "out.jsonl")
     predicted = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
-    assert count == len(predicted) == 16
+    assert done.rows == len(predicted) == 16
+    assert done.errors == 0
     for row, answer in zip(graded, predicted, strict=True):
         assert (row["id"], row["prediction"]) == (answer["id"], answer["prediction"])
         assert answer["score"] == pytest.approx(row["score"], rel=1e-4)
@@ -299,35 +300,23 @@ def test_evaluate_and_predict_use_the_saved_configuration(finished, tmp_path, re
 def test_rationales_are_asked_for_with_their_own_prefix(finished, tmp_path, monkeypatch):
     config, _ = finished
     asked = []
-    encode = evaluate.features.encode_inputs
+    encode = tokens.encode
 
-    def recording(texts, **kwargs):
+    def recording(texts, vocabulary):
         asked.extend(texts)
-        return encode(texts, **kwargs)
+        return encode(texts, vocabulary)
 
-    monkeypatch.setattr(evaluate.features, "encode_inputs", recording)
-    (tmp_path / "in.jsonl").write_text('{"id": "one", "input": "a b c"}\n')
-    answers = {}
-    for objective in ("label", "rationale"):
-        out = tmp_path / f"{objective}.jsonl"
-        evaluate.predict(
-            config.model_dir, input_path=tmp_path / "in.jsonl", output_path=out, objective=objective, batch_size=8
-        )
-        answers[objective] = json.loads(out.read_text())
-    assert asked == ["predict: a b c", "explain: a b c"]
-    assert answers["label"]["id"] == answers["rationale"]["id"] == "one"
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ('{"id": "a", "input": "x"}\n{"id": "b"\n', "in.jsonl:2: not valid JSON"),
-        ('{"id": 1, "input": "x"}\n', "in.jsonl:1: expected"),
-        ('{"id": "a", "input": "x"}\n\n{"id": "a", "input": "y"}\n', "in.jsonl:3: id 'a' stands in line 1"),
-    ],
-)
-def test_bad_inputs_of_predict_name_file_and_line(tmp_path, text, message):
-    path = tmp_path / "in.jsonl"
-    path.write_text(text)
-    with pytest.raises(ValueError, match=message):
-        list(evaluate.read_inputs(path))
+    monkeypatch.setattr(tokens, "encode", recording)
+    question = engine.Question(id="one", input="a b c")
+    found = {}
+    for name, settings in (
+        ("label", engine.Settings(batch_size=8)),
+        ("rationale", engine.Settings(batch_size=8, objective="rationale")),
+        ("both", engine.Settings(batch_size=8, rationale=True)),
+    ):
+        predictor = engine.Predictor.load(config.model_dir, settings=settings)
+        (found[name],) = predictor.answer([question])
+    assert asked == ["predict: a b c", "explain: a b c", "predict: a b c", "explain: a b c"]
+    assert found["label"].rationale is None
+    assert (found["both"].prediction, found["both"].score) == (found["label"].prediction, found["label"].score)
+    assert found["both"].rationale == found["rationale"].prediction

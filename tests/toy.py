@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -65,6 +66,30 @@ def write_records(directory: Path, *, train_rows: int = 48, other_rows: int = 16
         records.write_records(folder / f"{split}.jsonl", rows[start : start + count])
         start += count
     return directory
+
+
+UNTRAINED_LIMIT = 48  # tokens of an input
+
+
+def write_untrained(folder: Path, *, task: str = "toy_step_by_step") -> Path:
+    """A run of one checkpoint with random parameters, whose answers differ; returns its directory."""
+    datasets.add(DATASET)
+    model = dataclasses.replace(MODEL, dropout_rate=0.0)
+    parameters = t5.init(model, seed=0)[1]
+    # Logits far enough apart that rounding does not decide between tokens, and EOS often among the first.
+    kernel = np.random.default_rng(0).normal(size=(model.emb_dim, model.vocab_size)).astype(np.float32)
+    kernel[:, 1] *= 2.0
+    kernel[:, 259:] = 0.0  # sentinels, which have no text
+    parameters["logits_dense/kernel"] = jnp.asarray(kernel)
+    checkpoints.save_parameters(folder / "run", parameters, config=model, step=1)
+    run = {
+        "mixture_or_task_name": task,
+        "task_feature_lengths": {"inputs": UNTRAINED_LIMIT, "targets": 9},
+        "max_decode_length": 6,
+    }
+    manifest = {"data": {"options": dataclasses.asdict(options(folder / "records"))}, "run": run}
+    (folder / "run" / "manifest.json").write_text(json.dumps(manifest))
+    return folder / "run"
 
 
 POISON = 3 + ord("!")  # a token of no example

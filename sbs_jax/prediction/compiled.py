@@ -1,0 +1,110 @@
+"""Compiled programs on disk, so that a second start compiles nothing.
+
+JAX keeps compiled programs in a folder, but writes them in place: a process that is killed meanwhile, or another that
+reads meanwhile, would leave or find half a program. So JAX gets a folder of this process's own, which begins with links
+to what is kept, and what it adds is moved to the kept folder, whole. A program is made for one version of JAX and one
+kind of processor, and for no other: each has a folder of its own.
+"""
+
+import contextlib
+import hashlib
+import importlib.metadata
+import os
+import platform
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from sbs_jax import bench
+
+OFF = "off"
+VARIABLE = "SBS_COMPILED"
+_SUFFIX = "-cache"  # of JAX's entries
+
+
+def default() -> str:
+    """Where compiled programs are kept unless a flag says otherwise: SBS_COMPILED, else the user's cache folder."""
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return os.environ.get(VARIABLE) or str(Path(cache).expanduser() / "sbs_jax" / "compiled")
+
+
+@contextlib.contextmanager
+def kept(folder: str) -> Iterator[None]:
+    """Within, programs are read from the folder, and what was compiled is added at the end. "off": neither.
+
+    Settings of JAX as a whole, so of one thread.
+    """
+    if folder == OFF:
+        yield
+        return
+    import jax
+    from jax.experimental.compilation_cache import compilation_cache
+
+    place = Path(folder) / _kind()
+    settings: dict[str, Any] = {
+        "jax_persistent_cache_min_compile_time_secs": 0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+        # Their folder, which would lie within the process's own, is part of what a program is known by.
+        "jax_persistent_cache_enable_xla_caches": "",
+    }
+    place.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="sbs-jax-compiled-") as own:
+        settings["jax_compilation_cache_dir"] = own
+        _take(place, Path(own))
+        before = {name: getattr(jax.config, name) for name in settings}
+        _set(settings)
+        compilation_cache.reset_cache()
+        try:
+            yield
+        finally:
+            _set(before)
+            compilation_cache.reset_cache()
+            add(Path(own), place)
+
+
+def _set(settings: dict[str, Any]) -> None:
+    import jax
+
+    for name, value in settings.items():
+        jax.config.update(name, value)
+
+
+def _kind() -> str:
+    """JAX's versions, the platform, and what the processor can do: programs for CPUs use all of it."""
+    import jax
+
+    flags = ""
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+        flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    parts = (
+        jax.__version__,
+        importlib.metadata.version("jaxlib"),
+        jax.default_backend(),
+        platform.machine(),
+        bench.processor(),
+        flags,
+    )
+    return f"jax-{jax.__version__}-{hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}"
+
+
+def _take(place: Path, own: Path) -> None:
+    for entry in place.glob(f"*{_SUFFIX}"):
+        (own / entry.name).symlink_to(entry.resolve())
+
+
+def add(own: Path, place: Path) -> None:
+    """Moves to `place` what is new in `own`, each under its name only when it is whole."""
+    for entry in own.glob(f"*{_SUFFIX}"):
+        if entry.is_symlink() or (place / entry.name).exists():
+            continue
+        with tempfile.NamedTemporaryFile(dir=place, prefix=".new-", delete=False) as file:
+            try:
+                file.write(entry.read_bytes())
+                file.flush()
+                Path(file.name).chmod(0o644)
+                Path(file.name).replace(place / entry.name)
+            except BaseException:
+                Path(file.name).unlink(missing_ok=True)
+                raise

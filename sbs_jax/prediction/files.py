@@ -1,0 +1,180 @@
+"""`sbs predict`: a file of questions to a file of answers, of any size, in constant memory, resumable.
+
+Rows are read and answered a window at a time: within it they are grouped by length, and its answers go out in the order
+of the questions. A window depends on nothing but the input, so a run that was interrupted goes on at the beginning of
+one, and its answers are those of a run that was not.
+"""
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import logging
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from sbs_jax import hosts, records
+from sbs_jax.prediction import inputs, outputs, seen
+from sbs_jax.prediction.engine import CHOICES, Answer, Predictor
+
+log = logging.getLogger(__name__)
+
+# A window ends with so many batches, or so many characters.
+_BATCHES, _CHARACTERS = 16, 2**23
+_SHOWN = 5  # rows with errors that are named as they come
+_END = 2**20  # bytes at either end of an input by which it is known again
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Summary:
+    """Rows of the output, those of them that say an error, and those that an earlier process had answered."""
+
+    rows: int
+    errors: int
+    resumed: int
+
+
+def predict(predictor: Predictor, *, input_path: str | Path, output_path: str | Path) -> Summary:
+    """Answers every row of a file, in order; formats by the files' endings (inputs.py, outputs.py).
+
+    A row of the output is {"id", "prediction", "score"}, with "rationale" and "scores" where the settings ask for them;
+    or {"id", "line", "error"} for a row that cannot be asked or answered. Of several processes each reads the input,
+    and the first alone writes.
+    """
+    input_path, output_path = Path(input_path), Path(output_path)
+    reader = inputs.read(input_path)
+    settings = predictor.settings
+    about = {"input": _known_by(input_path), **predictor.describe()}
+    hosts.agree({"inputs and model": json.dumps(about, sort_keys=True)})
+    journal = outputs.Journal(output_path, about=about) if hosts.is_first() else None
+    there = hosts.from_first(lambda: journal.rows if journal else 0)
+    errors = resumed = rows = 0
+    unit = {"unit": reader.unit, "unit_scale": True, "disable": not (hosts.is_first() and sys.stderr.isatty())}
+    try:
+        with (
+            seen.Seen(journal.ids if journal else None) as known,
+            tqdm(total=reader.total, desc=output_path.name, **unit) as bar,
+        ):
+            for window in _windows(reader, rows=_BATCHES * settings.batch_size):
+                entries = _distinct(window, known)
+                if rows == resumed and rows + len(entries) <= there:
+                    resumed += len(entries)
+                    if journal is not None:
+                        errors += _same_rows(journal, entries)
+                else:
+                    if rows == resumed and journal is not None:
+                        journal.cut()
+                    answered = _answered(predictor, entries)
+                    errors += _tell(answered, before=errors)
+                    if journal is not None:
+                        journal.add(answered)
+                rows += len(entries)
+                bar.update(reader.done - bar.n)
+                bar.set_postfix_str(f"{rows} rows" + (f", {errors} with errors" if errors else ""), refresh=False)
+        if journal is not None:
+            if rows == resumed:
+                journal.cut()
+            journal.finish(columns=_columns(settings))
+    except BaseException:
+        if journal is not None:
+            journal.close()
+        raise
+    return Summary(rows=rows, errors=errors, resumed=resumed)
+
+
+def _windows(reader: Iterable[inputs.Entry], *, rows: int) -> Iterator[list[inputs.Entry]]:
+    window: list[inputs.Entry] = []
+    characters = 0
+    for entry in reader:
+        window.append(entry)
+        characters += len(entry.question.input) if entry.question else 0
+        if len(window) == rows or characters >= _CHARACTERS:
+            yield window
+            window, characters = [], 0
+    if window:
+        yield window
+
+
+def _distinct(window: list[inputs.Entry], known: seen.Seen) -> list[inputs.Entry]:
+    """The entries, those whose id an earlier one has made errors."""
+    asked = [entry for entry in window if entry.question is not None]
+    first = dict(
+        zip(
+            (e.line for e in asked),
+            known.first_lines([(e.question.id, e.line) for e in asked if e.question]),
+            strict=True,
+        )
+    )
+    return [
+        inputs.Entry(
+            line=entry.line,
+            id=entry.id,
+            error=f"id {records.brief(entry.id)} stands in line {first[entry.line]} already.",
+        )
+        if first.get(entry.line, entry.line) != entry.line
+        else entry
+        for entry in window
+    ]
+
+
+def _answered(predictor: Predictor, entries: list[inputs.Entry]) -> list[outputs.Row]:
+    answers = iter(predictor.answer([entry.question for entry in entries if entry.question is not None]))
+    return [_row(entry, next(answers) if entry.question is not None else None, predictor) for entry in entries]
+
+
+def _row(entry: inputs.Entry, answer: Answer | None, predictor: Predictor) -> outputs.Row:
+    error = entry.error if answer is None else answer.error
+    if answer is None or error is not None:
+        return {"id": entry.id, "line": entry.line, "error": error}
+    row: outputs.Row = {"id": answer.id, "prediction": answer.prediction, "score": answer.score}
+    if predictor.settings.rationale:
+        row["rationale"] = answer.rationale
+    if answer.scores is not None:
+        row["scores"] = dict(answer.scores)
+    return row
+
+
+def _columns(settings: Any) -> list[str]:
+    asked = [("rationale", settings.rationale), ("scores", settings.decoding == CHOICES)]
+    return ["id", "prediction", "score", *(name for name, wanted in asked if wanted), "line", "error"]
+
+
+def _same_rows(journal: outputs.Journal, entries: list[inputs.Entry]) -> int:
+    """How many of the rows that were answered earlier say an error; ValueError if they are not the input's."""
+    errors = 0
+    for entry in entries:
+        try:
+            row = journal.read()
+            same = row["id"] == entry.id
+        except (ValueError, KeyError, TypeError):
+            row, same = {}, False
+        if not same:
+            raise ValueError(
+                f"{journal.path} does not have the answer to line {entry.line} (id {records.brief(entry.id)}) where it "
+                f"belongs: it was changed, or the input was. Remove {journal.path} to begin anew."
+            )
+        errors += "error" in row
+    return errors
+
+
+def _tell(rows: list[outputs.Row], *, before: int) -> int:
+    """Names the first errors there are; returns how many of these rows have one."""
+    wrong = [row for row in rows if "error" in row]
+    if hosts.is_first():
+        for row in itertools.islice(wrong, max(0, _SHOWN - before)):
+            log.warning("line %d: %s", row["line"], row["error"])
+    return len(wrong)
+
+
+def _known_by(path: Path) -> dict[str, Any]:
+    """What tells an input from another, without reading all of it: its size, and a hash of both ends."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        ends = file.read(_END)
+        file.seek(max(0, size - _END))
+        ends += file.read(_END)
+    return {"bytes": size, "sha256 of both ends": hashlib.sha256(ends).hexdigest()}

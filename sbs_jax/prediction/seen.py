@@ -1,0 +1,48 @@
+"""Which ids of a file have been met, kept on disk: memory stays constant however many there are."""
+
+import hashlib
+import sqlite3
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+
+
+class Seen:
+    """Digests of ids and the line of the first row with each, in an SQLite file that lives as long as this.
+
+    16 bytes of BLAKE2b stand for an id, so two ids are never taken for one another.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        """A file that is there is one that an earlier process left behind: it is begun anew. None: anywhere."""
+        if path is not None:
+            path.unlink(missing_ok=True)
+        self._path, self._connection = path, sqlite3.connect(path or "", isolation_level=None)
+        # Nothing here outlives the process, so nothing is made safe for that.
+        for pragma in ("journal_mode = OFF", "synchronous = OFF", "locking_mode = EXCLUSIVE", "cache_size = -32000"):
+            self._connection.execute(f"PRAGMA {pragma}")
+        self._connection.execute("CREATE TABLE ids (digest BLOB PRIMARY KEY, line INTEGER) WITHOUT ROWID")
+
+    def first_lines(self, rows: Sequence[tuple[str, int]]) -> list[int]:
+        """Notes (id, line) rows; of each, the line of the first row with its id, its own line if it is the first."""
+        digests = [
+            hashlib.blake2b(row_id.encode(errors="surrogatepass"), digest_size=16).digest() for row_id, _ in rows
+        ]
+        self._connection.execute("BEGIN")
+        self._connection.executemany(
+            "INSERT OR IGNORE INTO ids VALUES (?, ?)",
+            [(digest, line) for digest, (_, line) in zip(digests, rows, strict=True)],
+        )
+        self._connection.execute("COMMIT")
+        find = "SELECT line FROM ids WHERE digest = ?"
+        return [self._connection.execute(find, (digest,)).fetchone()[0] for digest in digests]
+
+    def __enter__(self) -> "Seen":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._connection.close()
+        if self._path is not None:
+            self._path.unlink(missing_ok=True)
