@@ -47,6 +47,7 @@ bench: $(VENV)/.run ## Measure speed and memory, of a training step and of askin
 	  echo "make: PyTorch and transformers could not be installed (reasons above); measuring without them" >&2
 	$(BIN)/python scripts/bench.py $(ARGS)
 	$(BIN)/python scripts/bench_tuning.py
+	$(BIN)/python scripts/bench_predict.py
 	$(BIN)/python scripts/bench_teacher.py $(TEACHER_ARGS)
 
 bench-serve: $(VENV)/.test ## Measure sbs serve under 200 clients, and its memory over 50,000 requests; appends to bench.json

@@ -92,13 +92,16 @@ def test_every_format_asks_the_same_and_says_the_same(predictor, tmp_path):
 
 
 def test_choices_and_adapters_come_with_any_format(tmp_path):
-    asked = [{"id": "1", "input": "a", "choices": ["x", 'y, "z"']}, {"id": "2", "input": "b", "adapter": "other"}]
+    asked: list[dict[str, Any]] = [
+        {"id": "1", "input": "a", "choices": ["x", 'y, "z"'], "adapter": None},
+        {"id": "2", "input": "b", "choices": None, "adapter": "other"},
+    ]
     write(tmp_path / "in.jsonl", asked)
     pq.write_table(pa.Table.from_pylist(asked), tmp_path / "in.parquet")
     with (tmp_path / "in.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, ["id", "input", "choices", "adapter"])
         writer.writeheader()
-        writer.writerows(row | {"choices": json.dumps(row["choices"]) if "choices" in row else ""} for row in asked)
+        writer.writerows(row | {"choices": json.dumps(row["choices"]) if row["choices"] else ""} for row in asked)
     for name in ("jsonl", "parquet", "csv"):
         first, second = (entry.question for entry in inputs.read(tmp_path / f"in.{name}"))
         assert first is not None

@@ -7,7 +7,6 @@ most `LONGEST_LINE` of it) or a batch of rows (Parquet, besides what pyarrow hol
 
 import csv
 import dataclasses
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Protocol, runtime_checkable
@@ -193,8 +192,8 @@ class _Csv(_Lines):
         row = {name: text for name, text in row.items() if text or name == "input"}
         if "choices" in row:
             try:
-                row["choices"] = json.loads(row["choices"])
-            except (ValueError, RecursionError):
+                row["choices"] = records.parse_json(row["choices"], "choices")
+            except ValueError:
                 shown = records.brief(row["choices"])
                 return Entry(line=line, id=row.get("id"), error=f"'choices' is {shown}; expected a JSON list of texts.")
         return entry(row, line=line)
@@ -234,12 +233,13 @@ class _Parquet:
             self._file = pq.ParquetFile(path)
             self.total = self._file.metadata.num_rows
             schema = self._file.schema_arrow
-        except (pa.ArrowException, OSError) as error:
+            names = schema.names
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise ValueError(f"{path} cannot be read as Parquet: {records.part(str(error))}") from None
-        _checked_columns(schema.names, path)
-        for name in COLUMNS:
-            if name in schema.names:
-                self._check_type(name, schema.field(name).type)
+        _checked_columns(names, path)
+        self._columns = [name for name in COLUMNS if name in names]
+        for name in self._columns:
+            self._check_type(name, schema.field(name).type)
 
     def _check_type(self, name: str, got: Any) -> None:
         import pyarrow as pa
@@ -261,8 +261,7 @@ class _Parquet:
 
         if self._file is None:
             return
-        columns = [name for name in COLUMNS if name in self._file.schema_arrow.names]
-        batches = self._file.iter_batches(batch_size=_ROWS, columns=columns)
+        batches = self._file.iter_batches(batch_size=_ROWS, columns=self._columns)
         while True:
             try:
                 batch = next(batches, None)
@@ -274,7 +273,7 @@ class _Parquet:
                 return
             for number in range(batch.num_rows):
                 self.done += 1
-                yield self._entry({name: batch.column(name)[number] for name in columns})
+                yield self._entry({name: batch.column(name)[number] for name in self._columns})
 
     def _entry(self, cells: Mapping[str, Any]) -> Entry:
         try:
