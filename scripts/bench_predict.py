@@ -5,8 +5,8 @@
     python scripts/bench_predict.py --train_steps 60 --rounds 1 --sides ours int8 hf   # shorter
 
 All sides have the same weights and answer the same 64 inputs of SVAMP, up to 64 new tokens, on the same CPUs. The
-student is trained from scratch on those 64 examples first (it is kept in `--work`), so that its answers are answers: of random
-weights most tokens are close calls, few answers end, and equality says little. What was measured: docs/speed.md.
+student is trained from scratch on those 64 examples first (and kept in `--work`), so that its answers are answers: of
+random weights most tokens are close calls, few answers end, and equality says little. docs/speed.md.
 """
 
 import argparse

@@ -81,7 +81,7 @@ def test_answers_are_those_of_the_student_padded_to_its_limit_in_order(student, 
         for question, (ids, score) in zip(asked, generator.run(student.parameters, rows), strict=True)
     ]
     close(answers, want)
-    assert len({a.prediction for a in answers}) > 10
+    assert len({a.prediction for a in answers}) > 5
 
 
 def test_each_length_is_compiled_once(greedy, answers):
@@ -207,14 +207,16 @@ def test_choices_are_scored_as_given_targets_are(student):
     ]
     got = choosing.answer(rows)
     vocabulary = engine.datasets.vocabulary("byte")
-    model = t5.join(student.structure, student.parameters)
+    score = jax.jit(lambda parameters, *rows: decoding.score(t5.join(student.structure, parameters), *rows))
     for question, answer in zip(rows, got, strict=True):
-        labels = question.choices or toy.LETTERS
-        source = jnp.asarray(tokens.encode([f"predict: {question.input}"] * len(labels), vocabulary), jnp.int32)
+        labels = question.choices or tuple(toy.LETTERS)
+        sources = tokens.encode([f"predict: {question.input}"] * len(labels), vocabulary)
         targets = tokens.encode(labels, vocabulary)
-        width = max(map(len, targets))
-        padded = jnp.asarray([[*ids, *[0] * (width - len(ids))] for ids in targets], jnp.int32)
-        log_p = np.asarray(decoding.score(model, source, padded), np.float64)
+        padded = [np.zeros((8, length), np.int32) for length in (LIMIT, 4)]  # one shape for all
+        for array, ids in zip(padded, (sources, targets), strict=True):
+            for row, each in zip(array, ids, strict=False):
+                row[: len(each)] = each
+        log_p = np.asarray(score(student.parameters, *padded), np.float64)[: len(labels)]
         p = np.exp(log_p) / np.exp(log_p).sum()
         assert answer.scores is not None
         assert list(answer.scores) == list(labels)

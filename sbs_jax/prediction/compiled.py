@@ -45,6 +45,8 @@ def kept(folder: str) -> Iterator[None]:
     settings: dict[str, Any] = {
         "jax_persistent_cache_min_compile_time_secs": 0,
         "jax_persistent_cache_min_entry_size_bytes": -1,
+        # Their folder, which would lie within the process's own, is part of what a program is known by.
+        "jax_persistent_cache_enable_xla_caches": "",
     }
     place.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="sbs-jax-compiled-") as own:

@@ -10,7 +10,7 @@ import dataclasses
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any, Protocol, runtime_checkable
 
 from sbs_jax import records
 from sbs_jax.prediction.engine import Question
@@ -32,6 +32,7 @@ class Entry:
     error: str | None = None
 
 
+@runtime_checkable
 class Reader(Protocol):
     """Entries of a file in order, once. `done` of `total` have been read, in `unit`s."""
 
