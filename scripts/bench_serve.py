@@ -33,7 +33,7 @@ from sbs_jax import bench
 ROOT = Path(__file__).resolve().parents[1]
 CLIENTS = 200
 BATCH = 128  # rows that the server takes from its queue at once, as by default
-UNLOADED = 20  # batches on the idle server
+UNLOADED = 5  # batches on the idle server, before and after
 STUDENTS = {
     # Weights that were never trained end no answer early: every row takes the whole of its length.
     "small": {"gin": "gin_configs/models/t5_1_1_small.gin", "inputs": 64, "answer": 16},
@@ -253,7 +253,7 @@ def latency(folder: Path, arguments: argparse.Namespace) -> list[bench.Row]:
     file, batch_rows = write_inputs(folder), arguments.max_batch
     with served(folder, f"--max_batch={batch_rows}", *arguments.flags) as (url, _):
         ask = functools.partial(measured, url=url, inputs=file)
-        alone = ask("unloaded", rows=1, times=UNLOADED)
+        alone = ask("unloaded", rows=1, times=4 * UNLOADED)
         before = ask("unloaded", rows=batch_rows, times=UNLOADED)
         loaded = ask("clients", clients=arguments.clients, requests=arguments.requests, unruly=0)
         after = ask("unloaded", rows=batch_rows, times=UNLOADED)

@@ -186,7 +186,7 @@ def test_errors_of_the_command_are_one_message_without_a_traceback(sbs, tmp_path
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("command", ["records", "train", "evaluate", "predict", "plan", "report", "demo"])
+@pytest.mark.parametrize("command", ["records", "train", "evaluate", "predict", "serve", "plan", "report", "demo"])
 def test_every_command_has_help(command, capsys):
     with pytest.raises(SystemExit) as end:
         main.main([command, "--help"])

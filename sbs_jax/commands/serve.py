@@ -57,6 +57,7 @@ def add(command: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     try:
+        import h11  # noqa: F401
         import starlette  # noqa: F401
         import uvicorn  # noqa: F401
     except ModuleNotFoundError as error:
