@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from sbs_jax import datasets, evaluate, features, hosts, naming, outbox, partitioning, records
+from sbs_jax import datasets, evaluate, hosts, naming, outbox, partitioning, records, tokens
 
 JSON, LINES = "rationales.json", "rationales.jsonl"
 _WORD = re.compile(r"[^\W_]+")
@@ -191,7 +191,7 @@ class _Asking:
         student = self._student
         vocabulary = datasets.vocabulary(student.options.vocabulary)
         length = self._lengths["inputs"] + (self._lengths["targets"] if wide else 0)
-        tokens, _ = features.encode_inputs([prefix + text for text in texts], vocabulary=vocabulary, length=length)
+        rows = tokens.TokenTable.of([prefix + text for text in texts], vocabulary).padded(length)
         if answer not in self._generators:
             self._generators[answer] = evaluate.Generator(
                 student.structure,
@@ -199,5 +199,5 @@ class _Asking:
                 batch_size=self._batch_size,
                 length=self._answers[answer],
             )
-        found = self._generators[answer].run(student.parameters, tokens)
+        found = self._generators[answer].run(student.parameters, rows)
         return [vocabulary.decode(ids).strip() for ids, _ in found]

@@ -5,7 +5,6 @@ Without MkDocs; `make docs` builds the site, and fails on what only the site can
 
 import ast
 import contextlib
-import importlib
 import io
 import json
 import re
@@ -190,8 +189,7 @@ def test_every_page_is_in_the_navigation():
     there = {page.removeprefix("docs/") for page in WRITTEN if page != "README.md"}
     there |= {page for page in made() if not re.match(r"reference/api/(?!index)|index", page)}
     there |= {str(Path(name).with_suffix(".md")) for name in NOTEBOOKS}
-    assert there - listed == set()
-    assert listed - there <= set(pages.PLANNED)
+    assert there == listed
 
 
 def _pages(entry):
@@ -226,10 +224,25 @@ def test_a_notebook_was_run_from_top_to_bottom_and_uses_what_is_there(name):
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and str(node.module).split(".")[0] in ("sbs_jax", "tasks"):
             for alias in node.names:
-                with contextlib.suppress(ModuleNotFoundError):
-                    modules[alias.asname or alias.name] = importlib.import_module(f"{node.module}.{alias.name}")
-                    continue
-                assert hasattr(importlib.import_module(str(node.module)), alias.name)
+                path = (ROOT / str(node.module).replace(".", "/") / alias.name).with_suffix(".py")
+                if path.exists():
+                    modules[alias.asname or alias.name] = defined(path)
+                else:
+                    assert alias.name in defined(path.parent.with_suffix(".py")), alias.name
+    assert len(modules) > 5
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in modules:
-            assert hasattr(modules[node.value.id], node.attr), f"{node.value.id}.{node.attr}"
+            assert node.attr in modules[node.value.id], f"{node.value.id}.{node.attr}"
+
+
+def defined(path):
+    """Names at the top level of a module, read and not imported, which would take seconds."""
+    names = set()
+    for node in ast.parse(path.read_text("utf-8")).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            names |= {part.id for part in ast.walk(node) if isinstance(part, ast.Name)}
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            names |= {alias.asname or alias.name for alias in node.names}
+    return names

@@ -15,22 +15,15 @@ import pages  # noqa: E402
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Adds the pages of the modules to the navigation; leaves out planned pages that are not there yet."""
-    docs = Path(config.docs_dir)
+    """Adds the pages of the modules to the navigation."""
     for section in config.nav or []:
         for entries in section.values():
             if isinstance(entries, list):
-                entries[:] = [entry for entry in entries if not _is_missing(entry, docs)]
                 for number, entry in enumerate(entries):
                     if entry == {"Python modules": "reference/api/index.md"}:
                         each = [{name: f"reference/api/{name}.md"} for name in pages.modules()]
                         entries[number] = {"Python modules": ["reference/api/index.md", *each]}
     return config
-
-
-def _is_missing(entry: dict[str, Any], docs: Path) -> bool:
-    (page,) = entry.values()
-    return page in pages.PLANNED and not (docs / page).exists()
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:

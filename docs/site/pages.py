@@ -10,8 +10,6 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-# Pages that are being written elsewhere; until they are there the navigation goes without them.
-PLANNED = ("prediction.md", "serving.md", "export.md", "report.md", "reproduce.md", "rationales.md")
 PACKAGES = ("sbs_jax", "tasks")
 _MACRO = re.compile(r"^([A-Z][A-Z_]*) = (.*?)(?:  # (.*))?$")
 _REQUIRED = "%gin.REQUIRED"

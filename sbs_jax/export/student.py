@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import seqio
 
-from sbs_jax import datasets, decoding, evaluate, features, partitioning, t5
+from sbs_jax import datasets, decoding, evaluate, partitioning, t5, tokens
 from sbs_jax.convert import names
 from sbs_jax.export import card as cards
 
@@ -65,7 +65,7 @@ class Student:
 
     def encoded(self, texts: Sequence[str]) -> np.ndarray:
         """Source rows of texts that carry their prefix, int32 [N, S]."""
-        return features.encode_inputs(texts, vocabulary=self.vocabulary, length=self.card["input"]["max_tokens"])[0]
+        return tokens.TokenTable.of(texts, self.vocabulary).padded(self.card["input"]["max_tokens"])
 
     def on_device(self) -> t5.Parameters:
         """All parameters, as they are held in training."""
