@@ -12,6 +12,7 @@ import parity_cases as cases
 import toy
 
 from sbs_jax import adapters, checkpoints, datasets, evaluate, frozen, partitioning, run_dir, t5, tokens
+from sbs_jax.prediction import engine
 
 LENGTHS = {"inputs": 20, "targets": 16}
 TEXTS = (
@@ -71,11 +72,13 @@ def questions(folder: Path) -> Path:
     return folder / "questions.jsonl"
 
 
-def answers(run: Path, folder: Path, *, objective: str = "label") -> list[str]:
-    """What `sbs predict` says of `TEXTS`."""
-    output = folder / "answers.jsonl"
-    evaluate.predict(run, input_path=questions(folder), output_path=output, objective=objective, batch_size=4)
-    return [json.loads(line)["prediction"] for line in output.read_text().splitlines()]
+def answers(run: Path, *, objective: str = "label") -> list[engine.Answer]:
+    """What `sbs predict --too_long cut` says of `TEXTS`."""
+    settings = engine.Settings(batch_size=4, objective=objective, too_long="cut")
+    asked = [engine.Question(id=str(number), input=text) for number, text in enumerate(TEXTS)]
+    found = engine.Predictor.load(run, settings=settings).answer(asked)
+    assert all(answer.error is None for answer in found)
+    return found
 
 
 def parameters(run: Path) -> tuple[t5.Structure, t5.Parameters]:

@@ -87,14 +87,13 @@ def test_stablehlo_answers_without_this_package(student, tmp_path):
     assert summary["platforms"] == ["cpu", "tpu", "cuda"]
     found = answered(tmp_path / "out")
     labels = [text for text, _ in found["answer"]]
-    assert labels == students.answers(student, tmp_path)
+    assert labels == [answer.prediction for answer in students.answers(student)]
     assert len(set(labels)) > 3
-    rationales = [text for text, _ in found["rationale"]]
-    assert rationales == students.answers(student, tmp_path, objective="rationale")
-    assert rationales != labels
+    rationales = students.answers(student, objective="rationale")
+    assert [text for text, _ in found["rationale"]] == [answer.prediction for answer in rationales]
+    assert [answer.prediction for answer in rationales] != labels
+    np.testing.assert_allclose([score for _, score in found["rationale"]], [a.score for a in rationales], rtol=1e-5)
     assert found["graded"] == {"accuracy": 100.0}
-    scores = [json.loads(line)["score"] for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
-    np.testing.assert_allclose([score for _, score in found["rationale"]], scores, rtol=1e-5)
 
 
 def test_a_program_holds_no_weights_and_nothing_that_may_change(label_student, tmp_path):

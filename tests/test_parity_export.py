@@ -27,7 +27,7 @@ def student(request, tmp_path_factory) -> tuple[Path, list[str]]:
     pieces = request.param == "pieces"
     vocabulary = str(request.getfixturevalue("real_vocab")) if pieces else "byte"
     run = students.write(folder / "run", vocabulary=vocabulary, num_encoder_layers=2, num_decoder_layers=2)
-    labels = students.answers(run, folder)
+    labels = [str(answer.prediction) for answer in students.answers(run)]
     assert len(set(labels)) > 3
     return run, labels
 
