@@ -92,7 +92,8 @@ def test_stablehlo_answers_without_this_package(student, tmp_path):
     rationales = students.answers(student, objective="rationale")
     assert [text for text, _ in found["rationale"]] == [answer.prediction for answer in rationales]
     assert [answer.prediction for answer in rationales] != labels
-    np.testing.assert_allclose([score for _, score in found["rationale"]], [a.score for a in rationales], rtol=1e-5)
+    scores = [answer.score or 0.0 for answer in rationales]
+    np.testing.assert_allclose([score for _, score in found["rationale"]], scores, rtol=1e-5)
     assert found["graded"] == {"accuracy": 100.0}
 
 
