@@ -81,6 +81,7 @@ def configure(*files, bindings=()):
 EXPERIMENTS = sorted(
     path.relative_to(ROOT / "gin_configs").with_suffix("").as_posix()
     for path in (ROOT / "gin_configs" / "experiments").glob("[!b]*/*.gin")
+    if "runs/train.gin" in path.read_text()  # the others are sweeps: test_sweep.py
 )
 METHODS = {
     "standard_finetuning": ("label", "human", 1.0, ""),
