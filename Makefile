@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip install --quiet --no-input --disable-pip-version-che
 INSTALL_INPUTS := pyproject.toml scripts/constraints.txt sbs_jax/__init__.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-faults check format bench bench-tpu bench-faults test-parity audit clean
+.PHONY: help demo test test-faults check format docs docs-serve notebook bench bench-serve bench-tpu bench-faults test-parity audit clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -32,6 +32,16 @@ format: $(VENV)/.test ## Format the code and repair what lint can repair
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: $(VENV)/.docs ## Build the documentation into build/site; what is wrong with it is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict -f docs/site/mkdocs.yml $(ARGS)
+
+docs-serve: $(VENV)/.docs ## Show the documentation at http://127.0.0.1:8000 while you write
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs serve -f docs/site/mkdocs.yml $(ARGS)
+
+notebook: $(VENV)/.docs ## Run docs/notebook.ipynb again and keep its outputs (90 s of processor time)
+	$(BIN)/python -m nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False \
+	  --ExecutePreprocessor.timeout=600 docs/notebook.ipynb
+
 bench: $(VENV)/.run ## Measure speed and memory, of a training step and of asking a teacher; appends to bench.json
 	@$(MAKE) --no-print-directory $(VENV)/.parity || \
 	  echo "make: PyTorch and transformers could not be installed (reasons above); measuring without them" >&2
@@ -39,6 +49,9 @@ bench: $(VENV)/.run ## Measure speed and memory, of a training step and of askin
 	$(BIN)/python scripts/bench_tuning.py
 	$(BIN)/python scripts/bench_predict.py
 	$(BIN)/python scripts/bench_teacher.py $(TEACHER_ARGS)
+
+bench-serve: $(VENV)/.test ## Measure sbs serve under 200 clients, and its memory over 50,000 requests; appends to bench.json
+	$(BIN)/python scripts/bench_serve.py $(ARGS)
 
 bench-tpu: $(VENV)/.test ## Measure training and generation on absent TPUs by their compiler's count; appends to bench.json
 	$(BIN)/python scripts/bench_tpu.py $(ARGS)
@@ -87,6 +100,11 @@ $(VENV)/.test: $(INSTALL_INPUTS) | $(VENV)/.created
 	@echo "Installing sbs-jax and what its tests need into $(VENV) (4 GB on disk, most of it TensorFlow; minutes the first time)"
 	@$(PIP) -e '.[test]'
 	@touch $(VENV)/.run $@
+
+$(VENV)/.docs: $(VENV)/.run
+	@echo "Installing MkDocs and what the documentation is built with into $(VENV)"
+	@$(PIP) -e '.[docs]'
+	@touch $@
 
 # A tool of its own: nothing that it brings is among what it looks at.
 $(VENV)/.audit: | $(VENV)/.created

@@ -70,6 +70,8 @@ class Dataset:
       feature_lengths: {"inputs": .., "targets": ..} in tokens of the T5 vocabulary, prefix and
         EOS included, that hold every row of the real data.
       is_label: tells a possible label by its form, where the set is open.
+      implied_label: (a rationale, the row's choices) to the label that the text itself names, or None. By default
+        that of the choices or labels which its last sentence with any of them names alone (rationales.py).
       tfds: the TensorFlow Datasets name, where the rows can come from there.
       tfds_row: makes a row of one of its examples (with bytes decoded to text).
     """
@@ -83,6 +85,7 @@ class Dataset:
     same_label: Callable[[str, str], bool]
     feature_lengths: Mapping[str, int]
     is_label: Callable[[str], bool] | None = None
+    implied_label: Callable[[str, Sequence[str]], str | None] | None = None
     tfds: str | None = None
     tfds_row: Callable[[Mapping[str, Any]], Row] | None = None
 
@@ -285,6 +288,11 @@ def selected(name: str, split: str) -> Selection:
     return _read_selections(name, file_split)[split]
 
 
+def read_split(name: str, split: str) -> list[records.Record]:
+    """All records of the file that a split comes from, in its order, also those that train and validation share."""
+    return records.read_records(_records_file(name, _file_of_split(name, split)[0]))
+
+
 def manifest(name: str, splits: Sequence[str] = (TRAIN, VALIDATION, TEST)) -> dict[str, Any]:
     """What a run trains on, for its log and manifest: options, counts, hashes of the files.
 
@@ -292,21 +300,33 @@ def manifest(name: str, splits: Sequence[str] = (TRAIN, VALIDATION, TEST)) -> di
     {"file": "train.jsonl", "sha256": .., "counts": {..}}, ..}}. Splits the dataset does not have
     are left out. The vocabulary's hash is None for "byte", which has no file.
     """
+    found = sources(name, splits)
+    for split, facts in found["splits"].items():
+        facts["counts"] = dict(selected(name, split).counts)
+    return found
+
+
+def sources(name: str, splits: Sequence[str] = (TRAIN, VALIDATION, TEST)) -> dict[str, Any]:
+    """`manifest` without the counts, which follow from the rest: no row is read."""
     found = {}
     for split in splits:
         if split in available_splits(name):
             path = _records_file(name, _file_of_split(name, split)[0])
-            found[split] = {
-                "file": path.name,
-                "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-                "counts": dict(selected(name, split).counts),
-            }
+            status = path.stat()
+            found[split] = {"file": path.name, "sha256": _sha256(path, status.st_mtime_ns, status.st_size)}
     return {
         "dataset": name,
         "options": dataclasses.asdict(_options),
         "vocabulary_sha256": tokens.vocabulary_sha256(_options.vocabulary),
         "splits": found,
     }
+
+
+@functools.lru_cache(maxsize=64)
+def _sha256(path: Path, changed: int, size: int) -> str:
+    """Of a file as it was when it was last changed; a sweep asks for the same files once per cell."""
+    del changed, size
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def available_splits(name: str) -> tuple[str, ...]:

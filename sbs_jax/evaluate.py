@@ -109,10 +109,14 @@ class Generator:
         batch_size: int,
         length: int,
         compute: Callable[..., Any] | None = None,
+        smaller: Sequence[int] = (),
     ) -> None:
+        """`smaller`: other numbers of rows to compile for; a batch that is not full takes the least that holds it."""
         pieces = partitioner.data_parallel_size
-        # Rows that fill the last batch up are padding, which costs nothing and is dropped again.
+        # Rows that fill a batch up are padding, which is dropped again.
         self._batch_size = -(-batch_size // pieces) * pieces
+        rounded = {-(-size // pieces) * pieces for size in smaller if size < batch_size}
+        self.sizes = sorted({*rounded, self._batch_size})
         self._partitioner = partitioner
         compute = compute or functools.partial(decoding.greedy, length=length)
 
@@ -145,11 +149,11 @@ class Generator:
 
         `rows` are arrays of as many rows each, tokens `[N, S]` first.
         """
-        mine = self._partitioner.local_rows(self._batch_size)
 
         def filled(rows: np.ndarray) -> np.ndarray:
-            padding = np.zeros((self._batch_size - len(rows), *rows.shape[1:]), rows.dtype)
-            return np.concatenate([rows, padding])[mine]
+            size = next(size for size in self.sizes if size >= len(rows))
+            padding = np.zeros((size - len(rows), *rows.shape[1:]), rows.dtype)
+            return np.concatenate([rows, padding])[self._partitioner.local_rows(size)]
 
         for start in range(0, len(rows[0]), self._batch_size):
             before_batch()

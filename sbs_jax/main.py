@@ -21,7 +21,11 @@ from sbs_jax.configuration import UsageError, near
 
 _BINDING = re.compile(r"--gin\.([^=]+)=(.*)", re.DOTALL)
 # The commands, in the order of --help: a module of `sbs_jax/commands/` each.
-NAMES = ("records", "teach", "train", "replay", "evaluate", "predict", "convert", "report", "plan", "demo")
+NAMES = (
+    *("records", "teach", "train", "sweep", "replay"),
+    *("evaluate", "predict", "serve", "rationales", "convert"),
+    *("report", "plan", "demo"),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -129,3 +129,11 @@ class TokenTable:
     def row(self, index: int, *, length: int) -> np.ndarray:
         """One row's tokens, int32, cut to `length`."""
         return cut(self.ids[self.starts[index] : self.starts[index + 1]], length)
+
+    def padded(self, length: int) -> np.ndarray:
+        """All rows as int32 [n, length]: cut to it, and filled up with 0."""
+        rows = np.zeros((len(self), length), np.int32)
+        for index, row in enumerate(rows):
+            ids = self.row(index, length=length)
+            row[: len(ids)] = ids
+        return rows

@@ -66,6 +66,7 @@ def strict(text: str, row: Row) -> Parsed:
 DATASET = Dataset(
     name="anli1",
     labels=nli.LABELS,
+    implied_label=nli.implied_label,
     read_release=read_release,
     parsers={"official": official, "strict": strict},
     metric_fns=(accuracy,),

@@ -19,11 +19,12 @@ recorded like any other dataset.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import json
 import random
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -300,6 +301,27 @@ def strict(text: str, row: Row) -> Parsed:
     return unusable(LABEL_NOT_IN_SET) if label is None else usable(rationale, label)
 
 
+@functools.cache
+def _claims() -> dict[str, str]:
+    """Every sentence of `Question.claim` in lower case, as the vocabulary has it, and the answer that it argues for."""
+    return {
+        question.claim(value, label).lower(): label
+        for question in QUESTIONS
+        for value in PROPERTIES[question.about]
+        for label in LABELS
+    }
+
+
+def implied_label(rationale: str, choices: Sequence[str]) -> str | None:
+    """The answer that a claim argues for, whether it is true or not.
+
+    >>> implied_label("Iron sinks.", ())
+    'no'
+    """
+    del choices
+    return _claims().get(rationale.strip().lower())
+
+
 DATASET = Dataset(
     name=NAME,
     labels=LABELS,
@@ -309,4 +331,5 @@ DATASET = Dataset(
     primary_metric="accuracy",
     same_label=same_text,
     feature_lengths={"inputs": 32, "targets": 16},
+    implied_label=implied_label,
 )

@@ -55,6 +55,7 @@ def strict(text: str, row: Row) -> Parsed:
 DATASET = Dataset(
     name="esnli",
     labels=nli.LABELS,
+    implied_label=nli.implied_label,
     read_release=read_release,
     parsers={"official": official, "strict": strict},
     metric_fns=(accuracy,),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import re
+from collections.abc import Collection, Sequence
 
+from sbs_jax.naming import only_name
 from sbs_jax.teacher.parsing import (
     LABEL_NOT_IN_SET,
     Parsed,
@@ -48,3 +50,27 @@ def strict(text: str, *, stops: Collection[str], marker: str) -> Parsed:
     rationale, answer = found
     label = member(answer, LABELS)
     return unusable(LABEL_NOT_IN_SET) if label is None else usable(rationale, label)
+
+
+# A label in the words of a sentence. "This does not entail .." says neutral, which takes the "entail" in it away.
+_NOT = r"(?:(?:does|do|did) not|(?:does|do|did)n't)"
+_WORDS = {
+    "entailment": re.compile(r"\bentail(?:s|ed|ment)?\b", re.IGNORECASE),
+    "neutral": re.compile(
+        rf"\bneutral\b|(?:{_NOT} )?\bnot necessarily(?: \w+)?|{_NOT} (?:necessarily )?(?:entail|mean|imply)\b",
+        re.IGNORECASE,
+    ),
+    "contradiction": re.compile(r"(?<!not )(?<!n't )\bcontradict(?:s|ed|ing|ion|ory)?\b", re.IGNORECASE),
+}
+
+
+def implied_label(rationale: str, choices: Sequence[str]) -> str | None:
+    """The label that a text names, as a noun, in a verb, or by "not necessarily"; most name none.
+
+    >>> implied_label("Sleeping contradicts running.", ())
+    'contradiction'
+    >>> implied_label("A man who eats is not necessarily hungry.", ())
+    'neutral'
+    """
+    del choices
+    return only_name(rationale, _WORDS)

@@ -7,7 +7,8 @@ A reply, with its invented continuation:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from sbs_jax.teacher.parsing import (
     unusable,
     usable,
 )
-from tasks.metrics import equation_accuracy, equation_value, same_equation_value
+from tasks.metrics import MAX_CHARACTERS, equation_accuracy, equation_value, same_equation_value
 
 MARKER = "The answer is"
 
@@ -78,6 +79,22 @@ def strict(text: str, row: Row) -> Parsed:
     return usable(rationale, answer) if is_arithmetic(answer) else unusable(NOT_ARITHMETIC)
 
 
+_NUMBER = r"[0-9]+(?:\.[0-9]+)?"
+_EQUATION = re.compile(rf"[(\s]*{_NUMBER}[)\s]*(?:[-+*/][(\s]*{_NUMBER}[)\s]*)+", re.ASCII)
+
+
+def implied_label(rationale: str, choices: Sequence[str]) -> str | None:
+    """The last calculation in a text, without its result; None where there is none that has a value.
+
+    >>> implied_label("She has 3 pens and buys 4. 3 + 4 = 7.", ())
+    '3 + 4'
+    """
+    del choices
+    # A calculation that is cut off at the front here is too long to have a value in any case.
+    found = [match[0].strip() for match in _EQUATION.finditer(rationale[-4 * MAX_CHARACTERS :])]
+    return found[-1] if found and is_arithmetic(found[-1]) else None
+
+
 DATASET = Dataset(
     name="svamp",
     labels=None,
@@ -88,4 +105,5 @@ DATASET = Dataset(
     same_label=same_equation_value,
     feature_lengths={"inputs": 88, "targets": 112},
     is_label=is_arithmetic,
+    implied_label=implied_label,
 )

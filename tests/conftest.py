@@ -94,6 +94,19 @@ def starter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[processes.Star
         yield processes.Starter(address=address, compiled=folder / "compiled")
 
 
+@pytest.fixture(scope="session")
+def toy_run(tmp_path_factory: pytest.TempPathFactory):
+    """Configuration of a finished run of ours on the toy data, of 6 steps; not to be changed."""
+    import toy
+
+    from sbs_jax import train
+
+    folder = tmp_path_factory.mktemp("toy_run")
+    config = toy.config(folder / "run", toy.write_records(folder / "records"))
+    train.train(config, config_text="")
+    return config
+
+
 @pytest.fixture
 def memory() -> Iterator[Path]:
     """A folder in memory."""

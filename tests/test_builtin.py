@@ -11,10 +11,11 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import optax
+import processes
 import pytest
 import sentencepiece
 
-from sbs_jax import checkpoints, configuration, demo, records, release, t5, tokens, train
+from sbs_jax import checkpoints, demo, records, release, t5, tokens, train
 from sbs_jax.release import Row
 from tasks import builtin, builtin_corpus
 
@@ -238,9 +239,8 @@ def padded(rows: list[list[int]]) -> jnp.ndarray:
 
 
 def demo_config(method: str) -> train.TrainConfig:
-    plan = demo.Plan(method=method, fraction=0.5, seed=1, folder=Path("demo"))
-    config, _ = configuration.configure("train.TrainConfig", gin_files=plan.gin_files(), bindings=plan.bindings())
-    return config
+    cells = demo.plan(Path("demo")).cells()
+    return next(c for c in cells if (c.method, c.fraction, c.seed) == (method, 0.5, 1)).configured()[0]
 
 
 def test_both_methods_make_the_same_updates_from_the_same_label_rows() -> None:
@@ -253,18 +253,19 @@ def test_both_methods_make_the_same_updates_from_the_same_label_rows() -> None:
 
 
 @pytest.mark.slow
-def test_demo_from_questions_to_page(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch) -> None:
-    """The whole demo on few rows, a few updates, in this process."""
-    monkeypatch.setattr(demo, "ROWS", {"train": 64, "validation": 20, "test": 30})
-    monkeypatch.setattr(demo, "FRACTIONS", (1.0,))
-    monkeypatch.setattr(demo, "SEEDS", (0,))
-    bindings = ("TRAIN_STEPS=3", "EVAL_PERIOD=3", "CHECKPOINT_PERIOD=3", "EVAL_BATCH_SIZE=16")
-    monkeypatch.setattr(demo, "EXTRA_BINDINGS", bindings)
-    monkeypatch.setattr(demo, "train_all", lambda plans: ((plan, *demo.train_one(plan)) for plan in plans))
-    assert demo.main(tmp_path / "out") == 0
-    printed = capsys.readouterr().out
-    assert "[ 2/2] step by step" in printed
-    assert "Finished in" in printed
+def test_demo_from_questions_to_page(tmp_path: Path, starter: processes.Starter) -> None:
+    """The whole demo on few rows, a few updates; and again, when nothing is left to train."""
+    bindings = {"TRAIN_STEPS": 3, "EVAL_PERIOD": 3, "CHECKPOINT_PERIOD": 3, "EVAL_BATCH_SIZE": 16}
+    rows = {"train": 64, "validation": 20, "test": 30}
+    text = f"from sbs_jax import demo\ndemo.ROWS, demo.BINDINGS = {rows}, {bindings}\n"
+    text += f"demo.FRACTIONS, demo.SEEDS = (1.0,), (0,)\nraise SystemExit(demo.main({str(tmp_path / 'out')!r}))"
+    done = starter.run(tmp_path, [], command=("-c", text))
+    assert done.returncode == 0, done.stderr
+    assert "[ 2/2] step" in done.stdout or "[ 2/2] standard" in done.stdout
+    assert "Finished in" in done.stdout
     assert (tmp_path / "out" / "index.html").read_text("utf-8").startswith("<!DOCTYPE html>")
     lines = (tmp_path / "out" / "release" / "builtin" / "builtin_test.json").read_text("utf-8").splitlines()
     assert [json.loads(line)["label"] for line in lines].count("yes") > 5
+    again = starter.run(tmp_path, [], command=("-c", text))
+    assert again.returncode == 0, again.stderr
+    assert "2 cells: 2 finished." in again.stdout

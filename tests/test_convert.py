@@ -254,13 +254,8 @@ def test_arrays_on_devices_are_copies():
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A finished run of ours on the toy data."""
-    folder = tmp_path_factory.mktemp("run")
-    records_dir = toy.write_records(folder / "records")
-    config = toy.config(folder / "run", records_dir, train_steps=3, eval_period=3)
-    train.train(config, config_text="")
-    return config
+def run(toy_run):
+    return toy_run
 
 
 def student_of(path):

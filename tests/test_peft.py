@@ -465,7 +465,7 @@ def task(tmp_path_factory) -> Path:
     for name, tuning in OVER_ONE_BASE.items():
         write_run(folder / name, SMALL, tuning, base=folder / "base.npz")
         manifest = {
-            "data": {"options": options | {"label_prefix": f"{name}: "}},
+            "data": {"dataset": "toy", "options": options | {"label_prefix": f"{name}: "}},
             "run": {
                 "mixture_or_task_name": "toy_label",
                 "task_feature_lengths": {"inputs": 20 if name == "own" else 18, "targets": 16},

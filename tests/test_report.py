@@ -30,8 +30,14 @@ def write_run(
     updates: int = 200,
     dataset: str = "toy",
     records_dir: str = "no/such/records",
+    parameters: int = 1_234_567,
+    manifest_of: dict | None = None,
+    text: str = "",
 ) -> Path:
-    """A run directory as `sbs train` leaves it, with these answers on test right."""
+    """A run directory as `sbs train` leaves it, with these answers on test right.
+
+    `manifest_of` is put over the manifest, and `text` at the end of every input.
+    """
     right = [i % 2 == 0 for i in range(40)] if right is None else right
     accuracy = 100.0 * sum(right) / len(right)
     (path / "predictions").mkdir(parents=True)
@@ -40,7 +46,7 @@ def write_run(
     rows = []
     for i, correct in enumerate(right):
         target = LABELS[i % 3]
-        row = {"id": f"{dataset}-{i}", "input": f"{prefix}Is <b>{i}</b> & {i}?", "target": target}
+        row = {"id": f"{dataset}-{i}", "input": f"{prefix}Is <b>{i}</b> & {i}?{text}", "target": target}
         rows.append(row | {"prediction": target if correct else "<script>alert(1)</script>", "correct": correct})
     text = "".join(json.dumps(row) + "\n" for row in rows)
     (path / "predictions" / f"{task}-test-{updates // 2}.jsonl").write_text(text)
@@ -68,9 +74,9 @@ def write_run(
         },
         "run": {"mixture_or_task_name": f"{dataset}_{kind}"},
         "devices": ["cpu:0"],
-        "parameter_count": 1_234_567,
+        "parameter_count": parameters,
     }
-    (path / "manifest.json").write_text(json.dumps(manifest))
+    (path / "manifest.json").write_text(json.dumps(manifest | (manifest_of or {})))
     (path / "config.gin").write_text("BATCH_SIZE = @train.rows_per_update()\nEXAMPLES = 16\nPACK = False\n")
     return path
 
@@ -354,14 +360,22 @@ class Checker(html.parser.HTMLParser):
         super().__init__()
         self.open: list[str] = []
         self.fetched: list[str] = []
+        self.linked: list[str] = []
+        self.scripts: list[dict[str, str | None]] = []
         self.text: list[str] = []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         if tag not in self.VOID:
             self.open.append(tag)
+        if tag == "script":
+            self.scripts.append(dict(attrs))
         addresses = [value or "" for name, value in attrs if name in ("href", "src", "xlink:href", "data", "action")]
-        self.fetched += [address for address in addresses if not address.startswith("#")]
-        if tag in ("script", "link", "iframe", "object", "img"):
+        addresses = [address for address in addresses if not address.startswith("#")]
+        if tag == "a" and dict(attrs).keys() >= {"href", "download"}:  # a file beside the page, for who asks for it
+            self.linked += addresses
+        else:
+            self.fetched += addresses
+        if tag in ("link", "iframe", "object", "img"):
             self.fetched.append(tag)
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
@@ -381,24 +395,26 @@ def check(page: Path) -> Checker:
     checker.feed(page.read_text("utf-8"))
     assert checker.open == []
     assert checker.fetched == []
+    assert checker.scripts == [{"type": "application/json", "id": "data"}, {}]
     assert "url(" not in re.sub(r"url\(#\w+\)", "", page.read_text("utf-8"))
     return checker
 
 
 def test_the_page_stands_alone_and_escapes_what_students_write(tmp_path: Path, mixed: list[Run]) -> None:
     page = tmp_path / "new" / "page.html"
-    summary = report.write_page(
+    study = report.write_page(
         page, mixed, title="A <title>", notes=["A & B."], command="sbs demo --output 'a b'", teacher_accuracy=74.0
     )
+    summary = study.summaries[0]
     text = " ".join(check(page).text)
-    assert page.read_text().count("<svg") == 2 + 2 * 2 + 2 * 2  # plots, curves of two kinds, keys
+    assert page.read_text().count("<svg") == 2 + 2 * 2 + 1 + 2 * 3  # plots, curves of two kinds, costs, keys
     for expected in (
-        *("A <title>", "A & B.", "sbs demo --output 'a b'", "teacher 74.0", "0123456789abcdef", "0.10.2", "seed 0"),
-        *(f"{summary.groups[0].accuracy:.1f}", "<script>alert(1)</script>", "Is <b>", str(mixed[0].path)),
+        *("A <title>", "A & B.", "sbs demo --output 'a b'", "teacher 74.0", "0123456789abcdef", "0.10.2"),
+        *(f"{summary.groups[0].accuracy:.1f}", r"\u003cscript\u003ealert(1)", r"Is \u003cb", str(mixed[0].path)),
     ):
         assert expected in text
     report.write_page(page, [run for run in mixed if run.method == STEP_BY_STEP], title=None, notes=())
-    assert "Is <b>" in " ".join(check(page).text)
+    assert r"Is \u003cb" in " ".join(check(page).text)
     assert "predict: Is" not in " ".join(check(page).text)
 
 
@@ -411,7 +427,7 @@ def test_plots_take_their_colours_from_the_page(tmp_path: Path, mixed: list[Run]
     style = text[: text.index("</style>")]
     light, dark = style.split("@media (prefers-color-scheme: dark)")
     for part in (light, dark):
-        assert used <= {*re.findall(r"--(\w+):", part), "panel"}
+        assert used <= {*re.findall(r"--(\w+):", part), "panel", "row"}
 
 
 def test_methods_keep_their_colours() -> None:
@@ -462,7 +478,9 @@ def test_main_names_the_runs_itself(tmp_path: Path, capsys: pytest.CaptureFixtur
     paths = [run.path for run in of(tmp_path, label=some(50), step_by_step=some(80))]
     assert report.main(paths, tmp_path / "page.html") == 0
     assert "step-by-step minus standard fine-tuning" in capsys.readouterr().out
-    check(tmp_path / "page.html")
+    linked = check(tmp_path / "page.html").linked
+    assert "page_files/comparisons.csv" in linked
+    assert all((tmp_path / file).is_file() for file in linked)
 
 
 # Bad input

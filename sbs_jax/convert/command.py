@@ -1,10 +1,11 @@
 """`sbs convert`: a checkpoint of one form to another."""
 
 import dataclasses
+import functools
 import json
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,14 @@ import jax.numpy as jnp
 
 from sbs_jax import checkpoints, identity, run_dir, t5, tokens
 from sbs_jax.convert import hugging_face, merging, names, peft, t5x
+from sbs_jax.export import card as cards
+from sbs_jax.export import transformers
 
 log = logging.getLogger(__name__)
 
 FORMS = (checkpoints.HUGGING_FACE, checkpoints.T5X, checkpoints.SBS, checkpoints.PEFT)
+# Forms for other runtimes, which are written and not read (sbs_jax/export/).
+STABLEHLO, ONNX = "stablehlo", "onnx"
 VOCABULARY = "sentencepiece.model"
 
 
@@ -29,14 +34,23 @@ def convert(
     dtype: str,
     shard_bytes: int,
     base: str | None = None,
+    vocabulary: str | None = None,
+    platforms: Sequence[str] = (),
+    shapes: Sequence[tuple[int, int]] = (),
+    samples: str | None = None,
+    check: int = 32,
 ) -> dict[str, Any]:
     """Converts, and returns what it did. `target` must not exist, and appears when it is complete.
 
     `from_form` None means: as it looks. `dtype` and `shard_bytes` are those of Hugging Face's files; the other forms
     hold float32. Where the source is a run (or an export of one), its settings go along, so that a conversion back is a
     run again. Adapters are merged into their base, which lies at `base` if it has moved; but to PEFT's form, and from
-    that to a run, they stay adapters.
+    that to a run, they stay adapters. `vocabulary` is where the run's lies now, if it has moved.
+
+    Of the forms for other runtimes: `platforms` and `shapes` (rows, tokens) of the programs, () for the usual ones, and
+    so many rows (`check`) of `samples` (default: what the run was graded on) to answer with what was written.
     """
+    _check_options(to_form, dtype=dtype, platforms=platforms, shapes=shapes)
     found = checkpoints.form(source)
     if from_form not in (None, found):
         raise ValueError(f"{source} is of the form {found!r}; got --from {from_form!r}.")
@@ -46,6 +60,8 @@ def convert(
     if not remote and Path(target).exists():
         raise FileExistsError(f"{target} exists already; choose another name, or remove it.")
     opened = _open(source, kind=found, base=base)
+    if vocabulary is not None:
+        opened = _with_vocabulary(opened, vocabulary, owner=source)
     summary = {"from": found, "to": to_form}
     if to_form == checkpoints.PEFT:
         summary |= _to_peft(opened, source, target, base=base)
@@ -58,7 +74,7 @@ def convert(
                 target,
             )
         summary |= _told_of(opened)
-    elif opened.tuning is not None:
+    elif opened.tuning is not None and (to_form != STABLEHLO or merging.possible(opened)):
         opened, told = _merged(opened, source, base=base)
         summary |= told
     summary |= {
@@ -66,8 +82,23 @@ def convert(
         "parameters": names.size(names.parameters(opened.config)),
         "model": dataclasses.asdict(opened.config),
     }
-    if to_form == checkpoints.HUGGING_FACE:
-        hugging_face.write(target, opened, dtype=dtype, shard_bytes=shard_bytes)
+    if to_form in (STABLEHLO, ONNX):
+        from sbs_jax.export import onnx, stablehlo
+        from sbs_jax.export.student import Student
+
+        student = Student.of(opened, source=source, form=found, base=base)
+        texts = _samples(source, student.card, form=found, given=samples, rows=check)
+        with hugging_face.beside(Path(target)) as folder:
+            if to_form == STABLEHLO:
+                summary |= stablehlo.write(
+                    folder, student, form=dtype, platforms=platforms, shapes=shapes, samples=texts
+                )
+            else:
+                summary |= onnx.write(folder, student, shapes=shapes, samples=texts)
+    elif to_form == checkpoints.HUGGING_FACE:
+        card = cards.of(source, opened, form=found)
+        finish = functools.partial(transformers.finish, card=card, dtype=dtype)
+        hugging_face.write(target, opened, dtype=dtype, shard_bytes=shard_bytes, finish=finish)
     elif remote:
         t5x.write(target, _parameters(opened), step=opened.step)
     elif to_form != checkpoints.PEFT:
@@ -84,7 +115,62 @@ def convert(
                     base=opened.base,
                 )
                 _write_run(folder, opened, home=Path(target).absolute())
+            card = None if opened.tuning is not None else cards.of(source, opened, form=found)
+            _write_origin(folder / cards.FILE, card)
     return summary
+
+
+def _check_options(to_form: str, *, dtype: str, platforms: Sequence[str], shapes: Sequence[tuple[int, int]]) -> None:
+    """ValueError for what a form has not, before anything is read."""
+    types = {checkpoints.HUGGING_FACE: ("float32", "bfloat16"), STABLEHLO: ("float32", "bfloat16", "int8")}
+    if dtype not in types.get(to_form, ("float32",)):
+        having = [form for form, known in types.items() if dtype in known]
+        raise ValueError(
+            f"--to {to_form} has no --dtype {dtype}: "
+            + (f"{' and '.join(having)} {'has' if len(having) == 1 else 'have'}." if having else "nothing has.")
+        )
+    if to_form == STABLEHLO:
+        from sbs_jax.export import stablehlo
+
+        stablehlo.check_platforms(platforms or stablehlo.DEFAULT_PLATFORMS)
+    elif to_form == ONNX:
+        from sbs_jax.export import onnx
+
+        onnx.check_installed()
+    if platforms and to_form != STABLEHLO:
+        raise ValueError(f"--to {to_form} has no platforms; --platforms is of stablehlo.")
+    if shapes and to_form not in (STABLEHLO, ONNX):
+        raise ValueError(f"--to {to_form} has no programs; --shapes is of stablehlo and onnx.")
+
+
+def _with_vocabulary(opened: names.Opened, vocabulary: str, *, owner: str) -> names.Opened:
+    """With a vocabulary that lies elsewhere now. ValueError where it is another one."""
+    expected = None if opened.origin is None else opened.origin["data"].get("vocabulary_sha256")
+    found = tokens.vocabulary_sha256(vocabulary)
+    if opened.origin is not None and found != expected:
+        raise ValueError(
+            f"{vocabulary} is another vocabulary than that of {owner}: SHA-256 {found}, and it was trained with "
+            f"{expected}."
+        )
+    return dataclasses.replace(opened, vocabulary=vocabulary)
+
+
+def _samples(source: str, card: Mapping[str, Any], *, form: str, given: str | None, rows: int) -> list[str]:
+    """Texts to answer with what was written."""
+    if not rows:
+        return []
+    texts = (
+        cards.sample_inputs(source, card, form=form, rows=rows)
+        if given is None
+        else cards.read_samples(given, card, rows=rows)
+    )
+    if not texts:
+        log.warning(
+            "%s left no predictions behind, and so no sample inputs: what was written is not checked. Give some by "
+            '--samples FILE, lines of {"input": text}.',
+            source,
+        )
+    return texts
 
 
 def _open(source: str, *, kind: str, base: str | None) -> names.Opened:

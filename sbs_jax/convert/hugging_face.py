@@ -11,15 +11,16 @@ import json
 import re
 import shutil
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import safetensors
+import tensorflow as tf
 
-from sbs_jax import t5
+from sbs_jax import t5, tokens
 from sbs_jax.convert import names
 from sbs_jax.convert.names import LazyArray, Opened
 from sbs_jax.records import brief, decoded, parse_json, part, read_json
@@ -118,13 +119,18 @@ def write(
     *,
     dtype: str,
     shard_bytes: int = SHARD_BYTES,
+    finish: Callable[[Path], None] = lambda folder: None,
 ) -> None:
     """Writes a directory that `transformers` loads: weights, configuration, and the tokenizer where there is one.
+
+    `finish` may add to the directory before it appears.
 
     Weights are written in `dtype` (float32, bfloat16). The directory appears when it is complete; FileExistsError
     where there is one already.
     """
     path = Path(path)
+    if opened.vocabulary is not None:
+        tokens.check_vocabulary(opened.vocabulary)  # weights of gigabytes take their time
     with beside(path) as folder:
         _write_weights(folder, opened, dtype=np.dtype(dtype), shard_bytes=shard_bytes)
         write_json(folder / CONFIG, _settings(opened.config, dtype=dtype))
@@ -134,6 +140,7 @@ def write(
             _write_tokenizer(folder, opened)
         if opened.origin is not None:
             write_json(folder / ORIGIN, opened.origin)
+        finish(folder)
 
 
 @contextlib.contextmanager
@@ -172,21 +179,25 @@ def _write_weights(folder: Path, opened: Opened, *, dtype: np.dtype, shard_bytes
         write_safetensors(folder / file, {name: stored[name] for name in shard}, dtype=dtype)
 
 
-def write_safetensors(file: Path, arrays: Mapping[str, LazyArray], *, dtype: np.dtype) -> None:
-    """The library's own writer wants every array of a file in memory; this one holds a single array."""
-    code = next(code for code, each in _DTYPES.items() if np.dtype(each) == dtype)
+def write_safetensors(file: Path, arrays: Mapping[str, LazyArray], *, dtype: np.dtype | None) -> None:
+    """The library's own writer wants every array of a file in memory; this one holds a single array.
+
+    `dtype` None leaves each array in its own type, which may be int8 or uint8 as well.
+    """
+    codes = {np.dtype(each): code for code, each in {**_DTYPES, "I8": np.int8, "U8": np.uint8}.items()}
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, array in arrays.items():
-        end = offset + int(np.prod(array.shape)) * dtype.itemsize
-        header[name] = {"dtype": code, "shape": list(array.shape), "data_offsets": [offset, end]}
+        held = array.dtype if dtype is None else dtype
+        end = offset + int(np.prod(array.shape)) * held.itemsize
+        header[name] = {"dtype": codes[held], "shape": list(array.shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with file.open("wb") as out:
         out.write(struct.pack("<Q", len(text)) + text)
         for array in arrays.values():
-            out.write(np.ascontiguousarray(array.whole().astype(dtype)).reshape(-1).view(np.uint8).data)
+            out.write(np.ascontiguousarray(array.whole().astype(dtype or array.dtype)).reshape(-1).view(np.uint8).data)
 
 
 def _stored(path: Path) -> dict[str, LazyArray]:
@@ -398,7 +409,7 @@ def _write_tokenizer(folder: Path, opened: Opened) -> None:
         settings["tokenizer_class"] = "ByT5Tokenizer"
     else:
         settings["tokenizer_class"] = "T5Tokenizer"
-        shutil.copyfile(str(opened.vocabulary), folder / SENTENCEPIECE)
+        tf.io.gfile.copy(str(opened.vocabulary), str(folder / SENTENCEPIECE))
     write_json(folder / "tokenizer_config.json", settings)
 
 

@@ -17,13 +17,22 @@ OF_KERNEL = ("lora/a", "lora/b", "in_scale", "out_scale")
 
 def check(opened: Opened, *, owner: str) -> None:
     """ValueError for adapters that no plain T5 can hold: bottlenecks, prompts, prefixes, biases."""
-    own = adapters.own_names(opened.config)
-    extra = sorted(name for name in opened.arrays if name not in own and not name.endswith(OF_KERNEL))
+    extra = _without_place(opened)
     if extra:
         raise ValueError(
             f"{owner} has {kinds(extra)} ({extra[0]}), which cannot be merged: a T5 without adapters has no place for "
             "them. LoRA, IA3, layer norms and layers can be. Predict and evaluate with the run as it is, and its base."
         )
+
+
+def possible(opened: Opened) -> bool:
+    """Whether `merged` makes a plain T5 of it."""
+    return not _without_place(opened)
+
+
+def _without_place(opened: Opened) -> list[str]:
+    own = adapters.own_names(opened.config)
+    return sorted(name for name in opened.arrays if name not in own and not name.endswith(OF_KERNEL))
 
 
 def merged(opened: Opened, base: Mapping[str, LazyArray]) -> Opened:

@@ -8,6 +8,7 @@ row, an answer depends neither on its neighbours nor, but for rounding, on the p
 import dataclasses
 import functools
 import hashlib
+import itertools
 import logging
 import math
 import time
@@ -40,6 +41,7 @@ class Settings:
       temperature: of sampling, as are `top_k` (0: all tokens), `top_p` and `seed`: `decoding.sample`.
       rationale: whether to generate the rationale too, by the same decoding (by greedy search beside choices).
       batch_size: rows at a time.
+      smaller: other numbers of rows that are compiled for, for batches that are not full.
       weights: how matrices are held and multiplied (`weights.py`).
       objective: "label", or "rationale" to answer with the rationale alone.
       too_long: what becomes of an input longer than the student was trained with: an "error", or "cut" to that length.
@@ -54,6 +56,7 @@ class Settings:
     seed: int = 0
     rationale: bool = False
     batch_size: int = 32
+    smaller: tuple[int, ...] = ()
     weights: str = weights_.FLOAT32
     objective: str = datasets.LABEL
     too_long: str = "error"
@@ -87,13 +90,15 @@ class Settings:
 class Question:
     """One thing to answer: the text without prefix; perhaps the adapters to answer with.
 
-    `choices` are the possible answers where the decoding is "choices"; without them those of the dataset.
+    `choices` are the possible answers where the decoding is "choices"; without them those of the dataset. `rationale`:
+    whether this one's is generated too, where the settings say that any is.
     """
 
     id: str
     input: str
     adapter: str | None = None
     choices: tuple[str, ...] | None = None
+    rationale: bool = True
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -282,6 +287,7 @@ class _Answerer:
             batch_size=s.batch_size,
             length=way.length,
             compute=search[way.decoding],
+            smaller=s.smaller,
         )
 
     def describe(self) -> dict[str, Any]:
@@ -350,12 +356,17 @@ class _Answerer:
             return []
         prepared = self.prepare(questions)
         good = [n for n, each in enumerate(prepared) if each.error is None]
+        # Of the second way, which writes rationales, those who want one.
+        asked = [good, [n for n in good if questions[n].rationale]][: len(self._ways)]
+        results = [
+            dict(zip(chosen, self._results(number, [prepared[n] for n in chosen]), strict=True))
+            for number, chosen in enumerate(asked)
+        ]
         found: dict[int, Answer] = {}
-        results = [self._results(number, [prepared[n] for n in good]) for number in range(len(self._ways))]
-        for n, (first, *others) in zip(good, zip(*results, strict=True), strict=True):
-            prediction, score, scores, text = first
-            rationale = others[0][0] if others else None
-            if self._settings.rationale and not others:
+        for n in good:
+            prediction, score, scores, text = results[0][n]
+            rationale = results[1][n][0] if len(results) > 1 and n in results[1] else None
+            if self._settings.rationale and len(results) == 1 and questions[n].rationale:
                 rationale = text.rpartition(datasets.ANSWER_MARKER)[0].strip() or text.strip()
             found[n] = Answer(
                 id=questions[n].id, prediction=prediction, score=score, rationale=rationale, scores=scores
@@ -407,9 +418,8 @@ class _Answerer:
         return found
 
     def warm_up(self) -> None:
-        size = self._settings.batch_size
         for way, generator in zip(self._ways, self._generators, strict=True):
-            for length in self._buckets:
+            for size, length in itertools.product(generator.sizes, self._buckets):
                 arrays: list[np.ndarray] = [np.zeros((size, length), np.int32)]  # rows of padding end at once
                 if way.decoding == SAMPLE:
                     arrays.append(np.zeros((size, 2), np.uint32))

@@ -1,6 +1,6 @@
-"""Runs to a table and a page: what came out, in words, numbers and plots, whichever way it went.
+"""Runs to tables and a page: what came out, in words, numbers and plots, whichever way it went.
 
-    sbs report runs/standard-0 runs/step-by-step-0 --output page.html
+    sbs report runs --output report.html
 
 The same runs give the same bytes.
 """
@@ -9,8 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sbs_jax.report.findings import headline, sentences
+from sbs_jax.report.folders import find
 from sbs_jax.report.page import write_page
 from sbs_jax.report.results import Run, identify
+from sbs_jax.report.study import Study, study
 from sbs_jax.report.summary import Comparison, Group, Summary, summarize
 from sbs_jax.report.tables import markdown, table
 
@@ -18,20 +20,33 @@ __all__ = [
     "Comparison",
     "Group",
     "Run",
+    "Study",
     "Summary",
+    "find",
     "headline",
     "identify",
     "main",
     "markdown",
     "sentences",
+    "study",
     "summarize",
     "table",
     "write_page",
 ]
 
 
-def main(run_dirs: Sequence[str | Path], output: str | Path) -> int:
-    """Writes the page of some run directories and prints their table; method, fraction and seed from the manifests."""
-    summary = write_page(output, [identify(path) for path in run_dirs], title=None, notes=())
-    print(f"{table(summary)}\n\nPage: {output}")
+def main(paths: Sequence[str | Path], output: str | Path, *, assets: str | Path | None = None) -> int:
+    """Writes the page of some runs and prints their tables; method, fraction and seed are from the manifests.
+
+    `paths` are run directories, or folders that hold some. Plots and numbers go to `assets`, a folder beside the page
+    if it is not given (`report_files` for `report.html`).
+    """
+    found, page = find(paths), Path(output)
+    folder = page.with_name(f"{page.stem}_files") if assets is None else Path(assets)
+    written = write_page(page, found.runs, title=None, notes=(), assets=folder, left_out=found.left_out)
+    for summary in written.summaries:
+        print(f"{table(summary)}\n")
+    for reason in found.left_out:
+        print(f"Left out: {reason}")
+    print(f"Page: {page}\nPlots and numbers: {folder}")
     return 0

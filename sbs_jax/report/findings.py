@@ -2,9 +2,42 @@
 
 from collections.abc import Sequence
 
+from sbs_jax.report.study import Study
 from sbs_jax.report.summary import Comparison, Summary
 
 MINUS = "\N{MINUS SIGN}"
+
+
+def headline_of_all(study: Study) -> str:
+    """The result of several datasets or sizes in one sentence: how often a method is ahead of its reference."""
+    if len(study.summaries) == 1:
+        return headline(study.summaries[0])
+    found = [c for summary in study.summaries for c in summary.comparisons]
+    where = listed(study.datasets) if len(study.datasets) < 5 else f"{len(study.datasets)} datasets"
+    if not found:
+        return f"Test accuracies on {where}"
+    method = min(found, key=lambda c: not c.method.startswith("step-by-step")).method
+    reference = next(c.reference for c in found if c.method == method)
+    these = [c for c in found if (c.method, c.reference) == (method, reference)]
+    ahead, behind = ([c for c in these if c.verdict == verdict] for verdict in ("ahead", "behind"))
+    of = f"{len(these)} comparison{'s' * (len(these) != 1)} on {where}"
+    if not ahead and not behind:
+        return f"No difference shown between {method} and {reference} in any of {of}"
+    return (
+        f"{capital(method)} is ahead of {reference} in {len(ahead) or 'none'} of {of}{_not_by_holm(ahead)}, behind in "
+        f"{len(behind) or 'none'}{_not_by_holm(behind)}"
+    )
+
+
+def _not_by_holm(comparisons: Sequence[Comparison]) -> str:
+    """A reservation, where a difference that is shown is not once p is corrected for the number of comparisons."""
+    lost = [c for c in comparisons if c.verdict != "no difference shown" and c.p_holm >= 0.05]
+    if not lost:
+        return ""
+    if len(comparisons) == 1:
+        return f" (not by Holm's correction: p = {named_p(lost[0].p_holm)})"
+    kept = len(comparisons) - len(lost)
+    return f" ({kept or 'none'} of them by Holm's correction)"
 
 
 def headline(summary: Summary) -> str:
@@ -41,7 +74,7 @@ def headline(summary: Summary) -> str:
 
 def sentences(summary: Summary) -> list[str]:
     """Every comparison in a sentence, then how little data does as well as more, then the reference lines."""
-    found = [f"{_finding(comparison)}." for comparison in summary.comparisons]
+    found = [f"{_finding(comparison)}{_not_by_holm([comparison])}." for comparison in summary.comparisons]
     found += _savings(summary)
     if summary.teacher_accuracy is not None:
         best = max(summary.groups, key=lambda group: group.accuracy)
@@ -110,3 +143,14 @@ def _one_seed(comparisons: Sequence[Comparison]) -> str:
 
 def signed(points: float) -> str:
     return f"{points:+.1f}".replace("-", MINUS)
+
+
+def named_p(p: float) -> str:
+    """A p value in two figures; "< 0.0001" where it is smaller.
+
+    >>> named_p(0.0312), named_p(0.5), named_p(0.000004), named_p(1.0)
+    ('0.031', '0.50', '< 0.0001', '1.00')
+    """
+    if p < 0.0001:
+        return "< 0.0001"
+    return f"{p:.2f}" if p >= 0.095 else f"{p:.2g}"

@@ -1,63 +1,24 @@
-"""Plots of a summary as SVG text for inlining into HTML.
+"""Plots of summaries as SVG text for inlining into HTML."""
 
-Text stays text, colours are CSS variables (`var(--ink)`, `var(--m0)`; page.css defines them for light and dark), ids
-and dates are fixed: the same summary gives the same bytes.
-"""
-
-import html
-import io
 import math
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from sbs_jax.report.canvas import COLOURS, INK, MUTED, PAPER, Canvas, label_right
+from sbs_jax.report.costs import compact, cost
 from sbs_jax.report.findings import MINUS, signed
 from sbs_jax.report.results import DISTILLATION, FINE_TUNING, SINGLE_TASK, STEP_BY_STEP
 from sbs_jax.report.summary import Comparison, Group, Summary
 
-# Colours as matplotlib is given them, and the CSS variables that take their place. None is black, which matplotlib
-# leaves out as the default.
-_INK, MUTED, _GRID, _PAPER = "#010101", "#020202", "#030303", "#040404"
-COLOURS = tuple(f"#0a00{number:02x}" for number in range(1, 7))
-_VARIABLES = {_INK: "ink", MUTED: "muted", _GRID: "grid", _PAPER: "paper"} | {
-    colour: f"m{number}" for number, colour in enumerate(COLOURS)
-}
 _NUMBERS = {FINE_TUNING: 0, DISTILLATION: 1, STEP_BY_STEP: 2, SINGLE_TASK: 3}
-MARKERS = ("o", "s", "D", "^", "v", "P")  # so that methods are told apart without colour
-# One point is one CSS pixel: figures are drawn at the size they are shown.
-_DPI = 72
-_SETTINGS: Any = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "sbs",
-    "font.family": "DejaVu Sans",  # comes with matplotlib: the same layout everywhere
-    "font.size": 12,
-    "text.color": _INK,
-    "axes.labelcolor": MUTED,
-    "axes.labelsize": 12,
-    "axes.edgecolor": _GRID,
-    "axes.grid": True,
-    "axes.grid.axis": "y",
-    "axes.axisbelow": True,
-    "axes.spines.left": False,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "grid.color": _GRID,
-    "grid.linewidth": 1,
-    "xtick.color": _GRID,
-    "xtick.labelcolor": MUTED,
-    "ytick.color": _GRID,
-    "ytick.labelcolor": MUTED,
-    "ytick.major.size": 0,
-    "ytick.major.pad": 6,
-    "lines.solid_capstyle": "round",
-    "figure.facecolor": "none",
-    "axes.facecolor": "none",
-    "savefig.facecolor": "none",
-}
+_MARKERS = ("o", "s", "D", "^", "v", "P")  # so that methods are told apart without colour
 
 
 def accuracy_against_data(summary: Summary, *, width: int = 660, height: int = 400) -> str:
-    """Accuracy of each method over the share of the training data: mean, 95 % interval, each seed, reference lines."""
+    """Accuracy of each method over the share of the training data: mean, 95 % interval, each seed, reference lines.
+
+    Standard fine-tuning on all of the data is a dashed line, as in the paper's figures.
+    """
     with Canvas(width, height) as canvas:
         longest = max(len(name) for name in (*summary.methods, "most frequent label"))
         axes = canvas.axes(left=44, right=min(320, 52 + round(6.6 * longest)), bottom=72, top=12)
@@ -67,6 +28,10 @@ def accuracy_against_data(summary: Summary, *, width: int = 660, height: int = 4
         labels = [(value, f"{name} {value:.1f}", MUTED) for name, value in heights]
         for (_, value), dashes in zip(heights, ((6, 4), (1.5, 3.5)), strict=False):
             axes.axhline(value, color=MUTED, linewidth=1.4, dashes=dashes, zorder=1)
+        everything = summary.group(FINE_TUNING, 1.0)
+        if everything:
+            colour, _ = _look(summary.methods, FINE_TUNING)
+            axes.axhline(everything.accuracy, color=colour, linewidth=1.4, dashes=(4, 3), zorder=1)
         for number, method in enumerate(summary.methods):
             groups = [group for group in summary.groups if group.method == method]
             shift = (number - (len(summary.methods) - 1) / 2) * 0.028 * span
@@ -82,7 +47,7 @@ def accuracy_against_data(summary: Summary, *, width: int = 660, height: int = 4
                     marker,
                     color=colour,
                     markersize=8,
-                    markeredgecolor=_PAPER,
+                    markeredgecolor=PAPER,
                     clip_on=False,
                     zorder=5,
                 )
@@ -93,7 +58,7 @@ def accuracy_against_data(summary: Summary, *, width: int = 660, height: int = 4
         axes.set_xlabel("share of the training data, and its label examples", labelpad=8)
         axes.yaxis.set_major_formatter("{x:g} %")
         _limit_accuracy(axes.set_ylim, summary)
-        _label_right(axes, labels)
+        label_right(axes, labels)
         return canvas.svg("Test accuracy of each method against the share of the training data")
 
 
@@ -109,7 +74,7 @@ def accuracy_of_methods(summary: Summary, *, width: int = 660) -> str:
             axes.plot([group.low, group.high], [row, row], color=colour, linewidth=1.8, alpha=0.55, zorder=2)
             _seeds(canvas, axes, group, along="x", at=float(row), colour=colour, marker=marker)
             (mean,) = axes.plot(
-                group.accuracy, row, marker, color=colour, markersize=9, markeredgecolor=_PAPER, clip_on=False, zorder=5
+                group.accuracy, row, marker, color=colour, markersize=9, markeredgecolor=PAPER, clip_on=False, zorder=5
             )
             canvas.explain(mean, _told(group))
             axes.annotate(
@@ -140,6 +105,110 @@ def accuracy_of_methods(summary: Summary, *, width: int = 660) -> str:
         return canvas.svg("Test accuracy of each method")
 
 
+def accuracy_against_size(
+    summaries: Sequence[Summary], *, teacher_name: str, width: int = 660, height: int = 340
+) -> str:
+    """Accuracy of each method over the student's parameters, each at its largest share of the data; the teacher a line.
+
+    `summaries` are the sizes of one dataset.
+    """
+    methods = list(dict.fromkeys(method for summary in summaries for method in summary.methods))
+    with Canvas(width, height) as canvas:
+        teacher = next((s.teacher_accuracy for s in summaries if s.teacher_accuracy is not None), None)
+        names = [*methods, *([] if teacher is None else [teacher_name])]
+        axes = canvas.axes(left=44, right=min(320, 52 + round(6.6 * max(map(len, names)))), bottom=56, top=12)
+        labels = []
+        if teacher is not None:
+            axes.axhline(teacher, color=MUTED, linewidth=1.4, dashes=(6, 4), zorder=1)
+            labels.append((teacher, f"{teacher_name} {teacher:.1f}", MUTED))
+        at = {summary.parameters or 1: math.log10(summary.parameters or 1) for summary in summaries}
+        span = max(at.values()) - min(at.values()) or 1.0
+        bounds = [] if teacher is None else [teacher]
+        for number, method in enumerate(methods):
+            groups = [(s.parameters or 1, s.most_data(method)) for s in summaries]
+            shift = (number - (len(methods) - 1) / 2) * 0.02 * span
+            colour, marker = _look(methods, method)
+            points = [(at[parameters] + shift, group) for parameters, group in groups if group is not None]
+            axes.plot([x for x, _ in points], [g.accuracy for _, g in points], color=colour, linewidth=2.2, zorder=3)
+            for x, group in points:
+                bounds += [group.low, group.high]
+                axes.plot([x, x], [group.low, group.high], color=colour, linewidth=1.6, alpha=0.55, zorder=2)
+                _seeds(canvas, axes, group, along="y", at=x, colour=colour, marker=marker)
+                (mean,) = axes.plot(
+                    x, group.accuracy, marker, color=colour, markersize=8, markeredgecolor=PAPER, zorder=5
+                )
+                canvas.explain(mean, _told(group))
+            labels.append((points[-1][1].accuracy, f"{method} {points[-1][1].accuracy:.1f}", colour))
+        axes.set_xlim(min(at.values()) - 0.08 * span, max(at.values()) + 0.08 * span)
+        axes.set_xticks(list(at.values()), [compact(parameters) for parameters in at])
+        axes.set_xlabel("parameters of the student", labelpad=8)
+        axes.yaxis.set_major_formatter("{x:g} %")
+        _limit(axes.set_ylim, bounds)
+        label_right(axes, labels)
+        return canvas.svg("Test accuracy of each method against the size of the student")
+
+
+def accuracy_against_cost(summaries: Sequence[Summary], *, width: int, height: int = 320) -> str:
+    """Accuracy over the hours of training of one run, of every method, size and share of the data of one dataset."""
+    methods = list(dict.fromkeys(method for summary in summaries for method in summary.methods))
+    groups = [group for summary in summaries for group in summary.groups]
+    sizes = sorted({summary.parameters or 0 for summary in summaries})
+    with Canvas(width, height) as canvas:
+        axes = canvas.axes(left=44, right=44, bottom=56, top=12)
+        axes.grid(visible=True, axis="x")
+        axes.set_xscale("log")
+        hours = []
+        for summary in summaries:
+            for group in summary.groups:
+                colour, marker = _look(methods, group.method)
+                x = max(cost(group).device_hours, 1e-6)
+                hours.append(x)
+                (point,) = axes.plot(
+                    x,
+                    group.accuracy,
+                    marker,
+                    color=colour,
+                    markersize=8 + 3 * sizes.index(summary.parameters or 0),
+                    markeredgecolor=PAPER,
+                    clip_on=False,
+                    zorder=3,
+                )
+                size = f", {compact(summary.parameters)} parameters" if summary.parameters else ""
+                canvas.explain(point, f"{_told(group)}, {100 * group.fraction:g} % of the data{size}")
+                if len({g.fraction for g in groups}) > 1 and len(groups) <= 16:
+                    axes.annotate(
+                        f"{100 * group.fraction:g} %",
+                        (x, group.accuracy),
+                        (9, 0),
+                        textcoords="offset points",
+                        va="center",
+                        color=MUTED,
+                        size=10.5,
+                    )
+        low, high = min(hours), max(hours)
+        room = max(1.15, (high / low) ** 0.08)
+        axes.set_xlim(low / room, high * room)
+        places = _round_numbers(low / room, high * room)
+        axes.set_xticks(places, [f"{place:g}" for place in places])
+        axes.minorticks_off()
+        axes.set_xlabel("device-hours of training, one run", labelpad=8)
+        axes.yaxis.set_major_formatter("{x:g} %")
+        _limit(axes.set_ylim, [group.accuracy for group in groups])
+        return canvas.svg("Test accuracy against the cost of training")
+
+
+def _round_numbers(low: float, high: float) -> list[float]:
+    """Up to six round numbers between two bounds, as even as can be on a logarithmic axis; else the bounds."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for factors in ((1, 1.5, 2, 3, 4, 5, 6, 8), (1, 2, 5), (1, 3), (1,)):
+        places = [float(f"{factor:g}e{power}") for power in powers for factor in factors]
+        places = [place for place in places if low <= place <= high]
+        if len(places) <= 6:
+            break
+    step = -(-len(places) // 6) or 1
+    return places[::step] or [float(f"{low:.2g}"), float(f"{high:.2g}")]
+
+
 def differences(
     comparisons: Sequence[Comparison], *, methods: Sequence[str], width: int = 330, height: int = 400
 ) -> str:
@@ -148,12 +217,12 @@ def differences(
         axes = canvas.axes(left=44, right=14, bottom=72, top=12)
         fractions = sorted({comparison.fraction for comparison in comparisons})
         names = list(dict.fromkeys(comparison.method for comparison in comparisons))
-        axes.axhline(0, color=_INK, linewidth=1.4, zorder=1)
+        axes.axhline(0, color=INK, linewidth=1.4, zorder=1)
         for c in comparisons:
             place = fractions.index(c.fraction) + (names.index(c.method) - (len(names) - 1) / 2) * 0.22
             colour, marker = _look(methods, c.method)
             axes.plot([place, place], [c.low, c.high], color=colour, linewidth=2, zorder=2)
-            shown = {"color": colour} if c.verdict != "no difference shown" else {"color": _PAPER}
+            shown = {"color": colour} if c.verdict != "no difference shown" else {"color": PAPER}
             (point,) = axes.plot(
                 place,
                 c.difference,
@@ -238,69 +307,7 @@ def colour_number(methods: Sequence[str], method: str) -> int:
 def _look(methods: Sequence[str], method: str) -> tuple[str, str]:
     """Colour, as matplotlib is given it, and mark of a method."""
     number = colour_number(methods, method)
-    return COLOURS[number], MARKERS[number]
-
-
-class Canvas:
-    """A figure of fixed size in CSS pixels under this module's settings; `svg` gives its text."""
-
-    def __init__(self, width: int, height: int) -> None:
-        import matplotlib
-        from matplotlib.backends.backend_svg import FigureCanvasSVG
-        from matplotlib.figure import Figure
-
-        self._size = (width, height)
-        self._settings = matplotlib.rc_context(_SETTINGS)
-        self._figure_type, self._canvas_type = Figure, FigureCanvasSVG
-        self._explanations: list[str] = []
-
-    def __enter__(self) -> "Canvas":
-        self._settings.__enter__()
-        width, height = self._size
-        # Not by pyplot, which would keep the figure and the process's choice of backend.
-        self._figure = self._figure_type(figsize=(width / _DPI, height / _DPI), dpi=_DPI)
-        self._canvas_type(self._figure)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._settings.__exit__(None, None, None)
-
-    def axes(self, *, left: int, right: int, bottom: int, top: int) -> Any:
-        """Axes with these margins in pixels."""
-        width, height = self._size
-        return self._figure.add_axes(
-            (left / width, bottom / height, (width - left - right) / width, (height - bottom - top) / height)
-        )
-
-    def explain(self, artist: Any, text: str) -> None:
-        """Shows a text when the pointer rests on an artist."""
-        artist.set_gid(f"explained-{len(self._explanations)}")
-        self._explanations.append(text)
-
-    def svg(self, description: str) -> str:
-        buffer = io.StringIO()
-        self._figure.savefig(buffer, format="svg")
-        text = buffer.getvalue()
-        text = text[text.index("<svg") :]
-        # The only place that has the date.
-        text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.DOTALL)
-        width, height = self._size
-        text = re.sub(
-            r"<svg[^>]*>",
-            f'<svg xmlns:xlink="http://www.w3.org/1999/xlink" viewBox="0 0 {width} {height}" '
-            f'width="{width}" role="img" aria-label="{html.escape(description)}">',
-            text,
-            count=1,
-        )
-        for number, explanation in enumerate(self._explanations):
-            text = text.replace(f'<g id="explained-{number}">', f"<g><title>{html.escape(explanation)}</title>")
-        text = re.sub(r'<g id="[^"]*"', "<g", text)
-        text = re.sub(r"font: ((?:[\w.]+ )*)([\d.]+px)[^;\"]*", r"font-size: \2; font-weight: \1", text)
-        text = re.sub(r"font-weight: (?=[;\"])", "font-weight: 400", text)
-        text = re.sub(r" ?font-family: [^;\"]*;?", "", text)
-        for colour, variable in _VARIABLES.items():
-            text = text.replace(colour, f"var(--{variable})")
-        return text.strip() + "\n"
+    return COLOURS[number], _MARKERS[number]
 
 
 def _references(summary: Summary) -> list[tuple[str, float]]:
@@ -330,39 +337,12 @@ def _limit_accuracy(set_limits: Any, summary: Summary) -> None:
     values = [value for _, value in _references(summary)]
     for group in summary.groups:
         values += [group.low, group.high, *group.accuracies]
+    _limit(set_limits, values)
+
+
+def _limit(set_limits: Any, values: Sequence[float]) -> None:
     room = max(1.0, 0.06 * (max(values) - min(values)))
     set_limits(max(0.0, min(values) - room), min(100.0, max(values) + room))
-
-
-def _label_right(axes: Any, labels: Sequence[tuple[float, str, str]]) -> None:
-    """Labels lines to the right of the axes; moves labels apart that would overlap."""
-    low, high = axes.get_ylim()
-    pixels = axes.get_position().height * axes.figure.get_figheight() * _DPI
-    gap = 16 * (high - low) / pixels
-    ordered = sorted(labels, key=lambda label: label[0])
-    places = [value for value, _, _ in ordered]
-    for _ in range(200):
-        moved = False
-        for i in range(len(places) - 1):
-            short = gap - (places[i + 1] - places[i])
-            if short > 1e-9 * gap:
-                places[i], places[i + 1] = places[i] - short / 2, places[i + 1] + short / 2
-                moved = True
-        if not moved:
-            break
-    for place, (_, text, colour) in zip(places, ordered, strict=True):
-        weight = "normal" if colour == MUTED else "bold"
-        axes.annotate(
-            text,
-            (1, place),
-            (4, 0),
-            xycoords=("axes fraction", "data"),
-            textcoords="offset points",
-            va="center",
-            color=colour,
-            weight=weight,
-            annotation_clip=False,
-        )
 
 
 def _curves(group: Group, quantity: str, name: str) -> list[list[tuple[int, float]]]:

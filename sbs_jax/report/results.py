@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from sbs_jax import records, run_dir
+from sbs_jax.report.quality import Quality
+from sbs_jax.report.quality import read as read_quality
 
 FINE_TUNING = "standard fine-tuning"
 DISTILLATION = "standard distillation"
@@ -39,6 +41,7 @@ class Result:
     test_step: int  # of the checkpoint that was tested
     test_rows: Mapping[str, Mapping[str, Any]]  # id to row of the predictions file
     examples_per_update: int | None  # None where config.gin does not tell
+    quality: Quality | None  # of its rationales, where they were looked at
 
     @property
     def accuracy(self) -> float:
@@ -100,6 +103,11 @@ def identify(path: str | Path) -> Run:
     return Run(path, method, float(options["fraction"]), options["seed"])
 
 
+def is_tested(path: str | Path) -> bool:
+    """Whether a run has come to its test: the last thing that `sbs train` does."""
+    return any(line["kind"] == "test" for line in run_dir.read_metrics(path))
+
+
 def load(run: Run) -> Result:
     """Reads a run directory; says which run lacks what, and what to do about it."""
     path = Path(run.path)
@@ -133,6 +141,7 @@ def load(run: Run) -> Result:
         test_step=step,
         test_rows=rows,
         examples_per_update=_examples_per_update(path),
+        quality=read_quality(path),
     )
     if abs(result.accuracy - tests[-1][metric]) > 0.01:
         raise ValueError(

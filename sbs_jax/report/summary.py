@@ -3,15 +3,15 @@
 Accuracies are percentages and differences are points.
 """
 
+import dataclasses
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
-from sbs_jax import records
-from sbs_jax.report.intervals import accuracy_interval, difference_interval
+from sbs_jax.report import teacher
+from sbs_jax.report.intervals import accuracy_interval, difference_interval, difference_p, holm, mcnemar
 from sbs_jax.report.results import DISTILLATION, FINE_TUNING, METHODS, TEACHER_LABELS, Result, Run, load
 
 
@@ -55,7 +55,11 @@ class Group:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """`method` minus `reference` at one fraction, in points, paired by seed and by test row, with 95 % interval."""
+    """`method` minus `reference` at one fraction, in points, paired by seed and by test row, with 95 % interval.
+
+    `p` is of the paired test that the interval belongs to; `ours`, `theirs` and `mcnemar_p` are of McNemar's exact
+    test (intervals.py). The two `.._holm` are corrected for the number of comparisons that are looked at together.
+    """
 
     method: str
     reference: str
@@ -64,6 +68,12 @@ class Comparison:
     difference: float
     low: float
     high: float
+    p: float
+    p_holm: float
+    ours: int  # test rows that `method` has right and `reference` has wrong
+    theirs: int
+    mcnemar_p: float
+    mcnemar_holm: float
 
     @property
     def verdict(self) -> str:
@@ -78,6 +88,7 @@ class Summary:
     """Everything a table or a page says about some runs."""
 
     dataset: str
+    parameters: int | None  # of the student; None where the runs do not tell, or are not alike
     metric: str
     test_rows: int
     groups: tuple[Group, ...]  # by method, then fraction
@@ -98,6 +109,10 @@ class Summary:
     def group(self, method: str, fraction: float) -> Group | None:
         return next((g for g in self.groups if (g.method, g.fraction) == (method, fraction)), None)
 
+    def most_data(self, method: str) -> Group | None:
+        """The group of a method with the largest share of the data."""
+        return next((g for g in reversed(self.groups) if g.method == method), None)
+
 
 def summarize(runs: Sequence[Run], *, teacher_accuracy: float | None = None) -> Summary:
     """Accuracy per method and fraction, differences between methods at each fraction, and reference lines.
@@ -109,10 +124,15 @@ def summarize(runs: Sequence[Run], *, teacher_accuracy: float | None = None) -> 
     All runs must be of one dataset and answer the same test rows; the seeds of one group must have made equally many
     updates. What else differs is listed under `cautions`.
     """
-    if not runs:
+    return of_results([load(run) for run in runs], teacher_accuracy=teacher_accuracy)
+
+
+def of_results(results: Sequence[Result], *, teacher_accuracy: float | None = None) -> Summary:
+    """`summarize` of runs that were read already."""
+    if not results:
         raise ValueError("Got no runs to report on; name at least one run directory.")
-    results = [load(run) for run in runs]
-    _check_one_experiment(results)
+    check_comparable(results)
+    runs = [result.run for result in results]
     methods = sorted(dict.fromkeys(run.method for run in runs), key=_place)
     groups = []
     for method in methods:
@@ -120,13 +140,15 @@ def summarize(runs: Sequence[Run], *, teacher_accuracy: float | None = None) -> 
             of_group = [r for r in results if (r.run.method, r.run.fraction) == (method, fraction)]
             groups.append(_group(method, fraction, sorted(of_group, key=lambda r: r.run.seed)))
     majority = _majority(results[0])
+    sizes = {result.manifest.get("parameter_count") for result in results}
     return Summary(
         dataset=results[0].manifest["data"]["dataset"],
+        parameters=next(iter(sizes)) if len(sizes) == 1 else None,
         metric=results[0].metric,
         test_rows=len(results[0].test_rows),
         groups=tuple(groups),
-        comparisons=tuple(_comparisons(groups, methods)),
-        teacher_accuracy=_teacher_accuracy(results) if teacher_accuracy is None else teacher_accuracy,
+        comparisons=tuple(corrected(_comparisons(groups, methods))),
+        teacher_accuracy=_teacher_accuracy(results[0]) if teacher_accuracy is None else teacher_accuracy,
         majority_accuracy=majority and majority[1],
         majority_label=majority and majority[0],
         cautions=tuple(_cautions(groups, results)),
@@ -178,7 +200,10 @@ def _comparisons(groups: Sequence[Group], methods: Sequence[str]) -> list[Compar
                 [_correct(result, ids) for result in group.results if result.run.seed in seeds]
                 for group in (ours, theirs[0])
             ]
-            difference, low, high = difference_interval(100 * (np.array(table[0]) - np.array(table[1])))
+            points_SN = 100 * (np.array(table[0]) - np.array(table[1]))
+            difference, low, high = difference_interval(points_SN)
+            p = difference_p(points_SN)
+            right, wrong, exact = mcnemar(points_SN)
             found.append(
                 Comparison(
                     method=method,
@@ -188,18 +213,44 @@ def _comparisons(groups: Sequence[Group], methods: Sequence[str]) -> list[Compar
                     difference=difference,
                     low=low,
                     high=high,
+                    p=p,
+                    p_holm=p,
+                    ours=right,
+                    theirs=wrong,
+                    mcnemar_p=exact,
+                    mcnemar_holm=exact,
                 )
             )
     return found
 
 
+def corrected(comparisons: Sequence[Comparison]) -> list[Comparison]:
+    """The same comparisons, their p values corrected for each other's number (Holm)."""
+    ps, exact = holm([c.p for c in comparisons]), holm([c.mcnemar_p for c in comparisons])
+    return [
+        dataclasses.replace(c, p_holm=p, mcnemar_holm=other) for c, p, other in zip(comparisons, ps, exact, strict=True)
+    ]
+
+
 def _reference(method: str, methods: Sequence[str]) -> str | None:
-    """What a method is measured against."""
-    if FINE_TUNING not in methods and DISTILLATION not in methods:
-        return None if method == methods[0] else methods[0]
-    if method in (FINE_TUNING, DISTILLATION):
+    """What a method is measured against: the standard one, of the same settings where there are several."""
+    base, _, remarks = method.partition(" (")
+    standard = DISTILLATION if TEACHER_LABELS in remarks else FINE_TUNING
+    if base not in (FINE_TUNING, DISTILLATION):
+        settings = [part for part in remarks.removesuffix(")").split(", ") if part and not _of_data(part)]
+        for candidate in (f"{standard} ({', '.join(settings)})", standard):
+            if candidate in methods:
+                return candidate
+    elif base == method:
         return None
-    return DISTILLATION if TEACHER_LABELS in method else FINE_TUNING
+    if FINE_TUNING in methods or DISTILLATION in methods:
+        return standard if standard in methods else None
+    return None if method == methods[0] else methods[0]
+
+
+def _of_data(remark: str) -> bool:
+    """Whether a remark in a method's name is of the data it learned from, which the standard methods have not."""
+    return remark == TEACHER_LABELS or remark.endswith(" rationales")
 
 
 def _place(method: str) -> int:
@@ -208,7 +259,8 @@ def _place(method: str) -> int:
     return 2 * METHODS.index(base) + (base != method) if base in METHODS else 2 * len(METHODS)
 
 
-def _check_one_experiment(results: Sequence[Result]) -> None:
+def check_comparable(results: Sequence[Result]) -> None:
+    """ValueError where runs are not of one dataset, its test rows and its metric."""
     first = results[0]
     for other in results[1:]:
         datasets = [r.manifest["data"]["dataset"] for r in (first, other)]
@@ -242,19 +294,10 @@ def _majority(result: Result) -> tuple[str, float] | None:
     return label, 100.0 * count / len(result.test_rows)
 
 
-def _teacher_accuracy(results: Sequence[Result]) -> float | None:
+def _teacher_accuracy(result: Result) -> float | None:
     """The teacher's accuracy on the test rows, from the manifest of the records, if that is of the same file."""
-    data = results[0].manifest["data"]
-    file = Path(data["options"]["records_dir"]) / data["dataset"] / "manifest.json"
-    if not file.is_file():
-        return None
-    try:
-        test = records.read_json(file)["splits"]["test"]
-        same = test["sha256"] == data["splits"]["test"]["sha256"]
-        accuracy = test["teacher_accuracy"]
-    except (ValueError, OSError, KeyError, TypeError):
-        return None  # damaged, or of another version: a report needs no records
-    return accuracy if same and type(accuracy) in (int, float) else None
+    found = teacher.read(result.manifest)
+    return None if found is None or "test" not in found.splits else found.splits["test"].accuracy
 
 
 def _cautions(groups: Sequence[Group], results: Sequence[Result]) -> list[str]:

@@ -11,7 +11,7 @@
   let found = [];
   let first = 0;
 
-  // The same characters as _UNSEEN of page.py.
+  // The same characters as _UNSEEN of report/elements.py.
   const unseen = /[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b\u2028-\u202e\u2066-\u2069\ufeff\ufffe\uffff]|\p{Surrogate}/gu;
   const visible = (text) =>
     text.replace(unseen, (c) => `⟨U+${c.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")}⟩`);

@@ -5,20 +5,19 @@ never as markup: here it is escaped, or embedded as JSON that page.js only ever 
 content policy lets no other script run. The same rows give the same bytes.
 """
 
-import base64
 import dataclasses
-import hashlib
-import html
-import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sbs_jax.report import plots
+from sbs_jax.report.canvas import COLOURS, Canvas
+from sbs_jax.report.elements import figure, policy, style
+from sbs_jax.report.elements import joined as _lines
+from sbs_jax.report.elements import script_json as _json
+from sbs_jax.report.elements import text as _text
 from sbs_jax.report.intervals import wilson_interval
-from sbs_jax.report.page import figure, style
 from sbs_jax.teacher.parsing import FAILURES, OUTCOMES
 from sbs_jax.teacher.shown import AGREEMENT, DISTINCT, LONGEST_COUNTED, SMALL_SET, Counts, Score, Selection, Shown, cut
 
@@ -28,10 +27,6 @@ _HISTOGRAM_WIDTH = 428  # pixels; shrinks by a sixth, to fit a phone
 _OTHER = "another label"
 _NONE = "no label"
 _MEANINGS = {**OUTCOMES, **FAILURES}
-# Characters that are not seen, or that change how others are: shown by their number. page.js has the same set.
-_UNSEEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff\ufffe\uffff]")
-# What JSON leaves as it is and HTML, or UTF-8, would not.
-_UNSAFE_IN_HTML = re.compile(r"[<>&\x7f-\x9f\u2028\u2029\ud800-\udfff\ufffe\uffff]")
 
 
 def write_page(
@@ -83,15 +78,13 @@ def _with_shared_lines(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[
 def _page(title: str, facts: Mapping[str, str], counts: Counts, rows: Sequence[dict[str, Any]]) -> str:
     here = Path(__file__)
     script = here.with_name("page.js").read_text("utf-8")
-    allowed = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{allowed}'; base-uri 'none'"
     lines, compact = _with_shared_lines(rows)
     data = {"lines": lines, "labels": [cut(label) for label in counts.labels], "rows": compact}
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{policy}; form-action 'none'">
+<meta http-equiv="Content-Security-Policy" content="{policy(script)}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
 <title>{_text(title)}</title>
@@ -322,12 +315,12 @@ def _histogram(name: str, lengths: Counter[int], *, upto: int) -> str:
     heights: Counter[int] = Counter()
     for words, count in lengths.items():
         heights[min(words // step, last)] += count
-    with plots.Canvas(_HISTOGRAM_WIDTH, 220) as canvas:
+    with Canvas(_HISTOGRAM_WIDTH, 220) as canvas:
         axes = canvas.axes(left=62, right=8, bottom=44, top=10)
         for bar in range(last + 1):
             count = heights[bar]
             (rectangle,) = axes.bar(
-                bar * step - 0.5, count, width=0.88 * step, align="edge", color=plots.COLOURS[0], linewidth=0
+                bar * step - 0.5, count, width=0.88 * step, align="edge", color=COLOURS[0], linewidth=0
             )
             first, end = bar * step, bar * step + step - 1
             told = f"{first} or more" if bar == last else f"{first}" if first == end else f"{first} to {end}"
@@ -462,18 +455,3 @@ def _share(count: int, whole: int) -> str:
 def _brief(label: str) -> str:
     label = label if label.strip() else "(blank)"
     return label if len(label) <= 80 else f"{label[:80]}…"
-
-
-def _text(value: str) -> str:
-    """Safe in HTML, with what cannot be seen made visible."""
-    return html.escape(_UNSEEN.sub(lambda found: f"⟨U+{ord(found[0]):04X}⟩", str(value)))
-
-
-def _json(data: Any) -> str:
-    """JSON that can stand in a script element: whatever could end it, or not be encoded, is an escape."""
-    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
-    return _UNSAFE_IN_HTML.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
-
-
-def _lines(parts: Iterable[str]) -> str:
-    return "\n".join(parts)

@@ -1,0 +1,129 @@
+"""Pages that are made from what they describe at each build, so that none can go stale. Needs no MkDocs.
+
+`index.md` is README.md; `reference/commands.md` the help of every command; `reference/gin.md` the macros of the runs
+and what each gin file says of itself; `reference/api/` a page per module, which mkdocstrings fills from docstrings.
+"""
+
+import ast
+import os
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = ("sbs_jax", "tasks")
+_MACRO = re.compile(r"^([A-Z][A-Z_]*) = (.*?)(?:  # (.*))?$")
+_REQUIRED = "%gin.REQUIRED"
+
+
+def made() -> dict[str, str]:
+    """Markdown of every page that nobody writes, by its path among the pages."""
+    return {
+        "index.md": home(),
+        "reference/commands.md": commands(),
+        "reference/gin.md": configurations(),
+        "reference/api/index.md": module_list(),
+        **{f"reference/api/{name}.md": module_page(name) for name in modules()},
+    }
+
+
+def home() -> str:
+    """README.md, with links as they are seen from docs/."""
+    return re.sub(r"\]\(docs/", "](", (ROOT / "README.md").read_text("utf-8"))
+
+
+def commands() -> str:
+    """The help of every command, as `sbs COMMAND --help` prints it."""
+    from sbs_jax import main
+
+    os.environ["COLUMNS"] = "110"
+    parser, parsers = main._parser()
+    parts = ["# Commands", "What `--help` prints.", f"```text\n{parser.format_help().rstrip()}\n```"]
+    for name, sub in parsers.items():
+        parts += [f"## sbs {name}", f"```text\n{sub.format_help().rstrip()}\n```"]
+    return "\n\n".join(parts) + "\n"
+
+
+def configurations() -> str:
+    """The macros of gin_configs/runs/*.gin, and one line for each other gin file."""
+    parts = [
+        "# Configurations",
+        "`--gin_file=FILE`, repeated, later ones override; then `--gin.NAME=VALUE`. A macro is one of the names below; "
+        "any parameter that a gin file binds can be given as well, as `--gin.train.TrainConfig.seed=1`. "
+        "What nothing uses is refused.",
+    ]
+    for path in sorted((ROOT / "gin_configs" / "runs").glob("*.gin")):
+        parts += [f"## `runs/{path.name}`", *_macros(path.read_text("utf-8"))]
+    parts += ["## All gin files", "Each begins with what it is for."]
+    for folder in sorted(path for path in (ROOT / "gin_configs").rglob("*") if path.is_dir()):
+        found = sorted(folder.glob("*.gin"))
+        if found:
+            rows = [f"| `{path.name}` | {_first_comment(path)} |" for path in found]
+            name = folder.relative_to(ROOT / "gin_configs").as_posix()
+            parts += [f"### `{name}/`", "\n".join(["| file | |", "|---|---|", *rows])]
+    return "\n\n".join(parts) + "\n"
+
+
+def _macros(text: str) -> list[str]:
+    """A table per group of macros, under the comment that stands over it."""
+    parts: list[str] = []
+    rows: list[str] = []
+    heading = ""
+    for line in [*text.splitlines(), ""]:
+        macro = _MACRO.match(line)
+        if macro:
+            name, value, comment = macro.groups()
+            value = "must be given" if value == _REQUIRED else f"`{value}`"
+            rows.append(f"| `{name}` | {value} | {_cell(comment or '')} |")
+            continue
+        if rows:
+            parts += [heading, "\n".join(["| macro | value | |", "|---|---|---|", *rows])]
+            rows, heading = [], ""
+        heading = line[2:] if line.startswith("# ") else ""
+    return [part for part in parts if part]
+
+
+def _first_comment(path: Path) -> str:
+    lines = []
+    for line in path.read_text("utf-8").splitlines():
+        if not line.startswith("# "):
+            break
+        lines.append(line[2:])
+    return _cell(" ".join(lines))
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("<", "&lt;")
+
+
+def modules() -> list[str]:
+    """Dotted names of the modules with a public function or class, in order; commands are a page of their own."""
+    found = []
+    for package in PACKAGES:
+        for path in sorted((ROOT / package).rglob("*.py")):
+            name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+            if not (path.parent / "__init__.py").exists():  # files that the package hands out, not modules of it
+                continue
+            if ".commands" not in name and _has_public(path):
+                found.append(name)
+    return found
+
+
+def _has_public(path: Path) -> bool:
+    kinds = (ast.FunctionDef, ast.ClassDef)
+    return any(isinstance(node, kinds) and node.name[0] != "_" for node in ast.parse(path.read_text("utf-8")).body)
+
+
+def module_list() -> str:
+    """Every module with the first line of its docstring."""
+    rows = []
+    for name in modules():
+        place = ROOT / Path(*name.split("."))
+        path = place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
+        words = (ast.get_docstring(ast.parse(path.read_text("utf-8"))) or "").partition("\n\n")[0]
+        rows.append(f"| [`{name}`]({name}.md) | {_cell(' '.join(words.split()))} |")
+    return "\n".join(["# Python modules", "", "| module | |", "|---|---|", *rows]) + "\n"
+
+
+def module_page(name: str) -> str:
+    """What mkdocstrings replaces by the docstrings of the module."""
+    return f"# `{name}`\n\n::: {name}\n"

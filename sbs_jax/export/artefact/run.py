@@ -1,0 +1,67 @@
+"""Answers questions with the student that lies beside this file, by what `sbs_student.json` says. No sbs_jax needed.
+
+    python run.py < questions.jsonl > answers.jsonl         # {"id", "input"} to {"id", "prediction", "score"}
+
+`--rationale` asks for the rationale. An input is the text alone: what stands before it is added here.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+import model  # noqa: E402  (model.py of this folder)
+
+CARD = json.loads((HERE / "sbs_student.json").read_text("utf-8"))
+GIVEN, TOKENIZER, MARKER = CARD["input"], CARD["tokenizer"], CARD["answer"]["parser"]["after_last"]
+PAD, EOS = TOKENIZER["pad_id"], TOKENIZER["eos_id"]
+if TOKENIZER["kind"] == "sentencepiece":
+    import sentencepiece
+
+    PIECES = sentencepiece.SentencePieceProcessor(model_file=str(HERE / "sentencepiece.model"))
+
+
+def encode(text: str) -> list[int]:
+    """Token ids: every "</s>" is the end token, one ends the text, and no more than the student was trained with."""
+    ids = []
+    for part in text.split(GIVEN["joint"]):
+        ids += [byte + 3 for byte in part.encode()] if TOKENIZER["kind"] == "byte" else PIECES.EncodeAsIds(part)
+        ids.append(EOS)
+    return ids if len(ids) <= GIVEN["max_tokens"] else [*ids[: GIVEN["max_tokens"] - 1], EOS]
+
+
+def decode(ids: list[int]) -> str:
+    """The text of token ids; sentinels, which come after the pieces, are the unknown token."""
+    ids = [i for i in ids if i not in (PAD, EOS)]
+    if TOKENIZER["kind"] == "byte":
+        return bytes(i - 3 for i in ids if 3 <= i < 259).decode("utf-8", errors="ignore")
+    known = PIECES.GetPieceSize() - TOKENIZER["extra_ids"]
+    return PIECES.DecodeIds([i if i < known else PIECES.unk_id() for i in ids])
+
+
+def answer(texts: list[str], rationale: bool = False) -> list[tuple[str, float]]:
+    """(answer, natural log probability) of each text."""
+    asked = CARD["rationale"] if rationale else GIVEN
+    if asked is None or (rationale and "rationale" not in model.TASKS):
+        raise SystemExit("This student was not exported with rationales.")
+    rows = [encode(asked["prefix"] + text) for text in texts]
+    padded = np.full((len(rows), max(map(len, rows), default=1)), PAD, np.int32)
+    for row, ids in zip(padded, rows):  # noqa: B905  (as many, by construction)
+        row[: len(ids)] = ids
+    tokens, scores = model.generate(padded, "rationale" if rationale else "answer")
+    found = [decode(ids.tolist()) for ids in tokens]
+    if MARKER is not None and not rationale:
+        found = [text.rpartition(MARKER)[2] if MARKER in text else "" for text in found]
+    return [(text.strip(), float(score)) for text, score in zip(found, scores)]  # noqa: B905
+
+
+if __name__ == "__main__":
+    questions = [json.loads(line) for line in sys.stdin.buffer if line.strip()]
+    for start in range(0, len(questions), 256):
+        asked = questions[start : start + 256]
+        answers = answer([question["input"] for question in asked], rationale="--rationale" in sys.argv[1:])
+        for question, (text, score) in zip(asked, answers):  # noqa: B905
+            print(json.dumps({"id": question["id"], "prediction": text, "score": score}), flush=True)

@@ -1,0 +1,331 @@
+"""What a student was trained to do, beside its weights: `sbs_student.json` for programs, `README.md` for people.
+
+An export can be used with nothing but what the card says: what stands before an input, how long it may be, how the
+answer is read from the text, which labels there are, how answers are graded, and what came out on test.
+"""
+
+import contextlib
+import dataclasses
+import inspect
+import json
+import logging
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sbs_jax import adapters, checkpoints, datasets, records, run_dir, selection, tokens
+from sbs_jax.convert import hugging_face, names
+from sbs_jax.report import intervals, results
+from tasks import metrics
+
+log = logging.getLogger(__name__)
+
+FILE, README, GRADING = "sbs_student.json", "README.md", "metrics.py"
+FORMAT = 1
+# Files of a run whose rows have an input each.
+_PREDICTIONS = "predictions"
+
+
+def of(source: str, opened: names.Opened, *, form: str) -> dict[str, Any] | None:
+    """The card of a checkpoint: of a run what it left, of an export the card that it carries.
+
+    None where nothing tells what the student was trained to do: published weights. ValueError for a card that is
+    damaged.
+    """
+    if form == checkpoints.SBS and not source.endswith(".npz"):
+        directory, step = checkpoints.locate(source)
+        if opened.origin is not None and (directory / "metrics.jsonl").exists():
+            return _of_run(directory, opened, step=step)
+        beside = directory / FILE
+    else:
+        beside = Path(source) / FILE
+    if "://" not in source and beside.is_file():
+        return read(beside)
+    return None if opened.origin is None else _of_settings(opened)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A card. ValueError where it is none that this version reads."""
+    found = records.read_json(path)
+    if not isinstance(found, dict) or found.get("format") != FORMAT:
+        what = found.get("format") if isinstance(found, dict) else found
+        raise ValueError(
+            f"{path}: got format {records.brief(what)}; expected the card of an export, of format {FORMAT}. Remove it, "
+            "and sbs_run.json beside it says what it can."
+        )
+    for place, kinds in _FIELDS.items():
+        value: Any = found
+        for name in place.split("."):
+            value = value.get(name) if isinstance(value, dict) else None
+        if type(value) not in kinds or (type(value) is int and value < 1):
+            expected = " or ".join(kind.__name__ for kind in kinds)
+            raise ValueError(f"{path}: {place!r} is {records.brief(value)}; expected {expected}. {_DAMAGED}")
+    try:
+        _readme(found, usage="", more={})
+    except (LookupError, TypeError, ValueError, AttributeError) as error:  # whatever is wrong in what is only shown
+        raise ValueError(f"{path}: {type(error).__name__}: {records.part(str(error))}. {_DAMAGED}") from None
+    return found
+
+
+_DAMAGED = "The card is damaged: put it back, or remove it."
+_NONE = type(None)
+# What an export takes from a card that it reads.
+_FIELDS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("dataset", "task", "input.prefix", "input.joint", "answer.is", "training.method"), (str,)),
+    **dict.fromkeys(("input.max_tokens", "answer.max_new_tokens", "parameters"), (int,)),
+    "answer.labels": (list, _NONE),
+    "answer.parser.after_last": (str, _NONE),
+    "rationale": (dict, _NONE),
+    **dict.fromkeys(("grading.metric", "grading.file", "training.base", "training.adapters"), (str, _NONE)),
+    **dict.fromkeys(("grading.functions", "grading.meaning"), (list,)),
+    "test": (dict, _NONE),
+    "test.interval_95": (list, _NONE),
+    **dict.fromkeys(("input", "answer", "answer.parser", "grading", "training", "training.rows", "tokenizer"), (dict,)),
+}
+
+
+def write(folder: Path, card: Mapping[str, Any], *, usage: str, **more: Any) -> None:
+    """`sbs_student.json`, `README.md` and, where they need nothing else, the functions that grade (`metrics.py`).
+
+    `usage` is Markdown that says how this form is used; `more` goes into the JSON.
+    """
+    hugging_face.write_json(folder / FILE, {**card, **more})
+    (folder / README).write_text(_readme(card, usage=usage, more=more), "utf-8")
+    if card["grading"]["file"] is not None:
+        shutil.copyfile(metrics.__file__, folder / GRADING)
+
+
+def sample_inputs(source: str, card: Mapping[str, Any], *, form: str, rows: int) -> list[str]:
+    """Inputs that the run was graded on, with the prefix, the first `rows` of them; [] where it left none behind."""
+    if form != checkpoints.SBS or source.endswith(".npz"):
+        return []
+    folder = checkpoints.locate(source)[0] / _PREDICTIONS
+    for file in sorted(folder.glob("*.jsonl"), key=lambda file: ("-test-" not in file.name, file.name)):
+        return read_samples(file, card, rows=rows)
+    return []
+
+
+def read_samples(path: str | Path, card: Mapping[str, Any], *, rows: int) -> list[str]:
+    """The texts "input" of a JSONL file, with the prefix where they do not begin with it."""
+    texts: list[str] = []
+    prefix = card["input"]["prefix"]
+    with Path(path).open("rb") as file:
+        for number, data in enumerate(file, start=1):
+            if len(texts) == rows:
+                break
+            where = f"{path}:{number}"
+            row = records.parse_json(records.decoded(data, where), where)
+            text = row.get("input") if isinstance(row, dict) else None
+            if not isinstance(text, str):
+                raise ValueError(f'{where}: expected {{"input": text}}, got {records.brief(row)}.')
+            texts.append(text if text.startswith(prefix) else prefix + text)
+    return texts
+
+
+# ------------------------------------------------------------------------------------ contents
+
+
+def _of_run(directory: Path, opened: names.Opened, *, step: int) -> dict[str, Any]:
+    card = _of_settings(opened)
+    with contextlib.suppress(ValueError):  # a task that no report compares, such as rationales alone
+        card["training"]["method"] = results.identify(directory).method
+    return card | {"test": _tested(directory, step=step)}
+
+
+def _of_settings(opened: names.Opened) -> dict[str, Any]:
+    """What the manifest of a run tells."""
+    manifest = opened.origin
+    assert manifest is not None
+    run, options = manifest["run"], manifest["data"]["options"]
+    task, name = run["mixture_or_task_name"], manifest["data"]["dataset"]
+    kind = task.removeprefix(f"{name}_")
+    dataset = datasets.get(name) if name in datasets.names() else None
+    if dataset is None:
+        log.warning("The dataset %r is not known here: the card has neither its labels nor how it is graded.", name)
+    lengths = run["task_feature_lengths"]
+    rationale = {"prefix": options["rationale_prefix"], "max_new_tokens": lengths["targets"]}
+    label = {"prefix": options["label_prefix"], "max_new_tokens": run["max_decode_length"]}
+    asked = rationale if kind == datasets.RATIONALE else label
+    marker = selection.ANSWER_MARKER if kind == datasets.RATIONALE_THEN_LABEL else None
+    return {
+        "format": FORMAT,
+        "dataset": name,
+        "task": task,
+        "input": {
+            "prefix": asked["prefix"],
+            "max_tokens": lengths["inputs"],
+            "longer": "cut to max_tokens, of which the last is EOS",
+            "joint": tokens.JOINT,
+        },
+        "answer": {
+            "is": {datasets.RATIONALE: "rationale", datasets.RATIONALE_THEN_LABEL: "rationale, then label"}.get(
+                kind, "label"
+            ),
+            "max_new_tokens": asked["max_new_tokens"],
+            "decoding": "greedy",
+            "labels": list(dataset.labels) if dataset is not None and dataset.labels is not None else None,
+            "parser": {"after_last": marker, "strip": True},
+        },
+        "rationale": rationale if kind == datasets.STEP_BY_STEP else None,
+        "grading": _grading(dataset, metric=run.get("primary_metric")),
+        "test": None,
+        "training": _training(manifest, opened),
+        "model": dataclasses.asdict(opened.config),
+        "parameters": names.size(names.parameters(opened.config)),
+        "tokenizer": _tokenizer(manifest),
+    }
+
+
+def _tokenizer(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    is_bytes = manifest["data"]["options"]["vocabulary"] == tokens.BYTE_VOCABULARY
+    return {
+        "kind": "byte" if is_bytes else "sentencepiece",
+        "sha256": manifest["data"].get("vocabulary_sha256"),
+        "extra_ids": tokens.EXTRA_IDS,
+        "pad_id": tokens.PAD_ID,
+        "eos_id": tokens.EOS_ID,
+    }
+
+
+def _grading(dataset: datasets.Dataset | None, *, metric: str | None) -> dict[str, Any]:
+    """How answers are graded; `file` where the functions need nothing but the standard library."""
+    known = () if dataset is None else dataset.metric_fns
+    functions = [function for function in known if function.__module__ == metrics.__name__]
+    return {
+        "metric": metric,
+        "file": GRADING if functions else None,
+        "functions": [function.__name__ for function in functions],
+        "meaning": [(inspect.getdoc(function) or "").partition("\n")[0] for function in functions],
+    }
+
+
+def _training(manifest: Mapping[str, Any], opened: names.Opened) -> dict[str, Any]:
+    """Facts of the training; of what lies on the machine, names alone."""
+    options, settings = manifest["data"]["options"], manifest.get("settings", {})
+    counts = manifest["data"].get("splits", {}).get("train", {}).get("counts", {})
+    base = settings.get("initial_checkpoint_path")
+    known = ("label_source", "rationales", "fraction", "seed")
+    return {
+        "method": manifest["run"]["mixture_or_task_name"].removeprefix(f"{manifest['data']['dataset']}_"),
+        "base": None if base is None else _name(base),
+        "adapters": None if settings.get("tuning") is None else _adapters(settings["tuning"]),
+        "step": opened.step,
+        **{name: options[name] for name in known if name in options},
+        "rows": {name: count for name, count in counts.items() if isinstance(count, int)},
+        **{name: settings[name] for name in ("alpha", "batch_size", "seed") if name in settings},
+        "versions": dict(manifest.get("versions", {})),
+        "git_revision": manifest.get("git_revision"),
+    }
+
+
+def _adapters(tuning: Mapping[str, Any]) -> str:
+    found = adapters.Tuning.of(tuning)
+    assert found is not None
+    return adapters.title(found)
+
+
+def _name(path: str) -> str:
+    """A checkpoint's name without where it lies on this machine; a bucket's is everybody's."""
+    if "://" in path:
+        return path
+    parts = Path(path).parts
+    return "/".join(parts[-2:]) if parts[-1].startswith("checkpoint_") else parts[-1]
+
+
+def _tested(directory: Path, *, step: int) -> dict[str, Any] | None:
+    """The test metric of this step, with its 95 % interval; None where another step was tested, or none."""
+    lines = [line for line in run_dir.read_metrics(directory) if line["kind"] == "test" and line["step"] == step]
+    if not lines:
+        return None
+    found = {name: value for name, value in lines[-1].items() if name not in ("kind", "step")}
+    told: dict[str, Any] = {"step": step, **found, "interval_95": None, "rows": None}
+    try:
+        result = results.load(results.identify(directory))
+    except (ValueError, OSError) as error:
+        log.warning("The card has no interval of the test metric: %s", error)
+        return told
+    correct, rows = sum(row["correct"] for row in result.test_rows.values()), len(result.test_rows)
+    low, high = intervals.wilson_interval(correct / rows, rows)
+    return told | {"interval_95": [round(100 * low, 2), round(100 * high, 2)], "rows": rows}
+
+
+# ------------------------------------------------------------------------------------ README
+
+
+def _readme(card: Mapping[str, Any], *, usage: str, more: Mapping[str, Any]) -> str:
+    training, answer, given = card["training"], card["answer"], card["input"]
+    labels = answer["labels"]
+    shown = "open" if labels is None else ", ".join(f"`{label}`" for label in labels[:20])
+    facts = [
+        ("input", f"`{given['prefix']}` and the text, up to {given['max_tokens']} tokens"),
+        ("answer", f"{answer['is']}, up to {answer['max_new_tokens']} tokens, greedy"),
+        ("labels", shown + (" .." if labels is not None and len(labels) > 20 else "")),
+        ("parser", _parser(answer["parser"])),
+        ("graded by", ". ".join([str(card["grading"]["metric"]), *card["grading"]["meaning"]])),
+        ("on test", _score(card)),
+        ("dataset", card["dataset"]),
+        ("method", training["method"]),
+        ("base", training["base"] or "from scratch"),
+        ("adapters, merged or carried", training["adapters"]),
+        ("trained", _trained(training)),
+        ("parameters", f"{card['parameters']:,}"),
+        ("weights", more.get("weights")),
+    ]
+    table = "\n".join(f"| {name} | {_cell(value)} |" for name, value in facts if value)
+    front = {"library_name": more.get("runtime", "transformers"), "tags": ["t5", "distillation", card["dataset"]]}
+    head = "\n".join(f"{name}: {json.dumps(value)}" for name, value in front.items())
+    return (
+        f"---\n{head}\n---\n\n# A student of {card['dataset']}\n\nA T5 trained by {training['method']} "
+        f"(Distilling Step-by-Step, arXiv 2305.02301) with sbs_jax.\n\n| | |\n|---|---|\n{table}\n\n## Use\n\n{usage}"
+        f"{_rationale(card)}\n`{FILE}` has all of this for programs.{_grading_text(card)}\n"
+    )
+
+
+def _cell(value: Any) -> str:
+    return str(value).replace("|", "\\|").replace("\n", " ")
+
+
+def _parser(parser: Mapping[str, Any]) -> str:
+    if parser["after_last"] is None:
+        return "the text, stripped"
+    return f'what follows the last "{parser["after_last"].strip()}", stripped; nothing where there is none'
+
+
+def _score(card: Mapping[str, Any]) -> str:
+    test, metric = card["test"], card["grading"]["metric"]
+    if test is None or metric not in test:
+        return "not measured"
+    within = "" if test["interval_95"] is None else " (95 % interval {:.1f} to {:.1f}".format(*test["interval_95"])
+    rows = f", {test['rows']} rows)" if within else ""
+    return f"{metric} {test[metric]:.2f}{within}{rows}"
+
+
+def _trained(training: Mapping[str, Any]) -> str:
+    rows = training["rows"].get("used")
+    parts = [
+        f"step {training['step']}",
+        f"{rows:,} rows" if rows is not None else "",
+        f"labels: {training.get('label_source', '?')}",
+        f"fraction {training['fraction']:g}" if training.get("fraction", 1) != 1 else "",
+        f"seed {training['seed']}" if "seed" in training else "",
+    ]
+    return ", ".join(part for part in parts if part)
+
+
+def _rationale(card: Mapping[str, Any]) -> str:
+    if card["rationale"] is None:
+        return ""
+    prefix, length = str(card["rationale"]["prefix"]), int(card["rationale"]["max_new_tokens"])
+    return f"\nIt also writes a rationale: after `{prefix}`, of up to {length} tokens.\n"
+
+
+def _grading_text(card: Mapping[str, Any]) -> str:
+    if card["grading"]["file"] is None:
+        return ""
+    call = " and ".join(f"`{name}(targets, predictions)`" for name in card["grading"]["functions"])
+    return f" `{GRADING}` (standard library only) grades: {call}."
+
+
+def megabytes(size: int) -> str:
+    return f"{size / 1e6:,.1f} MB"

@@ -1,0 +1,125 @@
+"""A student as ONNX, through jax2onnx: greedy search as one graph, its loop included, and what runs it.
+
+    run.py  model.py             answer lines of JSON with onnxruntime and numpy, without this package, JAX or PyTorch
+    model.onnx  model.onnx.data  tokens [8, 88] to (tokens, scores); large weights lie in the second file
+    sentencepiece.model  sbs_student.json  README.md
+
+jax2onnx and onnxruntime are the extra `onnx`.
+"""
+
+import contextlib
+import importlib
+import importlib.metadata
+import importlib.util
+import logging
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sbs_jax.export import card as cards
+from sbs_jax.export.student import ANSWER, Student, agreed, check, check_shapes, warn_of_difference, write_vocabulary
+
+MODEL = "model.onnx"
+ARTEFACT = Path(__file__).parent / "artefact"
+
+
+def check_installed() -> None:
+    """ModuleNotFoundError, with what to install, where the exporter or the runtime is missing."""
+    for name in ("jax2onnx", "onnxruntime"):
+        if importlib.util.find_spec(name) is None:
+            raise ModuleNotFoundError(f"--to onnx needs {name}, which is not there: pip install 'sbs-jax[onnx]'.")
+
+
+def write(
+    folder: Path, student: Student, *, shapes: Sequence[tuple[int, int]], samples: Sequence[str]
+) -> dict[str, Any]:
+    """Writes the artefact into a folder that exists; returns what a summary says. As `stablehlo.write`, in float32.
+
+    One shape, 8 rows of the longest input unless another is given: a file has all the weights.
+    """
+    longest = student.card["input"]["max_tokens"]
+    shapes = shapes or ((8, longest),)
+    if len(shapes) != 1:
+        raise ValueError(f"An ONNX model has one shape; got {len(shapes)}. Convert again for another.")
+    check_shapes(shapes, longest=longest)
+    (shape,) = shapes
+    parameters, length = student.on_device(), student.tasks[ANSWER]
+
+    def greedy(rows: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return student.greedy(parameters, rows, length=length)
+
+    with _quietly(), _for_cpu():
+        jax2onnx: Any = importlib.import_module("jax2onnx")
+        jax2onnx.to_onnx(
+            greedy,
+            [jax.ShapeDtypeStruct(shape, jnp.int32)],
+            model_name="greedy",
+            return_mode="file",
+            output_path=folder / MODEL,
+        )
+    write_vocabulary(folder, student)
+    for source, name in (("run.py", "run.py"), ("onnx.py", "model.py")):
+        shutil.copyfile(ARTEFACT / source, folder / name)
+    size = sum(file.stat().st_size for file in folder.glob(f"{MODEL}*"))
+    told: dict[str, Any] = {
+        "weights": f"float32, {cards.megabytes(size)}",
+        "shapes": ["{}x{}".format(*shape)],
+        "jax2onnx": importlib.metadata.version("jax2onnx"),
+    }
+    told["check"] = check(student, _answering(folder), shape=shape, samples=samples)
+    warn_of_difference(told["check"])
+    cards.write(folder, student.card, usage=_usage(told), runtime="onnx", **told)
+    return told
+
+
+def _answering(folder: Path) -> Any:
+    runtime: Any = importlib.import_module("onnxruntime")
+    options = runtime.SessionOptions()
+    options.log_severity_level = 3
+    session = runtime.InferenceSession(str(folder / MODEL), options, providers=["CPUExecutionProvider"])
+    return lambda rows: np.asarray(session.run(None, {session.get_inputs()[0].name: rows})[0])
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Without what the exporter tells of plugins for libraries that are not used here, and of each constant."""
+    loggers = [logging.getLogger(name) for name in ("jax2onnx", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def _for_cpu() -> Iterator[None]:
+    """While this lasts, what has a form for each platform is traced in that for a CPU: ONNX knows no platforms."""
+
+    def chosen(*arguments: Any, default: Any = None, **forms: Any) -> Any:
+        return forms.get("cpu", default)(*arguments)
+
+    general = jax.lax.platform_dependent
+    jax.clear_caches()  # or what was traced before would come from them
+    jax.lax.platform_dependent = chosen
+    try:
+        yield
+    finally:
+        jax.lax.platform_dependent = general
+        jax.clear_caches()
+
+
+def _usage(told: dict[str, Any]) -> str:
+    return (
+        "```\npip install onnxruntime numpy sentencepiece\npython run.py < questions.jsonl > answers.jsonl\n```\n\n"
+        "`run.py` needs onnxruntime, numpy and sentencepiece alone, and answers lines of "
+        f'`{{"id", "input"}}`. `{MODEL}` takes source rows of {told["shapes"][0]} tokens, padded with 0, and gives '
+        f"tokens and their log probabilities: the search is part of the graph.\n{agreed(told['check'])}"
+    )

@@ -1,0 +1,111 @@
+"""A student as StableHLO, through `jax.export`: programs for some shapes, weights beside them, and what runs them.
+
+    run.py  model.py             answer lines of JSON without this package
+    answer_32x88.jax_export      the program: (weights, tokens [32, 88]) to (tokens, scores); serialized jax.export
+    model.safetensors            the weights, an argument of every program
+    sentencepiece.model          with the sentinels
+    sbs_student.json  README.md  what it was trained to do, how it is used
+
+Programs have static shapes, as a TPU needs them anyway and as attention chooses its form by them. `jax.export` refuses
+operations that are not promised to stay.
+"""
+
+import functools
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import export
+from safetensors.flax import load_file
+
+from sbs_jax.convert import hugging_face
+from sbs_jax.export import card as cards
+from sbs_jax.export import weights
+from sbs_jax.export.student import ANSWER, Student, agreed, check, check_shapes, warn_of_difference, write_vocabulary
+
+PLATFORMS = ("cpu", "tpu", "cuda", "rocm")
+DEFAULT_PLATFORMS = ("cpu", "tpu", "cuda")
+WEIGHTS, SUFFIX = "model.safetensors", ".jax_export"
+ARTEFACT = Path(__file__).parent / "artefact"
+
+
+def check_platforms(platforms: Sequence[str]) -> None:
+    """ValueError for a platform that nothing is compiled for."""
+    for name in platforms:
+        if name not in PLATFORMS:
+            raise ValueError(f"There is no platform {name!r}; expected some of {', '.join(PLATFORMS)}.")
+    if not platforms or len(set(platforms)) < len(platforms):
+        raise ValueError(f"Got the platforms {', '.join(platforms) or '(none)'}; expected each once, at least one.")
+
+
+def write(
+    folder: Path,
+    student: Student,
+    *,
+    form: str,
+    platforms: Sequence[str],
+    shapes: Sequence[tuple[int, int]],
+    samples: Sequence[str],
+) -> dict[str, Any]:
+    """Writes the artefact into a folder that exists; returns what a summary says, and the card as well.
+
+    `form` is how weights are stored (weights.py), `shapes` are (rows, tokens) of the programs, () for the usual ones.
+    With `samples`, texts with their prefix, the artefact is read again and answers them, and so does the student in its
+    own precision.
+    """
+    longest = student.card["input"]["max_tokens"]
+    shapes, platforms = shapes or ((1, longest), (32, longest)), platforms or DEFAULT_PLATFORMS
+    check_shapes(shapes, longest=longest)
+    stored = weights.stored(student.arrays, form=form)
+    hugging_face.write_safetensors(folder / WEIGHTS, stored, dtype=None)
+    like = {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in stored.items()}
+    for task, length in student.tasks.items():
+        for rows, tokens in shapes:
+            program = functools.partial(_program, student=student, form=form, length=length)
+            exported = export.export(jax.jit(program), platforms=tuple(platforms))(
+                like, jax.ShapeDtypeStruct((rows, tokens), jnp.int32)
+            )
+            (folder / f"{task}_{rows}x{tokens}{SUFFIX}").write_bytes(exported.serialize())
+    write_vocabulary(folder, student)
+    for source, name in (("run.py", "run.py"), ("stablehlo.py", "model.py")):
+        shutil.copyfile(ARTEFACT / source, folder / name)
+    sizes = {file.name: file.stat().st_size for file in folder.iterdir()}
+    programs = [size for name, size in sizes.items() if name.endswith(SUFFIX)]
+    told: dict[str, Any] = {
+        "weights": f"{form}, {cards.megabytes(sizes[WEIGHTS])}",
+        "programs": f"{len(programs)}, {cards.megabytes(sum(programs))}",
+        "platforms": list(platforms),
+        "shapes": [f"{rows}x{tokens}" for rows, tokens in shapes],
+        "jax": jax.__version__,
+    }
+    if form == weights.INT8:
+        told["int8_error"] = weights.error(student.arrays)
+    rows, tokens = max(shapes, key=lambda shape: (shape[1], shape[0]))
+    program = export.deserialize(bytearray((folder / f"{ANSWER}_{rows}x{tokens}{SUFFIX}").read_bytes()))
+    arrays = load_file(folder / WEIGHTS)
+    told["check"] = check(student, lambda batch: program.call(arrays, batch)[0], shape=(rows, tokens), samples=samples)
+    if form == weights.FLOAT32:
+        warn_of_difference(told["check"])
+    cards.write(folder, student.card, usage=_usage(told), runtime="jax", **told)
+    return told
+
+
+def _program(
+    stored: dict[str, jax.Array], rows: jax.Array, *, student: Student, form: str, length: int
+) -> tuple[jax.Array, jax.Array]:
+    return student.greedy(weights.parameters(stored, student.shapes, form=form), rows, length=length)
+
+
+def _usage(told: dict[str, Any]) -> str:
+    return (
+        f"```\npip install 'jax=={told['jax']}' numpy safetensors sentencepiece\n"
+        "python run.py < questions.jsonl > answers.jsonl\n```\n\n"
+        "`run.py` needs jax, numpy, safetensors and sentencepiece alone, and answers lines of "
+        f'`{{"id", "input"}}`. Each `*{SUFFIX}` is a program of `jax.export` ({", ".join(told["platforms"])}) for as '
+        "many rows of as many tokens as its name says; `model.py` calls them. They were written by jax "
+        f"{told['jax']}: later versions read them for at least six months, and so do versions that are up to three "
+        f"weeks older.\n{agreed(told['check'])}"
+    )

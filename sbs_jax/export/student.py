@@ -1,0 +1,148 @@
+"""What an export is made of: a student's structure and arrays, what it was trained to do, and its vocabulary."""
+
+import dataclasses
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import seqio
+
+from sbs_jax import datasets, decoding, evaluate, partitioning, t5, tokens
+from sbs_jax.convert import names
+from sbs_jax.export import card as cards
+
+log = logging.getLogger(__name__)
+
+ANSWER, RATIONALE = "answer", "rationale"
+
+
+@dataclasses.dataclass(frozen=True)
+class Student:
+    """`arrays` may be on disk still. Adapters that no plain T5 has a place for are among them, and in the structure."""
+
+    structure: t5.Structure
+    arrays: Mapping[str, names.LazyArray]
+    shapes: Mapping[str, jax.ShapeDtypeStruct]
+    card: Mapping[str, Any]
+    vocabulary: seqio.Vocabulary
+
+    @classmethod
+    def of(cls, opened: names.Opened, *, source: str, form: str, base: str | None) -> "Student":
+        """The student of an opened checkpoint. ValueError where nothing says what it was trained to do.
+
+        `opened` has no adapters any more, or some that cannot be merged.
+        """
+        card = cards.of(source, opened, form=form)
+        if card is None:
+            raise ValueError(
+                f"{source} is no run of ours, and no export of one: nothing says what stands before an input, how long "
+                "it may be, or what the answers are. Give a run directory, or what sbs convert made of one."
+            )
+        vocabulary = datasets.vocabulary(vocabulary_of(opened, source))
+        if opened.tuning is None:
+            structure, shapes, _ = t5.abstract(opened.config)
+            return cls(structure, opened.arrays, shapes, card, vocabulary)
+        student = evaluate.load_student(source, layout=partitioning.DATA_PARALLEL, base=base)
+        arrays = {name: names.of_array(np.asarray(x)) for name, x in student.parameters.items()}
+        shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in student.parameters.items()}
+        return cls(student.structure, arrays, shapes, card, vocabulary)
+
+    @property
+    def tasks(self) -> dict[str, int]:
+        """What it can be asked for, and the tokens of that at most."""
+        found = {ANSWER: self.card["answer"]["max_new_tokens"]}
+        if self.card["rationale"] is not None:
+            found[RATIONALE] = self.card["rationale"]["max_new_tokens"]
+        return found
+
+    def greedy(self, parameters: t5.Parameters, rows: jax.Array, *, length: int) -> tuple[jax.Array, jax.Array]:
+        """Traceable; `decoding.greedy`."""
+        return decoding.greedy(t5.join(self.structure, parameters), rows, length=length)
+
+    def encoded(self, texts: Sequence[str]) -> np.ndarray:
+        """Source rows of texts that carry their prefix, int32 [N, S]."""
+        return tokens.TokenTable.of(texts, self.vocabulary).padded(self.card["input"]["max_tokens"])
+
+    def on_device(self) -> t5.Parameters:
+        """All parameters, as they are held in training."""
+        place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        return {
+            name: self.arrays[name].onto(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place))
+            for name, leaf in self.shapes.items()
+        }
+
+
+def vocabulary_of(opened: names.Opened, source: str) -> str:
+    if opened.vocabulary is None:
+        raise ValueError(
+            f"{source} has no tokenizer: no run's vocabulary and no {'spiece.model'}. Name one by --vocabulary."
+        )
+    return opened.vocabulary
+
+
+def write_vocabulary(folder: Path, student: Student) -> None:
+    """The SentencePiece model with its 100 sentinels, so that any SentencePiece reads texts as SeqIO does."""
+    if isinstance(student.vocabulary, seqio.SentencePieceVocabulary):
+        (folder / "sentencepiece.model").write_bytes(student.vocabulary.sp_model or b"")
+
+
+def check_shapes(shapes: Sequence[tuple[int, int]], *, longest: int) -> None:
+    """ValueError for rows longer than the student was trained with, or none that holds the longest."""
+    for rows, length in shapes:
+        if length > longest:
+            raise ValueError(
+                f"The shape {rows}x{length} has rows of {length} tokens; this student was trained with inputs of up to "
+                f"{longest}. Give at most {rows}x{longest}."
+            )
+    if all(length < longest for _, length in shapes):
+        raise ValueError(
+            f"No shape holds an input of {longest} tokens, which this student was trained with; add one such as "
+            f"{shapes[-1][0]}x{longest}."
+        )
+
+
+def check(
+    student: Student, generate: Callable[[np.ndarray], Any], *, shape: tuple[int, int], samples: Sequence[str]
+) -> dict[str, Any] | None:
+    """How many samples `generate` (rows [B, S] to tokens [B, T]) answers as the student does in its own precision.
+
+    None without samples.
+    """
+    if not samples:
+        return None
+    rows, length = shape
+    source = student.encoded(samples)
+    padded = np.zeros((-(-len(source) // rows) * rows, length), np.int32)
+    padded[: len(source)] = source
+    parameters = student.on_device()
+    own = jax.jit(lambda p, x: student.greedy(p, x, length=student.tasks[ANSWER])[0])
+    same: list[bool] = []
+    for batch in np.split(padded, len(padded) // rows):
+        same += (np.asarray(own(parameters, batch)) == np.asarray(generate(batch))).all(axis=1).tolist()
+    same = same[: len(source)]
+    return {"samples": len(same), "same_answers": sum(same), "percent": math.floor(1000 * sum(same) / len(same)) / 10}
+
+
+def warn_of_difference(checked: Mapping[str, Any] | None) -> None:
+    """Says loudly that what should be equal is not."""
+    if checked is not None and checked["same_answers"] < checked["samples"]:
+        log.warning(
+            "What was written answers %d of %d samples otherwise than the student. It should not: two tokens that are "
+            "equally likely to rounding can change places, nothing more.",
+            checked["samples"] - checked["same_answers"],
+            checked["samples"],
+        )
+
+
+def agreed(checked: Mapping[str, Any] | None) -> str:
+    """The line of a README."""
+    if checked is None:
+        return ""
+    return (
+        f"\nAt export it answered {checked['same_answers']} of {checked['samples']} sample inputs with the same tokens "
+        "as the student in its own precision.\n"
+    )

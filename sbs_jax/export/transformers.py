@@ -1,0 +1,42 @@
+"""What a Hugging Face directory needs to give our answers by itself: settings of `generate`, and the card."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sbs_jax.convert import hugging_face
+from sbs_jax.export import card as cards
+
+
+def finish(folder: Path, *, card: Mapping[str, Any] | None, dtype: str) -> None:
+    """Adds to a directory that is being written what its card says; nothing where there is none."""
+    if card is None:
+        return
+    greedy = {"do_sample": False, "num_beams": 1, "max_new_tokens": card["answer"]["max_new_tokens"]}
+    _add(folder / "generation_config.json", greedy)
+    _add(folder / "tokenizer_config.json", {"model_max_length": card["input"]["max_tokens"]})
+    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    weights = f"{dtype}, {cards.megabytes(size)}"
+    cards.write(folder, card, usage=_usage(card), runtime="transformers", weights=weights)
+
+
+def _add(file: Path, settings: Mapping[str, Any]) -> None:
+    if file.is_file():
+        hugging_face.write_json(file, {**json.loads(file.read_text("utf-8")), **settings})
+
+
+def _usage(card: Mapping[str, Any]) -> str:
+    prefix, marker = card["input"]["prefix"], card["answer"]["parser"]["after_last"]
+    parsed = ".strip()" if marker is None else f".rpartition({marker!r})[2].strip()"
+    return (
+        "```python\nimport transformers\n\n"
+        'tokenizer = transformers.AutoTokenizer.from_pretrained("DIRECTORY")\n'
+        'model = transformers.AutoModelForSeq2SeqLM.from_pretrained("DIRECTORY")\n'
+        f'texts = [{prefix!r} + text for text in ["..."]]\n'
+        'rows = tokenizer(texts, return_tensors="pt", padding=True, truncation=True)\n'
+        "texts = tokenizer.batch_decode(model.generate(**rows), skip_special_tokens=True)\n"
+        f"answers = [text{parsed} for text in texts]\n```\n\n"
+        "`generation_config.json` has greedy search and the length of an answer, `tokenizer_config.json` that of an "
+        f"input. `{hugging_face.ORIGIN}` is of the run itself and names its folders; nothing but sbs_jax reads it.\n"
+    )

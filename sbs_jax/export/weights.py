@@ -1,0 +1,80 @@
+"""Weights of an export: in which form each is stored, and how a program makes the student's parameters of them."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+
+from sbs_jax import quantized, t5
+from sbs_jax.convert.names import LazyArray
+
+FLOAT32, BFLOAT16, INT8 = "float32", "bfloat16", "int8"
+FORMS = (FLOAT32, BFLOAT16, INT8)
+_TABLE = "token_embedder/embedding"
+
+
+def is_matrix(name: str, array: LazyArray) -> bool:
+    """Whether this is one of the few arrays that are nearly all bytes of a student: a kernel, or the table."""
+    return (name.endswith("/kernel") or name == _TABLE) and np.dtype(array.dtype) in (np.float32, ml_dtypes.bfloat16)
+
+
+def stored(arrays: Mapping[str, LazyArray], *, form: str) -> dict[str, LazyArray]:
+    """The arrays of an export's file. int8 has two for a matrix: `.../codes`, and `.../scale` in float32.
+
+    A scale belongs to a column of a kernel, and to a row of the table of tokens.
+    """
+    found: dict[str, LazyArray] = {}
+    for name, array in arrays.items():
+        if form == FLOAT32 or not is_matrix(name, array):
+            found[name] = array
+        elif form == BFLOAT16:
+            found[name] = _made(array, lambda x: x.astype(ml_dtypes.bfloat16), array.shape, ml_dtypes.bfloat16)
+        else:
+            by_row = name == _TABLE
+            found[f"{name}/codes"] = _made(array, functools.partial(_packed, "codes", by_row), array.shape, np.int8)
+            scales = array.shape[:1] if by_row else array.shape[1:]
+            found[f"{name}/scale"] = _made(array, functools.partial(_packed, "scale", by_row), scales, np.float32)
+    return found
+
+
+def _made(array: LazyArray, make: Callable[[np.ndarray], np.ndarray], shape: tuple[int, ...], dtype: Any) -> LazyArray:
+    """What is made of an array whenever it is read: one at a time is held, not all."""
+    return LazyArray(shape, np.dtype(dtype), lambda index: make(array.whole())[index])
+
+
+def _packed(part: str, by_row: bool, matrix: np.ndarray) -> np.ndarray:
+    found = quantized.quantize(jnp.asarray(matrix.T if by_row else matrix), form=quantized.INT8)[part]
+    return np.asarray(found.T if by_row and part == "codes" else found)
+
+
+def parameters(stored: Mapping[str, jax.Array], names: Mapping[str, Any], *, form: str) -> t5.Parameters:
+    """The student's parameters, of the given names and types, of what is stored. Traceable."""
+    found: t5.Parameters = {}
+    for name, like in names.items():
+        if name in stored:
+            found[name] = stored[name].astype(like.dtype)
+            continue
+        codes, scale = stored[f"{name}/codes"].astype(jnp.float32), stored[f"{name}/scale"]
+        found[name] = (codes * (scale[:, None] if name == _TABLE else scale[None, :])).astype(like.dtype)
+    return found
+
+
+def error(arrays: Mapping[str, LazyArray]) -> dict[str, Any]:
+    """What int8 takes from the matrices (`quantized.error`): the mean, the largest and whose it is."""
+    errors = {
+        name: quantized.error(matrix.T if name == _TABLE else matrix, form=quantized.INT8)
+        for name, array in arrays.items()
+        if is_matrix(name, array)
+        for matrix in [array.whole().astype(np.float32)]
+    }
+    worst = max(errors, key=errors.__getitem__)
+    return {
+        "matrices": len(errors),
+        "mean": float(np.mean(list(errors.values()))),
+        "largest": errors[worst],
+        "of": worst,
+    }

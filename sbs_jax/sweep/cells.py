@@ -1,0 +1,261 @@
+"""The cells of a sweep, each a run of `sbs train`; and whether all of them can be."""
+
+import dataclasses
+import itertools
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sbs_jax import configuration, selection
+from sbs_jax.configuration import UsageError
+
+_ROOT = Path(__file__).parents[2]  # gin_configs/ lies there
+_OWN = ("MODEL_DIR", "RECORDS_DIR", "FRACTION", "SEED")  # macros that the sweep itself sets
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One run of a sweep."""
+
+    dataset: str
+    size: str
+    method: str
+    axes: Mapping[str, Any]
+    fraction: float
+    seed: int
+    gin_files: tuple[str, ...]
+    bindings: tuple[str, ...]  # beyond them, without MODEL_DIR, FRACTION and SEED
+    sweep_dir: Path
+    search_paths: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """ "svamp-base-step_by_step-0.25-0"; values of free axes stand before the fraction: "ALPHA=0.3"."""
+        axes = [f"{macro}={str(value).replace('/', '_')}" for macro, value in self.axes.items()]
+        parts = [self.dataset, self.size, Path(self.method).stem, *axes, f"{self.fraction:g}", str(self.seed)]
+        return "-".join(parts)
+
+    @property
+    def model_dir(self) -> Path:
+        return self.sweep_dir / "runs" / self.name
+
+    @property
+    def log(self) -> Path:
+        return self.sweep_dir / "logs" / f"{self.name}.log"
+
+    def all_bindings(self) -> list[str]:
+        axes = [binding(macro, value) for macro, value in self.axes.items()]
+        own = {"MODEL_DIR": str(self.model_dir), "FRACTION": self.fraction, "SEED": self.seed}
+        return [*self.bindings, *axes, *(binding(macro, value) for macro, value in own.items())]
+
+    def arguments(self) -> list[str]:
+        """What `sbs` is given."""
+        paths = [f"--gin_search_paths={','.join(self.search_paths)}"] if self.search_paths else []
+        files = [f"--gin_file={file}" for file in self.gin_files]
+        return ["train", *paths, *files, *(f"--gin.{each}" for each in self.all_bindings())]
+
+    def command(self) -> str:
+        """The same as a line for a shell."""
+        return shlex.join(["sbs", *self.arguments()])
+
+    def configured(self) -> tuple[Any, str]:
+        """Its train.TrainConfig, and the text that its run keeps; UsageError where it has none."""
+        try:
+            return configuration.configure(
+                "train.TrainConfig",
+                gin_files=self.gin_files,
+                bindings=self.all_bindings(),
+                search_paths=self.search_paths,
+            )
+        except UsageError as error:
+            raise UsageError(f"The cell {self.name} cannot be configured: {error}") from error
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """Every combination of its lists. Bound by `gin_configs/runs/sweep.gin`.
+
+    Attributes:
+      sweep_dir: runs/<cell>, logs/<cell>.log and the report, index.html, go there.
+      records_dir: holds the records of all datasets.
+      datasets: names of datasets.
+      sizes: names of experiments of each dataset: "base", "large".
+      methods: names of gin_configs/methods/, or paths that end in .gin.
+      fractions: of the training rows, in (0, 1]; or by dataset, where they differ.
+      seeds: of the fraction's rows, the parameters, the order and the dropout.
+      axes: other macros, each with its values. They are part of a cell's name.
+      experiment: the gin file of a cell, with {dataset} and {size}.
+      initial_checkpoint_path, vocabulary: of every cell, may hold {dataset} and {size}; None: as the experiment says.
+      gin_files: included after the experiment and the method.
+      bindings: macros of every cell. Texts may hold {dataset} and {size}; those that begin with @ or % are gin's.
+    """
+
+    sweep_dir: str
+    records_dir: str
+    datasets: Sequence[str]
+    sizes: Sequence[str]
+    methods: Sequence[str]
+    fractions: Sequence[float] | Mapping[str, Sequence[float]]
+    seeds: Sequence[int]
+    experiment: str = "gin_configs/experiments/{dataset}/{size}.gin"
+    axes: Mapping[str, Sequence[Any]] = dataclasses.field(default_factory=dict)
+    initial_checkpoint_path: str | None = None
+    vocabulary: str | None = None
+    gin_files: Sequence[str] = ()
+    bindings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    search_paths: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        lists = {"datasets": self.datasets, "sizes": self.sizes, "methods": self.methods, "seeds": self.seeds}
+        lists |= {f"axes[{macro!r}]": values for macro, values in self.axes.items()}
+        by_dataset = (
+            self.fractions if isinstance(self.fractions, Mapping) else dict.fromkeys(self.datasets, self.fractions)
+        )
+        lists |= {f"fractions[{dataset!r}]": values for dataset, values in by_dataset.items()}
+        for name, values in lists.items():
+            _check_list(f"Sweep.{name}", values)
+        for dataset in self.datasets:
+            if dataset not in by_dataset:
+                raise ValueError(
+                    f"Sweep.fractions has none for {dataset!r}; it names {', '.join(map(repr, by_dataset))}."
+                )
+        for dataset, fractions in by_dataset.items():
+            if dataset not in self.datasets:
+                near = selection.near_matches(dataset, self.datasets)
+                raise ValueError(f"Sweep.fractions names {dataset!r}, which is not among datasets.{near}")
+            for fraction in fractions:
+                if isinstance(fraction, bool) or not isinstance(fraction, int | float) or not 0 < fraction <= 1:
+                    raise ValueError(f"Sweep.fractions has {fraction!r}; expected numbers above 0, at most 1.")
+        for seed in self.seeds:
+            if isinstance(seed, bool) or not isinstance(seed, int):
+                raise ValueError(f"Sweep.seeds has {seed!r}; expected whole numbers.")
+        for macro in (*self.axes, *self.bindings):
+            if macro in _OWN:
+                raise ValueError(f"A sweep sets {macro} itself, by its own lists; leave it out of axes and bindings.")
+            if macro in self.axes and macro in self.bindings:
+                raise ValueError(f"{macro} is among axes and among bindings; keep one.")
+
+    def cells(self) -> list[Cell]:
+        """All of them, comparable ones side by side: by dataset, size, fraction (large first), seed, then method.
+
+        ValueError, with near matches, where the gin file of an experiment or a method is not there.
+        """
+        found = []
+        for dataset, size in itertools.product(self.datasets, self.sizes):
+            fractions = self.fractions[dataset] if isinstance(self.fractions, Mapping) else self.fractions
+            experiment = self._file(self.experiment.format(dataset=dataset, size=size), f"{dataset}, {size}")
+            for fraction, seed, method, values in itertools.product(
+                sorted(fractions, reverse=True), self.seeds, self.methods, itertools.product(*self.axes.values())
+            ):
+                found.append(
+                    Cell(
+                        dataset=dataset,
+                        size=size,
+                        method=method,
+                        axes=dict(zip(self.axes, values, strict=True)),
+                        fraction=float(fraction),
+                        seed=seed,
+                        gin_files=(experiment, self._method_file(method), *self.gin_files),
+                        bindings=self._bindings(dataset, size),
+                        sweep_dir=Path(self.sweep_dir),
+                        search_paths=self.search_paths,
+                    )
+                )
+        return found
+
+    def _bindings(self, dataset: str, size: str) -> tuple[str, ...]:
+        given = {"INITIAL_CHECKPOINT_PATH": self.initial_checkpoint_path, "VOCABULARY": self.vocabulary}
+        values = {name: value for name, value in given.items() if value is not None} | dict(self.bindings)
+        found = [binding("RECORDS_DIR", self.records_dir)]
+        for macro, value in values.items():
+            if isinstance(value, str):
+                value = value.replace("{dataset}", dataset).replace("{size}", size)
+            found.append(binding(macro, value))
+        return tuple(found)
+
+    def _method_file(self, method: str) -> str:
+        return self._file(
+            method if method.endswith(".gin") else f"gin_configs/methods/{method}.gin", f"method {method}"
+        )
+
+    def _file(self, file: str, what: str) -> str:
+        places = [Path(file), *(Path(path) / file for path in self.search_paths), _ROOT / file]
+        if any(place.is_file() for place in places):
+            return file
+        around = {
+            str(found.relative_to(_ROOT))
+            for folder in (_ROOT / file).parents[:2]
+            if folder.is_relative_to(_ROOT / "gin_configs")
+            for found in folder.glob("*/*.gin" if folder != (_ROOT / file).parent else "*.gin")
+        }
+        raise ValueError(f"There is no gin file {file} ({what}).{selection.near_matches(file, around)}")
+
+
+def searching(sweep: Sweep, paths: str) -> Sweep:
+    """The sweep with the flag --gin_search_paths, which its cells need as well."""
+    return dataclasses.replace(sweep, search_paths=tuple(path for path in paths.split(",") if path))
+
+
+def binding(macro: str, value: Any) -> str:
+    """`NAME=value` as the command line of `sbs train` takes it; texts in quotes, but for references of gin."""
+    return f"{macro}={value if isinstance(value, str) and value.startswith(('@', '%')) else repr(value)}"
+
+
+def _check_list(name: str, values: Any) -> None:
+    if isinstance(values, str) or not isinstance(values, Sequence) or not values:
+        raise ValueError(f"{name} is {values!r}; expected a tuple of one or more values, such as (0, 1).")
+    twice = [value for number, value in enumerate(values) if value in values[:number]]
+    if twice:
+        raise ValueError(f"{name} has {twice[0]!r} twice; a cell is trained once.")
+
+
+# ------------------------------------------------------------------------------- before the first
+
+
+def check_configurations(cells: Sequence[Cell]) -> list[tuple[Cell, Any]]:
+    """Configures one cell of every kind: all but fraction and seed. Returns these, with their train.TrainConfig.
+
+    ValueError where a cell cannot be configured, is about another dataset, grades nothing on test, or is the same
+    as another under a second name.
+    """
+    from sbs_jax import datasets
+
+    kinds: dict[Any, Cell] = {}
+    for cell in cells:
+        kinds.setdefault((cell.dataset, cell.size, cell.method, repr(cell.axes)), cell)
+    found, seen = [], {}
+    for cell in kinds.values():
+        config, text = cell.configured()
+        name = datasets.dataset_of_task(config.mixture_or_task_name).name
+        if name != cell.dataset:
+            raise ValueError(f"The cell {cell.name} trains on {name}: {cell.gin_files[0]} is not about {cell.dataset}.")
+        if not config.evaluate_test:
+            raise ValueError(f"The cell {cell.name} has evaluate_test = False; a table needs test metrics.")
+        lines = (line for line in text.splitlines() if line and not line.startswith(("#", "MODEL_DIR")))
+        meaning = "\n".join(lines)
+        if meaning in seen:
+            raise ValueError(f"The cells {seen[meaning]} and {cell.name} are the same run; leave one of them out.")
+        seen[meaning] = cell.name
+        found.append((cell, config))
+    return found
+
+
+def check_inputs(kinds: Sequence[tuple[Cell, Any]]) -> None:
+    """Whether records, vocabulary and checkpoint of every kind of cell are there. Reads no row and computes nothing."""
+    from sbs_jax import datasets, tokens
+
+    for cell, config in kinds:
+        datasets.configure(config.data)
+        splits = datasets.available_splits(cell.dataset)
+        missing = [name for name in (datasets.TRAIN, datasets.VALIDATION, datasets.TEST) if name not in splits]
+        if missing:
+            raise ValueError(
+                f"The cell {cell.name} needs {' and '.join(missing)} rows of {cell.dataset}, which "
+                f"{config.data.records_dir} does not give (train_split is {config.data.train_split!r}). Write them "
+                "with `sbs records`, or leave the dataset out."
+            )
+        tokens.check_vocabulary(config.data.vocabulary)
+        start = config.initial_checkpoint_path
+        if start is not None and "://" not in start and not Path(start).exists():
+            raise FileNotFoundError(f"The cell {cell.name} begins with the checkpoint {start}: nothing is there.")

@@ -1,0 +1,97 @@
+"""Running the cells of a sweep that are not finished, and reporting on all."""
+
+import contextlib
+import dataclasses
+import os
+import signal
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sbs_jax import hosts, preemption, run_dir
+from sbs_jax.sweep.cells import Cell, Sweep
+from sbs_jax.sweep.standings import graded, unfinished
+from sbs_jax.sweep.workers import Workers
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Ended:
+    """How a cell ended; metrics are those on test, where it finished."""
+
+    cell: Cell
+    status: int
+    seconds: float
+    metrics: Mapping[str, Any]
+    number: int  # in the order of their ends, from 1
+
+    @property
+    def result(self) -> str:
+        """ "accuracy 81.0", or what became of it."""
+        if self.status == preemption.EXIT_STATUS:
+            return "told to end, and saved"
+        return f"failed, status {self.status}" if self.status else graded(self.metrics)
+
+    def last_words(self) -> str:
+        """The end of what a cell said, in one line, and where the rest is."""
+        with contextlib.suppress(OSError):
+            lines = self.cell.log.read_text("utf-8", "replace").strip().splitlines()
+            said = next((line for line in reversed(lines) if line.startswith("sbs train:")), lines[-1] if lines else "")
+            return f"{said[:300]} (status {self.status}; {self.cell.log})"
+        return f"status {self.status}; {self.cell.log} cannot be read"
+
+
+def run(cells: Sequence[Cell], started: Workers, *, jobs: int) -> Iterator[Ended]:
+    """Trains cells, `jobs` at a time, and yields each when it has ended, however it did.
+
+    preemption.PreemptedError where this process is told to end: the cells under way have saved by then.
+    """
+    waiting, running, number, told = list(cells), {}, 0, False
+    with preemption.listening():
+        while running or (waiting and not told):
+            while waiting and len(running) < jobs and not told:
+                cell = waiting.pop(0)
+                started.start(cell.name, cell.arguments(), log=cell.log)
+                running[cell.name] = cell, time.monotonic()
+            for name, status in started.ended(timeout=0.2):
+                cell, begin = running.pop(name)
+                number += 1
+                metrics = _test_metrics(cell) if status == 0 else {}
+                yield Ended(cell=cell, status=status, seconds=time.monotonic() - begin, metrics=metrics, number=number)
+            if hosts.told_to_end() and not told:
+                told = True
+                started.send(signal.SIGTERM)
+    if told:
+        raise preemption.PreemptedError("This sweep was told to end; its cells are saved. Repeat the command to go on.")
+
+
+def _test_metrics(cell: Cell) -> Mapping[str, Any]:
+    return [line for line in run_dir.read_metrics(cell.model_dir) if line["kind"] == "test"][-1]
+
+
+def main(sweep: Sweep, *, jobs: int, redo_changed: bool) -> int:
+    """Runs what is not finished, prints the table and writes the pages; the exit status."""
+    cells = sweep.cells()
+    busy = jobs > 1 and jobs >= (os.cpu_count() or 1)
+    with Workers(one_thread=busy) as started:
+        left = unfinished(cells, redo_changed=redo_changed)
+        failed = []
+        for ended in run(left, started, jobs=jobs):
+            print(f"[{ended.number}/{len(left)}] {ended.cell.name}: {ended.result} ({ended.seconds:.0f} s)", flush=True)
+            if ended.status:
+                failed.append(ended)
+    _report(sweep, cells, leaving_out={ended.cell.name for ended in failed})
+    if failed:
+        lines = [f"  {ended.cell.name}: {ended.last_words()}" for ended in failed]
+        print("\n".join([f"{len(failed)} of {len(cells)} cells failed; repeat the command to try them again:", *lines]))
+    return 1 if failed else 0
+
+
+def _report(sweep: Sweep, cells: Sequence[Cell], *, leaving_out: set[str]) -> None:
+    """Tables and a page of what has finished."""
+    from sbs_jax import report
+
+    finished = [cell.model_dir for cell in cells if cell.name not in leaving_out]
+    if finished:
+        print(flush=True)
+        report.main(finished, Path(sweep.sweep_dir) / "index.html")

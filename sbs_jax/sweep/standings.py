@@ -1,0 +1,141 @@
+"""How far the cells of a sweep are.
+
+A cell is finished when its run directory has test metrics and its manifest is what this configuration and these
+records would give now (manifest.py). Anything else that is there is resumed or, where it is of another configuration
+or other data, refused with the difference.
+"""
+
+import dataclasses
+import itertools
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sbs_jax import run_dir
+from sbs_jax.configuration import UsageError
+from sbs_jax.sweep.cells import Cell, check_configurations, check_inputs
+
+log = logging.getLogger(__name__)
+
+FINISHED, BEGUN, NEW, CHANGED = "finished", "begun", "new", "changed"
+_SHOWN = 20  # lines of a difference
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Standing:
+    """How far a cell is: "finished", "begun", "new", or "changed", with the difference."""
+
+    cell: Cell
+    state: str
+    step: int = 0  # of its last line of metrics
+    metrics: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # on test
+    difference: tuple[str, ...] = ()
+
+
+def standings(cells: Sequence[Cell]) -> list[Standing]:
+    """How far each cell is. Reads what is there; configures those that are begun, and hashes their records."""
+    return [standing(cell) for cell in cells]
+
+
+def standing(cell: Cell) -> Standing:
+    if not (cell.model_dir / run_dir.MANIFEST).exists():
+        return Standing(cell=cell, state=NEW)
+    try:
+        lines = run_dir.read_metrics(cell.model_dir) if (cell.model_dir / "metrics.jsonl").exists() else []
+        changed = _changes(cell)
+    except ValueError as error:  # damaged
+        return Standing(cell=cell, state=CHANGED, difference=(str(error),))
+    step = max((line["step"] for line in lines), default=0)
+    if changed:
+        return Standing(cell=cell, state=CHANGED, step=step, difference=tuple(changed))
+    tests = [line for line in lines if line["kind"] == "test"]
+    return Standing(cell=cell, state=FINISHED if tests else BEGUN, step=step, metrics=tests[-1] if tests else {})
+
+
+def _changes(cell: Cell) -> list[str]:
+    """What of a run that exists is another than this cell would make it now, as lines of a diff.
+
+    What follows from configuration, records and vocabulary (counts, lengths, parameters' shapes) is not computed
+    again: it is taken as it was, and differs only where they do.
+    """
+    from sbs_jax import datasets, manifest, settings
+
+    config, text = cell.configured()
+    old = manifest.read(cell.model_dir)
+    datasets.configure(config.data)
+    data = datasets.sources(cell.dataset)
+    before = old["data"].get("splits", {})
+    for split, facts in data["splits"].items():
+        facts["counts"] = before.get(split, {}).get("counts")
+    run = {
+        "mixture_or_task_name": config.mixture_or_task_name,
+        "task_feature_lengths": dict(config.task_feature_lengths),
+        "max_decode_length": config.max_decode_length,
+        "primary_metric": datasets.get(cell.dataset).primary_metric,
+    }
+    new = {**old, "data": data, "run": run, "settings": settings.settings(config)}
+    kept = (cell.model_dir / "config.gin").read_text("utf-8", "replace")
+    return manifest.changes(old, json.loads(json.dumps(new)), old_config=kept, new_config=text)[0]
+
+
+def overview(found: Sequence[Standing]) -> str:
+    """A line per cell, and how many there are of each state."""
+    width = max(len(each.cell.name) for each in found)
+    numbers = len(str(len(found) - 1))
+    lines = [f"{i:{numbers}}  {each.cell.name:{width}}  {_said(each)}" for i, each in enumerate(found)]
+    counts = {state: sum(each.state == state for each in found) for state in (FINISHED, BEGUN, NEW, CHANGED)}
+    told = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
+    return "\n".join([*lines, f"{len(found)} cells: {told}."])
+
+
+def _said(each: Standing) -> str:
+    if each.state == FINISHED:
+        return f"finished: {graded(each.metrics)}"
+    return f"begun, step {each.step}" if each.state == BEGUN else each.state
+
+
+def graded(metrics: Mapping[str, Any]) -> str:
+    """ "equation_accuracy 12.5" of a line of test metrics."""
+    return ", ".join(f"{name} {value:.1f}" for name, value in metrics.items() if name.endswith("accuracy"))
+
+
+def unfinished(cells: Sequence[Cell], *, redo_changed: bool = False) -> list[Cell]:
+    """What is left to train, after every check there is; prints how far all of them are.
+
+    UsageError, with the differences, where runs are of another configuration, unless they are to be done again.
+    """
+    check_inputs(check_configurations(cells))
+    found = standings(cells)
+    found = [_redone(each) if redo_changed and each.state == CHANGED else each for each in found]
+    _refuse_changed(found)
+    print(overview(found), flush=True)
+    return [each.cell for each in found if each.state != FINISHED]
+
+
+def _redone(each: Standing) -> Standing:
+    """The cell as a new one; what was there is beside it."""
+    old = each.cell.model_dir
+    aside = next(path for n in itertools.count(1) if not (path := old.with_name(f"{old.name}~{n}")).exists())
+    old.rename(aside)
+    log.warning("%s is of another configuration or other data; it is %s now.", old, aside)
+    return Standing(cell=each.cell, state=NEW)
+
+
+def _refuse_changed(found: Sequence[Standing]) -> None:
+    changed = [each for each in found if each.state == CHANGED]
+    if not changed:
+        return
+    parts = []
+    for each in changed[:5]:
+        more = [f"({len(each.difference) - _SHOWN} more lines)"] if len(each.difference) > _SHOWN else []
+        parts.append("\n  ".join([f"{each.cell.name}:", *each.difference[:_SHOWN], *more]))
+    if len(changed) > 5:
+        parts.append(f"and {len(changed) - 5} more: {', '.join(each.cell.name for each in changed[5:])}")
+    raise UsageError(
+        f"{len(changed)} cells of {changed[0].cell.sweep_dir} are runs of another configuration, other data or other "
+        "defaults of the code:\n"
+        + "\n".join(parts)
+        + "\nTake another SWEEP_DIR, put back what was, or train them again "
+        "with --redo_changed, which moves what is there aside."
+    )

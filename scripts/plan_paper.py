@@ -1,0 +1,150 @@
+"""TPU hours and cost of the paper's sweeps, as the Markdown tables of docs/reproduce.md.
+
+    python scripts/plan_paper.py --plans runs/plans --run    # an hour of compiling on two cores; goes on where it was
+    python scripts/plan_paper.py --plans runs/plans          # the tables, of the plans that are there
+
+`sbs plan` is asked for every dataset and size with two tasks (step-by-step), and with one for base. What is not planned
+is scaled by its floating-point operations from the plan of that size which is most like it, and counted as scaled. All
+of it are the compiler's estimates.
+"""
+
+import argparse
+import collections
+import functools
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from sbs_jax import configuration
+from sbs_jax.plan import flops
+
+PAPER = Path("gin_configs/experiments/paper")
+TOPOLOGIES = {"base": "v5e:2x4", "large": "v5e:2x4", "xxl": "v5p:2x4x4"}
+# Rows of validation (10 % of train where there is no file of its own) and of test: METHOD of the paper.
+VALIDATION = {"esnli": 9842, "anli1": 1000, "cqa": 975, "svamp": 80}
+TEST = {"esnli": 9824, "anli1": 1000, "cqa": 1221, "svamp": 200}
+TWO, ONE = "step_by_step", "standard_finetuning"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--plans", required=True, type=Path, metavar="DIR", help="one JSON file of sbs plan each")
+    parser.add_argument("--run", action="store_true", help="make the plans that are missing")
+    arguments = parser.parse_args()
+    wanted = [(dataset, size, TWO) for size in TOPOLOGIES for dataset in VALIDATION]
+    wanted[4:4] = [(dataset, "base", ONE) for dataset in VALIDATION]
+    if arguments.run:
+        arguments.plans.mkdir(parents=True, exist_ok=True)
+        for each in wanted:
+            _plan(*each, folder=arguments.plans)
+    plans = {each: plan for each in wanted if (plan := _read(arguments.plans / f"{'-'.join(each)}.json"))}
+    if not plans:
+        sys.exit(f"There are no plans in {arguments.plans}; make some with --run.")
+    print(_cells_table(plans))
+    print()
+    print(_sweeps_table(plans))
+
+
+def _plan(dataset: str, size: str, method: str, *, folder: Path) -> None:
+    """Runs `sbs plan`, unless its file is there."""
+    file = folder / f"{dataset}-{size}-{method}.json"
+    if _read(file):
+        return
+    command = [sys.executable, "-m", "sbs_jax.main", "plan", "--json", "--steps", "train,evaluation"]
+    command += ["--time_limit", "14400"]
+    command += ["--topology", TOPOLOGIES[size], f"--gin_file=gin_configs/experiments/{dataset}/{size}.gin"]
+    command += [f"--gin_file=gin_configs/methods/{method}.gin", "--gin.LAYERS=scanned", "--gin.REMAT=attended"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"{' '.join(command)} ended with status {done.returncode}.")
+    file.write_text(done.stdout, "utf-8")
+
+
+def _read(file: Path) -> dict[str, Any] | None:
+    """The candidate of a plan that fits; None where there is no plan yet, or its compilation took too long."""
+    if not file.is_file() or not file.stat().st_size:
+        return None
+    found = json.loads(file.read_text("utf-8"))["candidates"][0]
+    return found if found["fits"] else None
+
+
+def _run_hours(plan: dict[str, Any], dataset: str, *, step: float = 1.0) -> float:
+    """Chip-hours of one run: its updates, an evaluation of validation each 250 of them, and test once.
+
+    `step` is how much longer a step takes than the planned one.
+    """
+    updates = plan["run"]["updates"]
+    batches = -(-VALIDATION[dataset] // 64) * (updates // 250) + -(-TEST[dataset] // 64)
+    seconds = updates * plan["step_seconds"] * step + batches * plan["steps"]["evaluation"]["seconds"]
+    return seconds * plan["chips"] / 3600
+
+
+@functools.cache
+def _flops(dataset: str, size: str, method: str) -> float:
+    """Floating-point operations of an update."""
+    files = [f"gin_configs/experiments/{dataset}/{size}.gin", f"gin_configs/methods/{method}.gin"]
+    given = ["MODEL_DIR=run", "RECORDS_DIR=records", "INITIAL_CHECKPOINT_PATH=t5"]
+    config = configuration.configure("train.TrainConfig", gin_files=files, bindings=given)[0]
+    lengths = config.task_feature_lengths
+    counts = {"inputs": lengths["inputs"], "targets": lengths["targets"], "trained": 1.0}
+    return flops.training_flops(config.model, rows=config.batch_size, **counts)
+
+
+def _chip_hours(plans: dict[Any, Any], dataset: str, size: str, method: str) -> tuple[float, float, bool] | None:
+    """(chip-hours and USD of a run, whether its step was planned); None where no student of this size was planned.
+
+    What was not planned takes as long, per operation, as the plan of the same size that is most like it.
+    """
+    method = TWO if method == TWO else ONE  # the other methods have one task as well
+    like = [(dataset, size, method), (dataset, size, TWO), *(each for each in plans if each[1] == size)]
+    nearest = next((each for each in like if each in plans), None)
+    if nearest is None:
+        return None
+    plan = plans[nearest]
+    hours = _run_hours(plan, dataset, step=_flops(dataset, size, method) / _flops(*nearest))
+    return hours, hours * plan["usd_per_chip_hour"], nearest == like[0]
+
+
+def _cells_table(plans: dict[Any, Any]) -> str:
+    lines = ["| dataset, size | tasks | TPU | GiB a chip | step | updates | a run | chip-hours | USD |"]
+    lines.append("|---|---|---|---:|---:|---:|---:|---:|---:|")
+    for (dataset, size, method), plan in plans.items():
+        hours = _run_hours(plan, dataset)
+        lines.append(
+            f"| {dataset}, {size} | {'two' if method == TWO else 'one'} | {plan['topology']} "
+            f"| {plan['steps']['train']['needs'] / 2**30:.1f} | {1000 * plan['step_seconds']:.0f} ms "
+            f"| {plan['run']['updates']:,} | {60 * hours / plan['chips']:.0f} min | {hours:.2f} "
+            f"| {hours * plan['usd_per_chip_hour']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def _sweeps_table(plans: dict[Any, Any]) -> str:
+    lines = [
+        "| sweep | cells | planned | scaled | not known | chip-hours | USD |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    seen: dict[str, tuple[float, float]] = {}
+    names = [file.stem for file in sorted(PAPER.glob("*.gin")) if file.stem not in ("settings", "smallest")]
+    for name in sorted(names, key=lambda name: (not name.startswith("table"), name)):
+        given = ["SWEEP_DIR=runs", "RECORDS_DIR=records"]
+        plan = configuration.configure("sweep.Sweep", gin_files=[str(PAPER / f"{name}.gin")], bindings=given)[0]
+        states: collections.Counter[str] = collections.Counter()
+        hours = dollars = 0.0
+        for cell in plan.cells():
+            one = _chip_hours(plans, cell.dataset, cell.size, cell.method)  # a fraction takes as many updates
+            states["not known" if one is None else "planned" if one[2] else "scaled"] += 1
+            if one:
+                hours, dollars = hours + one[0], dollars + one[1]
+                seen[f"20b {cell.name}" if name.endswith("20b") else cell.name] = one[:2]
+        counts = " | ".join(str(states[state]) for state in ("planned", "scaled", "not known"))
+        lines.append(f"| `{name}` | {states.total()} | {counts} | {hours:,.0f} | {dollars:,.0f} |")
+    total = [sum(part) for part in zip(*seen.values(), strict=True)]
+    lines.append(f"| all, each cell once | {len(seen)} | | | | {total[0]:,.0f} | {total[1]:,.0f} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

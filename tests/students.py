@@ -1,0 +1,86 @@
+"""Run directories of students that nobody trained: every weight comes from numpy, and they answer at random."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import parity_cases as cases
+import toy
+
+from sbs_jax import adapters, checkpoints, datasets, evaluate, frozen, partitioning, run_dir, t5, tokens
+from sbs_jax.prediction import engine
+
+LENGTHS = {"inputs": 20, "targets": 16}
+TEXTS = (
+    "g c a",
+    "a",
+    "d e f and more words than there is room for, so that it is cut",
+    "A dog</s>It barks",
+    "Füße, 漢字 and 🙂",
+    " b  b ",
+)
+
+
+def write(folder: Path, *, vocabulary: str = "byte", task: str = "toy_step_by_step", **changes: Any) -> Path:
+    """A run of the toy's shape; with `changes`, of another."""
+    datasets.add(toy.DATASET)
+    rows = 384 if vocabulary == tokens.BYTE_VOCABULARY else 32_128
+    config = dataclasses.replace(toy.MODEL, **{"vocab_size": rows, **changes})
+    values = cases.parameters(config)
+    values["logits_dense/kernel"][:, 259 if rows == 384 else 32_000 :] = 0  # rows of no token, and sentinels
+    parameters = {name: jnp.asarray(each) for name, each in values.items()}
+    checkpoints.save_parameters(folder, parameters, config=config, step=7)
+    _write_manifest(folder, vocabulary=vocabulary, task=task, tuning=None)
+    return folder
+
+
+def write_adapters(folder: Path, tuning: adapters.Tuning, *, base: Path) -> Path:
+    """A run that trained adapters on a `base` of `write`; what is trained has random values."""
+    config = toy.MODEL
+    adapted = adapters.abstract(config, tuning)
+    partitioner = partitioning.DATA_PARALLEL.partitioner(jax.devices()[:1])
+    like = partitioner.placed(adapted.shapes, parameters=adapted.shapes, axes=adapted.axes)
+    found = frozen.load(config, tuning, path=str(base), seed=None, like=like, partitioner=partitioner)
+    random = np.random.default_rng(0)
+    trained = {
+        name: jnp.asarray(random.normal(size=leaf.shape) * 0.3, leaf.dtype)
+        for name, leaf in adapted.parts(adapted.shapes)[0].items()
+    }
+    checkpoints.save_parameters(folder, trained, config=config, step=3, tuning=tuning, base=found.identity)
+    _write_manifest(folder, vocabulary="byte", task="toy_label", tuning=tuning)
+    return folder
+
+
+def _write_manifest(folder: Path, *, vocabulary: str, task: str, tuning: adapters.Tuning | None) -> None:
+    data = {"options": dataclasses.asdict(toy.options(folder / "records")) | {"vocabulary": vocabulary}}
+    data |= {"dataset": "toy", "vocabulary_sha256": tokens.vocabulary_sha256(vocabulary), "splits": {}}
+    run = {"mixture_or_task_name": task, "task_feature_lengths": LENGTHS, "max_decode_length": 6}
+    settings = {"tuning": None if tuning is None else dataclasses.asdict(tuning)}
+    contents = {"data": data, "run": run | {"primary_metric": "accuracy"}, "settings": settings}
+    (folder / run_dir.MANIFEST).write_text(json.dumps(contents))
+
+
+def questions(folder: Path) -> Path:
+    """A file of `TEXTS`."""
+    rows = [json.dumps({"id": str(number), "input": text}) for number, text in enumerate(TEXTS)]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "questions.jsonl").write_text("\n".join(rows) + "\n")
+    return folder / "questions.jsonl"
+
+
+def answers(run: Path, *, objective: str = "label") -> list[engine.Answer]:
+    """What `sbs predict --too_long cut` says of `TEXTS`."""
+    settings = engine.Settings(batch_size=4, objective=objective, too_long="cut")
+    asked = [engine.Question(id=str(number), input=text) for number, text in enumerate(TEXTS)]
+    found = engine.Predictor.load(run, settings=settings).answer(asked)
+    assert all(answer.error is None for answer in found)
+    return found
+
+
+def parameters(run: Path) -> tuple[t5.Structure, t5.Parameters]:
+    student = evaluate.load_student(run, layout=partitioning.DATA_PARALLEL)
+    return student.structure, {name: jnp.asarray(np.asarray(x)) for name, x in student.parameters.items()}

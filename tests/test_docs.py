@@ -1,0 +1,248 @@
+"""The documentation says what is there: links, anchors, commands, macros, files, navigation, the notebook's outputs.
+
+Without MkDocs; `make docs` builds the site, and fails on what only the site can tell.
+"""
+
+import ast
+import contextlib
+import io
+import json
+import re
+import shlex
+import sys
+from functools import cache
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import markdown
+import pytest
+import yaml
+
+from sbs_jax import main
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
+sys.path.insert(0, str(DOCS / "site"))
+import pages  # noqa: E402
+
+sys.path.pop(0)
+
+WRITTEN = sorted(path.relative_to(ROOT).as_posix() for path in [ROOT / "README.md", *DOCS.rglob("*.md")])
+NOTEBOOKS = sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.ipynb"))
+# What a how-to page has its reader write.
+READERS_OWN = {"gin_configs/experiments/tickets/base.gin", "tasks/tickets.py", "tasks/prompts/tickets.json"}
+MACROS = {
+    name
+    for path in (ROOT / "gin_configs").rglob("*.gin")
+    for name in re.findall(r"^([A-Z][A-Z_]*) =", path.read_text("utf-8"), re.MULTILINE)
+}
+
+
+@cache
+def made() -> dict[str, str]:
+    return pages.made()
+
+
+@cache
+def html(page: str) -> str:
+    """A page by its path from the root of the repository; `docs/index.md` and the like are those that are made."""
+    name = page.removeprefix("docs/")
+    path = ROOT / page
+    text = made()[name] if name in made() and page != "README.md" else path.read_text("utf-8")
+    return markdown.Markdown(extensions=["attr_list", "fenced_code", "tables", "toc"]).convert(text)
+
+
+def is_page(path: str) -> bool:
+    return path in WRITTEN or path.removeprefix("docs/") in made()
+
+
+def dead_links(page: str) -> list[str]:
+    """Links of a page to files that are not there, and to anchors that the other page does not have."""
+    dead = []
+    for link in re.findall(r'(?:href|src)="([^"]+)"', html(page)):
+        parts = urlsplit(link.replace("&amp;", "&"))
+        if parts.scheme:
+            continue
+        target = (ROOT / page).parent / unquote(parts.path) if parts.path else ROOT / page
+        name = Path(re.sub(r"[^/]+/\.\./", "", target.relative_to(ROOT).as_posix())).as_posix()
+        notebook = name.removesuffix(".md") + ".ipynb"
+        there = is_page(name) or (ROOT / name).exists() or notebook.removeprefix("docs/") in NOTEBOOKS
+        if not there or (parts.fragment and is_page(name) and f'id="{parts.fragment}"' not in html(name)):
+            dead.append(link)
+    return dead
+
+
+@pytest.mark.parametrize("page", WRITTEN)
+def test_links_lead_somewhere(page):
+    assert dead_links(page) == []
+
+
+def test_links_of_pages_that_are_made_lead_somewhere():
+    assert {page: found for page in made() if page != "index.md" and (found := dead_links(f"docs/{page}"))} == {}
+
+
+def commands(text: str) -> list[str]:
+    """The `sbs ..` command lines in blocks of code, comments and what else is on the line left out."""
+    found = []
+    for block in re.findall(r"^```[^\n]*\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+        # A line that was printed begins with no command; comments of gin files have examples.
+        lines = re.sub(r"\\\n", " ", re.sub(r"^# +", "", block, flags=re.MULTILINE)).splitlines()
+        for line in lines:
+            match = re.search(r"(?:^|&& |-- |until |do |\$ )\s*(sbs [a-z]+(?: .*)?)$", line)
+            if match:
+                found.append(re.split(r" #| ; | && | \| | > |; do", match[1])[0].strip())
+    return found
+
+
+def problem(line: str) -> str | None:
+    """What the parser of the command, or the gin files, do not know of a command line; None where all is known."""
+    line = re.sub(r"\[[A-Z .]+\]", "", line)
+    words = shlex.split(line)[1:]
+    parser, parsers = main._parser()
+    if words[0] not in parsers:
+        return f"no command {words[0]}"
+    known = parsers[words[0]]._option_string_actions
+    for number, word in enumerate(words[1:]):  # a variable of the shell stands for any of the choices
+        if word.startswith("$") and (action := known.get(words[number])) is not None and action.choices:
+            words[number + 1] = next(iter(action.choices))
+    short = any(word == ".." for word in words)  # the rest is as above, or up to the reader
+    complaint = io.StringIO()
+    if short:
+        rest = [word for word in words[1:] if word.startswith("--") and word.split("=")[0] not in known]
+    else:
+        try:
+            with contextlib.redirect_stderr(complaint):
+                _, rest = parser.parse_known_args(words)
+        except SystemExit:
+            return complaint.getvalue().splitlines()[-1]
+    for word in rest:
+        match = re.fullmatch(r"--gin\.([\w./]+)=.*", word, re.DOTALL)
+        if match is None or "--gin_file" not in known:
+            return f"unknown argument {word}"
+        if match[1] not in MACROS and "." not in match[1]:
+            return f"no macro {match[1]}"
+    for word in words:
+        if word.startswith("--gin_file=") and not gin_file(word.partition("=")[2]):
+            return f"no gin file {word}"
+    return None
+
+
+def gin_file(name: str) -> bool:
+    """Whether it is there; a part in capitals or in braces stands for a choice of names."""
+    pattern = re.sub(r"\{[^}]*\}|\$\w+|\b[A-Z]+\b", "*", name)
+    return name in READERS_OWN or any(ROOT.glob(pattern))
+
+
+@pytest.mark.parametrize("page", WRITTEN)
+def test_commands_are_those_that_the_parsers_know(page):
+    lines = commands((ROOT / page).read_text("utf-8"))
+    assert {line: found for line in lines if (found := problem(line))} == {}
+
+
+def test_commands_in_gin_files_and_in_help_are_those_that_the_parsers_know():
+    texts = [path.read_text("utf-8") for path in (ROOT / "gin_configs").rglob("*.gin")]
+    texts += [sub.epilog or "" for sub in main._parser()[1].values()]
+    lines = [line for text in texts for line in commands(f"```\n{text}\n```")]
+    assert len(lines) > 40
+    assert {line: found for line in lines if (found := problem(line))} == {}
+
+
+def test_the_readme_and_the_tutorial_have_commands():
+    """Or the tests above would hold nothing."""
+    assert len(commands((ROOT / "README.md").read_text("utf-8"))) >= 8
+    assert len(commands((DOCS / "tutorial.md").read_text("utf-8"))) >= 8
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        ("sbs trian --gin_file=gin_configs/experiments/svamp/cpu.gin", "no command trian"),
+        ("sbs train --gin_fiel=gin_configs/experiments/svamp/cpu.gin", "unknown argument"),
+        ("sbs train --gin_file=gin_configs/experiments/svamp/cpuu.gin", "no gin file"),
+        ("sbs train .. --gin.APLHA=0.5", "no macro APLHA"),
+        ("sbs train .. --bach_size=5", "unknown argument --bach_size"),
+        ("sbs records --dataset svamp --release DIR", "required: --records_dir"),
+        ("sbs convert --to tf runs/svamp out", "invalid choice: 'tf'"),
+        ("sbs demo --gin.ALPHA=1", "unknown argument"),
+    ],
+)
+def test_a_wrong_command_would_be_seen(line, found):
+    assert found in (problem(line) or "")
+
+
+@pytest.mark.parametrize("page", WRITTEN)
+def test_files_macros_and_make_targets_that_are_named_are_there(page):
+    text = (ROOT / page).read_text("utf-8")
+    macros = set(re.findall(r"(?:--gin\.|`)([A-Z][A-Z_]{3,})=", text)) - {"NAME"}
+    scripts = "\n".join(path.read_text("utf-8") for path in [ROOT / "Makefile", *ROOT.glob("scripts/*.sh")])
+    assert sorted(name for name in macros - MACROS if not re.search(rf"\b{name}\b", scripts)) == []
+    names = set(re.findall(r"(?<![\w/])(?:sbs_jax|tasks|tests|scripts|gin_configs|docs)/[\w/.{},*-]*\.[a-z]\w*", text))
+    assert sorted(name for name in names if not gin_file(name)) == []
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE))
+    named = set(re.findall(r"`make ([a-z-]+)|^make ([a-z-]+)", text, re.MULTILINE))
+    assert {first or second for first, second in named} <= targets
+
+
+def test_every_page_is_in_the_navigation():
+    settings = yaml.safe_load((DOCS / "site" / "mkdocs.yml").read_text("utf-8"))
+    listed = {entry for section in settings["nav"] for entry in _pages(section)} - {"index.md"}
+    there = {page.removeprefix("docs/") for page in WRITTEN if page != "README.md"}
+    there |= {page for page in made() if not re.match(r"reference/api/(?!index)|index", page)}
+    there |= {str(Path(name).with_suffix(".md")) for name in NOTEBOOKS}
+    assert there == listed
+
+
+def _pages(entry):
+    if isinstance(entry, str):
+        return [entry]
+    return [page for part in (entry.values() if isinstance(entry, dict) else entry) for page in _pages(part)]
+
+
+def test_pages_that_are_made_tell_every_command_macro_and_module():
+    text = made()["reference/commands.md"]
+    assert all(f"## sbs {name}\n" in text and f"usage: sbs {name} " in text for name in main.NAMES)
+    text = made()["reference/gin.md"]
+    for name in ("train", "evaluate"):
+        lines = (ROOT / "gin_configs" / "runs" / f"{name}.gin").read_text("utf-8")
+        for macro in re.findall(r"^([A-Z_]+) =", lines, re.MULTILINE):
+            assert f"| `{macro}` |" in text
+    for path in (ROOT / "gin_configs").rglob("*.gin"):
+        assert f"| `{path.name}` |" in text
+    assert {"sbs_jax.t5", "sbs_jax.report", "tasks.svamp"} <= set(pages.modules())
+    assert not any(".commands" in name for name in pages.modules())
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_a_notebook_was_run_from_top_to_bottom_and_uses_what_is_there(name):
+    cells = [cell for cell in json.loads((DOCS / name).read_text("utf-8"))["cells"] if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
+    outputs = [output for cell in cells for output in cell["outputs"]]
+    assert all(output["output_type"] != "error" and output.get("name") != "stderr" for output in outputs)
+    assert any("image/png" in output.get("data", {}) for output in outputs)
+    tree = ast.parse("\n".join("".join(cell["source"]) for cell in cells))
+    modules = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and str(node.module).split(".")[0] in ("sbs_jax", "tasks"):
+            for alias in node.names:
+                path = (ROOT / str(node.module).replace(".", "/") / alias.name).with_suffix(".py")
+                if path.exists():
+                    modules[alias.asname or alias.name] = defined(path)
+                else:
+                    assert alias.name in defined(path.parent.with_suffix(".py")), alias.name
+    assert len(modules) > 5
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in modules:
+            assert node.attr in modules[node.value.id], f"{node.value.id}.{node.attr}"
+
+
+def defined(path):
+    """Names at the top level of a module, read and not imported, which would take seconds."""
+    names = set()
+    for node in ast.parse(path.read_text("utf-8")).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            names |= {part.id for part in ast.walk(node) if isinstance(part, ast.Name)}
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            names |= {alias.asname or alias.name for alias in node.names}
+    return names

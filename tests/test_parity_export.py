@@ -1,0 +1,114 @@
+"""Exports in the runtimes that they are for: transformers, CTranslate2, onnxruntime, and JAX without this package."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import students
+from test_export import answered, convert
+
+from sbs_jax.export import card as cards
+
+pytestmark = [
+    pytest.mark.parity,
+    # the runtimes' own warnings, of which each release has others
+    pytest.mark.filterwarnings("ignore"),
+]
+VOCABULARIES = ("byte", "pieces")
+
+
+@pytest.fixture(scope="module", params=VOCABULARIES)
+def student(request, tmp_path_factory) -> tuple[Path, list[str]]:
+    """A run, and what `sbs predict` answers to `students.TEXTS`."""
+    folder = tmp_path_factory.mktemp("student")
+    pieces = request.param == "pieces"
+    vocabulary = str(request.getfixturevalue("real_vocab")) if pieces else "byte"
+    run = students.write(folder / "run", vocabulary=vocabulary, num_encoder_layers=2, num_decoder_layers=2)
+    labels = [str(answer.prediction) for answer in students.answers(run)]
+    assert len(set(labels)) > 3
+    return run, labels
+
+
+@pytest.fixture(scope="module")
+def exported(student, tmp_path_factory) -> Path:
+    """The run as a Hugging Face directory."""
+    folder = tmp_path_factory.mktemp("exported") / "out"
+    convert(student[0], folder, "hf")
+    return folder
+
+
+def test_the_card_s_program_answers_in_transformers(student, exported):
+    """The very text of the README, with the directory and the questions filled in."""
+    pytest.importorskip("transformers", reason="transformers is not installed; `make test-parity` installs it")
+    readme = (exported / cards.README).read_text("utf-8")
+    (program,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    program = program.replace('"DIRECTORY"', repr(str(exported))).replace('["..."]', repr(list(students.TEXTS)))
+    found: dict = {}
+    exec(program, found)
+    assert found["answers"] == student[1]
+
+
+def test_what_ctranslate2_makes_of_the_directory_answers_alike(student, exported, tmp_path):
+    """As docs/export.md says it: its own command, and the tokenizer of the directory."""
+    ctranslate2 = pytest.importorskip("ctranslate2", reason="CTranslate2 is not installed; `make test-parity` does")
+    import transformers
+
+    command = [str(Path(sys.executable).with_name("ct2-transformers-converter")), "--model", str(exported)]
+    done = subprocess.run(
+        [*command, "--output_dir", str(tmp_path / "ct2")], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    card = json.loads((exported / cards.FILE).read_text())
+    tokenizer = transformers.AutoTokenizer.from_pretrained(exported)
+    translator = ctranslate2.Translator(str(tmp_path / "ct2"), device="cpu", compute_type="float32")
+    texts = [card["input"]["prefix"] + text for text in students.TEXTS]
+    rows = [tokenizer.convert_ids_to_tokens(ids) for ids in tokenizer(texts, truncation=True).input_ids]
+    length = card["answer"]["max_new_tokens"]
+    results = translator.translate_batch(rows, beam_size=1, max_decoding_length=length)
+    ids = [tokenizer.convert_tokens_to_ids(result.hypotheses[0]) for result in results]
+    assert [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)] == student[1]
+
+
+def test_onnx_answers_in_onnxruntime(student, tmp_path):
+    """Without JAX as well; fewer rows than a call takes, and none of them as long as its rows."""
+    pytest.importorskip("jax2onnx", reason="jax2onnx is not installed; `make test-parity` installs it")
+    summary = convert(student[0], tmp_path / "out", "onnx", samples=str(students.questions(tmp_path)))
+    assert summary["check"] == {"samples": 6, "same_answers": 6, "percent": 100.0}
+    found = answered(tmp_path / "out", also_refused=("jax", "jaxlib", "onnx", "jax2onnx"))
+    assert [text for text, _ in found["answer"]] == student[1]
+    assert "rationale" not in found
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_stablehlo_reads_pieces(student, dtype, tmp_path):
+    """SentencePiece outside of TensorFlow; of int8 what the export itself says of the answers."""
+    samples = str(students.questions(tmp_path))
+    summary = convert(student[0], tmp_path / "out", dtype=dtype, platforms=("cpu",), samples=samples)
+    labels = [text for text, _ in answered(tmp_path / "out")["answer"]]
+    same = sum(a == b for a, b in zip(labels, student[1], strict=True))
+    assert same >= summary["check"]["same_answers"]
+    if dtype == "float32":
+        assert labels == student[1]
+
+
+def test_the_program_compiles_for_a_tpu(tmp_path):
+    """By TPU's own compiler, on a machine without one: what `run.py` would compile there."""
+    import jax
+    from jax import export
+
+    from sbs_jax.plan import chips
+
+    pytest.importorskip("libtpu", reason="libtpu, the TPU compiler, is not installed: pip install libtpu")
+    convert(students.write(tmp_path / "run"), tmp_path / "out", dtype="int8", check=0)
+    (file,) = (tmp_path / "out").glob("answer_*.jax_export")
+    exported = export.deserialize(bytearray(file.read_bytes()))
+    place = jax.sharding.SingleDeviceSharding(chips.topology("v5e:1x1").describe()[0])
+    (stored, rows), _ = jax.tree.unflatten(exported.in_tree, exported.in_avals)
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), (stored, rows))
+    text = jax.jit(exported.call).lower(*like).compile().as_text()
+    assert text is not None
+    assert "s8[32,384]" in text
+    assert re.search(r"ROOT .* \(s32\[4,6\]\S*, f32\[4\]", text)
