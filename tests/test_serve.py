@@ -486,6 +486,7 @@ def test_a_full_queue_a_late_answer_and_a_stop(starter, run: Path, tmp_path: Pat
         "--max_inputs=4",
         "--max_connections=12",
         "--request_timeout=4",
+        "--keep_alive=3",
     ]
     with contextlib.ExitStack() as wires:
         process = wires.enter_context(started(starter, tmp_path, run, *flags))
@@ -745,9 +746,10 @@ def test_what_is_cancelled_is_not_computed_and_a_failure_is_that_of_its_batch() 
         with pytest.raises(batching.FailedError):
             await beside
         assert (await after)[0].prediction == "y"
-        assert (batcher.counts.dropped, batcher.counts.failed) == (3, 3)
+        # "h" waited when its request failed by "f" and "g": dropped, unless it was taken in the same moment.
+        assert batcher.counts.dropped in (3, 4)
+        assert batcher.counts.failed == 3
 
-    # "h" waited for the next batch, and its request had failed already or failed by "f" and "g" alone.
     batches = queue_test(test).batches
     assert batches[:2] == [["a"], ["e", "f", "g"]]
     assert [name for batch in batches[2:] for name in batch] in (["h", "i"], ["i"])

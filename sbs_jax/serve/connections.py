@@ -103,6 +103,6 @@ class Connection(H11Protocol):
             self.transport.abort()
 
 
-def limited(**limits: float) -> type[Connection]:
+def limited(**limits: int | float) -> type[Connection]:
     """The class of the connections of one server: `max_connections`, `read_timeout` and `keep_alive`."""
     return type("Connection", (Connection,), limits)
