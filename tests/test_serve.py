@@ -480,7 +480,7 @@ def test_nothing_of_inputs_is_logged(client: Client) -> None:
 def test_a_full_queue_a_late_answer_and_a_stop(starter, run: Path, tmp_path: Path) -> None:
     """One server with narrow limits, until its end."""
     flags = [
-        "--batch_size=2",
+        "--batch_size=8",
         "--max_batch=2",
         "--max_queue=4",
         "--max_inputs=4",
@@ -551,7 +551,7 @@ def test_a_full_queue_a_late_answer_and_a_stop(starter, run: Path, tmp_path: Pat
 
 def test_a_server_that_warms_up_and_is_told_to_end_twice(starter, run: Path, tmp_path: Path, gate: Path) -> None:
     port = processes.free_port()
-    with started(starter, tmp_path, run, f"--port={port}", held=gate) as process:
+    with started(starter, tmp_path, run, "--batch_size=8", f"--port={port}", held=gate) as process:
         processes.until(gate.with_name("gate.held").exists, [process])
         cold = Client(process, f"http://127.0.0.1:{port}")
         health = cold.send("GET", "/health")
@@ -566,7 +566,7 @@ def test_a_server_that_warms_up_and_is_told_to_end_twice(starter, run: Path, tmp
         # It does not wait for what is compiled, and ends in good order.
         assert process.wait() == 0
     second = tmp_path / "second"
-    with started(starter, tmp_path, run) as process, contextlib.ExitStack() as wires:
+    with started(starter, tmp_path, run, "--batch_size=8") as process, contextlib.ExitStack() as wires:
         client = ready(process)
         wires.callback(client.close)
         held = holding(second, client, wires)
