@@ -54,8 +54,7 @@ def test_the_card_s_program_answers_in_transformers(student, exported):
 def test_what_ctranslate2_makes_of_the_directory_answers_alike(student, exported, tmp_path):
     """As docs/export.md says it: its own command, and the tokenizer of the directory."""
     ctranslate2 = pytest.importorskip("ctranslate2", reason="CTranslate2 is not installed; `make test-parity` does")
-    import transformers
-
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed; `make test-parity` does")
     command = [str(Path(sys.executable).with_name("ct2-transformers-converter")), "--model", str(exported)]
     done = subprocess.run(
         [*command, "--output_dir", str(tmp_path / "ct2")], capture_output=True, text=True, check=False
