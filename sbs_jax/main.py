@@ -8,6 +8,8 @@ import importlib
 import logging
 import os
 import re
+import select
+import signal
 import sys
 import tempfile
 import traceback
@@ -29,7 +31,32 @@ NAMES = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry of the console script; returns the exit status."""
+    """Entry of the console script; returns the exit status: that of SIGPIPE where nobody reads what it prints."""
+    try:
+        try:
+            return _main(argv)
+        except SystemExit:  # --help and errors of flags
+            sys.stdout.flush()
+            raise
+    except BrokenPipeError:
+        if not _nobody_reads():
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left is not tried again
+        return 128 + signal.SIGPIPE
+
+
+def _nobody_reads() -> bool:
+    """Whether standard output is a pipe whose other end is closed."""
+    try:
+        descriptor = sys.stdout.fileno()
+    except ValueError:  # a stand-in of another program's
+        return False
+    poll = select.poll()
+    poll.register(descriptor, 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+
+
+def _main(argv: Sequence[str] | None) -> int:
     parser, commands = _parser()
     arguments, rest = parser.parse_known_args(argv)
     takes_gin = hasattr(arguments, "gin_file")
@@ -48,6 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # SeqIO and Orbax log through absl, at length.
         absl.logging.set_verbosity(absl.logging.ERROR)
         status = arguments.run(arguments, bindings) if takes_gin else arguments.run(arguments)
+        sys.stdout.flush()  # here, where what goes wrong is said
         hosts.leave()
         return status
     except preemption.PreemptedError as told:
@@ -55,6 +83,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"sbs {arguments.command}: {told}", file=sys.stderr)
         return preemption.EXIT_STATUS
     except (UsageError, hosts.HostsError, ValueError, OSError, FloatingPointError, ModuleNotFoundError) as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            _tell_others("Nobody reads what it prints.", show=False)
+            raise
         _tell_others(str(error), show=arguments.traceback)
         if arguments.traceback:
             raise

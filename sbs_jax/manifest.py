@@ -39,6 +39,8 @@ _KEEPING = ("checkpoint_period", "keep_checkpoints", "keep_best", "keep_period")
 _MACROS = ("RECORDS_DIR", "SLICES", "TENSOR", "LAYERS", "REMAT", *(macro for macro in _HOW.values() if macro))
 _BINDINGS = ("datasets.DataOptions.records_dir", "partitioning.Layout.", "t5.Execution.")
 _VOCABULARY = ("VOCABULARY =", "datasets.DataOptions.vocabulary =")
+# Settings that are paths, absolute or not.
+_PATHS = ("records_dir", "model_dir", "initial_checkpoint_path", "vocabulary")
 _STEADY = 1e-6  # of the highest rate: what rounding on another device may make of a schedule
 
 
@@ -80,6 +82,27 @@ def versions() -> Mapping[str, str]:
         except importlib.metadata.PackageNotFoundError:
             found[name] = "not installed"
     return types.MappingProxyType(found)
+
+
+def elsewhere(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """A manifest as it goes to others: of files and folders of this machine, their names alone."""
+
+    def named(value: Any, *, is_path: bool = False) -> Any:
+        if isinstance(value, Mapping):
+            return {name: named(each, is_path=name in _PATHS) for name, each in value.items()}
+        if isinstance(value, list | tuple):
+            return [named(each) for each in value]
+        return name_of(value) if isinstance(value, str) and (is_path or value.startswith("/")) else value
+
+    return named(manifest)
+
+
+def name_of(path: str) -> str:
+    """A path's last name without where it lies on this machine; a bucket's address is everybody's."""
+    if "://" in path or not path.strip("/"):
+        return path
+    parts = Path(path).parts
+    return "/".join(parts[-2:]) if parts[-1].startswith("checkpoint_") else parts[-1]
 
 
 def changes(

@@ -5,6 +5,7 @@ environment variables, so that a command line started by a test sees the machine
 only the platform is inherited.
 """
 
+import gc
 import logging
 import os
 import random
@@ -29,9 +30,12 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.devices()  # reads the flags, which must not reach command lines that tests start
 del os.environ["XLA_FLAGS"]
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# Many tests compile the same toy again. Not shared by pytest's workers: entries are not written atomically.
-_COMPILED = tempfile.TemporaryDirectory(prefix="sbs-jax-compiled-")
-jax.config.update("jax_compilation_cache_dir", _COMPILED.name)
+# Many tests compile the same toy again. One folder for all workers of a run of pytest, whose first process made it.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    _COMPILED = tempfile.TemporaryDirectory(prefix="sbs-jax-compiled-")
+    os.environ["SBS_TESTS_COMPILED"] = _COMPILED.name
+processes.write_whole_entries()
+jax.config.update("jax_compilation_cache_dir", os.environ["SBS_TESTS_COMPILED"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 # beartype, not typeguard 4: that one reads shape strings such as "B T" as Python and fails on them.
@@ -54,6 +58,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         chosen = [item for item in items if item.get_closest_marker("faults") is None]
         config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
         items[:] = chosen
+
+
+def pytest_collection_finish() -> None:
+    """What was imported is not looked through again by every collection of garbage: a tenth of the suite's time."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 10)
 
 
 @pytest.fixture(autouse=True)

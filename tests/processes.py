@@ -22,6 +22,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -298,6 +299,23 @@ def until(condition: Callable[[], bool], processes: Sequence[Process], *, second
         time.sleep(0.02)
 
 
+def write_whole_entries() -> None:
+    """From here on, what this process adds to JAX's compilation cache appears whole, so that others may read meanwhile.
+
+    JAX itself writes in place.
+    """
+    from jax._src import lru_cache
+
+    def put(self: Any, key: str, value: bytes) -> None:
+        file = Path(self.path, f"{key}-cache")
+        if not file.exists():
+            part = file.with_name(f"{key}.{os.getpid()}.{threading.get_ident()}")
+            part.write_bytes(value)
+            part.replace(file)
+
+    lru_cache.LRUCache.put = put
+
+
 # ----------------------------------------------------------------------------------------- the server
 
 
@@ -415,6 +433,7 @@ def _become(request: Mapping[str, Any]) -> Callable[[], Any]:
             with contextlib.suppress(ValueError, SyntaxError):
                 value = ast.literal_eval(value)
             jax.config.update(name.lower(), value)
+    write_whole_entries()
     if _SHARED in request["environment"]:
         # On CPU, JAX would look under another key on every process, because each has another view of the devices.
         from jax._src import cache_key

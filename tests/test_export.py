@@ -215,7 +215,11 @@ def test_a_run_s_export_tells_all_there_is_to_know(toy_run, tmp_path):
     assert json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())["model_max_length"] == 20
     readme = (tmp_path / "out" / cards.README).read_text()
     assert f"accuracy {test['accuracy']:.2f} (95 % interval" in readme
-    for text in (json.dumps(card), readme):
+    origin = (tmp_path / "out" / hugging_face.ORIGIN).read_text()
+    ours = json.loads((Path(toy_run.model_dir) / "manifest.json").read_text())
+    assert json.loads(origin)["data"]["splits"] == ours["data"]["splits"]
+    assert json.loads(origin)["data"]["options"] == ours["data"]["options"] | {"records_dir": "records"}
+    for text in (json.dumps(card), readme, origin):
         assert str(Path(toy_run.model_dir).parent) not in text
         assert str(REPOSITORY) not in text
     grades: dict = {}

@@ -259,7 +259,7 @@ def steps_of(processes: list[Process], run: Path) -> int:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("signals", "bindings"),
-    [(2, TWO), pytest.param(10, (*TWO[:1], "TRAIN_STEPS=60", *TWO[2:]), marks=LONG)],
+    [(1, TWO), pytest.param(10, (*TWO[:1], "TRAIN_STEPS=60", *TWO[2:]), marks=LONG)],
 )
 def test_two_processes_told_to_end_or_killed_end_as_if_nothing_had_been(starter, folder, tmp_path, signals, bindings):
     whole, one, run = (tmp_path / name / "run" for name in ("whole", "one", "interrupted"))
@@ -267,7 +267,7 @@ def test_two_processes_told_to_end_or_killed_end_as_if_nothing_had_been(starter,
         path.parent.mkdir()
     with two(starter, folder, whole, *bindings) as processes:
         assert [process.wait() for process in processes] == [0, 0], processes[0].complained()
-    if signals > 2:  # as in test_hosts.py
+    if signals > 1:  # as in test_hosts.py
         finish(starter, folder, one, *bindings)
         assert_close(whole, one)
 
@@ -284,7 +284,7 @@ def test_two_processes_told_to_end_or_killed_end_as_if_nothing_had_been(starter,
         assert last_line(run)["step"] == stops[-1]
         assert_checkpoints_are_whole(run)
     print(f"\nstopped after steps {stops}")
-    for index in (1,) if signals == 2 else (1, 0):
+    for index in (1,) if signals == 1 else (1, 0):
         with two(starter, folder, run, *bindings) as processes:
             until(lambda: steps_of(processes, run) > 0, processes)
             processes[index].send(signal.SIGKILL)

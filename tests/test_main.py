@@ -1,6 +1,7 @@
 """The command line as its user meets it: real processes, real files, the shipped gin files."""
 
 import json
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -185,6 +186,36 @@ def test_errors_of_the_command_are_one_message_without_a_traceback(sbs, tmp_path
     assert "sbs records --dataset svamp" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+CLOSED = """
+import os, sys
+reading, writing = os.pipe()
+os.close(reading)
+os.dup2(writing, 1)
+from sbs_jax import main
+sys.exit(main.main(sys.argv[1:]))
+"""
+LISTED = ["sweep", "--gin_file=gin_configs/experiments/paper/table1.gin", "--print"]
+LISTED += [f"--gin.{binding}" for binding in ("SWEEP_DIR=runs", "RECORDS_DIR=records", "VOCABULARY=byte")]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["records", "--help"],
+        [*LISTED, "--index", "3"],  # written at the end
+        LISTED,  # more than is held until then
+    ],
+    ids=["help", "help of a command", "a line", "many lines"],
+)
+def test_where_nobody_reads_on_it_ends_as_the_pipe_did(sbs, tmp_path, arguments):
+    """As `sbs .. | head` once head has enough."""
+    done = sbs(*arguments, command=("-c", CLOSED), check=False)
+    assert (done.stdout, done.stderr) == ("", "")
+    # argparse hides the error where output is not buffered.
+    assert done.returncode == 128 + signal.SIGPIPE or (done.returncode == 0 and "--help" in arguments)
 
 
 @pytest.mark.parametrize("command", ["records", "train", "evaluate", "predict", "serve", "plan", "report", "demo"])

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import re
 import subprocess
 import sys
@@ -217,17 +216,15 @@ TINY = (
 
 
 @pytest.fixture(scope="module")
-def planned(tmp_path_factory):
+def planned(starter, tmp_path_factory):
     """What the command prints, as JSON: in a process of its own, from an empty folder, with another that compiles."""
-    folder = tmp_path_factory.mktemp("empty")
-    command = [sys.executable, "-m", "sbs_jax.main", "plan", *TINY, "--topology=v5e:2x2", "--examples=720", "--json"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=280, check=False
-    )
+    folder, empty = tmp_path_factory.mktemp("plan"), tmp_path_factory.mktemp("empty")
+    command = ["plan", *TINY, "--topology=v5e:2x2", "--examples=720", "--json"]
+    as_users_have_it = dict.fromkeys(("XLA_FLAGS", "JAX_NUM_CPU_DEVICES", "JAX_COMPILATION_CACHE_DIR"))
+    done = starter.run(folder, command, cwd=empty, environment=as_users_have_it)
     assert done.returncode == 0, done.stderr
     assert done.stderr == "compiling for v5e:2x2, mesh fsdp=all, 1 micro-batch ..\n"
-    assert list(folder.iterdir()) == []
+    assert list(empty.iterdir()) == []
     return json.loads(done.stdout)
 
 

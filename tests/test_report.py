@@ -535,7 +535,7 @@ def test_an_unfinished_or_damaged_run_is_named(tmp_path: Path, damage, message: 
 @pytest.mark.parametrize(
     ("first", "second", "message"),
     [
-        ({}, {}, "are both standard fine-tuning at fraction 1 with seed 0"),
+        ({}, {}, "are both standard fine-tuning at fraction 1 with seed 0; .* by its own path .* two reports"),
         ({}, {"dataset": "other"}, "about toy and .* about other"),
         ({}, {"seed": 1, "right": some(10, rows=30)}, "on 40 rows and .* on 30, of which 30 are the same"),
         ({}, {"seed": 1, "updates": 400}, r"differ in their number of updates \(200 in .*, 400 in "),

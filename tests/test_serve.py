@@ -19,6 +19,7 @@ from typing import Any
 import fuzzing
 import processes
 import pytest
+import students
 import toy
 
 pytest.importorskip("starlette", reason="the extra `serve` is not installed")
@@ -27,7 +28,7 @@ import httpx2
 import jsonschema
 import openapi_spec_validator
 
-from sbs_jax import configuration, datasets
+from sbs_jax import adapters, configuration, datasets
 from sbs_jax.commands import serve as command
 from sbs_jax.prediction import engine
 from sbs_jax.serve import app, batching, bodies, server
@@ -173,7 +174,7 @@ def ready(process: processes.Process) -> Client:
     """A client, when the server has said that it is ready."""
     processes.until(lambda: "\n" in process.said(), [process])
     line = process.said()
-    found = re.fullmatch(r"sbs serve: ready: (http://[\d.:]+) answers with run, step 1; warmed up in [\d.]+ s\n", line)
+    found = re.fullmatch(r"sbs serve: ready: (http://[\d.:]+) answers with run, step \d; warmed up in [\d.]+ s\n", line)
     assert found, line
     return Client(process, found[1])
 
@@ -328,6 +329,34 @@ def test_the_benchmark_s_clients_ask_as_often_as_told(client: Client, tmp_path: 
 @pytest.mark.faults
 def test_two_hundred_clients_get_their_answers(client: Client) -> None:
     ask_much(client, clients=200, requests=50)
+
+
+@pytest.mark.parametrize("decoding", ["choices", "beam"])
+def test_other_decodings_and_adapters_answer_as_the_predictor_does(starter, run, tmp_path, decoding: str) -> None:
+    lora, ia3 = adapters.Tuning(lora=adapters.LoRA(rank=2, alpha=4.0)), adapters.Tuning(ia3=adapters.IA3())
+    one = students.write_adapters(tmp_path / "run", lora, base=run)
+    other = students.write_adapters(tmp_path / "other", ia3, base=run)
+    flags = [f"--decoding={decoding}", "--beams=2", "--batch_size=1", f"--adapters=other={other}"]
+    choices = {"choices": ("a", "b d", "k")} if decoding == "choices" else {}
+    rows = [{"input": text, **choices, "adapter": adapter} for text in ("a b c", "x") for adapter in (None, "other")]
+    with started(starter, tmp_path, one, *flags) as process, contextlib.closing(ready(process)) as client:
+        answers = client.predict(*rows)
+        bad = [{"input": "x", "adapter": "nobody"}, *([{"input": "x", "choices": ["a"]}] if choices else [])]
+        errors = [answer["error"] for answer in client.predict(*bad, status=422)]
+    before = datasets.options()
+    asked = engine.Settings(decoding=decoding, beams=2, batch_size=1)
+    loaded = engine.Predictor.load(one, settings=asked, adapters={"other": other})
+    expected = loaded.answer([engine.Question(id=str(number), **row) for number, row in enumerate(rows)])
+    datasets.configure(before)
+    assert len({answer["score"] for answer in answers}) == len(rows)
+    for answer, wanted in zip(answers, expected, strict=True):
+        assert (answer["id"], answer["prediction"]) == (wanted.id, wanted.prediction)
+        assert answer["score"] == pytest.approx(wanted.score, rel=1e-4)
+        assert answer.get("scores") == (wanted.scores and pytest.approx(wanted.scores, rel=1e-4))
+    messages = ["no adapter is named 'nobody'. There are 'other'", "got 1 choices; expected 2 to 64"]
+    assert len(errors) == len(bad)
+    for error, message in zip(errors, messages, strict=False):
+        assert message in error
 
 
 # ----------------------------------------------------------------------------------- what is not well

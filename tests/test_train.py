@@ -205,9 +205,9 @@ def on_one_device(tmp_path_factory, records_dir):
     ("optimizer", "mesh", "execution"),
     [
         ("adamw", "dp", SCANNED),
-        ("adafactor", "fsdp", SCANNED),
+        pytest.param("adafactor", "fsdp", SCANNED, marks=pytest.mark.faults),  # as "slices", cut in one way less
         ("adafactor", "fsdp x tp", t5.UNROLLED),
-        ("adamw", "fsdp x tp", SCANNED),
+        pytest.param("adamw", "fsdp x tp", SCANNED, marks=pytest.mark.faults),  # as the checkpoint's test below
         ("adafactor", "slices", SCANNED),
     ],
 )
@@ -225,10 +225,9 @@ def test_sharded_training_is_that_of_one_device(on_one_device, optimizer, mesh, 
 def test_a_checkpoint_is_the_same_whichever_way_it_was_computed(tmp_path, records_dir):
     """Scanned on one mesh, resumed unrolled on another, is the run that never changed."""
     model = dataclasses.replace(toy.MODEL, dropout_rate=0.0)
-    plain = toy.config(tmp_path / "plain", records_dir, model=model, train_steps=6)
-    first = toy.config(
-        tmp_path / "run", records_dir, model=model, train_steps=3, execution=SCANNED, layout=LAYOUTS["fsdp x tp"]
-    )
+    plain = toy.config(tmp_path / "plain", records_dir, model=model, train_steps=6, evaluate_test=False)
+    other_way = {"execution": SCANNED, "layout": LAYOUTS["fsdp x tp"]}
+    first = dataclasses.replace(plain, model_dir=str(tmp_path / "run"), train_steps=3, **other_way)
     train.train(first, config_text="")
     train.train(dataclasses.replace(plain, model_dir=first.model_dir), config_text="", accept_changes=True)
     train.train(plain, config_text="")

@@ -20,7 +20,7 @@ import numpy as np
 import safetensors
 import tensorflow as tf
 
-from sbs_jax import t5, tokens
+from sbs_jax import manifest, t5, tokens
 from sbs_jax.convert import names
 from sbs_jax.convert.names import LazyArray, Opened
 from sbs_jax.records import brief, decoded, parse_json, part, read_json
@@ -139,7 +139,7 @@ def write(
         if opened.vocabulary is not None:
             _write_tokenizer(folder, opened)
         if opened.origin is not None:
-            write_json(folder / ORIGIN, opened.origin)
+            write_json(folder / ORIGIN, manifest.elsewhere(opened.origin))
         finish(folder)
 
 

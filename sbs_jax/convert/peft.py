@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from sbs_jax import adapters, quantized, t5
+from sbs_jax import adapters, manifest, quantized, t5
 from sbs_jax.convert import hugging_face, merging, names
 from sbs_jax.convert.names import LazyArray, Opened
 from sbs_jax.records import brief, part, read_json
@@ -66,7 +66,7 @@ def write(path: str | Path, opened: Opened, *, base: str | None) -> None:
         held = {"base": opened.base, "held": tuning.base, "quantized": few}
         hugging_face.write_json(folder / BASE, held)
         if opened.origin is not None:
-            hugging_face.write_json(folder / hugging_face.ORIGIN, opened.origin)
+            hugging_face.write_json(folder / hugging_face.ORIGIN, manifest.elsewhere(opened.origin))
 
 
 def contents(opened: Opened, *, owner: str) -> tuple[dict[str, Any], dict[str, LazyArray]]:

@@ -16,6 +16,7 @@ from typing import Any
 
 from sbs_jax import adapters, checkpoints, datasets, records, run_dir, selection, tokens
 from sbs_jax.convert import hugging_face, names
+from sbs_jax.manifest import name_of
 from sbs_jax.report import intervals, results
 from tasks import metrics
 
@@ -208,7 +209,7 @@ def _training(manifest: Mapping[str, Any], opened: names.Opened) -> dict[str, An
     known = ("label_source", "rationales", "fraction", "seed")
     return {
         "method": manifest["run"]["mixture_or_task_name"].removeprefix(f"{manifest['data']['dataset']}_"),
-        "base": None if base is None else _name(base),
+        "base": None if base is None else name_of(base),
         "adapters": None if settings.get("tuning") is None else _adapters(settings["tuning"]),
         "step": opened.step,
         **{name: options[name] for name in known if name in options},
@@ -223,14 +224,6 @@ def _adapters(tuning: Mapping[str, Any]) -> str:
     found = adapters.Tuning.of(tuning)
     assert found is not None
     return adapters.title(found)
-
-
-def _name(path: str) -> str:
-    """A checkpoint's name without where it lies on this machine; a bucket's is everybody's."""
-    if "://" in path:
-        return path
-    parts = Path(path).parts
-    return "/".join(parts[-2:]) if parts[-1].startswith("checkpoint_") else parts[-1]
 
 
 def _tested(directory: Path, *, step: int) -> dict[str, Any] | None:

@@ -161,8 +161,9 @@ def _group(method: str, fraction: float, results: Sequence[Result]) -> Group:
         twice = next(seed for seed, count in Counter(seeds).items() if count > 1)
         paths = " and ".join(str(result.run.path) for result in results if result.run.seed == twice)
         raise ValueError(
-            f"{paths} are both {method} at fraction {fraction:g} with seed {twice}; give one of them, or other methods "
-            "by Run(path, method, fraction, seed)."
+            f"{paths} are both {method} at fraction {fraction:g} with seed {twice}; a table has one "
+            "run of each. Give only one of them, by its own path and not by a folder that holds both; or write two "
+            "reports (--output), if they differ in what a table does not tell apart."
         )
     updates = {result.updates: result.run.path for result in results}
     if len(updates) > 1:
