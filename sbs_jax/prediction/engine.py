@@ -2,7 +2,7 @@
 
 `Predictor` is what `sbs predict` and `sbs serve` ask. It knows the prefixes, vocabulary and lengths that the student
 was trained with. Rows are grouped by length and padded to one of a few lengths (`buckets`), each compiled once; row by
-row, an answer depends neither on its neighbours nor, but for rounding, on the padding.
+row, an answer depends, but for rounding, neither on its neighbours nor on the padding.
 """
 
 import dataclasses
