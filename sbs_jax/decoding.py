@@ -1,35 +1,39 @@
 """Generation from a student: greedy, sampling and beam search with a cache, and the score of given targets.
 
-All take a batch of unpacked source rows; row by row they are independent of their neighbours and of how far the
-source is padded.
+All take a batch of unpacked source rows; row by row they are independent, but for rounding, of their neighbours and of
+how far the source is padded.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt32
 
-from sbs_jax import stepping, t5
+from sbs_jax import partitioning, stepping, t5
 from sbs_jax.partitioning import constrain
 
 EOS, PAD = 1, 0
 
 
 def greedy(
-    model: t5.T5, encoder_input_tokens: Int[Array, "B S"], *, length: int
+    model: t5.T5, encoder_input_tokens: Int[Array, "B S"], *, length: int, drop_ended: bool = False
 ) -> tuple[Int[Array, "B T"], Float[Array, "B"]]:
     """The most likely next token, up to `length` of them or EOS.
 
     Returns tokens (EOS included, 0 after it) and the natural log probability of each row's tokens, EOS included.
     The loop ends as soon as every row has ended. Decoding starts from token 0, as T5 was trained.
+
+    `drop_ended`: once half of the rows have ended the others go on without them, and so on down to `LEAST_ROWS`. For
+    where a step takes as long as it has rows (a CPU), and rows are not cut over devices.
     """
 
-    def choose(logits_BV: jax.Array, position: jax.Array) -> tuple[jax.Array, jax.Array]:
-        del position
+    def choose(logits_BV: jax.Array, position: jax.Array, rows_B: jax.Array) -> tuple[jax.Array, jax.Array]:
+        del position, rows_B
         return most_likely(logits_BV), jnp.max(logits_BV, axis=-1)
 
-    return _generate(model, encoder_input_tokens, length=length, choose=choose)
+    return _generate(model, encoder_input_tokens, length=length, choose=choose, drop_ended=drop_ended)
 
 
 def sample(
@@ -41,6 +45,7 @@ def sample(
     temperature: float,
     top_k: int,
     top_p: float,
+    drop_ended: bool = False,
 ) -> tuple[Int[Array, "B T"], Float[Array, "B"]]:
     """Tokens drawn from the student's distribution, up to `length` of them or EOS; returns what `greedy` does.
 
@@ -51,13 +56,15 @@ def sample(
     """
     keys_B = jax.random.wrap_key_data(keys_B2, impl="threefry2x32")
 
-    def choose(logits_BV: jax.Array, position: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def choose(logits_BV: jax.Array, position: jax.Array, rows_B: jax.Array) -> tuple[jax.Array, jax.Array]:
         kept_BV = _kept(logits_BV / temperature, top_k=top_k, top_p=top_p)
-        noise_BV = jax.vmap(lambda key: jax.random.gumbel(jax.random.fold_in(key, position), kept_BV.shape[1:]))(keys_B)
+        noise_BV = jax.vmap(lambda key: jax.random.gumbel(jax.random.fold_in(key, position), kept_BV.shape[1:]))(
+            keys_B[rows_B]
+        )
         token_B = most_likely(kept_BV + noise_BV)
         return token_B, jnp.take_along_axis(logits_BV, token_B[:, None], axis=-1)[:, 0]
 
-    return _generate(model, encoder_input_tokens, length=length, choose=choose)
+    return _generate(model, encoder_input_tokens, length=length, choose=choose, drop_ended=drop_ended)
 
 
 def _kept(logits_BV: Float[Array, "B V"], *, top_k: int, top_p: float) -> Float[Array, "B V"]:
@@ -90,19 +97,24 @@ def most_likely(logits_BV: Float[Array, "B V"]) -> Int[Array, "B"]:
     return jax.lax.platform_dependent(logits_BV, tpu=by_argmax, default=by_comparison)
 
 
+# With fewer rows a step takes hardly less time: it reads the weights.
+LEAST_ROWS = 4
+
+
 def _generate(
     model: t5.T5,
     encoder_input_tokens: Int[Array, "B S"],
     *,
     length: int,
-    choose: Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]],
+    choose: Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]],
+    drop_ended: bool,
 ) -> tuple[Int[Array, "B T"], Float[Array, "B"]]:
-    """One token after the other, by `choose(logits [B, V], position)`: tokens [B], and their logits [B]."""
+    """One token after the other, by `choose(logits [B, V], position, rows [B])`: tokens [B], and their logits [B]."""
     segments = t5.source_segments(encoder_input_tokens)
-    encoded = model.encode(encoder_input_tokens, segment_ids=segments)
+    encoded = _encode(model, encoder_input_tokens)
     batch = encoder_input_tokens.shape[0]
     stepper = stepping.Stepper(model, encoded, segments, length=length)
-    start = (
+    loop = (
         jnp.int32(0),
         jnp.zeros((batch,), jnp.int32),
         # A row of nothing but padding (it fills up a batch) is done before it starts.
@@ -111,10 +123,40 @@ def _generate(
         jnp.zeros((batch,), jnp.float32),
         stepper.empty(),
     )
+    sizes = [batch]
+    while drop_ended and sizes[-1] // 2 >= LEAST_ROWS:
+        sizes.append(sizes[-1] // 2)
+    rows = jnp.arange(batch)  # those that are left, by their number in the batch
+    found: tuple[jax.Array, jax.Array] | None = None
+    for size, fewer in zip(sizes, [*sizes[1:], 0], strict=True):
+        if size < batch:
+            left = jnp.argsort(loop[2], stable=True)[:size]  # those that have not ended come first
+            rows, stepper = rows[left], stepper.of_rows(left)
+            loop = (loop[0], *jax.tree.map(lambda each, left=left: each[left], loop[1:]))
+        loop = _advance(stepper, loop, choose=lambda *args, rows=rows: choose(*args, rows), length=length, until=fewer)
+        tokens, score = loop[3], loop[4]
+        found = (tokens, score) if found is None else (found[0].at[rows].set(tokens), found[1].at[rows].set(score))
+    assert found is not None
+    return found
+
+
+def _advance(
+    stepper: stepping.Stepper,
+    loop: tuple[Any, ...],
+    *,
+    choose: Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]],
+    length: int,
+    until: int,
+) -> tuple[Any, ...]:
+    """Goes on until no more than `until` rows have not ended, or `length` tokens are there.
+
+    `loop`: position, the tokens before [B], which rows have ended [B], tokens [B, T], scores [B], caches.
+    """
 
     def unfinished(loop):
         position, _, done, *_ = loop
-        return (position < length) & ~jnp.all(done)
+        going = ~jnp.all(done) if until == 0 else jnp.sum(~done) > until
+        return (position < length) & going
 
     def advance(loop):
         position, previous, done, tokens, score, caches = loop
@@ -126,8 +168,25 @@ def _generate(
         tokens = jax.lax.dynamic_update_slice_in_dim(tokens, chosen[:, None], position, axis=1)
         return position + 1, chosen, done | (chosen == EOS), tokens, score, caches
 
-    _, _, _, tokens, score, _ = jax.lax.while_loop(unfinished, advance, start)
-    return tokens, score
+    return jax.lax.while_loop(unfinished, advance, loop)
+
+
+# Tokens that a CPU encodes at once: what lies between the layers then stays in its cache.
+_ENCODED_AT_ONCE = 2048
+
+
+def _encode(model: t5.T5, tokens_BS: Int[Array, "B S"]) -> Float[Array, "B P D"]:
+    """The encoded source; on a CPU, if it is large, some rows after others."""
+
+    def encode(tokens_RS: jax.Array) -> jax.Array:
+        return model.encode(tokens_RS, segment_ids=t5.source_segments(tokens_RS))
+
+    batch, length = tokens_BS.shape
+    rows = partitioning.nearest_divisor(batch, max(_ENCODED_AT_ONCE // length, 1))
+    if rows == batch or partitioning.platform() != "cpu" or partitioning.pieces("batch") > 1:
+        return encode(tokens_BS)
+    encoded = jax.lax.map(encode, tokens_BS.reshape(-1, rows, length))
+    return encoded.reshape(batch, *encoded.shape[2:])
 
 
 # Log probability of what cannot be chosen.
@@ -153,7 +212,7 @@ def beam_search(
     """
     batch = encoder_input_tokens.shape[0]
     segments = t5.source_segments(encoder_input_tokens)
-    encoded = model.encode(encoder_input_tokens, segment_ids=segments)
+    encoded = _encode(model, encoder_input_tokens)
     stepper = stepping.Stepper(model, encoded, segments, length=length, beams=beams)
     only_first = jnp.broadcast_to(jnp.where(jnp.arange(beams) == 0, 0.0, _NEVER)[None, :], (batch, beams))
     # Of beam n at position t, the key is number t * beams + n.
@@ -323,7 +382,7 @@ def score_choices(
     """
     batch, count, length = choices_BNT.shape
     segments = t5.source_segments(encoder_input_tokens)
-    encoded = model.encode(encoder_input_tokens, segment_ids=segments)
+    encoded = _encode(model, encoder_input_tokens)
     stepper = stepping.Stepper(model, encoded, segments, length=length, beams=count)
     # Of target n at position t, the key is number t * N + n; what is later than the query is masked there.
     own_1NP = (jnp.arange(length * count)[None, :] % count == jnp.arange(count)[:, None])[None]

@@ -13,6 +13,7 @@ Keys and values lie in memory as the platform multiplies them fastest: on a TPU 
 elsewhere head by head (`_laid_out`).
 """
 
+import copy
 import dataclasses
 import math
 from collections.abc import Callable
@@ -94,6 +95,15 @@ class Stepper:
             return _laid_out(cache_BPJ, self._config.num_heads)
 
         return tuple(tuple(after(each) for each in w.self_prefix or (None, None)) for w in self._layers)  # pyright: ignore[reportReturnType]
+
+    def of_rows(self, rows_B: Int[Array, "B"]) -> "Stepper":
+        """The same for some rows of the batch only; a cache must be cut likewise."""
+        fewer = copy.copy(self)
+        fewer._layers = [
+            dataclasses.replace(w, cross=(w.cross[0][rows_B], w.cross[1][rows_B]), cross_bias=w.cross_bias[rows_B])
+            for w in self._layers
+        ]
+        return fewer
 
     def step(
         self,

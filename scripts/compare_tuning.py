@@ -58,7 +58,7 @@ WAYS = (
     ),
     Way("qlora", "QLoRA, rank 8, all kernels", "qlora", ("LORA_DROPOUT=0.0",), (2e-3, 5e-3, 1e-2, 2e-2), 5e-3),
     Way("bottleneck", "bottlenecks of width 16", "bottleneck", ("ADAPTER_WIDTH=16",), (2e-3, 5e-3, 1e-2, 2e-2), 1e-2),
-    Way("prompt", "prompt of 20", "prompt", ("PROMPT_LENGTH=20",), (1e-2, 5e-2, 1e-1, 3e-1), 5e-2),
+    Way("prompt", "prompt of 20", "prompt", ("PROMPT_LENGTH=20", "PACK=False"), (1e-2, 5e-2, 1e-1, 3e-1), 5e-2),
     Way("prefix", "prefixes of 20", "prefix", ("PREFIX_LENGTH=20",), (5e-3, 2e-2, 5e-2, 1e-1), 1e-1),
     Way("ia3", "IA3", "ia3", (), (1e-2, 3e-2, 1e-1, 3e-1), 3e-1),
     Way("bitfit", "biases (after BitFit)", "bitfit", (), (5e-3, 1e-2, 2e-2, 5e-2), 2e-2),
@@ -122,7 +122,7 @@ def svamp(folder: Path, steps: int, *, release: str, vocabulary: str, first: int
     bindings = [
         f"RECORDS_DIR={folder / 'records'}",
         f"VOCABULARY={vocabulary}",
-        "EVAL_BATCH_SIZE=40",
+        "EVAL_BATCH_SIZE=100",
         "DROPOUT_RATE=0.0",
     ]
     start = folder / "start"

@@ -1,5 +1,8 @@
 """Generation with a cache against searches written again without one, on random students."""
 
+import collections
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -101,6 +104,61 @@ def as_on_tpu(monkeypatch):
         jax.lax, "platform_dependent", lambda *args, default, tpu=None, cpu=None: (tpu or default)(*args)
     )
     monkeypatch.setattr(partitioning, "platform", lambda: "tpu")
+
+
+@pytest.mark.parametrize("way", ["greedy", "sample"])
+def test_rows_that_have_ended_are_dropped_without_a_trace(way, monkeypatch):
+    """Of 16 rows, 8 and then 4 go on; answers come back under the rows they belong to."""
+    structure, parameters = student(seed=4, eos=6.0)
+    source = sources(16, padding=(3, 11))
+    keys = jnp.asarray(np.random.default_rng(2).integers(0, 2**32, size=(16, 2), dtype=np.uint32))
+    steps = []
+
+    class Counting(stepping.Stepper):
+        def step(self, tokens_BN, *args, **options):
+            jax.debug.callback(functools.partial(steps.append, len(tokens_BN)))
+            return super().step(tokens_BN, *args, **options)
+
+    monkeypatch.setattr(stepping, "Stepper", Counting)
+
+    def search(*, drop_ended):
+        def run(p, x, keys):
+            model, options = t5.join(structure, p), {"length": 40, "drop_ended": drop_ended}
+            if way == "greedy":
+                return decoding.greedy(model, x, **options)
+            return decoding.sample(model, x, keys, temperature=0.9, top_k=0, top_p=1.0, **options)
+
+        steps.clear()
+        found = jax.device_get(jax.jit(run)(parameters, source, keys))
+        jax.effects_barrier()
+        return *found, collections.Counter(steps)
+
+    tokens, score, whole = search(drop_ended=False)
+    fewer_tokens, fewer_score, fewer = search(drop_ended=True)
+    np.testing.assert_array_equal(fewer_tokens, tokens)
+    np.testing.assert_allclose(fewer_score, score, rtol=1e-5)
+    ended = tokens == decoding.EOS
+    lengths = np.where(ended.any(axis=1), ended.argmax(axis=1) + 1, 40)
+    lengths = np.sort(np.where(np.asarray(source).any(axis=1), lengths, 0))
+    # As long as more than 8 go on all are there, and so on.
+    until = (lengths[7], lengths[11], lengths[-1])
+    assert 0 < until[0] < until[1] < until[2]
+    assert whole == {16: until[2]}
+    assert fewer == {16: until[0], 8: until[1] - until[0], 4: until[2] - until[1]}
+
+
+def test_a_large_source_is_encoded_some_rows_after_others(monkeypatch):
+    structure, parameters = student()
+    source = sources(12, length=8)
+    whole = greedy(structure, parameters, source, length=6)
+    monkeypatch.setattr(decoding, "_ENCODED_AT_ONCE", 40)
+    seen = []
+    encode = t5.T5.encode
+    monkeypatch.setattr(t5.T5, "encode", lambda self, x, **options: seen.append(x.shape) or encode(self, x, **options))
+    pieces = greedy(structure, parameters, source, length=6)
+    assert seen == [(4, 8)]
+    np.testing.assert_array_equal(pieces[0], whole[0])
+    np.testing.assert_allclose(pieces[1], whole[1], rtol=1e-5)
 
 
 @KINDS

@@ -2,7 +2,7 @@
 
 `Predictor` is what `sbs predict` and `sbs serve` ask. It knows the prefixes, vocabulary and lengths that the student
 was trained with. Rows are grouped by length and padded to one of a few lengths (`buckets`), each compiled once; row by
-row, an answer depends neither on its neighbours nor, but for rounding, on the padding.
+row, an answer depends, but for rounding, neither on its neighbours nor on the padding.
 """
 
 import dataclasses
@@ -271,13 +271,20 @@ class _Answerer:
 
     def _generator(self, way: _Way) -> evaluate.Generator:
         s = self._settings
+        # Measured on a CPU alone (docs/speed.md); rows that are cut over devices cannot change places.
+        drop_ended = self._student.partitioner.data_parallel_size == 1 and partitioning.platform() == "cpu"
         search: dict[str, Callable[..., Any]] = {
-            GREEDY: functools.partial(decoding.greedy, length=way.length),
+            GREEDY: functools.partial(decoding.greedy, length=way.length, drop_ended=drop_ended),
             BEAM: functools.partial(
                 decoding.beam_search, length=way.length, beams=s.beams, length_penalty=s.length_penalty
             ),
             SAMPLE: functools.partial(
-                decoding.sample, length=way.length, temperature=s.temperature, top_k=s.top_k, top_p=s.top_p
+                decoding.sample,
+                length=way.length,
+                temperature=s.temperature,
+                top_k=s.top_k,
+                top_p=s.top_p,
+                drop_ended=drop_ended,
             ),
             CHOICES: decoding.score_choices,
         }
