@@ -133,7 +133,7 @@ def _generate(
             left = jnp.argsort(loop[2], stable=True)[:size]  # those that have not ended come first
             rows, stepper = rows[left], stepper.of_rows(left)
             loop = (loop[0], *jax.tree.map(lambda each, left=left: each[left], loop[1:]))
-        loop = _advance(stepper, loop, choose=lambda *args, rows=rows: choose(*args, rows), length=length, until=fewer)
+        loop = _advance(stepper, loop, rows=rows, choose=choose, length=length, until=fewer)
         tokens, score = loop[3], loop[4]
         found = (tokens, score) if found is None else (found[0].at[rows].set(tokens), found[1].at[rows].set(score))
     assert found is not None
@@ -144,11 +144,12 @@ def _advance(
     stepper: stepping.Stepper,
     loop: tuple[Any, ...],
     *,
-    choose: Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]],
+    rows: Int[Array, "B"],
+    choose: Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]],
     length: int,
     until: int,
 ) -> tuple[Any, ...]:
-    """Goes on until no more than `until` rows have not ended, or `length` tokens are there.
+    """Goes on until no more than `until` of these rows have not ended, or `length` tokens are there.
 
     `loop`: position, the tokens before [B], which rows have ended [B], tokens [B, T], scores [B], caches.
     """
@@ -162,7 +163,7 @@ def _advance(
         position, previous, done, tokens, score, caches = loop
         states, caches = stepper.step(previous[:, None], caches, position=position)
         logits = jnp.matmul(states[:, 0], stepper.table_DV, preferred_element_type=jnp.float32)
-        token, its_logit = choose(logits, position)
+        token, its_logit = choose(logits, position, rows)
         chosen = jnp.where(done, PAD, token)
         score = score + jnp.where(done, 0.0, its_logit - jax.nn.logsumexp(logits, axis=-1))
         tokens = jax.lax.dynamic_update_slice_in_dim(tokens, chosen[:, None], position, axis=1)
