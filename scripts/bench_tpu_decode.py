@@ -22,17 +22,15 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-# Before libtpu loads: it would ask the cloud which machine this is, and wait. Without chips JAX itself runs on the CPU.
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+# Without chips JAX itself runs on the CPU.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import topologies
 
 from sbs_jax import decoding, evaluate, partitioning, t5
-from sbs_jax.plan import hlo
+from sbs_jax.plan import chips, hlo
 
 TOPOLOGY, BATCH, INPUTS, LENGTH, BEAMS = "v5e:2x4", 256, 128, 64, 4
 BASE = t5.T5Config(
@@ -77,7 +75,7 @@ def lowered(
     length: int = LENGTH,
 ) -> jax.stages.Lowered:
     """Generation of one batch: for one beam, the very one that `sbs evaluate` and `sbs predict` run."""
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    devices = chips.topology(topology).describe()
     partitioner = layout.partitioner(devices)
     structure, shapes, axes = t5.abstract(config)
     parameters = partitioner.placed(shapes, parameters=shapes, axes=axes)
