@@ -3,7 +3,7 @@
 
 VENV := .venv
 BIN := $(VENV)/bin
-JOBS ?= 2
+JOBS ?= 3
 PIP := $(BIN)/python -m pip install --quiet --no-input --disable-pip-version-check -c scripts/constraints.txt
 # An installation is redone when one of these changes, and only then.
 INSTALL_INPUTS := pyproject.toml scripts/constraints.txt sbs_jax/__init__.py
