@@ -434,12 +434,14 @@ def test_training_goes_on_when_the_disk_is_full(small_disk, caplog, leaving):
             r"The checkpoint of step (\d+) could not be written: No space left on device.*The newest good one is step 1"
         )
         assert [re.findall(said, text) for text in warnings] == [[str(step)] for step in range(2, 22)]
-        assert names(run) == {"1"}
-        assert shutil.disk_usage(disk).free == free
+        # A write that TensorStore had not ended may make a directory anew when it is gone: the next save removes it.
+        late = names(run) - {"1"}
+        assert late <= {"20.20.writing", "21.21.writing"}
+        assert late or shutil.disk_usage(disk).free == free
         other.unlink()
         saver.save(30, **arrays(30))
         saver.wait()
-        assert checkpoints.steps(run) == [1, 30]
+        assert names(run) == {"1", "30"}
         assert_restores(saver, 30)
 
 
