@@ -319,8 +319,10 @@ def test_the_benchmark_s_clients_ask_as_often_as_told(client: Client, tmp_path: 
         - before.get(f'sbs_requests_total{{status="{status}"}}', 0)
         for status in (200, 400)
     }
-    # Of 40 requests two have a bad body, and two clients left; then a batch once to begin with, and twice.
-    assert (found["errors"], statuses) == (0, {200: 36 + 3, 400: 2})
+    # Of 40 requests two have a bad body, and in two the client leaves, perhaps after the answer was made; then a batch
+    # once to begin with, and twice.
+    assert (found["errors"], statuses[400]) == (0, 2)
+    assert 36 + 3 <= statuses[200] <= 38 + 3
     assert 0 < found["p50"] <= found["p99"] <= found["longest"]
     assert 0 < alone["median"] <= alone["longest"]
     assert script.resident(client.process.pid) > 2**20
