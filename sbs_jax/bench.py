@@ -161,7 +161,13 @@ def protocol() -> TextIO:
     return stream
 
 
-def serve(step: Callable[[int], int], *, ready: Mapping[str, Any], stream: TextIO) -> None:
+def serve(
+    step: Callable[[int], int],
+    *,
+    ready: Mapping[str, Any],
+    stream: TextIO,
+    peak_memory: Callable[[], int] = peak_memory,
+) -> None:
     """Answers the process that started this one: `ready` at once, then one line of JSON per line that comes in.
 
     A line with a number asks for that many steps; `step(i)` does the i-th since the start, must have finished its work
@@ -285,7 +291,7 @@ def unpacked(batch: Mapping[str, Any]) -> list[Example]:
     return examples
 
 
-def padded(rows: Sequence[Sequence[int]], *, padding: int) -> list[list[int]]:
-    """Rows made as long as the longest: [[5, 1], [4]] with 0 to [[5, 1], [4, 0]]."""
-    longest = max(map(len, rows))
+def padded(rows: Sequence[Sequence[int]], *, padding: int, least: int = 0) -> list[list[int]]:
+    """Rows made as long as the longest, or as `least`: [[5, 1], [4]] with 0 to [[5, 1], [4, 0]]."""
+    longest = max(least, *map(len, rows))
     return [[*row, *[padding] * (longest - len(row))] for row in rows]

@@ -1,6 +1,7 @@
 """Our side of scripts/bench.py: the step of `sbs train` on packed rows, through the project's own pipeline.
 
-Writes the model's shape and the examples of every batch to a file, from which the peer does the same work.
+Writes the model's shape and the examples of every batch to a file, from which the peer does the same work. With
+`--batches`, a file of packed batches that is made if it is not there (scripts/bench_gpu.py).
 """
 
 import argparse
@@ -28,31 +29,37 @@ COMPILED = "/jax/core/compile/backend_compile_duration"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", required=True)
-    parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--threads", type=int, help="CPUs to keep to")
     parser.add_argument("--work", required=True)
     parser.add_argument("--tuning", help="file of gin_configs/adapters: train that alone")
+    parser.add_argument("--platform", default="cpu", choices=("cpu", "cuda"), help="cuda: activations are bfloat16")
+    parser.add_argument("--examples", type=int, default=EXAMPLES, help="of each task in a step")
+    parser.add_argument("--batches", help="file of batches")
+    parser.add_argument("--binding", action="append", default=[], help="of gin, besides")
+    parser.add_argument("--prepare", action="store_true", help="write the files and end")
     arguments = parser.parse_args()
     stream = bench.protocol()
-    bench.use_threads(arguments.threads)
-    os.environ["JAX_PLATFORMS"] = "cpu"
+    if arguments.threads:
+        bench.use_threads(arguments.threads)
+    os.environ["JAX_PLATFORMS"] = arguments.platform
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     import jax
 
     from sbs_jax import configuration, datasets, features, t5, train
 
     with tempfile.TemporaryDirectory() as folder:
-        source = write_records(Path(folder))
         bindings = {
             "DATASET": "svamp",
             "RECORDS_DIR": folder,
             "MODEL_DIR": folder,
             "VOCABULARY": str(VOCABULARY) if VOCABULARY.is_file() else "byte",
             "TASK_FEATURE_LENGTHS": LENGTHS,
-            "EXAMPLES": EXAMPLES,
+            "EXAMPLES": arguments.examples,
             "PACK": True,
             "EXAMPLES_PER_ROW": 2 * EXAMPLES / ROWS,
             "TRAIN_STEPS": 100_000,
             "LEARNING_RATE": 5e-5,
+            "DTYPE": "float32" if arguments.platform == "cpu" else "bfloat16",
         }
         config, _ = configuration.configure(
             "train.TrainConfig",
@@ -62,20 +69,27 @@ def main() -> None:
                 "gin_configs/methods/step_by_step.gin",
                 *([f"gin_configs/adapters/{arguments.tuning}.gin"] if arguments.tuning else []),
             ],
-            bindings=[f"{name}={value}" for name, value in bindings.items()],
+            bindings=[*(f"{name}={value!r}" for name, value in bindings.items()), *arguments.binding],
         )
-        datasets.configure(config.data)
-        batches = first_batches(
-            features.train_dataset(
-                config.mixture_or_task_name,
-                lengths=config.task_feature_lengths,
-                split=datasets.TRAIN,
-                batch_size=config.batch_size,
-                pack=config.pack,
-                seed=config.seed,
-                skip_batches=0,
+        if arguments.batches and Path(arguments.batches).exists():
+            source, batches = read_batches(arguments.batches)
+        else:
+            source = write_records(Path(folder))
+            datasets.configure(config.data)
+            batches = first_batches(
+                features.train_dataset(
+                    config.mixture_or_task_name,
+                    lengths=config.task_feature_lengths,
+                    split=datasets.TRAIN,
+                    batch_size=config.batch_size,
+                    pack=config.pack,
+                    seed=config.seed,
+                    skip_batches=0,
+                ),
+                examples=arguments.examples,
             )
-        )
+            if arguments.batches:
+                write_batches(arguments.batches, source, batches)
     tokens = [features.count_tokens(batch) for batch in batches]
 
     compiles: list[float] = []
@@ -85,9 +99,6 @@ def main() -> None:
             compiles.append(duration_secs)
 
     jax.monitoring.register_event_duration_secs_listener(listen)
-    trainer = train.prepare(config)
-    state = jax.block_until_ready(train.initial_state(config, trainer))
-    trained = sum(x.size for x in state.parameters.values())
     parameters = sum(math.prod(leaf.shape) for leaf in t5.abstract(config.model)[1].values())
     work = {
         "model": dataclasses.asdict(config.model),
@@ -99,6 +110,11 @@ def main() -> None:
         "batches": [bench.unpacked(batch) for batch in batches],
     }
     Path(arguments.work).write_text(json.dumps(work), "utf-8")
+    if arguments.prepare:
+        return
+    trainer = train.prepare(config)
+    state = jax.block_until_ready(train.initial_state(config, trainer))
+    trained = sum(x.size for x in state.parameters.values())
     compiles.clear()
 
     def step(index: int) -> int:
@@ -113,12 +129,17 @@ def main() -> None:
         "data": source,
         "parameters": parameters,
         "trained": trained,
-        "examples per step": 2 * EXAMPLES,
+        "examples per step": 2 * arguments.examples,
         "tokens per step": statistics.mean(tokens),
-        "rows": f"{ROWS} of {LENGTHS}",
+        "rows": f"{config.batch_size} of {LENGTHS}",
         "compile seconds": round(compiles[0], 1),
     }
-    bench.serve(step, ready=ready, stream=stream)
+
+    def device_memory() -> int:
+        return jax.devices()[0].memory_stats()["peak_bytes_in_use"]
+
+    peak = bench.peak_memory if arguments.platform == "cpu" else device_memory
+    bench.serve(step, ready=ready, stream=stream, peak_memory=peak)
 
 
 def lora_of(tuning: Any) -> dict[str, Any] | None:
@@ -126,16 +147,37 @@ def lora_of(tuning: Any) -> dict[str, Any] | None:
     return None if tuning is None or tuning.lora is None else dataclasses.asdict(tuning.lora)
 
 
-def first_batches(batches: Any) -> list[Any]:
-    """The first batches with exactly 16 examples of each task: a packed one may hold a few more or less."""
+def first_batches(batches: Any, *, examples: int) -> list[Any]:
+    """The first batches with exactly so many examples of each task: a packed one may hold a few more or less."""
     found: list[Any] = []
     for batch in batches:
         tasks = [task for _, _, task in bench.unpacked(batch)]
-        if tasks.count(1) == tasks.count(2) == EXAMPLES:
+        if tasks.count(1) == tasks.count(2) == examples:
             found.append(batch)
             if len(found) == DIFFERENT_BATCHES:
                 break
     return found
+
+
+def write_batches(path: str, source: str, batches: list[Any]) -> None:
+    import numpy as np
+
+    named = {f"{number} {name}": array for number, batch in enumerate(batches) for name, array in batch.items()}
+    np.savez_compressed(path, source=np.array(source), **named)
+
+
+def read_batches(path: str) -> tuple[str, list[Any]]:
+    """What `write_batches` wrote: where the examples are from, and the batches."""
+    import numpy as np
+
+    with np.load(path) as found:
+        named = dict(found)
+    source = str(named.pop("source"))
+    batches: list[Any] = [{} for _ in range(DIFFERENT_BATCHES)]
+    for key, array in named.items():
+        number, _, name = key.partition(" ")
+        batches[int(number)][name] = array
+    return source, batches
 
 
 def write_records(folder: Path) -> str:
