@@ -16,6 +16,7 @@ import platform
 import resource
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -204,16 +205,23 @@ class Round:
 class Side:
     """A process that serves one side of a comparison. `ready` is what it said after its set-up."""
 
-    def __init__(self, name: str, command: Sequence[str]) -> None:
+    def __init__(self, name: str, command: Sequence[str], *, patience: float | None = None) -> None:
+        """Starts it and waits until it is ready; RuntimeError if it ends before, or takes `patience` seconds."""
         self.name = name
         self._process = subprocess.Popen(
             list(command), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8"
         )
+        impatient = threading.Timer(patience, self._process.kill) if patience else None
         try:
+            if impatient:
+                impatient.start()
             self.ready = self._answer()
         except BaseException:
             self.stop()
             raise
+        finally:
+            if impatient:
+                impatient.cancel()
 
     def work(self, steps: int) -> Round:
         """Lets it do this many steps."""

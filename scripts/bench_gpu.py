@@ -12,7 +12,6 @@ A GPU machine without TensorFlow measures as well, from what `--prepare` wrote o
 
 import argparse
 import concurrent.futures
-import functools
 import os
 import statistics
 import subprocess
@@ -32,76 +31,89 @@ def main() -> int:
     parser.add_argument("--examples", type=int, default=64, help="of each task in a step")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each side")
     parser.add_argument("--steps", type=int, default=20, help="training steps in a turn")
+    parser.add_argument("--attention", nargs="+", default=("eager", "sdpa"), help="of the peer: the fastest counts")
+    parser.add_argument("--layers", nargs="+", default=("scanned", "unrolled"), help="of ours: the fastest counts")
+    parser.add_argument("--patience", type=float, default=900, help="seconds in which a side has to be ready")
     parser.add_argument("--work", type=Path, default=Path("runs/bench_gpu"), help="where batches are kept")
-    parser.add_argument("--binding", action="append", default=[], help="of gin, for ours: LAYERS='scanned'")
+    parser.add_argument("--binding", action="append", default=[], help="of gin, for ours")
     parser.add_argument("--prepare", action="store_true", help="make the batches and end; needs no GPU")
     parser.add_argument("--output", default="bench.json", help="file to append the results to")
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
     for model in arguments.models:
-        ours, peers = commands(arguments, model)
         if arguments.prepare or not (arguments.work / f"{model}.json").exists():
-            # Its platform only says what the model will be; nothing is computed.
-            subprocess.run([*ours, "--prepare"], check=True, stdout=subprocess.DEVNULL)
+            subprocess.run([*ours(arguments, model), "--prepare"], check=True, stdout=subprocess.DEVNULL)
         if not arguments.prepare:
-            rows = measured(model, ours, peers, rounds=arguments.rounds, steps=arguments.steps)
+            rows = measured(arguments, model)
             bench.append(arguments.output, rows)
             print(bench.table(rows), flush=True)
     return 0
 
 
-def commands(arguments: argparse.Namespace, model: str) -> tuple[list[str], dict[str, list[str]]]:
-    """What runs our side and each of the peer's."""
-    common = ["--model", model, "--platform", "cuda", "--work", str(arguments.work / f"{model}.json")]
-    ours = [sys.executable, str(FOLDER / "bench_ours.py"), *common, "--examples", str(arguments.examples)]
-    ours += ["--batches", str(arguments.work / f"batches-{arguments.examples}.npz")]
-    ours += [flag for binding in arguments.binding for flag in ("--binding", binding)]
-    peer = [sys.executable, str(FOLDER / "bench_peer.py"), *common]
-    return ours, {f"peer, {name}": [*peer, "--attention", name] for name in ("eager", "sdpa")}
+def common(arguments: argparse.Namespace, model: str) -> list[str]:
+    return ["--model", model, "--platform", "cuda", "--work", str(arguments.work / f"{model}.json")]
 
 
-def measured(model: str, ours: list[str], peers: dict[str, list[str]], *, rounds: int, steps: int) -> list[bench.Row]:
-    """Rows of one model: ours against the faster of the peer's ways."""
+def ours(arguments: argparse.Namespace, model: str, *bindings: str) -> list[str]:
+    """What runs our side."""
+    command = [sys.executable, str(FOLDER / "bench_ours.py"), *common(arguments, model)]
+    command += ["--examples", str(arguments.examples)]
+    command += ["--batches", str(arguments.work / f"batches-{arguments.examples}.npz")]
+    return command + [flag for binding in (*arguments.binding, *bindings) for flag in ("--binding", binding)]
+
+
+def measured(arguments: argparse.Namespace, model: str) -> list[bench.Row]:
+    """Rows of one model: the fastest of ours against the fastest of the peer's."""
+    remat = {"scanned": "attended", "unrolled": "none"}
+    commands = {
+        f"ours, {layers}": ours(arguments, model, f"LAYERS='{layers}'", f"REMAT='{remat[layers]}'")
+        for layers in arguments.layers
+    }
+    peer = [sys.executable, str(FOLDER / "bench_peer.py"), *common(arguments, model)]
+    commands |= {f"peer, {name}": [*peer, "--attention", name] for name in arguments.attention}
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the sides share the GPU's memory
     sides: list[bench.Side] = []
     with bench.started(sides):
         # All set themselves up at once, which is compiling; they work in turns.
         with concurrent.futures.ThreadPoolExecutor() as pool:
-            starts = [pool.submit(functools.partial(bench.Side, n, c)) for n, c in {"ours": ours, **peers}.items()]
+            starts = {
+                pool.submit(bench.Side, name, command, patience=arguments.patience): name
+                for name, command in commands.items()
+            }
             for start in concurrent.futures.as_completed(starts):
+                if isinstance(error := start.exception(), RuntimeError):
+                    print(f"{model}, {starts[start]} is not measured: {error}", flush=True)
+                    continue
                 sides.append(start.result())
                 print(f"{model}, {sides[-1].name}: {sides[-1].ready}", flush=True)
-        results = bench.in_turns(sides, rounds=rounds, steps=steps)
+        results = bench.in_turns(sides, rounds=arguments.rounds, steps=arguments.steps)
         peaks = {side.name: side.finish() / GIB for side in sides}
-    speeds = {name: [turn.tokens_per_second for turn in turns] for name, turns in results.items()}
+    medians: dict[str, float] = {}
     for name, turns in results.items():
         seconds = statistics.median(turn.seconds / turn.steps for turn in turns)
-        listed = " ".join(f"{speed:.0f}" for speed in speeds[name])
-        print(
-            f"{model}, {name}: {1000 * seconds:.1f} ms a step (median), peak {peaks[name]:.2f} GiB; tokens/s: {listed}"
-        )
-    medians = {name: statistics.median(values) for name, values in speeds.items()}
-    best = max(peers, key=lambda name: medians[name])
-    versions = {**bench.versions("jax", "flax", "optax", "torch", "transformers"), "gpu": gpu(), "peer": best}
+        medians[name] = statistics.median(turn.tokens_per_second for turn in turns)
+        listed = " ".join(f"{turn.tokens_per_second:.0f}" for turn in turns)
+        print(f"{model}, {name}: {1000 * seconds:.1f} ms a step, peak {peaks[name]:.2f} GiB; tokens/s: {listed}")
+    best = {side: fastest(medians, side) for side in ("ours", "peer")}
+    mine, other = best["ours"], best["peer"]
+    if mine is None:
+        return []
+    versions = bench.versions("jax", "flax", "optax", "torch", "transformers")
+    versions |= {"gpu": gpu(), **{side: name for side, name in best.items() if name}}
     size = model.rpartition("_")[2]
+
+    def row(name: str, unit: str, found: dict[str, float], goal: str) -> bench.Row:
+        peer = found[other] if other else None
+        return bench.Row(name=name, unit=unit, ours=found[mine], peer=peer, goal=goal, versions=versions)
+
     return [
-        bench.Row(
-            name=f"train_gpu_{size}_vs_torch_compile",
-            unit="non-padding tokens/s",
-            ours=medians["ours"],
-            peer=medians[best],
-            goal=">= 1.5",
-            versions=versions,
-        ),
-        bench.Row(
-            name=f"train_gpu_{size}_memory_vs_torch_compile",
-            unit="GiB",
-            ours=peaks["ours"],
-            peer=peaks[best],
-            goal="< 1",
-            versions=versions,
-        ),
+        row(f"train_gpu_{size}_vs_torch_compile", "non-padding tokens/s", medians, ">= 1.5"),
+        row(f"train_gpu_{size}_memory_vs_torch_compile", "GiB", peaks, "< 1"),
     ]
+
+
+def fastest(speeds: dict[str, float], side: str) -> str | None:
+    return max((name for name in speeds if name.startswith(side)), key=lambda name: speeds[name], default=None)
 
 
 def gpu() -> str:
