@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip install --quiet --no-input --disable-pip-version-che
 INSTALL_INPUTS := pyproject.toml scripts/constraints.txt sbs_jax/__init__.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-faults check format docs docs-serve notebook bench bench-serve bench-tpu bench-faults test-parity audit clean
+.PHONY: help demo test test-faults check format docs docs-serve notebook bench bench-serve bench-gpu bench-tpu bench-faults test-parity audit clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -52,6 +52,9 @@ bench: $(VENV)/.run ## Measure speed and memory, of a training step and of askin
 
 bench-serve: $(VENV)/.test ## Measure sbs serve under 200 clients, and its memory over 50,000 requests; appends to bench.json
 	$(BIN)/python scripts/bench_serve.py $(ARGS)
+
+bench-gpu: $(VENV)/.test ## Measure training on this machine's GPU against Hugging Face's; needs PyTorch and jax for it
+	$(BIN)/python scripts/bench_gpu.py $(ARGS)
 
 bench-tpu: $(VENV)/.test ## Measure training and generation on absent TPUs by their compiler's count; appends to bench.json
 	$(BIN)/python scripts/bench_tpu.py $(ARGS)

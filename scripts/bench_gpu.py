@@ -5,7 +5,7 @@
 
 64 examples of SVAMP for each of the two tasks, bfloat16 with float32 parameters, dropout 0.1, AdamW, random weights.
 Ours is the step that `sbs train` runs, on packed rows (scripts/bench_ours.py); the peer does the work of the method's
-official code, compiled (scripts/bench_peer.py). docs/speed.md.
+official code, compiled (scripts/bench_peer.py). docs/performance.md.
 
 A GPU machine without TensorFlow measures as well, from what `--prepare` wrote on another one: `--work` has the batches.
 """

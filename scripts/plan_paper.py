@@ -3,9 +3,9 @@
     python scripts/plan_paper.py --plans runs/plans --run    # an hour of compiling on two cores; goes on where it was
     python scripts/plan_paper.py --plans runs/plans          # the tables, of the plans that are there
 
-`sbs plan` is asked for every dataset and size with two tasks (step-by-step), and with one for base. What is not planned
-is scaled by its floating-point operations from the plan of that size which is most like it, and counted as scaled. All
-of it are the compiler's estimates.
+`sbs plan` is asked for every dataset and size, with two tasks (step-by-step) and with one. What is not planned is scaled
+by its floating-point operations from the plan of that size which is most like it, and counted as scaled. All of it are
+the compiler's estimates.
 """
 
 import argparse
@@ -33,8 +33,7 @@ def main() -> None:
     parser.add_argument("--plans", required=True, type=Path, metavar="DIR", help="one JSON file of sbs plan each")
     parser.add_argument("--run", action="store_true", help="make the plans that are missing")
     arguments = parser.parse_args()
-    wanted = [(dataset, size, TWO) for size in TOPOLOGIES for dataset in VALIDATION]
-    wanted[4:4] = [(dataset, "base", ONE) for dataset in VALIDATION]
+    wanted = [(dataset, size, method) for size in TOPOLOGIES for method in (TWO, ONE) for dataset in VALIDATION]
     if arguments.run:
         arguments.plans.mkdir(parents=True, exist_ok=True)
         for each in wanted:

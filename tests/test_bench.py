@@ -4,6 +4,7 @@ import doctest
 import importlib.util
 import json
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -133,6 +134,23 @@ def test_side_that_dies_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         side("x", "sys.exit(3)")
 
 
+def test_side_that_is_not_ready_in_time_is_ended() -> None:
+    start = time.monotonic()
+    with pytest.raises(RuntimeError, match="side 'x' ended with status -9"):
+        bench.Side("x", [sys.executable, "-c", "import time\ntime.sleep(60)"], patience=0.2)
+    assert time.monotonic() - start < 30
+
+
+def test_patience_ends_with_the_set_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+    body = "from sbs_jax import bench\nbench.serve(lambda index: 7, ready={}, stream=bench.protocol())"
+    sides = []
+    with bench.started(sides):
+        sides.append(bench.Side("x", [sys.executable, "-c", body], patience=3.0))
+        time.sleep(3.2)
+        assert sides[0].work(1).tokens == 7
+
+
 def test_sides_are_ended_with_the_block(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
     sides = []
@@ -173,6 +191,7 @@ def test_both_sides_get_the_same_examples(tmp_path: Path) -> None:
 
 def test_padding_is_to_the_longest_row() -> None:
     assert bench.padded([[5, 1], [4], [7, 8, 1]], padding=-100) == [[5, 1, -100], [4, -100, -100], [7, 8, 1]]
+    assert bench.padded([[5, 1], [4]], padding=0, least=3) == [[5, 1, 0], [4, 0, 0]]
 
 
 def test_script_measures_without_a_peer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -145,13 +145,17 @@ def write(
 
 @contextlib.contextmanager
 def beside(path: Path) -> Iterator[Path]:
-    """A new directory that becomes `path` when the block ends without an error. FileExistsError where that exists."""
+    """A new directory that becomes `path` if the block ends without an error, else goes. FileExistsError where that exists."""
     if path.exists():
         raise FileExistsError(f"{path} exists already; choose another name, or remove it.")
     folder = path.with_name(path.name + ".incomplete")
     shutil.rmtree(folder, ignore_errors=True)  # of a conversion that was interrupted
     folder.mkdir(parents=True)
-    yield folder
+    try:
+        yield folder
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
     folder.rename(path)
 
 
