@@ -3,9 +3,9 @@
     python scripts/plan_paper.py --plans runs/plans --run    # an hour of compiling on two cores; goes on where it was
     python scripts/plan_paper.py --plans runs/plans          # the tables, of the plans that are there
 
-`sbs plan` is asked for every dataset and size, with two tasks (step-by-step) and with one. What is not planned is scaled
-by its floating-point operations from the plan of that size which is most like it, and counted as scaled. All of it are
-the compiler's estimates.
+`sbs plan` is asked for every dataset and size, with two tasks (step-by-step) and with one. What is not planned is
+scaled by its floating-point operations from the plan of that size which is most like it, and counted as scaled. All of
+it are the compiler's estimates.
 """
 
 import argparse

@@ -145,7 +145,10 @@ def write(
 
 @contextlib.contextmanager
 def beside(path: Path) -> Iterator[Path]:
-    """A new directory that becomes `path` if the block ends without an error, else goes. FileExistsError where that exists."""
+    """A new directory that becomes `path` if the block ends without an error, else it goes.
+
+    FileExistsError where `path` exists.
+    """
     if path.exists():
         raise FileExistsError(f"{path} exists already; choose another name, or remove it.")
     folder = path.with_name(path.name + ".incomplete")
