@@ -44,7 +44,7 @@ shapes.only_where_there_are_some()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--fuzz-cases", type=int, metavar="N", help="cases of each fuzz test (default: 1,000; CI: 10,000)")
+    parser.addoption("--fuzz-cases", type=int, metavar="N", help="cases of each fuzz test (default: 400; CI: 10,000)")
     parser.addoption("--fuzz-seed", metavar="N", help="which cases: a number (default: 0), or 'random'")
 
 

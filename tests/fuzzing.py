@@ -24,7 +24,7 @@ from hypothesis.configuration import set_hypothesis_home_dir
 # It notes there what it found in the sources; not in the checkout.
 set_hypothesis_home_dir(Path(tempfile.gettempdir()) / "hypothesis-of-sbs")
 
-CASES = 1_000
+CASES = 400
 # Processor seconds of one case, after which it counts as a hang. The longest takes 0.1 s here.
 PATIENCE = 20.0
 # Bytes of address space that a reader may take beyond what the process has.
