@@ -5,8 +5,9 @@
     python scripts/bench_predict.py --train_steps 60 --rounds 1 --sides ours int8 hf   # shorter
 
 All sides have the same weights and answer the same 64 inputs of SVAMP, up to 64 new tokens, on the same CPUs. The
-student is trained from scratch on those 64 examples first (and kept in `--work`), so that its answers are answers: of
-random weights most tokens are close calls, few answers end, and equality says little. docs/speed.md.
+student is trained from scratch on those 64 examples first (and kept in `--work`) until it has them right, so that its
+answers are answers: of random weights most tokens are close calls, few answers end, and equality says little.
+docs/speed.md.
 """
 
 import argparse
@@ -37,7 +38,7 @@ TASK_FEATURE_LENGTHS = {"inputs": 224, "targets": 64}
 PACK = True
 EXAMPLES_PER_ROW = 4
 EXAMPLES = 16
-LEARNING_RATE = 1e-3
+LEARNING_RATE = 5e-4
 DROPOUT_RATE = 0.0
 MAX_DECODE_LENGTH = 64
 """
