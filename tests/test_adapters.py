@@ -305,7 +305,7 @@ LAYOUTS = {
     [("nf4", "fsdp x tp", "scanned"), ("prefix", "dp", "scanned"), ("last layers", "fsdp x tp", "unrolled")],
 )
 def test_sharded_and_scanned_training_is_that_of_one_device(tmp_path, records_dir, name, mesh, layers):
-    tuning = (SILENT | SPOKEN)[name]
+    tuning = Tuning(base="nf4", lora=SOME_LORA) if name == "nf4" else (SILENT | SPOKEN)[name]
     alone = partitioning.Layout(slice=1, data=1, fsdp=1, tensor=1)
     one = config_of(tmp_path, records_dir, tuning, model=DEEP, layout=alone, optimizer=optax.sgd)
     execution = t5.Execution(layers=layers, remat="full" if layers == "scanned" else "none")
