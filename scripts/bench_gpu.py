@@ -7,7 +7,8 @@
 Ours is the step that `sbs train` runs, on packed rows (scripts/bench_ours.py); the peer does the work of the method's
 official code, compiled (scripts/bench_peer.py). docs/performance.md.
 
-A GPU machine without TensorFlow measures as well, from what `--prepare` wrote on another one: `--work` has the batches.
+`--prepare` writes the batches (`--work`) on a machine that has the data, for one with a GPU that has not: once they are
+there nothing is read by SeqIO or TensorFlow, though both are imported.
 """
 
 import argparse
