@@ -42,7 +42,7 @@ def main() -> int:
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
     for model in arguments.models:
-        if arguments.prepare or not (arguments.work / f"{model}.json").exists():
+        if arguments.prepare or not work_of(arguments, model).exists():
             subprocess.run([*ours(arguments, model), "--prepare"], check=True, stdout=subprocess.DEVNULL)
         if not arguments.prepare:
             rows = measured(arguments, model)
@@ -51,8 +51,13 @@ def main() -> int:
     return 0
 
 
+def work_of(arguments: argparse.Namespace, model: str) -> Path:
+    """The file that says what the peer has to do."""
+    return arguments.work / f"{model}-{arguments.examples}.json"
+
+
 def common(arguments: argparse.Namespace, model: str) -> list[str]:
-    return ["--model", model, "--platform", "cuda", "--work", str(arguments.work / f"{model}.json")]
+    return ["--model", model, "--platform", "cuda", "--work", str(work_of(arguments, model))]
 
 
 def ours(arguments: argparse.Namespace, model: str, *bindings: str) -> list[str]:

@@ -109,7 +109,8 @@ def main() -> None:
         "lora": lora_of(config.tuning),
         "batches": [bench.unpacked(batch) for batch in batches],
     }
-    Path(arguments.work).write_text(json.dumps(work), "utf-8")
+    if arguments.prepare or not Path(arguments.work).exists():  # once there, the peer may be reading it
+        Path(arguments.work).write_text(json.dumps(work), "utf-8")
     if arguments.prepare:
         return
     trainer = train.prepare(config)
@@ -179,8 +180,8 @@ def first_batches(batches: Any, *, examples: int) -> list[Any]:
 def write_batches(path: str, source: str, batches: list[Any]) -> None:
     import numpy as np
 
-    named = {f"{number} {name}": array for number, batch in enumerate(batches) for name, array in batch.items()}
-    np.savez_compressed(path, source=np.array(source), **named)
+    stacked: dict[str, Any] = {name: np.stack([batch[name] for batch in batches]) for name in batches[0]}
+    np.savez_compressed(path, source=np.array(source), **stacked)
 
 
 def read_batches(path: str) -> tuple[str, list[Any]]:
@@ -188,13 +189,9 @@ def read_batches(path: str) -> tuple[str, list[Any]]:
     import numpy as np
 
     with np.load(path) as found:
-        named = dict(found)
-    source = str(named.pop("source"))
-    batches: list[Any] = [{} for _ in range(DIFFERENT_BATCHES)]
-    for key, array in named.items():
-        number, _, name = key.partition(" ")
-        batches[int(number)][name] = array
-    return source, batches
+        stacked = dict(found)
+    source = str(stacked.pop("source"))
+    return source, [dict(zip(stacked, arrays, strict=True)) for arrays in zip(*stacked.values(), strict=True)]
 
 
 def write_records(folder: Path) -> str:

@@ -94,12 +94,6 @@ def main() -> None:
         batches.append({task: tensors(found, least=least[task]) for task, found in of.items()})
         tokens.append(sum(len(inputs) + len(targets) for inputs, targets, _ in examples))
 
-    def loss_of(batch: dict[int, Any]) -> Any:
-        with torch.autocast(arguments.platform, dtype=torch.bfloat16, enabled=compiled):
-            label_loss = model(**batch[LABEL]).loss
-            rationale_loss = model(**batch[RATIONALE]).loss
-        return work["alpha"] * label_loss + (1 - work["alpha"]) * rationale_loss
-
     if compiled:
         torch.set_float32_matmul_precision("high")
         torch._dynamo.config.recompile_limit = 64  # programs of one block: encoder and decoder, first and later, tasks
@@ -108,7 +102,11 @@ def main() -> None:
 
     def step(index: int) -> int:
         batch = batches[index % len(batches)]
-        loss_of(batch).backward()
+        with torch.autocast(arguments.platform, dtype=torch.bfloat16, enabled=compiled):
+            label_loss = model(**batch[LABEL]).loss
+            rationale_loss = model(**batch[RATIONALE]).loss
+        loss = work["alpha"] * label_loss + (1 - work["alpha"]) * rationale_loss
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, work["clip_norm"])
         optimizer.step()
         optimizer.zero_grad()

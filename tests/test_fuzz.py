@@ -1,6 +1,6 @@
 """Whatever a file of outside holds, reading it returns or says what is wrong and where: the readers of text.
 
-1,000 cases of each reader (CI: 10,000), the same every time; more with --fuzz-cases, others with --fuzz-seed random.
+The same cases of each reader every time; how many says --fuzz-cases, and others are drawn with --fuzz-seed random.
 How cases are made, and what is watched meanwhile (hangs, memory, inputs that run): tests/fuzzing.py. Below them, each
 fault that they found in its smallest form. Checkpoints and configurations: test_fuzz_checkpoints.py.
 """
