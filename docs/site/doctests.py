@@ -1,4 +1,4 @@
-"""A Griffe extension: `>>>` paragraphs of a docstring are code, not quotations of quotations in Markdown."""
+"""A Griffe extension that renders `>>>` paragraphs of docstrings as code instead of nested quotations."""
 
 from typing import Any
 
@@ -6,10 +6,10 @@ import griffe
 
 
 class Doctests(griffe.Extension):
-    """Puts a fence around every paragraph that begins with `>>>`."""
+    """Fences every paragraph that begins with `>>>`."""
 
     def on_object(self, *, obj: griffe.Object, **unused: Any) -> None:
-        """Called for each module, class and function."""
+        """Fences the doctests of one module, class or function."""
         if obj.docstring is not None and ">>> " in obj.docstring.value:
             parts = obj.docstring.value.split("\n\n")
             fenced = [f"```pycon\n{part}\n```" if part.startswith(">>> ") else part for part in parts]

@@ -1,4 +1,4 @@
-"""What MkDocs is told beside its configuration: pages that are made (pages.py), and notebooks as pages."""
+"""MkDocs hooks: adds generated pages (pages.py), and notebooks as pages."""
 
 import re
 import sys
@@ -27,7 +27,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Adds the pages that are made, and puts a page in the place of each notebook."""
+    """Adds the generated pages, and replaces each notebook by a page."""
     for path, text in pages.made().items():
         files.append(File.generated(config, path, content=text))
     for name in ("site.css", "iframe-worker.js"):
@@ -42,12 +42,12 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, **unused: Any) -> str:
-    """Links to notebooks lead to their pages."""
+    """Turns links to notebooks into links to their pages."""
     return re.sub(r"(\]\([^)\s]+)\.ipynb\b", r"\1.md", markdown)
 
 
 def notebook_page(path: Path) -> tuple[str, dict[str, bytes]]:
-    """A notebook as Markdown, and its pictures by their paths among the pages."""
+    """Converts a notebook to Markdown, and its pictures to files by path."""
     from nbconvert import MarkdownExporter
 
     text, resources = MarkdownExporter().from_filename(str(path))

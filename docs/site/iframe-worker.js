@@ -1,5 +1,5 @@
-// Search runs in a worker, and a browser starts none for a page that was opened from the disk. There the worker's script
-// runs in a frame of its own instead. (The theme's search looks for this name; its own shim would come from a network.)
+// Search runs in a worker, but browsers start no worker for a page opened from disk. This runs the worker's script in
+// a frame instead. (The theme's search looks for this name; its own shim would come from the network.)
 if (location.protocol === "file:") {
   window.IFrameWorker = class extends EventTarget {
     constructor(url) {

@@ -1,7 +1,7 @@
-"""Pages that are made from what they describe at each build, so that none can go stale. Needs no MkDocs.
+"""Generates pages from their sources at each build, so that none goes stale. Needs no MkDocs.
 
-`index.md` is README.md; `reference/commands.md` the help of every command; `reference/gin.md` the macros of the runs
-and what each gin file says of itself; `reference/api/` a page per module, which mkdocstrings fills from docstrings.
+`index.md` is README.md; `reference/commands.md` the help of every command; `reference/gin.md` the macros and the first
+comment of every gin file; `reference/api/` has a page per module, which mkdocstrings fills from docstrings.
 """
 
 import ast
@@ -16,7 +16,7 @@ _REQUIRED = "%gin.REQUIRED"
 
 
 def made() -> dict[str, str]:
-    """Markdown of every page that nobody writes, by its path among the pages."""
+    """Generates every page that has no file, as Markdown by path."""
     return {
         "index.md": home(),
         "reference/commands.md": commands(),
@@ -27,33 +27,33 @@ def made() -> dict[str, str]:
 
 
 def home() -> str:
-    """README.md, with links as they are seen from docs/."""
+    """Returns README.md with links relative to docs/."""
     return re.sub(r"\]\(docs/", "](", (ROOT / "README.md").read_text("utf-8"))
 
 
 def commands() -> str:
-    """The help of every command, as `sbs COMMAND --help` prints it."""
+    """Formats the output of `sbs COMMAND --help` for every command."""
     from sbs_jax import main
 
     os.environ["COLUMNS"] = "110"
     parser, parsers = main._parser()
-    parts = ["# Commands", "What `--help` prints.", f"```text\n{parser.format_help().rstrip()}\n```"]
+    parts = ["# Commands", "The output of `--help`.", f"```text\n{parser.format_help().rstrip()}\n```"]
     for name, sub in parsers.items():
         parts += [f"## sbs {name}", f"```text\n{sub.format_help().rstrip()}\n```"]
     return "\n\n".join(parts) + "\n"
 
 
 def configurations() -> str:
-    """The macros of gin_configs/runs/*.gin, and one line for each other gin file."""
+    """Lists the macros of gin_configs/runs/*.gin, and every other gin file with its first comment."""
     parts = [
         "# Configurations",
-        "`--gin_file=FILE`, repeated, later ones override; then `--gin.NAME=VALUE`. A macro is one of the names below; "
-        "any parameter that a gin file binds can be given as well, as `--gin.train.TrainConfig.seed=1`. "
-        "What nothing uses is refused.",
+        "Give `--gin_file=FILE` any number of times; later files override earlier ones, and `--gin.NAME=VALUE` overrides "
+        "them all. NAME is a macro below, or any parameter that a gin file binds: `--gin.train.TrainConfig.seed=1`. "
+        "Unknown bindings are rejected, with the nearest match.",
     ]
     for path in sorted((ROOT / "gin_configs" / "runs").glob("*.gin")):
         parts += [f"## `runs/{path.name}`", *_macros(path.read_text("utf-8"))]
-    parts += ["## All gin files", "Each begins with what it is for."]
+    parts += ["## All gin files"]
     for folder in sorted(path for path in (ROOT / "gin_configs").rglob("*") if path.is_dir()):
         found = sorted(folder.glob("*.gin"))
         if found:
@@ -64,7 +64,7 @@ def configurations() -> str:
 
 
 def _macros(text: str) -> list[str]:
-    """A table per group of macros, under the comment that stands over it."""
+    """Makes a table per group of macros, under the comment above the group."""
     parts: list[str] = []
     rows: list[str] = []
     heading = ""
@@ -72,7 +72,7 @@ def _macros(text: str) -> list[str]:
         macro = _MACRO.match(line)
         if macro:
             name, value, comment = macro.groups()
-            value = "must be given" if value == _REQUIRED else f"`{value}`"
+            value = "required" if value == _REQUIRED else f"`{value}`"
             rows.append(f"| `{name}` | {value} | {_cell(comment or '')} |")
             continue
         if rows:
@@ -96,12 +96,12 @@ def _cell(text: str) -> str:
 
 
 def modules() -> list[str]:
-    """Dotted names of the modules with a public function or class, in order; commands are a page of their own."""
+    """Lists modules that have a public function or class. Commands have a page of their own."""
     found = []
     for package in PACKAGES:
         for path in sorted((ROOT / package).rglob("*.py")):
             name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
-            if not (path.parent / "__init__.py").exists():  # files that the package hands out, not modules of it
+            if not (path.parent / "__init__.py").exists():  # files copied into exports, not modules
                 continue
             if ".commands" not in name and _has_public(path):
                 found.append(name)
@@ -114,7 +114,7 @@ def _has_public(path: Path) -> bool:
 
 
 def module_list() -> str:
-    """Every module with the first line of its docstring."""
+    """Lists every module with its docstring's summary."""
     rows = []
     for name in modules():
         place = ROOT / Path(*name.split("."))
@@ -125,5 +125,5 @@ def module_list() -> str:
 
 
 def module_page(name: str) -> str:
-    """What mkdocstrings replaces by the docstrings of the module."""
+    """Makes the page that mkdocstrings fills with the module's docstrings."""
     return f"# `{name}`\n\n::: {name}\n"
