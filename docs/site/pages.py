@@ -47,8 +47,8 @@ def configurations() -> str:
     """Lists the macros of gin_configs/runs/*.gin, and every other gin file with its first comment."""
     parts = [
         "# Configurations",
-        "Give `--gin_file=FILE` any number of times; later files override earlier ones, and `--gin.NAME=VALUE` overrides "
-        "them all. NAME is a macro below, or any parameter that a gin file binds: `--gin.train.TrainConfig.seed=1`. "
+        "Repeat `--gin_file=FILE`; later files override earlier ones, and `--gin.NAME=VALUE` overrides them all. "
+        "NAME is a macro below, or any parameter that a gin file binds: `--gin.train.TrainConfig.seed=1`. "
         "Unknown bindings are rejected, with the nearest match.",
     ]
     for path in sorted((ROOT / "gin_configs" / "runs").glob("*.gin")):
