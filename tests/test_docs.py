@@ -1,4 +1,4 @@
-"""The documentation says what is there: links, anchors, commands, macros, files, navigation, the notebook's outputs.
+"""The documentation names only what exists: links, commands, macros, files, tests, navigation; the notebook ran.
 
 Without MkDocs; `make docs` builds the site, and fails on what only the site can tell.
 """
@@ -181,6 +181,53 @@ def test_files_macros_and_make_targets_that_are_named_are_there(page):
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE))
     named = set(re.findall(r"`make ([a-z-]+)|^make ([a-z-]+)", text, re.MULTILINE))
     assert {first or second for first, second in named} <= targets
+
+
+@cache
+def tests_of(file: str) -> frozenset[str]:
+    """Names of the tests in a file of tests/; empty where the file does not exist."""
+    path = ROOT / "tests" / file
+    nodes = ast.walk(ast.parse(path.read_text("utf-8"))) if path.is_file() else ()
+    return frozenset(node.name for node in nodes if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"))
+
+
+def missing_tests(text: str) -> list[str]:
+    """Test files and tests that a page names and that do not exist.
+
+    `::test_x` belongs to the file named last on the page, a bare `test_x` to the file named before it on its line; on a
+    line without a file, a bare name may stand in any file.
+    """
+    everywhere = frozenset().union(*(tests_of(path.name) for path in (ROOT / "tests").glob("test_*.py")))
+    missing, last = [], ""
+    for line in text.splitlines():
+        known = everywhere
+        for file, mark, name in re.findall(r"\b(test_\w+\.py)|(::|`)(test_\w+)\b(?!\.py)", line):
+            if file:
+                last, known = file, tests_of(file)
+                missing += [] if known else [file]
+            elif name not in (tests_of(last) if mark == "::" else known):
+                missing.append(name)
+    return missing
+
+
+@pytest.mark.parametrize("page", WRITTEN)
+def test_tests_that_are_named_exist(page):
+    assert missing_tests((ROOT / page).read_text("utf-8")) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "missing"),
+    [
+        ("`test_docs.py`: `test_tests_that_are_named_exist`", []),
+        ("`test_docs.py`: `test_tests_that_are_named_exists`", ["test_tests_that_are_named_exists"]),
+        ("`test_losses.py`: `test_tests_that_are_named_exist`", ["test_tests_that_are_named_exist"]),
+        ("tests/test_doc.py checks", ["test_doc.py"]),
+        ("`test_docs.py`\n`::test_a`, `::test_links_lead_somewhere`", ["test_a"]),
+        ("`test_links_lead_somewhere`, `test_links`", ["test_links"]),
+    ],
+)
+def test_a_wrong_test_name_would_be_seen(text, missing):
+    assert missing_tests(text) == missing
 
 
 def test_every_page_is_in_the_navigation():
