@@ -184,7 +184,7 @@ def test_files_macros_and_make_targets_that_are_named_are_there(page):
 
 
 @cache
-def tests_of(file: str) -> frozenset[str]:
+def _tests_of(file: str) -> frozenset[str]:
     """Names of the tests in a file of tests/; empty where the file does not exist."""
     path = ROOT / "tests" / file
     nodes = ast.walk(ast.parse(path.read_text("utf-8"))) if path.is_file() else ()
@@ -197,15 +197,15 @@ def missing_tests(text: str) -> list[str]:
     `::test_x` belongs to the file named last on the page, a bare `test_x` to the file named before it on its line; on a
     line without a file, a bare name may stand in any file.
     """
-    everywhere = frozenset().union(*(tests_of(path.name) for path in (ROOT / "tests").glob("test_*.py")))
+    everywhere = frozenset().union(*(_tests_of(path.name) for path in (ROOT / "tests").glob("test_*.py")))
     missing, last = [], ""
     for line in text.splitlines():
         known = everywhere
         for file, mark, name in re.findall(r"\b(test_\w+\.py)|(::|`)(test_\w+)\b(?!\.py)", line):
             if file:
-                last, known = file, tests_of(file)
+                last, known = file, _tests_of(file)
                 missing += [] if known else [file]
-            elif name not in (tests_of(last) if mark == "::" else known):
+            elif name not in (_tests_of(last) if mark == "::" else known):
                 missing.append(name)
     return missing
 
