@@ -23,7 +23,8 @@ os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false intra_op_paralleli
 os.environ["JAX_PLATFORMS"] = "cpu"
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from sbs_jax import configuration, demo, main
+from sbs_jax.cli import demo, main
+from sbs_jax.training import gin_files
 
 SEEDS = (0, 1, 2)
 
@@ -77,16 +78,18 @@ BY_NAME = {way.name: way for way in WAYS}
 
 def run_one(way: Way, *, rate: float, seed: int, common: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Trains one, or reads what it left: {"validation": accuracy, "trained": share, "path": ..}."""
-    from sbs_jax import run_dir, train
+    from sbs_jax.run import directory
+    from sbs_jax.training import loop
+    from sbs_jax.training.step import prepare
 
     path = folder / f"{way.name}-{rate:g}-{seed}"
     bindings = common["bindings"] + [*way.bindings, f"LEARNING_RATE={rate}", f"SEED={seed}", f"MODEL_DIR={path}"]
     files = [*common["files"], *([f"gin_configs/adapters/{way.file}.gin"] if way.file else [])]
-    config, text = configuration.configure("train.TrainConfig", gin_files=files, bindings=bindings)
-    trained = sum(leaf.size for leaf in train.prepare(config).saved.parameters.values())
-    if not any(line["kind"] == "test" for line in (run_dir.read_metrics(path) if path.is_dir() else [])):
-        train.train(config, config_text=text)
-    lines = run_dir.read_metrics(path)
+    config, text = gin_files.configure("train.TrainConfig", gin_files=files, bindings=bindings)
+    trained = sum(leaf.size for leaf in prepare(config).saved.parameters.values())
+    if not any(line["kind"] == "test" for line in (directory.read_metrics(path) if path.is_dir() else [])):
+        loop.train(config, config_text=text)
+    lines = directory.read_metrics(path)
     best = {kind: [line for line in lines if line["kind"] == kind] for kind in ("validation", "test", "train")}
     metric = next(name for name in best["test"][-1] if name.rpartition("_")[2] == "accuracy")
     return {
@@ -112,11 +115,12 @@ def builtin(folder: Path, steps: int) -> dict[str, Any]:
 
 def svamp(folder: Path, steps: int, *, release: str, vocabulary: str, first: int) -> dict[str, Any]:
     """Records of SVAMP, a student trained on them in full for `first` updates, and what every run has in common."""
-    from sbs_jax import datasets, train
-    from sbs_jax import release as releases
+    from sbs_jax.data import registry
+    from sbs_jax.data import release as releases
+    from sbs_jax.training import loop
 
     if not (folder / "records" / "svamp").is_dir():
-        dataset = datasets.get("svamp")
+        dataset = registry.get("svamp")
         releases.import_release(dataset, release_dir=release, records_dir=folder / "records", parser="strict")
     files = ["gin_configs/experiments/svamp/cpu.gin"]
     bindings = [
@@ -128,8 +132,8 @@ def svamp(folder: Path, steps: int, *, release: str, vocabulary: str, first: int
     start = folder / "start"
     if not (start / "checkpoints" / str(first)).is_dir():
         own = [f"TRAIN_STEPS={first}", f"EVAL_PERIOD={first}", f"CHECKPOINT_PERIOD={first}", f"MODEL_DIR={start}"]
-        config, text = configuration.configure("train.TrainConfig", gin_files=files, bindings=[*bindings, *own])
-        train.train(config, config_text=text)
+        config, text = gin_files.configure("train.TrainConfig", gin_files=files, bindings=[*bindings, *own])
+        loop.train(config, config_text=text)
     own = [f"TRAIN_STEPS={steps}", f"EVAL_PERIOD={steps}", f"CHECKPOINT_PERIOD={steps}"]
     return {
         "files": files,
@@ -157,7 +161,7 @@ def run() -> int:
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
     main.import_tensorflow()
     import tasks  # noqa: F401  (registers the datasets)
-    from sbs_jax import report
+    from sbs_jax.pages import report
 
     folder = Path(arguments.output).absolute() / arguments.dataset
     folder.mkdir(parents=True, exist_ok=True)

@@ -17,8 +17,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from sbs_jax import configuration
-from sbs_jax.plan import flops
+from sbs_jax.student import flops
+from sbs_jax.training import gin_files
 
 PAPER = Path("gin_configs/experiments/paper")
 TOPOLOGIES = {"base": "v5e:2x4", "large": "v5e:2x4", "xxl": "v5p:2x4x4"}
@@ -51,7 +51,7 @@ def _plan(dataset: str, size: str, method: str, *, folder: Path) -> None:
     file = folder / f"{dataset}-{size}-{method}.json"
     if _read(file):
         return
-    command = [sys.executable, "-m", "sbs_jax.main", "plan", "--json", "--steps", "train,evaluation"]
+    command = [sys.executable, "-m", "sbs_jax", "plan", "--json", "--steps", "train,evaluation"]
     command += ["--time_limit", "14400"]
     command += ["--topology", TOPOLOGIES[size], f"--gin_file=gin_configs/experiments/{dataset}/{size}.gin"]
     command += [f"--gin_file=gin_configs/methods/{method}.gin", "--gin.LAYERS=scanned", "--gin.REMAT=attended"]
@@ -85,7 +85,7 @@ def _flops(dataset: str, size: str, method: str) -> float:
     """Floating-point operations of an update."""
     files = [f"gin_configs/experiments/{dataset}/{size}.gin", f"gin_configs/methods/{method}.gin"]
     given = ["MODEL_DIR=run", "RECORDS_DIR=records", "INITIAL_CHECKPOINT_PATH=t5"]
-    config = configuration.configure("train.TrainConfig", gin_files=files, bindings=given)[0]
+    config = gin_files.configure("train.TrainConfig", gin_files=files, bindings=given)[0]
     lengths = config.task_feature_lengths
     counts = {"inputs": lengths["inputs"], "targets": lengths["targets"], "trained": 1.0}
     return flops.training_flops(config.model, rows=config.batch_size, **counts)
@@ -129,7 +129,7 @@ def _sweeps_table(plans: dict[Any, Any]) -> str:
     names = [file.stem for file in sorted(PAPER.glob("*.gin")) if file.stem not in ("settings", "smallest")]
     for name in sorted(names, key=lambda name: (not name.startswith("table"), name)):
         given = ["SWEEP_DIR=runs", "RECORDS_DIR=records"]
-        plan = configuration.configure("sweep.Sweep", gin_files=[str(PAPER / f"{name}.gin")], bindings=given)[0]
+        plan = gin_files.configure("sweep.Sweep", gin_files=[str(PAPER / f"{name}.gin")], bindings=given)[0]
         states: collections.Counter[str] = collections.Counter()
         hours = dollars = 0.0
         for cell in plan.cells():

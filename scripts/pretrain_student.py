@@ -10,7 +10,10 @@ import argparse
 import itertools
 from pathlib import Path
 
-from sbs_jax import checkpoints, configuration, records, train
+from sbs_jax.data import records
+from sbs_jax.training import gin_files, loop
+from sbs_jax.training.step import prepare
+from sbs_jax.weights import npz, opening
 from tasks import builtin, builtin_corpus
 
 SEED = 20261121
@@ -32,15 +35,15 @@ def run(work: Path, bindings: list[str]) -> None:
     """Vocabulary, records, training, and the shipped parameters."""
     Path(builtin.vocabulary_path()).write_bytes(builtin_corpus.vocabulary(seed=SEED))
     given = [*bindings, f"RECORDS_DIR={work / 'records'}", f"MODEL_DIR={work / 'run'}"]
-    config, text = configuration.configure(
+    config, text = gin_files.configure(
         "train.TrainConfig", gin_files=["gin_configs/experiments/builtin/pretrain.gin"], bindings=given
     )
     (work / "records" / builtin_corpus.NAME).mkdir(parents=True, exist_ok=True)
     make_records(work / "records", train_rows=config.train_steps * config.batch_size)
-    train.train(config, config_text=text)
-    shapes = train.prepare(config).abstract.parameters
+    loop.train(config, config_text=text)
+    shapes = prepare(config).abstract.parameters
     last = Path(config.model_dir) / "checkpoints" / str(config.train_steps)
-    checkpoints.save_npz(builtin.student_path(), checkpoints.load_parameters(last, like=shapes), dtype="float32")
+    npz.save_npz(builtin.student_path(), opening.load_parameters(last, like=shapes), dtype="float32")
 
 
 if __name__ == "__main__":

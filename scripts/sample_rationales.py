@@ -6,7 +6,7 @@
 
 import sys
 
-from sbs_jax import main
+from sbs_jax.cli import main
 
 if __name__ == "__main__":
     sys.exit(main.main(["teach", *sys.argv[1:]]))

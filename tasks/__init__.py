@@ -1,15 +1,15 @@
 """The datasets: one module each, found and registered when this package is imported.
 
-A module that defines `DATASET` (a `sbs_jax.datasets.Dataset`) is a dataset; nothing else has to be
-edited to add one. A dataset kept elsewhere registers itself with `sbs_jax.datasets.add`.
+A module that defines `DATASET` (a `sbs_jax.data.dataset.Dataset`) is a dataset; nothing else has to be
+edited to add one. A dataset kept elsewhere registers itself with `sbs_jax.data.registry.add`.
 """
 
 import importlib
 import pkgutil
 
-from sbs_jax import datasets
+from sbs_jax.data import registry
 
 for _module in pkgutil.iter_modules(__path__):
     _dataset = getattr(importlib.import_module(f"{__name__}.{_module.name}"), "DATASET", None)
     if _dataset is not None:
-        datasets.add(_dataset)
+        registry.add(_dataset)

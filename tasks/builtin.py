@@ -28,10 +28,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sbs_jax.datasets import Dataset
-from sbs_jax.records import text_field
-from sbs_jax.release import SPLITS, Row, read_inputs
-from sbs_jax.teacher.parsing import (
+from sbs_jax.data.dataset import Dataset, Row
+from sbs_jax.data.grading import accuracy, same_text
+from sbs_jax.data.parsing import (
     LABEL_NOT_IN_SET,
     NO_LABEL,
     Parsed,
@@ -43,7 +42,8 @@ from sbs_jax.teacher.parsing import (
     usable,
     without_full_stop,
 )
-from tasks.metrics import accuracy, same_text
+from sbs_jax.data.release import SPLITS, read_inputs
+from sbs_jax.storage.json_files import text_field
 
 NAME = "builtin"
 LABELS = ("yes", "no")
@@ -322,6 +322,19 @@ def implied_label(rationale: str, choices: Sequence[str]) -> str | None:
     return _claims().get(rationale.strip().lower())
 
 
+def scripted_reply(asked: str, sample: int) -> str | None:
+    """`teacher_reply` to a prompt's input, with the label it hints at if there is one; None if it holds no problem."""
+    try:
+        problem = problem_of(asked)
+    except ValueError:
+        return None
+    # A hint is a label among the words around the problem.
+    hints = [label for label in LABELS if re.search(rf"\b{label}\b", asked.replace(problem.text, ""))]
+    if len(hints) == 1:
+        return f"{problem.question.claim(problem.value, hints[0])} {MARKER} {hints[0]}."
+    return teacher_reply(problem, random.Random(f"{problem.text} {hints} {sample}"))
+
+
 DATASET = Dataset(
     name=NAME,
     labels=LABELS,
@@ -332,4 +345,5 @@ DATASET = Dataset(
     same_label=same_text,
     feature_lengths={"inputs": 32, "targets": 16},
     implied_label=implied_label,
+    scripted_reply=scripted_reply,
 )

@@ -26,9 +26,9 @@ from collections.abc import Iterator, Sequence
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
-from sbs_jax.datasets import Dataset
+from sbs_jax.data.dataset import Dataset
+from sbs_jax.data.grading import accuracy, same_text
 from tasks.builtin import PROPERTIES, QUESTIONS, description, random_problem, random_thing
-from tasks.metrics import accuracy, same_text
 
 NAME = "builtin_corpus"
 # Share of passages that are facts alone, facts per passage, and how many of the facts, and descriptions, are masked.

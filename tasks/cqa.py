@@ -14,10 +14,9 @@ from pathlib import Path
 from string import ascii_lowercase
 from typing import Any
 
-from sbs_jax.datasets import Dataset
-from sbs_jax.records import text_field, text_list_field
-from sbs_jax.release import Row, read_inputs
-from sbs_jax.teacher.parsing import (
+from sbs_jax.data.dataset import Dataset, Row
+from sbs_jax.data.grading import accuracy, same_text
+from sbs_jax.data.parsing import (
     LABEL_NOT_IN_SET,
     LETTER_TEXT_DISAGREEMENT,
     OK,
@@ -29,7 +28,8 @@ from sbs_jax.teacher.parsing import (
     unusable,
     usable,
 )
-from tasks.metrics import accuracy, same_text
+from sbs_jax.data.release import read_inputs
+from sbs_jax.storage.json_files import text_field, text_list_field
 
 MARKER = "So the answer is"
 

@@ -11,12 +11,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sbs_jax.datasets import Dataset
-from sbs_jax.records import integer_field, text_field
-from sbs_jax.release import Row, read_inputs
-from sbs_jax.teacher.parsing import NO_ANSWER, Parsed, official_result, unusable
+from sbs_jax.data.dataset import Dataset, Row
+from sbs_jax.data.grading import accuracy, same_text
+from sbs_jax.data.parsing import NO_ANSWER, Parsed, official_result, unusable
+from sbs_jax.data.release import read_inputs
+from sbs_jax.storage.json_files import integer_field, text_field
 from tasks import nli
-from tasks.metrics import accuracy, same_text
 
 
 def row(fields: Mapping[str, Any]) -> Row:

@@ -5,16 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Sequence
 
-from sbs_jax.naming import only_name
-from sbs_jax.teacher.parsing import (
-    LABEL_NOT_IN_SET,
-    Parsed,
-    member,
-    strict_answer,
-    unusable,
-    usable,
-)
-from sbs_jax.tokens import JOINT
+from sbs_jax.data.naming import only_name
+from sbs_jax.data.parsing import LABEL_NOT_IN_SET, Parsed, member, strict_answer, unusable, usable
+from sbs_jax.data.tokens import JOINT
 
 # In the order of the sources' label numbers.
 LABELS = ("entailment", "neutral", "contradiction")

@@ -12,19 +12,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sbs_jax.datasets import Dataset
-from sbs_jax.records import text_field
-from sbs_jax.release import Row, read_inputs
-from sbs_jax.teacher.parsing import (
-    NOT_ARITHMETIC,
-    Parsed,
-    official_result,
-    split_answer,
-    strict_answer,
-    unusable,
-    usable,
-)
-from tasks.metrics import MAX_CHARACTERS, equation_accuracy, equation_value, same_equation_value
+from sbs_jax.data.dataset import Dataset, Row
+from sbs_jax.data.grading import MAX_CHARACTERS, equation_accuracy, equation_value, same_equation_value
+from sbs_jax.data.parsing import NOT_ARITHMETIC, Parsed, official_result, split_answer, strict_answer, unusable, usable
+from sbs_jax.data.release import read_inputs
+from sbs_jax.storage.json_files import text_field
 
 MARKER = "The answer is"
 

@@ -110,11 +110,11 @@ def toy_run(tmp_path_factory: pytest.TempPathFactory):
     """Configuration of a finished run of ours on the toy data, of 6 steps; not to be changed."""
     import toy
 
-    from sbs_jax import train
+    from sbs_jax.training import loop
 
     folder = tmp_path_factory.mktemp("toy_run")
     config = toy.config(folder / "run", toy.write_records(folder / "records"))
-    train.train(config, config_text="")
+    loop.train(config, config_text="")
     return config
 
 

@@ -7,7 +7,8 @@ import optax
 import parity_cases as cases
 import toy
 
-from sbs_jax import decoding, losses, t5, train
+from sbs_jax.student import decoding, losses, t5
+from sbs_jax.training.step import Batch, TrainState, prepare
 
 
 def answers(config: t5.T5Config, parameters: t5.Parameters) -> dict[str, np.ndarray]:
@@ -22,7 +23,7 @@ def answers(config: t5.T5Config, parameters: t5.Parameters) -> dict[str, np.ndar
     return {name: np.asarray(values) for name, values in found.items()}
 
 
-def batch() -> train.Batch:
+def batch() -> Batch:
     """Both tasks' rows in one batch, as our trainer reads them."""
     rows = cases.training_rows()
     width = max(target.shape[1] for _, target in rows.values())
@@ -49,9 +50,9 @@ def training(config: t5.T5Config, parameters: t5.Parameters, folder) -> tuple[li
         optimizer=lambda learning_rate: optax.adamw(learning_rate, weight_decay=0.0),
         learning_rate=optax.linear_schedule(cases.PEAK_RATE, 0.0, cases.STEPS),
     )
-    trainer = train.prepare(settings)
+    trainer = prepare(settings)
     optimizer = settings.gradient_transformation().init(parameters)
-    state = train.TrainState(jnp.int32(0), parameters, optimizer, jnp.int32(0))
+    state = TrainState(jnp.int32(0), parameters, optimizer, jnp.int32(0))
     found, weights = [], {}
     for step in range(1, cases.STEPS + 1):
         state, metrics = trainer.step(jax.tree.map(jnp.array, state), batch())

@@ -11,8 +11,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from sbs_jax import t5
-from sbs_jax.convert import names
+from sbs_jax.student import t5
+from sbs_jax.weights import names
 
 VOCABULARY = 44
 SHAPE = {

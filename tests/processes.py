@@ -2,8 +2,8 @@
 
 `start` makes one. Most of what a start costs is imports (TensorFlow, JAX, Orbax: 8 s of CPU), so there are two ways.
 A `Forked` process is a copy of a server that has imported everything and computed nothing: it is a process of its own
-with its own session, environment, folder and files, calls `sbs_jax.main.main` as the console script does, and is ended
-by signals like any other. A `Spawned` one goes through the true entry, `python -m sbs_jax.main`.
+with its own session, environment, folder and files, calls `cli.main.main` as the console script does, and is ended by
+signals like any other. A `Spawned` one goes through the true entry, `python -m sbs_jax`.
 
 All pytest workers of a run share one server. What it cannot give is another installation or another Python.
 """
@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-SBS = ("-m", "sbs_jax.main")
+SBS = ("-m", "sbs_jax")
 # Tests compile much and compute little: without LLVM's expensive passes they take less than half as long, and without
 # the newer emitters of fusions, which compile more code, a third less again.
 QUICK = (
@@ -322,14 +322,14 @@ def write_whole_entries() -> None:
 def _import_everything() -> None:
     """What `sbs train` will want. Nothing here may start a thread or touch a device: the copies would not have it."""
     logging.getLogger().addHandler(logging.NullHandler())  # first, as the command: else a library adds one that prints
-    from sbs_jax import main
+    from sbs_jax.cli import main
 
     main.import_tensorflow()
     import gin  # noqa: F401
     from tensorboard.summary import Writer  # noqa: F401
 
     import tasks  # noqa: F401
-    from sbs_jax import train  # noqa: F401
+    from sbs_jax.training import loop  # noqa: F401
 
     with contextlib.suppress(ImportError):  # of the extra `teacher`
         import openai  # noqa: F401
@@ -446,7 +446,7 @@ def _become(request: Mapping[str, Any]) -> Callable[[], Any]:
     if kind == "-c":
         return lambda: exec(compile(text, "<string>", "exec"), {"__name__": "__main__"})
     assert [kind, text] == list(SBS), request["command"]
-    from sbs_jax import main
+    from sbs_jax.cli import main
 
     return lambda: sys.exit(main.main())
 

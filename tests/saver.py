@@ -17,8 +17,9 @@ import jax
 import numpy as np
 import optax
 
-from sbs_jax import checkpoints, hosts
-from sbs_jax.checkpoints import Checkpoints, Retention
+from sbs_jax import hosts
+from sbs_jax.run import checkpoints
+from sbs_jax.run.checkpoints import Checkpoints, Retention
 
 NEWEST_TWO = Retention(newest=2, best=0, period=None)
 _ADAM = optax.adam(1e-3)

@@ -11,8 +11,12 @@ import numpy as np
 import parity_cases as cases
 import toy
 
-from sbs_jax import adapters, checkpoints, datasets, evaluate, frozen, partitioning, run_dir, t5, tokens
+from sbs_jax.data import registry, tokens
 from sbs_jax.prediction import engine
+from sbs_jax.run import checkpoints, directory
+from sbs_jax.student import adapters, partitioning, t5
+from sbs_jax.training import students
+from sbs_jax.weights import frozen
 
 LENGTHS = {"inputs": 20, "targets": 16}
 TEXTS = (
@@ -27,7 +31,7 @@ TEXTS = (
 
 def write(folder: Path, *, vocabulary: str = "byte", task: str = "toy_step_by_step", **changes: Any) -> Path:
     """A run of the toy's shape; with `changes`, of another."""
-    datasets.add(toy.DATASET)
+    registry.add(toy.DATASET)
     rows = 384 if vocabulary == tokens.BYTE_VOCABULARY else 32_128
     config = dataclasses.replace(toy.MODEL, **{"vocab_size": rows, **changes})
     values = cases.parameters(config)
@@ -61,7 +65,7 @@ def _write_manifest(folder: Path, *, vocabulary: str, task: str, tuning: adapter
     run = {"mixture_or_task_name": task, "task_feature_lengths": LENGTHS, "max_decode_length": 6}
     settings = {"tuning": None if tuning is None else dataclasses.asdict(tuning)}
     contents = {"data": data, "run": run | {"primary_metric": "accuracy"}, "settings": settings}
-    (folder / run_dir.MANIFEST).write_text(json.dumps(contents))
+    (folder / directory.MANIFEST).write_text(json.dumps(contents))
 
 
 def questions(folder: Path) -> Path:
@@ -82,5 +86,5 @@ def answers(run: Path, *, objective: str = "label") -> list[engine.Answer]:
 
 
 def parameters(run: Path) -> tuple[t5.Structure, t5.Parameters]:
-    student = evaluate.load_student(run, layout=partitioning.DATA_PARALLEL)
+    student = students.load_student(run, layout=partitioning.DATA_PARALLEL)
     return student.structure, {name: jnp.asarray(np.asarray(x)) for name, x in student.parameters.items()}

@@ -16,20 +16,14 @@ import toy
 from conftest import REPOSITORY
 from etils import epath
 
-from sbs_jax import (
-    adapters,
-    checkpoints,
-    datasets,
-    decoding,
-    evaluate,
-    identity,
-    partitioning,
-    quantized,
-    saving,
-    t5,
-    train,
-)
-from sbs_jax.adapters import IA3, Biases, Bottleneck, LoRA, Prefix, Prompt, Tuning
+from sbs_jax.data import registry
+from sbs_jax.run import checkpoints, saving
+from sbs_jax.student import adapters, decoding, partitioning, quantized, t5
+from sbs_jax.student.adapters import IA3, Biases, Bottleneck, LoRA, Prefix, Prompt, Tuning
+from sbs_jax.training import loop, students
+from sbs_jax.training.state import initial_state
+from sbs_jax.training.step import prepare
+from sbs_jax.weights import identity, npz
 
 MODEL = dataclasses.replace(toy.MODEL, emb_dim=64, num_heads=4, mlp_dim=128, dropout_rate=0.0)
 DEEP = dataclasses.replace(MODEL, num_encoder_layers=2, num_decoder_layers=2)
@@ -141,7 +135,7 @@ def forced(model: t5.T5, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
 def test_generation_is_that_of_the_teacher_forced_student(name, whole, monkeypatch):
     """Greedy and beam search step through a decoder of their own; their scores are those of the whole model."""
     if not whole:  # too large to be merged and unpacked before the loop: that is done at every position
-        monkeypatch.setattr("sbs_jax.stepping.WHOLE_UP_TO", 0)
+        monkeypatch.setattr("sbs_jax.student.stepping.WHOLE_UP_TO", 0)
     tuning = (SILENT | SPOKEN)[name]
     of, parameters = adapted(MODEL, tuning, changed=0.02)
 
@@ -254,7 +248,7 @@ def test_dropout_draws_the_same_masks_with_and_without_lora():
 
 @pytest.fixture(scope="module")
 def records_dir(tmp_path_factory):
-    datasets.add(toy.DATASET)
+    registry.add(toy.DATASET)
     return toy.write_records(tmp_path_factory.mktemp("records"))
 
 
@@ -264,12 +258,12 @@ def config_of(folder, records_dir, tuning, **changes):
 
 def updates(config, *, count=3, devices=None):
     """The state before and after some updates, their losses."""
-    datasets.configure(config.data)
-    trainer = train.prepare(config, devices=devices)
-    state = train.initial_state(config, trainer)
+    registry.configure(config.data)
+    trainer = prepare(config, devices=devices)
+    state = initial_state(config, trainer)
     before = jax.device_get(trainer.parameters(state))
     losses = []
-    for _, batch in zip(range(count), train.batches(config, trainer, skip=0), strict=False):
+    for _, batch in zip(range(count), loop.train_batches(config, trainer, skip=0), strict=False):
         state, metrics = trainer.step(state, trainer.partitioner.put_batch(batch))
         losses.append(float(metrics["loss"]))
     return trainer, before, state, losses
@@ -338,19 +332,19 @@ def test_the_optimiser_s_state_may_live_in_host_memory(tmp_path, records_dir):
 def test_a_run_keeps_its_adapters_alone_and_goes_on_where_it_was(tmp_path, records_dir, caplog):
     tuning = SPOKEN["nf4"]
     base = tmp_path / "base.npz"
-    checkpoints.save_npz(base, t5.init(MODEL, seed=7)[1], dtype="float32")
+    npz.save_npz(base, t5.init(MODEL, seed=7)[1], dtype="float32")
     whole = config_of(tmp_path / "whole", records_dir, tuning, initial_checkpoint_path=str(base))
     with caplog.at_level(logging.INFO, "sbs_jax"):
-        train.train(whole, config_text="")
+        loop.train(whole, config_text="")
     said = next(message for message in caplog.messages if message.startswith("Trained: "))
     share = sum(x.size for n, x in adapters.abstract(MODEL, tuning).shapes.items() if "lora" in n or "adapter" in n)
     assert said.startswith(f"Trained: {share:,} parameters")
     assert f"frozen: {sum(math.prod(x.shape) for x in t5.abstract(MODEL)[1].values()):,}, " in said
     stopped = dataclasses.replace(whole, model_dir=str(tmp_path / "stopped"), train_steps=3, evaluate_test=False)
-    train.train(stopped, config_text="")
+    loop.train(stopped, config_text="")
     resumed = dataclasses.replace(whole, model_dir=stopped.model_dir)
-    train.train(resumed, config_text="", accept_changes=True)
-    ones, others = (evaluate.load_student(c.model_dir, layout=partitioning.DATA_PARALLEL) for c in (whole, resumed))
+    loop.train(resumed, config_text="", accept_changes=True)
+    ones, others = (students.load_student(c.model_dir, layout=partitioning.DATA_PARALLEL) for c in (whole, resumed))
     assert set(ones.parameters) == set(adapters.abstract(MODEL, tuning).shapes)
     for name, want in ones.parameters.items():
         np.testing.assert_array_equal(others.parameters[name], want, err_msg=name)
@@ -361,11 +355,11 @@ def test_a_run_keeps_its_adapters_alone_and_goes_on_where_it_was(tmp_path, recor
     stored = saving.array_handler().metadata(epath.Path(place / "parameters")).tree
     assert set(stored) == adapters.abstract(MODEL, tuning).trained
 
-    checkpoints.save_npz(base, t5.init(MODEL, seed=8)[1], dtype="float32")
+    npz.save_npz(base, t5.init(MODEL, seed=8)[1], dtype="float32")
     with pytest.raises(ValueError, match=r"adapters of another base.*Give the base they were trained on"):
-        evaluate.load_student(tmp_path / "whole", layout=partitioning.DATA_PARALLEL)
+        students.load_student(tmp_path / "whole", layout=partitioning.DATA_PARALLEL)
     with pytest.raises(ValueError, match="adapters of another base"):
-        train.train(dataclasses.replace(whole, train_steps=9), config_text="", accept_changes=True)
+        loop.train(dataclasses.replace(whole, train_steps=9), config_text="", accept_changes=True)
 
 
 def test_fingerprints_tell_values_and_places_apart_and_do_not_depend_on_the_mesh():
@@ -459,9 +453,10 @@ def test_a_prompt_is_not_packed(tmp_path, records_dir):
 
 COMPOSED = """
 import sys, pathlib
-from sbs_jax import adapters, configuration, main
+from sbs_jax.student import adapters
+from sbs_jax.training import gin_files
 for file in sys.argv[1:]:
-    config, text = configuration.configure(
+    config, text = gin_files.configure(
         "train.TrainConfig",
         gin_files=["gin_configs/experiments/svamp/cpu.gin", file, "gin_configs/adapters/neftune.gin"],
         bindings=["MODEL_DIR=/nowhere", "RECORDS_DIR=/nowhere", "PACK=False"],

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sbs_jax import attention
+from sbs_jax.student import attention
 
 
 def textbook(q, k, v, bias, segments, *, causal):

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import toy
 
-from sbs_jax import bench, datasets, features
+from sbs_jax import bench
+from sbs_jax.data import batches, registry
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -167,10 +168,10 @@ def test_sides_are_ended_with_the_block(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_both_sides_get_the_same_examples(tmp_path: Path) -> None:
     """The examples of packed batches are those of the unpacked stream, in order."""
-    datasets.configure(toy.options(toy.write_records(tmp_path)))
+    registry.configure(toy.options(toy.write_records(tmp_path)))
 
     def first(count: int, *, pack: bool, lengths: dict[str, int]) -> list[dict]:
-        stream = features.train_dataset(
+        stream = batches.train_dataset(
             "toy_step_by_step", lengths=lengths, split="train", batch_size=4, pack=pack, seed=0, skip_batches=0
         )
         return [next(stream) for _ in range(count)]
@@ -186,7 +187,7 @@ def test_both_sides_get_the_same_examples(tmp_path: Path) -> None:
     assert len(found) > 3 * 4 * 2
     assert found == expected[: len(found)]
     tokens = sum(len(inputs) + len(targets) for inputs, targets, _ in found)
-    assert tokens == sum(features.count_tokens(batch) for batch in packed)
+    assert tokens == sum(batches.count_tokens(batch) for batch in packed)
 
 
 def test_padding_is_to_the_longest_row() -> None:

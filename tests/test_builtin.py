@@ -15,8 +15,13 @@ import processes
 import pytest
 import sentencepiece
 
-from sbs_jax import checkpoints, demo, records, release, t5, tokens, train
-from sbs_jax.release import Row
+from sbs_jax.cli import demo
+from sbs_jax.data import records, release, tokens
+from sbs_jax.data.dataset import Row
+from sbs_jax.student import t5
+from sbs_jax.training.config import TrainConfig
+from sbs_jax.training.step import prepare
+from sbs_jax.weights import opening
 from tasks import builtin, builtin_corpus
 
 ROWS = {"train": 400, "validation": 50, "test": 400}
@@ -215,8 +220,8 @@ def test_shipped_student_fits_its_gin_file_and_is_small() -> None:
     assert sum(file.stat().st_size for file in path.parent.iterdir()) < 4e6
     config = demo_config("step_by_step")
     assert config.model.vocab_size >= tokens.vocabulary(config.data.vocabulary).vocab_size
-    shapes = train.prepare(config).abstract.parameters
-    parameters = checkpoints.load_parameters(str(path), like=shapes)
+    shapes = prepare(config).abstract.parameters
+    parameters = opening.load_parameters(str(path), like=shapes)
     assert set(parameters) == set(t5.abstract(config.model)[1])
 
 
@@ -238,7 +243,7 @@ def padded(rows: list[list[int]]) -> jnp.ndarray:
     return jnp.array([row + [0] * (32 - len(row)) for row in rows], jnp.int32)
 
 
-def demo_config(method: str) -> train.TrainConfig:
+def demo_config(method: str) -> TrainConfig:
     cells = demo.plan(Path("demo")).cells()
     return next(c for c in cells if (c.method, c.fraction, c.seed) == (method, 0.5, 1)).configured()[0]
 
@@ -257,8 +262,9 @@ def test_demo_from_questions_to_page(tmp_path: Path, starter: processes.Starter)
     """The whole demo on few rows, a few updates; and again, when nothing is left to train."""
     bindings = {"TRAIN_STEPS": 3, "EVAL_PERIOD": 3, "CHECKPOINT_PERIOD": 3, "EVAL_BATCH_SIZE": 16}
     rows = {"train": 64, "validation": 20, "test": 30}
-    text = f"from sbs_jax import demo\ndemo.ROWS, demo.BINDINGS = {rows}, {bindings}\n"
-    text += f"demo.FRACTIONS, demo.SEEDS = (1.0,), (0,)\nraise SystemExit(demo.main({str(tmp_path / 'out')!r}))"
+    text = f"from sbs_jax.cli import demo, main\ndemo.ROWS, demo.BINDINGS = {rows}, {bindings}\n"
+    text += "demo.FRACTIONS, demo.SEEDS = (1.0,), (0,)\n"
+    text += f"raise SystemExit(demo.main({str(tmp_path / 'out')!r}, entry=main.main))"
     done = starter.run(tmp_path, [], command=("-c", text))
     assert done.returncode == 0, done.stderr
     assert "[ 2/2] step" in done.stdout or "[ 2/2] standard" in done.stdout

@@ -23,8 +23,11 @@ import pytest
 import toy
 from saver import NEWEST_TWO, arrays, assert_restores, fill, like
 
-from sbs_jax import checkpoints, checksums, t5
-from sbs_jax.checkpoints import Checkpoints, Retention
+from sbs_jax.run import checkpoints
+from sbs_jax.run.checkpoints import Checkpoints, Retention
+from sbs_jax.storage import checksums
+from sbs_jax.student import t5
+from sbs_jax.weights import opening
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -158,19 +161,19 @@ def test_readers_of_parameters_refuse_what_is_damaged_and_nothing_else(run, dama
     DAMAGES[damage](manifest)
     said = r"checkpoints/2 cannot be used: parameters/manifest.ocdbt .*Other steps there: 1\."
     with pytest.raises(ValueError, match=said):
-        checkpoints.load_parameters(run, like=wanted)
+        opening.load_parameters(run, like=wanted)
     with pytest.raises(ValueError, match=said):
-        checkpoints.open_any(run, kind=checkpoints.form(run))
+        opening.open_any(run, kind=opening.form(run))
     assert checkpoints.read_metadata(run, 2)["step"] == 2
     if manifest.is_dir():
         manifest.rmdir()
     manifest.write_bytes(untouched)
     # The optimiser's files are not theirs.
     DAMAGES[damage](directory / "optimizer" / "manifest.ocdbt")
-    got = checkpoints.load_parameters(run, like=wanted)
+    got = opening.load_parameters(run, like=wanted)
     np.testing.assert_array_equal(got["encoder/w"], arrays(2)["parameters"]["encoder/w"])
     DAMAGES[damage](directory / "metadata" / "metadata")
-    for read in (checkpoints.read_metadata, lambda run, step: checkpoints.load_parameters(run, like=wanted)):
+    for read in (checkpoints.read_metadata, lambda run, step: opening.load_parameters(run, like=wanted)):
         with pytest.raises(ValueError, match="metadata/metadata "):
             read(run, 2)
 
@@ -281,12 +284,12 @@ def test_converted_weights_have_checksums_too(tmp_path):
     assert checksums.problem(tmp_path / "checkpoints" / "5") is None
     assert checkpoints.locate(tmp_path) == (tmp_path, 5)
     assert t5.T5Config.of(checkpoints.read_metadata(tmp_path, 5)["model"]) == toy.MODEL
-    got = checkpoints.load_parameters(tmp_path, like=like(parameters))
+    got = opening.load_parameters(tmp_path, like=like(parameters))
     for name, value in parameters.items():
         np.testing.assert_array_equal(got[name], value)
     flip(next((tmp_path / "checkpoints" / "5" / "parameters" / "ocdbt.process_0" / "d").iterdir()))
     with pytest.raises(ValueError, match=r"parameters/ocdbt.process_0/d/\w+ has been changed.*There is no other step"):
-        checkpoints.load_parameters(tmp_path, like=like(parameters))
+        opening.load_parameters(tmp_path, like=like(parameters))
 
 
 def test_a_run_is_read_while_it_writes(tmp_path):
@@ -296,7 +299,7 @@ def test_a_run_is_read_while_it_writes(tmp_path):
     def read() -> None:
         while not stop.is_set():
             try:
-                got = checkpoints.load_parameters(tmp_path, like=wanted)
+                got = opening.load_parameters(tmp_path, like=wanted)
                 step = int(got["scale"][0])
                 np.testing.assert_array_equal(got["encoder/w"], arrays(step)["parameters"]["encoder/w"])
                 seen.append(step)

@@ -17,16 +17,20 @@ import tensorstore as ts
 import toy
 from flax import serialization, traverse_util
 
-from sbs_jax import checkpoints, evaluate, t5, train
-from sbs_jax.convert import command, hugging_face, names, t5x
+from sbs_jax.export import convert
 from sbs_jax.prediction import engine, files
+from sbs_jax.student import t5
+from sbs_jax.training import students
+from sbs_jax.training.state import initial_state
+from sbs_jax.training.step import prepare
+from sbs_jax.weights import hugging_face, names, opening, t5x
 
 ALL = list(cases.CASES)
 
 
-def convert(source, target, to_form, **changes):
+def converted(source, target, to_form, **changes):
     options = {"from_form": None, "dtype": "float32", "shard_bytes": 10**9}
-    return command.convert(str(source), str(target), to_form=to_form, **{**options, **changes})
+    return convert.convert(str(source), str(target), to_form=to_form, **{**options, **changes})
 
 
 def same(opened: names.Opened, config: t5.T5Config) -> None:
@@ -197,10 +201,10 @@ def test_a_bucket_is_read_by_slices(starter, form, tmp_path):
         old_form(folder, config, scanned=False)
     program = (
         "import sys, numpy as np\n"
-        "from sbs_jax import checkpoints\n"
+        "from sbs_jax.weights import opening\n"
         "place = sys.argv[1]\n"
-        "assert checkpoints.form(place) == 't5x'\n"
-        "opened = checkpoints.open_any(place, kind='t5x')\n"
+        "assert opening.form(place) == 't5x'\n"
+        "opened = opening.open_any(place, kind='t5x')\n"
         "np.savez(sys.argv[2], **{name: array.whole() for name, array in opened.arrays.items()})\n"
     )
     with bucket.served(tmp_path, bucket="some-bucket") as (environment, asked):
@@ -259,16 +263,16 @@ def run(toy_run):
 
 
 def student_of(path):
-    student = evaluate.load_student(path, layout=toy.config(Path("a"), Path("b")).layout)
+    student = students.load_student(path, layout=toy.config(Path("a"), Path("b")).layout)
     return jax.tree.map(np.asarray, student.parameters), student.config
 
 
 @pytest.mark.parametrize("through", ["hf", "t5x", "sbs"])
 def test_a_run_comes_back_from_every_form_as_a_run_that_predicts(run, through, tmp_path):
-    summary = convert(run.model_dir, tmp_path / through, through)
+    summary = converted(run.model_dir, tmp_path / through, through)
     assert summary["from"] == "sbs"
-    assert checkpoints.form(tmp_path / through) == through
-    convert(tmp_path / through, tmp_path / "back", "sbs", from_form=through)
+    assert opening.form(tmp_path / through) == through
+    converted(tmp_path / through, tmp_path / "back", "sbs", from_form=through)
     before, after = student_of(run.model_dir), student_of(tmp_path / "back")
     assert before[1] == after[1]
     for name, values in before[0].items():
@@ -285,10 +289,10 @@ def test_a_run_comes_back_from_every_form_as_a_run_that_predicts(run, through, t
 
 @pytest.mark.parametrize("through", ["hf", "t5x", "sbs"])
 def test_training_starts_from_every_form(run, through, tmp_path):
-    convert(run.model_dir, tmp_path / "start", through)
+    converted(run.model_dir, tmp_path / "start", through)
     config = toy.config(tmp_path / "next", Path(run.data.records_dir), initial_checkpoint_path=str(tmp_path / "start"))
-    trainer = train.prepare(config)
-    state = train.initial_state(config, trainer)
+    trainer = prepare(config)
+    state = initial_state(config, trainer)
     for name, values in student_of(run.model_dir)[0].items():
         np.testing.assert_array_equal(state.parameters[name], values)
         assert state.parameters[name].sharding == trainer.abstract.parameters[name].sharding
@@ -412,21 +416,21 @@ def test_a_half_written_export_does_not_look_complete(tmp_path):
 
 def test_what_is_no_checkpoint_says_what_is_expected(tmp_path):
     with pytest.raises(FileNotFoundError, match="nothing is there"):
-        checkpoints.form(tmp_path / "none")
+        opening.form(tmp_path / "none")
     (tmp_path / "file.txt").write_text("x")
     with pytest.raises(FileNotFoundError, match=r"Hugging Face directory.*T5X model directory"):
-        checkpoints.form(tmp_path)
+        opening.form(tmp_path)
 
 
 def test_the_stated_form_must_be_the_form(exported, tmp_path):
     with pytest.raises(ValueError, match="form 'hf'; got --from 't5x'"):
-        convert(exported, tmp_path / "out", "sbs", from_form="t5x")
+        converted(exported, tmp_path / "out", "sbs", from_form="t5x")
 
 
 def test_weights_of_another_size_than_the_configured_model_are_refused(exported, tmp_path):
     config = toy.config(tmp_path / "run", tmp_path, initial_checkpoint_path=str(exported))
     with pytest.raises(ValueError, match=r"another architecture[\s\S]*gin_configs/models"):
-        train.initial_state(config, train.prepare(config))
+        initial_state(config, prepare(config))
 
 
 @pytest.mark.slow
@@ -453,7 +457,7 @@ def test_weights_are_streamed_and_never_held_together(starter, tmp_path):
     hugging_face.write(tmp_path / "source", names.Opened(config, arrays), dtype="float32")
     program = (
         "import re, threading, time, sys, pathlib\n"
-        "from sbs_jax.convert import command\n"
+        "from sbs_jax.export import convert\n"
         "def held():\n"
         "    return int(re.search(r'RssAnon:\\s+(\\d+)', pathlib.Path('/proc/self/status').read_text())[1])\n"
         "before, peak, done = held(), 0, False\n"
@@ -464,7 +468,7 @@ def test_weights_are_streamed_and_never_held_together(starter, tmp_path):
         "        time.sleep(0.005)\n"
         "thread = threading.Thread(target=watch)\n"
         "thread.start()\n"
-        "command.convert(*sys.argv[1:3], from_form='hf', to_form='hf', dtype='float32', shard_bytes=10**9)\n"
+        "convert.convert(*sys.argv[1:3], from_form='hf', to_form='hf', dtype='float32', shard_bytes=10**9)\n"
         "done = True\n"
         "thread.join()\n"
         "print((peak - before) * 1024)\n"

@@ -9,21 +9,22 @@ import numpy as np
 import pytest
 import seqio
 
-from sbs_jax import datasets, losses, records
-from tasks import metrics
+from sbs_jax.data import grading, records, registry, selection
+from sbs_jax.data.dataset import Dataset
+from sbs_jax.student import losses
 
 LENGTHS = {"inputs": 40, "targets": 40, "task_ids": 40}
 
 
-def dataset(name: str = "cats") -> datasets.Dataset:
-    return datasets.Dataset(
+def dataset(name: str = "cats") -> Dataset:
+    return Dataset(
         name=name,
         labels=None,
         read_release=None,
         parsers={},
-        metric_fns=(metrics.accuracy,),
+        metric_fns=(grading.accuracy,),
         primary_metric="accuracy",
-        same_label=metrics.same_text,
+        same_label=grading.same_text,
         feature_lengths={"inputs": 40, "targets": 40},
     )
 
@@ -37,61 +38,61 @@ def row(number: int, **changes) -> records.Record:
 @pytest.fixture
 def records_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Folder with 20 training and 4 test records of `cats`, which is registered."""
-    monkeypatch.setattr(datasets, "_DATASETS", dict(datasets._DATASETS))
-    monkeypatch.setattr(datasets, "_options", datasets._options)
+    monkeypatch.setattr(registry, "_DATASETS", dict(registry._DATASETS))
+    monkeypatch.setattr(registry, "_options", registry._options)
     folder = tmp_path / "cats"
     folder.mkdir()
     records.write_records(folder / "train.jsonl", [row(number) for number in range(20)])
     records.write_records(folder / "test.jsonl", [row(number) for number in range(100, 104)])
-    datasets.add(dataset())
+    registry.add(dataset())
     configure(tmp_path)
     return tmp_path
 
 
 def configure(folder: Path, **changes) -> None:
     options = {"records_dir": str(folder), "vocabulary": "byte", **changes}
-    datasets.configure(datasets.DataOptions(**options))
+    registry.configure(selection.DataOptions(**options))
 
 
 def ids(task_name: str, split: str) -> list[str]:
-    return [example.id for example in datasets.examples(task_name, split)]
+    return [example.id for example in registry.examples(task_name, split)]
 
 
 def stream(name: str, *, count: int, seed: int | None = 0, **changes) -> list[dict]:
-    provider = datasets.get_task_or_mixture(name)
+    provider = registry.get_task_or_mixture(name)
     arguments = {"sequence_length": LENGTHS, "split": "train", "num_epochs": None, "seed": seed}
     found = provider.get_dataset(**(arguments | changes))
     return list(found.take(count).as_numpy_iterator())
 
 
 def text(ids: np.ndarray) -> str:
-    return datasets.vocabulary("byte").decode(ids.tolist())
+    return registry.vocabulary("byte").decode(ids.tolist())
 
 
 # ------------------------------------------------------------------------------- names
 
 
 def test_parts_of_task_names(records_dir: Path):
-    assert datasets.split_task("cats_rationale_then_label") == (dataset(), "rationale_then_label")
-    assert datasets.split_task("cats_label") == (dataset(), "label")
-    assert datasets.dataset_of_task("cats_step_by_step") == dataset()
-    assert datasets.graded_task("cats_step_by_step") == "cats_label"
-    assert datasets.graded_task("cats_label") == "cats_label"
-    assert datasets.graded_task("cats_rationale_then_label") == "cats_rationale_then_label"
-    assert datasets.graded_task("cats_rationale") is None
-    assert datasets.subtasks("cats_step_by_step") == ("cats_label", "cats_rationale")
-    assert datasets.subtasks("cats_rationale") == ("cats_rationale",)
-    assert datasets.prefix_of_task("cats_rationale") == "explain: "
-    assert datasets.prefix_of_task("cats_step_by_step") == "predict: "
+    assert registry.split_task("cats_rationale_then_label") == (dataset(), "rationale_then_label")
+    assert registry.split_task("cats_label") == (dataset(), "label")
+    assert registry.dataset_of_task("cats_step_by_step") == dataset()
+    assert registry.graded_task("cats_step_by_step") == "cats_label"
+    assert registry.graded_task("cats_label") == "cats_label"
+    assert registry.graded_task("cats_rationale_then_label") == "cats_rationale_then_label"
+    assert registry.graded_task("cats_rationale") is None
+    assert registry.subtasks("cats_step_by_step") == ("cats_label", "cats_rationale")
+    assert registry.subtasks("cats_rationale") == ("cats_rationale",)
+    assert registry.prefix_of_task("cats_rationale") == "explain: "
+    assert registry.prefix_of_task("cats_step_by_step") == "predict: "
 
 
 def test_unknown_names_get_near_matches(records_dir: Path):
     with pytest.raises(ValueError, match=r"Unknown task.*'cats_lable'.*Did you mean 'cats_label'"):
-        datasets.get_task_or_mixture("cats_lable")
+        registry.get_task_or_mixture("cats_lable")
     with pytest.raises(ValueError, match="Did you mean 'cats_step_by_step'"):
-        datasets.split_task("cat_step_by_step")
+        registry.split_task("cat_step_by_step")
     with pytest.raises(ValueError, match=r"Unknown dataset 'cat'.*Did you mean 'cats'"):
-        datasets.get("cat")
+        registry.get("cat")
 
 
 def test_bad_descriptions_are_refused(records_dir: Path):
@@ -105,38 +106,38 @@ def test_bad_descriptions_are_refused(records_dir: Path):
         dataclasses.replace(dataset(), feature_lengths={"inputs": 8, "targets": 1})
     with pytest.raises(ValueError, match="nothing grades"):
         dataclasses.replace(dataset(), metric_fns=())
-    datasets.add(dataset())  # the same once more is fine
+    registry.add(dataset())  # the same once more is fine
     with pytest.raises(ValueError, match="already registered as 'cats'"):
-        datasets.add(dataclasses.replace(dataset(), primary_metric="other"))
+        registry.add(dataclasses.replace(dataset(), primary_metric="other"))
 
 
 def test_graded_text():
-    assert datasets.graded_text(" yes ", kind="label") == "yes"
+    assert registry.graded_text(" yes ", kind="label") == "yes"
     then = "rationale_then_label"
-    assert datasets.graded_text("It barks. Answer: yes", kind=then) == "yes"
-    assert datasets.graded_text("Answer: no. Answer: yes", kind=then) == "yes"
-    assert datasets.graded_text("yes", kind=then) == ""
-    assert datasets.graded_text("Answer: it", kind="rationale") == "Answer: it"
+    assert registry.graded_text("It barks. Answer: yes", kind=then) == "yes"
+    assert registry.graded_text("Answer: no. Answer: yes", kind=then) == "yes"
+    assert registry.graded_text("yes", kind=then) == ""
+    assert registry.graded_text("Answer: it", kind="rationale") == "Answer: it"
 
 
 # ------------------------------------------------------------------------------ files and splits
 
 
 def test_missing_records_name_the_command(records_dir: Path):
-    datasets.add(dataset("dogs"))
+    registry.add(dataset("dogs"))
     with pytest.raises(FileNotFoundError) as error:
-        datasets.examples("dogs_label", "train")
+        registry.examples("dogs_label", "train")
     command = f"sbs records --dataset dogs --release DIR --records_dir {records_dir}"
     assert command in str(error.value)
 
 
 def test_held_out_where_there_is_no_validation_file(records_dir: Path):
-    assert datasets.available_splits("cats") == ("train", "validation", "test")
+    assert registry.available_splits("cats") == ("train", "validation", "test")
     assert len(ids("cats_label", "train")) == 18
     assert len(ids("cats_label", "validation")) == 2
     assert set(ids("cats_label", "train")).isdisjoint(ids("cats_label", "validation"))
     configure(records_dir, validation_fraction=0)
-    assert datasets.available_splits("cats") == ("train", "test")
+    assert registry.available_splits("cats") == ("train", "test")
     assert len(ids("cats_label", "train")) == 20
     with pytest.raises(ValueError, match="no validation split: validation_fraction is 0"):
         ids("cats_label", "validation")
@@ -166,7 +167,7 @@ def test_the_validation_file_can_be_trained_on(records_dir: Path, keep_train_fil
 
 def test_splits_that_do_not_exist(records_dir: Path):
     (records_dir / "cats" / "train.jsonl").unlink()
-    assert datasets.available_splits("cats") == ("test",)
+    assert registry.available_splits("cats") == ("test",)
     with pytest.raises(ValueError, match=r"no train split: there is no .*train.jsonl"):
         ids("cats_label", "train")
     with pytest.raises(ValueError, match=r"'tset'.*Did you mean 'test'"):
@@ -185,7 +186,7 @@ def test_a_task_without_rows_says_what_became_of_them(records_dir: Path):
 
 def test_manifest(records_dir: Path):
     configure(records_dir, fraction=0.5)
-    manifest = datasets.manifest("cats")
+    manifest = registry.manifest("cats")
     assert manifest["options"]["fraction"] == 0.5
     assert list(manifest["splits"]) == ["train", "validation", "test"]
     train = manifest["splits"]["train"]
@@ -203,8 +204,8 @@ def test_configure_reads_anew(records_dir: Path):
     assert len(ids("cats_label", "test")) == 4
     configure(records_dir, label_prefix="")
     assert len(ids("cats_label", "test")) == 1
-    assert datasets.examples("cats_label", "test")[0].inputs == "1 cats"
-    assert datasets.options().label_prefix == ""
+    assert registry.examples("cats_label", "test")[0].inputs == "1 cats"
+    assert registry.options().label_prefix == ""
 
 
 # --------------------------------------------------------------------------------- through SeqIO

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sbs_jax import decoding, partitioning, stepping, t5
+from sbs_jax.student import decoding, partitioning, stepping, t5
 
 SHAPE = {"emb_dim": 24, "num_heads": 4, "head_dim": 6, "mlp_dim": 20, "num_encoder_layers": 1, "num_decoder_layers": 2}
 V1_0 = {"mlp_activations": ("relu",), "logits_via_embedding": True}

@@ -20,11 +20,12 @@ import toy
 from conftest import REPOSITORY
 from jax import export
 
-from sbs_jax import decoding, quantized, t5
-from sbs_jax.adapters import Prompt, Tuning
-from sbs_jax.convert import command, hugging_face
+from sbs_jax.data import grading
 from sbs_jax.export import card as cards
-from tasks import metrics
+from sbs_jax.export import convert
+from sbs_jax.student import decoding, quantized, t5
+from sbs_jax.student.adapters import Prompt, Tuning
+from sbs_jax.weights import hugging_face
 
 ANSWER = """
 import importlib.abc, json, sys
@@ -59,11 +60,11 @@ def answered(artefact: Path, *, also_refused: tuple[str, ...] = ()) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def convert(source: Path, target: Path, to_form: str = "stablehlo", **changes) -> dict:
+def converted(source: Path, target: Path, to_form: str = "stablehlo", **changes) -> dict:
     options = {"from_form": None, "dtype": "float32", "shard_bytes": 10**9, "shapes": ()}
     if to_form == "stablehlo":
         options["shapes"] = [(4, 20)]
-    return command.convert(str(source), str(target), to_form=to_form, **{**options, **changes})
+    return convert.convert(str(source), str(target), to_form=to_form, **{**options, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +83,7 @@ def label_student(tmp_path_factory) -> Path:
 
 def test_stablehlo_answers_without_this_package(student, tmp_path):
     """Label and rationale, two more rows than a program takes; inputs that are cut, or have an end token."""
-    summary = convert(student, tmp_path / "out", check=0)
+    summary = converted(student, tmp_path / "out", check=0)
     assert summary["check"] is None
     assert summary["platforms"] == ["cpu", "tpu", "cuda"]
     found = answered(tmp_path / "out")
@@ -99,7 +100,7 @@ def test_stablehlo_answers_without_this_package(student, tmp_path):
 
 def test_a_program_holds_no_weights_and_nothing_that_may_change(label_student, tmp_path):
     """The size of a program does not grow with the weights; `jax.export` itself refuses operations without promise."""
-    convert(label_student, tmp_path / "out", platforms=("cpu", "cuda"), check=0)
+    converted(label_student, tmp_path / "out", platforms=("cpu", "cuda"), check=0)
     (file,) = (tmp_path / "out").glob("*.jax_export")
     exported = export.deserialize(bytearray(file.read_bytes()))
     assert exported.platforms == ("cpu", "cuda")
@@ -117,7 +118,7 @@ def _constants(text: str) -> list[list[int]]:
 
 
 def test_int8_weights_are_a_quarter_and_say_what_they_lose(label_student, tmp_path):
-    summary = convert(label_student, tmp_path / "out", dtype="int8", samples=str(students.questions(tmp_path)))
+    summary = converted(label_student, tmp_path / "out", dtype="int8", samples=str(students.questions(tmp_path)))
     stored = safetensors.numpy.load_file(tmp_path / "out" / "model.safetensors")
     structure, parameters = students.parameters(label_student)
     unpacked = {}
@@ -162,7 +163,7 @@ def _program(folder: Path):
 
 
 def test_bfloat16_is_half(label_student, tmp_path):
-    convert(label_student, tmp_path / "out", dtype="bfloat16", platforms=("cpu",), check=0)
+    converted(label_student, tmp_path / "out", dtype="bfloat16", platforms=("cpu",), check=0)
     size = (tmp_path / "out" / "model.safetensors").stat().st_size
     assert size < 0.55 * 4 * sum(x.size for x in students.parameters(label_student)[1].values())
     header = safetensors.safe_open(tmp_path / "out" / "model.safetensors", framework="np")
@@ -175,8 +176,8 @@ def test_what_cannot_be_merged_is_carried(student, tmp_path):
     tuning = Tuning(prompt=Prompt(length=3))
     run = students.write_adapters(tmp_path / "run", tuning, base=student)
     with pytest.raises(ValueError, match=r"has a prompt .* cannot be merged"):
-        convert(run, tmp_path / "hf", "hf")
-    summary = convert(run, tmp_path / "out", platforms=("cpu",), samples=str(students.questions(tmp_path)))
+        converted(run, tmp_path / "hf", "hf")
+    summary = converted(run, tmp_path / "out", platforms=("cpu",), samples=str(students.questions(tmp_path)))
     assert summary["check"]["same_answers"] == 6
     stored = safetensors.numpy.load_file(tmp_path / "out" / "model.safetensors")
     assert stored["prompt/embedding"].shape == (3, toy.MODEL.emb_dim)
@@ -191,7 +192,7 @@ def test_what_cannot_be_merged_is_carried(student, tmp_path):
 
 
 def test_a_run_s_export_tells_all_there_is_to_know(toy_run, tmp_path):
-    convert(Path(toy_run.model_dir), tmp_path / "out", "hf")
+    converted(Path(toy_run.model_dir), tmp_path / "out", "hf")
     card = json.loads((tmp_path / "out" / cards.FILE).read_text())
     assert card["input"] == {
         "prefix": "predict: ",
@@ -224,10 +225,10 @@ def test_a_run_s_export_tells_all_there_is_to_know(toy_run, tmp_path):
         assert str(REPOSITORY) not in text
     grades: dict = {}
     exec((tmp_path / "out" / cards.GRADING).read_text(), grades)
-    assert grades["accuracy"](["a", "b"], ["a", "c"]) == metrics.accuracy(["a", "b"], ["a", "c"])
+    assert grades["accuracy"](["a", "b"], ["a", "c"]) == grading.accuracy(["a", "b"], ["a", "c"])
     # The card goes along, through every form.
     for before, to_form in (("out", "t5x"), ("t5x", "sbs"), ("sbs", "hf")):
-        convert(tmp_path / before, tmp_path / to_form, to_form)
+        converted(tmp_path / before, tmp_path / to_form, to_form)
     again = json.loads((tmp_path / "hf" / cards.FILE).read_text())
     assert again == card
 
@@ -236,7 +237,7 @@ def test_of_a_dataset_that_is_not_known_here_the_card_has_less(tmp_path, caplog)
     run = students.write(tmp_path / "run")
     manifest = json.loads((run / "manifest.json").read_text().replace('"toy', '"elsewhere'))
     (run / "manifest.json").write_text(json.dumps(manifest))
-    convert(run, tmp_path / "out", "hf")
+    converted(run, tmp_path / "out", "hf")
     assert "'elsewhere' is not known here" in caplog.text
     card = json.loads((tmp_path / "out" / cards.FILE).read_text())
     assert (card["dataset"], card["input"]["prefix"]) == ("elsewhere", "predict: ")
@@ -246,7 +247,7 @@ def test_of_a_dataset_that_is_not_known_here_the_card_has_less(tmp_path, caplog)
 def test_of_another_step_nothing_was_tested(toy_run, tmp_path):
     tested = json.loads((Path(toy_run.model_dir) / "metrics.jsonl").read_text().splitlines()[-1])["step"]
     other = next(p for p in (Path(toy_run.model_dir) / "checkpoints").iterdir() if int(p.name) != tested)
-    convert(other, tmp_path / "out", "hf")
+    converted(other, tmp_path / "out", "hf")
     assert json.loads((tmp_path / "out" / cards.FILE).read_text())["test"] is None
     assert "| on test | not measured |" in (tmp_path / "out" / cards.README).read_text()
 
@@ -262,7 +263,7 @@ def test_a_run_is_checked_with_what_it_was_graded_on(toy_run):
 
 def test_a_single_task_s_parser_takes_what_follows_the_marker(tmp_path):
     run = students.write(tmp_path / "run", task="toy_rationale_then_label")
-    convert(run, tmp_path / "out", "hf")
+    converted(run, tmp_path / "out", "hf")
     card = json.loads((tmp_path / "out" / cards.FILE).read_text())
     assert card["answer"]["is"] == "rationale, then label"
     assert card["answer"]["parser"]["after_last"] == "Answer:"
@@ -287,25 +288,25 @@ def test_a_single_task_s_parser_takes_what_follows_the_marker(tmp_path):
 )
 def test_what_a_form_has_not(student, to_form, changes, message, tmp_path):
     with pytest.raises(ValueError, match=message):
-        convert(student, tmp_path / "out", to_form, **changes)
+        converted(student, tmp_path / "out", to_form, **changes)
     assert not list(tmp_path.glob("out*"))
 
 
 def test_an_existing_target_is_left_alone(student, tmp_path):
     (tmp_path / "out").mkdir()
     with pytest.raises(FileExistsError, match=r"exists already; choose another name"):
-        convert(student, tmp_path / "out")
+        converted(student, tmp_path / "out")
     assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_weights_alone_are_no_student(tmp_path):
     students.write(tmp_path / "run")
     (tmp_path / "run" / "manifest.json").unlink()
-    convert(tmp_path / "run", tmp_path / "hf", "hf")
+    converted(tmp_path / "run", tmp_path / "hf", "hf")
     assert not (tmp_path / "hf" / cards.FILE).exists()
     for source in (tmp_path / "run", tmp_path / "hf"):
         with pytest.raises(ValueError, match=r"is no run of ours, and no export of one: nothing says"):
-            convert(source, tmp_path / "out")
+            converted(source, tmp_path / "out")
 
 
 def test_a_vocabulary_that_is_gone_is_missed_before_anything_is_written(tmp_path, real_vocab):
@@ -315,21 +316,21 @@ def test_a_vocabulary_that_is_gone_is_missed_before_anything_is_written(tmp_path
     here.unlink()
     for to_form in ("hf", "stablehlo"):
         with pytest.raises(FileNotFoundError, match=r"no SentencePiece model at .*here\.model"):
-            convert(run, tmp_path / "out", to_form)
+            converted(run, tmp_path / "out", to_form)
         assert not (tmp_path / "out").exists()
     with pytest.raises(ValueError, match=r"another vocabulary than that of .*: SHA-256 None"):
-        convert(run, tmp_path / "out", "hf", vocabulary="byte")
-    convert(run, tmp_path / "out", "hf", vocabulary=str(real_vocab))
+        converted(run, tmp_path / "out", "hf", vocabulary="byte")
+    converted(run, tmp_path / "out", "hf", vocabulary=str(real_vocab))
     assert (tmp_path / "out" / hugging_face.SENTENCEPIECE).read_bytes() == real_vocab.read_bytes()
 
 
 def test_a_student_without_tokenizer_is_refused_by_programs(student, tmp_path):
-    convert(student, tmp_path / "hf", "hf")
+    converted(student, tmp_path / "hf", "hf")
     for name in ("tokenizer_config.json", hugging_face.SENTENCEPIECE):
         (tmp_path / "hf" / name).unlink(missing_ok=True)
     with pytest.raises(ValueError, match=r"has no tokenizer: .* --vocabulary"):
-        convert(tmp_path / "hf", tmp_path / "out")
-    summary = convert(tmp_path / "hf", tmp_path / "out", "hf", vocabulary="byte")
+        converted(tmp_path / "hf", tmp_path / "out")
+    summary = converted(tmp_path / "hf", tmp_path / "out", "hf", vocabulary="byte")
     assert summary["to"] == "hf"
 
 
@@ -337,28 +338,28 @@ def test_a_student_without_tokenizer_is_refused_by_programs(student, tmp_path):
 def test_a_missing_exporter_says_what_to_install(student, name, tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda asked: None if asked == name else True)
     with pytest.raises(ModuleNotFoundError, match=rf"--to onnx needs {name}, .* pip install 'sbs-jax\[onnx\]'"):
-        convert(student, tmp_path / "out", "onnx")
+        converted(student, tmp_path / "out", "onnx")
 
 
 def test_samples_that_are_none_are_named(student, tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"input": "a"}\n{"text": "b"}\n')
     with pytest.raises(ValueError, match=r'rows.jsonl:2: expected {"input": text}'):
-        convert(student, tmp_path / "out", samples=str(tmp_path / "rows.jsonl"))
+        converted(student, tmp_path / "out", samples=str(tmp_path / "rows.jsonl"))
 
 
 @pytest.mark.parametrize("text", ["8", "0x20", "8x", "8x20,", "8X20", "-1x3"])
 def test_shapes_on_the_command_line(text, capsys):
-    from sbs_jax.main import main
+    from sbs_jax.cli.main import main
 
     assert main(["convert", "--to", "stablehlo", f"--shapes={text}", "SRC", "DST"]) == 1
     assert "is no ROWSxTOKENS, such as 32x88" in capsys.readouterr().err
 
 
 def test_a_damaged_card_is_refused(student, tmp_path):
-    convert(student, tmp_path / "hf", "hf")
+    converted(student, tmp_path / "hf", "hf")
     (tmp_path / "hf" / cards.FILE).write_text('{"format": 99}')
     with pytest.raises(ValueError, match=r"sbs_student.json: got format 99; expected .* format 1"):
-        convert(tmp_path / "hf", tmp_path / "out", "hf")
+        converted(tmp_path / "hf", tmp_path / "out", "hf")
 
 
 @pytest.mark.parametrize(
@@ -375,13 +376,13 @@ def test_a_base_is_named_without_where_it_lies(student, path, name, tmp_path):
     manifest = json.loads((run / "manifest.json").read_text())
     manifest["settings"]["initial_checkpoint_path"] = path
     (run / "manifest.json").write_text(json.dumps(manifest))
-    convert(run, tmp_path / "out", "hf")
+    converted(run, tmp_path / "out", "hf")
     assert json.loads((tmp_path / "out" / cards.FILE).read_text())["training"]["base"] == name
     assert f"| base | {name} |" in (tmp_path / "out" / cards.README).read_text()
 
 
 def test_a_card_with_anything_else_in_any_place_is_refused_or_still_a_card(student, tmp_path):
-    convert(student, tmp_path / "hf", "hf")
+    converted(student, tmp_path / "hf", "hf")
     card = json.loads((tmp_path / "hf" / cards.FILE).read_text())
     refused = []
     for place in _places(card):

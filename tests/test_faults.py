@@ -21,8 +21,11 @@ import pytest
 import toy
 from processes import Process, until
 
-from sbs_jax import checkpoints, checksums, datasets, features, preemption, run_dir, tokens
-from sbs_jax.convert import t5x
+from sbs_jax.data import batches, registry, tokens
+from sbs_jax.hosts import preemption
+from sbs_jax.run import checkpoints, directory
+from sbs_jax.storage import checksums
+from sbs_jax.weights import t5x
 
 SPEEDS = {"tokens_per_second", "seconds_per_step", "data_wait_share"}
 STEPS, EVALUATED = 40, 16
@@ -43,14 +46,14 @@ LONG = (pytest.mark.faults, pytest.mark.timeout(3600))
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """What a command line needs to train on the toy dataset."""
-    before = datasets.options()
+    before = registry.options()
     yield toy.write_command(tmp_path_factory.mktemp("faults"), **MACROS)
-    datasets.configure(before)
+    registry.configure(before)
 
 
 @pytest.fixture(scope="module")
 def reference(starter, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that nothing interrupts, by the true entry (`python -m sbs_jax.main`), which compiles by itself."""
+    """A run that nothing interrupts, by the true entry (`python -m sbs_jax`), which compiles by itself."""
     folders = tmp_path_factory.mktemp("reference")
     run = folders / "run"
     with starter.alone(folders, toy.train_flags(folder, run), path=[folder], spawn=True) as process:
@@ -76,7 +79,7 @@ def contents(run: Path) -> Contents:
     for item in (checkpoints.PARAMETERS, checkpoints.OPTIMIZER):
         for name, array in t5x.orbax_arrays(run / "checkpoints" / str(step) / item).items():
             arrays[f"{item}/{name}"] = array.whole()
-    lines = [{k: v for k, v in line.items() if k not in SPEEDS} for line in run_dir.read_metrics(run)]
+    lines = [{k: v for k, v in line.items() if k not in SPEEDS} for line in directory.read_metrics(run)]
     predictions = {path.name: path.read_bytes() for path in (run / "predictions").iterdir()}
     metadata = checkpoints.read_metadata(run, step)
     return Contents(arrays, metadata, lines, predictions, checkpoints.best_step(run))
@@ -111,7 +114,7 @@ def being_written(run: Path) -> set[str]:
 
 
 def last_line(run: Path) -> dict[str, Any]:
-    lines = run_dir.read_metrics(run)
+    lines = directory.read_metrics(run)
     return lines[-1] if lines else {"kind": None, "step": 0}
 
 
@@ -302,7 +305,7 @@ def test_two_processes_told_to_end_or_killed_end_as_if_nothing_had_been(starter,
 @pytest.mark.parametrize(("pack", "rows_of_epoch"), [(False, 1_100_000), (True, 190_000)])
 def test_to_go_on_after_three_epochs_of_550_000_rows_takes_seconds(monkeypatch, pack, rows_of_epoch):
     """e-SNLI has 549,367; nothing of what was seen is read, or made, again."""
-    datasets.add(toy.DATASET)
+    registry.add(toy.DATASET)
     found = {}
     for task in ("toy_label", "toy_rationale"):
         for feature, longest in (("inputs", 60), ("targets", 40)):
@@ -310,22 +313,22 @@ def test_to_go_on_after_three_epochs_of_550_000_rows_takes_seconds(monkeypatch, 
             starts = np.concatenate([[0], np.cumsum(sizes)])
             ids = np.arange(starts[-1], dtype=np.int32) % 300 + 2
             found.setdefault(task, {})[feature] = tokens.TokenTable(ids=ids, starts=starts)
-    monkeypatch.setattr(datasets, "token_tables", lambda task, split: found[task])
+    monkeypatch.setattr(registry, "token_tables", lambda task, split: found[task])
 
     def stream(skip: int) -> Iterator[dict[str, np.ndarray]]:
         lengths = {"inputs": 512, "targets": 128} if pack else {"inputs": 60, "targets": 40}
-        return features.train_dataset(
+        return batches.train_dataset(
             "toy_step_by_step", lengths=lengths, split="train", batch_size=128, pack=pack, seed=0, skip_batches=skip
         )
 
     steps = 3 * rows_of_epoch // 128
     begin, used = time.monotonic(), time.process_time()
-    batches = stream(steps)
-    next(batches)
+    rows = stream(steps)
+    next(rows)
     used = time.process_time() - used
     print(f"\n{time.monotonic() - begin:.2f} s, {used:.2f} s of CPU to step {steps:,}, packed: {pack}")
     assert used < 4
-    second, after = next(batches), next(stream(steps + 1))
+    second, after = next(rows), next(stream(steps + 1))
     for name, array in second.items():
         np.testing.assert_array_equal(after[name], array)
 

@@ -13,8 +13,9 @@ import pytest
 import seqio
 import tensorflow as tf
 
-from sbs_jax import datasets, features, losses, records, tokens
-from tasks import metrics
+from sbs_jax.data import batches, grading, records, registry, selection, tokens
+from sbs_jax.data.dataset import Dataset
+from sbs_jax.student import losses
 
 LENGTHS = {"inputs": 60, "targets": 48}
 UNPACKED = {
@@ -47,18 +48,18 @@ def row(number: int, **changes) -> records.Record:
 @pytest.fixture
 def cats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Folder with 20 training records (18 used, 2 held out) of the dataset `cats`."""
-    monkeypatch.setattr(datasets, "_DATASETS", dict(datasets._DATASETS))
-    monkeypatch.setattr(datasets, "_options", datasets._options)
+    monkeypatch.setattr(registry, "_DATASETS", dict(registry._DATASETS))
+    monkeypatch.setattr(registry, "_options", registry._options)
     write(tmp_path, [row(number) for number in range(20)])
-    datasets.add(
-        datasets.Dataset(
+    registry.add(
+        Dataset(
             name="cats",
             labels=None,
             read_release=None,
             parsers={},
-            metric_fns=(metrics.accuracy,),
+            metric_fns=(grading.accuracy,),
             primary_metric="accuracy",
-            same_label=metrics.same_text,
+            same_label=grading.same_text,
             feature_lengths=LENGTHS,
         )
     )
@@ -73,10 +74,10 @@ def write(folder: Path, found: list[records.Record]) -> None:
 
 def configure(folder: Path, **changes) -> None:
     options = {"records_dir": str(folder), "vocabulary": "byte", **changes}
-    datasets.configure(datasets.DataOptions(**options))
+    registry.configure(selection.DataOptions(**options))
 
 
-def batches(name: str = "cats_step_by_step", *, count: int, **changes) -> list[dict[str, np.ndarray]]:
+def take(name: str = "cats_step_by_step", *, count: int, **changes) -> list[dict[str, np.ndarray]]:
     arguments = {
         "lengths": LENGTHS,
         "split": "train",
@@ -86,7 +87,7 @@ def batches(name: str = "cats_step_by_step", *, count: int, **changes) -> list[d
         "skip_batches": 0,
         **changes,
     }
-    return list(itertools.islice(features.train_dataset(name, **arguments), count))
+    return list(itertools.islice(batches.train_dataset(name, **arguments), count))
 
 
 def joined(found: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
@@ -102,7 +103,7 @@ def assert_same(first: list[dict[str, np.ndarray]], second: list[dict[str, np.nd
 
 def segments(found: list[dict[str, np.ndarray]]) -> list[tuple[str, str, int]]:
     """(inputs, targets, task id) of every example in packed batches, in order, as text."""
-    vocabulary = datasets.vocabulary("byte")
+    vocabulary = registry.vocabulary("byte")
     pieces = []
     batch = joined(found)
     for index in range(len(batch["encoder_input_tokens"])):
@@ -133,7 +134,7 @@ def converted(examples: list[dict], *, lengths: dict[str, int], pack: bool) -> l
         lambda: iter(examples),
         output_signature={key: tf.TensorSpec([None], tf.int32) for key in ("inputs", "targets", "task_ids")},
     )
-    converter = features.StepByStepFeatureConverter(pack=pack)
+    converter = batches.StepByStepFeatureConverter(pack=pack)
     return list(converter(dataset, lengths).as_numpy_iterator())
 
 
@@ -150,7 +151,7 @@ def test_the_worked_example_of_the_docstring():
     (packed,) = converted(examples, lengths=lengths, pack=True)
     assert packed.keys() == PACKED
     # The docstring shows exactly these arrays.
-    documented = features.StepByStepFeatureConverter.__doc__ or ""
+    documented = batches.StepByStepFeatureConverter.__doc__ or ""
     shown = {}
     for line in documented.splitlines():
         key, _, values = line.strip().partition("[")
@@ -163,7 +164,7 @@ def test_the_worked_example_of_the_docstring():
 
 
 def test_the_worked_example_has_the_real_ids(real_vocab: Path):
-    vocabulary = datasets.vocabulary(str(real_vocab))
+    vocabulary = registry.vocabulary(str(real_vocab))
     assert vocabulary.encode("predict: 2 cats left") == [9689, 10, 204, 10003, 646]
     assert vocabulary.encode("explain: 2 cats left") == [3209, 10, 204, 10003, 646]
     assert vocabulary.encode("4 - 2 = 2") == [314, 3, 18, 204, 3274, 204]
@@ -187,7 +188,7 @@ def test_task_ids_need_the_targets_length():
 )
 def test_batches_equal_seqios(cats: Path, pack: bool, lengths: dict[str, int]):
     """The same examples in the same order, through SeqIO's trimming, packing and shifting."""
-    plain = joined(batches(count=9, lengths={"inputs": 200, "targets": 200}, pack=False))
+    plain = joined(take(count=9, lengths={"inputs": 200, "targets": 200}, pack=False))
     examples = []
     for source, target, task in zip(
         plain["encoder_input_tokens"], plain["decoder_target_tokens"], plain["decoder_task_ids"], strict=True
@@ -205,7 +206,7 @@ def test_batches_equal_seqios(cats: Path, pack: bool, lengths: dict[str, int]):
     rows = converted(expected, lengths=task_lengths, pack=pack)
     rows = rows[:-1] if pack else rows
     assert len(rows) >= 3
-    ours = batches(count=len(rows), batch_size=1, pack=pack, lengths=lengths)
+    ours = take(count=len(rows), batch_size=1, pack=pack, lengths=lengths)
     assert_same(ours, [{key: array[None] for key, array in row.items()} for row in rows])
 
 
@@ -214,7 +215,7 @@ def test_batches_equal_seqios(cats: Path, pack: bool, lengths: dict[str, int]):
 
 @pytest.mark.parametrize("pack", [False, True])
 def test_keys_shapes_and_types(cats: Path, pack: bool):
-    (batch,) = batches(count=1, pack=pack)
+    (batch,) = take(count=1, pack=pack)
     assert batch.keys() == (PACKED if pack else UNPACKED)
     for key, array in batch.items():
         assert array.dtype == np.int32
@@ -222,15 +223,15 @@ def test_keys_shapes_and_types(cats: Path, pack: bool):
 
 
 def test_rows_hold_the_examples(cats: Path):
-    found = joined(batches(count=9))
-    vocabulary = datasets.vocabulary("byte")
+    found = joined(take(count=9))
+    vocabulary = registry.vocabulary("byte")
     texts = [vocabulary.decode(ids.tolist()) for ids in found["encoder_input_tokens"]]
     targets = [vocabulary.decode(ids.tolist()) for ids in found["decoder_target_tokens"]]
     by_task = {}
     for task, name in ((losses.LABEL, "cats_label"), (losses.RATIONALE, "cats_rationale")):
         mine = [index for index in range(36) if found["decoder_task_ids"][index, 0] == task]
         by_task[task] = mine
-        expected = Counter((e.inputs, e.targets) for e in datasets.examples(name, "train"))
+        expected = Counter((e.inputs, e.targets) for e in registry.examples(name, "train"))
         assert Counter((texts[index], targets[index]) for index in mine) == expected
     assert by_task == {losses.LABEL: list(range(0, 36, 2)), losses.RATIONALE: list(range(1, 36, 2))}
     for index in range(0, 36, 2):  # label and rationale of one row are neighbours
@@ -242,15 +243,15 @@ def test_rows_hold_the_examples(cats: Path):
 
 
 def test_packing_loses_nothing_and_keeps_the_order(cats: Path):
-    vocabulary = datasets.vocabulary("byte")
-    plain = joined(batches(count=30))
+    vocabulary = registry.vocabulary("byte")
+    plain = joined(take(count=30))
     expected = [
         (vocabulary.decode(source.tolist()), vocabulary.decode(target.tolist()), int(task[0]))
         for source, target, task in zip(
             plain["encoder_input_tokens"], plain["decoder_target_tokens"], plain["decoder_task_ids"], strict=True
         )
     ]
-    found = batches(count=6, pack=True)
+    found = take(count=6, pack=True)
     pieces = segments(found)
     assert len(pieces) > 30
     assert pieces == expected[: len(pieces)]
@@ -271,14 +272,14 @@ def test_packing_loses_nothing_and_keeps_the_order(cats: Path):
 
 @pytest.mark.parametrize("pack", [False, True])
 def test_skipping_resumes(cats: Path, pack: bool):
-    assert_same(batches(count=12, pack=pack)[7:], batches(count=5, pack=pack, skip_batches=7))
+    assert_same(take(count=12, pack=pack)[7:], take(count=5, pack=pack, skip_batches=7))
 
 
 @pytest.mark.parametrize("pack", [False, True])
 def test_hosts_share_the_same_global_batch(cats: Path, pack: bool):
-    whole = batches(count=5, pack=pack)
+    whole = take(count=5, pack=pack)
     for rows in ([[0, 1], [2, 3]], [[1, 3], [0, 2]], [[2], [3, 0, 1]]):
-        shares = [batches(count=5, pack=pack, rows=mine) for mine in rows]
+        shares = [take(count=5, pack=pack, rows=mine) for mine in rows]
         order = np.argsort(np.concatenate(rows))
         together = [joined(list(parts)) for parts in zip(*shares, strict=True)]
         assert_same(whole, [{key: array[order] for key, array in batch.items()} for batch in together])
@@ -290,8 +291,8 @@ def test_the_label_task_alone_sees_the_same_labels(cats: Path):
         if rationales is not None:  # the tasks differ in size
             write(cats, [row(n, rationale=rationales if n % 3 else None) for n in range(20)])
             configure(cats)
-        alone = batches("cats_label", count=20, batch_size=4, seed=3)
-        both = batches("cats_step_by_step", count=20, batch_size=8, seed=3)
+        alone = take("cats_label", count=20, batch_size=4, seed=3)
+        both = take("cats_step_by_step", count=20, batch_size=8, seed=3)
         for first, second in zip(alone, both, strict=True):
             mine = second["decoder_task_ids"][:, 0] == losses.LABEL
             for key in first:
@@ -301,7 +302,7 @@ def test_the_label_task_alone_sees_the_same_labels(cats: Path):
 def test_tasks_of_different_size_repeat_on_their_own(cats: Path):
     write(cats, [row(n, rationale="few" if n < 6 else None) for n in range(20)])
     configure(cats, validation_fraction=0)
-    found = joined(batches(count=30))
+    found = joined(take(count=30))
     assert found["decoder_task_ids"][:, 0].tolist() == [losses.LABEL, losses.RATIONALE] * 60
     rationales = [tuple(ids) for ids in found["encoder_input_tokens"][1::2].tolist()]
     for start in range(0, 60, 6):
@@ -312,8 +313,8 @@ def test_tasks_of_different_size_repeat_on_their_own(cats: Path):
 
 
 def test_seeds_and_epochs_give_new_orders(cats: Path):
-    first = joined(batches("cats_label", count=18, seed=0))["encoder_input_tokens"]
-    other = joined(batches("cats_label", count=18, seed=1))["encoder_input_tokens"]
+    first = joined(take("cats_label", count=18, seed=0))["encoder_input_tokens"]
+    other = joined(take("cats_label", count=18, seed=1))["encoder_input_tokens"]
     assert not np.array_equal(first, other)
     epochs = first.reshape(4, 18, -1)
     assert not np.array_equal(epochs[0], epochs[1])
@@ -322,20 +323,21 @@ def test_seeds_and_epochs_give_new_orders(cats: Path):
 def test_another_process_gives_the_same_batches(starter, cats: Path, tmp_path: Path):
     program = f"""
         import hashlib, itertools
-        from sbs_jax import datasets, features
-        from tasks import metrics
-        datasets.add(datasets.Dataset(
-            name="cats", labels=None, read_release=None, parsers={{}}, metric_fns=(metrics.accuracy,),
-            primary_metric="accuracy", same_label=metrics.same_text, feature_lengths={LENGTHS}))
-        datasets.configure(datasets.DataOptions(records_dir={str(cats)!r}, vocabulary="byte"))
-        found = features.train_dataset("cats_step_by_step", lengths={LENGTHS}, split="train",
+        from sbs_jax.data import batches, grading, registry
+        from sbs_jax.data.dataset import Dataset
+        from sbs_jax.data.selection import DataOptions
+        registry.add(Dataset(
+            name="cats", labels=None, read_release=None, parsers={{}}, metric_fns=(grading.accuracy,),
+            primary_metric="accuracy", same_label=grading.same_text, feature_lengths={LENGTHS}))
+        registry.configure(DataOptions(records_dir={str(cats)!r}, vocabulary="byte"))
+        found = batches.train_dataset("cats_step_by_step", lengths={LENGTHS}, split="train",
             batch_size=4, pack=True, seed=0, skip_batches=0)
         content = b"".join(b[k].tobytes() for b in itertools.islice(found, 20) for k in sorted(b))
         print(hashlib.sha256(content).hexdigest())
     """
     done = starter.run(tmp_path, [], command=["-c", textwrap.dedent(program)])
     assert done.returncode == 0, done.stderr
-    content = b"".join(b[k].tobytes() for b in batches(count=20, pack=True) for k in sorted(b))
+    content = b"".join(b[k].tobytes() for b in take(count=20, pack=True) for k in sorted(b))
     assert done.stdout.split()[-1] == hashlib.sha256(content).hexdigest()
 
 
@@ -351,36 +353,36 @@ def test_bad_arguments_are_refused(cats: Path):
     ]
     for changes, message in cases:
         with pytest.raises(ValueError, match=message):
-            batches(count=1, **changes)
+            take(count=1, **changes)
     with pytest.raises(ValueError, match="Did you mean 'cats_label'"):
-        batches("cats_labels", count=1)
+        take("cats_labels", count=1)
 
 
 # ------------------------------------------------------------------------------------ evaluation
 
 
 def test_eval_examples(cats: Path):
-    found = features.eval_examples("cats_label", split="train", lengths=LENGTHS)
-    assert [example.id for example in found] == [e.id for e in datasets.examples("cats_label", "train")]
+    found = batches.eval_examples("cats_label", split="train", lengths=LENGTHS)
+    assert [example.id for example in found] == [e.id for e in registry.examples("cats_label", "train")]
     example = found[0]
     number = example.id.removeprefix("row-")
     assert (example.label, example.targets) == (number, number)
     assert example.inputs == f"predict: {number} cats"
     assert example.features.keys() == UNPACKED
-    task = datasets.get_task_or_mixture("cats_label")
+    task = registry.get_task_or_mixture("cats_label")
     assert isinstance(task, seqio.Task)
     lengths = {**LENGTHS, "task_ids": LENGTHS["targets"]}
     rows = task.get_dataset(lengths, split="train", shuffle=False)
-    converter = features.StepByStepFeatureConverter(pack=False)
+    converter = batches.StepByStepFeatureConverter(pack=False)
     assert_same([dict(e.features) for e in found], list(converter(rows, lengths).as_numpy_iterator()))
     with pytest.raises(ValueError, match="it is a mixture"):
-        features.eval_examples("cats_step_by_step", split="train", lengths=LENGTHS)
+        batches.eval_examples("cats_step_by_step", split="train", lengths=LENGTHS)
 
 
 def test_texts_from_elsewhere_have_the_tasks_tokens(cats: Path):
     """As `sbs predict` encodes and cuts them."""
-    examples = features.eval_examples("cats_label", split="train", lengths={"inputs": 16, "targets": 8})
-    encoded = tokens.encode([example.inputs for example in examples], datasets.vocabulary("byte"))
+    examples = batches.eval_examples("cats_label", split="train", lengths={"inputs": 16, "targets": 8})
+    encoded = tokens.encode([example.inputs for example in examples], registry.vocabulary("byte"))
     assert any(len(ids) > 16 for ids in encoded)
     for example, ids in zip(examples, encoded, strict=True):
         cut = tokens.cut(np.asarray(ids, np.int32), 16)
@@ -388,9 +390,9 @@ def test_texts_from_elsewhere_have_the_tasks_tokens(cats: Path):
 
 
 def test_counts_of_what_is_cut(cats: Path):
-    counts = features.count_truncated("cats_step_by_step", "train", {"inputs": 16, "targets": 12})
-    label = datasets.examples("cats_label", "train")
-    rationale = datasets.examples("cats_rationale", "train")
+    counts = batches.count_truncated("cats_step_by_step", "train", {"inputs": 16, "targets": 12})
+    label = registry.examples("cats_label", "train")
+    rationale = registry.examples("cats_rationale", "train")
     assert counts == {
         "cats_label": {
             "rows": 18,
@@ -407,10 +409,10 @@ def test_counts_of_what_is_cut(cats: Path):
             "targets longest": 23,
         },
     }
-    assert list(features.count_truncated("cats_label", "train", LENGTHS)) == ["cats_label"]
+    assert list(batches.count_truncated("cats_label", "train", LENGTHS)) == ["cats_label"]
 
 
 def test_count_tokens(cats: Path):
-    (batch,) = batches(count=1)
+    (batch,) = take(count=1)
     expected = (batch["encoder_input_tokens"] != 0).sum() + (batch["decoder_target_tokens"] != 0).sum()
-    assert features.count_tokens(batch) == expected
+    assert batches.count_tokens(batch) == expected

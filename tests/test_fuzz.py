@@ -19,10 +19,11 @@ import pytest
 from fuzzing import Tape
 
 import tasks  # noqa: F401  (registers the datasets)
-from sbs_jax import datasets, records, release
+from sbs_jax.data import grading, parsing, records, registry, release
+from sbs_jax.data.dataset import Row
 from sbs_jax.prediction import inputs
-from sbs_jax.teacher import batches, clients, parsing, prompts
-from tasks import metrics, svamp
+from sbs_jax.teacher import batches, clients, prompts
+from tasks import svamp
 
 Fuzz = Callable[[Callable[[Tape], None]], None]
 
@@ -142,7 +143,7 @@ def test_inputs_of_the_release(fuzz: Fuzz, memory: Path) -> None:
         name = tape.one_of(list(INPUTS))
         paths[name].write_bytes(fuzzing.lines(tape, [INPUTS[name]]))
         fuzzing.read(
-            lambda: release.read_unanswered(datasets.get(name), inputs_dir=memory, inputs="release"),
+            lambda: release.read_unanswered(registry.get(name), inputs_dir=memory, inputs="release"),
             raises=(ValueError, FileNotFoundError),
             names=[paths[name]],
         )
@@ -177,12 +178,10 @@ def test_shards_of_the_release(fuzz: Fuzz, memory: Path) -> None:
 def test_teacher_text(fuzz: Fuzz) -> None:
     """Every parser of every dataset, strict and official: none raises, and all say what became of the reply."""
     rows = {
-        name: release.Row(
-            id="r", input="i", label=None, choices=("sand", "tea", "(", "", "Tea") if name == "cqa" else ()
-        )
+        name: Row(id="r", input="i", label=None, choices=("sand", "tea", "(", "", "Tea") if name == "cqa" else ())
         for name in INPUTS
     }
-    parsers = [(rows[name], parse) for name in INPUTS for parse in datasets.get(name).parsers.values()]
+    parsers = [(rows[name], parse) for name in INPUTS for parse in registry.get(name).parsers.values()]
     assert len(parsers) == 2 * len(INPUTS)
 
     def case(tape: Tape) -> None:
@@ -233,14 +232,14 @@ def test_equations(fuzz: Fuzz) -> None:
 
     def case(tape: Tape) -> None:
         text, value = made(tape, 0)
-        found = fuzzing.read(lambda: metrics.equation_value(text), raises=(), names=())
-        assert found == (value if len(text) <= metrics.MAX_CHARACTERS else None), text
+        found = fuzzing.read(lambda: grading.equation_value(text), raises=(), names=())
+        assert found == (value if len(text) <= grading.MAX_CHARACTERS else None), text
         for _ in range(1 + tape.below(4)):
             at = tape.below(len(text) + 1)
             text = text[:at] + tape.one_of(pieces if tape.chance(2) else fuzzing.TEXTS) + text[at + tape.below(3) :]
-        found = fuzzing.read(lambda: metrics.equation_value(text), raises=(), names=())
+        found = fuzzing.read(lambda: grading.equation_value(text), raises=(), names=())
         assert found is None or isinstance(found, Fraction)
-        same = fuzzing.read(lambda: metrics.same_equation_value(text, text), raises=(), names=())
+        same = fuzzing.read(lambda: grading.same_equation_value(text, text), raises=(), names=())
         assert same == (found is not None)
 
     fuzz(case)
@@ -458,14 +457,14 @@ def test_parsing_takes_time_in_proportion_to_the_reply() -> None:
     """A million opened parentheses took the official expression of SVAMP hours."""
     reply = "The answer is " + "(" * 1_000_000
     for name in INPUTS:
-        row = release.Row(id="r", input="i", label=None, choices=("a", "b"))
-        for parse in datasets.get(name).parsers.values():
+        row = Row(id="r", input="i", label=None, choices=("a", "b"))
+        for parse in registry.get(name).parsers.values():
             fuzzing.read(lambda parse=parse, row=row: parse(reply, row), raises=(), names=())
 
 
 def test_a_blank_choice_is_no_label() -> None:
-    row = release.Row(id="r", input="i", label=None, choices=("tea", " "))
-    assert datasets.get("cqa").parsers["strict"]("So the answer is (b)", row).label is None
+    row = Row(id="r", input="i", label=None, choices=("tea", " "))
+    assert registry.get("cqa").parsers["strict"]("So the answer is (b)", row).label is None
 
 
 @pytest.mark.parametrize(

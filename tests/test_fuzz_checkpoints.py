@@ -20,9 +20,10 @@ import test_report
 from flax import serialization
 from fuzzing import Tape
 
-from sbs_jax import configuration, main
-from sbs_jax.convert import hugging_face, names, npz, t5x
-from sbs_jax.report import results
+from sbs_jax.cli import main
+from sbs_jax.stats import results
+from sbs_jax.training import gin_files
+from sbs_jax.weights import hugging_face, names, npz, t5x
 
 Fuzz = Callable[[Callable[[Tape], None]], None]
 
@@ -142,7 +143,7 @@ STATEMENTS = (
 
 def prepared() -> None:
     main.import_tensorflow()
-    configuration.configure(
+    gin_files.configure(
         "evaluate.EvaluateConfig", gin_files=["gin_configs/runs/evaluate.gin"], bindings=["CHECKPOINT_PATH=/x"]
     )
 
@@ -150,8 +151,8 @@ def prepared() -> None:
 def configured(name: str, files: list[str], bindings: list[str]) -> None:
     """gin's messages name the line and its file, where there is one; ours the binding."""
     fuzzing.read(
-        lambda: configuration.configure(name, gin_files=files, bindings=bindings),
-        raises=configuration.UsageError,
+        lambda: gin_files.configure(name, gin_files=files, bindings=bindings),
+        raises=gin_files.UsageError,
         names=[""],
     )
 
@@ -160,7 +161,7 @@ def test_bindings_of_the_command_line(fuzz: Fuzz) -> None:
     prepared()
     # What is bound has no annotations: to tell what is wrong with an argument takes the tests' type checker long.
     whole = [*(f"optax.linear_schedule.{name}={value}" for name, value in SCHEDULE.items()), "END=0.5"]
-    configuration.configure("optax.linear_schedule", gin_files=[], bindings=whole)
+    gin_files.configure("optax.linear_schedule", gin_files=[], bindings=whole)
 
     def case(tape: Tape) -> None:
         bindings = list(whole)
@@ -185,10 +186,10 @@ def test_bindings_of_the_command_line(fuzz: Fuzz) -> None:
 def test_gin_files(fuzz: Fuzz, memory: Path) -> None:
     prepared()
     path = memory / "mine.gin"
-    lines = ["from __gin__ import dynamic_registration", "from sbs_jax import partitioning", "DATA = 1"]
+    lines = ["from __gin__ import dynamic_registration", "from sbs_jax.student import partitioning", "DATA = 1"]
     lines += [f"partitioning.Layout.{name} = {value}" for name, value in LAYOUT.items()]
     path.write_text("\n".join(lines))
-    configuration.configure("partitioning.Layout", gin_files=[str(path)], bindings=[])
+    gin_files.configure("partitioning.Layout", gin_files=[str(path)], bindings=[])
 
     def case(tape: Tape) -> None:
         text = list(lines)
@@ -542,8 +543,8 @@ def test_run_directories_of_a_report(fuzz: Fuzz, memory: Path) -> None:
     ],
 )
 def test_a_value_that_does_not_end_or_nests_too_deeply_is_a_mistake(binding: str) -> None:
-    with pytest.raises(configuration.UsageError) as caught:
-        configuration.configure("optax.linear_schedule", gin_files=[], bindings=[binding])
+    with pytest.raises(gin_files.UsageError) as caught:
+        gin_files.configure("optax.linear_schedule", gin_files=[], bindings=[binding])
     assert 10 < len(str(caught.value)) < fuzzing.LONGEST_MESSAGE
 
 

@@ -8,7 +8,7 @@ import ours
 import parity_cases as cases
 import pytest
 
-from sbs_jax.convert import names
+from sbs_jax.weights import names
 
 
 @pytest.fixture(scope="module", params=list(cases.CASES))

@@ -15,7 +15,14 @@ import numpy as np
 import pytest
 import toy
 
-from sbs_jax import checkpoints, datasets, failures, features, hosts, preemption, replay, run_dir, t5, train
+from sbs_jax import hosts
+from sbs_jax.data import batches, registry
+from sbs_jax.hosts import preemption
+from sbs_jax.run import checkpoints, directory
+from sbs_jax.student import t5
+from sbs_jax.training import failures, loop, replay
+from sbs_jax.training.config import TrainConfig
+from sbs_jax.training.step import TrainState, prepare, train_step
 
 SPEEDS = {"tokens_per_second", "seconds_per_step", "data_wait_share"}
 PACKED = {"pack": True, "task_feature_lengths": {"inputs": 40, "targets": 32}, "batch_size": 16, "micro_batches": 2}
@@ -26,18 +33,18 @@ def records_dir(tmp_path_factory):
     return toy.write_records(tmp_path_factory.mktemp("records"))
 
 
-def contents(config: train.TrainConfig) -> tuple[dict[str, np.ndarray], list[dict[str, float]], dict[str, bytes]]:
+def contents(config: TrainConfig) -> tuple[dict[str, np.ndarray], list[dict[str, float]], dict[str, bytes]]:
     """Last state, metrics without speeds, and predictions of a run."""
-    run, like = Path(config.model_dir), train.prepare(config).saved
+    run, like = Path(config.model_dir), prepare(config).saved
     step = checkpoints.steps(run)[-1]
     restored = checkpoints.restore(run, step, parameters=like.parameters, optimizer=like.optimizer)
     leaves = jax.tree_util.tree_leaves_with_path((restored.parameters, restored.optimizer))
     arrays = {jax.tree_util.keystr(path): np.asarray(x) for path, x in leaves}
-    lines = [{k: v for k, v in line.items() if k not in SPEEDS} for line in run_dir.read_metrics(run)]
+    lines = [{k: v for k, v in line.items() if k not in SPEEDS} for line in directory.read_metrics(run)]
     return arrays, lines, {path.name: path.read_bytes() for path in (run / "predictions").iterdir()}
 
 
-def assert_same(run: train.TrainConfig, reference: train.TrainConfig) -> None:
+def assert_same(run: TrainConfig, reference: TrainConfig) -> None:
     """Bit for bit."""
     (arrays, lines, predictions), (wanted, wanted_lines, wanted_predictions) = contents(run), contents(reference)
     assert lines == wanted_lines
@@ -54,7 +61,7 @@ def whole(tmp_path_factory, records_dir):
         tmp_path_factory.mktemp("whole") / "run", records_dir, train_steps=14, log_period=5, eval_period=7,
         checkpoint_period=3, eval_batch_size=8, **PACKED,
     )  # fmt: skip
-    train.train(config, config_text="")
+    loop.train(config, config_text="")
     return config
 
 
@@ -90,26 +97,26 @@ def test_a_run_that_was_told_to_end_ends_as_if_it_had_not(whole, tmp_path, monke
         with monkeypatch.context() as patch:
             told_at(patch, call)
             with pytest.raises(preemption.PreemptedError, match="Repeat the command"):
-                train.train(config, config_text="")
-    train.train(config, config_text="")
+                loop.train(config, config_text="")
+    loop.train(config, config_text="")
     assert_same(config, whole)
     assert checkpoints.best_step(config.model_dir) == checkpoints.best_step(whole.model_dir)
 
 
-def step_function(config: train.TrainConfig):
+def step_function(config: TrainConfig):
     """A jitted step on one device, a fresh state, and a batch."""
     optimizer = config.gradient_transformation()
     structure, parameters = t5.init(config.model, seed=0)
-    state = train.TrainState(jnp.int32(0), parameters, optimizer.init(parameters), jnp.int32(0))
-    found = features.train_dataset(
+    state = TrainState(jnp.int32(0), parameters, optimizer.init(parameters), jnp.int32(0))
+    found = batches.train_dataset(
         config.mixture_or_task_name, lengths=config.task_feature_lengths, split="train", batch_size=8,
         pack=config.pack, seed=0, skip_batches=0,
     )  # fmt: skip
-    step = functools.partial(train.train_step, structure=structure, config=config, optimizer=optimizer)
+    step = functools.partial(train_step, structure=structure, config=config, optimizer=optimizer)
     return jax.jit(step), state, {name: jnp.asarray(x) for name, x in next(found).items()}
 
 
-def poisoned(state: train.TrainState, value: float) -> train.TrainState:
+def poisoned(state: TrainState, value: float) -> TrainState:
     name = "token_embedder/embedding"
     parameters = {**state.parameters, name: state.parameters[name].at[:].set(value)}
     return dataclasses.replace(state, parameters=parameters)
@@ -118,7 +125,7 @@ def poisoned(state: train.TrainState, value: float) -> train.TrainState:
 @pytest.mark.parametrize("value", [math.inf, math.nan])
 def test_a_step_that_is_not_finite_changes_nothing_and_ends_the_rest(records_dir, tmp_path, value):
     config = toy.config(tmp_path, records_dir, skip_non_finite=1)
-    datasets.configure(config.data)
+    registry.configure(config.data)
     step, state, batch = step_function(config)
     bad = poisoned(state, value)
     first, metrics = step(bad, batch)
@@ -157,7 +164,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_what_a_replay_needs(poison
         evaluate_test=False, initial_checkpoint_path=str(start), **PACKED,
     )  # fmt: skip
     with pytest.raises(FloatingPointError, match=r"(?s)step \d+ is not finite\. .*sbs replay"):
-        train.train(config, config_text="")
+        loop.train(config, config_text="")
     step = failures.newest(config.model_dir)
     assert step is not None
     kept = failures.read(config.model_dir, step)
@@ -227,8 +234,8 @@ def test_steps_that_are_not_finite_are_left_out_up_to_a_number(poison, tmp_path,
         tmp_path / "whole", path, train_steps=24, log_period=1, checkpoint_period=5, eval_period=12,
         initial_checkpoint_path=str(start), skip_non_finite=100, **PACKED,
     )  # fmt: skip
-    train.train(whole, config_text="")
-    lines = [line for line in run_dir.read_metrics(whole.model_dir) if line["kind"] == "train"]
+    loop.train(whole, config_text="")
+    lines = [line for line in directory.read_metrics(whole.model_dir) if line["kind"] == "train"]
     left_out = [line["step"] for line in lines if "loss" not in line]
     assert left_out
     assert lines[-1]["skipped"] == len(left_out)
@@ -237,28 +244,28 @@ def test_steps_that_are_not_finite_are_left_out_up_to_a_number(poison, tmp_path,
     with monkeypatch.context() as patch:
         told_at(patch, left_out[0] + 1)
         with pytest.raises(preemption.PreemptedError):
-            train.train(stopped, config_text="")
-    train.train(stopped, config_text="")
+            loop.train(stopped, config_text="")
+    loop.train(stopped, config_text="")
     assert_same(stopped, whole)
     few = dataclasses.replace(whole, model_dir=str(tmp_path / "few"), skip_non_finite=1)
     with pytest.raises(FloatingPointError, match="after 1 steps left out"):
-        train.train(few, config_text="")
+        loop.train(few, config_text="")
     assert failures.newest(few.model_dir) == left_out[1]
 
 
 def test_the_examples_of_a_batch_are_those_that_it_was_made_of(records_dir):
-    datasets.configure(toy.options(records_dir))
+    registry.configure(toy.options(records_dir))
     options = {"lengths": {"inputs": 40, "targets": 32}, "split": "train", "batch_size": 8, "pack": True, "seed": 3}
-    batches = features.train_dataset("toy_step_by_step", skip_batches=5, **options)
-    batch = next(batches)
-    examples, alone = features.batch_examples("toy_step_by_step", batch=5, **options)
+    found = batches.train_dataset("toy_step_by_step", skip_batches=5, **options)
+    batch = next(found)
+    examples, alone = batches.batch_examples("toy_step_by_step", batch=5, **options)
     assert len(alone["decoder_target_tokens"]) == len(examples) == sum(batch["decoder_segment_ids"].max(axis=1))
     texts = {
         (task, row.id): row.inputs
         for task in ("toy_label", "toy_rationale")
-        for row in datasets.examples(task, "train")
+        for row in registry.examples(task, "train")
     }
-    vocabulary = datasets.vocabulary("byte")
+    vocabulary = registry.vocabulary("byte")
     for number, example in enumerate(examples):
         mine = batch["encoder_segment_ids"][example.row] == example.segment
         tokens = batch["encoder_input_tokens"][example.row][mine]

@@ -14,18 +14,14 @@ import pytest
 import toy
 from processes import ROOT, until
 
-from sbs_jax import (
-    checkpoints,
-    configuration,
-    datasets,
-    features,
-    hosts,
-    main,
-    partitioning,
-    preemption,
-    run_dir,
-)
+from sbs_jax import hosts
+from sbs_jax.cli import main
+from sbs_jax.data import batches, prefetch, registry
+from sbs_jax.hosts import preemption
 from sbs_jax.prediction import engine, files
+from sbs_jax.run import checkpoints, directory
+from sbs_jax.student import partitioning
+from sbs_jax.training import gin_files
 
 SPEEDS = {"tokens_per_second", "seconds_per_step", "data_wait_share"}
 MACROS = {"TRAIN_STEPS": 12, "LOG_PERIOD": 1, "EVAL_PERIOD": 6, "CHECKPOINT_PERIOD": 2}
@@ -34,14 +30,14 @@ MACROS = {"TRAIN_STEPS": 12, "LOG_PERIOD": 1, "EVAL_PERIOD": 6, "CHECKPOINT_PERI
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """What a command line needs to train on the toy dataset."""
-    before = datasets.options()
+    before = registry.options()
     yield toy.write_command(tmp_path_factory.mktemp("hosts"), **MACROS)
-    datasets.configure(before)
+    registry.configure(before)
 
 
 def assert_same_run(run: Path, reference: Path) -> None:
     """The same metrics to rounding, and the same predictions."""
-    lines, expected = run_dir.read_metrics(run), run_dir.read_metrics(reference)
+    lines, expected = directory.read_metrics(run), directory.read_metrics(reference)
     assert [(line["kind"], line["step"]) for line in lines] == [(line["kind"], line["step"]) for line in expected]
     for line, wanted in zip(lines, expected, strict=True):
         assert line.keys() == wanted.keys()
@@ -85,10 +81,10 @@ def partitioner_of(layout: partitioning.Layout, order: np.ndarray) -> partitioni
 @pytest.mark.parametrize("layout", MESHES, ids=lambda layout: "x".join(map(str, layout.shape.values())))
 def test_no_row_is_lost_and_none_is_there_twice(folder, layout, count, pack, monkeypatch):
     """What the devices of `count` hosts hold, put together, is the global batch, whatever the mesh and the order."""
-    monkeypatch.setattr(features, "_PLACES", 256)  # at a time; 8,192 are 170 epochs of the toy
-    datasets.configure(toy.options(folder / "records"))
+    monkeypatch.setattr(batches, "_PLACES", 256)  # at a time; 8,192 are 170 epochs of the toy
+    registry.configure(toy.options(folder / "records"))
     arguments = {"lengths": {"inputs": 40, "targets": 32}, "split": "train", "batch_size": 16, "pack": pack, "seed": 1}
-    whole = next(features.train_dataset("toy_step_by_step", **arguments, skip_batches=2))
+    whole = next(batches.train_dataset("toy_step_by_step", **arguments, skip_batches=2))
     for seed in range(3):
         random = np.random.default_rng((seed, count))
         partitioner = partitioner_of(layout, random.permutation(8) if seed else np.arange(8))
@@ -100,7 +96,7 @@ def test_no_row_is_lost_and_none_is_there_twice(folder, layout, count, pack, mon
             rows = partitioner.local_rows(16, devices=devices)
             wanted = sorted({row for device in devices for row in range(16)[places[device][0]]})
             assert rows.tolist() == wanted  # all that its devices hold, once each, and no more
-            batch = next(features.train_dataset("toy_step_by_step", **arguments, skip_batches=2, rows=rows))
+            batch = next(batches.train_dataset("toy_step_by_step", **arguments, skip_batches=2, rows=rows))
             for device in devices:
                 held[device.id] = list(range(16)[places[device][0]])
             for name, array in batch.items():
@@ -128,15 +124,15 @@ def test_batches_ahead_are_the_same_and_errors_arrive():
         yield from range(count)
         raise FileNotFoundError("no more")
 
-    with features.Ahead(items(5)) as ahead:
+    with prefetch.Prefetcher(items(5)) as ahead:
         assert [next(ahead) for _ in range(5)] == list(range(5))
         for _ in range(2):
             with pytest.raises(FileNotFoundError, match="no more"):
                 next(ahead)
-    with features.Ahead(iter(range(10**9))) as ahead:  # stopped in the middle of it
+    with prefetch.Prefetcher(iter(range(10**9))) as ahead:  # stopped in the middle of it
         assert next(ahead) == 0
     assert not ahead._thread.is_alive()
-    with features.Ahead(iter([1])) as ahead:
+    with prefetch.Prefetcher(iter([1])) as ahead:
         assert list(ahead) == [1]
 
 
@@ -176,7 +172,7 @@ def test_slurm_tells_the_place(monkeypatch):
 def test_flags_that_do_not_go_together(flags, message):
     parser, _ = main._parser()
     arguments = parser.parse_args(["predict", "--model=x", "--input=y", "--output=z", *flags])
-    with pytest.raises((configuration.UsageError, hosts.HostsError), match=re.escape(message)):
+    with pytest.raises((gin_files.UsageError, hosts.HostsError), match=re.escape(message)):
         main._join(arguments)
 
 
@@ -245,7 +241,7 @@ def test_two_processes_evaluate_like_one(starter, folder, reference, tmp_path):
         assert [process.wait() for process in processes] == [0] * 2, processes[0].complained()
         said = [process.said() for process in processes]
     step = checkpoints.best_step(reference)
-    tested = [line for line in run_dir.read_metrics(reference) if line["kind"] == "test"]
+    tested = [line for line in directory.read_metrics(reference) if line["kind"] == "test"]
     assert json.loads(said[0])["accuracy"] == tested[0]["accuracy"]
     assert said[1] == ""
     files = [out / f"toy_label-test-{step}.jsonl", reference / "predictions" / f"toy_label-test-{step}.jsonl"]
@@ -265,7 +261,7 @@ def test_two_processes_predict_like_one(starter, folder, reference, tmp_path):
         return [*flags, "--output", str(there if index == 0 else tmp_path / "nowhere" / "there.jsonl")]
 
     # `sbs predict` itself knows the datasets of tasks/ alone.
-    command = ["-c", "import sys, toy_task; from sbs_jax import main; sys.exit(main.main())"]
+    command = ["-c", "import sys, toy_task; from sbs_jax.cli import main; sys.exit(main.main())"]
     with starter.together(tmp_path, arguments, count=2, devices=2, path=[folder], command=command) as processes:
         assert [process.wait() for process in processes] == [0, 0], processes[0].complained()
         assert [process.said() for process in processes] == [f"11 predictions in {there}\n", ""]

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import toy
 
-from sbs_jax import losses, partitioning, stacking, t5, train
-from sbs_jax.losses import LABEL, RATIONALE
+from sbs_jax.student import losses, partitioning, stacking, t5
+from sbs_jax.student.losses import LABEL, RATIONALE
+from sbs_jax.training.step import loss_and_gradients
 
 TASKS = jnp.array([[LABEL, LABEL, 0, 0], [RATIONALE] * 4, [RATIONALE, RATIONALE, LABEL, 0]])
 
@@ -154,7 +155,7 @@ def compute(
     partitioner = layout.partitioner(jax.devices()[:devices])
     parameters = jax.device_put(parameters, partitioner.shardings(shapes, parameters=shapes, axes=axes))
     run = functools.partial(
-        train.loss_and_gradients,
+        loss_and_gradients,
         structure=structure,
         alpha=alpha,
         z_loss=1e-4,

@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 
 import tasks  # noqa: F401  (registers the datasets)
-from sbs_jax import configuration, datasets, main, release, run_dir
+from sbs_jax.cli import main
+from sbs_jax.data import registry, release
+from sbs_jax.run import directory
+from sbs_jax.training import gin_files
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -29,7 +32,7 @@ def sbs(starter, tmp_path):
 def test_eight_real_examples_are_learned_by_heart(sbs, tmp_path, real_data_dir, real_vocab):
     """8 real SVAMP rows to 100 % by generation, through the commands that users type."""
     records_dir = tmp_path / "records"
-    release.import_release(datasets.get("svamp"), release_dir=real_data_dir, records_dir=records_dir, parser="strict")
+    release.import_release(registry.get("svamp"), release_dir=real_data_dir, records_dir=records_dir, parser="strict")
     lines = (records_dir / "svamp" / "train.jsonl").read_text().splitlines(keepends=True)
     for split in ("train", "validation", "test"):
         (records_dir / "svamp" / f"{split}.jsonl").write_text("".join(lines[:8]))
@@ -55,7 +58,7 @@ def test_eight_real_examples_are_learned_by_heart(sbs, tmp_path, real_data_dir, 
 
     # The saved configuration is the operative one, and says what was given.
     assert "EXAMPLES = 8" in (run / "config.gin").read_text()
-    assert run_dir.read_manifest(run)["run"]["mixture_or_task_name"] == "svamp_step_by_step"
+    assert directory.read_manifest(run)["run"]["mixture_or_task_name"] == "svamp_step_by_step"
 
     rows = [json.loads(line) for line in lines[:8]]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps({"id": r["id"], "input": r["input"]}) + "\n" for r in rows))
@@ -76,7 +79,7 @@ def test_eight_real_examples_are_learned_by_heart(sbs, tmp_path, real_data_dir, 
 def configure(*files, bindings=()):
     paths = ["MODEL_DIR=/nowhere/run", "RECORDS_DIR=/nowhere/records", "INITIAL_CHECKPOINT_PATH=/nowhere/t5"]
     names = [f"gin_configs/{file}.gin" for file in files]
-    return configuration.configure("train.TrainConfig", gin_files=names, bindings=[*paths, *bindings])
+    return gin_files.configure("train.TrainConfig", gin_files=names, bindings=[*paths, *bindings])
 
 
 EXPERIMENTS = sorted(
@@ -149,20 +152,20 @@ def test_the_other_optimiser_replaces_the_first():
     ],
 )
 def test_mistakes_in_bindings_are_explained(bindings, message):
-    with pytest.raises(configuration.UsageError, match=message):
+    with pytest.raises(gin_files.UsageError, match=message):
         configure("experiments/svamp/base", bindings=bindings)
 
 
 def test_what_is_required_is_named_with_its_flag():
-    with pytest.raises(configuration.UsageError, match=r"--gin\.MODEL_DIR=\.\."):
-        configuration.configure("train.TrainConfig", gin_files=["gin_configs/experiments/svamp/base.gin"], bindings=[])
+    with pytest.raises(gin_files.UsageError, match=r"--gin\.MODEL_DIR=\.\."):
+        gin_files.configure("train.TrainConfig", gin_files=["gin_configs/experiments/svamp/base.gin"], bindings=[])
 
 
 def test_a_user_s_own_gin_file_includes_ours_from_anywhere(tmp_path):
     mine = tmp_path / "mine.gin"
     mine.write_text("include 'gin_configs/experiments/cqa/large.gin'\nALPHA = 0.7\nUNHEARD_OF = 1\n")
-    with pytest.raises(configuration.UsageError, match="UNHEARD_OF"):
-        configuration.configure(
+    with pytest.raises(gin_files.UsageError, match="UNHEARD_OF"):
+        gin_files.configure(
             "train.TrainConfig",
             gin_files=[str(mine)],
             bindings=["MODEL_DIR=/m", "RECORDS_DIR=/r", "INITIAL_CHECKPOINT_PATH=/i"],
@@ -193,7 +196,7 @@ import os, sys
 reading, writing = os.pipe()
 os.close(reading)
 os.dup2(writing, 1)
-from sbs_jax import main
+from sbs_jax.cli import main
 sys.exit(main.main(sys.argv[1:]))
 """
 LISTED = ["sweep", "--gin_file=gin_configs/experiments/paper/table1.gin", "--print"]

@@ -5,7 +5,7 @@ from fractions import Fraction
 
 import pytest
 
-from tasks import metrics
+from sbs_jax.data import grading
 
 
 @pytest.mark.parametrize(
@@ -31,7 +31,7 @@ from tasks import metrics
     ],
 )
 def test_value_is_exact(text: str, value: Fraction):
-    assert metrics.equation_value(text) == value
+    assert grading.equation_value(text) == value
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_value_is_exact(text: str, value: Fraction):
     ],
 )
 def test_anything_else_has_no_value(text: str):
-    assert metrics.equation_value(text) is None
+    assert grading.equation_value(text) is None
 
 
 @pytest.mark.parametrize(
@@ -114,66 +114,66 @@ def test_anything_else_has_no_value(text: str):
 )
 def test_long_and_deep_text_is_refused_at_once(text: str):
     start = time.perf_counter()
-    assert metrics.equation_value(text) is None
+    assert grading.equation_value(text) is None
     assert time.perf_counter() - start < 0.1
 
 
 def test_the_longest_accepted_text_is_cheap():
     text = ("9" * 99 + "/") * 4 + "9" * 100
-    assert len(text) == metrics.MAX_CHARACTERS
+    assert len(text) == grading.MAX_CHARACTERS
     start = time.perf_counter()
-    assert metrics.equation_value(text) is not None
+    assert grading.equation_value(text) is not None
     assert time.perf_counter() - start < 0.1
-    depth = metrics.MAX_DEPTH
-    assert metrics.equation_value("(" * depth + "1" + ")" * depth) == 1
-    assert metrics.equation_value("(" * (depth + 1) + "1" + ")" * (depth + 1)) is None
+    depth = grading.MAX_DEPTH
+    assert grading.equation_value("(" * depth + "1" + ")" * depth) == 1
+    assert grading.equation_value("(" * (depth + 1) + "1" + ")" * (depth + 1)) is None
 
 
 def test_equations_are_the_same_by_value():
-    assert metrics.same_equation_value("( 84.0 / 2.0 )", "42")
-    assert metrics.same_equation_value("( 1.0 / 3.0 )", "2 / 6")
-    assert not metrics.same_equation_value("( 84.0 / 2.0 )", "43")
+    assert grading.same_equation_value("( 84.0 / 2.0 )", "42")
+    assert grading.same_equation_value("( 1.0 / 3.0 )", "2 / 6")
+    assert not grading.same_equation_value("( 84.0 / 2.0 )", "43")
     # Within one float of each other, and yet different.
-    assert not metrics.same_equation_value("0.1 + 0.2", "0.30000000000000004")
+    assert not grading.same_equation_value("0.1 + 0.2", "0.30000000000000004")
     # What has no value equals nothing, not even itself.
-    assert not metrics.same_equation_value("(14, 21)", "(14, 21)")
-    assert not metrics.same_equation_value("1", "(2 > 1)")
+    assert not grading.same_equation_value("(14, 21)", "(14, 21)")
+    assert not grading.same_equation_value("1", "(2 > 1)")
 
 
 def test_metrics_are_percentages():
-    assert metrics.accuracy(["a", "b", "c", "d"], ["a", "b", "c", "x"]) == {"accuracy": 75.0}
-    assert metrics.accuracy(["a"], [" a"]) == {"accuracy": 0.0}
-    graded = metrics.equation_accuracy(["( 84.0 / 2.0 )", "1", "2", "3"], ["42", "1/0", "2.0", ""])
+    assert grading.accuracy(["a", "b", "c", "d"], ["a", "b", "c", "x"]) == {"accuracy": 75.0}
+    assert grading.accuracy(["a"], [" a"]) == {"accuracy": 0.0}
+    graded = grading.equation_accuracy(["( 84.0 / 2.0 )", "1", "2", "3"], ["42", "1/0", "2.0", ""])
     assert graded == {"equation_accuracy": 50.0}
 
 
 def test_metrics_refuse_lists_that_do_not_match():
     with pytest.raises(ValueError, match="2 targets and 1 predictions"):
-        metrics.accuracy(["a", "b"], ["a"])
+        grading.accuracy(["a", "b"], ["a"])
     with pytest.raises(ValueError, match="no predictions to grade"):
-        metrics.equation_accuracy([], [])
+        grading.equation_accuracy([], [])
 
 
 def test_alarm_only_where_no_prediction_is_a_label():
     labels = ("entailment", "neutral", "contradiction")
-    message = metrics.label_format_alarm(["entail", "x" * 500, ""], labels)
+    message = grading.label_format_alarm(["entail", "x" * 500, ""], labels)
     assert message is not None
     for part in ("none of 3 predictions", "'entail'", "'contradiction', 'entailment', 'neutral'"):
         assert part in message
     assert len(message) < 600
     # A wrong label is still a label: the student is bad, the format is right.
-    assert metrics.label_format_alarm(["entail", "neutral"], labels) is None
-    assert metrics.label_format_alarm([], labels) is None
+    assert grading.label_format_alarm(["entail", "neutral"], labels) is None
+    assert grading.label_format_alarm([], labels) is None
 
 
 def test_alarm_with_a_predicate_and_with_many_labels():
     def is_equation(text: str) -> bool:
-        return metrics.equation_value(text) is not None
+        return grading.equation_value(text) is not None
 
-    assert metrics.label_format_alarm(["( 1.0 + 2.0 )"], is_equation) is None
-    message = metrics.label_format_alarm(["the answer"], is_equation)
+    assert grading.label_format_alarm(["( 1.0 + 2.0 )"], is_equation) is None
+    message = grading.label_format_alarm(["the answer"], is_equation)
     assert message is not None
     assert "is_equation() accepts" in message
-    message = metrics.label_format_alarm(["?"], [f"label {index}" for index in range(50)])
+    message = grading.label_format_alarm(["?"], [f"label {index}" for index in range(50)])
     assert message is not None
     assert "and 45 more" in message

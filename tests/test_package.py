@@ -105,8 +105,8 @@ def test_unpacked_wheel_is_complete_without_the_checkout(wheel: Path, tmp_path: 
         archive.extractall(tmp_path)
     code = (
         f"import sys; sys.path.insert(0, {str(tmp_path)!r});"
-        "import pathlib, sbs_jax.main as main;"
-        "root = pathlib.Path(main.__file__).parents[1];"
+        "import pathlib, sbs_jax;"
+        "root = pathlib.Path(sbs_jax.__file__).parents[1];"
         "print(root); print(len(list((root / 'gin_configs').rglob('*.gin'))))"
     )
     # -I: neither the current folder nor PYTHONPATH can supply what the wheel lacks.
@@ -125,12 +125,12 @@ def test_no_module_is_a_drawer_for_the_rest() -> None:
 
 def test_one_module_imports_gin() -> None:
     found = {name(path) for path in sources("sbs_jax", "tasks") if "gin" in imported(path)}
-    assert found <= {"sbs_jax/configuration.py"}
+    assert found <= {"sbs_jax/training/gin_files.py"}
 
 
 def test_nothing_imports_t5x_but_its_model() -> None:
     found = [name(path) for path in sources("sbs_jax", "tasks") if "t5x" in imported(path, inside_functions=True)]
-    assert found == ["sbs_jax/t5x_model.py"]
+    assert found == ["sbs_jax/training/t5x_model.py"]
     importing = re.compile(r"import.*\bt5x_model\b")
     assert not [name(path) for path in sources("sbs_jax", "tasks") if importing.search(path.read_text("utf-8"))]
 
@@ -139,12 +139,12 @@ def test_nothing_imports_t5x_but_its_model() -> None:
     ("module", "allowed"),
     [
         # The student and its loss are plain JAX, and so are the modules of this project that they import.
-        ("t5", {"jax", "flax", "numpy", "jaxtyping", "sbs_jax"}),
-        ("losses", {"jax", "numpy", "jaxtyping", "sbs_jax"}),
-        ("attention", {"jax", "jaxtyping", "sbs_jax"}),
-        ("partitioning", {"jax", "numpy"}),
-        ("stacking", {"jax", "optax"}),
-        ("records", set()),
+        ("student/t5", {"jax", "flax", "numpy", "jaxtyping", "sbs_jax"}),
+        ("student/losses", {"jax", "numpy", "jaxtyping", "sbs_jax"}),
+        ("student/attention", {"jax", "jaxtyping", "sbs_jax"}),
+        ("student/partitioning", {"jax", "numpy"}),
+        ("student/stacking", {"jax", "optax"}),
+        ("data/records", {"sbs_jax"}),
     ],
 )
 def test_modules_that_stay_light(module: str, allowed: set[str]) -> None:

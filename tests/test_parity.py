@@ -8,8 +8,8 @@ import ours
 import parity_cases as cases
 import pytest
 
-from sbs_jax import tokens
-from sbs_jax.convert import hugging_face, names
+from sbs_jax.data import tokens
+from sbs_jax.weights import hugging_face, names
 
 pytestmark = [
     pytest.mark.parity,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import students
-from test_export import answered, convert
+from test_export import answered, converted
 
 from sbs_jax.export import card as cards
 
@@ -36,7 +36,7 @@ def student(request, tmp_path_factory) -> tuple[Path, list[str]]:
 def exported(student, tmp_path_factory) -> Path:
     """The run as a Hugging Face directory."""
     folder = tmp_path_factory.mktemp("exported") / "out"
-    convert(student[0], folder, "hf")
+    converted(student[0], folder, "hf")
     return folder
 
 
@@ -74,7 +74,7 @@ def test_what_ctranslate2_makes_of_the_directory_answers_alike(student, exported
 def test_onnx_answers_in_onnxruntime(student, tmp_path):
     """Without JAX as well; fewer rows than a call takes, and none of them as long as its rows."""
     pytest.importorskip("jax2onnx", reason="jax2onnx is not installed; `make test-parity` installs it")
-    summary = convert(student[0], tmp_path / "out", "onnx", samples=str(students.questions(tmp_path)))
+    summary = converted(student[0], tmp_path / "out", "onnx", samples=str(students.questions(tmp_path)))
     assert summary["check"] == {"samples": 6, "same_answers": 6, "percent": 100.0}
     found = answered(tmp_path / "out", also_refused=("jax", "jaxlib", "onnx", "jax2onnx"))
     assert [text for text, _ in found["answer"]] == student[1]
@@ -85,7 +85,7 @@ def test_onnx_answers_in_onnxruntime(student, tmp_path):
 def test_stablehlo_reads_pieces(student, dtype, tmp_path):
     """SentencePiece outside of TensorFlow; of int8 what the export itself says of the answers."""
     samples = str(students.questions(tmp_path))
-    summary = convert(student[0], tmp_path / "out", dtype=dtype, platforms=("cpu",), samples=samples)
+    summary = converted(student[0], tmp_path / "out", dtype=dtype, platforms=("cpu",), samples=samples)
     labels = [text for text, _ in answered(tmp_path / "out")["answer"]]
     same = sum(a == b for a, b in zip(labels, student[1], strict=True))
     assert same >= summary["check"]["same_answers"]
@@ -101,7 +101,7 @@ def test_the_program_compiles_for_a_tpu(tmp_path):
     from sbs_jax.plan import chips
 
     pytest.importorskip("libtpu", reason="libtpu, the TPU compiler, is not installed: pip install libtpu")
-    convert(students.write(tmp_path / "run"), tmp_path / "out", dtype="int8", check=0)
+    converted(students.write(tmp_path / "run"), tmp_path / "out", dtype="int8", check=0)
     (file,) = (tmp_path / "out").glob("answer_*.jax_export")
     exported = export.deserialize(bytearray(file.read_bytes()))
     place = jax.sharding.SingleDeviceSharding(chips.topology("v5e:1x1").describe()[0])

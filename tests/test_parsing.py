@@ -4,10 +4,9 @@ import random
 
 import pytest
 
-import tasks
-from sbs_jax.release import Row
-from sbs_jax.teacher import parsing
-from sbs_jax.teacher.parsing import OUTCOMES, Parsed
+from sbs_jax.data import parsing, registry
+from sbs_jax.data.dataset import Row
+from sbs_jax.data.parsing import OUTCOMES, Parsed
 from tasks import anli1, cqa, esnli, svamp
 
 PLAIN = Row(input="x", label=None)
@@ -160,7 +159,7 @@ def test_every_outcome_occurs_in_the_cases():
 def test_every_dataset_has_both_parsers():
     for module in (esnli, anli1, cqa, svamp):
         assert set(module.DATASET.parsers) == {"official", "strict"}
-        assert tasks.datasets.get(module.DATASET.name) is module.DATASET
+        assert registry.get(module.DATASET.name) is module.DATASET
 
 
 def test_member_ignores_case_only_where_that_is_unambiguous():

@@ -13,8 +13,10 @@ import pytest
 import toy
 from jax.sharding import NamedSharding, PartitionSpec
 
-from sbs_jax import partitioning, t5, train
+from sbs_jax.data import registry
 from sbs_jax.plan import chips, hlo, worker
+from sbs_jax.student import partitioning, t5
+from sbs_jax.training.step import Trainer, TrainState, prepare
 
 pytest.importorskip("libtpu", reason="libtpu, the TPU compiler, is not installed: pip install libtpu")
 
@@ -43,8 +45,8 @@ MESHES = {
 @dataclasses.dataclass(frozen=True)
 class Compiled:
     mesh: str
-    trainer: train.Trainer
-    shardings: train.TrainState  # as compiled
+    trainer: Trainer
+    shardings: TrainState  # as compiled
     warnings: str
     program: hlo.Program
 
@@ -64,11 +66,11 @@ class Compiled:
 @pytest.fixture(scope="module", params=MESHES)
 def compiled(request):
     """The step of a small student, 16 rows, AdamW."""
-    toy.datasets.add(toy.DATASET)
+    registry.add(toy.DATASET)
     changes = {"model": MODEL, "layout": MESHES[request.param], "batch_size": 16}
     changes["execution"] = t5.Execution(layers="scanned", remat="attended")
     config = toy.config(Path("none"), Path("none"), task_feature_lengths={"inputs": 64, "targets": 32}, **changes)
-    trainer = train.prepare(config, devices=chips.topology("v5e:2x4").describe())
+    trainer = prepare(config, devices=chips.topology("v5e:2x4").describe())
     step = getattr(trainer.step, "lower")  # noqa: B009  (jitted)
     with worker.captured_stderr() as said:
         executable = step(trainer.abstract, trainer.batch).compile()

@@ -18,22 +18,16 @@ import pytest
 import safetensors.numpy
 import toy
 
-from sbs_jax import (
-    adapters,
-    checkpoints,
-    configuration,
-    evaluate,
-    frozen,
-    identity,
-    main,
-    partitioning,
-    quantized,
-    t5,
-    train,
-)
-from sbs_jax.commands import predict
-from sbs_jax.convert import command, hugging_face, names, peft
+from sbs_jax.cli import main
+from sbs_jax.cli.commands import predict
+from sbs_jax.export import convert
 from sbs_jax.prediction import engine, files
+from sbs_jax.run import checkpoints
+from sbs_jax.student import adapters, partitioning, quantized, t5
+from sbs_jax.training import evaluate, gin_files, students
+from sbs_jax.training.state import base_of
+from sbs_jax.training.step import TrainState, prepare
+from sbs_jax.weights import frozen, hugging_face, identity, names, npz, opening, peft
 
 LORA = adapters.LoRA(rank=4, alpha=8.0)
 TUNINGS = {
@@ -61,9 +55,9 @@ WITHOUT_A_PLACE = {
 CONFIG = t5.T5Config(**{**cases.SHAPE, "num_encoder_layers": 2, "num_decoder_layers": 1}, **cases.CASES["v1_1"])
 
 
-def convert(source, target, to_form, **changes) -> dict[str, Any]:
+def converted(source, target, to_form, **changes) -> dict[str, Any]:
     options = {"from_form": None, "dtype": "float32", "shard_bytes": 10**9, **changes}
-    return command.convert(str(source), str(target), to_form=to_form, **options)
+    return convert.convert(str(source), str(target), to_form=to_form, **options)
 
 
 def trained_values(config: t5.T5Config, tuning: adapters.Tuning) -> t5.Parameters:
@@ -110,7 +104,7 @@ def run(base) -> Path:
 
 @pytest.fixture(scope="module")
 def first_export(run) -> Path:
-    convert(run, run.with_name("exported"), "peft")
+    converted(run, run.with_name("exported"), "peft")
     return run.with_name("exported")
 
 
@@ -141,7 +135,7 @@ def edit_arrays(folder: Path, change) -> None:
 
 def test_an_export_of_lora_has_peft_s_names_shapes_and_settings(tmp_path, base):
     values = write_run(tmp_path / "run", CONFIG, TUNINGS["lora everywhere"], base=base)
-    summary = convert(tmp_path / "run", tmp_path / "out", "peft")
+    summary = converted(tmp_path / "run", tmp_path / "out", "peft")
     settings = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     expected = {"peft_type": "LORA", "task_type": "SEQ_2_SEQ_LM", "r": 3, "lora_alpha": 4.5, "lora_dropout": 0.1}
     assert {name: settings[name] for name in expected} == expected
@@ -181,7 +175,7 @@ def opened_run(tuning: adapters.Tuning, base: Path) -> names.Opened:
 def test_there_and_back_are_the_same_adapters_bit_for_bit(name, tmp_path, base):
     before = opened_run(TUNINGS[name], base)
     peft.write(tmp_path / "out", before, base=str(base))
-    assert checkpoints.form(tmp_path / "out") == "peft"
+    assert opening.form(tmp_path / "out") == "peft"
     after = imported(tmp_path / "out", base)
     assert after.base == before.base
     assert after.tuning is not None
@@ -203,8 +197,8 @@ def test_there_and_back_are_the_same_adapters_bit_for_bit(name, tmp_path, base):
 
 
 def test_there_and_back_on_disk(exported, run, base, tmp_path):
-    convert(exported, tmp_path / "back", "sbs", base=str(base))
-    before, after = checkpoints.open_run(run), checkpoints.open_run(tmp_path / "back")
+    converted(exported, tmp_path / "back", "sbs", base=str(base))
+    before, after = opening.open_run(run), opening.open_run(tmp_path / "back")
     assert after.base == before.base
     assert set(after.arrays) == set(before.arrays)
     for each, array in before.arrays.items():
@@ -220,7 +214,7 @@ def test_what_peft_cannot_hold_is_named(what, tmp_path, base):
 
 def test_a_plain_student_has_no_adapters_to_export(tmp_path, base):
     with pytest.raises(ValueError, match="has no adapters"):
-        convert(base, tmp_path / "out", "peft")
+        converted(base, tmp_path / "out", "peft")
 
 
 @pytest.mark.parametrize(
@@ -309,12 +303,12 @@ def test_a_pattern_from_outside_is_not_run(exported, base):
 
 def test_adapters_of_peft_need_their_base(exported, base, tmp_path):
     with pytest.raises(ValueError, match=rf"give the base they were trained on by --base \(they say: {base}\)"):
-        convert(exported, tmp_path / "out", "sbs")
+        converted(exported, tmp_path / "out", "sbs")
     with pytest.raises(ValueError, match=r"and no base\. Make a run of both: sbs convert --to sbs"):
-        checkpoints.open_any(exported, kind="peft")
+        opening.open_any(exported, kind="peft")
     (exported / peft.WEIGHTS).unlink()
     with pytest.raises(FileNotFoundError, match=r"has no weights: expected adapter_model.safetensors"):
-        convert(exported, tmp_path / "out", "sbs", base=str(base))
+        converted(exported, tmp_path / "out", "sbs", base=str(base))
 
 
 def test_adapters_of_peft_over_another_base_are_refused_where_they_say_which(exported, tmp_path, base):
@@ -325,13 +319,13 @@ def test_adapters_of_peft_over_another_base_are_refused_where_they_say_which(exp
     }
     hugging_face.write(other, names.Opened(CONFIG, arrays), dtype="float32")
     with pytest.raises(ValueError, match=rf"has adapters of {base}, of fingerprint .*{other} has"):
-        convert(exported, tmp_path / "out", "sbs", base=str(other))
+        converted(exported, tmp_path / "out", "sbs", base=str(other))
     (exported / peft.BASE).write_text('{"base": 3}')
     with pytest.raises(ValueError, match=r"expected what sbs convert --to peft writes. Remove it"):
-        convert(exported, tmp_path / "out", "sbs", base=str(other))
+        converted(exported, tmp_path / "out", "sbs", base=str(other))
     (exported / peft.BASE).unlink()  # as PEFT itself saves: nothing says which base it is
-    convert(exported, tmp_path / "out", "sbs", base=str(other))
-    assert checkpoints.open_run(tmp_path / "out").base == identity_of(CONFIG, other) | {
+    converted(exported, tmp_path / "out", "sbs", base=str(other))
+    assert opening.open_run(tmp_path / "out").base == identity_of(CONFIG, other) | {
         "fingerprint": identity.of_arrays(arrays)
     }
 
@@ -372,8 +366,8 @@ def test_merged_answers_as_base_and_adapters_do(name, tmp_path, caplog):
     hugging_face.write(tmp_path / "base", cases.opened(WIDE), dtype="float32")
     values = write_run(tmp_path / "run", WIDE, tuning, base=tmp_path / "base")
     adapted, held = held_parameters(WIDE, tuning, tmp_path / "base")
-    summary = convert(tmp_path / "run", tmp_path / "merged", "sbs")
-    opened = checkpoints.open_run(tmp_path / "merged")
+    summary = converted(tmp_path / "run", tmp_path / "merged", "sbs")
+    opened = opening.open_run(tmp_path / "merged")
     assert (opened.tuning, opened.base) == (None, None)
     separate = logits(adapted.structure, jax.device_get({**held, **values}))
     plain = {each: jnp.asarray(array.whole()) for each, array in opened.arrays.items()}
@@ -395,8 +389,8 @@ def test_merged_answers_as_base_and_adapters_do(name, tmp_path, caplog):
 
 
 def test_peft_s_adapters_are_merged_as_well(exported, run, base, tmp_path):
-    convert(run, tmp_path / "of_run", "hf")
-    convert(exported, tmp_path / "of_peft", "hf", base=str(base))
+    converted(run, tmp_path / "of_run", "hf")
+    converted(exported, tmp_path / "of_peft", "hf", base=str(base))
     mine, theirs = (hugging_face.open_directory(tmp_path / name).arrays for name in ("of_run", "of_peft"))
     for name, array in mine.items():
         np.testing.assert_array_equal(array.whole(), theirs[name].whole())
@@ -407,40 +401,40 @@ def test_a_base_that_moved_is_named_and_may_be_given_anew(tmp_path, base):
     write_run(tmp_path / "run", CONFIG, TUNINGS["lora"], base=tmp_path / "before")
     (tmp_path / "before").rename(tmp_path / "after")
     with pytest.raises(FileNotFoundError, match=r"before: nothing is there \(any more\).*--base"):
-        convert(tmp_path / "run", tmp_path / "out", "hf")
-    convert(tmp_path / "run", tmp_path / "out", "hf", base=str(tmp_path / "after"))
-    convert(tmp_path / "run", tmp_path / "peft", "peft", base=str(tmp_path / "after"))
+        converted(tmp_path / "run", tmp_path / "out", "hf")
+    converted(tmp_path / "run", tmp_path / "out", "hf", base=str(tmp_path / "after"))
+    converted(tmp_path / "run", tmp_path / "peft", "peft", base=str(tmp_path / "after"))
     said = json.loads((tmp_path / "peft" / peft.CONFIG).read_text())["base_model_name_or_path"]
     assert said == str(tmp_path / "after")
     with pytest.raises(FileNotFoundError, match=r"nowhere: nothing is there\.$"):
-        convert(tmp_path / "run", tmp_path / "out2", "hf", base="nowhere")
+        converted(tmp_path / "run", tmp_path / "out2", "hf", base="nowhere")
 
 
 def test_another_base_is_refused_wherever_adapters_meet_it(run, tmp_path, base):
     other = tmp_path / "other.npz"
     values = cases.parameters(CONFIG)
     values["encoder/layers/0/mlp/wo/kernel"][3, 5] = np.nextafter(values["encoder/layers/0/mlp/wo/kernel"][3, 5], 9)
-    checkpoints.save_npz(other, {name: jnp.asarray(array) for name, array in values.items()}, dtype="float32")
+    npz.save_npz(other, {name: jnp.asarray(array) for name, array in values.items()}, dtype="float32")
     for to_form in ("hf", "t5x", "sbs", "peft"):
         with pytest.raises(ValueError, match=rf"{run} has adapters of another base. They were trained on {base}"):
-            convert(run, tmp_path / "out", to_form, base=str(other))
+            converted(run, tmp_path / "out", to_form, base=str(other))
     with pytest.raises(ValueError, match="has adapters of another base"):
-        checkpoints.open_any(run, kind="sbs", base=str(other))
+        opening.open_any(run, kind="sbs", base=str(other))
     # The same numbers of another form are the same base.
     same = tmp_path / "same.npz"
-    checkpoints.save_npz(same, cases.model(CONFIG)[1], dtype="float32")
-    convert(run, tmp_path / "out", "t5x", base=str(same))
+    npz.save_npz(same, cases.model(CONFIG)[1], dtype="float32")
+    converted(run, tmp_path / "out", "t5x", base=str(same))
 
 
 def test_a_base_for_what_has_no_adapters_is_refused(base, tmp_path):
     with pytest.raises(ValueError, match="has no adapters, and needs no base; got --base"):
-        convert(base, tmp_path / "out", "sbs", base=str(base))
+        converted(base, tmp_path / "out", "sbs", base=str(base))
 
 
 def test_what_cannot_be_merged_is_refused_before_the_base_is_read(tmp_path, base):
     write_run(tmp_path / "run", CONFIG, WITHOUT_A_PLACE["prefixes"], base=tmp_path / "nowhere")
     with pytest.raises(ValueError, match=r"has prefixes .* cannot be merged"):
-        convert(tmp_path / "run", tmp_path / "out", "hf")
+        converted(tmp_path / "run", tmp_path / "out", "hf")
 
 
 # ------------------------------------------------------------------------------------ predicting
@@ -461,7 +455,7 @@ def task(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("task")
     options = dataclasses.asdict(toy.options(toy.write_records(folder / "records")))
     weights = {name: jnp.asarray(values) for name, values in cases.parameters(SMALL).items()}
-    checkpoints.save_npz(folder / "base.npz", weights, dtype="float32")
+    npz.save_npz(folder / "base.npz", weights, dtype="float32")
     for name, tuning in OVER_ONE_BASE.items():
         write_run(folder / name, SMALL, tuning, base=folder / "base.npz")
         manifest = {
@@ -501,7 +495,7 @@ def test_rows_are_answered_by_the_adapters_they_name_in_their_order(task, tmp_pa
 
 def test_the_base_is_held_once(task):
     layout = partitioning.DATA_PARALLEL
-    first, others = evaluate.load_students(
+    first, others = students.load_students(
         task / "own", {"prefix": task / "prefix", "norms": task / "norms"}, layout=layout
     )
     for name, other in others.items():
@@ -543,7 +537,7 @@ def test_adapters_that_cannot_share_a_base_are_refused(task, tmp_path):
     ):
         answered(tmp_path, rows, str(task / "own"), adapters={"other": str(other)})
     plain = tmp_path / "plain"
-    convert(task / "own", plain, "sbs")
+    converted(task / "own", plain, "sbs")
     with pytest.raises(ValueError, match="plain has no adapters: everything was trained"):
         answered(tmp_path, rows, str(task / "own"), adapters={"other": str(plain)})
     with pytest.raises(ValueError, match="plain has no adapters: everything was trained"):
@@ -577,7 +571,7 @@ def test_the_command_line_takes_bases_and_adapters(task, tmp_path, capsys):
     (tmp_path / "in.jsonl").write_text('{"id": "1", "input": "a", "adapter": "norms"}\n')
     other = tmp_path / "other.npz"
     weights = {name: jnp.asarray(values) for name, values in cases.parameters(SMALL).items()}
-    checkpoints.save_npz(other, {**weights, "encoder/encoder_norm/scale": jnp.ones(32)}, dtype="float32")
+    npz.save_npz(other, {**weights, "encoder/encoder_norm/scale": jnp.ones(32)}, dtype="float32")
     flags = ["predict", "--model", str(task / "own"), "--adapters", f"norms={task / 'norms'}"]
     flags += ["--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out.jsonl")]
     assert main.main([*flags, "--base", str(other)]) == 1
@@ -591,7 +585,7 @@ def test_the_command_line_takes_bases_and_adapters(task, tmp_path, capsys):
 
 def test_gin_binds_the_base_of_an_evaluation():
     bindings = ["CHECKPOINT_PATH=run", "BASE_PATH=moved"]
-    config, _ = configuration.configure(
+    config, _ = gin_files.configure(
         "evaluate.EvaluateConfig", gin_files=["gin_configs/runs/evaluate.gin"], bindings=bindings
     )
     assert config.base == "moved"
@@ -600,9 +594,9 @@ def test_gin_binds_the_base_of_an_evaluation():
 def test_adapters_of_the_command_line_have_names():
     assert predict.named(["a=runs/a", "b=c=d"]) == {"a": "runs/a", "b": "c=d"}
     for flag in ("runs/a", "=runs/a", "a="):
-        with pytest.raises(configuration.UsageError, match="expected NAME=DIR"):
+        with pytest.raises(gin_files.UsageError, match="expected NAME=DIR"):
             predict.named([flag])
-    with pytest.raises(configuration.UsageError, match="names 'a' twice: x and y"):
+    with pytest.raises(gin_files.UsageError, match="names 'a' twice: x and y"):
         predict.named(["a=x", "a=y"])
 
 
@@ -610,15 +604,15 @@ def test_an_imported_run_predicts_as_the_one_it_was_exported_from(task, tmp_path
     """Its settings go along; and where PEFT's directory has none, those of a base that is a run."""
     rows = [{"id": "1", "input": "a b c"}, {"id": "2", "input": "d"}]
     expected = answered(tmp_path, rows, str(task / "own"))
-    convert(task / "own", tmp_path / "out", "peft")
+    converted(task / "own", tmp_path / "out", "peft")
     weights = {name: jnp.asarray(values) for name, values in cases.parameters(SMALL).items()}
     base = tmp_path / "base"
     checkpoints.save_parameters(base, weights, config=SMALL, step=0)
     (base / "manifest.json").write_text((task / "norms" / "manifest.json").read_text())
-    convert(tmp_path / "out", tmp_path / "back", "sbs", base=str(base))
+    converted(tmp_path / "out", tmp_path / "back", "sbs", base=str(base))
     assert answered(tmp_path, rows, str(tmp_path / "back")) == expected
     (tmp_path / "out" / hugging_face.ORIGIN).unlink()
-    convert(tmp_path / "out", tmp_path / "again", "sbs", base=str(base))
+    converted(tmp_path / "out", tmp_path / "again", "sbs", base=str(base))
     options = json.loads((tmp_path / "again" / "manifest.json").read_text())["data"]["options"]
     assert options["label_prefix"] == "norms: "
 
@@ -653,7 +647,7 @@ def our_logits(config: t5.T5Config, tuning: adapters.Tuning, values: t5.Paramete
 def test_an_export_answers_in_peft_as_our_run_does(name, theirs, tmp_path):
     config, base, reference, library = theirs
     values = write_run(tmp_path / "run", config, TUNINGS[name], base=base)
-    convert(tmp_path / "run", tmp_path / "out", "peft")
+    converted(tmp_path / "run", tmp_path / "out", "peft")
     model = library.PeftModel.from_pretrained(reference.load(base), tmp_path / "out").eval()
     found = torch_logits(reference, model)
     np.testing.assert_allclose(our_logits(config, TUNINGS[name], values), found, rtol=0, atol=2e-5)
@@ -672,7 +666,7 @@ def test_an_update_is_the_one_that_pytorch_makes_with_peft(theirs, tmp_path):
     config, base, reference, library = theirs
     torch, tuning = reference.torch, TUNINGS["lora"]
     values = write_run(tmp_path / "run", config, tuning, base=base)
-    convert(tmp_path / "run", tmp_path / "out", "peft")
+    converted(tmp_path / "run", tmp_path / "out", "peft")
     model = library.PeftModel.from_pretrained(reference.load(base), tmp_path / "out", is_trainable=True).train()
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.SGD(weights, lr=0.5)
@@ -701,9 +695,9 @@ def test_an_update_is_the_one_that_pytorch_makes_with_peft(theirs, tmp_path):
         optimizer=optax.sgd,
         learning_rate=optax.constant_schedule(0.5),
     )
-    trainer = train.prepare(settings)
-    held = train.base_of(settings, trainer).frozen
-    state = train.TrainState(jnp.int32(0), values, settings.gradient_transformation().init(values), jnp.int32(0), held)
+    trainer = prepare(settings)
+    held = base_of(settings, trainer).frozen
+    state = TrainState(jnp.int32(0), values, settings.gradient_transformation().init(values), jnp.int32(0), held)
     found = []
     for step in range(2):
         state, metrics = trainer.step(jax.tree.map(jnp.array, state), ours.batch())
@@ -745,9 +739,9 @@ def test_what_peft_itself_saved_is_imported_and_answers_alike(kind, theirs, tmp_
         (tmp_path / "saved" / peft.WEIGHTS).unlink()
         tensors = {name: reference.torch.from_numpy(array) for name, array in arrays.items()}
         reference.torch.save(tensors, tmp_path / "saved" / peft.TORCH_WEIGHTS)
-    summary = convert(tmp_path / "saved", tmp_path / "run", "sbs", base=str(base))
+    summary = converted(tmp_path / "saved", tmp_path / "run", "sbs", base=str(base))
     assert summary["base"]["path"] == str(base)
-    opened = checkpoints.open_run(tmp_path / "run")
+    opened = opening.open_run(tmp_path / "run")
     assert opened.tuning is not None
     values = {name: jnp.asarray(array.whole()) for name, array in opened.arrays.items()}
     found = our_logits(config, opened.tuning, values)

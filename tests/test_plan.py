@@ -11,8 +11,9 @@ import jax
 import pytest
 import toy
 
-from sbs_jax import main, t5
-from sbs_jax.plan import chips, command, compiler, flops, hlo, table, worker
+from sbs_jax.cli import main
+from sbs_jax.plan import chips, command, compiler, hlo, table, worker
+from sbs_jax.student import flops, t5
 
 pytest.importorskip("libtpu", reason="libtpu, the TPU compiler, is not installed: pip install libtpu")
 

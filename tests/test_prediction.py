@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 import toy
 
-from sbs_jax import decoding, evaluate, partitioning, t5, tokens
+from sbs_jax.data import registry, tokens
 from sbs_jax.prediction import compiled, engine, weights
 from sbs_jax.prediction.engine import Answer, Predictor, Question, Settings
+from sbs_jax.student import decoding, partitioning, t5
+from sbs_jax.training import evaluate, students
 
 LIMIT = toy.UNTRAINED_LIMIT
 
@@ -26,11 +28,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def student(run: Path) -> evaluate.Student:
-    return evaluate.load_student(run, layout=partitioning.DATA_PARALLEL)
+def student(run: Path) -> students.Student:
+    return students.load_student(run, layout=partitioning.DATA_PARALLEL)
 
 
-def predictor(student: evaluate.Student, **settings: Any) -> Predictor:
+def predictor(student: students.Student, **settings: Any) -> Predictor:
     return Predictor({None: student}, settings=Settings(**{"batch_size": 8, **settings}))
 
 
@@ -45,7 +47,7 @@ def questions(count: int, *, seed: int = 0) -> list[Question]:
 
 
 @pytest.fixture(scope="module")
-def greedy(student: evaluate.Student) -> Predictor:
+def greedy(student: students.Student) -> Predictor:
     return predictor(student)
 
 
@@ -65,7 +67,7 @@ def close(got: list[Answer], want: list[Answer]) -> None:
 def test_answers_are_those_of_the_student_padded_to_its_limit_in_order(student, answers):
     """As `sbs evaluate` and earlier versions generate: one batch, every row padded to the longest there may be."""
     asked = questions(30)
-    vocabulary = engine.datasets.vocabulary("byte")
+    vocabulary = registry.vocabulary("byte")
     rows = np.zeros((30, LIMIT), np.int32)
     for row, question in zip(rows, asked, strict=True):
         ids = tokens.encode([f"predict: {question.input}"], vocabulary)[0]
@@ -206,7 +208,7 @@ def test_choices_are_scored_as_given_targets_are(student):
         )
     ]
     got = choosing.answer(rows)
-    vocabulary = engine.datasets.vocabulary("byte")
+    vocabulary = registry.vocabulary("byte")
     score = jax.jit(lambda parameters, *rows: decoding.score(t5.join(student.structure, parameters), *rows))
     for question, answer in zip(rows, got, strict=True):
         labels = question.choices or tuple(toy.LETTERS)

@@ -16,12 +16,12 @@ import pyarrow.parquet as pq
 import pytest
 import toy
 
-from sbs_jax import lock
-from sbs_jax.commands import predict as command
+from sbs_jax.cli.commands import predict as command
 from sbs_jax.prediction import files, inputs, seen
 from sbs_jax.prediction.engine import Predictor, Settings
+from sbs_jax.storage import lock
 
-COMMAND = ["-c", "import sys, toy_task; from sbs_jax import main; sys.exit(main.main())"]
+COMMAND = ["-c", "import sys, toy_task; from sbs_jax.cli import main; sys.exit(main.main())"]
 TEXTS = ["a b", 'é "x", y', "one\ntwo", "", "\u2028z\r\nw", "名", " c "]
 
 
@@ -29,7 +29,7 @@ TEXTS = ["a b", 'é "x", y', "one\ntwo", "", "\u2028z\r\nw", "名", " c "]
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("student")
     toy.write_untrained(folder)
-    (folder / "toy_task.py").write_text("import toy\nfrom sbs_jax import datasets\ndatasets.add(toy.DATASET)\n")
+    (folder / "toy_task.py").write_text("import toy\nfrom sbs_jax.data import registry\nregistry.add(toy.DATASET)\n")
     return folder
 
 
@@ -379,7 +379,7 @@ def peak_of(starter: Any, folder: Path, tmp_path: Path, count: int) -> tuple[flo
         for number in range(count):
             file.write(json.dumps({"id": f"row {number}", "input": f"{number} a b c"}) + "\n")
     program = (
-        "import toy_task, sys; from sbs_jax import bench, main; status = main.main(); "
+        "import toy_task, sys; from sbs_jax import bench; from sbs_jax.cli import main; status = main.main(); "
         "print(bench.peak_memory(), file=sys.stderr); sys.exit(status)"
     )
     flags = ["--model", str(folder / "run"), "--input", str(tmp_path / "in.jsonl"), "--batch_size", "64"]

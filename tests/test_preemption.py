@@ -14,7 +14,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from sbs_jax import hosts, preemption, watchdog
+from sbs_jax import hosts
+from sbs_jax.hosts import preemption, watchdog
 
 # Busy as a compiler is: in C, without the interpreter, for longer than the test waits.
 BUSY = """

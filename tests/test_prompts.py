@@ -13,13 +13,13 @@ from string import ascii_lowercase
 import pytest
 
 import tasks
-from sbs_jax import datasets
-from sbs_jax.release import Row
+from sbs_jax.data import registry
+from sbs_jax.data.dataset import Row
+from sbs_jax.data.grading import equation_value
+from sbs_jax.data.parsing import Parsed
 from sbs_jax.teacher import prompts
-from sbs_jax.teacher.parsing import Parsed
 from sbs_jax.teacher.prompts import Exemplar, Message, Template
 from tasks import builtin, cqa, nli
-from tasks.metrics import equation_value
 
 NAMES = ("anli1", "builtin", "cqa", "esnli", "svamp")
 EXEMPLARS = [
@@ -79,7 +79,7 @@ def test_about_ten_exemplars_each_its_own(name: str) -> None:
 
 @pytest.mark.parametrize(("name", "exemplar"), EXEMPLARS)
 def test_parsers_read_the_answer_back(name: str, exemplar: Exemplar) -> None:
-    template, parsers = prompts.read(name), datasets.get(name).parsers
+    template, parsers = prompts.read(name), registry.get(name).parsers
     answer, row = template.answered(exemplar), row_of(name, exemplar)
     run_on = f"{answer}\n\n{template.asked(exemplar.input)} {answer}"
     expected = Parsed(rationale=exemplar.rationale, label=label_of(name, exemplar), outcome="ok")

@@ -7,7 +7,7 @@ import pytest
 import qwix
 from scipy import stats
 
-from sbs_jax import quantized, t5
+from sbs_jax.student import layers, quantized
 
 FORMS = quantized.FORMS
 
@@ -87,11 +87,11 @@ def test_bits_per_value(form, bits):
     assert 8 * sum(x.size * x.dtype.itemsize for x in parts.values()) / (1024 * 4096) <= bits
 
 
-def dense_of(kernel: np.ndarray, form: str) -> tuple[t5.Dense, jax.Array]:
+def dense_of(kernel: np.ndarray, form: str) -> tuple[layers.Dense, jax.Array]:
     """A layer that holds a kernel quantised, and the matrix that it multiplies with."""
     from flax import nnx
 
-    dense = t5.Dense(kernel.shape, axes=("embed", "mlp"), std=1.0, dtype="float32", rngs=nnx.Rngs(0))
+    dense = layers.Dense(kernel.shape, axes=("embed", "mlp"), std=1.0, dtype="float32", rngs=nnx.Rngs(0))
     parts = quantized.quantize(jnp.asarray(kernel), form=form)
     del dense.kernel
     dense.kernel = quantized.Kernel(kernel.shape, form=form, axes=("embed", "mlp"))

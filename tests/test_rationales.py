@@ -9,7 +9,10 @@ import pytest
 import toy
 
 import tasks
-from sbs_jax import datasets, main, naming, rationales, records, release, train
+from sbs_jax.cli import main
+from sbs_jax.data import naming, records, registry, release
+from sbs_jax.stats import rationales
+from sbs_jax.training import loop
 from tasks import builtin, nli, svamp
 
 
@@ -122,7 +125,7 @@ def test_a_students_rationales(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     """A toy student is trained until its rationales say the letter, read by the label task and the parser."""
     named = toy.write_records(tmp_path / "records")
     config = toy.config(tmp_path / "run", named, train_steps=2, eval_period=2, checkpoint_period=2)
-    train.train(config, config_text="")
+    loop.train(config, config_text="")
     found = rationales.measure(tmp_path / "run", batch_size=8)
     assert found == json.loads((tmp_path / "run" / "rationales.json").read_text("utf-8"))
     lines = [json.loads(line) for line in (tmp_path / "run" / "rationales.jsonl").read_text("utf-8").splitlines()]
@@ -161,7 +164,7 @@ def test_a_student_of_labels_alone_has_none(tmp_path: Path) -> None:
         train_steps=1,
         evaluate_test=False,
     )
-    train.train(config, config_text="")
+    loop.train(config, config_text="")
     with pytest.raises(ValueError, match="trained on labels alone"):
         rationales.measure(tmp_path / "run")
 
@@ -173,7 +176,7 @@ def test_the_teachers_own_texts_fit_its_answers(
     assert tasks is not None
     for name, share, rows in (("svamp", 0.894, 188), ("cqa", 0.995, 1035)):
         release.import_release(
-            datasets.get(name),
+            registry.get(name),
             release_dir=str(real_data_dir),
             records_dir=str(tmp_path),
             parser="strict",

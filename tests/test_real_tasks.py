@@ -8,7 +8,8 @@ import pytest
 import seqio
 
 import tasks  # noqa: F401  # registers the datasets
-from sbs_jax import datasets, features, losses, records, release, tokens
+from sbs_jax.data import batches, records, registry, release, selection, tokens
+from sbs_jax.student import losses
 
 # Used training rows of the label and the rationale task with the strict parser, and held-out rows.
 # e-SNLI and ANLI train on their validation files: their train inputs are not in the release folder.
@@ -30,29 +31,29 @@ LONGEST = {
 @pytest.fixture(scope="module", params=SIZES)
 def name(request: pytest.FixtureRequest, real_data_dir: Path, real_vocab: Path, tmp_path_factory):
     """A dataset's name, with its records imported and configured."""
-    before = datasets.options()
+    before = registry.options()
     folder = tmp_path_factory.mktemp("records")
-    dataset = datasets.get(request.param)
+    dataset = registry.get(request.param)
     release.import_release(dataset, release_dir=real_data_dir, records_dir=folder, parser="strict", inputs="release")
     has_train = (folder / request.param / "train.jsonl").exists()
-    datasets.configure(
-        datasets.DataOptions(
+    registry.configure(
+        selection.DataOptions(
             records_dir=str(folder),
             vocabulary=str(real_vocab),
             train_split="train" if has_train else "validation",
         )
     )
     yield request.param
-    datasets.configure(before)
+    registry.configure(before)
 
 
 def test_sizes_and_lengths(name: str):
-    lengths = datasets.get(name).feature_lengths
+    lengths = registry.get(name).feature_lengths
     longest: dict[str, int] = {"inputs": 0}
     for split in ("train", "validation", "test"):
         for kind in ("label", "rationale", "rationale_then_label"):
             task = f"{name}_{kind}"
-            counts = features.count_truncated(task, split, lengths)[task]
+            counts = batches.count_truncated(task, split, lengths)[task]
             assert counts["inputs cut"] == counts["targets cut"] == 0
             longest["inputs"] = max(longest["inputs"], counts["inputs longest"])
             longest[kind] = max(longest.get(kind, 0), counts["targets longest"])
@@ -66,8 +67,8 @@ def test_sizes_and_lengths(name: str):
 @pytest.mark.parametrize("pack", [False, True])
 @pytest.mark.parametrize("kind", ["label", "rationale", "rationale_then_label", "step_by_step"])
 def test_valid_batches(name: str, kind: str, pack: bool):
-    lengths = datasets.get(name).feature_lengths
-    found = features.train_dataset(
+    lengths = registry.get(name).feature_lengths
+    found = batches.train_dataset(
         f"{name}_{kind}", lengths=lengths, split="train", batch_size=16, pack=pack, seed=0, skip_batches=0
     )
     for batch in itertools.islice(found, 5):
@@ -91,20 +92,20 @@ def test_valid_batches(name: str, kind: str, pack: bool):
 
 def test_texts_survive_the_vocabulary(name: str):
     """What can be decoded is what is graded: labels come back as they are, but for one letter."""
-    vocabulary = datasets.vocabulary(datasets.options().vocabulary)
+    vocabulary = registry.vocabulary(registry.options().vocabulary)
     lost = set()
     for split in ("train", "validation", "test"):
-        labels = {example.label for example in datasets.examples(f"{name}_label", split)}
+        labels = {example.label for example in registry.examples(f"{name}_label", split)}
         for label in labels:
             decoded = vocabulary.decode(tokens.encode([label], vocabulary)[0])
-            if datasets.graded_text(decoded, kind="label") != label:
+            if registry.graded_text(decoded, kind="label") != label:
                 lost.add(label)
     assert lost == ({"tromsø"} if name == "cqa" else set())
 
 
 def test_premise_and_hypothesis_are_joined_by_eos(name: str):
-    examples = features.eval_examples(f"{name}_label", split="test", lengths=datasets.get(name).feature_lengths)
-    vocabulary = datasets.vocabulary(datasets.options().vocabulary)
+    examples = batches.eval_examples(f"{name}_label", split="test", lengths=registry.get(name).feature_lengths)
+    vocabulary = registry.vocabulary(registry.options().vocabulary)
     joints = {int((e.features["encoder_input_tokens"] == tokens.EOS_ID).sum()) for e in examples}
     assert joints == ({2} if name in ("esnli", "anli1") else {1})
     if name in ("esnli", "anli1"):
@@ -115,10 +116,10 @@ def test_premise_and_hypothesis_are_joined_by_eos(name: str):
 
 
 def test_seqio_reads_the_same_rows(name: str):
-    lengths = dict(datasets.get(name).feature_lengths)
+    lengths = dict(registry.get(name).feature_lengths)
     task = seqio.TaskRegistry.get(f"{name}_rationale_then_label")
     rows = task.get_dataset({**lengths, "task_ids": lengths["targets"]}, split="validation", shuffle=False)
-    ours = features.eval_examples(f"{name}_rationale_then_label", split="validation", lengths=lengths)
+    ours = batches.eval_examples(f"{name}_rationale_then_label", split="validation", lengths=lengths)
     for row, example in zip(itertools.islice(rows.as_numpy_iterator(), 50), ours, strict=False):
         assert row["id"].decode() == example.id
         assert row["label"].decode() == example.label
@@ -129,10 +130,10 @@ def test_seqio_reads_the_same_rows(name: str):
 
 def test_held_out_rows_stay_out_of_training(name: str):
     split_ids = [
-        {example.id for example in datasets.examples(f"{name}_label", split)} for split in ("train", "validation")
+        {example.id for example in registry.examples(f"{name}_label", split)} for split in ("train", "validation")
     ]
     assert split_ids[0].isdisjoint(split_ids[1])
-    options = datasets.options()
+    options = registry.options()
     folder = Path(options.records_dir) / name
     found = records.read_records(folder / f"{options.train_split}.jsonl")
     assert len(found) == len(split_ids[0]) + len(split_ids[1])

@@ -6,8 +6,9 @@ import sys
 
 import pytest
 
-from sbs_jax import records
-from sbs_jax.records import Record
+from sbs_jax.data import records
+from sbs_jax.data.records import Record
+from sbs_jax.storage import checksums
 
 FULL = Record(
     id="a-1",
@@ -26,7 +27,7 @@ def test_records_survive_writing_and_reading(tmp_path):
     path = tmp_path / "new" / "train.jsonl"
     sha256 = records.write_records(path, [FULL, BARE])
     assert records.read_records(path) == [FULL, BARE]
-    assert sha256 == records.file_sha256(path)
+    assert sha256 == checksums.file_sha256(path)
     first = path.read_bytes()
     records.write_records(path, iter([FULL, BARE]))
     assert path.read_bytes() == first
@@ -147,7 +148,7 @@ def test_other_manifests_are_refused(tmp_path):
 
 def test_reading_records_needs_the_standard_library_only():
     code = (
-        "import sys, sbs_jax.records, sbs_jax.release, sbs_jax.teacher.parsing\n"
+        "import sys, sbs_jax.data.records, sbs_jax.data.release, sbs_jax.data.parsing\n"
         "heavy = {'numpy', 'jax', 'tensorflow', 'seqio'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )

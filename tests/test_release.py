@@ -6,9 +6,10 @@ import shutil
 
 import pytest
 
-from sbs_jax import datasets, records, release
-from sbs_jax.release import Row
-from tasks import anli1, cqa, esnli, metrics, svamp
+from sbs_jax.data import grading, records, release
+from sbs_jax.data.dataset import Dataset, Row
+from sbs_jax.storage import checksums
+from tasks import anli1, cqa, esnli, svamp
 
 MODULES = {"anli1": anli1, "cqa": cqa, "esnli": esnli, "svamp": svamp}
 
@@ -99,7 +100,7 @@ def test_damage_in_svamp_is_as_reported(imported):
     directory = imported("svamp", "official")[1]
     labels = [row.teacher_label for row in records.read_records(directory / "train.jsonl")]
     assert labels.count(None) == 13
-    assert sum(bool(label) and metrics.equation_value(label) is None for label in labels) == 21
+    assert sum(bool(label) and grading.equation_value(label) is None for label in labels) == 21
     test = [row.teacher_label for row in records.read_records(directory / "test.jsonl")]
     assert "(14, 21)" in test
     assert "(175, 5)" in labels
@@ -196,9 +197,10 @@ def test_manifest_names_sources_and_hashes(made_release):
     manifest = import_svamp(made_release)
     test = manifest["splits"]["test"]
     directory = made_release.parent / "records" / "svamp"
-    assert test["sha256"] == records.file_sha256(directory / "test.jsonl")
+    assert test["sha256"] == checksums.file_sha256(directory / "test.jsonl")
     assert test["sources"] == {
-        name: records.file_sha256(made_release / "svamp" / name) for name in ("llm/test_CoT_0.json", "svamp_test.json")
+        name: checksums.file_sha256(made_release / "svamp" / name)
+        for name in ("llm/test_CoT_0.json", "svamp_test.json")
     }
     assert (test["rationales"], test["teacher_labels"], test["teacher_accuracy"]) == (2, 2, 100.0)
     assert json.loads((directory / "manifest.json").read_text()) == manifest
@@ -405,7 +407,7 @@ def test_dataset_outside_the_release_is_refused(made_release):
     import dataclasses
 
     dataset = dataclasses.replace(svamp.DATASET, read_release=None)
-    assert isinstance(dataset, datasets.Dataset)
+    assert isinstance(dataset, Dataset)
     with pytest.raises(ValueError, match="svamp is not part of the release"):
         release.import_release(dataset, release_dir=made_release, records_dir=made_release, parser="strict")
 

@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sbs_jax import report
-from sbs_jax.report import Run, intervals, plots
-from sbs_jax.report.results import DISTILLATION, FINE_TUNING, STEP_BY_STEP
+from sbs_jax.pages import plots, report
+from sbs_jax.pages.report import Run
+from sbs_jax.stats import intervals
+from sbs_jax.stats.results import DISTILLATION, FINE_TUNING, STEP_BY_STEP
 
 LABELS = ("entailment", "neutral", "contradiction")
 KINDS = {"label": FINE_TUNING, "step_by_step": STEP_BY_STEP}
@@ -440,7 +441,7 @@ def test_methods_keep_their_colours() -> None:
 def test_the_same_runs_give_the_same_bytes_in_another_process(tmp_path: Path, mixed: list[Run]) -> None:
     report.write_page(tmp_path / "here.html", mixed, title=None, notes=["note"])
     code = (
-        "from sbs_jax import report;"
+        "from sbs_jax.pages import report;"
         f"runs = [report.Run(*row) for row in {[(str(r.path), r.method, r.fraction, r.seed) for r in mixed]!r}];"
         f"report.write_page({str(tmp_path / 'there.html')!r}, runs, title=None, notes=['note'])"
     )

@@ -12,8 +12,7 @@ from test_report import some, write_run
 from test_report_study import EXAMPLES, MEASURED, write_rationales
 from test_teacher_page import HOSTILE, luminance, seen
 
-from sbs_jax import report
-from sbs_jax.report import browser
+from sbs_jax.pages import browser, report
 
 
 @pytest.fixture(scope="module")

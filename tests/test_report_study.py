@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from test_report import answers, check, of, some, write_run
 
-from sbs_jax import report
-from sbs_jax.report import costs, findings, folders, intervals, quality, tables
-from sbs_jax.report.results import FINE_TUNING, SINGLE_TASK, STEP_BY_STEP, load
+from sbs_jax.pages import report, tables
+from sbs_jax.stats import costs, findings, folders, intervals, quality
+from sbs_jax.stats.results import FINE_TUNING, SINGLE_TASK, STEP_BY_STEP, load
 
 BASE = {
     "emb_dim": 768,
@@ -285,8 +285,7 @@ def test_what_is_not_the_paper_s_is_held_against_nothing(tmp_path: Path, change:
 
 
 def test_the_cost_of_a_run_is_that_of_its_manifest(tmp_path: Path) -> None:
-    from sbs_jax import t5
-    from sbs_jax.plan import flops
+    from sbs_jax.student import flops, t5
 
     records_dir = str(write_records(tmp_path / "records", "svamp"))
     path = paper_run(tmp_path / "run", records_dir=records_dir)

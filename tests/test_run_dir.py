@@ -24,7 +24,12 @@ import optax
 import pytest
 import toy
 
-from sbs_jax import configuration, datasets, lock, run_dir, settings, train
+from sbs_jax.data import registry, selection
+from sbs_jax.run import directory, settings
+from sbs_jax.storage import lock
+from sbs_jax.training import gin_files, loop
+from sbs_jax.training.config import TrainConfig
+from sbs_jax.training.step import prepare
 from tasks import builtin
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,8 +37,8 @@ CONFIG = "SEED = 0\n"
 UNPRIVILEGED = 65534
 
 
-def opened(path: Path, config_text: str = CONFIG) -> run_dir.RunDir:
-    return run_dir.RunDir(path, config_text=config_text)
+def opened(path: Path, config_text: str = CONFIG) -> directory.RunDir:
+    return directory.RunDir(path, config_text=config_text)
 
 
 class Python:
@@ -103,7 +108,7 @@ def test_a_second_process_is_refused_and_a_killed_one_frees_the_directory(tmp_pa
             with Python(HOLDER, run) as other:
                 assert other.hear().startswith(f"refused: {run} is in use: process {os.getpid()} on {host}")
     assert (run / "lock").read_bytes() == b""
-    assert [line["step"] for line in run_dir.read_metrics(run)] == [1]
+    assert [line["step"] for line in directory.read_metrics(run)] == [1]
 
 
 def test_the_same_process_cannot_enter_twice_either(tmp_path):
@@ -198,7 +203,7 @@ def test_a_lock_that_somebody_removed_is_taken_again(tmp_path):
                 run.log("train", 2, {})
             other.tell(3)
             assert other.hear() == "logged\n"
-    assert [line["step"] for line in run_dir.read_metrics(tmp_path)] == [1, 3]
+    assert [line["step"] for line in directory.read_metrics(tmp_path)] == [1, 3]
 
 
 def test_a_lock_removed_while_it_is_taken_is_made_anew(tmp_path, monkeypatch):
@@ -222,11 +227,11 @@ def test_a_lock_that_was_removed_and_does_not_fit_on_the_disk_waits_too(disk):
         with full(disk, run):
             held.log("train", 2, {})
             held.log("train", 3, {})
-            assert len(run_dir.read_metrics(run)) == 1
+            assert len(directory.read_metrics(run)) == 1
         held.log("train", 4, {})
         with pytest.raises(lock.HeldError):
             opened(run).__enter__()
-    assert [line["step"] for line in run_dir.read_metrics(run)] == [1, 2, 3, 4]
+    assert [line["step"] for line in directory.read_metrics(run)] == [1, 2, 3, 4]
 
 
 # Two processes joined as by `hosts.join`, but for JAX, which takes seconds.
@@ -343,7 +348,7 @@ def disk() -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
-def write_step(run: run_dir.RunDir, step: int) -> None:
+def write_step(run: directory.RunDir, step: int) -> None:
     """A long line, which does not fit into what a full disk has left of its last page; predictions every third."""
     run.log("train", step, {f"loss {number}": step + number / 7 for number in range(100)})
     if step % 3 == 0:
@@ -396,7 +401,7 @@ def test_nothing_is_lost_or_doubled_when_the_disk_takes_nothing_for_a_while(disk
                 write_step(tried, step)
                 assert tried.lines == step
                 seen = files(run)
-                assert [line["step"] for line in run_dir.read_metrics(run)] == [1, 2, 3, 4]
+                assert [line["step"] for line in directory.read_metrics(run)] == [1, 2, 3, 4]
                 assert seen["metrics.jsonl"].startswith(before["metrics.jsonl"])
                 assert not [name for name in seen if name.endswith(".tmp")]  # which would take the last room
             assert [line["step"] for line in tried.metrics()] == list(range(1, 10))
@@ -469,7 +474,7 @@ def test_what_is_missing_at_the_end_is_named(disk):
             assert f"{run / name}: No space left on device" in text
         assert json.loads(text.splitlines()[-1])["step"] == 2  # so that nothing is lost for good
     # Leaving tries once more.
-    assert [line["step"] for line in run_dir.read_metrics(run)] == [1, 2]
+    assert [line["step"] for line in directory.read_metrics(run)] == [1, 2]
     assert (run / "predictions" / "toy-2.jsonl").exists()
 
 
@@ -480,7 +485,7 @@ def test_one_file_that_cannot_be_written_does_not_hold_up_the_others(tmp_path):
         run.log("train", 1, {"loss": 1.0})
         run.write_predictions("toy-1", [])
         run.write_predictions("toy-2", [{"id": "2"}])
-        assert [line["step"] for line in run_dir.read_metrics(tmp_path)] == [1]
+        assert [line["step"] for line in directory.read_metrics(tmp_path)] == [1]
         assert (tmp_path / "predictions" / "toy-2.jsonl").read_text() == '{"id": "2"}\n'
         with pytest.raises(OSError, match="are not complete") as error:
             run.flush()
@@ -521,7 +526,7 @@ def test_metrics_that_somebody_else_changes_are_continued_with_a_warning(tmp_pat
             run.log("train", step, {})
         (tmp_path / "metrics.jsonl").write_bytes((tmp_path / "metrics.jsonl").read_bytes().splitlines(True)[0])
         run.log("train", 3, {})
-    assert [line["step"] for line in run_dir.read_metrics(tmp_path)] == [1, 3]
+    assert [line["step"] for line in directory.read_metrics(tmp_path)] == [1, 3]
     assert "was changed by somebody else" in caplog.text
 
 
@@ -600,19 +605,19 @@ def test_a_damaged_line_of_metrics_is_named(tmp_path, line):
         truncated(tmp_path, contents, lines=3)
     assert (tmp_path / "metrics.jsonl").read_bytes() == contents
     with pytest.raises(ValueError, match=says):
-        run_dir.read_metrics(tmp_path)
+        directory.read_metrics(tmp_path)
     (tmp_path / "metrics.jsonl").write_bytes(contents)
     assert truncated(tmp_path, None, lines=1) == LINES[0]
 
 
 def test_scores_are_the_primary_metric_of_validations(tmp_path):
-    assert run_dir.read_scores(tmp_path) == {}
+    assert directory.read_scores(tmp_path) == {}
     rows = [("train", 1, 9.0), ("validation", 2, 3.0), ("validation", 4, 5.0), ("test", 4, 7.0)]
     lines = [json.dumps({"kind": kind, "step": step, "accuracy": value, "f1": 0.0}) for kind, step, value in rows]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
-    assert run_dir.read_scores(tmp_path) == {}
+    assert directory.read_scores(tmp_path) == {}
     (tmp_path / "manifest.json").write_text(json.dumps({"data": {}, "run": {"primary_metric": "accuracy"}}))
-    assert run_dir.read_scores(tmp_path) == {2: 3.0, 4: 5.0}
+    assert directory.read_scores(tmp_path) == {2: 3.0, 4: 5.0}
 
 
 def test_events_of_a_later_start_stand_behind_the_earlier_ones(tmp_path, monkeypatch):
@@ -635,14 +640,14 @@ def test_events_of_a_later_start_stand_behind_the_earlier_ones(tmp_path, monkeyp
 class Terms:
     """What a start begins with: configuration, its text, and the manifest's side of it."""
 
-    config: train.TrainConfig
+    config: TrainConfig
     text: str
     contents: dict
 
     def begin(self, run: Path, *, step: int = 3, accept_changes: bool = False, text: str | None = None) -> dict:
         with opened(run, self.text if text is None else text) as started:
             started.begin(self.contents, step=step, accept_changes=accept_changes)
-        return run_dir.read_manifest(run)
+        return directory.read_manifest(run)
 
 
 TEXT = """# Macros:
@@ -664,7 +669,7 @@ train.TrainConfig.task_feature_lengths = \\
 @pytest.fixture(scope="module")
 def trainer(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trainer")
-    return train.prepare(toy.config(folder / "run", toy.write_records(folder / "records")))
+    return prepare(toy.config(folder / "run", toy.write_records(folder / "records")))
 
 
 @pytest.fixture
@@ -674,20 +679,20 @@ def terms(tmp_path, trainer):
     shutil.copyfile(builtin.vocabulary_path(), tmp_path / "vocabulary")
 
     def make(*, records_dir: str = "records", vocabulary: str = "vocabulary", data=None, text=TEXT, **changes) -> Terms:
-        options = datasets.DataOptions(
+        options = selection.DataOptions(
             records_dir=str(tmp_path / records_dir), vocabulary=str(tmp_path / vocabulary), **(data or {})
         )
         config = dataclasses.replace(toy.config(tmp_path / "run", tmp_path / "records", data=options), **changes)
-        datasets.configure(options)
-        contents = train._manifest(config, data=datasets.manifest("toy"), trainer=trainer)
+        registry.configure(options)
+        contents = loop._manifest(config, data=registry.manifest("toy"), trainer=trainer)
         return Terms(config, text, contents)
 
     yield make
-    datasets.configure(toy.options(tmp_path / "records"))
+    registry.configure(toy.options(tmp_path / "records"))
 
 
 def test_a_start_under_the_same_terms_goes_on_and_is_written_down(terms, tmp_path, caplog):
-    caplog.set_level(logging.INFO, logger="sbs_jax.run_dir")
+    caplog.set_level(logging.INFO, logger="sbs_jax.run.directory")
     run = tmp_path / "run"
     first = terms().begin(run, step=0)
     assert first["run"]["primary_metric"] == "accuracy"
@@ -819,7 +824,7 @@ def test_what_decides_the_numbers_is_refused_with_a_diff_or_written_down(terms, 
 
 
 def test_where_and_how_a_run_is_computed_may_change(terms, tmp_path, caplog):
-    caplog.set_level(logging.INFO, logger="sbs_jax.run_dir")
+    caplog.set_level(logging.INFO, logger="sbs_jax.run.directory")
     run = tmp_path / "run"
     first = terms(learning_rate=lambda step: 1e-3).begin(run, step=0)
     run.rename(tmp_path / "moved run")
@@ -944,8 +949,8 @@ def test_clocks_that_went_back_and_files_of_tomorrow_change_nothing(terms, tmp_p
         begun.begin(terms().contents, step=6, accept_changes=False)
         begun.truncate_metrics(lines=2)
         begun.log("train", 3, {"again": 1.0})
-    assert [start["step"] for start in run_dir.read_manifest(run)["starts"]] == [0, 3, 6, 6]
-    assert [len(line) for line in run_dir.read_metrics(run)] == [2, 2, 3]
+    assert [start["step"] for start in directory.read_manifest(run)["starts"]] == [0, 3, 6, 6]
+    assert [len(line) for line in directory.read_metrics(run)] == [2, 2, 3]
     assert warnings_of(caplog) == []
 
 
@@ -954,14 +959,14 @@ def test_training_data_that_vanished_are_named_with_what_to_do(tmp_path):
     config = toy.config(tmp_path / "run", records_dir)
     (records_dir / "toy" / "train.jsonl").unlink()
     with pytest.raises(ValueError, match=rf"there is no {records_dir}/toy/train.jsonl \(put it back, or write it with"):
-        train.train(config, config_text="")
+        loop.train(config, config_text="")
     shutil.rmtree(records_dir / "toy")
     with pytest.raises(FileNotFoundError, match=rf"(?s)no train.jsonl, .* in {records_dir}/toy. Write them with"):
-        train.train(config, config_text="")
+        loop.train(config, config_text="")
     records_dir = toy.write_records(tmp_path / "again")
     options = dataclasses.replace(toy.options(records_dir), vocabulary=str(tmp_path / "gone"))
     with pytest.raises(FileNotFoundError, match=f"There is no SentencePiece model at '{tmp_path}/gone'; set DataOpt"):
-        train.train(dataclasses.replace(config, data=options), config_text="")
+        loop.train(dataclasses.replace(config, data=options), config_text="")
     assert not (tmp_path / "run").exists()
 
 
@@ -982,7 +987,7 @@ def test_settings_of_a_configuration_that_gin_made():
     paths = ["MODEL_DIR=/nowhere/run", "RECORDS_DIR=/nowhere/records", "INITIAL_CHECKPOINT_PATH=/nowhere/t5"]
     file = "gin_configs/experiments/svamp/base.gin"
     bindings = [*paths, "OPTIMIZER=@a/optax.adamw"]
-    config, _ = configuration.configure("train.TrainConfig", gin_files=[file], bindings=bindings)
+    config, _ = gin_files.configure("train.TrainConfig", gin_files=[file], bindings=bindings)
     found = json.loads(json.dumps(settings.settings(config), allow_nan=False))
     assert found["optimizer"]["callable"] == "optax.adamw"
     assert found["optimizer"]["defaults"]["b2"] == 0.999

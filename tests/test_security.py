@@ -24,9 +24,13 @@ import test_report
 import test_teacher_page
 from flax import serialization
 
-from sbs_jax import checkpoints, configuration, datasets, main, records, release, report
-from sbs_jax.convert import hugging_face, npz, t5x
+from sbs_jax.cli import main
+from sbs_jax.data import records, registry, release
+from sbs_jax.data.dataset import Dataset
+from sbs_jax.pages import report
 from sbs_jax.teacher.page import write_page
+from sbs_jax.training import gin_files
+from sbs_jax.weights import hugging_face, npz, opening, t5x
 from tasks import builtin
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -183,7 +187,7 @@ def test_a_bomb_in_an_npz_is_refused_before_it_takes_memory(tmp_path: Path) -> N
         npz.arrays(path, shapes={"a": (16,)})
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     with pytest.raises(ValueError, match=r"a: checkpoint \(50000000,\), model \(16,\)"):
-        checkpoints.load_parameters(path, like={"a": jax.ShapeDtypeStruct((16,), np.float32, sharding=place)})
+        opening.load_parameters(path, like={"a": jax.ShapeDtypeStruct((16,), np.float32, sharding=place)})
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 5_000_000
@@ -278,8 +282,8 @@ def test_a_header_s_claims_are_not_followed(tmp_path: Path) -> None:
     ],
 )
 def test_a_binding_cannot_call_python_s_own_functions(reference: str) -> None:
-    with pytest.raises(configuration.UsageError, match="It was not run"):
-        configuration.configure(
+    with pytest.raises(gin_files.UsageError, match="It was not run"):
+        gin_files.configure(
             "evaluate.EvaluateConfig",
             gin_files=["gin_configs/runs/evaluate.gin"],
             bindings=["CHECKPOINT_PATH=/x", f"SPLIT={reference}"],
@@ -293,16 +297,16 @@ def test_a_gin_file_cannot_run_a_program(tmp_path: Path) -> None:
         "from __gin__ import dynamic_registration\nimport os\ninclude 'gin_configs/runs/evaluate.gin'\n"
         f"SPLIT = @os.system()\nos.system.command = 'touch {canary}'\n"
     )
-    with pytest.raises(configuration.UsageError, match=r"os\.system, which is posix\.system of Python itself"):
-        configuration.configure("evaluate.EvaluateConfig", gin_files=[str(file)], bindings=["CHECKPOINT_PATH=/x"])
+    with pytest.raises(gin_files.UsageError, match=r"os\.system, which is posix\.system of Python itself"):
+        gin_files.configure("evaluate.EvaluateConfig", gin_files=[str(file)], bindings=["CHECKPOINT_PATH=/x"])
     assert not canary.exists()
 
 
 def test_a_binding_is_one_statement() -> None:
     files = ["gin_configs/runs/evaluate.gin"]
     for binding in ("SPLIT=[1]\nBATCH_SIZE = 1", "SPLIT\nBATCH_SIZE=1", "SPLIT=@evaluate.evaluate\r\nimport os", "=1"):
-        with pytest.raises(configuration.UsageError, match=r"expected a value of one line|is no name of"):
-            configuration.configure("evaluate.EvaluateConfig", gin_files=files, bindings=[binding])
+        with pytest.raises(gin_files.UsageError, match=r"expected a value of one line|is no name of"):
+            gin_files.configure("evaluate.EvaluateConfig", gin_files=files, bindings=[binding])
 
 
 # ------------------------------------------------------------------------------------- datasets
@@ -311,9 +315,9 @@ def test_a_binding_is_one_statement() -> None:
 @pytest.mark.parametrize("name", ["../svamp", "a/b", "/etc", "", "A", ".."])
 def test_names_of_datasets_and_splits_are_no_paths(tmp_path: Path, name: str) -> None:
     with pytest.raises(ValueError, match="Unknown dataset"):
-        datasets.get(name)
+        registry.get(name)
     with pytest.raises(ValueError, match="Dataset name"):
-        datasets.Dataset(**{**vars(builtin.DATASET), "name": name})
+        Dataset(**{**vars(builtin.DATASET), "name": name})
     folder = tmp_path / "builtin"
     builtin.write_release(tmp_path / "release", rows={"train": 4, "test": 4}, seed=1)
     release.import_release(builtin.DATASET, release_dir=tmp_path / "release", records_dir=tmp_path, parser="strict")

@@ -6,9 +6,8 @@ from typing import Any
 
 import pytest
 
-from sbs_jax import records, selection
-from sbs_jax.selection import DataOptions
-from tasks import metrics
+from sbs_jax.data import grading, records, selection
+from sbs_jax.data.selection import DataOptions
 
 OPTIONS = DataOptions(records_dir="records", vocabulary="byte")
 
@@ -30,7 +29,7 @@ def rows(count: int) -> list[records.Record]:
     return [record(number) for number in range(count)]
 
 
-def select(found, *, split="train", hold_out=False, same_label=metrics.same_equation_value, **changes):
+def select(found, *, split="train", hold_out=False, same_label=grading.same_equation_value, **changes):
     options = dataclasses.replace(OPTIONS, **changes)
     return selection.select(found, options, same_label=same_label, split=split, hold_out=hold_out)
 
@@ -179,7 +178,7 @@ def test_agreeing_rationales_are_graded_as_the_dataset_grades():
     assert ids(agreeing, "label") == ["row-1", "row-2", "row-3", "row-4"]
     assert agreeing.counts["rationale: not used, argues for another label"] == 2
     # As text, not even "1.0" and "1" agree.
-    assert ids(select(found, rationales="agreeing", same_label=metrics.same_text), "rationale") == []
+    assert ids(select(found, rationales="agreeing", same_label=grading.same_text), "rationale") == []
     # The teacher's rationale always argues for the teacher's label.
     distilled = select(found, rationales="agreeing", label_source="teacher")
     assert ids(distilled, "rationale") == ["row-1", "row-2", "row-3", "row-5"]

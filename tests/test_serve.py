@@ -28,17 +28,21 @@ import httpx2
 import jsonschema
 import openapi_spec_validator
 
-from sbs_jax import adapters, configuration, datasets
-from sbs_jax.commands import serve as command
+from sbs_jax.cli.commands import serve as command
+from sbs_jax.data import registry
 from sbs_jax.prediction import engine
-from sbs_jax.serve import app, batching, bodies, server
+from sbs_jax.serve import batching, bodies, server
+from sbs_jax.serve.limits import Limits
+from sbs_jax.student import adapters
+from sbs_jax.training import gin_files
 
 # What the servers of these tests run: `sbs`, which knows the toy dataset, and a model that fails and that waits when a
 # row says so. "hold FILE" holds the batch until there is that file.
 PROGRAM = """
 import dataclasses, pathlib, sys, time
 import toy
-from sbs_jax import datasets, main
+from sbs_jax.cli import main
+from sbs_jax.data import registry
 from sbs_jax.prediction import engine
 
 def hold(path):
@@ -62,7 +66,7 @@ def warmed_up(self):
         hold(path)
     return warm_up(self)
 
-datasets.add(toy.DATASET)
+registry.add(toy.DATASET)
 engine.Predictor.answer, engine.Predictor.warm_up = answered, warmed_up
 sys.exit(main.main(sys.argv[1:]))
 """
@@ -191,9 +195,9 @@ def client(starter, run, tmp_path_factory) -> Iterator[Client]:
 
 @pytest.fixture(scope="module")
 def predictor(run: Path) -> engine.Predictor:
-    before = datasets.options()
+    before = registry.options()
     loaded = engine.Predictor.load(run, settings=engine.Settings(rationale=True, batch_size=8))
-    datasets.configure(before)
+    registry.configure(before)
     return loaded
 
 
@@ -345,11 +349,11 @@ def test_other_decodings_and_adapters_answer_as_the_predictor_does(starter, run,
         answers = client.predict(*rows)
         bad = [{"input": "x", "adapter": "nobody"}, *([{"input": "x", "choices": ["a"]}] if choices else [])]
         errors = [answer["error"] for answer in client.predict(*bad, status=422)]
-    before = datasets.options()
+    before = registry.options()
     asked = engine.Settings(decoding=decoding, beams=2, batch_size=1)
     loaded = engine.Predictor.load(one, settings=asked, adapters={"other": other})
     expected = loaded.answer([engine.Question(id=str(number), **row) for number, row in enumerate(rows)])
-    datasets.configure(before)
+    registry.configure(before)
     assert len({answer["score"] for answer in answers}) == len(rows)
     for answer, wanted in zip(answers, expected, strict=True):
         assert (answer["id"], answer["prediction"]) == (wanted.id, wanted.prediction)
@@ -612,8 +616,8 @@ def test_a_server_that_warms_up_and_is_told_to_end_twice(starter, run: Path, tmp
 # ---------------------------------------------------------------------------- by themselves
 
 
-def served(run: Path, *, limits: app.Limits | None = None, port: int = 0, host: str = "127.0.0.1") -> int:
-    return server.serve(run, settings=engine.Settings(), limits=limits or app.Limits(), host=host, port=port)
+def served(run: Path, *, limits: Limits | None = None, port: int = 0, host: str = "127.0.0.1") -> int:
+    return server.serve(run, settings=engine.Settings(), limits=limits or Limits(), host=host, port=port)
 
 
 def test_an_address_that_cannot_be_had_is_said_before_the_model_is_loaded(tmp_path: Path) -> None:
@@ -641,7 +645,7 @@ def test_an_address_that_cannot_be_had_is_said_before_the_model_is_loaded(tmp_pa
 )
 def test_limits_that_make_no_sense_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        app.Limits(**changes)
+        Limits(**changes)
 
 
 class Broken(engine.Predictor):
@@ -657,14 +661,14 @@ class Broken(engine.Predictor):
 def test_a_model_that_cannot_be_made_ready_ends_the_server() -> None:
     student = server.Student("broken", 1, Broken(), "off")
     with server._bind("127.0.0.1", 0) as listener:
-        made = server._Server(student, limits=app.Limits(), listener=listener, say=print)
+        made = server._Server(student, limits=Limits(), listener=listener, say=print)
         with pytest.raises(server.ServeError, match="gave out: MemoryError: no room for the batch"):
             asyncio.run(made.run())
 
 
 def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "uvicorn", None)
-    with pytest.raises(configuration.UsageError, match=r"uvicorn .*pip install 'sbs-jax\[serve\]'"):
+    with pytest.raises(gin_files.UsageError, match=r"uvicorn .*pip install 'sbs-jax\[serve\]'"):
         command.run(argparse.Namespace())
 
 

@@ -6,7 +6,7 @@ import optax
 import pytest
 import toy
 
-from sbs_jax import stacking, t5
+from sbs_jax.student import stacking, t5
 
 PARAMETERS = t5.init(toy.MODEL, seed=0)[1]
 

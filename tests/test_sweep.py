@@ -14,7 +14,10 @@ import processes
 import pytest
 import toy
 
-from sbs_jax import configuration, main, run_dir, sweep
+from sbs_jax import sweep
+from sbs_jax.cli import main
+from sbs_jax.run import directory
+from sbs_jax.training import gin_files
 
 PAPER = Path("gin_configs/experiments/paper")
 METHODS = ("standard_finetuning", "step_by_step")
@@ -124,7 +127,7 @@ def test_unknown_names_are_refused_with_near_ones(changes: dict[str, Any], expec
     ],
 )
 def test_every_kind_of_cell_is_configured_before_the_first_starts(changes: dict[str, Any], expected: str) -> None:
-    with pytest.raises((ValueError, configuration.UsageError), match=f"(?s){expected}"):
+    with pytest.raises((ValueError, gin_files.UsageError), match=f"(?s){expected}"):
         sweep.check_configurations(a_sweep(**changes).cells())
 
 
@@ -179,7 +182,7 @@ def test_printed_commands_are_what_a_shell_passes_on(tmp_path: Path, capsys: pyt
 
 def paper_cells(file: Path) -> list[sweep.Cell]:
     given = ["SWEEP_DIR=runs", "RECORDS_DIR=records", "VOCABULARY=byte"]
-    return configuration.configure("sweep.Sweep", gin_files=[str(file)], bindings=given)[0].cells()
+    return gin_files.configure("sweep.Sweep", gin_files=[str(file)], bindings=given)[0].cells()
 
 
 def test_the_papers_sweeps_hold_exactly_the_cells_of_its_tables_and_figures() -> None:
@@ -270,7 +273,7 @@ def flags(folder: Path, sweep_dir: Path, *more: str) -> list[str]:
 def cells_of(folder: Path, monkeypatch: pytest.MonkeyPatch, *bindings: str) -> list[sweep.Cell]:
     monkeypatch.syspath_prepend(folder)
     given = [f"RECORDS_DIR={folder / 'records'}", f"SWEEP_DIR={folder / 'sweep'}", *bindings]
-    return configuration.configure("sweep.Sweep", gin_files=[str(folder / "sweep.gin")], bindings=given)[0].cells()
+    return gin_files.configure("sweep.Sweep", gin_files=[str(folder / "sweep.gin")], bindings=given)[0].cells()
 
 
 def test_finished_cells_are_skipped_and_not_touched(trained: Path, starter: processes.Starter) -> None:
@@ -323,7 +326,7 @@ def test_changed_cells_are_refused_and_moved_aside_on_request(
     bindings = (f"SWEEP_DIR={tmp_path / 'sweep'}", 'METHODS=("step_by_step",)')
     name = "toy-tiny-step_by_step-1-0"
     changed = cells_of(trained, monkeypatch, *bindings, "BINDINGS={'TRAIN_STEPS': 4}")
-    with pytest.raises(configuration.UsageError, match=rf"{name}:(?s:.*)-TRAIN_STEPS = {STEPS}\n  \+TRAIN_STEPS = 4"):
+    with pytest.raises(gin_files.UsageError, match=rf"{name}:(?s:.*)-TRAIN_STEPS = {STEPS}\n  \+TRAIN_STEPS = 4"):
         sweep.unfinished(changed)
     assert len(list(runs.iterdir())) == 2
     assert [cell.name for cell in sweep.unfinished(changed, redo_changed=True)] == [name]
@@ -370,7 +373,7 @@ def test_killed_in_the_middle_it_goes_on_and_a_failed_cell_does_not_end_the_othe
 
 
 def _is_free(folder: Path) -> bool:
-    from sbs_jax import lock
+    from sbs_jax.storage import lock
 
     own = lock.Lock(folder / "lock")
     try:
@@ -384,7 +387,7 @@ def _is_free(folder: Path) -> bool:
 def _numbers(path: Path, kind: str) -> list[dict[str, Any]]:
     """Lines of metrics without what depends on the clock."""
     clocked = ("tokens_per_second", "seconds_per_step", "data_wait_share")
-    found = [line for line in run_dir.read_metrics(path) if line["kind"] == kind]
+    found = [line for line in directory.read_metrics(path) if line["kind"] == kind]
     return [{name: value for name, value in line.items() if name not in clocked} for line in found]
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from sbs_jax import t5
+from sbs_jax.student import layers, t5
 
 V1_0 = {"mlp_activations": ("relu",), "logits_via_embedding": True}
 V1_1 = {"mlp_activations": ("gelu", "linear"), "logits_via_embedding": False}
@@ -144,7 +144,7 @@ def test_logits_equal_an_independent_implementation(version):
 @pytest.mark.parametrize("bidirectional", [True, False])
 def test_buckets_follow_their_definition(bidirectional):
     relative = np.arange(-300, 301)
-    got = t5.relative_position_bucket(
+    got = layers.relative_position_bucket(
         jnp.asarray(relative), bidirectional=bidirectional, num_buckets=32, max_distance=128
     )
     want = [bucket(int(r), bidirectional) for r in relative]
@@ -270,7 +270,7 @@ def test_dropout_needs_a_key_keeps_the_mean_and_repeats_with_the_key():
     np.testing.assert_array_equal(noisy[0], noisy[1])
     assert not np.allclose(noisy[0], noisy[2])
     x = jnp.ones((64, 1, 512))
-    kept = t5.Dropout(0.25, jax.random.key(0))(x)
+    kept = layers.Dropout(0.25, jax.random.key(0))(x)
     assert abs(float(kept.mean()) - 1.0) < 0.02
     assert np.unique(np.asarray(kept)).tolist() == pytest.approx([0.0, 4 / 3])
 

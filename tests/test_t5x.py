@@ -26,14 +26,18 @@ try:
         from t5x import optimizers, train_state, trainer, utils
         from t5x.examples.t5 import network
 
-        from sbs_jax import t5x_model
+        from sbs_jax.training import t5x_model
 except ImportError as error:
     pytest.skip(f"T5X is not installed here ({error}); docs/t5x.md says how.", allow_module_level=True)
 
 import tasks
-from sbs_jax import configuration, datasets, evaluate, features, losses, partitioning, release, t5, train
-from sbs_jax.convert import names
-from sbs_jax.convert import t5x as t5x_checkpoints
+from sbs_jax.data import batches, registry, release, selection
+from sbs_jax.student import losses, partitioning, t5
+from sbs_jax.training import evaluate, gin_files
+from sbs_jax.training.state import initial_state
+from sbs_jax.training.step import TrainState, loss_and_gradients, prepare
+from sbs_jax.weights import names
+from sbs_jax.weights import t5x as t5x_checkpoints
 from tasks import builtin
 
 pytestmark = [pytest.mark.t5x, pytest.mark.filterwarnings("ignore")]
@@ -99,8 +103,8 @@ def t5x_student(config: t5.T5Config, records_dir: Path, *, alpha: float, z_loss:
 
 
 def toy_batch(records_dir: Path, *, pack: bool) -> dict[str, jax.Array]:
-    datasets.configure(toy.options(records_dir))
-    rows = features.train_dataset(
+    registry.configure(toy.options(records_dir))
+    rows = batches.train_dataset(
         "toy_step_by_step", lengths=LENGTHS, split="train", batch_size=8, pack=pack, seed=0, skip_batches=0
     )
     batch = next(rows)
@@ -150,7 +154,7 @@ def test_our_checkpoints_have_the_names_and_shapes_of_t5x_s_network(records_dir,
 def test_loss_gradients_and_metrics_are_ours(records_dir, pack, alpha):
     config, batch = VERSIONS["v1.1"], toy_batch(records_dir, pack=pack)
     parameters = seeded(config)
-    loss, sums, gradients = train.loss_and_gradients(
+    loss, sums, gradients = loss_and_gradients(
         parameters,
         batch,
         structure=t5.abstract(config)[0],
@@ -250,8 +254,8 @@ def student() -> t5.Parameters:
         return {name: jnp.asarray(arrays[name], jnp.float32) for name in arrays}
 
 
-def builtin_options(folder: Path) -> datasets.DataOptions:
-    return datasets.DataOptions(records_dir=str(folder / "records"), vocabulary=builtin.vocabulary_path())
+def builtin_options(folder: Path) -> selection.DataOptions:
+    return selection.DataOptions(records_dir=str(folder / "records"), vocabulary=builtin.vocabulary_path())
 
 
 def call_t5x(module: str, gin_files: list[str], **macros) -> None:
@@ -288,7 +292,7 @@ def t5x_run(tmp_path_factory):
     return folder
 
 
-def our_run(folder: Path) -> tuple[list[dict[str, float]], train.TrainState]:
+def our_run(folder: Path) -> tuple[list[dict[str, float]], TrainState]:
     """Metrics of each step of our trainer on the batches that T5X's pipeline gives, and the state after the last."""
     config = toy.config(
         folder / "unused",
@@ -304,7 +308,7 @@ def our_run(folder: Path) -> tuple[list[dict[str, float]], train.TrainState]:
         learning_rate=optax.linear_schedule(2e-3, 0.0, STEPS),
         clip_norm=1.0,
     )
-    datasets.configure(config.data)
+    registry.configure(config.data)
     dataset = utils.get_dataset(
         utils.DatasetConfig(
             mixture_or_task_name=config.mixture_or_task_name,
@@ -317,13 +321,13 @@ def our_run(folder: Path) -> tuple[list[dict[str, float]], train.TrainState]:
         ),
         0,
         1,
-        features.StepByStepFeatureConverter,
+        batches.StepByStepFeatureConverter,
     )
-    our_trainer = train.prepare(config)
+    our_trainer = prepare(config)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, our_trainer.abstract)
     parameters = jax.device_put(student(), shardings.parameters)
     state = dataclasses.replace(
-        train.initial_state(config, our_trainer),
+        initial_state(config, our_trainer),
         parameters=parameters,
         optimizer=jax.jit(config.gradient_transformation().init, out_shardings=shardings.optimizer)(parameters),
     )
@@ -373,7 +377,7 @@ def test_t5x_eval_and_infer_answer_and_grade_as_we_do(t5x_run):
     (graded,) = (t5x_run / "eval" / "inference_eval").glob("*-metrics.jsonl")
     assert graded.name == "builtin_label-metrics.jsonl"
 
-    datasets.configure(builtin_options(t5x_run))
+    registry.configure(builtin_options(t5x_run))
     trained = t5x_checkpoints.open_checkpoint(checkpoint)
     parameters = {name: jnp.asarray(array.whole()) for name, array in trained.arrays.items()}
     for task in ("builtin_label", "builtin_rationale"):
@@ -424,7 +428,7 @@ print(json.dumps({
     )
     assert done.returncode == 0, done.stderr[-3000:]
     theirs = json.loads(done.stdout.splitlines()[-1])
-    ours, _ = configuration.configure(
+    ours, _ = gin_files.configure(
         "train.TrainConfig",
         gin_files=["gin_configs/experiments/svamp/base.gin"],
         bindings=[b.replace(" ", "") for b in given],

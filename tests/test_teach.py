@@ -16,7 +16,7 @@ import processes
 import pytest
 import teacher_server
 
-from sbs_jax import datasets, records, release
+from sbs_jax.data import records, registry, release
 from sbs_jax.teacher import command, jobs, prompts, sampler
 from sbs_jax.teacher.clients import Parameters
 from sbs_jax.teacher.store import Store
@@ -369,7 +369,7 @@ def options(dataset, server, inputs_dir, tmp_path, *, template, **changes) -> co
 def test_the_real_teacher_s_replies_give_its_accuracy(dataset, official, strict, real_data_dir, tmp_path, monkeypatch):
     """The raw texts of the 540B PaLM, played back as a model without stop strings would have written them."""
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    known = datasets.get(dataset)
+    known = registry.get(dataset)
     rows = release.read_unanswered(known, inputs_dir=real_data_dir, inputs="release")["test"].rows
     texts = [text for shard in release.read_replies(real_data_dir, dataset, "test").values() for text in shard]
     template = prompts.Template(
@@ -400,10 +400,10 @@ def test_the_real_teacher_s_replies_give_its_accuracy(dataset, official, strict,
 def test_a_dataset_of_one_s_own_needs_one_module(tmp_path, monkeypatch):
     """What its file in `tasks/` would say: the dataset and its prompt. Rows are JSON lines."""
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    monkeypatch.setattr(datasets, "_DATASETS", dict(datasets._DATASETS))
+    monkeypatch.setattr(registry, "_DATASETS", dict(registry._DATASETS))
     monkeypatch.setattr(prompts, "_added", {})
     mine = dataclasses.replace(builtin.DATASET, name="small_numbers", read_release=None)
-    datasets.add(mine)
+    registry.add(mine)
     template = prompts.Template(
         version=1,
         instruction="Say whether a number is small.",

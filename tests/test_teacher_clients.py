@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import pytest
 from teacher_server import Fault, served
 
-from sbs_jax.teacher import clients, gemini_client, openai_client
+from sbs_jax.teacher import clients, gemini_client, openai_client, providers
 from sbs_jax.teacher.clients import Again, Client, Failed, Fatal, Parameters, Reply, Request
 from sbs_jax.teacher.prompts import Message, Prompt
 from tasks import builtin
@@ -56,7 +56,7 @@ def ask(provider: str, url: str, *requests: Request, timeout: float = 5.0) -> li
         return results
 
     base_url = f"{url}/v1" if provider == "openai" else url
-    return asyncio.run(run(clients.make(provider, base_url=base_url, timeout=timeout, connections=4)))
+    return asyncio.run(run(providers.make(provider, base_url=base_url, timeout=timeout, connections=4)))
 
 
 def ask_through(provider: str, fault: Fault | int | str, *, timeout: float = 5.0) -> Reply | Exception:
@@ -475,7 +475,7 @@ def test_the_key_is_in_no_message_no_repr_and_no_traceback(provider: str, caplog
             assert "sk-proj" not in text
             chain = chain.__cause__ or chain.__context__
     assert KEY not in caplog.text
-    client = clients.make(provider, base_url=None, timeout=1.0, connections=1)
+    client = providers.make(provider, base_url=None, timeout=1.0, connections=1)
     assert KEY not in repr(client)
     asyncio.run(client.close())
 
@@ -500,7 +500,7 @@ def test_a_missing_credential_is_named(provider: str, variable: str, monkeypatch
     for name in ("OPENAI_API_KEY", "GEMINI_API_KEY"):
         monkeypatch.delenv(name)
     with pytest.raises(ValueError, match=variable):
-        clients.make(provider, base_url=None, timeout=1.0, connections=1)
+        providers.make(provider, base_url=None, timeout=1.0, connections=1)
 
 
 def test_missing_platform_credentials_are_explained(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -513,10 +513,10 @@ def test_missing_platform_credentials_are_explained(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(google.auth, "default", none)
     monkeypatch.setenv("GOOGLE_CLOUD_PROJECT", "p")
     with pytest.raises(ValueError, match="GOOGLE_CLOUD_LOCATION"):
-        clients.make("vertex", base_url=None, timeout=1.0, connections=1)
+        providers.make("vertex", base_url=None, timeout=1.0, connections=1)
     monkeypatch.setenv("GOOGLE_CLOUD_LOCATION", "l")
     with pytest.raises(ValueError, match="gcloud auth application-default login"):
-        clients.make("vertex", base_url=None, timeout=1.0, connections=1)
+        providers.make("vertex", base_url=None, timeout=1.0, connections=1)
 
 
 def test_a_server_of_one_s_own_needs_no_key(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -525,7 +525,7 @@ def test_a_server_of_one_s_own_needs_no_key(monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setenv("OPENAI_BASE_URL", server.openai)
 
         async def run() -> Reply:
-            client = clients.make("openai", base_url=None, timeout=5.0, connections=1)
+            client = providers.make("openai", base_url=None, timeout=5.0, connections=1)
             try:
                 return await client.ask(request())
             finally:
@@ -539,13 +539,13 @@ def test_a_server_of_one_s_own_needs_no_key(monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_key_that_cannot_be_one_is_refused_and_not_shown(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", key)
     with pytest.raises(ValueError, match="OPENAI_API_KEY") as error:
-        clients.make("openai", base_url=None, timeout=1.0, connections=1)
+        providers.make("openai", base_url=None, timeout=1.0, connections=1)
     assert key not in "".join(traceback.format_exception(error.value))
 
 
 def test_an_unknown_provider_is_named_with_near_ones() -> None:
     with pytest.raises(ValueError, match=r"no provider 'opnai'.*openai"):
-        clients.make("opnai", base_url=None, timeout=1.0, connections=1)
+        providers.make("opnai", base_url=None, timeout=1.0, connections=1)
 
 
 def test_without_the_sdk_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -553,7 +553,7 @@ def test_without_the_sdk_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setitem(sys.modules, "openai", None)
     with pytest.raises(ImportError, match=r"pip install 'sbs-jax\[teacher\]'"):
-        clients.make("openai", base_url=None, timeout=1.0, connections=1)
+        providers.make("openai", base_url=None, timeout=1.0, connections=1)
 
 
 # ------------------------------------------------------------------------------------------------ many at once
@@ -564,7 +564,7 @@ def test_as_many_requests_are_in_flight_as_there_are_connections(provider: str) 
     count = 200
 
     async def run(url: str) -> Sequence[Reply]:
-        client = clients.make(provider, base_url=url, timeout=60.0, connections=count)
+        client = providers.make(provider, base_url=url, timeout=60.0, connections=count)
         replies = await asyncio.gather(*[client.ask(request(f"{number}")) for number in range(count)])
         replies += await asyncio.gather(*[client.ask(request(f"{number}")) for number in range(5)])
         await client.close()
@@ -580,7 +580,7 @@ def test_as_many_requests_are_in_flight_as_there_are_connections(provider: str) 
 
 def test_requests_beyond_the_connections_wait_and_a_cancelled_one_gives_its_place_back() -> None:
     async def run(url: str) -> None:
-        client = clients.make("openai", base_url=url, timeout=10.0, connections=1)
+        client = providers.make("openai", base_url=url, timeout=10.0, connections=1)
         first = [asyncio.create_task(client.ask(request())) for _ in range(20)]
         await asyncio.sleep(0.05)
         for task in first[:10]:
@@ -621,7 +621,7 @@ def test_no_connection_is_left_open_whatever_happened(provider: str) -> None:
 
 def scripted(*requests: Request) -> list[Reply]:
     async def run() -> list[Reply]:
-        client = clients.make("scripted", base_url=None, timeout=1.0, connections=1)
+        client = providers.make("scripted", base_url=None, timeout=1.0, connections=1)
         return [await client.ask(one) for one in requests]
 
     return asyncio.run(run())

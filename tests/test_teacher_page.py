@@ -18,7 +18,7 @@ from typing import Any
 import chromium
 import pytest
 
-from sbs_jax.report.intervals import wilson_interval
+from sbs_jax.stats.intervals import wilson_interval
 from sbs_jax.teacher import page as teacher_page
 from sbs_jax.teacher import shown
 from sbs_jax.teacher.page import Shown, write_page

@@ -7,7 +7,7 @@ import pytest
 import seqio
 import tensorflow as tf
 
-from sbs_jax import tokens
+from sbs_jax.data import tokens
 
 BYTES = tokens.vocabulary("byte")
 

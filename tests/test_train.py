@@ -11,8 +11,15 @@ import optax
 import pytest
 import toy
 
-from sbs_jax import checkpoints, datasets, evaluate, partitioning, run_dir, t5, tokens, train
+from sbs_jax.data import batches, registry, tokens
 from sbs_jax.prediction import engine, files
+from sbs_jax.run import checkpoints, directory
+from sbs_jax.student import partitioning, t5
+from sbs_jax.training import evaluate, loop
+from sbs_jax.training.config import rows_per_update, rsqrt_schedule
+from sbs_jax.training.state import initial_state
+from sbs_jax.training.step import prepare
+from sbs_jax.weights import npz, opening
 
 
 @pytest.fixture(scope="module")
@@ -24,25 +31,25 @@ def records_dir(tmp_path_factory):
 def finished(tmp_path_factory, records_dir):
     """A run of 6 steps on the mixture, its configuration and its result."""
     config = toy.config(tmp_path_factory.mktemp("run") / "toy", records_dir)
-    return config, train.train(config, config_text="SEED = 0\n")
+    return config, loop.train(config, config_text="SEED = 0\n")
 
 
 def test_a_run_directory_holds_everything(finished):
     config, result = finished
-    path = run_dir.Path(config.model_dir)
+    path = directory.Path(config.model_dir)
     assert set(result) == {"train", "validation", "test"}
     assert {p.name for p in path.iterdir()} == {
         *("config.gin", "manifest.json", "metrics.jsonl", "tensorboard", "predictions", "checkpoints", "lock")
     }
     assert list((path / "tensorboard").glob("events.out.tfevents.*"))
-    lines = run_dir.read_metrics(path)
+    lines = directory.read_metrics(path)
     assert [(line["kind"], line["step"]) for line in lines] == [
         *(("train", 2), ("validation", 3), ("train", 4), ("train", 6), ("validation", 6)),
         ("test", checkpoints.best_step(path)),
     ]
     assert all(math.isfinite(value) for line in lines for key, value in line.items() if key != "kind")
     assert lines[0]["tokens/rationale"] > lines[0]["tokens/label"] > 0
-    manifest = run_dir.read_manifest(path)
+    manifest = directory.read_manifest(path)
     assert manifest["parameter_count"] == sum(math.prod(p["shape"]) for p in manifest["parameters"].values())
     assert set(manifest["data"]["splits"]) == {"train", "validation", "test"}
     assert manifest["versions"]["jax"] == jax.__version__
@@ -50,7 +57,7 @@ def test_a_run_directory_holds_everything(finished):
 
 
 def test_predictions_are_kept_per_evaluation(finished):
-    path = run_dir.Path(finished[0].model_dir) / "predictions"
+    path = directory.Path(finished[0].model_dir) / "predictions"
     best = checkpoints.best_step(path.parent)
     names = {p.name for p in path.iterdir()}
     assert names == {"toy_label-3.jsonl", "toy_label-6.jsonl", f"toy_label-test-{best}.jsonl"}
@@ -62,44 +69,44 @@ def test_predictions_are_kept_per_evaluation(finished):
 
 def test_one_compile_per_run(tmp_path, records_dir, monkeypatch):
     trainers = []
-    prepare = train.prepare
+    original = loop.prepare
 
     def recording(config):
-        trainers.append(prepare(config))
+        trainers.append(original(config))
         return trainers[-1]
 
-    monkeypatch.setattr(train, "prepare", recording)
-    train.train(toy.config(tmp_path / "run", records_dir, train_steps=4, evaluate_test=False), config_text="")
+    monkeypatch.setattr(loop, "prepare", recording)
+    loop.train(toy.config(tmp_path / "run", records_dir, train_steps=4, evaluate_test=False), config_text="")
     assert trainers[0].step._cache_size() == 1
 
 
 def test_a_finished_run_is_not_repeated(finished):
     config, result = finished
-    before = run_dir.read_metrics(config.model_dir)
-    assert train.train(config, config_text="SEED = 0\n") == result
-    assert run_dir.read_metrics(config.model_dir) == before
+    before = directory.read_metrics(config.model_dir)
+    assert loop.train(config, config_text="SEED = 0\n") == result
+    assert directory.read_metrics(config.model_dir) == before
 
 
 def test_another_configuration_is_refused_with_the_difference(finished):
     config, _ = finished
     with pytest.raises(FileExistsError, match=r"(?s)another configuration.*-SEED = 0.*\+SEED = 1"):
-        train.train(dataclasses.replace(config, seed=1), config_text="SEED = 1\n")
+        loop.train(dataclasses.replace(config, seed=1), config_text="SEED = 1\n")
 
 
 def test_a_directory_with_other_contents_is_refused(tmp_path, records_dir):
     (tmp_path / "holiday.jpg").write_text("")
     with pytest.raises(FileExistsError, match=r"holiday\.jpg"):
-        train.train(toy.config(tmp_path, records_dir), config_text="")
+        loop.train(toy.config(tmp_path, records_dir), config_text="")
 
 
 def test_a_run_starts_from_another_run_s_parameters(finished, tmp_path, records_dir):
     config, _ = finished
     start = toy.config(tmp_path / "next", records_dir, initial_checkpoint_path=config.model_dir)
-    trainer = train.prepare(start)
-    state = train.initial_state(start, trainer)
+    trainer = prepare(start)
+    state = initial_state(start, trainer)
     best = checkpoints.best_step(config.model_dir)
     like = trainer.abstract.parameters
-    want = checkpoints.load_parameters(f"{config.model_dir}/checkpoints/{best}", like=like)
+    want = opening.load_parameters(f"{config.model_dir}/checkpoints/{best}", like=like)
     fresh = t5.init(config.model, seed=start.seed)[1]
     for name in want:
         np.testing.assert_array_equal(state.parameters[name], want[name])
@@ -110,9 +117,9 @@ def test_a_run_starts_from_another_run_s_parameters(finished, tmp_path, records_
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_parameters_travel_through_an_npz(tmp_path, dtype):
     parameters = t5.init(toy.MODEL, seed=3)[1]
-    checkpoints.save_npz(tmp_path / "student.npz", parameters, dtype=dtype)
+    npz.save_npz(tmp_path / "student.npz", parameters, dtype=dtype)
     like = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for name, x in parameters.items()}
-    back = checkpoints.load_parameters(tmp_path / "student.npz", like=like)
+    back = opening.load_parameters(tmp_path / "student.npz", like=like)
     for name, x in parameters.items():
         np.testing.assert_array_equal(back[name], np.asarray(x).astype(dtype).astype(np.float32))
 
@@ -128,7 +135,7 @@ def test_a_checkpoint_of_another_architecture_is_refused(finished, tmp_path, rec
     for name, model in changed.items():
         other = toy.config(tmp_path, records_dir, model=model, initial_checkpoint_path=config.model_dir)
         with pytest.raises(ValueError, match=r"(?s)another architecture.*" + says[name]):
-            train.initial_state(other, train.prepare(other))
+            initial_state(other, prepare(other))
 
 
 @pytest.mark.parametrize(
@@ -147,7 +154,7 @@ def test_a_checkpoint_of_another_architecture_is_refused(finished, tmp_path, rec
 )
 def test_impossible_configurations_fail_before_anything_is_written(tmp_path, records_dir, changes, message):
     with pytest.raises(ValueError, match=message):
-        train.train(toy.config(tmp_path / "run", records_dir, **changes), config_text="")
+        loop.train(toy.config(tmp_path / "run", records_dir, **changes), config_text="")
     assert not (tmp_path / "run").exists()
 
 
@@ -162,10 +169,10 @@ SCANNED = t5.Execution(layers="scanned", remat="attended")
 
 def five_steps(config, *, devices=None):
     """The state after five updates as a checkpoint has it, and their losses."""
-    datasets.configure(config.data)
-    trainer = train.prepare(config, devices=devices)
-    state = train.initial_state(config, trainer)
-    batches = train.features.train_dataset(
+    registry.configure(config.data)
+    trainer = prepare(config, devices=devices)
+    state = initial_state(config, trainer)
+    stream = batches.train_dataset(
         config.mixture_or_task_name,
         lengths=config.task_feature_lengths,
         split="train",
@@ -175,7 +182,7 @@ def five_steps(config, *, devices=None):
         skip_batches=0,
     )
     losses = []
-    for _, batch in zip(range(5), batches, strict=False):
+    for _, batch in zip(range(5), stream, strict=False):
         state, metrics = trainer.step(state, trainer.partitioner.put_batch(batch))
         losses.append(float(metrics["loss"]))
     return jax.device_get(trainer.unstacked(state)), losses
@@ -228,38 +235,37 @@ def test_a_checkpoint_is_the_same_whichever_way_it_was_computed(tmp_path, record
     plain = toy.config(tmp_path / "plain", records_dir, model=model, train_steps=6, evaluate_test=False)
     other_way = {"execution": SCANNED, "layout": LAYOUTS["fsdp x tp"]}
     first = dataclasses.replace(plain, model_dir=str(tmp_path / "run"), train_steps=3, **other_way)
-    train.train(first, config_text="")
-    train.train(dataclasses.replace(plain, model_dir=first.model_dir), config_text="", accept_changes=True)
-    train.train(plain, config_text="")
-    like = train.prepare(plain).saved.parameters
+    loop.train(first, config_text="")
+    loop.train(dataclasses.replace(plain, model_dir=first.model_dir), config_text="", accept_changes=True)
+    loop.train(plain, config_text="")
+    like = prepare(plain).saved.parameters
     ours, theirs = (
-        checkpoints.load_parameters(Path(config.model_dir) / "checkpoints" / "6", like=like)
-        for config in (first, plain)
+        opening.load_parameters(Path(config.model_dir) / "checkpoints" / "6", like=like) for config in (first, plain)
     )
     for name, want in theirs.items():
         np.testing.assert_allclose(ours[name], want, rtol=2e-3, atol=2e-4, err_msg=name)
 
 
 def test_rsqrt_schedule():
-    schedule = train.rsqrt_schedule(peak=0.1, warmup_steps=100)
+    schedule = rsqrt_schedule(peak=0.1, warmup_steps=100)
     assert [float(np.asarray(schedule(step))) for step in (0, 100, 400, 10_000)] == pytest.approx(
         [0.1, 0.1, 0.05, 0.01]
     )
 
 
 def test_rows_per_update_counts_examples_of_every_task(records_dir):
-    datasets.configure(toy.options(records_dir))
-    assert train.rows_per_update(mixture_or_task_name="toy_step_by_step", examples=64, examples_per_row=1) == 128
-    assert train.rows_per_update(mixture_or_task_name="toy_label", examples=64, examples_per_row=4) == 16
+    registry.configure(toy.options(records_dir))
+    assert rows_per_update(mixture_or_task_name="toy_step_by_step", examples=64, examples_per_row=1) == 128
+    assert rows_per_update(mixture_or_task_name="toy_label", examples=64, examples_per_row=4) == 16
 
 
 def test_an_evaluation_that_scores_nothing_and_never_says_a_label_raises_an_alarm(tmp_path, records_dir, caplog):
     config = toy.config(tmp_path / "run", records_dir)
-    datasets.configure(config.data)
-    trainer = train.prepare(config)
+    registry.configure(config.data)
+    trainer = prepare(config)
     # All logits are 0, so every answer is empty.
     zero = {name: jax.numpy.zeros(leaf.shape, leaf.dtype) for name, leaf in trainer.abstract.parameters.items()}
-    result = train._evaluator(config, trainer, split="validation").run(zero)
+    result = loop._evaluator(config, trainer, split="validation").run(zero)
     assert result.metrics["accuracy"] == 0.0
     assert "none of 16 predictions is a possible label" in caplog.text
 

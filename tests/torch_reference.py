@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import parity_cases as cases
 
-from sbs_jax.convert import hugging_face
+from sbs_jax.weights import hugging_face
 
 # Not `import torch`: the type checks run where it is not installed.
 torch: Any = importlib.import_module("torch")

@@ -11,12 +11,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from sbs_jax import checkpoints, datasets, partitioning, records, t5, train
-from tasks.metrics import accuracy, same_text
+from sbs_jax.data import records, registry, selection
+from sbs_jax.data.dataset import Dataset
+from sbs_jax.data.grading import accuracy, same_text
+from sbs_jax.run import checkpoints
+from sbs_jax.student import partitioning, t5
+from sbs_jax.training import gin_files
+from sbs_jax.training.config import TrainConfig
+from sbs_jax.weights import npz
 
 LETTERS = "abcdefgh"
 
-DATASET = datasets.Dataset(
+DATASET = Dataset(
     name="toy",
     labels=tuple(LETTERS),
     read_release=None,
@@ -43,7 +49,7 @@ MODEL = t5.T5Config(
 
 def write_records(directory: Path, *, train_rows: int = 48, other_rows: int = 16) -> Path:
     """Records of all three splits; returns the records directory."""
-    datasets.add(DATASET)
+    registry.add(DATASET)
     rows = [
         records.Record(
             id=f"toy-{number}",
@@ -73,7 +79,7 @@ UNTRAINED_LIMIT = 48  # tokens of an input
 
 def write_untrained(folder: Path, *, task: str = "toy_step_by_step") -> Path:
     """A run of one checkpoint with random parameters, whose answers differ; returns its directory."""
-    datasets.add(DATASET)
+    registry.add(DATASET)
     model = dataclasses.replace(MODEL, dropout_rate=0.0)
     parameters = t5.init(model, seed=0)[1]
     # Logits far enough apart that rounding does not decide between tokens, and EOS often among the first.
@@ -104,16 +110,16 @@ def poison(records_dir: Path, start: Path) -> tuple[Path, set[str]]:
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     parameters, name = dict(t5.init(MODEL, seed=0)[1]), "token_embedder/embedding"
     parameters[name] = parameters[name].at[POISON].set(np.inf)
-    checkpoints.save_npz(start, parameters, dtype="float32")
+    npz.save_npz(start, parameters, dtype="float32")
     return start, {rows[number]["id"] for number in (11, 30)}
 
 
-def options(records_dir: Path, **changes) -> datasets.DataOptions:
+def options(records_dir: Path, **changes) -> selection.DataOptions:
     """Data options with the byte vocabulary."""
-    return datasets.DataOptions(records_dir=str(records_dir), vocabulary="byte", **changes)
+    return selection.DataOptions(records_dir=str(records_dir), vocabulary="byte", **changes)
 
 
-def config(model_dir: Path, records_dir: Path, **changes) -> train.TrainConfig:
+def config(model_dir: Path, records_dir: Path, **changes) -> TrainConfig:
     """A run of a few steps; `changes` replace its fields."""
     defaults = {
         "model_dir": str(model_dir),
@@ -150,25 +156,25 @@ def config(model_dir: Path, records_dir: Path, **changes) -> train.TrainConfig:
         "max_decode_length": 4,
         "evaluate_test": True,
     }
-    return train.TrainConfig(**{**defaults, **changes})
+    return TrainConfig(**{**defaults, **changes})
 
 
 def write_command(folder: Path, **macros: Any) -> Path:
     """What `sbs train` needs in a folder: records/, toy.gin, and the module by which it knows the dataset."""
     write_records(folder / "records")
     (folder / "toy.gin").write_text(_gin_text(macros))
-    (folder / "toy_task.py").write_text("import toy\nfrom sbs_jax import datasets\ndatasets.add(toy.DATASET)\n")
+    (folder / "toy_task.py").write_text("import toy\nfrom sbs_jax.data import registry\nregistry.add(toy.DATASET)\n")
     return folder
 
 
 def _gin_text(changes: Mapping[str, Any]) -> str:
     """The toy's training. Defaults are bound too: jaxtyping's hook hides them from gin in the tests' own process."""
     lines = ["from __gin__ import dynamic_registration", "import toy_task"]
-    lines += ["from sbs_jax import datasets", "from sbs_jax import t5", "from sbs_jax import train"]
+    lines += [gin_files.import_line(name) for name in ("datasets", "t5", "train")]
     for name, configurable in {
         "t5.T5Config": t5.T5Config,
-        "datasets.DataOptions": datasets.DataOptions,
-        "train.TrainConfig": train.TrainConfig,
+        "datasets.DataOptions": selection.DataOptions,
+        "train.TrainConfig": TrainConfig,
     }.items():
         for field in dataclasses.fields(configurable):
             if field.default is not dataclasses.MISSING:

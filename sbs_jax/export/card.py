@@ -14,11 +14,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sbs_jax import adapters, checkpoints, datasets, records, run_dir, selection, tokens
-from sbs_jax.convert import hugging_face, names
-from sbs_jax.manifest import name_of
-from sbs_jax.report import intervals, results
-from tasks import metrics
+from sbs_jax.data import grading, registry, selection, tokens
+from sbs_jax.data.dataset import STEP_BY_STEP, Dataset
+from sbs_jax.run import checkpoints, directory
+from sbs_jax.run.manifest import name_of
+from sbs_jax.stats import intervals, results
+from sbs_jax.storage import json_files
+from sbs_jax.student import adapters
+from sbs_jax.weights import hugging_face, names, opening
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +37,7 @@ def of(source: str, opened: names.Opened, *, form: str) -> dict[str, Any] | None
     None where nothing tells what the student was trained to do: published weights. ValueError for a card that is
     damaged.
     """
-    if form == checkpoints.SBS and not source.endswith(".npz"):
+    if form == opening.SBS and not source.endswith(".npz"):
         directory, step = checkpoints.locate(source)
         if opened.origin is not None and (directory / "metrics.jsonl").exists():
             return _of_run(directory, opened, step=step)
@@ -48,12 +51,12 @@ def of(source: str, opened: names.Opened, *, form: str) -> dict[str, Any] | None
 
 def read(path: Path) -> dict[str, Any]:
     """A card. ValueError where it is none that this version reads."""
-    found = records.read_json(path)
+    found = json_files.read_json(path)
     if not isinstance(found, dict) or found.get("format") != FORMAT:
         what = found.get("format") if isinstance(found, dict) else found
         raise ValueError(
-            f"{path}: got format {records.brief(what)}; expected the card of an export, of format {FORMAT}. Remove it, "
-            "and sbs_run.json beside it says what it can."
+            f"{path}: got format {json_files.brief(what)}; expected the card of an export, of format {FORMAT}. "
+            "Remove it, and sbs_run.json beside it says what it can."
         )
     for place, kinds in _FIELDS.items():
         value: Any = found
@@ -61,11 +64,11 @@ def read(path: Path) -> dict[str, Any]:
             value = value.get(name) if isinstance(value, dict) else None
         if type(value) not in kinds or (type(value) is int and value < 1):
             expected = " or ".join(kind.__name__ for kind in kinds)
-            raise ValueError(f"{path}: {place!r} is {records.brief(value)}; expected {expected}. {_DAMAGED}")
+            raise ValueError(f"{path}: {place!r} is {json_files.brief(value)}; expected {expected}. {_DAMAGED}")
     try:
         _readme(found, usage="", more={})
     except (LookupError, TypeError, ValueError, AttributeError) as error:  # whatever is wrong in what is only shown
-        raise ValueError(f"{path}: {type(error).__name__}: {records.part(str(error))}. {_DAMAGED}") from None
+        raise ValueError(f"{path}: {type(error).__name__}: {json_files.part(str(error))}. {_DAMAGED}") from None
     return found
 
 
@@ -94,12 +97,12 @@ def write(folder: Path, card: Mapping[str, Any], *, usage: str, **more: Any) -> 
     hugging_face.write_json(folder / FILE, {**card, **more})
     (folder / README).write_text(_readme(card, usage=usage, more=more), "utf-8")
     if card["grading"]["file"] is not None:
-        shutil.copyfile(metrics.__file__, folder / GRADING)
+        shutil.copyfile(grading.__file__, folder / GRADING)
 
 
 def sample_inputs(source: str, card: Mapping[str, Any], *, form: str, rows: int) -> list[str]:
     """Inputs that the run was graded on, with the prefix, the first `rows` of them; [] where it left none behind."""
-    if form != checkpoints.SBS or source.endswith(".npz"):
+    if form != opening.SBS or source.endswith(".npz"):
         return []
     folder = checkpoints.locate(source)[0] / _PREDICTIONS
     for file in sorted(folder.glob("*.jsonl"), key=lambda file: ("-test-" not in file.name, file.name)):
@@ -116,10 +119,10 @@ def read_samples(path: str | Path, card: Mapping[str, Any], *, rows: int) -> lis
             if len(texts) == rows:
                 break
             where = f"{path}:{number}"
-            row = records.parse_json(records.decoded(data, where), where)
+            row = json_files.parse_json(json_files.decoded(data, where), where)
             text = row.get("input") if isinstance(row, dict) else None
             if not isinstance(text, str):
-                raise ValueError(f'{where}: expected {{"input": text}}, got {records.brief(row)}.')
+                raise ValueError(f'{where}: expected {{"input": text}}, got {json_files.brief(row)}.')
             texts.append(text if text.startswith(prefix) else prefix + text)
     return texts
 
@@ -141,14 +144,14 @@ def _of_settings(opened: names.Opened) -> dict[str, Any]:
     run, options = manifest["run"], manifest["data"]["options"]
     task, name = run["mixture_or_task_name"], manifest["data"]["dataset"]
     kind = task.removeprefix(f"{name}_")
-    dataset = datasets.get(name) if name in datasets.names() else None
+    dataset = registry.get(name) if name in registry.names() else None
     if dataset is None:
         log.warning("The dataset %r is not known here: the card has neither its labels nor how it is graded.", name)
     lengths = run["task_feature_lengths"]
     rationale = {"prefix": options["rationale_prefix"], "max_new_tokens": lengths["targets"]}
     label = {"prefix": options["label_prefix"], "max_new_tokens": run["max_decode_length"]}
-    asked = rationale if kind == datasets.RATIONALE else label
-    marker = selection.ANSWER_MARKER if kind == datasets.RATIONALE_THEN_LABEL else None
+    asked = rationale if kind == selection.RATIONALE else label
+    marker = selection.ANSWER_MARKER if kind == selection.RATIONALE_THEN_LABEL else None
     return {
         "format": FORMAT,
         "dataset": name,
@@ -160,7 +163,7 @@ def _of_settings(opened: names.Opened) -> dict[str, Any]:
             "joint": tokens.JOINT,
         },
         "answer": {
-            "is": {datasets.RATIONALE: "rationale", datasets.RATIONALE_THEN_LABEL: "rationale, then label"}.get(
+            "is": {selection.RATIONALE: "rationale", selection.RATIONALE_THEN_LABEL: "rationale, then label"}.get(
                 kind, "label"
             ),
             "max_new_tokens": asked["max_new_tokens"],
@@ -168,7 +171,7 @@ def _of_settings(opened: names.Opened) -> dict[str, Any]:
             "labels": list(dataset.labels) if dataset is not None and dataset.labels is not None else None,
             "parser": {"after_last": marker, "strip": True},
         },
-        "rationale": rationale if kind == datasets.STEP_BY_STEP else None,
+        "rationale": rationale if kind == STEP_BY_STEP else None,
         "grading": _grading(dataset, metric=run.get("primary_metric")),
         "test": None,
         "training": _training(manifest, opened),
@@ -189,10 +192,10 @@ def _tokenizer(manifest: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _grading(dataset: datasets.Dataset | None, *, metric: str | None) -> dict[str, Any]:
+def _grading(dataset: Dataset | None, *, metric: str | None) -> dict[str, Any]:
     """How answers are graded; `file` where the functions need nothing but the standard library."""
     known = () if dataset is None else dataset.metric_fns
-    functions = [function for function in known if function.__module__ == metrics.__name__]
+    functions = [function for function in known if function.__module__ == grading.__name__]
     return {
         "metric": metric,
         "file": GRADING if functions else None,
@@ -226,15 +229,15 @@ def _adapters(tuning: Mapping[str, Any]) -> str:
     return adapters.title(found)
 
 
-def _tested(directory: Path, *, step: int) -> dict[str, Any] | None:
+def _tested(run: Path, *, step: int) -> dict[str, Any] | None:
     """The test metric of this step, with its 95 % interval; None where another step was tested, or none."""
-    lines = [line for line in run_dir.read_metrics(directory) if line["kind"] == "test" and line["step"] == step]
+    lines = [line for line in directory.read_metrics(run) if line["kind"] == "test" and line["step"] == step]
     if not lines:
         return None
     found = {name: value for name, value in lines[-1].items() if name not in ("kind", "step")}
     told: dict[str, Any] = {"step": step, **found, "interval_95": None, "rows": None}
     try:
-        result = results.load(results.identify(directory))
+        result = results.load(results.identify(run))
     except (ValueError, OSError) as error:
         log.warning("The card has no interval of the test metric: %s", error)
         return told

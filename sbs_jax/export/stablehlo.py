@@ -21,10 +21,10 @@ import jax.numpy as jnp
 from jax import export
 from safetensors.flax import load_file
 
-from sbs_jax.convert import hugging_face
 from sbs_jax.export import card as cards
 from sbs_jax.export import weights
 from sbs_jax.export.student import ANSWER, Student, agreed, check, check_shapes, warn_of_difference, write_vocabulary
+from sbs_jax.weights import hugging_face
 
 PLATFORMS = ("cpu", "tpu", "cuda", "rocm")
 DEFAULT_PLATFORMS = ("cpu", "tpu", "cuda")

@@ -11,9 +11,11 @@ import jax
 import numpy as np
 import seqio
 
-from sbs_jax import datasets, decoding, evaluate, partitioning, t5, tokens
-from sbs_jax.convert import names
+from sbs_jax.data import registry, tokens
 from sbs_jax.export import card as cards
+from sbs_jax.student import decoding, partitioning, t5
+from sbs_jax.training import students
+from sbs_jax.weights import names
 
 log = logging.getLogger(__name__)
 
@@ -42,11 +44,11 @@ class Student:
                 f"{source} is no run of ours, and no export of one: nothing says what stands before an input, how long "
                 "it may be, or what the answers are. Give a run directory, or what sbs convert made of one."
             )
-        vocabulary = datasets.vocabulary(vocabulary_of(opened, source))
+        vocabulary = registry.vocabulary(vocabulary_of(opened, source))
         if opened.tuning is None:
             structure, shapes, _ = t5.abstract(opened.config)
             return cls(structure, opened.arrays, shapes, card, vocabulary)
-        student = evaluate.load_student(source, layout=partitioning.DATA_PARALLEL, base=base)
+        student = students.load_student(source, layout=partitioning.DATA_PARALLEL, base=base)
         arrays = {name: names.of_array(np.asarray(x)) for name, x in student.parameters.items()}
         shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in student.parameters.items()}
         return cls(student.structure, arrays, shapes, card, vocabulary)

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sbs_jax.convert import hugging_face
 from sbs_jax.export import card as cards
+from sbs_jax.weights import hugging_face
 
 
 def finish(folder: Path, *, card: Mapping[str, Any] | None, dtype: str) -> None:

@@ -7,8 +7,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from sbs_jax import adapters, datasets, t5, train
-from sbs_jax.plan import chips, compiler, flops, worker
+from sbs_jax.data import registry, selection
+from sbs_jax.plan import chips, compiler, worker
+from sbs_jax.student import adapters, flops, t5
+from sbs_jax.training.config import TrainConfig
 
 MESHES = (
     {"data": 1, "fsdp": -1, "tensor": 1},
@@ -46,7 +48,7 @@ class Options:
 
 
 def plan(
-    config: train.TrainConfig, options: Options, *, machine: compiler.Compiler, report: Callable[[str], None]
+    config: TrainConfig, options: Options, *, machine: compiler.Compiler, report: Callable[[str], None]
 ) -> dict[str, Any]:
     """Everything that is printed, as JSON has it. `report` gets a line before each compilation."""
     if options.batch_size is not None:
@@ -88,7 +90,7 @@ def plan(
     }
 
 
-def _configuration(config: train.TrainConfig) -> dict[str, Any]:
+def _configuration(config: TrainConfig) -> dict[str, Any]:
     parameters, trained = _parameters(config)
     return {
         "task": config.mixture_or_task_name,
@@ -107,7 +109,7 @@ def _configuration(config: train.TrainConfig) -> dict[str, Any]:
     }
 
 
-def _parameters(config: train.TrainConfig) -> tuple[int, int]:
+def _parameters(config: TrainConfig) -> tuple[int, int]:
     """How many the student has, with nothing put on, and how many are trained."""
     adapted = adapters.abstract(config.model, config.tuning)
     counts = [
@@ -117,7 +119,7 @@ def _parameters(config: train.TrainConfig) -> tuple[int, int]:
     return counts[0], counts[1]
 
 
-def _flops(config: train.TrainConfig) -> int:
+def _flops(config: TrainConfig) -> int:
     lengths, (parameters, trained) = config.task_feature_lengths, _parameters(config)
     return flops.training_flops(
         config.model,
@@ -137,7 +139,7 @@ def _with_slices(mesh: dict[str, int], topology: chips.Topology) -> dict[str, in
 
 
 def _search(
-    config: train.TrainConfig,
+    config: TrainConfig,
     options: Options,
     *,
     attempt: Callable[[chips.Topology, dict[str, int], int], dict[str, Any]],
@@ -170,7 +172,7 @@ def _search(
             best = one
 
 
-def _meshes(config: train.TrainConfig, topology: chips.Topology) -> Iterator[dict[str, int]]:
+def _meshes(config: TrainConfig, topology: chips.Topology) -> Iterator[dict[str, int]]:
     """The configured mesh, then the usual ones, each kind of division once."""
     devices = topology.chips * topology.chip.devices
     seen = []
@@ -191,15 +193,15 @@ def _compiles(tried: Sequence[dict[str, Any]]) -> int:
 # ------------------------------------------------------------------------------------- costs
 
 
-def _epoch(config: train.TrainConfig, options: Options) -> dict[str, Any]:
+def _epoch(config: TrainConfig, options: Options) -> dict[str, Any]:
     """Updates of one epoch (every example of every task once), and where their number comes from."""
-    tasks = datasets.subtasks(config.mixture_or_task_name)
-    records = Path(config.data.records_dir) / datasets.dataset_of_task(config.mixture_or_task_name).name
+    tasks = registry.subtasks(config.mixture_or_task_name)
+    records = Path(config.data.records_dir) / registry.dataset_of_task(config.mixture_or_task_name).name
     if options.examples is not None:
         examples, source = options.examples * len(tasks), f"--examples {options.examples} of each task"
     elif records.is_dir():
-        datasets.configure(config.data)
-        examples = sum(len(datasets.examples(task, datasets.TRAIN)) for task in tasks)
+        registry.configure(config.data)
+        examples = sum(len(registry.examples(task, selection.TRAIN)) for task in tasks)
         source = f"counted in {records}"
     else:
         return {"updates": None, "source": "unknown: give --gin.RECORDS_DIR=.. (sbs records) or --examples N"}
@@ -213,7 +215,7 @@ def _epoch(config: train.TrainConfig, options: Options) -> dict[str, Any]:
 
 
 def _costed(
-    config: train.TrainConfig,
+    config: TrainConfig,
     topology: chips.Topology,
     candidate: worker.Candidate,
     outcome: dict[str, Any],

@@ -17,8 +17,11 @@ from typing import Any, TextIO
 
 import jax
 
-from sbs_jax import evaluate, partitioning, train
 from sbs_jax.plan import chips, hlo
+from sbs_jax.student import partitioning
+from sbs_jax.training import evaluate
+from sbs_jax.training.config import TrainConfig
+from sbs_jax.training.step import Trainer, prepare
 
 TRAIN, EVALUATION, GENERATION = "train", "evaluation", "generation"
 STEPS = (TRAIN, EVALUATION, GENERATION)
@@ -42,13 +45,13 @@ class Candidate:
     micro_batches: int
     steps: tuple[str, ...]
 
-    def applied(self, config: train.TrainConfig) -> train.TrainConfig:
+    def applied(self, config: TrainConfig) -> TrainConfig:
         """The configuration with this mesh and batch. ValueError where they cannot be."""
         layout = partitioning.Layout(**self.mesh, rules=config.layout.rules)
         return dataclasses.replace(config, layout=layout, batch_size=self.batch_size, micro_batches=self.micro_batches)
 
 
-def measure(config: train.TrainConfig, candidate: Candidate) -> dict[str, Any]:
+def measure(config: TrainConfig, candidate: Candidate) -> dict[str, Any]:
     """What the compiler says of each step; what cannot be compiled has `refused` with the reason.
 
     {"mesh": {"fsdp": 8, ..}, "steps": {"train": {"fits": True, "memory": {..}, "cycles": ..}, ..}}.
@@ -57,7 +60,7 @@ def measure(config: train.TrainConfig, candidate: Candidate) -> dict[str, Any]:
     try:
         config = candidate.applied(config)
         devices = topology.describe()
-        trainer = train.prepare(config, devices=devices)
+        trainer = prepare(config, devices=devices)
     except ValueError as error:
         return {"refused": str(error), "steps": {}}
     lowerings = _lowerings(config, trainer)
@@ -69,7 +72,7 @@ def measure(config: train.TrainConfig, candidate: Candidate) -> dict[str, Any]:
     }
 
 
-def _lowerings(config: train.TrainConfig, trainer: train.Trainer) -> dict[str, Callable[[], jax.stages.Lowered]]:
+def _lowerings(config: TrainConfig, trainer: Trainer) -> dict[str, Callable[[], jax.stages.Lowered]]:
     """Each step as training and `sbs predict` run it, not yet traced."""
 
     def generation(length: int) -> Callable[[], jax.stages.Lowered]:
@@ -91,7 +94,7 @@ def _lowerings(config: train.TrainConfig, trainer: train.Trainer) -> dict[str, C
 
 
 def _compiled(
-    lowering: Callable[[], jax.stages.Lowered], trainer: train.Trainer, topology: chips.Topology, *, step: str
+    lowering: Callable[[], jax.stages.Lowered], trainer: Trainer, topology: chips.Topology, *, step: str
 ) -> dict[str, Any]:
     """One step: memory, cycles, collectives, seconds that its compilation took."""
     start = time.monotonic()
@@ -182,7 +185,7 @@ def captured_stderr() -> Iterator[list[str]]:
             said.append(file.read().decode("utf-8", "replace"))
 
 
-def serve(config: train.TrainConfig, *, requests: TextIO, answers: TextIO) -> None:
+def serve(config: TrainConfig, *, requests: TextIO, answers: TextIO) -> None:
     """Answers each line of JSON (a `Candidate`) with one line of JSON (`measure`), until the requests end."""
     for line in requests:
         fields = json.loads(line)

@@ -19,13 +19,17 @@ from typing import Any
 
 import numpy as np
 
-from sbs_jax import datasets, decoding, evaluate, partitioning, records, selection, tokens
+from sbs_jax.checks import nearest
+from sbs_jax.data import registry, selection, tokens
 from sbs_jax.prediction import weights as weights_
+from sbs_jax.storage import json_files
+from sbs_jax.student import decoding, partitioning
+from sbs_jax.training import evaluate, students
 
 log = logging.getLogger(__name__)
 
 GREEDY, BEAM, SAMPLE, CHOICES = DECODINGS = ("greedy", "beam", "sample", "choices")
-OBJECTIVES = (datasets.LABEL, datasets.RATIONALE)
+OBJECTIVES = (selection.LABEL, selection.RATIONALE)
 TOO_LONG = ("error", "cut")
 # Of one question: more choices than these are refused, which bounds what one row can cost.
 MOST_CHOICES = 64
@@ -58,7 +62,7 @@ class Settings:
     batch_size: int = 32
     smaller: tuple[int, ...] = ()
     weights: str = weights_.FLOAT32
-    objective: str = datasets.LABEL
+    objective: str = selection.LABEL
     too_long: str = "error"
 
     def __post_init__(self) -> None:
@@ -79,7 +83,7 @@ class Settings:
             raise ValueError(f"Settings.top_p is {self.top_p!r}; expected a share above 0 and up to 1, such as 0.9.")
         if not math.isfinite(self.length_penalty):
             raise ValueError(f"Settings.length_penalty is {self.length_penalty!r}; expected a number, such as 1.0.")
-        if self.objective == datasets.RATIONALE and (self.rationale or self.decoding == CHOICES):
+        if self.objective == selection.RATIONALE and (self.rationale or self.decoding == CHOICES):
             raise ValueError(
                 "Settings.objective is 'rationale': it asks for nothing else, and a rationale is not one of a closed "
                 "set. Ask for the label, with `rationale` beside it if wanted."
@@ -136,7 +140,7 @@ class Predictor:
 
     def __init__(
         self,
-        students: Mapping[str | None, evaluate.Student],
+        students: Mapping[str | None, students.Student],
         *,
         settings: Settings,
         places: Mapping[str | None, str] | None = None,
@@ -159,7 +163,7 @@ class Predictor:
     ) -> "Predictor":
         """The student of a run, and of others over the same base by the names that questions have for them."""
         adapters = adapters or {}
-        student, others = evaluate.load_students(model, adapters, layout=partitioning.DATA_PARALLEL, base=base)
+        student, others = students.load_students(model, adapters, layout=partitioning.DATA_PARALLEL, base=base)
         places = {None: str(model), **{name: str(place) for name, place in adapters.items()}}
         return cls({None: student, **others}, settings=settings, places=places)
 
@@ -208,8 +212,8 @@ def unknown_adapter(name: str | None, known: Sequence[str]) -> str:
     """Says that no adapter has this name, and which there are."""
     listed = ", ".join(map(repr, known))
     there = f"There are {listed}" if listed else "There are none: give some by --adapters NAME=RUN"
-    near = selection.near_matches(str(name)[:200], known)
-    return f"no adapter is named {records.brief(name)}.{near} {there}."
+    near = nearest(str(name)[:200], known)
+    return f"no adapter is named {json_files.brief(name)}.{near} {there}."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,11 +240,11 @@ class _Prepared:
 class _Answerer:
     """One student: its tokens, ways and compiled functions."""
 
-    def __init__(self, student: evaluate.Student, *, settings: Settings, owner: str) -> None:
+    def __init__(self, student: students.Student, *, settings: Settings, owner: str) -> None:
         self._settings, self._owner, self._student = settings, owner, student
-        self._vocabulary = datasets.vocabulary(student.options.vocabulary)
+        self._vocabulary = registry.vocabulary(student.options.vocabulary)
         run = student.manifest["run"]
-        self._dataset, kind = datasets.split_task(run["mixture_or_task_name"])
+        self._dataset, kind = registry.split_task(run["mixture_or_task_name"])
         lengths = run["task_feature_lengths"]
         self._limit, self._choice_limit = lengths["inputs"], max(lengths["targets"], run["max_decode_length"])
         self._buckets = buckets(self._limit)
@@ -252,19 +256,19 @@ class _Answerer:
 
     def _ways_of(self, kind: str, *, answer: int, rationale: int) -> list[_Way]:
         settings, options = self._settings, self._student.options
-        explains = settings.rationale or settings.objective == datasets.RATIONALE
-        if explains and kind == datasets.LABEL:
+        explains = settings.rationale or settings.objective == selection.RATIONALE
+        if explains and kind == selection.LABEL:
             log.warning("%s was trained on labels alone; its rationales mean nothing.", self._owner)
-        if settings.decoding == CHOICES and kind == datasets.RATIONALE_THEN_LABEL:
+        if settings.decoding == CHOICES and kind == selection.RATIONALE_THEN_LABEL:
             raise ValueError(
                 f"{self._owner} writes a rationale before its label, so a label has no likelihood of its own; "
                 "predict with --decoding greedy, beam or sample."
             )
-        then_label = kind == datasets.RATIONALE_THEN_LABEL
-        to_label = _Way(options.label_prefix, kind if then_label else datasets.LABEL, answer, settings.decoding)
+        then_label = kind == selection.RATIONALE_THEN_LABEL
+        to_label = _Way(options.label_prefix, kind if then_label else selection.LABEL, answer, settings.decoding)
         beside = GREEDY if settings.decoding == CHOICES else settings.decoding
-        to_rationale = _Way(options.rationale_prefix, datasets.RATIONALE, rationale, beside)
-        if settings.objective == datasets.RATIONALE:
+        to_rationale = _Way(options.rationale_prefix, selection.RATIONALE, rationale, beside)
+        if settings.objective == selection.RATIONALE:
             return [to_rationale]
         # One that writes both has written the rationale with the label.
         return [to_label, to_rationale] if settings.rationale and not then_label else [to_label]
@@ -349,7 +353,9 @@ class _Answerer:
         if not 2 <= len(labels) <= MOST_CHOICES:
             return f"got {len(labels)} choices; expected 2 to {MOST_CHOICES}."
         if len(set(labels)) < len(labels):
-            return f"the choices name {records.brief(next(x for x in labels if labels.count(x) > 1))} more than once."
+            return (
+                f"the choices name {json_files.brief(next(x for x in labels if labels.count(x) > 1))} more than once."
+            )
         return None
 
     @functools.lru_cache(maxsize=4096)  # noqa: B019  (as long-lived as the student)
@@ -374,7 +380,7 @@ class _Answerer:
             prediction, score, scores, text = results[0][n]
             rationale = results[1][n][0] if len(results) > 1 and n in results[1] else None
             if self._settings.rationale and len(results) == 1 and questions[n].rationale:
-                rationale = text.rpartition(datasets.ANSWER_MARKER)[0].strip() or text.strip()
+                rationale = text.rpartition(selection.ANSWER_MARKER)[0].strip() or text.strip()
             found[n] = Answer(
                 id=questions[n].id, prediction=prediction, score=score, rationale=rationale, scores=scores
             )
@@ -410,7 +416,7 @@ class _Answerer:
             found = []
             for ids, score in generator.run(self._parameters, *arrays):
                 text = self._vocabulary.decode(ids)
-                found.append((datasets.graded_text(text, kind=way.kind), score, None, text))
+                found.append((registry.graded_text(text, kind=way.kind), score, None, text))
             return found
         count, length = shape
         arrays.append(np.stack([_padded([*row.choices, *[[]] * (count - len(row.choices))], length) for row in rows]))

@@ -17,9 +17,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from sbs_jax import hosts, records
+from sbs_jax import hosts
 from sbs_jax.prediction import inputs, outputs, seen
 from sbs_jax.prediction.engine import CHOICES, Answer, Predictor
+from sbs_jax.storage import json_files
 
 log = logging.getLogger(__name__)
 
@@ -113,7 +114,7 @@ def _distinct(window: list[inputs.Entry], known: seen.Seen) -> list[inputs.Entry
         inputs.Entry(
             line=entry.line,
             id=entry.id,
-            error=f"id {records.brief(entry.id)} stands in line {first[entry.line]} already.",
+            error=f"id {json_files.brief(entry.id)} stands in line {first[entry.line]} already.",
         )
         if first.get(entry.line, entry.line) != entry.line
         else entry
@@ -154,8 +155,8 @@ def _same_rows(journal: outputs.Journal, entries: list[inputs.Entry]) -> int:
             row, same = {}, False
         if not same:
             raise ValueError(
-                f"{journal.path} does not have the answer to line {entry.line} (id {records.brief(entry.id)}) where it "
-                f"belongs: it was changed, or the input was. Remove {journal.path} to begin anew."
+                f"{journal.path} does not have the answer to line {entry.line} (id {json_files.brief(entry.id)}) where "
+                f"it belongs: it was changed, or the input was. Remove {journal.path} to begin anew."
             )
         errors += "error" in row
     return errors

@@ -11,8 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Protocol, runtime_checkable
 
-from sbs_jax import records
 from sbs_jax.prediction.engine import Question
+from sbs_jax.storage import json_files
 
 # Bytes of a line of JSON or CSV, or of a Parquet row's texts.
 LONGEST_LINE = 2**20
@@ -53,7 +53,7 @@ def read(path: str | Path) -> Reader:
 def entry(row: Any, *, line: int) -> Entry:
     """A row's entry; its values are what the file's format gives."""
     if not isinstance(row, Mapping):
-        return Entry(line=line, error=f'expected {{"id": text, "input": text}}, got {records.brief(row)}')
+        return Entry(line=line, error=f'expected {{"id": text, "input": text}}, got {json_files.brief(row)}')
     row_id = row.get("id") if isinstance(row.get("id"), str) else None
     wrong = _wrong(row)
     if wrong is not None:
@@ -73,14 +73,14 @@ def _wrong(row: Mapping[str, Any]) -> str | None:
         if row.get(name) is None:
             return f"{name!r} is missing; a row has the texts 'id' and 'input'."
         if not isinstance(row[name], str):
-            return f"{name!r} is {records.brief(row[name])}; expected a text."
+            return f"{name!r} is {json_files.brief(row[name])}; expected a text."
     if row.get("adapter") is not None and not isinstance(row["adapter"], str):
-        return f"no adapter is named {records.brief(row['adapter'])}; expected a text."
+        return f"no adapter is named {json_files.brief(row['adapter'])}; expected a text."
     choices = row.get("choices")
     if choices is not None and not (
         isinstance(choices, list) and choices and all(isinstance(each, str) and each for each in choices)
     ):
-        return f"'choices' is {records.brief(choices)}; expected a list of texts."
+        return f"'choices' is {json_files.brief(choices)}; expected a list of texts."
     return None
 
 
@@ -126,9 +126,9 @@ class _JsonLines(_Lines):
                 yield Entry(line=number, error=_TOO_LONG)
                 continue
             try:
-                text = records.decoded(line, "the line")
+                text = json_files.decoded(line, "the line")
                 if text.strip():
-                    yield entry(records.parse_json(text, "the line"), line=number)
+                    yield entry(json_files.parse_json(text, "the line"), line=number)
             except ValueError as error:
                 yield Entry(line=number, error=str(error))
 
@@ -192,9 +192,9 @@ class _Csv(_Lines):
         row = {name: text for name, text in row.items() if text or name == "input"}
         if "choices" in row:
             try:
-                row["choices"] = records.parse_json(row["choices"], "choices")
+                row["choices"] = json_files.parse_json(row["choices"], "choices")
             except ValueError:
-                shown = records.brief(row["choices"])
+                shown = json_files.brief(row["choices"])
                 return Entry(line=line, id=row.get("id"), error=f"'choices' is {shown}; expected a JSON list of texts.")
         return entry(row, line=line)
 
@@ -204,7 +204,7 @@ def _checked_columns(names: Sequence[str], path: Path) -> list[str]:
     if missing:
         listed = ", ".join(map(repr, names)) or "none"
         raise ValueError(
-            f"{path}: there is no column {' and none '.join(map(repr, missing))}; there are {records.part(listed)}. "
+            f"{path}: there is no column {' and none '.join(map(repr, missing))}; there are {json_files.part(listed)}. "
             "Expected 'id' and 'input', and perhaps 'adapter' and 'choices'."
         )
     for name in COLUMNS:
@@ -235,7 +235,7 @@ class _Parquet:
             schema = self._file.schema_arrow
             names = schema.names
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} cannot be read as Parquet: {records.part(str(error))}") from None
+            raise ValueError(f"{path} cannot be read as Parquet: {json_files.part(str(error))}") from None
         _checked_columns(names, path)
         self._columns = [name for name in COLUMNS if name in names]
         for name in self._columns:
@@ -267,7 +267,7 @@ class _Parquet:
                 batch = next(batches, None)
             except (pa.ArrowException, OSError) as error:
                 raise ValueError(
-                    f"{self.path}: nothing can be read after row {self.done}: {records.part(str(error))}"
+                    f"{self.path}: nothing can be read after row {self.done}: {json_files.part(str(error))}"
                 ) from None
             if batch is None:
                 return

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sbs_jax import checksums, lock, records
+from sbs_jax.storage import checksums, json_files, lock
 
 _ROWS = 8_192  # of a row group of Parquet
 
@@ -50,7 +50,7 @@ class Journal:
 
     def _begin(self, about: Mapping[str, Any]) -> None:
         if self.path.exists() and self._about.exists():
-            before = records.parse_json(self._about.read_text("utf-8"), str(self._about))
+            before = json_files.parse_json(self._about.read_text("utf-8"), str(self._about))
             differences = _differences(before, about)
             if differences:
                 raise ValueError(
@@ -111,7 +111,7 @@ def _differences(before: Any, now: Any, name: str = "") -> list[str]:
         return [
             found for each in names for found in _differences(before.get(each), now.get(each), f"{name} {each}".strip())
         ]
-    return [] if before == now else [f"{name} ({records.brief(before)}, now {records.brief(now)})"]
+    return [] if before == now else [f"{name} ({json_files.brief(before)}, now {json_files.brief(now)})"]
 
 
 def _write_csv(path: Path, rows: Iterator[Row], columns: Sequence[str]) -> None:

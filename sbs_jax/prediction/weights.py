@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from sbs_jax import quantized, t5
+from sbs_jax.student import layers, quantized, t5
 
 FLOAT32, BFLOAT16, INT8 = "float32", "bfloat16", "int8"
 WEIGHTS = (FLOAT32, BFLOAT16, INT8)
@@ -31,7 +31,7 @@ def held(structure: t5.Structure, parameters: t5.Parameters, *, weights: str) ->
         return structure, parameters
     model = t5.join(structure, parameters)
     for path, module in nnx.iter_modules(model):
-        if isinstance(module, t5.Dense):
+        if isinstance(module, layers.Dense):
             is_logits = path[-1] == "logits_dense"
             _hold(module, form=BFLOAT16 if is_logits else weights)
     if model.config.logits_via_embedding:
@@ -43,7 +43,7 @@ def held(structure: t5.Structure, parameters: t5.Parameters, *, weights: str) ->
 _quantized = jax.jit(functools.partial(quantized.quantize, form=quantized.INT8))
 
 
-def _hold(dense: t5.Dense, *, form: str) -> None:
+def _hold(dense: layers.Dense, *, form: str) -> None:
     kernel = dense.merged()
     dense.lora = dense.in_scale = dense.out_scale = None
     dense.product = BFLOAT16

@@ -12,8 +12,10 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from sbs_jax import records, selection
+from sbs_jax.checks import nearest
+from sbs_jax.data import records
 from sbs_jax.prediction.engine import Question
+from sbs_jax.storage import json_files
 
 FIELDS = ("id", "input", "choices", "rationale", "adapter")
 _EXAMPLE = '{"inputs": [{"input": "a question"}]}'
@@ -42,15 +44,16 @@ def read(data: bytes, *, most: int) -> list[Question | Refused]:
     """
     value = _parsed(data)
     if not isinstance(value, dict) or "inputs" not in value:
-        raise BodyError("wrong_form", f"the body is {records.shown(value)}; expected {_EXAMPLE}.")
+        raise BodyError("wrong_form", f"the body is {json_files.shown(value)}; expected {_EXAMPLE}.")
     unknown = [name for name in value if name != "inputs"]
     if unknown:
         raise BodyError(
-            "wrong_form", f"the body has {records.brief(unknown[0])} beside 'inputs'; fields of a row stand in the row."
+            "wrong_form",
+            f"the body has {json_files.brief(unknown[0])} beside 'inputs'; fields of a row stand in the row.",
         )
     rows = value["inputs"]
     if not isinstance(rows, list):
-        raise BodyError("wrong_form", f"the body's 'inputs' is {records.shown(rows)}; expected a list: {_EXAMPLE}.")
+        raise BodyError("wrong_form", f"the body's 'inputs' is {json_files.shown(rows)}; expected a list: {_EXAMPLE}.")
     if not rows:
         raise BodyError("wrong_form", f"the body's 'inputs' is an empty list; expected at least one row: {_EXAMPLE}.")
     if len(rows) > most:
@@ -65,7 +68,7 @@ def read(data: bytes, *, most: int) -> list[Question | Refused]:
             asked = _asked(row, place)
             if asked.id in seen:
                 raise ValueError(
-                    f"the id {records.brief(asked.id)} is that of row {seen[asked.id]} already; "
+                    f"the id {json_files.brief(asked.id)} is that of row {seen[asked.id]} already; "
                     "give every row its own, or none."
                 )
             seen[asked.id] = place
@@ -89,7 +92,7 @@ def _parsed(data: bytes) -> Any:
     except RecursionError:
         raise BodyError("not_json", "the body is nested too deeply to be read; expected no more than rows.") from None
     except ValueError as error:  # ours, below, and numbers of thousands of digits
-        raise BodyError("not_json", f"the body cannot be read: {records.part(str(error))}") from None
+        raise BodyError("not_json", f"the body cannot be read: {json_files.part(str(error))}") from None
 
 
 def _no_constant(name: str) -> Any:
@@ -101,27 +104,31 @@ def _once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         seen: set[str] = set()
         twice = next(name for name, _ in pairs if name in seen or seen.add(name))
-        raise ValueError(f"an object has {records.brief(twice)} twice.")
+        raise ValueError(f"an object has {json_files.brief(twice)} twice.")
     return found
 
 
 def _asked(row: Any, place: int) -> Question:
     """ValueError where a row is not as it should be."""
     if not isinstance(row, dict):
-        raise ValueError(f'row {place} is {records.shown(row)}; expected an object: {{"input": "a question"}}.')
+        raise ValueError(f'row {place} is {json_files.shown(row)}; expected an object: {{"input": "a question"}}.')
     unknown = [name for name in row if name not in FIELDS]
     if unknown:
-        near = selection.near_matches(unknown[0][:100], FIELDS)
-        raise ValueError(f"unknown field {records.brief(unknown[0])}; known are {list(FIELDS)}.{near}")
+        near = nearest(unknown[0][:100], FIELDS)
+        raise ValueError(f"unknown field {json_files.brief(unknown[0])}; known are {list(FIELDS)}.{near}")
     choices = row.get("choices")
     if choices is not None:
-        choices = records.text_list_field(row, "choices")
+        choices = json_files.text_list_field(row, "choices")
         if not choices:
             raise ValueError("'choices' is an empty list; leave it out, or give at least one.")
     rationale = row.get("rationale", False)
     if not isinstance(rationale, bool):
-        raise ValueError(f"'rationale' is {records.shown(rationale)}; expected true or false.")
-    texts = {"id": row.get("id", str(place)), "input": records.text_field(row, "input"), "adapter": row.get("adapter")}
+        raise ValueError(f"'rationale' is {json_files.shown(rationale)}; expected true or false.")
+    texts = {
+        "id": row.get("id", str(place)),
+        "input": json_files.text_field(row, "input"),
+        "adapter": row.get("adapter"),
+    }
     records.check_fields({**texts, "choices": choices or ()})
     return Question(**texts, choices=choices, rationale=rationale)
 

@@ -1,11 +1,9 @@
 """What the server says of itself: an OpenAPI 3.1 document."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sbs_jax import __version__
-
-if TYPE_CHECKING:
-    from sbs_jax.serve.app import Limits
+from sbs_jax.serve.limits import Limits
 
 _ERRORS = {
     "400": "Not JSON, or not of this form.",
@@ -18,7 +16,7 @@ _ERRORS = {
 }
 
 
-def document(limits: "Limits") -> dict[str, Any]:
+def document(limits: Limits) -> dict[str, Any]:
     """The document, with the limits of this server."""
     return {
         "openapi": "3.1.0",
@@ -52,7 +50,7 @@ def document(limits: "Limits") -> dict[str, Any]:
     }
 
 
-def _predict(limits: "Limits") -> dict[str, Any]:
+def _predict(limits: Limits) -> dict[str, Any]:
     answers = _json(_ref("Answers"))
     either = _json({"oneOf": [_ref("Answers"), _ref("Error")]})
     responses: dict[str, Any] = {"200": {"description": "At least one row is answered.", "content": answers}}
@@ -84,7 +82,7 @@ def _health() -> dict[str, Any]:
     }
 
 
-def _schemas(limits: "Limits") -> dict[str, Any]:
+def _schemas(limits: Limits) -> dict[str, Any]:
     text, number = {"type": "string"}, {"type": ["number", "null"]}
     count = {"type": "integer", "minimum": 0}
     row_id = {**text, "minLength": 1, "description": "Distinct within the request; by default the row's place: '0', .."}

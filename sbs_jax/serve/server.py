@@ -16,10 +16,11 @@ from typing import Any
 
 import uvicorn
 
-from sbs_jax import checkpoints
 from sbs_jax.prediction import compiled
 from sbs_jax.prediction.engine import Answer, Predictor, Question, Settings
+from sbs_jax.run import checkpoints
 from sbs_jax.serve import app, batching, connections
+from sbs_jax.serve.limits import Limits
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +36,7 @@ def serve(
     model: str | Path,
     *,
     settings: Settings,
-    limits: app.Limits,
+    limits: Limits,
     host: str,
     port: int,
     kept: str = compiled.OFF,
@@ -120,7 +121,7 @@ class _Server:
     """The parts put together, from the start of the event loop to its end."""
 
     def __init__(
-        self, student: Student, *, limits: app.Limits, listener: socket.socket, say: Callable[[str], None]
+        self, student: Student, *, limits: Limits, listener: socket.socket, say: Callable[[str], None]
     ) -> None:
         self._student, self._limits, self._listener, self._say = student, limits, listener, say
         self._batcher = batching.Batcher(

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sbs_jax import configuration, selection
-from sbs_jax.configuration import UsageError
+from sbs_jax.checks import nearest
+from sbs_jax.training import gin_files
+from sbs_jax.training.gin_files import UsageError
 
 _ROOT = Path(__file__).parents[2]  # gin_configs/ lies there
 _OWN = ("MODEL_DIR", "RECORDS_DIR", "FRACTION", "SEED")  # macros that the sweep itself sets
@@ -62,7 +63,7 @@ class Cell:
     def configured(self) -> tuple[Any, str]:
         """Its train.TrainConfig, and the text that its run keeps; UsageError where it has none."""
         try:
-            return configuration.configure(
+            return gin_files.configure(
                 "train.TrainConfig",
                 gin_files=self.gin_files,
                 bindings=self.all_bindings(),
@@ -122,7 +123,7 @@ class Sweep:
                 )
         for dataset, fractions in by_dataset.items():
             if dataset not in self.datasets:
-                near = selection.near_matches(dataset, self.datasets)
+                near = nearest(dataset, self.datasets)
                 raise ValueError(f"Sweep.fractions names {dataset!r}, which is not among datasets.{near}")
             for fraction in fractions:
                 if isinstance(fraction, bool) or not isinstance(fraction, int | float) or not 0 < fraction <= 1:
@@ -189,7 +190,7 @@ class Sweep:
             if folder.is_relative_to(_ROOT / "gin_configs")
             for found in folder.glob("*/*.gin" if folder != (_ROOT / file).parent else "*.gin")
         }
-        raise ValueError(f"There is no gin file {file} ({what}).{selection.near_matches(file, around)}")
+        raise ValueError(f"There is no gin file {file} ({what}).{nearest(file, around)}")
 
 
 def searching(sweep: Sweep, paths: str) -> Sweep:
@@ -219,7 +220,7 @@ def check_configurations(cells: Sequence[Cell]) -> list[tuple[Cell, Any]]:
     ValueError where a cell cannot be configured, is about another dataset, grades nothing on test, or is the same
     as another under a second name.
     """
-    from sbs_jax import datasets
+    from sbs_jax.data import registry
 
     kinds: dict[Any, Cell] = {}
     for cell in cells:
@@ -227,7 +228,7 @@ def check_configurations(cells: Sequence[Cell]) -> list[tuple[Cell, Any]]:
     found, seen = [], {}
     for cell in kinds.values():
         config, text = cell.configured()
-        name = datasets.dataset_of_task(config.mixture_or_task_name).name
+        name = registry.dataset_of_task(config.mixture_or_task_name).name
         if name != cell.dataset:
             raise ValueError(f"The cell {cell.name} trains on {name}: {cell.gin_files[0]} is not about {cell.dataset}.")
         if not config.evaluate_test:
@@ -243,12 +244,12 @@ def check_configurations(cells: Sequence[Cell]) -> list[tuple[Cell, Any]]:
 
 def check_inputs(kinds: Sequence[tuple[Cell, Any]]) -> None:
     """Whether records, vocabulary and checkpoint of every kind of cell are there. Reads no row and computes nothing."""
-    from sbs_jax import datasets, tokens
+    from sbs_jax.data import registry, selection, tokens
 
     for cell, config in kinds:
-        datasets.configure(config.data)
-        splits = datasets.available_splits(cell.dataset)
-        missing = [name for name in (datasets.TRAIN, datasets.VALIDATION, datasets.TEST) if name not in splits]
+        registry.configure(config.data)
+        splits = registry.available_splits(cell.dataset)
+        missing = [name for name in (selection.TRAIN, selection.VALIDATION, selection.TEST) if name not in splits]
         if missing:
             raise ValueError(
                 f"The cell {cell.name} needs {' and '.join(missing)} rows of {cell.dataset}, which "

@@ -5,11 +5,13 @@ import dataclasses
 import os
 import signal
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sbs_jax import hosts, preemption, run_dir
+from sbs_jax import hosts
+from sbs_jax.hosts import preemption
+from sbs_jax.run import directory
 from sbs_jax.sweep.cells import Cell, Sweep
 from sbs_jax.sweep.standings import graded, unfinished
 from sbs_jax.sweep.workers import Workers
@@ -66,14 +68,14 @@ def run(cells: Sequence[Cell], started: Workers, *, jobs: int) -> Iterator[Ended
 
 
 def _test_metrics(cell: Cell) -> Mapping[str, Any]:
-    return [line for line in run_dir.read_metrics(cell.model_dir) if line["kind"] == "test"][-1]
+    return [line for line in directory.read_metrics(cell.model_dir) if line["kind"] == "test"][-1]
 
 
-def main(sweep: Sweep, *, jobs: int, redo_changed: bool) -> int:
+def main(sweep: Sweep, *, entry: Callable[[list[str]], int], jobs: int, redo_changed: bool) -> int:
     """Runs what is not finished, prints the table and writes the pages; the exit status."""
     cells = sweep.cells()
     busy = jobs > 1 and jobs >= (os.cpu_count() or 1)
-    with Workers(one_thread=busy) as started:
+    with Workers(entry=entry, one_thread=busy) as started:
         left = unfinished(cells, redo_changed=redo_changed)
         failed = []
         for ended in run(left, started, jobs=jobs):
@@ -89,7 +91,7 @@ def main(sweep: Sweep, *, jobs: int, redo_changed: bool) -> int:
 
 def _report(sweep: Sweep, cells: Sequence[Cell], *, leaving_out: set[str]) -> None:
     """Tables and a page of what has finished."""
-    from sbs_jax import report
+    from sbs_jax.pages import report
 
     finished = [cell.model_dir for cell in cells if cell.name not in leaving_out]
     if finished:

@@ -12,9 +12,9 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sbs_jax import run_dir
-from sbs_jax.configuration import UsageError
+from sbs_jax.run import directory
 from sbs_jax.sweep.cells import Cell, check_configurations, check_inputs
+from sbs_jax.training.gin_files import UsageError
 
 log = logging.getLogger(__name__)
 
@@ -39,10 +39,10 @@ def standings(cells: Sequence[Cell]) -> list[Standing]:
 
 
 def standing(cell: Cell) -> Standing:
-    if not (cell.model_dir / run_dir.MANIFEST).exists():
+    if not (cell.model_dir / directory.MANIFEST).exists():
         return Standing(cell=cell, state=NEW)
     try:
-        lines = run_dir.read_metrics(cell.model_dir) if (cell.model_dir / "metrics.jsonl").exists() else []
+        lines = directory.read_metrics(cell.model_dir) if (cell.model_dir / "metrics.jsonl").exists() else []
         changed = _changes(cell)
     except ValueError as error:  # damaged
         return Standing(cell=cell, state=CHANGED, difference=(str(error),))
@@ -59,12 +59,13 @@ def _changes(cell: Cell) -> list[str]:
     What follows from configuration, records and vocabulary (counts, lengths, parameters' shapes) is not computed
     again: it is taken as it was, and differs only where they do.
     """
-    from sbs_jax import datasets, manifest, settings
+    from sbs_jax.data import registry
+    from sbs_jax.run import manifest, settings
 
     config, text = cell.configured()
     old = manifest.read(cell.model_dir)
-    datasets.configure(config.data)
-    data = datasets.sources(cell.dataset)
+    registry.configure(config.data)
+    data = registry.sources(cell.dataset)
     before = old["data"].get("splits", {})
     for split, facts in data["splits"].items():
         facts["counts"] = before.get(split, {}).get("counts")
@@ -72,7 +73,7 @@ def _changes(cell: Cell) -> list[str]:
         "mixture_or_task_name": config.mixture_or_task_name,
         "task_feature_lengths": dict(config.task_feature_lengths),
         "max_decode_length": config.max_decode_length,
-        "primary_metric": datasets.get(cell.dataset).primary_metric,
+        "primary_metric": registry.get(cell.dataset).primary_metric,
     }
     new = {**old, "data": data, "run": run, "settings": settings.settings(config)}
     kept = (cell.model_dir / "config.gin").read_text("utf-8", "replace")

@@ -9,7 +9,7 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing import connection
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,15 @@ _DRIVERS = ("/dev/nvidiactl", "/dev/kfd")
 class Workers:
     """Starts commands and says how they ended; use it with `with`, entered before this process computes anything.
 
+    `entry` takes a command's arguments and returns its exit status (`cli.main.main`).
+
     From then on this process computes on the CPU: a TPU has one user at a time.
 
     Where it is left, or this process is killed, commands that still run get SIGTERM: `sbs train` saves and ends.
     """
 
-    def __init__(self, *, one_thread: bool) -> None:
+    def __init__(self, *, entry: Callable[[list[str]], int], one_thread: bool) -> None:
+        self._entry = entry
         self._environment = {}
         if one_thread:
             self._environment["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {ONE_THREAD}".strip()
@@ -38,7 +41,7 @@ class Workers:
         self._ours, theirs = context.Pipe()
         # Fork copies our end as well, and then the other side would never see it closed.
         inherited = self._ours if _can_be_copied() else None
-        server = context.Process(target=_serve, args=(theirs, inherited), name="sbs workers")
+        server = context.Process(target=_serve, args=(self._entry, theirs, inherited), name="sbs workers")
         server.start()
         theirs.close()
         self._stack.callback(server.join)
@@ -78,7 +81,9 @@ def _can_be_copied() -> bool:
     return sys.platform == "linux" and not any(map(os.path.exists, _DRIVERS))
 
 
-def _serve(requests: connection.Connection, inherited: connection.Connection | None) -> None:
+def _serve(
+    entry: Callable[[list[str]], int], requests: connection.Connection, inherited: connection.Connection | None
+) -> None:
     """Starts commands, tells of their ends, and passes signals on to them, until nobody asks any more."""
     if inherited is not None:
         inherited.close()
@@ -102,7 +107,7 @@ def _serve(requests: connection.Connection, inherited: connection.Connection | N
             except (EOFError, OSError):
                 asked = False
             if kind == "start":
-                process = context.Process(target=_become, args=request, name=request[0])
+                process = context.Process(target=_become, args=(entry, *request), name=request[0])
                 process.start()
                 running[process.sentinel] = request[0], process
             else:
@@ -111,7 +116,9 @@ def _serve(requests: connection.Connection, inherited: connection.Connection | N
                         os.kill(process.pid, request)
 
 
-def _become(name: str, arguments: list[str], log: str, environment: Mapping[str, str]) -> None:
+def _become(
+    entry: Callable[[list[str]], int], name: str, arguments: list[str], log: str, environment: Mapping[str, str]
+) -> None:
     """This process is `sbs` with these arguments from here on."""
     del name
     os.setsid()  # Ctrl-C reaches the process in front alone, which passes it on
@@ -122,6 +129,4 @@ def _become(name: str, arguments: list[str], log: str, environment: Mapping[str,
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     os.environ.update(environment)
-    from sbs_jax import main
-
-    sys.exit(main.main(arguments))
+    sys.exit(entry(arguments))

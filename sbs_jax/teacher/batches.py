@@ -26,7 +26,7 @@ import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
-from sbs_jax.selection import near_matches
+from sbs_jax.checks import nearest
 from sbs_jax.teacher import gemini_client, openai_client, refusals
 from sbs_jax.teacher.clients import CHAT, Again, Failed, Fatal, Reply, Request
 
@@ -94,7 +94,7 @@ def make_batch(provider: str, *, base_url: str | None, timeout: float, folder: s
     if provider == "vertex":
         return VertexBatches(base_url=base_url, timeout=timeout, folder=folder)
     raise ValueError(
-        f"There are no batch jobs of {provider!r}; there are of {list(PROVIDERS)}.{near_matches(provider, PROVIDERS)}"
+        f"There are no batch jobs of {provider!r}; there are of {list(PROVIDERS)}.{nearest(provider, PROVIDERS)}"
     )
 
 

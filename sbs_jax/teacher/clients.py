@@ -16,20 +16,15 @@ what goes wrong.
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import functools
 import hashlib
 import json
-import random
-import re
 from typing import Any, Protocol, runtime_checkable
 
-from sbs_jax.selection import near_matches
 from sbs_jax.teacher.prompts import Message, Prompt
 
 CHAT, COMPLETION = "chat", "completion"
-PROVIDERS = ("openai", "gemini", "vertex", "scripted")
 # How a reply ended. Any other word is the provider's own.
 STOP, LENGTH = "stop", "length"
 CONTENT_FILTER, TOO_LONG = "content_filter", "too_long"
@@ -133,69 +128,3 @@ class Client(Protocol):
         ...
 
     async def close(self) -> None: ...
-
-
-def make(provider: str, *, base_url: str | None, timeout: float, connections: int) -> Client:
-    """The client of a provider; `timeout` is in seconds for a whole reply, `connections` as many as requests in flight.
-
-    openai: OPENAI_API_KEY; another server than OpenAI's through `base_url` or OPENAI_BASE_URL, which may need no key.
-    gemini: GEMINI_API_KEY or GOOGLE_API_KEY.
-    vertex: GOOGLE_CLOUD_PROJECT, GOOGLE_CLOUD_LOCATION, and Google's application default credentials.
-    scripted: the built-in dataset's teacher; asks nobody.
-
-    ValueError names the variable that is missing; ImportError where the SDKs are.
-    """
-    if provider == "openai":
-        from sbs_jax.teacher.openai_client import OpenAI
-
-        return OpenAI(base_url=base_url, timeout=timeout, connections=connections)
-    if provider in ("gemini", "vertex"):
-        from sbs_jax.teacher.gemini_client import Gemini
-
-        return Gemini(vertex=provider == "vertex", base_url=base_url, timeout=timeout, connections=connections)
-    if provider == "scripted":
-        return Scripted()
-    raise ValueError(
-        f"There is no provider {provider!r}; there are {list(PROVIDERS)}.{near_matches(provider, PROVIDERS)}"
-    )
-
-
-class Scripted:
-    """The built-in dataset's teacher, without a network: the same reply to the same input and sample, always.
-
-    `latency` is in seconds per reply. Tokens are words.
-    """
-
-    def __init__(self, *, latency: float = 0.0) -> None:
-        self._latency = latency
-
-    async def ask(self, request: Request) -> Reply:
-        from tasks import builtin
-
-        await asyncio.sleep(self._latency)
-        asked = request.prompt.messages[-1].content
-        try:
-            problem_ = builtin.problem_of(asked)
-        except ValueError as error:
-            raise Fatal(f"The scripted teacher knows the built-in dataset only: {error}") from None
-        # Where the label is given away, it is a word of what surrounds the problem.
-        hints = [label for label in builtin.LABELS if re.search(rf"\b{label}\b", asked.replace(problem_.text, ""))]
-        random_ = random.Random(f"{problem_.text} {hints} {request.sample}")
-        text = builtin.teacher_reply(problem_, random_)
-        if len(hints) == 1:
-            text = f"{problem_.question.claim(problem_.value, hints[0])} {builtin.MARKER} {hints[0]}."
-        for stop in request.stops:
-            text = text.split(stop)[0]
-        words = re.findall(r"\s*\S+", text)
-        room = request.parameters.max_tokens
-        sent = request.prompt.text if request.form == COMPLETION else asked
-        return Reply(
-            text="".join(words[:room]),
-            finish=STOP if len(words) <= room else LENGTH,
-            input_tokens=len(sent.split()),
-            output_tokens=min(len(words), room),
-            model="scripted",
-        )
-
-    async def close(self) -> None:
-        pass

@@ -21,9 +21,10 @@ from typing import Any
 
 import tqdm
 
-from sbs_jax import datasets, release
-from sbs_jax.records import Manifest
-from sbs_jax.teacher import batches, clients, export, jobs, money, page, prompts, sampler
+from sbs_jax.data import registry, release
+from sbs_jax.data.dataset import Dataset
+from sbs_jax.data.records import Manifest
+from sbs_jax.teacher import batches, clients, export, jobs, money, page, prompts, providers, sampler
 from sbs_jax.teacher.store import Store
 
 log = logging.getLogger(__name__)
@@ -67,7 +68,7 @@ def teach(options: Options) -> Manifest | None:
     Whatever ends the asking, the replies that came are stored. Records are written when every row has a reply or a
     reason; `export_only` writes them at any time.
     """
-    dataset = datasets.get(options.dataset)
+    dataset = registry.get(options.dataset)
     template = options.template
     splits = _splits(dataset, options)
     price = money.price(options.settings.model, override=options.price)
@@ -108,7 +109,7 @@ def teach(options: Options) -> Manifest | None:
     return manifest
 
 
-def _splits(dataset: datasets.Dataset, options: Options) -> dict[str, release.Unanswered]:
+def _splits(dataset: Dataset, options: Options) -> dict[str, release.Unanswered]:
     found = release.read_unanswered(dataset, inputs_dir=options.inputs_dir, inputs=options.inputs)
     if options.splits is not None:
         missing = [split for split in options.splits if split not in found]
@@ -123,7 +124,7 @@ def _splits(dataset: datasets.Dataset, options: Options) -> dict[str, release.Un
 
 
 def _questions(
-    dataset: datasets.Dataset, splits: Mapping[str, release.Unanswered], options: Options
+    dataset: Dataset, splits: Mapping[str, release.Unanswered], options: Options
 ) -> Iterator[export.Question]:
     rows = itertools.chain.from_iterable(source.rows for source in splits.values())
     return (export.Question(dataset, options.template, options.parser, row) for row in rows)
@@ -133,7 +134,7 @@ async def _one_by_one(
     questions: Iterable[export.Question], options: Options, store: Store, price: money.Price | None, *, total: int
 ) -> bool:
     """Whether every row has a reply or a reason now."""
-    client = clients.make(
+    client = providers.make(
         options.provider,
         base_url=options.base_url,
         timeout=options.timeout,
@@ -231,7 +232,7 @@ def _account(totals: sampler.Totals, price: money.Price | None) -> str:
 
 
 def _show_plan(
-    dataset: datasets.Dataset,
+    dataset: Dataset,
     splits: Mapping[str, release.Unanswered],
     template: prompts.Template,
     options: Options,
@@ -296,7 +297,7 @@ def _drawn(parameters: clients.Parameters) -> str:
 
 def _write_page(
     path: str,
-    dataset: datasets.Dataset,
+    dataset: Dataset,
     splits: Mapping[str, release.Unanswered],
     template: prompts.Template,
     options: Options,

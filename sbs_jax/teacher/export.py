@@ -11,14 +11,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sbs_jax import release
-from sbs_jax.records import Manifest, Record
-from sbs_jax.teacher import parsing, prompts, sampler
+from sbs_jax.data import parsing, release
+from sbs_jax.data.dataset import Row
+from sbs_jax.data.records import Manifest, Record
+from sbs_jax.teacher import prompts, sampler
 from sbs_jax.teacher.clients import Reply
 from sbs_jax.teacher.store import Failure, Store
 
 if TYPE_CHECKING:
-    from sbs_jax.datasets import Dataset
+    from sbs_jax.data.dataset import Dataset
 
 # Rows whose replies are read together.
 _CHUNK = 256
@@ -31,7 +32,7 @@ class Question:
     dataset: Dataset
     template: prompts.Template
     parser: str
-    row: release.Row
+    row: Row
 
     @property
     def id(self) -> str:
@@ -67,7 +68,7 @@ class Answered:
 
 def answers(
     dataset: Dataset,
-    rows: Sequence[release.Row],
+    rows: Sequence[Row],
     *,
     template: prompts.Template,
     parser: str,

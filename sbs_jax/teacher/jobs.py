@@ -12,7 +12,8 @@ import hashlib
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 
-from sbs_jax.teacher import money, parsing, sampler
+from sbs_jax.data import parsing
+from sbs_jax.teacher import money, sampler
 from sbs_jax.teacher.batches import BatchClient
 from sbs_jax.teacher.clients import Failed, Reply, Request
 from sbs_jax.teacher.store import Failure, Store

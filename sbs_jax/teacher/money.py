@@ -13,7 +13,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from sbs_jax.records import read_json
+from sbs_jax.storage.json_files import read_json
 
 PRICES = Path(__file__).with_name("prices.json")
 BATCH = 0.5  # the factor of batch mode at every provider here

@@ -12,13 +12,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sbs_jax.report.canvas import COLOURS, Canvas
-from sbs_jax.report.elements import figure, policy, style
-from sbs_jax.report.elements import joined as _lines
-from sbs_jax.report.elements import script_json as _json
-from sbs_jax.report.elements import text as _text
-from sbs_jax.report.intervals import wilson_interval
-from sbs_jax.teacher.parsing import FAILURES, OUTCOMES
+from sbs_jax.data.parsing import FAILURES, OUTCOMES
+from sbs_jax.pages.canvas import COLOURS, Canvas
+from sbs_jax.pages.elements import figure, policy, style
+from sbs_jax.pages.elements import joined as _lines
+from sbs_jax.pages.elements import script_json as _json
+from sbs_jax.pages.elements import text as _text
+from sbs_jax.stats.intervals import wilson_interval
 from sbs_jax.teacher.shown import AGREEMENT, DISTINCT, LONGEST_COUNTED, SMALL_SET, Counts, Score, Selection, Shown, cut
 
 _ENOUGH_ROWS = 20  # of one label among many, for an accuracy of its own

@@ -34,8 +34,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sbs_jax.records import brief, read_json
-from sbs_jax.selection import near_matches
+from sbs_jax.checks import nearest
+from sbs_jax.storage.json_files import brief, read_json
 
 SYSTEM, USER, ASSISTANT = "system", "user", "assistant"
 FOLDER = Path(__file__).parents[2] / "tasks" / "prompts"  # in the checkout and in the wheel
@@ -228,7 +228,7 @@ def for_dataset(name: str) -> Template:
         return _added[name]
     if name not in names():
         raise ValueError(
-            f"There is no prompt for {name!r}; there is one for each of {list(names())}.{near_matches(name, names())} "
+            f"There is no prompt for {name!r}; there is one for each of {list(names())}.{nearest(name, names())} "
             f"For a dataset of your own, write tasks/prompts/{name}.json, give a file with --prompt, or call "
             "sbs_jax.teacher.prompts.add in its module."
         )
@@ -289,7 +289,7 @@ def _fields(value: Any, kind: type) -> dict[str, Any]:
     known = {field.name: field.default is dataclasses.MISSING for field in dataclasses.fields(kind)}
     for name in value:
         if name not in known:
-            raise ValueError(f"unknown field {brief(name)}; known are {list(known)}.{near_matches(name[:100], known)}")
+            raise ValueError(f"unknown field {brief(name)}; known are {list(known)}.{nearest(name[:100], known)}")
     missing = [name for name, required in known.items() if required and name not in value]
     if missing:
         raise ValueError(f"the field {missing[0]!r} is missing; it has {brief(sorted(value))}.")
@@ -307,7 +307,7 @@ def _check_places(field: str, text: str, names: tuple[str, ...]) -> None:
     wanted = " and ".join(f"{{{name}}}" for name in names)
     for name in found:
         if name not in names:
-            near = near_matches(name[:100], names)
+            near = nearest(name[:100], names)
             raise ValueError(f"the field {field!r} holds {{{name[:100]}}}; expected {wanted}.{near}")
     if sorted(found) != sorted(names):
         raise ValueError(f"the field {field!r} is {brief(text)}; expected it to hold {wanted}, once each.")

@@ -17,7 +17,8 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol, runtime_checkable
 
-from sbs_jax.teacher import money, parsing
+from sbs_jax.data import parsing
+from sbs_jax.teacher import money
 from sbs_jax.teacher.clients import Again, Client, Failed, Fatal, Parameters, Reply, Request
 from sbs_jax.teacher.prompts import Prompt
 from sbs_jax.teacher.store import Failure, Store

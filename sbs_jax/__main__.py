@@ -1,0 +1,7 @@
+"""`python -m sbs_jax`: the `sbs` command."""
+
+import sys
+
+from sbs_jax.cli.main import main
+
+sys.exit(main())

@@ -1,0 +1,1 @@
+"""The `sbs` command."""

@@ -1,0 +1,51 @@
+"""`sbs rationales`: what a student's rationales are worth."""
+
+import argparse
+import json
+from typing import Any
+
+from sbs_jax import hosts
+from sbs_jax.training.gin_files import UsageError
+
+
+def add(command: Any) -> None:
+    rationales = command(
+        "rationales",
+        run,
+        "Do a student's rationales fit its answers, and how near are they to the teacher's?",
+        epilog="examples:\n  sbs rationales runs/svamp\n  sbs rationales --teacher svamp --records_dir records\n\n"
+        "Writes rationales.json and rationales.jsonl into the run directory, where `sbs report` finds them. With\n"
+        "--teacher, the same of the teacher's own texts and labels, which are in the records; nothing is written.\n"
+        "What the figures mean: docs/rationales.md.",
+    )
+    rationales.add_argument("run_dir", nargs="?", metavar="RUN_DIR", help="run directory of sbs train")
+    rationales.add_argument("--teacher", metavar="DATASET", help="measure the teacher of these records instead")
+    rationales.add_argument("--records_dir", metavar="DIR", help="records (default: those the run was trained on)")
+    rationales.add_argument("--limit", type=int, metavar="N", help="the first N rows of test alone")
+    rationales.add_argument("--batch_size", type=int, default=64, help="rows at a time")
+    rationales.add_argument("--base", metavar="PATH", help="where the base of a run that trained adapters lies")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    if (arguments.run_dir is None) == (arguments.teacher is None):
+        raise UsageError("give a run directory, or --teacher DATASET, and not both.")
+    if arguments.limit is not None and arguments.limit < 1:
+        raise UsageError(f"--limit is {arguments.limit}; expected at least 1.")
+    import tasks  # noqa: F401  (registers the datasets)
+    from sbs_jax.stats import rationales
+
+    if arguments.teacher is not None:
+        if arguments.records_dir is None:
+            raise UsageError("--teacher needs --records_dir.")
+        found = rationales.of_teacher(arguments.teacher, records_dir=arguments.records_dir, limit=arguments.limit)
+    else:
+        found = rationales.measure(
+            arguments.run_dir,
+            records_dir=arguments.records_dir,
+            limit=arguments.limit,
+            batch_size=arguments.batch_size,
+            base=arguments.base,
+        )
+    if hosts.is_first():
+        print(json.dumps(found, indent=1))
+    return 0

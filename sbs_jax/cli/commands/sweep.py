@@ -1,0 +1,67 @@
+"""`sbs sweep`: many training runs from one gin file."""
+
+import argparse
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from sbs_jax.hosts import preemption
+from sbs_jax.training import gin_files
+from sbs_jax.training.gin_files import UsageError
+
+
+def add(command: Any) -> None:
+    sweep = command(
+        "sweep",
+        run,
+        "Train every cell of a table: methods x datasets x fractions x sizes x seeds. Finished cells are skipped.",
+        gin=True,
+        epilog="examples:\n  sbs sweep --gin_file=gin_configs/experiments/paper/smallest.gin \\\n"
+        "      --gin.RECORDS_DIR=records --gin.SWEEP_DIR=runs/smallest --jobs 2\n"
+        "  sbs sweep --gin_file=gin_configs/experiments/paper/table1.gin .. --print > commands.sh\n"
+        '  eval "$(sbs sweep --gin_file=.. --print --index $SLURM_ARRAY_TASK_ID)"\n\n'
+        "Repeat the command to go on. SIGTERM or Ctrl-C is passed on to the cells, which save and end. Logs are in\n"
+        "SWEEP_DIR/logs. Exit status: 0 all cells finished, 1 some failed or an error,\n"
+        f"{preemption.EXIT_STATUS} told to end, to be repeated.",
+    )
+    sweep.add_argument("--jobs", type=int, default=1, metavar="N", help="cells at a time (default: %(default)s)")
+    sweep.add_argument("--dry_run", action="store_true", help="show the cells and what is left to do; train nothing")
+    sweep.add_argument("--print", action="store_true", help="print one command per cell, for a cluster; train nothing")
+    sweep.add_argument("--index", type=int, metavar="I", help="with --print: the command of cell I alone, from 0")
+    sweep.add_argument("--json", action="store_true", help="with --print: as a JSON list of name and argv")
+    sweep.add_argument(
+        "--redo_changed",
+        action="store_true",
+        help="move runs of another configuration or other data aside, and train those cells again",
+    )
+
+
+def run(arguments: argparse.Namespace, bindings: Sequence[str]) -> int:
+    if not arguments.print and (arguments.index is not None or arguments.json):
+        raise UsageError("--index and --json go with --print.")
+    if arguments.jobs < 1:
+        raise UsageError(f"--jobs is {arguments.jobs}; expected at least 1.")
+    from sbs_jax import sweep
+    from sbs_jax.cli import main
+
+    plan, _ = gin_files.configured("sweep.Sweep", arguments, bindings)
+    plan = sweep.searching(plan, arguments.gin_search_paths)
+    if arguments.print:
+        sweep.check_configurations(plan.cells())
+        print(_commands(plan.cells(), index=arguments.index, as_json=arguments.json))
+        return 0
+    if arguments.dry_run:
+        sweep.check_configurations(plan.cells())
+        print(sweep.overview(sweep.standings(plan.cells())))
+        return 0
+    return sweep.main(plan, entry=main.main, jobs=arguments.jobs, redo_changed=arguments.redo_changed)
+
+
+def _commands(cells: Sequence[Any], *, index: int | None, as_json: bool) -> str:
+    if index is not None:
+        if not 0 <= index < len(cells):
+            raise UsageError(f"--index is {index}; the sweep has {len(cells)} cells, 0 to {len(cells) - 1}.")
+        cells = [cells[index]]
+    if as_json:
+        return json.dumps([{"name": cell.name, "argv": ["sbs", *cell.arguments()]} for cell in cells], indent=1)
+    return "\n".join(cell.command() for cell in cells)

@@ -1,0 +1,39 @@
+"""`sbs train`: one training run."""
+
+import argparse
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from sbs_jax import hosts
+from sbs_jax.hosts import preemption
+from sbs_jax.training import gin_files
+
+
+def add(command: Any) -> None:
+    train = command(
+        "train",
+        run,
+        "Train a student, evaluate it on validation meanwhile and on test once at the end.",
+        gin=True,
+        multihost=True,
+        epilog="example:\n  sbs train --gin_file=gin_configs/experiments/svamp/base.gin \\\n"
+        "      --gin.RECORDS_DIR=records --gin.MODEL_DIR=runs/svamp\n\n"
+        "Repeat the command to resume. SIGTERM or Ctrl-C saves and ends the run (a second one ends it at once).\n"
+        f"Exit status: 0 finished, {preemption.EXIT_STATUS} told to end and saved, to be repeated, 1 after an error.",
+    )
+    train.add_argument(
+        "--accept_changes",
+        action="store_true",
+        help="resume although data, vocabulary, defaults or configuration differ from what the run began with",
+    )
+
+
+def run(arguments: argparse.Namespace, bindings: Sequence[str]) -> int:
+    from sbs_jax.training import loop
+
+    config, text = gin_files.configured("train.TrainConfig", arguments, bindings)
+    result = loop.train(config, config_text=text, accept_changes=arguments.accept_changes)
+    if hosts.is_first():
+        print(json.dumps(result, indent=1))
+    return 0

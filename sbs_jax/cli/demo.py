@@ -1,0 +1,127 @@
+"""The demo: the whole method on the built-in dataset, from questions to a page of results.
+
+Generates problems, asks the scripted teacher about them, parses its replies into records, trains the embedded student
+with both methods on several shares of the data, and reports test accuracies. Every part is the ordinary one: the asking
+is `sbs teach --provider scripted`, the runs are those of `sbs sweep`, each of them `sbs train` with
+gin_configs/experiments/builtin/demo.gin.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sbs_jax import sweep
+
+ROWS: Mapping[str, int] = {"train": 800, "validation": 300, "test": 1000}
+DATA_SEED = 20261122
+METHODS = ("standard_finetuning", "step_by_step")
+FRACTIONS = (0.25, 0.5, 1.0)
+SEEDS = (0, 1, 2)
+BINDINGS: Mapping[str, Any] = {}  # for tests: a shorter demo
+JOBS = 2
+
+
+def plan(folder: Path) -> sweep.Sweep:
+    """The runs of the table."""
+    return sweep.Sweep(
+        sweep_dir=str(folder),
+        records_dir=str(folder / "records"),
+        datasets=("builtin",),
+        sizes=("demo",),
+        methods=METHODS,
+        fractions=FRACTIONS,
+        seeds=SEEDS,
+        bindings=BINDINGS,
+    )
+
+
+def main(output: str | Path, *, entry: Callable[[list[str]], int]) -> int:
+    """Runs everything below `output`, prints the table, writes `<output>/index.html`; returns the exit status.
+
+    Called again with the same `output`, it goes on with what is missing.
+    """
+    begin = time.monotonic()
+    folder = Path(output).absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    with sweep.Workers(entry=entry, one_thread=True) as started:
+        accuracy = _make_records(folder)
+        cells = plan(folder).cells()
+        print(f"\nTraining {len(cells)} students, {JOBS} at a time ..", flush=True)
+        for ended in sweep.run(sweep.unfinished(cells), started, jobs=JOBS):
+            print(
+                f"  [{ended.number:2}/{len(cells)}] {_name(ended.cell)}: {ended.result} ({ended.seconds:.0f} s)",
+                flush=True,
+            )
+            if ended.status:
+                raise OSError(f"{_name(ended.cell)}: {ended.last_words()}")
+    _report(folder, cells, teacher_accuracy=accuracy)
+    print(f"Finished in {(time.monotonic() - begin) / 60:.1f} minutes.")
+    return 0
+
+
+def _name(cell: sweep.Cell) -> str:
+    """For people: "step by step, 50 % of the data, seed 1"."""
+    return f"{cell.method.replace('_', ' ')}, {100 * cell.fraction:g} % of the data, seed {cell.seed}"
+
+
+def _make_records(folder: Path) -> float:
+    """Problems, replies and records; prints what they look like; returns the teacher's accuracy on test."""
+    from sbs_jax.data import records
+    from sbs_jax.teacher import clients, command, prompts, sampler
+    from tasks import builtin
+
+    builtin.write_release(folder / "release", rows=ROWS, seed=DATA_SEED)
+    print("Asking the scripted teacher ..", flush=True)
+    manifest = command.teach(
+        command.Options(
+            dataset=builtin.NAME,
+            inputs_dir=str(folder / "release"),
+            provider="scripted",
+            template=prompts.read(builtin.NAME),
+            settings=sampler.Settings(
+                model="scripted", form="chat", parameters=clients.Parameters(temperature=0.0, max_tokens=256)
+            ),
+            price="0,0",
+            store=str(folder / "teacher.sqlite"),
+            records_dir=str(folder / "records"),
+            page=str(folder / "teacher.html"),
+            overwrite=True,
+        )
+    )
+    if manifest is None:  # interrupted
+        raise KeyboardInterrupt
+    first = records.read_records(folder / "records" / builtin.NAME / "train.jsonl")[0]
+    print(f"Question:  {first.input}")
+    print(f"Label:     {first.label}")
+    print(f"Teacher:   {first.teacher_text!r}")
+    print(f"Rationale: {first.rationale}")
+    for split, summary in manifest["splits"].items():
+        accuracy = summary["teacher_accuracy"]
+        print(f"{split}: {summary['rows']} rows; teacher right on {accuracy:.1f} %; replies: {summary['outcomes']}")
+    accuracy = manifest["splits"]["test"]["teacher_accuracy"]
+    assert accuracy is not None  # every row is labelled and answered
+    return accuracy
+
+
+def _report(folder: Path, cells: Sequence[sweep.Cell], *, teacher_accuracy: float) -> None:
+    from sbs_jax.pages import report
+    from tasks import builtin
+
+    wrong, unusable = 100 * builtin.WRONG, 100 * builtin.UNUSABLE
+    notes = (
+        f"Questions about lost things, {ROWS['train']:,} for training, and a scripted teacher that argues for the "
+        f"wrong answer on {wrong:g} % of them and gives an unusable reply on {unusable:g} %.",
+        "Both methods start from the same pre-trained student of 0.22 million parameters and see the same label "
+        "examples for the same number of updates. How the problems were chosen: docs/experiments.md.",
+    )
+    page = folder / "index.html"
+    study = report.write_page(
+        page,
+        [report.identify(cell.model_dir) for cell in cells],
+        title="Distilling step-by-step on the built-in dataset",
+        notes=notes,
+        command="sbs demo",
+        teacher_accuracy=teacher_accuracy,
+    )
+    print(f"\n{report.table(study.summaries[0])}\n\nPage: {page}")

@@ -1,0 +1,1 @@
+"""Datasets, records, tasks and batches."""

@@ -1,0 +1,420 @@
+"""Task features to model features: shifted, padded or packed, with a task id per target token.
+
+`train_dataset` gives endless training batches, `eval_examples` the rows of a split with their
+texts, and `count_truncated` what the feature lengths cut off.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import ClassVar
+
+import numpy as np
+import seqio
+import tensorflow as tf
+
+from sbs_jax.data import registry, tokens
+from sbs_jax.data.dataset import check_lengths
+
+# Places that rows are planned for at a time.
+_PLACES = 65_536
+_Spec = seqio.FeatureConverter.FeatureSpec
+
+
+class StepByStepFeatureConverter(seqio.EncDecFeatureConverter):
+    """SeqIO's encoder-decoder converter, plus `decoder_task_ids`: 1 label, 2 rationale, 0 padding.
+
+    The task id has to ride along as a feature of the targets' length, because SeqIO refuses
+    pass-through features when it packs.
+
+    Worked example with T5's vocabulary: one row, "2 cats left", for both tasks.
+
+        {"inputs": "predict: 2 cats left"  -> [9689, 10, 204, 10003, 646, 1],
+         "targets": "2"                    -> [204, 1],                 "task_ids": [1, 1]}
+        {"inputs": "explain: 2 cats left"  -> [3209, 10, 204, 10003, 646, 1],
+         "targets": "4 - 2 = 2"            -> [314, 3, 18, 204, 3274, 204, 1],
+         "task_ids": [2, 2, 2, 2, 2, 2, 2]}
+
+    With the lengths {"inputs": 14, "targets": 10, "task_ids": 10} and `pack=True` they share one
+    row. The decoder starts each of them at 0, and padding is 0 everywhere:
+
+        encoder_input_tokens   [9689, 10, 204, 10003, 646, 1, 3209, 10, 204, 10003, 646, 1, 0, 0]
+        encoder_segment_ids    [   1,  1,   1,    1,   1, 1,    2,  2,   2,    2,   2, 2, 0, 0]
+        encoder_positions      [   0,  1,   2,    3,   4, 5,    0,  1,   2,    3,   4, 5, 0, 0]
+        decoder_target_tokens  [204,   1, 314,   3, 18, 204, 3274,  204,   1, 0]
+        decoder_input_tokens   [  0, 204,   0, 314,  3,  18,  204, 3274, 204, 0]
+        decoder_task_ids       [  1,   1,   2,   2,  2,   2,    2,    2,   2, 0]
+        decoder_loss_weights   [  1,   1,   1,   1,  1,   1,    1,    1,   1, 0]
+        decoder_segment_ids    [  1,   1,   2,   2,  2,   2,    2,    2,   2, 0]
+        decoder_positions      [  0,   1,   0,   1,  2,   3,    4,    5,   6, 0]
+
+    With `pack=False` each has a row of its own, without segment ids and positions.
+    """
+
+    TASK_FEATURES: ClassVar = {
+        **seqio.EncDecFeatureConverter.TASK_FEATURES,
+        "task_ids": _Spec(dtype=tf.int32),
+    }
+    MODEL_FEATURES: ClassVar = {
+        **seqio.EncDecFeatureConverter.MODEL_FEATURES,
+        "decoder_task_ids": _Spec(dtype=tf.int32),
+    }
+
+    def _convert_example(self, features: Mapping[str, tf.Tensor]) -> Mapping[str, tf.Tensor]:
+        converted = dict(super()._convert_example(features))
+        converted["decoder_task_ids"] = features["task_ids"]
+        return converted
+
+    def get_model_feature_lengths(self, task_feature_lengths: Mapping[str, int]) -> Mapping[str, int]:
+        """Adds the length of `decoder_task_ids`. ValueError unless it is that of the targets."""
+        if task_feature_lengths["task_ids"] != task_feature_lengths["targets"]:
+            raise ValueError(
+                f"The length of task_ids is {task_feature_lengths['task_ids']} and that of "
+                f"targets {task_feature_lengths['targets']}; they must be equal, since there "
+                "is one task id per target token."
+            )
+        lengths = dict(super().get_model_feature_lengths(task_feature_lengths))
+        lengths["decoder_task_ids"] = task_feature_lengths["task_ids"]
+        return lengths
+
+
+def train_dataset(
+    mixture_or_task: str,
+    *,
+    lengths: Mapping[str, int],
+    split: str,
+    batch_size: int,
+    pack: bool,
+    seed: int,
+    skip_batches: int,
+    rows: Sequence[int] | np.ndarray | None = None,
+) -> Iterator[dict[str, np.ndarray]]:
+    """Endless training batches of int32 arrays [batch_size, length], or [len(rows), length].
+
+    The keys are those of `StepByStepFeatureConverter`, whose rows these are. (SeqIO's own pipeline
+    gives the same rows at a few thousand a second on one core and can skip only by computing;
+    here a row is a copy between arrays.)
+
+    Each epoch of a task visits each of its rows once, in an order given by (seed, epoch, number of
+    rows); batches run across the ends of epochs, so all are full. A mixture alternates strictly
+    between label and rationale, each task in epochs of its own; where both have equally
+    many rows, each pair is one row's. `<dataset>_label` with half the batch size and the same seed
+    therefore trains on the same labels in the same order as `<dataset>_step_by_step`. The batches
+    are the same in any process: hosts that build other `rows` of them cut up one and the same batch.
+
+    Args:
+      mixture_or_task: a registered name, e.g. "svamp_step_by_step".
+      lengths: {"inputs": .., "targets": ..}; longer rows are cut (see `count_truncated`).
+      split: usually "train".
+      batch_size: rows per batch of all hosts together.
+      pack: whether consecutive examples share a row while they fit.
+      seed: of the shuffle.
+      skip_batches: batches to leave out first, to resume after so many steps. Instant
+        without packing; with it, a third of a second per million examples.
+      rows: the rows of each batch to build, in this order; all by default. `Partitioner.local_rows`
+        says which ones a host's devices hold.
+    """
+    check_lengths(lengths)
+    if batch_size < 1:
+        raise ValueError(f"Got batch_size {batch_size}; expected 1 or more.")
+    mine = np.arange(batch_size) if rows is None else np.asarray(rows)
+    if mine.size == 0 or mine.min() < 0 or mine.max() >= batch_size:
+        raise ValueError(f"Got rows {mine.tolist()} of a batch of {batch_size}; expected numbers below {batch_size}.")
+    if skip_batches < 0:
+        raise ValueError(f"Got skip_batches {skip_batches}; expected 0 or more.")
+    stream = _Stream(registry.subtasks(mixture_or_task), split=split, lengths=lengths, seed=seed)
+
+    def batches() -> Iterator[dict[str, np.ndarray]]:
+        found = stream.rows(pack=pack, skip=skip_batches * batch_size)
+        while True:
+            ends = np.array(list(itertools.islice(found, batch_size)))[mine]
+            yield stream.model_features(ends[:, 0], ends[:, 1], pack=pack)
+
+    return batches()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BatchExample:
+    """Where an example stands in a training batch: `row` from 0, `segment` from 1 (1 where rows are not packed)."""
+
+    row: int
+    segment: int
+    task: str
+    id: str
+
+
+def batch_examples(
+    mixture_or_task: str,
+    *,
+    lengths: Mapping[str, int],
+    split: str,
+    batch_size: int,
+    pack: bool,
+    seed: int,
+    batch: int,
+) -> tuple[list[BatchExample], dict[str, np.ndarray]]:
+    """What batch number `batch` (from 0) of `train_dataset` is made of; and each example in a row of its own.
+
+    The arrays have the batch's keys and as many rows as there are examples.
+    """
+    names = registry.subtasks(mixture_or_task)
+    stream = _Stream(names, split=split, lengths=lengths, seed=seed)
+    rows = list(itertools.islice(stream.rows(pack=pack, skip=batch * batch_size), batch_size))
+    places = np.concatenate([np.arange(first, end) for first, end in rows])
+    found = []
+    for (row, segment), task, index in zip(
+        ((row, place - first + 1) for row, (first, end) in enumerate(rows) for place in range(first, end)),
+        *stream.locate(places),
+        strict=True,
+    ):
+        example = registry.examples(names[task], split)[index]
+        found.append(BatchExample(row=row, segment=segment, task=names[task], id=example.id))
+    return found, stream.model_features(places, places + 1, pack=pack)
+
+
+class _Stream:
+    """The endless sequence of a mixture's examples: place p belongs to task p mod number of tasks."""
+
+    def __init__(self, task_names: Sequence[str], *, split: str, lengths: Mapping[str, int], seed: int):
+        self._tables = [registry.token_tables(name, split) for name in task_names]
+        self._task_ids = [registry.TASK_IDS[registry.split_task(name)[1]] for name in task_names]
+        self._lengths, self._seed = lengths, seed
+        # Two epochs of every number of rows: batches run across the end of an epoch.
+        self._order = functools.lru_cache(maxsize=4)(self._compute_order)
+
+    def model_features(self, first: np.ndarray, end: np.ndarray, *, pack: bool) -> dict[str, np.ndarray]:
+        """Rows of the places from `first[i]` to before `end[i]`."""
+        counts = end - first
+        rows, within = _ranges(counts)
+        tasks, indices = self.locate(first[rows] + within)
+        return _model_features(
+            _Examples(self._tables, self._task_ids, tasks=tasks, indices=indices, rows=rows, segments=within + 1),
+            row_count=len(first),
+            lengths=self._lengths,
+            pack=pack,
+        )
+
+    def rows(self, *, pack: bool, skip: int) -> Iterator[tuple[int, int]]:
+        """First place of each row, and the one after its last, without the first `skip` rows."""
+        if pack:
+            return itertools.islice(self._packed_rows(), skip, None)
+        return ((place, place + 1) for place in itertools.count(skip))
+
+    def _packed_rows(self) -> Iterator[tuple[int, int]]:
+        """As many places as fit, in order."""
+        start, chunk = 0, _PLACES
+        while True:
+            ends = self._ends(start, chunk)
+            place = 0
+            while ends[place] < chunk:  # a row that reaches the end of the chunk may go on beyond it
+                yield start + place, start + ends[place]
+                place = ends[place]
+            start, chunk = start + place, _PLACES if place else 2 * chunk
+
+    def _ends(self, start: int, count: int) -> list[int]:
+        """For each of some places, counted from the first: the place after the last that fits a row begun there."""
+        tasks, indices = self.locate(np.arange(start, start + count))
+        ends = []
+        for feature, length in self._lengths.items():
+            sizes = np.empty(count, np.int64)
+            for task, table in enumerate(self._tables):
+                mine = tasks == task
+                sizes[mine] = np.minimum(table[feature].sizes[indices[mine]], length)
+            total = np.concatenate([[0], np.cumsum(sizes)])
+            ends.append(np.searchsorted(total, total[:-1] + length, side="right") - 1)
+        return np.minimum(*ends).tolist()
+
+    def locate(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Task and row of each place."""
+        turns, tasks = np.divmod(places, len(self._tables))
+        indices = np.empty_like(places)
+        for task, table in enumerate(self._tables):
+            mine = np.flatnonzero(tasks == task)
+            count = len(table["inputs"])
+            epochs, positions = np.divmod(turns[mine], count)
+            for epoch in np.unique(epochs).tolist():
+                of_epoch = epochs == epoch
+                indices[mine[of_epoch]] = self._order(count, epoch)[positions[of_epoch]]
+        return tasks, indices
+
+    def _compute_order(self, count: int, epoch: int) -> np.ndarray:
+        return np.random.default_rng((self._seed, epoch)).permutation(count)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Examples:
+    """Examples in the order of rows and segments: task and row of the table, and where each goes.
+
+    `tasks`, `indices`, `rows` and `segments` (from 1, ascending within a row) are integers [n].
+    """
+
+    tables: Sequence[Mapping[str, tokens.TokenTable]]
+    task_ids: Sequence[int]
+    _: dataclasses.KW_ONLY
+    tasks: np.ndarray
+    indices: np.ndarray
+    rows: np.ndarray
+    segments: np.ndarray
+
+    def ids(self, feature: str, *, length: int) -> tuple[np.ndarray, np.ndarray]:
+        """The tokens of all of them, one after the other, each cut to `length`; and how many each has."""
+        starts, sizes = np.empty_like(self.indices), np.empty_like(self.indices)
+        for task, tables in enumerate(self.tables):
+            mine = self.tasks == task
+            table_starts = tables[feature].starts
+            starts[mine] = table_starts[self.indices[mine]]
+            sizes[mine] = np.minimum(table_starts[self.indices[mine] + 1] - starts[mine], length)
+        example, within = _ranges(sizes)
+        source, task_of = starts[example] + within, self.tasks[example]
+        ids = np.empty(len(example), np.int32)
+        for task, tables in enumerate(self.tables):
+            mine = task_of == task
+            ids[mine] = tables[feature].ids[source[mine]]
+        ids[np.cumsum(sizes) - 1] = tokens.EOS_ID  # as `tokens.cut`; what was not cut ends in it anyway
+        return ids, sizes
+
+
+def _ranges(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """[2, 3] to the number of each range [0, 0, 1, 1, 1] and the place within it [0, 1, 0, 1, 2]."""
+    number = np.repeat(np.arange(len(counts)), counts)
+    return number, np.arange(len(number)) - (np.cumsum(counts) - counts)[number]
+
+
+def batch_shapes(lengths: Mapping[str, int], *, batch_size: int, pack: bool) -> dict[str, tuple[int, int]]:
+    """Model features of a global batch (all int32) and their shapes."""
+    check_lengths(lengths)
+    nothing = np.zeros(0, np.int64)
+    none = _Examples([], [], tasks=nothing, indices=nothing, rows=nothing, segments=nothing)
+    empty = _model_features(none, row_count=0, lengths=lengths, pack=pack)
+    return {name: (batch_size, array.shape[1]) for name, array in empty.items()}
+
+
+def _model_features(
+    examples: _Examples, *, row_count: int, lengths: Mapping[str, int], pack: bool
+) -> dict[str, np.ndarray]:
+    """The model features of some rows, each made of one example or, packed, of several.
+
+    Int32 [rows, length], as `StepByStepFeatureConverter` documents and makes them.
+    """
+    sides = {}
+    for feature, length in lengths.items():
+        ids, sizes = examples.ids(feature, length=length)
+        example, within = _ranges(sizes)
+        # Where an example begins in its row: after those before it.
+        before = np.cumsum(sizes) - sizes
+        begins = before - before[examples.segments == 1][examples.rows] if len(sizes) else before
+        place = (examples.rows * length + begins)[example] + within
+        sides[feature] = _Side((row_count, length), place=place, example=example, within=within, ids=ids)
+    source, target = sides["inputs"], sides["targets"]
+    inputs, targets = source.spread(source.ids), target.spread(target.ids)
+    task_ids = target.spread(np.asarray(examples.task_ids, np.int32)[examples.tasks][target.example])
+    shape_BT = (row_count, lengths["targets"])
+    decoder_inputs = np.zeros(shape_BT, np.int32)
+    decoder_inputs[:, 1:] = targets[:, :-1]
+    model_features = {
+        "encoder_input_tokens": inputs,
+        "decoder_input_tokens": decoder_inputs,
+        "decoder_target_tokens": targets,
+        "decoder_loss_weights": (targets != tokens.PAD_ID).astype(np.int32),
+        "decoder_task_ids": task_ids,
+    }
+    if pack:
+        input_segments, target_segments = (side.spread(examples.segments[side.example]) for side in (source, target))
+        # Every segment, and the padding after the last, starts at 0 instead of the last EOS.
+        decoder_inputs[:, 1:][target_segments[:, 1:] != target_segments[:, :-1]] = 0
+        model_features |= {
+            "encoder_segment_ids": input_segments,
+            "encoder_positions": source.spread(source.within),
+            "decoder_segment_ids": target_segments,
+            "decoder_positions": target.spread(target.within),
+        }
+    return model_features
+
+
+@dataclasses.dataclass(frozen=True)
+class _Side:
+    """Tokens of the encoder or decoder on their way into rows: of each, its place in the flat rows and its example."""
+
+    shape: tuple[int, int]
+    _: dataclasses.KW_ONLY
+    place: np.ndarray
+    example: np.ndarray
+    within: np.ndarray
+    ids: np.ndarray
+
+    def spread(self, values: np.ndarray) -> np.ndarray:
+        """A value per token to int32 [rows, length], 0 elsewhere."""
+        flat = np.zeros(self.shape[0] * self.shape[1], np.int32)
+        flat[self.place] = values
+        return flat.reshape(self.shape)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvalExample:
+    """One row to evaluate.
+
+    `inputs` (prefix included) and `targets` are texts; `label` is what a prediction is graded
+    against. `features` are the unpacked model features, each int32 [length], keyed as in
+    `train_dataset`.
+    """
+
+    id: str
+    label: str
+    inputs: str
+    targets: str
+    features: Mapping[str, np.ndarray]
+
+
+def eval_examples(task: str, *, split: str, lengths: Mapping[str, int]) -> list[EvalExample]:
+    """All rows of a task's split, once, in the order of the records, padded to `lengths`.
+
+    A mixture is evaluated by one of its tasks: see `datasets.graded_task`.
+    """
+    check_lengths(lengths)
+    rows, tables = registry.examples(task, split), registry.token_tables(task, split)
+    task_id = registry.TASK_IDS[registry.split_task(task)[1]]
+    number = np.arange(len(rows))
+    model_features = _model_features(
+        _Examples(
+            [tables], [task_id], tasks=np.zeros_like(number), indices=number, rows=number, segments=number * 0 + 1
+        ),
+        row_count=len(rows),
+        lengths=lengths,
+        pack=False,
+    )
+    return [
+        EvalExample(
+            id=row.id,
+            label=row.label,
+            inputs=row.inputs,
+            targets=row.targets,
+            features={name: array[index] for name, array in model_features.items()},
+        )
+        for index, row in enumerate(rows)
+    ]
+
+
+def count_truncated(mixture_or_task: str, split: str, lengths: Mapping[str, int]) -> dict[str, dict[str, int]]:
+    """How many rows the feature lengths cut, and the longest there is, per task and feature.
+
+    {"svamp_label": {"rows": 720, "inputs cut": 0, "inputs longest": 91, "targets cut": 0,
+    "targets longest": 13}, "svamp_rationale": {..}}; lengths in tokens, EOS included.
+    """
+    check_lengths(lengths)
+    counts = {}
+    for task in registry.subtasks(mixture_or_task):
+        tables = registry.token_tables(task, split)
+        counts[task] = {"rows": len(tables["inputs"])}
+        for feature, table in tables.items():
+            counts[task][f"{feature} cut"] = int(np.sum(table.sizes > lengths[feature]))
+            counts[task][f"{feature} longest"] = int(np.max(table.sizes))
+    return counts
+
+
+def count_tokens(batch: Mapping[str, np.ndarray]) -> int:
+    """The number of non-padding tokens of a batch, of encoder and decoder together."""
+    sides = ("encoder_input_tokens", "decoder_target_tokens")
+    return sum(int(np.count_nonzero(batch[side])) for side in sides)

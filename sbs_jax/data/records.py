@@ -1,0 +1,356 @@
+"""Records: one row per example with its input, the human's label and the teacher's answer.
+
+A records directory holds, per dataset, the files that training reads and what is known of them:
+
+    <records_dir>/svamp/train.jsonl
+    <records_dir>/svamp/test.jsonl
+    <records_dir>/svamp/manifest.json
+
+A line of a `.jsonl` file is one `Record` (here broken for reading):
+
+    {"id": "svamp-0f3e9c1d2a44", "input": "Ann has 3 pens and buys 4.\\nHow many has she?",
+     "label": "( 3.0 + 4.0 )", "choices": [], "teacher_text": "She has 3 + 4. The answer is (3 + 4).",
+     "rationale": "She has 3 + 4.", "teacher_label": "(3 + 4)", "outcome": "ok"}
+
+Rows are joined by `id`, never by position. Standard library only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypedDict
+
+from sbs_jax.checks import nearest
+from sbs_jax.storage.atomic import replacing
+from sbs_jax.storage.checksums import file_sha256
+from sbs_jax.storage.json_files import brief, read_json, read_json_lines, shown
+
+OK = "ok"
+NO_TEACHER = "no_teacher"
+MANIFEST = "manifest.json"
+SPLITS = ("train", "validation", "test")
+# Raised when the meaning of a field changes, so that old files are refused and not misread.
+FORMAT = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Record:
+    """One example.
+
+    Attributes:
+      id: distinct within its file.
+      input: what the student reads, without a task prefix.
+      label: the human's label; None where nobody labelled the example.
+      choices: the labels possible for this example; () where the dataset's own set holds.
+      teacher_text: the teacher's reply as it came; None where the teacher was not asked.
+      rationale: read from the reply; None where the reply gives none that can be used.
+      teacher_label: read from the reply; None where the reply gives none that can be used.
+      outcome: "ok", "no_teacher", or what is wrong with the reply
+        (`sbs_jax.data.parsing.OUTCOMES`). Whether a rationale or a label can be used is told by
+        those two fields, not by the outcome.
+      prompt: hash of the prompt template that the teacher was asked with (`teacher.prompts`); None
+        where somebody else asked.
+      hinted: the reply is of a second ask, in which the label was given.
+      votes: (replies with this label, replies asked for), where more than one was; None otherwise.
+
+    The last three are written only where they say something.
+    """
+
+    id: str
+    input: str
+    label: str | None
+    choices: tuple[str, ...] = ()
+    teacher_text: str | None = None
+    rationale: str | None = None
+    teacher_label: str | None = None
+    outcome: str = NO_TEACHER
+    prompt: str | None = None
+    hinted: bool = False
+    votes: tuple[int, int] | None = None
+
+
+_DEFAULTS = {field.name: field.default for field in dataclasses.fields(Record)}
+_FIELDS = tuple(field.name for field in dataclasses.fields(Record))
+_REQUIRED = ("id", "input", "label")
+_TEXT = ("id", "input", "outcome")
+_ONLY_IF_SET = ("prompt", "hinted", "votes")
+
+
+class SplitSummary(TypedDict):
+    """What a manifest says of one `.jsonl` file."""
+
+    rows: int
+    sha256: str  # of <split>.jsonl
+    sources: dict[str, str]  # source file -> its sha256
+    outcomes: dict[str, int]  # outcome -> rows; the counts sum to `rows`
+    rationales: int  # rows with a usable rationale
+    teacher_labels: int  # rows with a usable teacher label
+    labelled: int  # rows with a human label
+    teacher_right: int  # of these, rows whose teacher label the dataset's grading accepts
+    teacher_accuracy: float | None  # 100 * teacher_right / labelled; None without either
+
+
+class _Always(TypedDict):
+    format: int
+    dataset: str
+    parser: str  # "official" or "strict"
+    inputs: str  # "release", "tfds" or "records"
+    sbs_jax: str  # version that wrote it
+    splits: dict[str, SplitSummary]
+    skipped: dict[str, str]  # split -> why it has no file
+
+
+class Manifest(_Always, total=False):
+    """manifest.json of a records directory. Holds no time and no path, so it can be reproduced."""
+
+    teacher: dict[str, Any]  # model, parameters and prompt, where this project asked
+
+
+# ------------------------------------------------------------------------------------ reading
+
+
+def read_records(path: str | Path) -> list[Record]:
+    """All records of a file, in its order.
+
+    Raises ValueError that names file and line: bytes that are not UTF-8, a blank or malformed
+    line, missing or unknown fields, a field of the wrong type, an id that occurred before.
+    """
+    found: dict[str, tuple[int, Record]] = {}
+    for line, value in read_json_lines(path):
+        try:
+            record = _record(value)
+        except ValueError as error:
+            raise ValueError(f"{path}:{line}: {error}") from None
+        if record.id in found:
+            raise ValueError(
+                f"{path}:{line}: the id {brief(record.id)} is already that of line "
+                f"{found[record.id][0]}; rows are joined by id, so ids must be distinct."
+            )
+        found[record.id] = line, record
+    return [record for _, record in found.values()]
+
+
+def _record(value: Mapping[str, Any]) -> Record:
+    unknown = sorted(value.keys() - set(_FIELDS))
+    if unknown:
+        raise ValueError(
+            f"unknown field {brief(unknown[0])}; known are {list(_FIELDS)}.{nearest(unknown[0][:100], _FIELDS)}"
+        )
+    missing = [name for name in _REQUIRED if name not in value]
+    if missing:
+        raise ValueError(f"the field {missing[0]!r} is missing; it has {brief(sorted(value))}.")
+    fields = dict(value)
+    if "choices" in fields:
+        choices = fields["choices"]
+        if not isinstance(choices, list) or not all(isinstance(c, str) for c in choices):
+            raise ValueError(f"'choices' is {shown(choices)}; expected a list of texts.")
+        fields["choices"] = tuple(choices)
+    if isinstance(fields.get("votes"), list):
+        fields["votes"] = tuple(fields["votes"])
+    check_fields(_DEFAULTS | fields)
+    return Record(**fields)
+
+
+def fields_of(record: Record) -> dict[str, Any]:
+    """What a line of a file holds of a record."""
+    fields = dataclasses.asdict(record)
+    return {name: value for name, value in fields.items() if value or name not in _ONLY_IF_SET}
+
+
+def check_fields(fields: Mapping[str, Any]) -> None:
+    """ValueError where a field of a record has the wrong type, or text that UTF-8 cannot hold."""
+    for name, value in fields.items():
+        if name == "choices":
+            texts = value
+        elif name == "hinted":
+            if not isinstance(value, bool):
+                raise ValueError(f"'hinted' is {shown(value)}; expected true or false.")
+            continue
+        elif name == "votes" and value is not None:
+            if not (isinstance(value, tuple) and len(value) == 2 and all(type(n) is int and n > 0 for n in value)):
+                raise ValueError(f"'votes' is {shown(value)}; expected two whole numbers of at least 1, or null.")
+            continue
+        elif isinstance(value, str):
+            texts = (value,)
+        elif value is None and name not in _TEXT:
+            continue
+        else:
+            expected = "text" if name in _TEXT else "text or null"
+            raise ValueError(f"{name!r} is {shown(value)}; expected {expected}.")
+        for text in texts:
+            if not text.isascii():
+                _check_encodes(name, text)
+    if not fields["id"]:
+        raise ValueError("'id' is empty; rows are joined by id, so every row needs one.")
+
+
+def _check_encodes(name: str, text: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{name!r} holds half a surrogate pair, {text[error.start]!a}, at character "
+            f"{error.start}; UTF-8 has no such character."
+        ) from None
+
+
+# ------------------------------------------------------------------------------------ writing
+
+
+def write_records(path: str | Path, records: Iterable[Record]) -> str:
+    """Writes the records, one line each, and returns the file's SHA-256.
+
+    Atomic: another process sees the old file or the whole new one. The same records give the same
+    bytes. ValueError, before anything is replaced, where a record is malformed or an id repeats.
+    """
+    seen: set[str] = set()
+    digest = hashlib.sha256()
+    with replacing(Path(path)) as file:
+        for number, record in enumerate(records, start=1):
+            try:
+                check_fields(vars(record))
+            except ValueError as error:
+                raise ValueError(f"Record {number} for {path}: {error}") from None
+            if record.id in seen:
+                raise ValueError(
+                    f"Record {number} for {path}: the id {record.id!r} occurred before; ids must be distinct."
+                )
+            seen.add(record.id)
+            data = (json.dumps(fields_of(record), ensure_ascii=False) + "\n").encode()
+            digest.update(data)
+            file.write(data)
+    return digest.hexdigest()
+
+
+def write_manifest(directory: str | Path, manifest: Manifest) -> None:
+    """Writes `<directory>/manifest.json`, atomically; the same manifest gives the same bytes."""
+    text = json.dumps(manifest, ensure_ascii=False, indent=1, sort_keys=True) + "\n"
+    with replacing(Path(directory) / MANIFEST) as file:
+        file.write(text.encode())
+
+
+def read_manifest(directory: str | Path) -> Manifest:
+    """`<directory>/manifest.json`. FileNotFoundError, or ValueError where it is malformed."""
+    path = Path(directory) / MANIFEST
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{directory} is not a records directory: it has no {MANIFEST}. Records are written by `sbs records`."
+        )
+    value = read_json(path)
+    expected = Manifest.__required_keys__
+    if (
+        not isinstance(value, dict)
+        or value.get("format") != FORMAT
+        or value.keys() - Manifest.__optional_keys__ != expected
+    ):
+        got = value.get("format") if isinstance(value, dict) else shown(value)
+        raise ValueError(
+            f"{path}: got format {brief(got)}; expected {FORMAT} with the fields {sorted(expected)}. "
+            "Write the records anew with this version."
+        )
+    problem = _manifest_problem(value)
+    if problem:
+        raise ValueError(f"{path}: {problem}. Write the records anew with this version.")
+    return value  # type: ignore[return-value]  # JSON; its fields were checked above
+
+
+def _manifest_problem(manifest: Mapping[str, Any]) -> str | None:
+    """What is wrong with the fields of a manifest that has the right names; None where nothing is."""
+    for name in ("dataset", "parser", "inputs", "sbs_jax"):
+        if not isinstance(manifest[name], str):
+            return f"{name!r} is {shown(manifest[name])}; expected text"
+    for name in ("splits", "skipped"):
+        if not isinstance(manifest[name], dict) or not manifest[name].keys() <= set(SPLITS):
+            return f"{name!r} is {shown(manifest[name])}; expected an object with some of {list(SPLITS)}"
+    for split, summary in manifest["splits"].items():
+        where = f"the split {split!r}"
+        if not isinstance(summary, dict) or summary.keys() != SplitSummary.__required_keys__:
+            return f"{where} is {shown(summary)}; expected the fields {sorted(SplitSummary.__required_keys__)}"
+        for name, value in summary.items():
+            if not _is_summary_field(name, value):
+                return f"{name!r} of {where} is {shown(value)}; expected {SplitSummary.__annotations__[name]}"
+    return None
+
+
+def _is_summary_field(name: str, value: Any) -> bool:
+    if name == "sha256":
+        return isinstance(value, str)
+    if name == "sources":
+        return isinstance(value, dict) and all(isinstance(each, str) for each in value.values())
+    if name == "outcomes":
+        return isinstance(value, dict) and all(type(each) is int for each in value.values())
+    if name == "teacher_accuracy":
+        return value is None or type(value) in (int, float)
+    return type(value) is int
+
+
+def put_in_place(made: Path, target: Path, *, overwrite: bool) -> None:
+    """Moves the new directory to its place; leaves an equal one alone, refuses to lose another."""
+    if not target.exists():
+        made.rename(target)
+        return
+    differences = _differences(made, target)
+    if not differences:
+        return
+    if not overwrite:
+        raise FileExistsError(
+            f"{target} holds other records: {'; '.join(differences)}. Choose another "
+            "records_dir, or pass overwrite (--overwrite) to replace them."
+        )
+    ours = {MANIFEST, *(f"{split}.jsonl" for split in SPLITS)}
+    foreign = sorted(path.name for path in target.iterdir() if path.name not in ours)
+    if foreign:
+        raise FileExistsError(
+            f"{target} holds files that are no records: {foreign[:5]}. They would be lost; move them elsewhere first."
+        )
+    old = made.with_name("old")  # goes with the temporary directory
+    target.rename(old)
+    try:
+        made.rename(target)
+    except OSError:
+        old.rename(target)
+        raise
+
+
+def _differences(made: Path, target: Path) -> list[str]:
+    """In what two records directories differ, in words; [] where they are equal."""
+    if not (target / MANIFEST).is_file():
+        return [f"it has no {MANIFEST}"]
+    try:
+        new, old = read_manifest(made), read_manifest(target)
+    except ValueError as error:
+        return [str(error)]
+    found = [
+        f"{field} is {old[field]!r} there, {new[field]!r} here"
+        for field in ("dataset", "parser", "inputs")
+        if old[field] != new[field]
+    ]
+    for split in SPLITS:
+        before, after = old["splits"].get(split), new["splits"].get(split)
+        if (before is None) != (after is None):
+            found.append(f"{split} is only {'here' if before is None else 'there'}")
+        elif before is not None and after is not None:
+            found += _split_differences(split, before, after, same_parser=old["parser"] == new["parser"])
+            path = target / f"{split}.jsonl"
+            if not path.is_file() or file_sha256(path) != before["sha256"]:
+                found.append(f"{path.name} is not the file its manifest describes")
+    if not found and (made / MANIFEST).read_bytes() != (target / MANIFEST).read_bytes():
+        found.append(f"the {MANIFEST} was written by version {old['sbs_jax']}")
+    return found
+
+
+def _split_differences(split: str, before: SplitSummary, after: SplitSummary, *, same_parser: bool) -> list[str]:
+    changed = sorted(
+        name
+        for name in before["sources"].keys() | after["sources"].keys()
+        if before["sources"].get(name) != after["sources"].get(name)
+    )
+    if changed:
+        return [f"the sources of {split} differ ({', '.join(changed[:3])})"]
+    if same_parser and before["sha256"] != after["sha256"]:
+        return [f"the replies of {split} were read by other rules of the same parser's name"]
+    return []

@@ -1,0 +1,357 @@
+"""Datasets, and their SeqIO tasks: what is registered, where its rows are, what is in force.
+
+Per dataset, for example svamp:
+
+| SeqIO name                   | inputs               | targets                         | task id |
+|------------------------------|----------------------|---------------------------------|---------|
+| `svamp_label`                | label prefix + x     | label                           | 1       |
+| `svamp_rationale`            | rationale prefix + x | rationale                       | 2       |
+| `svamp_rationale_then_label` | label prefix + x     | rationale + " Answer: " + label | 1       |
+| `svamp_step_by_step`         | a mixture: `svamp_label` and `svamp_rationale` in strict turns   |
+
+`add` and `configure` register the tasks; `<records_dir>/<dataset>/<split>.jsonl` is read when a task
+is first used. Importing this module imports TensorFlow, which takes seconds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import seqio
+import tensorflow as tf
+
+from sbs_jax.checks import nearest
+from sbs_jax.data import records, seqio_tasks, tokens
+from sbs_jax.data.dataset import STEP_BY_STEP, Dataset
+from sbs_jax.data.selection import (
+    ANSWER_MARKER,
+    LABEL,
+    RATIONALE,
+    RATIONALE_THEN_LABEL,
+    TASKS,
+    TEST,
+    TRAIN,
+    VALIDATION,
+    DataOptions,
+    Example,
+    Selection,
+    check_choice,
+    select,
+)
+from sbs_jax.student import losses
+
+MIXED = (LABEL, RATIONALE)  # what `step_by_step` alternates between
+# The value of the feature `task_ids`: which objective of the loss a task's tokens count towards.
+TASK_IDS = {LABEL: losses.LABEL, RATIONALE: losses.RATIONALE, RATIONALE_THEN_LABEL: losses.LABEL}
+
+
+# ------------------------------------------------------------------------------- registration
+
+_DATASETS: dict[str, Dataset] = {}
+_options = DataOptions(records_dir="records", vocabulary=tokens.BYTE_VOCABULARY)
+
+
+def add(dataset: Dataset) -> None:
+    """Registers a dataset and, under the options in force, its SeqIO tasks and mixture."""
+    known = _DATASETS.get(dataset.name)
+    if known is not None and known != dataset:
+        raise ValueError(f"Another dataset is already registered as {dataset.name!r}; choose another name.")
+    _DATASETS[dataset.name] = dataset
+    _register(dataset)
+
+
+def configure(options: DataOptions) -> None:
+    """Registers every task and mixture anew under these options, and reads the files anew."""
+    global _options
+    _options = options
+    _read_selections.cache_clear()
+    token_tables.cache_clear()
+    for dataset in _DATASETS.values():
+        _register(dataset)
+
+
+def options() -> DataOptions:
+    """The options in force."""
+    return _options
+
+
+def vocabulary(name: str) -> seqio.Vocabulary:
+    """`tokens.vocabulary(name)` after `tokens.check_vocabulary(name)`."""
+    tokens.check_vocabulary(name)
+    return tokens.vocabulary(name)
+
+
+def names() -> tuple[str, ...]:
+    """The names of all datasets, sorted."""
+    return tuple(sorted(_DATASETS))
+
+
+def get(name: str) -> Dataset:
+    """The dataset of this name. ValueError with near matches where there is none."""
+    if name not in _DATASETS:
+        raise ValueError(f"Unknown dataset {name!r}; known are {list(names())}.{nearest(name, names())}")
+    return _DATASETS[name]
+
+
+def scripted_reply(asked: str, *, sample: int) -> str | None:
+    """The reply of the first dataset whose scripted teacher knows the input; None where none does."""
+    for dataset in _DATASETS.values():
+        if dataset.scripted_reply is not None and (reply := dataset.scripted_reply(asked, sample)) is not None:
+            return reply
+    return None
+
+
+def task_names() -> tuple[str, ...]:
+    """The SeqIO names of all tasks and mixtures."""
+    kinds = (*TASKS, STEP_BY_STEP)
+    return tuple(f"{dataset}_{kind}" for dataset in names() for kind in kinds)
+
+
+def task_name(*, dataset: str, kind: str) -> str:
+    """The SeqIO name of a dataset's task or mixture: what method files of gin are written with.
+
+    >>> task_name(dataset="svamp", kind="step_by_step")
+    'svamp_step_by_step'
+    """
+    name = f"{dataset}_{kind}"
+    split_task(name)
+    return name
+
+
+def split_task(task_name: str) -> tuple[Dataset, str]:
+    """'svamp_rationale_then_label' to (svamp's Dataset, 'rationale_then_label').
+
+    ValueError with near matches where no dataset has such a task or mixture.
+    """
+    for dataset in _DATASETS.values():
+        for kind in (*TASKS, STEP_BY_STEP):
+            if task_name == f"{dataset.name}_{kind}":
+                return dataset, kind
+    known = task_names()
+    raise ValueError(
+        f"Unknown task or mixture {task_name!r}.{nearest(task_name, known)} Known are "
+        f"<dataset>_<{'|'.join((*TASKS, STEP_BY_STEP))}> for the datasets {list(names())}."
+    )
+
+
+def dataset_of_task(task_name: str) -> Dataset:
+    """The dataset of a task or mixture; ValueError with near matches where there is none."""
+    return split_task(task_name)[0]
+
+
+def graded_task(task_name: str) -> str | None:
+    """The task by whose generated answers this one is graded; None for a rationale task.
+
+    A step-by-step mixture is graded by its label task: rationales cost nothing at inference.
+    """
+    dataset, kind = split_task(task_name)
+    if kind == RATIONALE:
+        return None
+    return f"{dataset.name}_{LABEL}" if kind == STEP_BY_STEP else task_name
+
+
+def subtasks(task_name: str) -> tuple[str, ...]:
+    """The tasks that a mixture alternates between, in turn; of a task, itself."""
+    dataset, kind = split_task(task_name)
+    return tuple(f"{dataset.name}_{task}" for task in MIXED) if kind == STEP_BY_STEP else (task_name,)
+
+
+def prefix_of_task(task_name: str) -> str:
+    """What stands before the inputs of a task (of the label task, for the mixture)."""
+    kind = split_task(task_name)[1]
+    return _options.rationale_prefix if kind == RATIONALE else _options.label_prefix
+
+
+def get_task_or_mixture(task_name: str) -> seqio.Task | seqio.Mixture:
+    """The registered SeqIO task or mixture; ValueError with near matches where there is none."""
+    split_task(task_name)
+    return seqio.get_mixture_or_task(task_name)
+
+
+def _register(dataset: Dataset) -> None:
+    text = tokens.vocabulary(_options.vocabulary)
+    features = {
+        "inputs": seqio.Feature(vocabulary=text, add_eos=True, dtype=tf.int32),
+        "targets": seqio.Feature(vocabulary=text, add_eos=True, dtype=tf.int32),
+        "task_ids": seqio.Feature(vocabulary=seqio.PassThroughVocabulary(size=3), add_eos=False, dtype=tf.int32),
+    }
+    for kind in TASKS:
+        name = f"{dataset.name}_{kind}"
+        seqio.TaskRegistry.remove(name)
+        seqio.TaskRegistry.add(
+            name,
+            source=seqio_tasks.RecordsSource(  # pyright: ignore[reportArgumentType]  # as SeqIO's own sources
+                name,
+                splits=functools.partial(available_splits, dataset.name),
+                examples=examples,
+                token_tables=token_tables,
+            ),
+            preprocessors=[functools.partial(seqio_tasks.cut_and_number, task_id=TASK_IDS[kind])],
+            output_features=features,
+            postprocess_fn=functools.partial(graded_text, kind=kind),
+            metric_fns=[] if kind == RATIONALE else list(dataset.metric_fns),
+            shuffle_buffer_size=None,  # RecordsSource shuffles
+        )
+    mixture = f"{dataset.name}_{STEP_BY_STEP}"
+    seqio.MixtureRegistry.remove(mixture)
+    seqio.MixtureRegistry.add(
+        mixture,
+        [f"{dataset.name}_{kind}" for kind in MIXED],
+        default_rate=1.0,
+        sample_fn=seqio_tasks.alternate,
+    )
+
+
+def graded_text(text: str, *, kind: str, **unused: Any) -> str:
+    """What the metrics compare: the text stripped, or what follows the last "Answer:" in it.
+
+    >>> graded_text("Half of 84 is 42. Answer: ( 84.0 / 2.0 )", kind="rationale_then_label")
+    '( 84.0 / 2.0 )'
+    >>> graded_text("Half of 84 is 42.", kind="rationale_then_label")
+    ''
+    """
+    if kind == RATIONALE_THEN_LABEL:
+        text = text.rpartition(ANSWER_MARKER)[2] if ANSWER_MARKER in text else ""
+    return text.strip()
+
+
+# ------------------------------------------------------------------------------ reading files
+
+
+def selected(name: str, split: str) -> Selection:
+    """The selection of a dataset's split from its records file, under the options in force.
+
+    Read once per `configure`. Errors: FileNotFoundError with the command that writes the records;
+    ValueError for a split that the dataset does not have.
+    """
+    file_split, _ = _file_of_split(name, split)
+    return _read_selections(name, file_split)[split]
+
+
+def read_split(name: str, split: str) -> list[records.Record]:
+    """All records of the file that a split comes from, in its order, also those that train and validation share."""
+    return records.read_records(_records_file(name, _file_of_split(name, split)[0]))
+
+
+def manifest(name: str, splits: Sequence[str] = (TRAIN, VALIDATION, TEST)) -> dict[str, Any]:
+    """What a run trains on, for its log and manifest: options, counts, hashes of the files.
+
+    {"dataset": "svamp", "options": {..}, "vocabulary_sha256": .., "splits": {"train":
+    {"file": "train.jsonl", "sha256": .., "counts": {..}}, ..}}. Splits the dataset does not have
+    are left out. The vocabulary's hash is None for "byte", which has no file.
+    """
+    found = sources(name, splits)
+    for split, facts in found["splits"].items():
+        facts["counts"] = dict(selected(name, split).counts)
+    return found
+
+
+def sources(name: str, splits: Sequence[str] = (TRAIN, VALIDATION, TEST)) -> dict[str, Any]:
+    """`manifest` without the counts, which follow from the rest: no row is read."""
+    found = {}
+    for split in splits:
+        if split in available_splits(name):
+            path = _records_file(name, _file_of_split(name, split)[0])
+            status = path.stat()
+            found[split] = {"file": path.name, "sha256": _sha256(path, status.st_mtime_ns, status.st_size)}
+    return {
+        "dataset": name,
+        "options": dataclasses.asdict(_options),
+        "vocabulary_sha256": tokens.vocabulary_sha256(_options.vocabulary),
+        "splits": found,
+    }
+
+
+@functools.lru_cache(maxsize=64)
+def _sha256(path: Path, changed: int, size: int) -> str:
+    """Of a file as it was when it was last changed; a sweep asks for the same files once per cell."""
+    del changed, size
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def available_splits(name: str) -> tuple[str, ...]:
+    """Those of train, validation and test that the dataset's records give under the options."""
+    found = []
+    for split in (TRAIN, VALIDATION, TEST):
+        try:
+            _file_of_split(name, split)
+        except ValueError:
+            continue
+        found.append(split)
+    return tuple(found)
+
+
+def _file_of_split(name: str, split: str) -> tuple[str, bool]:
+    """The file a split comes from, and whether train and validation share that file."""
+    check_choice(f"The split of {name}", split, (TRAIN, VALIDATION, TEST))
+    _check_records_exist(name)
+    shared = _options.train_split == VALIDATION or not _records_file(name, VALIDATION).exists()
+    file_split = split if split == TEST or not shared else _options.train_split
+    missing = not _records_file(name, file_split).exists()
+    if missing or (split == VALIDATION and shared and _options.validation_fraction == 0):
+        why = (
+            f"there is no {_records_file(name, file_split)} (put it back, or write it with `sbs records`)"
+            if missing
+            else "validation_fraction is 0 and there is no validation file of its own"
+        )
+        raise ValueError(f"{name} has no {split} split: {why}.")
+    return file_split, shared and split != TEST
+
+
+def _records_file(name: str, split: str) -> Path:
+    return Path(_options.records_dir) / name / f"{split}.jsonl"
+
+
+def _check_records_exist(name: str) -> None:
+    get(name)
+    directory = Path(_options.records_dir) / name
+    if any(_records_file(name, split).exists() for split in (TRAIN, VALIDATION, TEST)):
+        return
+    raise FileNotFoundError(
+        f"There are no records of {name}: no train.jsonl, validation.jsonl or test.jsonl in "
+        f"{directory}. Write them with\n  sbs records --dataset {name} --release DIR "
+        f"--records_dir {_options.records_dir}\nwhere DIR holds the official release, or set "
+        "DataOptions.records_dir to where they are."
+    )
+
+
+@functools.cache
+def _read_selections(name: str, file_split: str) -> dict[str, Selection]:
+    """The selections of all splits that come from one file, so that it is read once."""
+    rows = records.read_records(_records_file(name, file_split))
+    found = {}
+    for split in available_splits(name):
+        source, shared = _file_of_split(name, split)
+        if source == file_split:
+            hold_out = shared and VALIDATION in available_splits(name)
+            found[split] = select(rows, _options, same_label=get(name).same_label, split=split, hold_out=hold_out)
+    return found
+
+
+def examples(task_name: str, split: str) -> tuple[Example, ...]:
+    """A task's examples in the order of the records; ValueError where there are none."""
+    dataset, kind = split_task(task_name)
+    chosen = selected(dataset.name, split)
+    if not chosen.examples.get(kind):
+        why = "it is a mixture" if kind == STEP_BY_STEP else f"counts: {dict(chosen.counts)}"
+        raise ValueError(f"{task_name} has no examples in {split}; {why}.")
+    return chosen.examples[kind]
+
+
+@functools.cache
+def token_tables(task_name: str, split: str) -> Mapping[str, tokens.TokenTable]:
+    """The tokens of a task's examples: {"inputs": table, "targets": table}, nothing cut.
+
+    Made once per `configure`; some 100,000 short texts a second.
+    """
+    text_vocabulary = vocabulary(_options.vocabulary)
+    rows = examples(task_name, split)
+    return {
+        feature: tokens.TokenTable.of([getattr(row, feature) for row in rows], text_vocabulary)
+        for feature in ("inputs", "targets")
+    }

@@ -1,0 +1,261 @@
+"""Which records become which training examples: a pure function of records and options.
+
+Standard library only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+import types
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from fractions import Fraction
+from typing import NamedTuple
+
+from sbs_jax.checks import nearest
+from sbs_jax.data import records
+
+LABEL, RATIONALE, RATIONALE_THEN_LABEL = "label", "rationale", "rationale_then_label"
+TASKS = (LABEL, RATIONALE, RATIONALE_THEN_LABEL)
+TRAIN, VALIDATION, TEST = "train", "validation", "test"
+
+# The word between rationale and label in the targets of `rationale_then_label`.
+ANSWER_MARKER = "Answer:"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    """How records become training examples; bound from gin.
+
+    Attributes:
+      records_dir: holds `<dataset>/<split>.jsonl`, as `sbs records` writes them.
+      vocabulary: path of a SentencePiece model (local or gs://; 100 sentinels are added, as T5
+        does: the T5 model's 32,000 pieces become 32,100 ids), or "byte" (259 + 100 ids).
+      label_source: whose labels are trained on: "human" or "teacher". Validation and test are
+        always graded against the human's label, the teacher's only where there is no other.
+      rationales: "all", or "agreeing": only those whose teacher label equals the label trained on.
+      fraction: share of the training rows to use, in (0, 1]. Nested: with the same seed, a
+        smaller fraction's rows lie within a larger one's.
+      seed: picks the rows of a fraction.
+      train_split: the file that is trained on: "train", or "validation", from which a validation
+        split is then held out. (The released e-SNLI train inputs are too large to carry
+        around; experiments train on its validation rows and test on its test rows.)
+      validation_fraction: share of the training file, rounded up, that becomes the validation
+        split where there is no other validation file. Chosen by id alone: every seed, fraction
+        and label source has the same validation rows. 0 holds nothing out.
+      label_prefix: before the inputs of `<dataset>_label` and `<dataset>_rationale_then_label`.
+        The default is the official code's; the paper prints "[label] "; a single task needs none.
+      rationale_prefix: before the inputs of `<dataset>_rationale`; the paper's is "[rationale] ".
+    """
+
+    records_dir: str
+    vocabulary: str
+    label_source: str = "human"
+    rationales: str = "all"
+    fraction: int | float = 1.0
+    seed: int = 0
+    train_split: str = TRAIN
+    validation_fraction: int | float = 0.1
+    label_prefix: str = "predict: "
+    rationale_prefix: str = "explain: "
+
+    def __post_init__(self) -> None:
+        for name in ("records_dir", "vocabulary"):
+            value = getattr(self, name)
+            if not isinstance(value, str) or not value:
+                raise ValueError(f"DataOptions.{name} is {value!r}; expected a path.")
+        for name in ("label_prefix", "rationale_prefix"):
+            if not isinstance(getattr(self, name), str):
+                raise ValueError(f"DataOptions.{name} is {getattr(self, name)!r}; expected text.")
+        check_choice("DataOptions.label_source", self.label_source, ("human", "teacher"))
+        check_choice("DataOptions.rationales", self.rationales, ("all", "agreeing"))
+        check_choice("DataOptions.train_split", self.train_split, (TRAIN, VALIDATION))
+        _check_number("DataOptions.fraction", self.fraction)
+        _check_number("DataOptions.validation_fraction", self.validation_fraction)
+        if not 0 < self.fraction <= 1:
+            raise ValueError(
+                f"DataOptions.fraction is {self.fraction}; expected more than 0 and at most 1, "
+                "for example 0.125 for 12.5 % of the training rows."
+            )
+        if not 0 <= self.validation_fraction < 1:
+            raise ValueError(
+                f"DataOptions.validation_fraction is {self.validation_fraction}; expected at "
+                "least 0 and less than 1, for example 0.1."
+            )
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise ValueError(f"DataOptions.seed is {self.seed!r}; expected an integer.")
+
+
+class Example(NamedTuple):
+    """One row of one task. `label` is the label trained on or, in evaluation, graded against."""
+
+    id: str
+    label: str
+    inputs: str
+    targets: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Selection:
+    """The examples of one split, per task, and the number of rows by what became of them.
+
+    `counts` reads from top to bottom, for example
+    {"rows": 800, "held out for validation": 80, "outside the fraction": 540, "used": 180,
+    "label": 180, "rationale": 175, "rationale: not used, blank": 5, ..}.
+    """
+
+    split: str
+    examples: Mapping[str, tuple[Example, ...]]
+    counts: Mapping[str, int]
+
+
+def select(
+    rows: Sequence[records.Record],
+    options: DataOptions,
+    *,
+    same_label: Callable[[str, str], bool],
+    split: str,
+    hold_out: bool,
+) -> Selection:
+    """The examples that one records file gives to one split, and the count of all others.
+
+    Training: rows held out for validation leave first, then those outside the fraction; what
+    remains is the same for all tasks. A task then drops the rows it cannot use: no or blank label,
+    no or blank rationale, and with `rationales="agreeing"` a rationale for another label. The
+    order of the file is kept.
+
+    Validation and test: every row with any label (the human's before the teacher's); neither
+    fraction nor agreement applies, and `rationale_then_label` keeps rows without a
+    rationale, since only its label is graded.
+
+    Args:
+      rows: all records of the file, with distinct ids.
+      options: label source, rationale filter, fraction, prefixes.
+      same_label: (label, teacher's label) to whether they agree.
+      split: "train", "validation" or "test".
+      hold_out: whether this file provides both train and validation: train then gets the rows
+        that are not held out, validation gets those that are.
+    """
+    check_choice("The split", split, (TRAIN, VALIDATION, TEST))
+    counts: Counter[str] = Counter()
+    counts["rows"] = len(rows)
+    _check_distinct_ids(rows)
+    if hold_out:
+        held_out = held_out_ids(rows, options.validation_fraction)
+        mine = [row for row in rows if (row.id in held_out) == (split == VALIDATION)]
+        reason = "kept for training" if split == VALIDATION else "held out for validation"
+        counts[reason] = len(rows) - len(mine)
+        rows = mine
+    if split == TRAIN:
+        subset = subset_ids(rows, options.fraction, seed=options.seed)
+        counts["outside the fraction"] = len(rows) - len(subset)
+        rows = [row for row in rows if row.id in subset]
+    counts["used"] = len(rows)
+    examples: dict[str, list[Example]] = {task: [] for task in TASKS}
+    for row in rows:
+        for task, example in _examples_of(row, options, same_label, training=split == TRAIN):
+            if isinstance(example, Example):
+                examples[task].append(example)
+                counts[task] += 1
+            else:
+                counts[f"{task}: not used, {example}"] += 1
+    for task in TASKS:
+        counts[task] += 0  # a task with no row at all is shown, too
+    return Selection(
+        split=split,
+        examples={task: tuple(found) for task, found in examples.items()},
+        counts=types.MappingProxyType(dict(counts)),
+    )
+
+
+def _examples_of(
+    row: records.Record,
+    options: DataOptions,
+    same_label: Callable[[str, str], bool],
+    *,
+    training: bool,
+) -> Iterable[tuple[str, Example | str]]:
+    """Per task, the row's example or the reason why it gives none."""
+    label, no_label = _label_of(row, options.label_source if training else "either")
+    rationale, no_rationale = _rationale_of(row)
+    if training and options.rationales == "agreeing" and rationale is not None:
+        if label is None:
+            rationale, no_rationale = None, no_label
+        elif row.teacher_label is None or not same_label(label, row.teacher_label):
+            rationale, no_rationale = None, "argues for another label"
+
+    label_inputs = options.label_prefix + row.input
+    if label is None:
+        yield LABEL, no_label
+    else:
+        yield LABEL, Example(row.id, label, label_inputs, label)
+    if rationale is None:
+        yield RATIONALE, no_rationale
+    else:
+        inputs = options.rationale_prefix + row.input
+        yield RATIONALE, Example(row.id, label or "", inputs, rationale)
+    if label is None or (rationale is None and training):
+        yield RATIONALE_THEN_LABEL, no_label if label is None else no_rationale
+    else:
+        targets = f"{rationale or ''} {ANSWER_MARKER} {label}".strip()
+        yield RATIONALE_THEN_LABEL, Example(row.id, label, label_inputs, targets)
+
+
+def _label_of(row: records.Record, source: str) -> tuple[str | None, str]:
+    """The label and ''; or None and the reason. `source`: "human", "teacher", or "either"."""
+    label = row.teacher_label if source == "teacher" else row.label
+    if source == "either" and label is None:
+        label = row.teacher_label
+    if label is None:
+        if source == "teacher":
+            return None, f"no teacher label ({row.outcome})"
+        return None, "no human label" if source == "human" else "no label"
+    return (label, "") if label.strip() else (None, "blank label")
+
+
+def _rationale_of(row: records.Record) -> tuple[str | None, str]:
+    """The rationale and ''; or None and the reason."""
+    if row.rationale is None:
+        return None, f"no rationale ({row.outcome})"
+    return (row.rationale, "") if row.rationale.strip() else (None, "blank rationale")
+
+
+def held_out_ids(rows: Sequence[records.Record], fraction: int | float) -> frozenset[str]:
+    """Ids of the `ceil(fraction * n)` rows held out: 0.1 of 9,741 is 975, 0.1 of 800 is 80."""
+    return _first_by_hash(rows, fraction, salt="held out")
+
+
+def subset_ids(rows: Sequence[records.Record], fraction: int | float, *, seed: int) -> frozenset[str]:
+    """Ids of the `ceil(fraction * n)` rows of a data fraction; nested for equal rows and seed."""
+    return _first_by_hash(rows, fraction, salt=f"seed {seed}")
+
+
+def _first_by_hash(rows: Sequence[records.Record], fraction: int | float, *, salt: str) -> frozenset[str]:
+    # Through the decimal text: 0.07 * 100 is 7.000000000000001 as floats, whose ceiling is 8.
+    count = math.ceil(Fraction(str(fraction)) * len(rows))
+    order = sorted(
+        (row.id for row in rows),
+        key=lambda row_id: (hashlib.sha256(f"{salt}:{row_id}".encode()).digest(), row_id),
+    )
+    return frozenset(order[:count])
+
+
+def _check_distinct_ids(rows: Sequence[records.Record]) -> None:
+    if len({row.id for row in rows}) < len(rows):
+        row_id, times = Counter(row.id for row in rows).most_common(1)[0]
+        raise ValueError(
+            f"The id {row_id!r} occurs {times} times in one split; ids must be distinct, since "
+            "examples are chosen and joined by them."
+        )
+
+
+def check_choice(what: str, value: object, allowed: Collection[str]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{what} is {value!r}; expected one of {sorted(allowed)}.{nearest(str(value), allowed)}")
+
+
+def _check_number(what: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{what} is {value!r}; expected a number.")

@@ -1,0 +1,132 @@
+"""The parts of SeqIO tasks and mixtures: a source of rows, a preprocessor, strict alternation."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import seqio
+import tensorflow as tf
+
+from sbs_jax.data import selection, tokens
+
+try:
+    # TensorFlow only feeds data; left alone it would take the memory of every GPU it sees.
+    tf.config.set_visible_devices([], "GPU")
+except RuntimeError:
+    logging.warning("TensorFlow was already running, so it was not kept away from the GPUs.")
+
+
+class RecordsSource(seqio.DataSource):
+    """The rows of one task: texts and their tokens.
+
+    Shuffles row numbers, not rows: the whole split in a new order each epoch, every row once per
+    epoch, in a few bytes per row. (SeqIO's own shuffle comes after the repeat with a buffer of
+    1,000 examples: it mixes epochs of small datasets and hardly shuffles large ones.) The order
+    depends on the seed and the number of rows alone, so label and rationale of one row stay next
+    to each other in the mixture where both tasks have all rows. Hosts take turns in that order.
+
+    `num_input_examples` is unknown on purpose: SeqIO keeps sources known to be small in memory
+    *after* their first shuffle, which would freeze the order for all epochs.
+    """
+
+    def __init__(
+        self,
+        task_name: str,
+        *,
+        splits: Callable[[], Sequence[str]],
+        examples: Callable[[str, str], Sequence[selection.Example]],
+        token_tables: Callable[[str, str], Mapping[str, tokens.TokenTable]],
+    ):
+        """`examples` and `token_tables` take the task's name and a split; nothing is read yet."""
+        self._task_name, self._splits_now = task_name, splits
+        self._examples, self._token_tables = examples, token_tables
+        super().__init__(splits=(), performs_internal_shuffling=True)
+
+    @property
+    def splits(self) -> Sequence[str]:
+        """The splits that the records directory has now."""
+        return self._splits_now()
+
+    @property
+    def supports_arbitrary_sharding(self) -> bool:
+        """True: any number of hosts can share the rows."""
+        return True
+
+    def list_shards(self, split: str) -> Sequence[str]:
+        """One shard per split; SeqIO does not ask where arbitrary sharding is supported."""
+        return [split]
+
+    def get_dataset(
+        self,
+        split: str = selection.TRAIN,
+        shuffle: bool = True,
+        seed: int | None = None,
+        shard_info: seqio.ShardInfo | None = None,
+        **unused: Any,
+    ) -> tf.data.Dataset:
+        """One epoch of {"id", "label", "inputs_pretokenized", .., "inputs": tokens, ..}."""
+        rows = self._examples(self._task_name, split)
+        tables = self._token_tables(self._task_name, split)
+        if shard_info and len(rows) < shard_info.num_shards:
+            raise ValueError(
+                f"{self._task_name} has {len(rows)} rows in {split}, too few to share between "
+                f"{shard_info.num_shards} hosts."
+            )
+        texts = {
+            "id": tf.constant([row.id for row in rows]),
+            "label": tf.constant([row.label for row in rows]),
+            "inputs_pretokenized": tf.constant([row.inputs for row in rows]),
+            "targets_pretokenized": tf.constant([row.targets for row in rows]),
+        }
+        ids = {feature: (tf.constant(table.ids), tf.constant(table.starts)) for feature, table in tables.items()}
+
+        def read(row: tf.Tensor) -> dict[str, tf.Tensor]:
+            features = {name: column[row] for name, column in texts.items()}
+            for feature, (flat, starts) in ids.items():
+                features[feature] = flat[starts[row] : starts[row + 1]]
+            return features
+
+        order = tf.data.Dataset.range(len(rows))
+        if shuffle:
+            order = order.shuffle(len(rows), seed=seed, reshuffle_each_iteration=True)
+        if shard_info:
+            order = order.shard(shard_info.num_shards, shard_info.index)
+        return order.map(read, num_parallel_calls=tf.data.AUTOTUNE)
+
+
+def cut_and_number(
+    dataset: tf.data.Dataset, sequence_length: Mapping[str, int] | None = None, *, task_id: int
+) -> tf.data.Dataset:
+    """SeqIO preprocessor: cuts long sequences and adds a task id per target token.
+
+    A sequence longer than its `sequence_length` is cut so that EOS is still its last token
+    (`features.count_truncated` counts these). With {"targets": 3} and task id 1:
+
+        {"targets": [5, 6, 7, 1], ..} -> {"targets": [5, 6, 1], "task_ids": [1, 1, 1], ..}
+    """
+
+    def convert(row: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+        converted = dict(row)
+        for feature in ("inputs", "targets"):
+            length = (sequence_length or {}).get(feature)
+            if length is not None:
+                kept = row[feature][: length - 1]
+                # The part that fits, then either the one token left, which is EOS, or EOS.
+                last = tf.fill([tf.minimum(tf.size(row[feature]) - tf.size(kept), 1)], tokens.EOS_ID)
+                converted[feature] = tf.concat([kept, last], axis=0)
+        converted["task_ids"] = tf.fill(tf.shape(converted["targets"]), task_id)
+        return converted
+
+    return dataset.map(convert, num_parallel_calls=tf.data.AUTOTUNE)
+
+
+def alternate(task_datasets: Sequence[tf.data.Dataset], rates: Sequence[float], seed: int | None) -> tf.data.Dataset:
+    """SeqIO sample function: one example of each task in turn, whatever the rates and the seed.
+
+    With endless tasks (`num_epochs=None`) it never ends, and a task with fewer rows comes round
+    sooner. Where both have the same number of rows and share a seed, each pair is one row's.
+    """
+    turns = tf.data.Dataset.range(len(task_datasets)).repeat()
+    return tf.data.Dataset.choose_from_datasets(list(task_datasets), turns, stop_on_empty_dataset=True)

@@ -1,0 +1,389 @@
+"""Checkpoints of a run.
+
+A run directory holds `checkpoints/<step>/` with three items: `parameters` (a flat dictionary of float32 arrays) and
+`optimizer` in Orbax's form, `metadata` (JSON: architecture, step, what the training loop needs). Parameters are an item
+of their own so that predicting reads nothing else. `checksums.json` beside them has every file's size and SHA-256. The
+directory has its name only when all of this is on disk: before it is `<step>.<n>.writing`.
+"""
+
+import dataclasses
+import errno
+import logging
+import math
+import os
+import re
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import orbax.checkpoint as ocp
+from etils import epath
+
+from sbs_jax import hosts
+from sbs_jax.run import directory, saving
+from sbs_jax.storage import checksums
+from sbs_jax.student import adapters, t5
+
+log = logging.getLogger(__name__)
+
+PARAMETERS, OPTIMIZER, METADATA = saving.PARAMETERS, saving.OPTIMIZER, saving.METADATA
+DAMAGED = "damaged"  # folder of a run for checkpoints that cannot be used
+_REMOVING = ".removing"  # end of a step's name on its way out
+_LEFT_OVER = re.compile(r"\d+(\.\d+\.writing|\.removing|\.orbax-checkpoint-tmp.*)")
+_RETRY = 2.0  # seconds between attempts of `finish`
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Retention:
+    """Which checkpoints are kept: the newest ones, the best ones by validation, and those of every period-th step."""
+
+    newest: int
+    best: int
+    period: int | None
+
+    def __post_init__(self) -> None:
+        for name, least in (("newest", 1), ("best", 0), ("period", 1)):
+            value = getattr(self, name)
+            if name == "period" and value is None:
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"Retention.{name} is {value!r}; expected a whole number of at least {least}.")
+
+    def kept(self, steps: Sequence[int], *, scores: Mapping[int, float]) -> set[int]:
+        """Those of `steps` that stay. Best is the highest score, of equals the earliest step; without one: not best.
+
+        newest 2, best 1, period 40 of steps 10, 20, .., 60 with scores {20: 0.5, 30: 0.5}: 20, 40, 50, 60.
+        """
+        best = _best_first(steps, scores=scores)[: self.best]
+        periodic = [step for step in steps if self.period is not None and step % self.period == 0]
+        return {*sorted(steps)[-self.newest :], *best, *periodic}
+
+
+def _best_first(steps: Sequence[int], *, scores: Mapping[int, float]) -> list[int]:
+    """The steps that have a score, the highest first, of equals the earliest: more training brought nothing."""
+    scored = [step for step in steps if math.isfinite(scores.get(step, math.nan))]
+    return sorted(scored, key=lambda step: (-scores[step], step))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Restored:
+    """What a checkpoint holds, its arrays on the shardings that were asked for."""
+
+    step: int
+    parameters: t5.Parameters
+    optimizer: Any
+    metadata: dict[str, Any]
+
+
+class Checkpoints:
+    """The checkpoints of one run, written in the background; the only writer of `<run>/checkpoints`.
+
+    `scores` are the validation metrics by step, to which the training loop adds before it saves that step. Of several
+    processes all call the same methods in the same order. Use it with `with`: leaving it waits for a save under way,
+    whatever the reason for leaving; but not where one of several processes fails, since the others may never come to
+    what they would finish together.
+    """
+
+    def __init__(self, run_dir: str | Path, *, retention: Retention, scores: Mapping[int, float]) -> None:
+        self._run_dir = Path(run_dir).absolute()
+        self.directory = self._run_dir / "checkpoints"
+        self._retention = retention
+        self._scores = scores
+        self._handler = saving.array_handler()
+        self._under_way: saving.Save | None = None
+        self._attempts = 0
+        self._good: set[int] = set()  # steps that this process has read as a whole, or has written
+        self._missing: str | None = None  # why the save that was tried last is not on disk
+        hosts.from_first(self._tidy)
+
+    def newest_good(self) -> int | None:
+        """Newest step whose files are all as they were written, None in a new run; the same on every process.
+
+        Newer ones that are damaged or incomplete are named in a warning and moved to `<run>/damaged`. ValueError where
+        there are checkpoints and not one is good: to begin anew is not for this program to decide.
+        """
+        found = hosts.from_first(self._find_newest_good)
+        if found["problem"] is not None:
+            raise ValueError(found["problem"])
+        if found["step"] is not None:
+            self._good.add(found["step"])
+        return found["step"]
+
+    def save(self, step: int, *, parameters: t5.Parameters, optimizer: Any, metadata: Mapping[str, Any]) -> None:
+        """Copies the arrays to the host and returns; they are written in the background.
+
+        Waits for a previous save that is still being written, and says so. Where the storage refuses (full, read-only,
+        no permission), now or in the background, a warning tells; nothing is raised, and nothing of the save remains.
+        A step that is on disk already is left as it is.
+        """
+        self.wait(because=f"Step {step}")
+        arrays = {PARAMETERS: parameters, OPTIMIZER: optimizer}
+        answer = hosts.from_first(lambda: self._make_place(step, needed=saving.size(arrays)))
+        self._missing = answer["refused"]
+        if answer["refused"] is not None:
+            self._warn(step, answer["refused"])
+        elif not answer["exists"]:
+            scores = dict(self._scores)
+            place = Path(answer["place"])
+            save = saving.Save(step, place, handler=self._handler, arrays=arrays, metadata=dict(metadata))
+            save.start(lambda: self._remove_others(step, scores), lambda reason: self._warn(step, reason))
+            self._under_way = save
+
+    def finish(
+        self, step: int, *, parameters: t5.Parameters, optimizer: Any, metadata: Mapping[str, Any], patience: float
+    ) -> None:
+        """The last save: returns when `step` is on disk, at once if it is already.
+
+        Where the storage refuses, it is asked again every few seconds, for `patience` seconds; then OSError.
+        """
+        self.wait()
+        if hosts.from_first(lambda: self._is_there(step)):
+            return
+        deadline = time.monotonic() + patience
+        while True:
+            self.save(step, parameters=parameters, optimizer=optimizer, metadata=metadata)
+            self.wait()
+            if self._missing is None:
+                return
+            if hosts.from_first(lambda: time.monotonic() + _RETRY > deadline):
+                break
+            time.sleep(_RETRY)
+        needed = saving.megabytes(saving.size({PARAMETERS: parameters, OPTIMIZER: optimizer}))
+        free = hosts.from_first(lambda: saving.free(self.directory))
+        newest = hosts.from_first(self._newest)
+        raise OSError(
+            f"The checkpoint of step {step} is missing: {self.directory} did not take it in {patience:g} s "
+            f"({self._missing}). It needs {needed}; {'?' if free is None else saving.megabytes(free)} is free there. "
+            f"{_newest_text(newest)} Free space there, or make it writable, and repeat the command: the run resumes "
+            f"{'anew' if newest is None else f'at step {newest}'}."
+        )
+
+    def restore(self, step: int, *, parameters: Any, optimizer: Any) -> Restored:
+        """Arrays of a step, on the shardings of the given abstract trees. ValueError where it is damaged."""
+        if step not in self._good:
+            refuse_damaged(self._run_dir, step, items=(PARAMETERS, OPTIMIZER, METADATA))
+        return _restored(self._handler, self.directory / str(step), parameters=parameters, optimizer=optimizer)
+
+    def wait(self, *, because: str | None = None) -> None:
+        """Until the save under way is on disk, or has failed (which a warning has told then)."""
+        save, self._under_way = self._under_way, None
+        if save is None:
+            return
+        begin = time.monotonic()
+        reason = save.wait()
+        if because is not None and time.monotonic() - begin > 0.1:
+            log.info("%s waited %.1f s for the checkpoint of step %d.", because, time.monotonic() - begin, save.step)
+        self._missing = reason
+        if reason is None:
+            self._good.add(save.step)
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        if error is None or not hosts.waited_for():
+            self.wait()
+            self._handler.close()
+
+    # What follows runs on process 0 alone.
+
+    def _tidy(self) -> None:
+        """Removes what is left of saves and removals that did not come to their end."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        for path in self.directory.iterdir():
+            if _LEFT_OVER.fullmatch(path.name):
+                saving.remove(path)
+
+    def _find_newest_good(self) -> dict[str, Any]:
+        damaged: dict[int, str] = {}
+        for step in sorted((int(p.name) for p in self.directory.iterdir() if p.name.isdigit()), reverse=True):
+            problem = checksums.problem(self.directory / str(step))
+            if problem is None:
+                for bad, what in damaged.items():
+                    self._set_aside(bad, what)
+                return {"step": step, "problem": None}
+            damaged[step] = problem
+        if not damaged:
+            return {"step": None, "problem": None}
+        listed = "\n".join(f"  {self.directory / str(step)}: {problem}." for step, problem in damaged.items())
+        return {
+            "step": None,
+            "problem": f"No checkpoint of this run is good:\n{listed}\nPut a copy of one there if you have it; or move "
+            f"{self.directory} away to train from step 0 again.",
+        }
+
+    def _set_aside(self, step: int, problem: str) -> None:
+        """Moves a damaged step out of the way; somebody may want to look at it."""
+        folder = self._run_dir / DAMAGED
+        folder.mkdir(exist_ok=True)
+        target, number = folder / str(step), 1
+        while target.exists():
+            number += 1
+            target = folder / f"{step}.{number}"
+        (self.directory / str(step)).rename(target)
+        log.warning("The checkpoint of step %d cannot be used: %s. It is now %s.", step, problem, target)
+
+    def _make_place(self, step: int, *, needed: int) -> dict[str, Any]:
+        """A place to write to; or that the step exists already, or why nothing can be written."""
+        try:
+            if self._is_there(step):
+                return {"exists": True, "refused": None, "place": None}
+            final = self.directory / str(step)
+            if os.path.lexists(final):
+                self._set_aside(step, checksums.problem(final) or "it is in the way of a new one")
+            self._tidy()
+            free = saving.free(self.directory)
+            if free is not None and free < needed:
+                # Half a checkpoint would take the last space from the metrics.
+                lacking = f"{saving.megabytes(needed)} needed, {saving.megabytes(free)} free"
+                raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {lacking}")
+            # A name of its own for each attempt: TensorStore may not have ended all writes of one that failed.
+            self._attempts += 1
+            temporary = self.directory / f"{step}.{self._attempts}{saving.WRITING}"
+            (temporary / METADATA).mkdir(parents=True)
+            for item in (PARAMETERS, OPTIMIZER):
+                # The other processes' Orbax would wait long for this folder if ours failed before it made it.
+                (temporary / item / "array_metadatas").mkdir(parents=True)
+        except OSError as error:
+            return {"exists": False, "refused": checksums.reason(error), "place": None}
+        return {"exists": False, "refused": None, "place": str(temporary)}
+
+    def _is_there(self, step: int) -> bool:
+        directory = self.directory / str(step)
+        if step in self._good:
+            return (directory / checksums.FILE).is_file()
+        return directory.is_dir() and checksums.problem(directory) is None
+
+    def _remove_others(self, step: int, scores: Mapping[int, float]) -> None:
+        """Removes what is not to be kept; called when `step` is whole on disk."""
+        try:
+            existing = steps(self._run_dir)
+            for old in sorted(set(existing) - self._retention.kept(existing, scores=scores) - {step}):
+                # Under another name first: nobody shall see half of a checkpoint.
+                going = self.directory / f"{old}{_REMOVING}"
+                saving.remove(going)
+                (self.directory / str(old)).rename(going)
+                saving.remove(going)
+        except OSError as error:
+            log.warning("A checkpoint that is not kept could not be removed: %s.", checksums.reason(error))
+
+    def _warn(self, step: int, reason: str) -> None:
+        if hosts.is_first():
+            log.warning(
+                "The checkpoint of step %d could not be written: %s. %s Training goes on.",
+                step,
+                reason,
+                _newest_text(self._newest()),
+            )
+
+    def _newest(self) -> int | None:
+        return max(self._good, default=None) or max(steps(self._run_dir), default=None)
+
+
+def _newest_text(step: int | None) -> str:
+    return "There is no checkpoint yet." if step is None else f"The newest good one is step {step}."
+
+
+# ------------------------------------------------------------------------------------ reading a run
+
+
+def refuse_damaged(run_dir: Path, step: int, *, items: Iterable[str]) -> None:
+    """ValueError, on every process, where files of these items of a step are not as they were written."""
+    directory = run_dir / "checkpoints" / str(step)
+    found = hosts.from_first(
+        lambda: [checksums.problem(directory, under=tuple(items)), directory.is_dir(), steps(run_dir)]
+    )
+    problem, exists, others = found
+    if problem is None:
+        return
+    others = [other for other in others if other != step]
+    have = f"Other steps there: {', '.join(map(str, others))}." if others else "There is no other step."
+    if not exists:
+        raise FileNotFoundError(f"There is no checkpoint of step {step} (any more) in {run_dir}. {have}")
+    raise ValueError(f"The checkpoint {directory} cannot be used: {problem}. {have}")
+
+
+def restore(run_dir: str | Path, step: int, *, parameters: Any, optimizer: Any) -> Restored:
+    """As `Checkpoints.restore`, of a run that another process may be writing."""
+    run_dir = Path(run_dir).absolute()
+    refuse_damaged(run_dir, step, items=(PARAMETERS, OPTIMIZER, METADATA))
+    handler = saving.array_handler()
+    try:
+        return _restored(handler, run_dir / "checkpoints" / str(step), parameters=parameters, optimizer=optimizer)
+    finally:
+        handler.close()
+
+
+def _restored(handler: ocp.PyTreeCheckpointHandler, directory: Path, *, parameters: Any, optimizer: Any) -> Restored:
+    return Restored(
+        step=int(directory.name),
+        parameters=saving.restore(handler, directory / PARAMETERS, like=parameters),
+        optimizer=saving.restore(handler, directory / OPTIMIZER, like=optimizer),
+        metadata=saving.read_json(directory),
+    )
+
+
+def read_metadata(run_dir: str | Path, step: int) -> dict[str, Any]:
+    """Metadata of a step, without its arrays. ValueError where it is damaged."""
+    refuse_damaged(Path(run_dir), step, items=[METADATA])
+    return saving.read_json(Path(run_dir) / "checkpoints" / str(step))
+
+
+def steps(run_dir: str | Path) -> list[int]:
+    """Complete checkpoints of a run, ascending."""
+    directory = Path(run_dir) / "checkpoints"
+    if not directory.is_dir():
+        return []
+    return sorted(int(p.name) for p in directory.iterdir() if p.name.isdigit() and (p / checksums.FILE).is_file())
+
+
+def best_step(path: str | Path) -> int | None:
+    """Of a run's checkpoints the best by validation, of equals the earliest; the newest where none was evaluated."""
+    existing, scores = steps(path), directory.read_scores(path)
+    ranked = _best_first(existing, scores=scores) or existing[::-1]
+    return ranked[0] if ranked else None
+
+
+def locate(path: str | Path) -> tuple[Path, int]:
+    """(run directory, step) of a run directory (its best step) or of one of its `checkpoints/<step>`.
+
+    The same on every process: the run may be writing meanwhile.
+    """
+    path = Path(path).absolute()
+    if path.name.isdigit() and path.parent.name == "checkpoints":
+        run_dir, step = path.parent.parent, int(path.name)
+        if not path.is_dir():
+            raise FileNotFoundError(f"No checkpoint at {path}; this run has steps {steps(run_dir)}.")
+        return run_dir, step
+    step = hosts.from_first(lambda: best_step(path))
+    if step is None:
+        raise FileNotFoundError(
+            f"{path} holds no checkpoint; expected a run directory (with checkpoints/<step>), or one such step."
+        )
+    return path, step
+
+
+def save_parameters(
+    path: str | Path,
+    parameters: t5.Parameters,
+    *,
+    config: t5.T5Config,
+    step: int,
+    tuning: adapters.Tuning | None = None,
+    base: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes `<path>/checkpoints/<step>` with parameters and architecture, and no optimiser: weights to start from.
+
+    With a tuning they are adapters, of a base of the given identity.
+    """
+    metadata = {"step": step, "model": dataclasses.asdict(config)}
+    if tuning is not None and base is not None:
+        metadata |= {"tuning": dataclasses.asdict(tuning), "base": dict(base)}
+    folder, handler = Path(path).absolute() / "checkpoints", saving.array_handler()
+    temporary = folder / f"{step}.1{saving.WRITING}"
+    (temporary / METADATA).mkdir(parents=True)
+    handler.save(epath.Path(temporary / PARAMETERS), args=ocp.args.PyTreeSave(parameters))
+    handler.finalize(epath.Path(temporary / PARAMETERS))
+    saving.complete(temporary, metadata=metadata)
+    temporary.rename(folder / str(step))

@@ -1,0 +1,360 @@
+"""The directory of one run: configuration, manifest, metrics, TensorBoard events, predictions.
+
+config.gin            operative configuration; another one is refused
+manifest.json         data hashes, settings, parameter table, every start with its versions (manifest.py)
+metrics.jsonl         one JSON object a line: {"kind": "train", "step": 50, "loss": ..}
+tensorboard/          the same for TensorBoard
+predictions/          <task>-<step>.jsonl
+checkpoints/<step>/   see checkpoints.py
+lock                  who writes here, while somebody does (lock.py)
+
+Of several processes, all of which call the same methods, the first one writes.
+"""
+
+import contextlib
+import datetime
+import json
+import logging
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from sbs_jax import hosts
+from sbs_jax.run import events, manifest, pending_writes
+from sbs_jax.storage import atomic, json_files, lock
+
+MANIFEST = manifest.NAME
+read_manifest = manifest.read
+
+_SEEN_WITHIN = 15.0  # seconds in which a network file system shows a new file to another host
+_SHOWN = 60  # lines of a difference that an error shows
+# What a start that was killed early leaves behind.
+_REMAINS = {"lock", "config.gin.tmp", f"{MANIFEST}.tmp"}
+
+log = logging.getLogger(__name__)
+
+
+class RunDir:
+    """Opens (or makes) a run directory for writing; use it with `with`.
+
+    Entering takes the lock: lock.HeldError where another process writes there. `begin` comes next, before anything is
+    computed. From then on errors of the disk do not raise: what cannot be written waits in memory, for the next call;
+    `flush` says what is missing in the end. lock.TakenOverError where another process has taken the directory over.
+    """
+
+    def __init__(self, path: str | Path, *, config_text: str) -> None:
+        self.path = Path(path).absolute()
+        self._config_text = config_text
+        self._lock = lock.Lock(self.path / "lock")
+        self._outbox = pending_writes.Outbox()
+        self._failing = False  # in an outage of the disk, which has been announced
+        self._given_up: lock.TakenOverError | None = None  # another process writes here now
+        self._count = 0
+
+    def __enter__(self) -> "RunDir":
+        opened = hosts.from_first(self._open)
+        if not hosts.is_first():
+            self._refuse_another_folder(opened["token"])
+        self._count = opened["lines"]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if hosts.is_first():
+            with contextlib.suppress(lock.TakenOverError):
+                self._write()
+            self._lock.release()
+
+    @property
+    def lines(self) -> int:
+        """Lines of metrics so far, with those that are not on disk yet; the same on every process."""
+        return self._count
+
+    def begin(self, contents: Mapping[str, Any], *, step: int, accept_changes: bool) -> None:
+        """Writes configuration and manifest, `contents` and the machine's side of it; `step` is where the run goes on.
+
+        Where the run exists: FileExistsError, with a diff, if anything that decides its numbers is another now;
+        `accept_changes` lets it pass and writes the diff down.
+        """
+        hosts.from_first(lambda: self._begin(contents, step=step, accept_changes=accept_changes))
+
+    def check(self) -> None:
+        """lock.TakenOverError where another process has taken this directory over; for others who write into it."""
+        if hosts.is_first():
+            try:
+                self._check()
+            except lock.TakenOverError:
+                raise
+            except OSError:
+                pass  # nobody can know at the moment
+
+    def log(self, kind: str, step: int, values: Mapping[str, float]) -> None:
+        """One line of metrics.jsonl, on disk before this returns if the disk takes it, and the same for TensorBoard."""
+        self._count += 1
+        if not hosts.is_first():
+            return
+        self._metrics.add((json.dumps({"kind": kind, "step": step, **values}) + "\n").encode())
+        if not self._headed:
+            self._events.add(events.header())
+            self._headed = True
+        self._events.add(events.scalars(kind, step, values))
+        self._write()
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """All lines of metrics so far, on every process."""
+
+        def all_lines() -> list[dict[str, Any]]:
+            return read_metrics(self.path) + [json.loads(line) for line in self._metrics.waiting]
+
+        return hosts.from_first(all_lines)
+
+    def truncate_metrics(self, *, lines: int) -> None:
+        """Drops what a resumed run will repeat: keeps the first `lines` lines, byte for byte.
+
+        ValueError where a line that stays is damaged; a warning where there are fewer.
+        """
+        self._count = hosts.from_first(lambda: self._truncate(lines))
+
+    def write_predictions(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
+        """`predictions/<name>.jsonl`."""
+        if not hosts.is_first():
+            return
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        self._outbox.replace(self.path / "predictions" / f"{name}.jsonl", text.encode("utf-8", "backslashreplace"))
+        self._write()
+
+    def flush(self) -> None:
+        """Writes what still waits; OSError names the files that are not complete, and why."""
+        if not hosts.is_first():
+            return
+        failed = self._write()
+        if failed:
+            missing = [f"  {path}: {_reason(error)}" for path, error in failed.items()]
+            lines = [line.decode().rstrip() for line in self._metrics.waiting]
+            if lines:
+                missing += ["The lines that are missing from metrics.jsonl, to be put at its end:", *lines]
+            raise OSError(
+                "These files of the run are not complete, because they cannot be written:\n" + "\n".join(missing)
+            )
+
+    # ------------------------------------------------------------------ on process 0
+
+    def _open(self) -> dict[str, Any]:
+        with _refusing(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._refuse_other_contents()
+            self._lock.take()
+        try:
+            with _refusing(self.path):
+                if not (self.path / "config.gin").exists():
+                    atomic.replace(self.path / "config.gin", self._config_text.encode())
+                lines = self._follow_files()
+        except BaseException:
+            self._lock.release()
+            raise
+        return {"token": self._lock.holder.token, "lines": lines}
+
+    def _follow_files(self) -> int:
+        """Finds the ends of the files that grow; the number of complete lines of metrics."""
+        path = self.path / "metrics.jsonl"
+        whole = _whole_lines(path)
+        self._metrics = pending_writes.Appended(path, end=sum(map(len, whole)))
+        self._events = pending_writes.Appended(events.next_file(self.path / "tensorboard"), end=0)
+        self._headed = False
+        self._outbox = pending_writes.Outbox()
+        self._outbox.follow(self._metrics)
+        self._outbox.follow(self._events)
+        return len(whole)
+
+    def _refuse_other_contents(self) -> None:
+        held = {path.name for path in self.path.iterdir()}
+        if "config.gin" not in held and held - _REMAINS:
+            raise FileExistsError(
+                f"{self.path} is not empty and not a run directory (it has {', '.join(sorted(held - _REMAINS)[:5])}); "
+                "choose another MODEL_DIR."
+            )
+
+    def _begin(self, contents: Mapping[str, Any], *, step: int, accept_changes: bool) -> None:
+        self._check()
+        config = self.path / "config.gin"
+        new = json.loads(json.dumps(contents))
+        old, damage = self._manifest_before(step=step, accept_changes=accept_changes)
+        changed, notes = manifest.changes(
+            old, new, old_config=config.read_text("utf-8", "replace"), new_config=self._config_text
+        )
+        changed = damage + changed
+        if changed and not accept_changes:
+            self._refuse_changes(changed, notes)
+        here = {"git_revision": manifest.git_revision(), "versions": dict(manifest.versions())}
+        new |= here
+        here |= {name: new[name] for name in ("mesh", "devices") if name in new}
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        start = {"step": step, "host": self._lock.holder.host, "time": now, **here}
+        accepted = list((old or {}).get("accepted_changes", []))
+        if changed:
+            log.warning("Going on with changes:\n%s", "\n".join(changed))
+            accepted.append({"step": step, "time": now, "diff": changed})
+        new |= {"accepted_changes": accepted, "starts": [*(old or {}).get("starts", []), start]}
+        if old is not None and (other := manifest.announced(old, new)):
+            log.info("Not as at the last start: %s.", "; ".join(other))
+        with _refusing(self.path):
+            # In this order: a directory without config.gin would be nobody's.
+            atomic.replace(config, self._config_text.encode())
+            atomic.replace(self.path / MANIFEST, (json.dumps(new, indent=1, sort_keys=True) + "\n").encode())
+
+    def _manifest_before(self, *, step: int, accept_changes: bool) -> tuple[dict[str, Any] | None, list[str]]:
+        """The manifest of the start before, and what to say where there is none that can be read but should be."""
+        if not (self.path / MANIFEST).exists():
+            if step == 0:
+                return None, []
+            damage = f"{self.path / MANIFEST} is missing, and checkpoints go up to step {step}"
+            if not accept_changes:
+                raise FileNotFoundError(
+                    f"{damage}: nothing tells whether data and settings are still the same. Put it back from a copy, "
+                    "or go on without knowing, with --accept_changes."
+                )
+            return None, [damage]
+        try:
+            return manifest.read(self.path), []
+        except ValueError as error:
+            if not accept_changes:
+                raise
+            return None, [str(error)]
+
+    def _refuse_changes(self, changed: list[str], notes: list[str]) -> None:
+        more = [f"({len(changed) - _SHOWN} more lines)"] if len(changed) > _SHOWN else []
+        raise FileExistsError(
+            f"{self.path} holds a run with another configuration, other data or other defaults of the code:\n"
+            + "\n".join([*changed[:_SHOWN], *more, *notes])
+            + "\nRepeat the existing configuration with the same data to resume it, choose another MODEL_DIR, or go on "
+            f"with the changes by --accept_changes, which writes them into {MANIFEST}."
+        )
+
+    def _truncate(self, lines: int) -> int:
+        self._check()
+        path = self.path / "metrics.jsonl"
+        whole = _whole_lines(path)
+        kept = whole[:lines]
+        parsed = [_parse(line, path=path, number=number) for number, line in enumerate(kept, start=1)]
+        if len(kept) < lines:
+            last = f"the last is of step {parsed[-1]['step']}" if parsed else "there is none"
+            log.warning(
+                "%s has %d lines, and the checkpoint was saved after %d (%s): the others never came to disk, or were "
+                "taken away. The run goes on without them.",
+                path,
+                len(kept),
+                lines,
+                last,
+            )
+        size = sum(map(len, kept))
+        if path.exists() and path.stat().st_size != size:
+            with _refusing(self.path), path.open("r+b") as file:
+                file.truncate(size)
+        return self._follow_files()
+
+    def _check(self) -> None:
+        if self._given_up is None:
+            try:
+                self._lock.check()
+            except lock.TakenOverError as error:
+                self._given_up = error
+        if self._given_up is not None:  # for good, even if the other one is gone again: it may have written
+            raise self._given_up
+
+    def _write(self) -> dict[Path, OSError]:
+        """Tries to write what waits; says once that it cannot be, and once that it has been."""
+        try:
+            self._check()
+            failed = self._outbox.write()
+        except lock.TakenOverError:
+            raise
+        except OSError as error:  # not even the lock can be read
+            failed = dict.fromkeys(self._outbox.waiting(), error)
+        if failed and not self._failing:
+            path, error = next(iter(failed.items()))
+            log.warning(
+                "Cannot write %s: %s. What is to be written waits in memory, and is tried again each time something "
+                "is; training goes on.",
+                path,
+                _reason(error),
+            )
+        elif self._failing and not failed:
+            log.info("%s can be written again; everything that waited is on disk.", self.path)
+        self._failing = bool(failed)
+        return failed
+
+    # ------------------------------------------------------------------ on the others
+
+    def _refuse_another_folder(self, token: str) -> None:
+        """What the first process wrote has to be there, or checkpoints would fall to pieces."""
+        deadline = time.monotonic() + _SEEN_WITHIN
+        while True:
+            with contextlib.suppress(OSError):
+                holder = lock.read(self._lock.path)
+                if holder is not None and holder.token == token:
+                    return
+            if time.monotonic() > deadline:
+                raise FileNotFoundError(
+                    f"{self.path} on {hosts.describe()} is not the folder that process 0 writes to; MODEL_DIR must be "
+                    "one that all hosts share (a network file system or a mounted bucket)."
+                )
+            time.sleep(0.2)
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """Lines of a run's metrics.jsonl; a last line without its end is left out. ValueError names a damaged line."""
+    file = Path(path) / "metrics.jsonl"
+    return [_parse(line, path=file, number=number) for number, line in enumerate(_whole_lines(file), start=1)]
+
+
+def read_scores(path: str | Path) -> dict[int, float]:
+    """The validation metric that the best checkpoint is chosen by, per step; {} where nothing was validated."""
+    if not (Path(path) / "metrics.jsonl").exists() or not (Path(path) / MANIFEST).exists():
+        return {}
+    metric = manifest.read(path).get("run", {}).get("primary_metric")
+    lines = [line for line in read_metrics(path) if line["kind"] == "validation" and metric in line]
+    return {line["step"]: line[metric] for line in lines}
+
+
+def _whole_lines(path: Path) -> list[bytes]:
+    """Lines with their ends; a last one without is cut short, and left out."""
+    if not path.exists():
+        return []
+    data = path.read_bytes()
+    return [line + b"\n" for line in data.split(b"\n")[:-1]]
+
+
+def _parse(line: bytes, *, path: Path, number: int) -> dict[str, Any]:
+    where = f"{path}:{number}"
+    try:
+        found = json_files.parse_json(json_files.decoded(line, where), where)
+        values = {**found} if isinstance(found, dict) else {}
+        kind, step = values.pop("kind", None), values.pop("step", None)
+        numbers = all(type(x) in (int, float) and (abs(x) < 1e300 or x != x) for x in values.values())
+        if not isinstance(kind, str) or type(step) is not int or step < 0 or not numbers:
+            raise ValueError(
+                f"{where}: got {json_files.brief(found)}; "
+                'expected {"kind": text, "step": whole number, name: number}.'
+            )
+    except ValueError as error:
+        raise ValueError(
+            f"{error} Put the file back from a copy; or delete the line, without which the run can be read and resumed."
+        ) from None
+    return found
+
+
+@contextlib.contextmanager
+def _refusing(path: Path) -> Iterator[None]:
+    """At the start an error of the disk is one for the user, with the path and the reason."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:  # not the system's, but with a text of its own
+            raise
+        raise OSError(
+            f"{path} cannot be written to: {_reason(error)}. Mend that, or choose another MODEL_DIR."
+        ) from error
+
+
+def _reason(error: OSError) -> str:
+    return error.strerror or str(error)

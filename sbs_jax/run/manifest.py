@@ -1,0 +1,215 @@
+"""manifest.json: what a run is made of; and what of it, or of its configuration, is another when it is resumed.
+
+What decides the numbers may not change: configuration, records, vocabulary, lengths, defaults of the code. Where and
+how they are computed may: directories, mesh, layers, devices, versions, which checkpoints are kept.
+"""
+
+import difflib
+import functools
+import importlib.metadata
+import json
+import platform
+import subprocess
+import types
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+NAME = "manifest.json"
+_REPORTED = (
+    *("sbs-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "seqio", "tensorflow", "tensorflow-text"),
+    *("tensorflow-datasets", "sentencepiece", "numpy"),
+)
+# Fields of TrainConfig, and macros that carry their values, that say where and how a run is computed.
+_WHERE = {"model_dir": "MODEL_DIR"}
+_HOW = {
+    "layout": None,
+    "execution": None,
+    "vocabulary_chunks": "VOCABULARY_CHUNKS",
+    "checkpoint_period": "CHECKPOINT_PERIOD",
+    "keep_checkpoints": "KEEP_CHECKPOINTS",
+    "keep_best": "KEEP_BEST",
+    "keep_period": "KEEP_PERIOD",
+    "stall_seconds": "STALL_SECONDS",
+    "save_patience": "SAVE_PATIENCE",
+    "skip_non_finite": "SKIP_NON_FINITE",  # decides only where the run would have stopped
+}
+# Where the best checkpoint is not kept, what is kept decides which one is tested.
+_KEEPING = ("checkpoint_period", "keep_checkpoints", "keep_best", "keep_period")
+_MACROS = ("RECORDS_DIR", "SLICES", "TENSOR", "LAYERS", "REMAT", *(macro for macro in _HOW.values() if macro))
+_BINDINGS = ("datasets.DataOptions.records_dir", "partitioning.Layout.", "t5.Execution.")
+_VOCABULARY = ("VOCABULARY =", "datasets.DataOptions.vocabulary =")
+# Settings that are paths, absolute or not.
+_PATHS = ("records_dir", "model_dir", "initial_checkpoint_path", "vocabulary")
+_STEADY = 1e-6  # of the highest rate: what rounding on another device may make of a schedule
+
+
+def read(run_dir: str | Path) -> dict[str, Any]:
+    """The manifest of a run. FileNotFoundError where there is none, ValueError where it is damaged."""
+    path = Path(run_dir) / NAME
+    if not path.exists():
+        raise FileNotFoundError(f"{run_dir} is not a run directory: it has no {NAME}.")
+    try:
+        found = json.loads(path.read_bytes())
+        if not isinstance(found, dict) or not isinstance(found.get("data"), dict):
+            raise ValueError("it is not what `sbs train` writes")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{path} is damaged ({error}). Put it back from a copy; or repeat the run's `sbs train` command with "
+            "--accept_changes, which writes it anew without knowing what the run was begun with."
+        ) from None
+    return found
+
+
+@functools.cache
+def git_revision() -> str:
+    """Revision of the checkout this code runs from, with `-dirty` if it is changed; or why there is none."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"unknown ({error})"
+    return done.stdout.strip() if done.returncode == 0 else "unknown (not a git checkout)"
+
+
+@functools.cache
+def versions() -> Mapping[str, str]:
+    """Versions of Python and of what the numbers depend on."""
+    found = {"python": platform.python_version()}
+    for name in _REPORTED:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return types.MappingProxyType(found)
+
+
+def elsewhere(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """A manifest as it goes to others: of files and folders of this machine, their names alone."""
+
+    def named(value: Any, *, is_path: bool = False) -> Any:
+        if isinstance(value, Mapping):
+            return {name: named(each, is_path=name in _PATHS) for name, each in value.items()}
+        if isinstance(value, list | tuple):
+            return [named(each) for each in value]
+        return name_of(value) if isinstance(value, str) and (is_path or value.startswith("/")) else value
+
+    return named(manifest)
+
+
+def name_of(path: str) -> str:
+    """A path's last name without where it lies on this machine; a bucket's address is everybody's."""
+    if "://" in path or not path.strip("/"):
+        return path
+    parts = Path(path).parts
+    return "/".join(parts[-2:]) if parts[-1].startswith("checkpoint_") else parts[-1]
+
+
+def changes(
+    old: Mapping[str, Any] | None, new: Mapping[str, Any], *, old_config: str, new_config: str
+) -> tuple[list[str], list[str]]:
+    """What may not change and did, as lines of two unified diffs; and notes about files that are gone.
+
+    `old` is None where there is no manifest to compare with. Both are as JSON has them (no tuples).
+    """
+    same_vocabulary = (
+        old is not None and _vocabulary_hash(old) is not None and _vocabulary_hash(old) == _vocabulary_hash(new)
+    )
+    texts = [_meaning(text, without_vocabulary=same_vocabulary) for text in (old_config, new_config)]
+    found = _diff(*texts, name="config.gin")
+    if old is None:
+        return found, []
+    kept = [dict(_flat(_decisive(manifest, without_vocabulary=same_vocabulary))) for manifest in (old, new)]
+    _settle_schedule(*kept)
+    lines = [[f"{name} = {json.dumps(value)}" for name, value in sorted(of_one.items())] for of_one in kept]
+    return [*found, *_diff(*lines, name=NAME)], _gone(old, new)
+
+
+def announced(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """What may change and did: versions, revision, devices, mesh, as "jax 0.9.0 -> 0.9.1"."""
+    parts = ("git_revision", "versions", "mesh", "devices")
+    before, after = (dict(_flat({name: of.get(name) for name in parts})) for of in (old, new))
+    return [
+        f"{name.removeprefix('versions.')} {_brief(before.get(name))} -> {_brief(after.get(name))}"
+        for name in sorted({*before, *after})
+        if before.get(name) != after.get(name)
+    ]
+
+
+def _brief(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _diff(old: list[str], new: list[str], *, name: str) -> list[str]:
+    lines = difflib.unified_diff(old, new, f"{name} of the run", f"{name} as requested", lineterm="", n=0)
+    return [line for line in lines if not line.startswith("@@")]
+
+
+def _meaning(text: str, *, without_vocabulary: bool) -> list[str]:
+    """Bindings of a configuration without comments, and without where and how it runs."""
+    fields = tuple(f"train.TrainConfig.{field} =" for field in (*_WHERE, *_HOW))
+    macros = tuple(f"{macro} =" for macro in (*_WHERE.values(), *_MACROS))
+    # Modules may move; what is bound, and to what, may not change.
+    left_out = ("import ", "from ", *fields, *macros, *_BINDINGS, *(_VOCABULARY if without_vocabulary else ()))
+    kept, dropping = [], False
+    for line in map(str.rstrip, text.splitlines()):
+        if line and not line.startswith("#"):
+            if not line.startswith(" "):  # a binding begins; others go on with its value
+                dropping = line.startswith(left_out)
+            if not dropping:
+                kept.append(line)
+    return kept
+
+
+def _decisive(manifest: Mapping[str, Any], *, without_vocabulary: bool) -> dict[str, Any]:
+    """The part of a manifest that may not change, each fact once."""
+    data = manifest.get("data", {})
+    paths = {"records_dir", "vocabulary"} if without_vocabulary else {"records_dir"}
+    run, settings = manifest.get("run", {}), manifest.get("settings", {})
+    dropped = {*run, *_WHERE, *_HOW, "data"}
+    if settings.get("keep_best", 1) == 0:
+        dropped -= set(_KEEPING)
+    return {
+        "data": {**data, "options": {k: v for k, v in data.get("options", {}).items() if k not in paths}},
+        "lengths": manifest.get("lengths"),
+        "run": run,
+        "settings": {name: value for name, value in settings.items() if name not in dropped},
+        "parameters": {
+            name: f"{leaf.get('dtype')} {leaf.get('shape')}" for name, leaf in manifest.get("parameters", {}).items()
+        },
+    }
+
+
+def _flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """{"a": {"b": 1}} as ("a.b", 1)."""
+    if isinstance(tree, Mapping) and tree:
+        for name, value in tree.items():
+            yield from _flat(value, f"{prefix}.{name}" if prefix else str(name))
+    else:
+        yield prefix, tree
+
+
+def _settle_schedule(old: dict[str, Any], new: dict[str, Any]) -> None:
+    """Gives the new values of the schedule those of old where they differ by rounding alone."""
+    names = [name for name in old if name.startswith("settings.learning_rate.")]
+    numbers = [old[name] for name in names if isinstance(old[name], float)]
+    for name in names:
+        both = isinstance(old[name], float) and isinstance(new.get(name), float)
+        if both and abs(old[name] - new[name]) <= _STEADY * max(map(abs, numbers)):
+            new[name] = old[name]
+
+
+def _vocabulary_hash(manifest: Mapping[str, Any]) -> str | None:
+    return manifest.get("data", {}).get("vocabulary_sha256")
+
+
+def _gone(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """A sentence for each file of records that the run was begun with and that is not there."""
+    folder = Path(new["data"]["options"]["records_dir"]) / new["data"]["dataset"]
+    files = {split.get("file", ""): split.get("sha256") for split in old["data"].get("splits", {}).values()}
+    return [
+        f"{folder / file} is gone (SHA-256 {sha256}); put it back, or write it again with `sbs records`."
+        for file, sha256 in files.items()
+        if not (folder / file).exists()
+    ]

@@ -1,0 +1,269 @@
+"""One checkpoint: a directory that has its name when all of it is on disk, written in the background.
+
+`checkpoints.py` says which ones there are, and reads them.
+"""
+
+import asyncio
+import concurrent.futures
+import gc
+import json
+import logging
+import os
+import re
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Callable, Coroutine, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+
+from sbs_jax import hosts
+from sbs_jax.storage import checksums
+
+log = logging.getLogger(__name__)
+
+PARAMETERS, OPTIMIZER, METADATA = "parameters", "optimizer", "metadata"
+WRITING = ".writing"  # end of the name until then
+_WORD = ".written"  # end of the name of a file in which a process says how it went
+_WORTH_COLLECTING = 32_000_000  # bytes of a failed save; collecting garbage takes half a second
+_SEEN_WITHIN = 60.0  # seconds in which a network file system shows a file to another host
+
+
+class Save:
+    """One save: arrays on the host, threads that write them, and what comes last.
+
+    Orbax's handlers write arrays; its checkpointers, which put directories in place, are not used: where one process
+    fails, theirs leave the others in a barrier for ten minutes. Here every process leaves word in the directory when
+    its part is written, and process 0 finishes; it is told of the others' failures when all wait for the save.
+    """
+
+    def __init__(
+        self, step: int, place: Path, *, handler: ocp.PyTreeCheckpointHandler, arrays: Any, metadata: dict[str, Any]
+    ) -> None:
+        self.step = step
+        self._handler = handler
+        self._metadata = metadata
+        self._size = size(arrays)
+        self._temporary, self._final = place, place.parent / str(step)
+        self._error: BaseException | None = None
+        self._own_part, self._told = threading.Event(), threading.Event()
+        self._futures: list[Any] = []
+        try:
+            for item, tree in arrays.items():
+                copied = handler.async_save(epath.Path(self._temporary / item), args=ocp.args.PyTreeSave(tree))
+                self._futures += _run(copied) or []
+        except Exception as error:
+            self._error = _storage_error(error)
+            if self._error is None:
+                raise
+
+    def start(self, then: Callable[[], None], failed: Callable[[str], None]) -> None:
+        """On process 0 `then` is called when the checkpoint is on disk, `failed` with the reason when it cannot be."""
+        self._then, self._failed = then, failed
+        self._began = time.monotonic()
+        self._thread = threading.Thread(target=self._write, name=f"checkpoint of step {self.step}", daemon=True)
+        self._thread.start()
+
+    def wait(self) -> str | None:
+        """Why it is not on disk, None if it is; the same on every process."""
+        self._own_part.wait()
+        failures = hosts.from_all(None if self._error is None else checksums.reason(self._error))
+        for index, failure in enumerate(failures):
+            if failure is not None and self._error is None:
+                self._error = OSError(f"process {index}: {failure}")
+        self._told.set()
+        self._thread.join()
+        if self._error is not None and not isinstance(self._error, OSError):
+            raise self._error
+        if self._error is not None:
+            if hosts.is_first():
+                remove(self._temporary)  # of several processes, none writes there any more
+            if self._size > _WORTH_COLLECTING:
+                gc.collect()
+        return hosts.from_first(lambda: None if self._error is None else checksums.reason(self._error))
+
+    def _write(self) -> None:
+        for future in self._futures:  # all of them: nothing may be writing when the directory is removed
+            try:
+                future.result()
+            except Exception as error:
+                self._error = self._error or _storage_error(error) or error
+        self._futures = []
+        try:
+            if not hosts.is_first():
+                self._leave_word()
+                return
+            self._own_part.set()
+            if self._error is None:
+                self._complete()
+        except Exception as error:
+            self._error = self._error or _storage_error(error) or error
+        finally:
+            self._own_part.set()
+        if self._error is None:
+            self._then()
+            return
+        if not hosts.waited_for():
+            remove(self._temporary)
+        if isinstance(self._error, OSError):
+            self._failed(checksums.reason(self._error))
+
+    def _complete(self) -> None:
+        """Waits for the others' parts and puts the directory in place."""
+        self._hear_from_others()
+        for item in (PARAMETERS, OPTIMIZER):
+            if (self._temporary / item).is_dir():
+                self._handler.finalize(epath.Path(self._temporary / item))
+        written = time.monotonic()
+        total = complete(self._temporary, metadata=self._metadata)
+        self._temporary.rename(self._final)
+        checksums.sync_directory(self._final.parent)
+        now = time.monotonic()
+        log.info(
+            "Checkpoint of step %d: %s on disk after %.2f s, %.2f s of them for checksums.",
+            *(self.step, megabytes(total), now - self._began, now - written),
+        )
+
+    def _leave_word(self) -> None:
+        """A line, which is empty where all is well."""
+        text = "" if self._error is None else checksums.reason(self._error)
+        (self._temporary / f"{jax.process_index()}{_WORD}").write_text(f"{text}\n", "utf-8")
+
+    def _hear_from_others(self) -> None:
+        deadline = None
+        missing = {index: self._temporary / f"{index}{_WORD}" for index in range(1, jax.process_count())}
+        while missing:
+            for index, file in list(missing.items()):
+                word = file.read_text("utf-8") if file.exists() else ""
+                if word.strip():
+                    raise OSError(f"process {index}: {word.strip()}")
+                if word:
+                    file.unlink()
+                    del missing[index]
+            if self._error is not None:
+                raise self._error
+            if self._told.is_set() and deadline is None:
+                deadline = time.monotonic() + _SEEN_WITHIN
+            if deadline is not None and time.monotonic() > deadline:
+                raise OSError(f"what the other processes wrote to {self._temporary} is not to be seen here")
+            if missing:
+                time.sleep(0.05)
+
+
+def array_handler() -> ocp.PyTreeCheckpointHandler:
+    # Trained float32 compresses by 8 %, for four times the work.
+    return ocp.PyTreeCheckpointHandler(use_compression=False)
+
+
+def restore(handler: ocp.PyTreeCheckpointHandler, directory: Path, *, like: Any) -> Any:
+    arguments = ocp.checkpoint_utils.construct_restore_args(like)
+    return handler.restore(epath.Path(directory), args=ocp.args.PyTreeRestore(like, restore_args=arguments))
+
+
+def complete(directory: Path, *, metadata: Mapping[str, Any]) -> int:
+    """Adds metadata and checksums to a step whose arrays are written; returns its bytes."""
+    (directory / METADATA / "metadata").write_text(json.dumps(metadata), "utf-8")
+    return checksums.write(directory)
+
+
+def _run(coroutine: Coroutine[Any, Any, Any]) -> Any:
+    """What a coroutine returns; in a thread of its own, since a notebook has a loop running in this one.
+
+    Not `asyncio.run`: what it does at the end looks at the tasks of other threads' loops, of which Orbax has some.
+    """
+
+    def run() -> Any:
+        loop = asyncio.new_event_loop()
+        try:
+            return loop.run_until_complete(coroutine)
+        finally:
+            loop.close()
+
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        return pool.submit(run).result()
+
+
+def _storage_error(error: BaseException) -> OSError | None:
+    """The error if it is one of the storage; TensorStore has them as ValueError: 'RESOURCE_EXHAUSTED: ..'."""
+    if isinstance(error, OSError):
+        # Anew, since a stack trace would hold the arrays.
+        return OSError(error.errno, error.strerror, error.filename) if error.strerror else OSError(str(error))
+    text = str(error)
+    if code := re.search(r"os_error_code='(\d+)'", text):
+        path = re.search(r'"(/[^"]*)"', text)
+        return OSError(int(code[1]), os.strerror(int(code[1])), path[1] if path else None)
+    return OSError(text) if isinstance(error, ValueError) and re.match(r"[A-Z_]{5,}: ", text) else None
+
+
+def remove(path: Path) -> None:
+    """Removes a directory as far as that is possible; writes that have not ended may put files into it meanwhile."""
+    for _ in range(10):
+        shutil.rmtree(path, ignore_errors=True)
+        if not path.exists():
+            return
+        time.sleep(0.05)
+
+
+def size(tree: Any) -> int:
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+
+
+def free(path: Path) -> int | None:
+    """Bytes free at a path; None where its file system does not know, as that of a mounted bucket."""
+    try:
+        usage = shutil.disk_usage(path)
+    except OSError:
+        return None
+    return usage.free if usage.total else None
+
+
+def megabytes(count: int) -> str:
+    return f"{count / 1e6:,.1f} MB"
+
+
+def read_json(directory: Path) -> dict[str, Any]:
+    return json.loads((directory / METADATA / "metadata").read_text("utf-8"))
+
+
+# ------------------------------------------------------------------------------------ Orbax after a failed write
+#
+# Where one array cannot be written, Orbax closes its event loop under the writes of the others. They hold their arrays
+# until they are collected as garbage (`Save.wait`), and all that they say repeats the error that reaches us anyway.
+
+
+def _of_abandoned_writes(text: str) -> bool:
+    theirs = "orbax" in text or "ocdbt" in text
+    return theirs and any(part in text for part in ("_SignalingThread.run() raised", "never retrieved", "pending"))
+
+
+class _Abandoned(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        # Garbage is collected anywhere, also inside the parser, which formatting a traceback would enter again (Python
+        # 3.11 fails then): so the traceback's files are looked at, and not its text.
+        words = [record.getMessage(), record.pathname]
+        _, error, place = record.exc_info or (None, None, None)
+        words.append(str(error))
+        while place is not None:
+            words.append(place.tb_frame.f_code.co_filename)
+            place = place.tb_next
+        return record.levelno < logging.ERROR or not _of_abandoned_writes("\n".join(words))
+
+
+def _quiet_hook(otherwise: Callable[[Any], Any]) -> Callable[[Any], None]:
+    def hook(ignored: Any) -> None:
+        code = getattr(ignored.object, "cr_code", None)
+        closed = isinstance(ignored.exc_value, RuntimeError) and str(ignored.exc_value) == "Event loop is closed"
+        if not closed and "orbax" not in getattr(code, "co_filename", ""):
+            otherwise(ignored)
+
+    return hook
+
+
+for _name in ("absl", "asyncio"):
+    logging.getLogger(_name).addFilter(_Abandoned())
+sys.unraisablehook = _quiet_hook(sys.unraisablehook)

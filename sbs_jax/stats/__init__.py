@@ -1,0 +1,1 @@
+"""Results of runs, intervals and comparisons, as numbers."""

@@ -1,0 +1,83 @@
+"""What training cost and what an answer costs, from what the runs wrote down; nothing is taken from elsewhere."""
+
+import re
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+
+from sbs_jax.stats.results import Result
+from sbs_jax.stats.summary import Group
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """Of one group of seeds, means over them.
+
+    Attributes:
+      devices: what it trained on, "8 x TPU v5 lite"; "not known" where the manifest does not say.
+      device_hours: seconds of the training steps (with compilation, without evaluation) times devices.
+      training_flops: model FLOPs of one run: updates x what the model's definition asks for at the batch and the
+        lengths of the manifest, padding counted (`sbs_jax.student.flops`); None where adapters train only a part, or
+        where the manifest is of an older version.
+      parameters: read once for each token of an answer; None where the manifest does not say.
+    """
+
+    devices: str
+    device_hours: float
+    training_flops: int | None
+    parameters: int | None
+
+
+def cost(group: Group) -> Cost:
+    first = group.results[0]
+    flops = {_training_flops(result) for result in group.results}
+    parameters = {result.manifest.get("parameter_count") for result in group.results}
+    kinds = {_devices(result) for result in group.results}
+    return Cost(
+        devices=" or ".join(sorted(kinds)),
+        device_hours=float(np.mean([r.train_seconds * max(1, len(_names(r))) / 3600 for r in group.results])),
+        training_flops=next(iter(flops)) if len(flops) == 1 else None,
+        parameters=first.manifest.get("parameter_count") if len(parameters) == 1 else None,
+    )
+
+
+def _names(result: Result) -> list[str]:
+    return [str(name) for name in result.manifest.get("devices", [])]
+
+
+def _devices(result: Result) -> str:
+    """["TPU_0(process=0,(0,0,0,0))", ..] of 8 devices is "8 x TPU"."""
+    kinds = Counter((re.match(r"[A-Za-z]+", name) or [name])[0][:20] for name in _names(result))
+    return ", ".join(f"{count} x {kind.upper()}" for kind, count in sorted(kinds.items())) or "not known"
+
+
+def _training_flops(result: Result) -> int | None:
+    settings, lengths = result.manifest.get("settings"), result.manifest["run"].get("task_feature_lengths")
+    model = result.manifest.get("model")
+    if not isinstance(settings, dict) or settings.get("tuning") is not None or not isinstance(model, dict):
+        return None
+    from sbs_jax.student import (
+        flops,
+        t5,  # a second to import
+    )
+
+    try:
+        of_one = flops.training_flops(
+            t5.T5Config.of(model), rows=settings["batch_size"], inputs=lengths["inputs"], targets=lengths["targets"]
+        )
+    except (TypeError, ValueError, KeyError):  # a manifest of another version: a report can do without
+        return None
+    return of_one * result.updates
+
+
+def compact(count: int | float) -> str:
+    """A count of parameters or operations in three figures.
+
+    >>> compact(247_577_856), compact(9_012_992), compact(540e9), compact(3.2e18), compact(950)
+    ('248M', '9.01M', '540B', '3.2e18', '950')
+    """
+    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if 0.9995 * size <= count < 999.5e9:
+            return f"{count / size:.{2 if count < 9.995 * size else 1 if count < 99.95 * size else 0}f}{letter}"
+    return f"{count:.0f}" if count < 1000 else f"{count:.1e}".replace("e+", "e")

@@ -1,0 +1,156 @@
+"""A summary in words, generated from its numbers, whichever way they point."""
+
+from collections.abc import Sequence
+
+from sbs_jax.stats.study import Study
+from sbs_jax.stats.summary import Comparison, Summary
+
+MINUS = "\N{MINUS SIGN}"
+
+
+def headline_of_all(study: Study) -> str:
+    """The result of several datasets or sizes in one sentence: how often a method is ahead of its reference."""
+    if len(study.summaries) == 1:
+        return headline(study.summaries[0])
+    found = [c for summary in study.summaries for c in summary.comparisons]
+    where = listed(study.datasets) if len(study.datasets) < 5 else f"{len(study.datasets)} datasets"
+    if not found:
+        return f"Test accuracies on {where}"
+    method = min(found, key=lambda c: not c.method.startswith("step-by-step")).method
+    reference = next(c.reference for c in found if c.method == method)
+    these = [c for c in found if (c.method, c.reference) == (method, reference)]
+    ahead, behind = ([c for c in these if c.verdict == verdict] for verdict in ("ahead", "behind"))
+    of = f"{len(these)} comparison{'s' * (len(these) != 1)} on {where}"
+    if not ahead and not behind:
+        return f"No difference shown between {method} and {reference} in any of {of}"
+    return (
+        f"{capital(method)} is ahead of {reference} in {len(ahead) or 'none'} of {of}{_not_by_holm(ahead)}, behind in "
+        f"{len(behind) or 'none'}{_not_by_holm(behind)}"
+    )
+
+
+def _not_by_holm(comparisons: Sequence[Comparison]) -> str:
+    """A reservation, where a difference that is shown is not once p is corrected for the number of comparisons."""
+    lost = [c for c in comparisons if c.verdict != "no difference shown" and c.p_holm >= 0.05]
+    if not lost:
+        return ""
+    if len(comparisons) == 1:
+        return f" (not by Holm's correction: p = {named_p(lost[0].p_holm)})"
+    kept = len(comparisons) - len(lost)
+    return f" ({kept or 'none'} of them by Holm's correction)"
+
+
+def headline(summary: Summary) -> str:
+    """The result in one sentence, from the first comparison (step-by-step where there is one)."""
+    if not summary.comparisons:
+        parts = [f"{g.method} {g.accuracy:.1f} % with {of_data(g.fraction)}" for g in summary.groups]
+        return f"Test accuracy on {summary.dataset}: {listed(parts)}"
+    method = min(summary.comparisons, key=lambda c: not c.method.startswith("step-by-step")).method
+    found = [c for c in summary.comparisons if c.method == method]
+    ours, theirs = capital(method), found[0].reference
+    if len(found) == 1:
+        return _finding(found[0])
+    if all(c.verdict == "no difference shown" for c in found):
+        amounts = f"at any of {len(found)} amounts of data"
+        return f"No difference shown between {method} and {theirs}, {amounts}{_one_seed(found)}"
+    for verdict, winner, loser in (("ahead", ours, theirs), ("behind", capital(theirs), method)):
+        if all(c.verdict == verdict for c in found):
+            points = sorted(abs(c.difference) for c in found)
+            return (
+                f"{winner} is ahead of {loser} at all {len(found)} amounts of data, by {points[0]:.1f} to "
+                f"{points[-1]:.1f} points{_one_seed(found)}"
+            )
+    phrases = []
+    for verdict, phrase in (
+        ("ahead", f"{method} is ahead of {theirs} at {{}} of the data"),
+        ("behind", f"{theirs} is ahead of {method} at {{}} of the data"),
+        ("no difference shown", "no difference shown at {}"),
+    ):
+        shares = [percent(c.fraction) for c in found if c.verdict == verdict]
+        if shares:
+            phrases.append(phrase.format(listed(shares)))
+    return capital("; ".join(phrases)) + _one_seed(found)
+
+
+def sentences(summary: Summary) -> list[str]:
+    """Every comparison in a sentence, then how little data does as well as more, then the reference lines."""
+    found = [f"{_finding(comparison)}{_not_by_holm([comparison])}." for comparison in summary.comparisons]
+    found += _savings(summary)
+    if summary.teacher_accuracy is not None:
+        best = max(summary.groups, key=lambda group: group.accuracy)
+        found.append(
+            f"The teacher itself has {summary.teacher_accuracy:.1f} % on these test rows; the best student here "
+            f"({best.method} with {of_data(best.fraction)}) has {best.accuracy:.1f} %."
+        )
+    if summary.majority_accuracy is not None:
+        found.append(
+            f"Always answering “{summary.majority_label}”, the most frequent label of the test rows, would have "
+            f"{summary.majority_accuracy:.1f} %."
+        )
+    return found
+
+
+def _finding(c: Comparison) -> str:
+    """One comparison in words, without the full stop."""
+    where = f"with {of_data(c.fraction)}{_one_seed([c])}"
+    if c.verdict == "no difference shown":
+        return (
+            f"No difference shown between {c.method} and {c.reference} {where}: {signed(c.difference)} points "
+            f"[{signed(c.low)}, {signed(c.high)}]"
+        )
+    winner, loser, points, low, high = c.method, c.reference, c.difference, c.low, c.high
+    if c.verdict == "behind":
+        winner, loser, points, low, high = loser, winner, -points, -high, -low
+    return f"{capital(winner)} is ahead of {loser} by {points:.1f} points [{low:.1f}, {high:.1f}] {where}"
+
+
+def _savings(summary: Summary) -> list[str]:
+    """Where a method scores as much with less data as the other does with its most."""
+    found = []
+    pairs = dict.fromkeys((c.method, c.reference) for c in summary.comparisons)
+    for one, other in (pair for method, reference in pairs for pair in ((method, reference), (reference, method))):
+        goal = [group for group in summary.groups if group.method == other][-1]
+        enough = [g for g in summary.groups if g.method == one and g.accuracy >= goal.accuracy]
+        if enough and enough[0].fraction < goal.fraction:
+            found.append(
+                f"{capital(one)} with {of_data(enough[0].fraction)} has {enough[0].accuracy:.1f} %, no "
+                f"less than {other} with {of_data(goal.fraction)} ({goal.accuracy:.1f} %)."
+            )
+    return found
+
+
+def capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def listed(parts: Sequence[str]) -> str:
+    parts = list(parts)
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+
+
+def percent(fraction: float) -> str:
+    return f"{100 * fraction:g} %"
+
+
+def of_data(fraction: float) -> str:
+    return "all of the data" if fraction == 1 else f"{percent(fraction)} of the data"
+
+
+def _one_seed(comparisons: Sequence[Comparison]) -> str:
+    """A reservation, where the interval cannot tell what another seed would have given."""
+    return " (one seed)" if any(len(c.seeds) == 1 for c in comparisons) else ""
+
+
+def signed(points: float) -> str:
+    return f"{points:+.1f}".replace("-", MINUS)
+
+
+def named_p(p: float) -> str:
+    """A p value in two figures; "< 0.0001" where it is smaller.
+
+    >>> named_p(0.0312), named_p(0.5), named_p(0.000004), named_p(1.0)
+    ('0.031', '0.50', '< 0.0001', '1.00')
+    """
+    if p < 0.0001:
+        return "< 0.0001"
+    return f"{p:.2f}" if p >= 0.095 else f"{p:.2g}"

@@ -1,0 +1,59 @@
+"""Paths as a person gives them, to runs: run directories themselves, and folders that hold some."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sbs_jax.run import directory
+from sbs_jax.stats.results import Run, identify, is_tested
+
+
+@dataclass(frozen=True)
+class Found:
+    """The runs below some paths, and what was left out of folders, each with its reason."""
+
+    runs: tuple[Run, ...]
+    left_out: tuple[str, ...]
+
+
+def find(paths: Sequence[str | Path]) -> Found:
+    """Every run of some paths, each once, in the order given and by name within a folder.
+
+    A run directory that is named itself has to be one that a report can use (FileNotFoundError and ValueError say
+    what is wrong). A folder without a manifest.json is searched for run directories; there, one that has no test
+    result yet or is of no known method is left out, and told. Files beside the runs (`runs/*`) are passed over.
+    """
+    runs: dict[str, Run] = {}
+    left_out: list[str] = []
+    for path in map(Path, paths):
+        if path.is_file() and len(paths) > 1:
+            continue
+        inside = [] if (path / directory.MANIFEST).exists() or not path.is_dir() else _run_dirs(path)
+        if not inside:
+            runs.setdefault(os.path.realpath(path), identify(path))
+        for folder in inside:
+            try:
+                run = identify(folder)
+            except ValueError as error:
+                left_out.append(f"{folder}: {error}")
+                continue
+            if is_tested(folder):
+                runs.setdefault(os.path.realpath(folder), run)
+            else:
+                left_out.append(f"{folder}: it has no test result yet.")
+    if not runs:
+        reasons = "".join(f"\n  {text}" for text in left_out)
+        raise ValueError(f"Found no finished run in {', '.join(map(str, paths))}.{reasons}")
+    return Found(tuple(runs.values()), tuple(left_out))
+
+
+def _run_dirs(folder: Path) -> list[Path]:
+    """Folders below that look like run directories, by name; records, which have a manifest too, do not."""
+    found = []
+    for place, names, files in os.walk(folder):
+        names.sort()
+        if directory.MANIFEST in files and ("config.gin" in files or "metrics.jsonl" in files):
+            found.append(Path(place))
+            names.clear()
+    return found

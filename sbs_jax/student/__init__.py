@@ -1,0 +1,1 @@
+"""The student: T5, its loss, its adapters, its decoding, and where its arrays live."""

@@ -1,0 +1,566 @@
+"""Cheaper fine-tuning: what is put on a student, what of it is trained, and how the rest is held.
+
+A `Tuning` (what gin binds; gin_configs/adapters/) may have several parts at once. Kernels are named by patterns: a
+regular expression that matches the whole name of a module (`encoder/layers/0/attention/query`) or the end of it after
+a slash (`query`, `attention/(query|value)`).
+
+    X positions of a prompt or prefix   R rank of a LoRA   W width of a bottleneck; other letters as in t5.py
+"""
+
+import dataclasses
+import difflib
+import functools
+import math
+import re
+import zlib
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+from sbs_jax.student import layers, quantized, stacking, t5
+from sbs_jax.student.partitioning import gathered
+
+BASES = ("float32", "bfloat16", *quantized.FORMS)
+ALL = (".*",)  # kernels of the layers: query, key, value, out, wi or wi_0 and wi_1, wo
+# Words that a prompt or prefix begins as are drawn from so many pieces of the vocabulary, the most frequent ones
+# (Lester et al., 2021), after padding, end and unknown.
+_WORDS = range(3, 5003)
+
+
+# ------------------------------------------------------------------------------------ what can be put on
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoRA:
+    """`W + alpha / rank * A B` (Hu et al., 2021): A [I, R] begins uniform as in PEFT, B [R, O] as zeros.
+
+    `dropout` is applied to what A multiplies. `modules` are patterns of kernels.
+    """
+
+    rank: int
+    alpha: float
+    dropout: float = 0.0
+    modules: Sequence[str] = ("query", "value")
+
+    def __post_init__(self) -> None:
+        _check_whole("LoRA.rank", self.rank)
+        _check_patterns(self, "modules")
+        if isinstance(self.alpha, bool) or not isinstance(self.alpha, int | float) or not 0 < self.alpha < math.inf:
+            raise ValueError(f"LoRA.alpha is {self.alpha!r}; expected a number above 0, such as twice the rank.")
+        if isinstance(self.dropout, bool) or not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"LoRA.dropout is {self.dropout!r}; expected 0 <= rate < 1.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Bottleneck:
+    """`y + up(act(down(y)))` after every sub-layer, before it is added to its input (Houlsby et al., 2019).
+
+    `up` [W, D] begins as zeros; like every matrix of a T5 the two have no bias.
+    """
+
+    width: int
+    activation: str = "gelu"
+
+    def __post_init__(self) -> None:
+        _check_whole("Bottleneck.width", self.width)
+        if self.activation not in layers.ACTIVATIONS:
+            raise ValueError(
+                f"Bottleneck.activation is {self.activation!r}; expected one of {', '.join(layers.ACTIVATIONS)}."
+                f"{_near(str(self.activation), layers.ACTIVATIONS)}"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """Prompt tuning (Lester et al., 2021): `length` vectors [X, D] before the embedded source, which begin as words."""
+
+    length: int
+
+    def __post_init__(self) -> None:
+        _check_whole("Prompt.length", self.length, least=0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Prefix:
+    """Prefix tuning (Li and Liang, 2021): `length` keys and values [X, J] of their own in every attention.
+
+    They begin as those of words, and are trained themselves (not a second network that makes them, as in the paper).
+    `attentions` are patterns: attention, self_attention, encoder_decoder_attention.
+    """
+
+    length: int
+    attentions: Sequence[str] = ("attention", "self_attention", "encoder_decoder_attention")
+
+    def __post_init__(self) -> None:
+        _check_whole("Prefix.length", self.length, least=0)
+        _check_patterns(self, "attentions")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class IA3:
+    """IA3 (Liu et al., 2022): a factor for each column of `key` and `value`, and each row of `wo`; they begin as 1."""
+
+    outputs: Sequence[str] = ("key", "value")
+    inputs: Sequence[str] = ("wo",)
+
+    def __post_init__(self) -> None:
+        _check_patterns(self, "outputs")
+        _check_patterns(self, "inputs")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Biases:
+    """BitFit (Zaken et al., 2021) for a model without biases: one [O] for each kernel, which begins as zeros.
+
+    The only ones that T5 has, of relative positions, are trained with `Tuning.trained = (".*relpos_bias.*",)`.
+    """
+
+    modules: Sequence[str] = ALL
+
+    def __post_init__(self) -> None:
+        _check_patterns(self, "modules")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tuning:
+    """How a student is fine-tuned; the parts that are None are left out. What is not trained is frozen.
+
+    `trained` are patterns of the base's own parameters (".*layer_norm/scale"), `last_layers` so many layers at the end
+    of both stacks, with their final norms. `base` is how the frozen is held: "float32", "bfloat16", or kernels of the
+    layers (patterns `quantized`) as "int8" or "nf4" and all other matrices in bfloat16.
+    """
+
+    base: str = "float32"
+    quantized: Sequence[str] = ALL
+    trained: Sequence[str] = ()
+    last_layers: int = 0
+    lora: LoRA | None = None
+    bottleneck: Bottleneck | None = None
+    prompt: Prompt | None = None
+    prefix: Prefix | None = None
+    ia3: IA3 | None = None
+    biases: Biases | None = None
+
+    def __post_init__(self) -> None:
+        if self.base not in BASES:
+            raise ValueError(
+                f"Tuning.base is {self.base!r}; expected one of {', '.join(BASES)}.{_near(str(self.base), BASES)}"
+            )
+        _check_patterns(self, "quantized", "trained")
+        _check_whole("Tuning.last_layers", self.last_layers, least=0)
+        if not any((self.trained, self.last_layers, *(getattr(self, name) is not None for name in PARTS))):
+            raise ValueError(
+                "Tuning trains nothing; give it one of trained, last_layers, lora, bottleneck, prompt, prefix, ia3 and "
+                "biases (gin_configs/adapters/), or leave it out to train everything."
+            )
+
+    @classmethod
+    def of(cls, saved: Mapping[str, Any] | None) -> "Tuning | None":
+        """Inverse of `dataclasses.asdict`, also after JSON."""
+        if saved is None:
+            return None
+        parts = {name: None if saved[name] is None else part(**saved[name]) for name, part in PARTS.items()}
+        return cls(**{**saved, **parts})
+
+
+PARTS = {"lora": LoRA, "bottleneck": Bottleneck, "prompt": Prompt, "prefix": Prefix, "ia3": IA3, "biases": Biases}
+
+
+def _check_whole(name: str, value: Any, *, least: int = 1) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name} is {value!r}; expected a whole number of at least {least}.")
+
+
+def _check_patterns(owner: Any, *names: str) -> None:
+    """Patterns as a tuple (gin and JSON have lists), each of which can be read."""
+    for name in names:
+        patterns = getattr(owner, name)
+        if isinstance(patterns, str) or not all(isinstance(pattern, str) for pattern in patterns):
+            raise ValueError(f"{type(owner).__name__}.{name} is {patterns!r}; expected patterns: ['query', 'value'].")
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{type(owner).__name__}.{name}: {pattern!r} is no pattern ({error}).") from error
+        object.__setattr__(owner, name, tuple(patterns))
+
+
+# ------------------------------------------------------------------------------------ modules
+
+
+class LoRAModule(nnx.Module):
+    def __init__(self, dense: layers.Dense, shape: tuple[int, int], *, lora: LoRA) -> None:
+        self.axes = ((dense.axes[0], "adapter"), ("adapter", dense.axes[1]))
+        self.a = nnx.Param(jnp.zeros((shape[0], lora.rank), jnp.float32), axes=self.axes[0])
+        self.b = nnx.Param(jnp.zeros((lora.rank, shape[1]), jnp.float32), axes=self.axes[1])
+        self.scaling = lora.alpha / lora.rank
+        self.rate = lora.dropout
+
+    def __call__(
+        self, x: Float[Array, "... I"], *, dtype: str, dropout: layers.Dropout | None
+    ) -> Float[Array, "... O"]:
+        if dropout is not None:
+            x = dropout.at(self.rate, x)
+        a, b = (gathered(each[...].astype(dtype), axes) for each, axes in zip((self.a, self.b), self.axes, strict=True))
+        return layers.matmul(layers.matmul(x, a), b) * self.scaling
+
+    def matrix(self, in_scale: nnx.Param | None) -> Float[Array, "I O"]:
+        a = self.a[...] if in_scale is None else self.a[...] * in_scale[...][:, None]
+        return jnp.matmul(a, self.b[...], precision=jax.lax.Precision.HIGHEST) * self.scaling
+
+
+_DOWN, _UP = ("embed", "adapter"), ("adapter", "embed")
+
+
+class BottleneckModule(nnx.Module):
+    def __init__(self, config: t5.T5Config, *, bottleneck: Bottleneck) -> None:
+        width, narrow = config.emb_dim, bottleneck.width
+        self.down = nnx.Param(jnp.zeros((width, narrow), jnp.float32), axes=_DOWN)
+        self.up = nnx.Param(jnp.zeros((narrow, width), jnp.float32), axes=_UP)
+        self.activation = bottleneck.activation
+
+    def __call__(self, y_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        down = gathered(self.down[...].astype(y_BTD.dtype), _DOWN)
+        up = gathered(self.up[...].astype(y_BTD.dtype), _UP)
+        return y_BTD + layers.matmul(layers.ACTIVATIONS[self.activation](layers.matmul(y_BTD, down)), up)
+
+
+class PromptModule(nnx.Module):
+    def __init__(self, config: t5.T5Config, *, prompt: Prompt) -> None:
+        self.embedding = nnx.Param(jnp.zeros((prompt.length, config.emb_dim), jnp.float32), axes=("adapter", "embed"))
+        self.length = prompt.length
+
+    def before(self, x_BSD: Float[Array, "B S D"]) -> Float[Array, "B P D"]:
+        return t5.prepended(self.embedding[...], x_BSD)
+
+
+class PrefixModule(nnx.Module):
+    def __init__(self, config: t5.T5Config, *, prefix: Prefix) -> None:
+        shape = (prefix.length, config.num_heads * config.head_dim)
+        self.key = nnx.Param(jnp.zeros(shape, jnp.float32), axes=("adapter", "joined_kv"))
+        self.value = nnx.Param(jnp.zeros(shape, jnp.float32), axes=("adapter", "joined_kv"))
+
+    def before(
+        self, k_BSHK: Float[Array, "B S H K"], v_BSHK: Float[Array, "B S H K"]
+    ) -> tuple[Float[Array, "B P H K"], Float[Array, "B P H K"]]:
+        def one(prefix: nnx.Param, x_BSHK: Array) -> Array:
+            return t5.prepended(prefix[...].reshape(-1, *x_BSHK.shape[2:]), x_BSHK)
+
+        return one(self.key, k_BSHK), one(self.value, v_BSHK)
+
+
+# ------------------------------------------------------------------------------------ put on
+
+
+def put_on(model: t5.T5, tuning: Tuning) -> None:
+    """Puts the parts on a model, and quantised kernels in the place of others. All new values are zeros: `initial`.
+
+    ValueError for a pattern that matches nothing, a rank above a kernel's dimensions, and what cannot be quantised.
+    """
+    kernels, attentions = dict(_kernels(model)), dict(_attentions(model))
+    if tuning.base in quantized.FORMS:
+        _quantize(model, kernels, tuning)
+    if tuning.lora is not None:
+        for name in chosen(tuning.lora.modules, kernels, what="LoRA.modules"):
+            shape = _shape(kernels[name])
+            if tuning.lora.rank > min(shape):
+                raise ValueError(
+                    f"LoRA.rank is {tuning.lora.rank}, above the smaller dimension of {name} {list(shape)}; a rank of "
+                    f"{min(shape)} is all that matrix has. Expected far less, such as 8."
+                )
+            kernels[name].lora = LoRAModule(kernels[name], shape, lora=tuning.lora)
+    if tuning.ia3 is not None:
+        for patterns, side, attribute in ((tuning.ia3.outputs, 1, "out_scale"), (tuning.ia3.inputs, 0, "in_scale")):
+            for name in chosen(patterns, kernels, what=f"IA3.{'outputs' if side else 'inputs'}"):
+                ones = jnp.ones((_shape(kernels[name])[side],), jnp.float32)
+                setattr(kernels[name], attribute, nnx.Param(ones, axes=(kernels[name].axes[side],)))
+    if tuning.biases is not None:
+        for name in chosen(tuning.biases.modules, kernels, what="Biases.modules"):
+            zeros = jnp.zeros((_shape(kernels[name])[1],), jnp.float32)
+            kernels[name].bias = nnx.Param(zeros, axes=(kernels[name].axes[1],))
+    if tuning.bottleneck is not None:
+        for layer in (*model.encoder.layers, *model.decoder.layers):
+            for attribute in ("attention", "self_attention", "encoder_decoder_attention", "mlp"):
+                if hasattr(layer, attribute):
+                    module = BottleneckModule(model.config, bottleneck=tuning.bottleneck)
+                    setattr(layer, f"{attribute}_adapter", module)
+    if tuning.prefix is not None:
+        for name in chosen(tuning.prefix.attentions, attentions, what="Prefix.attentions"):
+            if tuning.prefix.length:
+                attentions[name].prefix = PrefixModule(model.config, prefix=tuning.prefix)
+    if tuning.prompt is not None and tuning.prompt.length:
+        model.prompt = PromptModule(model.config, prompt=tuning.prompt)
+
+
+def _quantize(model: t5.T5, kernels: Mapping[str, layers.Dense], tuning: Tuning) -> None:
+    table = "token_embedder"
+    own = [
+        pattern
+        for pattern in tuning.quantized
+        if _matches(pattern, table) and not any(_matches(pattern, name) for name in kernels)
+    ]
+    if own:
+        tied = ", and the matrix of the logits" if model.config.logits_via_embedding else ""
+        raise ValueError(
+            f"Tuning.quantized has {own[0]!r}, the embedding table. It is looked up{tied}, and not quantised; it is "
+            f"held in bfloat16. Kernels of the layers can be: {', '.join(_ends(kernels))}."
+        )
+    for name in chosen(tuning.quantized, kernels, what="Tuning.quantized"):
+        if _trains(tuning, f"{name}/kernel", model.config):
+            continue
+        dense, shape = kernels[name], _shape(kernels[name])
+        if tuning.base == quantized.NF4 and shape[0] % quantized.BLOCK:
+            raise ValueError(
+                f"{name} {list(shape)} cannot be held in nf4: {shape[0]} rows do not divide into blocks of "
+                f"{quantized.BLOCK}. Hold it in int8, or leave it out of Tuning.quantized."
+            )
+        kernel = quantized.Kernel(shape, form=tuning.base, axes=dense.axes)
+        delattr(dense, "kernel")
+        dense.kernel = kernel
+
+
+def _shape(dense: layers.Dense) -> tuple[int, int]:
+    if isinstance(dense.kernel, quantized.Kernel):
+        return dense.kernel.shape
+    rows, columns = dense.kernel.shape
+    return rows, columns
+
+
+def _kernels(model: t5.T5) -> Iterator[tuple[str, layers.Dense]]:
+    for path, module in nnx.iter_modules(model):
+        if isinstance(module, layers.Dense) and "layers" in path:
+            yield "/".join(map(str, path)), module
+
+
+def _attentions(model: t5.T5) -> Iterator[tuple[str, layers.Attention]]:
+    for path, module in nnx.iter_modules(model):
+        if isinstance(module, layers.Attention):
+            yield "/".join(map(str, path)), module
+
+
+def _matches(pattern: str, name: str) -> bool:
+    return re.fullmatch(rf"(.*/)?(?:{pattern})", name) is not None
+
+
+def chosen(patterns: Iterable[str], names: Collection[str], *, what: str) -> list[str]:
+    """The names that some pattern matches, in their order. ValueError for a pattern that matches none."""
+    for pattern in patterns:
+        if not any(_matches(pattern, name) for name in names):
+            ends = _ends(names)
+            raise ValueError(
+                f"{what} has {pattern!r}, which matches nothing.{_near(pattern, [*ends, *names])} There are "
+                f"{', '.join(ends)}, in full such as {next(iter(names), 'none')}."
+            )
+    return [name for name in names if any(_matches(pattern, name) for pattern in patterns)]
+
+
+def _ends(names: Iterable[str]) -> list[str]:
+    return sorted({name.rpartition("/")[2] for name in names})
+
+
+def _near(name: str, known: Iterable[str]) -> str:
+    found = difflib.get_close_matches(name, list(known), n=2, cutoff=0.6)
+    return f" Did you mean {' or '.join(map(repr, found))}?" if found else ""
+
+
+# ------------------------------------------------------------------------------------ what is trained
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapted:
+    """A student with its tuning: structure, shapes and logical axes of all parameters; which of them are trained."""
+
+    structure: t5.Structure
+    shapes: dict[str, jax.ShapeDtypeStruct]
+    axes: dict[str, tuple[str, ...]]
+    trained: frozenset[str]
+
+    def parts(self, parameters: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """(trained, frozen) of what has the parameters' names."""
+        trained = {name: value for name, value in parameters.items() if name in self.trained}
+        return trained, {name: value for name, value in parameters.items() if name not in self.trained}
+
+
+def abstract(config: t5.T5Config, tuning: Tuning | None, *, execution: t5.Execution = t5.UNROLLED) -> Adapted:
+    """As `t5.abstract`, with what the tuning puts on; without one everything is trained."""
+    adapted = _abstract(config, tuning, execution)  # kept: building a model of shapes takes a second
+    return dataclasses.replace(adapted, shapes=dict(adapted.shapes), axes=dict(adapted.axes))
+
+
+@functools.lru_cache(maxsize=64)
+def _abstract(config: t5.T5Config, tuning: Tuning | None, execution: t5.Execution) -> Adapted:
+    if tuning is None:
+        structure, shapes, axes = t5.abstract(config, execution=execution)
+        return Adapted(structure, shapes, axes, frozenset(shapes))
+    _, own, _ = t5.abstract(config)
+    if tuning.last_layers > min(config.num_encoder_layers, config.num_decoder_layers):
+        raise ValueError(
+            f"Tuning.last_layers is {tuning.last_layers}; the stacks have {config.num_encoder_layers} and "
+            f"{config.num_decoder_layers} layers."
+        )
+    chosen(tuning.trained, own, what="Tuning.trained")
+    _, unrolled, _ = t5.abstract(config, change=lambda model: put_on(model, tuning))
+    trained = {name for name in unrolled if _is_new(name, own) or _trains(tuning, name, config)}
+    if execution.layers == "scanned":
+        trained = _scanned(unrolled, trained)
+    structure, shapes, axes = t5.abstract(config, execution=execution, change=lambda model: put_on(model, tuning))
+    held = {
+        name: leaf if name in trained else jax.ShapeDtypeStruct(leaf.shape, _held(name, leaf, tuning))
+        for name, leaf in shapes.items()
+    }
+    return Adapted(structure, held, axes, frozenset(trained))
+
+
+def _held(name: str, leaf: jax.ShapeDtypeStruct, tuning: Tuning) -> Any:
+    """The type in which a frozen parameter is held; what is no large matrix, and weighs nothing, stays in float32."""
+    is_matrix = leaf.ndim - stacking.is_stacked(name) >= 2 and not name.endswith("rel_embedding")
+    return (
+        jnp.dtype(jnp.bfloat16) if tuning.base != "float32" and is_matrix and leaf.dtype == jnp.float32 else leaf.dtype
+    )
+
+
+def _is_new(name: str, own: Collection[str]) -> bool:
+    return name not in own and name.rpartition("/")[0] not in own  # of `.../query/kernel/codes` that is a kernel
+
+
+def _trains(tuning: Tuning, name: str, config: t5.T5Config) -> bool:
+    """Whether one of the base's own parameters is trained."""
+    if any(_matches(pattern, name) for pattern in tuning.trained):
+        return True
+    if not tuning.last_layers:
+        return False
+    side, _, rest = name.partition("/")
+    layers = {"encoder": config.num_encoder_layers, "decoder": config.num_decoder_layers}.get(side, 0)
+    match = re.match(r"layers/(\d+)/", rest)
+    return rest == f"{side}_norm/scale" or (match is not None and int(match[1]) >= layers - tuning.last_layers)
+
+
+def _scanned(unrolled: Mapping[str, Any], trained: Collection[str]) -> set[str]:
+    """Names of what is trained where the layers of a stack are one array. ValueError where they are not alike."""
+    groups = stacking.stacks(unrolled)
+    layers: dict[str, int] = {}
+    for name, of in groups.items():
+        side = name.partition("/")[0]
+        layers[side] = max(layers.get(side, 0), len(of))
+    found = set()
+    for name, of in groups.items():
+        alike = not stacking.is_stacked(name) or len(of) == layers[name.partition("/")[0]]
+        if not alike or len({each in trained for each in of}) > 1 or len({unrolled[each].shape for each in of}) > 1:
+            raise ValueError(
+                f"This tuning treats the layers of a stack differently ({of[0]}), and scanned layers are one array. "
+                'Set LAYERS = "unrolled", or choose modules of all layers.'
+            )
+        if of[0] in trained:
+            found.add(name)
+    return found
+
+
+# ------------------------------------------------------------------------------------ values
+
+
+def initial(
+    config: t5.T5Config, tuning: Tuning, base: Mapping[str, jax.Array], *, structure: t5.Structure, seed: int
+) -> dict[str, jax.Array]:
+    """Values of all that is put on, by name; `base` are all other parameters, by unrolled names. Traceable."""
+    shapes = abstract(config, tuning).shapes
+    new = {name: leaf for name, leaf in shapes.items() if name not in base}
+    zeros = {name: jnp.zeros(leaf.shape, leaf.dtype) for name, leaf in new.items()}
+    model = t5.join(structure, {**base, **zeros})
+    length = max((each.length for each in (tuning.prompt, tuning.prefix) if each is not None), default=0)
+    words_XD = jnp.take(model.token_embedder.embedding[...], _words(length, config, seed=seed), axis=0)
+    values = {name: _begin(name, leaf, seed=seed) for name, leaf in new.items()}
+    if tuning.prompt is not None and tuning.prompt.length:
+        values["prompt/embedding"] = words_XD[: tuning.prompt.length].astype(jnp.float32)
+    if tuning.prefix is not None and tuning.prefix.length:
+        for name, attention in _attentions(model):
+            if attention.prefix is not None:
+                normed_BXD = _norm_before(model, name)(words_XD[None, : tuning.prefix.length])
+                for side, kernel in (("key", attention.key), ("value", attention.value)):
+                    found_BXJ = jnp.matmul(normed_BXD.astype(jnp.float32), kernel.matrix().astype(jnp.float32))
+                    values[f"{name}/prefix/{side}"] = found_BXJ[0]
+    return values
+
+
+def _begin(name: str, leaf: jax.ShapeDtypeStruct, *, seed: int) -> jax.Array:
+    """Random values have a key of their name's own, so that they do not depend on what else is put on."""
+    key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
+    end = name.rpartition("/")[2]
+    if end == "a":  # PEFT's (PyTorch's of a linear layer)
+        bound = leaf.shape[0] ** -0.5
+        return jax.random.uniform(key, leaf.shape, jnp.float32, -bound, bound)
+    if end == "down":
+        return jax.random.normal(key, leaf.shape, jnp.float32) * leaf.shape[0] ** -0.5
+    return jnp.ones(leaf.shape, leaf.dtype) if end in ("in_scale", "out_scale") else jnp.zeros(leaf.shape, leaf.dtype)
+
+
+def _words(count: int, config: t5.T5Config, *, seed: int) -> np.ndarray:
+    pieces = np.arange(_WORDS.start, min(_WORDS.stop, config.vocab_size))
+    return np.random.default_rng(seed).choice(pieces, count, replace=count > len(pieces))
+
+
+def _norm_before(model: t5.T5, attention: str) -> Any:
+    """The norm of what an attention takes its keys and values from."""
+    side, _, index, kind = attention.split("/")
+    if kind == "encoder_decoder_attention":
+        return model.encoder.encoder_norm
+    return getattr(getattr(model, side).layers[int(index)], f"pre_{kind}_layer_norm")
+
+
+def hold(name: str, value: jax.Array, *, shapes: Mapping[str, jax.ShapeDtypeStruct], form: str) -> dict[str, jax.Array]:
+    """A parameter of a base as it is held: itself in its type, or the parts of a quantised kernel. Traceable."""
+    if name in shapes:
+        return {name: value.astype(shapes[name].dtype)}
+    return {f"{name}/{part}": array for part, array in quantized.quantize(value, form=form).items()}
+
+
+@functools.cache
+def own_names(config: t5.T5Config) -> tuple[str, ...]:
+    """Names of a student's parameters with nothing put on."""
+    return tuple(t5.abstract(config)[1])
+
+
+# ------------------------------------------------------------------------------------ said
+
+
+def title(tuning: Tuning) -> str:
+    """In a few words: "LoRA of rank 8 (.*), base in nf4"."""
+    lora, bottleneck, prompt, prefix = tuning.lora, tuning.bottleneck, tuning.prompt, tuning.prefix
+    parts = [
+        lora and f"LoRA of rank {lora.rank} ({', '.join(lora.modules)})",
+        bottleneck and f"bottlenecks of width {bottleneck.width}",
+        prompt and f"a prompt of {prompt.length}",
+        prefix and f"prefixes of {prefix.length}",
+        tuning.ia3 and "IA3",
+        tuning.biases and "biases",
+        tuning.last_layers and f"the last {tuning.last_layers} layers of both stacks",
+        *tuning.trained,
+    ]
+    return f"{', '.join(part for part in parts if part)}; base in {tuning.base}"
+
+
+def summary(config: t5.T5Config, trained: Mapping[str, Any], frozen: Mapping[str, Any]) -> str:
+    """The line that a run begins with."""
+    own = t5.abstract(config)[1]
+    total = sum(math.prod(leaf.shape) for leaf in own.values())
+
+    def size(tree: Mapping[str, Any]) -> int:
+        return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in tree.values())
+
+    count = sum(math.prod(leaf.shape) for leaf in trained.values())
+    others = sum(math.prod(leaf.shape) for name, leaf in own.items() if name not in trained)
+    # Weights, their gradients and two moments of Adam, all float32.
+    now, full = 4 * size(trained) + size(frozen), 16 * total
+    return (
+        f"Trained: {count:,} parameters ({count / total:.2%} of the base's), {_megabytes(size(trained))}; frozen: "
+        f"{others:,}, {_megabytes(size(frozen))}. With gradients and two moments {_megabytes(now)}, where training all "
+        f"takes {_megabytes(full)}: {1 - now / full:.0%} less."
+    )
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:,.1f} MB"

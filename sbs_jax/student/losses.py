@@ -1,0 +1,184 @@
+"""The step-by-step loss: one weight per target token, one weighted sum.
+
+    L = alpha * mean CE over label tokens + (1 - alpha) * mean CE over rationale tokens
+
+(Hsieh et al. 2023, Eq. 3, in the weighting of the official code.) Both means run over the tokens of the *global*
+batch, so the weights are computed once, from the task ids of the whole batch, before it is cut into micro-batches or
+laid over devices; from there on everything is a plain sum, which no cutting, laying out or packing can change.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from sbs_jax.student import partitioning
+
+# Values of the `task_ids` feature; 0 is padding.
+LABEL, RATIONALE = 1, 2
+TASK_NAMES = {LABEL: "label", RATIONALE: "rationale"}
+
+
+def token_weights(task_ids_BT: Int[Array, "B T"], *, alpha: float) -> Float[Array, "B T"]:
+    """Weight of each target token: alpha / N_label, (1 - alpha) / N_rationale, 0 on padding.
+
+    Must be called on the whole global batch. A task without a single token in the batch contributes nothing (its
+    mean is undefined), and the other keeps its own weight.
+
+    >>> token_weights(jnp.array([[1, 1, 0, 0], [2, 2, 2, 2]]), alpha=0.5)
+    [[0.25 0.25 0. 0.] [0.125 0.125 0.125 0.125]]
+    """
+    weights = jnp.zeros(task_ids_BT.shape, jnp.float32)
+    for task, share in ((LABEL, alpha), (RATIONALE, 1.0 - alpha)):
+        mine = (task_ids_BT == task).astype(jnp.float32)
+        weights += mine * (share / jnp.maximum(mine.sum(), 1.0))
+    return weights
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TaskSums:
+    """Plain sums over the target tokens of one task: they add up over micro-batches."""
+
+    # Any, not array types: transformations put shapes and placeholders in place of the scalars.
+    cross_entropy: Any
+    correct: Any
+    tokens: Any
+
+    def means(self, name: str) -> dict[str, Float[Array, ""]]:
+        """`{"loss/label": nats per token, "token_accuracy/label": 0..1, "tokens/label": count}`."""
+        # 0 / 0 would print NaN for a task that is not in the run; a count of 0 says it better.
+        count = jnp.maximum(self.tokens, 1.0)
+        return {
+            f"loss/{name}": self.cross_entropy / count,
+            f"token_accuracy/{name}": self.correct / count,
+            f"tokens/{name}": self.tokens,
+        }
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TokenStatistics:
+    """What a loss needs of the logits of each target token: float32 [B, T]."""
+
+    log_z: Any  # log of the softmax's normaliser
+    target: Any  # the target's logit
+    # Whether the target is the first of the largest: argmax, as greedy decoding picks.
+    correct: Any
+
+
+def token_statistics(logits_BTV: Float[Array, "B T V"], targets_BT: Int[Array, "B T"]) -> TokenStatistics:
+    """Of given float32 logits."""
+    # A masked sum in place of a gather: it fuses, and stays local where the vocabulary is sharded.
+    is_target = jnp.arange(logits_BTV.shape[-1])[None, None, :] == targets_BT[..., None]
+    return TokenStatistics(
+        log_z=jax.nn.logsumexp(logits_BTV, axis=-1),
+        target=jnp.sum(jnp.where(is_target, logits_BTV, 0.0), axis=-1),
+        correct=(jnp.argmax(logits_BTV, axis=-1) == targets_BT).astype(jnp.float32),
+    )
+
+
+def projected_token_statistics(
+    y_BTD: Float[Array, "B T D"], kernel_DV: Float[Array, "D V"], targets_BT: Int[Array, "B T"], *, chunks: int
+) -> TokenStatistics:
+    """Of the logits `y kernel`, a `chunks`-th of the vocabulary at a time, in either direction.
+
+    The float32 logits of a batch are the largest array of a training step; they never exist here, at the price of
+    computing them again in the backward pass. ValueError where `chunks` does not divide the vocabulary.
+    """
+    if kernel_DV.shape[1] % chunks:
+        near = partitioning.nearest_divisor(kernel_DV.shape[1], chunks)
+        raise ValueError(
+            f"A vocabulary of {kernel_DV.shape[1]} does not divide into {chunks} chunks; the nearest number that "
+            f"divides it is {near}."
+        )
+    statistics: Any = _projected(y_BTD, kernel_DV, targets_BT, chunks)
+    return TokenStatistics(*statistics)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _projected(y_BTD: Array, kernel_DV: Array, targets_BT: Array, chunks: int) -> tuple[Array, Array, Array]:
+    return _projected_forward(y_BTD, kernel_DV, targets_BT, chunks)[0]
+
+
+def _chunked(kernel_DV: Array, chunks: int) -> tuple[Array, Array]:
+    """The kernel as `[chunks, D, V / chunks]`, and the token ids of each chunk, `[chunks, 1, 1, V / chunks]`."""
+    kernels = jnp.moveaxis(kernel_DV.reshape(kernel_DV.shape[0], chunks, -1), 1, 0)
+    return kernels, jnp.arange(kernel_DV.shape[1]).reshape(chunks, 1, 1, -1)
+
+
+def _logits(y_BTD: Array, kernel_DC: Array) -> Array:
+    logits_BTC = jnp.einsum("btd,dc->btc", y_BTD, kernel_DC, preferred_element_type=jnp.float32)
+    return partitioning.constrain(logits_BTC, ("batch", "length", "activation_vocab"))
+
+
+def _projected_forward(y_BTD: Array, kernel_DV: Array, targets_BT: Array, chunks: int) -> tuple[Any, Any]:
+    def add(carry: tuple[Array, ...], chunk: tuple[Array, Array]) -> tuple[tuple[Array, ...], None]:
+        largest_BT, first_BT, total_BT, target_BT = carry
+        kernel_DC, ids_11C = chunk
+        logits_BTC = _logits(y_BTD, kernel_DC)
+        of_chunk_BT = jnp.max(logits_BTC, axis=-1)
+        now_BT = jnp.maximum(largest_BT, of_chunk_BT)
+        total_BT = total_BT * jnp.exp(largest_BT - now_BT) + jnp.sum(jnp.exp(logits_BTC - now_BT[..., None]), axis=-1)
+        target_BT += jnp.sum(jnp.where(ids_11C == targets_BT[..., None], logits_BTC, 0.0), axis=-1)
+        # Of equal logits the smallest id counts, whichever chunk it is in.
+        none = jnp.iinfo(jnp.int32).max
+        found_BT = jnp.min(jnp.where(logits_BTC == now_BT[..., None], ids_11C, none), axis=-1)
+        first_BT = jnp.minimum(jnp.where(largest_BT == now_BT, first_BT, none), found_BT)
+        return (now_BT, first_BT, total_BT, target_BT), None
+
+    zero_BT = jnp.zeros(targets_BT.shape, jnp.float32)
+    start = (zero_BT - jnp.inf, jnp.zeros(targets_BT.shape, jnp.int32), zero_BT, zero_BT)
+    (largest_BT, first_BT, total_BT, target_BT), _ = jax.lax.scan(add, start, _chunked(kernel_DV, chunks))
+    log_z_BT = largest_BT + jnp.log(total_BT)
+    correct_BT = (first_BT == targets_BT).astype(jnp.float32)
+    return (log_z_BT, target_BT, correct_BT), (y_BTD, kernel_DV, targets_BT, log_z_BT)
+
+
+def _projected_backward(chunks: int, kept: Any, gradients: tuple[Array, Array, Array]) -> tuple[Any, ...]:
+    y_BTD, kernel_DV, targets_BT, log_z_BT = kept
+    dlog_z_BT, dtarget_BT, _ = gradients
+
+    def add(dy_BTD: Array, chunk: tuple[Array, Array]) -> tuple[Array, Array]:
+        kernel_DC, ids_11C = chunk
+        dlogits_BTC = dlog_z_BT[..., None] * jnp.exp(_logits(y_BTD, kernel_DC) - log_z_BT[..., None])
+        dlogits_BTC += jnp.where(ids_11C == targets_BT[..., None], dtarget_BT[..., None], 0.0)
+        dlogits_BTC = dlogits_BTC.astype(y_BTD.dtype)
+        dkernel_DC = partitioning.constrain(jnp.einsum("btd,btc->dc", y_BTD, dlogits_BTC), ("embed", "vocab"))
+        dy_BTD += jnp.einsum("btc,dc->btd", dlogits_BTC, kernel_DC, preferred_element_type=jnp.float32)
+        return dy_BTD, dkernel_DC
+
+    dy_BTD, dkernels = jax.lax.scan(add, jnp.zeros(y_BTD.shape, jnp.float32), _chunked(kernel_DV, chunks))
+    dkernel_DV = jnp.moveaxis(dkernels, 0, 1).reshape(kernel_DV.shape)
+    return dy_BTD.astype(y_BTD.dtype), dkernel_DV, None
+
+
+_projected.defvjp(_projected_forward, _projected_backward)
+
+
+def weighted_cross_entropy(
+    statistics: TokenStatistics,
+    *,
+    task_ids_BT: Int[Array, "B T"],
+    weights_BT: Float[Array, "B T"],
+    z_loss: float,
+) -> tuple[Float[Array, ""], dict[int, TaskSums]]:
+    """Sum of weight * (CE + z_loss * log(Z)^2), and unweighted sums per task.
+
+    `z_loss` is T5X's auxiliary term (1e-4 there, 0 in the official code): it pulls log(Z), the log of the softmax's
+    normaliser, to 0, and takes the weights of the tokens it belongs to. Losses are in nats.
+    """
+    cross_entropy_BT = statistics.log_z - statistics.target
+    loss = jnp.sum(weights_BT * (cross_entropy_BT + z_loss * jnp.square(statistics.log_z)))
+    sums = {}
+    for task in TASK_NAMES:
+        mine = (task_ids_BT == task).astype(jnp.float32)
+        sums[task] = TaskSums(
+            cross_entropy=jnp.sum(mine * cross_entropy_BT),
+            correct=jnp.sum(mine * statistics.correct),
+            tokens=jnp.sum(mine),
+        )
+    return loss, sums

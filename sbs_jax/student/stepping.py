@@ -1,0 +1,342 @@
+"""The decoder one target position at a time, as generation runs it.
+
+Suffix letters as in `t5.py`, and
+
+    N targets of a row (its beams)   J joined heads (H * K)   M queries of a row (N * H)   P cached keys (T * N)
+
+What stays the same from one position to the next is made once, before the loop: weights in the dtype of the
+computation, the position bias, and keys and values of the source, which the beams of a row share. The cache of the
+target keeps each key where it was first written. When beams change places no key moves with them: a mask says which of
+the row's keys each beam may see.
+
+Keys and values lie in memory as the platform multiplies them fastest: on a TPU with all heads of a key side by side,
+elsewhere head by head (`_laid_out`).
+"""
+
+import copy
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, Num
+
+from sbs_jax.student import attention, layers, partitioning, t5
+from sbs_jax.student.partitioning import constrain
+
+_Product = Callable[[Float[Array, "B N I"]], Float[Array, "B N O"]]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Layer:
+    """What a decoder layer uses at every position. Norms and bias are float32, the rest is in the model's dtype.
+
+    A `_Product` multiplies the last axis with a weight.
+    """
+
+    self_norm: jax.Array  # [D]
+    self_query: _Product  # D to J
+    self_key: _Product
+    self_value: _Product
+    self_out: _Product  # J to D, and what is put on after it
+    self_prefix: tuple[jax.Array, jax.Array] | None  # keys and values [X, J] that come before all others
+    cross_norm: jax.Array  # [D]
+    cross_query: _Product
+    cross: "_Pair"  # keys and values of the source, after those of a prefix
+    cross_bias: jax.Array  # [B, 1, 1, S]
+    cross_out: _Product
+    mlp_norm: jax.Array  # [D]
+    mlp_in: tuple[_Product, ...]  # D to F, one per activation
+    mlp_out: _Product  # F to D
+    bias: jax.Array  # [T, H, P], of the query at T: its relative position bias, and MASKED on keys of later positions
+
+
+_STATES = ("batch", None, "activation_embed")
+
+# Keys and values, [B, P, J] or, head by head, [B, H, P, K].
+# (`Any`: transformations put other things in place of the arrays.)
+_Pair = tuple[Any, Any]
+# Of each layer, those of a prefix before them.
+Cache = tuple[_Pair, ...]
+
+
+class Stepper:
+    """A model that is about to decode one batch: `beams` targets for each row, of up to `length` tokens."""
+
+    def __init__(
+        self,
+        model: t5.T5,
+        encoded_BPD: Float[Array, "B P D"],
+        encoder_segment_ids_BS: Int[Array, "B S"],
+        *,
+        length: int,
+        beams: int = 1,
+    ) -> None:
+        self._config, self._embed = model.config, model.token_embedder
+        self._length, self._beams = length, beams
+        self._final_norm_D = constrain(model.decoder.decoder_norm.scale[...], (None,))
+        segments_BP = model.attended_segments(encoder_segment_ids_BS)
+        self._layers = _layers(model, encoded_BPD, segments_BP, length=length, beams=beams)
+        tied = model.config.logits_via_embedding
+        table_DV = model.token_embedder.embedding[...].T if tied else model.logits_dense.kernel[...]
+        product = (model.token_embedder if tied else model.logits_dense).product
+        self.table_DV = _weight(table_DV, (None, "vocab"), model.config, product=product)
+
+    def empty(self) -> Cache:
+        """A cache that holds nothing yet."""
+        rows, joined = len(self._layers[0].cross[0]), self._config.num_heads * self._config.head_dim
+        none_BPJ = jnp.zeros((rows, self._length * self._beams, joined), self._config.dtype)
+
+        def after(prefix_XJ: jax.Array | None) -> jax.Array:
+            cache_BPJ = none_BPJ if prefix_XJ is None else t5.prepended(prefix_XJ, none_BPJ)
+            return _laid_out(cache_BPJ, self._config.num_heads)
+
+        return tuple(tuple(after(each) for each in w.self_prefix or (None, None)) for w in self._layers)  # pyright: ignore[reportReturnType]
+
+    def of_rows(self, rows_B: Int[Array, "B"]) -> "Stepper":
+        """The same for some rows of the batch only; a cache must be cut likewise."""
+        fewer = copy.copy(self)
+        fewer._layers = [
+            dataclasses.replace(w, cross=(w.cross[0][rows_B], w.cross[1][rows_B]), cross_bias=w.cross_bias[rows_B])
+            for w in self._layers
+        ]
+        return fewer
+
+    def step(
+        self,
+        tokens_BN: Int[Array, "B N"],
+        cache: Cache,
+        *,
+        position: Int[Array, ""],
+        visible_BNP: Bool[Array, "#B N P"] | None = None,
+    ) -> tuple[Float[Array, "B N D"], Cache]:
+        """States that the logits of the next token are made of (`states @ table_DV`), and the cache with `tokens`.
+
+        The states have the table's type.
+
+        `tokens` stand at `position`; of beam n at position t, the key is number `t * N + n`. Without `visible`, a query
+        sees all keys up to its position.
+        """
+        c = self._config
+        x_BND = constrain(self._embed(tokens_BN), _STATES)
+        hidden_BNP = None if visible_BNP is None else jnp.where(visible_BNP, 0.0, attention.MASKED)
+        updated = []
+        for w, (keys, values) in zip(self._layers, cache, strict=True):
+            y_BND = self._norm(x_BND, w.self_norm)
+            before = 0 if w.self_prefix is None else len(w.self_prefix[0])
+            at, axis = before + position * self._beams, keys.ndim - 2
+            new_key, new_value = (_laid_out(product(y_BND), c.num_heads) for product in (w.self_key, w.self_value))
+            keys = jax.lax.dynamic_update_slice_in_dim(keys, new_key, at, axis=axis)
+            values = jax.lax.dynamic_update_slice_in_dim(values, new_value, at, axis=axis)
+            updated.append((keys, values))
+            bias_BNHP = jax.lax.dynamic_index_in_dim(w.bias, position, axis=0)[:, None]
+            if hidden_BNP is not None:
+                bias_BNHP = bias_BNHP + jnp.pad(hidden_BNP, ((0, 0), (0, 0), (before, 0)))[:, :, None]
+            y_BNJ = attend(w.self_query(y_BND), keys, values, bias_BNHP=bias_BNHP, heads=c.num_heads)
+            x_BND += w.self_out(y_BNJ)
+            q_BNJ = w.cross_query(self._norm(x_BND, w.cross_norm))
+            y_BNJ = attend(q_BNJ, *w.cross, bias_BNHP=w.cross_bias, heads=c.num_heads)
+            x_BND += w.cross_out(y_BNJ)
+            y_BND = self._norm(x_BND, w.mlp_norm)
+            inner = [product(y_BND) for product in w.mlp_in]
+            gated = [layers.ACTIVATIONS[name](branch) for name, branch in zip(c.mlp_activations, inner, strict=True)]
+            x_BND = constrain(x_BND + w.mlp_out(math.prod(gated[1:], start=gated[0])), _STATES)
+        y_BND = self._norm(x_BND, self._final_norm_D)
+        y_BND = y_BND * c.emb_dim**-0.5 if c.logits_via_embedding else y_BND
+        return y_BND.astype(self.table_DV.dtype), tuple(updated)
+
+    def _norm(self, x_BND: Float[Array, "B N D"], scale_D: Float[Array, "D"]) -> Float[Array, "B N D"]:
+        x_BND = x_BND.astype(jnp.float32)
+        mean_square = jnp.mean(jnp.square(x_BND), axis=-1, keepdims=True)
+        y_BND = x_BND * jax.lax.rsqrt(mean_square + self._config.layer_norm_epsilon)
+        return (y_BND * scale_D[None, None, :]).astype(self._config.dtype)
+
+
+def _layers(
+    model: t5.T5,
+    encoded_BPD: Float[Array, "B P D"],
+    segments_BP: Int[Array, "B P"],
+    *,
+    length: int,
+    beams: int,
+) -> list[_Layer]:
+    positions = jnp.arange(length)
+    future_TP = jnp.where(positions[None, :] > positions[:, None], attention.MASKED, 0.0)
+
+    def bias_of(module: layers.RelativePositionBias) -> Float[Array, "T H P"]:
+        bias_HTP = module(positions, positions)[0] + future_TP[None]
+        return jnp.repeat(bias_HTP.swapaxes(0, 1), beams, axis=-1)
+
+    def inward(dense: layers.Dense, axis: str = "joined_kv") -> _Product:
+        return _product(dense, (None, axis), model.config)
+
+    def outward(dense: layers.Dense, adapter: Any, axis: str = "joined_kv") -> _Product:
+        product = _product(dense, (axis, None), model.config)
+        return product if adapter is None else lambda x: adapter(product(x))
+
+    def source(dense: layers.Dense, prefix_XJ: jax.Array | None) -> jax.Array:
+        found_BPJ = dense(encoded_BPD)
+        if prefix_XJ is not None:
+            found_BPJ = t5.prepended(prefix_XJ, found_BPJ)
+        return _laid_out(found_BPJ, model.config.num_heads)
+
+    source_bias = jnp.where(segments_BP == 1, 0.0, attention.MASKED)[:, None, None, :]
+    found, shared = [], None
+    if hasattr(model.decoder, "relpos_bias"):
+        shared = bias_of(model.decoder.relpos_bias)
+    for layer in model.decoder.layers:
+        self_attention, cross_attention = layer.self_attention, layer.encoder_decoder_attention
+        branches = [getattr(layer.mlp, name) for name in layer.mlp.names]
+        self_prefix, cross_prefix = (
+            None if each.prefix is None else (each.prefix.key[...], each.prefix.value[...])
+            for each in (self_attention, cross_attention)
+        )
+        bias_THP = bias_of(layer.relpos_bias) if shared is None else shared
+        cross_keys, cross_values = cross_prefix or (None, None)
+        found.append(
+            _Layer(
+                self_norm=constrain(layer.pre_self_attention_layer_norm.scale[...], (None,)),
+                self_query=inward(self_attention.query),
+                self_key=inward(self_attention.key),
+                self_value=inward(self_attention.value),
+                self_out=outward(self_attention.out, layer.self_attention_adapter),
+                self_prefix=self_prefix,
+                cross_norm=constrain(layer.pre_cross_attention_layer_norm.scale[...], (None,)),
+                cross_query=inward(cross_attention.query),
+                cross=(source(cross_attention.key, cross_keys), source(cross_attention.value, cross_values)),
+                cross_bias=_unseen(source_bias, cross_prefix),
+                cross_out=outward(cross_attention.out, layer.encoder_decoder_attention_adapter),
+                mlp_norm=constrain(layer.pre_mlp_layer_norm.scale[...], (None,)),
+                mlp_in=tuple(inward(branch, "mlp") for branch in branches),
+                mlp_out=outward(layer.mlp.wo, layer.mlp_adapter, "mlp"),
+                bias=_unseen(bias_THP, self_prefix),
+            )
+        )
+    return found
+
+
+def _unseen(bias: Float[Array, "... P"], prefix: tuple[jax.Array, jax.Array] | None) -> Float[Array, "... Q"]:
+    """The bias, 0 for the keys of a prefix before the others."""
+    return bias if prefix is None else jnp.pad(bias, [(0, 0)] * (bias.ndim - 1) + [(len(prefix[0]), 0)])
+
+
+def _product(dense: layers.Dense, axes: tuple[str | None, str | None], c: t5.T5Config) -> _Product:
+    """What multiplies with a weight at every position.
+
+    What is put on a weight becomes part of it before the loop, and a quantised one is unpacked; not where the decoder
+    is too large for that: there every position does it anew.
+    """
+    adapted = not isinstance(dense.kernel, nnx.Param) or any(
+        each is not None for each in (dense.lora, dense.in_scale, dense.out_scale)
+    )
+    if adapted and not _fits(c):
+        return dense
+    scale_O = None
+    if dense.product is not None and not isinstance(dense.kernel, nnx.Param):
+        kernel_IO, scale_O = dense.kernel.factors()  # nothing is put on it (weights.py)
+    else:
+        kernel_IO = dense.merged()
+    kernel_IO = _weight(kernel_IO, axes, c, product=dense.product)
+    bias_O = None if dense.bias is None else dense.bias[...].astype(c.dtype)
+
+    def multiply(x_BNI: jax.Array) -> jax.Array:
+        y_BNO = _matmul(x_BNI, kernel_IO)
+        if scale_O is not None:
+            y_BNO = y_BNO * scale_O[None, None, :].astype(c.dtype)
+        return y_BNO if bias_O is None else y_BNO + bias_O[None, None, :]
+
+    return multiply
+
+
+# Bytes of the decoder's weights, on one device, up to which `fsdp` does not cut them: XL has 2.7 GiB in bfloat16.
+WHOLE_UP_TO = 4 * 2**30
+
+
+def _weight(
+    kernel_IO: Num[Array, "I O"], axes: tuple[str | None, str | None], c: t5.T5Config, *, product: str | None
+) -> Float[Array, "I O"]:
+    """A weight in the dtype of the computation, gathered once if `fsdp` cuts it, as no step could use it cut.
+
+    The weights of a larger decoder stay cut, and the compiler sends the states of all rows around at every position.
+    """
+    kernel_IO = kernel_IO.astype(product or c.dtype)
+    return constrain(kernel_IO, axes) if _fits(c) else kernel_IO
+
+
+def _fits(c: t5.T5Config) -> bool:
+    attention, mlp = 6 * c.emb_dim * c.num_heads * c.head_dim, (len(c.mlp_activations) + 1) * c.emb_dim * c.mlp_dim
+    weights = c.num_decoder_layers * (attention + mlp) + c.emb_dim * c.vocab_size
+    return weights * jnp.dtype(c.dtype).itemsize // partitioning.pieces("joined_kv") <= WHOLE_UP_TO
+
+
+def _matmul(x_BNI: Float[Array, "B N I"], kernel_IO: Float[Array, "I O"]) -> Float[Array, "B N O"]:
+    x_MI = x_BNI.reshape(-1, x_BNI.shape[-1]).astype(kernel_IO.dtype)
+    return jnp.matmul(x_MI, kernel_IO, preferred_element_type=x_BNI.dtype).reshape(*x_BNI.shape[:2], -1)
+
+
+def _laid_out(x_BPJ: Float[Array, "B P J"], heads: int) -> jax.Array:
+    """Keys or values as they lie in memory: [B, P, J] on a TPU, [B, H, P, K] elsewhere.
+
+    Elsewhere a product per row and head reads the keys of its head, which then lie side by side: for 64 rows of 70 keys
+    0.5 ms instead of 4.6 on a CPU (docs/speed.md). The layout is that of a loop's state, so it is chosen while tracing.
+    """
+    if partitioning.platform() == "tpu":
+        return constrain(x_BPJ, ("batch", None, "joined_kv"))
+    x_BHPK = x_BPJ.reshape(*x_BPJ.shape[:2], heads, -1).swapaxes(1, 2)
+    cut = heads % partitioning.pieces("joined_kv") == 0
+    return constrain(x_BHPK, ("batch", "joined_kv" if cut else None, None, None))
+
+
+def attend(
+    q_BNJ: Float[Array, "B N J"],
+    keys: Float[Array, "B *H P X"],
+    values: Float[Array, "B *H P X"],
+    *,
+    bias_BNHP: Float[Array, "#B #N #H P"],
+    heads: int,
+) -> Float[Array, "B N J"]:
+    """Attention of a few queries per row over keys and values as `_laid_out`; the softmax runs in float32."""
+    if keys.ndim == 3:
+        return _attend_jointly(q_BNJ, keys, values, bias_BNHP=bias_BNHP, heads=heads)
+    rows, beams, joined = q_BNJ.shape
+    q_BHNK = q_BNJ.reshape(rows, beams, heads, -1).swapaxes(1, 2)
+    scores_BHNP = jnp.einsum("bhnk,bhpk->bhnp", q_BHNK, keys, preferred_element_type=jnp.float32)
+    weights_BHNP = jax.nn.softmax(scores_BHNP + bias_BNHP.swapaxes(1, 2), axis=-1).astype(q_BNJ.dtype)
+    return jnp.einsum("bhnp,bhpk->bhnk", weights_BHNP, values).swapaxes(1, 2).reshape(rows, beams, joined)
+
+
+def _attend_jointly(
+    q_BNJ: Float[Array, "B N J"],
+    k_BPJ: Float[Array, "B P J"],
+    v_BPJ: Float[Array, "B P J"],
+    *,
+    bias_BNHP: Float[Array, "#B #N #H P"],
+    heads: int,
+) -> Float[Array, "B N J"]:
+    """For a TPU: with few queries, a product per head is one of vectors and a matrix, which its matrix unit cannot use.
+
+    There all heads of a row are one product, in which each query is zero outside its head's columns. Where the heads
+    are cut over devices, those of a device are (G pieces, of h heads and j columns each), so that nothing need be
+    summed.
+    """
+    (rows, beams, joined), keys = q_BNJ.shape, k_BPJ.shape[1]
+    cut = partitioning.pieces("joined_kv")
+    cut = cut if heads % cut == 0 else 1
+
+    def per_query(x_BNGhx: jax.Array) -> jax.Array:
+        return x_BNGhx.swapaxes(1, 2).reshape(len(x_BNGhx), cut, -1, x_BNGhx.shape[-1])
+
+    own_hj = jnp.repeat(jnp.eye(heads // cut, dtype=bool), joined // heads, axis=1)[None, None, None]
+    zero = jnp.zeros((), q_BNJ.dtype)
+    q_BGMj = per_query(jnp.where(own_hj, q_BNJ.reshape(rows, beams, cut, 1, -1), zero))
+    k_BPGj, v_BPGj = k_BPJ.reshape(rows, keys, cut, -1), v_BPJ.reshape(rows, keys, cut, -1)
+    scores_BGMP = jnp.einsum("bgmj,bpgj->bgmp", q_BGMj, k_BPGj, preferred_element_type=jnp.float32)
+    bias_BNHP = jnp.broadcast_to(bias_BNHP, (len(bias_BNHP), beams, heads, keys))
+    bias_BGMP = per_query(bias_BNHP.reshape(len(bias_BNHP), beams, cut, -1, keys))
+    weights_BGMP = jax.nn.softmax(scores_BGMP + bias_BGMP, axis=-1).astype(q_BNJ.dtype)
+    y_BGMj = jnp.einsum("bgmp,bpgj->bgmj", weights_BGMP, v_BPGj)
+    y_BGNhj = y_BGMj.reshape(rows, cut, beams, heads // cut, -1)
+    return jnp.sum(jnp.where(own_hj, y_BGNhj, zero), axis=3).swapaxes(1, 2).reshape(rows, beams, joined)

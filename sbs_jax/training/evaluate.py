@@ -1,0 +1,211 @@
+"""Grade a student on a split of a task: metrics and predictions. Answers to other inputs: prediction/."""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sbs_jax import hosts
+from sbs_jax.data import batches, grading, registry
+from sbs_jax.student import decoding, partitioning, t5
+from sbs_jax.training.students import load_student
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """Metrics (accuracies in percent) and one row per example: id, inputs, target, prediction, correct, score."""
+
+    metrics: dict[str, float]
+    rows: list[dict[str, Any]]
+
+
+class Evaluator:
+    """Grades parameters on one split of a task by greedy generation; compiles once, tokenizes once."""
+
+    def __init__(
+        self,
+        *,
+        task_name: str,
+        split: str,
+        structure: t5.Structure,
+        partitioner: partitioning.Partitioner,
+        task_feature_lengths: Mapping[str, int],
+        batch_size: int,
+        max_decode_length: int,
+    ) -> None:
+        self._dataset, self._kind = registry.split_task(task_name)
+        self.primary_metric = self._dataset.primary_metric
+        self._task_name, self._split = task_name, split
+        self._examples = batches.eval_examples(task_name, split=split, lengths=task_feature_lengths)
+        if not self._examples:
+            raise ValueError(f"Split {split!r} of {task_name} is empty; there is nothing to evaluate.")
+        tokens = np.stack([e.features["encoder_input_tokens"] for e in self._examples])
+        hosts.agree({f"{task_name} {split}": hashlib.sha256(tokens.data).hexdigest()})
+        self._tokens_NS = tokens
+        self._generator = Generator(structure, partitioner=partitioner, batch_size=batch_size, length=max_decode_length)
+        self._vocabulary = registry.vocabulary(registry.options().vocabulary)
+
+    def run(self, parameters: t5.Parameters, *, before_batch: Callable[[], None] = lambda: None) -> Result:
+        """Generates for every example and grades the texts. What `before_batch` raises ends it."""
+        generated = self._generator.run(parameters, self._tokens_NS, before_batch=before_batch)
+        rows, predictions = [], []
+        for example, (ids, score) in zip(self._examples, generated, strict=True):
+            text = self._vocabulary.decode(ids)
+            prediction = registry.graded_text(text, kind=self._kind)
+            predictions.append(prediction)
+            row = {"id": example.id, "input": example.inputs, "target": example.label}
+            row |= {"prediction": prediction, "correct": self._dataset.same_label(example.label, prediction)}
+            if text != prediction:
+                row["text"] = text
+            rows.append(row | {"score": score})
+        targets = [e.label for e in self._examples]
+        values: dict[str, float] = {}
+        for metric in self._dataset.metric_fns:
+            values |= {name: float(value) for name, value in metric(targets, predictions).items()}
+        if values[self.primary_metric] == 0.0:
+            self._sound_alarm(predictions)
+        return Result(values, rows)
+
+    def _sound_alarm(self, predictions: Sequence[str]) -> None:
+        possible = self._dataset.labels or self._dataset.is_label or {e.label for e in self._examples}
+        alarm = grading.label_format_alarm(predictions, possible)
+        if alarm:
+            log.warning("%s, %s: %s", self._task_name, self._split, alarm)
+
+
+class Generator:
+    """Generation for any number of source rows, a fixed batch at a time: greedy, or what `compute` does.
+
+    `compute(model, tokens [B, S], ..)` gives arrays of B rows, of other arrays of B rows besides the tokens; `run`
+    needs tokens and scores. Of several processes each gives all rows and gets all answers, and puts on its devices what
+    belongs there.
+    """
+
+    def __init__(
+        self,
+        structure: t5.Structure,
+        *,
+        partitioner: partitioning.Partitioner,
+        batch_size: int,
+        length: int,
+        compute: Callable[..., Any] | None = None,
+        smaller: Sequence[int] = (),
+    ) -> None:
+        """`smaller`: other numbers of rows to compile for; a batch that is not full takes the least that holds it."""
+        pieces = partitioner.data_parallel_size
+        # Rows that fill a batch up are padding, which is dropped again.
+        self._batch_size = -(-batch_size // pieces) * pieces
+        rounded = {-(-size // pieces) * pieces for size in smaller if size < batch_size}
+        self.sizes = sorted({*rounded, self._batch_size})
+        self._partitioner = partitioner
+        compute = compute or functools.partial(decoding.greedy, length=length)
+
+        def generate(parameters: t5.Parameters, *rows: jax.Array):
+            with partitioner.constraining():
+                return compute(t5.join(structure, parameters), *rows)
+
+        self._generate = jax.jit(generate, out_shardings=partitioner.replicated)
+
+    def lower(self, parameters: Mapping[str, jax.ShapeDtypeStruct], *, inputs: int) -> jax.stages.Lowered:
+        """What `run` computes for a batch of rows of `inputs` tokens, to be compiled, also for devices that are absent.
+
+        The abstract parameters carry their shardings.
+        """
+        tokens = jax.ShapeDtypeStruct((self._batch_size, inputs), jnp.int32, sharding=self._partitioner.batch)
+        return self._generate.lower(parameters, tokens)
+
+    def run(
+        self, parameters: t5.Parameters, *rows: np.ndarray, before_batch: Callable[[], None] = lambda: None
+    ) -> Iterator[tuple[list[int], float]]:
+        """(token ids without EOS and padding, natural log probability) of each source row, in order."""
+        for tokens, scores in self.batches(parameters, *rows, before_batch=before_batch):
+            for ids, score in zip(tokens, scores, strict=True):
+                yield [int(i) for i in ids if i not in (decoding.PAD, decoding.EOS)], float(score)
+
+    def batches(
+        self, parameters: t5.Parameters, *rows: np.ndarray, before_batch: Callable[[], None] = lambda: None
+    ) -> Iterator[Any]:
+        """What is computed of each batch: the array, or the tuple of arrays, of its rows without those that fill it up.
+
+        `rows` are arrays of as many rows each, tokens `[N, S]` first.
+        """
+
+        def filled(rows: np.ndarray) -> np.ndarray:
+            size = next(size for size in self.sizes if size >= len(rows))
+            padding = np.zeros((size - len(rows), *rows.shape[1:]), rows.dtype)
+            return np.concatenate([rows, padding])[self._partitioner.local_rows(size)]
+
+        for start in range(0, len(rows[0]), self._batch_size):
+            before_batch()
+            part = [each[start : start + self._batch_size] for each in rows]
+            placed = self._partitioner.put_batch({str(number): filled(each) for number, each in enumerate(part)})
+            found = jax.device_get(self._generate(parameters, *placed.values()))
+            there = len(part[0])
+            yield found[:there] if isinstance(found, np.ndarray) else tuple(each[:there] for each in found)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """What `sbs evaluate` grades. Bound by `gin_configs/runs/evaluate.gin`; None means: as in the run."""
+
+    checkpoint_path: str
+    split: str
+    mixture_or_task_name: str | None
+    records_dir: str | None
+    batch_size: int
+    max_decode_length: int | None
+    output_dir: str | None
+    layout: partitioning.Layout
+    base: str | None = None  # where the base of a run that trained adapters lies, if it has moved
+
+
+def evaluate(config: EvaluateConfig) -> dict[str, float]:
+    """Grades a checkpoint on a split; writes predictions and `metrics.json` to `output_dir` if there is one."""
+    student = load_student(
+        config.checkpoint_path, layout=config.layout, records_dir=config.records_dir, base=config.base
+    )
+    run = student.manifest["run"]
+    task = registry.graded_task(config.mixture_or_task_name or run["mixture_or_task_name"])
+    if task is None:
+        raise ValueError(
+            f"{config.mixture_or_task_name} generates rationales, which nothing grades; name a label task."
+        )
+    evaluator = Evaluator(
+        task_name=task,
+        split=config.split,
+        structure=student.structure,
+        partitioner=student.partitioner,
+        task_feature_lengths=run["task_feature_lengths"],
+        batch_size=config.batch_size,
+        max_decode_length=config.max_decode_length or run["max_decode_length"],
+    )
+    result = evaluator.run(student.parameters)
+    if config.output_dir is not None and hosts.is_first():
+        directory = Path(config.output_dir)
+        directory.mkdir(parents=True, exist_ok=True)
+        write_rows(directory / f"{task}-{config.split}-{student.step}.jsonl", result.rows)
+        summary = {"task": task, "split": config.split, "step": student.step, **result.metrics}
+        (directory / "metrics.json").write_text(json.dumps(summary, indent=1) + "\n", "utf-8")
+    return result.metrics
+
+
+def write_rows(path: str | Path, rows: Any) -> int:
+    """Writes JSON lines, then moves the file into place; returns their number."""
+    temporary = Path(f"{path}.tmp")
+    count = 0
+    with temporary.open("w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            count += 1
+    temporary.replace(path)
+    return count

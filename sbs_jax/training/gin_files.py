@@ -1,0 +1,210 @@
+"""gin files and bindings to an instance of a configuration class: the only module that knows gin.
+
+Configurations use gin's dynamic registration: a gin file imports the modules it configures, so no library function is
+decorated, and third-party callables (`@optax.adamw`) are bound directly.
+"""
+
+import argparse
+import ast
+import importlib
+import re
+import sys
+import tokenize
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from sbs_jax import hosts
+from sbs_jax.checks import nearest
+
+# The names that selectors of gin begin with, and the modules they stand for.
+MODULES = {
+    "adapters": "sbs_jax.student.adapters",
+    "datasets": "sbs_jax.data.registry",
+    "evaluate": "sbs_jax.training.evaluate",
+    "partitioning": "sbs_jax.student.partitioning",
+    "selection": "sbs_jax.data.selection",
+    "t5": "sbs_jax.student.t5",
+    "t5x_model": "sbs_jax.training.t5x_model",
+    "train": "sbs_jax.training.config",
+}
+# Imported for the command line, whose bindings have no import of their own.
+_PRELUDE = ("adapters", "datasets", "evaluate", "partitioning", "t5", "train")
+_LONGEST = 3_000  # characters of a message; some of gin's quote the configuration
+_NAME = re.compile(r"[\w.]+(/[\w.]+)*", re.ASCII)
+_MISSING = re.compile(r"No module named 'sbs_jax\.(\w+)'")
+_REFERENCE = re.compile(r"[@%](?:[\w.]+/)*([\w.]+)")
+_REQUIRED = re.compile(r"^([\w.]+) = %gin.REQUIRED$", re.MULTILINE)
+_LEFT_SIDE = re.compile(r"^([\w./]+) =", re.MULTILINE)
+
+
+class UsageError(Exception):
+    """Something the caller of the command can mend; printed without a traceback."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ..")
+
+
+def configure(
+    name: str,
+    *,
+    gin_files: Sequence[str],
+    bindings: Sequence[str],
+    search_paths: Sequence[str] = (),
+    unread: Sequence[str] = (),
+) -> tuple[Any, str]:
+    """An instance of a configuration class (`"train.TrainConfig"`), and the operative configuration as text.
+
+    `bindings` are `NAME=value`. Files and bindings that come later override earlier ones. Values that are no gin
+    expression are taken as text, so `MODEL_DIR=/tmp/run` needs no quotes. A binding that nothing refers to, an
+    unknown name, and a macro left at REQUIRED are errors, except for `unread` macros, which the command does not read.
+    """
+    import gin
+
+    gin.clear_config()
+    # Names that start with gin_configs/ are found from any folder: gin looks packages up, and gin_configs is one.
+    for path in search_paths:
+        gin.add_config_file_search_path(path)
+    prelude = "from __gin__ import dynamic_registration\nimport optax\nimport tasks\n"
+    prelude += "".join(f"{import_line(name)}\n" for name in _PRELUDE)
+    prelude += "".join(f"include {file!r}\n" for file in gin_files)
+    text = prelude + "\n".join(_quoted(binding) for binding in bindings) + "\n"
+    try:
+        # Imports of the prelude do not reach into included files, and theirs not out of them.
+        includes, _ = gin.parse_config(text)
+        _refuse_foreign(importlib.import_module("gin.config"))
+        missing = _REQUIRED.findall(gin.config_str())
+        gin.parse_config("".join(f"{macro} = 'none'\n" for macro in missing if macro in unread))
+        missing = [macro for macro in missing if macro not in unread]
+        if missing:
+            flags = " ".join(f"--gin.{macro}=.." for macro in missing)
+            raise UsageError(f"{name} needs values that no gin file gives: {flags}")
+        instance = gin.get_configurable(name)()
+    except UsageError:
+        raise
+    except tokenize.TokenError as error:
+        raise UsageError(f"The configuration ends within a bracket or a text: {error}") from error
+    except (RecursionError, MemoryError) as error:
+        raise UsageError(f"The configuration is nested too deeply to read ({type(error).__name__}).") from error
+    except ImportError as error:
+        moved = _MISSING.search(str(error))  # gin's error has no name
+        if moved and moved[1] in MODULES:
+            raise UsageError(f"{error}\nsbs_jax.{moved[1]} has moved. Write: {import_line(moved[1])}") from error
+        raise UsageError(f"The configuration cannot be read: {type(error).__name__}: {error}") from error
+    except (ArithmeticError, LookupError) as error:
+        raise UsageError(f"The configuration cannot be read: {type(error).__name__}: {error}") from error
+    except (ValueError, SyntaxError, OSError, NameError, AttributeError, TypeError, RuntimeError) as error:
+        raise UsageError(str(error) or f"The configuration cannot be read: {type(error).__name__}.") from error
+    texts = [text, *(_read(file) for file in _file_names(includes))]
+    unused = _unused(gin.config_str(), gin.operative_config_str(), texts)
+    if unused:
+        known = sorted({m[1] for m in _LEFT_SIDE.finditer(gin.config_str())} - set(unused))
+        lines = [f"{binding}{nearest(binding, known)}" for binding in unused]
+        raise UsageError("Nothing uses these bindings; correct or remove them:\n  " + "\n  ".join(lines))
+    return instance, gin.operative_config_str()
+
+
+def import_line(name: str) -> str:
+    """Returns the line by which a gin file imports a module that selectors call `name`.
+
+    >>> import_line("train")
+    'from sbs_jax.training import config as train'
+    """
+    package, _, module = MODULES[name].rpartition(".")
+    return f"from {package} import {module}" + (f" as {name}" if module != name else "")
+
+
+def configured(
+    name: str, arguments: argparse.Namespace, bindings: Sequence[str], *, unread: Sequence[str] = ()
+) -> tuple[Any, str]:
+    """`configure` by the flags of a command; of several processes all must be configured alike."""
+    if not arguments.gin_file:
+        raise UsageError("no --gin_file given; the ready ones are under gin_configs/experiments/.")
+    configured, text = configure(
+        name,
+        gin_files=arguments.gin_file,
+        bindings=bindings,
+        search_paths=[path for path in arguments.gin_search_paths.split(",") if path],
+        unread=unread,
+    )
+    # Records may lie elsewhere on another host; what they hold is compared when they are read.
+    lines = [line for line in text.splitlines() if line and not line.startswith(("#", "RECORDS_DIR"))]
+    hosts.agree({"configuration": "\n".join(lines)})
+    return configured, text
+
+
+def _quoted(binding: str) -> str:
+    """A `NAME=value` binding as a line of gin, its value quoted if it is bare text."""
+    name, equals, value = binding.partition("=")
+    if not equals:
+        raise UsageError(f"Got the binding {binding[:200]!r}; expected NAME=value.")
+    if not _NAME.fullmatch(name.strip()):
+        raise UsageError(f"Got the binding {binding[:200]!r}; {name[:200]!r} is no name of a macro or parameter.")
+    value = value.strip()
+    if not value.startswith(("@", "%", "[", "(", "{")):
+        try:
+            ast.literal_eval(value)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            value = repr(value)
+    elif "\n" in value or "\r" in value:  # it could go on with other statements
+        raise UsageError(f"Got the binding {binding[:200]!r}; expected a value of one line.")
+    return f"{name.strip()} = {value}"
+
+
+def _refuse_foreign(config: Any) -> None:
+    """UsageError where a configuration refers to a function of the standard library, which could do anything.
+
+    Dynamic registration lets a gin file name whatever can be imported, and what it names with `()` is called; and a
+    module that is imported leads to those that it imports (`@train.os.system()`). What a configuration is made of is
+    this project's, or another package's. `config` is gin's module, which has parsed and called nothing yet.
+    """
+    waiting, seen = list(config._CONFIG.values()), set()
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict):
+            waiting += [*value.keys(), *value.values()]
+        elif isinstance(value, list | tuple | set | frozenset):
+            waiting += value
+        elif isinstance(value, config.ConfigurableReference) and id(value) not in seen:
+            seen.add(id(value))
+            function = value.configurable.wrapped
+            home = getattr(function, "__module__", None) or type(function).__module__
+            if home.partition(".")[0] in sys.stdlib_module_names:
+                name = getattr(function, "__qualname__", type(function).__qualname__)
+                raise UsageError(
+                    f"The configuration refers to {value.scoped_selector}, which is {home}.{name} of "
+                    "Python itself; it may refer to what sbs_jax, tasks, optax and other packages define. It was not "
+                    "run."
+                )
+
+
+def _read(file: str) -> str:
+    path = Path(file)
+    if not path.exists():  # gin found it through the package gin_configs
+        path = Path(__file__).parents[2] / file
+    return path.read_text("utf-8")
+
+
+def _file_names(includes: Iterable[Any]) -> list[str]:
+    found = []
+    for include in includes:
+        found += [include.filename, *_file_names(include.includes)]
+    return found
+
+
+def _unused(config: str, operative: str, texts: Sequence[str]) -> list[str]:
+    """Bindings that took no effect and that no text refers to.
+
+    A binding whose configurable or macro is referred to somewhere (`@optax.adamw`, `%WARMUP`) may be idle because
+    another file chose differently; that is how alternatives are offered, and no mistake.
+    """
+    referred = {match[1] for text in texts for match in _REFERENCE.finditer(text)}
+    ends = {name.rpartition(".")[2] for name in referred}
+    idle = {m[1] for m in _LEFT_SIDE.finditer(config)} - {m[1] for m in _LEFT_SIDE.finditer(operative)}
+    unused = []
+    for binding in sorted(idle):
+        path = binding.rpartition("/")[2]
+        owner = path.rpartition(".")[0] or path
+        if owner not in referred and owner.rpartition(".")[2] not in ends:
+            unused.append(binding)
+    return unused

@@ -1,0 +1,79 @@
+"""The state a run starts from, or resumes from: parameters, optimizer and frozen base on their shardings."""
+
+import dataclasses
+import functools
+import logging
+from typing import Any
+
+import jax
+import numpy as np
+
+from sbs_jax.run import checkpoints
+from sbs_jax.student import adapters, t5
+from sbs_jax.training.config import TrainConfig
+from sbs_jax.training.step import Trainer, TrainState, shardings
+from sbs_jax.weights import frozen, identity, opening
+
+log = logging.getLogger(__name__)
+
+
+def initial_state(config: TrainConfig, trainer: Trainer, *, base: frozen.Base | None = None) -> TrainState:
+    """Fresh parameters from the seed, or those of `initial_checkpoint_path`; optimiser at zero; step 0."""
+    saved = shardings(trainer.saved)
+    if config.tuning is not None:
+        base = base or base_of(config, trainer)
+        model = {**base.frozen, **base.trained}
+        new = {name: sharding for name, sharding in saved.parameters.items() if name not in base.trained}
+        put_on = functools.partial(
+            *(adapters.initial, config.model, config.tuning), structure=trainer.structure, seed=config.seed
+        )
+        parameters = base.trained | jax.jit(lambda base: put_on(base=base), out_shardings=new)(model)
+    elif config.initial_checkpoint_path is None:
+        parameters = jax.jit(lambda: t5.init(config.model, seed=config.seed)[1], out_shardings=saved.parameters)()
+    else:
+        parameters = opening.load_parameters(config.initial_checkpoint_path, like=trainer.saved.parameters)
+    optimizer = config.optimizer(learning_rate=config.learning_rate)
+    state = jax.jit(optimizer.init, out_shardings=saved.optimizer)(parameters)
+    zero = _number(0, saved.step)
+    return trainer.stacked(TrainState(zero, parameters, state, _number(0, saved.skipped), base.frozen if base else {}))
+
+
+def base_of(config: TrainConfig, trainer: Trainer) -> frozen.Base:
+    """What a run with a tuning begins from, as it is held: read anew at every start, since no checkpoint has it."""
+    assert config.tuning is not None
+    return frozen.load(
+        config.model,
+        config.tuning,
+        path=config.initial_checkpoint_path,
+        seed=config.seed,
+        like={**trainer.saved.frozen, **trainer.saved.parameters},
+        partitioner=trainer.partitioner,
+    )
+
+
+def _number(value: int, sharding: Any) -> jax.Array:
+    return jax.make_array_from_callback((), sharding, lambda _: np.asarray(value, np.int32))
+
+
+def described(config: TrainConfig, base: dict[str, Any] | None) -> dict[str, Any]:
+    """What a checkpoint's metadata say of the student; `base` is the identity of what adapters are trained on."""
+    model = {"model": dataclasses.asdict(config.model)}
+    if config.tuning is None or base is None:
+        return model
+    return model | {"tuning": dataclasses.asdict(config.tuning), "base": base}
+
+
+def state_of(restored: checkpoints.Restored, trainer: Trainer, *, base: frozen.Base | None = None) -> TrainState:
+    """The state that a checkpoint holds, as it is held in memory. ValueError where it belongs to another base."""
+    saved = trainer.saved
+    if base is not None:
+        identity.check(base.identity, restored.metadata["base"], owner=f"The checkpoint of step {restored.step}")
+    return trainer.stacked(
+        TrainState(
+            _number(restored.step, saved.step.sharding),
+            restored.parameters,
+            restored.optimizer,
+            _number(restored.metadata["skipped"], saved.skipped.sharding),
+            base.frozen if base else {},
+        )
+    )

@@ -1,0 +1,253 @@
+"""One training step: state, loss and gradients of a global batch, update; and its compilation for a mesh."""
+
+import dataclasses
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float
+
+from sbs_jax.data import batches
+from sbs_jax.student import adapters, losses, partitioning, stacking, t5
+from sbs_jax.training.config import TrainConfig
+
+log = logging.getLogger(__name__)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """What an update changes, and what it leaves alone."""
+
+    step: Any  # int32 scalar, the number of updates made, or left out because they were not finite
+    parameters: Any  # t5.Parameters that are trained, or the same tree of shapes or shardings
+    optimizer: Any
+    skipped: Any  # int32 scalar, how many of them were left out
+    frozen: Any = dataclasses.field(default_factory=dict)  # the other t5.Parameters
+
+
+Batch = dict[str, Any]  # arrays, or their shapes
+
+
+def loss_and_gradients(
+    parameters: t5.Parameters,
+    batch: Batch,
+    *,
+    structure: t5.Structure,
+    alpha: float,
+    z_loss: float,
+    micro_batches: int,
+    vocabulary_chunks: int,
+    dropout_key: jax.Array,
+    frozen: t5.Parameters | None = None,
+) -> tuple[Float[Array, ""], dict[int, losses.TaskSums], t5.Parameters]:
+    """Loss of a global batch, sums per task, and gradients; the same however the batch is cut into micro-batches.
+
+    `parameters` and `frozen` together are all that the model has; gradients are of `parameters` alone.
+    """
+    # Over the whole batch, before it is cut: see losses.py.
+    weights = losses.token_weights(batch["decoder_task_ids"], alpha=alpha)
+
+    def loss_of(parameters: t5.Parameters, rows: Batch, index: jax.Array):
+        model = t5.join(structure, {**(frozen or {}), **parameters})
+        states = model.states(
+            rows["encoder_input_tokens"],
+            rows["decoder_input_tokens"],
+            encoder_segment_ids=rows.get("encoder_segment_ids"),
+            decoder_segment_ids=rows.get("decoder_segment_ids"),
+            dropout_key=jax.random.fold_in(dropout_key, index),
+        )
+        targets = rows["decoder_target_tokens"]
+        if vocabulary_chunks == 1:
+            statistics = losses.token_statistics(model.logits(states), targets)
+        else:
+            statistics = losses.projected_token_statistics(*model.projection(states), targets, chunks=vocabulary_chunks)
+        return losses.weighted_cross_entropy(
+            statistics,
+            task_ids_BT=rows["decoder_task_ids"],
+            weights_BT=rows["weights"],
+            z_loss=z_loss,
+        )
+
+    gradient_of = jax.value_and_grad(loss_of, has_aux=True)
+    pieces = (_cut({**batch, "weights": weights}, micro_batches), jnp.arange(micro_batches))
+    first = jax.tree.map(lambda x: x[0], pieces)
+    if micro_batches == 1:
+        (loss, sums), gradients = gradient_of(parameters, *first)
+        return loss, sums, gradients
+
+    def add(total, piece):
+        return jax.tree.map(jnp.add, total, gradient_of(parameters, *piece)), None
+
+    shapes = jax.eval_shape(gradient_of, parameters, *first)
+    zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    ((loss, sums), gradients), _ = jax.lax.scan(add, zero, pieces)
+    return loss, sums, gradients
+
+
+def train_step(
+    state: TrainState,
+    batch: Batch,
+    *,
+    structure: t5.Structure,
+    config: TrainConfig,
+    optimizer: optax.GradientTransformation,
+) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
+    """One update from one global batch, and its metrics. Pure; the dropout key follows from (seed, step).
+
+    An update whose loss or gradient is not finite changes neither parameters nor optimiser. After more than
+    `config.skip_non_finite` of them no further step changes anything: `step` stays the number of the last good one,
+    so that the loop, which looks at the metrics later, finds the state from which the fault can be replayed.
+    """
+    loss, sums, gradients = loss_and_gradients(
+        state.parameters,
+        batch,
+        structure=structure,
+        alpha=config.alpha,
+        z_loss=config.z_loss,
+        micro_batches=config.micro_batches,
+        vocabulary_chunks=config.vocabulary_chunks,
+        dropout_key=jax.random.fold_in(jax.random.key(config.seed), state.step),
+        frozen=state.frozen,
+    )
+    norm = optax.tree.norm(gradients)
+    if config.clip_norm is not None:
+        scale = jnp.where(norm > config.clip_norm, config.clip_norm / norm, 1.0)
+        gradients = jax.tree.map(lambda x: x * scale, gradients)
+    updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.parameters)
+    parameters = optax.apply_updates(state.parameters, updates)
+    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+    going = state.skipped <= config.skip_non_finite
+    skipped = state.skipped + (going & ~finite)
+    parameters, optimizer_state = jax.tree.map(
+        lambda new, old: jnp.where(going & finite, new, old),
+        (parameters, optimizer_state),
+        (state.parameters, state.optimizer),
+    )
+    metrics = {"loss": loss, "gradient_norm": norm, "skipped": skipped}
+    for task, name in losses.TASK_NAMES.items():
+        metrics |= sums[task].means(name)
+    step = state.step + (skipped <= config.skip_non_finite)
+    return TrainState(step, parameters, optimizer_state, skipped, state.frozen), metrics
+
+
+def _cut(batch: Batch, pieces: int) -> Batch:
+    """`[B, ..]` to `[pieces, B / pieces, ..]`; row i goes to piece i mod pieces, so no device's rows have to move."""
+    return {name: x.reshape(-1, pieces, *x.shape[1:]).swapaxes(0, 1) for name, x in batch.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Trainer:
+    """The compiled step and where its state lives; what `train`, `sbs plan` and the benchmarks share."""
+
+    partitioner: partitioning.Partitioner
+    abstract: TrainState  # shapes with shardings, as held in memory
+    saved: TrainState  # the same where every layer has arrays of its own: as on disk, but for what is frozen
+    batch: Batch  # the same, of one global batch
+    step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
+    unstacked: Callable[[TrainState], TrainState]  # from memory to disk, without what is frozen
+    stacked: Callable[[TrainState], TrainState]  # and back, with it
+    parameters: Callable[[TrainState], t5.Parameters]  # all of them, every layer's by itself
+    structure: t5.Structure  # of a model that has them
+
+
+def prepare(config: TrainConfig, *, devices: Sequence[Any] | None = None) -> Trainer:
+    """Mesh, shardings and the jitted step. Computes no parameter and reads no data.
+
+    `devices` are those of a machine that may not be there (`sbs plan`); all of this one by default.
+    """
+    partitioner = config.layout.partitioner(devices)
+    _check_divisible(config, partitioner)
+    optimizer = config.gradient_transformation()
+
+    def placed(execution: t5.Execution, optimizer: optax.GradientTransformation) -> tuple[t5.Structure, TrainState]:
+        adapted = adapters.abstract(config.model, config.tuning, execution=execution)
+        trained, rest = adapted.parts(adapted.shapes)
+        number = jax.ShapeDtypeStruct((), jnp.int32)
+        state = TrainState(number, trained, jax.eval_shape(optimizer.init, trained), number, rest)
+        state = partitioner.placed(state, parameters=adapted.shapes, axes=adapted.axes)
+        return adapted.structure, dataclasses.replace(state, optimizer=_in_memory(state.optimizer, config))
+
+    structure, abstract = placed(config.execution, optimizer)
+    if config.execution.layers == "scanned":
+        saved_structure, saved = placed(t5.UNROLLED, config.optimizer(learning_rate=config.learning_rate))
+        unstack = jax.jit(stacking.unstack, out_shardings=shardings(dataclasses.replace(saved, frozen={})))
+        unstack_all = jax.jit(stacking.unstack, out_shardings=shardings({**saved.frozen, **saved.parameters}))
+        stacked = jax.jit(stacking.stack, out_shardings=shardings(abstract))
+    else:
+        saved_structure, saved = structure, abstract
+        unstack = unstack_all = stacked = _as_it_is
+
+    def unstacked(state: TrainState) -> TrainState:
+        return unstack(dataclasses.replace(state, frozen={}))
+
+    def parameters(state: TrainState) -> t5.Parameters:
+        return unstack_all({**state.frozen, **state.parameters})
+
+    on_device = jax.tree.map(lambda leaf: leaf.sharding.with_memory_kind("device"), abstract.optimizer)
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+        if config.optimizer_memory != "device":
+            state = dataclasses.replace(state, optimizer=jax.device_put(state.optimizer, on_device))
+        with partitioner.constraining():
+            return train_step(state, batch, structure=structure, config=config, optimizer=optimizer)
+
+    compiled = jax.jit(
+        step,
+        in_shardings=(shardings(abstract), partitioner.batch),
+        out_shardings=(shardings(abstract), partitioner.replicated),
+        donate_argnums=0,
+        compiler_options=partitioner.compiler_options,
+    )
+    batch = {
+        name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=partitioner.batch)
+        for name, shape in batches.batch_shapes(
+            config.task_feature_lengths, batch_size=config.batch_size, pack=config.pack
+        ).items()
+    }
+    return Trainer(partitioner, abstract, saved, batch, compiled, unstacked, stacked, parameters, saved_structure)
+
+
+def _in_memory(optimizer: Any, config: TrainConfig) -> Any:
+    """The optimiser's abstract state in the memory that is asked for; step counts and the like stay on the device."""
+    if config.optimizer_memory == "device":
+        return optimizer
+
+    def one(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        sharding: Any = leaf.sharding
+        if leaf.ndim == 0:
+            return leaf
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding.with_memory_kind(config.optimizer_memory))
+
+    return jax.tree.map(one, optimizer)
+
+
+def shardings(abstract: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf.sharding, abstract)
+
+
+def _as_it_is(tree: Any) -> Any:
+    return tree
+
+
+def _check_divisible(config: TrainConfig, partitioner: partitioning.Partitioner) -> None:
+    """Before any compile: rows over devices and micro-batches, heads over splits."""
+    rows, pieces = config.batch_size, partitioner.data_parallel_size * config.micro_batches
+    if rows % pieces:
+        down, up = rows // pieces * pieces, -(-rows // pieces) * pieces
+        raise ValueError(
+            f"batch_size {rows} does not divide over {pieces} = {partitioner.data_parallel_size} pieces of the mesh "
+            f"{partitioner.sizes} x micro_batches {config.micro_batches}; the nearest that does is "
+            f"{f'{down} or {up}' if down else up}. Choose it, or another mesh (gin_configs/meshes/)."
+        )
+    heads, splits = config.model.num_heads, partitioner.sizes["tensor"]
+    if heads % splits:
+        raise ValueError(
+            f"The model has {heads} attention heads, which do not divide over tensor={splits} of the mesh "
+            f"{partitioner.sizes}; the nearest that divides them is "
+            f"{partitioning.nearest_divisor(heads, splits)}. Choose another mesh "
+            "(gin_configs/meshes/)."
+        )

@@ -1,0 +1,154 @@
+"""Load a trained student from a run directory: its best step, its options, and the base under its adapters."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from sbs_jax.data import registry, selection
+from sbs_jax.run import checkpoints, directory
+from sbs_jax.student import adapters, partitioning, t5
+from sbs_jax.weights import frozen, identity, opening
+
+
+@dataclasses.dataclass(frozen=True)
+class Student:
+    """A trained model of a run directory, with the options it was trained under."""
+
+    config: t5.T5Config
+    structure: t5.Structure
+    parameters: t5.Parameters
+    partitioner: partitioning.Partitioner
+    step: int
+    manifest: dict[str, Any]
+    options: selection.DataOptions
+
+
+def load_student(
+    path: str | Path, *, layout: partitioning.Layout, records_dir: str | None = None, base: str | None = None
+) -> Student:
+    """The student of a run directory (its best step) or of one `checkpoints/<step>`; registers its tasks.
+
+    Vocabulary, prefixes and lengths are those it was trained with; `records_dir` may have moved, and so may the `base`
+    of a run that trained adapters.
+    """
+    return _load_sharing(path, {}, layout=layout, records_dir=records_dir, base=base)[0]
+
+
+def load_students(
+    path: str | Path, others: Mapping[str, str | Path], *, layout: partitioning.Layout, base: str | None = None
+) -> tuple[Student, dict[str, Student]]:
+    """A run that trained adapters, and others by name, over one base, which is read and held once.
+
+    Registers the tasks of the first. ValueError where they were trained on different bases, or hold theirs otherwise.
+    """
+    return _load_sharing(path, others, layout=layout, records_dir=None, base=base)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Trained:
+    """What a run trained, and the shapes of all that its student has."""
+
+    owner: str
+    config: t5.T5Config
+    tuning: adapters.Tuning | None
+    adapted: adapters.Adapted
+    like: dict[str, jax.ShapeDtypeStruct]
+    parameters: t5.Parameters
+    base: dict[str, Any] | None
+    step: int
+    manifest: dict[str, Any]
+
+    def student(
+        self, frozen: Mapping[str, jax.Array], *, partitioner: partitioning.Partitioner, options: selection.DataOptions
+    ) -> Student:
+        parameters = {**{name: frozen[name] for name in self.like if name in frozen}, **self.parameters}
+        return Student(
+            *(self.config, self.adapted.structure, parameters, partitioner, self.step, self.manifest, options)
+        )
+
+
+def _load_sharing(
+    path: str | Path,
+    others: Mapping[str, str | Path],
+    *,
+    layout: partitioning.Layout,
+    records_dir: str | None,
+    base: str | None,
+) -> tuple[Student, dict[str, Student]]:
+    partitioner = layout.partitioner()
+    first = _read_trained(path, partitioner)
+    named = {name: _read_trained(place, partitioner) for name, place in others.items()}
+    held: t5.Parameters = {}
+    for each in (first, *named.values()):
+        if each.tuning is None and (named or base is not None):
+            raise ValueError(
+                f"{each.owner} has no adapters: everything was trained, and it needs no base. Only runs that trained "
+                "adapters share one; predict with this one by itself."
+            )
+    if first.tuning is not None and first.base is not None:
+        for each in named.values():
+            _check_shared(first, each)
+        found = frozen.load(
+            *(first.config, first.tuning),
+            path=identity.place(first.base, base, owner=first.owner),
+            seed=first.base["seed"],
+            like=first.like,
+            partitioner=partitioner,
+        )
+        identity.check(found.identity, first.base, owner=first.owner)
+        held = {**found.frozen, **found.trained}
+    options = _options(first)
+    if records_dir is not None:
+        options = dataclasses.replace(options, records_dir=records_dir)
+    registry.configure(options)
+    return (
+        first.student(held, partitioner=partitioner, options=options),
+        {name: each.student(held, partitioner=partitioner, options=_options(each)) for name, each in named.items()},
+    )
+
+
+def _options(trained: _Trained) -> selection.DataOptions:
+    return selection.DataOptions(**trained.manifest["data"]["options"])
+
+
+def _read_trained(path: str | Path, partitioner: partitioning.Partitioner) -> _Trained:
+    run, step = checkpoints.locate(path)
+    manifest = directory.read_manifest(run)
+    metadata = checkpoints.read_metadata(run, step)
+    config, tuning = t5.T5Config.of(metadata["model"]), adapters.Tuning.of(metadata.get("tuning"))
+    adapted = adapters.abstract(config, tuning)
+    like = partitioner.placed(adapted.shapes, parameters=adapted.shapes, axes=adapted.axes)
+    checkpoint = run / "checkpoints" / str(step)
+    parameters = opening.load_parameters(checkpoint, like=adapted.parts(like)[0])
+    base = metadata.get("base")
+    return _Trained(str(run), config, tuning, adapted, like, parameters, base, step, manifest)
+
+
+def _check_shared(first: _Trained, other: _Trained) -> None:
+    """ValueError unless the base, as the first run holds it, serves the other as well."""
+    assert first.base is not None
+    assert other.base is not None
+    if first.base["fingerprint"] != other.base["fingerprint"]:
+        raise ValueError(
+            f"{first.owner} and {other.owner} have adapters of different bases: {identity.described(first.base)} "
+            f"(fingerprint {first.base['fingerprint'][:16]}) and {identity.described(other.base)} "
+            f"({other.base['fingerprint'][:16]}). Adapters of one base are answered with together; the others by "
+            "themselves."
+        )
+    needed = other.adapted.parts(other.like)[1]
+    for name, leaf in needed.items():
+        held = first.like.get(name)
+        if held is None or (held.shape, held.dtype) != (leaf.shape, leaf.dtype):
+            raise ValueError(
+                f"{first.owner} and {other.owner} hold their base in different ways ({_holding(first)}, "
+                f"{_holding(other)}), which differ in {name}. Adapters of a base that is held alike are answered with "
+                "together; predict with these runs by themselves."
+            )
+
+
+def _holding(trained: _Trained) -> str:
+    assert trained.tuning is not None
+    return trained.tuning.base

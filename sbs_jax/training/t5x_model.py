@@ -1,0 +1,148 @@
+"""The method on unmodified T5X: its encoder-decoder model and its trainer, with our loss. See docs/t5x.md.
+
+Needs T5X (scripts/t5x.txt) and is imported by nothing but the gin files in `gin_configs/t5x/`.
+"""
+
+# T5X may be missing where the types are checked; where it is there, its own annotations name NumPy's arrays for JAX's.
+# pyright: reportMissingImports=false, reportArgumentType=false, reportCallIssue=false
+# pyright: reportAttributeAccessIssue=false, reportOperatorIssue=false
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from t5x import decoding, models, state_utils, trainer
+
+from sbs_jax.data import batches, registry, selection
+from sbs_jax.student import losses
+
+# The feature that `StepByStepTrainer` adds to a batch, and that T5X cuts into micro-batches with the others.
+TOKEN_WEIGHTS = "decoder_token_weights"
+
+
+class StepByStepModel(models.EncoderDecoderModel):
+    """T5X's encoder-decoder with the step-by-step loss.
+
+    To T5X's metrics it adds `loss/label`, `loss/rationale` (nats per token), and `token_accuracy/..`, `tokens/..`.
+    """
+
+    FEATURE_CONVERTER_CLS = batches.StepByStepFeatureConverter
+
+    def __init__(
+        self,
+        *,
+        module: Any,
+        optimizer_def: Any,
+        data: selection.DataOptions,
+        alpha: float,
+        z_loss: float = 0.0,
+        decode_fn: Callable[..., Any] = decoding.beam_search,
+        default_decoder_params: models.DecoderParams | None = None,
+    ):
+        """Puts `data` in force for every task: T5X builds its model before it opens a dataset.
+
+        `module` is T5X's `network.Transformer`, `optimizer_def` one of T5X's optimisers; `alpha` is the share of the
+        label task. ValueError where the network's table is smaller than the vocabulary.
+        """
+        if not 0.0 <= alpha <= 1.0 or z_loss < 0.0:
+            raise ValueError(f"Got alpha {alpha!r} and z_loss {z_loss!r}; expected 0 <= alpha <= 1 and z_loss >= 0.")
+        registry.configure(data)
+        vocabulary = registry.vocabulary(data.vocabulary)
+        if vocabulary.vocab_size > module.config.vocab_size:
+            raise ValueError(
+                f"The vocabulary {data.vocabulary} has {vocabulary.vocab_size} ids, and the network's table "
+                f"{module.config.vocab_size} rows. Set network.T5Config.vocab_size, or another --gin.VOCABULARY."
+            )
+        super().__init__(
+            module=module,
+            input_vocabulary=vocabulary,
+            output_vocabulary=vocabulary,
+            optimizer_def=optimizer_def,
+            decode_fn=decode_fn,
+            default_decoder_params=default_decoder_params,
+            z_loss=z_loss,
+        )
+        self._alpha = alpha
+
+    def with_token_weights(self, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+        """The batch, which must be the global one, with the weight of each of its target tokens, float32 [B, T]."""
+        return {**batch, TOKEN_WEIGHTS: losses.token_weights(batch["decoder_task_ids"], alpha=self._alpha)}
+
+    def loss_fn(
+        self, params: Any, batch: Mapping[str, jax.Array], dropout_rng: jax.Array | None
+    ) -> tuple[jax.Array, models.MetricsMap]:
+        """Loss and metrics of a batch, or of a micro-batch with its share of the global batch's weights.
+
+        In evaluation (no key) a batch is never cut. ValueError in training for a batch without weights.
+        """
+        if TOKEN_WEIGHTS not in batch and dropout_rng is not None:
+            raise ValueError(
+                "A training batch has no token weights, and T5X's own trainer may have cut it, so that they cannot "
+                "be known. Bind trainer_cls = @t5x_model.StepByStepTrainer, as gin_configs/t5x/finetune.gin does."
+            )
+        batch = batch if TOKEN_WEIGHTS in batch else self.with_token_weights(batch)
+        logits = self._compute_logits(params, batch, dropout_rng).astype(jnp.float32)
+        targets, mask = batch["decoder_target_tokens"], batch["decoder_loss_weights"]
+        loss_of = functools.partial(
+            losses.weighted_cross_entropy,
+            losses.token_statistics(logits, targets),
+            task_ids_BT=batch["decoder_task_ids"],
+            weights_BT=batch[TOKEN_WEIGHTS],
+        )
+        loss, sums = loss_of(z_loss=self._z_loss)
+        z_loss = loss - loss_of(z_loss=0.0)[0]  # XLA computes once what the two calls share
+        packed = {name.removesuffix("_segment_ids"): x for name, x in batch.items() if name.endswith("_segment_ids")}
+        unpacked = {name: batch[name] != 0 for name in ("encoder_input_tokens", "decoder_target_tokens")}
+        metrics = self._compute_metrics(logits, targets, mask, loss, z_loss, packed or unpacked)
+        for task, name in losses.TASK_NAMES.items():
+            of_task = sums[task]
+            # Without a token, 0 instead of 0 / 0; beside a whole number of tokens it vanishes.
+            count = jnp.maximum(of_task.tokens, 1e-9)
+            metrics |= {
+                f"loss/{name}": models.clu_metrics.Average(total=of_task.cross_entropy, count=count),
+                f"token_accuracy/{name}": models.clu_metrics.Average(total=of_task.correct, count=count),
+                f"tokens/{name}": models.metrics_lib.AveragePerStep(total=of_task.tokens),
+            }
+        return loss, metrics
+
+
+class StepByStepTrainer(trainer.Trainer):
+    """T5X's trainer, except that the weights of tokens are computed before a batch is cut into micro-batches."""
+
+    @functools.cached_property
+    def _partitioned_train_step(self) -> Any:
+        def step(state: Any, batch: Mapping[str, jax.Array]) -> Any:
+            return trainer.train_with_lr(
+                state,
+                self._model.with_token_weights(batch),
+                learning_rate=self._learning_rate_fn(state.step),
+                dropout_rng=self._get_step_rng(state.step),
+                model=self._model,
+                num_microbatches=self._num_microbatches,
+                weight_metrics_computer=self._weight_metrics_computer,
+                data_partition_spec=self._partitioner.data_partition_spec,
+            )
+
+        axes, of_batch = self._train_state_axes, self._partitioner.data_partition_spec
+        return self._partitioner.partition(
+            step, in_axis_resources=(axes, of_batch), out_axis_resources=(axes, None), donate_argnums=(0,)
+        )
+
+
+def only_parameters(checkpoint: Mapping[str, Any], model: Mapping[str, Any], *, is_resuming: bool = False) -> Any:
+    """For `utils.RestoreCheckpointConfig.state_transformation_fns`: a run starts at step 0 with a fresh optimiser.
+
+    Takes the state as stored and as the model has it. What the result leaves out is filled in afresh, unnoticed
+    (`fallback_to_scratch`), so a missing parameter is a ValueError.
+    """
+    if is_resuming:
+        return checkpoint
+    wanted, found = (set(state_utils.flatten_state_dict(tree["target"])) for tree in (model, checkpoint))
+    if missing := sorted(wanted - found):
+        raise ValueError(
+            f"The checkpoint lacks {len(missing)} of the model's {len(wanted)} parameters, {missing[0]} for one. "
+            "Include T5X's gin file of the model that the checkpoint was trained with."
+        )
+    return {"target": checkpoint["target"]}

@@ -1,0 +1,80 @@
+"""The base that adapters are trained on: read array by array, held as its `Tuning` says, told apart by identity.py."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from sbs_jax.student import adapters, partitioning, t5
+from sbs_jax.weights import opening
+from sbs_jax.weights.identity import digest, fingerprint
+
+
+@dataclasses.dataclass(frozen=True)
+class Base:
+    """A base's parameters as they are held: those that stay as they are, and those that are trained further.
+
+    `identity` is what a checkpoint of adapters keeps of it: {"path", "seed", "fingerprint"}.
+    """
+
+    frozen: t5.Parameters
+    trained: t5.Parameters
+    identity: dict[str, Any]
+
+
+def load(
+    config: t5.T5Config,
+    tuning: adapters.Tuning,
+    *,
+    path: str | None,
+    seed: int | None,
+    like: Mapping[str, jax.ShapeDtypeStruct],
+    partitioner: partitioning.Partitioner,
+) -> Base:
+    """The base from a checkpoint of any form, or fresh from a seed; on the shardings of `like`, which has every name.
+
+    One array after the other, so that no more than one is there in float32: the base of a quantised run may not fit
+    into memory as it is on disk.
+    """
+    adapted = adapters.abstract(config, tuning)
+    _, own, axes = t5.abstract(config)
+    whole = partitioner.placed(own, parameters=own, axes=axes)
+    if path is None and seed is None:
+        raise ValueError("These adapters know neither the path of their base nor a seed; give the base.")
+    read = _from_seed(config, seed or 0, whole) if path is None else _from_checkpoint(path, whole)
+    held: t5.Parameters = {}
+    prints: dict[str, list[int]] = {}
+    compiled: dict[Any, Callable[[jax.Array], tuple[jax.Array, ...]]] = {}  # one for all arrays that are alike
+    for name in own:
+        array = read(name)
+        prints[name] = [int(x) for x in np.asarray(fingerprint(array))]
+        parts = [each for each in like if each == name or each.rpartition("/")[0] == name]
+
+        def hold(array: jax.Array, name: str = name, parts: list[str] = parts) -> tuple[jax.Array, ...]:
+            found = adapters.hold(name, array, shapes=adapted.shapes, form=tuning.base)
+            return tuple(found[part] for part in parts)
+
+        shardings = tuple(like[part].sharding for part in parts)
+        alike = (array.shape, shardings, tuple(like[part].dtype for part in parts))
+        if alike not in compiled:
+            compiled[alike] = jax.jit(hold, out_shardings=shardings)
+        held |= zip(parts, compiled[alike](array), strict=True)
+        del array
+    trained, rest = adapted.parts(held)
+    place = path if path is None or "://" in path else str(Path(path).absolute())
+    return Base(rest, trained, {"path": place, "seed": None if path else seed, "fingerprint": digest(prints)})
+
+
+def _from_seed(config: t5.T5Config, seed: int, like: Mapping[str, jax.ShapeDtypeStruct]) -> Callable[[str], jax.Array]:
+    shardings = {name: leaf.sharding for name, leaf in like.items()}
+    return jax.jit(lambda: t5.init(config, seed=seed)[1], out_shardings=shardings)().pop
+
+
+def _from_checkpoint(path: str, like: Mapping[str, jax.ShapeDtypeStruct]) -> Callable[[str], jax.Array]:
+    if path.endswith(".npz"):
+        return opening.load_parameters(path, like=like).pop
+    arrays = opening.arrays_of(path, shapes={name: tuple(leaf.shape) for name, leaf in like.items()})
+    return lambda name: arrays[name].onto(like[name])

@@ -1,0 +1,61 @@
+"""Which base adapters belong to: fingerprints of its arrays, the place it was read from, and what tells it from others.
+
+`{"path", "seed", "fingerprint"}` is what a checkpoint of adapters keeps of its base.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sbs_jax.weights.names import LazyArray
+
+
+def of_arrays(arrays: Mapping[str, LazyArray]) -> str:
+    """The fingerprint of a base, its arrays read one after the other."""
+    prints = {name: fingerprint(jnp.asarray(array.whole().astype(np.float32))) for name, array in arrays.items()}
+    return digest({name: [int(x) for x in np.asarray(each)] for name, each in prints.items()})
+
+
+def digest(prints: Mapping[str, Sequence[int]]) -> str:
+    """One fingerprint of those of all arrays, by name."""
+    return hashlib.sha256(repr(sorted((name, list(each)) for name, each in prints.items())).encode()).hexdigest()
+
+
+@jax.jit
+def fingerprint(array: jax.Array) -> jax.Array:
+    """Two 32-bit sums of a float32 array's bits, each weighted by place: the same however it is cut over devices."""
+    bits = jax.lax.bitcast_convert_type(array.astype(jnp.float32), jnp.uint32)
+    place = jnp.zeros(bits.shape, jnp.uint32)
+    for axis in range(bits.ndim):
+        place = place * np.uint32(bits.shape[axis]) + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
+    # Odd factors, so that a change of any one bit changes both sums (Knuth's and xxHash's multipliers).
+    weights = [(place * np.uint32(factor)) ^ (place >> 15) | np.uint32(1) for factor in (2654435761, 2246822519)]
+    return jnp.stack([jnp.sum(bits * weight, dtype=jnp.uint32) for weight in weights])
+
+
+def check(found: Mapping[str, Any], expected: Mapping[str, Any], *, owner: str) -> None:
+    """ValueError where a base is not that which adapters were trained on."""
+    if found["fingerprint"] != expected["fingerprint"]:
+        raise ValueError(
+            f"{owner} has adapters of another base. They were trained on {described(expected)}, of fingerprint "
+            f"{expected['fingerprint'][:16]}; {described(found)} has {found['fingerprint'][:16]}. Give the base they "
+            "were trained on."
+        )
+
+
+def described(identity: Mapping[str, Any]) -> str:
+    return str(identity["path"]) if identity["path"] else f"parameters fresh from seed {identity['seed']}"
+
+
+def place(identity: Mapping[str, Any], given: str | None, *, owner: str) -> str | None:
+    """Where to read a base: `given`, or where it was; None for one fresh from a seed. FileNotFoundError if it moved."""
+    path = given or identity["path"]
+    if path is not None and "://" not in str(path) and not Path(path).exists():
+        moved = "" if given else " (any more). Where it lies now is given by --base (sbs evaluate: --gin.BASE_PATH)"
+        raise FileNotFoundError(f"The base of {owner} is {path}: nothing is there{moved}.")
+    return path

@@ -1,0 +1,119 @@
+"""Adapters made part of the base that they were trained on: one student without them, read array by array."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sbs_jax.student import adapters, quantized
+from sbs_jax.weights.names import LazyArray, Opened
+
+# What changes a kernel, by the end of its name; all else that can be put on a model has no place in one without it.
+OF_KERNEL = ("lora/a", "lora/b", "in_scale", "out_scale")
+
+
+def check(opened: Opened, *, owner: str) -> None:
+    """ValueError for adapters that no plain T5 can hold: bottlenecks, prompts, prefixes, biases."""
+    extra = _without_place(opened)
+    if extra:
+        raise ValueError(
+            f"{owner} has {kinds(extra)} ({extra[0]}), which cannot be merged: a T5 without adapters has no place for "
+            "them. LoRA, IA3, layer norms and layers can be. Predict and evaluate with the run as it is, and its base."
+        )
+
+
+def possible(opened: Opened) -> bool:
+    """Whether `merged` makes a plain T5 of it."""
+    return not _without_place(opened)
+
+
+def _without_place(opened: Opened) -> list[str]:
+    own = adapters.own_names(opened.config)
+    return sorted(name for name in opened.arrays if name not in own and not name.endswith(OF_KERNEL))
+
+
+def merged(opened: Opened, base: Mapping[str, LazyArray]) -> Opened:
+    """The plain student: the base's parameters, as they were held in training, with what was trained on them."""
+    tuning = opened.tuning
+    assert tuning is not None
+    shapes = adapters.abstract(opened.config, tuning).shapes
+    arrays = {
+        name: _array(
+            name,
+            opened.arrays[name] if name in opened.arrays else _held(name, base[name], tuning, shapes=shapes),
+            opened.arrays,
+            tuning,
+        )
+        for name in adapters.own_names(opened.config)
+    }
+    return dataclasses.replace(opened, arrays=arrays, tuning=None, base=None)
+
+
+def lost(opened: Opened, base: Mapping[str, LazyArray]) -> dict[str, Any]:
+    """What holding the base in few bits took from its kernels (`quantized.error`), {} where none is held so."""
+    tuning = opened.tuning
+    if tuning is None or tuning.base not in quantized.FORMS:
+        return {}
+    shapes = adapters.abstract(opened.config, tuning).shapes
+    errors = {
+        name: quantized.error(array.whole().astype(np.float32), form=tuning.base)
+        for name, array in base.items()
+        if name not in shapes
+    }
+    if not errors:
+        return {}
+    worst = max(errors, key=errors.__getitem__)
+    return {
+        "form": tuning.base,
+        "kernels": len(errors),
+        "relative_rms_error": {"largest": errors[worst], "of": worst, "mean": float(np.mean(list(errors.values())))},
+    }
+
+
+def _array(name: str, kernel: LazyArray, trained: Mapping[str, LazyArray], tuning: adapters.Tuning) -> LazyArray:
+    """A parameter with what was put on it; `kernel` is the parameter without."""
+    module = name.rpartition("/")[0]
+    parts = {end: trained[f"{module}/{end}"] for end in OF_KERNEL if f"{module}/{end}" in trained}
+    if not parts or not name.endswith("/kernel"):
+        return kernel
+
+    def read(index: tuple[slice, ...]) -> np.ndarray:
+        rows, columns = index
+        values = kernel.read(index).astype(np.float32)
+        if "lora/a" in parts:
+            assert tuning.lora is not None
+            a, b = parts["lora/a"].read((rows, slice(None))), parts["lora/b"].read((slice(None), columns))
+            values = values + np.float32(tuning.lora.alpha / tuning.lora.rank) * (a @ b)
+        if "in_scale" in parts:
+            values = values * parts["in_scale"].read((rows,))[:, None]
+        return values * parts["out_scale"].read((columns,))[None, :] if "out_scale" in parts else values
+
+    return LazyArray(kernel.shape, np.dtype(np.float32), read)
+
+
+def _held(
+    name: str, base: LazyArray, tuning: adapters.Tuning, *, shapes: Mapping[str, jax.ShapeDtypeStruct]
+) -> LazyArray:
+    """The base's array with what holding it in fewer bits took from it."""
+    if name in shapes:
+        dtype = shapes[name].dtype
+
+        def rounded(index: tuple[slice, ...]) -> np.ndarray:
+            return base.read(index).astype(dtype).astype(np.float32)
+
+        return base if dtype == jnp.float32 else LazyArray(base.shape, np.dtype(np.float32), rounded)
+
+    def whole(index: tuple[slice, ...]) -> np.ndarray:
+        parts = quantized.quantize(jnp.asarray(base.whole()), form=tuning.base)
+        return np.asarray(quantized.dequantize(parts, form=tuning.base))[index]
+
+    return LazyArray(base.shape, np.dtype(np.float32), whole)
+
+
+def kinds(names: list[str]) -> str:
+    """What is put on a student, by the names of its parameters."""
+    known = {"prompt": "a prompt", "prefix": "prefixes", "_adapter": "bottlenecks", "bias": "biases"}
+    return " and ".join(text for part, text in known.items() if any(part in name for name in names)) or "adapters"

@@ -1,0 +1,272 @@
+"""One table of parameter names, read in every direction: ours, Hugging Face's and T5X's.
+
+Ours and T5X's kernels are `[in, out]`, Hugging Face's `[out, in]`; embedding tables are `[V, D]` everywhere. T5X's
+names are ours with `layers_0` for `layers/0`; where T5X scans over layers, one array holds all layers of a stack, the
+layer on its second axis: `encoder/encoder/mlp/wo/kernel`, `[F, L, D]`. The network that scans also keeps heads and
+their width apart: `encoder/encoder/attention/query/kernel`, `[D, L, H, K]`, is ours with the last two as one.
+"""
+
+import dataclasses
+import difflib
+import functools
+import math
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from sbs_jax.storage.json_files import part
+from sbs_jax.student import adapters, t5
+
+_LAYER = "{layer}"
+_DENSE, _AS_IS = True, False
+
+# ours: (Hugging Face's, transposed there). A row whose name ours has not, in a given architecture, is not used.
+_SELF, _CROSS, _MLP = "SelfAttention", "EncDecAttention", "DenseReluDense"
+
+
+def _attention(ours: str, theirs: str) -> dict[str, tuple[str, bool]]:
+    short = {"query": "q", "key": "k", "value": "v", "out": "o"}
+    return {f"{ours}/{long}/kernel": (f"{theirs}.{letter}.weight", _DENSE) for long, letter in short.items()}
+
+
+def _mlp(ours: str, theirs: str) -> dict[str, tuple[str, bool]]:
+    return {f"{ours}/{name}/kernel": (f"{theirs}.{name}.weight", _DENSE) for name in ("wi", "wi_0", "wi_1", "wo")}
+
+
+_ENCODER, _ENCODER_BLOCK = "encoder/layers/{layer}", "encoder.block.{layer}.layer"
+_DECODER, _DECODER_BLOCK = "decoder/layers/{layer}", "decoder.block.{layer}.layer"
+_BIAS = "relative_attention_bias.weight"
+TABLE: dict[str, tuple[str, bool]] = {
+    "token_embedder/embedding": ("shared.weight", _AS_IS),
+    "logits_dense/kernel": ("lm_head.weight", _DENSE),
+    # A bias that all layers share lies in the first layer there.
+    "encoder/relpos_bias/rel_embedding": (f"encoder.block.0.layer.0.{_SELF}.{_BIAS}", _DENSE),
+    f"{_ENCODER}/relpos_bias/rel_embedding": (f"{_ENCODER_BLOCK}.0.{_SELF}.{_BIAS}", _DENSE),
+    f"{_ENCODER}/pre_attention_layer_norm/scale": (f"{_ENCODER_BLOCK}.0.layer_norm.weight", _AS_IS),
+    **_attention(f"{_ENCODER}/attention", f"{_ENCODER_BLOCK}.0.{_SELF}"),
+    f"{_ENCODER}/pre_mlp_layer_norm/scale": (f"{_ENCODER_BLOCK}.1.layer_norm.weight", _AS_IS),
+    **_mlp(f"{_ENCODER}/mlp", f"{_ENCODER_BLOCK}.1.{_MLP}"),
+    "encoder/encoder_norm/scale": ("encoder.final_layer_norm.weight", _AS_IS),
+    "decoder/relpos_bias/rel_embedding": (f"decoder.block.0.layer.0.{_SELF}.{_BIAS}", _DENSE),
+    f"{_DECODER}/relpos_bias/rel_embedding": (f"{_DECODER_BLOCK}.0.{_SELF}.{_BIAS}", _DENSE),
+    f"{_DECODER}/pre_self_attention_layer_norm/scale": (f"{_DECODER_BLOCK}.0.layer_norm.weight", _AS_IS),
+    **_attention(f"{_DECODER}/self_attention", f"{_DECODER_BLOCK}.0.{_SELF}"),
+    f"{_DECODER}/pre_cross_attention_layer_norm/scale": (f"{_DECODER_BLOCK}.1.layer_norm.weight", _AS_IS),
+    **_attention(f"{_DECODER}/encoder_decoder_attention", f"{_DECODER_BLOCK}.1.{_CROSS}"),
+    f"{_DECODER}/pre_mlp_layer_norm/scale": (f"{_DECODER_BLOCK}.2.layer_norm.weight", _AS_IS),
+    **_mlp(f"{_DECODER}/mlp", f"{_DECODER_BLOCK}.2.{_MLP}"),
+    "decoder/decoder_norm/scale": ("decoder.final_layer_norm.weight", _AS_IS),
+}
+
+
+# T5X's names that are not ours: its logits are part of the decoder.
+_ELSEWHERE = {"logits_dense/kernel": "decoder/logits_dense/kernel"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Name:
+    """One parameter under its three names.
+
+    `scanned` is T5X's name where it scans over layers, and `layer` the index on that array's layer axis (None for what
+    is in no layer). `transposed` says that Hugging Face's array is ours turned around.
+    """
+
+    ours: str
+    hugging_face: str
+    transposed: bool
+    t5x: str
+    scanned: str
+    layer: int | None
+
+
+def of(parameters: Collection[str]) -> list[Name]:
+    """The names of parameters given by ours. ValueError where the table has no row for one."""
+    return [_name(ours) for ours in parameters]
+
+
+@functools.lru_cache(maxsize=10_000)
+def _name(ours: str) -> Name:
+    parts = ours.split("/")
+    layer = int(parts[2]) if len(parts) > 3 and parts[1] == "layers" else None
+    pattern = ours if layer is None else "/".join([parts[0], parts[1], _LAYER, *parts[3:]])
+    if pattern not in TABLE:
+        near = difflib.get_close_matches(pattern, TABLE, n=1)
+        raise ValueError(f"The table of names has no row for {pattern!r}{f'; nearest is {near[0]!r}' if near else ''}.")
+    theirs, transposed = TABLE[pattern]
+    if layer is None:
+        name = _ELSEWHERE.get(ours, ours)
+        return Name(ours, theirs, transposed, name, name, None)
+    tail = "/".join(parts[3:])
+    return Name(
+        ours=ours,
+        hugging_face=theirs.replace(_LAYER, str(layer)),
+        transposed=transposed,
+        t5x=f"{parts[0]}/layers_{layer}/{tail}",
+        scanned=f"{parts[0]}/{parts[0]}/{tail}",
+        layer=layer,
+    )
+
+
+# Reads part of an array: `read((slice(0, 8), slice(None)))`.
+Index = tuple[slice, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class LazyArray:
+    """An array that is still on disk; `read` fetches the part that an index selects, and nothing else."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[Index], np.ndarray]
+
+    def whole(self) -> np.ndarray:
+        return self.read((slice(None),) * len(self.shape))
+
+    def transposed(self) -> "LazyArray":
+        return LazyArray(self.shape[::-1], self.dtype, lambda index: self.read(index[::-1]).T)
+
+    def at(self, position: int, *, axis: int) -> "LazyArray":
+        """The part at one position of an axis, without that axis."""
+
+        def read(index: Index) -> np.ndarray:
+            whole = (*index[:axis], slice(position, position + 1), *index[axis:])
+            return np.squeeze(self.read(whole), axis)
+
+        return LazyArray(self.shape[:axis] + self.shape[axis + 1 :], self.dtype, read)
+
+    def joined(self, axis: int) -> "LazyArray":
+        """Two axes as one, this one and the next: heads and their width. A part of it is read whole, then cut."""
+        start, end = self.shape[:axis], self.shape[axis + 2 :]
+
+        def read(index: Index) -> np.ndarray:
+            part = self.read((*index[:axis], slice(None), slice(None), *index[axis + 1 :]))
+            whole = part.reshape(*part.shape[:axis], -1, *part.shape[axis + 2 :])
+            return whole[(*(slice(None),) * axis, index[axis])]
+
+        return LazyArray((*start, self.shape[axis] * self.shape[axis + 1], *end), self.dtype, read)
+
+    def onto(self, like: jax.ShapeDtypeStruct) -> jax.Array:
+        """The array on devices, by the sharding and in the type of `like`; every shard is read by itself."""
+        if like.sharding is None:
+            raise ValueError("An array to fill needs a sharding, and this one has none.")
+        dtype = like.dtype
+        # Copied, since CPU devices may use the memory that they are handed, and this may be a mapped file.
+        return jax.make_array_from_callback(
+            like.shape, like.sharding, lambda index: np.array(self.read(_filled(index or (), self.shape)), dtype)
+        )
+
+
+def _filled(index: Index, shape: tuple[int, ...]) -> Index:
+    """Slices with their bounds filled in."""
+    return tuple(slice(*part.indices(size)) for part, size in zip(index, shape, strict=True))
+
+
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """A checkpoint of any form: its architecture, and its arrays under our names and in our layout.
+
+    `vocabulary` is the path of its SentencePiece model (or "byte"), `origin` the manifest of the run that it is or was
+    exported from; None where nothing is known. Of a run of adapters that are not merged the arrays are what was
+    trained, `tuning` says how, and `base` on what: {"path", "seed", "fingerprint"}.
+    """
+
+    config: t5.T5Config
+    arrays: dict[str, LazyArray]
+    step: int = 0
+    vocabulary: str | None = None
+    origin: dict[str, Any] | None = None
+    tuning: adapters.Tuning | None = None
+    base: dict[str, Any] | None = None
+
+
+def check(
+    path: object, found: Mapping[str, tuple[int, ...]], like: Mapping[str, tuple[int, ...]], *, kind: str
+) -> None:
+    """ValueError that lists what is missing, left over or of another shape, with the nearest names."""
+    missing = sorted(set(like) - set(found))
+    extra = sorted(set(found) - set(like))
+    reshaped = [
+        f"{name}: checkpoint {tuple(found[name])}, model {tuple(like[name])}"
+        for name in sorted(set(like) & set(found))
+        if tuple(found[name]) != tuple(like[name])
+    ]
+    if not (missing or extra or reshaped):
+        return
+    lines = [f"{path} ({kind}) is a checkpoint of another architecture than the configured model."]
+    for title, names in (("shapes differ", reshaped), ("missing", missing), ("left over", extra)):
+        if names:
+            lines.append(
+                f"  {title} ({len(names)}): " + "; ".join(map(part, names[:5])) + (" .." if len(names) > 5 else "")
+            )
+    for name in missing[:3]:
+        near = difflib.get_close_matches(name, extra, n=1)
+        if near:
+            lines.append(f"  nearest to {name!r} is {part(near[0])!r}")
+    lines.append("Include the gin file of the model that the checkpoint was trained with (gin_configs/models/).")
+    raise ValueError("\n".join(lines))
+
+
+# No T5 has more; a header can say anything.
+MOST_LAYERS = 1_000
+MOST_NUMBERS = 2**40
+
+
+STACKS = ("encoder", "decoder")
+
+
+def check_sizes(
+    path: object,
+    shapes: Mapping[str, tuple[int, ...]],
+    config: t5.T5Config,
+    *,
+    layers: Mapping[str, int],
+    kind: str,
+) -> None:
+    """ValueError unless arrays, by our names, are of a possible size, and of that of the architecture as far as one
+    layer tells. It comes before `parameters`, whose time and memory follow the sizes that a file of outside names.
+    `layers` is the number of layers of each stack that there are arrays of.
+    """
+    for name, shape in shapes.items():
+        if math.prod(shape) > MOST_NUMBERS:
+            raise ValueError(
+                f"{path} ({kind}): {part(name)} is said to have the shape {shape}, more than {MOST_NUMBERS:,} numbers. "
+                "The file is damaged; get it anew."
+            )
+    for stack, count in zip(STACKS, (config.num_encoder_layers, config.num_decoder_layers), strict=True):
+        if count > min(layers[stack], MOST_LAYERS):
+            raise ValueError(
+                f"{path} ({kind}) is said to have {count} layers in its {stack}, and has arrays of {layers[stack]}; "
+                f"expected arrays of each, and at most {MOST_LAYERS:,} layers. Get the whole checkpoint anew."
+            )
+    joined, inner = config.num_heads * config.head_dim, "wi" if len(config.mlp_activations) == 1 else "wi_0"
+    like = {
+        "token_embedder/embedding": (config.vocab_size, config.emb_dim),
+        "encoder/relpos_bias/rel_embedding": (config.num_heads, config.relative_attention_num_buckets),
+        "encoder/layers/0/relpos_bias/rel_embedding": (config.num_heads, config.relative_attention_num_buckets),
+        "encoder/layers/0/attention/query/kernel": (config.emb_dim, joined),
+        f"encoder/layers/0/mlp/{inner}/kernel": (config.emb_dim, config.mlp_dim),
+    }
+    like = {name: shape for name, shape in like.items() if name in shapes}
+    check(path, {name: shapes[name] for name in like}, like, kind=kind)
+
+
+@functools.lru_cache(maxsize=64)
+def _parameters(config: t5.T5Config) -> dict[str, jax.ShapeDtypeStruct]:
+    return t5.abstract(config)[1]
+
+
+def parameters(config: t5.T5Config) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of the parameters of an architecture."""
+    return dict(_parameters(config))
+
+
+def of_array(array: np.ndarray) -> LazyArray:
+    """An array that is in memory, as one to be read."""
+    return LazyArray(array.shape, array.dtype, lambda index: array[index])
+
+
+def size(shapes: Mapping[str, jax.ShapeDtypeStruct]) -> int:
+    """Number of numbers."""
+    return sum(math.prod(leaf.shape) for leaf in shapes.values())

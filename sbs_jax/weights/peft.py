@@ -1,0 +1,365 @@
+"""Adapters as Hugging Face's PEFT keeps them: `adapter_config.json` and `adapter_model.safetensors`, of LoRA or IA3.
+
+Ours and PEFT's are the same numbers under other names. Of `encoder/layers/0/attention/query`, [I, O], which is there
+`base_model.model.encoder.block.0.layer.0.SelfAttention.q`:
+
+    query/lora/a [I, R]     ..q.lora_A.weight [R, I]
+    query/lora/b [R, O]     ..q.lora_B.weight [O, R]
+    query/out_scale [O]     ..q.ia3_l [O, 1]
+    query/in_scale [I]      ..q.ia3_l [1, I]     where q is among `feedforward_modules`
+"""
+
+import difflib
+import re
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sbs_jax.run import manifest
+from sbs_jax.storage.json_files import brief, part, read_json
+from sbs_jax.student import adapters, quantized, t5
+from sbs_jax.weights import hugging_face, merging, names
+from sbs_jax.weights.names import LazyArray, Opened
+
+CONFIG, WEIGHTS, TORCH_WEIGHTS = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+# What PEFT has no place for (and does not look at): which base these are of, and how it was held.
+BASE = "sbs_base.json"
+_PREFIX = "base_model.model."
+_KEY = re.compile(re.escape(_PREFIX) + r"(.{1,200})\.(lora_A\.weight|lora_B\.weight|ia3_l)")
+# Settings of PEFT that change nothing of what saved adapters compute; of the others only those that say nothing.
+_IDLE = {
+    *("auto_mapping", "base_model_name_or_path", "peft_version", "revision", "inference_mode", "fan_in_fan_out"),
+    *("exclude_modules", "layers_to_transform", "layers_pattern", "megatron_core", "qalora_group_size", "eva_config"),
+    *("init_ia3_weights", "ensure_weight_tying", "runtime_config"),
+    *("loftq_config", "corda_config", "lora_ga_config"),  # of ways to begin, which init_lora_weights chooses among
+}
+_READ = {"LORA": ("r", "lora_alpha", "lora_dropout", "init_lora_weights"), "IA3": ("feedforward_modules",)}
+# Ways to begin that leave the base as it is.
+_BEGINNINGS = (True, False, None, "gaussian", "eva", "orthogonal")
+_TASK = "SEQ_2_SEQ_LM"
+
+
+def is_directory(path: str | Path) -> bool:
+    """Whether this is a directory of PEFT's (and not a whole model beside one)."""
+    path = Path(path)
+    return (path / CONFIG).is_file() and not hugging_face.is_directory(path)
+
+
+# ------------------------------------------------------------------------------------ writing
+
+
+def write(path: str | Path, opened: Opened, *, base: str | None) -> None:
+    """Writes a directory that `PeftModel.from_pretrained` loads, in float32; `base` is where it says that the base is.
+
+    ValueError for what PEFT has no form for, by name. The directory appears when it is complete.
+    """
+    settings, arrays = contents(opened, owner=str(path))
+    tuning = opened.tuning
+    assert tuning is not None
+    with hugging_face.beside(Path(path)) as folder:
+        settings = {"base_model_name_or_path": base, **settings}
+        hugging_face.write_json(folder / CONFIG, settings)
+        hugging_face.write_safetensors(folder / WEIGHTS, arrays, dtype=np.dtype(np.float32))
+        shapes = adapters.abstract(opened.config, tuning).shapes
+        few = [ours for ours in _modules(opened.config).values() if f"{ours}/kernel" not in shapes]
+        held = {"base": opened.base, "held": tuning.base, "quantized": few}
+        hugging_face.write_json(folder / BASE, held)
+        if opened.origin is not None:
+            hugging_face.write_json(folder / hugging_face.ORIGIN, manifest.elsewhere(opened.origin))
+
+
+def contents(opened: Opened, *, owner: str) -> tuple[dict[str, Any], dict[str, LazyArray]]:
+    """Settings and arrays of PEFT for a run's adapters. ValueError for those that PEFT cannot hold."""
+    tuning = opened.tuning
+    if tuning is None:
+        raise ValueError(f"{owner} has no adapters: everything was trained. Convert it --to hf.")
+    own = adapters.own_names(opened.config)
+    whole = sorted(name for name in opened.arrays if name in own)
+    extra = sorted(name for name in opened.arrays if name not in own and not name.endswith(merging.OF_KERNEL))
+    if whole or extra:
+        what = [f"trained parameters of the base ({whole[0]})"] if whole else []
+        what += [f"{merging.kinds(extra)} ({extra[0]})"] if extra else []
+        raise ValueError(
+            f"{owner} has {' and '.join(what)}, for which PEFT's LoRA and IA3 have no place. LoRA alone or IA3 alone "
+            f"can be exported{'' if extra else '; sbs convert --to hf makes one whole student of base and adapters'}."
+        )
+    if tuning.lora is not None and tuning.ia3 is not None:
+        raise ValueError(f"{owner} has LoRA and IA3 at once; adapters of PEFT are of one kind.")
+    parts: dict[str, dict[str, LazyArray]] = {}
+    for name, array in opened.arrays.items():
+        module, end = next((name.removesuffix(f"/{end}"), end) for end in merging.OF_KERNEL if name.endswith(end))
+        parts.setdefault(module, {})[end] = array
+    theirs = {ours: module for module, ours in _modules(opened.config).items()}
+    arrays: dict[str, LazyArray] = {}
+    for module, of in parts.items():
+        if {"in_scale", "out_scale"} <= set(of):
+            raise ValueError(f"{module} has factors on both sides; PEFT's IA3 has one for each module.")
+        for end, array in of.items():
+            ending, shaped = _exported(end, array)
+            arrays[f"{_PREFIX}{theirs[module]}.{ending}"] = shaped
+    common = {"task_type": _TASK, "inference_mode": True, "fan_in_fan_out": False, "modules_to_save": None}
+    targets = [theirs[module] for module in parts]
+    if tuning.lora is not None:
+        alpha = tuning.lora.alpha
+        return {
+            "peft_type": "LORA",
+            "r": tuning.lora.rank,
+            "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
+            "lora_dropout": tuning.lora.dropout,
+            "target_modules": _shortest(targets, theirs.values()),
+            "bias": "none",
+            "init_lora_weights": True,
+            **dict.fromkeys(("use_rslora", "use_dora", "lora_bias"), False),
+            **common,
+        }, arrays
+    inner = [theirs[module] for module, of in parts.items() if "in_scale" in of]
+    short = _shortest(targets, theirs.values()), _shortest(inner, theirs.values())
+    if not set(short[1]) <= set(short[0]):  # PEFT wants them to be named alike
+        short = targets, inner
+    return {
+        "peft_type": "IA3",
+        "target_modules": short[0],
+        "feedforward_modules": short[1],
+        "init_ia3_weights": True,
+        **common,
+    }, arrays
+
+
+def _exported(end: str, array: LazyArray) -> tuple[str, LazyArray]:
+    if end.startswith("lora/"):
+        return f"lora_{end[-1].upper()}.weight", array.transposed()
+    shape = (1, -1) if end == "in_scale" else (-1, 1)
+    return "ia3_l", names.of_array(array.whole().reshape(shape))
+
+
+def _modules(config: t5.T5Config) -> dict[str, str]:
+    """Names of the modules that have kernels, there and here."""
+    table = names.of([name for name in names.parameters(config) if name.endswith("/kernel")])
+    return {name.hugging_face.removesuffix(".weight"): name.ours.removesuffix("/kernel") for name in table}
+
+
+def _shortest(modules: Collection[str], all_modules: Collection[str]) -> list[str]:
+    """A list that selects exactly these modules: ends of names where all modules of that end are meant, else names."""
+    ends = sorted({module.rpartition(".")[2] for module in modules})
+    return ends if set(_selected(ends, all_modules)) == set(modules) else sorted(modules)
+
+
+def _selected(targets: Iterable[str], modules: Iterable[str]) -> list[str]:
+    """The modules that PEFT takes of a list: those of a name, or of an end of one after a dot."""
+    listed = [str(each) for each in targets]
+    return [module for module in modules if module in listed or module.endswith(tuple(f".{end}" for end in listed))]
+
+
+# ------------------------------------------------------------------------------------ reading
+
+
+def open_directory(path: str | Path, *, base: Opened, identity: Mapping[str, Any]) -> Opened:
+    """The adapters of a directory as those of a run over `base`, whose identity is {"path", "seed", "fingerprint"}.
+
+    ValueError for settings that are not read here, by name, for arrays that do not fit the base, and where our own
+    export says that they are of another base.
+    """
+    path = Path(path)
+    settings = read_json(path / CONFIG)
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path / CONFIG}: got {brief(settings)}; expected a JSON object, {{..}}.")
+    _check_settings(path, settings)
+    known = _known_base(path)
+    if known is not None and known["fingerprint"] != identity["fingerprint"]:
+        raise ValueError(
+            f"{path} has adapters of {known['path'] or 'a fresh base'}, of fingerprint {known['fingerprint'][:16]}; "
+            f"{identity['path']} has {identity['fingerprint'][:16]}. Give the base they were trained on."
+        )
+    stored = _stored(path)
+    modules = _modules(base.config)
+    arrays: dict[str, LazyArray] = {}
+    found: dict[str, set[str]] = {}
+    for key, array in stored.items():
+        match = _KEY.fullmatch(key)
+        if match is None:
+            raise ValueError(
+                f"{path}: {brief(key)} is no part of LoRA or IA3 on a kernel of a T5; expected names such as "
+                f"{_PREFIX}{next(iter(modules))}.lora_A.weight."
+            )
+        module = modules.get(match[1])
+        if module is None or not module.startswith(names.STACKS):
+            near = difflib.get_close_matches(match[1], modules, n=1)
+            raise ValueError(
+                f"{path}: {part(match[1])} is no layer's kernel of {identity['path']}"
+                f"{f' (nearest: {near[0]!r})' if near else ''}. Give the base that the adapters were trained on."
+            )
+        end, ours = _imported(path, match[1], match[2], array, settings)
+        arrays[f"{module}/{end}"] = ours
+        found.setdefault(end, set()).add(match[1])
+    _check_complete(path, settings, found, modules)
+    tuning = _tuning(path, settings, {end: {modules[each] for each in of} for end, of in found.items()}, base=base)
+    shapes = adapters.abstract(base.config, tuning).shapes
+    for name, array in arrays.items():
+        if array.shape != shapes[name].shape:
+            raise ValueError(
+                f"{path} does not fit {identity['path']}: {name} is {list(array.shape)}, and would be "
+                f"{list(shapes[name].shape)}. Give the base that the adapters were trained on."
+            )
+    origin = base.origin
+    if (path / hugging_face.ORIGIN).is_file():
+        origin = hugging_face.read_origin((path / hugging_face.ORIGIN).read_bytes(), path / hugging_face.ORIGIN)
+    return Opened(
+        config=base.config,
+        arrays=arrays,
+        vocabulary=base.vocabulary,  # of no other place that the directory names: it would be copied
+        origin=origin,
+        tuning=tuning,
+        base=dict(identity),
+    )
+
+
+def said_base(path: str | Path) -> str | None:
+    """What the settings of a directory call its base."""
+    settings = read_json(Path(path) / CONFIG)
+    said = settings.get("base_model_name_or_path") if isinstance(settings, dict) else None
+    return part(said) if isinstance(said, str) else None
+
+
+def _stored(path: Path) -> dict[str, LazyArray]:
+    if (path / WEIGHTS).is_file():
+        return hugging_face.read_safetensors(path / WEIGHTS)
+    if (path / TORCH_WEIGHTS).is_file():
+        return hugging_face.read_torch(path / TORCH_WEIGHTS)
+    raise FileNotFoundError(f"{path} has no weights: expected {WEIGHTS} or {TORCH_WEIGHTS}.")
+
+
+def _check_settings(path: Path, settings: Mapping[str, Any]) -> None:
+    kind, task = settings.get("peft_type"), settings.get("task_type")
+    if not isinstance(kind, str) or kind not in _READ:
+        raise ValueError(f"{path / CONFIG}: peft_type is {brief(kind)}; expected one of {', '.join(_READ)}.")
+    if task not in (None, _TASK):
+        raise ValueError(f"{path / CONFIG}: task_type is {brief(task)}; expected {_TASK}, the kind of a T5.")
+    read = {"peft_type", "task_type", "target_modules", *_READ[kind]}
+    for name, value in settings.items():
+        if name not in _IDLE | read and value not in (None, False, "none", {}, []):
+            raise ValueError(
+                f"{path / CONFIG}: {part(repr(name))} is {brief(value)}, which is not read here; expected one rank and "
+                "alpha for all modules, and nothing beside LoRA or IA3. Merge the adapters with PEFT "
+                "(merge_and_unload, save_pretrained), and convert the model that this makes."
+            )
+    beginning = settings.get("init_lora_weights")
+    if kind == "LORA" and not any(beginning is each or beginning == each for each in _BEGINNINGS):
+        raise ValueError(
+            f"{path / CONFIG}: 'init_lora_weights' is {brief(beginning)}, which changes the base before training. Save "
+            "with PEFT's path_initial_model_for_weight_conversion, or merge with PEFT and convert the whole model."
+        )
+
+
+def _known_base(path: Path) -> dict[str, Any] | None:
+    """What our export says of the base; None for a directory that PEFT saved. ValueError where it says nonsense."""
+    if not (path / BASE).is_file():
+        return None
+    value = read_json(path / BASE)
+    try:
+        known = {**value["base"], "held": value["held"], "quantized": value["quantized"]}
+        texts = [known["fingerprint"], known["held"], *known["quantized"], known["path"] or ""]
+        told = all(isinstance(text, str) for text in texts)
+    except (KeyError, TypeError):
+        told, known = False, {}
+    if not told:
+        raise ValueError(f"{path / BASE}: got {brief(value)}; expected what sbs convert --to peft writes. Remove it.")
+    return known
+
+
+def _imported(
+    path: Path, module: str, ending: str, array: LazyArray, settings: Mapping[str, Any]
+) -> tuple[str, LazyArray]:
+    """End of our name, and the array in our shape."""
+    where = f"{path}: {part(module)}.{ending}"
+    of = "LORA" if ending.startswith("lora") else "IA3"
+    if of != settings["peft_type"]:
+        raise ValueError(f"{where} is {of}'s, and {CONFIG} says peft_type {settings['peft_type']}.")
+    if len(array.shape) != 2:
+        raise ValueError(f"{where} has the shape {array.shape}; expected two dimensions.")
+    if of == "LORA":
+        rank, is_a = settings.get("r"), ending == "lora_A.weight"
+        held = array.shape[0 if is_a else 1]
+        if held != rank:
+            raise ValueError(f"{where} {list(array.shape)} is of rank {held}, and {CONFIG} says r {brief(rank)}.")
+        return ("lora/a" if is_a else "lora/b"), array.transposed()
+    listed = settings.get("feedforward_modules")
+    inner = array.shape[0] == 1
+    denied = isinstance(listed, list) and inner != bool(_selected(listed, [module]))
+    if 1 not in array.shape or denied:
+        raise ValueError(
+            f"{where} has the shape {list(array.shape)}, and feedforward_modules are {brief(listed)}; expected "
+            "[1, rows] for those and [columns, 1] for others."
+        )
+    return ("in_scale" if inner else "out_scale"), names.of_array(array.whole().reshape(-1))
+
+
+def _targets(path: Path, settings: Mapping[str, Any]) -> list[str] | None:
+    """Names of modules; None for a pattern, which is not run, as it comes from outside and could take for ever."""
+    value = settings.get("target_modules")
+    if isinstance(value, str):
+        return None
+    if not isinstance(value, list) or not all(isinstance(each, str) for each in value):
+        raise ValueError(f"{path / CONFIG}: target_modules is {brief(value)}; expected names of modules, or a pattern.")
+    return value
+
+
+def _check_complete(
+    path: Path, settings: Mapping[str, Any], found: Mapping[str, set[str]], modules: Collection[str]
+) -> None:
+    """ValueError where a module has one half of a LoRA, or none of what the settings promise."""
+    halves = found.get("lora/a", set()) ^ found.get("lora/b", set())
+    if halves:
+        raise ValueError(f"{path}: {sorted(halves)[0]} has one of lora_A and lora_B; expected both.")
+    every = set().union(*found.values())
+    if not every:
+        raise ValueError(f"{path} holds no adapters.")
+    if any(settings.get(name) for name in ("exclude_modules", "layers_to_transform")):
+        return
+    targets = _targets(path, settings)
+    missing = set() if targets is None else set(_selected(targets, modules)) - every
+    if missing:
+        raise ValueError(
+            f"{path}: target_modules is {brief(targets)}, and {len(missing)} of the base's modules that it selects "
+            f"have no weights, such as {sorted(missing)[0]}. The file is incomplete, or the base another one."
+        )
+
+
+def _tuning(path: Path, settings: Mapping[str, Any], found: Mapping[str, set[str]], *, base: Opened) -> adapters.Tuning:
+    kernels = [ours for ours in _modules(base.config).values() if ours.startswith(names.STACKS)]
+
+    def patterns(chosen: Collection[str]) -> tuple[str, ...]:
+        """Ends of names where all kernels of that end are meant, else names."""
+        ends = sorted({module.rpartition("/")[2] for module in chosen})
+        short = {module for module in kernels if module.rpartition("/")[2] in ends}
+        return tuple(ends if short == set(chosen) else sorted(chosen))
+
+    known = _known_base(path) or {"held": "float32", "quantized": []}
+    held: dict[str, Any] = {"base": known["held"]}
+    if known["held"] in quantized.FORMS:
+        foreign = sorted(set(known["quantized"]) - set(kernels))
+        if foreign:
+            raise ValueError(f"{path / BASE}: {part(foreign[0])} is no kernel of the base's layers. Remove the file.")
+        held["quantized"] = patterns(known["quantized"])
+    try:
+        if settings["peft_type"] == "IA3":
+            return adapters.Tuning(
+                **held,
+                ia3=adapters.IA3(
+                    outputs=patterns(found.get("out_scale", set())), inputs=patterns(found.get("in_scale", set()))
+                ),
+            )
+        numbers = {name: settings.get(name, default) for name, default in (("lora_alpha", 8), ("lora_dropout", 0.0))}
+        for name, value in numbers.items():
+            if type(value) not in (int, float) or not -(2**31) < value < 2**31:
+                raise ValueError(f"{name} is {brief(value)}; expected a number.")
+        lora = adapters.LoRA(
+            rank=settings["r"],
+            alpha=float(numbers["lora_alpha"]),
+            dropout=float(numbers["lora_dropout"]),
+            modules=patterns(found["lora/a"]),
+        )
+        return adapters.Tuning(**held, lora=lora)
+    except ValueError as error:
+        raise ValueError(f"{path / CONFIG}: {error}") from None

@@ -1,0 +1,355 @@
+"""T5X checkpoints: read in every form that T5X has written, written in its current one. Locally or on gs://.
+
+    <model_dir>/checkpoint_<step>/state/manifest.ocdbt      current: written by Orbax
+    <model_dir>/checkpoint_<step>/checkpoint                before: one msgpack file; arrays in it, or beside it as
+    <model_dir>/checkpoint_<step>/target.encoder.../.zarray     TensorStore directories that it names
+
+All reading goes through TensorStore, so a bucket is read as a folder is, by slices. The arrays of a scanned model hold
+all layers of a stack; they are read layer by layer.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore as ts
+from flax import serialization
+
+from sbs_jax.storage.json_files import brief, part
+from sbs_jax.student import t5
+from sbs_jax.weights import hugging_face, names
+from sbs_jax.weights.names import LazyArray, Opened
+
+_MSGPACK, _OCDBT, _STATE = "checkpoint", "manifest.ocdbt", "state/"
+_TARGET = "target/"
+_PLACEHOLDER = "PLACEHOLDER://"
+_NUMBERED = re.compile(r"^(encoder|decoder)/layers_(\d+)/")
+_STEP = re.compile(r"checkpoint_(\d+)/")
+# Since this version bfloat16 is stored as such; before, as its bits in uint16.
+_NATIVE_BFLOAT16 = 3
+_BESIDE = re.compile(r"[^/\\\x00-\x1f\ud800-\udfff]{1,240}")
+_DEEPEST = 50  # names within names
+# A piece of a file is read whole; T5X's have some millions of numbers.
+_MOST_IN_CHUNK = 2**32
+# T5X's own default, which no shape tells.
+_DROPOUT_RATE = 0.1
+
+
+def is_checkpoint(path: str | Path) -> bool:
+    """Whether T5X wrote this: a model directory or one checkpoint of it."""
+    return _find(str(path)) is not None
+
+
+def open_checkpoint(path: str | Path) -> Opened:
+    """Architecture and arrays of a checkpoint, or of the newest one of a model directory.
+
+    T5X keeps no configuration with its checkpoints: sizes come from the shapes; two branches in the MLP are taken for
+    gated GELU and one for ReLU, as in every published T5; the dropout rate is T5X's default, 0.1. FileNotFoundError
+    where there is no checkpoint; ValueError for names that are not a T5's. What `sbs convert` wrote has the settings of
+    its run beside it, and they are used.
+    """
+    url, form = _expect(str(path))
+    stored = _from_orbax(url) if form == _OCDBT else _from_msgpack(url)
+    scanned = any(name.startswith(("encoder/encoder/", "decoder/decoder/")) for name in stored)
+    config, axis, layers = _config(path, stored, scanned=scanned)
+    origin = _origin(url)
+    step = int(match[1]) if (match := _STEP.search(url)) else 0
+    if origin is not None:
+        try:
+            config = t5.T5Config.of(origin["model"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{path}: 'model' of {hugging_face.ORIGIN} beside it is none ({part(repr(error))}). Remove that file."
+            ) from None
+    # Kernels may keep heads and their width apart.
+    whole = {name: array.shape for name, array in stored.items()}
+    shapes = {
+        _NUMBERED.sub(r"\1/layers/\2/", name): (shape[0], shape[1] * shape[2]) if len(shape) == 3 else shape
+        for name, shape in whole.items()
+    }
+    names.check_sizes(path, shapes, config, layers=layers, kind="T5X")
+    table = names.of(names.parameters(config))
+    arrays, used = {}, set()
+    for name in table:
+        theirs = name.scanned if scanned else name.t5x
+        if theirs in stored:
+            used.add(theirs)
+            array = stored[theirs]
+            if scanned and name.layer is not None:
+                array = array.at(name.layer, axis=axis)
+            if len(array.shape) == 3:  # heads and their width, apart
+                array = array.joined(0 if name.ours.endswith("out/kernel") else 1)
+            arrays[name.ours] = array
+    # What is left keeps its own name, so that the error shows it.
+    found = {name: array.shape for name, array in arrays.items()}
+    found |= {name: stored[name].shape for name in set(stored) - used}
+    names.check(path, found, {k: v.shape for k, v in names.parameters(config).items()}, kind="T5X")
+    vocabulary = None if origin is None else origin["data"]["options"]["vocabulary"]
+    return Opened(config, arrays, step=step, vocabulary=vocabulary, origin=origin)
+
+
+def write(path: str | Path, parameters: t5.Parameters, *, step: int) -> str:
+    """Writes `<path>/checkpoint_<step>`, Orbax's form with layers unscanned; returns that directory.
+
+    It has no optimiser state: T5X starts from it with `utils.CheckpointConfig.restore.fallback_to_scratch = True`.
+    """
+    target: dict[str, Any] = {}
+    for name in names.of(parameters):
+        *parents, last = name.t5x.split("/")
+        node = target
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = parameters[name.ours]
+    tree = {"state": {"step": np.int32(step)}, "target": target}
+    options = ocp.CheckpointManagerOptions(step_prefix="checkpoint", enable_async_checkpointing=False)
+    home = str(path) if "://" in str(path) else str(Path(path).absolute())
+    with ocp.CheckpointManager(home, options=options) as manager:
+        if step in manager.all_steps():
+            raise FileExistsError(f"{home}/checkpoint_{step} exists already; choose another name, or remove it.")
+        manager.save(step, args=ocp.args.Composite(state=ocp.args.PyTreeSave(tree)))
+    return f"{home}/checkpoint_{step}"
+
+
+def orbax_arrays(path: str | Path) -> dict[str, LazyArray]:
+    """The arrays of a directory that Orbax wrote, by the names that it keeps them under."""
+    url = _url(str(path))
+    store = ts.KvStore.open({"driver": "ocdbt", "base": url}).result()
+    return _opened({"driver": "ocdbt", "base": url}, _zarr_names(store))
+
+
+def _url(path: str) -> str:
+    if "://" not in path:
+        path = f"file://{Path(path).absolute()}"
+    return path.rstrip("/") + "/"
+
+
+def _has(store: ts.KvStore, key: str) -> bool:
+    return store.read(key).result().state == "value"
+
+
+def _find(path: str) -> tuple[str, str] | None:
+    """(URL of the directory that holds the arrays, which of the two forms it has)."""
+    url = _url(path)
+    store = ts.KvStore.open(url).result()
+    for folder in ("", _STATE):
+        if _has(store, folder + _OCDBT):
+            return (url + folder, _OCDBT) if folder or _is_target(url) else None
+    if _has(store, _MSGPACK):
+        return url, _MSGPACK
+    # A large model has ten thousands of files; their listing is left for last.
+    steps = sorted({int(match[1]) for match in map(_STEP.match, map(_text, store.list().result())) if match})
+    return _find(f"{url}checkpoint_{steps[-1]}") if steps else None
+
+
+def _is_target(url: str) -> bool:
+    """Whether Orbax's arrays here are a T5X train state, and not, for example, parameters of a run of ours."""
+    store = ts.KvStore.open({"driver": "ocdbt", "base": url}).result()
+    return any(name.startswith("target.") for name in _zarr_names(store))
+
+
+def _text(key: bytes) -> str:
+    return key.decode("utf-8", "replace")
+
+
+def _zarr_names(store: ts.KvStore) -> dict[str, str]:
+    """Names of the arrays of a store, each with the driver that reads it."""
+    drivers = {"/.zarray": "zarr", "/zarr.json": "zarr3"}
+    found = {}
+    for key in map(_text, store.list().result()):
+        for end, driver in drivers.items():
+            if key.endswith(end):
+                found[key.removesuffix(end)] = driver
+    return found
+
+
+def _opened(kvstore: Mapping[str, Any], drivers: Mapping[str, str]) -> dict[str, LazyArray]:
+    """Opens arrays side by side (over a network each one waits for an answer)."""
+    path = kvstore.get("path", "")
+    waiting = {
+        name: ts.open({"driver": driver, "kvstore": {**kvstore, "path": f"{path}{name}/"}}, read=True, open=True)
+        for name, driver in drivers.items()
+    }
+    opened = {}
+    for name, future in waiting.items():
+        where = f"{kvstore.get('base', path)}: the array {part(name)}"
+        try:
+            store = future.result()
+        except (ValueError, OSError, RuntimeError, NotImplementedError) as error:
+            raise ValueError(f"{where} cannot be opened: {part(str(error))}. Copy the checkpoint anew.") from None
+        opened[name] = _lazy(store, where=where)
+    return opened
+
+
+def _lazy(store: ts.TensorStore, *, where: str) -> LazyArray:
+    dtype, chunk = store.dtype.numpy_dtype, store.chunk_layout.read_chunk.shape or ()
+    if dtype.kind not in "fiu" and dtype != ml_dtypes.bfloat16:
+        raise ValueError(f"{where} is of type {dtype}; expected numbers.")
+    if math.prod(size or 1 for size in chunk) > _MOST_IN_CHUNK:
+        raise ValueError(
+            f"{where} is said to be in pieces of {tuple(chunk)}, which no memory holds; the file is damaged."
+        )
+    return LazyArray(tuple(store.shape), dtype, lambda index: store[index].read().result())
+
+
+def _expect(path: str) -> tuple[str, str]:
+    found = _find(path)
+    if found is None:
+        raise FileNotFoundError(
+            f"{path} holds no T5X checkpoint; expected a model directory with checkpoint_<step>/, or one of those."
+        )
+    return found
+
+
+def _origin(url: str) -> dict[str, Any] | None:
+    """The manifest of the run that a checkpoint was exported from, which lies in the model directory."""
+    parent = re.sub(r"checkpoint_\d+/(state/)?$", "", url)
+    found = ts.KvStore.open(parent).result().read(hugging_face.ORIGIN).result()
+    return hugging_face.read_origin(found.value, parent + hugging_face.ORIGIN) if found.state == "value" else None
+
+
+# Every parameter by T5X's name (`encoder/layers_0/mlp/wo/kernel`); optimiser state is left out.
+def _from_orbax(url: str) -> dict[str, LazyArray]:
+    store = ts.KvStore.open({"driver": "ocdbt", "base": url}).result()
+    drivers = {name: driver for name, driver in _zarr_names(store).items() if name.startswith("target.")}
+    arrays = _opened({"driver": "ocdbt", "base": url}, drivers)
+    return {name.replace(".", "/").removeprefix(_TARGET): array for name, array in arrays.items()}
+
+
+def _from_msgpack(url: str) -> dict[str, LazyArray]:
+    store = ts.KvStore.open(url).result()
+    try:
+        contents: Any = serialization.msgpack_restore(store.read(_MSGPACK).result().value)
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError, MemoryError) as error:
+        # Whatever its arrays are said to be, flax's reader follows it.
+        told = part(f"{type(error).__name__}: {error}")
+        raise ValueError(f"{url}{_MSGPACK} is not a T5X checkpoint: {told}") from None
+    version = contents.get("version", 0) if isinstance(contents, dict) else 0
+    root = contents.get("optimizer", contents) if isinstance(contents, dict) else contents
+    if not isinstance(root, dict) or not isinstance(root.get("target"), dict) or type(version) is not int:
+        held = part(", ".join(map(str, root))) if isinstance(root, dict) else type(root).__name__
+        raise ValueError(f"{url}{_MSGPACK} has no parameters under 'target'; it has {held}.")
+    arrays: dict[str, LazyArray] = {}
+    elsewhere: dict[str, str] = {}
+    for name, leaf in _leaves(root["target"], where=f"{url}{_MSGPACK}"):
+        if isinstance(leaf, Mapping) or (isinstance(leaf, str) and leaf.startswith(_PLACEHOLDER)):
+            elsewhere[name] = _folder(leaf, where=f"{url}{_MSGPACK}: {part(name)}")
+            continue
+        values = np.asarray(leaf) if isinstance(leaf, np.ndarray | np.generic | int | float) else None
+        if values is None or (values.dtype.kind not in "fiu" and values.dtype != ml_dtypes.bfloat16):
+            raise ValueError(f"{url}{_MSGPACK}: {part(name)} is {brief(leaf)}; expected an array of numbers.")
+        arrays[name] = LazyArray(values.shape, values.dtype, values.__getitem__)
+    spec = store.spec().to_json()
+    missing = [folder for folder in elsewhere.values() if not _has(store, f"{folder}/.zarray")]
+    if missing:
+        raise FileNotFoundError(
+            f"{url} is incomplete: {len(missing)} arrays of the checkpoint are not there, {missing[0]} for one. "
+            "Copy the whole directory."
+        )
+    opened = _opened(spec, dict.fromkeys(elsewhere.values(), "zarr"))
+    for name, folder in elsewhere.items():
+        array = opened[folder]
+        if version < _NATIVE_BFLOAT16 and array.dtype == np.uint16:
+            array = _from_bits(array)
+        arrays[name] = array
+    return arrays
+
+
+def _from_bits(array: LazyArray) -> LazyArray:
+    bfloat16 = np.dtype(ml_dtypes.bfloat16)
+    return LazyArray(array.shape, bfloat16, lambda index: array.read(index).view(bfloat16))
+
+
+def _folder(leaf: Any, *, where: str) -> str:
+    """The folder beside the file in which an array is, as the file names it. ValueError where that is another place."""
+    try:
+        # The path has stood in two places of the description; the folder it names is always beside the file.
+        named = (
+            leaf.removeprefix(_PLACEHOLDER) if isinstance(leaf, str) else leaf["kvstore"].get("path") or leaf["path"]
+        )
+        folder = named.strip("/")
+    except (KeyError, TypeError, AttributeError):
+        folder = ""
+    if not _BESIDE.fullmatch(folder) or folder in (".", ".."):
+        raise ValueError(f"{where} is said to be in {brief(leaf)}; expected the name of a folder beside the file.")
+    return folder
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "", *, where: str) -> list[tuple[str, Any]]:
+    if prefix.count("/") > _DEEPEST:
+        raise ValueError(f"{where} has parameters within more than {_DEEPEST} others; expected those of a T5.")
+    found = []
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and "driver" not in value:
+            found += _leaves(value, f"{prefix}{key}/", where=where)
+        else:
+            found.append((f"{prefix}{key}", value))
+    return found
+
+
+def _config(path: object, stored: Mapping[str, LazyArray], *, scanned: bool) -> tuple[t5.T5Config, int, dict[str, int]]:
+    """Architecture from the shapes, the layer axis of a scanned model's arrays, and the layers that have arrays."""
+
+    def shape(*choices: str, dimensions: int) -> tuple[int, ...]:
+        for name in choices:
+            if name in stored:
+                found = stored[name].shape
+                if len(found) < dimensions or 0 in found:
+                    raise ValueError(
+                        f"{path}: {name} has the shape {found}; expected {dimensions} dimensions of numbers."
+                    )
+                return found
+        raise ValueError(
+            f"{path} is no encoder-decoder T5 of T5X: it has no {choices[0]!r}. It has {len(stored)} parameters: "
+            f"{part(', '.join(sorted(stored)[:5]))} .."
+        )
+
+    vocab_size, emb_dim = shape("token_embedder/embedding", dimensions=2)[:2]
+    axis = 1
+    if scanned:
+        scale = {stack: shape(f"{stack}/{stack}/pre_mlp_layer_norm/scale", dimensions=2) for stack in names.STACKS}
+        if all(each[1] == emb_dim and each[0] != emb_dim for each in scale.values()):
+            axis = 0
+        layers = held = {stack: each[axis] for stack, each in scale.items()}
+        first = {stack: f"{stack}/{stack}" for stack in scale}
+    else:
+        numbers: dict[str, set[int]] = {stack: set() for stack in names.STACKS}
+        for match in filter(None, map(_NUMBERED.match, stored)):
+            numbers[match[1]].add(int(match[2][:9]))
+        layers = {stack: 1 + max(found, default=-1) for stack, found in numbers.items()}
+        held = {stack: len(found) for stack, found in numbers.items()}
+        first = {stack: f"{stack}/layers_0" for stack in layers}
+
+    def without_layers(full: tuple[int, ...]) -> tuple[int, ...]:
+        return full[:axis] + full[axis + 1 :] if scanned else full
+
+    more = int(scanned)
+    joined = math.prod(without_layers(shape(f"{first['encoder']}/attention/query/kernel", dimensions=2 + more))[1:])
+    gated = f"{first['encoder']}/mlp/wi_0/kernel" in stored
+    inner = f"{first['encoder']}/mlp/{'wi_0' if gated else 'wi'}/kernel"
+    mlp_dim = without_layers(shape(inner, dimensions=2 + more))[-1]
+    per_layer = f"{first['encoder']}/relpos_bias/rel_embedding"
+    bias = shape("encoder/relpos_bias/rel_embedding", per_layer, dimensions=2)
+    heads, buckets = (without_layers(bias) if per_layer in stored else bias)[:2]
+    try:
+        config = t5.T5Config(
+            vocab_size=vocab_size,
+            emb_dim=emb_dim,
+            num_heads=heads,
+            head_dim=joined // heads,
+            mlp_dim=mlp_dim,
+            num_encoder_layers=layers["encoder"],
+            num_decoder_layers=layers["decoder"],
+            mlp_activations=("gelu", "linear") if gated else ("relu",),
+            logits_via_embedding="decoder/logits_dense/kernel" not in stored,
+            dropout_rate=_DROPOUT_RATE,
+            relative_attention_num_buckets=buckets,
+            relative_attention_bias="per_layer" if per_layer in stored else "shared",
+        )
+    except ValueError as error:
+        raise ValueError(f"{path} is no encoder-decoder T5 of T5X: {error}") from None
+    return config, axis, held
