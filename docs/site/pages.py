@@ -33,7 +33,7 @@ def home() -> str:
 
 def commands() -> str:
     """Formats the output of `sbs COMMAND --help` for every command."""
-    from sbs_jax import main
+    from sbs_jax.cli import main
 
     os.environ["COLUMNS"] = "110"
     parser, parsers = main._parser()

@@ -1,6 +1,7 @@
 """Bounds on requests, with their defaults."""
 
 import dataclasses
+import math
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
