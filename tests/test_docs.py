@@ -255,7 +255,7 @@ def test_pages_that_are_made_tell_every_command_macro_and_module():
             assert f"| `{macro}` |" in text
     for path in (ROOT / "gin_configs").rglob("*.gin"):
         assert f"| `{path.name}` |" in text
-    assert {"sbs_jax.student.t5", "sbs_jax.report", "tasks.svamp"} <= set(pages.modules())
+    assert {"sbs_jax.student.t5", "sbs_jax.pages.report", "tasks.svamp"} <= set(pages.modules())
     assert not any(".commands" in name for name in pages.modules())
 
 

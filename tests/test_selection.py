@@ -208,12 +208,12 @@ def test_repeated_ids_are_refused():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"label_source": "humans"}, "'humans'.*'human', 'teacher'.*Did you mean 'human'"),
+        ({"label_source": "humans"}, "'humans'.*human, teacher.*Did you mean 'human'"),
         ({"rationales": "agreing"}, "Did you mean 'agreeing'"),
         ({"train_split": "test"}, "expected one of"),
         ({"fraction": 0.0}, "more than 0 and at most 1"),
         ({"fraction": 12.5}, "0.125 for 12.5 %"),
-        ({"fraction": float("nan")}, "more than 0"),
+        ({"fraction": float("nan")}, "expected a number"),
         ({"fraction": True}, "expected a number"),
         ({"validation_fraction": 1.0}, "less than 1"),
         ({"validation_fraction": -0.1}, "at least 0"),

@@ -25,7 +25,7 @@ from typing import Any
 import seqio
 import tensorflow as tf
 
-from sbs_jax.checks import nearest
+from sbs_jax import checks
 from sbs_jax.data import records, seqio_tasks, tokens
 from sbs_jax.data.dataset import STEP_BY_STEP, Dataset
 from sbs_jax.data.selection import (
@@ -40,7 +40,6 @@ from sbs_jax.data.selection import (
     DataOptions,
     Example,
     Selection,
-    check_choice,
     select,
 )
 from sbs_jax.student import losses
@@ -94,7 +93,7 @@ def names() -> tuple[str, ...]:
 def get(name: str) -> Dataset:
     """The dataset of this name. ValueError with near matches where there is none."""
     if name not in _DATASETS:
-        raise ValueError(f"Unknown dataset {name!r}; known are {list(names())}.{nearest(name, names())}")
+        raise ValueError(f"Unknown dataset {name!r}; known are {list(names())}.{checks.nearest(name, names())}")
     return _DATASETS[name]
 
 
@@ -134,7 +133,7 @@ def split_task(task_name: str) -> tuple[Dataset, str]:
                 return dataset, kind
     known = task_names()
     raise ValueError(
-        f"Unknown task or mixture {task_name!r}.{nearest(task_name, known)} Known are "
+        f"Unknown task or mixture {task_name!r}.{checks.nearest(task_name, known)} Known are "
         f"<dataset>_<{'|'.join((*TASKS, STEP_BY_STEP))}> for the datasets {list(names())}."
     )
 
@@ -288,7 +287,7 @@ def available_splits(name: str) -> tuple[str, ...]:
 
 def _file_of_split(name: str, split: str) -> tuple[str, bool]:
     """The file a split comes from, and whether train and validation share that file."""
-    check_choice(f"The split of {name}", split, (TRAIN, VALIDATION, TEST))
+    checks.choice(f"The split of {name}", split, (TRAIN, VALIDATION, TEST))
     _check_records_exist(name)
     shared = _options.train_split == VALIDATION or not _records_file(name, VALIDATION).exists()
     file_split = split if split == TEST or not shared else _options.train_split

@@ -28,11 +28,11 @@ from pathlib import Path
 from typing import Any
 
 import sbs_jax
+from sbs_jax import checks
 from sbs_jax.data import records
 from sbs_jax.data.dataset import Dataset, Row
 from sbs_jax.data.parsing import Parsed
 from sbs_jax.data.records import Manifest, Record, SplitSummary
-from sbs_jax.data.selection import check_choice
 from sbs_jax.storage import checksums, json_files
 
 # The release's name of a split, and ours (TensorFlow Datasets' too).
@@ -92,8 +92,8 @@ def import_release(
         set, duplicate or unknown ids, and unknown names; each with file and line where there is one.
       FileExistsError: the directory holds something else, and `overwrite` is False.
     """
-    check_choice(f"The parser for {dataset.name}", parser, dataset.parsers.keys())
-    check_choice("The source of the inputs", inputs, INPUTS)
+    checks.choice(f"The parser for {dataset.name}", parser, dataset.parsers.keys())
+    checks.choice("The source of the inputs", inputs, INPUTS)
     if inputs == "release":
         if release_dir is None:
             raise ValueError("release_dir is None; inputs='release' needs the release's folder.")
@@ -171,7 +171,7 @@ def read_unanswered(
     form of a data set of one's own), or "tfds". FileNotFoundError where there are none; ValueError with file and line
     for malformed rows and labels outside the set.
     """
-    check_choice("The source of the inputs", inputs, (*INPUTS, "records"))
+    checks.choice("The source of the inputs", inputs, (*INPUTS, "records"))
     if inputs == "tfds":
         splits, _ = _read_tfds(dataset, None, tfds_data_dir)
     elif inputs_dir is None:

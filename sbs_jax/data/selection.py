@@ -10,11 +10,11 @@ import hashlib
 import math
 import types
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fractions import Fraction
 from typing import NamedTuple
 
-from sbs_jax.checks import nearest
+from sbs_jax import checks
 from sbs_jax.data import records
 
 LABEL, RATIONALE, RATIONALE_THEN_LABEL = "label", "rationale", "rationale_then_label"
@@ -69,11 +69,11 @@ class DataOptions:
         for name in ("label_prefix", "rationale_prefix"):
             if not isinstance(getattr(self, name), str):
                 raise ValueError(f"DataOptions.{name} is {getattr(self, name)!r}; expected text.")
-        check_choice("DataOptions.label_source", self.label_source, ("human", "teacher"))
-        check_choice("DataOptions.rationales", self.rationales, ("all", "agreeing"))
-        check_choice("DataOptions.train_split", self.train_split, (TRAIN, VALIDATION))
-        _check_number("DataOptions.fraction", self.fraction)
-        _check_number("DataOptions.validation_fraction", self.validation_fraction)
+        checks.choice("DataOptions.label_source", self.label_source, ("human", "teacher"))
+        checks.choice("DataOptions.rationales", self.rationales, ("all", "agreeing"))
+        checks.choice("DataOptions.train_split", self.train_split, (TRAIN, VALIDATION))
+        checks.number("DataOptions.fraction", self.fraction)
+        checks.number("DataOptions.validation_fraction", self.validation_fraction)
         if not 0 < self.fraction <= 1:
             raise ValueError(
                 f"DataOptions.fraction is {self.fraction}; expected more than 0 and at most 1, "
@@ -138,7 +138,7 @@ def select(
       hold_out: whether this file provides both train and validation: train then gets the rows
         that are not held out, validation gets those that are.
     """
-    check_choice("The split", split, (TRAIN, VALIDATION, TEST))
+    checks.choice("The split", split, (TRAIN, VALIDATION, TEST))
     counts: Counter[str] = Counter()
     counts["rows"] = len(rows)
     _check_distinct_ids(rows)
@@ -249,13 +249,3 @@ def _check_distinct_ids(rows: Sequence[records.Record]) -> None:
             f"The id {row_id!r} occurs {times} times in one split; ids must be distinct, since "
             "examples are chosen and joined by them."
         )
-
-
-def check_choice(what: str, value: object, allowed: Collection[str]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{what} is {value!r}; expected one of {sorted(allowed)}.{nearest(str(value), allowed)}")
-
-
-def _check_number(what: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"{what} is {value!r}; expected a number.")

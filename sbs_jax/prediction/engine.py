@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from sbs_jax.checks import nearest
+from sbs_jax import checks
 from sbs_jax.data import registry, selection, tokens
 from sbs_jax.prediction import weights as weights_
 from sbs_jax.storage import json_files
@@ -72,7 +72,7 @@ class Settings:
             ("objective", OBJECTIVES),
             ("too_long", TOO_LONG),
         ):
-            selection.check_choice(f"Settings.{name}", getattr(self, name), known)
+            checks.choice(f"Settings.{name}", getattr(self, name), known)
         for name, least in (("beams", 1), ("batch_size", 1), ("top_k", 0), ("seed", 0)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
@@ -212,7 +212,7 @@ def unknown_adapter(name: str | None, known: Sequence[str]) -> str:
     """Says that no adapter has this name, and which there are."""
     listed = ", ".join(map(repr, known))
     there = f"There are {listed}" if listed else "There are none: give some by --adapters NAME=RUN"
-    near = nearest(str(name)[:200], known)
+    near = checks.nearest(str(name)[:200], known)
     return f"no adapter is named {json_files.brief(name)}.{near} {there}."
 
 
