@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Rent Cloud TPU slices, run `sbs train` on all of their workers, and keep it running when they are taken away.
-# Its side on the workers is tpu_worker.sh, which `install` puts there with the project. docs/tpu.md walks through it.
+# Rents Cloud TPU slices as queued resources, runs `sbs` in a container on every host, restarts it after a preemption.
+# docs/tpu.md is the way from nothing to a finished run: on GKE, which comes first, and with this script.
 set -uo pipefail
-if ((BASH_VERSINFO[0] < 4)); then
-  echo "tpu_pod: this is bash $BASH_VERSION; expected 4.3 or newer (macOS: brew install bash)." >&2
+if ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] < 404)); then
+  echo "tpu_pod: this is bash $BASH_VERSION; expected 4.4 or newer (macOS: brew install bash)." >&2
   exit 2
 fi
 
@@ -11,798 +11,414 @@ usage() {
   cat <<'HELP'
 usage: scripts/tpu_pod.sh COMMAND [flags] [-- sbs train ...]
 
-commands, in the order of use
-  run      create, wait, install, start and watch, in one
-  create   ask for a queued resource (one slice, or several with --slices)
-  wait     until it is ACTIVE, saying its state
-  install  put this checkout, at its revision, and its packages on every worker
-  start    start what follows -- on every worker, detached; adds --multihost
-  status   state of the resource, its nodes and the run on every worker
-  logs     follow the log of the first worker (--all: of every worker)
-  watch    until the run ends; slices taken away are deleted, asked for again, installed and started again
-  stop     SIGTERM to the run on every worker, then wait for its end
+commands
+  run      create and watch, in one
+  create   request a queued resource: one slice, or several with --slices
+  watch    wait for the slice, start the command on every host (adds --multihost), wait until it ends;
+           after a preemption request the slice again and restart the command, which resumes
+  start    start the command again on a slice that is there, after stop or an error
+  status   state of the resource, its nodes and the run on every host
+  logs     follow the log of the first host (--all: the last 100 lines of every host)
+  stop     send SIGTERM to the run on every host and wait until it has saved; the slice keeps costing money
   delete   delete the queued resource and its nodes, which ends the costs
 
-which TPU (after the sign = the environment variable that gives the default)
+flags (= environment variable with the default)
   --name NAME              queued resource, and prefix of its nodes         = SBS_TPU_NAME, else sbs
-  --project ID             = SBS_TPU_PROJECT, else CLOUDSDK_CORE_PROJECT, else gcloud's
-  --zone ZONE              = SBS_TPU_ZONE, else CLOUDSDK_COMPUTE_ZONE, else gcloud's
-  --accelerator_type TYPE  such as v5litepod-16, v5p-128, v6e-16, v4-32     = SBS_TPU_TYPE
-  --runtime_version V      software of the workers                          = SBS_TPU_RUNTIME, else by type
+  --project ID --zone ZONE = SBS_TPU_PROJECT, SBS_TPU_ZONE
+  --accelerator_type TYPE  such as v5litepod-16, v6e-16, v5p-128, v4-32     = SBS_TPU_TYPE
+  --runtime_version V      software of the hosts; by default follows the type
   --slices N               slices of that type                              = SBS_TPU_SLICES, else 1
-  --spot | --reserved      cheaper, may be taken away | your reservation; else on demand
-  --network N --subnetwork N --service_account EMAIL
-  --internal_ips           no external addresses (this machine is in their network; they need Cloud NAT)
-  --create_flag FLAG       one more flag for `queued-resources create`, word for word; repeat
-
-install, start
-  --allow_dirty            take uncommitted and untracked files along (otherwise they are refused)
-  --python PATH            Python of the workers (default: newest of 3.11 to 3.13 there, else installed with apt)
-  --bucket NAME --mount DIR  mount the bucket there with gcsfuse on every worker (default DIR: /mnt/sbs)
+  --spot                   cheaper, can be preempted
+  --internal_ips           hosts without external addresses: run this from their network, which needs Cloud NAT
+  --create_flag=FLAG       another flag of `gcloud compute tpus queued-resources create`, such as --reserved; repeat
+  --bucket NAME            Cloud Storage bucket, mounted on every host      = SBS_BUCKET
+  --mount DIR              where; MODEL_DIR and RECORDS_DIR must be below   default /mnt/sbs
+  --image IMAGE            container image with a tag that never moves      = SBS_IMAGE
   --env NAME=VALUE         environment variable of the run; repeat
-
-while waiting
-  --poll S                 seconds between looks                            = SBS_TPU_POLL, else 30
-  --settle S               `start`: time in which a run that ends is an error  = SBS_TPU_SETTLE, else 5
-  --timeout S              give up `wait` (0: never) or `stop`              default 0, stop 300
-  --attempts N             tries of `watch` to bring a run back in a row    default 10
-  --backoff S              pause before the 2nd try, doubled each time to 1800 at most   default 60
-  --kill                   `stop`: SIGKILL to what is left after --timeout
-  --delete_when_done       `watch`, `run`: delete the resource when the run has ended well
-  --all, --lines N, --no_follow   of `logs`
-  --yes                    `delete` without asking
-  --dry_run                print the gcloud commands, quoted; call nothing. Answers are taken to be good
+  --attempts N             watch: restarts in a row before it gives up      default 10
+  --backoff S              watch: pause before the second one, doubled each time up to 1800   default 60
+  --delete_when_done       watch: delete the resource once the run has finished
+  --timeout S --kill       stop: seconds to wait (default 300), then SIGKILL instead of giving up
+  --all                    logs: every host
+  --yes                    delete: do not ask
 
 exit status
-  0 done   1 a call or a worker failed   2 wrong flag, or gcloud, project, zone or type missing
-  3 wrong order (not created, not ACTIVE, not installed, already running)   4 resource FAILED, SUSPENDED or deleted
-  5 gave up (--timeout, --attempts)   6 the run itself ended with an error
+  0 done   1 a call or a host failed   2 bad flag, or gcloud, project or zone missing
+  3 already created, or already running   4 resource FAILED, or ended by a user, or run ended by stop
+  5 gave up (--timeout, --attempts)   6 the run ended with an error of its own
 
 example
-  export SBS_TPU_PROJECT=my-project SBS_TPU_ZONE=us-west4-a SBS_TPU_TYPE=v5litepod-16
-  scripts/tpu_pod.sh run --spot --bucket my-bucket -- sbs train \
-      --gin_file=gin_configs/experiments/esnli/base_step_by_step.gin --gin_file=gin_configs/meshes/fsdp.gin \
-      --gin.RECORDS_DIR=/mnt/sbs/records --gin.MODEL_DIR=/mnt/sbs/runs/esnli
+  export SBS_TPU_PROJECT=my-project SBS_TPU_ZONE=us-west4-a SBS_TPU_TYPE=v5litepod-16 SBS_BUCKET=my-bucket
+  scripts/tpu_pod.sh run --spot --image us-west4-docker.pkg.dev/my-project/sbs/sbs:1a2b3c4 -- sbs train \
+      --gin_file=gin_configs/experiments/esnli/base.gin --gin.RECORDS_DIR=/mnt/sbs/records \
+      --gin.MODEL_DIR=/mnt/sbs/runs/esnli --gin.INITIAL_CHECKPOINT_PATH=/mnt/sbs/t5-v1_1-base \
+      --gin.VOCABULARY=/mnt/sbs/t5-v1_1-base/spiece.model
 HELP
 }
 
-# ---------------------------------------------------------------------------------------------------- small things
-
-say() { [[ $dry_run ]] || printf '%(%H:%M:%S)T %s\n' -1 "$*" >&2; }
-fail() { # CODE MESSAGE..: for mistakes that no repetition mends
-  printf 'tpu_pod: %s\n' "${@:2}" >&2
-  exit "$1"
-}
+say() { printf '%(%H:%M:%S)T %s\n' -1 "$*" >&2; }
 complain() { printf 'tpu_pod: %s\n' "$@" >&2; }
+fail() { complain "$2" && exit "$1"; } # CODE MESSAGE
 
-quoted() { # words, so that a POSIX shell reads back the same words
-  local word flag line=""
+quoted() { # words, quoted so that a POSIX shell reads back the same words
+  local word line=""
   for word in "$@"; do
-    flag=""
-    if [[ $word =~ ^--[A-Za-z0-9_.-]+= ]]; then flag=${BASH_REMATCH[0]}; fi
-    word=${word#"$flag"}
-    if [[ $word =~ ^[A-Za-z0-9_@%+=:,./-]+$ || ($flag && ! $word) ]]; then
-      line+=" $flag$word"
-    else
-      line+=" $flag'${word//\'/\'\\\'\'}'"
-    fi
+    [[ $word =~ ^[A-Za-z0-9_@%+=:,./-]+$ ]] || word="'${word//\'/\'\\\'\'}'"
+    line+=" $word"
   done
   printf '%s' "${line# }"
 }
 
-call() { # a command that changes something: run, or printed
-  if [[ $dry_run ]]; then
-    quoted "$@"
-    echo
-  else
-    "$@"
-  fi
+tpus() { gcloud compute tpus "$1" "$2" "$3" --project="$project" --zone="$zone" --quiet "${@:4}"; }
+nodes() { if ((slices == 1)); then echo "$name"; else seq -f "$name-%.0f" 0 $((slices - 1)); fi; }
+missing() { grep -q -e NOT_FOUND -e 'was not found' "$scratch/error"; }
+
+may_cost=""
+remind() { # however the script ends: a slice that nobody remembers is the most expensive mistake
+  [[ ! $may_cost ]] || say "$name costs money from ACTIVE until it is deleted:" \
+    "$(quoted "$0" delete --name="$name" --project="$project" --zone="$zone")"
 }
 
-nodes() { # ids of the nodes, in order
-  local index
-  if ((slices == 1)); then
-    echo "$name"
-  else
-    for ((index = 0; index < slices; index++)); do echo "$name-$index"; done
-  fi
-}
-
-# ------------------------------------------------------------------------------------------------ accelerator types
-
-known_type() {
-  local cores=${1##*-}
-  case $1 in
-    v5litepod-* | v6e-*) [[ $cores =~ ^(1|4|8|16|32|64|128|256)$ ]] ;;
-    v4-* | v5p-*)
-      [[ $cores =~ ^(8|16|32|64|[1-9][0-9]{2,4})$ ]] && ((cores < 100 || (cores % 128 == 0 && cores <= 12288)))
-      ;;
-    *) return 1 ;;
-  esac
-}
-
-runtime_of() { # software version of Google's table
-  case $1 in
-    v6e-*) echo v2-alpha-tpuv6e ;;
-    v5p-*) echo v2-alpha-tpuv5 ;;
-    v5litepod-*) echo v2-alpha-tpuv5-lite ;;
-    *) echo tpu-ubuntu2204-base ;;
-  esac
-}
-
-nearest_type() { # of v5e:4x4, v5e-16, v5lite-16, v5p:2x2x2, v5litepod-17 ..
-  local family=${1%%[:-]*} size=${1#*[:-]} chips=1 side best="" step
-  if [[ $1 == *:* ]]; then
-    for side in ${size//x/ }; do
-      [[ $side =~ ^[1-9][0-9]*$ ]] || return
-      chips=$((chips * side))
-    done
-    [[ $family =~ ^v(4|5p)$ ]] && chips=$((chips * 2)) # those are counted in cores, two a chip
-  elif [[ $size =~ ^[1-9][0-9]{0,4}$ ]]; then
-    chips=$size
-  else
-    chips=16
-  fi
-  case $family in
-    v5e | v5lite*) family=v5litepod ;;
-    v6*) family=v6e ;;
-    v5*) family=v5p ;;
-    v4*) family=v4 ;;
-    *) return ;;
-  esac
-  for step in 1 4 8 16 32 64 128 256 512 1024 2048 4096 8192 12288; do
-    known_type "$family-$step" && { [[ ! $best ]] || ((step <= chips)); } && best=$family-$step
-  done
-  echo "$best"
-}
-
-check_type() {
-  [[ $type ]] || fail 2 "no accelerator type: give --accelerator_type or SBS_TPU_TYPE, such as v5litepod-16."
-  if ! known_type "$type" && [[ ! $runtime ]]; then
-    local near
-    near=$(nearest_type "$type")
-    [[ $type != tpu7* ]] ||
-      fail 2 "$type is not rented as TPU VMs, only with GKE or Compute Engine; see GKE in docs/tpu.md."
-    fail 2 "unknown accelerator type $type${near:+ (did you mean $near?)}. Known:" \
-      "  v5e  v5litepod-1 4 8 16 32 64 128 256 (chips)" "  v6e  v6e-1 4 8 16 32 64 128 256 (chips)" \
-      "  v5p  v5p-8 16 32 64 128 256 .. 12288 (cores, two a chip)" \
-      "  v4   v4-8 16 32 64 128 256 .. (cores, two a chip)" \
-      "A type that is newer than this list is taken if --runtime_version is given with it."
-  fi
-  [[ $runtime ]] || runtime=$(runtime_of "$type")
-}
-
-# --------------------------------------------------------------------------------------------------- asking gcloud
-
-resource() { # VERB FLAGS..
-  call gcloud compute tpus queued-resources "$1" "$name" --project="$project" --zone="$zone" --quiet "${@:2}"
-}
-
-state="" initiator="" reason=""
-look() { # sets state (NONE: there is no such resource), initiator and reason; 1 where gcloud could not say
+look() { # sets state (NONE: no such resource), initiator and reason; fails if gcloud cannot tell
   local answer format='value[separator="|"](state.state,state.stateInitiator,state.failedData.error.message)'
-  state=ACTIVE initiator="" reason=""
-  if [[ $dry_run ]]; then
-    resource describe --format="$format"
-    return 0
-  fi
-  if answer=$(resource describe --format="$format" 2>"$scratch/error"); then
+  initiator="" reason=""
+  if answer=$(tpus queued-resources describe "$name" --format="$format" 2>"$scratch/error"); then
     IFS='|' read -r state initiator reason <<<"$answer"
-    return 0
-  fi
-  state=NONE
-  grep -q -e NOT_FOUND -e 'was not found' "$scratch/error" && return 0
-  state=UNKNOWN
-  cat "$scratch/error" >&2
-  return 1
-}
-
-node_state() { # NODE: sets state_of_node
-  state_of_node=READY
-  local words=(gcloud compute tpus tpu-vm describe "$1" --project="$project" --zone="$zone" --quiet)
-  words+=('--format=value(state)')
-  if [[ $dry_run ]]; then
-    call "${words[@]}"
-  elif ! state_of_node=$("${words[@]}" 2>"$scratch/error"); then
-    state_of_node=UNKNOWN
-    if grep -q -e NOT_FOUND -e 'was not found' "$scratch/error"; then state_of_node=NONE; fi
+    may_cost=1
+  else
+    missing || { cat "$scratch/error" >&2 && return 1; }
+    state=NONE may_cost=""
   fi
 }
 
-need_active() {
-  look || return 1
-  case $state in
-    ACTIVE) return 0 ;;
-    NONE) complain "there is no queued resource $name in $zone: run create first." ;;
-    *) complain "the queued resource $name is $state, not ACTIVE: run wait first." ;;
-  esac
-  return 3
-}
-
-# Every node at once, each through one gcloud that reaches its workers; `queued-resources ssh --node=all` would pass
-# over a node it cannot reach, with a warning. Output goes on with the node's name before it, and to $scratch/LABEL.*.
-on_nodes() { # LABEL gcloud's words before the node -- and after it
-  local label=$1 before=() node pids=() index=0 code status=0 words limit=()
-  shift
-  # A look must not hang on a machine that is gone.
-  if [[ $label == status ]]; then limit=(timeout 120); fi
-  while [[ $1 != -- ]]; do before+=("$1") && shift; done
-  shift
-  rm -f "$scratch/$label".*
+look_at_nodes() { # sets lost and waiting: nodes that are gone, and nodes that are not READY yet
+  local node answer
+  lost="" waiting=""
   for node in $(nodes); do
-    words=(gcloud compute tpus tpu-vm "${before[@]}" "$node${colon:-}" --project="$project" --zone="$zone" --quiet "$@")
-    if [[ $internal ]]; then words+=(--internal-ip); fi
-    if [[ $dry_run ]]; then
-      call "${words[@]}"
-      continue
-    fi
+    answer=$(tpus tpu-vm describe "$node" '--format=value(state)' 2>"$scratch/error") ||
+      if missing; then answer=NONE; else answer=UNKNOWN; fi
+    case $answer in
+      READY) ;;
+      PREEMPTED | TERMINATED | NONE) lost+="${lost:+, }$node is $answer" ;;
+      *) waiting+="${waiting:+, }$node is $answer" ;;
+    esac
+  done
+}
+
+# Runs on a host: `on_hosts` sends its text along. Exit status 10: a run is going on; 12: it still runs after stop.
+host() { # VERB ARGUMENTS..
+  local status="" code="" id="" boot="" this_boot mounted new_id variables=() stopped=$HOME/sbs_stopped
+  read -r this_boot </proc/sys/kernel/random/boot_id
+  read -r status code id boot < <(sudo docker inspect --type=container \
+    --format='{{.State.Status}} {{.State.ExitCode}} {{.Config.Labels.id}} {{.Config.Labels.boot}}' sbs 2>/dev/null)
+  if [[ $1 == prepare || ($1 == launch && $id != "$2") ]] && [[ $status == running ]]; then return 10; fi
+  case $1 in
+    prepare) # BUCKET MOUNT IMAGE
+      mounted=$(findmnt --noheadings --output=SOURCE --mountpoint="$3")
+      [[ ${mounted:-$2} == "$2" ]] || { echo "$3 is a mount of $mounted, not of $2: change --mount" && return 1; }
+      if ! command -v gcsfuse >/dev/null; then
+        curl -fsS https://packages.cloud.google.com/apt/doc/apt-key.gpg | sudo tee /usr/share/keyrings/gcsfuse.asc
+        echo "deb [signed-by=/usr/share/keyrings/gcsfuse.asc] https://packages.cloud.google.com/apt" \
+          "gcsfuse-$(lsb_release -cs) main" | sudo tee /etc/apt/sources.list.d/gcsfuse.list
+        # A machine that has just started may be updating itself.
+        sudo apt-get -q -o DPkg::Lock::Timeout=600 update && sudo apt-get -qy -o DPkg::Lock::Timeout=600 install gcsfuse
+      fi >/dev/null
+      # No cached names, no files that are invisible until closed, no folder renames that can stop half-way.
+      [[ $mounted ]] || { sudo mkdir -p "$3" && sudo gcsfuse --implicit-dirs --metadata-cache-ttl-secs=0 \
+        --metadata-cache-negative-ttl-secs=0 --enable-streaming-writes=false --rename-dir-limit=0 "$2" "$3"; } ||
+        { echo "cannot mount bucket $2; has the service account roles/storage.objectUser on it?" && return 1; }
+      [[ $4 != *.pkg.dev/* ]] || gcloud auth print-access-token --quiet |
+        sudo docker login --username=oauth2accesstoken --password-stdin "https://${4%%/*}" >/dev/null
+      sudo docker pull --quiet "$4" ||
+        { echo "cannot pull $4; has the service account roles/artifactregistry.reader?" && return 1; }
+      ;;
+    launch) # ID MOUNT IMAGE NAME=VALUE.. -- COMMAND..
+      new_id=$2 mounted=$3
+      [[ $id != "$2" ]] || return 0 # gcloud repeats a command when its connection breaks
+      host clear || return
+      shift 3
+      while [[ $2 != -- ]]; do variables+=(--env="$2") && shift; done
+      # The host's environment stays out: after a preemption it may hold the MEGASCALE_* of slices that are gone. Port
+      # 8476 is open in Google's own firewall rule; 8482, JAX's default, is not.
+      sudo docker run --detach --name=sbs --label=id="$new_id" --label=boot="$this_boot" --privileged --network=host \
+        --ipc=host --stop-timeout=120 --volume="$mounted:$mounted" --env=JAX_COORDINATOR_PORT=8476 \
+        "${variables[@]}" "$1" "${@:3}"
+      ;;
+    status)
+      case $status:$code in
+        :*) echo "state: idle (nothing was started)" && return ;;
+        running:*) echo "state: running" ;;
+        *:0) echo "state: finished" ;;
+        *)
+          if [[ -e $stopped ]]; then status=stopped; elif [[ $code == 75 || $boot != "$this_boot" ]]; then
+            status="interrupted"
+          else status=failed; fi
+          echo "state: $status (exit status $code)"
+          ;;
+      esac
+      sudo docker logs --tail=10 sbs
+      ;;
+    logs) sudo docker logs --tail=100 ${2:+--follow} sbs ;; # FOLLOW
+    clear) # ends the run if it still waits for a host that is gone, and keeps its log
+      rm -f "$stopped"
+      [[ $status ]] || return 0
+      [[ $status != running ]] || sudo docker stop -t 60 sbs >/dev/null
+      sudo docker logs sbs 2>&1 | cat >>"$HOME/sbs.log"
+      sudo docker rm sbs >/dev/null
+      ;;
+    stop) # TIMEOUT KILL
+      [[ $status == running ]] || return 0
+      touch "$stopped" # without it, exit status 75 asks for a restart
+      sudo docker kill --signal=TERM sbs >/dev/null
+      timeout "$2" sudo docker wait sbs && return
+      [[ $3 ]] || return 12
+      sudo docker kill sbs
+      ;;
+  esac
+}
+
+# One `tpu-vm ssh` a node, all at once: `queued-resources ssh --node=all` skips the nodes that it cannot reach.
+on_hosts() { # WORKER (all; 0: of the first node) VERB ARGUMENTS..
+  local node pids=() limit=() status=0 failed="" words script
+  # shellcheck disable=SC2016 # expands on the host
+  script="$(declare -f host); "'host "$@" 2>&1 | sed -u "s/^/[$(hostname)] /"; exit "${PIPESTATUS[0]}"'
+  words=(--worker="$1" --command="$(quoted bash -c "$script" sbs "${@:2}")" ${internal_ips:+--internal-ip})
+  [[ $2 != status ]] || limit=(timeout 120) # a look must not hang on a machine that is gone
+  for node in $(nodes); do
     (
-      cd "$scratch" || exit 1
-      : >"$label.$node"
-      ${limit[@]+"${limit[@]}"} "${words[@]}" </dev/null 2>&1 | sed -u "s/^/[$node] /" |
-        if [[ $label == logs ]]; then cat; else tee "$label.$node"; fi
+      "${limit[@]}" gcloud compute tpus tpu-vm ssh "$node" --project="$project" --zone="$zone" --quiet "${words[@]}" \
+        </dev/null 2>&1 | sed -u "s/^/[$node] /"
       exit "${PIPESTATUS[0]}"
     ) &
-    pids+=("$!")
+    pids+=("$node $!")
+    [[ $1 == all ]] || break
   done
-  failed=""
-  for node in $(nodes); do
-    if [[ $dry_run ]]; then break; fi
-    wait "${pids[index++]}"
-    code=$?
-    if ((code)); then
-      status=$code
-      failed+="${failed:+, }$(workers_that_failed "$node" "$scratch/$label.$node" "$code")"
-    fi
+  for node in "${pids[@]}"; do
+    wait "${node#* }" || { status=$? && failed+="${failed:+, }${node% *} (exit status $status)"; }
   done
-  return "$status"
-}
-
-workers_that_failed() { # NODE OUTPUT CODE: "sbs-0 worker 3 (exit 1)", from gcloud's own lines
-  local found line='.*##### Command execution on worker ([0-9]+) failed with exit status ([0-9]+).*'
-  found=$(sed -nE "s/$line/worker \\1 (exit \\2)/p" "$2" | sort -u | paste -sd, - | sed 's/,/, /g')
-  echo "$1 ${found:-worker 0, or gcloud itself (exit $3)}"
-}
-
-on_workers() { # LABEL WORKER COMMAND.. on every node
-  on_nodes "$1" ssh -- --worker="$2" --command="$(quoted "${@:3}")"
-}
-
-explain() { # CODE WHAT: after on_workers; the exit status for it
-  case $1 in
-    10) complain "a run is already going on: $failed. Follow it with watch or logs, or end it with stop." && return 3 ;;
-    11 | 127) complain "not installed: $failed. Run install first." && return 3 ;;
+  case $status in
+    0) return 0 ;;
+    10) complain "a run is going on: $failed. Follow it with watch or logs, or end it with stop." && return 3 ;;
     12) complain "still running: $failed. Repeat stop with a longer --timeout, or with --kill." && return 5 ;;
-    *) complain "$2 failed: $failed. Its last lines are above, each after the name of its node and host." && return 1 ;;
+    *) complain "$2 failed: $failed. The lines above begin with node and host." && return 1 ;;
   esac
 }
 
-# ------------------------------------------------------------------------------------------------------- commands
-
 create() {
-  local flags=(--accelerator-type="$type" --runtime-version="$runtime")
+  local flags=(--accelerator-type="$accelerator_type" --runtime-version="$runtime_version")
   if ((slices == 1)); then flags+=(--node-id="$name"); else flags+=(--node-count="$slices" --node-prefix="$name"); fi
-  [[ $capacity ]] && flags+=("--$capacity")
-  [[ $network ]] && flags+=(--network="$network")
-  [[ $subnetwork ]] && flags+=(--subnetwork="$subnetwork")
-  [[ $service_account ]] && flags+=(--service-account="$service_account")
-  [[ $internal ]] && flags+=(--internal-ips)
-  say "asking for $slices x $type (${capacity:-on demand}) in $zone as $name"
-  if ! resource create "${flags[@]}" ${create_flags[@]+"${create_flags[@]}"} 2>"$scratch/error"; then
+  say "requesting $slices x $accelerator_type${spot:+ (spot)} in $zone as $name"
+  if ! tpus queued-resources create "$name" "${flags[@]}" ${spot:+--spot} ${internal_ips:+--internal-ips} \
+    "${create_flags[@]}" 2>"$scratch/error"; then
     cat "$scratch/error" >&2
-    if grep -q -i -e ALREADY_EXISTS -e 'already exists' "$scratch/error"; then
-      complain "$name exists already in $zone. Go on with it (wait, install, start, watch), or delete it," \
-        "  or choose another --name."
-      return 3
-    fi
-    complain "gcloud did not create $name (its words are above)."
-    return 1
+    grep -qi -e ALREADY_EXISTS -e 'already exists' "$scratch/error" || return 1
+    complain "$name exists already. Use watch on it, delete it, or choose another --name." && return 3
   fi
-}
-
-wait_active() {
-  local begin=$SECONDS last="" misses=0
-  while :; do
-    if look; then
-      misses=0
-    elif [[ ! $last ]] || ((++misses >= 10)); then
-      complain "gcloud could not say the state of $name (its words are above)."
-      return 1
-    fi
-    [[ $state == "$last" ]] || say "$name is $state"
-    last=$state
-    case $state in
-      ACTIVE) return 0 ;;
-      NONE) complain "there is no queued resource $name in $zone: run create first." && return 3 ;;
-      FAILED)
-        complain "$name FAILED: ${reason:-gcloud gives no reason}." \
-          "  It stays until it is deleted: run delete, then create." \
-          "  Quota, zone and type must fit together; a --spot request may also find no free capacity."
-        return 4
-        ;;
-      SUSPENDING | SUSPENDED | DELETING)
-        complain "$name is $state (by ${initiator:-somebody}): its nodes are gone or going." \
-          "  Run delete, then create; watch does this by itself."
-        return 4
-        ;;
-    esac
-    if ((timeout > 0 && SECONDS - begin >= timeout)); then
-      complain "$name is still $state after $timeout s. It stays in the queue: wait again, or delete it."
-      return 5
-    fi
-    sleep "$poll"
-  done
-}
-
-check_tree() { # sets revision
-  local changes
-  revision=$(git -C "$repository" rev-parse HEAD) ||
-    fail 1 "$repository is no git checkout; install copies a revision of one."
-  changes=$(git -C "$repository" status --porcelain)
-  if [[ $changes && ! $allow_dirty ]]; then
-    complain "uncommitted changes would not be part of revision ${revision:0:12}:"
-    head -n 10 <<<"$changes" >&2
-    fail 2 "commit them (or stash them), or take them along with --allow_dirty."
-  fi
-}
-
-pack() { # $scratch/sbs-REVISION.tar.gz: a checkout with the one revision, so that run manifests can name it. Made once,
-  # so that what watch installs in days to come is what was installed first.
-  local tree=$scratch/tree
-  rm -rf "$tree"
-  git clone --quiet --depth 1 "file://$repository" "$tree" || return 1
-  if [[ $(git -C "$tree" rev-parse HEAD) != "$revision" ]]; then
-    complain "the checkout changed while it was packed; repeat."
-    return 1
-  fi
-  if [[ $allow_dirty ]]; then
-    (
-      cd "$repository" || exit 1
-      git ls-files -z --deleted | (cd "$tree" && xargs -0 -r rm -f --)
-      git ls-files -z --modified --others --exclude-standard |
-        while IFS= read -r -d '' file; do [[ -e $file ]] && printf '%s\0' "$file"; done |
-        tar --null --files-from=- -cf - | tar -xf - -C "$tree"
-    ) || return 1
-  fi
-  tar -czf "$scratch/sbs-$revision.tar.gz" -C "$tree" . && rm -rf "$tree"
-}
-
-install() {
-  local archive=sbs-$revision.tar.gz code
-  local unpack="rm -rf sbs.new && mkdir sbs.new && tar -xzf $archive -C sbs.new"
-  need_active || return
-  if [[ $dry_run ]]; then
-    echo "# in a folder that holds $archive, a checkout of this revision:"
-  else
-    say "copying revision ${revision:0:12}${allow_dirty:+, with changes if any}, to every worker"
-  fi
-  colon=: on_nodes copy scp "$archive" -- --worker=all
-  code=$?
-  if ((code)); then
-    explain "$code" "copying to the workers"
-    return
-  fi
-  say "installing (minutes the first time)"
-  on_nodes install ssh -- --worker=all \
-    --command="$unpack && $(quoted bash sbs.new/scripts/tpu_worker.sh install "$revision" "$python" "$bucket" "$mount")"
-  code=$?
-  if ((code)); then
-    explain "$code" "install"
-    return
-  fi
-  say "installed on every worker"
+  may_cost=1
 }
 
 start() {
-  need_active || return
-  local id code
-  id=$(date +%s)-$$
-  on_workers start all bash sbs/scripts/tpu_worker.sh start "$id" "$settle" ${env[@]+"${env[@]}"} -- "${command[@]}"
-  code=$?
-  if ((code)); then
-    explain "$code" "start"
-    return
-  fi
-  was_running=1
-  say "started on every worker; nothing here has to stay open"
+  say "mounting and pulling on every host (minutes the first time)"
+  on_hosts all prepare "$bucket" "$mount" "$image" &&
+    on_hosts all launch "$(date +%s)-$$" "$mount" "$image" "${env[@]}" -- "${command[@]}" && say "started on every host"
 }
 
-worker_states() { # WORKER, or all: sets run_states, one word a worker: running finished stopped failed interrupted idle unknown
-  local code
-  on_workers status "$1" bash sbs/scripts/tpu_worker.sh status >"$scratch/status"
-  code=$?
-  if [[ $dry_run ]]; then
-    cat "$scratch/status"
-    run_states=finished
-  elif ((code == 127)); then
-    run_states=idle # not even installed
-  elif ((code)); then
-    run_states=unknown
-  else
-    run_states=$(sed -nE 's/^.*\[[^]]*\] state: ([a-z]+).*/\1/p' "$scratch"/status.* | sort -u | paste -sd' ' -)
-    [[ $run_states ]] || run_states=unknown
-  fi
+run_state() { # WORKER: sets run_states, the different states on its hosts; unknown if they cannot be reached
+  on_hosts "$1" status >"$scratch/status" 2>&1 || { run_states=unknown && return; }
+  run_states=$(sed -nE 's/^\[[^]]*\] \[[^]]*\] state: ([a-z]+).*/\1/p' "$scratch/status" | sort -u | paste -sd' ' -)
 }
 
 status() {
-  local node ready=yes
   look || return 1
-  if [[ ! $dry_run ]]; then
-    echo "$name: $state${initiator:+ (by $initiator)}${reason:+: $reason}"
-    [[ $state == NONE ]] && return 3
-    [[ $state == ACTIVE ]] || return 0
-  fi
-  for node in $(nodes); do
-    node_state "$node"
-    [[ $dry_run ]] || echo "$node: $state_of_node"
-    [[ $state_of_node == READY ]] || ready=""
-  done
-  [[ $ready ]] || return 0
-  worker_states all
-  [[ $dry_run ]] || cat "$scratch"/status.*
-  [[ $run_states == *failed* || $run_states == *interrupted* ]] && return 6
-  [[ $run_states == unknown ]] && return 1
-  return 0
-}
-
-logs() {
-  need_active || return
-  local words=(bash sbs/scripts/tpu_worker.sh logs "$lines" "$follow") all_nodes=$slices
-  if [[ ! $all ]]; then
-    # The first worker alone: of the first node, which is called name-0 where there are several.
-    if ((slices > 1)); then
-      slices=1
-      name=$name-0
-    fi
-    on_workers logs 0 "${words[@]}"
-  else
-    on_workers logs all "${words[@]}"
-  fi
-  local code=$?
-  slices=$all_nodes
-  if ((code)); then explain "$code" "logs"; fi
-}
-
-stop() {
-  need_active || return
-  on_workers stop all bash sbs/scripts/tpu_worker.sh stop "$stop_timeout" "$kill"
-  local code=$?
-  if ((code)); then
-    explain "$code" "stop"
-    return
-  fi
-  say "stopped; the resource still costs money until it is deleted"
+  look_at_nodes
+  echo "$name: $state${initiator:+ (by $initiator)}${reason:+: $reason}${lost:+; $lost}${waiting:+; $waiting}"
+  [[ $state == ACTIVE && ! $lost$waiting ]] || return 0
+  run_state all
+  cat "$scratch/status"
+  case $run_states in *unknown*) return 1 ;; *failed* | *interrupted*) return 6 ;; esac
 }
 
 delete() {
-  if [[ ! $yes && ! $dry_run ]]; then
-    local answer=""
-    [[ -t 0 ]] || fail 2 "delete asks first, and there is nobody to ask: give --yes."
+  local answer=""
+  if [[ ! $yes ]]; then
+    [[ -t 0 ]] || fail 2 "delete asks first, and there is no terminal to ask on: give --yes."
     read -r -p "Delete $name in $zone ($project) with all its nodes? [y/N] " answer
     [[ $answer == [yY]* ]] || fail 2 "nothing was deleted."
   fi
   say "deleting $name"
-  if ! resource delete --force 2>"$scratch/error"; then
+  if ! tpus queued-resources delete "$name" --force 2>"$scratch/error"; then
     cat "$scratch/error" >&2
-    grep -q -e NOT_FOUND -e 'was not found' "$scratch/error" || return 1
-    complain "$name was not there."
+    missing || return 1
   fi
+  may_cost=""
 }
 
-healthy() { # the resource is ACTIVE and all of its nodes are READY
-  local node
-  look && [[ $state == ACTIVE ]] || return 1
-  for node in $(nodes); do
-    node_state "$node"
-    [[ $state_of_node == READY ]] || return 1
-  done
-}
-
-attempts=0 run_began=0 was_running=""
-bring_back() { # WHY: a resource whose nodes are all there, with the run started on it; or gives up
-  local pause=$backoff
-  # A run that lasted is progress: only tries in a row are counted.
-  if ((run_began && SECONDS - run_began > 1800)); then attempts=0; fi
-  run_began=0
-  say "$1"
-  while ((attempts < max_attempts)); do
-    attempts=$((attempts + 1))
-    if ((attempts > 1)); then
-      say "attempt $attempts of $max_attempts in $pause s"
-      sleep "$pause"
-      pause=$((pause * 2 < 1800 ? pause * 2 : 1800))
-    else
-      say "attempt 1 of $max_attempts"
-    fi
-    if healthy; then
-      # What is left of the run elsewhere waits for a process that will not answer.
-      on_workers stop all bash sbs/scripts/tpu_worker.sh stop 60 1
-    else
-      yes=1 delete || continue
-      while look && [[ $state != NONE ]]; do sleep "$poll"; done
-      create || continue
-      wait_active || continue
-    fi
-    install || continue
-    start || continue
-    run_began=$SECONDS
-    return 0
-  done
-  complain "gave up after $attempts attempts. $1"
-  return 5
+restarts=0 pause="" run_began=""
+again() { # WHY: counts a restart, and pauses before the second and later ones in a row; fails if there were too many
+  # A run that lasted half an hour has made progress.
+  if [[ $run_began ]] && ((SECONDS - run_began > 1800)); then restarts=0; fi
+  if ((restarts >= attempts)); then complain "gave up after $restarts restarts. $1" && return 5; fi
+  run_began=""
+  if ((restarts++ == 0)); then pause=$backoff && say "$1: restart 1 of $attempts" && return; fi
+  say "$1: restart $restarts of $attempts in $pause s"
+  sleep "$pause"
+  pause=$((pause * 2 < 1800 ? pause * 2 : 1800))
 }
 
 watch() {
-  local node lost waiting last="" word doubt=0 misses=0
-  run_began=$SECONDS
+  local last="" word doubts=0 misses=0
   while :; do
+    [[ ! $last ]] || sleep "$poll"
     if ! look; then
       if [[ ! $last ]] || ((++misses >= 10)); then
-        complain "gcloud could not say the state of $name (its words are above); the run, if any, goes on."
-        return 1
+        complain "gcloud cannot tell the state of $name. The run, if any, goes on." && return 1
       fi
-      sleep "$poll"
       continue
     fi
-    misses=0 lost="" waiting="" word="$name is $state"
-    case $state in
-      NONE)
-        complain "$name was deleted; watch does not bring back what somebody deleted."
-        return 4
-        ;;
-      SUSPENDED | FAILED)
-        if [[ $state == SUSPENDED && $initiator == USER ]]; then
-          complain "$name was SUSPENDED by its user; watch does not bring back what somebody ended."
-          return 4
-        fi
-        lost="$word${reason:+: $reason}"
-        ;;
-      ACTIVE)
-        for node in $(nodes); do
-          node_state "$node"
-          case $state_of_node in
-            READY) ;;
-            PREEMPTED | TERMINATED | NONE) lost+="${lost:+, }$node is $state_of_node" ;;
-            *) waiting+="${waiting:+, }$node is $state_of_node" ;;
-          esac
-        done
-        if [[ $lost || $waiting ]]; then
-          word=$waiting
-        else
-          one_worker_state
-          word="run $run_states"
+    misses=0 lost="" word="$name is $state${reason:+: $reason}"
+    case $state:$initiator in
+      NONE:*) complain "$name is not there; watch does not bring back what somebody deleted." && return 4 ;;
+      SUSPEND*:USER) complain "$name was suspended by its user; watch does not bring it back." && return 4 ;;
+      FAILED:*) if ((restarts)); then lost=$word; else complain "$word. Delete it, then run again." && return 4; fi ;;
+      SUSPENDED:*) lost=$word ;;
+      ACTIVE:*)
+        look_at_nodes
+        word=$waiting
+        if [[ ! $lost$waiting ]]; then
+          run_state 0 # sbs ends everywhere when one of its processes ends
+          # A slice that is preempted ends the run first and shows its state later: judge at the fifth look.
+          if [[ $run_states == *running* ]]; then doubts=0; else ((doubts++)); fi
+          if [[ $run_states =~ ^(finished|idle)$ ]] || ((doubts >= 5)); then run_state all; fi
+          word="run: $run_states"
         fi
         ;;
     esac
+    [[ ! $word || $word == "$last" ]] || say "$word"
+    last=${word:-$lost}
     if [[ $lost ]]; then
-      bring_back "$lost: asking again" || return
-      last=again doubt=0
-      continue
-    fi
-    [[ $word == "$last" ]] || say "$word"
-    last=$word
-    if [[ $word == "run finished" ]]; then
-      worker_states all
-      if [[ $run_states == finished ]]; then
-        say "the run has ended well on every worker"
-        if [[ $delete_when_done ]]; then
-          yes=1 delete
-          return
-        fi
-        say "the resource still costs money: $(quoted "$0" delete --name "$name" --project "$project" --zone "$zone")"
-        return 0
+      again "$lost" || return
+      yes=1 delete || continue
+      while look && [[ $state != NONE ]]; do sleep "$poll"; done
+      until create; do again "$name could not be requested" || return; done
+    elif [[ $word == "run: finished" ]]; then
+      [[ ! $delete_when_done ]] || yes=1 delete
+      return
+    elif [[ $word == "run: idle" ]]; then
+      if ! start; then
+        ((restarts)) || return 1 # a first start that fails, such as for a wrong image, is not worth repeating
+        again "the run did not start" || return
       fi
-    fi
-    if [[ $word == *running* ]]; then was_running=1; fi
-    # A slice that is being taken away ends the run first and shows its state later: look 5 times before judging.
-    if [[ $word != run\ * || $word == *running* ]]; then
-      doubt=0
-    elif ((++doubt >= 5)); then
-      doubt=0
-      worker_states all
-      cat "$scratch"/status.* >&2
-      # A worker on which nothing is any more was made anew.
-      if [[ $was_running ]]; then run_states=${run_states/idle/interrupted}; fi
-      case $run_states in
-        *interrupted* | *unknown*)
-          bring_back "the nodes are there, but the run was interrupted or cannot be reached: starting again" || return
-          last=again
+    elif [[ $word == *running* ]]; then
+      run_began=${run_began:-$SECONDS}
+    elif [[ $word == run:* ]] && ((doubts >= 5)); then
+      doubts=0
+      case $word in
+        # Beside hosts with a container, one without was replaced.
+        *interrupted* | *unknown* | *idle*)
+          again "the run was interrupted, or its hosts cannot be reached" || return
+          on_hosts all clear # then it is idle, and started
           ;;
         *failed*)
-          complain "the run ended with an error of its own, and is not repeated." \
-            "  Last lines are above; more: logs --all --no_follow --lines 200"
-          return 6
+          cat "$scratch/status" >&2
+          complain "the run ended with an error of its own, and is not repeated. Its log: logs --all" && return 6
           ;;
-        *stopped*)
-          complain "the run was ended with stop, which watch does not undo; start goes on with it."
-          return 4
-          ;;
-        *idle*)
-          complain "nothing was started on $name: run install, then start."
-          return 3
-          ;;
+        *) complain "the run was ended by stop; start continues it." && return 4 ;;
       esac
     fi
-    sleep "$poll"
   done
 }
 
-one_worker_state() { # of the first worker: when one process ends, jax.distributed ends the others
-  local all_nodes=$slices whole=$name
-  if ((slices > 1)); then
-    slices=1
-    name=$name-0
-  fi
-  worker_states 0
-  slices=$all_nodes name=$whole
-}
-
-# ------------------------------------------------------------------------------------------------------------ main
-
-flags_known="--name --project --zone --accelerator_type --runtime_version --slices --spot --reserved --network \
---subnetwork --service_account --internal_ips --create_flag --allow_dirty --python --bucket --mount --env --poll \
---settle --timeout --attempts --backoff --kill --delete_when_done --all --lines --no_follow --yes --dry_run --help"
-commands_known="run create wait install start status logs watch stop delete"
-
-like() { # LENGTH WORD WORDS..: those whose first LENGTH characters are its own
-  local start=${2//-/_} word
-  for word in "${@:3}"; do
-    if [[ ${word//-/_} == "${start:0:$1}"* ]]; then echo "$word"; fi
-  done | paste -sd' ' -
-}
-
-whole_number() { # NAME VALUE LEAST
-  if ! [[ $2 =~ ^[0-9]{1,9}$ ]] || ((10#$2 < $3)); then fail 2 "$1 is $2; expected a whole number of at least $3."; fi
-}
-
-capacity_is() {
-  [[ ${capacity:-$1} == "$1" ]] || fail 2 "--spot and --reserved exclude each other."
-  capacity=$1
-}
-
+options=" name project zone accelerator_type runtime_version slices bucket mount image timeout attempts backoff "
+switches=" spot internal_ips delete_when_done kill all yes "
 parse() {
-  name=${SBS_TPU_NAME:-sbs} slices=${SBS_TPU_SLICES:-1} type=${SBS_TPU_TYPE:-} runtime=${SBS_TPU_RUNTIME:-}
-  project=${SBS_TPU_PROJECT:-${CLOUDSDK_CORE_PROJECT:-}} zone=${SBS_TPU_ZONE:-${CLOUDSDK_COMPUTE_ZONE:-}}
-  capacity="" network="" subnetwork="" service_account="" internal="" create_flags=()
-  allow_dirty="" python="" bucket="" mount=/mnt/sbs env=() command=()
-  poll=${SBS_TPU_POLL:-30} settle=${SBS_TPU_SETTLE:-5} timeout="" max_attempts=10 backoff=60
-  kill="" delete_when_done="" all="" lines=20 follow=1 yes="" dry_run="" colon=""
+  name=${SBS_TPU_NAME:-sbs} slices=${SBS_TPU_SLICES:-1} accelerator_type=${SBS_TPU_TYPE:-} runtime_version=""
+  project=${SBS_TPU_PROJECT:-} zone=${SBS_TPU_ZONE:-} bucket=${SBS_BUCKET:-} image=${SBS_IMAGE:-} mount=/mnt/sbs
+  timeout=300 attempts=10 backoff=60 poll=${SBS_TPU_POLL:-30} create_flags=() env=() command=()
+  spot="" internal_ips="" delete_when_done="" kill="" all="" yes=""
+  local key value
   while (($#)); do
-    local flag=$1 value=""
-    if [[ $flag == -- ]]; then
-      command=("${@:2}")
-      break
-    fi
-    case $flag in
-      --spot | --reserved) capacity_is "${flag#--}" ;;
-      --internal_ips) internal=1 ;;
-      --allow_dirty) allow_dirty=1 ;;
-      --kill) kill=1 ;;
-      --delete_when_done) delete_when_done=1 ;;
-      --all) all=1 ;;
-      --no_follow) follow="" ;;
-      --yes) yes=1 ;;
-      --dry_run) dry_run=1 ;;
+    key=${1%%=*} && key=${key#--} value=${1#*=}
+    case $1 in
       --help | -h) usage && exit 0 ;;
-      --*)
-        if [[ $flag == *=* ]]; then
-          value=${flag#*=}
-          flag=${flag%%=*}
-        fi
-        [[ " $flags_known " == *" $flag "* ]] || {
-          local near
-          # shellcheck disable=SC2086
-          near=$(like 4 "$flag" $flags_known)
-          fail 2 "unknown flag $flag${near:+ (did you mean $near?)}. What the run itself takes stands after --."
-        }
-        if [[ $1 != *=* ]]; then
-          (($# > 1)) || fail 2 "$flag needs a value."
-          value=$2
-          shift
-        fi
-        case $flag in
-          --name) name=$value ;;
-          --project) project=$value ;;
-          --zone) zone=$value ;;
-          --accelerator_type) type=$value ;;
-          --runtime_version) runtime=$value ;;
-          --slices) slices=$value ;;
-          --network) network=$value ;;
-          --subnetwork) subnetwork=$value ;;
-          --service_account) service_account=$value ;;
-          --create_flag) create_flags+=("$value") ;;
-          --python) python=$value ;;
-          --bucket) bucket=${value#gs://} ;;
-          --mount) mount=${value%/} ;;
-          --env)
-            [[ $value =~ ^[A-Za-z_][A-Za-z0-9_]*= ]] || fail 2 "--env is $value; expected NAME=VALUE."
-            env+=("$value")
-            ;;
-          --poll) poll=$value ;;
-          --settle) settle=$value ;;
-          --timeout) timeout=$value ;;
-          --attempts) max_attempts=$value ;;
-          --backoff) backoff=$value ;;
-          --lines) lines=$value ;;
-          *) fail 2 "$flag takes no value." ;;
-        esac
-        ;;
-      *) fail 2 "unexpected argument $flag. What the run itself takes stands after --." ;;
+      --) command=("${@:2}") && break ;;
+      --*) ;;
+      *) fail 2 "unexpected argument $1. The command to run comes after --." ;;
     esac
+    if [[ $switches == *" $key "* && $1 != *=* ]]; then
+      printf -v "$key" 1
+    elif [[ $options == *" $key "* || $key =~ ^(env|create_flag)$ ]]; then
+      if [[ $1 != *=* ]]; then
+        (($# > 1)) || fail 2 "$1 needs a value."
+        value=$2 && shift
+      fi
+      case $key in
+        env) env+=("$value") ;;
+        create_flag) create_flags+=("$value") ;;
+        *) printf -v "$key" %s "$value" ;;
+      esac
+    else
+      fail 2 "unknown flag $1; --help lists them. What the run itself takes comes after --."
+    fi
     shift
   done
-  [[ $name =~ ^[a-z]([a-z0-9-]{0,38}[a-z0-9])?$ ]] ||
-    fail 2 "--name is $name; expected small letters, digits and -, at most 40, a letter first."
-  [[ $bucket != */* ]] || fail 2 "--bucket is $bucket; expected the name of a bucket, without a path."
-  [[ $mount == /* ]] || fail 2 "--mount is $mount; expected an absolute path."
-  whole_number --slices "$slices" 1
-  whole_number --timeout "${timeout:-0}" 0
-  whole_number --attempts "$max_attempts" 1
-  whole_number --backoff "$backoff" 0
-  whole_number --lines "$lines" 0
-  [[ $poll =~ ^[0-9]*[.]?[0-9]+$ ]] || fail 2 "--poll is $poll; expected seconds."
-  [[ $settle =~ ^[0-9]*[.]?[0-9]+$ ]] || fail 2 "--settle is $settle; expected seconds."
-  stop_timeout=${timeout:-300} timeout=${timeout:-0}
+  [[ $name =~ ^[a-z]([a-z0-9-]{0,38}[a-z0-9])?$ ]] || fail 2 "--name is $name; expected up to 40 of a-z, 0-9 and -."
+  for key in slices attempts timeout backoff; do
+    [[ ${!key} =~ ^(0|[1-9][0-9]{0,8})$ && (${!key} != 0 || $key == backoff) ]] ||
+      fail 2 "--$key is ${!key}; expected a whole number of at least 1."
+  done
+  for value in "${env[@]}"; do
+    [[ $value =~ ^[A-Za-z_][A-Za-z0-9_]*= ]] || fail 2 "--env is $value; expected NAME=VALUE."
+  done
+  bucket=${bucket#gs://} mount=${mount%/}
 }
 
-check_command() { # what follows --, with --multihost
-  ((${#command[@]})) || fail 2 "nothing to run: end the command with -- sbs train --gin_file=.."
-  [[ ${command[0]} == sbs && ${#command[@]} -ge 2 ]] ||
-    fail 2 "got -- $(quoted "${command[@]}"); expected -- sbs train .."
+check_type() {
+  local known=" v5litepod:v2-alpha-tpuv5-lite v6e:v2-alpha-tpuv6e v5p:v2-alpha-tpuv5 v4:tpu-ubuntu2204-base "
+  local family=${accelerator_type%-*}
+  [[ $accelerator_type =~ ^[a-z0-9]+-[1-9][0-9]*$ && ($runtime_version || $known == *" $family:"*) ]] ||
+    fail 2 "--accelerator_type is ${accelerator_type:-missing}; expected v5litepod-N or v6e-N (N chips), v5p-N or v4-N \
+(N cores, two a chip). A newer type needs --runtime_version too; tpu7x is rented through GKE only (docs/tpu.md)."
+  known=${known#*" $family:"}
+  runtime_version=${runtime_version:-${known%% *}}
+}
+
+check_command() {
+  local word
+  [[ ${command[0]:-} == sbs && ${#command[@]} -ge 2 ]] || fail 2 "got -- ${command[*]}; expected -- sbs train .."
+  [[ $bucket && $bucket != */* ]] || fail 2 "--bucket is ${bucket:-missing}; expected a bucket's name, without a path."
+  [[ $mount == /* ]] || fail 2 "--mount is $mount; expected an absolute path."
+  [[ $image =~ [:@][^/]+$ && $image != *:latest ]] ||
+    fail 2 "--image is ${image:-missing}; expected one with a tag that never moves, such as a revision."
+  for word in "${command[@]}"; do # disks of the hosts are deleted with the slice
+    [[ ! $word =~ ^--gin\.(MODEL|SWEEP|RECORDS)_DIR= || ${word#*=} == "$mount"/* ]] ||
+      fail 2 "$word is not below $mount, where the bucket is mounted."
+  done
+  [[ ${command[1]} != train || " ${command[*]}" == *" --gin.MODEL_DIR="* ]] ||
+    fail 2 "sbs train needs --gin.MODEL_DIR=$mount/.."
   [[ " ${command[*]} " == *" --multihost "* ]] || command=("${command[@]:0:2}" --multihost "${command[@]:2}")
 }
 
-from_gcloud() { # PROPERTY: gcloud's own setting; gcloud prints (unset) to stderr
-  if [[ $dry_run ]]; then return; fi
-  gcloud config get-value "$1" --quiet 2>/dev/null | grep -v '^(unset)$'
-}
-
 main() {
-  local what=${1:-}
-  case $what in
-    "" | help | --help | -h)
-      usage
-      [[ $what ]] && exit 0
-      exit 2
-      ;;
+  case ${1:-} in
+    run | create | start | watch | status | logs | stop | delete) ;;
+    help | --help | -h) usage && exit 0 ;;
+    *) fail 2 "unknown command ${1:-}; expected run, create, watch, start, status, logs, stop or delete (--help)." ;;
   esac
-  if [[ " $commands_known " != *" $what "* ]]; then
-    local near
-    # shellcheck disable=SC2086
-    near=$(like 2 "$what" $commands_known)
-    fail 2 "unknown command $what${near:+ (did you mean $near?)}. Known: $commands_known."
-  fi
   parse "${@:2}"
-  case $what in run | create | watch) check_type ;; esac
-  case $what in run | start | watch) check_command ;; esac
-  repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-  [[ $dry_run ]] || command -v gcloud >/dev/null ||
-    fail 2 "gcloud is not installed: https://cloud.google.com/sdk/docs/install, then gcloud init."
-  command -v git >/dev/null || fail 2 "git is not installed."
-  [[ $project ]] || project=$(from_gcloud core/project)
-  [[ $project ]] || fail 2 "no project: give --project or SBS_TPU_PROJECT, or run gcloud config set project ID."
-  [[ $zone ]] || zone=$(from_gcloud compute/zone)
-  [[ $zone ]] ||
-    fail 2 "no zone: give --zone or SBS_TPU_ZONE, such as us-west4-a (v5e), us-east5-a (v5p, v6e), us-central2-b (v4)."
-  case $what in run | install | watch) check_tree ;; esac
+  case $1 in run | create | watch) check_type ;; esac
+  case $1 in run | start | watch) check_command ;; esac
+  [[ $project && $zone ]] || fail 2 "no project or zone: give --project and --zone (or SBS_TPU_PROJECT, SBS_TPU_ZONE)."
+  command -v gcloud >/dev/null || fail 2 "gcloud is missing: https://cloud.google.com/sdk/docs/install"
   scratch=$(mktemp -d) || exit 1
-  trap 'rm -rf "$scratch"' EXIT
+  trap 'remind; rm -rf "$scratch"' EXIT
   trap 'exit 130' INT
   trap 'exit 143' TERM
-  case $what in run | install | watch) [[ $dry_run ]] || pack || exit 1 ;; esac
-  case $what in
-    run) create && wait_active && install && start && watch ;;
-    create) create ;;
-    wait) wait_active ;;
-    install) install ;;
-    start) start ;;
-    status) status ;;
-    logs) logs ;;
-    watch) watch ;;
-    stop) stop ;;
-    delete) delete ;;
+  case $1 in
+    run) create && watch ;;
+    logs) if [[ $all ]]; then on_hosts all logs; else on_hosts 0 logs follow; fi ;;
+    stop) may_cost=1 && on_hosts all stop "$timeout" "$kill" ;;
+    *) "$1" ;;
   esac
-  exit
 }
 
 main "$@"
