@@ -25,10 +25,10 @@ ROOT = pathlib.Path(os.environ.get("STAND_IN", "."))
 WORKERS = 2
 WIDE = {"project", "zone", "quiet", "format"}
 FLAGS = {
-    "queued-resources create": set(
-        "accelerator-type runtime-version node-id node-count node-prefix spot reserved network subnetwork "
-        "service-account internal-ips labels metadata tags async valid-until-duration".split()
-    ),
+    "queued-resources create": {
+        *("accelerator-type", "runtime-version", "node-id", "node-count", "node-prefix", "spot", "reserved", "network"),
+        *("subnetwork", "service-account", "internal-ips", "labels", "metadata", "tags", "valid-until-duration"),
+    },
     "queued-resources describe": set(),
     "queued-resources delete": {"force", "async"},
     "queued-resources list": set(),
@@ -73,8 +73,11 @@ def ssh(node: str, flags: dict[str, str]) -> int:
         home.mkdir(parents=True, exist_ok=True)
         (home / "creation").write_text(str(remembered()["created"] - 1))
         environment = {
-            **{"HOME": str(home), "PATH": f"{ROOT / 'far'}:/usr/bin:/bin", "STAND_IN": str(ROOT)},
-            **{"WORKER": f"{node}-w-{worker}", "MEGASCALE_NUM_SLICES": "3"},  # stale
+            "HOME": str(home),
+            "PATH": f"{ROOT / 'far'}:/usr/bin:/bin",
+            "STAND_IN": str(ROOT),
+            "WORKER": f"{node}-w-{worker}",
+            "MEGASCALE_NUM_SLICES": "3",  # as after a preemption
         }
         running.append(subprocess.Popen(["bash", "-c", flags["command"]], cwd=home, env=environment))
     return max(process.wait() for process in running)

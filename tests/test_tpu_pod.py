@@ -18,7 +18,8 @@ from typing import Any
 import pytest
 from cloud_stand_in import FLAGS, WIDE, end_processes
 
-from sbs_jax import configuration, main
+from sbs_jax.cli import main
+from sbs_jax.training import gin_files
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SCRIPT = str(REPOSITORY / "scripts/tpu_pod.sh")
@@ -96,7 +97,10 @@ class Cloud:
 
     def verbs(self) -> list[str]:
         """The calls that change something: create, delete, prepare, launch, clear, stop."""
-        words = [shlex.split(call[-1].removeprefix("--command="))[4] if call[3] == "ssh" else call[3] for call in self.calls()]
+        words = [
+            shlex.split(call[-1].removeprefix("--command="))[4] if call[3] == "ssh" else call[3]
+            for call in self.calls()
+        ]
         return [word for word in words if word not in ("describe", "status")]
 
     def home(self, worker: int = 0, node: str = "sbs") -> Path:
@@ -176,7 +180,10 @@ def test_run_goes_from_nothing_to_the_end_of_the_run(cloud: Cloud) -> None:
         assert cloud.words("gcsfuse", worker)[-2:] == ["b", "/mnt/sbs"]
         assert {"--enable-streaming-writes=false", "--rename-dir-limit=0"} <= set(cloud.words("gcsfuse", worker))
     said = [line.split(" ", 1)[1] for line in done.stderr.splitlines()]
-    assert [line for line in said if line.startswith("sbs is")] == ["sbs is WAITING_FOR_RESOURCES", "sbs is PROVISIONING"]
+    assert [line for line in said if line.startswith("sbs is")] == [
+        "sbs is WAITING_FOR_RESOURCES",
+        "sbs is PROVISIONING",
+    ]
     assert "delete --name=sbs --project=p --zone=z" in said[-1]
 
 
@@ -423,3 +430,93 @@ def test_shellcheck_finds_nothing() -> None:
     shellcheck = Path(sys.executable).with_name("shellcheck")
     done = subprocess.run([shellcheck, SCRIPT], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
+
+
+# Recorded from xpk 1.16.0's --help: flags that a command of docs/tpu.md must have and may have.
+XPK = {
+    "cluster create": ("cluster tpu-type", "num-slices spot on-demand reservation enable-gcsfuse-csi-driver"),
+    "storage attach": ("type cluster auto-mount mount-point readonly size", "bucket mount-options prefetch-metadata"),
+    "workload create": (
+        "command tpu-type workload cluster",
+        "num-slices docker-image max-restarts restart-on-exit-codes termination-grace-period-seconds env storage",
+    ),
+    "workload list": ("cluster", ""),
+    "workload delete": ("cluster workload", "force"),
+    "cluster delete": ("cluster", "force"),
+}
+RECORDER = """#!/bin/bash
+{ printf '%s\\0' "${0##*/}" "$@"; printf '\\n\\0'; } >>"$STAND_IN/called"
+[[ $1 == projects ]] && echo 123
+exit 0
+"""
+
+
+@pytest.fixture(scope="module")
+def copied(tmp_path_factory: pytest.TempPathFactory) -> list[list[str]]:
+    """Every command that runs when all blocks of docs/tpu.md are pasted into one shell; each one is only recorded."""
+    folder = tmp_path_factory.mktemp("copied")
+    for name in ["gcloud", "xpk", "docker", "kubectl", "sbs", "git", "ssh-add", "ssh-agent", "python3", "pip", "hf"]:
+        write(folder / "near" / name, RECORDER)
+    write(folder / "xpk_venv/bin/python", RECORDER)
+    write(folder / "scripts/tpu_pod.sh", RECORDER)
+    text = (REPOSITORY / "docs/tpu.md").read_text()
+    blocks = "\n".join(re.findall(r"^```bash\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL))
+    environment = {"PATH": f"{folder / 'near'}:/usr/bin:/bin", "HOME": str(folder), "STAND_IN": str(folder)}
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", blocks],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    return [line.split("\0")[:-1] for line in (folder / "called").read_text().split("\n\0")[:-1]]
+
+
+def test_calls_of_gcloud_and_xpk_in_the_document_have_known_flags(copied: list[list[str]]) -> None:
+    seen = []
+    for name, *words in copied:
+        flags = {word[2:].partition("=")[0] for word in words if word.startswith("--")}
+        if words[:2] == ["compute", "tpus"]:
+            assert flags <= FLAGS[" ".join(words[2:4])] | WIDE, words
+        if name == "xpk":
+            must, may = (set(each.split()) for each in XPK[" ".join(words[:2])])
+            assert must <= flags <= must | may | {"project", "zone"}, words
+            seen.append(" ".join(words[:2]))
+    assert seen == list(XPK)
+
+
+def test_calls_of_the_script_in_the_document_have_no_bad_flag(copied: list[list[str]], cloud: Cloud) -> None:
+    calls = [words for name, *words in copied if name == "tpu_pod.sh"]
+    assert {call[0] for call in calls} == {"run", "watch", "status", "logs", "stop", "delete"}
+    write(cloud.root / "near/gcloud", "#!/bin/sh\nexit 1\n")
+    assert [call for call in calls if cloud.pod(*call).returncode == 2] == []
+
+
+def test_every_sbs_command_of_the_document_can_start(copied: list[list[str]]) -> None:
+    """Through the real parser, and gin files with their bindings to a configuration."""
+    commands = [words for words in copied if words[0] == "sbs"]
+    commands += [call[call.index("--") + 1 :] for call in copied if call[0] == "tpu_pod.sh" and "--" in call]
+    (workload,) = [call for call in copied if call[:3] == ["xpk", "workload", "create"]]
+    command = shlex.split(workload[workload.index("--command") + 1])
+    assert command[:4] == ["exec", "sbs", "train", "--multihost"]
+    commands.append(command[1:])
+    assert [words[1] for words in commands].count("train") == 4
+    for _, name, *words in commands:
+        arguments, rest = main._parser()[0].parse_known_args([name, *words])
+        if name not in ("train", "plan"):
+            assert rest == []
+            continue
+        bindings = [word.removeprefix("--gin.") for word in rest]
+        assert all(word.startswith("--gin.") for word in rest)
+        unread = ("MODEL_DIR", "RECORDS_DIR", "INITIAL_CHECKPOINT_PATH") if name == "plan" else ()
+        config, _ = gin_files.configured("train.TrainConfig", arguments, bindings, unread=unread)
+        if name == "train":
+            for path in (
+                config.model_dir,
+                config.data.records_dir,
+                config.data.vocabulary,
+                config.initial_checkpoint_path,
+            ):
+                assert path.startswith("/mnt/sbs/")
