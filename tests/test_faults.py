@@ -292,7 +292,7 @@ def test_two_processes_told_to_end_or_killed_end_as_if_nothing_had_been(starter,
             until(lambda: steps_of(processes, run) > 0, processes)
             processes[index].send(signal.SIGKILL)
             assert processes[1 - index].wait(20) == 1
-            assert "is gone without a word" in processes[1 - index].complained()
+            assert "Lost contact with process" in processes[1 - index].complained()
         assert_checkpoints_are_whole(run)
     with two(starter, folder, run, *bindings) as processes:
         assert [process.wait() for process in processes] == [0, 0], processes[0].complained()

@@ -17,7 +17,7 @@ import toy
 
 from sbs_jax import hosts
 from sbs_jax.data import batches, registry
-from sbs_jax.hosts import preemption
+from sbs_jax.hosts import api, preemption
 from sbs_jax.run import checkpoints, directory
 from sbs_jax.student import t5
 from sbs_jax.training import failures, loop, replay
@@ -67,16 +67,16 @@ def whole(tmp_path_factory, records_dir):
 
 def told_at(monkeypatch: pytest.MonkeyPatch, call: int) -> None:
     """A real SIGTERM just before the run asks, for the call-th time, whether there was one."""
-    ask, calls = hosts.told_to_end, []
+    ask, calls = hosts.preemption_requested, []
 
-    def told_to_end() -> bool:
+    def preemption_requested() -> bool:
         calls.append(1)
         if len(calls) == call:
             os.kill(os.getpid(), signal.SIGTERM)
-            hosts._told.wait(10)
+            api._preempted.wait(10)
         return ask()
 
-    monkeypatch.setattr(hosts, "told_to_end", told_to_end)
+    monkeypatch.setattr(hosts, "preemption_requested", preemption_requested)
 
 
 # Calls 1 to 7 follow steps, 8 and 9 come before the batches of the first evaluation, 10 to 16 follow steps,

@@ -17,7 +17,7 @@ from processes import ROOT, until
 from sbs_jax import hosts
 from sbs_jax.cli import main
 from sbs_jax.data import batches, prefetch, registry
-from sbs_jax.hosts import preemption
+from sbs_jax.hosts import api, preemption
 from sbs_jax.prediction import engine, files
 from sbs_jax.run import checkpoints, directory
 from sbs_jax.student import partitioning
@@ -138,9 +138,9 @@ def test_batches_ahead_are_the_same_and_errors_arrive():
 
 def test_differences_are_named_by_process():
     same = {"code": "a 1\nb 2", "versions": "jax 1"}
-    assert hosts._differences([same, same, same]) == ""
+    assert api._differences([same, same, same]) == ""
     other = {"code": "a 1\nb 3", "versions": "jax 1"}
-    said = hosts._differences([same, other, {**same, "versions": "jax 2"}, other])
+    said = api._differences([same, other, {**same, "versions": "jax 2"}, other])
     assert said.splitlines() == [
         *("code: processes 1, 3 differ from process 0:", "--- process 0", "+++ processes 1, 3", "-b 2", "+b 3"),
         *("versions: process 2 differs from process 0:", "--- process 0", "+++ process 2", "-jax 1", "+jax 2"),
@@ -206,7 +206,7 @@ def test_a_run_passes_from_one_process_to_two_to_four_and_back(starter, folder, 
         processes[1].send(signal.SIGKILL)
         assert processes[0].wait(20) == 1
         last = processes[0].complained().splitlines()[-1]
-    assert last.startswith("sbs, process 0 of 2: Process 1 of 2 is gone without a word (killed, or")
+    assert last.startswith("sbs, process 0 of 2: Lost contact with process 1 of 2 (killed, or")
     second = checkpoints.steps(run)[-1]
     assert first < second < 10
 
@@ -305,7 +305,7 @@ def test_other_code_is_refused(starter, folder, tmp_path):
     copy = tmp_path / "copy"
     for package in ("sbs_jax", "tasks", "gin_configs"):
         shutil.copytree(ROOT / package, copy / package, ignore=shutil.ignore_patterns("__pycache__"))
-    with (copy / "sbs_jax" / "losses.py").open("a") as file:
+    with (copy / "sbs_jax" / "student" / "losses.py").open("a") as file:
         file.write("# one line more\n")
     with starter.together(tmp_path, toy.train_flags(folder, tmp_path / "run"), count=3, roots={2: copy}) as processes:
         assert [process.wait(60) for process in processes] == [1, 1, 1]
@@ -317,14 +317,18 @@ def test_other_code_is_refused(starter, folder, tmp_path):
                 "--- process 0",
                 "+++ process 2",
             ]
-            assert [line.split()[0] for line in lines[4:]] == ["-sbs_jax/losses.py", "+sbs_jax/losses.py"]
+            assert [line.split()[0] for line in lines[4:]] == [
+                "-sbs_jax/student/losses.py",
+                "+sbs_jax/student/losses.py",
+            ]
     assert not (tmp_path / "run").exists()
 
 
 # A process that joins, agrees, and meets a run directory which is not that of process 0.
 APART = """
 import argparse, pathlib, sys, time
-from sbs_jax import hosts, run_dir
+from sbs_jax import hosts
+from sbs_jax.run import directory
 
 parser = argparse.ArgumentParser()
 for name in ("coordinator_address", "process_count", "process_index", "join_timeout", "folder"):
@@ -339,14 +343,14 @@ assert hosts.is_first() == (index == 0)
 assert hosts.from_first(lambda: {"from": index}) == {"from": 0}
 hosts.agree({"data": "the same"})
 folder = pathlib.Path(given.folder)
-with run_dir.RunDir(folder / "shared", config_text="SEED = 0") as run:
+with directory.RunDir(folder / "shared", config_text="SEED = 0") as run:
     run.log("train", 1, {"loss": float(index)})
     assert run.metrics() == [{"kind": "train", "step": 1, "loss": 0.0}]
     hosts.barrier()
 print("shared", flush=True)
-run_dir._SEEN_WITHIN = 1.0
+directory._SEEN_WITHIN = 1.0
 try:
-    with run_dir.RunDir(folder / str(index == 2), config_text="SEED = 0"):
+    with directory.RunDir(folder / str(index == 2), config_text="SEED = 0"):
         time.sleep(100)
 except FileNotFoundError as error:
     hosts.fail(str(error))

@@ -15,17 +15,18 @@ from collections.abc import Iterator
 import pytest
 
 from sbs_jax import hosts
-from sbs_jax.hosts import preemption, watchdog
+from sbs_jax.hosts import api, link, preemption, roll, watchdog
 
 # Busy as a compiler is: in C, without the interpreter, for longer than the test waits.
 BUSY = """
 import hashlib, sys
-from sbs_jax import hosts, preemption
+from sbs_jax import hosts
+from sbs_jax.hosts import preemption
 with preemption.listening():
     print("ready", flush=True)
     if {busy}:
         hashlib.pbkdf2_hmac("sha256", b"", b"", 300_000_000)
-    while not hosts.told_to_end():
+    while not hosts.preemption_requested():
         pass
     print("told", flush=True)
     sys.stdin.read()
@@ -76,15 +77,15 @@ def test_handlers_are_put_back():
         assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] != before
         os.kill(os.getpid(), signal.SIGTERM)
         deadline = time.monotonic() + 5
-        while not hosts.told_to_end():
+        while not hosts.preemption_requested():
             assert time.monotonic() < deadline
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
     with preemption.listening():
-        assert not hosts.told_to_end()  # of another run
+        assert not hosts.preemption_requested()  # of another run
 
 
 @contextlib.contextmanager
-def linked(count: int) -> Iterator[list[hosts._Link]]:
+def linked(count: int) -> Iterator[list[link.Link]]:
     """The links of so many processes, all in this one, over real sockets."""
     with contextlib.ExitStack() as stack:
         listener = stack.enter_context(socket.create_server(("localhost", 0)))
@@ -93,14 +94,14 @@ def linked(count: int) -> Iterator[list[hosts._Link]]:
             calling = stack.enter_context(socket.create_connection(listener.getsockname()))
             pairs.append((stack.enter_context(listener.accept()[0]), calling))
         places = [hosts.Place(coordinator="localhost:1", count=count, index=index) for index in range(count)]
-        wires = [{index: hosts._Wire(mine) for index, (mine, _) in enumerate(pairs, start=1)}]
-        wires += [{0: hosts._Wire(theirs)} for _, theirs in pairs]
-        links = [hosts._Link(place, of) for place, of in zip(places, wires, strict=True)]
+        wires = [{index: roll.Wire(mine) for index, (mine, _) in enumerate(pairs, start=1)}]
+        wires += [{0: roll.Wire(theirs)} for _, theirs in pairs]
+        links = [link.Link(place, of) for place, of in zip(places, wires, strict=True)]
         try:
             yield links
         finally:  # a link that is cut without a word ends its process, which is this one
-            for link in links:
-                for event in link._leaving.values():
+            for each in links:
+                for event in each._leaving.values():
                     event.set()
             for of in wires:
                 for wire in of.values():
@@ -115,7 +116,7 @@ def test_all_processes_stop_at_the_same_step(told):
 
         def loop(index: int) -> None:
             waits, step = random.Random(index), 1
-            while not links[index].told_to_end():
+            while not links[index].preemption_requested():
                 time.sleep(waits.random() * 0.004 * (1 + index))
                 step += 1
             stopped[index] = step
@@ -124,26 +125,26 @@ def test_all_processes_stop_at_the_same_step(told):
         for thread in threads:
             thread.start()
         time.sleep(0.1)
-        links[told].notice()
-        links[0].notice()  # told twice is told once
+        links[told].request_preemption()
+        links[0].request_preemption()  # told twice is told once
         for thread in threads:
             thread.join(10)
         assert len(stopped) == 3
         assert len(set(stopped.values())) == 1, stopped
         # Whoever asks later still hears it.
-        assert all(link.told_to_end() for link in links)
+        assert all(link.preemption_requested() for link in links)
 
 
 def test_a_process_that_is_busy_delays_the_stop_and_changes_nothing():
     """One has made no step yet (it compiles): the others wait at theirs, and it comes to the same one."""
     with linked(2) as links:
         for _ in range(5):
-            assert not links[0].told_to_end()
-        links[1].notice()  # reaches the other one at its next call, or some calls later
+            assert not links[0].preemption_requested()
+        links[1].request_preemption()  # reaches the other one at its next call, or some calls later
         calls = [6]
 
         def loop() -> None:
-            while not links[0].told_to_end():
+            while not links[0].preemption_requested():
                 calls.append(calls[-1] + 1)
 
         waiting = threading.Thread(target=loop, daemon=True)
@@ -151,13 +152,13 @@ def test_a_process_that_is_busy_delays_the_stop_and_changes_nothing():
         waiting.join(10)
         assert not waiting.is_alive()
         stop = calls[-1]
-        assert [links[1].told_to_end() for _ in range(stop)] == [False] * (stop - 1) + [True]
+        assert [links[1].preemption_requested() for _ in range(stop)] == [False] * (stop - 1) + [True]
 
 
 def test_the_report_names_the_process_that_the_others_wait_for(monkeypatch, caplog):
     with linked(3) as links:
-        monkeypatch.setattr(hosts, "_ANSWERS_WITHIN", 0.5)
-        monkeypatch.setattr(hosts, "_link", links[0])
+        monkeypatch.setattr(link, "_ANSWERS_WITHIN", 0.5)
+        monkeypatch.setattr(api, "_link", links[0])
         links[1].here = lambda: {"doing": watchdog.INPUT, "step": 8, "seconds": 310.0}
 
         frozen = threading.Event()
@@ -185,7 +186,7 @@ def test_a_stalled_process_makes_the_first_one_report():
     with linked(2) as links:
         asked = threading.Event()
         links[0].report = asked.set
-        assert links[1].where_all_are(lambda: {"doing": "x"}) == {1: {"doing": "x"}}
+        assert links[1].collect_activities(lambda: {"doing": "x"}) == {1: {"doing": "x"}}
         assert asked.wait(5)
 
 

@@ -81,9 +81,9 @@ class Python:
 
 HOLDER = """
 import sys
-from sbs_jax import run_dir
+from sbs_jax.run import directory
 try:
-    with run_dir.RunDir(sys.argv[1], config_text="SEED = 0\\n") as run:
+    with directory.RunDir(sys.argv[1], config_text="SEED = 0\\n") as run:
         print("in", flush=True)
         for line in sys.stdin:
             run.log("train", int(line), {})
@@ -237,14 +237,16 @@ def test_a_lock_that_was_removed_and_does_not_fit_on_the_disk_waits_too(disk):
 # Two processes joined as by `hosts.join`, but for JAX, which takes seconds.
 JOINED = """
 import sys, time
-from sbs_jax import hosts, run_dir
+from sbs_jax import hosts
+from sbs_jax.hosts import api, link, roll
+from sbs_jax.run import directory
 index, port, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-hosts._place = place = hosts.Place(coordinator=f"localhost:{port}", count=2, index=index)
+api._place = place = hosts.Place(coordinator=f"localhost:{port}", count=2, index=index)
 deadline = time.monotonic() + 20
-wires = hosts._call_roll(place, 20, deadline) if index == 0 else {0: hosts._answer_roll(place, 20, deadline)}
-hosts._link = hosts._Link(place, wires)
+wires = roll.call_roll(place, 20, deadline) if index == 0 else {0: roll.answer_roll(place, 20, deadline)}
+api._link = link.Link(place, wires)
 try:
-    with run_dir.RunDir(folder, config_text="SEED = 0\\n") as run:
+    with directory.RunDir(folder, config_text="SEED = 0\\n") as run:
         run.log("train", 1, {})
         print(run.lines, end=" ")
         run.truncate_metrics(lines=5)

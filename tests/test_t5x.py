@@ -411,10 +411,10 @@ gin.external_configurable(train, module="__main__")
 gin_utils.parse_gin_flags([], ["gin_configs/t5x/svamp_base.gin"], sys.argv[1:])
 value = lambda name: gin.query_parameter(name + "/macro.value")
 model = value("MODEL").scoped_configurable_fn()
-from sbs_jax import datasets
+from sbs_jax.data import registry
 schedule = gin.get_configurable("optax.linear_schedule")()
 print(json.dumps({
-    "data": dataclasses.asdict(datasets.options()), "network": dataclasses.asdict(model.module.config),
+    "data": dataclasses.asdict(registry.options()), "network": dataclasses.asdict(model.module.config),
     "alpha": model._alpha, "z_loss": model._z_loss, "rates": [float(schedule(step)) for step in (0, 5000, 10000)],
     **{name: value(name) for name in ("TASK_FEATURE_LENGTHS", "TRAIN_STEPS", "BATCH_SIZE", "PACK", "CLIP_NORM",
                                       "MIXTURE_OR_TASK_NAME")},

@@ -1,8 +1,8 @@
-"""Being told to end: SIGTERM (a preempted Cloud TPU, Slurm, Kubernetes) or Ctrl-C.
+"""Preemption by signal: SIGTERM (a preempted Cloud TPU, Slurm, Kubernetes) or Ctrl-C.
 
-The first one is noted: the run saves at the next step and leaves with `EXIT_STATUS`, by which a launcher knows that the
-command has to be repeated. A second one ends the process at once, whatever it is doing; checkpoints are written
-atomically, so what is on disk then is whole. (JAX has a service for this too; it swallows the second one.)
+After the first signal the run saves at the next step and exits with `EXIT_STATUS`, which tells a launcher to repeat the
+command. A second signal ends the process at once; checkpoints are written atomically, so those on disk are complete.
+(JAX has a service for this too; it swallows the second signal.)
 """
 
 import contextlib
@@ -22,18 +22,18 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class PreemptedError(Exception):
-    """The run was told to end, and has saved what is needed to go on."""
+    """The run was preempted and has saved what it needs to resume."""
 
 
 @contextlib.contextmanager
 def listening() -> Iterator[None]:
-    """While inside, signals are noted for `hosts.told_to_end`. Does nothing outside of the main thread."""
+    """Turns signals into `hosts.preemption_requested` while inside. Does nothing outside the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    hosts.forget_told_to_end()
-    # Python runs handlers between two steps of its main thread, which may be compiling for minutes. The number of the
-    # signal, however, is written to this socket at once, and another thread reads it.
+    hosts.clear_preemption()
+    # Python runs handlers between two bytecodes of the main thread, which may be compiling for minutes. The signal's
+    # number is written to this socket at once, and another thread reads it.
     reading, writing = socket.socketpair()
     writing.setblocking(False)
     before = {number: signal.signal(number, lambda *_: None) for number in _SIGNALS}
@@ -52,17 +52,17 @@ def listening() -> Iterator[None]:
 
 
 def _watch(reading: socket.socket) -> None:
-    """Reads signal numbers until the other side is closed."""
-    told = False
+    """Reads signal numbers until the other end is closed."""
+    preempted = False
     while numbers := reading.recv(1):
         number = numbers[0]
         if number not in _SIGNALS:
             continue
-        if told:
+        if preempted:
             os._exit(128 + number)
-        told = True
+        preempted = True
         log.warning(
-            "%s: this run saves after the step under way and ends; a second one ends it at once.",
+            "%s: saving after the current step, then exiting. A second signal ends this process at once.",
             signal.Signals(number).name,
         )
-        hosts.tell_to_end()
+        hosts.request_preemption()

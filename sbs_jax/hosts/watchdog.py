@@ -1,4 +1,4 @@
-"""Who waits on whom when nothing moves: a thread that reports what each process has been doing for too long."""
+"""Report a stalled loop: a thread that logs what each process has been doing for too long."""
 
 import logging
 import math
@@ -13,17 +13,17 @@ from sbs_jax import hosts
 
 log = logging.getLogger(__name__)
 
-# What the training loop is doing, as `Watchdog.at` is told.
+# Activities of the training loop, for `Watchdog.at`.
 INPUT = "waits for its input"
 DEVICES = "waits for its devices"
 _FRAMES = 3
 
 
 class Watchdog:
-    """Reports, in the log, when the loop has been at one thing for `seconds`, and again after twice that; use `with`.
+    """Logs a report when one activity has lasted `seconds`, and again after twice that; use `with`.
 
-    It ends nothing: a first step may be compiling for long. Of several processes the first one asks the others where
-    they are, so that the report names the one for which the rest wait.
+    It ends nothing: a first step may compile for long. With several processes, the first asks the others for their
+    activities, so that the report names the one the rest wait for.
     """
 
     def __init__(self, seconds: float) -> None:
@@ -35,18 +35,18 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, daemon=True, name="watchdog")
 
     def at(self, doing: str, *, step: int) -> None:
-        """The loop begins something: `INPUT`, `DEVICES`, or any words that fit after "process 0"."""
+        """Notes a new activity: `INPUT`, `DEVICES`, or any words that fit after "process 0"."""
         self._doing, self._step, self._since = doing, step, time.monotonic()
 
     def __enter__(self) -> "Watchdog":
-        hosts.on_stall(self._here, self._report)
+        hosts.set_stall_handlers(self._here, self._report)
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._done.set()
         self._thread.join()
-        hosts.on_stall(None, None)
+        hosts.set_stall_handlers(None, None)
 
     def _watch(self) -> None:
         known, patience = self._since, self._seconds
@@ -64,17 +64,17 @@ class Watchdog:
         return said
 
     def _report(self) -> None:
-        if self._reporting.acquire(blocking=False):  # of many stalled processes one report is enough
+        if self._reporting.acquire(blocking=False):  # one report is enough for many stalled processes
             try:
                 if time.monotonic() - self._reported > self._seconds / 2:
-                    log.warning("%s", describe(hosts.where_all_are(self._here)))
+                    log.warning("%s", describe(hosts.collect_activities(self._here)))
                     self._reported = time.monotonic()
             finally:
                 self._reporting.release()
 
 
 def describe(places: Mapping[int, Mapping[str, Any] | None]) -> str:
-    """Where each process is, and which of them the others wait for, as text of a few lines."""
+    """Describes each process's activity and names the ones the others wait for, in a few lines."""
     lines, awaited = [], []
     for index, said in places.items():
         if said is None:
@@ -97,7 +97,7 @@ def describe(places: Mapping[int, Mapping[str, Any] | None]) -> str:
 
 
 def _place_of(thread_name: str) -> str:
-    """The innermost lines of Python that a thread is executing; empty where there is no such thread."""
+    """Returns the innermost Python lines a thread is executing; "" if there is no such thread."""
     for thread in threading.enumerate():
         frame = sys._current_frames().get(thread.ident or -1)
         if thread.name == thread_name and frame is not None:

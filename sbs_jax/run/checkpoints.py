@@ -182,7 +182,7 @@ class Checkpoints:
         return self
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
-        if error is None or not hosts.waited_for():
+        if error is None or not hosts.has_peers():
             self.wait()
             self._handler.close()
 

@@ -108,7 +108,7 @@ class Save:
         if self._error is None:
             self._then()
             return
-        if not hosts.waited_for():
+        if not hosts.has_peers():
             remove(self._temporary)
         if isinstance(self._error, OSError):
             self._failed(checksums.reason(self._error))

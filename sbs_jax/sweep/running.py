@@ -60,7 +60,7 @@ def run(cells: Sequence[Cell], started: Workers, *, jobs: int) -> Iterator[Ended
                 number += 1
                 metrics = _test_metrics(cell) if status == 0 else {}
                 yield Ended(cell=cell, status=status, seconds=time.monotonic() - begin, metrics=metrics, number=number)
-            if hosts.told_to_end() and not told:
+            if hosts.preemption_requested() and not told:
                 told = True
                 started.send(signal.SIGTERM)
     if told:

@@ -76,7 +76,7 @@ def train(config: TrainConfig, *, config_text: str, accept_changes: bool = False
 
         def before_batch() -> None:
             watch.at("evaluates", step=step)
-            if hosts.told_to_end():
+            if hosts.preemption_requested():
                 raise preemption.PreemptedError
 
         def evaluate_now() -> bool:
@@ -111,7 +111,7 @@ def train(config: TrainConfig, *, config_text: str, accept_changes: bool = False
             window.add(metrics, tokens)
             progress.update()
             last = step == config.train_steps
-            told = hosts.told_to_end()
+            told = hosts.preemption_requested()
             log_due = step % config.log_period == 0 or last
             evaluation_due = step % config.eval_period == 0 or last
             save_due = step % config.checkpoint_period == 0 or evaluation_due or told
