@@ -110,8 +110,8 @@ class Link:
     def _watch(self, index: int) -> None:
         """Reads one process's messages; ends this process if that one failed or is lost."""
         text = (
-            f"Lost contact with process {index} of {self.place.count} (killed, or its machine failed). Look at its log; "
-            "repeat the command to resume the run."
+            f"Lost contact with process {index} of {self.place.count} (killed, or its machine failed). Look at its "
+            "log; repeat the command to resume the run."
         )
         try:
             while True:
