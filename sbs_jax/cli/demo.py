@@ -1,9 +1,8 @@
-"""The demo: the whole method on the built-in dataset, from questions to a page of results.
+"""Run the whole method on the built-in dataset, from questions to a page of results.
 
-Generates problems, asks the scripted teacher about them, parses its replies into records, trains the embedded student
-with both methods on several shares of the data, and reports test accuracies. Every part is the ordinary one: the asking
-is `sbs teach --provider scripted`, the runs are those of `sbs sweep`, each of them `sbs train` with
-gin_configs/experiments/builtin/demo.gin.
+The demo generates problems, asks the scripted teacher, parses its replies into records, trains the embedded student
+with both methods on several fractions of the data, and reports test accuracies. It uses the ordinary commands: `sbs
+teach --provider scripted`, and `sbs sweep` with gin_configs/experiments/builtin/demo.gin.
 """
 
 import time
@@ -18,12 +17,12 @@ DATA_SEED = 20261122
 METHODS = ("standard_finetuning", "step_by_step")
 FRACTIONS = (0.25, 0.5, 1.0)
 SEEDS = (0, 1, 2)
-BINDINGS: Mapping[str, Any] = {}  # for tests: a shorter demo
+BINDINGS: Mapping[str, Any] = {}  # tests shorten the demo with these
 JOBS = 2
 
 
 def plan(folder: Path) -> sweep.Sweep:
-    """The runs of the table."""
+    """Lists the runs of the table."""
     return sweep.Sweep(
         sweep_dir=str(folder),
         records_dir=str(folder / "records"),
@@ -37,9 +36,10 @@ def plan(folder: Path) -> sweep.Sweep:
 
 
 def main(output: str | Path, *, entry: Callable[[list[str]], int]) -> int:
-    """Runs everything below `output`, prints the table, writes `<output>/index.html`; returns the exit status.
+    """Runs everything below `output`, prints the table, writes `<output>/index.html`, and returns the exit status.
 
-    Called again with the same `output`, it goes on with what is missing.
+    Called again with the same `output`, it resumes with the missing runs. `entry` runs `sbs` commands in worker
+    processes (cli.main.main).
     """
     begin = time.monotonic()
     folder = Path(output).absolute()
@@ -61,12 +61,12 @@ def main(output: str | Path, *, entry: Callable[[list[str]], int]) -> int:
 
 
 def _name(cell: sweep.Cell) -> str:
-    """For people: "step by step, 50 % of the data, seed 1"."""
+    """Returns a readable name: "step by step, 50 % of the data, seed 1"."""
     return f"{cell.method.replace('_', ' ')}, {100 * cell.fraction:g} % of the data, seed {cell.seed}"
 
 
 def _make_records(folder: Path) -> float:
-    """Problems, replies and records; prints what they look like; returns the teacher's accuracy on test."""
+    """Writes problems, replies and records, prints an example, and returns the teacher's test accuracy in percent."""
     from sbs_jax.data import records
     from sbs_jax.teacher import clients, command, prompts, sampler
     from tasks import builtin
@@ -100,7 +100,7 @@ def _make_records(folder: Path) -> float:
         accuracy = summary["teacher_accuracy"]
         print(f"{split}: {summary['rows']} rows; teacher right on {accuracy:.1f} %; replies: {summary['outcomes']}")
     accuracy = manifest["splits"]["test"]["teacher_accuracy"]
-    assert accuracy is not None  # every row is labelled and answered
+    assert accuracy is not None  # every row has a label and a reply
     return accuracy
 
 

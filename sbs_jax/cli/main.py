@@ -1,6 +1,6 @@
-"""The `sbs` command: read flags, then call one top-level function (`sbs_jax/commands/`).
+"""The `sbs` command: parse flags, then call one function of a module in `cli/commands/`.
 
-Heavy imports wait until they are needed, so `--help` answers at once.
+Heavy imports are late, so `--help` answers at once.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from sbs_jax.hosts import preemption
 from sbs_jax.training.gin_files import UsageError
 
 _BINDING = re.compile(r"--gin\.([^=]+)=(.*)", re.DOTALL)
-# The commands, in the order of --help: a module of `sbs_jax/commands/` each.
+# The commands in the order of --help; each is a module of `cli/commands/`.
 NAMES = (
     *("records", "teach", "train", "sweep", "replay"),
     *("evaluate", "predict", "serve", "rationales", "convert"),
@@ -33,7 +33,7 @@ NAMES = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry of the console script; returns the exit status: that of SIGPIPE where nobody reads what it prints."""
+    """Runs the console script and returns its exit status; 128 + SIGPIPE if the reader of its output has gone."""
     try:
         try:
             return _main(argv)
@@ -41,17 +41,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stdout.flush()
             raise
     except BrokenPipeError:
-        if not _nobody_reads():
+        if not _reader_is_gone():
             raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left is not tried again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the flush at exit must not fail again
         return 128 + signal.SIGPIPE
 
 
-def _nobody_reads() -> bool:
-    """Whether standard output is a pipe whose other end is closed."""
+def _reader_is_gone() -> bool:
+    """Tells whether standard output is a pipe whose other end is closed."""
     try:
         descriptor = sys.stdout.fileno()
-    except ValueError:  # a stand-in of another program's
+    except ValueError:  # replaced by an object without a descriptor
         return False
     poll = select.poll()
     poll.register(descriptor, 0)
@@ -74,32 +74,32 @@ def _main(argv: Sequence[str] | None) -> int:
         if hasattr(arguments, "multihost"):
             _join(arguments)
         import_tensorflow()
-        # SeqIO and Orbax log through absl, at length.
+        # SeqIO and Orbax log a lot through absl.
         absl.logging.set_verbosity(absl.logging.ERROR)
         status = arguments.run(arguments, bindings) if takes_gin else arguments.run(arguments)
-        sys.stdout.flush()  # here, where what goes wrong is said
+        sys.stdout.flush()  # here, where errors are still reported
         hosts.leave()
         return status
-    except preemption.PreemptedError as told:
+    except preemption.PreemptedError as error:
         if hosts.is_first():
-            print(f"sbs {arguments.command}: {told}", file=sys.stderr)
+            print(f"sbs {arguments.command}: {error}", file=sys.stderr)
         return preemption.EXIT_STATUS
     except (UsageError, hosts.HostsError, ValueError, OSError, FloatingPointError, ModuleNotFoundError) as error:
-        if isinstance(error, BrokenPipeError) and _nobody_reads():
-            _tell_others("Nobody reads what it prints.", show=False)
+        if isinstance(error, BrokenPipeError) and _reader_is_gone():
+            _fail_others("The reader of its output has gone.", show=False)
             raise
-        _tell_others(str(error), show=arguments.traceback)
+        _fail_others(str(error), show=arguments.traceback)
         if arguments.traceback:
             raise
         print(f"sbs {arguments.command}: {error}", file=sys.stderr)
         return 1
     except BaseException as error:
-        _tell_others(f"{type(error).__name__}: {error}", show=True)
+        _fail_others(f"{type(error).__name__}: {error}", show=True)
         raise
 
 
-def _tell_others(text: str, *, show: bool) -> None:
-    """Ends all processes of a run of several; returns where there is only this one."""
+def _fail_others(text: str, *, show: bool) -> None:
+    """Ends all processes of a multi-process run; returns if this one is alone."""
     if hosts.describe():
         if show:
             traceback.print_exc()
@@ -107,19 +107,20 @@ def _tell_others(text: str, *, show: bool) -> None:
 
 
 def _join(arguments: argparse.Namespace) -> None:
-    """Joins the other processes where the flags say that there are some."""
+    """Joins the other processes if the flags name any."""
     given = {
         name: getattr(arguments, name)
         for name in ("coordinator_address", "process_count", "process_index")
         if getattr(arguments, name) is not None
     }
     if arguments.multihost and given:
-        raise UsageError(f"--multihost finds out what --{', --'.join(given)} would say; give it alone, or those.")
+        raise UsageError(f"--multihost detects --{', --'.join(given)}; give either it or those flags.")
     if not given and not arguments.multihost:
         return
     if not arguments.multihost and len(given) < 3:
         raise UsageError(
-            f"got --{', --'.join(given)} alone; --coordinator_address, --process_count and --process_index go together."
+            f"got --{', --'.join(given)} alone; give --coordinator_address, --process_count and --process_index "
+            "together."
         )
     if arguments.join_timeout <= 0:
         raise UsageError(f"--join_timeout is {arguments.join_timeout:g}; expected seconds above 0.")
@@ -135,7 +136,7 @@ def _join(arguments: argparse.Namespace) -> None:
 
 
 def _log_to_stderr() -> None:
-    """Our own messages alone; gin writes to the root logger, which stays silent."""
+    """Shows this project's messages only; gin writes to the root logger, which stays silent."""
     logging.getLogger().addHandler(logging.NullHandler())
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
@@ -145,20 +146,20 @@ def _log_to_stderr() -> None:
 
 
 def import_tensorflow() -> None:
-    """Imports TensorFlow without what it prints about devices that it must not use (they are JAX's) and cannot mute."""
+    """Imports TensorFlow, hides its GPUs (they are JAX's) and drops its messages about them, which no setting mutes."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     sys.stderr.flush()
     stderr = os.dup(2)
-    with tempfile.TemporaryFile() as said:
-        os.dup2(said.fileno(), 2)
+    with tempfile.TemporaryFile() as output:
+        os.dup2(output.fileno(), 2)
         try:
             import tensorflow as tf
             import tensorflow_text  # noqa: F401  (registers its operations)
 
             tf.config.set_visible_devices([], "GPU")
         except BaseException:
-            said.seek(0)
-            os.write(stderr, said.read())
+            output.seek(0)
+            os.write(stderr, output.read())
             raise
         finally:
             os.dup2(stderr, 2)
@@ -168,8 +169,8 @@ def import_tensorflow() -> None:
 def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
     parser = argparse.ArgumentParser(
         prog="sbs",
-        description="Distilling step-by-step: train a small T5 on labels and rationales of a large model.",
-        epilog="sbs COMMAND --help tells the flags of a command. Ready configurations: gin_configs/experiments/.",
+        description="Distilling step-by-step: train a small T5 on the labels and rationales of a large model.",
+        epilog="sbs COMMAND --help lists a command's flags. Ready configurations: gin_configs/experiments/.",
     )
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands = {}
@@ -185,15 +186,19 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
-        sub.add_argument("--traceback", action="store_true", help="show where an error came from")
+        sub.add_argument("--traceback", action="store_true", help="print the traceback of an error")
         if gin:
             sub.add_argument(
-                "--gin_file", action="append", default=[], metavar="FILE", help="gin file; repeat, later ones override"
+                "--gin_file",
+                action="append",
+                default=[],
+                metavar="FILE",
+                help="gin file; repeatable, later override earlier",
             )
             sub.add_argument(
-                "--gin_search_paths", default="", metavar="DIRS", help="comma-separated folders to look for gin files"
+                "--gin_search_paths", default="", metavar="DIRS", help="comma-separated folders to search for gin files"
             )
-            sub.add_argument("--gin.NAME=VALUE", dest="_", metavar="", help="override a macro or parameter; repeat")
+            sub.add_argument("--gin.NAME=VALUE", dest="_", metavar="", help="override a macro or parameter; repeatable")
         if multihost:
             _add_multihost(sub)
         sub.set_defaults(run=run)
@@ -208,16 +213,16 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
 def _add_multihost(sub: argparse.ArgumentParser) -> None:
     group = sub.add_argument_group(
         "several processes",
-        "One process per host, each with the same command; process 0 writes the files. Folders must be shared by all.",
+        "One process per host, all with the same command; process 0 writes the files. All must share the folders.",
     )
     group.add_argument(
         "--multihost", action="store_true", help="join the processes that Cloud TPU, GKE, Slurm or Open MPI started"
     )
-    group.add_argument("--coordinator_address", metavar="HOST:PORT", help="elsewhere: where process 0 can be reached")
-    group.add_argument("--process_count", type=int, metavar="N", help="elsewhere: how many processes there are")
-    group.add_argument("--process_index", type=int, metavar="I", help="elsewhere: which one this is, from 0")
+    group.add_argument("--coordinator_address", metavar="HOST:PORT", help="without --multihost: address of process 0")
+    group.add_argument("--process_count", type=int, metavar="N", help="without --multihost: number of processes")
+    group.add_argument("--process_index", type=int, metavar="I", help="without --multihost: index of this one, from 0")
     group.add_argument(
-        "--join_timeout", type=float, default=300.0, metavar="SECONDS", help="how long to wait for the others"
+        "--join_timeout", type=float, default=300.0, metavar="SECONDS", help="how long to wait for the other processes"
     )
 
 

@@ -1,12 +1,12 @@
-"""`sbs demo`: the whole method on the built-in dataset."""
+"""`sbs demo`: run the whole method on the built-in dataset."""
 
 import argparse
 from typing import Any
 
 
 def add(command: Any) -> None:
-    demo = command("demo", run, "Train and compare both methods on the built-in dataset; writes a page.")
-    demo.add_argument("--output", default="runs/demo", metavar="DIR", help="where runs, table and page go")
+    demo = command("demo", run, "Train and compare both methods on the built-in dataset, and write a page of results.")
+    demo.add_argument("--output", default="runs/demo", metavar="DIR", help="folder of the runs, the table and the page")
 
 
 def run(arguments: argparse.Namespace) -> int:

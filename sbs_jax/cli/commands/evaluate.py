@@ -1,4 +1,4 @@
-"""`sbs evaluate`: a checkpoint graded on a split."""
+"""`sbs evaluate`: grade a checkpoint on a split."""
 
 import argparse
 import json

@@ -1,4 +1,4 @@
-"""`sbs records`: teacher outputs that exist already, as records."""
+"""`sbs records`: import existing teacher outputs as records."""
 
 import argparse
 import json
@@ -6,12 +6,12 @@ from typing import Any
 
 
 def add(command: Any) -> None:
-    records = command("records", run, "Import teacher outputs (official release layout or TFDS) as records.")
-    records.add_argument("--dataset", required=True, help="name of a dataset: esnli, anli1, cqa, svamp")
-    records.add_argument("--release", required=True, metavar="DIR", help="folder that holds <name>/ of the release")
+    records = command("records", run, "Import existing teacher outputs (official release layout or TFDS) as records.")
+    records.add_argument("--dataset", required=True, help="dataset name: esnli, anli1, cqa, svamp")
+    records.add_argument("--release", required=True, metavar="DIR", help="folder of the release (has <dataset>/)")
     records.add_argument("--records_dir", required=True, metavar="DIR", help="where to write <dataset>/*.jsonl")
-    records.add_argument("--parser", choices=("strict", "official"), default="strict", help="how replies are read")
-    records.add_argument("--inputs", choices=("release", "tfds"), default="release", help="where inputs come from")
+    records.add_argument("--parser", choices=("strict", "official"), default="strict", help="parser of the replies")
+    records.add_argument("--inputs", choices=("release", "tfds"), default="release", help="source of the inputs")
     records.add_argument("--overwrite", action="store_true", help="replace records of another parser or source")
 
 

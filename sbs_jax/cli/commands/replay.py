@@ -1,4 +1,4 @@
-"""`sbs replay`: one step of a run again."""
+"""`sbs replay`: repeat one training step of a run."""
 
 import argparse
 import json
@@ -13,20 +13,20 @@ def add(command: Any) -> None:
     replay = command(
         "replay",
         run,
-        "Do one training step of a run again: which examples and parameters made it what it was.",
+        "Repeat one training step of a run, to see which examples and parameters made it non-finite.",
         gin=True,
         epilog="example:\n  sbs replay runs/svamp --step 120 --gin.TENSOR=1",
     )
     replay.add_argument("run_dir", metavar="RUN_DIR", help="run directory of sbs train")
-    replay.add_argument("--step", type=int, metavar="N", help="(default: the newest that was not finite)")
-    replay.add_argument("--json", action="store_true", help="print everything as JSON")
+    replay.add_argument("--step", type=int, metavar="N", help="step number (default: the newest non-finite step)")
+    replay.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
 def run(arguments: argparse.Namespace, bindings: Sequence[str]) -> int:
     from sbs_jax.run import directory
     from sbs_jax.training import failures, replay
 
-    directory.read_manifest(arguments.run_dir)  # whether it is a run directory
+    directory.read_manifest(arguments.run_dir)  # fails if this is not a run directory
     arguments.gin_file = [str(Path(arguments.run_dir).absolute() / "config.gin"), *arguments.gin_file]
     config, _ = gin_files.configured("train.TrainConfig", arguments, bindings)
     found = replay.replay(config, arguments.run_dir, step=arguments.step)

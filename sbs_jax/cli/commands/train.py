@@ -1,4 +1,4 @@
-"""`sbs train`: one training run."""
+"""`sbs train`: train a student."""
 
 import argparse
 import json
@@ -14,18 +14,18 @@ def add(command: Any) -> None:
     train = command(
         "train",
         run,
-        "Train a student, evaluate it on validation meanwhile and on test once at the end.",
+        "Train a student; evaluate on validation during training, and once on test at the end.",
         gin=True,
         multihost=True,
         epilog="example:\n  sbs train --gin_file=gin_configs/experiments/svamp/base.gin \\\n"
         "      --gin.RECORDS_DIR=records --gin.MODEL_DIR=runs/svamp\n\n"
-        "Repeat the command to resume. SIGTERM or Ctrl-C saves and ends the run (a second one ends it at once).\n"
-        f"Exit status: 0 finished, {preemption.EXIT_STATUS} told to end and saved, to be repeated, 1 after an error.",
+        "Repeat the command to resume. SIGTERM or Ctrl-C saves and ends the run; a second one ends it at once.\n"
+        f"Exit status: 0 finished, {preemption.EXIT_STATUS} preempted and saved (repeat the command), 1 error.",
     )
     train.add_argument(
         "--accept_changes",
         action="store_true",
-        help="resume although data, vocabulary, defaults or configuration differ from what the run began with",
+        help="resume even if data, vocabulary, defaults or configuration differ from those the run began with",
     )
 
 
