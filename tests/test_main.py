@@ -141,7 +141,7 @@ def test_the_other_optimiser_replaces_the_first():
 @pytest.mark.parametrize(
     ("bindings", "message"),
     [
-        (["APLHA=0.3"], r"APLHA.*did you mean ALPHA"),
+        (["APLHA=0.3"], r"APLHA.*Did you mean 'ALPHA'"),
         (["evaluate.EvaluateConfig.split='test'"], "evaluate.EvaluateConfig.split"),
         (["train.TrainConfig.train_step=5"], "doesn't have a parameter named 'train_step'"),
         (["train.TrainConfg.seed=5"], "TrainConfg"),

@@ -505,7 +505,7 @@ def test_wrong_options_are_explained(changes):
     [
         ([*TINY, "--topology=v9:2x2"], "Unknown topology 'v9:2x2'"),
         (["--topology=v5e:2x2"], "no --gin_file"),
-        ([*TINY, "--topology=v5e:2x2", "--gin.APLHA=1"], "did you mean ALPHA"),
+        ([*TINY, "--topology=v5e:2x2", "--gin.APLHA=1"], "Did you mean 'ALPHA'"),
         ([*TINY, "--topology=v5e:2x2", "--slices=0"], "0 slices"),
         ([*TINY, "--topology=v5e:2x2", "--steps=trian"], "expected some of train, evaluation, generation"),
     ],

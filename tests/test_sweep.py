@@ -117,7 +117,7 @@ def test_unknown_names_are_refused_with_near_ones(changes: dict[str, Any], expec
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"axes": {"ALPHAA": (0.3,)}}, r"svamp-cpu-.*ALPHAA=0.3-1-0 cannot be configured.*ALPHAA.*did you mean ALPHA"),
+        ({"axes": {"ALPHAA": (0.3,)}}, r"svamp-cpu-.*ALPHAA=0.3-1-0 cannot be configured.*ALPHAA.*Did you mean 'ALPHA'"),
         ({"bindings": {"TRAIN_STEPS": 0}}, "train_steps is 0"),
         ({"experiment": "gin_configs/experiments/cqa/cpu.gin"}, "trains on cqa: .* is not about svamp"),
         (
