@@ -3,6 +3,8 @@
 import dataclasses
 import itertools
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +61,12 @@ def answers(greedy: Predictor) -> list[Answer]:
 def close(got: list[Answer], want: list[Answer]) -> None:
     assert [(a.id, a.prediction, a.error) for a in got] == [(a.id, a.prediction, a.error) for a in want]
     np.testing.assert_allclose([a.score or 0 for a in got], [a.score or 0 for a in want], rtol=1e-4, atol=1e-4)
+
+
+def test_a_fresh_process_knows_the_shipped_datasets():
+    code = "from sbs_jax.data import registry; print(registry.split_task('svamp_label')[0].name)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
+    assert done.stdout.strip() == "svamp", done.stderr
 
 
 # ------------------------------------------------------------------------------------ greedy, shapes

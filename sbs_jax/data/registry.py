@@ -18,6 +18,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import importlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,15 @@ _DATASETS: dict[str, Dataset] = {}
 _options = DataOptions(records_dir="records", vocabulary=tokens.BYTE_VOCABULARY)
 
 
+def _registered() -> dict[str, Dataset]:
+    """Returns all datasets by name, the shipped ones included.
+
+    Those register themselves when their package is imported, which happens by name: no module depends on it.
+    """
+    importlib.import_module("tasks")
+    return _DATASETS
+
+
 def add(dataset: Dataset) -> None:
     """Registers a dataset and, under the options in force, its SeqIO tasks and mixture."""
     known = _DATASETS.get(dataset.name)
@@ -87,19 +97,19 @@ def vocabulary(name: str) -> seqio.Vocabulary:
 
 def names() -> tuple[str, ...]:
     """The names of all datasets, sorted."""
-    return tuple(sorted(_DATASETS))
+    return tuple(sorted(_registered()))
 
 
 def get(name: str) -> Dataset:
     """The dataset of this name. ValueError with near matches where there is none."""
-    if name not in _DATASETS:
+    if name not in _registered():
         raise ValueError(f"Unknown dataset {name!r}; known are {list(names())}.{checks.nearest(name, names())}")
     return _DATASETS[name]
 
 
 def scripted_reply(asked: str, *, sample: int) -> str | None:
     """The reply of the first dataset whose scripted teacher knows the input; None where none does."""
-    for dataset in _DATASETS.values():
+    for dataset in _registered().values():
         if dataset.scripted_reply is not None and (reply := dataset.scripted_reply(asked, sample)) is not None:
             return reply
     return None
@@ -127,7 +137,7 @@ def split_task(task_name: str) -> tuple[Dataset, str]:
 
     ValueError with near matches where no dataset has such a task or mixture.
     """
-    for dataset in _DATASETS.values():
+    for dataset in _registered().values():
         for kind in (*TASKS, STEP_BY_STEP):
             if task_name == f"{dataset.name}_{kind}":
                 return dataset, kind
