@@ -42,26 +42,25 @@ notebook: $(VENV)/.docs ## Run docs/notebook.ipynb again and keep its outputs (9
 	$(BIN)/python -m nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False \
 	  --ExecutePreprocessor.timeout=600 docs/notebook.ipynb
 
-bench: $(VENV)/.run ## Measure speed and memory, of a training step and of asking a teacher; appends to bench.json
+bench: $(VENV)/.run ## Measure training, tuning, answering and asking a teacher; appends to bench.json
 	@$(MAKE) --no-print-directory $(VENV)/.parity || \
 	  echo "make: PyTorch and transformers could not be installed (reasons above); measuring without them" >&2
-	$(BIN)/python scripts/bench.py $(ARGS)
-	$(BIN)/python scripts/bench_tuning.py
-	$(BIN)/python scripts/bench_predict.py
-	$(BIN)/python scripts/bench_teacher.py $(TEACHER_ARGS)
+	$(BIN)/python scripts/bench.py train $(ARGS)
+	$(BIN)/python scripts/bench.py tuning
+	$(BIN)/python scripts/bench.py predict
+	$(BIN)/python scripts/bench.py teacher $(TEACHER_ARGS)
 
 bench-serve: $(VENV)/.test ## Measure sbs serve under 200 clients, and its memory over 50,000 requests; appends to bench.json
-	$(BIN)/python scripts/bench_serve.py $(ARGS)
+	$(BIN)/python scripts/bench.py serve $(ARGS)
 
 bench-gpu: $(VENV)/.test ## Measure training on this machine's GPU against Hugging Face's; needs PyTorch and jax for it
-	$(BIN)/python scripts/bench_gpu.py $(ARGS)
+	$(BIN)/python scripts/bench.py gpu $(ARGS)
 
 bench-tpu: $(VENV)/.test ## Measure training and generation on absent TPUs by their compiler's count; appends to bench.json
-	$(BIN)/python scripts/bench_tpu.py $(ARGS)
-	$(BIN)/python scripts/bench_tpu_tuning.py --only xxl-qlora-v5e:1x1
+	$(BIN)/python scripts/bench.py tpu $(ARGS)
 
 bench-faults: $(VENV)/.test ## Measure what checkpoints and restarts cost (15 minutes); appends to bench.json
-	$(BIN)/python scripts/bench_faults.py $(ARGS)
+	$(BIN)/python scripts/bench.py faults $(ARGS)
 
 test-parity: $(VENV)/.parity ## Add PyTorch and Hugging Face to the set-up, then compare with them
 	$(BIN)/python -m pytest -m parity $(ARGS)

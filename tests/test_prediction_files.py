@@ -379,15 +379,15 @@ def peak_of(starter: Any, folder: Path, tmp_path: Path, count: int) -> tuple[flo
         for number in range(count):
             file.write(json.dumps({"id": f"row {number}", "input": f"{number} a b c"}) + "\n")
     program = (
-        "import toy_task, sys; from sbs_jax import bench; from sbs_jax.cli import main; status = main.main(); "
-        "print(bench.peak_memory(), file=sys.stderr); sys.exit(status)"
+        "import toy_task, sys; from benchmarks import harness; from sbs_jax.cli import main; status = main.main(); "
+        "print(harness.peak_memory(), file=sys.stderr); sys.exit(status)"
     )
     flags = ["--model", str(folder / "run"), "--input", str(tmp_path / "in.jsonl"), "--batch_size", "64"]
     begin = time.monotonic()
     with starter.alone(
         tmp_path,
         ["predict", *flags, "--output", str(tmp_path / f"{count}.parquet")],
-        path=[folder],
+        path=[folder, processes.ROOT / "scripts"],
         command=["-c", program],
     ) as process:
         assert process.wait(1000) == 0, process.complained()

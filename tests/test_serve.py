@@ -4,7 +4,6 @@ import argparse
 import asyncio
 import concurrent.futures
 import contextlib
-import importlib.util
 import json
 import re
 import signal
@@ -21,6 +20,8 @@ import processes
 import pytest
 import students
 import toy
+
+from benchmarks import serve as serve_benchmark
 
 pytest.importorskip("starlette", reason="the extra `serve` is not installed")
 
@@ -307,16 +308,11 @@ def test_many_clients_at_once_share_batches(client: Client) -> None:
 
 
 def test_the_benchmark_s_clients_ask_as_often_as_told(client: Client, tmp_path: Path) -> None:
-    spec = importlib.util.spec_from_file_location("bench_serve", processes.ROOT / "scripts" / "bench_serve.py")
-    assert spec is not None
-    assert spec.loader is not None
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
     file = tmp_path / "inputs.json"
     file.write_text(json.dumps(["a", "b", "c"]))
     before = client.metrics()
-    found = script.side_clients(url=client.url, inputs=str(file), clients=4, requests=40, unruly=10)
-    alone = script.side_unloaded(url=client.url, inputs=str(file), rows=8, times=2)
+    found = serve_benchmark.side_clients(url=client.url, inputs=str(file), clients=4, requests=40, unruly=10)
+    alone = serve_benchmark.side_unloaded(url=client.url, inputs=str(file), rows=8, times=2)
     after = client.metrics()
     statuses = {
         status: after.get(f'sbs_requests_total{{status="{status}"}}', 0)
@@ -329,7 +325,7 @@ def test_the_benchmark_s_clients_ask_as_often_as_told(client: Client, tmp_path: 
     assert 36 + 3 <= statuses[200] <= 38 + 3
     assert 0 < found["p50"] <= found["p99"] <= found["longest"]
     assert 0 < alone["median"] <= alone["longest"]
-    assert script.resident(client.process.pid) > 2**20
+    assert serve_benchmark.resident(client.process.pid) > 2**20
 
 
 @pytest.mark.faults

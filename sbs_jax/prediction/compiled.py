@@ -16,8 +16,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sbs_jax import bench
-
 OFF = "off"
 VARIABLE = "SBS_COMPILED"
 _SUFFIX = "-cache"  # of JAX's entries
@@ -83,10 +81,19 @@ def _kind() -> str:
         importlib.metadata.version("jaxlib"),
         jax.default_backend(),
         platform.machine(),
-        bench.processor(),
+        processor(),
         flags,
     )
     return f"jax-{jax.__version__}-{hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}"
+
+
+def processor() -> str:
+    """Returns the name of the processor."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text("utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def _take(place: Path, own: Path) -> None:

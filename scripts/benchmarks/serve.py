@@ -1,0 +1,280 @@
+"""Measures `sbs serve`: latency under 200 clients against that of a batch on the idle server, and memory over time.
+
+    make bench-serve
+    python scripts/bench.py serve --only latency --requests 2000
+    python scripts/bench.py serve --only memory
+
+The server is `sbs serve` in a process of its own; the clients are another process. Results: docs/speed.md.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import dataclasses
+import functools
+import itertools
+import json
+import random
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks import client, harness
+
+CLIENTS = 200
+BATCH = 128  # rows that the server takes from its queue at once, as by default
+UNLOADED = 5  # batches on the idle server, before and after
+STUDENTS = {
+    # Weights that were never trained end no answer early: every row takes the whole of its length.
+    "small": {"gin": "gin_configs/models/t5_1_1_small.gin", "inputs": 64, "answer": 16},
+    "builtin": {"gin": "gin_configs/experiments/builtin/student.gin", "inputs": 32, "answer": 4},
+}
+PARTS = ("latency", "memory")
+VERSIONS = ("jax", "jaxlib", "starlette", "uvicorn", "h11")
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--student", choices=list(STUDENTS), default="small", help="of the latency")
+    parser.add_argument("--clients", type=int, default=CLIENTS)
+    parser.add_argument("--max_batch", type=int, default=BATCH)
+    parser.add_argument(
+        "--flags", nargs="*", default=[], help="more flags for sbs serve, such as --flags=--batch_size=64"
+    )
+    parser.add_argument("--requests", type=int, default=2000, help="of the latency")
+    parser.add_argument("--memory_requests", type=int, default=50_000)
+
+
+def measure(arguments: argparse.Namespace) -> Iterator[harness.Row]:
+    for part, student in (("latency", arguments.student), ("memory", "builtin")):
+        if part in arguments.only:
+            with tempfile.TemporaryDirectory(prefix="sbs-bench-serve-") as folder:
+                write_student(Path(folder), student)
+                yield {"latency": latency, "memory": memory}[part](Path(folder), arguments)
+
+
+# ------------------------------------------------------------------------------------------ the student
+
+
+def write_student(folder: Path, name: str) -> None:
+    """Writes a run directory: the embedded student, or a T5 with random weights."""
+    import jax
+
+    from sbs_jax.data import registry
+    from sbs_jax.run import checkpoints
+    from sbs_jax.student import t5
+    from sbs_jax.training import gin_files
+    from sbs_jax.weights import opening
+    from tasks import builtin
+
+    chosen = STUDENTS[name]
+    files = ["gin_configs/runs/train.gin", chosen["gin"], "gin_configs/methods/step_by_step.gin"]
+    lengths = {"inputs": chosen["inputs"], "targets": 32}
+    bindings = {
+        "DATASET": "builtin",
+        "RECORDS_DIR": str(folder),
+        "MODEL_DIR": str(folder),
+        "VOCABULARY": builtin.vocabulary_path(),
+        "TASK_FEATURE_LENGTHS": lengths,
+        "EXAMPLES": 1,
+        "TRAIN_STEPS": 1,
+        "LEARNING_RATE": 1e-3,
+        "MAX_DECODE_LENGTH": chosen["answer"],
+    }
+    config, _ = gin_files.configure(
+        "train.TrainConfig", gin_files=files, bindings=[f"{key}={value!r}" for key, value in bindings.items()]
+    )
+    _, parameters = t5.init(config.model, seed=0)
+    if name == "builtin":
+        like = {key: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for key, x in parameters.items()}
+        parameters = opening.load_parameters(builtin.student_path(), like=like)
+    checkpoints.save_parameters(folder, parameters, config=config.model, step=1)
+    run = {
+        "mixture_or_task_name": config.mixture_or_task_name,
+        "task_feature_lengths": lengths,
+        "max_decode_length": chosen["answer"],
+        "primary_metric": registry.split_task(config.mixture_or_task_name)[0].primary_metric,
+    }
+    manifest = {"run": run, "data": {"options": dataclasses.asdict(config.data)}}
+    (folder / "manifest.json").write_text(json.dumps(manifest), "utf-8")
+
+
+@contextlib.contextmanager
+def served(folder: Path, *flags: str) -> Iterator[tuple[str, subprocess.Popen]]:
+    """Starts a server of the student; yields its address and process. It must end without an error."""
+    command = [*harness.SBS, "serve", "--model", str(folder), "--port", "0", *flags]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        found = re.search(r"ready: (http://\S+)", line)
+        if found is None:
+            raise RuntimeError(f"the server is not ready, it printed {line!r}; its messages are above.")
+        print(line.strip(), file=sys.stderr)
+        yield found[1], process
+        process.send_signal(signal.SIGTERM)
+        status = process.wait(60)
+        if status:
+            raise RuntimeError(f"the server ended with status {status}.")
+    finally:
+        process.kill()
+        process.wait()
+        if process.stdout is not None:
+            process.stdout.close()
+
+
+# ------------------------------------------------------------------------------------------ the clients
+
+
+def write_inputs(folder: Path, *, count: int = 2000) -> str:
+    """Writes questions for the clients, which import as little as they can; returns the file."""
+    from tasks import builtin
+
+    random_ = random.Random(0)
+    file = folder / "inputs.json"
+    file.write_text(json.dumps([builtin.random_problem(random_).text for _ in range(count)]))
+    return str(file)
+
+
+def request(*rows: Mapping[str, Any]) -> bytes:
+    return client.request("/predict", {"inputs": rows})
+
+
+def side_clients(*, url: str, inputs: str, clients: int, requests: int, unruly: int) -> dict[str, Any]:
+    """Runs so many clients, each asking again once it has its answer, until there were so many requests.
+
+    Every `unruly`-th request (0: none) has a bad body, or its client disconnects, in turn.
+    """
+    texts = json.loads(Path(inputs).read_text("utf-8"))
+    numbers = itertools.count()
+    latencies: list[float] = []
+    errors: list[str] = []
+
+    async def work(start: asyncio.Event) -> None:
+        connection = client.Client(url)
+        await connection.open()
+        await start.wait()
+        while (number := next(numbers)) < requests:
+            row = {"id": str(number), "input": texts[number % len(texts)]}
+            if unruly and number % unruly == 0:
+                if number // unruly % 2:
+                    await connection.leave(request(row))
+                else:
+                    status, body = await connection.ask(request(row)[:-1] + b"x")
+                    if status != 400:
+                        errors.append(f"{status} to a bad body: {body[:200]!r}")
+                continue
+            began = time.perf_counter()
+            status, body = await connection.ask(request(row))
+            latencies.append(time.perf_counter() - began)
+            answer = json.loads(body).get("answers", [{}])[0]
+            if status != 200 or answer.get("id") != str(number) or "prediction" not in answer:
+                errors.append(f"{status}: {body[:200]!r}")
+        await connection.close()
+
+    async def run() -> float:
+        start = asyncio.Event()
+        tasks = [asyncio.ensure_future(work(start)) for _ in range(clients)]
+        await asyncio.sleep(0.2)
+        began = time.perf_counter()
+        start.set()
+        await asyncio.gather(*tasks)
+        return time.perf_counter() - began
+
+    seconds = asyncio.run(run())
+    # The first round comes in one burst and waits for no answer before: it is left out.
+    steady = sorted(latencies[clients:]) or sorted(latencies)
+    return {
+        "p50": statistics.median(steady),
+        "p99": steady[min(len(steady) - 1, int(0.99 * len(steady)))],
+        "longest": steady[-1],
+        "per_second": len(latencies) / seconds,
+        "errors": len(errors),
+        "first_error": errors[0] if errors else None,
+    }
+
+
+def side_unloaded(*, url: str, inputs: str, rows: int, times: int) -> dict[str, Any]:
+    """Sends requests of so many rows to an idle server, one after the other."""
+    texts = json.loads(Path(inputs).read_text("utf-8"))
+
+    async def run() -> list[float]:
+        connection = client.Client(url)
+        await connection.open()
+        found = []
+        for number in range(times + 1):
+            chosen = [texts[(rows * number + place) % len(texts)] for place in range(rows)]
+            data = request(*({"id": str(place), "input": text} for place, text in enumerate(chosen)))
+            began = time.perf_counter()
+            status, body = await connection.ask(data)
+            found.append(time.perf_counter() - began)
+            if status != 200:
+                raise RuntimeError(f"{status}: {body[:300]!r}")
+        await connection.close()
+        return found[1:]
+
+    found = asyncio.run(run())
+    return {"median": statistics.median(found), "longest": max(found)}
+
+
+# ------------------------------------------------------------------------------------------------- rows
+
+
+def latency(folder: Path, arguments: argparse.Namespace) -> harness.Row:
+    file, batch_rows = write_inputs(folder), arguments.max_batch
+    with served(folder, f"--max_batch={batch_rows}", *arguments.flags) as (url, _):
+        ask = functools.partial(harness.once, url=url, inputs=file)
+        alone = ask(side_unloaded, rows=1, times=4 * UNLOADED)
+        before = ask(side_unloaded, rows=batch_rows, times=UNLOADED)
+        loaded = ask(side_clients, clients=arguments.clients, requests=arguments.requests, unruly=0)
+        after = ask(side_unloaded, rows=batch_rows, times=UNLOADED)
+    batch = statistics.median([before["median"], after["median"]])
+    print(
+        f"{arguments.clients} clients: p50 {loaded['p50']:.3f} s, p99 {loaded['p99']:.3f} s, longest "
+        f"{loaded['longest']:.3f} s, {loaded['per_second']:.1f} rows/s, {loaded['errors']} errors; unloaded: one row "
+        f"{alone['median']:.3f} s, {batch_rows} rows {before['median']:.3f} s before and "
+        f"{after['median']:.3f} s after."
+    )
+    if loaded["errors"]:
+        raise RuntimeError(f"{loaded['errors']} errors, the first: {loaded['first_error']}")
+    return harness.Row("serve_p99_vs_unloaded", "s", loaded["p99"], batch, "<= 3", harness.versions(*VERSIONS))
+
+
+def memory(folder: Path, arguments: argparse.Namespace) -> harness.Row:
+    """Compares resident memory after a tenth of the requests with that after all of them."""
+    sizes_after: list[tuple[int, int]] = []
+    parts, warm = 50, max(arguments.memory_requests // 10, arguments.clients)
+    options = {"inputs": write_inputs(folder), "clients": arguments.clients, "unruly": 50}
+    with served(folder, *arguments.flags) as (url, process):
+        done = 0
+        for part in [warm] + [arguments.memory_requests // parts] * parts:
+            found = harness.once(side_clients, url=url, requests=part, **options)
+            if found["errors"]:
+                raise RuntimeError(f"{found['errors']} errors, the first: {found['first_error']}")
+            done += part
+            sizes_after.append((done, resident(process.pid)))
+    requests, sizes = zip(*sizes_after, strict=True)
+    slope = statistics.linear_regression(requests, sizes).slope
+    fifth = len(sizes) // 5
+    first, last = statistics.median(sizes[:fifth]), statistics.median(sizes[-fifth:])
+    print(
+        f"memory: {sizes[0] / harness.MIB:.1f} MiB after {requests[0]} requests, {sizes[-1] / harness.MIB:.1f} MiB "
+        f"after {requests[-1]}; {slope:.1f} bytes per request by least squares."
+    )
+    growth = (last / harness.MIB, first / harness.MIB)
+    return harness.Row("serve_memory_growth", "MiB", *growth, "<= 1.02", harness.versions(*VERSIONS))
+
+
+def resident(pid: int) -> int:
+    """Returns the bytes that a process has resident (Linux)."""
+    for line in Path(f"/proc/{pid}/status").read_text("utf-8").splitlines():
+        if line.startswith("VmRSS:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/{pid}/status has no line VmRSS.")

@@ -1,0 +1,303 @@
+"""Measures training and generation on absent TPUs by their compiler's own count, against stock T5X.
+
+    make bench-tpu                                          # the usual ones
+    python scripts/bench.py tpu --only base large           # some of them
+    python scripts/bench.py tpu --only base-lora-v5e:2x4    # others: all sizes and tunings of docs/speed.md
+
+libtpu compiles for absent chips on any Linux machine. Cycles are the sum of the compiler's `estimated_cycles` over the
+optimized program, loops times their trips, without operations that have no estimate: exchanges between chips have none,
+in T5X's figures neither. T5X's figures are stock T5X's at commit cc342d4 on jax 0.10.2, read in the same way.
+
+- base, large, xl, ..: T5 1.1 with Adafactor, dropout 0.1, bfloat16 activations, packed rows of 512 + 128 tokens; the
+  step that `sbs train` compiles (`WORK`; T5X with `unsafe_rbg`). Model FLOP utilization is the model's operations
+  (student/flops.py) over the most the chips could do in those cycles. What was tried: docs/performance.md.
+- decode: T5 1.1 base in bfloat16 on v5e:2x4, batch 256, inputs of 128 tokens, up to 64 tokens, greedy and with 4 beams.
+  Cycles per token are those of one trip of the decode loop. Prefetches, of weights above all, carry no count, so each
+  row also says how much one trip has to read from HBM.
+- SIZE-TUNING-TOPOLOGY: AdamW, bfloat16, scanned layers, `REMAT = "full"`, rows of 512 + 64 tokens that are not packed,
+  fsdp over all chips: 64 rows an update, on one chip 8 in 2 micro-batches. Tunings as in gin_configs/adapters/. Prints
+  the memory per chip, and seconds: the compiler's cycles and exposed exchanges. All of them take an hour on 2 cores.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks import harness
+from sbs_jax.cli import main
+from sbs_jax.plan import chips, hlo, worker
+from sbs_jax.student import decoding, flops, partitioning, t5
+from sbs_jax.training import evaluate, gin_files
+from sbs_jax.training.config import TrainConfig
+
+VERSIONS = ("jax", "jaxlib", "libtpu", "flax", "optax")
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    names = (*WORK, "decode", *TUNED)
+    parser.add_argument(
+        "--only", nargs="+", choices=names, default=USUAL, help="default: " + " ".join(USUAL), metavar="NAME"
+    )
+    parser.add_argument("--steps", nargs="+", choices=worker.STEPS, default=[worker.TRAIN], help="of a tuning")
+
+
+def measure(arguments: argparse.Namespace) -> Iterator[harness.Row]:
+    main.import_tensorflow()
+    import tasks  # noqa: F401  (registers the datasets)
+
+    chips.check_compiler()
+    os.environ.update(chips.ENVIRONMENT)
+    for name in arguments.only:
+        if name == "decode":
+            for goal, beams in zip(GOALS, (1, BEAMS), strict=True):
+                yield generation(goal, beams)
+        elif name in WORK:
+            yield from training(name)
+        else:
+            yield from tuned(name, steps=tuple(arguments.steps))
+
+
+def compiled(config: TrainConfig, topology: str, *, steps: tuple[str, ...]) -> dict[str, Any]:
+    """Compiles steps of a run for a machine; returns the compiler's counts of each."""
+    candidate = worker.Candidate(
+        topology=topology,
+        slices=1,
+        mesh=config.layout.shape,
+        batch_size=config.batch_size,
+        micro_batches=config.micro_batches,
+        steps=steps,
+    )
+    outcome = worker.measure(config, candidate)
+    if not outcome["steps"]:
+        raise ValueError(f"The step was not compiled for {topology}: {outcome}")
+    return outcome["steps"]
+
+
+def configured(model: str, *files: str, inputs: int, targets: int, bindings: tuple[str, ...]) -> TrainConfig:
+    """Returns a training run of a model, in bfloat16 and with fsdp over all chips."""
+    lengths = f"TASK_FEATURE_LENGTHS={ {'inputs': inputs, 'targets': targets} }"
+    given = ("DATASET='svamp'", "DTYPE='bfloat16'", "EXAMPLES=1", "MODEL_DIR=none", "RECORDS_DIR=none", lengths)
+    files = ("runs/train", f"models/t5_1_1_{model}", "methods/step_by_step", "meshes/fsdp", *files)
+    names = [f"gin_configs/{file}.gin" for file in files]
+    return gin_files.configure("train.TrainConfig", gin_files=names, bindings=(*given, *bindings))[0]
+
+
+# ----------------------------------------------------------------------------------------------- training
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """A model on a machine, how it is computed, and stock T5X's figures for it (None: not measured)."""
+
+    model: str
+    topology: str
+    rows: int  # per update, over all chips
+    layers: str
+    remat: str
+    t5x_cycles: float | None = None
+    t5x_memory: float | None = None  # GiB per chip, arguments and temporaries
+    t5x_compile: float | None = None  # seconds
+
+    def config(self) -> TrainConfig:
+        """Returns the training run of this work."""
+        how = (f"BATCH_SIZE={self.rows}", f"LAYERS={self.layers}", f"REMAT={self.remat}", "PACK=True", "TRAIN_STEPS=1")
+        return configured(self.model, "optimizers/adafactor", inputs=512, targets=128, bindings=how)
+
+
+WORK = {
+    "base": Work("base", "v5e:2x4", 64, "scanned", "attended", 91.9e6, 2.60 + 0.92, 116),
+    "large": Work("large", "v5e:4x4", 128, "scanned", "attended", 289.3e6, 6.43 + 2.92, 161),
+    "base_unrolled": Work("base", "v5e:2x4", 64, "unrolled", "minimal", 91.9e6, 2.60 + 0.92, 116),
+    "large_unrolled": Work("large", "v5e:4x4", 128, "unrolled", "minimal", 289.3e6, 6.43 + 2.92, 161),
+    "xl": Work("xl", "v5e:8x8", 1024, "scanned", "attended"),
+    "xxl": Work("xxl", "v5e:16x16", 2048, "scanned", "minimal"),
+}
+
+
+def training(name: str) -> Iterator[harness.Row]:
+    """Prints all counts of a training step; yields its rows."""
+    work, versions = WORK[name], harness.versions(*VERSIONS)
+    config = work.config()
+    step = compiled(config, work.topology, steps=(worker.TRAIN,))[worker.TRAIN]
+    if "cycles" not in step:
+        raise ValueError(f"{name} on {work.topology} was not compiled: {step}")
+    topology = chips.topology(work.topology)
+    operations = flops.training_flops(config.model, rows=work.rows, inputs=512, targets=128)
+    seconds = step["cycles"] / topology.chip.clock
+    memory = (step["memory"]["temporaries"] + step["memory"]["arguments"]) / harness.GIB
+    mfu = operations / (seconds * topology.chip.peak_flops * topology.chips)
+    found = {
+        "name": name,
+        **dataclasses.asdict(work),
+        "cycles": step["cycles"],
+        "memory_gib": memory,
+        "temporaries_gib": step["memory"]["temporaries"] / harness.GIB,
+        "fits": step["fits"],
+        "compile_s": step["compile_seconds"],
+        "model_flops": operations,
+        "rows_per_second_and_host": work.rows / seconds * min(1.0, 8 / topology.chips),  # 8 chips to a host
+        "mfu": mfu,
+        "exchanging_s_at_least": step["communication_seconds"],
+        "computing_s": seconds,
+        "collectives": step["collectives"],
+        "without_estimate": step["without_estimate"],
+    }
+    print(json.dumps(found), flush=True)
+    if work.t5x_cycles is None:
+        yield harness.Row(f"tpu_mfu_{work.model}", "of peak", mfu, 1.0, ">= 0.5", versions)
+        return
+    yield harness.Row(f"tpu_cycles_{name}_vs_t5x", "cycles", step["cycles"], work.t5x_cycles, "<= 0.55", versions)
+    yield harness.Row(f"tpu_memory_{name}_vs_t5x", "GiB per chip", memory, work.t5x_memory, "<= 0.5", versions)
+    yield harness.Row(f"tpu_compile_{name}_vs_t5x", "s", step["compile_seconds"], work.t5x_compile, "<= 0.25", versions)
+
+
+# ------------------------------------------------------------------------------------------------- tuning
+
+ONE = "xxl-qlora-v5e:1x1"
+TUNED = (
+    ONE,
+    *(
+        f"{model}-{tuning}-{topology}"
+        for topology in ("v5e:2x4", "v5e:4x4")
+        for tuning in ("full", "lora", "qlora")
+        for model in ("base", "large", "xl", "xxl")
+    ),
+)
+USUAL = ("base", "large", "xl", "xxl", "decode", ONE)
+
+
+def tuned_config(name: str) -> TrainConfig:
+    """Returns the training run of a name such as "xl-lora-v5e:2x4"."""
+    model, tuning, topology = name.split("-")
+    rows, micro_batches = (8, 2) if topology == "v5e:1x1" else (64, 1)
+    files = [] if tuning == "full" else [f"adapters/{tuning}"]
+    how = (f"BATCH_SIZE={rows}", f"MICRO_BATCHES={micro_batches}", "LAYERS=scanned", "REMAT=full")
+    how += ("TRAIN_STEPS=1000", "LEARNING_RATE=1e-4")
+    return configured(model, *files, inputs=512, targets=64, bindings=how)
+
+
+def tuned(name: str, *, steps: tuple[str, ...]) -> Iterator[harness.Row]:
+    """Prints the counts of each step of a tuning; yields the row of `ONE`."""
+    config, topology = tuned_config(name), chips.topology(name.split("-")[2])
+    for step, counts in compiled(config, topology.name, steps=steps).items():
+        found = {"name": name, "step": step, "fits": counts["fits"], "refused": counts.get("refused")}
+        if "needs" in counts:
+            found |= {"gib": counts["needs"] / harness.GIB, "available_gib": counts["available"] / harness.GIB}
+        if "cycles" in counts:
+            seconds = counts["cycles"] / topology.chip.clock
+            found |= {"computing_s": seconds, "exchanging_s": counts["communication_seconds"]}
+            found |= {"token": counts["token"]}
+            found["seconds"] = max(seconds + counts["exposed_seconds"], counts["communication_seconds"])
+            held = ("parameters", "optimizer", "temporaries")
+            found |= {part: counts["memory"].get(part, 0) / harness.GIB for part in held}
+        print(json.dumps(found | {"compile_s": counts.get("compile_seconds")}), flush=True)
+        if (name, step) == (ONE, worker.TRAIN):
+            versions = harness.versions(*VERSIONS)
+            yield harness.Row(
+                "qlora_xxl_one_v5e_chip_gib", "GiB", found["gib"], found["available_gib"], "<= 1", versions
+            )
+
+
+# --------------------------------------------------------------------------------------------- generation
+
+TOPOLOGY, BATCH, INPUTS, LENGTH, BEAMS = "v5e:2x4", 256, 128, 64, 4
+BASE = t5.T5Config(
+    vocab_size=32128,
+    emb_dim=768,
+    num_heads=12,
+    head_dim=64,
+    mlp_dim=2048,
+    num_encoder_layers=12,
+    num_decoder_layers=12,
+    mlp_activations=("gelu", "linear"),
+    logits_via_embedding=False,
+    dropout_rate=0.1,
+    dtype="bfloat16",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Goal:
+    """Stock T5X's cycles per token and temporaries in GiB per chip; and the ratio to reach."""
+
+    cycles: float
+    temporaries: float
+    ratio: float
+
+
+GOALS = {
+    "tpu_decode_greedy_cycles_vs_t5x": Goal(4.12e6, 0.53, 0.4),
+    f"tpu_decode_beam{BEAMS}_cycles_vs_t5x": Goal(23.8e6, 1.51, 0.3),
+}
+T5X_WEIGHTS = 0.92
+
+
+def lowered(beams: int, *, config: t5.T5Config = BASE) -> jax.stages.Lowered:
+    """Lowers generation of one batch: for one beam, the program that `sbs evaluate` and `sbs predict` run.
+
+    Every chip has a copy of the weights; the rows are over all chips.
+    """
+    partitioner = partitioning.DATA_PARALLEL.partitioner(chips.topology(TOPOLOGY).describe())
+    structure, shapes, axes = t5.abstract(config)
+    parameters = partitioner.placed(shapes, parameters=shapes, axes=axes)
+    if beams == 1:
+        generator = evaluate.Generator(structure, partitioner=partitioner, batch_size=BATCH, length=LENGTH)
+        return generator.lower(parameters, inputs=INPUTS)
+
+    def search(parameters: t5.Parameters, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+        with partitioner.constraining():
+            return decoding.beam_search(t5.join(structure, parameters), tokens, length=LENGTH, beams=beams)
+
+    tokens = jax.ShapeDtypeStruct((BATCH, INPUTS), jnp.int32, sharding=partitioner.batch)
+    return jax.jit(search, out_shardings=partitioner.replicated).lower(parameters, tokens)
+
+
+def cycles_per_token(text: str) -> int:
+    """Returns the cycles of one trip of the decode loop: the costliest loop without a known trip count."""
+    loops = [loop.cycles for loop in hlo.read(text).loops if loop.trips is None]
+    if not loops:
+        raise ValueError("The compiled program has no loop of an unknown number of trips, so nothing decodes in it.")
+    return max(loops)
+
+
+def read_per_token(beams: int, *, chips: int = 8) -> int:
+    """Returns the bytes of weights and caches that one trip of the loop has to read, per chip."""
+    c = BASE
+    joined = c.num_heads * c.head_dim
+    per_layer = 6 * c.emb_dim * joined + 3 * c.emb_dim * c.mlp_dim
+    weights = c.num_decoder_layers * per_layer + c.emb_dim * c.vocab_size
+    keys = BATCH // chips * (INPUTS + beams * LENGTH)
+    return 2 * (weights + c.num_decoder_layers * 2 * keys * joined)
+
+
+def generation(name: str, beams: int) -> harness.Row:
+    """Prints all counts of generation; returns its row."""
+    goal = GOALS[name]
+    start = time.perf_counter()
+    program = lowered(beams).compile()
+    seconds = time.perf_counter() - start
+    text, memory = program.as_text(), program.memory_analysis()
+    if text is None or memory is None:
+        raise ValueError("This libtpu does not report the compiled program and its memory; 0.0.51 does.")
+    cycles = cycles_per_token(text)
+    found = {
+        "name": name,
+        "cycles_per_token": cycles,
+        "temporaries_gib": round(memory.temp_size_in_bytes / harness.GIB, 3),
+        "arguments_gib": round(memory.argument_size_in_bytes / harness.GIB, 3),
+        "peer_temporaries_gib": goal.temporaries,
+        "peer_arguments_gib": T5X_WEIGHTS,
+        "hbm_gib_per_token": round(read_per_token(beams) / harness.GIB, 3),
+        "compile_s": round(seconds, 1),
+        "work": f"T5 1.1 base, bfloat16, {TOPOLOGY}, batch {BATCH}, inputs {INPUTS}, {LENGTH} tokens, {beams} beam(s)",
+    }
+    print(json.dumps(found), flush=True)
+    versions = harness.versions(*VERSIONS)
+    return harness.Row(name, "cycles per token", cycles, goal.cycles, f"<= {goal.ratio}", versions)
