@@ -15,8 +15,7 @@ import ml_dtypes
 import numpy as np
 import parity_cases as cases
 import pytest
-import test_convert
-import test_report
+from builders import old_t5x, report_runs
 from flax import serialization
 from fuzzing import Tape
 
@@ -379,7 +378,7 @@ def test_arrays_of_t5x(fuzz: Fuzz, memory: Path) -> None:
     config = small()
     older, newer = memory / "older", memory / "newer"
     older.mkdir()
-    test_convert.old_form(older, config, scanned=False)
+    old_t5x.old_form(older, config, scanned=False)
     # All but two of its arrays in the file: every one that lies beside it takes time to open.
     contents = t5x_tree(config)
     for name in ("token_embedder/embedding", "decoder/logits_dense/kernel"):
@@ -496,7 +495,7 @@ def test_the_valid_inputs_are_read(memory: Path, exported: Path) -> None:
 
 
 def test_run_directories_of_a_report(fuzz: Fuzz, memory: Path) -> None:
-    path = test_report.write_run(memory / "run", right=[True, False, True, True])
+    path = report_runs.write_run(memory / "run", right=[True, False, True, True])
     (predictions,) = (path / "predictions").iterdir()
     valid = {file: file.read_bytes() for file in (path / "manifest.json", path / "metrics.jsonl", predictions)}
     manifest = json.loads(valid[path / "manifest.json"])
@@ -610,7 +609,7 @@ def test_a_file_of_t5x_with_something_else_in_it_is_refused(tmp_path: Path, cont
 def test_a_run_directory_with_something_else_in_it_is_refused(
     tmp_path: Path, file: str, old: str, new: str, message: str
 ) -> None:
-    path = test_report.write_run(tmp_path / "run", right=[True, False, True])
+    path = report_runs.write_run(tmp_path / "run", right=[True, False, True])
     changed = path / file if "." in file else next((path / file).iterdir())
     text = changed.read_text()
     assert old in text

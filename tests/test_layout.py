@@ -77,6 +77,13 @@ def test_the_package_imports_neither_scripts_nor_tests() -> None:
     assert {module: names for module, names in found.items() if names} == {}
 
 
+def test_no_test_file_imports_another() -> None:
+    """Shared builders are in tests/builders/."""
+    found = {path.name: imports(path) for path in (ROOT / "tests").rglob("*.py")}
+    tests = {path.stem for path in (ROOT / "tests").glob("test_*.py")}
+    assert {file: names for file, names in found.items() if {name.rpartition(".")[2] for name in names} & tests} == {}
+
+
 def test_files_and_folders_are_few_enough_to_read() -> None:
     lengths = {module: len(path.read_text("utf-8").splitlines()) for module, path in FILES.items()}
     assert {module: count for module, count in lengths.items() if count > 600} == {}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import students
-from test_export import answered, converted
+from builders.exported import answered, converted
 
 from sbs_jax.export import card as cards
 

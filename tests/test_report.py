@@ -1,8 +1,6 @@
 """Runs to numbers, words and a page."""
 
-import html.parser
 import json
-import math
 import re
 import subprocess
 import sys
@@ -10,83 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from builders.html_pages import check
+from builders.report_runs import answers, of, some, write_run
 
 from sbs_jax.pages import plots, report
 from sbs_jax.pages.report import Run
 from sbs_jax.stats import intervals
 from sbs_jax.stats.results import DISTILLATION, FINE_TUNING, STEP_BY_STEP
 
-LABELS = ("entailment", "neutral", "contradiction")
 KINDS = {"label": FINE_TUNING, "step_by_step": STEP_BY_STEP}
-
-
-def write_run(
-    path: Path,
-    *,
-    kind: str = "label",
-    right: list[bool] | None = None,
-    fraction: float = 1.0,
-    seed: int = 0,
-    label_source: str = "human",
-    updates: int = 200,
-    dataset: str = "toy",
-    records_dir: str = "no/such/records",
-    parameters: int = 1_234_567,
-    manifest_of: dict | None = None,
-    text: str = "",
-) -> Path:
-    """A run directory as `sbs train` leaves it, with these answers on test right.
-
-    `manifest_of` is put over the manifest, and `text` at the end of every input.
-    """
-    right = [i % 2 == 0 for i in range(40)] if right is None else right
-    accuracy = 100.0 * sum(right) / len(right)
-    (path / "predictions").mkdir(parents=True)
-    task = f"{dataset}_rationale_then_label" if kind == "rationale_then_label" else f"{dataset}_label"
-    prefix = "predict: " if kind == "step_by_step" else ""
-    rows = []
-    for i, correct in enumerate(right):
-        target = LABELS[i % 3]
-        row = {"id": f"{dataset}-{i}", "input": f"{prefix}Is <b>{i}</b> & {i}?{text}", "target": target}
-        rows.append(row | {"prediction": target if correct else "<script>alert(1)</script>", "correct": correct})
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    (path / "predictions" / f"{task}-test-{updates // 2}.jsonl").write_text(text)
-    lines: list[dict] = []
-    for step in range(20, updates + 1, 20):
-        loss = 2 * math.exp(-step / 80) + 0.1 * seed
-        line = {"kind": "train", "step": step, "loss": loss, "loss/label": loss, "seconds_per_step": 0.5}
-        line["loss/rationale"] = 1.5 * loss if kind == "step_by_step" else 0.0
-        lines.append(line)
-        lines.append({"kind": "validation", "step": step, "accuracy": accuracy * (1 - math.exp(-step / 60))})
-    lines.append({"kind": "test", "step": updates // 2, "accuracy": accuracy})
-    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    options = {"label_source": label_source, "fraction": fraction, "seed": seed, "rationales": "all"}
-    counts = {"label": math.ceil(720 * fraction), "rationale_then_label": math.ceil(700 * fraction)}
-    manifest = {
-        "git_revision": "0123456789abcdef",
-        "versions": {"python": "3.11.7", "jax": "0.10.2"},
-        "data": {
-            "dataset": dataset,
-            "options": options | {"records_dir": records_dir, "label_prefix": prefix},
-            "splits": {
-                "train": {"file": "train.jsonl", "sha256": "aa" * 32, "counts": counts},
-                "test": {"file": "test.jsonl", "sha256": "bb" * 32, "counts": {"label": len(right)}},
-            },
-        },
-        "run": {"mixture_or_task_name": f"{dataset}_{kind}"},
-        "devices": ["cpu:0"],
-        "parameter_count": parameters,
-    }
-    (path / "manifest.json").write_text(json.dumps(manifest | (manifest_of or {})))
-    (path / "config.gin").write_text("BATCH_SIZE = @train.rows_per_update()\nEXAMPLES = 16\nPACK = False\n")
-    return path
-
-
-def answers(share: float, *, rows: int = 300, seed: int, difficulty: int = 0) -> list[bool]:
-    """Right and wrong answers; rows are easy or hard for every student alike."""
-    hard = np.random.default_rng(difficulty).random(rows)
-    noise = np.random.default_rng(seed).normal(0, 0.12, rows)
-    return [bool(x) for x in hard + noise < share]
 
 
 def experiment(root: Path, shares: dict[str, dict[float, float]], *, seeds: int = 3, **options) -> list[Run]:
@@ -107,15 +37,6 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> list[Run]:
     """Step-by-step far ahead with a quarter of the data, level with all of it; three seeds of each."""
     shares = {"label": {0.25: 0.4, 1.0: 0.6}, "step_by_step": {0.25: 0.62, 1.0: 0.6}}
     return experiment(tmp_path_factory.mktemp("mixed"), shares)
-
-
-def of(root: Path, **right_of_kind: list[bool]) -> list[Run]:
-    """One run of each kind with these answers."""
-    return [report.identify(write_run(root / kind, kind=kind, right=right)) for kind, right in right_of_kind.items()]
-
-
-def some(right: int, rows: int = 100) -> list[bool]:
-    return [i < right for i in range(rows)]
 
 
 # Intervals
@@ -350,55 +271,6 @@ def test_tables_are_aligned_and_complete(mixed: list[Run]) -> None:
 
 
 # The page
-
-
-class Checker(html.parser.HTMLParser):
-    """Collects what is open and never closed, what would be fetched, and the text of cells."""
-
-    VOID = ("meta", "br", "link", "img", "input")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.fetched: list[str] = []
-        self.linked: list[str] = []
-        self.scripts: list[dict[str, str | None]] = []
-        self.text: list[str] = []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        if tag not in self.VOID:
-            self.open.append(tag)
-        if tag == "script":
-            self.scripts.append(dict(attrs))
-        addresses = [value or "" for name, value in attrs if name in ("href", "src", "xlink:href", "data", "action")]
-        addresses = [address for address in addresses if not address.startswith("#")]
-        if tag == "a" and dict(attrs).keys() >= {"href", "download"}:  # a file beside the page, for who asks for it
-            self.linked += addresses
-        else:
-            self.fetched += addresses
-        if tag in ("link", "iframe", "object", "img"):
-            self.fetched.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.handle_starttag(tag, attrs)
-        if tag not in self.VOID:
-            self.open.pop()
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.text.append(data)
-
-
-def check(page: Path) -> Checker:
-    checker = Checker()
-    checker.feed(page.read_text("utf-8"))
-    assert checker.open == []
-    assert checker.fetched == []
-    assert checker.scripts == [{"type": "application/json", "id": "data"}, {}]
-    assert "url(" not in re.sub(r"url\(#\w+\)", "", page.read_text("utf-8"))
-    return checker
 
 
 def test_the_page_stands_alone_and_escapes_what_students_write(tmp_path: Path, mixed: list[Run]) -> None:

@@ -8,9 +8,8 @@ from typing import Any
 
 import chromium
 import pytest
-from test_report import some, write_run
-from test_report_study import EXAMPLES, MEASURED, write_rationales
-from test_teacher_page import HOSTILE, luminance, seen
+from builders.html_pages import HOSTILE, luminance, seen
+from builders.report_runs import EXAMPLES, MEASURED, some, write_rationales, write_run
 
 from sbs_jax.pages import browser, report
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_report import answers, check, of, some, write_run
+from builders.html_pages import check
+from builders.report_runs import EXAMPLES, MEASURED, answers, of, some, write_rationales, write_run
 
 from sbs_jax.pages import report, tables
 from sbs_jax.stats import costs, findings, folders, intervals, quality
@@ -28,29 +29,6 @@ BASE = {
     "dropout_rate": 0.1,
 }
 SIZES = {247_577_856: BASE, 783_150_080: BASE | {"emb_dim": 1024, "mlp_dim": 2816}}
-MEASURED = {
-    "version": 1,
-    "dataset": "toy",
-    "step": 100,
-    "split": "test",
-    "rows": 2,
-    "consistency": {"by_parser": 0.5, "by_parser_rows": 2, "by_label_task": None},
-    "overlap_with_teacher": {"rouge_l": 0.25, "chrf": None},
-    "length": {"student_words": 12.5, "teacher_words": 20.0},
-    "examples_file": "rationales.jsonl",
-}
-EXAMPLES = [
-    {"id": "toy-0", "rationale": "It is so.", "implied_label": "neutral", "prediction": "entailment"}
-    | {"consistent": False, "teacher_rationale": "The teacher's words.", "rouge_l": 0.25},
-    {"id": "toy-1", "rationale": "<i>It</i> is not.", "implied_label": None, "prediction": "neutral"}
-    | {"consistent": None, "teacher_rationale": None, "rouge_l": None},
-]
-
-
-def write_rationales(run: Path, measured: object = MEASURED, examples: list = EXAMPLES) -> Path:
-    (run / "rationales.json").write_text(json.dumps(measured))
-    (run / "rationales.jsonl").write_text("".join(json.dumps(row) + "\n" for row in examples))
-    return run
 
 
 def write_records(root: Path, dataset: str, **test: object) -> Path:

@@ -19,9 +19,7 @@ import numpy as np
 import parity_cases as cases
 import pytest
 import teacher_server
-import test_convert
-import test_report
-import test_teacher_page
+from builders import html_pages, old_t5x, report_runs, teacher_rows
 from flax import serialization
 
 from sbs_jax.cli import main
@@ -255,7 +253,7 @@ def test_a_header_s_claims_are_not_followed(tmp_path: Path) -> None:
             hugging_face.open_directory(tmp_path / "out")
     older = tmp_path / "older"
     older.mkdir()
-    test_convert.old_form(older, cases.config("v1_0"), scanned=False)
+    old_t5x.old_form(older, cases.config("v1_0"), scanned=False)
     (metadata,) = older.glob("*token_embedder*/.zarray")
     array = json.loads(metadata.read_text())
     for claim in ({"shape": [2**60, 24]}, {"chunks": [2**40, 24]}):
@@ -388,7 +386,7 @@ def test_a_key_stands_in_no_output_and_no_file(
 
 # ----------------------------------------------------------------------------------------- pages
 
-HOSTILE = [text for text in test_teacher_page.HOSTILE if not any(0xD800 <= ord(c) <= 0xDFFF for c in text)]
+HOSTILE = [text for text in html_pages.HOSTILE if not any(0xD800 <= ord(c) <= 0xDFFF for c in text)]
 MARKUP = (
     "</script></style></title><script>window.pwned = 1</script><img src=x onerror='window.pwned = 1'>\"'&\u2028<!--"
 )
@@ -426,7 +424,7 @@ def check_harmless(page: Path, *, scripts: int) -> Elements:
 
 def hostile_run(path: Path, *, kind: str, right: list[bool]) -> Path:
     """A run directory with markup in every text that a report could show."""
-    test_report.write_run(path, kind=kind, right=right)
+    report_runs.write_run(path, kind=kind, right=right)
     manifest = json.loads((path / "manifest.json").read_text())
     name = f"x{MARKUP}"
     manifest |= {"git_revision": MARKUP, "devices": [MARKUP], "versions": {MARKUP: MARKUP}}
@@ -471,7 +469,7 @@ def test_a_report_shows_markup_as_text(tmp_path: Path) -> None:
 
 def test_the_page_of_a_teacher_shows_markup_as_text(tmp_path: Path) -> None:
     rows = [
-        test_teacher_page.wrong(
+        teacher_rows.wrong(
             number,
             **dict.fromkeys(("id", "input", "rationale", "label", "outcome", "prompt"), f"{text} {MARKUP}"),
             replies=(text, MARKUP),

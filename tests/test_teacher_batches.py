@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from builders.teacher_requests import request
 from teacher_server import Server, served
-from test_teacher_clients import request
 
 from sbs_jax.teacher import batches, gemini_client, openai_client
 from sbs_jax.teacher.batches import BatchClient

@@ -9,11 +9,12 @@ import traceback
 from collections.abc import Sequence
 
 import pytest
+from builders.teacher_requests import request
 from teacher_server import Fault, served
 
 from sbs_jax.teacher import clients, gemini_client, openai_client, providers
-from sbs_jax.teacher.clients import Again, Client, Failed, Fatal, Parameters, Reply, Request
-from sbs_jax.teacher.prompts import Message, Prompt
+from sbs_jax.teacher.clients import Again, Client, Failed, Fatal, Reply, Request
+from sbs_jax.teacher.prompts import Prompt
 from tasks import builtin
 
 for _name in ("openai", "google.genai"):
@@ -29,17 +30,6 @@ def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     monkeypatch.setenv("GEMINI_API_KEY", KEY)
-
-
-def request(text: str = "Will it float?", *, form: str = "chat", sample: int = 0, **parameters: object) -> Request:
-    messages = (Message("system", "Answer."), Message("user", "A?"), Message("assistant", "B."), Message("user", text))
-    return Request(
-        prompt=Prompt(messages=messages, text=f"Answer.\n\nA? B.\n\n{text}", stops=("\nQ:",), template="0" * 12),
-        model="some-model",
-        parameters=Parameters(**{"temperature": 0.0, "max_tokens": 100, **parameters}),
-        form=form,
-        sample=sample,
-    )
 
 
 def ask(provider: str, url: str, *requests: Request, timeout: float = 5.0) -> list[Reply | Exception]:

@@ -17,54 +17,13 @@ from typing import Any
 
 import chromium
 import pytest
+from builders.html_pages import HOSTILE, luminance, seen
+from builders.teacher_rows import EXEMPLARS, LABELS, row, unusable, wrong
 
 from sbs_jax.stats.intervals import wilson_interval
 from sbs_jax.teacher import page as teacher_page
 from sbs_jax.teacher import shown
 from sbs_jax.teacher.page import Shown, write_page
-
-LABELS = ("entailment", "neutral", "contradiction")
-EXEMPLARS = "Does it follow?\n\n" + "\n".join(f"Q: exemplar {i}\nA: because {i}. yes\n" for i in range(10))
-# What a teacher should not get away with.
-HOSTILE = [
-    "</script><script>window.pwned = 1</script>",
-    "<img src=x onerror='window.pwned = 1'>",
-    "<!-- <script> --> ]]> &lt;b&gt; &amp; \"quoted\" 'too' `${window.pwned = 1}` \\u003c",
-    "lines\u2028and\u2029paragraphs",
-    "a null \x00, a bell \x07, an escape \x1b[31m, a return \r, a C1 \x9b, half a character \ud800 and \udfff",
-    "turned \u202egnorw\u202c around \u2066isolated\u2069, \ufeffmarked \ufffe \uffff",
-    "עברית and 漢字 and 👩‍🔬 and e\u0301",
-    "<svg onload=window.pwned=1>",
-    "javascript:window.pwned=1",
-    "__proto__",
-]
-
-
-def row(number: int, **changes: Any) -> Shown:
-    """A row that the teacher has right."""
-    fields: dict[str, Any] = {
-        "id": f"row-{number}",
-        "input": f"Does {number} follow?",
-        "label": LABELS[number % 3],
-        "prompt": f"{EXEMPLARS}\nQ: Does {number} follow?\nA:",
-        "replies": (f"It does for {number}. Answer: {LABELS[number % 3]}",),
-        "rationale": f"It does for {number}.",
-        "teacher_label": LABELS[number % 3],
-        "outcome": "ok",
-        "hinted": False,
-        "right": True,
-    }
-    return Shown(**(fields | changes))
-
-
-def wrong(number: int, **changes: Any) -> Shown:
-    label = LABELS[(number + 1) % 3]
-    return row(number, **({"teacher_label": label, "replies": (f"No. Answer: {label}",), "right": False} | changes))
-
-
-def unusable(number: int, **changes: Any) -> Shown:
-    fields = {"teacher_label": None, "rationale": None, "outcome": "no_answer", "right": None, "replies": ("Hm.",)}
-    return row(number, **(fields | changes))
 
 
 def some_rows(count: int = 120) -> Iterator[Shown]:
@@ -439,13 +398,6 @@ def ids(tab: chromium.Page) -> list[str]:
     return tab.run("[...document.querySelectorAll('#list .id')].map((e) => e.textContent)")
 
 
-def seen(text: str) -> str:
-    """A text as the page shows it: what cannot be seen by its number."""
-    unseen = {*range(9), *range(0xB, 0x20), *range(0x7F, 0xA0), 0x200B, *range(0x2028, 0x202F), *range(0x2066, 0x206A)}
-    unseen |= {0xFEFF, 0xFFFE, 0xFFFF, *range(0xD800, 0xE000)}
-    return "".join(f"⟨U+{ord(c):04X}⟩" if ord(c) in unseen else c for c in text)
-
-
 def test_hostile_texts_are_shown_as_text(tab: chromium.Page, tmp_path: Path) -> None:
     rows = [
         wrong(
@@ -658,12 +610,6 @@ def test_dark_mode_has_light_text_on_dark_paper(tab: chromium.Page, tmp_path: Pa
             light, deep = sorted((luminance(ink), luminance(paper)), reverse=True)
             assert (luminance(ink) > luminance(paper)) == dark
             assert (light + 0.05) / (deep + 0.05) >= 4.5  # WCAG 2 AA
-
-
-def luminance(colour: list[int]) -> float:
-    parts = [c / 255 for c in colour]
-    parts = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
-    return 0.2126 * parts[0] + 0.7152 * parts[1] + 0.0722 * parts[2]
 
 
 @pytest.mark.parametrize("kind", ["none", "unusable", "unlabelled", "no examples"])

@@ -1,0 +1,1 @@
+"""Builders of inputs that the tests of several modules share."""

@@ -1,0 +1,35 @@
+"""Rows of a teacher's page: right, wrong, unusable."""
+
+from typing import Any
+
+from sbs_jax.teacher.page import Shown
+
+LABELS = ("entailment", "neutral", "contradiction")
+EXEMPLARS = "Does it follow?\n\n" + "\n".join(f"Q: exemplar {i}\nA: because {i}. yes\n" for i in range(10))
+
+
+def row(number: int, **changes: Any) -> Shown:
+    """A row that the teacher has right."""
+    fields: dict[str, Any] = {
+        "id": f"row-{number}",
+        "input": f"Does {number} follow?",
+        "label": LABELS[number % 3],
+        "prompt": f"{EXEMPLARS}\nQ: Does {number} follow?\nA:",
+        "replies": (f"It does for {number}. Answer: {LABELS[number % 3]}",),
+        "rationale": f"It does for {number}.",
+        "teacher_label": LABELS[number % 3],
+        "outcome": "ok",
+        "hinted": False,
+        "right": True,
+    }
+    return Shown(**(fields | changes))
+
+
+def wrong(number: int, **changes: Any) -> Shown:
+    label = LABELS[(number + 1) % 3]
+    return row(number, **({"teacher_label": label, "replies": (f"No. Answer: {label}",), "right": False} | changes))
+
+
+def unusable(number: int, **changes: Any) -> Shown:
+    fields = {"teacher_label": None, "rationale": None, "outcome": "no_answer", "right": None, "replies": ("Hm.",)}
+    return row(number, **(fields | changes))
