@@ -13,6 +13,7 @@ import numpy as np
 
 from sbs_jax.student import t5
 from sbs_jax.weights import names
+from sbs_jax.weights.arrays import LazyArray, Opened
 
 VOCABULARY = 44
 SHAPE = {
@@ -74,13 +75,12 @@ def _weights(name: str, shape: tuple[int, ...]) -> np.ndarray:
     return kernel.astype(np.float32)
 
 
-def opened(config: t5.T5Config) -> names.Opened:
+def opened(config: t5.T5Config) -> Opened:
     """The same weights as a checkpoint that a conversion reads."""
     arrays = {
-        name: names.LazyArray(values.shape, values.dtype, values.__getitem__)
-        for name, values in parameters(config).items()
+        name: LazyArray(values.shape, values.dtype, values.__getitem__) for name, values in parameters(config).items()
     }
-    return names.Opened(config, arrays)
+    return Opened(config, arrays)
 
 
 def source() -> np.ndarray:

@@ -163,7 +163,7 @@ def test_readers_of_parameters_refuse_what_is_damaged_and_nothing_else(run, dama
     with pytest.raises(ValueError, match=said):
         opening.load_parameters(run, like=wanted)
     with pytest.raises(ValueError, match=said):
-        opening.open_any(run, kind=opening.form(run))
+        opening.open_any(run)
     assert checkpoints.read_metadata(run, 2)["step"] == 2
     if manifest.is_dir():
         manifest.rmdir()

@@ -23,6 +23,7 @@ from sbs_jax.training import students
 from sbs_jax.training.state import initial_state
 from sbs_jax.training.step import prepare
 from sbs_jax.weights import hugging_face, names, opening, t5x
+from sbs_jax.weights.arrays import LazyArray, Opened
 
 ALL = list(cases.CASES)
 
@@ -32,7 +33,7 @@ def converted(source, target, to_form, **changes):
     return convert.convert(str(source), str(target), to_form=to_form, **{**options, **changes})
 
 
-def same(opened: names.Opened, config: t5.T5Config) -> None:
+def same(opened: Opened, config: t5.T5Config) -> None:
     """The arrays are the case's weights, bit for bit."""
     expected = cases.parameters(config)
     assert set(opened.arrays) == set(expected)
@@ -160,8 +161,8 @@ def test_a_bucket_is_read_by_slices(starter, form, tmp_path):
         "import sys, numpy as np\n"
         "from sbs_jax.weights import opening\n"
         "place = sys.argv[1]\n"
-        "assert opening.form(place) == 't5x'\n"
-        "opened = opening.open_any(place, kind='t5x')\n"
+        "assert opening.form_of(place).name == 't5x'\n"
+        "opened = opening.open_any(place)\n"
         "np.savez(sys.argv[2], **{name: array.whole() for name, array in opened.arrays.items()})\n"
     )
     with bucket.served(tmp_path, bucket="some-bucket") as (environment, asked):
@@ -185,7 +186,7 @@ def test_shards_of_an_array_are_read_alone():
         read.append(values[index].shape)
         return values[index]
 
-    array = names.LazyArray(values.shape, values.dtype, part).transposed()
+    array = LazyArray(values.shape, values.dtype, part).transposed()
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "fsdp"))
     made = array.onto(jax.ShapeDtypeStruct((10, 16), jnp.float32, sharding=sharding))
     np.testing.assert_array_equal(made, values.T)
@@ -195,7 +196,7 @@ def test_shards_of_an_array_are_read_alone():
 @pytest.mark.parametrize("axis", [0, 1])
 def test_slices_of_joined_axes(axis):
     values = np.arange(2 * 3 * 4).reshape(2, 3, 4)
-    array = names.LazyArray(values.shape, values.dtype, values.__getitem__).joined(axis)
+    array = LazyArray(values.shape, values.dtype, values.__getitem__).joined(axis)
     expected = values.reshape(6, 4) if axis == 0 else values.reshape(2, 12)
     assert array.shape == expected.shape
     np.testing.assert_array_equal(array.whole(), expected)
@@ -207,7 +208,7 @@ def test_arrays_on_devices_are_copies():
     spare = np.zeros(2**16 + 64, np.uint8)
     start = -spare.ctypes.data % 64
     values = spare[start : start + 2**16].view(np.float32)
-    array = names.LazyArray(values.shape, values.dtype, values.__getitem__)
+    array = LazyArray(values.shape, values.dtype, values.__getitem__)
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     made = array.onto(jax.ShapeDtypeStruct(values.shape, jnp.float32, sharding=place))
     values[:] = 1
@@ -228,7 +229,7 @@ def student_of(path):
 def test_a_run_comes_back_from_every_form_as_a_run_that_predicts(run, through, tmp_path):
     summary = converted(run.model_dir, tmp_path / through, through)
     assert summary["from"] == "sbs"
-    assert opening.form(tmp_path / through) == through
+    assert opening.form_of(tmp_path / through).name == through
     converted(tmp_path / through, tmp_path / "back", "sbs", from_form=through)
     before, after = student_of(run.model_dir), student_of(tmp_path / "back")
     assert before[1] == after[1]
@@ -269,7 +270,7 @@ def test_the_command_line_converts(starter, run, tmp_path):
 
 def test_an_export_carries_its_tokenizer(tmp_path, real_vocab):
     opened = cases.opened(cases.config("v1_1"))
-    with_pieces = names.Opened(opened.config, opened.arrays, vocabulary=str(real_vocab))
+    with_pieces = Opened(opened.config, opened.arrays, vocabulary=str(real_vocab))
     hugging_face.write(tmp_path / "pieces", with_pieces, dtype="float32")
     assert (tmp_path / "pieces" / hugging_face.SENTENCEPIECE).read_bytes() == real_vocab.read_bytes()
     assert hugging_face.open_directory(tmp_path / "pieces").vocabulary == str(tmp_path / "pieces" / "spiece.model")
@@ -361,9 +362,9 @@ def test_a_half_written_export_does_not_look_complete(tmp_path):
 
     broken = dict(opened.arrays)
     name = sorted(broken)[-1]
-    broken[name] = names.LazyArray(broken[name].shape, broken[name].dtype, fails)
+    broken[name] = LazyArray(broken[name].shape, broken[name].dtype, fails)
     with pytest.raises(OSError, match="disk full"):
-        hugging_face.write(tmp_path / "out", names.Opened(config, broken), dtype="float32")
+        hugging_face.write(tmp_path / "out", Opened(config, broken), dtype="float32")
     assert not (tmp_path / "out").exists()
     # What is left of it is in nobody's way.
     hugging_face.write(tmp_path / "out", opened, dtype="float32")
@@ -373,10 +374,10 @@ def test_a_half_written_export_does_not_look_complete(tmp_path):
 
 def test_what_is_no_checkpoint_says_what_is_expected(tmp_path):
     with pytest.raises(FileNotFoundError, match="nothing is there"):
-        opening.form(tmp_path / "none")
+        opening.form_of(tmp_path / "none")
     (tmp_path / "file.txt").write_text("x")
     with pytest.raises(FileNotFoundError, match=r"Hugging Face directory.*T5X model directory"):
-        opening.form(tmp_path)
+        opening.form_of(tmp_path)
 
 
 def test_the_stated_form_must_be_the_form(exported, tmp_path):
@@ -408,10 +409,10 @@ def test_weights_are_streamed_and_never_held_together(starter, tmp_path):
     shapes = names.parameters(config)
     holes = np.memmap(tmp_path / "holes", np.float32, "w+", shape=(max(np.prod(x.shape) for x in shapes.values()),))
     arrays = {
-        name: names.LazyArray(leaf.shape, holes.dtype, holes[: np.prod(leaf.shape)].reshape(leaf.shape).__getitem__)
+        name: LazyArray(leaf.shape, holes.dtype, holes[: np.prod(leaf.shape)].reshape(leaf.shape).__getitem__)
         for name, leaf in shapes.items()
     }
-    hugging_face.write(tmp_path / "source", names.Opened(config, arrays), dtype="float32")
+    hugging_face.write(tmp_path / "source", Opened(config, arrays), dtype="float32")
     program = (
         "import re, threading, time, sys, pathlib\n"
         "from sbs_jax.export import convert\n"

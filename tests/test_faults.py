@@ -25,7 +25,7 @@ from sbs_jax.data import batches, registry, tokens
 from sbs_jax.hosts import preemption
 from sbs_jax.run import checkpoints, directory
 from sbs_jax.storage import checksums
-from sbs_jax.weights import t5x
+from sbs_jax.weights import tensor_store
 
 SPEEDS = {"tokens_per_second", "seconds_per_step", "data_wait_share"}
 STEPS, EVALUATED = 40, 16
@@ -77,7 +77,7 @@ def contents(run: Path) -> Contents:
     step = checkpoints.steps(run)[-1]
     arrays = {}
     for item in (checkpoints.PARAMETERS, checkpoints.OPTIMIZER):
-        for name, array in t5x.orbax_arrays(run / "checkpoints" / str(step) / item).items():
+        for name, array in tensor_store.orbax_arrays(run / "checkpoints" / str(step) / item).items():
             arrays[f"{item}/{name}"] = array.whole()
     lines = [{k: v for k, v in line.items() if k not in SPEEDS} for line in directory.read_metrics(run)]
     predictions = {path.name: path.read_bytes() for path in (run / "predictions").iterdir()}

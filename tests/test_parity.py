@@ -9,7 +9,8 @@ import parity_cases as cases
 import pytest
 
 from sbs_jax.data import tokens
-from sbs_jax.weights import hugging_face, names
+from sbs_jax.weights import hugging_face
+from sbs_jax.weights.arrays import Opened
 
 pytestmark = [
     pytest.mark.parity,
@@ -100,7 +101,7 @@ def test_the_recorded_updates_are_what_pytorch_makes(name, tmp_path):
 def tokenizer(tmp_path_factory, real_vocab):
     """transformers' tokenizer, of the files that an export carries."""
     opened = cases.opened(cases.config("v1_1"))
-    opened = names.Opened(opened.config, opened.arrays, vocabulary=str(real_vocab))
+    opened = Opened(opened.config, opened.arrays, vocabulary=str(real_vocab))
     folder = tmp_path_factory.mktemp("tokenizer") / "exported"
     hugging_face.write(folder, opened, dtype="float32")
     return transformers.AutoTokenizer.from_pretrained(folder)

@@ -28,7 +28,7 @@ from sbs_jax.data.dataset import Dataset
 from sbs_jax.pages import report
 from sbs_jax.teacher.page import write_page
 from sbs_jax.training import gin_files
-from sbs_jax.weights import hugging_face, npz, opening, t5x
+from sbs_jax.weights import hugging_face, opening, t5x
 from tasks import builtin
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -159,7 +159,7 @@ def test_a_pickle_in_an_npz_is_refused_and_not_run(tmp_path: Path) -> None:
     path = tmp_path / "student.npz"
     np.savez(path, a=np.array([Canary()], dtype=object))
     with pytest.raises(ValueError, match=re.escape(str(path))):
-        npz.arrays(path, shapes={"a": (1,)})
+        opening.arrays_of(path, wanted={"a": (1,)})
     assert not fuzzing.CANARY.exists()
 
 
@@ -170,7 +170,7 @@ def test_a_bomb_in_an_npz_is_refused_before_it_takes_memory(tmp_path: Path) -> N
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("a.npy", b"\x93NUMPY\x01\x00" + len(claims).to_bytes(2, "little") + claims + b"\x00" * 64)
     with pytest.raises(ValueError, match=re.escape(str(path))):
-        npz.arrays(path, shapes={"a": (16,)})
+        opening.arrays_of(path, wanted={"a": (16,)})
     bomb = b"{'descr': '<f4', 'fortran_order': False, 'shape': (50000000,), }"
     with (
         zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive,
@@ -182,7 +182,7 @@ def test_a_bomb_in_an_npz_is_refused_before_it_takes_memory(tmp_path: Path) -> N
     assert path.stat().st_size < 1_000_000
     tracemalloc.start()
     with pytest.raises(ValueError, match=r"a: checkpoint \(50000000,\), model \(16,\)"):
-        npz.arrays(path, shapes={"a": (16,)})
+        opening.arrays_of(path, wanted={"a": (16,)})
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     with pytest.raises(ValueError, match=r"a: checkpoint \(50000000,\), model \(16,\)"):
         opening.load_parameters(path, like={"a": jax.ShapeDtypeStruct((16,), np.float32, sharding=place)})
@@ -203,7 +203,7 @@ def test_a_member_of_an_npz_that_is_no_array_of_these_numbers_is_refused(
         data = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + bytes(64) + more
         archive.writestr("a.npy", data)
     with pytest.raises(ValueError, match=r"a\.npy is said to be .* which cannot be"):
-        npz.arrays(path, shapes={"a": (16,)})
+        opening.arrays_of(path, wanted={"a": (16,)})
 
 
 def test_a_pytorch_file_that_would_run_code_is_refused(tmp_path: Path) -> None:

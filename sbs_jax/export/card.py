@@ -22,6 +22,7 @@ from sbs_jax.stats import intervals, results
 from sbs_jax.storage import json_files
 from sbs_jax.student import adapters
 from sbs_jax.weights import hugging_face, names, opening
+from sbs_jax.weights.arrays import Opened
 
 log = logging.getLogger(__name__)
 
@@ -31,13 +32,13 @@ FORMAT = 1
 _PREDICTIONS = "predictions"
 
 
-def of(source: str, opened: names.Opened, *, form: str) -> dict[str, Any] | None:
+def of(source: str, opened: Opened, *, form: str) -> dict[str, Any] | None:
     """The card of a checkpoint: of a run what it left, of an export the card that it carries.
 
     None where nothing tells what the student was trained to do: published weights. ValueError for a card that is
     damaged.
     """
-    if form == opening.SBS and not source.endswith(".npz"):
+    if form == opening.SBS:
         directory, step = checkpoints.locate(source)
         if opened.origin is not None and (directory / "metrics.jsonl").exists():
             return _of_run(directory, opened, step=step)
@@ -102,7 +103,7 @@ def write(folder: Path, card: Mapping[str, Any], *, usage: str, **more: Any) -> 
 
 def sample_inputs(source: str, card: Mapping[str, Any], *, form: str, rows: int) -> list[str]:
     """Inputs that the run was graded on, with the prefix, the first `rows` of them; [] where it left none behind."""
-    if form != opening.SBS or source.endswith(".npz"):
+    if form != opening.SBS:
         return []
     folder = checkpoints.locate(source)[0] / _PREDICTIONS
     for file in sorted(folder.glob("*.jsonl"), key=lambda file: ("-test-" not in file.name, file.name)):
@@ -130,14 +131,14 @@ def read_samples(path: str | Path, card: Mapping[str, Any], *, rows: int) -> lis
 # ------------------------------------------------------------------------------------ contents
 
 
-def _of_run(directory: Path, opened: names.Opened, *, step: int) -> dict[str, Any]:
+def _of_run(directory: Path, opened: Opened, *, step: int) -> dict[str, Any]:
     card = _of_settings(opened)
     with contextlib.suppress(ValueError):  # a task that no report compares, such as rationales alone
         card["training"]["method"] = results.identify(directory).method
     return card | {"test": _tested(directory, step=step)}
 
 
-def _of_settings(opened: names.Opened) -> dict[str, Any]:
+def _of_settings(opened: Opened) -> dict[str, Any]:
     """What the manifest of a run tells."""
     manifest = opened.origin
     assert manifest is not None
@@ -204,7 +205,7 @@ def _grading(dataset: Dataset | None, *, metric: str | None) -> dict[str, Any]:
     }
 
 
-def _training(manifest: Mapping[str, Any], opened: names.Opened) -> dict[str, Any]:
+def _training(manifest: Mapping[str, Any], opened: Opened) -> dict[str, Any]:
     """Facts of the training; of what lies on the machine, names alone."""
     options, settings = manifest["data"]["options"], manifest.get("settings", {})
     counts = manifest["data"].get("splits", {}).get("train", {}).get("counts", {})

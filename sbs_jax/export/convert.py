@@ -5,7 +5,7 @@ import functools
 import json
 import logging
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,31 @@ from sbs_jax.export import card as cards
 from sbs_jax.export import transformers
 from sbs_jax.run import checkpoints, directory
 from sbs_jax.student import t5
-from sbs_jax.weights import hugging_face, identity, merging, names, opening, peft, t5x
+from sbs_jax.weights import hugging_face, merging, names, opening, peft, t5x
+from sbs_jax.weights.arrays import Opened
 
 log = logging.getLogger(__name__)
 
-FORMS = (opening.HUGGING_FACE, opening.T5X, opening.SBS, opening.PEFT)
 # Forms for other runtimes, which are written and not read (sbs_jax/export/).
 STABLEHLO, ONNX = "stablehlo", "onnx"
 VOCABULARY = "sentencepiece.model"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Job:
+    """One conversion: what was opened, where it goes, and the settings of the form to write."""
+
+    source: str
+    target: str
+    form: str
+    opened: Opened
+    base: str | None
+    dtype: str
+    shard_bytes: int
+    platforms: Sequence[str]
+    shapes: Sequence[tuple[int, int]]
+    samples: str | None
+    check: int
 
 
 def convert(
@@ -42,84 +59,145 @@ def convert(
     samples: str | None = None,
     check: int = 32,
 ) -> dict[str, Any]:
-    """Converts, and returns what it did. `target` must not exist, and appears when it is complete.
+    """Converts a checkpoint and returns a summary. `target` must not exist; it appears when it is complete.
 
-    `from_form` None means: as it looks. `dtype` and `shard_bytes` are those of Hugging Face's files; the other forms
-    hold float32. Where the source is a run (or an export of one), its settings go along, so that a conversion back is a
-    run again. Adapters are merged into their base, which lies at `base` if it has moved; but to PEFT's form, and from
-    that to a run, they stay adapters. `vocabulary` is where the run's lies now, if it has moved.
+    `from_form` None detects the form. `dtype` and `shard_bytes` are those of Hugging Face's files; the other forms hold
+    float32. The settings of a run (or of an export of one) go along, so that a conversion back is a run again. Adapters
+    are merged into their base, now at `base` if it has moved, unless PEFT's form is written, or a run from it.
+    `vocabulary` is where the run's is now, if it has moved.
 
-    Of the forms for other runtimes: `platforms` and `shapes` (rows, tokens) of the programs, () for the usual ones, and
-    so many rows (`check`) of `samples` (default: what the run was graded on) to answer with what was written.
+    Of the forms for other runtimes: `platforms` and `shapes` (rows, tokens) of the programs, () for the defaults, and
+    how many rows (`check`) of `samples` (default: what the run was graded on) to answer with what was written.
     """
     _check_options(to_form, dtype=dtype, platforms=platforms, shapes=shapes)
-    found = opening.form(source)
-    if from_form not in (None, found):
-        raise ValueError(f"{source} is of the form {found!r}; got --from {from_form!r}.")
-    remote = "://" in target
-    if remote and to_form != opening.T5X:
-        raise ValueError(f"{target}: only T5X checkpoints are written to a bucket; convert to a folder and copy it.")
-    if not remote and Path(target).exists():
+    form = opening.form_of(source)
+    if from_form not in (None, form.name):
+        raise ValueError(f"{source} is of the form {form.name!r}; got --from {from_form!r}.")
+    if "://" in target:
+        if to_form != opening.T5X:
+            raise ValueError(
+                f"{target}: only T5X checkpoints are written to a bucket; convert to a folder and copy it."
+            )
+    elif Path(target).exists():
         raise FileExistsError(f"{target} exists already; choose another name, or remove it.")
-    opened = _open(source, kind=found, base=base)
+    opened = form.open(source, base)
+    if base is not None and opened.tuning is None:
+        raise ValueError(f"{source} has no adapters, and needs no base; got --base {base}.")
     if vocabulary is not None:
         opened = _with_vocabulary(opened, vocabulary, owner=source)
-    summary = {"from": found, "to": to_form}
-    if to_form == opening.PEFT:
-        summary |= _to_peft(opened, source, target, base=base)
-    elif opened.tuning is not None and found == opening.PEFT and to_form == opening.SBS:
-        if opened.origin is None:
-            log.warning(
-                "%s is no run of ours, so that nothing says how inputs are written for it: %s can be merged and "
-                "exported, and does not predict.",
-                base,
-                target,
-            )
-        summary |= _told_of(opened)
+    summary: dict[str, Any] = {"from": form.name, "to": to_form}
+    if to_form == opening.PEFT or (form.name, to_form) == (opening.PEFT, opening.SBS):
+        summary |= _kept(opened, source, base=base, is_run=to_form == opening.SBS)
     elif opened.tuning is not None and (to_form != STABLEHLO or merging.possible(opened)):
-        opened, told = _merged(opened, source, base=base)
-        summary |= told
+        opened, more = _merged(opened, source, base=base)
+        summary |= more
     summary |= {
         "arrays": len(opened.arrays),
         "parameters": names.size(names.parameters(opened.config)),
         "model": dataclasses.asdict(opened.config),
     }
-    if to_form in (STABLEHLO, ONNX):
-        from sbs_jax.export import onnx, stablehlo
-        from sbs_jax.export.student import Student
+    job = _Job(
+        source=source,
+        target=target,
+        form=form.name,
+        opened=opened,
+        base=base,
+        dtype=dtype,
+        shard_bytes=shard_bytes,
+        platforms=platforms,
+        shapes=shapes,
+        samples=samples,
+        check=check,
+    )
+    return summary | (_WRITERS[to_form](job) or {})
 
-        student = Student.of(opened, source=source, form=found, base=base)
-        texts = _samples(source, student.card, form=found, given=samples, rows=check)
-        with hugging_face.beside(Path(target)) as folder:
-            if to_form == STABLEHLO:
-                summary |= stablehlo.write(
-                    folder, student, form=dtype, platforms=platforms, shapes=shapes, samples=texts
-                )
-            else:
-                summary |= onnx.write(folder, student, shapes=shapes, samples=texts)
-    elif to_form == opening.HUGGING_FACE:
-        card = cards.of(source, opened, form=found)
-        finish = functools.partial(transformers.finish, card=card, dtype=dtype)
-        hugging_face.write(target, opened, dtype=dtype, shard_bytes=shard_bytes, finish=finish)
-    elif remote:
-        t5x.write(target, _parameters(opened), step=opened.step)
-    elif to_form != opening.PEFT:
-        with hugging_face.beside(Path(target)) as folder:
-            if to_form == opening.T5X:
-                t5x.write(folder, _parameters(opened), step=opened.step)
-                _write_origin(folder / hugging_face.ORIGIN, opened.origin)
-            else:
-                checkpoints.save_parameters(
-                    *(folder, _parameters(opened)),
-                    config=opened.config,
-                    step=opened.step,
-                    tuning=opened.tuning,
-                    base=opened.base,
-                )
-                _write_run(folder, opened, home=Path(target).absolute())
-            card = None if opened.tuning is not None else cards.of(source, opened, form=found)
-            _write_origin(folder / cards.FILE, card)
-    return summary
+
+# ------------------------------------------------------------------------------------ writing, form by form
+
+
+def _write_hugging_face(job: _Job) -> None:
+    card = cards.of(job.source, job.opened, form=job.form)
+    finish = functools.partial(transformers.finish, card=card, dtype=job.dtype)
+    hugging_face.write(job.target, job.opened, dtype=job.dtype, shard_bytes=job.shard_bytes, finish=finish)
+
+
+def _write_t5x(job: _Job) -> None:
+    if "://" in job.target:
+        t5x.write(job.target, _parameters(job.opened), step=job.opened.step)
+        return
+    with hugging_face.beside(Path(job.target)) as folder:
+        t5x.write(folder, _parameters(job.opened), step=job.opened.step)
+        _write_json(folder / hugging_face.ORIGIN, job.opened.origin)
+        _write_json(folder / cards.FILE, cards.of(job.source, job.opened, form=job.form))
+
+
+def _write_run(job: _Job) -> None:
+    opened = job.opened
+    with hugging_face.beside(Path(job.target)) as folder:
+        checkpoints.save_parameters(
+            *(folder, _parameters(opened)),
+            config=opened.config,
+            step=opened.step,
+            tuning=opened.tuning,
+            base=opened.base,
+        )
+        vocabulary = opened.vocabulary
+        if vocabulary not in (None, tokens.BYTE_VOCABULARY) and Path(vocabulary).is_file():
+            shutil.copyfile(vocabulary, folder / VOCABULARY)
+            vocabulary = str(Path(job.target).absolute() / VOCABULARY)
+        manifest = opened.origin
+        if manifest is not None and vocabulary is not None:
+            data = manifest["data"] | {"options": manifest["data"]["options"] | {"vocabulary": vocabulary}}
+            manifest = manifest | {"data": data}
+        _write_json(folder / directory.MANIFEST, manifest)
+        if opened.tuning is None:
+            _write_json(folder / cards.FILE, cards.of(job.source, opened, form=job.form))
+
+
+def _write_peft(job: _Job) -> None:
+    assert job.opened.base is not None
+    peft.write(job.target, job.opened, base=job.base or job.opened.base["path"])
+
+
+def _write_programs(job: _Job, *, to_form: str) -> dict[str, Any]:
+    from sbs_jax.export import onnx, stablehlo  # slow to import
+    from sbs_jax.export.student import Student
+
+    student = Student.of(job.opened, source=job.source, form=job.form, base=job.base)
+    texts = _samples(job.source, student.card, form=job.form, given=job.samples, rows=job.check)
+    with hugging_face.beside(Path(job.target)) as folder:
+        if to_form == ONNX:
+            return onnx.write(folder, student, shapes=job.shapes, samples=texts)
+        return stablehlo.write(
+            *(folder, student), form=job.dtype, platforms=job.platforms, shapes=job.shapes, samples=texts
+        )
+
+
+_WRITERS: Mapping[str, Callable[[_Job], dict[str, Any] | None]] = {
+    opening.HUGGING_FACE: _write_hugging_face,
+    opening.T5X: _write_t5x,
+    opening.SBS: _write_run,
+    opening.PEFT: _write_peft,
+    STABLEHLO: functools.partial(_write_programs, to_form=STABLEHLO),
+    ONNX: functools.partial(_write_programs, to_form=ONNX),
+}
+
+
+def _parameters(opened: Opened) -> t5.Parameters:
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shapes: Mapping[str, Any] = opened.arrays if opened.tuning is not None else names.parameters(opened.config)
+    return {
+        name: opened.arrays[name].onto(jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=place))
+        for name, leaf in shapes.items()
+    }
+
+
+def _write_json(path: Path, contents: Mapping[str, Any] | None) -> None:
+    if contents is not None:
+        path.write_text(json.dumps(contents, indent=1, sort_keys=True) + "\n", "utf-8")
+
+
+# ------------------------------------------------------------------------------------ options, adapters, samples
 
 
 def _check_options(to_form: str, *, dtype: str, platforms: Sequence[str], shapes: Sequence[tuple[int, int]]) -> None:
@@ -145,7 +223,7 @@ def _check_options(to_form: str, *, dtype: str, platforms: Sequence[str], shapes
         raise ValueError(f"--to {to_form} has no programs; --shapes is of stablehlo and onnx.")
 
 
-def _with_vocabulary(opened: names.Opened, vocabulary: str, *, owner: str) -> names.Opened:
+def _with_vocabulary(opened: Opened, vocabulary: str, *, owner: str) -> Opened:
     """With a vocabulary that lies elsewhere now. ValueError where it is another one."""
     expected = None if opened.origin is None else opened.origin["data"].get("vocabulary_sha256")
     found = tokens.vocabulary_sha256(vocabulary)
@@ -175,37 +253,20 @@ def _samples(source: str, card: Mapping[str, Any], *, form: str, given: str | No
     return texts
 
 
-def _open(source: str, *, kind: str, base: str | None) -> names.Opened:
-    """The source as it is: adapters are not merged, and of a run's the base is not read yet."""
-    if kind == opening.PEFT:
-        if base is None:
-            said = peft.said_base(source)
-            raise ValueError(
-                f"{source} holds adapters of PEFT; give the base they were trained on by --base"
-                f"{f' (they say: {said})' if said else ''}."
-            )
-        under = opening.open_any(base, kind=opening.form(base))
-        path = base if "://" in base else str(Path(base).absolute())
-        known = {"path": path, "seed": None, "fingerprint": identity.of_arrays(under.arrays)}
-        return peft.open_directory(source, base=under, identity=known)
-    opened = opening.open_run(source) if kind == opening.SBS else opening.open_any(source, kind=kind, base=base)
-    if base is not None and opened.tuning is None:
-        raise ValueError(f"{source} has no adapters, and needs no base; got --base {base}.")
-    return opened
-
-
-def _to_peft(opened: names.Opened, source: str, target: str, *, base: str | None) -> dict[str, Any]:
-    peft.contents(opened, owner=source)
-    assert opened.base is not None
-    if base is not None:
-        opening.base_arrays(opened, given=base, owner=source)  # whether it is the same
-    peft.write(target, opened, base=base or opened.base["path"])
-    return _told_of(opened)
-
-
-def _told_of(opened: names.Opened) -> dict[str, Any]:
+def _kept(opened: Opened, source: str, *, base: str | None, is_run: bool) -> dict[str, Any]:
     """What a summary says of adapters that stay adapters."""
     tuning = opened.tuning
+    if is_run:
+        if opened.origin is None:
+            log.warning(
+                "%s is no run of ours, so that nothing says how inputs are written for it: what is converted can be "
+                "merged and exported, and does not predict.",
+                base,
+            )
+    else:
+        peft.contents(opened, owner=source)
+        if base is not None:
+            opening.base_arrays(opened, given=base, owner=source)  # whether it is the same
     assert tuning is not None
     if tuning.base != "float32":
         log.warning(
@@ -216,7 +277,7 @@ def _told_of(opened: names.Opened) -> dict[str, Any]:
     return {"base": opened.base, "base_held_in": tuning.base}
 
 
-def _merged(opened: names.Opened, source: str, *, base: str | None) -> tuple[names.Opened, dict[str, Any]]:
+def _merged(opened: Opened, source: str, *, base: str | None) -> tuple[Opened, dict[str, Any]]:
     """Base and adapters as one student, and what a summary says of that."""
     merging.check(opened, owner=source)
     arrays = opening.base_arrays(opened, given=base, owner=source)
@@ -231,30 +292,3 @@ def _merged(opened: names.Opened, source: str, *, base: str | None) -> tuple[nam
         )
         told["quantized"] = lost
     return merging.merged(opened, arrays), told
-
-
-def _parameters(opened: names.Opened) -> t5.Parameters:
-    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    shapes: Mapping[str, Any] = opened.arrays if opened.tuning is not None else names.parameters(opened.config)
-    return {
-        name: opened.arrays[name].onto(jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=place))
-        for name, leaf in shapes.items()
-    }
-
-
-def _write_run(folder: Path, opened: names.Opened, *, home: Path) -> None:
-    """What makes parameters a run: its manifest, and the vocabulary, which lies beside it from now on."""
-    vocabulary = opened.vocabulary
-    if vocabulary not in (None, tokens.BYTE_VOCABULARY) and Path(vocabulary).is_file():
-        shutil.copyfile(vocabulary, folder / VOCABULARY)
-        vocabulary = str(home / VOCABULARY)
-    origin = opened.origin
-    if origin is not None and vocabulary is not None:
-        data = origin["data"] | {"options": origin["data"]["options"] | {"vocabulary": vocabulary}}
-        origin = origin | {"data": data}
-    _write_origin(folder / directory.MANIFEST, origin)
-
-
-def _write_origin(path: Path, origin: dict[str, Any] | None) -> None:
-    if origin is not None:
-        path.write_text(json.dumps(origin, indent=1, sort_keys=True) + "\n", "utf-8")

@@ -24,7 +24,7 @@ from safetensors.flax import load_file
 from sbs_jax.export import card as cards
 from sbs_jax.export import weights
 from sbs_jax.export.student import ANSWER, Student, agreed, check, check_shapes, warn_of_difference, write_vocabulary
-from sbs_jax.weights import hugging_face
+from sbs_jax.weights import tensor_files
 
 PLATFORMS = ("cpu", "tpu", "cuda", "rocm")
 DEFAULT_PLATFORMS = ("cpu", "tpu", "cuda")
@@ -60,7 +60,7 @@ def write(
     shapes, platforms = shapes or ((1, longest), (32, longest)), platforms or DEFAULT_PLATFORMS
     check_shapes(shapes, longest=longest)
     stored = weights.stored(student.arrays, form=form)
-    hugging_face.write_safetensors(folder / WEIGHTS, stored, dtype=None)
+    tensor_files.write_safetensors(folder / WEIGHTS, stored, dtype=None)
     like = {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in stored.items()}
     for task, length in student.tasks.items():
         for rows, tokens in shapes:

@@ -15,7 +15,7 @@ from sbs_jax.data import registry, tokens
 from sbs_jax.export import card as cards
 from sbs_jax.student import decoding, partitioning, t5
 from sbs_jax.training import students
-from sbs_jax.weights import names
+from sbs_jax.weights.arrays import LazyArray, Opened
 
 log = logging.getLogger(__name__)
 
@@ -27,13 +27,13 @@ class Student:
     """`arrays` may be on disk still. Adapters that no plain T5 has a place for are among them, and in the structure."""
 
     structure: t5.Structure
-    arrays: Mapping[str, names.LazyArray]
+    arrays: Mapping[str, LazyArray]
     shapes: Mapping[str, jax.ShapeDtypeStruct]
     card: Mapping[str, Any]
     vocabulary: seqio.Vocabulary
 
     @classmethod
-    def of(cls, opened: names.Opened, *, source: str, form: str, base: str | None) -> "Student":
+    def of(cls, opened: Opened, *, source: str, form: str, base: str | None) -> "Student":
         """The student of an opened checkpoint. ValueError where nothing says what it was trained to do.
 
         `opened` has no adapters any more, or some that cannot be merged.
@@ -49,7 +49,7 @@ class Student:
             structure, shapes, _ = t5.abstract(opened.config)
             return cls(structure, opened.arrays, shapes, card, vocabulary)
         student = students.load_student(source, layout=partitioning.DATA_PARALLEL, base=base)
-        arrays = {name: names.of_array(np.asarray(x)) for name, x in student.parameters.items()}
+        arrays = {name: LazyArray.of(np.asarray(x)) for name, x in student.parameters.items()}
         shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in student.parameters.items()}
         return cls(student.structure, arrays, shapes, card, vocabulary)
 
@@ -78,7 +78,7 @@ class Student:
         }
 
 
-def vocabulary_of(opened: names.Opened, source: str) -> str:
+def vocabulary_of(opened: Opened, source: str) -> str:
     if opened.vocabulary is None:
         raise ValueError(
             f"{source} has no tokenizer: no run's vocabulary and no {'spiece.model'}. Name one by --vocabulary."

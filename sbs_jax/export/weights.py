@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 
 from sbs_jax.student import quantized, t5
-from sbs_jax.weights.names import LazyArray
+from sbs_jax.weights.arrays import LazyArray
 
 FLOAT32, BFLOAT16, INT8 = "float32", "bfloat16", "int8"
 FORMS = (FLOAT32, BFLOAT16, INT8)

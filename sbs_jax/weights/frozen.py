@@ -2,15 +2,14 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
 from sbs_jax.student import adapters, partitioning, t5
-from sbs_jax.weights import opening
-from sbs_jax.weights.identity import digest, fingerprint
+from sbs_jax.weights import identity, opening
+from sbs_jax.weights.arrays import shapes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +49,7 @@ def load(
     compiled: dict[Any, Callable[[jax.Array], tuple[jax.Array, ...]]] = {}  # one for all arrays that are alike
     for name in own:
         array = read(name)
-        prints[name] = [int(x) for x in np.asarray(fingerprint(array))]
+        prints[name] = [int(x) for x in np.asarray(identity.fingerprint(array))]
         parts = [each for each in like if each == name or each.rpartition("/")[0] == name]
 
         def hold(array: jax.Array, name: str = name, parts: list[str] = parts) -> tuple[jax.Array, ...]:
@@ -64,8 +63,8 @@ def load(
         held |= zip(parts, compiled[alike](array), strict=True)
         del array
     trained, rest = adapted.parts(held)
-    place = path if path is None or "://" in path else str(Path(path).absolute())
-    return Base(rest, trained, {"path": place, "seed": None if path else seed, "fingerprint": digest(prints)})
+    place = None if path is None else identity.absolute(path)
+    return Base(rest, trained, {"path": place, "seed": None if path else seed, "fingerprint": identity.digest(prints)})
 
 
 def _from_seed(config: t5.T5Config, seed: int, like: Mapping[str, jax.ShapeDtypeStruct]) -> Callable[[str], jax.Array]:
@@ -74,7 +73,5 @@ def _from_seed(config: t5.T5Config, seed: int, like: Mapping[str, jax.ShapeDtype
 
 
 def _from_checkpoint(path: str, like: Mapping[str, jax.ShapeDtypeStruct]) -> Callable[[str], jax.Array]:
-    if path.endswith(".npz"):
-        return opening.load_parameters(path, like=like).pop
-    arrays = opening.arrays_of(path, shapes={name: tuple(leaf.shape) for name, leaf in like.items()})
+    arrays = opening.arrays_of(path, wanted=shapes(like))
     return lambda name: arrays[name].onto(like[name])

@@ -6,26 +6,22 @@ moved into place when it is complete.
 
 import contextlib
 import difflib
-import importlib
 import json
 import re
 import shutil
-import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
-import safetensors
 import tensorflow as tf
 
 from sbs_jax.data import tokens
 from sbs_jax.run import manifest
 from sbs_jax.storage.json_files import brief, decoded, parse_json, part, read_json
 from sbs_jax.student import t5
-from sbs_jax.weights import names
-from sbs_jax.weights.names import LazyArray, Opened
+from sbs_jax.weights import names, tensor_files
+from sbs_jax.weights.arrays import LazyArray, Opened
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 TORCH_WEIGHTS, TORCH_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -53,7 +49,6 @@ _OURS = {theirs: (ours, transposed) for ours, (theirs, transposed) in names.TABL
 _LAYER = re.compile(r"(encoder|decoder)\.block\.(\d+)\.")
 # A file of weights beside its index.
 _SHARD = re.compile(r"[\w.-]{1,200}\.(safetensors|bin)", re.ASCII)
-_DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "F64": np.float64}
 
 
 def is_directory(path: str | Path) -> bool:
@@ -185,40 +180,19 @@ def _write_weights(folder: Path, opened: Opened, *, dtype: np.dtype, shard_bytes
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
         write_json(folder / INDEX, index)
     for file, shard in zip(files, shards, strict=True):
-        write_safetensors(folder / file, {name: stored[name] for name in shard}, dtype=dtype)
-
-
-def write_safetensors(file: Path, arrays: Mapping[str, LazyArray], *, dtype: np.dtype | None) -> None:
-    """The library's own writer wants every array of a file in memory; this one holds a single array.
-
-    `dtype` None leaves each array in its own type, which may be int8 or uint8 as well.
-    """
-    codes = {np.dtype(each): code for code, each in {**_DTYPES, "I8": np.int8, "U8": np.uint8}.items()}
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name, array in arrays.items():
-        held = array.dtype if dtype is None else dtype
-        end = offset + int(np.prod(array.shape)) * held.itemsize
-        header[name] = {"dtype": codes[held], "shape": list(array.shape), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with file.open("wb") as out:
-        out.write(struct.pack("<Q", len(text)) + text)
-        for array in arrays.values():
-            out.write(np.ascontiguousarray(array.whole().astype(dtype or array.dtype)).reshape(-1).view(np.uint8).data)
+        tensor_files.write_safetensors(folder / file, {name: stored[name] for name in shard}, dtype=dtype)
 
 
 def _stored(path: Path) -> dict[str, LazyArray]:
     """Every array of the directory under its own name."""
     if (path / INDEX).is_file():
-        return _sharded(path, INDEX, read_safetensors)
+        return _sharded(path, INDEX, tensor_files.read_safetensors)
     if (path / WEIGHTS).is_file():
-        return read_safetensors(path / WEIGHTS)
+        return tensor_files.read_safetensors(path / WEIGHTS)
     if (path / TORCH_INDEX).is_file():
-        return _sharded(path, TORCH_INDEX, read_torch)
+        return _sharded(path, TORCH_INDEX, tensor_files.read_torch)
     if (path / TORCH_WEIGHTS).is_file():
-        return read_torch(path / TORCH_WEIGHTS)
+        return tensor_files.read_torch(path / TORCH_WEIGHTS)
     raise FileNotFoundError(f"{path} has no weights: expected {WEIGHTS}, {INDEX}, {TORCH_WEIGHTS} or {TORCH_INDEX}.")
 
 
@@ -247,54 +221,6 @@ def _sharded(path: Path, index: str, read: Any) -> dict[str, LazyArray]:
         file = weight_map[lost[0]]
         raise ValueError(f"{path}: the index promises {brief(lost[0])} in {file}, which does not hold it.")
     return stored
-
-
-def read_safetensors(file: Path) -> dict[str, LazyArray]:
-    try:
-        opened = safetensors.safe_open(file, framework="np")
-    except safetensors.SafetensorError as error:
-        told = part(str(error))
-        raise ValueError(f"{file} is no complete safetensors file ({told}). Download it again.") from None
-    arrays = {}
-    for name in opened.keys():  # noqa: SIM118  (it has no iterator)
-        held = opened.get_slice(name)
-        code = held.get_dtype()
-        if code not in _DTYPES:
-            raise ValueError(f"{file}: {brief(name)} is of type {code}; expected one of {', '.join(_DTYPES)}.")
-        arrays[name] = LazyArray(tuple(held.get_shape()), np.dtype(_DTYPES[code]), held.__getitem__)
-    return arrays
-
-
-def read_torch(file: Path) -> dict[str, LazyArray]:
-    """PyTorch's own format, which only PyTorch reads; its arrays are mapped, and read by slices as well."""
-    try:
-        torch: Any = importlib.import_module("torch")  # not `import`: the type checks run without it
-    except ImportError as error:
-        raise FileNotFoundError(
-            f"{file.parent} has no safetensors, and PyTorch, which reads {file.name}, is not installed. Install it "
-            "(pip install 'sbs-jax[parity]'), or take a revision of the model that has safetensors."
-        ) from error
-    try:
-        state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # of many kinds; that of a file which would run code is one
-        raise ValueError(
-            f"{file} holds more, or less, than PyTorch's weights ({type(error).__name__}: {part(str(error))}). It "
-            "was not loaded; take a revision of the model that has safetensors."
-        ) from None
-    if not isinstance(state, Mapping) or not all(isinstance(each, torch.Tensor) for each in state.values()):
-        raise ValueError(f"{file} is {type(state).__name__}; expected PyTorch's weights, a tensor for each name.")
-
-    def lazy(tensor: Any) -> LazyArray:
-        def read(index: names.Index) -> np.ndarray:
-            part = tensor[index]
-            if part.dtype == torch.bfloat16:
-                return part.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-            return part.numpy()
-
-        dtype = ml_dtypes.bfloat16 if tensor.dtype == torch.bfloat16 else str(tensor.dtype).removeprefix("torch.")
-        return LazyArray(tuple(tensor.shape), np.dtype(dtype), read)
-
-    return {name: lazy(tensor) for name, tensor in state.items()}
 
 
 def _expect_copy(path: Path, stored: Mapping[str, LazyArray], name: str) -> None:

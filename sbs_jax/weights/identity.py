@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sbs_jax.weights.names import LazyArray
+from sbs_jax.weights.arrays import LazyArray
 
 
 def of_arrays(arrays: Mapping[str, LazyArray]) -> str:
@@ -46,6 +46,11 @@ def check(found: Mapping[str, Any], expected: Mapping[str, Any], *, owner: str) 
             f"{expected['fingerprint'][:16]}; {described(found)} has {found['fingerprint'][:16]}. Give the base they "
             "were trained on."
         )
+
+
+def absolute(path: str) -> str:
+    """Returns the path of a base as a checkpoint keeps it: a URL as it is, a local path absolute."""
+    return path if "://" in path else str(Path(path).absolute())
 
 
 def described(identity: Mapping[str, Any]) -> str:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sbs_jax.student import adapters, quantized
-from sbs_jax.weights.names import LazyArray, Opened
+from sbs_jax.weights.arrays import LazyArray, Opened
 
 # What changes a kernel, by the end of its name; all else that can be put on a model has no place in one without it.
 OF_KERNEL = ("lora/a", "lora/b", "in_scale", "out_scale")

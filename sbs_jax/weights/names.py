@@ -10,14 +10,12 @@ import dataclasses
 import difflib
 import functools
 import math
-from collections.abc import Callable, Collection, Mapping
-from typing import Any
+from collections.abc import Collection, Mapping
 
 import jax
-import numpy as np
 
 from sbs_jax.storage.json_files import part
-from sbs_jax.student import adapters, t5
+from sbs_jax.student import t5
 
 _LAYER = "{layer}"
 _DENSE, _AS_IS = True, False
@@ -109,78 +107,6 @@ def _name(ours: str) -> Name:
     )
 
 
-# Reads part of an array: `read((slice(0, 8), slice(None)))`.
-Index = tuple[slice, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class LazyArray:
-    """An array that is still on disk; `read` fetches the part that an index selects, and nothing else."""
-
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    read: Callable[[Index], np.ndarray]
-
-    def whole(self) -> np.ndarray:
-        return self.read((slice(None),) * len(self.shape))
-
-    def transposed(self) -> "LazyArray":
-        return LazyArray(self.shape[::-1], self.dtype, lambda index: self.read(index[::-1]).T)
-
-    def at(self, position: int, *, axis: int) -> "LazyArray":
-        """The part at one position of an axis, without that axis."""
-
-        def read(index: Index) -> np.ndarray:
-            whole = (*index[:axis], slice(position, position + 1), *index[axis:])
-            return np.squeeze(self.read(whole), axis)
-
-        return LazyArray(self.shape[:axis] + self.shape[axis + 1 :], self.dtype, read)
-
-    def joined(self, axis: int) -> "LazyArray":
-        """Two axes as one, this one and the next: heads and their width. A part of it is read whole, then cut."""
-        start, end = self.shape[:axis], self.shape[axis + 2 :]
-
-        def read(index: Index) -> np.ndarray:
-            part = self.read((*index[:axis], slice(None), slice(None), *index[axis + 1 :]))
-            whole = part.reshape(*part.shape[:axis], -1, *part.shape[axis + 2 :])
-            return whole[(*(slice(None),) * axis, index[axis])]
-
-        return LazyArray((*start, self.shape[axis] * self.shape[axis + 1], *end), self.dtype, read)
-
-    def onto(self, like: jax.ShapeDtypeStruct) -> jax.Array:
-        """The array on devices, by the sharding and in the type of `like`; every shard is read by itself."""
-        if like.sharding is None:
-            raise ValueError("An array to fill needs a sharding, and this one has none.")
-        dtype = like.dtype
-        # Copied, since CPU devices may use the memory that they are handed, and this may be a mapped file.
-        return jax.make_array_from_callback(
-            like.shape, like.sharding, lambda index: np.array(self.read(_filled(index or (), self.shape)), dtype)
-        )
-
-
-def _filled(index: Index, shape: tuple[int, ...]) -> Index:
-    """Slices with their bounds filled in."""
-    return tuple(slice(*part.indices(size)) for part, size in zip(index, shape, strict=True))
-
-
-@dataclasses.dataclass(frozen=True)
-class Opened:
-    """A checkpoint of any form: its architecture, and its arrays under our names and in our layout.
-
-    `vocabulary` is the path of its SentencePiece model (or "byte"), `origin` the manifest of the run that it is or was
-    exported from; None where nothing is known. Of a run of adapters that are not merged the arrays are what was
-    trained, `tuning` says how, and `base` on what: {"path", "seed", "fingerprint"}.
-    """
-
-    config: t5.T5Config
-    arrays: dict[str, LazyArray]
-    step: int = 0
-    vocabulary: str | None = None
-    origin: dict[str, Any] | None = None
-    tuning: adapters.Tuning | None = None
-    base: dict[str, Any] | None = None
-
-
 def check(
     path: object, found: Mapping[str, tuple[int, ...]], like: Mapping[str, tuple[int, ...]], *, kind: str
 ) -> None:
@@ -260,11 +186,6 @@ def _parameters(config: t5.T5Config) -> dict[str, jax.ShapeDtypeStruct]:
 def parameters(config: t5.T5Config) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes of the parameters of an architecture."""
     return dict(_parameters(config))
-
-
-def of_array(array: np.ndarray) -> LazyArray:
-    """An array that is in memory, as one to be read."""
-    return LazyArray(array.shape, array.dtype, lambda index: array[index])
 
 
 def size(shapes: Mapping[str, jax.ShapeDtypeStruct]) -> int:

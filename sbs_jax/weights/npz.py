@@ -1,18 +1,18 @@
 """Parameters in one `.npz` file, the form of the embedded student: a zip file with NumPy's array for each name."""
 
+import functools
 import math
 import struct
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
 from sbs_jax.storage.json_files import part
 from sbs_jax.student import t5
-from sbs_jax.weights import names
+from sbs_jax.weights.arrays import LazyArray, Opened
 
 _END = ".npy"
 # What the readers of zip files and of NumPy's headers raise where a file is damaged.
@@ -22,30 +22,36 @@ _DAMAGE = (
 )
 
 
-def arrays(path: str | Path, *, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
-    """The arrays of a file, by name; they must be those of `shapes`.
+def is_file(path: str | Path) -> bool:
+    """Recognises a file by its name."""
+    return str(path).endswith(".npz")
 
-    ValueError, before an array is read, where a member is anything else: of another name or shape, of objects (which
-    are pickles, and run when they are read), of another size than the file says of it. FileNotFoundError where there is
-    no file.
+
+def open_file(path: str | Path) -> Opened:
+    """Opens the arrays of a file, by name; the architecture is not stored there.
+
+    ValueError, before an array is read, for a member that is anything but an array of numbers: objects (pickles run
+    when they are read), or another size than the header says. Reading an array raises ValueError where it is damaged.
     """
     try:
         archive = zipfile.ZipFile(path)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"No parameters at {path}; expected an .npz file or a run directory.") from None
+        members = {info.filename.removesuffix(_END): info for info in archive.infolist()}
+        headers = {name: _header(archive, info) for name, info in members.items()}
     except _DAMAGE as error:
         raise _refused(path, error) from None
-    with archive:
+
+    @functools.lru_cache(maxsize=1)  # the shards of one array come one after the other
+    def member(name: str) -> np.ndarray:
         try:
-            members = {info.filename.removesuffix(_END): info for info in archive.infolist()}
-            found = {name: _shape(archive, info) for name, info in members.items()}
+            with archive.open(members[name]) as file:
+                return np.lib.format.read_array(file, allow_pickle=False)
         except _DAMAGE as error:
             raise _refused(path, error) from None
-        names.check(path, found, shapes, kind="npz")
-        try:
-            return {name: _read(archive, info) for name, info in members.items()}
-        except _DAMAGE as error:
-            raise _refused(path, error) from None
+
+    def lazy(name: str, shape: tuple[int, ...], dtype: np.dtype) -> LazyArray:
+        return LazyArray(shape, dtype, lambda index: member(name)[index])
+
+    return Opened(None, {name: lazy(name, *header) for name, header in headers.items()})
 
 
 def _refused(path: object, error: Exception) -> ValueError:
@@ -53,8 +59,8 @@ def _refused(path: object, error: Exception) -> ValueError:
     return ValueError(f"{path} is no whole file of parameters ({told}). Get it anew.")
 
 
-def _shape(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> tuple[int, ...]:
-    """The shape that a member's header tells, of numbers that take just what is left of the member."""
+def _header(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> tuple[tuple[int, ...], np.dtype]:
+    """Reads the shape and type in a member's header. ValueError unless they account for every byte of the member."""
     with archive.open(info) as file:
         version = np.lib.format.read_magic(file)
         if version not in ((1, 0), (2, 0)):
@@ -66,12 +72,7 @@ def _shape(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> tuple[int, ...]:
             raise ValueError(
                 f"{info.filename} is said to be {dtype} {shape} in {info.file_size} bytes, which cannot be"
             )
-    return shape
-
-
-def _read(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
-    with archive.open(info) as file:
-        return np.lib.format.read_array(file, allow_pickle=False)
+    return shape, dtype
 
 
 def save_npz(path: str | Path, parameters: t5.Parameters, *, dtype: str) -> None:

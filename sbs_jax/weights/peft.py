@@ -20,8 +20,8 @@ import numpy as np
 from sbs_jax.run import manifest
 from sbs_jax.storage.json_files import brief, part, read_json
 from sbs_jax.student import adapters, quantized, t5
-from sbs_jax.weights import hugging_face, merging, names
-from sbs_jax.weights.names import LazyArray, Opened
+from sbs_jax.weights import hugging_face, merging, names, tensor_files
+from sbs_jax.weights.arrays import LazyArray, Opened
 
 CONFIG, WEIGHTS, TORCH_WEIGHTS = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 # What PEFT has no place for (and does not look at): which base these are of, and how it was held.
@@ -61,7 +61,7 @@ def write(path: str | Path, opened: Opened, *, base: str | None) -> None:
     with hugging_face.beside(Path(path)) as folder:
         settings = {"base_model_name_or_path": base, **settings}
         hugging_face.write_json(folder / CONFIG, settings)
-        hugging_face.write_safetensors(folder / WEIGHTS, arrays, dtype=np.dtype(np.float32))
+        tensor_files.write_safetensors(folder / WEIGHTS, arrays, dtype=np.dtype(np.float32))
         shapes = adapters.abstract(opened.config, tuning).shapes
         few = [ours for ours in _modules(opened.config).values() if f"{ours}/kernel" not in shapes]
         held = {"base": opened.base, "held": tuning.base, "quantized": few}
@@ -131,7 +131,7 @@ def _exported(end: str, array: LazyArray) -> tuple[str, LazyArray]:
     if end.startswith("lora/"):
         return f"lora_{end[-1].upper()}.weight", array.transposed()
     shape = (1, -1) if end == "in_scale" else (-1, 1)
-    return "ia3_l", names.of_array(array.whole().reshape(shape))
+    return "ia3_l", LazyArray.of(array.whole().reshape(shape))
 
 
 def _modules(config: t5.T5Config) -> dict[str, str]:
@@ -206,7 +206,7 @@ def open_directory(path: str | Path, *, base: Opened, identity: Mapping[str, Any
     if (path / hugging_face.ORIGIN).is_file():
         origin = hugging_face.read_origin((path / hugging_face.ORIGIN).read_bytes(), path / hugging_face.ORIGIN)
     return Opened(
-        config=base.config,
+        architecture=base.config,
         arrays=arrays,
         vocabulary=base.vocabulary,  # of no other place that the directory names: it would be copied
         origin=origin,
@@ -224,9 +224,9 @@ def said_base(path: str | Path) -> str | None:
 
 def _stored(path: Path) -> dict[str, LazyArray]:
     if (path / WEIGHTS).is_file():
-        return hugging_face.read_safetensors(path / WEIGHTS)
+        return tensor_files.read_safetensors(path / WEIGHTS)
     if (path / TORCH_WEIGHTS).is_file():
-        return hugging_face.read_torch(path / TORCH_WEIGHTS)
+        return tensor_files.read_torch(path / TORCH_WEIGHTS)
     raise FileNotFoundError(f"{path} has no weights: expected {WEIGHTS} or {TORCH_WEIGHTS}.")
 
 
@@ -292,7 +292,7 @@ def _imported(
             f"{where} has the shape {list(array.shape)}, and feedforward_modules are {brief(listed)}; expected "
             "[1, rows] for those and [columns, 1] for others."
         )
-    return ("in_scale" if inner else "out_scale"), names.of_array(array.whole().reshape(-1))
+    return ("in_scale" if inner else "out_scale"), LazyArray.of(array.whole().reshape(-1))
 
 
 def _targets(path: Path, settings: Mapping[str, Any]) -> list[str] | None:

@@ -22,8 +22,8 @@ from flax import serialization
 
 from sbs_jax.storage.json_files import brief, part
 from sbs_jax.student import t5
-from sbs_jax.weights import hugging_face, names
-from sbs_jax.weights.names import LazyArray, Opened
+from sbs_jax.weights import hugging_face, names, tensor_store
+from sbs_jax.weights.arrays import LazyArray, Opened
 
 _MSGPACK, _OCDBT, _STATE = "checkpoint", "manifest.ocdbt", "state/"
 _TARGET = "target/"
@@ -34,8 +34,6 @@ _STEP = re.compile(r"checkpoint_(\d+)/")
 _NATIVE_BFLOAT16 = 3
 _BESIDE = re.compile(r"[^/\\\x00-\x1f\ud800-\udfff]{1,240}")
 _DEEPEST = 50  # names within names
-# A piece of a file is read whole; T5X's have some millions of numbers.
-_MOST_IN_CHUNK = 2**32
 # T5X's own default, which no shape tells.
 _DROPOUT_RATE = 0.1
 
@@ -115,85 +113,26 @@ def write(path: str | Path, parameters: t5.Parameters, *, step: int) -> str:
     return f"{home}/checkpoint_{step}"
 
 
-def orbax_arrays(path: str | Path) -> dict[str, LazyArray]:
-    """The arrays of a directory that Orbax wrote, by the names that it keeps them under."""
-    url = _url(str(path))
-    store = ts.KvStore.open({"driver": "ocdbt", "base": url}).result()
-    return _opened({"driver": "ocdbt", "base": url}, _zarr_names(store))
-
-
-def _url(path: str) -> str:
-    if "://" not in path:
-        path = f"file://{Path(path).absolute()}"
-    return path.rstrip("/") + "/"
-
-
-def _has(store: ts.KvStore, key: str) -> bool:
-    return store.read(key).result().state == "value"
-
-
 def _find(path: str) -> tuple[str, str] | None:
     """(URL of the directory that holds the arrays, which of the two forms it has)."""
-    url = _url(path)
+    url = tensor_store.url_of(path)
     store = ts.KvStore.open(url).result()
     for folder in ("", _STATE):
-        if _has(store, folder + _OCDBT):
+        if tensor_store.has(store, folder + _OCDBT):
             return (url + folder, _OCDBT) if folder or _is_target(url) else None
-    if _has(store, _MSGPACK):
+    if tensor_store.has(store, _MSGPACK):
         return url, _MSGPACK
     # A large model has ten thousands of files; their listing is left for last.
-    steps = sorted({int(match[1]) for match in map(_STEP.match, map(_text, store.list().result())) if match})
+    steps = sorted(
+        {int(match[1]) for match in map(_STEP.match, map(tensor_store.text, store.list().result())) if match}
+    )
     return _find(f"{url}checkpoint_{steps[-1]}") if steps else None
 
 
 def _is_target(url: str) -> bool:
     """Whether Orbax's arrays here are a T5X train state, and not, for example, parameters of a run of ours."""
     store = ts.KvStore.open({"driver": "ocdbt", "base": url}).result()
-    return any(name.startswith("target.") for name in _zarr_names(store))
-
-
-def _text(key: bytes) -> str:
-    return key.decode("utf-8", "replace")
-
-
-def _zarr_names(store: ts.KvStore) -> dict[str, str]:
-    """Names of the arrays of a store, each with the driver that reads it."""
-    drivers = {"/.zarray": "zarr", "/zarr.json": "zarr3"}
-    found = {}
-    for key in map(_text, store.list().result()):
-        for end, driver in drivers.items():
-            if key.endswith(end):
-                found[key.removesuffix(end)] = driver
-    return found
-
-
-def _opened(kvstore: Mapping[str, Any], drivers: Mapping[str, str]) -> dict[str, LazyArray]:
-    """Opens arrays side by side (over a network each one waits for an answer)."""
-    path = kvstore.get("path", "")
-    waiting = {
-        name: ts.open({"driver": driver, "kvstore": {**kvstore, "path": f"{path}{name}/"}}, read=True, open=True)
-        for name, driver in drivers.items()
-    }
-    opened = {}
-    for name, future in waiting.items():
-        where = f"{kvstore.get('base', path)}: the array {part(name)}"
-        try:
-            store = future.result()
-        except (ValueError, OSError, RuntimeError, NotImplementedError) as error:
-            raise ValueError(f"{where} cannot be opened: {part(str(error))}. Copy the checkpoint anew.") from None
-        opened[name] = _lazy(store, where=where)
-    return opened
-
-
-def _lazy(store: ts.TensorStore, *, where: str) -> LazyArray:
-    dtype, chunk = store.dtype.numpy_dtype, store.chunk_layout.read_chunk.shape or ()
-    if dtype.kind not in "fiu" and dtype != ml_dtypes.bfloat16:
-        raise ValueError(f"{where} is of type {dtype}; expected numbers.")
-    if math.prod(size or 1 for size in chunk) > _MOST_IN_CHUNK:
-        raise ValueError(
-            f"{where} is said to be in pieces of {tuple(chunk)}, which no memory holds; the file is damaged."
-        )
-    return LazyArray(tuple(store.shape), dtype, lambda index: store[index].read().result())
+    return any(name.startswith("target.") for name in tensor_store.zarr_names(store))
 
 
 def _expect(path: str) -> tuple[str, str]:
@@ -215,8 +154,8 @@ def _origin(url: str) -> dict[str, Any] | None:
 # Every parameter by T5X's name (`encoder/layers_0/mlp/wo/kernel`); optimiser state is left out.
 def _from_orbax(url: str) -> dict[str, LazyArray]:
     store = ts.KvStore.open({"driver": "ocdbt", "base": url}).result()
-    drivers = {name: driver for name, driver in _zarr_names(store).items() if name.startswith("target.")}
-    arrays = _opened({"driver": "ocdbt", "base": url}, drivers)
+    drivers = {name: driver for name, driver in tensor_store.zarr_names(store).items() if name.startswith("target.")}
+    arrays = tensor_store.opened({"driver": "ocdbt", "base": url}, drivers)
     return {name.replace(".", "/").removeprefix(_TARGET): array for name, array in arrays.items()}
 
 
@@ -244,13 +183,13 @@ def _from_msgpack(url: str) -> dict[str, LazyArray]:
             raise ValueError(f"{url}{_MSGPACK}: {part(name)} is {brief(leaf)}; expected an array of numbers.")
         arrays[name] = LazyArray(values.shape, values.dtype, values.__getitem__)
     spec = store.spec().to_json()
-    missing = [folder for folder in elsewhere.values() if not _has(store, f"{folder}/.zarray")]
+    missing = [folder for folder in elsewhere.values() if not tensor_store.has(store, f"{folder}/.zarray")]
     if missing:
         raise FileNotFoundError(
             f"{url} is incomplete: {len(missing)} arrays of the checkpoint are not there, {missing[0]} for one. "
             "Copy the whole directory."
         )
-    opened = _opened(spec, dict.fromkeys(elsewhere.values(), "zarr"))
+    opened = tensor_store.opened(spec, dict.fromkeys(elsewhere.values(), "zarr"))
     for name, folder in elsewhere.items():
         array = opened[folder]
         if version < _NATIVE_BFLOAT16 and array.dtype == np.uint16:

@@ -1,0 +1,75 @@
+"""Arrays in TensorStore (zarr files, Orbax's OCDBT), opened by URL: a bucket is read as a folder is, by slices."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import tensorstore as ts
+
+from sbs_jax.storage.json_files import part
+from sbs_jax.weights.arrays import LazyArray
+
+# A piece of a file is read whole; T5X's have some millions of numbers.
+_MOST_IN_CHUNK = 2**32
+
+
+def orbax_arrays(path: str | Path) -> dict[str, LazyArray]:
+    """The arrays of a directory that Orbax wrote, by the names that it keeps them under."""
+    url = url_of(path)
+    store = ts.KvStore.open({"driver": "ocdbt", "base": url}).result()
+    return opened({"driver": "ocdbt", "base": url}, zarr_names(store))
+
+
+def url_of(path: str | Path) -> str:
+    url = str(path) if "://" in str(path) else f"file://{Path(path).absolute()}"
+    return url.rstrip("/") + "/"
+
+
+def has(store: ts.KvStore, key: str) -> bool:
+    return store.read(key).result().state == "value"
+
+
+def text(key: bytes) -> str:
+    return key.decode("utf-8", "replace")
+
+
+def zarr_names(store: ts.KvStore) -> dict[str, str]:
+    """Names of the arrays of a store, each with the driver that reads it."""
+    drivers = {"/.zarray": "zarr", "/zarr.json": "zarr3"}
+    found = {}
+    for key in map(text, store.list().result()):
+        for end, driver in drivers.items():
+            if key.endswith(end):
+                found[key.removesuffix(end)] = driver
+    return found
+
+
+def opened(kvstore: Mapping[str, Any], drivers: Mapping[str, str]) -> dict[str, LazyArray]:
+    """Opens arrays side by side (over a network each one waits for an answer)."""
+    path = kvstore.get("path", "")
+    waiting = {
+        name: ts.open({"driver": driver, "kvstore": {**kvstore, "path": f"{path}{name}/"}}, read=True, open=True)
+        for name, driver in drivers.items()
+    }
+    opened = {}
+    for name, future in waiting.items():
+        where = f"{kvstore.get('base', path)}: the array {part(name)}"
+        try:
+            store = future.result()
+        except (ValueError, OSError, RuntimeError, NotImplementedError) as error:
+            raise ValueError(f"{where} cannot be opened: {part(str(error))}. Copy the checkpoint anew.") from None
+        opened[name] = _lazy(store, where=where)
+    return opened
+
+
+def _lazy(store: ts.TensorStore, *, where: str) -> LazyArray:
+    dtype, chunk = store.dtype.numpy_dtype, store.chunk_layout.read_chunk.shape or ()
+    if dtype.kind not in "fiu" and dtype != ml_dtypes.bfloat16:
+        raise ValueError(f"{where} is of type {dtype}; expected numbers.")
+    if math.prod(size or 1 for size in chunk) > _MOST_IN_CHUNK:
+        raise ValueError(
+            f"{where} is said to be in pieces of {tuple(chunk)}, which no memory holds; the file is damaged."
+        )
+    return LazyArray(tuple(store.shape), dtype, lambda index: store[index].read().result())
