@@ -1,0 +1,97 @@
+"""Runs begun before the modules moved into folders, resumed by this code, end as the code of then ended them.
+
+tests/goldens/run_of_before.tar.xz was written at revision 6ad40a3 and holds two runs of a student of 4,792 parameters
+on the built-in dataset: `whole`, preempted after step 11 of 32, and `lora`, which adapts step 8 of `whole`, preempted
+after step 7; and their records and the gin files of their user. expected.json and expected.npz hold the metrics and
+the parameters of both, finished by that code.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import processes
+import pytest
+
+from sbs_jax.weights import opening
+
+ARCHIVE = Path(__file__).parent / "goldens" / "run_of_before.tar.xz"
+STEPS, STOPPED = 32, {"whole": 11, "lora": 7}
+SPEEDS = {"tokens_per_second", "seconds_per_step", "data_wait_share"}
+IMPORTS = {
+    "from sbs_jax import adapters": "from sbs_jax.student import adapters",
+    "from sbs_jax import t5": "from sbs_jax.student import t5",
+    "from sbs_jax import train": "from sbs_jax.training import config as train",
+}
+# On another processor or version of XLA, rounding differs, and 21 updates amplify it.
+ROUNDING = 1e-3
+
+
+@pytest.fixture
+def old(tmp_path: Path) -> Path:
+    """The archive, unpacked."""
+    with tarfile.open(ARCHIVE) as archive:
+        archive.extractall(tmp_path, filter="data")
+    return tmp_path
+
+
+def flags(run: str) -> list[str]:
+    """The command line of a run, from the folder of the archive."""
+    files = ["whole.gin"] if run == "whole" else ["whole.gin", "lora.gin"]
+    return ["train", *(f"--gin_file={file}" for file in files), "--gin.RECORDS_DIR=records", f"--gin.MODEL_DIR={run}"]
+
+
+def computed_with() -> dict[str, str]:
+    """Versions, compiler flags and instructions of the processor: the same ones give the same bits."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    instructions = next((line.partition(":")[2].split() for line in lines if line.startswith("flags")), [])
+    return {
+        "jax": importlib.metadata.version("jax"),
+        "jaxlib": importlib.metadata.version("jaxlib"),
+        "xla_flags": processes.QUICK,
+        "cpu_flags_sha256": hashlib.sha256(" ".join(sorted(instructions)).encode()).hexdigest(),
+    }
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [{name: value for name, value in line.items() if name not in SPEEDS} for line in lines]
+
+
+@pytest.mark.parametrize("name", ["whole", "lora"])
+def test_a_run_of_before_ends_as_that_code_ended_it(old: Path, name: str, starter: processes.Starter) -> None:
+    for file in old.glob("*.gin"):
+        text = file.read_text()
+        for before, now in IMPORTS.items():
+            text = text.replace(f"{before}\n", f"{now}\n")
+        file.write_text(text)
+    done = starter.run(old, flags(name), cwd=old)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((old / name / "manifest.json").read_text())["starts"][-1]["step"] == STOPPED[name]
+    expected = json.loads((old / "expected.json").read_text())
+    arrays = opening.open_run(old / name / "checkpoints" / str(STEPS)).arrays
+    found = {of: np.asarray(array.whole()) for of, array in sorted(arrays.items())}
+    if computed_with() == expected["computed_with"]:
+        assert metrics(old / name) == expected[name]["metrics"]
+        digest = hashlib.sha256(b"".join(of.encode() + array.tobytes() for of, array in found.items()))
+        assert digest.hexdigest() == expected[name]["sha256"]
+        return
+    for got, wanted in zip(metrics(old / name), expected[name]["metrics"], strict=True):
+        assert (got["kind"], got["step"], got.keys()) == (wanted["kind"], wanted["step"], wanted.keys())
+        assert got.get("loss", 0.0) == pytest.approx(wanted.get("loss", 0.0), rel=ROUNDING)
+    with np.load(old / "expected.npz") as file:
+        assert {f"{name}:{of}" for of in found} == {key for key in file.files if key.startswith(f"{name}:")}
+        for of, array in found.items():
+            np.testing.assert_allclose(array, file[f"{name}:{of}"], rtol=0, atol=ROUNDING, err_msg=of)
+
+
+@pytest.mark.parametrize("name", ["whole", "lora"])
+def test_a_gin_file_of_before_is_refused_with_the_new_import(old: Path, name: str, starter: processes.Starter) -> None:
+    done = starter.run(old, flags(name), cwd=old)
+    assert done.returncode == 1
+    assert any(now in done.stderr for now in IMPORTS.values()), done.stderr
+    assert metrics(old / name)[-1]["step"] < STOPPED[name]  # the run is as it was
