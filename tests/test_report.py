@@ -300,7 +300,7 @@ def test_plots_take_their_colours_from_the_page(tmp_path: Path, mixed: list[Run]
     style = text[: text.index("</style>")]
     light, dark = style.split("@media (prefers-color-scheme: dark)")
     for part in (light, dark):
-        assert used <= {*re.findall(r"--(\w+):", part), "panel", "row"}
+        assert used <= {*re.findall(r"--(\w+):", part), "panel", "row", "share"}
 
 
 def test_methods_keep_their_colours() -> None:

@@ -13,7 +13,7 @@ from builders.html_pages import check
 from builders.report_runs import EXAMPLES, MEASURED, answers, of, some, write_rationales, write_run
 
 from sbs_jax.pages import report, tables
-from sbs_jax.stats import costs, findings, folders, intervals, quality
+from sbs_jax.stats import costs, folders, formats, intervals, quality
 from sbs_jax.stats.results import FINE_TUNING, SINGLE_TASK, STEP_BY_STEP, load
 
 BASE = {
@@ -125,11 +125,11 @@ def test_what_holm_takes_back_is_said(tmp_path: Path) -> None:
     runs = of(tmp_path, label=some(50), step_by_step=some(56))
     alone = report.summarize(runs)
     assert 0.01 < alone.comparisons[0].p < 0.05
-    assert tables.difference_rows(alone)[1][0][-1] == "ahead"
+    assert tables.differences(alone).rows[0][-1] == "ahead"
     assert "Holm" not in report.sentences(alone)[0]
     among_others = report.study(runs + _many(tmp_path / "more", 8)).summaries[0]
     assert among_others.comparisons[0].p == alone.comparisons[0].p
-    assert tables.difference_rows(among_others)[1][0][-1] == "ahead, not by Holm"
+    assert tables.differences(among_others).rows[0][-1] == "ahead, not by Holm"
     assert "(not by Holm's correction: p = 0." in report.sentences(among_others)[0]
 
 
@@ -155,7 +155,7 @@ def test_runs_are_sorted_into_datasets_and_sizes(sweep: Path) -> None:
         ("toy", 1_234_567),
     ]
     assert all(s.cautions == () for s in study.summaries)
-    header, rows = tables.overview_rows(study)
+    header, rows, *_ = tables.overview(study)
     assert header == ["method", "parameters", "svamp", "toy"]
     small = study.summaries[0].groups[0]
     assert rows[0] == [FINE_TUNING, "1.23M", "", "50.0 [40.4, 59.6] (50 %)"]
@@ -223,14 +223,14 @@ def test_folders_are_searched_and_what_is_not_finished_is_left_out(sweep: Path, 
 
 def test_a_run_like_the_paper_s_is_held_against_it(sweep: Path) -> None:
     study = report.study(folders.find([sweep]).runs)
-    _, rows = tables.paper_rows(study)
+    rows = tables.paper(study).rows
     assert [(row[0], row[1], row[4]) for row in rows] == [
         (FINE_TUNING, "svamp", "62.63"),
         (STEP_BY_STEP, "svamp", "65.50"),
         (SINGLE_TASK, "svamp", "63.00"),
     ]
     group = study.summaries[0].groups[0]
-    assert rows[0][5] == f"{group.accuracy - 62.63:+.1f}".replace("-", findings.MINUS)
+    assert rows[0][5] == f"{group.accuracy - 62.63:+.1f}".replace("-", formats.MINUS)
 
 
 @pytest.mark.parametrize(
@@ -250,7 +250,7 @@ def test_a_run_like_the_paper_s_is_held_against_it(sweep: Path) -> None:
 def test_what_is_not_the_paper_s_is_held_against_nothing(tmp_path: Path, change: dict) -> None:
     records_dir = str(write_records(tmp_path / "records", "svamp"))
     path = paper_run(tmp_path / "run", kind="step_by_step", records_dir=records_dir)
-    assert len(tables.paper_rows(report.study([report.identify(path)]))[1]) == 1
+    assert len(tables.paper(report.study([report.identify(path)])).rows) == 1
     manifest = json.loads((path / "manifest.json").read_text())
     for place, value in change.items():
         *parents, name = place.split(".")
@@ -259,7 +259,7 @@ def test_what_is_not_the_paper_s_is_held_against_nothing(tmp_path: Path, change:
             holder = holder[parent]
         holder[name] = value
     (path / "manifest.json").write_text(json.dumps(manifest))
-    assert tables.paper_rows(report.study([report.identify(path)]))[1] == []
+    assert tables.paper(report.study([report.identify(path)])).rows == []
 
 
 def test_the_cost_of_a_run_is_that_of_its_manifest(tmp_path: Path) -> None:
@@ -276,7 +276,7 @@ def test_the_cost_of_a_run_is_that_of_its_manifest(tmp_path: Path) -> None:
     assert cost.device_hours == pytest.approx(4 * 200 * 0.5 / 3600)
     one = flops.training_flops(t5.T5Config.of(manifest["model"]), rows=64, inputs=256, targets=128)
     assert cost.training_flops == 200 * one
-    row = tables.cost_rows(study)[1][0]
+    row = tables.costs(study).rows[0]
     assert row[4] == "2,181 x"  # 540e9 / 247,577,856
     for settings in (manifest["settings"] | {"tuning": {"callable": "lora"}}, {}, None):
         (path / "manifest.json").write_text(json.dumps(manifest | {"settings": settings}))
@@ -284,17 +284,17 @@ def test_the_cost_of_a_run_is_that_of_its_manifest(tmp_path: Path) -> None:
 
 
 def test_the_teacher_s_replies_are_counted_from_the_records(sweep: Path, tmp_path: Path) -> None:
-    header, rows = tables.teacher_rows(report.study(folders.find([sweep]).runs))
+    header, rows, *_ = tables.teachers(report.study(folders.find([sweep]).runs))
     assert rows == [
         ["svamp", "test", "PaLM 540B", "200", "74.0 %", "[67.5, 79.6]", "190", "22.1 %", "180", "no_answer 20"]
     ]
     assert len(header) == len(rows[0])
     damaged = write_records(tmp_path / "records", "toy", teacher_accuracy="high")
     runs = [report.identify(write_run(tmp_path / "run", records_dir=str(damaged)))]
-    assert tables.teacher_rows(report.study(runs))[1] == []
+    assert tables.teachers(report.study(runs)).rows == []
     unlabelled = write_records(tmp_path / "unlabelled", "toy", labelled=0, teacher_accuracy=None)
     runs = [report.identify(write_run(tmp_path / "run2", records_dir=str(unlabelled)))]
-    assert tables.teacher_rows(report.study(runs))[1][0][2:8] == ["not known", "200", "-", "-", "190", "-"]
+    assert tables.teachers(report.study(runs)).rows[0][2:8] == ["not known", "200", "-", "-", "190", "-"]
 
 
 # Rationales
@@ -307,7 +307,7 @@ def test_rationales_that_were_measured_are_shown(tmp_path: Path) -> None:
     assert found.examples["toy-0"] == quality.Said(
         rationale="It is so.", implied_label="neutral", consistent=False, teacher_rationale="The teacher's words."
     )
-    _, rows = tables.rationale_rows(report.study([report.identify(path)]))
+    rows = tables.rationales(report.study([report.identify(path)])).rows
     assert rows == [
         [STEP_BY_STEP, "toy", "1.23M", "100 %", "1", "2", "2", "50.0 %", "-", "-", "0.25", "-", "12.5", "20.0"],
     ]

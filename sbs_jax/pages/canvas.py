@@ -9,8 +9,11 @@ import html
 import io
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
+
+from markupsafe import Markup
+
+from sbs_jax.pages.rendering import TEMPLATES
 
 # Colours as matplotlib is given them, and the CSS variables that take their place. None is black, which matplotlib
 # leaves out as the default.
@@ -88,7 +91,8 @@ class Canvas:
         artist.set_gid(f"explained-{len(self._explanations)}")
         self._explanations.append(text)
 
-    def svg(self, description: str) -> str:
+    def svg(self, description: str) -> Markup:
+        """Returns the figure as SVG that a page may hold as it is: every text in it is escaped."""
         buffer = io.StringIO()
         self._figure.savefig(buffer, format="svg")
         text = buffer.getvalue()
@@ -111,7 +115,7 @@ class Canvas:
         text = re.sub(r" ?font-family: [^;\"]*;?", "", text)
         for colour, variable in _VARIABLES.items():
             text = text.replace(colour, f"var(--{variable})")
-        return text.strip() + "\n"
+        return Markup(text.strip() + "\n")
 
 
 def label_right(axes: Any, labels: Sequence[tuple[float, str, str]]) -> None:
@@ -150,6 +154,7 @@ def standalone(svg: str) -> str:
 
     Programs that show or convert SVG files (papers, slides) know no CSS variables.
     """
+    svg = str(svg)
     for name, colour in _light().items():
         svg = svg.replace(f"var(--{name})", colour)
     found = re.match(r'<svg xmlns:xlink="[^"]*" viewBox="0 0 (\d+) (\d+)" width="\d+"', svg)
@@ -166,5 +171,5 @@ def standalone(svg: str) -> str:
 @functools.cache
 def _light() -> Mapping[str, str]:
     """The colours of page.css on light paper."""
-    style = Path(__file__).with_name("page.css").read_text("utf-8")
+    style = (TEMPLATES / "page.css").read_text("utf-8")
     return dict(re.findall(r"--(\w+): (#[0-9a-f]{6})", style[: style.index("@media")]))

@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sbs_jax.pages.canvas import COLOURS, INK, MUTED, PAPER, Canvas, label_right
-from sbs_jax.stats.costs import compact, cost
-from sbs_jax.stats.findings import MINUS, signed
+from sbs_jax.stats.costs import cost
+from sbs_jax.stats.formats import MINUS, compact, signed
 from sbs_jax.stats.results import DISTILLATION, FINE_TUNING, SINGLE_TASK, STEP_BY_STEP
 from sbs_jax.stats.summary import Comparison, Group, Summary
 

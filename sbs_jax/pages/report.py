@@ -1,45 +1,42 @@
-"""Runs to tables and a page: what came out, in words, numbers and plots, whichever way it went.
+"""Compare finished runs: tables for a terminal, and one page with plots, numbers and every answer.
 
     sbs report runs --output report.html
 
 The same runs give the same bytes.
 """
 
+import re
+import shlex
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from sbs_jax.pages.page import write_page
+from sbs_jax.pages import answers, plots, tables
+from sbs_jax.pages.downloads import Downloads, add_tables
+from sbs_jax.pages.rendering import Figure, render, slug
 from sbs_jax.pages.tables import markdown, table
-from sbs_jax.stats.findings import headline, sentences
+from sbs_jax.stats import paper
+from sbs_jax.stats.costs import cost
+from sbs_jax.stats.findings import headline, headline_of_all, sentences
 from sbs_jax.stats.folders import find
-from sbs_jax.stats.results import Run, identify
-from sbs_jax.stats.study import Study, study
-from sbs_jax.stats.summary import Comparison, Group, Summary, summarize
+from sbs_jax.stats.formats import capital, compact, listed, of_data
+from sbs_jax.stats.results import FINE_TUNING, Run, identify
+from sbs_jax.stats.study import Study, study, teacher_of
+from sbs_jax.stats.summary import Summary, summarize
 
-__all__ = [
-    "Comparison",
-    "Group",
-    "Run",
-    "Study",
-    "Summary",
-    "find",
-    "headline",
-    "identify",
-    "main",
-    "markdown",
-    "sentences",
-    "study",
-    "summarize",
-    "table",
-    "write_page",
-]
+__all__ = ["Run", "Study", "Summary", "find", "headline", "identify", "main", "markdown", "sentences", "study"]
+__all__ += ["summarize", "table", "write_page"]
+
+_PAGE_WIDTH = 1040  # pixels between the margins of page.css
+_COST_WIDTH = 500  # two beside each other
 
 
 def main(paths: Sequence[str | Path], output: str | Path, *, assets: str | Path | None = None) -> int:
-    """Writes the page of some runs and prints their tables; method, fraction and seed are from the manifests.
+    """Writes the page of some runs and prints their tables; method, fraction and seed come from the manifests.
 
-    `paths` are run directories, or folders that hold some. Plots and numbers go to `assets`, a folder beside the page
-    if it is not given (`report_files` for `report.html`).
+    `paths` are run directories, or folders of them. Plots and numbers go to `assets`, by default a folder beside the
+    page (`report_files` for `report.html`).
     """
     found, page = find(paths), Path(output)
     folder = page.with_name(f"{page.stem}_files") if assets is None else Path(assets)
@@ -50,3 +47,192 @@ def main(paths: Sequence[str | Path], output: str | Path, *, assets: str | Path 
         print(f"Left out: {reason}")
     print(f"Page: {page}\nPlots and numbers: {folder}")
     return 0
+
+
+def write_page(
+    path: str | Path,
+    runs: Sequence[Run],
+    *,
+    title: str | None,
+    notes: Sequence[str],
+    command: str | None = None,
+    teacher_accuracy: float | None = None,
+    assets: str | Path | None = None,
+    left_out: Sequence[str] = (),
+) -> Study:
+    """Writes one self-contained HTML page about some runs; returns its numbers.
+
+    `notes` are paragraphs (plain text) under the headline; `command` repeats the whole experiment, if one command
+    does. `teacher_accuracy` as in `study`. `assets` is a folder for the plots as SVG and the numbers as CSV, to which
+    the page links; `left_out` names runs that were not taken, each with its reason.
+    """
+    path = Path(path)
+    found = study(runs, teacher_accuracy=teacher_accuracy, left_out=left_out)
+    downloads = Downloads(None if assets is None else Path(assets), page=path)
+    add_tables(downloads, found)
+    data = answers.embed(found)
+    page = render(
+        "report.html",
+        title=title or f"{listed(found.datasets)}: {listed(found.methods)}",
+        headline=re.split(r"([\w.]+(?:-[\w.-]+| %))", headline_of_all(found)),
+        notes=notes,
+        cautions=_cautions(found),
+        study=found,
+        figures=_Figures(found, downloads),
+        tables=tables,
+        links=downloads.links,
+        size=_size,
+        findings=lambda summary: _findings(found, summary),
+        colour=plots.colour_number,
+        paper_source=paper.SOURCE,
+        devices={cost(group).devices for _, group in found.groups()},
+        partial=any(g.fraction < 1 for s in found.summaries for m in s.methods if (g := s.most_data(m))),
+        several_seeds={len(group.seeds) > 1 for _, group in found.groups()},
+        reproduction=_reproduction(found, command=command),
+        answers_note=answers.note(data),
+        filters=answers.filters(data),
+        data=data,
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    downloads.write()
+    path.write_text(page, "utf-8")
+    return found
+
+
+def _cautions(found: Study) -> list[str]:
+    several = len(found.summaries) > 1
+    cautions = [f"{_name(found, s)}: {text}" if several else text for s in found.summaries for text in s.cautions]
+    return cautions + ([f"Left out: {' '.join(found.left_out)}"] if found.left_out else [])
+
+
+def _size(summary: Summary) -> str:
+    return f"{compact(summary.parameters)} parameters" if summary.parameters else "size not known"
+
+
+def _name(found: Study, summary: Summary) -> str:
+    """Names a summary by its dataset, and by the student's size where there are several."""
+    return f"{summary.dataset}, {_size(summary)}" if len(found.of(summary.dataset)) > 1 else summary.dataset
+
+
+def _findings(found: Study, summary: Summary) -> list[str]:
+    """Lists the sentences about a summary; percentages and intervals stay on one line."""
+    told = sentences(summary)
+    if len(found.summaries) > 1:  # the table says it of each
+        told = [sentence for sentence in told if not sentence.startswith("No difference shown")]
+    return [re.sub(r"(?<=\d) (?=%)|(?<=,) (?=[\u2212+\d.]+\])", "\u00a0", sentence) for sentence in told]
+
+
+def _reproduction(found: Study, *, command: str | None) -> dict[str, Any]:
+    """Collects commands and versions; those of one run are of the first."""
+    first, manifest = found.results[0], found.results[0].manifest
+    config = shlex.quote(str(Path(first.run.path) / "config.gin"))
+    paths = " \\\n    ".join(shlex.quote(str(result.run.path)) for result in found.results)
+    return {
+        "command": command,
+        "train": f"sbs train --gin_file={config} --gin.MODEL_DIR=NEW_DIRECTORY",
+        "report": f"sbs report {paths} \\\n    --output page.html",
+        "revisions": ", ".join(sorted({str(result.manifest.get("git_revision")) for result in found.results})),
+        "facts": [
+            *sorted(manifest.get("versions", {}).items()),
+            ("devices", ", ".join(manifest.get("devices", []))),
+            ("parameters", f"{manifest.get('parameter_count', 0):,}"),
+            *((f"{name} rows", f"sha256 {s['sha256']}") for name, s in sorted(manifest["data"]["splits"].items())),
+        ],
+    }
+
+
+@dataclass(frozen=True)
+class _Figures:
+    """Draws the figures of the page and adds each to its downloads."""
+
+    study: Study
+    downloads: Downloads
+
+    def _figure(self, name: str, caption: str, plot: str, *, file: str, table: str, width: int) -> Figure:
+        self.downloads.plot(file, plot)
+        links = self.downloads.links(f"{file}.svg", f"{table}.csv")
+        return Figure(name=name, caption=caption, plot=plot, width=width, files=links)
+
+    def by_size(self, dataset: str) -> list[Figure]:
+        """Draws accuracy over the student's size, where there are several sizes."""
+        summaries = [s for s in self.study.of(dataset) if s.parameters]
+        if len(summaries) < 2:
+            return []
+        teacher = teacher_of(summaries[0])
+        size = f" ({compact(teacher.parameters)})" if teacher and teacher.parameters else ""
+        plot = plots.accuracy_against_size(summaries, teacher_name=f"teacher{size}")
+        shares = {g.fraction for s in summaries for m in s.methods if (g := s.most_data(m))}
+        told = f"With {of_data(max(shares))}. " if len(shares) == 1 else "Each with the most data it was trained on. "
+        told += "Filled marks are means over the seeds, bars 95 % intervals; the dashed line is the teacher."
+        name = "Test accuracy against the size of the student"
+        return [self._figure(name, told, plot, file=slug("size", dataset), table="accuracy", width=660)]
+
+    def of_summary(self, summary: Summary) -> list[Figure]:
+        """Draws accuracies, and differences where there are several shares of the data."""
+        if len(summary.fractions) > 1:
+            plot, name = plots.accuracy_against_data(summary), "Test accuracy against the share of the data"
+        else:
+            plot, name = plots.accuracy_of_methods(summary), "Test accuracy"
+        several = any(len(group.seeds) > 1 for group in summary.groups)
+        told = (
+            "Filled marks are means over the seeds, small open ones single seeds, " if several else "Marks are runs, "
+        )
+        told += "bars 95 % intervals."
+        if len(summary.fractions) > 1 and summary.group(FINE_TUNING, 1.0):
+            told += " The dashed line in its colour is standard fine-tuning on all of the data."
+        file = slug("accuracy", _name(self.study, summary))
+        found = [self._figure(name, told, plot, file=file, table="accuracy", width=660)]
+        if summary.comparisons and len(summary.fractions) > 1:
+            pairs = list(dict.fromkeys((c.method, c.reference) for c in summary.comparisons))
+            if len(pairs) > 1 and len({reference for _, reference in pairs}) == 1:
+                told = f"Each method minus {pairs[0][1]}"
+            else:
+                told = capital(listed([f"{method} minus {reference}" for method, reference in pairs]))
+            told += ". Hollow: the interval holds 0."
+            plot = plots.differences(summary.comparisons, methods=summary.methods)
+            file = slug("differences", _name(self.study, summary))
+            name = "Difference, in points"
+            found.append(self._figure(name, told, plot, file=file, table="comparisons", width=330))
+        return found
+
+    def curves(self, summary: Summary) -> list[tuple[str, str, list[Figure]]]:
+        """Draws (heading, note, a panel per fraction) of validation accuracy and of training losses."""
+        results = [result for group in summary.groups for result in group.results]
+        found = []
+        if any(result.curve("validation", summary.metric) for result in results):
+            note = "Accuracy on validation rows, by which the checkpoint that is tested was chosen. "
+            note += "Bold lines are means over the seeds."
+            found.append(("Learning curves", note, self._panels(summary, "validation", {summary.metric: "-"})))
+        losses = {
+            name: style
+            for name, style in (("loss/label", "-"), ("loss/rationale", (0, (4, 2))))
+            if any(value for result in results for _, value in result.curve("train", name))
+        }
+        if losses:
+            note = "Cross-entropy per token of each task, in nats."
+            note += " The rationale task is the dashed line." * ("loss/rationale" in losses)
+            found.append(("Training loss", note, self._panels(summary, "train", losses)))
+        return found
+
+    def _panels(self, summary: Summary, quantity: str, shown: dict[str, Any]) -> list[Figure]:
+        columns = min(len(summary.fractions), 4 if len(summary.fractions) in (4, 7, 8) else 3)
+        width = min((_PAGE_WIDTH - 24 * (columns - 1)) // columns, 508)
+        found = []
+        for fraction in summary.fractions:
+            plot = plots.learning_curves(summary, fraction=fraction, quantity=quantity, shown=shown, width=width)
+            file = slug(quantity, _name(self.study, summary), f"{100 * fraction:g}")
+            found.append(self._figure(capital(of_data(fraction)), "", plot, file=file, table="curves", width=width))
+        return found
+
+    def by_cost(self) -> list[Figure]:
+        """Draws accuracy over the hours of training, for each dataset with several groups."""
+        found = []
+        for dataset in self.study.datasets:
+            summaries = self.study.of(dataset)
+            if sum(len(s.groups) for s in summaries) > 1:
+                plot = plots.accuracy_against_cost(summaries, width=_COST_WIDTH)
+                told = "Test accuracy against the training of one run."
+                told += " Larger marks are larger students." * (len(summaries) > 1)
+                file = slug("cost", dataset)
+                found.append(self._figure(dataset, told, plot, file=file, table="costs", width=_COST_WIDTH))
+        return found

@@ -1,236 +1,252 @@
-"""A summary as tables: rows of text, aligned for a terminal, or Markdown."""
+"""Tables of a summary or study as rows of text: for the page, aligned for a terminal, or as Markdown."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
-from sbs_jax.stats.costs import compact, cost
-from sbs_jax.stats.findings import MINUS, named_p, percent, sentences, signed
+from sbs_jax.pages.plots import colour_number
+from sbs_jax.stats.costs import cost
+from sbs_jax.stats.findings import sentences
+from sbs_jax.stats.formats import MINUS, compact, interval, p_value, percent, signed, signed_interval
 from sbs_jax.stats.intervals import wilson_interval
 from sbs_jax.stats.study import Study, paper_accuracy, teacher_of
 from sbs_jax.stats.summary import Summary
 
 
+class Column(NamedTuple):
+    """A column: its cells are made from the items of a table; `kind` is their class in page.css."""
+
+    name: str
+    cell: Callable[..., str]
+    kind: str = "number"
+
+
+class Table(NamedTuple):
+    """A table of texts. `dots` are colours (`--m0` to `--m5`) that mark the rows, if any."""
+
+    header: list[str]
+    rows: list[list[str]]
+    kinds: list[str]
+    dots: Sequence[int] = ()
+
+
+def _table(columns: Sequence[Column], items: Iterable[tuple[Any, ...]], *, dots: Sequence[int] = ()) -> Table:
+    rows = [[column.cell(*item) for column in columns] for item in items]
+    return Table([column.name for column in columns], rows, [column.kind for column in columns], dots)
+
+
 def table(summary: Summary) -> str:
-    """Plain text for a terminal, in columns."""
+    """Writes a summary for a terminal, in columns."""
     size = f", {compact(summary.parameters)} parameters" if summary.parameters else ""
     lines = [
         f"{summary.dataset}{size}: {summary.metric} on {summary.test_rows:,} test rows, in percent, with 95 % interval",
         "",
-        *_aligned(*accuracy_rows(summary)),
+        *_aligned(accuracies(summary)),
     ]
     if summary.comparisons:
-        lines += ["", "Differences in points, with 95 % interval", "", *_aligned(*difference_rows(summary))]
+        lines += ["", "Differences in points, with 95 % interval", "", *_aligned(differences(summary))]
     lines += ["", *(f"- {text}" for text in (*sentences(summary), *summary.cautions))]
     # Signs that a terminal without UTF-8 and a search by keyboard can deal with.
     return "\n".join(lines).translate(str.maketrans({MINUS: "-", "“": '"', "”": '"'}))
 
 
 def markdown(summary: Summary) -> str:
-    """The same tables for a Markdown file."""
-    blocks = [_piped(*accuracy_rows(summary))]
+    """Writes the same tables for a Markdown file."""
+    blocks = [_piped(accuracies(summary))]
     if summary.comparisons:
-        blocks.append(_piped(*difference_rows(summary)))
+        blocks.append(_piped(differences(summary)))
     blocks.append("\n".join(f"- {text}" for text in (*sentences(summary), *summary.cautions)))
     return "\n\n".join(blocks) + "\n"
 
 
-def accuracy_rows(summary: Summary) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the main table; columns after the first are numbers."""
-    header = ["method", "data", "label rows", "accuracy", "95 % interval", "seeds", "each seed"]
-    header += ["updates", "labels seen", "training"]
-    rows = []
-    for g in summary.groups:
-        seen = g.label_examples_seen
-        rows.append(
-            [
-                g.method,
-                percent(g.fraction),
-                f"{g.label_rows:,}",
-                f"{g.accuracy:.1f}",
-                f"[{g.low:.1f}, {g.high:.1f}]",
-                f"{len(g.seeds)}",
-                " ".join(f"{value:.1f}" for value in g.accuracies),
-                f"{g.updates:,}",
-                "-" if seen is None else f"{seen:,}",
-                _duration(g.train_seconds),
-            ]
-        )
-    return header, rows
-
-
-def difference_rows(summary: Summary) -> tuple[list[str], list[list[str]]]:
-    """Differences with their interval and the paired test of it, then McNemar's exact test; both p also by Holm."""
-    header = ["difference", "data", "points", "95 % interval", "p", "p, Holm", "only ours right", "only theirs"]
-    header += ["McNemar p", "p, Holm", "seeds", "result"]
-    rows = [
-        [
-            f"{c.method} minus {c.reference}",
-            percent(c.fraction),
-            signed(c.difference),
-            f"[{signed(c.low)}, {signed(c.high)}]",
-            named_p(c.p),
-            named_p(c.p_holm),
-            f"{c.ours:,}",
-            f"{c.theirs:,}",
-            named_p(c.mcnemar_p),
-            named_p(c.mcnemar_holm),
-            f"{len(c.seeds)}",
-            c.verdict if c.p_holm < 0.05 or c.p >= 0.05 else f"{c.verdict}, not by Holm",
-        ]
-        for c in summary.comparisons
+def accuracies(summary: Summary) -> Table:
+    """Lists the groups of a summary."""
+    columns = [
+        Column("method", lambda g: g.method, "text"),
+        Column("data", lambda g: percent(g.fraction)),
+        Column("label rows", lambda g: f"{g.label_rows:,}"),
+        Column("accuracy", lambda g: f"{g.accuracy:.1f}", "number strong"),
+        Column("95 % interval", lambda g: interval(g.low, g.high)),
+        Column("seeds", lambda g: f"{len(g.seeds)}"),
+        Column("each seed", lambda g: " ".join(f"{value:.1f}" for value in g.accuracies)),
+        Column("updates", lambda g: f"{g.updates:,}"),
+        Column("labels seen", lambda g: _or_dash("{:,}", g.label_examples_seen)),
+        Column("training", lambda g: _duration(g.train_seconds)),
     ]
-    return header, rows
+    dots = [colour_number(summary.methods, group.method) for group in summary.groups]
+    return _table(columns, ((group,) for group in summary.groups), dots=dots)
 
 
-def overview_rows(study: Study) -> tuple[list[str], list[list[str]]]:
-    """Methods and sizes down, datasets across: accuracy with its interval, each at its largest share of the data."""
-    sizes = {compact(s.parameters) if s.parameters else "" for s in study.summaries}
-    header = ["method", *(["parameters"] if len(sizes) > 1 else []), *study.datasets]
-    rows = []
-    for method in study.methods:
-        for size in sorted({s.parameters or 0 for s in study.summaries if method in s.methods}):
-            cells = [method, *([compact(size) if size else "not known"] if len(sizes) > 1 else [])]
-            for dataset in study.datasets:
-                of_size = (s for s in study.of(dataset) if (s.parameters or 0) == size)
-                group = next((g for s in of_size if (g := s.most_data(method))), None)
-                cells.append("" if group is None else f"{group.accuracy:.1f} [{group.low:.1f}, {group.high:.1f}]")
-                if group and group.fraction < 1:
-                    cells[-1] += f" ({percent(group.fraction)})"
-            rows.append(cells)
-    teachers = {d: next((s.teacher_accuracy for s in study.of(d)), None) for d in study.datasets}
-    if any(value is not None for value in teachers.values()):
-        blank = [""] if len(sizes) > 1 else []
-        rows.append(["teacher", *blank, *("" if v is None else f"{v:.1f}" for v in teachers.values())])
-    return header, rows
+def differences(summary: Summary) -> Table:
+    """Lists the comparisons: interval and paired test, then McNemar's exact test; both p also by Holm."""
+    columns = [
+        Column("difference", lambda c: f"{c.method} minus {c.reference}", "text"),
+        Column("data", lambda c: percent(c.fraction)),
+        Column("points", lambda c: signed(c.difference), "number strong"),
+        Column("95 % interval", lambda c: signed_interval(c.low, c.high)),
+        Column("p", lambda c: p_value(c.p)),
+        Column("p, Holm", lambda c: p_value(c.p_holm)),
+        Column("only ours right", lambda c: f"{c.ours:,}"),
+        Column("only theirs", lambda c: f"{c.theirs:,}"),
+        Column("McNemar p", lambda c: p_value(c.mcnemar_p)),
+        Column("p, Holm", lambda c: p_value(c.mcnemar_holm)),
+        Column("seeds", lambda c: f"{len(c.seeds)}"),
+        Column("result", lambda c: c.verdict + ", not by Holm" * (c.p < 0.05 <= c.p_holm), "note"),
+    ]
+    dots = [colour_number(summary.methods, comparison.method) for comparison in summary.comparisons]
+    return _table(columns, ((comparison,) for comparison in summary.comparisons), dots=dots)
 
 
-def paper_rows(study: Study) -> tuple[list[str], list[list[str]]]:
-    """What the runs have beside what the paper has for the same cell (paper.py says when it is the same)."""
-    header = ["method", "dataset", "accuracy", "95 % interval", "paper", "deviation", "95 % interval", "seeds"]
-    rows = []
-    for summary, group in study.groups():
-        value = paper_accuracy(summary, group)
-        if value is not None:
-            rows.append(
-                [
-                    group.method,
-                    summary.dataset,
-                    f"{group.accuracy:.2f}",
-                    f"[{group.low:.1f}, {group.high:.1f}]",
-                    f"{value:.2f}",
-                    signed(group.accuracy - value),
-                    f"[{signed(group.low - value)}, {signed(group.high - value)}]",
-                    f"{len(group.seeds)}",
-                ]
-            )
-    return header, rows
-
-
-def cost_rows(study: Study) -> tuple[list[str], list[list[str]]]:
-    """What one run of each group cost to train, and how much smaller than its teacher each student is."""
-    header = ["method", "dataset", "data", "parameters", "teacher / student", "devices", "device-hours"]
-    header += ["training FLOPs", "accuracy"]
-    rows = []
-    for summary in study.summaries:
-        teacher = teacher_of(summary)
-        size = teacher.parameters if teacher else None
-        for group in summary.groups:
-            c = cost(group)
-            rows.append(
-                [
-                    group.method,
-                    summary.dataset,
-                    percent(group.fraction),
-                    compact(c.parameters) if c.parameters else "-",
-                    f"{size / c.parameters:,.0f} x" if size and c.parameters else "-",
-                    c.devices,
-                    f"{c.device_hours:.3g}",
-                    compact(c.training_flops) if c.training_flops else "-",
-                    f"{group.accuracy:.1f}",
-                ]
-            )
-    return header, rows
-
-
-def teacher_rows(study: Study) -> tuple[list[str], list[list[str]]]:
-    """The teachers' replies by dataset and split, from the manifests of the records."""
-    header = ["dataset", "split", "teacher", "rows", "accuracy", "95 % interval", "usable labels"]
-    header += ["of them for another label", "usable rationales", "other outcomes"]
-    rows = []
-    for dataset in study.datasets:
-        found = teacher_of(study.of(dataset)[0])
-        for name, split in found.splits.items() if found else ():
-            interval = "-"
-            if split.accuracy is not None and split.labelled:
-                low, high = wilson_interval(split.accuracy / 100, split.labelled)
-                interval = f"[{100 * low:.1f}, {100 * high:.1f}]"
-            other = ", ".join(f"{outcome} {count:,}" for outcome, count in split.outcomes.items() if outcome != "ok")
-            rows.append(
-                [
-                    dataset,
-                    name,
-                    (found.name if found else None) or "not known",
-                    f"{split.rows:,}",
-                    "-" if split.accuracy is None else f"{split.accuracy:.1f} %",
-                    interval,
-                    f"{split.labels:,}",
-                    "-" if split.other_label is None else f"{split.other_label:.1f} %",
-                    f"{split.rationales:,}",
-                    other or "none",
-                ]
-            )
-    return header, rows
-
-
-def rationale_rows(study: Study) -> tuple[list[str], list[list[str]]]:
-    """The students' rationales, means over the seeds that were measured (rationales.py says what each figure is)."""
-    header = ["method", "dataset", "parameters", "data", "seeds", "rows", "name a label"]
-    header += ["the one predicted", "kept when read", "kept when another's is read", "ROUGE-L with teacher's", "chrF"]
-    header += ["words", "teacher's words"]
-    rows = []
-    for summary, group in study.groups():
-        measured = [result.quality for result in group.results if result.quality]
-        if not measured:
-            continue
-        means = {}
-        for name in measured[0].values:
-            values = [q.values[name] for q in measured]
-            known = [value for value in values if value is not None]
-            means[name] = sum(known) / len(known) if known else None
-        rows.append(
-            [
-                group.method,
-                summary.dataset,
-                compact(summary.parameters) if summary.parameters else "-",
-                percent(group.fraction),
-                f"{len(measured)}",
-                f"{measured[0].rows:,}",
-                _known(means["by_parser_rows"], "{:,.0f}"),
-                *(_known(means[name], "{:.1%}") for name in ("by_parser", "by_label_task")),
-                _known(means["by_label_task_other_rationale"], "{:.1%}"),
-                *(_known(means[name], "{:.3g}") for name in ("rouge_l", "chrf")),
-                *(_known(means[name], "{:.1f}") for name in ("student_words", "teacher_words")),
-            ]
-        )
-    return header, rows
-
-
-def _known(value: float | None, form: str) -> str:
-    return "-" if value is None else form.format(value).replace("%", " %")
-
-
-def _aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+def overview(study: Study) -> Table:
+    """Lists methods and sizes down, datasets across: accuracy with its interval, each at its largest share of data."""
+    sizes = {s.parameters for s in study.summaries}
     lines = [
-        "  ".join(f"{cell:<{width}}" if i == 0 else f"{cell:>{width}}" for i, (cell, width) in enumerate(cells))
-        for row in (header, *rows)
-        for cells in [list(zip(row, widths, strict=True))]
+        (method, size)
+        for method in study.methods
+        for size in sorted({s.parameters or 0 for s in study.summaries if method in s.methods})
+    ]
+
+    def cell(method: str, size: int, dataset: str) -> str:
+        of_size = (s for s in study.of(dataset) if (s.parameters or 0) == size)
+        group = next((g for s in of_size if (g := s.most_data(method))), None)
+        if group is None:
+            return ""
+        share = f" ({percent(group.fraction)})" if group.fraction < 1 else ""
+        return f"{group.accuracy:.1f} {interval(group.low, group.high)}{share}"
+
+    columns = [Column("method", lambda method, _: method, "text")]
+    if len({compact(size) if size else "" for size in sizes}) > 1:
+        columns.append(Column("parameters", lambda _, size: compact(size) if size else "not known", "text"))
+    columns += [Column(name, lambda method, size, name=name: cell(method, size, name)) for name in study.datasets]
+    found = _table(columns, lines)
+    teachers = [next((s.teacher_accuracy for s in study.of(dataset)), None) for dataset in study.datasets]
+    if any(value is not None for value in teachers):
+        blank = [""] * (len(columns) - len(teachers) - 1)
+        found.rows.append(["teacher", *blank, *("" if value is None else f"{value:.1f}" for value in teachers)])
+    return found
+
+
+def paper(study: Study) -> Table:
+    """Sets runs beside the paper where it has the same cell (paper.py decides that)."""
+    columns = [
+        Column("method", lambda s, g, _: g.method, "text"),
+        Column("dataset", lambda s, g, _: s.dataset, "text"),
+        Column("accuracy", lambda s, g, _: f"{g.accuracy:.2f}"),
+        Column("95 % interval", lambda s, g, _: interval(g.low, g.high)),
+        Column("paper", lambda s, g, value: f"{value:.2f}"),
+        Column("deviation", lambda s, g, value: signed(g.accuracy - value), "number strong"),
+        Column("95 % interval", lambda s, g, value: signed_interval(g.low - value, g.high - value)),
+        Column("seeds", lambda s, g, _: f"{len(g.seeds)}"),
+    ]
+    found = ((s, g, paper_accuracy(s, g)) for s, g in study.groups())
+    return _table(columns, (item for item in found if item[2] is not None))
+
+
+def costs(study: Study) -> Table:
+    """Lists the training cost of one run of each group, and how much smaller than its teacher each student is."""
+    columns = [
+        Column("method", lambda s, g, c, _: g.method, "text"),
+        Column("dataset", lambda s, g, c, _: s.dataset, "text"),
+        Column("data", lambda s, g, c, _: percent(g.fraction)),
+        Column("parameters", lambda s, g, c, _: compact(c.parameters) if c.parameters else "-"),
+        Column("teacher / student", lambda s, g, c, t: _or_dash("{:,.0f} x", c.parameters and t and t / c.parameters)),
+        Column("devices", lambda s, g, c, _: c.devices),
+        Column("device-hours", lambda s, g, c, _: f"{c.device_hours:.3g}"),
+        Column("training FLOPs", lambda s, g, c, _: compact(c.training_flops) if c.training_flops else "-"),
+        Column("accuracy", lambda s, g, c, _: f"{g.accuracy:.1f}"),
+    ]
+    teachers = {id(summary): teacher_of(summary) for summary in study.summaries}
+    found = ((s, g, cost(g), t.parameters if (t := teachers[id(s)]) else None) for s, g in study.groups())
+    return _table(columns, found)
+
+
+def teachers(study: Study) -> Table:
+    """Lists the teachers' replies by dataset and split, from the manifests of the records."""
+
+    def bounds(split: Any) -> str:
+        if split.accuracy is None or not split.labelled:
+            return "-"
+        low, high = wilson_interval(split.accuracy / 100, split.labelled)
+        return interval(100 * low, 100 * high)
+
+    def others(split: Any) -> str:
+        return ", ".join(f"{name} {count:,}" for name, count in split.outcomes.items() if name != "ok") or "none"
+
+    columns = [
+        Column("dataset", lambda d, n, t, split: d, "text"),
+        Column("split", lambda d, n, t, split: n, "text"),
+        Column("teacher", lambda d, n, t, split: t.name or "not known", "text"),
+        Column("rows", lambda d, n, t, split: f"{split.rows:,}"),
+        Column("accuracy", lambda d, n, t, split: _or_dash("{:.1f} %", split.accuracy), "number strong"),
+        Column("95 % interval", lambda d, n, t, split: bounds(split)),
+        Column("usable labels", lambda d, n, t, split: f"{split.labels:,}"),
+        Column("of them for another label", lambda d, n, t, split: _or_dash("{:.1f} %", split.other_label)),
+        Column("usable rationales", lambda d, n, t, split: f"{split.rationales:,}"),
+        Column("other outcomes", lambda d, n, t, split: others(split), "note"),
+    ]
+    found = ((dataset, teacher_of(study.of(dataset)[0])) for dataset in study.datasets)
+    return _table(columns, ((d, n, t, split) for d, t in found if t for n, split in t.splits.items()))
+
+
+def rationales(study: Study) -> Table:
+    """Lists the students' rationales, means over the seeds that were measured (stats/quality.py explains each)."""
+
+    def mean(name: str, form: str) -> Callable[..., str]:
+        def cell(_: Any, __: Any, measured: Sequence[Any]) -> str:
+            values = [value for quality in measured if (value := quality.values[name]) is not None]
+            return _or_dash(form, sum(values) / len(values) if values else None).replace("%", " %")
+
+        return cell
+
+    columns = [
+        Column("method", lambda s, g, _: g.method, "text"),
+        Column("dataset", lambda s, g, _: s.dataset, "text"),
+        Column("parameters", lambda s, g, _: compact(s.parameters) if s.parameters else "-"),
+        Column("data", lambda s, g, _: percent(g.fraction)),
+        Column("seeds", lambda s, g, measured: f"{len(measured)}"),
+        Column("rows", lambda s, g, measured: f"{measured[0].rows:,}"),
+        Column("name a label", mean("by_parser_rows", "{:,.0f}")),
+        Column("the one predicted", mean("by_parser", "{:.1%}")),
+        Column("kept when read", mean("by_label_task", "{:.1%}")),
+        Column("kept when another's is read", mean("by_label_task_other_rationale", "{:.1%}")),
+        Column("ROUGE-L with teacher's", mean("rouge_l", "{:.3g}")),
+        Column("chrF", mean("chrf", "{:.3g}")),
+        Column("words", mean("student_words", "{:.1f}")),
+        Column("teacher's words", mean("teacher_words", "{:.1f}")),
+    ]
+    found = ((s, g, [r.quality for r in g.results if r.quality]) for s, g in study.groups())
+    return _table(columns, (item for item in found if item[2]))
+
+
+def runs(study: Study) -> Table:
+    """Lists every run with its directory."""
+    columns = [
+        Column("run", lambda r: r.run.method, "text"),
+        Column("dataset", lambda r: r.manifest["data"]["dataset"], "text"),
+        Column("data", lambda r: percent(r.run.fraction)),
+        Column("seed", lambda r: f"{r.run.seed}"),
+        Column("accuracy", lambda r: f"{r.accuracy:.1f}", "number strong"),
+        Column("tested checkpoint", lambda r: f"{r.test_step:,} of {r.updates:,}"),
+        Column("directory", lambda r: str(r.run.path)),
+    ]
+    return _table(columns, ((result,) for result in study.results))
+
+
+def _or_dash(form: str, value: Any) -> str:
+    return "-" if value is None else form.format(value)
+
+
+def _aligned(table: Table) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(table.header, *table.rows, strict=True)]
+    lines = [
+        "  ".join(f"{cell:{'>' if i else '<'}{width}}" for i, (cell, width) in enumerate(zip(row, widths, strict=True)))
+        for row in (table.header, *table.rows)
     ]
     return [lines[0], "-" * len(lines[0]), *lines[1:]]
 
 
-def _piped(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    marks = ["---", *("---:" for _ in header[1:])]
-    return "\n".join(f"| {' | '.join(row)} |" for row in (header, marks, *rows))
+def _piped(table: Table) -> str:
+    marks = ["---", *("---:" for _ in table.header[1:])]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (table.header, marks, *table.rows))
 
 
 def _duration(seconds: float) -> str:

@@ -69,15 +69,3 @@ def _training_flops(result: Result) -> int | None:
     except (TypeError, ValueError, KeyError):  # a manifest of another version: a report can do without
         return None
     return of_one * result.updates
-
-
-def compact(count: int | float) -> str:
-    """A count of parameters or operations in three figures.
-
-    >>> compact(247_577_856), compact(9_012_992), compact(540e9), compact(3.2e18), compact(950)
-    ('248M', '9.01M', '540B', '3.2e18', '950')
-    """
-    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if 0.9995 * size <= count < 999.5e9:
-            return f"{count / size:.{2 if count < 9.995 * size else 1 if count < 99.95 * size else 0}f}{letter}"
-    return f"{count:.0f}" if count < 1000 else f"{count:.1e}".replace("e+", "e")

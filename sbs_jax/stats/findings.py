@@ -2,10 +2,9 @@
 
 from collections.abc import Sequence
 
+from sbs_jax.stats.formats import capital, interval, listed, of_data, p_value, percent, signed, signed_interval
 from sbs_jax.stats.study import Study
 from sbs_jax.stats.summary import Comparison, Summary
-
-MINUS = "\N{MINUS SIGN}"
 
 
 def headline_of_all(study: Study) -> str:
@@ -35,7 +34,7 @@ def _not_by_holm(comparisons: Sequence[Comparison]) -> str:
     if not lost:
         return ""
     if len(comparisons) == 1:
-        return f" (not by Holm's correction: p = {named_p(lost[0].p_holm)})"
+        return f" (not by Holm's correction: p = {p_value(lost[0].p_holm)})"
     kept = len(comparisons) - len(lost)
     return f" ({kept or 'none'} of them by Holm's correction)"
 
@@ -96,12 +95,12 @@ def _finding(c: Comparison) -> str:
     if c.verdict == "no difference shown":
         return (
             f"No difference shown between {c.method} and {c.reference} {where}: {signed(c.difference)} points "
-            f"[{signed(c.low)}, {signed(c.high)}]"
+            f"{signed_interval(c.low, c.high)}"
         )
     winner, loser, points, low, high = c.method, c.reference, c.difference, c.low, c.high
     if c.verdict == "behind":
         winner, loser, points, low, high = loser, winner, -points, -high, -low
-    return f"{capital(winner)} is ahead of {loser} by {points:.1f} points [{low:.1f}, {high:.1f}] {where}"
+    return f"{capital(winner)} is ahead of {loser} by {points:.1f} points {interval(low, high)} {where}"
 
 
 def _savings(summary: Summary) -> list[str]:
@@ -119,38 +118,6 @@ def _savings(summary: Summary) -> list[str]:
     return found
 
 
-def capital(text: str) -> str:
-    return text[:1].upper() + text[1:]
-
-
-def listed(parts: Sequence[str]) -> str:
-    parts = list(parts)
-    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
-
-
-def percent(fraction: float) -> str:
-    return f"{100 * fraction:g} %"
-
-
-def of_data(fraction: float) -> str:
-    return "all of the data" if fraction == 1 else f"{percent(fraction)} of the data"
-
-
 def _one_seed(comparisons: Sequence[Comparison]) -> str:
     """A reservation, where the interval cannot tell what another seed would have given."""
     return " (one seed)" if any(len(c.seeds) == 1 for c in comparisons) else ""
-
-
-def signed(points: float) -> str:
-    return f"{points:+.1f}".replace("-", MINUS)
-
-
-def named_p(p: float) -> str:
-    """A p value in two figures; "< 0.0001" where it is smaller.
-
-    >>> named_p(0.0312), named_p(0.5), named_p(0.000004), named_p(1.0)
-    ('0.031', '0.50', '< 0.0001', '1.00')
-    """
-    if p < 0.0001:
-        return "< 0.0001"
-    return f"{p:.2f}" if p >= 0.095 else f"{p:.2g}"

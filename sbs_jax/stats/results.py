@@ -89,7 +89,7 @@ def identify(path: str | Path) -> Run:
     if kind not in _METHOD_OF_KIND:
         raise ValueError(
             f"{path} trained on {name}, which is none of the known methods ({', '.join(_METHOD_OF_KIND)}); call "
-            "sbs_jax.report.write_page with Run(path, method, fraction, seed) to name it yourself."
+            "sbs_jax.pages.report.write_page with Run(path, method, fraction, seed) to name it yourself."
         )
     method, remarks = _METHOD_OF_KIND[kind], []
     if options["label_source"] == "teacher":

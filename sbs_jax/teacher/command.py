@@ -321,7 +321,7 @@ def _write_page(
         )
         facts["Cost of the store"] = f"${spent:,.2f} at today's price"
 
-    def shown() -> Iterator[page.Shown]:
+    def shown() -> Iterator[page.Example]:
         for source in splits.values():
             found = export.answers(
                 dataset,
@@ -337,7 +337,7 @@ def _write_page(
                 if record.label is not None and record.teacher_label is not None:
                     right = dataset.same_label(record.label, record.teacher_label)
                 rendered = prompts.render(template, record.input)
-                yield page.Shown(
+                yield page.Example(
                     id=record.id,
                     input=record.input,
                     label=record.label,

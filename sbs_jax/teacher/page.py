@@ -1,8 +1,7 @@
-"""The page of a finished sampling: what the teacher answered, in numbers, and a browser of examples.
+"""The page of a finished sampling: the teacher's answers in numbers, and a browser of examples.
 
-One HTML file that asks for nothing from the network. Every text of the data or of the teacher is shown as text,
-never as markup: here it is escaped, or embedded as JSON that page.js only ever puts into text nodes; the page's
-content policy lets no other script run. The same rows give the same bytes.
+One HTML file that asks for nothing from the network; pages/rendering.py escapes every text. The same rows give the
+same bytes.
 """
 
 import dataclasses
@@ -10,39 +9,50 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from sbs_jax.checks import whole_number
 from sbs_jax.data.parsing import FAILURES, OUTCOMES
 from sbs_jax.pages.canvas import COLOURS, Canvas
-from sbs_jax.pages.elements import figure, policy, style
-from sbs_jax.pages.elements import joined as _lines
-from sbs_jax.pages.elements import script_json as _json
-from sbs_jax.pages.elements import text as _text
+from sbs_jax.pages.rendering import Figure, render
+from sbs_jax.stats.formats import interval
 from sbs_jax.stats.intervals import wilson_interval
-from sbs_jax.teacher.shown import AGREEMENT, DISTINCT, LONGEST_COUNTED, SMALL_SET, Counts, Score, Selection, Shown, cut
+from sbs_jax.teacher.examples import (
+    AGREEMENT,
+    DISTINCT,
+    LONGEST_COUNTED,
+    SMALL_SET,
+    Counts,
+    Example,
+    Score,
+    Selection,
+    cut,
+)
+
+__all__ = ["Example", "write_page"]
 
 _ENOUGH_ROWS = 20  # of one label among many, for an accuracy of its own
+_MOST_OUTCOMES = 30
 _BARS = 32  # of a histogram
 _HISTOGRAM_WIDTH = 428  # pixels; shrinks by a sixth, to fit a phone
-_OTHER = "another label"
-_NONE = "no label"
+_OTHERS = {"other": "another label", "none": "no label"}
+_VERDICTS = {"right": "right", "wrong": "wrong", "unusable": "unusable", "unjudged": "not judged (no human label)"}
 _MEANINGS = {**OUTCOMES, **FAILURES}
 
 
 def write_page(
-    path: str | Path, *, title: str, facts: Mapping[str, str], rows: Iterable[Shown], examples: int = 2000
+    path: str | Path, *, title: str, facts: Mapping[str, str], rows: Iterable[Example], examples: int = 2000
 ) -> None:
     """Writes one self-contained HTML page about a sampling.
 
     `rows` is read once and not kept: memory is that of the `examples` embedded rows and of the counts. Embedded are
     the rows where teacher and human disagree, as far as they fill half of `examples`, and an even sample of all
-    others; which ones is decided by a hash of their ids. `facts` are shown in their order, as text.
+    others, chosen by a hash of their ids. `facts` are shown in their order, as text.
 
     Raises:
       ValueError: `examples` is negative.
     """
-    if examples < 0:
-        raise ValueError(f"Got examples={examples}; expected the number of rows to embed, 0 or more.")
+    whole_number("examples", examples, least=0)
     counts, chosen = Counts(), Selection(examples)
     for row in rows:
         counts.add(row)
@@ -52,8 +62,36 @@ def write_page(
     path.write_bytes(_page(title, facts, counts, chosen.rows()).encode("utf-8"))
 
 
+def _page(title: str, facts: Mapping[str, str], counts: Counts, rows: Sequence[dict[str, Any]]) -> str:
+    lines, compact = _with_shared_lines(rows)
+    outcomes = sorted(Counter(row.get("outcome", "") for row in rows).items(), key=lambda item: (-item[1], item[0]))
+    labels = [cut(label) for label in counts.labels]
+    told = [*facts.items(), ("usable", f"{counts.usable:,} of {_rows(counts.rows)}")]
+    if counts.hinted:
+        told.append(("answered after a hint", f"{counts.hinted:,}"))
+    return render(
+        "teacher.html",
+        title=title,
+        headline=_headline(counts),
+        facts=told,
+        counts=counts,
+        outcomes=_outcomes(counts),
+        labels=_accuracy(counts) if counts.score.rows else _teacher_labels(counts),
+        confusion=_confusion(counts),
+        agreement=_agreement(counts),
+        lengths=_lengths(counts),
+        embedded=len(rows),
+        disagreeing=sum(row["verdict"] == "wrong" for row in rows),
+        filters=_filters(rows, outcomes=outcomes, labels=counts.labels),
+        count=_rows,
+        share=_share,
+        most_labels=DISTINCT,
+        data={"lines": lines, "labels": labels, "outcomes": [outcome for outcome, _ in outcomes], "rows": compact},
+    )
+
+
 def _with_shared_lines(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[dict[str, Any]]]:
-    """Prompts repeat their exemplars: lines, each held once, and rows whose prompts are ranges of line numbers.
+    """Holds each line of the prompts once, since prompts repeat their exemplars.
 
     The two prompts "a\\nb\\nc" and "a\\nb\\nd" are the lines ["a\\n", "b\\n", "c", "d"] and the ranges [0, 3] and
     [0, 2, 3, 4]: from, to, from, to, without the last.
@@ -72,44 +110,6 @@ def _with_shared_lines(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[
     return list(numbers), compact
 
 
-# Writing
-
-
-def _page(title: str, facts: Mapping[str, str], counts: Counts, rows: Sequence[dict[str, Any]]) -> str:
-    here = Path(__file__)
-    script = here.with_name("page.js").read_text("utf-8")
-    lines, compact = _with_shared_lines(rows)
-    data = {"lines": lines, "labels": [cut(label) for label in counts.labels], "rows": compact}
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{policy(script)}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>{_text(title)}</title>
-<style>
-{style()}{here.with_name("page.css").read_text("utf-8")}</style>
-</head>
-<body>
-<main>
-<p class="kicker">{_text(title)}</p>
-<h1>{_text(_headline(counts))}</h1>
-{_facts(facts, counts)}
-{_outcomes(counts)}
-{_accuracy(counts)}
-{_confusion(counts)}
-{_agreement(counts)}
-{_lengths(counts)}
-{_browser(counts, rows)}
-</main>
-<script type="application/json" id="data">{_json(data)}</script>
-<script>{script}</script>
-</body>
-</html>
-"""
-
-
 def _headline(counts: Counts) -> str:
     score = counts.score
     if not counts.rows:
@@ -121,195 +121,127 @@ def _headline(counts: Counts) -> str:
     return f"The teacher's own label is the human's on {_share(score.right, score.rows)} of {_rows(score.rows)}"
 
 
-def _facts(facts: Mapping[str, str], counts: Counts) -> str:
-    told = [*facts.items(), ("usable", f"{counts.usable:,} of {_rows(counts.rows)}")]
-    if counts.hinted:
-        told.append(("answered after a hint", f"{counts.hinted:,}"))
-    body = "\n".join(f"<div><dt>{_text(name)}</dt><dd>{_text(value)}</dd></div>" for name, value in told)
-    return f'<dl class="facts">\n{body}\n</dl>'
+class Bar(NamedTuple):
+    """A line of a table with bars: its name, the bar's share of the width in percent, and cells of numbers."""
+
+    name: str
+    width: float
+    cells: Sequence[str]
+    meaning: str = ""
+    whisker: tuple[float, float] | None = None  # in percent
+    total: bool = False
 
 
-def _outcomes(counts: Counts) -> str:
-    if not counts.rows:
-        return ""
+class Bars(NamedTuple):
+    """A table with bars; `header` names the first column and those of the numbers."""
+
+    header: Sequence[str]
+    rows: Sequence[Bar]
+
+
+def _counted(name: str, count: int, whole: int) -> Bar:
+    return Bar(_brief(name), 100 * count / whole, [f"{count:,}", _share(count, whole)])
+
+
+def _outcomes(counts: Counts) -> Bars:
     ordered = counts.outcomes.ordered()
-    shown = ordered if len(ordered) <= 30 else ordered[:29]
-    rest = counts.rows - sum(count for _, count in shown)
-    lines = []
-    for outcome, count in shown:
-        meaning = f'<span class="aside">{_text(_MEANINGS[outcome])}</span>' if outcome in _MEANINGS else ""
-        name = f'<th scope="row" class="name">{_text(outcome)}{meaning}</th>'
-        lines.append(f"<tr>{name}{_bar(count, counts.rows)}{_cells(f'{count:,}', _share(count, counts.rows))}</tr>")
-    if rest:
-        lines.append(
-            f'<tr><th scope="row" class="name">all other outcomes</th>{_bar(rest, counts.rows)}'
-            f"{_cells(f'{rest:,}', _share(rest, counts.rows))}</tr>"
-        )
-    return _section("Outcomes", "How the replies were read.", _table(["outcome", "", "rows", "share"], lines))
+    shown = ordered if len(ordered) <= _MOST_OUTCOMES else ordered[: _MOST_OUTCOMES - 1]
+    bars = [_counted(name, n, counts.rows)._replace(name=name, meaning=_MEANINGS.get(name, "")) for name, n in shown]
+    if rest := counts.rows - sum(count for _, count in shown):
+        bars.append(_counted("all other outcomes", rest, counts.rows))
+    return Bars(["outcome", "rows", "share"], bars)
 
 
-def _accuracy(counts: Counts) -> str:
+def _accuracy(counts: Counts) -> Bars:
+    """Lists the human's labels where they are a small set, else the frequent ones."""
     score = counts.score
-    if not counts.rows:
-        return ""
-    if not score.rows:
-        return _teacher_labels(counts)
     ordered = sorted(counts.by_label.items(), key=lambda item: (-item[1].rows, item[0]))
     if len(ordered) <= 1 and not counts.many_labels:
-        shown: list[tuple[str, Score]] = []
-    elif len(ordered) <= SMALL_SET:
-        shown = ordered
-    else:
-        shown = [(label, of_label) for label, of_label in ordered[:SMALL_SET] if of_label.rows >= _ENOUGH_ROWS]
-    note = (
-        "An answer is right when it is the human's label. One that cannot be used is not right, and neither is one "
-        "given after a hint. Whiskers and brackets are 95 % intervals (Wilson)."
-    )
-    if len(ordered) > SMALL_SET:
-        number = f"more than {DISTINCT:,}" if counts.many_labels else f"{len(ordered):,}"
-        named = " The most frequent:" if shown else ""
-        note += f" The human gave {number} different labels.{named}"
-    body = [_score_line(label, of_label, score) for label, of_label in shown]
+        ordered = []
+    small = len(ordered) <= SMALL_SET
+    shown = [(label, one) for label, one in ordered[:SMALL_SET] if small or one.rows >= _ENOUGH_ROWS]
+    bars = [_scored(label, one, score) for label, one in shown]
     if shown and len(shown) < len(ordered):
-        rest = Score(
-            *(
-                getattr(score, field.name) - sum(getattr(of_label, field.name) for _, of_label in shown)
-                for field in dataclasses.fields(Score)
-            )
-        )
-        body.append(_score_line("all other labels", rest, score))
-    body.append(_score_line("all rows" if shown else "all labels", score, score, kind=' class="total"'))
-    return _section("Accuracy by human label", note, _table(_score_header("human label", score), body))
+        names = [field.name for field in dataclasses.fields(Score)]
+        rest = Score(*(getattr(score, name) - sum(getattr(one, name) for _, one in shown) for name in names))
+        bars.append(_scored("all other labels", rest, score))
+    bars.append(_scored("all rows" if shown else "all labels", score, score)._replace(total=True))
+    hint = ["after a hint"] * bool(score.after_hint)
+    return Bars(["human label", "accuracy", "95 % interval", "right", *hint, "wrong", "unusable", "rows"], bars)
 
 
-def _score_header(name: str, whole: Score) -> list[str]:
-    hint = ["after a hint"] if whole.after_hint else []
-    return [name, "", "accuracy", "95 % interval", "right", *hint, "wrong", "unusable", "rows"]
+def _scored(name: str, score: Score, whole: Score) -> Bar:
+    share = 100 * score.right / score.rows
+    low, high = (100 * end for end in wilson_interval(score.right / score.rows, score.rows))
+    hint = [score.after_hint] * bool(whole.after_hint)
+    numbers = (score.right, *hint, score.wrong, score.unusable, score.rows)
+    cells = [f"{share:.1f} %", interval(low, high), *(f"{number:,}" for number in numbers)]
+    return Bar(_brief(name), share, cells, whisker=(low, high))
 
 
-def _score_line(name: str, score: Score, whole: Score, *, kind: str = "") -> str:
-    share = score.right / score.rows
-    low, high = wilson_interval(share, score.rows)
-    hint = [f"{score.after_hint:,}"] if whole.after_hint else []
-    cells = [
-        *(f"{100 * share:.1f} %", f"[{100 * low:.1f}, {100 * high:.1f}]", f"{score.right:,}", *hint),
-        *(f"{score.wrong:,}", f"{score.unusable:,}", f"{score.rows:,}"),
-    ]
-    bar = _bar(score.right, score.rows, whisker=(low, high))
-    return f'<tr{kind}><th scope="row" class="name">{_text(_brief(name))}</th>{bar}{_cells(*cells, strong=0)}</tr>'
-
-
-def _teacher_labels(counts: Counts) -> str:
-    note = "Nobody labelled these rows, so the teacher cannot be judged here."
-    if not counts.usable:
-        return _section("Labels", note, "")
+def _teacher_labels(counts: Counts) -> Bars:
     shown = counts.teacher_labels.ordered()[:SMALL_SET]
-    lines = [
-        f'<tr><th scope="row" class="name">{_text(_brief(label))}</th>{_bar(count, counts.usable)}'
-        f"{_cells(f'{count:,}', _share(count, counts.usable))}</tr>"
-        for label, count in shown
-    ]
-    rest = counts.usable - sum(count for _, count in shown)
-    if rest:
-        cells = _cells(f"{rest:,}", _share(rest, counts.usable))
-        lines.append(f'<tr><th scope="row" class="name">all others</th>{_bar(rest, counts.usable)}{cells}</tr>')
-    return _section("The teacher's labels", note, _table(["teacher's label", "", "rows", "share"], lines))
+    bars = [_counted(label, count, counts.usable) for label, count in shown]
+    if rest := counts.usable - sum(count for _, count in shown):
+        bars.append(_counted("all others", rest, counts.usable))
+    return Bars(["teacher's label", "rows", "share"], bars)
 
 
-def _confusion(counts: Counts) -> str:
-    """Human labels down, the teacher's across; a cell is also a filter of the browser."""
-    score = counts.score
-    if not score.rows:
-        return ""
-    more = f" {score.after_hint:,} more agree only after a hint." if score.after_hint else ""
-    differ = (
-        f"{score.wrong:,} rows ({_share(score.wrong, score.rows)}) have another"
-        if score.wrong
-        else "No row has another"
-    )
-    note = f"{differ} label from the teacher than from the human.{more}"
-    show = (
-        '<p class="show"><button type="button" data-verdict="wrong">Show disagreements below</button></p>'
-        if score.wrong
-        else ""
-    )
+def _agreement(counts: Counts) -> Bars:
+    total = sum(score.rows for score in counts.by_agreement.values())
+    bars = []
+    for name in AGREEMENT:
+        if score := counts.by_agreement.get(name):
+            cells = [f"{score.rows:,}", _share(score.rows, total)]
+            if counts.score.rows:
+                low, high = wilson_interval(score.right / score.rows, score.rows)
+                cells += [_share(score.right, score.rows), interval(100 * low, 100 * high)]
+            bars.append(Bar(name, 100 * score.rows / total, cells))
+    judged = ["accuracy", "95 % interval"] * bool(counts.score.rows)
+    return Bars(["replies that have the chosen label", "rows", "share", *judged], bars)
+
+
+def _confusion(counts: Counts) -> dict[str, Any] | None:
+    """Counts human labels (down) against the teacher's (across); a cell is also a filter of the browser."""
     labels = counts.labels
     if len(labels) < 2 or counts.pairs.full:
-        return _section("Disagreements with the human label", note, show)
+        return None
     cells: Counter[tuple[str, str]] = Counter()
     for (human, teacher), count in counts.pairs.items():
-        cells[human, "none" if teacher is None else str(labels.index(teacher)) if teacher in labels else "other"] += (
-            count
-        )
+        key = "none" if teacher is None else str(labels.index(teacher)) if teacher in labels else "other"
+        cells[human, key] += count
     keys = [str(number) for number in range(len(labels))]
-    keys += [key for key in ("other", "none") if any(cells[label, key] for label in labels)]
-    names = {"other": _OTHER, "none": _NONE} | {str(number): label for number, label in enumerate(labels)}
-    header = "".join(f'<th scope="col" class="number">{_text(_brief(names[key]))}</th>' for key in keys)
-    lines = []
-    for number, human in enumerate(labels):
-        rows = counts.by_label[human].rows
-        line = ""
-        for key in keys:
-            count = cells[human, key]
-            told = f"human {_brief(human)}, teacher {_brief(names[key])}: {count:,} rows"
-            mark = "agree" if key == str(number) else "differ"
-            line += (
-                f'<td class="number"><button type="button" class="{mark}" data-label="{number}" '
-                f'data-teacher="{key}" aria-label="{_text(told)}" style="--share:{round(100 * count / rows)}%">'
-                f"{count:,} <small>{100 * count / rows:.1f} %</small></button></td>"
-            )
-        lines.append(f'<tr><th scope="row" class="name">{_text(_brief(human))}</th>{line}</tr>')
-    table = (
-        '<div class="scroll"><table class="confusion">\n<thead><tr><th scope="col">human ↓ teacher →</th>'
-        f"{header}</tr></thead>\n<tbody>\n{_lines(lines)}\n</tbody></table></div>"
-    )
-    note += " Lines are the human's labels, columns the teacher's (hints included); a cell shows its examples below."
-    return _section("Disagreements with the human label", note, table + show)
+    keys += [key for key in _OTHERS if any(cells[label, key] for label in labels)]
+    names = {key: _OTHERS.get(key) or _brief(labels[int(key)]) for key in keys}
+    rows = [
+        (
+            _brief(label),
+            [(key, cells[label, key], 100 * cells[label, key] / counts.by_label[label].rows) for key in keys],
+        )
+        for label in labels
+    ]
+    return {"names": names, "rows": rows}
 
 
-def _agreement(counts: Counts) -> str:
-    if not counts.several:
-        return ""
-    told = f"More than one reply was asked for on {_rows(counts.several)}"
-    if not counts.by_agreement:
-        return _section("Agreement among samples", f"{told}; none of them has votes on a label.", "")
-    told += ". Replies that cannot be used count as asked for and not agreeing."
-    total = sum(score.rows for score in counts.by_agreement.values())
-    judged = counts.score.rows > 0
-    lines = []
-    for name in AGREEMENT:
-        score = counts.by_agreement.get(name)
-        if score is None:
-            continue
-        cells = [f"{score.rows:,}", _share(score.rows, total)]
-        if judged:
-            low, high = wilson_interval(score.right / score.rows, score.rows)
-            cells += [_share(score.right, score.rows), f"[{100 * low:.1f}, {100 * high:.1f}]"]
-        lines.append(f'<tr><th scope="row" class="name">{name}</th>{_bar(score.rows, total)}{_cells(*cells)}</tr>')
-    header = ["replies that have the chosen label", "", "rows", "share", *(["accuracy", "95 % interval"] * judged)]
-    return _section("Agreement among samples", told, _table(header, lines))
-
-
-def _lengths(counts: Counts) -> str:
-    parts = []
+def _lengths(counts: Counts) -> list[Figure]:
+    found = []
     for name, lengths in (("Rationales", counts.rationale_words), ("Replies", counts.reply_words)):
         if lengths:
-            half, most, nearly_all = (_quantile(lengths, share) for share in (0.5, 0.9, 0.99))
-            longest, upto = max(lengths), _quantile(lengths, 0.995)
-            told = (
+            half, most, nearly_all, upto = (_quantile(lengths, share) for share in (0.5, 0.9, 0.99, 0.995))
+            longest = max(lengths)
+            caption = (
                 f"{sum(lengths.values()):,} of them; half have up to {half:,} words, "
                 f"90\N{NO-BREAK SPACE}% up to {most:,}, 99\N{NO-BREAK SPACE}% up to {nearly_all:,}, "
                 f"the longest {longest:,}{' or more' * (longest == LONGEST_COUNTED)}."
                 f"{' The last bar holds all that are longer, too.' * (longest > upto)}"
             )
-            parts.append(figure(name, told, _histogram(name, lengths, upto=upto), width=_HISTOGRAM_WIDTH))
-    if not parts:
-        return ""
-    return _section("Lengths", "", f'<div class="figures">\n{_lines(parts)}\n</div>')
+            plot = _histogram(name, lengths, upto=upto)
+            found.append(Figure(name=name, caption=caption, plot=plot, width=_HISTOGRAM_WIDTH))
+    return found
 
 
 def _histogram(name: str, lengths: Counter[int], *, upto: int) -> str:
-    """Bars of equal numbers of words; the last one has everything longer than `upto` as well."""
+    """Draws bars of equal numbers of words; the last one has everything longer than `upto` as well."""
     step = max(1, -(-(upto + 1) // _BARS))
     last = upto // step
     heights: Counter[int] = Counter()
@@ -318,13 +250,10 @@ def _histogram(name: str, lengths: Counter[int], *, upto: int) -> str:
     with Canvas(_HISTOGRAM_WIDTH, 220) as canvas:
         axes = canvas.axes(left=62, right=8, bottom=44, top=10)
         for bar in range(last + 1):
-            count = heights[bar]
-            (rectangle,) = axes.bar(
-                bar * step - 0.5, count, width=0.88 * step, align="edge", color=COLOURS[0], linewidth=0
-            )
-            first, end = bar * step, bar * step + step - 1
-            told = f"{first} or more" if bar == last else f"{first}" if first == end else f"{first} to {end}"
-            canvas.explain(rectangle, f"{told} words: {count:,}")
+            first, end, look = bar * step, bar * step + step - 1, {"align": "edge", "color": COLOURS[0], "linewidth": 0}
+            (rectangle,) = axes.bar(first - 0.5, heights[bar], width=0.88 * step, **look)
+            words = f"{first} or more" if bar == last else f"{first}" if first == end else f"{first} to {end}"
+            canvas.explain(rectangle, f"{words} words: {heights[bar]:,}")
         axes.set_xlim(-0.5 - 0.02 * step * (last + 1), (last + 1) * step - 0.5)
         axes.set_ylim(bottom=0)
         axes.locator_params(axis="x", nbins=7, integer=True)
@@ -335,7 +264,7 @@ def _histogram(name: str, lengths: Counter[int], *, upto: int) -> str:
 
 
 def _quantile(lengths: Counter[int], share: float) -> int:
-    """The smallest length that at least this share of the texts does not exceed."""
+    """Returns the smallest length that at least this share of the texts does not exceed."""
     needed, passed = share * sum(lengths.values()), 0
     for words in sorted(lengths):
         passed += lengths[words]
@@ -344,98 +273,21 @@ def _quantile(lengths: Counter[int], share: float) -> int:
     raise AssertionError("a share above 1")
 
 
-def _browser(counts: Counts, rows: Sequence[Mapping[str, Any]]) -> str:
-    if not counts.rows:
-        return ""
+def _filters(
+    rows: Sequence[Mapping[str, Any]], *, outcomes: Sequence[tuple[str, int]], labels: Sequence[str]
+) -> list[tuple[str, str, str, list[tuple[str, str]]]]:
+    """Lists the filters of the browser; outcomes and labels go by number, since HTML changes some characters."""
     kept = Counter(row["verdict"] for row in rows)
-    if len(rows) == counts.rows:
-        note = f"All {_rows(counts.rows)} are here."
-    else:
-        note = (
-            f"{len(rows):,} of {_rows(counts.rows)} are here: {kept['wrong']:,} of the {counts.score.wrong:,} where "
-            "teacher and human disagree, and an even sample of the others, chosen by a hash of their ids."
-        )
-    verdicts = {
-        "right": "right",
-        "wrong": "wrong",
-        "unusable": "unusable",
-        "unjudged": "not judged (no human label)",
-    }
-    options = "".join(
-        f'<option value="{verdict}">{name} ({kept[verdict]:,})</option>'
-        for verdict, name in verdicts.items()
-        if kept[verdict]
-    )
-    selects = [_select("verdict", "Answer", options), _select("outcome", "Outcome", "")]
+    verdicts = [(name, f"{text} ({kept[name]:,})") for name, text in _VERDICTS.items() if kept[name]]
+    numbered = [(str(i), f"{outcome} ({count:,})") for i, (outcome, count) in enumerate(outcomes)]
+    found = [("verdict", "Answer", "all", verdicts), ("outcome", "Outcome", "all", numbered)]
     if any(row.get("hinted") for row in rows):
-        hints = '<option value="yes">after a hint</option><option value="no">without a hint</option>'
-        selects.append(_select("hinted", "Hint", hints))
-    labels = counts.labels
+        found.append(("hinted", "Hint", "all", [("yes", "after a hint"), ("no", "without a hint")]))
     if len(labels) > 1:
-        each = "".join(f'<option value="{i}">{_text(_brief(label))}</option>' for i, label in enumerate(labels))
-        none = f'<option value="other">{_OTHER}</option><option value="none">{_NONE}</option>'
-        selects += [_select("label", "Human label", each), _select("teacher", "Teacher's label", each + none)]
-    paging = (
-        '<nav class="paging" aria-label="Pages of examples"{more}><button type="button" data-page="-1">← Previous'
-        '</button><button type="button" data-page="1">Next →</button></nav>'
-    )
-    return f"""<section id="examples" aria-labelledby="examples-name">
-<h2 id="examples-name">Examples</h2>
-<p>{_text(note)}</p>
-<noscript><p class="caution">The browser of examples needs JavaScript; nothing is loaded from anywhere.</p></noscript>
-<form id="filters" role="search" aria-label="Examples">
-{_lines(selects)}
-<label class="search">Text in input, replies, labels or id<input type="search" id="text" autocomplete="off"></label>
-<button type="reset">Clear</button>
-</form>
-<div class="bar-of-pages"><p id="told" role="status" tabindex="-1"></p>{paging.format(more="")}</div>
-<ol id="list"></ol>
-{paging.format(more=' id="paging-below"')}
-</section>"""
-
-
-def _select(name: str, told: str, options: str) -> str:
-    return f'<label>{told}<select id="{name}"><option value="">all</option>{options}</select></label>'
-
-
-def _section(name: str, note: str, body: str) -> str:
-    told = f"\n<p>{_text(note)}</p>" if note else ""
-    return f"<section>\n<h2>{_text(name)}</h2>{told}\n{body}\n</section>"
-
-
-def _table(header: Sequence[str], lines: Sequence[str]) -> str:
-    """Lines begin with a name and a bar; the other columns are numbers."""
-    head = "".join(
-        f'<th scope="col" class="number">{cell}</th>'
-        if i > 1
-        else f'<th scope="col">{cell}</th>'
-        if cell
-        else "<td></td>"
-        for i, cell in enumerate(header)
-    )
-    return (
-        f'<div class="scroll"><table class="bars">\n<thead><tr>{head}</tr></thead>\n<tbody>\n{_lines(lines)}\n'
-        "</tbody></table></div>"
-    )
-
-
-def _cells(*texts: str, strong: int | None = None) -> str:
-    return "".join(
-        f'<td class="number{" strong" if i == strong else ""}">{_text(text)}</td>' for i, text in enumerate(texts)
-    )
-
-
-def _bar(count: int, whole: int, *, whisker: tuple[float, float] | None = None) -> str:
-    """A cell with a bar; the numbers beside it say the same."""
-    line = ""
-    if whisker:
-        low, high = (f"{100 * end:.2f}%" for end in whisker)
-        line = f'<line x1="{low}" x2="{high}" y1="7" y2="7"/>'
-    width = f"{100 * count / whole:.2f}%"
-    return (
-        '<td class="bar"><svg height="14" aria-hidden="true"><rect class="track" width="100%" height="14"/>'
-        f'<rect width="{width}" height="14"/>{line}</svg></td>'
-    )
+        each = [(str(i), _brief(label)) for i, label in enumerate(labels)]
+        found += [("label", "Human label", "all", each)]
+        found += [("teacher", "Teacher's label", "all", [*each, *_OTHERS.items()])]
+    return found
 
 
 def _rows(count: int) -> str:
@@ -443,7 +295,7 @@ def _rows(count: int) -> str:
 
 
 def _share(count: int, whole: int) -> str:
-    """In percent; 0 and 100 only where it is none and all."""
+    """Writes a share in percent; 0 and 100 only where it is none and all."""
     percent = 100 * count / whole
     if count and percent < 0.05:
         return "< 0.1 %"

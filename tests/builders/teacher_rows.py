@@ -2,13 +2,13 @@
 
 from typing import Any
 
-from sbs_jax.teacher.page import Shown
+from sbs_jax.teacher.page import Example
 
 LABELS = ("entailment", "neutral", "contradiction")
 EXEMPLARS = "Does it follow?\n\n" + "\n".join(f"Q: exemplar {i}\nA: because {i}. yes\n" for i in range(10))
 
 
-def row(number: int, **changes: Any) -> Shown:
+def row(number: int, **changes: Any) -> Example:
     """A row that the teacher has right."""
     fields: dict[str, Any] = {
         "id": f"row-{number}",
@@ -22,14 +22,14 @@ def row(number: int, **changes: Any) -> Shown:
         "hinted": False,
         "right": True,
     }
-    return Shown(**(fields | changes))
+    return Example(**(fields | changes))
 
 
-def wrong(number: int, **changes: Any) -> Shown:
+def wrong(number: int, **changes: Any) -> Example:
     label = LABELS[(number + 1) % 3]
     return row(number, **({"teacher_label": label, "replies": (f"No. Answer: {label}",), "right": False} | changes))
 
 
-def unusable(number: int, **changes: Any) -> Shown:
+def unusable(number: int, **changes: Any) -> Example:
     fields = {"teacher_label": None, "rationale": None, "outcome": "no_answer", "right": None, "replies": ("Hm.",)}
     return row(number, **(fields | changes))

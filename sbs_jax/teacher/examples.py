@@ -15,7 +15,7 @@ _MOST_REPLIES = 10  # of a chosen row
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Shown:
+class Example:
     """An example as the page shows it.
 
     Attributes:
@@ -69,7 +69,7 @@ class Score:
     after_hint: int = 0  # right, but the label had been told
     unusable: int = 0
 
-    def add(self, row: Shown) -> None:
+    def add(self, row: Example) -> None:
         self.rows += 1
         if row.teacher_label is None:
             self.unusable += 1
@@ -97,7 +97,7 @@ class Counts:
         self.rationale_words: Counter[int] = Counter()
         self.reply_words: Counter[int] = Counter()
 
-    def add(self, row: Shown) -> None:
+    def add(self, row: Example) -> None:
         self.rows += 1
         self.usable += row.teacher_label is not None
         self.hinted += row.hinted
@@ -118,7 +118,7 @@ class Counts:
             name = AGREEMENT[0 if share == 1 else 1 if share >= 0.75 else 2 if share >= 0.5 else 3]
             self.by_agreement.setdefault(name, Score()).add(row)
 
-    def _add_to_its_label(self, row: Shown) -> None:
+    def _add_to_its_label(self, row: Example) -> None:
         if row.label not in self.by_label and len(self.by_label) >= DISTINCT:
             self.many_labels = True
             return
@@ -140,7 +140,7 @@ def _words(text: str) -> int:
     return min(len(text.split()), LONGEST_COUNTED)
 
 
-def verdict(row: Shown) -> str:
+def verdict(row: Example) -> str:
     """The row's class in the browser's filter."""
     if row.teacher_label is None:
         return "unusable"
@@ -160,7 +160,7 @@ class Selection:
         self._disagreeing: list[tuple[int, int, dict[str, Any]]] = []
         self._others: list[tuple[int, int, dict[str, Any]]] = []
 
-    def offer(self, row: Shown) -> None:
+    def offer(self, row: Example) -> None:
         self._seen += 1
         digest = hashlib.blake2b(row.id.encode("utf-8", "surrogatepass"), digest_size=8).digest()
         key = (-int.from_bytes(digest, "big"), -self._seen)
@@ -178,7 +178,7 @@ class Selection:
         return [fields for _, _, fields in sorted([*first, *rest], key=lambda entry: -entry[1])]
 
 
-def _embedded(row: Shown) -> dict[str, Any]:
+def _embedded(row: Example) -> dict[str, Any]:
     """A row as page.js reads it: what is empty is left out."""
     fields = {
         "id": cut(row.id),

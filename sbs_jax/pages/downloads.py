@@ -1,0 +1,158 @@
+"""Files beside a page: its plots as SVG, and every number that it shows, in full, as CSV."""
+
+import csv
+import io
+import os
+import re
+import urllib.parse
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from sbs_jax.pages.canvas import standalone
+from sbs_jax.stats import quality
+from sbs_jax.stats.costs import cost
+from sbs_jax.stats.study import Study, paper_accuracy, teacher_of
+
+_INDEX = "files.txt"  # names the files of a report, so that the next report can remove them
+
+
+class Downloads:
+    """Collects the files of one page and writes them together. Without a folder nothing is written or linked."""
+
+    def __init__(self, folder: Path | None, *, page: Path) -> None:
+        self._folder, self._page = folder, page
+        self._contents: dict[str, str] = {}
+        if folder is not None and folder.is_dir() and any(folder.iterdir()) and not (folder / _INDEX).is_file():
+            raise FileExistsError(
+                f"{folder} holds files that no report wrote (it has no {_INDEX}); expected a folder for the plots and "
+                "tables of this page alone. Choose another one with --assets."
+            )
+
+    def plot(self, name: str, svg: str) -> None:
+        """Adds `<name>.svg`, given a plot as the page holds it."""
+        if self._folder is not None:
+            self._contents[f"{name}.svg"] = standalone(svg)
+
+    def table(self, name: str, header: str, rows: Iterable[Sequence[Any]], *, more_columns: Iterable[str] = ()) -> None:
+        """Adds `<name>.csv`; `header` names its columns, None is an empty cell, numbers are written in full."""
+        buffer = io.StringIO()
+        writer = csv.writer(buffer, lineterminator="\n")
+        writer.writerow([*header.split(), *more_columns])
+        writer.writerows([_cell(cell) for cell in row] for row in rows)
+        self._contents[f"{name}.csv"] = buffer.getvalue()
+
+    def links(self, *names: str) -> list[tuple[str, str]]:
+        """Returns (address as seen from the page, name) of some files; nothing without a folder."""
+        if self._folder is None:
+            return []
+        folder = urllib.parse.quote(os.path.relpath(self._folder, self._page.parent).replace(os.sep, "/"))
+        return [(f"{folder}/{name}", name) for name in names]
+
+    def write(self) -> None:
+        """Writes all, and removes files that an earlier report wrote here and this one does not have."""
+        if self._folder is None:
+            return
+        self._folder.mkdir(parents=True, exist_ok=True)
+        index = self._folder / _INDEX
+        for name in index.read_text("utf-8").splitlines() if index.is_file() else ():
+            if name not in self._contents and re.fullmatch(r"[a-z0-9][a-z0-9._-]*\.(svg|csv)", name):
+                (self._folder / name).unlink(missing_ok=True)
+        # The index goes first, so that a report that was stopped can be repeated.
+        index.write_text("".join(f"{name}\n" for name in sorted(self._contents)), "utf-8")
+        for name, content in self._contents.items():
+            (self._folder / name).write_text(content, "utf-8", newline="")
+
+
+def _cell(value: Any) -> Any:
+    # A spreadsheet would compute a text that begins so.
+    return f"'{value}" if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r") else value
+
+
+def add_tables(downloads: Downloads, study: Study) -> None:
+    """Adds the numbers of a study."""
+    groups, datasets = list(study.groups()), study.datasets
+    runs = [([s.dataset, s.parameters, g.method, g.fraction, r.run.seed], s, r) for s, g in groups for r in g.results]
+    of_run = "dataset parameters method fraction seed"
+    downloads.table(
+        "accuracy",
+        "dataset parameters method fraction label_rows seeds accuracy low high test_rows updates label_examples_seen "
+        "paper",
+        (
+            [
+                *(s.dataset, s.parameters, g.method, g.fraction, g.label_rows, len(g.seeds), g.accuracy, g.low, g.high),
+                *(s.test_rows, g.updates, g.label_examples_seen, paper_accuracy(s, g)),
+            ]
+            for s, g in groups
+        ),
+    )
+    downloads.table(
+        "comparisons",
+        "dataset parameters method reference fraction seeds points low high p p_holm only_ours_right only_theirs_right "
+        "mcnemar_p mcnemar_p_holm verdict",
+        (
+            [
+                *(
+                    s.dataset,
+                    s.parameters,
+                    c.method,
+                    c.reference,
+                    c.fraction,
+                    len(c.seeds),
+                    c.difference,
+                    c.low,
+                    c.high,
+                ),
+                *(c.p, c.p_holm, c.ours, c.theirs, c.mcnemar_p, c.mcnemar_holm, c.verdict),
+            ]
+            for s in study.summaries
+            for c in s.comparisons
+        ),
+    )
+    downloads.table(
+        "runs",
+        f"{of_run} accuracy tested_step updates train_seconds directory",
+        ([*run, r.accuracy, r.test_step, r.updates, r.train_seconds, str(r.run.path)] for run, _, r in runs),
+    )
+    downloads.table(
+        "curves",
+        f"{of_run} kind name step value",
+        (
+            [*run, kind, name, step, value]
+            for run, s, r in runs
+            for kind, name in (("validation", s.metric), ("train", "loss/label"), ("train", "loss/rationale"))
+            for step, value in r.curve(kind, name)
+        ),
+    )
+    downloads.table(
+        "costs",
+        "dataset parameters method fraction devices device_hours training_flops teacher_parameters accuracy",
+        (
+            [
+                *(s.dataset, c.parameters, g.method, g.fraction, c.devices, c.device_hours, c.training_flops),
+                *(teacher.parameters if (teacher := teacher_of(s)) else None, g.accuracy),
+            ]
+            for s, g in groups
+            for c in [cost(g)]
+        ),
+    )
+    found = [(dataset, teacher) for dataset in datasets if (teacher := teacher_of(study.of(dataset)[0]))]
+    outcomes = sorted({outcome for _, teacher in found for s in teacher.splits.values() for outcome in s.outcomes})
+    downloads.table(
+        "teacher",
+        "dataset split teacher rows labelled accuracy usable_labels right usable_rationales for_another_label",
+        (
+            [
+                *(dataset, name, teacher.name, s.rows, s.labelled, s.accuracy, s.labels, s.right, s.rationales),
+                *(s.other_label, *(s.outcomes.get(outcome, 0) for outcome in outcomes)),
+            ]
+            for dataset, teacher in found
+            for name, s in teacher.splits.items()
+        ),
+        more_columns=[f"outcome_{outcome}" for outcome in outcomes],
+    )
+    downloads.table(
+        "rationales",
+        f"{of_run} step rows {' '.join(quality.NAMES)}",
+        ([*run, r.quality.step, r.quality.rows, *r.quality.values.values()] for run, _, r in runs if r.quality),
+    )

@@ -1,0 +1,66 @@
+"""Render pages from `templates/`. Jinja escapes every value; a page holds its own style, script, data and plots."""
+
+import base64
+import functools
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+TEMPLATES = Path(__file__).with_name("templates")
+# Characters that are invisible or change how others are shown; browser.js has the same.
+_UNSEEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff\ufffe\uffff]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figure:
+    """A plot (SVG of `width` pixels), and links to its files."""
+
+    name: str
+    caption: str
+    plot: str
+    width: int
+    files: Sequence[tuple[str, str]] = ()
+
+
+def render(template: str, **values: Any) -> str:
+    """Renders one of the templates."""
+    return _environment().get_template(template).render(values)
+
+
+def slug(*parts: str | None) -> str:
+    """Makes a file name (without its ending) or an HTML id: "accuracy", "e-SNLI" gives "accuracy-e-snli"."""
+    cleaned = (re.sub(r"[^a-z0-9._]+", "-", part.lower()).strip("-.") for part in parts if part)
+    return "-".join(part[:60] for part in cleaned if part)
+
+
+@functools.cache
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        finalize=_visible,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {"slug": slug, "sha256": _sha256}
+    # ASCII alone, so that every text can be encoded; Jinja's own tojson escapes what could end a script element.
+    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
+    return environment
+
+
+def _visible(value: Any) -> Any:
+    """Shows invisible characters by their code: a null character is ⟨U+0000⟩."""
+    return value if isinstance(value, Markup) else _UNSEEN.sub(lambda found: f"⟨U+{ord(found[0]):04X}⟩", str(value))
+
+
+def _sha256(script: str) -> str:
+    """Hashes a script for the page's content security policy."""
+    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
