@@ -1,1 +1,1 @@
-"""The student: T5, its loss, its adapters, its decoding, and where its arrays live."""
+"""The student: T5, its loss, adapters, quantized kernels, decoding and partitioning."""

@@ -1,8 +1,8 @@
-"""Cheaper fine-tuning: what is put on a student, what of it is trained, and how the rest is held.
+"""Parameter-efficient tuning: LoRA, bottlenecks, prompts, prefixes, IA3, BitFit, and quantized frozen weights.
 
-A `Tuning` (what gin binds; gin_configs/adapters/) may have several parts at once. Kernels are named by patterns: a
-regular expression that matches the whole name of a module (`encoder/layers/0/attention/query`) or the end of it after
-a slash (`query`, `attention/(query|value)`).
+A `Tuning` (bound by gin; gin_configs/adapters/) may combine several of them. Patterns select kernels: a regular
+expression that matches the whole name of a module (`encoder/layers/0/attention/query`) or its end after a slash
+(`query`, `attention/(query|value)`).
 
     X positions of a prompt or prefix   R rank of a LoRA   W width of a bottleneck; other letters as in t5.py
 """
@@ -27,19 +27,20 @@ from sbs_jax.student.partitioning import gathered
 
 BASES = ("float32", "bfloat16", *quantized.FORMS)
 ALL = (".*",)  # kernels of the layers: query, key, value, out, wi or wi_0 and wi_1, wo
-# Words that a prompt or prefix begins as are drawn from so many pieces of the vocabulary, the most frequent ones
-# (Lester et al., 2021), after padding, end and unknown.
+# Prompts and prefixes start as random words from the 5,000 most frequent vocabulary pieces (Lester et al., 2021),
+# which follow padding, end and unknown.
 _WORDS = range(3, 5003)
 
 
-# ------------------------------------------------------------------------------------ what can be put on
+# ------------------------------------------------------------------------------------ kinds of tuning
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoRA:
-    """`W + alpha / rank * A B` (Hu et al., 2021): A [I, R] begins uniform as in PEFT, B [R, O] as zeros.
+    """Adds a low-rank update, `W + alpha / rank * A B` (Hu et al., 2021).
 
-    `dropout` is applied to what A multiplies. `modules` are patterns of kernels.
+    A [I, R] starts uniform as in PEFT, B [R, O] as zeros. `dropout` applies to the input of A. `modules` are patterns
+    of kernels.
     """
 
     rank: int
@@ -58,9 +59,9 @@ class LoRA:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Bottleneck:
-    """`y + up(act(down(y)))` after every sub-layer, before it is added to its input (Houlsby et al., 2019).
+    """Adds `y + up(act(down(y)))` after every sub-layer, before the residual sum (Houlsby et al., 2019).
 
-    `up` [W, D] begins as zeros; like every matrix of a T5 the two have no bias.
+    `up` [W, D] starts as zeros. Both matrices have no bias, like every matrix of a T5.
     """
 
     width: int
@@ -77,7 +78,7 @@ class Bottleneck:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """Prompt tuning (Lester et al., 2021): `length` vectors [X, D] before the embedded source, which begin as words."""
+    """Puts `length` vectors [X, D], initially words, before the embedded source (Lester et al., 2021)."""
 
     length: int
 
@@ -87,9 +88,9 @@ class Prompt:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Prefix:
-    """Prefix tuning (Li and Liang, 2021): `length` keys and values [X, J] of their own in every attention.
+    """Adds `length` keys and values [X, J] to every attention (prefix tuning, Li and Liang, 2021).
 
-    They begin as those of words, and are trained themselves (not a second network that makes them, as in the paper).
+    They start as the keys and values of words, and are trained directly (the paper trains a network that makes them).
     `attentions` are patterns: attention, self_attention, encoder_decoder_attention.
     """
 
@@ -103,7 +104,7 @@ class Prefix:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class IA3:
-    """IA3 (Liu et al., 2022): a factor for each column of `key` and `value`, and each row of `wo`; they begin as 1."""
+    """Scales each column of `key` and `value` and each row of `wo`, initially by 1 (IA3, Liu et al., 2022)."""
 
     outputs: Sequence[str] = ("key", "value")
     inputs: Sequence[str] = ("wo",)
@@ -115,9 +116,9 @@ class IA3:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Biases:
-    """BitFit (Zaken et al., 2021) for a model without biases: one [O] for each kernel, which begins as zeros.
+    """Adds a bias [O], initially zeros, to each kernel (BitFit, Zaken et al., 2021, for a model without biases).
 
-    The only ones that T5 has, of relative positions, are trained with `Tuning.trained = (".*relpos_bias.*",)`.
+    To train T5's relative position biases, set `Tuning.trained = (".*relpos_bias.*",)`.
     """
 
     modules: Sequence[str] = ALL
@@ -128,11 +129,12 @@ class Biases:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tuning:
-    """How a student is fine-tuned; the parts that are None are left out. What is not trained is frozen.
+    """Chooses which parameters are trained and how the frozen ones are stored. Parts that are None are not used.
 
-    `trained` are patterns of the base's own parameters (".*layer_norm/scale"), `last_layers` so many layers at the end
-    of both stacks, with their final norms. `base` is how the frozen is held: "float32", "bfloat16", or kernels of the
-    layers (patterns `quantized`) as "int8" or "nf4" and all other matrices in bfloat16.
+    `trained` are patterns of the base's own parameters (".*layer_norm/scale"). `last_layers` trains that many layers at
+    the end of both stacks, with the final norms. All other parameters of the base are frozen, in the precision `base`:
+    "float32"; "bfloat16"; or "int8" or "nf4" for kernels of the layers that match `quantized`, with all other matrices
+    in bfloat16.
     """
 
     base: str = "float32"
@@ -161,7 +163,7 @@ class Tuning:
 
     @classmethod
     def of(cls, saved: Mapping[str, Any] | None) -> "Tuning | None":
-        """Inverse of `dataclasses.asdict`, also after JSON."""
+        """Inverts `dataclasses.asdict`, also after a trip through JSON."""
         if saved is None:
             return None
         parts = {name: None if saved[name] is None else part(**saved[name]) for name, part in PARTS.items()}
@@ -177,7 +179,7 @@ def _check_whole(name: str, value: Any, *, least: int = 1) -> None:
 
 
 def _check_patterns(owner: Any, *names: str) -> None:
-    """Patterns as a tuple (gin and JSON have lists), each of which can be read."""
+    """Turns patterns into a tuple (gin and JSON give lists) and checks that each compiles."""
     for name in names:
         patterns = getattr(owner, name)
         if isinstance(patterns, str) or not all(isinstance(pattern, str) for pattern in patterns):
@@ -254,13 +256,13 @@ class PrefixModule(nnx.Module):
         return one(self.key, k_BSHK), one(self.value, v_BSHK)
 
 
-# ------------------------------------------------------------------------------------ put on
+# ------------------------------------------------------------------------------------ attaching
 
 
 def put_on(model: t5.T5, tuning: Tuning) -> None:
-    """Puts the parts on a model, and quantised kernels in the place of others. All new values are zeros: `initial`.
+    """Adds the tuning's modules to a model and replaces kernels by quantized ones. `initial` gives their values.
 
-    ValueError for a pattern that matches nothing, a rank above a kernel's dimensions, and what cannot be quantised.
+    ValueError if a pattern matches nothing, a rank exceeds a kernel's dimensions, or a kernel cannot be quantized.
     """
     kernels, attentions = dict(_kernels(model)), dict(_attentions(model))
     if tuning.base in quantized.FORMS:
@@ -348,7 +350,7 @@ def _matches(pattern: str, name: str) -> bool:
 
 
 def chosen(patterns: Iterable[str], names: Collection[str], *, what: str) -> list[str]:
-    """The names that some pattern matches, in their order. ValueError for a pattern that matches none."""
+    """Returns the names that match any of the patterns, in order. ValueError if a pattern matches none."""
     for pattern in patterns:
         if not any(_matches(pattern, name) for name in names):
             ends = _ends(names)
@@ -368,12 +370,12 @@ def _near(name: str, known: Iterable[str]) -> str:
     return f" Did you mean {' or '.join(map(repr, found))}?" if found else ""
 
 
-# ------------------------------------------------------------------------------------ what is trained
+# ------------------------------------------------------------------------------------ trained and frozen
 
 
 @dataclasses.dataclass(frozen=True)
 class Adapted:
-    """A student with its tuning: structure, shapes and logical axes of all parameters; which of them are trained."""
+    """Describes a student with its tuning: structure, shapes and logical axes of all parameters; trained names."""
 
     structure: t5.Structure
     shapes: dict[str, jax.ShapeDtypeStruct]
@@ -381,14 +383,14 @@ class Adapted:
     trained: frozenset[str]
 
     def parts(self, parameters: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """(trained, frozen) of what has the parameters' names."""
+        """Splits a dictionary with the parameters' names into (trained, frozen)."""
         trained = {name: value for name, value in parameters.items() if name in self.trained}
         return trained, {name: value for name, value in parameters.items() if name not in self.trained}
 
 
 def abstract(config: t5.T5Config, tuning: Tuning | None, *, execution: t5.Execution = t5.UNROLLED) -> Adapted:
-    """As `t5.abstract`, with what the tuning puts on; without one everything is trained."""
-    adapted = _abstract(config, tuning, execution)  # kept: building a model of shapes takes a second
+    """Describes the student like `t5.abstract`, with the tuning attached; without one everything is trained."""
+    adapted = _abstract(config, tuning, execution)  # cached: building a model of shapes takes a second
     return dataclasses.replace(adapted, shapes=dict(adapted.shapes), axes=dict(adapted.axes))
 
 
@@ -417,7 +419,7 @@ def _abstract(config: t5.T5Config, tuning: Tuning | None, execution: t5.Executio
 
 
 def _held(name: str, leaf: jax.ShapeDtypeStruct, tuning: Tuning) -> Any:
-    """The type in which a frozen parameter is held; what is no large matrix, and weighs nothing, stays in float32."""
+    """Returns the dtype of a frozen parameter; small ones (not matrices) stay in float32."""
     is_matrix = leaf.ndim - stacking.is_stacked(name) >= 2 and not name.endswith("rel_embedding")
     return (
         jnp.dtype(jnp.bfloat16) if tuning.base != "float32" and is_matrix and leaf.dtype == jnp.float32 else leaf.dtype
@@ -429,7 +431,7 @@ def _is_new(name: str, own: Collection[str]) -> bool:
 
 
 def _trains(tuning: Tuning, name: str, config: t5.T5Config) -> bool:
-    """Whether one of the base's own parameters is trained."""
+    """Returns True if this parameter of the base is trained."""
     if any(_matches(pattern, name) for pattern in tuning.trained):
         return True
     if not tuning.last_layers:
@@ -441,7 +443,7 @@ def _trains(tuning: Tuning, name: str, config: t5.T5Config) -> bool:
 
 
 def _scanned(unrolled: Mapping[str, Any], trained: Collection[str]) -> set[str]:
-    """Names of what is trained where the layers of a stack are one array. ValueError where they are not alike."""
+    """Returns the trained names of stacked layers. ValueError if the layers of a stack are not tuned alike."""
     groups = stacking.stacks(unrolled)
     layers: dict[str, int] = {}
     for name, of in groups.items():
@@ -466,7 +468,7 @@ def _scanned(unrolled: Mapping[str, Any], trained: Collection[str]) -> set[str]:
 def initial(
     config: t5.T5Config, tuning: Tuning, base: Mapping[str, jax.Array], *, structure: t5.Structure, seed: int
 ) -> dict[str, jax.Array]:
-    """Values of all that is put on, by name; `base` are all other parameters, by unrolled names. Traceable."""
+    """Initializes all attached parameters, by name; `base` holds the others by unrolled names. Traceable."""
     shapes = abstract(config, tuning).shapes
     new = {name: leaf for name, leaf in shapes.items() if name not in base}
     zeros = {name: jnp.zeros(leaf.shape, leaf.dtype) for name, leaf in new.items()}
@@ -487,10 +489,10 @@ def initial(
 
 
 def _begin(name: str, leaf: jax.ShapeDtypeStruct, *, seed: int) -> jax.Array:
-    """Random values have a key of their name's own, so that they do not depend on what else is put on."""
+    """Initializes one parameter, with a key from its name, so that its values do not depend on other parts."""
     key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
     end = name.rpartition("/")[2]
-    if end == "a":  # PEFT's (PyTorch's of a linear layer)
+    if end == "a":  # like PEFT, which uses PyTorch's default for a linear layer
         bound = leaf.shape[0] ** -0.5
         return jax.random.uniform(key, leaf.shape, jnp.float32, -bound, bound)
     if end == "down":
@@ -504,7 +506,7 @@ def _words(count: int, config: t5.T5Config, *, seed: int) -> np.ndarray:
 
 
 def _norm_before(model: t5.T5, attention: str) -> Any:
-    """The norm of what an attention takes its keys and values from."""
+    """Returns the norm whose output an attention computes its keys and values from."""
     side, _, index, kind = attention.split("/")
     if kind == "encoder_decoder_attention":
         return model.encoder.encoder_norm
@@ -512,7 +514,7 @@ def _norm_before(model: t5.T5, attention: str) -> Any:
 
 
 def hold(name: str, value: jax.Array, *, shapes: Mapping[str, jax.ShapeDtypeStruct], form: str) -> dict[str, jax.Array]:
-    """A parameter of a base as it is held: itself in its type, or the parts of a quantised kernel. Traceable."""
+    """Converts a parameter of the base to its stored form: cast, or the parts of a quantized kernel. Traceable."""
     if name in shapes:
         return {name: value.astype(shapes[name].dtype)}
     return {f"{name}/{part}": array for part, array in quantized.quantize(value, form=form).items()}
@@ -520,15 +522,15 @@ def hold(name: str, value: jax.Array, *, shapes: Mapping[str, jax.ShapeDtypeStru
 
 @functools.cache
 def own_names(config: t5.T5Config) -> tuple[str, ...]:
-    """Names of a student's parameters with nothing put on."""
+    """Returns the names of a student's parameters without any tuning."""
     return tuple(t5.abstract(config)[1])
 
 
-# ------------------------------------------------------------------------------------ said
+# ------------------------------------------------------------------------------------ descriptions
 
 
 def title(tuning: Tuning) -> str:
-    """In a few words: "LoRA of rank 8 (.*), base in nf4"."""
+    """Describes a tuning in a few words: "LoRA of rank 8 (.*); base in nf4"."""
     lora, bottleneck, prompt, prefix = tuning.lora, tuning.bottleneck, tuning.prompt, tuning.prefix
     parts = [
         lora and f"LoRA of rank {lora.rank} ({', '.join(lora.modules)})",
@@ -544,7 +546,7 @@ def title(tuning: Tuning) -> str:
 
 
 def summary(config: t5.T5Config, trained: Mapping[str, Any], frozen: Mapping[str, Any]) -> str:
-    """The line that a run begins with."""
+    """Formats the line that a run logs at its start: counts and bytes of trained and frozen parameters."""
     own = t5.abstract(config)[1]
     total = sum(math.prod(leaf.shape) for leaf in own.values())
 

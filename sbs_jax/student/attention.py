@@ -1,9 +1,9 @@
-"""Softmax attention with T5's relative position bias: forward and backward in few passes over the scores.
+"""Softmax attention with a position bias, forward and backward, in few passes over the scores.
 
-Letters as in t5.py; `H T S` are scores of one row. The scores are by far the largest arrays of a training step, so
-neither they nor their softmax outlive a pass: the backward pass computes them again from queries and keys. Sums over
-keys come out of a matrix product (a column of ones beside the values), which costs next to nothing, where a reduction
-reads all scores once more (docs/experiments.md).
+Letters as in t5.py. Scores are by far the largest arrays of a training step, so neither they nor their softmax are
+stored: the backward pass computes them again from queries and keys. Sums over keys come from a matrix product (a column
+of ones beside the values). That costs next to nothing, while a reduction would read all scores once more
+(docs/experiments.md).
 """
 
 import dataclasses
@@ -18,12 +18,12 @@ from jaxtyping import Array, Float, Int
 
 from sbs_jax.student import partitioning
 
-# Score of a pair that must not attend: finite, so a query that may attend to nothing gives no NaN.
+# Score of a pair that must not attend. Finite, so that a query without any key gives no NaN.
 MASKED = -1e10
-# Names of what the backward pass needs besides queries, keys and values (see `t5.REMAT`).
+# Names of values that the backward pass needs besides queries, keys and values (see `t5.REMAT`).
 SAVED = ("attended", "attention_normalizer")
-# Bytes of one chip's float32 scores that are computed at a time: a v5e has 128 MiB of vector memory, and scores that do
-# not fit into it cost two to three times as much.
+# Bytes of float32 scores that one chip computes at a time. A v5e has 128 MiB of vector memory; scores that do not fit
+# into it cost two to three times as much.
 FAST = 104 * 2**20
 
 
@@ -37,11 +37,11 @@ def attend(
     causal: bool,
     prefix: int = 0,
 ) -> Float[Array, "B T H K"]:
-    """`softmax(q k + bias) v` over the keys of a query's own segment; with `causal`, none later than the query.
+    """Computes `softmax(q k + bias) v` over keys of the query's segment; with `causal`, not over later keys.
 
-    The first `prefix` of the P keys are seen by every query, without bias; bias and segments have the S after them.
+    Every query also sees the first `prefix` of the P keys, without bias; bias and segments cover the S keys after them.
 
-    Scores and their softmax's normaliser are float32; weights are rounded to the values' type. There is no factor
+    Scores and the softmax's normalizer are float32; weights are rounded to the dtype of the values. There is no factor
     1/sqrt(K): T5 folds it into the query's initial scale. A query without any key takes the mean of all values.
     """
     if prefix:
@@ -52,7 +52,7 @@ def attend(
 
 @dataclasses.dataclass(frozen=True)
 class _Mask:
-    """What a query sees of its segment, and how many keys before it that all queries see."""
+    """Limits the keys that a query sees; all queries see the first `prefix` keys."""
 
     causal: bool
     prefix: int
@@ -89,7 +89,7 @@ def _forward(
         cut.joined(parts, axis=axis) for parts, axis in zip(found, (2, 1, 1), strict=True)
     )
     y_BTHK = checkpoint_name(y_BTHK, SAVED[0])
-    # Kept apart from the logarithm of the total, which would be lost beside MASKED.
+    # Two arrays instead of largest + log(total): beside MASKED the logarithm would be lost to rounding.
     largest_BHT, total_BHT = checkpoint_name(largest_BHT, SAVED[1]), checkpoint_name(total_BHT, SAVED[1])
     return y_BTHK, (q_BTHK, k_BSHK, v_BSHK, bias_HTS, segments, y_BTHK, largest_BHT, total_BHT)
 
@@ -97,7 +97,10 @@ def _forward(
 def _in_turn(
     compute: Callable[..., tuple[Array, ...]], groups: Iterable[tuple[Any, ...]]
 ) -> Iterator[tuple[Array, ...]]:
-    """Results of `compute` for each group's arrays, result by result; each group waits for the one before."""
+    """Computes one group after the other and collects each result over all groups.
+
+    A barrier makes each group wait for the one before, so that only one group's scores are in memory.
+    """
     found: list[tuple[Array, ...]] = []
     for q, *rest in groups:
         if found:
@@ -116,10 +119,10 @@ def _forward_of_group(
     segments: tuple[Array, Array],
     mask: _Mask,
 ) -> tuple[Array, Array, Array]:
-    """Attended values; the largest score of each query; the sum of its weights relative to that."""
+    """Returns attended values, each query's largest score, and its sum of exp(score - largest)."""
     scores_BHTS = _scores(q_BTHK, k_BSHK, bias_HTS, segments, mask)
     largest_BHT = jnp.max(scores_BHTS, axis=-1)
-    # Without this the maximum's pass over the scores is not shared with the product that makes them.
+    # Without this barrier the maximum takes a pass of its own over the scores, after the product that computes them.
     scores_BHTS, largest_BHT = jax.lax.optimization_barrier((scores_BHTS, largest_BHT))
     weights_BHTS = jnp.exp(scores_BHTS - largest_BHT[..., None]).astype(v_BSHK.dtype)
     ones = jnp.ones((*v_BSHK.shape[:-1], 1), v_BSHK.dtype)
@@ -136,9 +139,9 @@ def _forward_of_group(
 
 def _backward(mask: _Mask, kept: tuple[Any, ...], dy_BTHK: Array) -> tuple[Any, ...]:
     q_BTHK, k_BSHK, v_BSHK, bias_HTS, segments, y_BTHK, largest_BHT, total_BHT = kept
-    # Keeps what made these out of the passes over the scores, which would slow them down.
+    # Without this barrier the compiler fuses the producers of these arrays into the passes over the scores: slower.
     q_BTHK, k_BSHK, v_BSHK, dy_BTHK = jax.lax.optimization_barrier((q_BTHK, k_BSHK, v_BSHK, dy_BTHK))
-    # The mean of the weights' gradients under the weights is dy . y: no pass over the scores.
+    # The softmax's gradient subtracts sum_s weights * dweights, which equals dy . y: no pass over the scores.
     mean_BTH = jnp.sum(dy_BTHK.astype(jnp.float32) * y_BTHK.astype(jnp.float32), axis=-1)
     cut = _Groups.of(q_BTHK, k_BSHK)
     groups = zip(
@@ -169,7 +172,7 @@ def _backward_of_group(
     segments: tuple[Array, Array],
     mask: _Mask,
 ) -> tuple[Array, ...]:
-    """Gradients of queries, keys, values and, if there is one, bias."""
+    """Returns the gradients of queries, keys, values and, if there is one, of the bias."""
     scores_BHTS = _scores(q_BTHK, k_BSHK, bias_HTS, segments, mask)
     weights_BHTS = jnp.exp(scores_BHTS - largest_BHT[..., None]) / total_BHT[..., None]
     dv_BSHK = jnp.einsum("bhts,bthk->bshk", weights_BHTS.astype(v_BSHK.dtype), dy_BTHK)
@@ -184,7 +187,7 @@ def _backward_of_group(
 
 @dataclasses.dataclass(frozen=True)
 class _Groups:
-    """Heads in groups whose scores fit into a chip's fast memory. A group takes heads of every shard alike."""
+    """Divides heads into groups whose scores fit into a chip's fast memory, with heads of every shard in each group."""
 
     count: int
     shards: int
@@ -198,7 +201,7 @@ class _Groups:
         return cls(min(g for g in range(1, heads + 1) if heads % g == 0 and (needed <= g * FAST or g == heads)), shards)
 
     def heads(self, x: Array, *, axis: int) -> list[Array]:
-        """Each group's part of an array, whose heads are this axis."""
+        """Cuts an array with heads at `axis` into one part per group."""
         if self.count == 1:
             return [x]
         before, after = x.shape[:axis], x.shape[axis + 1 :]
@@ -209,11 +212,11 @@ class _Groups:
         ]
 
     def bias(self, bias_HTS: Array | None) -> list[Array] | list[None]:
-        """Each group's part of the bias, if there is one."""
+        """Cuts the bias into one part per group, None for each if there is no bias."""
         return [None] * self.count if bias_HTS is None else self.heads(bias_HTS, axis=0)
 
     def joined(self, parts: tuple[Array, ...], *, axis: int) -> Array:
-        """Inverse of `heads`."""
+        """Inverts `heads`."""
         if self.count == 1:
             return parts[0]
         before, after = parts[0].shape[:axis], parts[0].shape[axis + 1 :]

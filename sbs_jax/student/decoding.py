@@ -1,7 +1,6 @@
-"""Generation from a student: greedy, sampling and beam search with a cache, and the score of given targets.
+"""Generation: greedy, sampling and beam search with a cache, and log probabilities of given targets.
 
-All take a batch of unpacked source rows; row by row they are independent, but for rounding, of their neighbours and of
-how far the source is padded.
+All take a batch of unpacked source rows. Up to rounding, a row's result does not depend on its neighbors or padding.
 """
 
 from collections.abc import Callable
@@ -20,13 +19,13 @@ EOS, PAD = 1, 0
 def greedy(
     model: t5.T5, encoder_input_tokens: Int[Array, "B S"], *, length: int, drop_ended: bool = False
 ) -> tuple[Int[Array, "B T"], Float[Array, "B"]]:
-    """The most likely next token, up to `length` of them or EOS.
+    """Generates the most likely token at each position, until EOS or `length` tokens.
 
     Returns tokens (EOS included, 0 after it) and the natural log probability of each row's tokens, EOS included.
-    The loop ends as soon as every row has ended. Decoding starts from token 0, as T5 was trained.
+    The loop stops when every row has ended. Decoding starts from token 0, as in T5's training.
 
-    `drop_ended`: once half of the rows have ended the others go on without them, and so on down to `LEAST_ROWS`. For
-    where a step takes as long as it has rows (a CPU), and rows are not cut over devices.
+    `drop_ended` drops ended rows whenever half of the rows have ended, down to `LEAST_ROWS`. It pays where the time of
+    a step is proportional to its rows (a CPU); rows must not be sharded.
     """
 
     def choose(logits_BV: jax.Array, position: jax.Array, rows_B: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -47,12 +46,12 @@ def sample(
     top_p: float,
     drop_ended: bool = False,
 ) -> tuple[Int[Array, "B T"], Float[Array, "B"]]:
-    """Tokens drawn from the student's distribution, up to `length` of them or EOS; returns what `greedy` does.
+    """Samples tokens from the student's distribution, until EOS or `length` tokens; returns the same as `greedy`.
 
-    The logits are divided by `temperature`; of tokens remain the `top_k` likeliest (0: all) and of those the fewest
-    whose probabilities sum to at least `top_p`, as in Hugging Face's `generate`. A row draws with its own key (the data
-    of a threefry key) folded with the position, so neither its neighbours nor padding change what it draws. The log
-    probability is the student's own, of the undivided logits over all tokens.
+    As in Hugging Face's `generate`: logits are divided by `temperature`, then the `top_k` most likely tokens are kept
+    (0: all), then the smallest set of these whose probabilities sum to at least `top_p`. Each row draws with its own
+    key (the data of a threefry key) folded with the position, so neighbors and padding do not change its draws. The
+    log probability is the student's own, from the undivided logits over all tokens.
     """
     keys_B = jax.random.wrap_key_data(keys_B2, impl="threefry2x32")
 
@@ -68,36 +67,36 @@ def sample(
 
 
 def _kept(logits_BV: Float[Array, "B V"], *, top_k: int, top_p: float) -> Float[Array, "B V"]:
-    """The logits, -inf for tokens that may not be drawn."""
+    """Sets the logits of tokens outside `top_k` and `top_p` to -inf."""
     if top_k:
         least_B1 = jax.lax.top_k(logits_BV, min(top_k, logits_BV.shape[1]))[0][:, -1:]
         logits_BV = jnp.where(logits_BV < least_B1, -jnp.inf, logits_BV)
     if top_p < 1.0:
         ordered_BV = jnp.sort(logits_BV, axis=-1, descending=True)
         p_BV = jax.nn.softmax(ordered_BV, axis=-1)
-        needed_BV = jnp.cumsum(p_BV, axis=-1) - p_BV < top_p  # those before it do not suffice
+        needed_BV = jnp.cumsum(p_BV, axis=-1) - p_BV < top_p  # likelier tokens do not reach top_p
         least_B1 = jnp.min(jnp.where(needed_BV, ordered_BV, jnp.inf), axis=-1, keepdims=True)
         logits_BV = jnp.where(logits_BV < least_B1, -jnp.inf, logits_BV)
     return logits_BV
 
 
 def most_likely(logits_BV: Float[Array, "B V"]) -> Int[Array, "B"]:
-    """The largest of each row; of equal ones the first."""
+    """Returns the index of each row's largest logit; ties go to the first."""
 
     def by_argmax(logits_BV: jax.Array) -> jax.Array:
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
 
     def by_comparison(logits_BV: jax.Array) -> jax.Array:
-        """XLA for CPU reduces a pair of value and index one by one; a maximum, and then a minimum, many at a time."""
+        """Computes a maximum, then a minimum: both are vectorized by XLA for CPU, which argmax is not."""
         most_B1 = jnp.max(logits_BV, axis=-1, keepdims=True)
         token_V = jnp.arange(logits_BV.shape[1], dtype=jnp.int32)
-        # Not a number is equal to nothing: then the last token, rather than none there is.
+        # NaN equals nothing, so a row with NaN gets the last token instead of an index out of range.
         return jnp.min(jnp.where(logits_BV == most_B1, token_V[None, :], token_V[None, -1:]), axis=-1)
 
     return jax.lax.platform_dependent(logits_BV, tpu=by_argmax, default=by_comparison)
 
 
-# With fewer rows a step takes hardly less time: it reads the weights.
+# Below this a step hardly gets faster: it spends its time reading the weights.
 LEAST_ROWS = 4
 
 
@@ -109,7 +108,7 @@ def _generate(
     choose: Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]],
     drop_ended: bool,
 ) -> tuple[Int[Array, "B T"], Float[Array, "B"]]:
-    """One token after the other, by `choose(logits [B, V], position, rows [B])`: tokens [B], and their logits [B]."""
+    """Generates token by token; `choose(logits [B, V], position, rows [B])` returns tokens [B] and their logits [B]."""
     segments = t5.source_segments(encoder_input_tokens)
     encoded = _encode(model, encoder_input_tokens)
     batch = encoder_input_tokens.shape[0]
@@ -117,7 +116,7 @@ def _generate(
     loop = (
         jnp.int32(0),
         jnp.zeros((batch,), jnp.int32),
-        # A row of nothing but padding (it fills up a batch) is done before it starts.
+        # An all-padding row (a batch is filled up with these) is done from the start.
         ~jnp.any(encoder_input_tokens > 0, axis=1),
         jnp.zeros((batch, length), jnp.int32),
         jnp.zeros((batch,), jnp.float32),
@@ -126,11 +125,11 @@ def _generate(
     sizes = [batch]
     while drop_ended and sizes[-1] // 2 >= LEAST_ROWS:
         sizes.append(sizes[-1] // 2)
-    rows = jnp.arange(batch)  # those that are left, by their number in the batch
+    rows = jnp.arange(batch)  # indices in the batch of the rows that remain
     found: tuple[jax.Array, jax.Array] | None = None
     for size, fewer in zip(sizes, [*sizes[1:], 0], strict=True):
         if size < batch:
-            left = jnp.argsort(loop[2], stable=True)[:size]  # those that have not ended come first
+            left = jnp.argsort(loop[2], stable=True)[:size]  # unfinished rows come first
             rows, stepper = rows[left], stepper.of_rows(left)
             loop = (loop[0], *jax.tree.map(lambda each, left=left: each[left], loop[1:]))
         loop = _advance(stepper, loop, rows=rows, choose=choose, length=length, until=fewer)
@@ -149,9 +148,9 @@ def _advance(
     length: int,
     until: int,
 ) -> tuple[Any, ...]:
-    """Goes on until no more than `until` of these rows have not ended, or `length` tokens are there.
+    """Decodes until at most `until` of these rows are unfinished, or `length` tokens are generated.
 
-    `loop`: position, the tokens before [B], which rows have ended [B], tokens [B, T], scores [B], caches.
+    `loop`: position, previous tokens [B], ended rows [B], tokens [B, T], log probabilities [B], caches.
     """
 
     def unfinished(loop):
@@ -172,12 +171,12 @@ def _advance(
     return jax.lax.while_loop(unfinished, advance, loop)
 
 
-# Tokens that a CPU encodes at once: what lies between the layers then stays in its cache.
+# Tokens that a CPU encodes at once, so that activations stay in its cache.
 _ENCODED_AT_ONCE = 2048
 
 
 def _encode(model: t5.T5, tokens_BS: Int[Array, "B S"]) -> Float[Array, "B P D"]:
-    """The encoded source; on a CPU, if it is large, some rows after others."""
+    """Encodes the source; on a CPU, a large batch is encoded a few rows at a time."""
 
     def encode(tokens_RS: jax.Array) -> jax.Array:
         return model.encode(tokens_RS, segment_ids=t5.source_segments(tokens_RS))
@@ -190,7 +189,7 @@ def _encode(model: t5.T5, tokens_BS: Int[Array, "B S"]) -> Float[Array, "B P D"]
     return encoded.reshape(batch, *encoded.shape[2:])
 
 
-# Log probability of what cannot be chosen.
+# Log probability of what must not be chosen.
 _NEVER = -1e9
 
 
@@ -202,12 +201,13 @@ def beam_search(
     beams: int,
     length_penalty: float = 1.0,
 ) -> tuple[Int[Array, "B T"], Float[Array, "B"]]:
-    """The best of the sequences that a beam of `beams` finds, up to `length` tokens or EOS.
+    """Searches with `beams` beams for the best sequence, until EOS or `length` tokens.
 
-    The rules are those of Hugging Face's `generate(num_beams=..)` with its default `early_stopping=False`: of the
-    2 * beams best continuations, those among the first `beams` that end are kept if their log probability divided by
-    tokens ** length_penalty (EOS counts) is among the best; the best that go on make the next beam; a row is done when
-    the first of its beam, by its present length, is no better than the worst kept. The last position ends everything.
+    Follows Hugging Face's `generate(num_beams=..)` with its default `early_stopping=False`. Each step takes the
+    2 * beams best continuations. Those of the first `beams` that end are finished sequences; the `beams` best finished
+    ones are kept, by log probability / tokens ** length_penalty (EOS counts). The best that do not end form the next
+    beam. A row is done when its best beam, divided by its present length, is no better than its worst kept sequence.
+    At the last position everything ends.
 
     Returns tokens (EOS included, 0 after it) and the natural log probability of each row's tokens, not divided.
     """
@@ -216,20 +216,20 @@ def beam_search(
     encoded = _encode(model, encoder_input_tokens)
     stepper = stepping.Stepper(model, encoded, segments, length=length, beams=beams)
     only_first = jnp.broadcast_to(jnp.where(jnp.arange(beams) == 0, 0.0, _NEVER)[None, :], (batch, beams))
-    # Of beam n at position t, the key is number t * beams + n.
+    # The key of beam n at position t has index t * beams + n.
     written_by = jnp.tile(jnp.arange(beams), length)[None, None, :]
     written_at = jnp.repeat(jnp.arange(length), beams)[None, None, :]
     own = written_by == jnp.arange(beams)[None, :, None]
     start = (
         jnp.int32(0),
         jnp.zeros((batch, beams, length), jnp.int32),  # tokens of the beam
-        only_first,  # their log probabilities; all beams start alike, so one of them stands for all
-        jnp.zeros((batch, beams, length), jnp.int32),  # tokens of what has ended
+        only_first,  # their log probabilities; all beams start equal, so only the first may be extended
+        jnp.zeros((batch, beams, length), jnp.int32),  # tokens of finished sequences
         jnp.full((batch, beams), _NEVER),  # their divided log probabilities
         jnp.zeros((batch, beams)),  # their log probabilities
-        jnp.any(encoder_input_tokens > 0, axis=1),  # rows that can still improve; not those of padding
-        jnp.zeros((batch, beams), jnp.int32),  # the tokens before
-        jnp.zeros((batch, beams, length * beams), bool),  # keys of the tokens of the beam
+        jnp.any(encoder_input_tokens > 0, axis=1),  # rows that can still improve; all-padding rows cannot
+        jnp.zeros((batch, beams), jnp.int32),  # previous tokens
+        jnp.zeros((batch, beams, length * beams), bool),  # keys that each beam may see
         stepper.empty(),
     )
 
@@ -248,7 +248,7 @@ def beam_search(
         here = jnp.arange(length)[None, None, :] == position
         candidates = jnp.where(here, token[:, :, None], _pick(tokens, parent))
         ends = (token == EOS) | (position + 1 == length)
-        # The first `beams` may end; the others are there so that enough remain to go on.
+        # Only the first `beams` candidates may finish; the others make sure that enough remain to continue.
         keeps = ends & (jnp.arange(2 * beams) < beams)[None, :] & improvable[:, None]
         count = (position + 1).astype(jnp.float32)
         score = jnp.where(keeps, candidate_log_p / count**length_penalty, _NEVER)
@@ -257,7 +257,7 @@ def beam_search(
         ended_log_p = _pick(jnp.concatenate([ended_log_p, candidate_log_p], axis=1), best)
         log_p, going = largest(jnp.where(ends, candidate_log_p + _NEVER, candidate_log_p), beams)
         visible = _pick(visible, _pick(parent, going))
-        worst = jnp.min(ended_score, axis=1)  # as good as nothing while fewer than `beams` have ended
+        worst = jnp.min(ended_score, axis=1)  # _NEVER while fewer than `beams` have finished
         improvable = improvable & (log_p[:, 0] / count**length_penalty > worst)
         tokens, previous = _pick(candidates, going), _pick(token, going)
         return position + 1, tokens, log_p, ended, ended_score, ended_log_p, improvable, previous, visible, caches
@@ -267,7 +267,7 @@ def beam_search(
 
 
 def _pick(values: jax.Array, index: Int[Array, "B M"]) -> jax.Array:
-    """`values[b, index[b, m]]` of `[B, N]` or `[B, N, rest]`, by comparison: N is small, and gathers are slow."""
+    """Returns `values[b, index[b, m]]` of `[B, N]` or `[B, N, rest]`. Compares, as N is small and gathers are slow."""
     chosen = index[:, :, None] == jnp.arange(values.shape[1])[None, None, :]
     if values.ndim == 3:
         chosen, values = chosen[..., None], values[:, None]
@@ -279,10 +279,10 @@ def _pick(values: jax.Array, index: Int[Array, "B M"]) -> jax.Array:
 
 
 def largest(values_BN: Float[Array, "B N"], count: int) -> tuple[Float[Array, "B M"], Int[Array, "B M"]]:
-    """`jax.lax.top_k` of a few values: the largest and their indices, in order; of equal ones the first."""
+    """Computes `jax.lax.top_k` of a few values: the largest and their indices, in order; ties go to the first."""
 
     def by_rank(values_BN: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """A TPU sorts slowly; it counts how many come before each."""
+        """Counts the values before each one, because a TPU sorts slowly."""
         index = jnp.arange(values_BN.shape[1])
         this, other = values_BN[:, :, None], values_BN[:, None, :]
         before = (other > this) | ((other == this) & (index[None, :] < index[:, None])[None])
@@ -298,16 +298,16 @@ def largest(values_BN: Float[Array, "B N"], count: int) -> tuple[Float[Array, "B
     return jax.lax.platform_dependent(values_BN, tpu=by_rank, default=by_sorting)
 
 
-# Logits that divide into blocks of this many tokens: the largest are found by way of the blocks that hold them.
+# Tokens of a block of logits: on a TPU the largest logits are searched only in the blocks with the largest maxima.
 _BLOCK = 128
 
 
 def continuations(
     states_BND: Float[Array, "B N D"], table_DV: Float[Array, "D V"], log_p_BN: Float[Array, "B N"], *, count: int
 ) -> tuple[Float[Array, "B N count"], Int[Array, "B N count"]]:
-    """Of each beam, the likeliest next tokens and the log probabilities (`log_p` included) of the beam with each.
+    """Returns each beam's `count` best continuations: total log probabilities (`log_p` included) and tokens.
 
-    In order; of equally likely tokens the first. At most `count`, no more than there are.
+    They are in order; ties go to the first token. A vocabulary smaller than `count` gives all its tokens.
     """
     batch, beams, width = states_BND.shape
     count = min(count, table_DV.shape[1])
@@ -319,10 +319,10 @@ def continuations(
         return found, token
 
     def by_blocks(states_BND: jax.Array, table_DV: jax.Array, log_p_BN: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Without sorting, and reading the logits no more than three times. M is beams of all rows, G blocks.
+        """Finds the largest without sorting, and reads the logits at most three times. M: beams of all rows, G: blocks.
 
-        The `count` largest lie in the `count` blocks with the largest maxima. What is subtracted from logits does not
-        change their order but can make equals of them, of which the first is due: so everything compares the results.
+        The `count` largest lie in the `count` blocks with the largest maxima. Subtracting the log sum keeps the order
+        but can round two logits to equal values, of which the first must win. So log probabilities are compared.
         """
         states_MD, log_p_M = states_BND.reshape(-1, width), log_p_BN.reshape(-1)
         logits_VM = jnp.einsum("md,dv->vm", states_MD, table_DV, preferred_element_type=jnp.float32)
@@ -352,11 +352,11 @@ def continuations(
 def _first_largest(
     values_XM: Float[Array, "X M"], names_XM: Int[Array, "X #M"], count: int
 ) -> tuple[list[Float[Array, "M"]], list[Int[Array, "M"]]]:
-    """The `count` largest of each column, in order, and their names; of equal ones the least name."""
+    """Returns the `count` largest of each column, in order, and their names; ties go to the smallest name."""
     values, names = [], []
     for _ in range(count):
         values.append(jnp.max(values_XM, axis=0))
-        # Not `argmax`: where only its index is used, XLA for TPU keeps its values in bfloat16.
+        # Not `argmax`: if only its index is used, XLA for TPU keeps its values in bfloat16.
         names.append(jnp.min(jnp.where(values_XM == values[-1][None], names_XM, jnp.iinfo(jnp.int32).max), axis=0))
         values_XM = jnp.where(names_XM == names[-1][None], -jnp.inf, values_XM)
     return values, names
@@ -367,7 +367,7 @@ def score(
     encoder_input_tokens: Int[Array, "B S"],
     decoder_target_tokens: Int[Array, "B T"],
 ) -> Float[Array, "B"]:
-    """Natural log probability of each given target (its non-padding tokens, EOS included when it is there)."""
+    """Computes the natural log probability of each target: of its non-padding tokens, with EOS if present."""
     shifted = jnp.pad(decoder_target_tokens, ((0, 0), (1, 0)))[:, :-1]
     log_p = jax.nn.log_softmax(model(encoder_input_tokens, shifted), axis=-1)
     chosen = jnp.take_along_axis(log_p, decoder_target_tokens[..., None], axis=-1)[..., 0]
@@ -377,7 +377,7 @@ def score(
 def score_choices(
     model: t5.T5, encoder_input_tokens: Int[Array, "B S"], choices_BNT: Int[Array, "B N T"]
 ) -> Float[Array, "B N"]:
-    """Natural log probability of each of a row's N targets, as `score` gives it (0 for one of nothing but padding).
+    """Computes the natural log probability of each of a row's N targets, like `score` (0 for an all-padding target).
 
     The source is encoded once, and all targets of a row share its keys and values.
     """
@@ -385,7 +385,7 @@ def score_choices(
     segments = t5.source_segments(encoder_input_tokens)
     encoded = _encode(model, encoder_input_tokens)
     stepper = stepping.Stepper(model, encoded, segments, length=length, beams=count)
-    # Of target n at position t, the key is number t * N + n; what is later than the query is masked there.
+    # The key of target n at position t has index t * N + n; the stepper masks later positions.
     own_1NP = (jnp.arange(length * count)[None, :] % count == jnp.arange(count)[:, None])[None]
     before_BNT = jnp.pad(choices_BNT, ((0, 0), (0, 0), (1, 0)))[:, :, :-1]
 

@@ -1,16 +1,16 @@
-"""Floating-point operations that a model's definition asks for: what utilisation is measured by."""
+"""Floating-point operations of the model's definition, for model FLOP utilization."""
 
 from sbs_jax.student import t5
 
 
 def training_flops(config: t5.T5Config, *, rows: int, inputs: int, targets: int, trained: float = 1.0) -> int:
-    """Of one update: forward and backward (twice the forward); nothing that is computed again is counted twice.
+    """Counts the operations of one update: forward, and backward at twice the forward. Recomputation is not counted.
 
     6 x parameters of each matrix x the tokens it sees, and 12 x rows x layers x width x queries x keys of attention.
-    A source token is seen by the encoder and by the cross-attentions' key and value matrices; a target token by the
-    rest of the decoder and by the logits. Padding counts as tokens; an embedding is looked up, which costs nothing;
-    causal attention counts all pairs, as is usual. `trained` is the share of the parameters that is: a frozen matrix
-    has no gradient, and asks for 4 in place of 6.
+    The encoder and the cross-attentions' key and value matrices see source tokens; the rest of the decoder and the
+    logits see target tokens. Padding counts as tokens; an embedding lookup costs nothing; causal attention counts all
+    pairs, as is usual. `trained` is the trained fraction of parameters: a frozen matrix has no gradient, so 4 instead
+    of 6.
     """
     width = config.num_heads * config.head_dim
     projection = config.emb_dim * width

@@ -1,6 +1,6 @@
-"""Layers of the student: norm, dense, dropout, relative position bias, attention, MLP, and the two kinds of layers.
+"""Building blocks of the student: norm, dense, dropout, relative position bias, attention, MLP, and T5's two layers.
 
-Shapes and parameter names are those that `t5.py` explains.
+`t5.py` explains array names, shapes and parameter names.
 """
 
 import dataclasses
@@ -26,16 +26,16 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "linear": lambda x: x,
 }
 DTYPES = ("float32", "bfloat16")
-# "shared": one table per stack, as T5, mT5 and ByT5 have it; "per_layer": one per self-attention, as UMT5 has it.
+# "shared": one table per stack (T5, mT5, ByT5). "per_layer": one per self-attention (UMT5).
 RELATIVE_BIASES = ("shared", "per_layer")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class T5Config:
-    """Shape of a T5; names are T5X's.
+    """Describes the shape of a T5, with T5X's names.
 
     v1.0 is `mlp_activations=("relu",), logits_via_embedding=True`; v1.1 is `("gelu", "linear")` and `False`.
-    `dtype` is what activations are computed in; parameters are float32 always. `vocab_size` counts the rows of the
+    Activations are computed in `dtype`; parameters are always float32. `vocab_size` counts the rows of the
     embedding table (32,128 for the published T5: 32,000 pieces, 100 sentinels, 28 unused).
     """
 
@@ -54,12 +54,12 @@ class T5Config:
     relative_attention_max_distance: int = 128
     relative_attention_bias: str = "shared"
     layer_norm_epsilon: float = 1e-6
-    # Noise on the input embeddings in training (NEFTune, arXiv 2310.05914: 5, 10 or 15 for the encoder); 0 for none.
+    # Noise on input embeddings in training (NEFTune, arXiv 2310.05914: 5, 10 or 15 for the encoder); 0 turns it off.
     neftune_alpha: float = 0.0
     neftune_decoder_alpha: float = 0.0
 
     def __post_init__(self) -> None:
-        # gin hands over lists, and checks no types.
+        # gin passes lists and does not check types.
         object.__setattr__(self, "mlp_activations", tuple(self.mlp_activations))
         for name in (
             *("vocab_size", "emb_dim", "num_heads", "head_dim", "mlp_dim"),
@@ -92,25 +92,25 @@ class T5Config:
 
     @classmethod
     def of(cls, saved: Mapping[str, Any]) -> "T5Config":
-        """Inverse of `dataclasses.asdict`, also after JSON (which has no tuples)."""
+        """Inverts `dataclasses.asdict`, also after a trip through JSON, which has no tuples."""
         return cls(**{**saved, "mlp_activations": tuple(saved["mlp_activations"])})
 
 
 @functools.partial(jax.jit, static_argnames=("shape", "std"))
 def _normal(key: Key[Array, ""], shape: tuple[int, ...], *, std: float) -> Float[Array, "..."]:
-    """Normal values cut off at two standard deviations (T5X's and Flax's `truncated_normal`), float32.
+    """Draws float32 normal values truncated at two standard deviations, like `truncated_normal` of T5X and Flax.
 
-    Jitted so that the many layers of a large model, of few distinct shapes, trace it once each.
+    Jitted: a large model has many layers but few distinct shapes, and each shape is traced once.
     """
-    # The variance of a normal cut at 2 sigma is 0.8796^2: rescaled so that `std` is what comes out.
+    # A normal truncated at 2 sigma has standard deviation 0.8796; dividing by it gives `std`.
     return jax.random.truncated_normal(key, -2.0, 2.0, shape, jnp.float32) * (std / 0.87962566103423978)
 
 
 class Dropout:
-    """Draws a fresh key at each use while a step is traced; holds no array between calls.
+    """Drops values, with a fresh key at each use while a step is traced; without a key it does nothing.
 
-    Masks are shared along the second-to-last axis (sequence), as T5X and Mesh TensorFlow trained T5, which also makes
-    them cheap to draw.
+    One mask serves all positions of a sequence (the second-to-last axis), as when T5X and Mesh TensorFlow trained T5.
+    This also makes masks cheap to draw.
     """
 
     def __init__(self, rate: float, key: Key[Array, ""] | None) -> None:
@@ -119,7 +119,7 @@ class Dropout:
         self._uses = self._own_uses = 0
 
     def __call__(self, x: jax.Array, *, shared: int = -2) -> jax.Array:
-        """`x` with some values 0 and the others scaled up; one mask for all places along the axis `shared`."""
+        """Zeroes some values and scales up the others, with one mask for all positions of axis `shared`."""
         if self._key is None or self._rate == 0.0:
             return x
         self._uses += 1
@@ -128,10 +128,10 @@ class Dropout:
         return _dropped(x, jax.random.fold_in(self._key, self._uses), rate=self._rate, shape=tuple(shape))
 
     def at(self, rate: float, x: jax.Array) -> jax.Array:
-        """`x` [.., T, I] with values dropped at a rate of its own; other masks stay what they are without it.
+        """Drops values of `x` [.., T, I] at its own rate, without changing the masks that other uses draw.
 
-        Shared along the sequence too: a mask for each value of each kernel's input is drawn again wherever it is used,
-        and the TPU's compiler spent minutes on such operations (docs/experiments.md).
+        Masks are shared along the sequence here too. A separate mask for every input value is recomputed wherever it
+        is used, and the TPU compiler spent minutes on such operations (docs/experiments.md).
         """
         if self._key is None or rate == 0.0:
             return x
@@ -140,7 +140,7 @@ class Dropout:
         return _dropped(x, key, rate=rate, shape=(*x.shape[:-2], 1, x.shape[-1]))
 
 
-# Keys are made by numbers: uses of a stack's or layer's dropout have 1, 2, .. and what is rare has numbers far off.
+# Numbers folded into a key. Ordinary uses of dropout in a stack or layer take 1, 2, ..; these stay far away from them.
 _OWN_RATE, NOISE = 2**30, 2**30 + 1
 
 
@@ -150,7 +150,7 @@ def _dropped(x: jax.Array, key: Key[Array, ""], *, rate: float, shape: tuple[int
 
 
 class LayerNorm(nnx.Module):
-    """Root-mean-square norm with a scale and no bias; the mean square is taken in float32."""
+    """Normalizes by the root mean square, with a scale and no bias; the mean square is computed in float32."""
 
     def __init__(self, config: T5Config) -> None:
         self.scale = nnx.Param(jnp.ones((config.emb_dim,), jnp.float32), axes=("embed",))
@@ -165,15 +165,15 @@ class LayerNorm(nnx.Module):
 
 
 class Dense(nnx.Module):
-    """A matrix without bias, `[in, out]`, named by logical axes for the sharding table."""
+    """Multiplies by a matrix `[in, out]` without bias; `axes` are its logical axes (partitioning.py)."""
 
-    kernel: Any  # nnx.Param, or a quantized.Kernel in its place
-    # Of adapters.py: what is added to the product; factors of what goes in, and of what comes out; a bias.
+    kernel: Any  # an nnx.Param, or a quantized.Kernel
+    # Adapter slots, filled by adapters.py: a LoRA branch, factors on inputs and on outputs, a bias.
     lora: Any = None
     in_scale: nnx.Param | None = None
     out_scale: nnx.Param | None = None
     bias: nnx.Param | None = None
-    # Of weights.py: the dtype of both factors of the product where it is not `dtype`, which the sums keep.
+    # Set by prediction/weights.py: the dtype of both operands if it differs from `dtype`. Sums stay in `dtype`.
     product: str | None = None
 
     def __init__(
@@ -191,7 +191,7 @@ class Dense(nnx.Module):
         contract: int = 1,
         dropout: Dropout | None = None,
     ) -> Float[Array, "..."]:
-        """The product over the last `contract` axes of `x`; `split` cuts its own last axis into several."""
+        """Multiplies over the last `contract` axes of `x`; `split` reshapes the output axis into several."""
         inner = x.shape[x.ndim - contract :]
         x = x.astype(self.dtype)
         if self.in_scale is not None:
@@ -215,11 +215,11 @@ class Dense(nnx.Module):
         return y
 
     def matrix(self) -> Float[Array, "I O"]:
-        """The kernel alone, float32 unless it is held in bfloat16."""
+        """Returns the kernel alone: bfloat16 if it is stored so, otherwise float32."""
         return self.kernel[...] if isinstance(self.kernel, nnx.Param) else self.kernel.matrix()
 
     def merged(self) -> Float[Array, "I O"]:
-        """Kernel, LoRA and factors as one matrix: `x @ merged()` is what a call gives, but for dropout and bias."""
+        """Merges kernel, LoRA and factors: `x @ merged()` equals a call without dropout and bias."""
         kernel = self.matrix()
         if self.in_scale is not None:
             kernel = kernel * self.in_scale[...][:, None]
@@ -231,11 +231,11 @@ class Dense(nnx.Module):
 def matmul(
     x: Float[Array, "..."], kernel: Float[Array, "..."], *, contract: int = 1, dtype: Any = None
 ) -> Float[Array, "..."]:
-    """The product over the last `contract` axes of `x` and the first of `kernel`, in `dtype` if given, else in theirs.
+    """Multiplies over the last `contract` axes of `x` and the first of `kernel`, into `dtype` (default: theirs).
 
-    Over several leading axes XLA for CPU computes the kernel's gradient from a transposed copy, and recomputes into it,
-    column by column, whatever the copied value comes from: a third of a training step (docs/speed.md). There all rows
-    become one axis; on a TPU it is this that costs copies, between the layouts of rows and of heads.
+    With several leading axes, XLA for CPU computes the kernel's gradient from a transposed copy, and recomputes the
+    copied value column by column: a third of a training step (docs/speed.md). So on a CPU all rows become one axis.
+    On a TPU that reshape is what costs copies, between the layouts of rows and of heads.
     """
     rows, columns = x.shape[: x.ndim - contract], kernel.shape[contract:]
 
@@ -253,7 +253,7 @@ def matmul(
 
 
 class RelativePositionBias(nnx.Module):
-    """One learned number per head and bucket of (key position - query position)."""
+    """Learns one number per head and bucket of (key position - query position)."""
 
     def __init__(self, config: T5Config, *, bidirectional: bool, rngs: nnx.Rngs) -> None:
         shape = (config.num_heads, config.relative_attention_num_buckets)
@@ -270,7 +270,7 @@ class RelativePositionBias(nnx.Module):
             num_buckets=self.rel_embedding.shape[1],
             max_distance=self.max_distance,
         )
-        # A one-hot product: its gradient is a product too, where a gather's would be a scatter.
+        # A one-hot product instead of a gather: its gradient is a product too, not a scatter.
         one_hot = jax.nn.one_hot(bucket, self.rel_embedding.shape[1], dtype=jnp.float32)
         return jnp.einsum("hn,qpn->hqp", self.rel_embedding[...], one_hot)[None]
 
@@ -278,11 +278,11 @@ class RelativePositionBias(nnx.Module):
 def relative_position_bucket(
     relative: Int[Array, "..."], *, bidirectional: bool, num_buckets: int, max_distance: int
 ) -> Int[Array, "..."]:
-    """Bucket of each relative position (key minus query), as in T5 (arXiv 1910.10683, section 2.1).
+    """Assigns each relative position (key minus query) to a bucket, as in T5 (arXiv 1910.10683, section 2.1).
 
-    Half of the buckets hold one small distance each, the other half grow logarithmically up to `max_distance`, beyond
-    which all share the last. Causal stacks (`bidirectional=False`) put every later key in bucket 0.
-    Example, causal, 32 buckets: distances 0, -1, -15, -16, -127, -500 fall in buckets 0, 1, 15, 16, 31, 31.
+    Half of the buckets hold one small distance each. The other half grow logarithmically up to `max_distance`; larger
+    distances share the last bucket. Causal stacks (`bidirectional=False`) put every later key in bucket 0.
+    Example, causal, 32 buckets: positions 0, -1, -15, -16, -127, -500 fall in buckets 0, 1, 15, 16, 31, 31.
     """
     offset = jnp.zeros_like(relative)
     if bidirectional:
@@ -292,7 +292,7 @@ def relative_position_bucket(
     else:
         distance = jnp.maximum(-relative, 0)
     exact = num_buckets // 2
-    # float32 rounding must agree with the published models', hence this order of operations.
+    # The order of operations gives the float32 rounding that the published models were trained with.
     ratio = jnp.log(jnp.maximum(distance, 1).astype(jnp.float32) / exact) / math.log(max_distance / exact)
     logarithmic = exact + (ratio * (num_buckets - exact)).astype(relative.dtype)
     logarithmic = jnp.minimum(logarithmic, num_buckets - 1)
@@ -300,7 +300,10 @@ def relative_position_bucket(
 
 
 class Attention(nnx.Module):
-    """Multi-head attention without biases and without a 1/sqrt(K) factor (T5 folds it into the query's scale)."""
+    """Computes multi-head attention without biases and without the factor 1/sqrt(K).
+
+    T5 folds that factor into the initial scale of the query kernel.
+    """
 
     def __init__(self, config: T5Config, *, rngs: nnx.Rngs) -> None:
         width, joined = config.emb_dim, config.num_heads * config.head_dim
@@ -315,7 +318,7 @@ class Attention(nnx.Module):
         self.out = Dense((joined, width), axes=("joined_kv", "embed"), std=joined**-0.5, dtype=config.dtype, rngs=rngs)
         self.heads = (config.num_heads, config.head_dim)
 
-    prefix: Any = None  # of adapters.py: keys and values before those of the source
+    prefix: Any = None  # adapter slot: keys and values placed before those of the source
 
     def __call__(
         self,
@@ -327,7 +330,7 @@ class Attention(nnx.Module):
         causal: bool,
         dropout: Dropout,
     ) -> Float[Array, "B T D"]:
-        """Attention of `x` over `source`, within segments."""
+        """Attends from `x` to `source`, within segments."""
         axes = ("batch", "length", "activation_heads", None)
         q_BTHK, k_BSHK, v_BSHK = (
             _keep("projected", constrain(kernel(x, split=self.heads, dropout=dropout), axes))
@@ -337,15 +340,15 @@ class Attention(nnx.Module):
         if self.prefix is not None:
             k_BSHK, v_BSHK = self.prefix.before(k_BSHK, v_BSHK)
             before = k_BSHK.shape[1] - source_BSD.shape[1]
-        # A weight's mask is shared by all queries (as T5X and Mesh TensorFlow trained T5): the same as masking the
-        # value, without a pass over the weights.
+        # T5X and Mesh TensorFlow share the mask of attention weights among all queries. Masking the values gives the
+        # same result without a pass over the weights.
         v_BSHK = dropout(v_BSHK, shared=-1)
         y_BTHK = attention.attend(q_BTHK, k_BSHK, v_BSHK, bias, segments, causal=causal, prefix=before)
         return self.out(y_BTHK, contract=2, dropout=dropout)
 
 
 class MLP(nnx.Module):
-    """`wo(act_0(wi_0 x) * act_1(wi_1 x) * ..)`; v1.0 has one branch, named `wi`."""
+    """Computes `wo(act_0(wi_0 x) * act_1(wi_1 x) * ..)`; v1.0 has one branch, named `wi`."""
 
     def __init__(self, config: T5Config, *, rngs: nnx.Rngs) -> None:
         width, hidden, dtype = config.emb_dim, config.mlp_dim, config.dtype
@@ -368,18 +371,19 @@ class MLP(nnx.Module):
 
 @functools.partial(jax.checkpoint, static_argnums=1)
 def _gated(branches: tuple[Float[Array, "B T F"], ...], activations: tuple[str, ...]) -> Float[Array, "B T F"]:
-    """`act_0(branch_0) * act_1(branch_1) * ..`, which the backward pass computes again from the branches.
+    """Computes `act_0(branch_0) * act_1(branch_1) * ..`, again in the backward pass.
 
-    Kept, its inner values would add 5 % to a step's working memory, and they cost next to nothing (docs/speed.md).
+    Storing the intermediate values would add 5 % to a step's working memory; recomputing them costs next to nothing
+    (docs/speed.md).
     """
     values = [ACTIVATIONS[act](x_BTF) for act, x_BTF in zip(activations, branches, strict=True)]
     return math.prod(values[1:], start=values[0])
 
 
 class EncoderLayer(nnx.Module):
-    """Self-attention, then MLP, each normed before and added to its input."""
+    """Applies self-attention, then the MLP, each to its normalized input and added to that input."""
 
-    attention_adapter: Any = None  # of adapters.py: after each of the two
+    attention_adapter: Any = None  # adapter slots: one after each sub-layer
     mlp_adapter: Any = None
 
     def __init__(self, config: T5Config, *, rngs: nnx.Rngs) -> None:
@@ -398,7 +402,7 @@ class EncoderLayer(nnx.Module):
         segments_BS: Int[Array, "B S"],
         dropout: Dropout,
     ) -> Float[Array, "B S D"]:
-        """`bias` is the stack's; None where every layer has its own."""
+        """Runs the layer; `bias` is that of the stack, or None if every layer has its own."""
         y_BSD = self.pre_attention_layer_norm(x_BSD)
         y_BSD = self.attention(
             *(y_BSD, y_BSD),
@@ -413,9 +417,9 @@ class EncoderLayer(nnx.Module):
 
 
 class DecoderLayer(nnx.Module):
-    """Causal self-attention, attention over the encoder's output, then MLP."""
+    """Applies causal self-attention, attention over the encoder output, then the MLP."""
 
-    self_attention_adapter: Any = None  # of adapters.py: after each of the three
+    self_attention_adapter: Any = None  # adapter slots: one after each sub-layer
     encoder_decoder_attention_adapter: Any = None
     mlp_adapter: Any = None
 
@@ -439,7 +443,7 @@ class DecoderLayer(nnx.Module):
         encoder_segments_BS: Int[Array, "B S"],
         dropout: Dropout,
     ) -> Float[Array, "B T D"]:
-        """`bias` is the stack's; None where every layer has its own."""
+        """Runs the layer; `bias` is that of the stack, or None if every layer has its own."""
         y_BTD = self.pre_self_attention_layer_norm(x_BTD)
         y_BTD = self.self_attention(
             *(y_BTD, y_BTD),
@@ -472,13 +476,13 @@ def _own_bias(
 
 
 def bias_of(owner: Any, length: int) -> Float[Array, "H T T"]:
-    """The relative position bias between `length` places, from the table of a layer or a stack."""
+    """Computes the relative position bias of `length` positions from the table of a layer or stack."""
     positions = jnp.arange(length)
     return owner.relpos_bias(positions, positions)[0]
 
 
 def _keep(name: str, x: jax.Array) -> jax.Array:
-    """`x`, by a name that `REMAT` knows."""
+    """Names `x` for the rematerialization policies of `t5.REMAT`."""
     return checkpoint_name(x, name)
 
 

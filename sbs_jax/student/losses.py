@@ -2,9 +2,9 @@
 
     L = alpha * mean CE over label tokens + (1 - alpha) * mean CE over rationale tokens
 
-(Hsieh et al. 2023, Eq. 3, in the weighting of the official code.) Both means run over the tokens of the *global*
-batch, so the weights are computed once, from the task ids of the whole batch, before it is cut into micro-batches or
-laid over devices; from there on everything is a plain sum, which no cutting, laying out or packing can change.
+(Hsieh et al. 2023, Eq. 3, with the official code's weighting.) Both means run over the tokens of the *global* batch.
+So token weights are computed once on the whole batch, before micro-batching and sharding. The loss is then a plain
+weighted sum, which micro-batches, sharding and packing cannot change.
 """
 
 import dataclasses
@@ -23,10 +23,10 @@ TASK_NAMES = {LABEL: "label", RATIONALE: "rationale"}
 
 
 def token_weights(task_ids_BT: Int[Array, "B T"], *, alpha: float) -> Float[Array, "B T"]:
-    """Weight of each target token: alpha / N_label, (1 - alpha) / N_rationale, 0 on padding.
+    """Computes the weight of each target token: alpha / N_label, (1 - alpha) / N_rationale, 0 on padding.
 
-    Must be called on the whole global batch. A task without a single token in the batch contributes nothing (its
-    mean is undefined), and the other keeps its own weight.
+    Call it on the whole global batch. A task without tokens in the batch contributes nothing (its mean is undefined),
+    and the other task keeps its own weight.
 
     >>> token_weights(jnp.array([[1, 1, 0, 0], [2, 2, 2, 2]]), alpha=0.5)
     [[0.25 0.25 0. 0.] [0.125 0.125 0.125 0.125]]
@@ -41,16 +41,16 @@ def token_weights(task_ids_BT: Int[Array, "B T"], *, alpha: float) -> Float[Arra
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TaskSums:
-    """Plain sums over the target tokens of one task: they add up over micro-batches."""
+    """Holds sums over the target tokens of one task, which add up over micro-batches."""
 
-    # Any, not array types: transformations put shapes and placeholders in place of the scalars.
+    # Typed Any because JAX transformations replace the scalars by shapes and placeholders.
     cross_entropy: Any
     correct: Any
     tokens: Any
 
     def means(self, name: str) -> dict[str, Float[Array, ""]]:
-        """`{"loss/label": nats per token, "token_accuracy/label": 0..1, "tokens/label": count}`."""
-        # 0 / 0 would print NaN for a task that is not in the run; a count of 0 says it better.
+        """Returns `{"loss/label": nats per token, "token_accuracy/label": 0..1, "tokens/label": count}`."""
+        # A task without tokens gets 0, not NaN; its count of 0 shows why.
         count = jnp.maximum(self.tokens, 1.0)
         return {
             f"loss/{name}": self.cross_entropy / count,
@@ -62,17 +62,16 @@ class TaskSums:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TokenStatistics:
-    """What a loss needs of the logits of each target token: float32 [B, T]."""
+    """Summarizes the logits of each target token for the loss, each float32 [B, T]."""
 
-    log_z: Any  # log of the softmax's normaliser
-    target: Any  # the target's logit
-    # Whether the target is the first of the largest: argmax, as greedy decoding picks.
-    correct: Any
+    log_z: Any  # log of the softmax's normalizer
+    target: Any  # logit of the target
+    correct: Any  # 1 if the target is the argmax (of equal logits the first), as greedy decoding picks it
 
 
 def token_statistics(logits_BTV: Float[Array, "B T V"], targets_BT: Int[Array, "B T"]) -> TokenStatistics:
-    """Of given float32 logits."""
-    # A masked sum in place of a gather: it fuses, and stays local where the vocabulary is sharded.
+    """Computes per-token statistics from float32 logits."""
+    # A masked sum instead of a gather: it fuses, and needs no communication if the vocabulary is sharded.
     is_target = jnp.arange(logits_BTV.shape[-1])[None, None, :] == targets_BT[..., None]
     return TokenStatistics(
         log_z=jax.nn.logsumexp(logits_BTV, axis=-1),
@@ -84,10 +83,10 @@ def token_statistics(logits_BTV: Float[Array, "B T V"], targets_BT: Int[Array, "
 def projected_token_statistics(
     y_BTD: Float[Array, "B T D"], kernel_DV: Float[Array, "D V"], targets_BT: Int[Array, "B T"], *, chunks: int
 ) -> TokenStatistics:
-    """Of the logits `y kernel`, a `chunks`-th of the vocabulary at a time, in either direction.
+    """Computes per-token statistics of the logits `y kernel`, one of `chunks` parts of the vocabulary at a time.
 
-    The float32 logits of a batch are the largest array of a training step; they never exist here, at the price of
-    computing them again in the backward pass. ValueError where `chunks` does not divide the vocabulary.
+    The float32 logits of a batch are the largest array of a training step. Here they never exist as a whole; the
+    backward pass computes each chunk again. ValueError if `chunks` does not divide the vocabulary.
     """
     if kernel_DV.shape[1] % chunks:
         near = partitioning.nearest_divisor(kernel_DV.shape[1], chunks)
@@ -105,7 +104,7 @@ def _projected(y_BTD: Array, kernel_DV: Array, targets_BT: Array, chunks: int) -
 
 
 def _chunked(kernel_DV: Array, chunks: int) -> tuple[Array, Array]:
-    """The kernel as `[chunks, D, V / chunks]`, and the token ids of each chunk, `[chunks, 1, 1, V / chunks]`."""
+    """Cuts the kernel into `[chunks, D, V / chunks]` and gives each chunk's token ids, `[chunks, 1, 1, V / chunks]`."""
     kernels = jnp.moveaxis(kernel_DV.reshape(kernel_DV.shape[0], chunks, -1), 1, 0)
     return kernels, jnp.arange(kernel_DV.shape[1]).reshape(chunks, 1, 1, -1)
 
@@ -117,6 +116,7 @@ def _logits(y_BTD: Array, kernel_DC: Array) -> Array:
 
 def _projected_forward(y_BTD: Array, kernel_DV: Array, targets_BT: Array, chunks: int) -> tuple[Any, Any]:
     def add(carry: tuple[Array, ...], chunk: tuple[Array, Array]) -> tuple[tuple[Array, ...], None]:
+        # So far: the largest logit, its first token id, the sum of exp(logit - largest), the target's logit.
         largest_BT, first_BT, total_BT, target_BT = carry
         kernel_DC, ids_11C = chunk
         logits_BTC = _logits(y_BTD, kernel_DC)
@@ -124,7 +124,7 @@ def _projected_forward(y_BTD: Array, kernel_DV: Array, targets_BT: Array, chunks
         now_BT = jnp.maximum(largest_BT, of_chunk_BT)
         total_BT = total_BT * jnp.exp(largest_BT - now_BT) + jnp.sum(jnp.exp(logits_BTC - now_BT[..., None]), axis=-1)
         target_BT += jnp.sum(jnp.where(ids_11C == targets_BT[..., None], logits_BTC, 0.0), axis=-1)
-        # Of equal logits the smallest id counts, whichever chunk it is in.
+        # Ties go to the smallest id, also across chunks.
         none = jnp.iinfo(jnp.int32).max
         found_BT = jnp.min(jnp.where(logits_BTC == now_BT[..., None], ids_11C, none), axis=-1)
         first_BT = jnp.minimum(jnp.where(largest_BT == now_BT, first_BT, none), found_BT)
@@ -144,6 +144,7 @@ def _projected_backward(chunks: int, kept: Any, gradients: tuple[Array, Array, A
 
     def add(dy_BTD: Array, chunk: tuple[Array, Array]) -> tuple[Array, Array]:
         kernel_DC, ids_11C = chunk
+        # d log_z / d logits is the softmax; d target / d logits is 1 at the target.
         dlogits_BTC = dlog_z_BT[..., None] * jnp.exp(_logits(y_BTD, kernel_DC) - log_z_BT[..., None])
         dlogits_BTC += jnp.where(ids_11C == targets_BT[..., None], dtarget_BT[..., None], 0.0)
         dlogits_BTC = dlogits_BTC.astype(y_BTD.dtype)
@@ -166,10 +167,10 @@ def weighted_cross_entropy(
     weights_BT: Float[Array, "B T"],
     z_loss: float,
 ) -> tuple[Float[Array, ""], dict[int, TaskSums]]:
-    """Sum of weight * (CE + z_loss * log(Z)^2), and unweighted sums per task.
+    """Returns the sum of weight * (CE + z_loss * log(Z)^2), and unweighted sums per task, all in nats.
 
-    `z_loss` is T5X's auxiliary term (1e-4 there, 0 in the official code): it pulls log(Z), the log of the softmax's
-    normaliser, to 0, and takes the weights of the tokens it belongs to. Losses are in nats.
+    `z_loss` is T5X's auxiliary term (1e-4 there, 0 in the official code). It pulls log(Z), the log of the softmax's
+    normalizer, towards 0, with the same token weights as the cross-entropy.
     """
     cross_entropy_BT = statistics.log_z - statistics.target
     loss = jnp.sum(weights_BT * (cross_entropy_BT + z_loss * jnp.square(statistics.log_z)))

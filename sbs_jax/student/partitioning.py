@@ -1,7 +1,7 @@
-"""Where arrays live: the mesh, one table from logical to mesh axes, and what follows from them.
+"""Mesh, logical-axis rules and the shardings derived from them.
 
-Arrays name their axes by what they are ("embed", "batch"); the table says which mesh axis cuts each of them. A
-`Layout` (what gin binds) is the table and the shape of the mesh; on given devices it becomes a `Partitioner`.
+Arrays name their axes logically ("embed", "batch"); a table maps each logical axis to the mesh axis that shards it. A
+`Layout` (bound by gin) holds the table and the shape of the mesh; with devices it becomes a `Partitioner`.
 """
 
 import contextlib
@@ -20,9 +20,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 AXES = ("slice", "data", "fsdp", "tensor")
 Rules = Mapping[str, str | tuple[str, ...] | None]
 
-# Logical axis to mesh axis. Of an array's axes, the first that asks for a mesh axis gets it.
+# Logical axis to mesh axis. If two axes of an array map to the same mesh axis, the first one gets it.
 RULES: Rules = {
-    # Of parameters, and of the optimiser state that mirrors them.
+    # Parameters, and the optimizer state that mirrors them.
     "vocab": "tensor",
     "embed": "fsdp",
     "mlp": "tensor",
@@ -31,8 +31,8 @@ RULES: Rules = {
     "relpos_buckets": None,
     "layers": None,
     "adapter": None,  # the narrow side of a LoRA or adapter, and the length of a prompt or prefix
-    "blocks": None,  # of a quantised kernel's rows
-    # Of batches and activations.
+    "blocks": None,  # blocks of rows of a quantized kernel
+    # Batches and activations.
     "batch": ("slice", "data", "fsdp"),
     "length": None,
     "activation_embed": None,
@@ -44,11 +44,11 @@ RULES: Rules = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Layout:
-    """Devices per mesh axis, and the table of logical axes.
+    """Sets the number of devices per mesh axis, and changes to the rules.
 
-    `slice` counts pods joined by the data-centre network, `data` copies within one, `fsdp` shards of parameters and
-    optimiser state, `tensor` splits of the matrices; rows of a batch are cut over the first three. One of them may be
-    -1: all devices that are left. `rules` replace entries of `RULES`.
+    `slice` counts pods joined by the data-center network, `data` copies within a pod, `fsdp` shards of parameters and
+    optimizer state, `tensor` splits of the matrices. Rows of a batch are sharded over the first three. One number may
+    be -1: all remaining devices. `rules` replace entries of `RULES`.
     """
 
     slice: int
@@ -72,11 +72,11 @@ class Layout:
 
     @property
     def shape(self) -> dict[str, int]:
-        """Mesh axis to its number of devices, as asked for."""
+        """Maps each mesh axis to its requested number of devices."""
         return {axis: getattr(self, axis) for axis in AXES}
 
     def sizes(self, devices: int) -> dict[str, int]:
-        """Sizes of the axes on this many devices."""
+        """Computes the sizes of the mesh axes on this many devices. ValueError if they do not fit."""
         fixed = math.prod(n for n in self.shape.values() if n != -1)
         sizes = {axis: devices // fixed if n == -1 else n for axis, n in self.shape.items()}
         if math.prod(sizes.values()) != devices:
@@ -89,7 +89,7 @@ class Layout:
         return sizes
 
     def _nearest(self, free: str, devices: int) -> dict[str, int]:
-        """The mesh with the fewest changes: every fixed axis as large a divisor of what is left as it can be."""
+        """Finds a mesh that fits: each fixed axis shrinks to the largest possible divisor of the remaining devices."""
         sizes, left = {}, devices
         for axis, n in self.shape.items():
             if axis != free:
@@ -98,10 +98,10 @@ class Layout:
         return {axis: left if axis == free else sizes[axis] for axis in AXES}
 
     def partitioner(self, devices: Sequence[Any] | None = None) -> "Partitioner":
-        """This layout on all devices, or on those given (also those of a machine that is not there)."""
+        """Builds the partitioner on all devices, or on the given ones, which may belong to an absent machine."""
         devices = jax.devices() if devices is None else devices
         sizes = self.sizes(len(devices))
-        # Auto: the compiler propagates shardings; the default of newer JAX would make every operation declare its own.
+        # Auto: the compiler propagates shardings. Newer JAX's default would make every operation declare its own.
         types = (AxisType.Auto,) * len(sizes)
         slices = {getattr(device, "slice_index", None) for device in devices}
         if sizes["slice"] > 1 and len(slices) > 1:
@@ -118,24 +118,24 @@ class Layout:
         return Partitioner(mesh, {**RULES, **self.rules})
 
 
-# A copy of the parameters on every device, which share the rows of a batch.
+# Every device has a copy of the parameters and a part of the batch's rows.
 DATA_PARALLEL = Layout(slice=1, data=-1, fsdp=1, tensor=1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Partitioner:
-    """A mesh of devices and the table of logical axes."""
+    """Derives shardings from a mesh of devices and the table of logical axes."""
 
     mesh: Mesh
     rules: Rules
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Mesh axis to its number of devices."""
+        """Maps each mesh axis to its number of devices."""
         return dict(self.mesh.shape)
 
     def spec(self, axes: Sequence[str | None]) -> PartitionSpec:
-        """Partition of an array with these logical axes."""
+        """Returns the partition of an array with these logical axes."""
         unknown = [axis for axis in axes if axis is not None and axis not in self.rules]
         if unknown:
             raise ValueError(f"Logical axes {unknown} are not in the table of {__name__}; it has {sorted(self.rules)}.")
@@ -148,41 +148,41 @@ class Partitioner:
         return PartitionSpec(*entries)
 
     def sharding(self, axes: Sequence[str | None]) -> NamedSharding:
-        """Sharding of an array with these logical axes; without axes, a copy on every device."""
+        """Returns the sharding of an array with these logical axes; without axes, a copy on every device."""
         return NamedSharding(self.mesh, self.spec(axes))
 
     @property
     def replicated(self) -> NamedSharding:
-        """A copy on every device."""
+        """Returns the sharding with a copy on every device."""
         return self.sharding(())
 
     @property
     def batch(self) -> NamedSharding:
-        """Rows over the data-parallel axes."""
+        """Returns the sharding of rows over the data-parallel axes."""
         return self.sharding(("batch",))
 
     @property
     def data_parallel_size(self) -> int:
-        """Number of pieces that the rows of a batch are cut into."""
+        """Counts the shards of a batch's rows."""
         return math.prod(self.mesh.shape[axis] for axis in _as_tuple(self.rules["batch"]))
 
     @property
     def compiler_options(self) -> dict[str, str]:
-        """Options of XLA for a training step on these devices."""
+        """Returns XLA options for a training step on these devices."""
         if self.mesh.devices.flat[0].platform != "tpu":
             return {}
-        # Off: products cut into a loop over shards. It trades whole products for eight of an eighth's width, which
-        # cost half as much again on small models, and hold gradients up (docs/experiments.md).
+        # This turns off products as a loop over shards. Eight products of an eighth's width take 1.5 times as long as
+        # one on small models, and delay gradients (docs/experiments.md).
         return {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
 
     def shardings(
         self, tree: Any, *, parameters: Mapping[str, jax.ShapeDtypeStruct], axes: Mapping[str, tuple[str, ...]]
     ) -> Any:
-        """Shardings of a tree of abstract arrays: parameters, or an optimiser state that mirrors them.
+        """Returns shardings of a tree of abstract arrays: parameters, or an optimizer state that mirrors them.
 
-        A leaf belongs to the parameter whose name is the last such key on its path (optimisers keep dictionaries with
-        the parameters' names); it takes that parameter's partition if it has its shape, and is replicated otherwise
-        (step counts, Adafactor's row and column statistics). `axes` are the parameters' logical ones.
+        A leaf belongs to the parameter whose name is the last such key on its path (optimizers keep dictionaries with
+        the parameters' names). It takes that parameter's partition if it has the same shape, and is replicated
+        otherwise (step counts, Adafactor's row and column statistics). `axes` are the parameters' logical axes.
         """
 
         def one(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
@@ -206,25 +206,25 @@ class Partitioner:
     def placed(
         self, tree: Any, *, parameters: Mapping[str, jax.ShapeDtypeStruct], axes: Mapping[str, tuple[str, ...]]
     ) -> Any:
-        """The abstract arrays with their `shardings`."""
+        """Adds `shardings` to a tree of abstract arrays."""
         shardings = self.shardings(tree, parameters=parameters, axes=axes)
         return jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree, shardings
         )
 
     def local_rows(self, batch_size: int, *, devices: Iterable[Any] | None = None) -> np.ndarray:
-        """The rows of a global batch that some devices hold (by default those of this process), ascending, once each.
+        """Returns the rows of a global batch on some devices (default: this process's), ascending, once each.
 
-        With a tensor axis across hosts several of them hold the same rows; with several slices or an unusual order of
-        devices a host's rows need not be neighbours.
+        With a tensor axis across hosts, several hosts have the same rows. With several slices or an unusual order of
+        devices, a host's rows need not be adjacent.
         """
         size = batch_size // self.data_parallel_size
         return (np.asarray(self._pieces(devices))[:, None] * size + np.arange(size)).reshape(-1)
 
     def put_batch(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-        """Host arrays `[rows, ..]` to global arrays, rows over the data-parallel axes.
+        """Turns host arrays `[rows, ..]` into global arrays with rows over the data-parallel axes.
 
-        The host arrays hold this process's rows alone, in the order of `local_rows`.
+        The host arrays hold only this process's rows, in the order of `local_rows`.
         """
         pieces = self._pieces(None)
         first_row = {piece: place for place, piece in enumerate(pieces)}
@@ -244,14 +244,14 @@ class Partitioner:
         return {name: put(rows) for name, rows in batch.items()}
 
     def _pieces(self, devices: Iterable[Any] | None) -> list[int]:
-        """Which of the pieces that a batch is cut into lie on these devices, ascending."""
+        """Returns the numbers of a batch's shards on these devices, ascending."""
         places = self.batch.devices_indices_map((self.data_parallel_size,))
         mine = self.batch.addressable_devices if devices is None else devices
         return sorted({places[device][0].start or 0 for device in mine})
 
     @contextlib.contextmanager
     def constraining(self) -> Iterator[None]:
-        """While a function is traced within, `constrain` holds activations to this table; elsewhere it does nothing."""
+        """Makes `constrain` apply this table to all functions traced inside the context."""
         token = _constraining.set(self)
         try:
             yield
@@ -263,9 +263,9 @@ _constraining: contextvars.ContextVar[Partitioner | None] = contextvars.ContextV
 
 
 def constrain(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
-    """`x` held to the partition of these logical axes, where a `Partitioner` is `constraining`.
+    """Shards `x` by these logical axes inside `Partitioner.constraining()`; elsewhere does nothing.
 
-    Without it the compiler, free to choose, cuts activations like the parameters they meet and moves whole batches.
+    Left to itself, the compiler shards activations like the parameters they meet, and moves whole batches.
     """
     partitioner = _constraining.get()
     if partitioner is None:
@@ -273,7 +273,7 @@ def constrain(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, partitioner.sharding(axes))
 
 
-# Axes of a parameter to those it has where it is used: whole, but for what `tensor` splits.
+# A parameter's logical axes where it is used: `tensor` still shards it, `fsdp` does not.
 _IN_USE = {
     "vocab": "activation_vocab",
     "embed": "activation_embed",
@@ -284,15 +284,15 @@ _IN_USE = {
 
 
 def whole(parameter: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-    """A parameter with these logical axes, made whole for use, but for what `tensor` splits."""
+    """Gathers a parameter's `fsdp` shards for use."""
     return constrain(parameter, tuple(_IN_USE[axis] for axis in axes))
 
 
 def gathered(parameter: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-    """A parameter with these logical axes, made whole for use; its gradient is summed straight into its shards.
+    """Gathers a parameter's `fsdp` shards for use; its gradient is summed directly into the shards.
 
-    Said so, the compiler gathers one layer's weights in the type they are used in; left to itself it may cut a product
-    into loops over shards, or sum whole gradients on every device (docs/experiments.md).
+    This makes the compiler gather one layer's weights at a time, in the dtype of their use. Left to itself it may cut a
+    product into loops over shards, or sum whole gradients on every device (docs/experiments.md).
     """
     whole: Any = _gathered(parameter, axes)
     return whole
@@ -315,7 +315,7 @@ _gathered.defvjp(_gathered_forward, _gathered_backward)
 
 
 def pieces(axis: str) -> int:
-    """Into how many a logical axis is cut where a `Partitioner` is `constraining`; elsewhere 1."""
+    """Returns the number of shards of a logical axis inside `Partitioner.constraining()`; elsewhere 1."""
     partitioner = _constraining.get()
     if partitioner is None:
         return 1
@@ -323,13 +323,13 @@ def pieces(axis: str) -> int:
 
 
 def platform() -> str:
-    """What a function being traced will run on: the platform of a `Partitioner` that is `constraining`, else JAX's."""
+    """Returns the platform that a traced function will run on: that of `Partitioner.constraining()`, else JAX's."""
     partitioner = _constraining.get()
     return jax.default_backend() if partitioner is None else partitioner.mesh.devices.flat[0].platform
 
 
 def nearest_divisor(number: int, most: int) -> int:
-    """The largest divisor of `number` that is at most `most`."""
+    """Returns the largest divisor of `number` that is at most `most`."""
     return max(d for d in range(1, min(number, most) + 1) if number % d == 0)
 
 

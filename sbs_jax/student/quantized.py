@@ -1,12 +1,12 @@
-"""Frozen matrices in few bits: NF4 with quantised scales (QLoRA, arXiv 2305.14314), and int8.
+"""Quantized frozen matrices: NF4 with quantized scales (QLoRA, arXiv 2305.14314), and int8.
 
 Letters as in t5.py, and
 
     I O rows and columns of a kernel   N blocks of BLOCK rows
 
-qwix, which does this for Flax models, replaces JAX's functions while a module's method runs, and unpacks NF4 by a
-gather over the flattened matrix: neither meets kernels that are cut over devices, scanned over layers and read by
-`stepping.py` one position at a time (docs/decisions.md). The tests compare with it.
+qwix quantizes Flax models too, but replaces JAX's functions while a module's method runs, and unpacks NF4 by a gather
+over the flattened matrix. Neither works with kernels that are sharded, scanned over layers and read by `stepping.py`
+(docs/decisions.md). The tests compare with qwix.
 """
 
 import functools
@@ -24,26 +24,27 @@ from sbs_jax.student import layers, partitioning
 
 NF4, INT8 = "nf4", "int8"
 FORMS = (NF4, INT8)
-# Rows that share a scale, as in QLoRA. In a block's codes the first half of them has the low bits.
+# Rows that share a scale, as in QLoRA. A block's first 32 rows are packed in the low bits of its codes.
 BLOCK = 64
-# The 16 values of NF4: quantiles of the normal distribution, 8 above 0 and 7 below, the outermost at 1 and -1.
+# The 16 values of NF4: quantiles of the normal distribution from -1 to 1, with 7 below 0 and 8 above.
 NF4_VALUES = (
     *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
     *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
     *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
     *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
 )
-_LEVELS = 255  # of a quantised scale
+_LEVELS = 255  # steps of a quantized scale
 
 Parts = dict[str, jax.Array]
 
 
 def quantize(kernel_IO: Float[Array, "I O"], *, form: str) -> Parts:
-    """The parts of a quantised kernel.
+    """Quantizes a kernel into its parts.
 
-    nf4: `codes` uint8 [I / 2, O], two rows in each; `scales` uint8 [N, O], the largest absolute value of each block as
-    a share of its column's, in 255 steps; `scale` float32 [O], the column's. 4.1 to 4.2 bits per value.
-    int8: `codes` int8 [I, O], and `scale` float32 [O]: a code's worth.
+    nf4: `codes` uint8 [I / 2, O], two rows in each byte; `scale` float32 [O], a column's largest absolute value;
+    `scales` uint8 [N, O], a block's largest absolute value as a fraction of `scale`, in 255 steps. 4.1 to 4.2 bits per
+    value.
+    int8: `codes` int8 [I, O], and `scale` float32 [O], the value of one step.
     """
     kernel_IO = kernel_IO.astype(jnp.float32)
     largest_O = jnp.max(jnp.abs(kernel_IO), axis=0)
@@ -57,21 +58,21 @@ def quantize(kernel_IO: Float[Array, "I O"], *, form: str) -> Parts:
     unit = blocks / jnp.where(largest_NO > 0, largest_NO, 1.0)[:, None, :]
     middle = [(low + high) / 2 for low, high in itertools.pairwise(NF4_VALUES)]
     codes = jnp.zeros(unit.shape, jnp.uint8)
-    for value in middle:  # of equally near values the lower one
+    for value in middle:  # ties go to the lower value
         codes += (unit > np.float32(value)).astype(jnp.uint8)
     packed = codes[:, : BLOCK // 2] | (codes[:, BLOCK // 2 :] << 4)
     share_NO = largest_NO / jnp.where(largest_O > 0, largest_O, 1.0)[None, :]
-    # At least one step, so that no block of small values becomes 0.
+    # At least one step, so that a block of small values does not become 0.
     scales_NO = jnp.clip(jnp.round(share_NO * _LEVELS), 1, _LEVELS).astype(jnp.uint8)
     return {"codes": packed.reshape(rows // 2, columns), "scales": scales_NO, "scale": largest_O}
 
 
 def dequantize(parts: Parts, *, form: str, dtype: Any = jnp.float32) -> Float[Array, "I O"]:
-    """The matrix that the parts stand for, computed in float32 and rounded to `dtype`."""
+    """Reconstructs the matrix from its parts in float32, rounded to `dtype`."""
     if form == INT8:
         return (parts["codes"].astype(jnp.float32) * parts["scale"][None, :]).astype(dtype)
     half, columns = parts["codes"].shape
-    # Both halves of a block from one broadcast: joined from two arrays, it is three passes over memory on a TPU.
+    # One broadcast unpacks both halves of a block. Concatenating two arrays takes three passes over memory on a TPU.
     packed = parts["codes"].reshape(-1, 1, BLOCK // 2, columns).astype(jnp.int32)
     codes = (packed >> (4 * jax.lax.broadcasted_iota(jnp.int32, (1, 2, 1, 1), 1))) & 15
     scales_NO = parts["scales"].astype(jnp.float32) * (parts["scale"] / _LEVELS)[None, :]
@@ -79,7 +80,7 @@ def dequantize(parts: Parts, *, form: str, dtype: Any = jnp.float32) -> Float[Ar
 
 
 def _nf4_values(codes: Int[Array, "..."]) -> Float[Array, "..."]:
-    """A table of 16 by its four bits: selections, which fuse, where a gather would not."""
+    """Looks up codes 0 to 15 bit by bit, with selections, which fuse; a gather would not."""
     values: list[Any] = [jnp.float32(value) for value in NF4_VALUES]
     for bit in range(4):
         is_set = (codes & (1 << bit)) != 0
@@ -88,7 +89,7 @@ def _nf4_values(codes: Int[Array, "..."]) -> Float[Array, "..."]:
 
 
 class Kernel(nnx.Module):
-    """A quantised `[I, O]` in the place of a `t5.Dense`'s kernel; made of nothing, its parts are put in by name."""
+    """Replaces the kernel `[I, O]` of a `layers.Dense`. Parts are zeros until values are loaded by name."""
 
     def __init__(self, shape: tuple[int, int], *, form: str, axes: tuple[str, str]) -> None:
         self.form, self.shape = form, shape
@@ -105,7 +106,7 @@ class Kernel(nnx.Module):
         return dequantize(self.parts(), form=self.form)
 
     def factors(self) -> tuple[Int[Array, "I O"], Float[Array, "O"]]:
-        """Of int8: whole numbers up to 127, which bfloat16 holds exactly, and what one of each column is worth."""
+        """Returns int8 codes, up to 127, which bfloat16 holds exactly, and each column's scale."""
         parts = self.parts()
         return parts["codes"], parts["scale"]
 
@@ -119,9 +120,9 @@ class Kernel(nnx.Module):
         dtype: str,
         product: str | None = None,
     ) -> Float[Array, "..."]:
-        """As `t5.Dense` multiplies; what is sent to other devices are the few bits.
+        """Multiplies like `layers.Dense`; devices exchange quantized parts, not full matrices.
 
-        With a type for the product (int8, without gradients) the codes are multiplied in it, and what comes out scaled.
+        With `product` (int8 only, no gradients), codes are multiplied in that dtype and the result is scaled.
         """
         parts = self.parts()
         parts["codes"] = partitioning.whole(parts["codes"], axes)
@@ -135,13 +136,13 @@ class Kernel(nnx.Module):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _product(x: Array, parts: Parts, how: tuple[Any, ...]) -> Array:
-    """`x` times the matrix. The backward pass computes the matrix again: kept, it would be the model in full size."""
+    """Multiplies `x` by the matrix. The backward pass unpacks it again: stored, it would be the full-size model."""
     return _multiplied(x, parts, how)
 
 
 def _multiplied(x: Array, parts: Parts, how: tuple[Any, ...]) -> Array:
     form, inner, outer, dtype = how
-    # The barrier keeps the unpacking in rows and columns; in the layout of heads it takes ten times as long on a TPU.
+    # The barrier keeps the unpacking in rows and columns; in the layout of heads it is ten times slower on a TPU.
     kernel = jax.lax.optimization_barrier(dequantize(parts, form=form, dtype=dtype))
     return layers.matmul(x, kernel.reshape(*inner, *outer), contract=len(inner))
 
@@ -153,7 +154,7 @@ def _forward(x: Array, parts: Parts, how: tuple[Any, ...]) -> tuple[Array, Parts
 def _backward(how: tuple[Any, ...], parts: Parts, dy: Array) -> tuple[Array, None]:
     _, inner, outer, dtype = how
     rows = dy.shape[: dy.ndim - len(outer)]
-    # Or the compiler would share the matrix with the forward pass after all, or unpack it long before it is needed.
+    # Without it the compiler would keep the forward pass's matrix after all, or unpack long before it is needed.
     parts, dy = jax.lax.optimization_barrier((parts, dy))
     like = jax.ShapeDtypeStruct((*rows, *inner), dtype)
     (dx,) = jax.linear_transpose(lambda x: _multiplied(x, parts, how), like)(dy)
@@ -164,6 +165,6 @@ _product.defvjp(_forward, _backward)
 
 
 def error(kernel: np.ndarray, *, form: str) -> float:
-    """What quantising a matrix loses: the root of the mean squared difference, as a share of that of the values."""
+    """Measures the error of quantizing a matrix: RMS of the difference / RMS of the values."""
     difference = kernel - np.asarray(dequantize(quantize(jnp.asarray(kernel), form=form), form=form))
     return math.sqrt(np.mean(np.square(difference)) / max(np.mean(np.square(kernel)), 1e-30))

@@ -1,9 +1,8 @@
-"""Layers of a stack as one array: `encoder/layers/3/mlp/wo/kernel` and its like as `encoder/layers/mlp/wo/kernel`.
+"""Stacked layers: `encoder/layers/0/mlp/wo/kernel`, `encoder/layers/1/..` as one array `encoder/layers/mlp/wo/kernel`.
 
-Scanned layers (`t5.Execution`) live so in memory, the layer being the first axis; on disk every layer has arrays of
-its own. `stack` and `unstack` go between the two, for parameters and for whatever mirrors them, and `layerwise` lets
-an optimiser see one layer at a time, so that what it computes per array (Adafactor's clipping, scaling and factors)
-does not depend on how layers are held.
+Scanned layers (`t5.Execution`) are stacked in memory, with the layer as first axis; on disk every layer has its own
+arrays. `stack` and `unstack` convert parameters and trees that mirror them. `layerwise` shows an optimizer one layer at
+a time, so that what it computes per array (Adafactor's clipping, scaling and factors) does not depend on stacking.
 """
 
 import re
@@ -19,7 +18,7 @@ _STACK = re.compile(r"^(encoder|decoder)/layers/(?!\d)")
 
 
 def stacks(names: Iterable[str]) -> dict[str, list[str]]:
-    """Stacked name to the names of its layers in order; any other name to itself alone."""
+    """Maps each stacked name to its layers' names in order, and any other name to itself alone."""
     groups: dict[str, dict[int, str]] = {}
     for name in names:
         match = _LAYER.match(name)
@@ -31,12 +30,12 @@ def stacks(names: Iterable[str]) -> dict[str, list[str]]:
 
 
 def is_stacked(name: str) -> bool:
-    """Whether a parameter's name is of a whole stack."""
+    """Returns True for the name of a stacked parameter."""
     return _STACK.match(name) is not None
 
 
 def stack(tree: Any) -> Any:
-    """Parameters, or a tree that holds dictionaries of their names (an optimiser's state), with its layers stacked."""
+    """Stacks the layers of parameters, or of a tree with dictionaries of their names (an optimizer's state)."""
 
     def one(named: Mapping[str, Any]) -> dict[str, Any]:
         return {
@@ -50,7 +49,7 @@ def stack(tree: Any) -> Any:
 
 
 def unstack(tree: Any) -> Any:
-    """Inverse of `stack`; what is not stacked stays as it is."""
+    """Inverts `stack`; what is not stacked stays as it is."""
 
     def one(named: Mapping[str, Any]) -> dict[str, Any]:
         whole: dict[str, Any] = {}
@@ -75,9 +74,9 @@ def _map_dictionaries(function: Callable[[Mapping[str, Any]], Any], tree: Any) -
 
 
 def layerwise(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
-    """The same optimiser for stacked parameters, one layer at a time: `stack(optimizer's) == layerwise's`.
+    """Applies an optimizer to stacked parameters one layer at a time, with the result of unstacked layers.
 
-    ValueError for one that mixes parameters (a global norm, an average over all): it has no meaning for one layer.
+    ValueError for an optimizer that mixes parameters (a global norm, an average over all): one layer is not enough.
     """
 
     def init(params: Any) -> Any:
@@ -90,14 +89,14 @@ def layerwise(optimizer: optax.GradientTransformation) -> optax.GradientTransfor
 
 
 def _per_layer(function: Callable[..., Any], *arguments: Any) -> Any:
-    """`function` of each layer's slice of the stacked arrays, its results stacked again."""
+    """Applies `function` to each layer's slice of the stacked arrays and stacks the results."""
     for side in ("encoder", "decoder"):
         function = _over(function, side)
     return function(*arguments)
 
 
 def _over(function: Callable[..., Any], side: str) -> Callable[..., Any]:
-    """`function` mapped over the first axis of one side's stacked arrays."""
+    """Maps `function` over the first axis of one side's stacked arrays."""
 
     def axes(tree: Any) -> list[int | None]:
         return [
@@ -110,7 +109,7 @@ def _over(function: Callable[..., Any], side: str) -> Callable[..., Any]:
         over = axes(arguments)
         if all(axis is None for axis in over):
             return function(*arguments)
-        results = []  # the structure of what comes out, known once it is traced
+        results = []  # structure of the result, known after tracing
 
         def flat(*values: Any) -> list[Any]:
             found = function(*jax.tree.unflatten(structure, values))

@@ -1,16 +1,16 @@
-"""The decoder one target position at a time, as generation runs it.
+"""Cached decoding: T5's decoder one target position at a time.
 
-Suffix letters as in `t5.py`, and
+Letters as in t5.py, and
 
     N targets of a row (its beams)   J joined heads (H * K)   M queries of a row (N * H)   P cached keys (T * N)
 
-What stays the same from one position to the next is made once, before the loop: weights in the dtype of the
-computation, the position bias, and keys and values of the source, which the beams of a row share. The cache of the
-target keeps each key where it was first written. When beams change places no key moves with them: a mask says which of
-the row's keys each beam may see.
+Everything that does not depend on the position is computed once, before the loop: weights in the dtype of the
+computation, the position bias, and keys and values of the source, which all beams of a row share. The target's cache
+keeps each key where it was first written. When beams are reordered no key moves; a mask gives the keys of the row that
+each beam may see.
 
-Keys and values lie in memory as the platform multiplies them fastest: on a TPU with all heads of a key side by side,
-elsewhere head by head (`_laid_out`).
+The memory layout of keys and values is the platform's fastest: on a TPU all heads of a key side by side, elsewhere head
+by head (`_laid_out`).
 """
 
 import copy
@@ -32,17 +32,17 @@ _Product = Callable[[Float[Array, "B N I"]], Float[Array, "B N O"]]
 
 @dataclasses.dataclass(frozen=True)
 class _Layer:
-    """What a decoder layer uses at every position. Norms and bias are float32, the rest is in the model's dtype.
+    """Holds what a decoder layer needs at every position. Norms and bias are float32, the rest has the model's dtype.
 
-    A `_Product` multiplies the last axis with a weight.
+    A `_Product` multiplies the last axis by a weight.
     """
 
     self_norm: jax.Array  # [D]
     self_query: _Product  # D to J
     self_key: _Product
     self_value: _Product
-    self_out: _Product  # J to D, and what is put on after it
-    self_prefix: tuple[jax.Array, jax.Array] | None  # keys and values [X, J] that come before all others
+    self_out: _Product  # J to D, with the adapter after it
+    self_prefix: tuple[jax.Array, jax.Array] | None  # keys and values [X, J] before all others
     cross_norm: jax.Array  # [D]
     cross_query: _Product
     cross: "_Pair"  # keys and values of the source, after those of a prefix
@@ -51,20 +51,18 @@ class _Layer:
     mlp_norm: jax.Array  # [D]
     mlp_in: tuple[_Product, ...]  # D to F, one per activation
     mlp_out: _Product  # F to D
-    bias: jax.Array  # [T, H, P], of the query at T: its relative position bias, and MASKED on keys of later positions
+    bias: jax.Array  # [T, H, P], for a query at T: relative position bias, and MASKED on keys of later positions
 
 
 _STATES = ("batch", None, "activation_embed")
 
-# Keys and values, [B, P, J] or, head by head, [B, H, P, K].
-# (`Any`: transformations put other things in place of the arrays.)
+# Keys and values, [B, P, J] or, head by head, [B, H, P, K]. Typed Any because JAX transformations replace the arrays.
 _Pair = tuple[Any, Any]
-# Of each layer, those of a prefix before them.
-Cache = tuple[_Pair, ...]
+Cache = tuple[_Pair, ...]  # one pair per layer, beginning with the layer's prefix
 
 
 class Stepper:
-    """A model that is about to decode one batch: `beams` targets for each row, of up to `length` tokens."""
+    """Decodes one batch step by step: `beams` targets for each row, of up to `length` tokens."""
 
     def __init__(
         self,
@@ -86,7 +84,7 @@ class Stepper:
         self.table_DV = _weight(table_DV, (None, "vocab"), model.config, product=product)
 
     def empty(self) -> Cache:
-        """A cache that holds nothing yet."""
+        """Returns a cache without any token."""
         rows, joined = len(self._layers[0].cross[0]), self._config.num_heads * self._config.head_dim
         none_BPJ = jnp.zeros((rows, self._length * self._beams, joined), self._config.dtype)
 
@@ -97,7 +95,7 @@ class Stepper:
         return tuple(tuple(after(each) for each in w.self_prefix or (None, None)) for w in self._layers)  # pyright: ignore[reportReturnType]
 
     def of_rows(self, rows_B: Int[Array, "B"]) -> "Stepper":
-        """The same for some rows of the batch only; a cache must be cut likewise."""
+        """Keeps only these rows of the batch; the caller indexes the cache the same way."""
         fewer = copy.copy(self)
         fewer._layers = [
             dataclasses.replace(w, cross=(w.cross[0][rows_B], w.cross[1][rows_B]), cross_bias=w.cross_bias[rows_B])
@@ -113,12 +111,10 @@ class Stepper:
         position: Int[Array, ""],
         visible_BNP: Bool[Array, "#B N P"] | None = None,
     ) -> tuple[Float[Array, "B N D"], Cache]:
-        """States that the logits of the next token are made of (`states @ table_DV`), and the cache with `tokens`.
+        """Decodes `tokens` at `position`: returns states and the updated cache.
 
-        The states have the table's type.
-
-        `tokens` stand at `position`; of beam n at position t, the key is number `t * N + n`. Without `visible`, a query
-        sees all keys up to its position.
+        The next token's logits are `states @ table_DV`; states have the table's dtype. The key of beam n at position t
+        has index `t * N + n`. Without `visible`, a query sees all keys up to its position.
         """
         c = self._config
         x_BND = constrain(self._embed(tokens_BN), _STATES)
@@ -219,15 +215,15 @@ def _layers(
 
 
 def _unseen(bias: Float[Array, "... P"], prefix: tuple[jax.Array, jax.Array] | None) -> Float[Array, "... Q"]:
-    """The bias, 0 for the keys of a prefix before the others."""
+    """Pads the bias with 0 for a prefix's keys, which come before the others."""
     return bias if prefix is None else jnp.pad(bias, [(0, 0)] * (bias.ndim - 1) + [(len(prefix[0]), 0)])
 
 
 def _product(dense: layers.Dense, axes: tuple[str | None, str | None], c: t5.T5Config) -> _Product:
-    """What multiplies with a weight at every position.
+    """Returns the function that multiplies by a weight at every position.
 
-    What is put on a weight becomes part of it before the loop, and a quantised one is unpacked; not where the decoder
-    is too large for that: there every position does it anew.
+    Adapters are merged into the weight and a quantized weight is unpacked, once, before the loop. If the decoder is too
+    large for that (`_fits`), every position does so again.
     """
     adapted = not isinstance(dense.kernel, nnx.Param) or any(
         each is not None for each in (dense.lora, dense.in_scale, dense.out_scale)
@@ -236,7 +232,7 @@ def _product(dense: layers.Dense, axes: tuple[str | None, str | None], c: t5.T5C
         return dense
     scale_O = None
     if dense.product is not None and not isinstance(dense.kernel, nnx.Param):
-        kernel_IO, scale_O = dense.kernel.factors()  # nothing is put on it (weights.py)
+        kernel_IO, scale_O = dense.kernel.factors()  # prediction/weights.py sets `product` only without adapters
     else:
         kernel_IO = dense.merged()
     kernel_IO = _weight(kernel_IO, axes, c, product=dense.product)
@@ -251,16 +247,16 @@ def _product(dense: layers.Dense, axes: tuple[str | None, str | None], c: t5.T5C
     return multiply
 
 
-# Bytes of the decoder's weights, on one device, up to which `fsdp` does not cut them: XL has 2.7 GiB in bfloat16.
+# Decoder weights up to this many bytes per device are gathered before the loop: XL has 2.7 GiB in bfloat16.
 WHOLE_UP_TO = 4 * 2**30
 
 
 def _weight(
     kernel_IO: Num[Array, "I O"], axes: tuple[str | None, str | None], c: t5.T5Config, *, product: str | None
 ) -> Float[Array, "I O"]:
-    """A weight in the dtype of the computation, gathered once if `fsdp` cuts it, as no step could use it cut.
+    """Casts a weight to the dtype of the computation and, if the decoder fits, gathers its `fsdp` shards once.
 
-    The weights of a larger decoder stay cut, and the compiler sends the states of all rows around at every position.
+    The weights of a larger decoder stay sharded, and the compiler moves the states of all rows at every position.
     """
     kernel_IO = kernel_IO.astype(product or c.dtype)
     return constrain(kernel_IO, axes) if _fits(c) else kernel_IO
@@ -278,10 +274,10 @@ def _matmul(x_BNI: Float[Array, "B N I"], kernel_IO: Float[Array, "I O"]) -> Flo
 
 
 def _laid_out(x_BPJ: Float[Array, "B P J"], heads: int) -> jax.Array:
-    """Keys or values as they lie in memory: [B, P, J] on a TPU, [B, H, P, K] elsewhere.
+    """Arranges keys or values for the platform: [B, P, J] on a TPU, [B, H, P, K] elsewhere.
 
-    Elsewhere a product per row and head reads the keys of its head, which then lie side by side: for 64 rows of 70 keys
-    0.5 ms instead of 4.6 on a CPU (docs/speed.md). The layout is that of a loop's state, so it is chosen while tracing.
+    Elsewhere there is a product per row and head, whose keys then lie side by side: 0.5 ms instead of 4.6 for 64 rows
+    of 70 keys on a CPU (docs/speed.md). It is the layout of a loop's state, so it is chosen while tracing.
     """
     if partitioning.platform() == "tpu":
         return constrain(x_BPJ, ("batch", None, "joined_kv"))
@@ -298,7 +294,7 @@ def attend(
     bias_BNHP: Float[Array, "#B #N #H P"],
     heads: int,
 ) -> Float[Array, "B N J"]:
-    """Attention of a few queries per row over keys and values as `_laid_out`; the softmax runs in float32."""
+    """Attends with a few queries per row to keys and values in the layout of `_laid_out`; softmax in float32."""
     if keys.ndim == 3:
         return _attend_jointly(q_BNJ, keys, values, bias_BNHP=bias_BNHP, heads=heads)
     rows, beams, joined = q_BNJ.shape
@@ -316,11 +312,10 @@ def _attend_jointly(
     bias_BNHP: Float[Array, "#B #N #H P"],
     heads: int,
 ) -> Float[Array, "B N J"]:
-    """For a TPU: with few queries, a product per head is one of vectors and a matrix, which its matrix unit cannot use.
+    """Attends with all heads of a row in one product, in which each query is zero outside its head's columns.
 
-    There all heads of a row are one product, in which each query is zero outside its head's columns. Where the heads
-    are cut over devices, those of a device are (G pieces, of h heads and j columns each), so that nothing need be
-    summed.
+    For a TPU: a product per head would have a few vectors on one side, which its matrix unit cannot use. If heads are
+    sharded, each of the G shards (h heads and j columns each) has its own product, so nothing is summed over devices.
     """
     (rows, beams, joined), keys = q_BNJ.shape, k_BPJ.shape[1]
     cut = partitioning.pieces("joined_kv")

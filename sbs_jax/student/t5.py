@@ -1,18 +1,19 @@
-"""The student: T5 v1.0 and v1.1 in Flax NNX. Its decoder one position at a time is `stepping.py`.
+"""The student: T5 v1.0 and v1.1 in Flax NNX. `stepping.py` runs its decoder one position at a time.
 
-Suffix letters of array names, used in every file of this package:
+Array names end in their axes. These letters are used in every file of this package:
 
     B batch (rows)   S source position   T target position   D model width
     H heads          K width of a head   F width of the MLP  V vocabulary
 
-A model holds parameters and nothing else. Dropout keys are an argument of the call, and `split` / `join` turn a model
-into a flat dictionary `{"encoder/layers/0/attention/query/kernel": array}` and back, so that everything around it is
-plain `jax` on a plain pytree. Parameter names, shapes and initial scales are those of T5X's `network.py` (kernels
+A model holds parameters and nothing else; dropout keys are arguments of a call. `split` turns a model into a flat
+dictionary `{"encoder/layers/0/attention/query/kernel": array}` and `join` turns it back, so all code around the model
+is plain `jax` on a plain pytree. Parameter names, shapes and initial scales are those of T5X's `network.py` (kernels
 `[in, heads * head_dim]`, relative bias `[heads, buckets]`).
 
-Packed rows are told apart by segment ids (1, 2, .. per example, 0 for padding); an unpacked row is one segment.
+A packed row holds several examples, separated by segment ids (1, 2, .. per example, 0 for padding). An unpacked row is
+one segment.
 
-What `adapters.py` puts on a model (LoRA, prefixes, ..) are attributes that are None here.
+Adapter slots (LoRA, prefixes, ..) are None here; `adapters.py` fills them.
 """
 
 import dataclasses
@@ -41,21 +42,20 @@ from sbs_jax.student.layers import (
 from sbs_jax.student.partitioning import constrain, gathered
 
 _saved = jax.checkpoint_policies.save_only_these_names
-# What a layer's forward pass keeps for the backward pass, which computes the rest again: everything; the results of its
-# matrix products but for attention scores; those of attention alone; nothing but its input.
+# Values that a layer's forward pass stores for the backward pass; the backward pass recomputes all others.
 REMAT: dict[str, Any] = {
-    "none": None,
-    "minimal": _saved("projected", "residual", *attention.SAVED),
-    "attended": _saved(*attention.SAVED),
-    "full": jax.checkpoint_policies.nothing_saveable,
+    "none": None,  # everything is stored
+    "minimal": _saved("projected", "residual", *attention.SAVED),  # matrix products, except attention scores
+    "attended": _saved(*attention.SAVED),  # attention outputs
+    "full": jax.checkpoint_policies.nothing_saveable,  # the layer's input alone
 }
 LAYERS = ("scanned", "unrolled")
 
 
 class TokenEmbedder(nnx.Module):
-    """The table `[V, D]` that both stacks read, and that v1.0 also writes logits with."""
+    """Looks up token embeddings `[V, D]` for both stacks; v1.0 also computes logits with this table."""
 
-    product: str | None = None  # of weights.py: as `Dense.product`, of the logits
+    product: str | None = None  # like `Dense.product`, for the logits
 
     def __init__(self, config: T5Config, *, rngs: nnx.Rngs) -> None:
         value = jax.random.normal(rngs.params(), (config.vocab_size, config.emb_dim), jnp.float32)
@@ -69,7 +69,7 @@ class TokenEmbedder(nnx.Module):
 
 
 class Encoder(nnx.Module):
-    """Embedded source to encoded source."""
+    """Encodes the embedded source."""
 
     def __init__(self, config: T5Config, *, rngs: nnx.Rngs) -> None:
         if config.relative_attention_bias == "shared":
@@ -97,7 +97,7 @@ class Encoder(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """Embedded target and encoded source to the states that logits are made of."""
+    """Turns the embedded target and the encoded source into the states that logits are computed from."""
 
     def __init__(self, config: T5Config, *, rngs: nnx.Rngs) -> None:
         if config.relative_attention_bias == "shared":
@@ -133,7 +133,7 @@ class Decoder(nnx.Module):
 
 
 def _shared_bias(stack: Encoder | Decoder, length: int) -> Float[Array, "H T T"] | None:
-    """The stack's relative position bias; None where every layer has its own."""
+    """Computes the stack's relative position bias, or returns None if every layer has its own."""
     return bias_of(stack, length) if hasattr(stack, "relpos_bias") else None
 
 
@@ -144,7 +144,7 @@ def _through(
     *,
     dropout_key: Key[Array, ""] | None,
 ) -> Float[Array, "B T D"]:
-    """`x` through the layers of a stack, unrolled or scanned, each by `call(layer, x, dropout)`."""
+    """Runs `x` through the layers of a stack, unrolled or scanned, by `call(layer, x, dropout)`."""
 
     def of(structure: Structure) -> Callable[[Array, tuple[Any, Any]], tuple[Array, None]]:
         def one(x: Array, of_layer: tuple[Any, Any]) -> tuple[Array, None]:
@@ -153,7 +153,7 @@ def _through(
 
         if stack.remat == "none":
             return one
-        # A scan's loop keeps the compiler from undoing the recomputation by itself.
+        # Inside a scan's loop the compiler cannot merge the recomputation with the forward pass anyway.
         return jax.checkpoint(one, policy=REMAT[stack.remat], prevent_cse=not stacked)
 
     stacked = not isinstance(stack.layers, nnx.List)
@@ -169,7 +169,7 @@ def _through(
 
 
 def prepended(prefix: Float[Array, "X *each"], rows: Float[Array, "B P *each"]) -> Float[Array, "B Q *each"]:
-    """Each row with the same prefix before what it has, in the rows' type; Q = X + P."""
+    """Puts the same prefix before every row, in the rows' dtype; Q = X + P."""
     repeated = jnp.broadcast_to(prefix[None].astype(rows.dtype), (len(rows), *prefix.shape))
     return jnp.concatenate([repeated, rows], axis=1)
 
@@ -177,10 +177,10 @@ def prepended(prefix: Float[Array, "X *each"], rows: Float[Array, "B P *each"]) 
 def with_noise(
     x_BTD: Float[Array, "B T D"], segments_BT: Int[Array, "B T"], *, alpha: float, key: Key[Array, ""]
 ) -> Float[Array, "B T D"]:
-    """NEFTune (arXiv 2310.05914): `x` plus uniform noise within `alpha / sqrt(L * D)`, and none on padding (segment 0).
+    """Adds NEFTune's noise (arXiv 2310.05914): uniform within `alpha / sqrt(L * D)`, none on padding (segment 0).
 
-    L is the number of tokens of the example a token belongs to, not of the row: the noise of an example is the same
-    distribution whatever it is packed or padded with. (Hugging Face's takes the padded length.)
+    L counts the tokens of a token's example, not of its row. So packing and padding do not change the distribution of
+    an example's noise. (Hugging Face takes the padded length.)
     """
     same_BTT = segments_BT[:, :, None] == segments_BT[:, None, :]
     length_BT = jnp.sum(same_BTT, axis=-1).astype(jnp.float32)
@@ -190,14 +190,14 @@ def with_noise(
 
 
 def source_segments(tokens_BS: Int[Array, "B S"]) -> Int[Array, "B S"]:
-    """Segment ids of unpacked source rows: 1 on tokens, 0 on padding (token id 0)."""
+    """Makes segment ids of unpacked source rows: 1 on tokens, 0 on padding (token id 0)."""
     return (tokens_BS > 0).astype(jnp.int32)
 
 
 class T5(nnx.Module):
-    """Encoder-decoder student. `model(source, target_in)` is `decode(encode(source), target_in)`."""
+    """Implements the encoder-decoder student; `states(source, target_in)` is `decode(encode(source), target_in)`."""
 
-    prompt: Any = None  # of adapters.py: vectors before the embedded source
+    prompt: Any = None  # adapter slot: vectors placed before the embedded source
 
     def __init__(self, config: T5Config, *, rngs: nnx.Rngs) -> None:
         self.config = config
@@ -222,7 +222,7 @@ class T5(nnx.Module):
         decoder_segment_ids: Int[Array, "B T"] | None = None,
         dropout_key: Key[Array, ""] | None = None,
     ) -> Float[Array, "B T V"]:
-        """Teacher-forced logits, float32: `logits` of the `states`."""
+        """Computes teacher-forced float32 logits: `logits` of the `states`."""
         return self.logits(
             self.states(
                 encoder_input_tokens,
@@ -242,10 +242,10 @@ class T5(nnx.Module):
         decoder_segment_ids: Int[Array, "B T"] | None = None,
         dropout_key: Key[Array, ""] | None = None,
     ) -> Float[Array, "B T D"]:
-        """Teacher-forced decoder states, of which logits are made. No key, no dropout.
+        """Computes teacher-forced decoder states, from which `logits` follow. Without a key there is no dropout.
 
-        Segment ids are given for packed rows; without them a source row is one example padded with 0, and the target
-        is one example (its padding needs no mask: no earlier position can see it).
+        Packed rows need segment ids. Without them a source row is one example padded with 0, and so is a target row
+        (its padding needs no mask: no earlier position can see it).
         """
         if encoder_segment_ids is None:
             encoder_segment_ids = source_segments(encoder_input_tokens)
@@ -267,7 +267,7 @@ class T5(nnx.Module):
         segment_ids: Int[Array, "B S"],
         dropout_key: Key[Array, ""] | None = None,
     ) -> Float[Array, "B P D"]:
-        """The encoded source; before it, where there is a prompt, what became of that: `attended_segments`."""
+        """Encodes the source. With a prompt, the prompt's encoded vectors come first (P = X + S)."""
         x_BSD = self.token_embedder(encoder_input_tokens)
         if self.config.neftune_alpha and dropout_key is not None:
             x_BSD = with_noise(x_BSD, segment_ids, alpha=self.config.neftune_alpha, key=dropout_key)
@@ -276,7 +276,7 @@ class T5(nnx.Module):
         return self.encoder(x_BSD, self.attended_segments(segment_ids), dropout_key=dropout_key)
 
     def attended_segments(self, segment_ids: Int[Array, "B S"]) -> Int[Array, "B P"]:
-        """Segment ids of what the encoder gives: those of the source, after a prompt's."""
+        """Returns the segment ids of the encoder output: 1 for a prompt's vectors, then those of the source."""
         if self.prompt is None:
             return segment_ids
         return jnp.pad(segment_ids, ((0, 0), (self.prompt.length, 0)), constant_values=1)
@@ -290,10 +290,10 @@ class T5(nnx.Module):
         decoder_segment_ids: Int[Array, "B T"] | None = None,
         dropout_key: Key[Array, ""] | None = None,
     ) -> Float[Array, "B T D"]:
-        """Decoder states; `encoder_segment_ids` are those of the source, as `encode` had them."""
+        """Computes decoder states; `encoder_segment_ids` are those of the source, as given to `encode`."""
         x_BTD = self.token_embedder(decoder_input_tokens)
         if self.config.neftune_decoder_alpha and dropout_key is not None:
-            # Without segments padding is not told apart but by its id, which a target also begins with.
+            # Without segments, padding is known by its id 0, which is also the first token of every target.
             begins = (jnp.arange(x_BTD.shape[1]) == 0)[None, :]
             found = (decoder_input_tokens > 0) | begins if decoder_segment_ids is None else decoder_segment_ids
             alpha = self.config.neftune_decoder_alpha
@@ -309,12 +309,12 @@ class T5(nnx.Module):
         )
 
     def logits(self, y_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        """Decoder states to float32 logits."""
+        """Computes float32 logits from decoder states."""
         y_BTD, kernel_DV = self.projection(y_BTD)
         return constrain(matmul(y_BTD, kernel_DV, dtype=jnp.float32), ("batch", "length", "activation_vocab"))
 
     def projection(self, y_BTD: Float[Array, "B T D"]) -> tuple[Float[Array, "B T D"], Float[Array, "D V"]]:
-        """What logits are the product of; a tied table is scaled by D^-0.5 (Mesh TensorFlow's convention)."""
+        """Returns the two factors of the logits; with a tied table, states are scaled by D^-0.5 (as in Mesh TF)."""
         if self.config.logits_via_embedding:
             table_VD = gathered(self.token_embedder.embedding[...].astype(y_BTD.dtype), ("vocab", "embed"))
             return y_BTD * self.config.emb_dim**-0.5, table_VD.T
@@ -325,19 +325,19 @@ def _fold(key: Key[Array, ""] | None, number: int) -> Key[Array, ""] | None:
     return None if key is None else jax.random.fold_in(key, number)
 
 
-# A student between calls: `Structure` is static, `Parameters` is the pytree that is trained, sharded and saved.
+# A model outside a call: the static `Structure`, and the pytree of `Parameters` that is trained, sharded and saved.
 Structure = Any
 Parameters = dict[str, jax.Array]
 
 
 def split(model: nnx.Module) -> tuple[Structure, Parameters]:
-    """Model to (structure, `{"encoder/layers/0/mlp/wo/kernel": float32 array, ..}`)."""
+    """Splits a model into its structure and `{"encoder/layers/0/mlp/wo/kernel": float32 array, ..}`."""
     structure, state = nnx.split(model, nnx.Param)
     return structure, {"/".join(map(str, path)): leaf[...] for path, leaf in nnx.to_flat_state(state)}
 
 
 def join(structure: Structure, parameters: Parameters) -> T5:
-    """Inverse of `split`; also takes tracers or gradients in place of the arrays."""
+    """Inverts `split`; also takes tracers or gradients in place of arrays."""
     flat = [
         (tuple(int(part) if part.isdigit() else part for part in name.split("/")), nnx.Param(x))
         for name, x in parameters.items()
@@ -346,16 +346,16 @@ def join(structure: Structure, parameters: Parameters) -> T5:
 
 
 def init(config: T5Config, *, seed: int) -> tuple[Structure, Parameters]:
-    """Fresh parameters. Traceable: `jax.eval_shape(lambda: init(config, seed=0)[1])` costs no memory."""
+    """Initializes parameters. Traceable: `jax.eval_shape(lambda: init(config, seed=0)[1])` costs no memory."""
     return split(T5(config, rngs=nnx.Rngs(seed)))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Execution:
-    """How a student is computed; parameters on disk, results and gradients are the same whichever is chosen.
+    """Chooses how a student is computed; files, results and gradients stay the same.
 
-    `layers` "scanned" compiles one layer of a stack and loops over it: its parameters are stacked in memory
-    (stacking.py). `remat` is what the backward pass computes again, of `REMAT`: "none", "minimal" or "full".
+    `layers` "scanned" compiles one layer of a stack and loops over it, with parameters stacked in memory (stacking.py);
+    "unrolled" compiles every layer. `remat` names how much the backward pass recomputes, a key of `REMAT`.
     """
 
     layers: str
@@ -375,9 +375,9 @@ UNROLLED = Execution(layers="unrolled", remat="none")
 def abstract(
     config: T5Config, *, execution: Execution = UNROLLED, change: Callable[[T5], None] = lambda model: None
 ) -> tuple[Structure, dict[str, jax.ShapeDtypeStruct], dict[str, tuple[str, ...]]]:
-    """Structure, shapes and logical axes of every parameter, without computing any; stacked if layers are scanned.
+    """Returns structure, shapes and logical axes of all parameters without computing any; stacked if scanned.
 
-    `change` may put something on the model, or in the place of something, before its parameters are looked at.
+    `change` may add or replace submodules before shapes are computed.
     """
 
     def build() -> T5:
