@@ -1,1 +1,1 @@
-"""A student for other runtimes: what it was trained to do (card.py), StableHLO, ONNX, and weights in fewer bits."""
+"""Export a student to other forms and runtimes: checkpoints, StableHLO, ONNX, and the card that goes along."""

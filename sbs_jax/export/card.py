@@ -1,7 +1,7 @@
-"""What a student was trained to do, beside its weights: `sbs_student.json` for programs, `README.md` for people.
+"""The card of a student, beside its weights: `sbs_student.json` for programs, `README.md` for people.
 
-An export can be used with nothing but what the card says: what stands before an input, how long it may be, how the
-answer is read from the text, which labels there are, how answers are graded, and what came out on test.
+An export can be used with nothing but the card: the prefix and length of inputs, how to read the answer from the text,
+the labels, how answers are graded, and the test result.
 """
 
 import contextlib
@@ -28,15 +28,14 @@ log = logging.getLogger(__name__)
 
 FILE, README, GRADING = "sbs_student.json", "README.md", "metrics.py"
 FORMAT = 1
-# Files of a run whose rows have an input each.
+# Folder of a run's answers; every row has its input.
 _PREDICTIONS = "predictions"
 
 
 def of(source: str, opened: Opened, *, form: str) -> dict[str, Any] | None:
-    """The card of a checkpoint: of a run what it left, of an export the card that it carries.
+    """Returns the card of a checkpoint: built from what a run left, or read from an export.
 
-    None where nothing tells what the student was trained to do: published weights. ValueError for a card that is
-    damaged.
+    None for published weights: nothing says what the student was trained to do. ValueError for a damaged card.
     """
     if form == opening.SBS:
         directory, step = checkpoints.locate(source)
@@ -51,7 +50,7 @@ def of(source: str, opened: Opened, *, form: str) -> dict[str, Any] | None:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A card. ValueError where it is none that this version reads."""
+    """Reads a card. ValueError for one that this version cannot use."""
     found = json_files.read_json(path)
     if not isinstance(found, dict) or found.get("format") != FORMAT:
         what = found.get("format") if isinstance(found, dict) else found
@@ -68,14 +67,14 @@ def read(path: Path) -> dict[str, Any]:
             raise ValueError(f"{path}: {place!r} is {json_files.brief(value)}; expected {expected}. {_DAMAGED}")
     try:
         _readme(found, usage="", more={})
-    except (LookupError, TypeError, ValueError, AttributeError) as error:  # whatever is wrong in what is only shown
+    except (LookupError, TypeError, ValueError, AttributeError) as error:  # in fields that are only shown
         raise ValueError(f"{path}: {type(error).__name__}: {json_files.part(str(error))}. {_DAMAGED}") from None
     return found
 
 
 _DAMAGED = "The card is damaged: put it back, or remove it."
 _NONE = type(None)
-# What an export takes from a card that it reads.
+# Fields that an export uses, and their types.
 _FIELDS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("dataset", "task", "input.prefix", "input.joint", "answer.is", "training.method"), (str,)),
     **dict.fromkeys(("input.max_tokens", "answer.max_new_tokens", "parameters"), (int,)),
@@ -91,9 +90,9 @@ _FIELDS: dict[str, tuple[type, ...]] = {
 
 
 def write(folder: Path, card: Mapping[str, Any], *, usage: str, **more: Any) -> None:
-    """`sbs_student.json`, `README.md` and, where they need nothing else, the functions that grade (`metrics.py`).
+    """Writes `sbs_student.json`, `README.md`, and the functions that grade (`metrics.py`) if they stand alone.
 
-    `usage` is Markdown that says how this form is used; `more` goes into the JSON.
+    `usage` is Markdown on how this form is used; `more` is added to the JSON.
     """
     hugging_face.write_json(folder / FILE, {**card, **more})
     (folder / README).write_text(_readme(card, usage=usage, more=more), "utf-8")
@@ -102,7 +101,7 @@ def write(folder: Path, card: Mapping[str, Any], *, usage: str, **more: Any) -> 
 
 
 def sample_inputs(source: str, card: Mapping[str, Any], *, form: str, rows: int) -> list[str]:
-    """Inputs that the run was graded on, with the prefix, the first `rows` of them; [] where it left none behind."""
+    """Reads the first `rows` inputs that the run was graded on, with the prefix; [] if it left none."""
     if form != opening.SBS:
         return []
     folder = checkpoints.locate(source)[0] / _PREDICTIONS
@@ -112,7 +111,7 @@ def sample_inputs(source: str, card: Mapping[str, Any], *, form: str, rows: int)
 
 
 def read_samples(path: str | Path, card: Mapping[str, Any], *, rows: int) -> list[str]:
-    """The texts "input" of a JSONL file, with the prefix where they do not begin with it."""
+    """Reads the texts "input" of a JSONL file; adds the prefix where it is missing."""
     texts: list[str] = []
     prefix = card["input"]["prefix"]
     with Path(path).open("rb") as file:
@@ -133,13 +132,13 @@ def read_samples(path: str | Path, card: Mapping[str, Any], *, rows: int) -> lis
 
 def _of_run(directory: Path, opened: Opened, *, step: int) -> dict[str, Any]:
     card = _of_settings(opened)
-    with contextlib.suppress(ValueError):  # a task that no report compares, such as rationales alone
+    with contextlib.suppress(ValueError):  # no method, as for a task of rationales alone
         card["training"]["method"] = results.identify(directory).method
     return card | {"test": _tested(directory, step=step)}
 
 
 def _of_settings(opened: Opened) -> dict[str, Any]:
-    """What the manifest of a run tells."""
+    """Builds a card from the manifest of a run."""
     manifest = opened.origin
     assert manifest is not None
     run, options = manifest["run"], manifest["data"]["options"]
@@ -194,7 +193,7 @@ def _tokenizer(manifest: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _grading(dataset: Dataset | None, *, metric: str | None) -> dict[str, Any]:
-    """How answers are graded; `file` where the functions need nothing but the standard library."""
+    """Describes how answers are graded; `file` if the functions need the standard library only."""
     known = () if dataset is None else dataset.metric_fns
     functions = [function for function in known if function.__module__ == grading.__name__]
     return {
@@ -206,7 +205,7 @@ def _grading(dataset: Dataset | None, *, metric: str | None) -> dict[str, Any]:
 
 
 def _training(manifest: Mapping[str, Any], opened: Opened) -> dict[str, Any]:
-    """Facts of the training; of what lies on the machine, names alone."""
+    """Describes the training; names instead of paths of this machine."""
     options, settings = manifest["data"]["options"], manifest.get("settings", {})
     counts = manifest["data"].get("splits", {}).get("train", {}).get("counts", {})
     base = settings.get("initial_checkpoint_path")
@@ -231,7 +230,7 @@ def _adapters(tuning: Mapping[str, Any]) -> str:
 
 
 def _tested(run: Path, *, step: int) -> dict[str, Any] | None:
-    """The test metric of this step, with its 95 % interval; None where another step was tested, or none."""
+    """Returns the test metric of this step with its 95 % interval; None if this step was not tested."""
     lines = [line for line in directory.read_metrics(run) if line["kind"] == "test" and line["step"] == step]
     if not lines:
         return None

@@ -1,4 +1,4 @@
-"""`sbs convert`: a checkpoint of one form to another."""
+"""Convert a checkpoint from one form to another: `sbs convert`."""
 
 import dataclasses
 import functools
@@ -22,7 +22,7 @@ from sbs_jax.weights.arrays import Opened
 
 log = logging.getLogger(__name__)
 
-# Forms for other runtimes, which are written and not read (sbs_jax/export/).
+# Forms for other runtimes: written, never read.
 STABLEHLO, ONNX = "stablehlo", "onnx"
 VOCABULARY = "sentencepiece.model"
 
@@ -201,7 +201,7 @@ def _write_json(path: Path, contents: Mapping[str, Any] | None) -> None:
 
 
 def _check_options(to_form: str, *, dtype: str, platforms: Sequence[str], shapes: Sequence[tuple[int, int]]) -> None:
-    """ValueError for what a form has not, before anything is read."""
+    """Refuses options that a form does not have, before anything is read."""
     types = {opening.HUGGING_FACE: ("float32", "bfloat16"), STABLEHLO: ("float32", "bfloat16", "int8")}
     if dtype not in types.get(to_form, ("float32",)):
         having = [form for form, known in types.items() if dtype in known]
@@ -224,7 +224,7 @@ def _check_options(to_form: str, *, dtype: str, platforms: Sequence[str], shapes
 
 
 def _with_vocabulary(opened: Opened, vocabulary: str, *, owner: str) -> Opened:
-    """With a vocabulary that lies elsewhere now. ValueError where it is another one."""
+    """Uses a vocabulary that has moved. ValueError for another one."""
     expected = None if opened.origin is None else opened.origin["data"].get("vocabulary_sha256")
     found = tokens.vocabulary_sha256(vocabulary)
     if opened.origin is not None and found != expected:
@@ -236,7 +236,7 @@ def _with_vocabulary(opened: Opened, vocabulary: str, *, owner: str) -> Opened:
 
 
 def _samples(source: str, card: Mapping[str, Any], *, form: str, given: str | None, rows: int) -> list[str]:
-    """Texts to answer with what was written."""
+    """Reads texts to answer with what was written."""
     if not rows:
         return []
     texts = (
@@ -254,7 +254,7 @@ def _samples(source: str, card: Mapping[str, Any], *, form: str, given: str | No
 
 
 def _kept(opened: Opened, source: str, *, base: str | None, is_run: bool) -> dict[str, Any]:
-    """What a summary says of adapters that stay adapters."""
+    """Checks adapters that stay adapters; returns what a summary says of them."""
     tuning = opened.tuning
     if is_run:
         if opened.origin is None:
@@ -266,7 +266,7 @@ def _kept(opened: Opened, source: str, *, base: str | None, is_run: bool) -> dic
     else:
         peft.contents(opened, owner=source)
         if base is not None:
-            opening.base_arrays(opened, given=base, owner=source)  # whether it is the same
+            opening.base_arrays(opened, given=base, owner=source)  # refuses another base
     assert tuning is not None
     if tuning.base != "float32":
         log.warning(
@@ -278,7 +278,7 @@ def _kept(opened: Opened, source: str, *, base: str | None, is_run: bool) -> dic
 
 
 def _merged(opened: Opened, source: str, *, base: str | None) -> tuple[Opened, dict[str, Any]]:
-    """Base and adapters as one student, and what a summary says of that."""
+    """Merges adapters into their base; returns the student and what a summary says of it."""
     merging.check(opened, owner=source)
     arrays = opening.base_arrays(opened, given=base, owner=source)
     told: dict[str, Any] = {"base": opened.base}

@@ -1,10 +1,10 @@
-"""A student as ONNX, through jax2onnx: greedy search as one graph, its loop included, and what runs it.
+"""A student as ONNX, through jax2onnx: greedy search as one graph, its loop included, and a program that runs it.
 
     run.py  model.py             answer lines of JSON with onnxruntime and numpy, without this package, JAX or PyTorch
-    model.onnx  model.onnx.data  tokens [8, 88] to (tokens, scores); large weights lie in the second file
+    model.onnx  model.onnx.data  tokens [8, 88] to (tokens, scores); large weights are in the second file
     sentencepiece.model  sbs_student.json  README.md
 
-jax2onnx and onnxruntime are the extra `onnx`.
+Needs the extra `onnx` (jax2onnx, onnxruntime).
 """
 
 import contextlib
@@ -29,7 +29,7 @@ ARTEFACT = Path(__file__).parent / "artefact"
 
 
 def check_installed() -> None:
-    """ModuleNotFoundError, with what to install, where the exporter or the runtime is missing."""
+    """Requires the exporter and the runtime. ModuleNotFoundError says what to install."""
     for name in ("jax2onnx", "onnxruntime"):
         if importlib.util.find_spec(name) is None:
             raise ModuleNotFoundError(f"--to onnx needs {name}, which is not there: pip install 'sbs-jax[onnx]'.")
@@ -38,9 +38,9 @@ def check_installed() -> None:
 def write(
     folder: Path, student: Student, *, shapes: Sequence[tuple[int, int]], samples: Sequence[str]
 ) -> dict[str, Any]:
-    """Writes the artefact into a folder that exists; returns what a summary says. As `stablehlo.write`, in float32.
+    """Writes the artefact into an existing folder, as `stablehlo.write`, in float32; returns what a summary says.
 
-    One shape, 8 rows of the longest input unless another is given: a file has all the weights.
+    There is one shape, since each file holds all weights: 8 rows of the longest input unless another is given.
     """
     longest = student.card["input"]["max_tokens"]
     shapes = shapes or ((8, longest),)
@@ -87,7 +87,7 @@ def _answering(folder: Path) -> Any:
 
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
-    """Without what the exporter tells of plugins for libraries that are not used here, and of each constant."""
+    """Silences the exporter's reports on unused plugins and on every constant."""
     loggers = [logging.getLogger(name) for name in ("jax2onnx", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -101,13 +101,13 @@ def _quietly() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _for_cpu() -> Iterator[None]:
-    """While this lasts, what has a form for each platform is traced in that for a CPU: ONNX knows no platforms."""
+    """Traces the CPU branch of code that differs by platform: ONNX has no platforms."""
 
     def chosen(*arguments: Any, default: Any = None, **forms: Any) -> Any:
         return forms.get("cpu", default)(*arguments)
 
     general = jax.lax.platform_dependent
-    jax.clear_caches()  # or what was traced before would come from them
+    jax.clear_caches()  # forget what was traced for all platforms
     jax.lax.platform_dependent = chosen
     try:
         yield

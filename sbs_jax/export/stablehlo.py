@@ -1,13 +1,13 @@
-"""A student as StableHLO, through `jax.export`: programs for some shapes, weights beside them, and what runs them.
+"""A student as StableHLO, through `jax.export`: programs for some shapes, their weights, and what runs them.
 
     run.py  model.py             answer lines of JSON without this package
     answer_32x88.jax_export      the program: (weights, tokens [32, 88]) to (tokens, scores); serialized jax.export
     model.safetensors            the weights, an argument of every program
     sentencepiece.model          with the sentinels
-    sbs_student.json  README.md  what it was trained to do, how it is used
+    sbs_student.json  README.md  the card
 
-Programs have static shapes, as a TPU needs them anyway and as attention chooses its form by them. `jax.export` refuses
-operations that are not promised to stay.
+Shapes are static: a TPU needs that, and attention chooses its form by them. `jax.export` refuses operations without a
+promise of compatibility.
 """
 
 import functools
@@ -33,7 +33,7 @@ ARTEFACT = Path(__file__).parent / "artefact"
 
 
 def check_platforms(platforms: Sequence[str]) -> None:
-    """ValueError for a platform that nothing is compiled for."""
+    """Requires known platforms, each once."""
     for name in platforms:
         if name not in PLATFORMS:
             raise ValueError(f"There is no platform {name!r}; expected some of {', '.join(PLATFORMS)}.")
@@ -50,11 +50,11 @@ def write(
     shapes: Sequence[tuple[int, int]],
     samples: Sequence[str],
 ) -> dict[str, Any]:
-    """Writes the artefact into a folder that exists; returns what a summary says, and the card as well.
+    """Writes the artefact into an existing folder; returns what the summary and the card say.
 
-    `form` is how weights are stored (weights.py), `shapes` are (rows, tokens) of the programs, () for the usual ones.
-    With `samples`, texts with their prefix, the artefact is read again and answers them, and so does the student in its
-    own precision.
+    `form` is how weights are stored (weights.py); `shapes` are (rows, tokens) of the programs, () for the defaults.
+    Where there are `samples` (texts with their prefix), the artefact is read back and its answers are compared with the
+    student's.
     """
     longest = student.card["input"]["max_tokens"]
     shapes, platforms = shapes or ((1, longest), (32, longest)), platforms or DEFAULT_PLATFORMS

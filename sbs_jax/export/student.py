@@ -1,4 +1,4 @@
-"""What an export is made of: a student's structure and arrays, what it was trained to do, and its vocabulary."""
+"""The student to export: structure, arrays, card and vocabulary."""
 
 import dataclasses
 import logging
@@ -24,7 +24,7 @@ ANSWER, RATIONALE = "answer", "rationale"
 
 @dataclasses.dataclass(frozen=True)
 class Student:
-    """`arrays` may be on disk still. Adapters that no plain T5 has a place for are among them, and in the structure."""
+    """A student to export. Adapters that cannot be merged are part of `structure` and `arrays`."""
 
     structure: t5.Structure
     arrays: Mapping[str, LazyArray]
@@ -34,9 +34,9 @@ class Student:
 
     @classmethod
     def of(cls, opened: Opened, *, source: str, form: str, base: str | None) -> "Student":
-        """The student of an opened checkpoint. ValueError where nothing says what it was trained to do.
+        """Makes the student of an opened checkpoint, whose adapters are merged unless they cannot be.
 
-        `opened` has no adapters any more, or some that cannot be merged.
+        ValueError where nothing says what it was trained to do.
         """
         card = cards.of(source, opened, form=form)
         if card is None:
@@ -55,22 +55,22 @@ class Student:
 
     @property
     def tasks(self) -> dict[str, int]:
-        """What it can be asked for, and the tokens of that at most."""
+        """Maps each task that it can be asked for to its longest answer in tokens."""
         found = {ANSWER: self.card["answer"]["max_new_tokens"]}
         if self.card["rationale"] is not None:
             found[RATIONALE] = self.card["rationale"]["max_new_tokens"]
         return found
 
     def greedy(self, parameters: t5.Parameters, rows: jax.Array, *, length: int) -> tuple[jax.Array, jax.Array]:
-        """Traceable; `decoding.greedy`."""
+        """Runs `decoding.greedy`. Traceable."""
         return decoding.greedy(t5.join(self.structure, parameters), rows, length=length)
 
     def encoded(self, texts: Sequence[str]) -> np.ndarray:
-        """Source rows of texts that carry their prefix, int32 [N, S]."""
+        """Encodes texts that carry their prefix: int32 [N, S]."""
         return tokens.TokenTable.of(texts, self.vocabulary).padded(self.card["input"]["max_tokens"])
 
     def on_device(self) -> t5.Parameters:
-        """All parameters, as they are held in training."""
+        """Loads all parameters, in the types of training."""
         place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         return {
             name: self.arrays[name].onto(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place))
@@ -79,6 +79,7 @@ class Student:
 
 
 def vocabulary_of(opened: Opened, source: str) -> str:
+    """Returns the vocabulary. ValueError where there is none."""
     if opened.vocabulary is None:
         raise ValueError(
             f"{source} has no tokenizer: no run's vocabulary and no {'spiece.model'}. Name one by --vocabulary."
@@ -87,13 +88,13 @@ def vocabulary_of(opened: Opened, source: str) -> str:
 
 
 def write_vocabulary(folder: Path, student: Student) -> None:
-    """The SentencePiece model with its 100 sentinels, so that any SentencePiece reads texts as SeqIO does."""
+    """Writes the SentencePiece model with its 100 sentinels, so that SentencePiece alone reads texts as SeqIO does."""
     if isinstance(student.vocabulary, seqio.SentencePieceVocabulary):
         (folder / "sentencepiece.model").write_bytes(student.vocabulary.sp_model or b"")
 
 
 def check_shapes(shapes: Sequence[tuple[int, int]], *, longest: int) -> None:
-    """ValueError for rows longer than the student was trained with, or none that holds the longest."""
+    """Requires rows of at most the longest input, and one shape that holds it."""
     for rows, length in shapes:
         if length > longest:
             raise ValueError(
@@ -110,9 +111,9 @@ def check_shapes(shapes: Sequence[tuple[int, int]], *, longest: int) -> None:
 def check(
     student: Student, generate: Callable[[np.ndarray], Any], *, shape: tuple[int, int], samples: Sequence[str]
 ) -> dict[str, Any] | None:
-    """How many samples `generate` (rows [B, S] to tokens [B, T]) answers as the student does in its own precision.
+    """Counts the samples that `generate` (rows [B, S] to tokens [B, T]) answers as the student does.
 
-    None without samples.
+    The student answers in its own precision. None without samples.
     """
     if not samples:
         return None
@@ -130,7 +131,7 @@ def check(
 
 
 def warn_of_difference(checked: Mapping[str, Any] | None) -> None:
-    """Says loudly that what should be equal is not."""
+    """Warns where answers that should be equal are not."""
     if checked is not None and checked["same_answers"] < checked["samples"]:
         log.warning(
             "What was written answers %d of %d samples otherwise than the student. It should not: two tokens that are "
@@ -141,7 +142,7 @@ def warn_of_difference(checked: Mapping[str, Any] | None) -> None:
 
 
 def agreed(checked: Mapping[str, Any] | None) -> str:
-    """The line of a README."""
+    """Returns the README's line on the check."""
     if checked is None:
         return ""
     return (

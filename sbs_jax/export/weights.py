@@ -1,4 +1,4 @@
-"""Weights of an export: in which form each is stored, and how a program makes the student's parameters of them."""
+"""Weights of an export: the form each is stored in, and how a program turns them into parameters."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -18,14 +18,14 @@ _TABLE = "token_embedder/embedding"
 
 
 def is_matrix(name: str, array: LazyArray) -> bool:
-    """Whether this is one of the few arrays that are nearly all bytes of a student: a kernel, or the table."""
+    """Tells kernels and the table, nearly all bytes of a student, from small arrays."""
     return (name.endswith("/kernel") or name == _TABLE) and np.dtype(array.dtype) in (np.float32, ml_dtypes.bfloat16)
 
 
 def stored(arrays: Mapping[str, LazyArray], *, form: str) -> dict[str, LazyArray]:
-    """The arrays of an export's file. int8 has two for a matrix: `.../codes`, and `.../scale` in float32.
+    """Returns the arrays of an export's file. In int8 a matrix is two: `.../codes` and `.../scale` (float32).
 
-    A scale belongs to a column of a kernel, and to a row of the table of tokens.
+    A scale belongs to a column of a kernel, or to a row of the token table.
     """
     found: dict[str, LazyArray] = {}
     for name, array in arrays.items():
@@ -42,7 +42,7 @@ def stored(arrays: Mapping[str, LazyArray], *, form: str) -> dict[str, LazyArray
 
 
 def _made(array: LazyArray, make: Callable[[np.ndarray], np.ndarray], shape: tuple[int, ...], dtype: Any) -> LazyArray:
-    """What is made of an array whenever it is read: one at a time is held, not all."""
+    """Computes an array whenever it is read, so that one at a time is in memory."""
     return LazyArray(shape, np.dtype(dtype), lambda index: make(array.whole())[index])
 
 
@@ -52,7 +52,7 @@ def _packed(part: str, by_row: bool, matrix: np.ndarray) -> np.ndarray:
 
 
 def parameters(stored: Mapping[str, jax.Array], names: Mapping[str, Any], *, form: str) -> t5.Parameters:
-    """The student's parameters, of the given names and types, of what is stored. Traceable."""
+    """Computes the student's parameters, in the given names and types, from what is stored. Traceable."""
     found: t5.Parameters = {}
     for name, like in names.items():
         if name in stored:
@@ -64,7 +64,7 @@ def parameters(stored: Mapping[str, jax.Array], names: Mapping[str, Any], *, for
 
 
 def error(arrays: Mapping[str, LazyArray]) -> dict[str, Any]:
-    """What int8 takes from the matrices (`quantized.error`): the mean, the largest and whose it is."""
+    """Measures what int8 takes from the matrices (`quantized.error`): the mean, the largest and its name."""
     errors = {
         name: quantized.error(matrix.T if name == _TABLE else matrix, form=quantized.INT8)
         for name, array in arrays.items()

@@ -1,1 +1,1 @@
-"""Weights of other forms: Hugging Face, T5X, PEFT, NumPy; opening any of them."""
+"""Weights in any form: runs, Hugging Face, T5X, PEFT, NumPy. `opening.py` has the table."""

@@ -1,4 +1,4 @@
-"""The base that adapters are trained on: read array by array, held as its `Tuning` says, told apart by identity.py."""
+"""Load the frozen base of adapters one array at a time, in the precision its `Tuning` asks for."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -14,7 +14,7 @@ from sbs_jax.weights.arrays import shapes
 
 @dataclasses.dataclass(frozen=True)
 class Base:
-    """A base's parameters as they are held: those that stay as they are, and those that are trained further.
+    """The base of adapters in memory: parameters that stay frozen, and those that are trained further.
 
     `identity` is what a checkpoint of adapters keeps of it: {"path", "seed", "fingerprint"}.
     """
@@ -33,10 +33,9 @@ def load(
     like: Mapping[str, jax.ShapeDtypeStruct],
     partitioner: partitioning.Partitioner,
 ) -> Base:
-    """The base from a checkpoint of any form, or fresh from a seed; on the shardings of `like`, which has every name.
+    """Loads a base from a checkpoint of any form, or fresh from a seed, onto the shardings of `like` (all names).
 
-    One array after the other, so that no more than one is there in float32: the base of a quantised run may not fit
-    into memory as it is on disk.
+    Only one array at a time is in float32: the base of a quantized run may not fit into memory at full precision.
     """
     adapted = adapters.abstract(config, tuning)
     _, own, axes = t5.abstract(config)
@@ -46,7 +45,7 @@ def load(
     read = _from_seed(config, seed or 0, whole) if path is None else _from_checkpoint(path, whole)
     held: t5.Parameters = {}
     prints: dict[str, list[int]] = {}
-    compiled: dict[Any, Callable[[jax.Array], tuple[jax.Array, ...]]] = {}  # one for all arrays that are alike
+    compiled: dict[Any, Callable[[jax.Array], tuple[jax.Array, ...]]] = {}  # one program per kind of array
     for name in own:
         array = read(name)
         prints[name] = [int(x) for x in np.asarray(identity.fingerprint(array))]

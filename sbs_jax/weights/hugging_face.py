@@ -1,7 +1,7 @@
 """Hugging Face directories: `config.json`, safetensors in one file or in shards, the tokenizer's files.
 
-Reading is by slices of mapped files; writing streams one array at a time into a directory beside the target, which is
-moved into place when it is complete.
+Mapped files are read by slices. Writing streams one array at a time into a directory beside the target, which is
+renamed when complete.
 """
 
 import contextlib
@@ -26,11 +26,11 @@ from sbs_jax.weights.arrays import LazyArray, Opened
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 TORCH_WEIGHTS, TORCH_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 SENTENCEPIECE = "spiece.model"
-# Settings of the run that was exported (not Hugging Face's; ignored by it): what an import needs to be a run again.
+# The manifest of the exported run, which makes an import a run again. Hugging Face ignores the file.
 ORIGIN = "sbs_run.json"
 SHARD_BYTES = 5 * 10**9
 
-# ByT5 is "t5" there with a table of bytes; mT5 and Flan-T5 are v1.1 in everything but weights.
+# ByT5 is "t5" with a table of bytes; mT5 and Flan-T5 are v1.1 with other weights.
 MODEL_TYPES = {"t5": "shared", "mt5": "shared", "umt5": "per_layer"}
 _ACTIVATIONS = {
     "relu": ("relu",),
@@ -41,26 +41,26 @@ _ACTIVATIONS = {
     "gated-gelu_new": ("gelu", "linear"),
     "gated-silu": ("silu", "linear"),
 }
-# Tables that older versions wrote several times, and a bias that no version ever used.
+# Copies of the table that older versions wrote, and a bias that no version ever used.
 _COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
 _UNUSED = ("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",)
-# From their names to ours.
+# Their names to ours.
 _OURS = {theirs: (ours, transposed) for ours, (theirs, transposed) in names.TABLE.items()}
 _LAYER = re.compile(r"(encoder|decoder)\.block\.(\d+)\.")
-# A file of weights beside its index.
+# Name of a file of weights beside its index.
 _SHARD = re.compile(r"[\w.-]{1,200}\.(safetensors|bin)", re.ASCII)
 
 
 def is_directory(path: str | Path) -> bool:
-    """Whether this is a Hugging Face directory."""
+    """Detects a Hugging Face directory."""
     return (Path(path) / CONFIG).is_file()
 
 
 def open_directory(path: str | Path) -> Opened:
-    """Architecture and arrays of a directory; nothing is read yet but headers.
+    """Opens the architecture and arrays of a directory; reads headers only.
 
-    ValueError for another kind of model, names that nothing maps or a shape that the configuration denies;
-    FileNotFoundError for a missing shard.
+    ValueError for another kind of model, names without a row in the table, or a shape that contradicts the
+    configuration; FileNotFoundError for a missing shard.
     """
     path = Path(path)
     settings = _read_json(path / CONFIG)
@@ -81,7 +81,7 @@ def open_directory(path: str | Path) -> Opened:
     for name in _UNUSED:
         stored.pop(name, None)
     if tied and not config.logits_via_embedding:
-        # Tied without the scaling of tied logits (transformers 5 makes new v1.1 models so): a copy says the same.
+        # Tied but not scaled (transformers 5 makes new v1.1 models so): the same as an untied copy.
         stored["lm_head.weight"] = stored["shared.weight"]
     found = _shapes(stored)
     held = {
@@ -118,16 +118,13 @@ def write(
     shard_bytes: int = SHARD_BYTES,
     finish: Callable[[Path], None] = lambda folder: None,
 ) -> None:
-    """Writes a directory that `transformers` loads: weights, configuration, and the tokenizer where there is one.
+    """Writes a directory that `transformers` loads: weights in `dtype`, configuration, and the tokenizer if known.
 
-    `finish` may add to the directory before it appears.
-
-    Weights are written in `dtype` (float32, bfloat16). The directory appears when it is complete; FileExistsError
-    where there is one already.
+    `finish` may add files. The directory appears when it is complete; FileExistsError if there is one already.
     """
     path = Path(path)
     if opened.vocabulary is not None:
-        tokens.check_vocabulary(opened.vocabulary)  # weights of gigabytes take their time
+        tokens.check_vocabulary(opened.vocabulary)  # fail before gigabytes of weights are written
     with beside(path) as folder:
         _write_weights(folder, opened, dtype=np.dtype(dtype), shard_bytes=shard_bytes)
         write_json(folder / CONFIG, _settings(opened.config, dtype=dtype))
@@ -142,14 +139,14 @@ def write(
 
 @contextlib.contextmanager
 def beside(path: Path) -> Iterator[Path]:
-    """A new directory that becomes `path` if the block ends without an error, else it goes.
+    """Makes a directory that becomes `path` if the block ends without an error, and is removed otherwise.
 
     FileExistsError where `path` exists.
     """
     if path.exists():
         raise FileExistsError(f"{path} exists already; choose another name, or remove it.")
     folder = path.with_name(path.name + ".incomplete")
-    shutil.rmtree(folder, ignore_errors=True)  # of a conversion that was interrupted
+    shutil.rmtree(folder, ignore_errors=True)  # left by an interrupted conversion
     folder.mkdir(parents=True)
     try:
         yield folder
@@ -184,7 +181,7 @@ def _write_weights(folder: Path, opened: Opened, *, dtype: np.dtype, shard_bytes
 
 
 def _stored(path: Path) -> dict[str, LazyArray]:
-    """Every array of the directory under its own name."""
+    """Opens every array of the directory under its own name."""
     if (path / INDEX).is_file():
         return _sharded(path, INDEX, tensor_files.read_safetensors)
     if (path / WEIGHTS).is_file():
@@ -201,7 +198,7 @@ def _sharded(path: Path, index: str, read: Any) -> dict[str, LazyArray]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{path / index}: 'weight_map' is {brief(weight_map)}; expected array names and their files.")
     for name, file in weight_map.items():
-        # Beside the index and nowhere else, whatever it says.
+        # The index may come from anywhere: read no file outside its folder.
         if not isinstance(file, str) or not _SHARD.fullmatch(file):
             raise ValueError(
                 f"{path / index}: {brief(name)} is said to be in {brief(file)}; expected the name of a .safetensors or "
@@ -224,7 +221,7 @@ def _sharded(path: Path, index: str, read: Any) -> dict[str, LazyArray]:
 
 
 def _expect_copy(path: Path, stored: Mapping[str, LazyArray], name: str) -> None:
-    """ValueError unless an array is bit for bit the shared table (which tied models may store more than once)."""
+    """Requires a bit-identical copy of the shared table (tied models may store several)."""
     table, copy = stored["shared.weight"], stored[name]
     if len(table.shape) != 2 or 0 in table.shape:
         raise ValueError(f"{path}: 'shared.weight' has the shape {table.shape}; expected a table of two dimensions.")
@@ -258,10 +255,10 @@ def _config(path: Path, settings: Mapping[str, Any], *, tied: bool) -> t5.T5Conf
             f"{path}: feed_forward_proj is {brief(activation)}; expected one of {', '.join(_ACTIVATIONS)}"
             f"{_near(str(activation)[:200], _ACTIVATIONS)}."
         )
-    # transformers 5 says `tie_word_embeddings: true` of every T5 and keeps the old meaning in scale_decoder_outputs.
+    # transformers 5 writes `tie_word_embeddings: true` for every T5; scale_decoder_outputs has the old meaning.
     scaled = settings.get("scale_decoder_outputs", settings.get("tie_word_embeddings", True))
     if kind in ("mt5", "umt5"):
-        scaled = tied and scaled  # published with false; what newer versions write says nothing
+        scaled = tied and scaled  # published with false; the value written by newer versions means nothing
     needed = ("vocab_size", "d_model", "num_heads", "d_kv", "d_ff", "num_layers")
     missing = [name for name in needed if name not in settings]
     if missing:
@@ -301,7 +298,7 @@ def _config(path: Path, settings: Mapping[str, Any], *, tied: bool) -> t5.T5Conf
 
 
 def _settings(config: t5.T5Config, *, dtype: str) -> dict[str, Any]:
-    """`config.json` of an architecture."""
+    """Builds `config.json`."""
     kind = "umt5" if config.relative_attention_bias == "per_layer" else "t5"
     activation = next((name for name, ours in _ACTIVATIONS.items() if ours == config.mlp_activations), None)
     if activation is None:
@@ -356,7 +353,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def read_origin(data: bytes, where: object) -> dict[str, Any]:
-    """The manifest of the run that a checkpoint was exported from. ValueError where a conversion could not use it."""
+    """Reads the manifest of the run that was exported. ValueError if a conversion could not use it."""
     value = parse_json(decoded(data, str(where)), str(where))
     try:
         options = value["data"]["options"]
@@ -371,12 +368,12 @@ def read_origin(data: bytes, where: object) -> dict[str, Any]:
 
 
 def _shapes(stored: Mapping[str, LazyArray]) -> dict[str, tuple[int, ...]]:
-    """Shapes by our names and in our layout, of those arrays that the table has."""
+    """Returns shapes by our names and in our layout, of the arrays that are in the table."""
     found = {}
     for theirs, array in stored.items():
         layer = _LAYER.match(theirs)
         pattern = theirs if layer is None else f"{layer[1]}.block.{{layer}}.{theirs[layer.end() :]}"
-        # A bias that all layers share lies in the first layer there, and has its name with the number.
+        # The bias that all layers share is stored in layer 0, under a name with that number.
         ours, transposed = _OURS.get(theirs) or _OURS.get(pattern) or (None, False)
         if ours is not None:
             name = ours if layer is None else ours.replace("{layer}", layer[2])

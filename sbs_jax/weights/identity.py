@@ -1,6 +1,6 @@
-"""Which base adapters belong to: fingerprints of its arrays, the place it was read from, and what tells it from others.
+"""Identity of the base that adapters belong to: {"path", "seed", "fingerprint"}, kept in every checkpoint of adapters.
 
-`{"path", "seed", "fingerprint"}` is what a checkpoint of adapters keeps of its base.
+The fingerprint tells bases apart by their numbers, wherever they are stored.
 """
 
 import hashlib
@@ -16,30 +16,33 @@ from sbs_jax.weights.arrays import LazyArray
 
 
 def of_arrays(arrays: Mapping[str, LazyArray]) -> str:
-    """The fingerprint of a base, its arrays read one after the other."""
+    """Computes the fingerprint of a base, reading its arrays one after the other."""
     prints = {name: fingerprint(jnp.asarray(array.whole().astype(np.float32))) for name, array in arrays.items()}
     return digest({name: [int(x) for x in np.asarray(each)] for name, each in prints.items()})
 
 
 def digest(prints: Mapping[str, Sequence[int]]) -> str:
-    """One fingerprint of those of all arrays, by name."""
+    """Combines the fingerprints of all arrays, by name, into one."""
     return hashlib.sha256(repr(sorted((name, list(each)) for name, each in prints.items())).encode()).hexdigest()
 
 
 @jax.jit
 def fingerprint(array: jax.Array) -> jax.Array:
-    """Two 32-bit sums of a float32 array's bits, each weighted by place: the same however it is cut over devices."""
+    """Sums a float32 array's bits twice, weighted by position, modulo 2^32.
+
+    The result does not depend on how the array is split over devices.
+    """
     bits = jax.lax.bitcast_convert_type(array.astype(jnp.float32), jnp.uint32)
     place = jnp.zeros(bits.shape, jnp.uint32)
     for axis in range(bits.ndim):
         place = place * np.uint32(bits.shape[axis]) + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
-    # Odd factors, so that a change of any one bit changes both sums (Knuth's and xxHash's multipliers).
+    # Odd weights: a change of any one bit changes both sums. The multipliers are Knuth's and xxHash's.
     weights = [(place * np.uint32(factor)) ^ (place >> 15) | np.uint32(1) for factor in (2654435761, 2246822519)]
     return jnp.stack([jnp.sum(bits * weight, dtype=jnp.uint32) for weight in weights])
 
 
 def check(found: Mapping[str, Any], expected: Mapping[str, Any], *, owner: str) -> None:
-    """ValueError where a base is not that which adapters were trained on."""
+    """Requires the base that the adapters of `owner` were trained on. ValueError for another."""
     if found["fingerprint"] != expected["fingerprint"]:
         raise ValueError(
             f"{owner} has adapters of another base. They were trained on {described(expected)}, of fingerprint "
@@ -49,16 +52,20 @@ def check(found: Mapping[str, Any], expected: Mapping[str, Any], *, owner: str) 
 
 
 def absolute(path: str) -> str:
-    """Returns the path of a base as a checkpoint keeps it: a URL as it is, a local path absolute."""
+    """Returns the path of a base as checkpoints keep it: a URL unchanged, a local path absolute."""
     return path if "://" in path else str(Path(path).absolute())
 
 
 def described(identity: Mapping[str, Any]) -> str:
+    """Names a base for a message."""
     return str(identity["path"]) if identity["path"] else f"parameters fresh from seed {identity['seed']}"
 
 
 def place(identity: Mapping[str, Any], given: str | None, *, owner: str) -> str | None:
-    """Where to read a base: `given`, or where it was; None for one fresh from a seed. FileNotFoundError if it moved."""
+    """Returns the path to read a base from: `given`, or where it was; None if it is fresh from a seed.
+
+    FileNotFoundError where nothing is there (any more).
+    """
     path = given or identity["path"]
     if path is not None and "://" not in str(path) and not Path(path).exists():
         moved = "" if given else " (any more). Where it lies now is given by --base (sbs evaluate: --gin.BASE_PATH)"

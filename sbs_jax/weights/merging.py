@@ -1,4 +1,4 @@
-"""Adapters made part of the base that they were trained on: one student without them, read array by array."""
+"""Merge adapters into the base they were trained on, array by array: a plain student without them."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -11,12 +11,12 @@ import numpy as np
 from sbs_jax.student import adapters, quantized
 from sbs_jax.weights.arrays import LazyArray, Opened
 
-# What changes a kernel, by the end of its name; all else that can be put on a model has no place in one without it.
+# Adapters that change a kernel, by the end of their names. No other kind can be merged.
 OF_KERNEL = ("lora/a", "lora/b", "in_scale", "out_scale")
 
 
 def check(opened: Opened, *, owner: str) -> None:
-    """ValueError for adapters that no plain T5 can hold: bottlenecks, prompts, prefixes, biases."""
+    """Requires adapters that a plain T5 can hold. ValueError for bottlenecks, prompts, prefixes and biases."""
     extra = _without_place(opened)
     if extra:
         raise ValueError(
@@ -26,17 +26,18 @@ def check(opened: Opened, *, owner: str) -> None:
 
 
 def possible(opened: Opened) -> bool:
-    """Whether `merged` makes a plain T5 of it."""
+    """Returns whether `merged` can make a plain T5 of it."""
     return not _without_place(opened)
 
 
 def _without_place(opened: Opened) -> list[str]:
+    """Lists the trained parameters that a plain T5 has no place for."""
     own = adapters.own_names(opened.config)
     return sorted(name for name in opened.arrays if name not in own and not name.endswith(OF_KERNEL))
 
 
 def merged(opened: Opened, base: Mapping[str, LazyArray]) -> Opened:
-    """The plain student: the base's parameters, as they were held in training, with what was trained on them."""
+    """Returns the plain student: the base, in the precision it was trained over, with the adapters merged in."""
     tuning = opened.tuning
     assert tuning is not None
     shapes = adapters.abstract(opened.config, tuning).shapes
@@ -53,7 +54,7 @@ def merged(opened: Opened, base: Mapping[str, LazyArray]) -> Opened:
 
 
 def lost(opened: Opened, base: Mapping[str, LazyArray]) -> dict[str, Any]:
-    """What holding the base in few bits took from its kernels (`quantized.error`), {} where none is held so."""
+    """Measures what quantizing the base took from its kernels (`quantized.error`); {} if it was not quantized."""
     tuning = opened.tuning
     if tuning is None or tuning.base not in quantized.FORMS:
         return {}
@@ -74,7 +75,7 @@ def lost(opened: Opened, base: Mapping[str, LazyArray]) -> dict[str, Any]:
 
 
 def _array(name: str, kernel: LazyArray, trained: Mapping[str, LazyArray], tuning: adapters.Tuning) -> LazyArray:
-    """A parameter with what was put on it; `kernel` is the parameter without."""
+    """Merges adapters into one parameter; `kernel` is the parameter without them."""
     module = name.rpartition("/")[0]
     parts = {end: trained[f"{module}/{end}"] for end in OF_KERNEL if f"{module}/{end}" in trained}
     if not parts or not name.endswith("/kernel"):
@@ -97,7 +98,7 @@ def _array(name: str, kernel: LazyArray, trained: Mapping[str, LazyArray], tunin
 def _held(
     name: str, base: LazyArray, tuning: adapters.Tuning, *, shapes: Mapping[str, jax.ShapeDtypeStruct]
 ) -> LazyArray:
-    """The base's array with what holding it in fewer bits took from it."""
+    """Rounds or quantizes an array of the base as training did."""
     if name in shapes:
         dtype = shapes[name].dtype
 
@@ -114,6 +115,6 @@ def _held(
 
 
 def kinds(names: list[str]) -> str:
-    """What is put on a student, by the names of its parameters."""
+    """Names the kinds of adapters among parameters, for a message."""
     known = {"prompt": "a prompt", "prefix": "prefixes", "_adapter": "bottlenecks", "bias": "biases"}
     return " and ".join(text for part, text in known.items() if any(part in name for name in names)) or "adapters"

@@ -1,9 +1,9 @@
-"""One table of parameter names, read in every direction: ours, Hugging Face's and T5X's.
+"""One table of parameter names: ours, Hugging Face's and T5X's.
 
-Ours and T5X's kernels are `[in, out]`, Hugging Face's `[out, in]`; embedding tables are `[V, D]` everywhere. T5X's
-names are ours with `layers_0` for `layers/0`; where T5X scans over layers, one array holds all layers of a stack, the
-layer on its second axis: `encoder/encoder/mlp/wo/kernel`, `[F, L, D]`. The network that scans also keeps heads and
-their width apart: `encoder/encoder/attention/query/kernel`, `[D, L, H, K]`, is ours with the last two as one.
+Our kernels and T5X's are `[in, out]`, Hugging Face's `[out, in]`; embedding tables are `[V, D]` everywhere. T5X's names
+are ours with `layers_0` for `layers/0`. Where T5X scans over layers, one array holds all layers of a stack, the layer
+on its second axis: `encoder/encoder/mlp/wo/kernel`, `[F, L, D]`. The scanning network also keeps heads and their width
+apart: `encoder/encoder/attention/query/kernel`, `[D, L, H, K]`; ours has the last two as one.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from sbs_jax.student import t5
 _LAYER = "{layer}"
 _DENSE, _AS_IS = True, False
 
-# ours: (Hugging Face's, transposed there). A row whose name ours has not, in a given architecture, is not used.
+# ours: (Hugging Face's, transposed there). An architecture uses the rows of the parameters it has.
 _SELF, _CROSS, _MLP = "SelfAttention", "EncDecAttention", "DenseReluDense"
 
 
@@ -39,7 +39,7 @@ _BIAS = "relative_attention_bias.weight"
 TABLE: dict[str, tuple[str, bool]] = {
     "token_embedder/embedding": ("shared.weight", _AS_IS),
     "logits_dense/kernel": ("lm_head.weight", _DENSE),
-    # A bias that all layers share lies in the first layer there.
+    # Hugging Face stores the bias that all layers share in layer 0.
     "encoder/relpos_bias/rel_embedding": (f"encoder.block.0.layer.0.{_SELF}.{_BIAS}", _DENSE),
     f"{_ENCODER}/relpos_bias/rel_embedding": (f"{_ENCODER_BLOCK}.0.{_SELF}.{_BIAS}", _DENSE),
     f"{_ENCODER}/pre_attention_layer_norm/scale": (f"{_ENCODER_BLOCK}.0.layer_norm.weight", _AS_IS),
@@ -59,7 +59,7 @@ TABLE: dict[str, tuple[str, bool]] = {
 }
 
 
-# T5X's names that are not ours: its logits are part of the decoder.
+# T5X's logits are part of the decoder.
 _ELSEWHERE = {"logits_dense/kernel": "decoder/logits_dense/kernel"}
 
 
@@ -67,8 +67,8 @@ _ELSEWHERE = {"logits_dense/kernel": "decoder/logits_dense/kernel"}
 class Name:
     """One parameter under its three names.
 
-    `scanned` is T5X's name where it scans over layers, and `layer` the index on that array's layer axis (None for what
-    is in no layer). `transposed` says that Hugging Face's array is ours turned around.
+    `scanned` is T5X's name where it scans over layers, `layer` the index on that array's layer axis (None outside
+    layers). `transposed`: Hugging Face's array is ours transposed.
     """
 
     ours: str
@@ -80,7 +80,7 @@ class Name:
 
 
 def of(parameters: Collection[str]) -> list[Name]:
-    """The names of parameters given by ours. ValueError where the table has no row for one."""
+    """Looks up parameters by our names. ValueError for one without a row."""
     return [_name(ours) for ours in parameters]
 
 
@@ -110,7 +110,7 @@ def _name(ours: str) -> Name:
 def check(
     path: object, found: Mapping[str, tuple[int, ...]], like: Mapping[str, tuple[int, ...]], *, kind: str
 ) -> None:
-    """ValueError that lists what is missing, left over or of another shape, with the nearest names."""
+    """Requires equal names and shapes. ValueError lists what is missing, left over or of another shape."""
     missing = sorted(set(like) - set(found))
     extra = sorted(set(found) - set(like))
     reshaped = [
@@ -134,7 +134,7 @@ def check(
     raise ValueError("\n".join(lines))
 
 
-# No T5 has more; a header can say anything.
+# Far above any T5; a header can claim anything.
 MOST_LAYERS = 1_000
 MOST_NUMBERS = 2**40
 
@@ -150,9 +150,10 @@ def check_sizes(
     layers: Mapping[str, int],
     kind: str,
 ) -> None:
-    """ValueError unless arrays, by our names, are of a possible size, and of that of the architecture as far as one
-    layer tells. It comes before `parameters`, whose time and memory follow the sizes that a file of outside names.
-    `layers` is the number of layers of each stack that there are arrays of.
+    """Requires plausible sizes, and those of the architecture as far as one layer shows them.
+
+    Call it before `parameters`, whose time and memory grow with sizes that a file from outside claims. `shapes` are by
+    our names; `layers` counts the layers of each stack that have arrays.
     """
     for name, shape in shapes.items():
         if math.prod(shape) > MOST_NUMBERS:
@@ -184,10 +185,10 @@ def _parameters(config: t5.T5Config) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def parameters(config: t5.T5Config) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes of the parameters of an architecture."""
+    """Computes the shapes of an architecture's parameters."""
     return dict(_parameters(config))
 
 
 def size(shapes: Mapping[str, jax.ShapeDtypeStruct]) -> int:
-    """Number of numbers."""
+    """Counts numbers."""
     return sum(math.prod(leaf.shape) for leaf in shapes.values())

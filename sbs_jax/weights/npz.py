@@ -1,4 +1,4 @@
-"""Parameters in one `.npz` file, the form of the embedded student: a zip file with NumPy's array for each name."""
+"""Parameters in one `.npz` file, the form of the built-in student: a zip file with one NumPy array per name."""
 
 import functools
 import math
@@ -15,7 +15,7 @@ from sbs_jax.student import t5
 from sbs_jax.weights.arrays import LazyArray, Opened
 
 _END = ".npy"
-# What the readers of zip files and of NumPy's headers raise where a file is damaged.
+# Errors that the readers of zip files and NumPy headers raise for damaged files.
 _DAMAGE = (
     *(zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, SyntaxError),
     *(tokenize.TokenError, struct.error, OSError, ValueError, TypeError, KeyError, OverflowError, MemoryError),
@@ -23,15 +23,15 @@ _DAMAGE = (
 
 
 def is_file(path: str | Path) -> bool:
-    """Recognises a file by its name."""
+    """Detects an `.npz` file by its name."""
     return str(path).endswith(".npz")
 
 
 def open_file(path: str | Path) -> Opened:
-    """Opens the arrays of a file, by name; the architecture is not stored there.
+    """Opens the arrays of a file; the form does not store the architecture.
 
-    ValueError, before an array is read, for a member that is anything but an array of numbers: objects (pickles run
-    when they are read), or another size than the header says. Reading an array raises ValueError where it is damaged.
+    ValueError, before an array is read, for any member that is not an array of numbers (objects are pickles, which run
+    code when read) or whose size contradicts its header. Reading a damaged array raises ValueError too.
     """
     try:
         archive = zipfile.ZipFile(path)
@@ -40,7 +40,7 @@ def open_file(path: str | Path) -> Opened:
     except _DAMAGE as error:
         raise _refused(path, error) from None
 
-    @functools.lru_cache(maxsize=1)  # the shards of one array come one after the other
+    @functools.lru_cache(maxsize=1)  # shards of an array are read in a row; decompress it once
     def member(name: str) -> np.ndarray:
         try:
             with archive.open(members[name]) as file:
@@ -76,6 +76,6 @@ def _header(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> tuple[tuple[int,
 
 
 def save_npz(path: str | Path, parameters: t5.Parameters, *, dtype: str) -> None:
-    """Writes parameters as one `.npz` of the given float type (the form of the embedded student)."""
+    """Writes parameters as one `.npz` file in the given float type."""
     arrays = {name: np.asarray(x).astype(dtype) for name, x in sorted(parameters.items())}
     np.savez_compressed(path, allow_pickle=False, **arrays)

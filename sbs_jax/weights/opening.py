@@ -35,7 +35,7 @@ class Form:
 
 
 def form_of(path: str | Path) -> Form:
-    """Recognises the checkpoint at a path. FileNotFoundError names the forms that exist."""
+    """Detects the checkpoint at a path. FileNotFoundError names the forms that exist."""
     text = str(path)
     remote = "://" in text
     if not remote and not Path(text).exists():

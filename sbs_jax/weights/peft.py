@@ -1,6 +1,6 @@
-"""Adapters as Hugging Face's PEFT keeps them: `adapter_config.json` and `adapter_model.safetensors`, of LoRA or IA3.
+"""Adapters in the form of Hugging Face's PEFT: `adapter_config.json` and `adapter_model.safetensors`, LoRA or IA3.
 
-Ours and PEFT's are the same numbers under other names. Of `encoder/layers/0/attention/query`, [I, O], which is there
+Both sides have the same numbers under other names. `encoder/layers/0/attention/query`, [I, O], is PEFT's
 `base_model.model.encoder.block.0.layer.0.SelfAttention.q`:
 
     query/lora/a [I, R]     ..q.lora_A.weight [R, I]
@@ -24,25 +24,25 @@ from sbs_jax.weights import hugging_face, merging, names, tensor_files
 from sbs_jax.weights.arrays import LazyArray, Opened
 
 CONFIG, WEIGHTS, TORCH_WEIGHTS = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
-# What PEFT has no place for (and does not look at): which base these are of, and how it was held.
+# Identity and precision of the base. PEFT has no place for them and ignores the file.
 BASE = "sbs_base.json"
 _PREFIX = "base_model.model."
 _KEY = re.compile(re.escape(_PREFIX) + r"(.{1,200})\.(lora_A\.weight|lora_B\.weight|ia3_l)")
-# Settings of PEFT that change nothing of what saved adapters compute; of the others only those that say nothing.
+# Settings that do not change what saved adapters compute. Any other must be empty.
 _IDLE = {
     *("auto_mapping", "base_model_name_or_path", "peft_version", "revision", "inference_mode", "fan_in_fan_out"),
     *("exclude_modules", "layers_to_transform", "layers_pattern", "megatron_core", "qalora_group_size", "eva_config"),
     *("init_ia3_weights", "ensure_weight_tying", "runtime_config"),
-    *("loftq_config", "corda_config", "lora_ga_config"),  # of ways to begin, which init_lora_weights chooses among
+    *("loftq_config", "corda_config", "lora_ga_config"),  # initializations, chosen by init_lora_weights
 }
 _READ = {"LORA": ("r", "lora_alpha", "lora_dropout", "init_lora_weights"), "IA3": ("feedforward_modules",)}
-# Ways to begin that leave the base as it is.
+# Initializations that leave the base unchanged.
 _BEGINNINGS = (True, False, None, "gaussian", "eva", "orthogonal")
 _TASK = "SEQ_2_SEQ_LM"
 
 
 def is_directory(path: str | Path) -> bool:
-    """Whether this is a directory of PEFT's (and not a whole model beside one)."""
+    """Detects a directory of PEFT's that is not a whole model too."""
     path = Path(path)
     return (path / CONFIG).is_file() and not hugging_face.is_directory(path)
 
@@ -51,9 +51,9 @@ def is_directory(path: str | Path) -> bool:
 
 
 def write(path: str | Path, opened: Opened, *, base: str | None) -> None:
-    """Writes a directory that `PeftModel.from_pretrained` loads, in float32; `base` is where it says that the base is.
+    """Writes a directory that `PeftModel.from_pretrained` loads, in float32; `base` is the base's path stored in it.
 
-    ValueError for what PEFT has no form for, by name. The directory appears when it is complete.
+    ValueError names what PEFT cannot hold. The directory appears when it is complete.
     """
     settings, arrays = contents(opened, owner=str(path))
     tuning = opened.tuning
@@ -71,7 +71,7 @@ def write(path: str | Path, opened: Opened, *, base: str | None) -> None:
 
 
 def contents(opened: Opened, *, owner: str) -> tuple[dict[str, Any], dict[str, LazyArray]]:
-    """Settings and arrays of PEFT for a run's adapters. ValueError for those that PEFT cannot hold."""
+    """Converts a run's adapters to PEFT's settings and arrays. ValueError for those that PEFT cannot hold."""
     tuning = opened.tuning
     if tuning is None:
         raise ValueError(f"{owner} has no adapters: everything was trained. Convert it --to hf.")
@@ -116,7 +116,7 @@ def contents(opened: Opened, *, owner: str) -> tuple[dict[str, Any], dict[str, L
         }, arrays
     inner = [theirs[module] for module, of in parts.items() if "in_scale" in of]
     short = _shortest(targets, theirs.values()), _shortest(inner, theirs.values())
-    if not set(short[1]) <= set(short[0]):  # PEFT wants them to be named alike
+    if not set(short[1]) <= set(short[0]):  # PEFT wants both lists to name modules alike
         short = targets, inner
     return {
         "peft_type": "IA3",
@@ -135,19 +135,19 @@ def _exported(end: str, array: LazyArray) -> tuple[str, LazyArray]:
 
 
 def _modules(config: t5.T5Config) -> dict[str, str]:
-    """Names of the modules that have kernels, there and here."""
+    """Maps PEFT's names of modules with kernels to ours."""
     table = names.of([name for name in names.parameters(config) if name.endswith("/kernel")])
     return {name.hugging_face.removesuffix(".weight"): name.ours.removesuffix("/kernel") for name in table}
 
 
 def _shortest(modules: Collection[str], all_modules: Collection[str]) -> list[str]:
-    """A list that selects exactly these modules: ends of names where all modules of that end are meant, else names."""
+    """Lists ends of names if they select exactly these modules, full names otherwise."""
     ends = sorted({module.rpartition(".")[2] for module in modules})
     return ends if set(_selected(ends, all_modules)) == set(modules) else sorted(modules)
 
 
 def _selected(targets: Iterable[str], modules: Iterable[str]) -> list[str]:
-    """The modules that PEFT takes of a list: those of a name, or of an end of one after a dot."""
+    """Selects modules by PEFT's rule: a full name, or the end of one after a dot."""
     listed = [str(each) for each in targets]
     return [module for module in modules if module in listed or module.endswith(tuple(f".{end}" for end in listed))]
 
@@ -156,10 +156,10 @@ def _selected(targets: Iterable[str], modules: Iterable[str]) -> list[str]:
 
 
 def open_directory(path: str | Path, *, base: Opened, identity: Mapping[str, Any]) -> Opened:
-    """The adapters of a directory as those of a run over `base`, whose identity is {"path", "seed", "fingerprint"}.
+    """Opens a directory as the adapters of a run over `base`, whose identity is {"path", "seed", "fingerprint"}.
 
-    ValueError for settings that are not read here, by name, for arrays that do not fit the base, and where our own
-    export says that they are of another base.
+    ValueError for settings that are not supported (by name), arrays that do not fit the base, and an export of ours
+    made from another base.
     """
     path = Path(path)
     settings = read_json(path / CONFIG)
@@ -208,7 +208,7 @@ def open_directory(path: str | Path, *, base: Opened, identity: Mapping[str, Any
     return Opened(
         architecture=base.config,
         arrays=arrays,
-        vocabulary=base.vocabulary,  # of no other place that the directory names: it would be copied
+        vocabulary=base.vocabulary,  # never a path from the directory: it would be copied
         origin=origin,
         tuning=tuning,
         base=dict(identity),
@@ -216,7 +216,7 @@ def open_directory(path: str | Path, *, base: Opened, identity: Mapping[str, Any
 
 
 def said_base(path: str | Path) -> str | None:
-    """What the settings of a directory call its base."""
+    """Returns what the settings call the base; None if they do not."""
     settings = read_json(Path(path) / CONFIG)
     said = settings.get("base_model_name_or_path") if isinstance(settings, dict) else None
     return part(said) if isinstance(said, str) else None
@@ -253,7 +253,7 @@ def _check_settings(path: Path, settings: Mapping[str, Any]) -> None:
 
 
 def _known_base(path: Path) -> dict[str, Any] | None:
-    """What our export says of the base; None for a directory that PEFT saved. ValueError where it says nonsense."""
+    """Reads what our export stored of the base; None for a directory that PEFT saved."""
     if not (path / BASE).is_file():
         return None
     value = read_json(path / BASE)
@@ -271,7 +271,7 @@ def _known_base(path: Path) -> dict[str, Any] | None:
 def _imported(
     path: Path, module: str, ending: str, array: LazyArray, settings: Mapping[str, Any]
 ) -> tuple[str, LazyArray]:
-    """End of our name, and the array in our shape."""
+    """Converts one array: (end of our name, the array in our shape)."""
     where = f"{path}: {part(module)}.{ending}"
     of = "LORA" if ending.startswith("lora") else "IA3"
     if of != settings["peft_type"]:
@@ -296,7 +296,7 @@ def _imported(
 
 
 def _targets(path: Path, settings: Mapping[str, Any]) -> list[str] | None:
-    """Names of modules; None for a pattern, which is not run, as it comes from outside and could take for ever."""
+    """Reads the names of modules; None for a pattern. Patterns come from outside and could run forever."""
     value = settings.get("target_modules")
     if isinstance(value, str):
         return None
@@ -308,7 +308,7 @@ def _targets(path: Path, settings: Mapping[str, Any]) -> list[str] | None:
 def _check_complete(
     path: Path, settings: Mapping[str, Any], found: Mapping[str, set[str]], modules: Collection[str]
 ) -> None:
-    """ValueError where a module has one half of a LoRA, or none of what the settings promise."""
+    """Requires both halves of every LoRA, and weights for every module that the settings select."""
     halves = found.get("lora/a", set()) ^ found.get("lora/b", set())
     if halves:
         raise ValueError(f"{path}: {sorted(halves)[0]} has one of lora_A and lora_B; expected both.")
@@ -327,10 +327,11 @@ def _check_complete(
 
 
 def _tuning(path: Path, settings: Mapping[str, Any], found: Mapping[str, set[str]], *, base: Opened) -> adapters.Tuning:
+    """Builds the `Tuning` that gives exactly these adapters."""
     kernels = [ours for ours in _modules(base.config).values() if ours.startswith(names.STACKS)]
 
     def patterns(chosen: Collection[str]) -> tuple[str, ...]:
-        """Ends of names where all kernels of that end are meant, else names."""
+        """Names ends of names if they select exactly the chosen kernels, full names otherwise."""
         ends = sorted({module.rpartition("/")[2] for module in chosen})
         short = {module for module in kernels if module.rpartition("/")[2] in ends}
         return tuple(ends if short == set(chosen) else sorted(chosen))

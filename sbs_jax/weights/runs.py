@@ -14,7 +14,7 @@ from sbs_jax.weights.arrays import Index, LazyArray, Opened
 
 
 def is_run(path: str | Path) -> bool:
-    """Recognises a run directory, or one of its `checkpoints/<step>`."""
+    """Detects a run directory, or one of its `checkpoints/<step>`."""
     path = Path(path)
     holds_steps = (path / "checkpoints").is_dir() or (path / directory.MANIFEST).is_file()
     return holds_steps or path.parent.name == "checkpoints"

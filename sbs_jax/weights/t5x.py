@@ -1,11 +1,11 @@
-"""T5X checkpoints: read in every form that T5X has written, written in its current one. Locally or on gs://.
+"""T5X checkpoints, local or on gs://: every form that T5X has written is read, the current one is written.
 
     <model_dir>/checkpoint_<step>/state/manifest.ocdbt      current: written by Orbax
     <model_dir>/checkpoint_<step>/checkpoint                before: one msgpack file; arrays in it, or beside it as
     <model_dir>/checkpoint_<step>/target.encoder.../.zarray     TensorStore directories that it names
 
-All reading goes through TensorStore, so a bucket is read as a folder is, by slices. The arrays of a scanned model hold
-all layers of a stack; they are read layer by layer.
+TensorStore reads buckets like folders, by slices. An array of a scanned model holds all layers of a stack; it is read
+layer by layer.
 """
 
 import math
@@ -30,26 +30,26 @@ _TARGET = "target/"
 _PLACEHOLDER = "PLACEHOLDER://"
 _NUMBERED = re.compile(r"^(encoder|decoder)/layers_(\d+)/")
 _STEP = re.compile(r"checkpoint_(\d+)/")
-# Since this version bfloat16 is stored as such; before, as its bits in uint16.
+# From this version on, bfloat16 is stored as such; before, as its bits in uint16.
 _NATIVE_BFLOAT16 = 3
 _BESIDE = re.compile(r"[^/\\\x00-\x1f\ud800-\udfff]{1,240}")
-_DEEPEST = 50  # names within names
-# T5X's own default, which no shape tells.
+_DEEPEST = 50  # nesting of names
+# T5X's default; no shape shows it.
 _DROPOUT_RATE = 0.1
 
 
 def is_checkpoint(path: str | Path) -> bool:
-    """Whether T5X wrote this: a model directory or one checkpoint of it."""
+    """Detects a T5X model directory or one checkpoint of it."""
     return _find(str(path)) is not None
 
 
 def open_checkpoint(path: str | Path) -> Opened:
-    """Architecture and arrays of a checkpoint, or of the newest one of a model directory.
+    """Opens the architecture and arrays of a checkpoint, or of a model directory's newest one.
 
-    T5X keeps no configuration with its checkpoints: sizes come from the shapes; two branches in the MLP are taken for
-    gated GELU and one for ReLU, as in every published T5; the dropout rate is T5X's default, 0.1. FileNotFoundError
-    where there is no checkpoint; ValueError for names that are not a T5's. What `sbs convert` wrote has the settings of
-    its run beside it, and they are used.
+    T5X stores no configuration: sizes come from the shapes; two branches in the MLP mean gated GELU, one means ReLU, as
+    in every published T5; the dropout rate is T5X's default, 0.1. Exports of `sbs convert` have the settings of their
+    run beside them, which win. FileNotFoundError where there is no checkpoint; ValueError for names that are not a
+    T5's.
     """
     url, form = _expect(str(path))
     stored = _from_orbax(url) if form == _OCDBT else _from_msgpack(url)
@@ -64,7 +64,7 @@ def open_checkpoint(path: str | Path) -> Opened:
             raise ValueError(
                 f"{path}: 'model' of {hugging_face.ORIGIN} beside it is none ({part(repr(error))}). Remove that file."
             ) from None
-    # Kernels may keep heads and their width apart.
+    # Kernels may have heads and their width on two axes.
     whole = {name: array.shape for name, array in stored.items()}
     shapes = {
         _NUMBERED.sub(r"\1/layers/\2/", name): (shape[0], shape[1] * shape[2]) if len(shape) == 3 else shape
@@ -80,10 +80,10 @@ def open_checkpoint(path: str | Path) -> Opened:
             array = stored[theirs]
             if scanned and name.layer is not None:
                 array = array.at(name.layer, axis=axis)
-            if len(array.shape) == 3:  # heads and their width, apart
+            if len(array.shape) == 3:  # heads and their width on two axes
                 array = array.joined(0 if name.ours.endswith("out/kernel") else 1)
             arrays[name.ours] = array
-    # What is left keeps its own name, so that the error shows it.
+    # Arrays without a row keep their own names, so that the error shows them.
     found = {name: array.shape for name, array in arrays.items()}
     found |= {name: stored[name].shape for name in set(stored) - used}
     names.check(path, found, {k: v.shape for k, v in names.parameters(config).items()}, kind="T5X")
@@ -92,9 +92,9 @@ def open_checkpoint(path: str | Path) -> Opened:
 
 
 def write(path: str | Path, parameters: t5.Parameters, *, step: int) -> str:
-    """Writes `<path>/checkpoint_<step>`, Orbax's form with layers unscanned; returns that directory.
+    """Writes `<path>/checkpoint_<step>` in Orbax's form, layers unscanned, and returns that directory.
 
-    It has no optimiser state: T5X starts from it with `utils.CheckpointConfig.restore.fallback_to_scratch = True`.
+    It has no optimizer state: T5X starts from it with `utils.CheckpointConfig.restore.fallback_to_scratch = True`.
     """
     target: dict[str, Any] = {}
     for name in names.of(parameters):
@@ -114,7 +114,7 @@ def write(path: str | Path, parameters: t5.Parameters, *, step: int) -> str:
 
 
 def _find(path: str) -> tuple[str, str] | None:
-    """(URL of the directory that holds the arrays, which of the two forms it has)."""
+    """Finds the directory that holds the arrays: (its URL, which of the two forms it has)."""
     url = tensor_store.url_of(path)
     store = ts.KvStore.open(url).result()
     for folder in ("", _STATE):
@@ -122,7 +122,7 @@ def _find(path: str) -> tuple[str, str] | None:
             return (url + folder, _OCDBT) if folder or _is_target(url) else None
     if tensor_store.has(store, _MSGPACK):
         return url, _MSGPACK
-    # A large model has ten thousands of files; their listing is left for last.
+    # A large model has tens of thousands of files: list them last.
     steps = sorted(
         {int(match[1]) for match in map(_STEP.match, map(tensor_store.text, store.list().result())) if match}
     )
@@ -130,7 +130,7 @@ def _find(path: str) -> tuple[str, str] | None:
 
 
 def _is_target(url: str) -> bool:
-    """Whether Orbax's arrays here are a T5X train state, and not, for example, parameters of a run of ours."""
+    """Tells a T5X train state from other arrays of Orbax, such as parameters of a run of ours."""
     store = ts.KvStore.open({"driver": "ocdbt", "base": url}).result()
     return any(name.startswith("target.") for name in tensor_store.zarr_names(store))
 
@@ -145,14 +145,14 @@ def _expect(path: str) -> tuple[str, str]:
 
 
 def _origin(url: str) -> dict[str, Any] | None:
-    """The manifest of the run that a checkpoint was exported from, which lies in the model directory."""
+    """Reads the manifest of the exported run, which is in the model directory."""
     parent = re.sub(r"checkpoint_\d+/(state/)?$", "", url)
     found = ts.KvStore.open(parent).result().read(hugging_face.ORIGIN).result()
     return hugging_face.read_origin(found.value, parent + hugging_face.ORIGIN) if found.state == "value" else None
 
 
-# Every parameter by T5X's name (`encoder/layers_0/mlp/wo/kernel`); optimiser state is left out.
 def _from_orbax(url: str) -> dict[str, LazyArray]:
+    """Opens parameters by T5X's names (`encoder/layers_0/mlp/wo/kernel`); leaves out optimizer state."""
     store = ts.KvStore.open({"driver": "ocdbt", "base": url}).result()
     drivers = {name: driver for name, driver in tensor_store.zarr_names(store).items() if name.startswith("target.")}
     arrays = tensor_store.opened({"driver": "ocdbt", "base": url}, drivers)
@@ -164,7 +164,7 @@ def _from_msgpack(url: str) -> dict[str, LazyArray]:
     try:
         contents: Any = serialization.msgpack_restore(store.read(_MSGPACK).result().value)
     except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError, MemoryError) as error:
-        # Whatever its arrays are said to be, flax's reader follows it.
+        # flax's reader believes whatever the file says of its arrays.
         told = part(f"{type(error).__name__}: {error}")
         raise ValueError(f"{url}{_MSGPACK} is not a T5X checkpoint: {told}") from None
     version = contents.get("version", 0) if isinstance(contents, dict) else 0
@@ -199,14 +199,15 @@ def _from_msgpack(url: str) -> dict[str, LazyArray]:
 
 
 def _from_bits(array: LazyArray) -> LazyArray:
+    """Reinterprets uint16 as bfloat16."""
     bfloat16 = np.dtype(ml_dtypes.bfloat16)
     return LazyArray(array.shape, bfloat16, lambda index: array.read(index).view(bfloat16))
 
 
 def _folder(leaf: Any, *, where: str) -> str:
-    """The folder beside the file in which an array is, as the file names it. ValueError where that is another place."""
+    """Returns the folder beside the file that an array is said to be in. ValueError for any other place."""
     try:
-        # The path has stood in two places of the description; the folder it names is always beside the file.
+        # Versions differ in where the description has the path. The folder is always beside the file.
         named = (
             leaf.removeprefix(_PLACEHOLDER) if isinstance(leaf, str) else leaf["kvstore"].get("path") or leaf["path"]
         )
@@ -231,7 +232,7 @@ def _leaves(tree: Mapping[str, Any], prefix: str = "", *, where: str) -> list[tu
 
 
 def _config(path: object, stored: Mapping[str, LazyArray], *, scanned: bool) -> tuple[t5.T5Config, int, dict[str, int]]:
-    """Architecture from the shapes, the layer axis of a scanned model's arrays, and the layers that have arrays."""
+    """Derives the architecture, the layer axis of scanned arrays, and the number of layers that have arrays."""
 
     def shape(*choices: str, dimensions: int) -> tuple[int, ...]:
         for name in choices:

@@ -1,4 +1,4 @@
-"""Files of arrays, one array in memory at a time: safetensors read and written, PyTorch's own format read."""
+"""Files of arrays, one array in memory at a time: safetensors (read, written) and PyTorch's format (read)."""
 
 import importlib
 import json
@@ -18,9 +18,9 @@ _DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "F6
 
 
 def write_safetensors(file: Path, arrays: Mapping[str, LazyArray], *, dtype: np.dtype | None) -> None:
-    """The library's own writer wants every array of a file in memory; this one holds a single array.
+    """Writes one array at a time; the library's own writer wants all of them in memory.
 
-    `dtype` None leaves each array in its own type, which may be int8 or uint8 as well.
+    `dtype` None keeps each array's type, which may also be int8 or uint8.
     """
     codes = {np.dtype(each): code for code, each in {**_DTYPES, "I8": np.int8, "U8": np.uint8}.items()}
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -39,6 +39,7 @@ def write_safetensors(file: Path, arrays: Mapping[str, LazyArray], *, dtype: np.
 
 
 def read_safetensors(file: Path) -> dict[str, LazyArray]:
+    """Opens the arrays of a file, which is mapped and read by slices."""
     try:
         opened = safetensors.safe_open(file, framework="np")
     except safetensors.SafetensorError as error:
@@ -55,7 +56,7 @@ def read_safetensors(file: Path) -> dict[str, LazyArray]:
 
 
 def read_torch(file: Path) -> dict[str, LazyArray]:
-    """PyTorch's own format, which only PyTorch reads; its arrays are mapped, and read by slices as well."""
+    """Opens a file in PyTorch's own format, mapped and read by slices. Needs PyTorch."""
     try:
         torch: Any = importlib.import_module("torch")  # not `import`: the type checks run without it
     except ImportError as error:
@@ -65,7 +66,7 @@ def read_torch(file: Path) -> dict[str, LazyArray]:
         ) from error
     try:
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # of many kinds; that of a file which would run code is one
+    except Exception as error:  # of many types; a pickle that would run code is refused here too
         raise ValueError(
             f"{file} holds more, or less, than PyTorch's weights ({type(error).__name__}: {part(str(error))}). It "
             "was not loaded; take a revision of the model that has safetensors."

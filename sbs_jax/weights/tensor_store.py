@@ -1,4 +1,4 @@
-"""Arrays in TensorStore (zarr files, Orbax's OCDBT), opened by URL: a bucket is read as a folder is, by slices."""
+"""Arrays in TensorStore (zarr, Orbax's OCDBT) by URL: buckets are read like folders, by slices."""
 
 import math
 from collections.abc import Mapping
@@ -11,12 +11,12 @@ import tensorstore as ts
 from sbs_jax.storage.json_files import part
 from sbs_jax.weights.arrays import LazyArray
 
-# A piece of a file is read whole; T5X's have some millions of numbers.
+# A chunk is read whole. T5X's chunks have a few million numbers.
 _MOST_IN_CHUNK = 2**32
 
 
 def orbax_arrays(path: str | Path) -> dict[str, LazyArray]:
-    """The arrays of a directory that Orbax wrote, by the names that it keeps them under."""
+    """Opens the arrays of a directory that Orbax wrote, under the names stored there."""
     url = url_of(path)
     store = ts.KvStore.open({"driver": "ocdbt", "base": url}).result()
     return opened({"driver": "ocdbt", "base": url}, zarr_names(store))
@@ -36,7 +36,7 @@ def text(key: bytes) -> str:
 
 
 def zarr_names(store: ts.KvStore) -> dict[str, str]:
-    """Names of the arrays of a store, each with the driver that reads it."""
+    """Lists the arrays of a store, each with the driver that reads it."""
     drivers = {"/.zarray": "zarr", "/zarr.json": "zarr3"}
     found = {}
     for key in map(text, store.list().result()):
@@ -47,7 +47,7 @@ def zarr_names(store: ts.KvStore) -> dict[str, str]:
 
 
 def opened(kvstore: Mapping[str, Any], drivers: Mapping[str, str]) -> dict[str, LazyArray]:
-    """Opens arrays side by side (over a network each one waits for an answer)."""
+    """Opens arrays concurrently: over a network each one waits for an answer."""
     path = kvstore.get("path", "")
     waiting = {
         name: ts.open({"driver": driver, "kvstore": {**kvstore, "path": f"{path}{name}/"}}, read=True, open=True)

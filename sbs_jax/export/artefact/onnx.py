@@ -1,4 +1,4 @@
-"""The student as an ONNX model: greedy answers to so many rows of so many tokens, the whole search in one graph.
+"""The student as one ONNX graph: greedy answers to a fixed number of rows and tokens, the search included.
 
 `generate` needs onnxruntime and numpy.
 """
@@ -15,13 +15,13 @@ TASKS = ("answer",)
 @functools.cache
 def session() -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # without what it says of constants that it folds
+    options.log_severity_level = 3  # no reports on folded constants
     file = str(Path(__file__).resolve().parent / "model.onnx")
     return onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
 
 
 def generate(rows: np.ndarray, task: str) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens [N, T] (the end token included, 0 after it) and scores [N] of source rows [N, S], padded with 0."""
+    """Answers source rows [N, S], padded with 0: tokens [N, T] (end token included, then 0) and scores [N]."""
     (source,) = session().get_inputs()
     batch, length = source.shape
     found = []

@@ -1,8 +1,8 @@
-"""Answers questions with the student that lies beside this file, by what `sbs_student.json` says. No sbs_jax needed.
+"""Answer questions with the student beside this file, as `sbs_student.json` describes it. Needs no sbs_jax.
 
     python run.py < questions.jsonl > answers.jsonl         # {"id", "input"} to {"id", "prediction", "score"}
 
-`--rationale` asks for the rationale. An input is the text alone: what stands before it is added here.
+`--rationale` asks for the rationale. An input is the text alone; its prefix is added here.
 """
 
 import json
@@ -25,7 +25,7 @@ if TOKENIZER["kind"] == "sentencepiece":
 
 
 def encode(text: str) -> list[int]:
-    """Token ids: every "</s>" is the end token, one ends the text, and no more than the student was trained with."""
+    """Encodes a text: "</s>" is the end token, another ends it; truncated to the length of training."""
     ids = []
     for part in text.split(GIVEN["joint"]):
         ids += [byte + 3 for byte in part.encode()] if TOKENIZER["kind"] == "byte" else PIECES.EncodeAsIds(part)
@@ -34,7 +34,7 @@ def encode(text: str) -> list[int]:
 
 
 def decode(ids: list[int]) -> str:
-    """The text of token ids; sentinels, which come after the pieces, are the unknown token."""
+    """Decodes token ids; sentinels, numbered after the pieces, count as unknown."""
     ids = [i for i in ids if i not in (PAD, EOS)]
     if TOKENIZER["kind"] == "byte":
         return bytes(i - 3 for i in ids if 3 <= i < 259).decode("utf-8", errors="ignore")
@@ -43,7 +43,7 @@ def decode(ids: list[int]) -> str:
 
 
 def answer(texts: list[str], rationale: bool = False) -> list[tuple[str, float]]:
-    """(answer, natural log probability) of each text."""
+    """Answers each text: (answer, natural log probability)."""
     asked = CARD["rationale"] if rationale else GIVEN
     if asked is None or (rationale and "rationale" not in model.TASKS):
         raise SystemExit("This student was not exported with rationales.")

@@ -1,6 +1,6 @@
-"""The student as StableHLO programs, one for each task, number of rows and length; weights are their first argument.
+"""The student as StableHLO programs, one per task and shape; weights are their first argument.
 
-`generate` needs jax (of a version that reads the artefact: README.md), numpy and safetensors.
+`generate` needs jax (a version that reads the artefact: README.md), numpy and safetensors.
 """
 
 import functools
@@ -27,17 +27,17 @@ def weights() -> dict:
 
 @functools.cache
 def program(file: Path):
-    """`program(weights, tokens int32 [B, S])` is (tokens int32 [B, T], natural log probabilities float32 [B])."""
+    """Loads `program(weights, tokens int32 [B, S])`: (tokens int32 [B, T], natural log probabilities float32 [B])."""
     return jax.jit(export.deserialize(bytearray(file.read_bytes())).call)
 
 
 def generate(rows: np.ndarray, task: str) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens [N, T] (the end token included, 0 after it) and scores [N] of source rows [N, S], padded with 0."""
+    """Answers source rows [N, S], padded with 0: tokens [N, T] (end token included, then 0) and scores [N]."""
     longest = int(np.count_nonzero(rows, axis=1).max(initial=1))
     fitting = {shape: file for shape, file in PROGRAMS[task].items() if shape[1] >= longest}
     found = []
     while len(rows):
-        # The shortest programs; of those the smallest that takes all rows, else the largest.
+        # The shortest rows that fit; among those the smallest batch that takes all rows, else the largest.
         batch, length = min(fitting, key=lambda shape: (shape[1], shape[0] < len(rows), abs(shape[0] - len(rows))))
         padded = np.zeros((batch, length), np.int32)
         now, rows = rows[:batch, :longest], rows[batch:]
