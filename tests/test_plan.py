@@ -95,7 +95,7 @@ def test_trips_of_a_loop_follow_from_its_condition(old, new, trips):
 
 
 def test_a_text_without_entry_is_refused():
-    with pytest.raises(ValueError, match="no ENTRY"):
+    with pytest.raises(ValueError, match="without an ENTRY"):
         hlo.read("HloModule nothing\n")
 
 

@@ -117,7 +117,10 @@ def test_unknown_names_are_refused_with_near_ones(changes: dict[str, Any], expec
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"axes": {"ALPHAA": (0.3,)}}, r"svamp-cpu-.*ALPHAA=0.3-1-0 cannot be configured.*ALPHAA.*Did you mean 'ALPHA'"),
+        (
+            {"axes": {"ALPHAA": (0.3,)}},
+            r"ALPHAA=0.3-1-0 cannot be configured.*ALPHAA.*Did you mean 'ALPHA'",
+        ),
         ({"bindings": {"TRAIN_STEPS": 0}}, "train_steps is 0"),
         ({"experiment": "gin_configs/experiments/cqa/cpu.gin"}, "trains on cqa: .* is not about svamp"),
         (
@@ -404,7 +407,7 @@ def test_told_to_end_it_passes_that_on_and_goes_on_later(
         process.send(signal.SIGTERM)
         assert process.wait() == 75
         assert "Repeat the command to go on" in process.complained()
-        assert f"{name}: told to end, and saved" in process.said()
+        assert f"{name}: preempted, and saved" in process.said()
     again = starter.run(tmp_path, flags(trained, folder, *one), path=[trained])
     assert again.returncode == 0, again.stderr
     for kind in ("train", "validation", "test"):

@@ -1,7 +1,6 @@
-"""TPU generations: what one chip is and costs, from the dated table `chips.json`, and the names of topologies."""
+"""TPU chips and topologies: memory, rates and prices from the dated table `chips.json`."""
 
 import dataclasses
-import difflib
 import functools
 import importlib.util
 import json
@@ -12,9 +11,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from sbs_jax import checks
+
 GIB = 2**30
-# libtpu as a compiler alone: look for no TPU, let other processes do the same at once, keep no log files, and say
-# warnings (a sharding that it cannot keep to is one) to standard error. To be set before it is loaded.
+# Use libtpu as a compiler only: look for no TPU, allow other processes to load it too, keep no log files, and send
+# warnings (such as a sharding it cannot keep) to standard error. Set these before libtpu is loaded.
 ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -27,35 +28,35 @@ _NAME = re.compile(r"([a-z0-9]+):(\d+(?:x\d+){1,2})")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Chip:
-    """One generation. Rates and memory are per chip, except where `devices` (as JAX counts them) is said."""
+    """One TPU generation. Rates and memory are per chip unless the comment says per device (as JAX counts them)."""
 
     name: str
-    shapes: tuple[str, ...]  # the slices that are offered
+    shapes: tuple[str, ...]  # slices on offer
     devices: int  # per chip
-    options: Mapping[str, Any]  # that libtpu wants with the topology's name
+    options: Mapping[str, Any]  # libtpu needs them with the topology's name
     peak_flops: float  # bfloat16, per second
-    flops_per_cycle: int  # of one device, at that peak
+    flops_per_cycle: int  # per device, at that peak
     memory_gib: float
-    available_gib: float  # of one device, to a program
-    links: float  # bytes per second that one chip sends to its neighbours
-    network: float  # and to other slices
+    available_gib: float  # per device, to a program
+    links: float  # bytes per second from one chip to its neighbours
+    network: float  # bytes per second to other slices
     on_demand: float  # USD per chip and hour
     three_years: float
 
     @property
     def clock(self) -> float:
-        """Cycles per second."""
+        """Returns cycles per second."""
         return self.peak_flops / (self.flops_per_cycle * self.devices)
 
 
 @functools.cache
 def table() -> dict[str, Any]:
-    """`chips.json` as it is: its date, its sources and its chips."""
+    """Reads `chips.json`: date, sources and chips."""
     return json.loads((Path(__file__).parent / "chips.json").read_text("utf-8"))
 
 
 def known() -> dict[str, Chip]:
-    """Generation to what is known of it."""
+    """Returns the chips by generation."""
     return {
         name: Chip(name=name, **{**fields, "shapes": tuple(fields["shapes"])})
         for name, fields in table()["chips"].items()
@@ -64,7 +65,7 @@ def known() -> dict[str, Chip]:
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """`slices` times a box of chips, for example 2 of v5e:4x4."""
+    """A box of chips, `slices` times: for example 2 of v5e:4x4."""
 
     name: str
     chip: Chip
@@ -72,16 +73,16 @@ class Topology:
 
     @property
     def chips(self) -> int:
-        """Of all slices."""
+        """Counts the chips of all slices."""
         return self.slices * math.prod(int(n) for n in self.name.partition(":")[2].split("x"))
 
     @property
     def title(self) -> str:
-        """v5e:4x4, or 2 x v5e:4x4."""
+        """Returns "v5e:4x4", or "2 x v5e:4x4"."""
         return self.name if self.slices == 1 else f"{self.slices} x {self.name}"
 
     def describe(self) -> list[Any]:
-        """Its devices, absent though they are. ValueError, with the shapes on offer, where libtpu knows no such box."""
+        """Describes its absent devices. ValueError with the shapes on offer if libtpu has no such box."""
         os.environ.update(ENVIRONMENT)
         from jax.errors import JaxRuntimeError
         from jax.experimental import topologies
@@ -98,14 +99,13 @@ class Topology:
 
 
 def topology(name: str, *, slices: int = 1) -> Topology:
-    """The topology of a name such as "v5e:4x4" or "v5p:2x2x2". ValueError with the names that are known."""
+    """Parses a name such as "v5e:4x4" or "v5p:2x2x2". ValueError lists the known names."""
     chips = known()
     match = _NAME.fullmatch(name)
     generation = name.partition(":")[0]
     if match is None or generation not in chips:
         names = [f"{chip}:{shape}" for chip, fields in chips.items() for shape in fields.shapes]
-        near = difflib.get_close_matches(name.replace("-", ":"), names, n=3, cutoff=0.6)
-        hint = f" Did you mean {' or '.join(near)}?" if near else ""
+        hint = checks.nearest(name.replace("-", ":"), names)
         lines = "".join(f"\n  {chip}: {' '.join(fields.shapes)}" for chip, fields in chips.items())
         raise ValueError(f"Unknown topology {name!r}; expected CHIP:SHAPE of these:{lines}\n{hint.strip()}".rstrip())
     dimensions = {shape.count("x") for shape in chips[generation].shapes}
@@ -121,9 +121,9 @@ def topology(name: str, *, slices: int = 1) -> Topology:
 
 
 def check_compiler() -> None:
-    """ModuleNotFoundError, with the command to install it, where libtpu is missing."""
+    """Raises ModuleNotFoundError with the install command if libtpu is missing."""
     if importlib.util.find_spec("libtpu") is None:
         raise ModuleNotFoundError(
-            "sbs plan asks the TPU compiler, which is not installed. It needs Linux, 600 MB on disk and no TPU: "
+            "sbs plan needs the TPU compiler, which is not installed. It needs Linux, 600 MB on disk and no TPU: "
             "pip install libtpu"
         )

@@ -1,4 +1,4 @@
-"""`sbs plan`: candidates, what the compiler says of each, what that costs, and a suggestion."""
+"""Plan a run: compile candidates for absent TPUs, cost each, and suggest one."""
 
 import dataclasses
 import importlib.metadata
@@ -23,7 +23,7 @@ MICRO_BATCHES = (1, 2, 4, 8)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """What the flags say; see `sbs plan --help`."""
+    """Holds the flags of `sbs plan`; see its --help."""
 
     topologies: tuple[chips.Topology, ...]
     steps: tuple[str, ...]
@@ -31,7 +31,7 @@ class Options:
     max_compiles: int
     batch_size: int | None
     price: str  # "on_demand", "three_years", or USD per chip and hour
-    examples: int | None  # of each task, in an epoch
+    examples: int | None  # per task and epoch
     examples_per_row: float | None
 
     def __post_init__(self) -> None:
@@ -50,7 +50,7 @@ class Options:
 def plan(
     config: TrainConfig, options: Options, *, machine: compiler.Compiler, report: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Everything that is printed, as JSON has it. `report` gets a line before each compilation."""
+    """Compiles and costs every candidate, as `sbs plan --json` prints it; `report` gets a line before each compile."""
     if options.batch_size is not None:
         config = dataclasses.replace(config, batch_size=options.batch_size)
     epoch = _epoch(config, options)
@@ -110,7 +110,7 @@ def _configuration(config: TrainConfig) -> dict[str, Any]:
 
 
 def _parameters(config: TrainConfig) -> tuple[int, int]:
-    """How many the student has, with nothing put on, and how many are trained."""
+    """Counts the student's parameters without adapters, and those that are trained."""
     adapted = adapters.abstract(config.model, config.tuning)
     counts = [
         sum(math.prod(leaf.shape) for leaf in shapes.values())
@@ -134,7 +134,7 @@ def _flops(config: TrainConfig) -> int:
 
 
 def _with_slices(mesh: dict[str, int], topology: chips.Topology) -> dict[str, int]:
-    """The mesh as it is or, on several slices, over all of them."""
+    """Returns the mesh, spread over all slices if there are several."""
     return mesh if topology.slices == 1 or mesh["slice"] != 1 else mesh | {"slice": topology.slices}
 
 
@@ -145,9 +145,9 @@ def _search(
     attempt: Callable[[chips.Topology, dict[str, int], int], dict[str, Any]],
     compiles: Callable[[], int],
 ) -> None:
-    """Every mesh, with more micro-batches where memory wants them; then more of them on the fastest of each topology.
+    """Tries every mesh, with more micro-batches until it fits; then more micro-batches on each topology's fastest mesh.
 
-    The topologies share the allowed number of compilations evenly; what is left serves the second round.
+    The topologies share the allowed compilations evenly; the second round uses what is left.
     """
     fastest: dict[int, dict[str, Any]] = {}
     for number, topology in enumerate(options.topologies):
@@ -173,7 +173,7 @@ def _search(
 
 
 def _meshes(config: TrainConfig, topology: chips.Topology) -> Iterator[dict[str, int]]:
-    """The configured mesh, then the usual ones, each kind of division once."""
+    """Yields the configured mesh, then the usual ones, each division once."""
     devices = topology.chips * topology.chip.devices
     seen = []
     for mesh in (_with_slices(config.layout.shape, topology), *({"slice": topology.slices} | m for m in MESHES)):
@@ -194,7 +194,7 @@ def _compiles(tried: Sequence[dict[str, Any]]) -> int:
 
 
 def _epoch(config: TrainConfig, options: Options) -> dict[str, Any]:
-    """Updates of one epoch (every example of every task once), and where their number comes from."""
+    """Counts the updates of one epoch (every example of every task once) and names the source of the count."""
     tasks = registry.subtasks(config.mixture_or_task_name)
     records = Path(config.data.records_dir) / registry.dataset_of_task(config.mixture_or_task_name).name
     if options.examples is not None:
@@ -223,7 +223,7 @@ def _costed(
     epoch: dict[str, Any],
     price: str,
 ) -> dict[str, Any]:
-    """A candidate with what follows from the compiler's figures: times, utilisation, cost."""
+    """Adds times, utilisation and cost, derived from the compiler's figures."""
     chip = topology.chip
     rate = float(price) if price not in ("on_demand", "three_years") else getattr(chip, price)
     lengths = {worker.EVALUATION: config.max_decode_length, worker.GENERATION: config.task_feature_lengths["targets"]}
@@ -262,8 +262,10 @@ def _costed(
 
 
 def _times(step: dict[str, Any], chip: chips.Chip, *, trips: int) -> dict[str, float | None]:
-    """Seconds of a step, which is its cycles and the exchanges that run beside nothing, or all exchanges if these take
-    longer; of a generation, `trips` tokens long, all of it."""
+    """Computes a step's seconds: cycles plus exposed communication, or all communication if that takes longer.
+
+    A generation counts `trips` tokens.
+    """
     if "cycles" not in step:
         return {"seconds": None}
 
@@ -282,7 +284,7 @@ def _times(step: dict[str, Any], chip: chips.Chip, *, trips: int) -> dict[str, f
 
 
 def suggestion(tried: Sequence[dict[str, Any]]) -> dict[str, int | None]:
-    """Places in `tried` of the smallest machine that fits (its fastest way), the cheapest and the fastest candidate."""
+    """Picks the smallest machine that fits (its fastest mesh), the cheapest and the fastest, as indices of `tried`."""
     fitting = [(index, one) for index, one in enumerate(tried) if one["fits"] and one.get("step_seconds")]
     if not fitting:
         return {"smallest": None, "cheapest": None, "fastest": None}
@@ -298,10 +300,10 @@ def suggestion(tried: Sequence[dict[str, Any]]) -> dict[str, int | None]:
 
 
 def mesh_title(mesh: dict[str, int]) -> str:
-    """`fsdp=8 tensor=2`: axes of one device are left out."""
+    """Names a mesh without its axes of size 1: `fsdp=8 tensor=2`."""
     return " ".join(f"{axis}={'all' if n == -1 else n}" for axis, n in mesh.items() if n != 1) or "one device"
 
 
 def micro_title(micro_batches: int) -> str:
-    """`1 micro-batch`, `2 micro-batches`."""
+    """Returns `1 micro-batch` or `2 micro-batches`."""
     return f"{micro_batches} micro-batch{'es' * (micro_batches > 1)}"

@@ -1,6 +1,6 @@
-"""The compiler in a process of its own: it may abort, hang or eat memory, and must take no other candidate with it.
+"""Run the compiler in a process of its own, so that an abort, a hang or lost memory costs one candidate only.
 
-The process answers one line of JSON with one line of JSON (worker.py). Light: imports no JAX.
+The process answers each line of JSON with one line of JSON (worker.py). This module imports no JAX.
 """
 
 import contextlib
@@ -17,17 +17,17 @@ from typing import IO, Any
 
 from sbs_jax.plan import chips
 
-# What libtpu and TensorFlow write whenever they find no accelerator.
+# Messages that libtpu and TensorFlow always write without an accelerator.
 _NOISE = re.compile(
     r"Failed to find host bounds|Logging before InitGoogle|All log messages before|unexpected worker hostname|"
     r"=== Source Location Trace|^learning/|oneDNN|cudart_stub|cuda_platform|^\s*$"
 )
-# What says why a process of C++ or Python ended, between lines of where it was.
+# Lines that give the cause of a C++ or Python crash, among the lines of its stack.
 _FATAL = re.compile(r"^F\d{4} |Check failed|^\w*Error\b|Out of memory|^sbs plan:")
 
 
 class Compiler:
-    """Starts `command` when it is first needed, and again after it broke; a context manager that ends it."""
+    """Starts `command` when first needed, and again after a crash; use it with `with`, which ends it."""
 
     def __init__(self, command: Sequence[str], *, time_limit: float) -> None:
         self._command = list(command)
@@ -42,7 +42,7 @@ class Compiler:
         self._stop()
 
     def start(self) -> None:
-        """Begins to import and to read the configuration, while the caller does other things."""
+        """Starts the process, which imports and reads the configuration while the caller goes on."""
         if self._process is None:
             self._stderr = tempfile.TemporaryFile()  # noqa: SIM115  (closed by _stop)
             self._process = subprocess.Popen(
@@ -54,7 +54,7 @@ class Compiler:
             )
 
     def measure(self, candidate: Any) -> dict[str, Any]:
-        """`worker.measure` of a candidate. One that breaks the process, or takes too long, has `refused` with why."""
+        """Returns `worker.measure` of a candidate; `refused` says why if it crashes the process or takes too long."""
         self.start()
         assert self._process is not None
         assert self._process.stdin is not None
@@ -66,17 +66,13 @@ class Compiler:
             line = b""
         except TimeoutError:
             self._stop()
-            return {
-                "refused": f"not compiled within {self._time_limit:.0f} s (--time_limit)",
-                "broke": True,
-                "steps": {},
-            }
+            return _broke(f"not compiled within {self._time_limit:.0f} s (--time_limit)")
         if not line:
-            return {"refused": self._last_words(), "broke": True, "steps": {}}
+            return _broke(self._last_words())
         return json.loads(line)
 
     def _line(self) -> bytes:
-        """One line of the process' output; empty if it ended."""
+        """Reads one line of the process's output; empty if it ended."""
         assert self._process is not None
         assert self._process.stdout is not None
         file = self._process.stdout.fileno()
@@ -95,7 +91,7 @@ class Compiler:
         return b"".join(parts)
 
     def _last_words(self) -> str:
-        """How the process ended and the last lines it wrote of its own; it is started anew for the next candidate."""
+        """Describes how the process ended, with its last lines; the next candidate starts a new one."""
         assert self._process is not None
         assert self._stderr is not None
         status = self._process.wait()
@@ -105,7 +101,7 @@ class Compiler:
         fatal = [line for line in said if _FATAL.search(line)]
         self._stop()
         how = f"signal {-status}" if status < 0 else f"status {status}"
-        return f"the compiler's process ended with {how}: " + (" | ".join((fatal or said)[-2:]) or "it said nothing")
+        return f"the compiler's process ended with {how}: " + (" | ".join((fatal or said)[-2:]) or "no output")
 
     def _stop(self) -> None:
         if self._process is not None:

@@ -1,8 +1,8 @@
-"""What one run of a compiled TPU program costs, read from the text of its optimised HLO.
+"""Read the cost of one run of a compiled TPU program from its optimised HLO text.
 
-The compiler writes `estimated_cycles` beside most operations. Their sum, loops taken as often as they run, is its
-estimate of the time that one chip computes. It holds no estimate for communication, nor for opaque operations (a
-Pallas kernel, sorting, random bits): both are listed beside the sum, not hidden in it.
+The compiler writes `estimated_cycles` beside most operations. Their sum, with loops multiplied by their trip counts, is
+its estimate of one chip's computing time. It gives no estimate for communication or for opaque operations (a Pallas
+kernel, sorting, random bits), so both are listed separately.
 """
 
 import collections
@@ -11,9 +11,9 @@ import math
 import re
 from collections.abc import Mapping
 
-# Above this the compiler means: unknown.
+# The compiler writes larger values for "unknown".
 _UNKNOWN = 2**60
-# Results smaller than this are scalars and bookkeeping; operations on them cost next to nothing.
+# Smaller results are scalars and bookkeeping, which cost next to nothing.
 _SMALL = 64 * 1024
 _BYTES = {
     **dict.fromkeys(("pred", "s4", "u4", "s8", "u8", "f8e4m3fn", "f8e5m2"), 1),
@@ -22,7 +22,7 @@ _BYTES = {
     **dict.fromkeys(("f64", "s64", "u64"), 8),
 }
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
-# What takes no time of its own: names for values, and copies that run beside the computation.
+# Operations without a time of their own: names for values, and copies that overlap with computation.
 _FREE = {
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id"),
     *("call", "while", "conditional", "optimization-barrier", "iota", "send", "recv"),
@@ -51,43 +51,43 @@ _OP_NAME = re.compile(r'op_name="([^"]*)"')
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One exchange between chips, `count` times per run of the program.
+    """One exchange between chips, run `count` times per program run.
 
-    `bytes` are those of its result on one chip, `moved` those that one chip sends (the usual ring algorithms).
+    `bytes` is the size of its result on one chip, `moved` the bytes one chip sends (by the usual ring algorithms).
     """
 
     kind: str
     count: int
     bytes: int
     moved: float
-    group: int  # chips that take part in one exchange
+    group: int  # chips in one exchange
     across_slices: bool  # over the data-centre network
-    overlapped: bool  # the compiler runs it beside computation
+    overlapped: bool  # with computation
     loop: str | None  # body of the outermost loop it runs in
-    arrays: tuple[str, ...]  # of the result: "bf16[768,2048]"
-    op_name: str  # where in the program it comes from
+    arrays: tuple[str, ...]  # result arrays: "bf16[768,2048]"
+    op_name: str  # its place in the traced program
 
 
 @dataclasses.dataclass(frozen=True)
 class Loop:
-    """`trips` is None where the compiler does not know it (a decoding loop); its cycles are then counted once."""
+    """A loop; `trips` is None if unknown (a decoding loop), and its cycles then count once."""
 
     body: str
     trips: int | None
-    cycles: int  # of one trip
+    cycles: int  # per trip
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """Cost of one run on one chip. `cycles` is an estimate, the compiler's."""
+    """Cost of one run on one chip; `cycles` is the compiler's estimate."""
 
     cycles: int
     loops: tuple[Loop, ...]
-    without_estimate: Mapping[str, int]  # operation to how often it runs
+    without_estimate: Mapping[str, int]  # operation -> number of runs
     collectives: tuple[Collective, ...]
 
     def by_kind(self) -> dict[str, dict[str, int | float]]:
-        """{"all-gather": {"count": 12, "bytes": .., "moved": ..}, ..}, the largest first."""
+        """Sums by kind, largest first: {"all-gather": {"count": 12, "bytes": .., "moved": ..}, ..}."""
         found: dict[str, dict[str, int | float]] = {}
         for one in self.collectives:
             total = found.setdefault(one.kind, {"count": 0, "bytes": 0, "moved": 0.0})
@@ -111,7 +111,7 @@ _Computation = dict[str, _Instruction]
 
 
 def array_bytes(shape: str) -> int:
-    """Bytes of all arrays in an HLO shape: 12,288 for "(f32[8,128]{1,0:T(8,128)}, bf16[64,64])"."""
+    """Sums the bytes of all arrays in an HLO shape: 12,288 for "(f32[8,128]{1,0:T(8,128)}, bf16[64,64])"."""
     return sum(
         _BYTES[kind] * math.prod(int(n) for n in sizes.split(",") if n)
         for kind, sizes in _ARRAY.findall(shape)
@@ -120,10 +120,10 @@ def array_bytes(shape: str) -> int:
 
 
 def read(text: str, *, slices: int = 1) -> Program:
-    """Costs of an optimised module, `jitted.lower(..).compile().as_text()`; `slices` as it was compiled for."""
+    """Reads the costs of an optimised module, `jitted.lower(..).compile().as_text()`, compiled for `slices`."""
     computations, entry = _computations(text)
     if entry is None:
-        raise ValueError("This is no text of an HLO module: it has no ENTRY computation.")
+        raise ValueError("Got a text without an ENTRY computation; expected an HLO module.")
     loops: dict[str, Loop] = {}
     cycles: dict[str, int] = {}
 
@@ -146,12 +146,12 @@ def read(text: str, *, slices: int = 1) -> Program:
     seen: set[tuple[str, ...]] = set()
 
     def walk(name: str, *, times: int, loop: str | None, inside: str | None) -> None:
-        """Collectives and operations without an estimate; `inside` is the fusion that this computation is."""
+        """Collects collectives and operations without an estimate; `inside` names the fusion that holds `name`."""
         for one in computations.get(name, {}).values():
             kind = one.opcode.removesuffix("-start")
             if kind in COLLECTIVES:
                 if inside is not None:
-                    # A collective that runs beside fusions appears in each of them, and in those that start and end it.
+                    # A collective that overlaps with fusions appears in each of them: count it once.
                     key = (kind, _first(_CHANNEL, one.line), _first(_CHAIN, one.line), loop or "")
                     if key[1] and key in seen:
                         continue
@@ -190,7 +190,7 @@ def read(text: str, *, slices: int = 1) -> Program:
 
 
 def _computations(text: str) -> tuple[dict[str, _Computation], str | None]:
-    """Computation to its instructions, and the name of the entry."""
+    """Parses the instructions by computation, and the name of the entry."""
     computations: dict[str, _Computation] = {}
     entry = current = None
     for line in text.splitlines():
@@ -213,9 +213,9 @@ def _estimate(line: str) -> int | None:
 
 
 def _trips(loop: _Instruction, caller: _Computation, computations: Mapping[str, _Computation]) -> int | None:
-    """How often a loop runs. libtpu does not say, so it is taken from a condition `counter < constant`.
+    """Returns a loop's trip count. libtpu does not write it, so it is read from a condition `counter < constant`.
 
-    None where it has another condition (a decoding loop's: or all rows have ended).
+    None for any other condition (a decoding loop also ends when all rows have ended).
     """
     if match := _TRIPS.search(loop.line):
         return int(match[1])
@@ -243,13 +243,13 @@ def _root(computation: _Computation) -> _Instruction:
 
 @dataclasses.dataclass(frozen=True)
 class _Element:
-    """Of the tuple that a loop carries."""
+    """An element of the tuple that a loop carries."""
 
     index: int
 
 
 def _trace(computation: _Computation, name: str) -> int | _Element | None:
-    """What a scalar is: a constant, or an element of the computation's parameter."""
+    """Traces a scalar to a constant or to an element of the computation's parameter."""
     one = computation.get(name)
     while one is not None and one.opcode in ("copy", "bitcast", "copy-done", "copy-start"):
         one = computation.get(one.operands[0])
@@ -264,7 +264,7 @@ def _trace(computation: _Computation, name: str) -> int | _Element | None:
 
 
 def _tuple_operand(computation: _Computation, name: str, index: int) -> str:
-    """Name of an element of a tuple that the computation makes; "" if it does not."""
+    """Returns the name of an element of a tuple made in the computation, else ""."""
     one = computation.get(name)
     return one.operands[index] if one is not None and one.opcode == "tuple" else ""
 
@@ -295,7 +295,7 @@ def _collective(
     overlapped: bool,
     slices: int | None = None,
 ) -> Collective:
-    """`slices` are those that exchange through the data-centre network; None for an exchange within a slice."""
+    """Sizes one exchange; `slices` counts those on the data-centre network, None means within a slice."""
     shape = _result_shape(one)
     size = array_bytes(shape)
     group = slices or _group_size(one.line)
@@ -322,7 +322,7 @@ def _collective(
 
 
 def _result_shape(one: _Instruction) -> str:
-    """Of an asynchronous start, (operand, result, ..), the result; of a sending, (value, ..), the value."""
+    """Returns the result of an asynchronous start (operand, result, ..), or the value of a send (value, ..)."""
     if one.opcode == "send":
         return _parts(one.shape)[0]
     if one.opcode.endswith("-start") and one.opcode != "all-reduce-start":
@@ -331,7 +331,7 @@ def _result_shape(one: _Instruction) -> str:
 
 
 def _parts(shape: str) -> list[str]:
-    """Top-level elements of a tuple's shape."""
+    """Splits a tuple's shape at its top level."""
     parts, depth, start = [], 0, 1
     for index, letter in enumerate(shape):
         depth += letter in "([{"
@@ -345,10 +345,10 @@ def _parts(shape: str) -> list[str]:
 
 
 def _group_size(line: str) -> int:
-    """Chips that exchange with one another.
+    """Counts the chips that exchange with one another.
 
-    Three ways to write four chips in two pairs: `replica_groups={{0,1},{2,3}}`, `[2,2]<=[4]` (an iota, perhaps
-    transposed) and `mesh['a'=2,'b'=2] {'b'}`, where `'b':(1)2` would be a part of an axis.
+    HLO writes four chips in two pairs in three ways: `replica_groups={{0,1},{2,3}}`, `[2,2]<=[4]` (an iota, perhaps
+    transposed) and `mesh['a'=2,'b'=2] {'b'}`, where `'b':(1)2` is part of an axis.
     """
     if match := re.search(r"replica_groups=\{\{([\d,]*)\}", line):
         return match[1].count(",") + 1

@@ -1,4 +1,4 @@
-"""A plan as text."""
+"""Print a plan as text."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -8,7 +8,7 @@ from sbs_jax.plan.command import mesh_title, micro_title
 
 
 def text(plan: dict[str, Any]) -> str:
-    """What `sbs plan` prints."""
+    """Formats a plan as `sbs plan` prints it."""
     config, tried = plan["configuration"], plan["candidates"]
     lines = [
         f"{config['task']}, {config['parameters'] / 1e6:,.1f} M parameters, {config['dtype']}; an update is "
@@ -66,7 +66,7 @@ def _overview(tried: Sequence[dict[str, Any]]) -> list[list[str]]:
 
 
 def _memory(step: dict[str, Any]) -> str:
-    """ "12.40 of 15.75", and by how much it does not fit."""
+    """Returns "12.40 of 15.75", and the excess if it does not fit."""
     if "needs" not in step:
         return "unknown"
     needs, available = step["needs"] / chips.GIB, step["available"] / chips.GIB
@@ -102,7 +102,7 @@ def _details(one: dict[str, Any], number: int | None) -> list[str]:
         ["", *steps],
         row("memory per device, GiB", _memory),
         row("  parameters", held("parameters")),
-        row("  optimiser state", held("optimizer")),
+        row("  optimizer state", held("optimizer")),
         row("  batch", held("batch")),
         row("  activations, temporaries", held("temporaries")),
         row("  results, program", held("outputs", "program")),
@@ -126,7 +126,7 @@ def _details(one: dict[str, Any], number: int | None) -> list[str]:
 
 
 def _notes(step: dict[str, Any]) -> list[str]:
-    """What the figures of a step do not say."""
+    """Lists what the figures of a step leave out."""
     if step.get("refused"):
         return [f"refused: {step['refused']}"]
     notes = []
@@ -152,7 +152,7 @@ def _size(number: int | float) -> str:
 
 
 def _money(plan: dict[str, Any]) -> list[str]:
-    """Chip-hours and cost of an epoch and of the run, per candidate."""
+    """Tabulates chip-hours and cost of an epoch and of the run, per candidate."""
     rows = [["", "topology", "mesh", "USD per chip-hour", "epoch", "chip-hours", "USD", "run", "chip-hours", "USD"]]
     for number, one in enumerate(plan["candidates"], 1):
         if one["fits"] and "run" in one:
@@ -211,7 +211,7 @@ def _suggestion(plan: dict[str, Any]) -> list[str]:
 
 
 def _grid(rows: Sequence[Sequence[str]], *, left: Sequence[int] = (0,)) -> list[str]:
-    """Columns as wide as they need to be, to the left those that are said."""
+    """Aligns columns to their widest cell; columns in `left` are left-aligned."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return [
         "  ".join(

@@ -1,6 +1,6 @@
-"""Compiles the steps of a configuration for absent TPUs and reads what the compiler says of them.
+"""Compile the steps of a configuration for absent TPUs and read the compiler's figures.
 
-`serve` does so in a process of its own, because a compiler may abort or take for ever: see compiler.py.
+`serve` runs in a process of its own, because a compiler may abort or hang (compiler.py).
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from sbs_jax.training.step import Trainer, prepare
 
 TRAIN, EVALUATION, GENERATION = "train", "evaluation", "generation"
 STEPS = (TRAIN, EVALUATION, GENERATION)
-# The two ways in which libtpu says how much a program needs and how much there is.
+# libtpu reports needed and available memory in two forms.
 _TOO_LARGE = (
     re.compile(r"\(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)"),
     re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm"),
@@ -36,23 +36,23 @@ REMATERIALIZED = "Involuntary full rematerialization"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """What is tried: a machine, a mesh, and how a global batch is cut."""
+    """A machine, a mesh, and a division of the global batch."""
 
     topology: str
     slices: int
-    mesh: dict[str, int]  # of a partitioning.Layout; may have a -1
+    mesh: dict[str, int]  # axes of partitioning.Layout; one may be -1
     batch_size: int
     micro_batches: int
     steps: tuple[str, ...]
 
     def applied(self, config: TrainConfig) -> TrainConfig:
-        """The configuration with this mesh and batch. ValueError where they cannot be."""
+        """Returns the configuration with this mesh and batch. ValueError if they do not fit it."""
         layout = partitioning.Layout(**self.mesh, rules=config.layout.rules)
         return dataclasses.replace(config, layout=layout, batch_size=self.batch_size, micro_batches=self.micro_batches)
 
 
 def measure(config: TrainConfig, candidate: Candidate) -> dict[str, Any]:
-    """What the compiler says of each step; what cannot be compiled has `refused` with the reason.
+    """Compiles each step and returns the compiler's figures; `refused` holds the reason if it cannot be compiled.
 
     {"mesh": {"fsdp": 8, ..}, "steps": {"train": {"fits": True, "memory": {..}, "cycles": ..}, ..}}.
     """
@@ -73,7 +73,7 @@ def measure(config: TrainConfig, candidate: Candidate) -> dict[str, Any]:
 
 
 def _lowerings(config: TrainConfig, trainer: Trainer) -> dict[str, Callable[[], jax.stages.Lowered]]:
-    """Each step as training and `sbs predict` run it, not yet traced."""
+    """Returns functions that lower each step as training and `sbs predict` run it."""
 
     def generation(length: int) -> Callable[[], jax.stages.Lowered]:
         generator = evaluate.Generator(
@@ -85,7 +85,7 @@ def _lowerings(config: TrainConfig, trainer: Trainer) -> dict[str, Callable[[], 
         source_length = config.task_feature_lengths["inputs"]
         return lambda: generator.lower({**trainer.saved.frozen, **trainer.saved.parameters}, inputs=source_length)
 
-    step: Any = trainer.step  # jitted: it has `lower`
+    step: Any = trainer.step  # jitted, so it has `lower`
     return {
         TRAIN: lambda: step.lower(trainer.abstract, trainer.batch),
         EVALUATION: generation(config.max_decode_length),
@@ -96,14 +96,14 @@ def _lowerings(config: TrainConfig, trainer: Trainer) -> dict[str, Callable[[], 
 def _compiled(
     lowering: Callable[[], jax.stages.Lowered], trainer: Trainer, topology: chips.Topology, *, step: str
 ) -> dict[str, Any]:
-    """One step: memory, cycles, collectives, seconds that its compilation took."""
+    """Compiles one step: memory, cycles, collectives and compile seconds."""
     start = time.monotonic()
     held = {"parameters": _bytes_per_device((trainer.abstract.parameters, trainer.abstract.frozen))}
     if step == TRAIN:
         held["batch"] = _bytes_per_device(trainer.batch)
-    if step != GENERATION:  # evaluation happens while training: the optimiser's state stays where it is
+    if step != GENERATION:  # evaluation runs during training, with the optimizer state in memory
         held["optimizer"] = _bytes_per_device(trainer.abstract.optimizer)
-    with captured_stderr() as said:
+    with captured_stderr() as captured:
         try:
             compiled = lowering().compile()
         except jax.errors.JaxRuntimeError as error:
@@ -121,7 +121,7 @@ def _compiled(
     total = arguments + memory["temporaries"] + memory["outputs"] + memory["program"]
     available = topology.chip.available_gib * chips.GIB
     program = hlo.read(compiled.as_text() or "", slices=topology.slices)
-    # A loop of unknown length is counted once: in a generation, one token.
+    # A loop of unknown length is counted once. In a generation that is one token.
     unknown = max((loop for loop in program.loops if loop.trips is None), key=lambda loop: loop.cycles, default=None)
     body = None if step == TRAIN or unknown is None else unknown.body
     once = {"cycles": program.cycles} | _communication(program, topology.chip)
@@ -134,17 +134,17 @@ def _compiled(
         "available": available,
         "memory": memory | {"arguments": arguments},
         **once,
-        "token": token,  # what `cycles` and the seconds hold of one trip of the decoding loop
+        "token": token,  # the part of `cycles` and seconds that is one trip of the decoding loop
         "loops_counted_once": sum(loop.trips is None and loop.body != body for loop in program.loops),
         "without_estimate": dict(program.without_estimate),
         "collectives": program.by_kind(),
-        "rematerializations": said[0].count(REMATERIALIZED),
+        "rematerializations": captured[0].count(REMATERIALIZED),
         "compile_seconds": seconds,
     }
 
 
 def _communication(program: hlo.Program, chip: chips.Chip, *, loop: str | None = None) -> dict[str, float]:
-    """Seconds that one device's exchanges (of one loop) take at least: their bytes over all its links at full speed."""
+    """Bounds one device's communication seconds (of one loop) from below: bytes over all its links at full speed."""
     seconds = {True: 0.0, False: 0.0}
     for one in program.collectives:
         if loop is None or one.loop == loop:
@@ -154,12 +154,12 @@ def _communication(program: hlo.Program, chip: chips.Chip, *, loop: str | None =
 
 
 def _bytes_per_device(tree: Any) -> int:
-    """Of a tree of shapes with shardings, what one device holds."""
+    """Counts the bytes that one device holds of a tree of shapes with shardings."""
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def _refusal(message: str, *, held: dict[str, int]) -> dict[str, Any]:
-    """What the compiler refused, and by how many bytes if it is for memory."""
+    """Parses a refusal of the compiler: needed and available bytes if memory is the cause, else its text."""
     for pattern in _TOO_LARGE:
         if match := pattern.search(message):
             needs, available = (float(match[i]) * _UNIT[match[i + 1]] for i in (1, 3))
@@ -169,24 +169,24 @@ def _refusal(message: str, *, held: dict[str, int]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def captured_stderr() -> Iterator[list[str]]:
-    """Keeps what the process writes to its standard error, also from C++; afterwards the list holds it."""
-    said: list[str] = []
+    """Captures the process's standard error, C++ included; the list holds the text afterwards."""
+    captured: list[str] = []
     sys.stderr.flush()
     kept = os.dup(2)
     with tempfile.TemporaryFile() as file:
         os.dup2(file.fileno(), 2)
         try:
-            yield said
+            yield captured
         finally:
             sys.stderr.flush()
             os.dup2(kept, 2)
             os.close(kept)
             file.seek(0)
-            said.append(file.read().decode("utf-8", "replace"))
+            captured.append(file.read().decode("utf-8", "replace"))
 
 
 def serve(config: TrainConfig, *, requests: TextIO, answers: TextIO) -> None:
-    """Answers each line of JSON (a `Candidate`) with one line of JSON (`measure`), until the requests end."""
+    """Answers each line of JSON (a `Candidate`) with one line of JSON (`measure`) until the input ends."""
     for line in requests:
         fields = json.loads(line)
         candidate = Candidate(**fields | {"steps": tuple(fields["steps"])})

@@ -1,4 +1,4 @@
-"""Many runs from one gin file: the cells of a table, trained a few at a time; finished ones are skipped."""
+"""Train the cells of a table from one gin file, a few at a time; finished cells are skipped."""
 
 from sbs_jax.sweep.cells import Cell, Sweep, check_configurations, check_inputs, searching
 from sbs_jax.sweep.running import Ended, main, run

@@ -1,4 +1,4 @@
-"""The cells of a sweep, each a run of `sbs train`; and whether all of them can be."""
+"""The cells of a sweep, each one run of `sbs train`, and the checks before the first one starts."""
 
 import dataclasses
 import itertools
@@ -11,8 +11,8 @@ from sbs_jax.checks import nearest
 from sbs_jax.training import gin_files
 from sbs_jax.training.gin_files import UsageError
 
-_ROOT = Path(__file__).parents[2]  # gin_configs/ lies there
-_OWN = ("MODEL_DIR", "RECORDS_DIR", "FRACTION", "SEED")  # macros that the sweep itself sets
+_ROOT = Path(__file__).parents[2]  # holds gin_configs/
+_OWN = ("MODEL_DIR", "RECORDS_DIR", "FRACTION", "SEED")  # macros set by the sweep itself
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,13 +26,13 @@ class Cell:
     fraction: float
     seed: int
     gin_files: tuple[str, ...]
-    bindings: tuple[str, ...]  # beyond them, without MODEL_DIR, FRACTION and SEED
+    bindings: tuple[str, ...]  # without MODEL_DIR, FRACTION and SEED
     sweep_dir: Path
     search_paths: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
-        """ "svamp-base-step_by_step-0.25-0"; values of free axes stand before the fraction: "ALPHA=0.3"."""
+        """Returns "svamp-base-step_by_step-0.25-0"; free axes ("ALPHA=0.3") come before the fraction."""
         axes = [f"{macro}={str(value).replace('/', '_')}" for macro, value in self.axes.items()]
         parts = [self.dataset, self.size, Path(self.method).stem, *axes, f"{self.fraction:g}", str(self.seed)]
         return "-".join(parts)
@@ -51,17 +51,17 @@ class Cell:
         return [*self.bindings, *axes, *(binding(macro, value) for macro, value in own.items())]
 
     def arguments(self) -> list[str]:
-        """What `sbs` is given."""
+        """Returns the arguments of `sbs`."""
         paths = [f"--gin_search_paths={','.join(self.search_paths)}"] if self.search_paths else []
         files = [f"--gin_file={file}" for file in self.gin_files]
         return ["train", *paths, *files, *(f"--gin.{each}" for each in self.all_bindings())]
 
     def command(self) -> str:
-        """The same as a line for a shell."""
+        """Returns the command as a line for a shell."""
         return shlex.join(["sbs", *self.arguments()])
 
     def configured(self) -> tuple[Any, str]:
-        """Its train.TrainConfig, and the text that its run keeps; UsageError where it has none."""
+        """Returns its train.TrainConfig and the text its run keeps. UsageError if it cannot be configured."""
         try:
             return gin_files.configure(
                 "train.TrainConfig",
@@ -75,21 +75,21 @@ class Cell:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sweep:
-    """Every combination of its lists. Bound by `gin_configs/runs/sweep.gin`.
+    """All combinations of its lists; bound by `gin_configs/runs/sweep.gin`.
 
     Attributes:
-      sweep_dir: runs/<cell>, logs/<cell>.log and the report, index.html, go there.
-      records_dir: holds the records of all datasets.
-      datasets: names of datasets.
-      sizes: names of experiments of each dataset: "base", "large".
-      methods: names of gin_configs/methods/, or paths that end in .gin.
-      fractions: of the training rows, in (0, 1]; or by dataset, where they differ.
-      seeds: of the fraction's rows, the parameters, the order and the dropout.
-      axes: other macros, each with its values. They are part of a cell's name.
-      experiment: the gin file of a cell, with {dataset} and {size}.
-      initial_checkpoint_path, vocabulary: of every cell, may hold {dataset} and {size}; None: as the experiment says.
+      sweep_dir: folder for runs/<cell>, logs/<cell>.log and the report, index.html.
+      records_dir: folder with the records of all datasets.
+      datasets: dataset names.
+      sizes: experiment names of each dataset: "base", "large".
+      methods: names in gin_configs/methods/, or paths ending in .gin.
+      fractions: shares of the training rows, in (0, 1]; or a list per dataset.
+      seeds: seeds of the row subset, the parameters, the order and the dropout.
+      axes: other macros with their values; they become part of a cell's name.
+      experiment: gin file of a cell, with {dataset} and {size}.
+      initial_checkpoint_path, vocabulary: for every cell, with {dataset} and {size}; None keeps the experiment's.
       gin_files: included after the experiment and the method.
-      bindings: macros of every cell. Texts may hold {dataset} and {size}; those that begin with @ or % are gin's.
+      bindings: macros of every cell. Texts may hold {dataset} and {size}; a leading @ or % makes a gin reference.
     """
 
     sweep_dir: str
@@ -138,9 +138,9 @@ class Sweep:
                 raise ValueError(f"{macro} is among axes and among bindings; keep one.")
 
     def cells(self) -> list[Cell]:
-        """All of them, comparable ones side by side: by dataset, size, fraction (large first), seed, then method.
+        """Lists all cells by dataset, size, fraction (large first), seed and method, so comparable ones are adjacent.
 
-        ValueError, with near matches, where the gin file of an experiment or a method is not there.
+        ValueError with near matches if the gin file of an experiment or a method is missing.
         """
         found = []
         for dataset, size in itertools.product(self.datasets, self.sizes):
@@ -194,12 +194,12 @@ class Sweep:
 
 
 def searching(sweep: Sweep, paths: str) -> Sweep:
-    """The sweep with the flag --gin_search_paths, which its cells need as well."""
+    """Returns the sweep with --gin_search_paths, which its cells need too."""
     return dataclasses.replace(sweep, search_paths=tuple(path for path in paths.split(",") if path))
 
 
 def binding(macro: str, value: Any) -> str:
-    """`NAME=value` as the command line of `sbs train` takes it; texts in quotes, but for references of gin."""
+    """Returns `NAME=value` for `sbs train`; texts are quoted unless they are gin references."""
     return f"{macro}={value if isinstance(value, str) and value.startswith(('@', '%')) else repr(value)}"
 
 
@@ -215,10 +215,10 @@ def _check_list(name: str, values: Any) -> None:
 
 
 def check_configurations(cells: Sequence[Cell]) -> list[tuple[Cell, Any]]:
-    """Configures one cell of every kind: all but fraction and seed. Returns these, with their train.TrainConfig.
+    """Configures one cell per kind (all but fraction and seed) and returns these with their train.TrainConfig.
 
-    ValueError where a cell cannot be configured, is about another dataset, grades nothing on test, or is the same
-    as another under a second name.
+    ValueError if a cell cannot be configured, trains on another dataset, grades nothing on test, or equals another
+    cell under a second name.
     """
     from sbs_jax.data import registry
 
@@ -243,7 +243,7 @@ def check_configurations(cells: Sequence[Cell]) -> list[tuple[Cell, Any]]:
 
 
 def check_inputs(kinds: Sequence[tuple[Cell, Any]]) -> None:
-    """Whether records, vocabulary and checkpoint of every kind of cell are there. Reads no row and computes nothing."""
+    """Checks that records, vocabulary and checkpoint of every kind of cell exist. Reads no row, computes nothing."""
     from sbs_jax.data import registry, selection, tokens
 
     for cell, config in kinds:

@@ -1,4 +1,4 @@
-"""Running the cells of a sweep that are not finished, and reporting on all."""
+"""Train the unfinished cells of a sweep, and report on all."""
 
 import contextlib
 import dataclasses
@@ -19,23 +19,23 @@ from sbs_jax.sweep.workers import Workers
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Ended:
-    """How a cell ended; metrics are those on test, where it finished."""
+    """The end of a cell; `metrics` holds the test metrics of a finished one."""
 
     cell: Cell
     status: int
     seconds: float
     metrics: Mapping[str, Any]
-    number: int  # in the order of their ends, from 1
+    number: int  # in order of completion, from 1
 
     @property
     def result(self) -> str:
-        """ "accuracy 81.0", or what became of it."""
+        """Returns "accuracy 81.0", or the reason it did not finish."""
         if self.status == preemption.EXIT_STATUS:
-            return "told to end, and saved"
+            return "preempted, and saved"
         return f"failed, status {self.status}" if self.status else graded(self.metrics)
 
     def last_words(self) -> str:
-        """The end of what a cell said, in one line, and where the rest is."""
+        """Returns the last line of a cell's log, and the log's path."""
         with contextlib.suppress(OSError):
             lines = self.cell.log.read_text("utf-8", "replace").strip().splitlines()
             said = next((line for line in reversed(lines) if line.startswith("sbs train:")), lines[-1] if lines else "")
@@ -44,14 +44,14 @@ class Ended:
 
 
 def run(cells: Sequence[Cell], started: Workers, *, jobs: int) -> Iterator[Ended]:
-    """Trains cells, `jobs` at a time, and yields each when it has ended, however it did.
+    """Trains cells, `jobs` at a time, and yields each one when it ends.
 
-    preemption.PreemptedError where this process is told to end: the cells under way have saved by then.
+    preemption.PreemptedError if this process is preempted; the running cells have saved by then.
     """
-    waiting, running, number, told = list(cells), {}, 0, False
+    waiting, running, number, preempted = list(cells), {}, 0, False
     with preemption.listening():
-        while running or (waiting and not told):
-            while waiting and len(running) < jobs and not told:
+        while running or (waiting and not preempted):
+            while waiting and len(running) < jobs and not preempted:
                 cell = waiting.pop(0)
                 started.start(cell.name, cell.arguments(), log=cell.log)
                 running[cell.name] = cell, time.monotonic()
@@ -60,11 +60,11 @@ def run(cells: Sequence[Cell], started: Workers, *, jobs: int) -> Iterator[Ended
                 number += 1
                 metrics = _test_metrics(cell) if status == 0 else {}
                 yield Ended(cell=cell, status=status, seconds=time.monotonic() - begin, metrics=metrics, number=number)
-            if hosts.preemption_requested() and not told:
-                told = True
+            if hosts.preemption_requested() and not preempted:
+                preempted = True
                 started.send(signal.SIGTERM)
-    if told:
-        raise preemption.PreemptedError("This sweep was told to end; its cells are saved. Repeat the command to go on.")
+    if preempted:
+        raise preemption.PreemptedError("This sweep was preempted; its cells are saved. Repeat the command to resume.")
 
 
 def _test_metrics(cell: Cell) -> Mapping[str, Any]:
@@ -72,7 +72,7 @@ def _test_metrics(cell: Cell) -> Mapping[str, Any]:
 
 
 def main(sweep: Sweep, *, entry: Callable[[list[str]], int], jobs: int, redo_changed: bool) -> int:
-    """Runs what is not finished, prints the table and writes the pages; the exit status."""
+    """Trains what is not finished, prints the table, writes the page, and returns the exit status."""
     cells = sweep.cells()
     busy = jobs > 1 and jobs >= (os.cpu_count() or 1)
     with Workers(entry=entry, one_thread=busy) as started:
@@ -90,7 +90,7 @@ def main(sweep: Sweep, *, entry: Callable[[list[str]], int], jobs: int, redo_cha
 
 
 def _report(sweep: Sweep, cells: Sequence[Cell], *, leaving_out: set[str]) -> None:
-    """Tables and a page of what has finished."""
+    """Prints tables and writes a page of the finished cells."""
     from sbs_jax.pages import report
 
     finished = [cell.model_dir for cell in cells if cell.name not in leaving_out]

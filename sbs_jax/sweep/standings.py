@@ -1,8 +1,8 @@
-"""How far the cells of a sweep are.
+"""Progress of a sweep's cells.
 
-A cell is finished when its run directory has test metrics and its manifest is what this configuration and these
-records would give now (manifest.py). Anything else that is there is resumed or, where it is of another configuration
-or other data, refused with the difference.
+A cell is finished when its run directory has test metrics and its manifest matches the present configuration and
+records (run/manifest.py). A begun run is resumed; one of another configuration or other data is refused with the
+difference.
 """
 
 import dataclasses
@@ -19,22 +19,22 @@ from sbs_jax.training.gin_files import UsageError
 log = logging.getLogger(__name__)
 
 FINISHED, BEGUN, NEW, CHANGED = "finished", "begun", "new", "changed"
-_SHOWN = 20  # lines of a difference
+_SHOWN = 20  # lines of a difference in an error
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Standing:
-    """How far a cell is: "finished", "begun", "new", or "changed", with the difference."""
+    """State of a cell: "finished", "begun", "new", or "changed" with the difference."""
 
     cell: Cell
     state: str
-    step: int = 0  # of its last line of metrics
+    step: int = 0  # of the last metrics line
     metrics: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # on test
     difference: tuple[str, ...] = ()
 
 
 def standings(cells: Sequence[Cell]) -> list[Standing]:
-    """How far each cell is. Reads what is there; configures those that are begun, and hashes their records."""
+    """Returns the state of each cell; configures begun cells and hashes their records."""
     return [standing(cell) for cell in cells]
 
 
@@ -54,10 +54,10 @@ def standing(cell: Cell) -> Standing:
 
 
 def _changes(cell: Cell) -> list[str]:
-    """What of a run that exists is another than this cell would make it now, as lines of a diff.
+    """Diffs an existing run against what this cell would be now.
 
-    What follows from configuration, records and vocabulary (counts, lengths, parameters' shapes) is not computed
-    again: it is taken as it was, and differs only where they do.
+    Facts derived from configuration, records and vocabulary (counts, lengths, parameter shapes) are not recomputed:
+    they differ only if their sources do.
     """
     from sbs_jax.data import registry
     from sbs_jax.run import manifest, settings
@@ -81,30 +81,30 @@ def _changes(cell: Cell) -> list[str]:
 
 
 def overview(found: Sequence[Standing]) -> str:
-    """A line per cell, and how many there are of each state."""
+    """Formats a line per cell, and counts by state."""
     width = max(len(each.cell.name) for each in found)
     numbers = len(str(len(found) - 1))
-    lines = [f"{i:{numbers}}  {each.cell.name:{width}}  {_said(each)}" for i, each in enumerate(found)]
+    lines = [f"{i:{numbers}}  {each.cell.name:{width}}  {_described(each)}" for i, each in enumerate(found)]
     counts = {state: sum(each.state == state for each in found) for state in (FINISHED, BEGUN, NEW, CHANGED)}
-    told = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
-    return "\n".join([*lines, f"{len(found)} cells: {told}."])
+    totals = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
+    return "\n".join([*lines, f"{len(found)} cells: {totals}."])
 
 
-def _said(each: Standing) -> str:
+def _described(each: Standing) -> str:
     if each.state == FINISHED:
         return f"finished: {graded(each.metrics)}"
     return f"begun, step {each.step}" if each.state == BEGUN else each.state
 
 
 def graded(metrics: Mapping[str, Any]) -> str:
-    """ "equation_accuracy 12.5" of a line of test metrics."""
+    """Returns "equation_accuracy 12.5" from a line of test metrics."""
     return ", ".join(f"{name} {value:.1f}" for name, value in metrics.items() if name.endswith("accuracy"))
 
 
 def unfinished(cells: Sequence[Cell], *, redo_changed: bool = False) -> list[Cell]:
-    """What is left to train, after every check there is; prints how far all of them are.
+    """Returns the cells left to train, after every check, and prints the state of all.
 
-    UsageError, with the differences, where runs are of another configuration, unless they are to be done again.
+    UsageError with the differences if runs are of another configuration, unless `redo_changed`.
     """
     check_inputs(check_configurations(cells))
     found = standings(cells)
@@ -115,11 +115,11 @@ def unfinished(cells: Sequence[Cell], *, redo_changed: bool = False) -> list[Cel
 
 
 def _redone(each: Standing) -> Standing:
-    """The cell as a new one; what was there is beside it."""
+    """Moves the cell's run aside and returns it as new."""
     old = each.cell.model_dir
     aside = next(path for n in itertools.count(1) if not (path := old.with_name(f"{old.name}~{n}")).exists())
     old.rename(aside)
-    log.warning("%s is of another configuration or other data; it is %s now.", old, aside)
+    log.warning("%s is of another configuration or other data; moved it to %s.", old, aside)
     return Standing(cell=each.cell, state=NEW)
 
 
@@ -137,6 +137,6 @@ def _refuse_changed(found: Sequence[Standing]) -> None:
         f"{len(changed)} cells of {changed[0].cell.sweep_dir} are runs of another configuration, other data or other "
         "defaults of the code:\n"
         + "\n".join(parts)
-        + "\nTake another SWEEP_DIR, put back what was, or train them again "
-        "with --redo_changed, which moves what is there aside."
+        + "\nChoose another SWEEP_DIR, restore the configuration, or train them again with --redo_changed, which moves "
+        "the existing runs aside."
     )

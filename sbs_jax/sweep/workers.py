@@ -1,7 +1,7 @@
-"""Commands of `sbs`, each in a process of its own, without the seconds that importing TensorFlow and JAX takes.
+"""Run `sbs` commands in processes of their own, without the seconds that importing TensorFlow and JAX takes.
 
-A process that has imported everything and computed nothing is copied once; that copy is copied for each command. What
-a command does, it does by itself: it may crash, be killed or fill its memory without the others knowing.
+A process that has imported everything and computed nothing forks a server, which forks each command. A command may
+crash, be killed or run out of memory without harm to the others.
 """
 
 import contextlib
@@ -14,19 +14,18 @@ from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
-# Arrays of a small student gain nothing from several threads, and several runs at once would take each other's cores.
+# Small students gain nothing from several threads, and parallel runs would compete for cores.
 ONE_THREAD = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
 _DRIVERS = ("/dev/nvidiactl", "/dev/kfd")
 
 
 class Workers:
-    """Starts commands and says how they ended; use it with `with`, entered before this process computes anything.
+    """Starts commands and reports how they ended; enter it with `with` before this process computes anything.
 
     `entry` takes a command's arguments and returns its exit status (`cli.main.main`).
 
-    From then on this process computes on the CPU: a TPU has one user at a time.
-
-    Where it is left, or this process is killed, commands that still run get SIGTERM: `sbs train` saves and ends.
+    This process then computes on the CPU, since a TPU has one user at a time. When it exits or is killed, running
+    commands get SIGTERM: `sbs train` saves and ends.
     """
 
     def __init__(self, *, entry: Callable[[list[str]], int], one_thread: bool) -> None:
@@ -37,10 +36,10 @@ class Workers:
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> "Workers":
-        context: Any = multiprocessing.get_context("fork" if _can_be_copied() else "spawn")
+        context: Any = multiprocessing.get_context("fork" if _can_fork() else "spawn")
         self._ours, theirs = context.Pipe()
-        # Fork copies our end as well, and then the other side would never see it closed.
-        inherited = self._ours if _can_be_copied() else None
+        # Fork copies our end too; while a copy is open, the server would never see it closed.
+        inherited = self._ours if _can_fork() else None
         server = context.Process(target=_serve, args=(self._entry, theirs, inherited), name="sbs workers")
         server.start()
         theirs.close()
@@ -55,28 +54,28 @@ class Workers:
         self._stack.close()
 
     def start(self, name: str, arguments: Sequence[str], *, log: Path) -> None:
-        """Starts `sbs` with these arguments; what it says is added to the file `log`."""
+        """Starts `sbs` with these arguments; its output is appended to the file `log`."""
         self._ours.send(("start", (name, list(arguments), str(log), self._environment)))
 
     def send(self, number: int) -> None:
-        """Sends a signal to every command that runs."""
+        """Sends a signal to every running command."""
         self._ours.send(("signal", number))
 
     def ended(self, *, timeout: float) -> Iterator[tuple[str, int]]:
-        """(name, exit status, or minus the signal that ended it) of commands that have ended; waits for the first."""
+        """Yields (name, exit status or minus the signal) of ended commands; waits `timeout` seconds for the first."""
         while self._ours.poll(timeout):
             try:
                 yield self._ours.recv()
             except EOFError:
-                raise OSError("The process that starts the others has been ended; repeat the command.") from None
+                raise OSError("The server process of the workers has ended; repeat the command.") from None
             timeout = 0.0
 
 
-def _can_be_copied() -> bool:
-    """Whether processes are copied, or else start anew, which takes seconds more.
+def _can_fork() -> bool:
+    """Tells whether to fork; spawning instead takes seconds more.
 
-    A copy of a process in which TensorFlow has looked for GPUs cannot use them; and on macOS the system's own libraries
-    break in a copy.
+    A fork of a process in which TensorFlow has looked for GPUs cannot use them, and on macOS the system libraries break
+    in a fork.
     """
     return sys.platform == "linux" and not any(map(os.path.exists, _DRIVERS))
 
@@ -84,12 +83,12 @@ def _can_be_copied() -> bool:
 def _serve(
     entry: Callable[[list[str]], int], requests: connection.Connection, inherited: connection.Connection | None
 ) -> None:
-    """Starts commands, tells of their ends, and passes signals on to them, until nobody asks any more."""
+    """Starts commands, reports their ends and forwards signals, until the requests end."""
     if inherited is not None:
         inherited.close()
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)  # ours are passed on by the process that got them
-    context: Any = multiprocessing.get_context("fork" if _can_be_copied() else "spawn")
+        signal.signal(number, signal.SIG_IGN)  # the parent forwards its own
+    context: Any = multiprocessing.get_context("fork" if _can_fork() else "spawn")
     running: dict[Any, tuple[str, Any]] = {}
     request: Any
     asked = True
@@ -101,7 +100,7 @@ def _serve(
                 with contextlib.suppress(OSError):
                     requests.send((name, process.exitcode))
                 continue
-            kind, request = "signal", signal.SIGTERM  # what follows where nobody is there any more
+            kind, request = "signal", signal.SIGTERM  # the action when the parent is gone
             try:
                 kind, request = requests.recv()
             except (EOFError, OSError):
@@ -119,9 +118,9 @@ def _serve(
 def _become(
     entry: Callable[[list[str]], int], name: str, arguments: list[str], log: str, environment: Mapping[str, str]
 ) -> None:
-    """This process is `sbs` with these arguments from here on."""
+    """Turns this process into `sbs` with these arguments."""
     del name
-    os.setsid()  # Ctrl-C reaches the process in front alone, which passes it on
+    os.setsid()  # Ctrl-C reaches the foreground process only, which forwards it
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
     Path(log).parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""`sbs plan`: a configuration compiled for TPUs that are not here."""
+"""`sbs plan`: compile a configuration for absent TPUs."""
 
 import argparse
 import json
@@ -16,31 +16,31 @@ def add(command: Any) -> None:
     plan = command(
         "plan",
         run,
-        "Compile a configuration for TPUs that are not here: does it fit, how fast, at what cost.",
+        "Compile a configuration for absent TPUs: does it fit, how fast is it, what does it cost?",
         gin=True,
         epilog="examples:\n  sbs plan --gin_file=gin_configs/experiments/esnli/base.gin --topology v5e:2x4\n"
         "  sbs plan --gin_file=gin_configs/experiments/esnli/xxl.gin --topology v5e:16x16,v5p:4x4x4 --search\n\n"
-        "Needs no data, weights or TPU, only its compiler: pip install libtpu. All it says are estimates.\n"
-        "Exit status: 0 if something fits, 3 if nothing does, 1 after a mistake.",
+        "Needs no data, weights or TPU, only the TPU compiler: pip install libtpu. All figures are estimates.\n"
+        "Exit status: 0 if something fits, 3 if nothing does, 1 after an error.",
     )
     plan.add_argument("--topology", required=True, metavar="LIST", help="such as v5e:4x4 or v5p:2x2x2; several: A,B")
     plan.add_argument(
-        "--slices", type=int, default=1, metavar="N", help="so many of each, over the data-centre network"
+        "--slices", type=int, default=1, metavar="N", help="number of slices, joined by the data-centre network"
     )
     plan.add_argument(
-        "--steps", default="train,evaluation,generation", metavar="LIST", help="what to compile (default: %(default)s)"
+        "--steps", default="train,evaluation,generation", metavar="LIST", help="steps to compile (default: %(default)s)"
     )
     plan.add_argument("--batch_size", type=int, metavar="N", help="rows per update, over all chips")
     plan.add_argument("--search", action="store_true", help="try meshes (fsdp, data, tensor) and micro-batches")
     plan.add_argument("--max_compiles", type=int, default=16, metavar="N", help="of a search (default: %(default)s)")
     plan.add_argument(
-        "--time_limit", type=float, default=1800.0, metavar="SECONDS", help="for one candidate (default: %(default)s)"
+        "--time_limit", type=float, default=1800.0, metavar="SECONDS", help="per candidate (default: %(default)s)"
     )
     plan.add_argument("--price", default="on_demand", help="on_demand, three_years, or USD per chip and hour")
-    plan.add_argument("--examples", type=int, metavar="N", help="of each task in an epoch, without RECORDS_DIR")
-    plan.add_argument("--examples_per_row", type=float, metavar="N", help="where rows are packed")
+    plan.add_argument("--examples", type=int, metavar="N", help="of each task per epoch, without RECORDS_DIR")
+    plan.add_argument("--examples_per_row", type=float, metavar="N", help="examples per packed row")
     plan.add_argument("--json", action="store_true", help="print everything as JSON")
-    plan.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)  # the process that compiles
+    plan.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)  # the compiling process
 
 
 def run(arguments: argparse.Namespace, bindings: Sequence[str]) -> int:
@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace, bindings: Sequence[str]) -> int:
 
         config, _ = gin_files.configured("train.TrainConfig", arguments, bindings, unread=unread)
         answers = os.fdopen(os.dup(1), "w")
-        os.dup2(2, 1)  # what others print is no answer
+        os.dup2(2, 1)  # prints of libraries must not mix with the answers
         worker.serve(config, requests=sys.stdin, answers=answers)
         return 0
     chips.check_compiler()

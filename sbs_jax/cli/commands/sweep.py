@@ -1,4 +1,4 @@
-"""`sbs sweep`: many training runs from one gin file."""
+"""`sbs sweep`: train many runs from one gin file."""
 
 import argparse
 import json
@@ -20,19 +20,19 @@ def add(command: Any) -> None:
         "      --gin.RECORDS_DIR=records --gin.SWEEP_DIR=runs/smallest --jobs 2\n"
         "  sbs sweep --gin_file=gin_configs/experiments/paper/table1.gin .. --print > commands.sh\n"
         '  eval "$(sbs sweep --gin_file=.. --print --index $SLURM_ARRAY_TASK_ID)"\n\n'
-        "Repeat the command to go on. SIGTERM or Ctrl-C is passed on to the cells, which save and end. Logs are in\n"
+        "Repeat the command to resume. SIGTERM or Ctrl-C is forwarded to the cells, which save and end. Logs are in\n"
         "SWEEP_DIR/logs. Exit status: 0 all cells finished, 1 some failed or an error,\n"
-        f"{preemption.EXIT_STATUS} told to end, to be repeated.",
+        f"{preemption.EXIT_STATUS} preempted (repeat the command).",
     )
     sweep.add_argument("--jobs", type=int, default=1, metavar="N", help="cells at a time (default: %(default)s)")
-    sweep.add_argument("--dry_run", action="store_true", help="show the cells and what is left to do; train nothing")
+    sweep.add_argument("--dry_run", action="store_true", help="show the cells and their state; train nothing")
     sweep.add_argument("--print", action="store_true", help="print one command per cell, for a cluster; train nothing")
-    sweep.add_argument("--index", type=int, metavar="I", help="with --print: the command of cell I alone, from 0")
+    sweep.add_argument("--index", type=int, metavar="I", help="with --print: only the command of cell I, from 0")
     sweep.add_argument("--json", action="store_true", help="with --print: as a JSON list of name and argv")
     sweep.add_argument(
         "--redo_changed",
         action="store_true",
-        help="move runs of another configuration or other data aside, and train those cells again",
+        help="move aside runs of another configuration or other data, and train those cells again",
     )
 
 
