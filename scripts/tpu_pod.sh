@@ -148,7 +148,7 @@ host() { # VERB ARGUMENTS..
       case $status:$code in
         :*) echo "state: idle (nothing was started)" && return ;;
         running:*) echo "state: running" ;;
-        *:0) echo "state: finished" ;;
+        exited:0) echo "state: finished" ;;
         *)
           if [[ -e $stopped ]]; then status=stopped; elif [[ $code == 75 || $boot != "$this_boot" ]]; then
             status="interrupted"
@@ -156,7 +156,7 @@ host() { # VERB ARGUMENTS..
           echo "state: $status (exit status $code)"
           ;;
       esac
-      sudo docker logs --tail=10 sbs
+      sudo docker logs --tail=10 sbs || return 0
       ;;
     logs) sudo docker logs --tail=100 ${2:+--follow} sbs ;; # FOLLOW
     clear) # ends the run if it still waits for a host that is gone, and keeps its log
