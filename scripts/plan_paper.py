@@ -1,11 +1,11 @@
-"""TPU hours and cost of the paper's sweeps, as the Markdown tables of docs/reproduce.md.
+"""Prints TPU hours and cost of the paper's sweeps: the Markdown tables of docs/reproduce.md.
 
-    python scripts/plan_paper.py --plans runs/plans --run    # an hour of compiling on two cores; goes on where it was
-    python scripts/plan_paper.py --plans runs/plans          # the tables, of the plans that are there
+    python scripts/plan_paper.py --plans runs/plans --run    # an hour of compiling on two cores; resumes
+    python scripts/plan_paper.py --plans runs/plans          # the tables of the plans made so far
 
-`sbs plan` is asked for every dataset and size, with two tasks (step-by-step) and with one. What is not planned is
-scaled by its floating-point operations from the plan of that size which is most like it, and counted as scaled. All of
-it are the compiler's estimates.
+Runs `sbs plan` for every dataset and size, with two tasks (step-by-step) and with one. A cell without a plan is scaled
+by its floating-point operations from the most similar plan of that size, and counted as scaled. All figures are the
+compiler's estimates.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import functools
 import json
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,10 @@ TWO, ONE = "step_by_step", "standard_finetuning"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--plans", required=True, type=Path, metavar="DIR", help="one JSON file of sbs plan each")
-    parser.add_argument("--run", action="store_true", help="make the plans that are missing")
+    parser.add_argument(
+        "--plans", required=True, type=Path, metavar="DIR", help="folder of the plans, JSON files of sbs plan"
+    )
+    parser.add_argument("--run", action="store_true", help="make the missing plans")
     arguments = parser.parse_args()
     wanted = [(dataset, size, method) for size in TOPOLOGIES for method in (TWO, ONE) for dataset in VALIDATION]
     if arguments.run:
@@ -41,13 +44,11 @@ def main() -> None:
     plans = {each: plan for each in wanted if (plan := _read(arguments.plans / f"{'-'.join(each)}.json"))}
     if not plans:
         sys.exit(f"There are no plans in {arguments.plans}; make some with --run.")
-    print(_cells_table(plans))
-    print()
-    print(_sweeps_table(plans))
+    print(_cells_table(plans), *_sweeps_tables(plans), sep="\n\n")
 
 
 def _plan(dataset: str, size: str, method: str, *, folder: Path) -> None:
-    """Runs `sbs plan`, unless its file is there."""
+    """Runs `sbs plan`, unless its file exists."""
     file = folder / f"{dataset}-{size}-{method}.json"
     if _read(file):
         return
@@ -62,7 +63,7 @@ def _plan(dataset: str, size: str, method: str, *, folder: Path) -> None:
 
 
 def _read(file: Path) -> dict[str, Any] | None:
-    """The candidate of a plan that fits; None where there is no plan yet, or its compilation took too long."""
+    """Reads the candidate of a plan that fits; None without a plan, or if its compilation took too long."""
     if not file.is_file() or not file.stat().st_size:
         return None
     found = json.loads(file.read_text("utf-8"))["candidates"][0]
@@ -70,9 +71,9 @@ def _read(file: Path) -> dict[str, Any] | None:
 
 
 def _run_hours(plan: dict[str, Any], dataset: str, *, step: float = 1.0) -> float:
-    """Chip-hours of one run: its updates, an evaluation of validation each 250 of them, and test once.
+    """Computes the chip-hours of one run: its updates, a validation every 250 of them, and one test.
 
-    `step` is how much longer a step takes than the planned one.
+    `step` is the time of a step relative to the planned one.
     """
     updates = plan["run"]["updates"]
     batches = -(-VALIDATION[dataset] // 64) * (updates // 250) + -(-TEST[dataset] // 64)
@@ -82,7 +83,7 @@ def _run_hours(plan: dict[str, Any], dataset: str, *, step: float = 1.0) -> floa
 
 @functools.cache
 def _flops(dataset: str, size: str, method: str) -> float:
-    """Floating-point operations of an update."""
+    """Computes the floating-point operations of an update."""
     files = [f"gin_configs/experiments/{dataset}/{size}.gin", f"gin_configs/methods/{method}.gin"]
     given = ["MODEL_DIR=run", "RECORDS_DIR=records", "INITIAL_CHECKPOINT_PATH=t5"]
     config = gin_files.configure("train.TrainConfig", gin_files=files, bindings=given)[0]
@@ -92,9 +93,9 @@ def _flops(dataset: str, size: str, method: str) -> float:
 
 
 def _chip_hours(plans: dict[Any, Any], dataset: str, size: str, method: str) -> tuple[float, float, bool] | None:
-    """(chip-hours and USD of a run, whether its step was planned); None where no student of this size was planned.
+    """Returns (chip-hours, USD, True if planned) of a run; None without any plan of this size.
 
-    What was not planned takes as long, per operation, as the plan of the same size that is most like it.
+    A run without a plan takes as long per operation as the most similar plan of its size.
     """
     method = TWO if method == TWO else ONE  # the other methods have one task as well
     like = [(dataset, size, method), (dataset, size, TWO), *(each for each in plans if each[1] == size)]
@@ -120,12 +121,13 @@ def _cells_table(plans: dict[Any, Any]) -> str:
     return "\n".join(lines)
 
 
-def _sweeps_table(plans: dict[Any, Any]) -> str:
+def _sweeps_tables(plans: dict[Any, Any]) -> tuple[str, str]:
+    """Formats the tables by sweep and by size of student; sweeps share cells, which count once in the sums."""
     lines = [
         "| sweep | cells | planned | scaled | not known | chip-hours | USD |",
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
-    seen: dict[str, tuple[float, float]] = {}
+    seen: dict[str, tuple[str, float, float]] = {}
     names = [file.stem for file in sorted(PAPER.glob("*.gin")) if file.stem not in ("settings", "smallest")]
     for name in sorted(names, key=lambda name: (not name.startswith("table"), name)):
         given = ["SWEEP_DIR=runs", "RECORDS_DIR=records"]
@@ -137,12 +139,22 @@ def _sweeps_table(plans: dict[Any, Any]) -> str:
             states["not known" if one is None else "planned" if one[2] else "scaled"] += 1
             if one:
                 hours, dollars = hours + one[0], dollars + one[1]
-                seen[f"20b {cell.name}" if name.endswith("20b") else cell.name] = one[:2]
+                seen[f"20b {cell.name}" if name.endswith("20b") else cell.name] = (cell.size, *one[:2])
         counts = " | ".join(str(states[state]) for state in ("planned", "scaled", "not known"))
         lines.append(f"| `{name}` | {states.total()} | {counts} | {hours:,.0f} | {dollars:,.0f} |")
-    total = [sum(part) for part in zip(*seen.values(), strict=True)]
-    lines.append(f"| all, each cell once | {len(seen)} | | | | {total[0]:,.0f} | {total[1]:,.0f} |")
-    return "\n".join(lines)
+    total = _sums(seen.values())
+    lines.append(f"| all, each cell once | {total[0]} | | | | {total[1]:,.0f} | {total[2]:,.0f} |")
+    by_size = ["| students | runs | chip-hours | USD |", "|---|---:|---:|---:|"]
+    for size in TOPOLOGIES:
+        runs, hours, dollars = _sums(each for each in seen.values() if each[0] == size)
+        by_size.append(f"| {size} | {runs} | {hours:,.0f} | {dollars:,.0f} |")
+    return "\n".join(lines), "\n".join(by_size)
+
+
+def _sums(cells: Iterable[tuple[str, float, float]]) -> tuple[int, float, float]:
+    """Counts cells, and sums their chip-hours and USD."""
+    kept = list(cells)
+    return len(kept), sum(each[1] for each in kept), sum(each[2] for each in kept)
 
 
 if __name__ == "__main__":
