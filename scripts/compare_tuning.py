@@ -1,13 +1,12 @@
-"""Trains one student in every way of gin_configs/adapters/, step by step, and prints accuracy beside what is trained.
+"""Trains one student step by step with every tuning of gin_configs/adapters/, and prints its accuracy and size.
 
     python scripts/compare_tuning.py --output runs/tuning                       # the built-in dataset, its student
     python scripts/compare_tuning.py --output runs/tuning --dataset svamp --release DIR --vocabulary MODEL
 
-Each way gets the learning rate that is best on validation with seed 0, of those in `WAYS`; then the other seeds are
-trained. All have the same number of updates, the same batches and the same start. On the built-in dataset that is the
-demo's pre-trained student. On SVAMP there is no pre-trained one that is small enough, so a student is trained from
-scratch first, in full, and every way trains that one further. Called again with the same output, it goes on.
-What came out: docs/results.md.
+Each tuning gets the learning rate that is best on validation with seed 0; then the other seeds are trained. All have the
+same number of updates, the same batches and the same start. On the built-in dataset that is the demo's pre-trained
+student. For SVAMP no pre-trained student is small enough, so one is trained from scratch first, in full. Called again
+with the same output, it resumes. Results: docs/results.md.
 """
 
 import argparse
@@ -30,61 +29,46 @@ SEEDS = (0, 1, 2)
 
 
 @dataclasses.dataclass(frozen=True)
-class Way:
-    """A file of gin_configs/adapters/ (None: everything is trained), what differs from it, and rates to try.
+class Tuning:
+    """A tuning to try. `best` is the learning rate that was best on the built-in dataset (docs/results.md)."""
 
-    `best` is the rate that was best on the built-in dataset (docs/results.md).
-    """
-
-    name: str
     title: str
-    file: str | None
-    bindings: tuple[str, ...]
     rates: tuple[float, ...]
     best: float
+    file: str | None = None  # of gin_configs/adapters/; None: everything is trained
+    bindings: tuple[str, ...] = ()  # changes to it
 
 
+FULL_RATES, LORA_RATES = (1e-3, 2e-3, 4e-3, 8e-3), (2e-3, 5e-3, 1e-2, 2e-2)
+NO_DROPOUT, ALL_KERNELS = "LORA_DROPOUT=0.0", "LORA_MODULES=['.*']"
 # Sizes are for students of width 64 and 128 with 2 + 2 layers; those of the files are for ones ten times as wide.
-WAYS = (
-    Way("full", "everything", None, (), (1e-3, 2e-3, 4e-3, 8e-3), 2e-3),
-    Way("neftune", "everything, NEFTune", "neftune", (), (1e-3, 2e-3, 4e-3, 8e-3), 4e-3),
-    Way("lora", "LoRA, rank 8, query and value", "lora", ("LORA_DROPOUT=0.0",), (2e-3, 5e-3, 1e-2, 2e-2), 5e-3),
-    Way(
-        "lora_all",
-        "LoRA, rank 8, all kernels",
-        "lora",
-        ("LORA_DROPOUT=0.0", "LORA_MODULES=['.*']"),
-        (2e-3, 5e-3, 1e-2, 2e-2),
-        2e-3,
+TUNINGS = {
+    "full": Tuning("everything", FULL_RATES, 2e-3),
+    "neftune": Tuning("everything, NEFTune", FULL_RATES, 4e-3, "neftune"),
+    "lora": Tuning("LoRA, rank 8, query and value", LORA_RATES, 5e-3, "lora", (NO_DROPOUT,)),
+    "lora_all": Tuning("LoRA, rank 8, all kernels", LORA_RATES, 2e-3, "lora", (NO_DROPOUT, ALL_KERNELS)),
+    "qlora": Tuning("QLoRA, rank 8, all kernels", LORA_RATES, 5e-3, "qlora", (NO_DROPOUT,)),
+    "bottleneck": Tuning("bottlenecks of width 16", LORA_RATES, 1e-2, "bottleneck", ("ADAPTER_WIDTH=16",)),
+    "prompt": Tuning("prompt of 20", (1e-2, 5e-2, 1e-1, 3e-1), 5e-2, "prompt", ("PROMPT_LENGTH=20", "PACK=False")),
+    "prefix": Tuning("prefixes of 20", (5e-3, 2e-2, 5e-2, 1e-1), 1e-1, "prefix", ("PREFIX_LENGTH=20",)),
+    "ia3": Tuning("IA3", (1e-2, 3e-2, 1e-1, 3e-1), 3e-1, "ia3"),
+    "bitfit": Tuning("biases (after BitFit)", (5e-3, 1e-2, 2e-2, 5e-2), 2e-2, "bitfit"),
+    "layer_norm": Tuning("norms", (1e-2, 3e-2, 1e-1, 3e-1), 3e-2, "layer_norm"),
+    "last_layers": Tuning(
+        "the last layer of both stacks", (2e-3, 4e-3, 8e-3, 2e-2), 4e-3, "last_layers", ("LAST_LAYERS=1",)
     ),
-    Way("qlora", "QLoRA, rank 8, all kernels", "qlora", ("LORA_DROPOUT=0.0",), (2e-3, 5e-3, 1e-2, 2e-2), 5e-3),
-    Way("bottleneck", "bottlenecks of width 16", "bottleneck", ("ADAPTER_WIDTH=16",), (2e-3, 5e-3, 1e-2, 2e-2), 1e-2),
-    Way("prompt", "prompt of 20", "prompt", ("PROMPT_LENGTH=20", "PACK=False"), (1e-2, 5e-2, 1e-1, 3e-1), 5e-2),
-    Way("prefix", "prefixes of 20", "prefix", ("PREFIX_LENGTH=20",), (5e-3, 2e-2, 5e-2, 1e-1), 1e-1),
-    Way("ia3", "IA3", "ia3", (), (1e-2, 3e-2, 1e-1, 3e-1), 3e-1),
-    Way("bitfit", "biases (after BitFit)", "bitfit", (), (5e-3, 1e-2, 2e-2, 5e-2), 2e-2),
-    Way("layer_norm", "norms", "layer_norm", (), (1e-2, 3e-2, 1e-1, 3e-1), 3e-2),
-    Way(
-        "last_layers",
-        "the last layer of both stacks",
-        "last_layers",
-        ("LAST_LAYERS=1",),
-        (2e-3, 4e-3, 8e-3, 2e-2),
-        4e-3,
-    ),
-)
-BY_NAME = {way.name: way for way in WAYS}
+}
 
 
-def run_one(way: Way, *, rate: float, seed: int, common: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Trains one, or reads what it left: {"validation": accuracy, "trained": share, "path": ..}."""
+def run_one(name: str, *, rate: float, seed: int, common: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Trains a student, unless it is trained already; returns its accuracies, number of trained parameters, ..."""
     from sbs_jax.run import directory
     from sbs_jax.training import loop
     from sbs_jax.training.step import prepare
 
-    path = folder / f"{way.name}-{rate:g}-{seed}"
-    bindings = common["bindings"] + [*way.bindings, f"LEARNING_RATE={rate}", f"SEED={seed}", f"MODEL_DIR={path}"]
-    files = [*common["files"], *([f"gin_configs/adapters/{way.file}.gin"] if way.file else [])]
+    tuning, path = TUNINGS[name], folder / f"{name}-{rate:g}-{seed}"
+    bindings = common["bindings"] + [*tuning.bindings, f"LEARNING_RATE={rate}", f"SEED={seed}", f"MODEL_DIR={path}"]
+    files = [*common["files"], *([f"gin_configs/adapters/{tuning.file}.gin"] if tuning.file else [])]
     config, text = gin_files.configure("train.TrainConfig", gin_files=files, bindings=bindings)
     trained = sum(leaf.size for leaf in prepare(config).saved.parameters.values())
     if not any(line["kind"] == "test" for line in (directory.read_metrics(path) if path.is_dir() else [])):
@@ -93,7 +77,7 @@ def run_one(way: Way, *, rate: float, seed: int, common: dict[str, Any], folder:
     best = {kind: [line for line in lines if line["kind"] == kind] for kind in ("validation", "test", "train")}
     metric = next(name for name in best["test"][-1] if name.rpartition("_")[2] == "accuracy")
     return {
-        "way": way.title,
+        "way": tuning.title,
         "rate": rate,
         "seed": seed,
         "validation": max(line[metric] for line in best["validation"]),
@@ -105,7 +89,7 @@ def run_one(way: Way, *, rate: float, seed: int, common: dict[str, Any], folder:
 
 
 def builtin(folder: Path, steps: int) -> dict[str, Any]:
-    """Records of the demo, and what every run has in common."""
+    """Writes the records of the demo; returns the settings of every run."""
     if not (folder / "records" / "builtin").is_dir():
         demo._make_records(folder)
     files = ["gin_configs/experiments/builtin/demo.gin", "gin_configs/methods/step_by_step.gin"]
@@ -114,7 +98,7 @@ def builtin(folder: Path, steps: int) -> dict[str, Any]:
 
 
 def svamp(folder: Path, steps: int, *, release: str, vocabulary: str, first: int) -> dict[str, Any]:
-    """Records of SVAMP, a student trained on them in full for `first` updates, and what every run has in common."""
+    """Writes records of SVAMP and trains a first student on them in full; returns the settings of every run."""
     from sbs_jax.data import registry
     from sbs_jax.data import release as releases
     from sbs_jax.training import loop
@@ -148,13 +132,13 @@ def run() -> int:
     parser.add_argument("--release", help="folder of the released data, for svamp")
     parser.add_argument("--vocabulary", help="T5's sentencepiece.model, for svamp")
     parser.add_argument("--steps", type=int, default=500, help="updates of every run")
-    parser.add_argument("--first", type=int, default=300, help="updates of the student that svamp begins from")
-    parser.add_argument("--only", nargs="+", choices=list(BY_NAME), default=list(BY_NAME), help="ways to train")
+    parser.add_argument("--first", type=int, default=300, help="updates of the student that svamp starts from")
+    parser.add_argument("--only", nargs="+", choices=list(TUNINGS), default=list(TUNINGS), help="tunings to train")
     parser.add_argument(
         "--rates",
         type=int,
         default=4,
-        help="so many of each way's learning rates, the lowest; 0: that which was best on the built-in dataset",
+        help="try the lowest so many rates of each tuning; 0: the one that was best on the built-in dataset",
     )
     parser.add_argument("--examples", type=int, help="of each task per update (default: the experiment's)")
     arguments = parser.parse_args()
@@ -177,20 +161,22 @@ def run() -> int:
     common["bindings"] += [f"EXAMPLES={arguments.examples}"] if arguments.examples else []
     runs, lines = [], []
     for name in arguments.only:
-        way = BY_NAME[name]
+        tuning = TUNINGS[name]
         tried = [
-            run_one(way, rate=rate, seed=SEEDS[0], common=common, folder=folder / "runs")
-            for rate in (way.rates[: arguments.rates] or (way.best,))
+            run_one(name, rate=rate, seed=SEEDS[0], common=common, folder=folder / "runs")
+            for rate in (tuning.rates[: arguments.rates] or (tuning.best,))
         ]
         best = max(tried, key=lambda found: (found["validation"], -found["loss"]))
         others = [
-            run_one(way, rate=best["rate"], seed=seed, common=common, folder=folder / "runs") for seed in SEEDS[1:]
+            run_one(name, rate=best["rate"], seed=seed, common=common, folder=folder / "runs") for seed in SEEDS[1:]
         ]
         for found in (*tried, *others):
             print(json.dumps(found), flush=True)
         searched = ", ".join(f"{found['rate']:g}: {found['validation']:.1f}" for found in tried)
-        lines.append(f"{way.title}: {best['trained']:,} trained; validation by rate {searched}; taken {best['rate']:g}")
-        runs += [report.Run(found["path"], way.title, 1.0, found["seed"]) for found in (best, *others)]
+        lines.append(
+            f"{tuning.title}: {best['trained']:,} trained; validation by rate {searched}; taken {best['rate']:g}"
+        )
+        runs += [report.Run(found["path"], tuning.title, 1.0, found["seed"]) for found in (best, *others)]
     print("\n".join(lines))
     print(report.markdown(report.summarize(runs)))
     return 0

@@ -1,8 +1,8 @@
-"""Records what PyTorch and transformers answer to the cases of tests/parity_cases.py, for machines without them.
+"""Records the answers of PyTorch and transformers to the cases of the parity tests, for machines without them.
 
     make test-parity; .venv/bin/python scripts/make_goldens.py     # writes tests/goldens/<case>.npz
 
-Run it again when a case changes; `make test-parity` fails where a recording is not what PyTorch says.
+Run it again when a case changes; `make test-parity` fails if a recording differs from PyTorch.
 """
 
 import sys

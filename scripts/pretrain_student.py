@@ -1,4 +1,4 @@
-"""Makes the embedded student: its vocabulary, its pre-training rows, the training, and the shipped files.
+"""Makes the embedded student: vocabulary, pre-training rows, training, and the shipped files.
 
     python scripts/pretrain_student.py --work runs/pretrain [--gin.NAME=VALUE ..]
 
@@ -21,7 +21,7 @@ VALIDATION_ROWS = 512
 
 
 def make_records(folder: Path, *, train_rows: int) -> None:
-    """Writes the corpus as records: rows of one stream, the first for validation."""
+    """Writes the corpus as records; the first rows of the stream are for validation."""
     stream = builtin_corpus.rows(seed=SEED)
     for split, count in (("validation", VALIDATION_ROWS), ("train", train_rows)):
         rows = [
@@ -32,7 +32,7 @@ def make_records(folder: Path, *, train_rows: int) -> None:
 
 
 def run(work: Path, bindings: list[str]) -> None:
-    """Vocabulary, records, training, and the shipped parameters."""
+    """Makes the vocabulary and the records, trains, and writes the shipped files."""
     Path(builtin.vocabulary_path()).write_bytes(builtin_corpus.vocabulary(seed=SEED))
     given = [*bindings, f"RECORDS_DIR={work / 'records'}", f"MODEL_DIR={work / 'run'}"]
     config, text = gin_files.configure(
@@ -48,6 +48,6 @@ def run(work: Path, bindings: list[str]) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, default=Path("runs/pretrain"), help="where records and the run go")
+    parser.add_argument("--work", type=Path, default=Path("runs/pretrain"), help="folder of the records and the run")
     arguments, rest = parser.parse_known_args()
     run(arguments.work, [flag.removeprefix("--gin.") for flag in rest])

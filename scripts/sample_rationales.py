@@ -1,4 +1,4 @@
-"""Asks a hosted model for rationales and labels: the same as `sbs teach`, whose flags it takes.
+"""Asks a hosted model for rationales and labels: `sbs teach`, with the same flags.
 
     python scripts/sample_rationales.py --dataset svamp --inputs_dir dss --provider openai --model gpt-4o-mini \\
         --store svamp.sqlite --records_dir records

@@ -37,15 +37,14 @@ from sbs_jax.student import decoding, flops, partitioning, t5
 from sbs_jax.training import evaluate, gin_files
 from sbs_jax.training.config import TrainConfig
 
-VERSIONS = ("jax", "jaxlib", "libtpu", "flax", "optax")
+ONE = "xxl-qlora-v5e:1x1"
+USUAL = ("base", "large", "xl", "xxl", "decode", ONE)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    names = (*WORK, "decode", *TUNED)
-    parser.add_argument(
-        "--only", nargs="+", choices=names, default=USUAL, help="default: " + " ".join(USUAL), metavar="NAME"
-    )
-    parser.add_argument("--steps", nargs="+", choices=worker.STEPS, default=[worker.TRAIN], help="of a tuning")
+    names = (*WORK, "decode")
+    parser.add_argument("--only", nargs="+", choices=names, default=USUAL, metavar="NAME", help=", ".join(names))
+    parser.add_argument("--steps", nargs="+", choices=worker.STEPS, default=[worker.TRAIN], help="of a run")
 
 
 def measure(arguments: argparse.Namespace) -> Iterator[harness.Row]:
@@ -54,39 +53,13 @@ def measure(arguments: argparse.Namespace) -> Iterator[harness.Row]:
 
     chips.check_compiler()
     os.environ.update(chips.ENVIRONMENT)
+    versions = harness.versions("jax", "jaxlib", "libtpu", "flax", "optax")
     for name in arguments.only:
         if name == "decode":
             for goal, beams in zip(GOALS, (1, BEAMS), strict=True):
-                yield generation(goal, beams)
-        elif name in WORK:
-            yield from training(name)
+                yield generation(goal, beams, versions)
         else:
-            yield from tuned(name, steps=tuple(arguments.steps))
-
-
-def compiled(config: TrainConfig, topology: str, *, steps: tuple[str, ...]) -> dict[str, Any]:
-    """Compiles steps of a run for a machine; returns the compiler's counts of each."""
-    candidate = worker.Candidate(
-        topology=topology,
-        slices=1,
-        mesh=config.layout.shape,
-        batch_size=config.batch_size,
-        micro_batches=config.micro_batches,
-        steps=steps,
-    )
-    outcome = worker.measure(config, candidate)
-    if not outcome["steps"]:
-        raise ValueError(f"The step was not compiled for {topology}: {outcome}")
-    return outcome["steps"]
-
-
-def configured(model: str, *files: str, inputs: int, targets: int, bindings: tuple[str, ...]) -> TrainConfig:
-    """Returns a training run of a model, in bfloat16 and with fsdp over all chips."""
-    lengths = f"TASK_FEATURE_LENGTHS={ {'inputs': inputs, 'targets': targets} }"
-    given = ("DATASET='svamp'", "DTYPE='bfloat16'", "EXAMPLES=1", "MODEL_DIR=none", "RECORDS_DIR=none", lengths)
-    files = ("runs/train", f"models/t5_1_1_{model}", "methods/step_by_step", "meshes/fsdp", *files)
-    names = [f"gin_configs/{file}.gin" for file in files]
-    return gin_files.configure("train.TrainConfig", gin_files=names, bindings=(*given, *bindings))[0]
+            yield from training(name, tuple(arguments.steps), versions)
 
 
 # ----------------------------------------------------------------------------------------------- training
@@ -94,115 +67,104 @@ def configured(model: str, *files: str, inputs: int, targets: int, bindings: tup
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """A model on a machine, how it is computed, and stock T5X's figures for it (None: not measured)."""
+    """A training run to compile: a model on a machine, how it is computed, and stock T5X's figures for it."""
 
     model: str
     topology: str
     rows: int  # per update, over all chips
     layers: str
     remat: str
-    t5x_cycles: float | None = None
-    t5x_memory: float | None = None  # GiB per chip, arguments and temporaries
-    t5x_compile: float | None = None  # seconds
+    t5x: tuple[float, float, float] | None = None  # cycles, GiB per chip (arguments, temporaries), seconds to compile
+    tuning: str | None = None  # with AdamW and rows that are not packed; None: Adafactor and packed rows
 
     def config(self) -> TrainConfig:
         """Returns the training run of this work."""
-        how = (f"BATCH_SIZE={self.rows}", f"LAYERS={self.layers}", f"REMAT={self.remat}", "PACK=True", "TRAIN_STEPS=1")
-        return configured(self.model, "optimizers/adafactor", inputs=512, targets=128, bindings=how)
+        targets, micro_batches = (64 if self.tuning else 128), (2 if self.topology == "v5e:1x1" else 1)
+        files = ["runs/train", f"models/t5_1_1_{self.model}", "methods/step_by_step", "meshes/fsdp"]
+        bindings = [
+            *("DATASET='svamp'", "DTYPE='bfloat16'", "EXAMPLES=1", "MODEL_DIR=none", "RECORDS_DIR=none"),
+            f"TASK_FEATURE_LENGTHS={ {'inputs': 512, 'targets': targets} }",
+            *(f"BATCH_SIZE={self.rows}", f"MICRO_BATCHES={micro_batches}"),
+            *(f"LAYERS={self.layers}", f"REMAT={self.remat}"),
+        ]
+        if self.tuning is None:
+            files.append("optimizers/adafactor")
+            bindings += ["PACK=True", "TRAIN_STEPS=1"]
+        else:
+            files += [] if self.tuning == "full" else [f"adapters/{self.tuning}"]
+            bindings += ["TRAIN_STEPS=1000", "LEARNING_RATE=1e-4"]
+        names = [f"gin_configs/{file}.gin" for file in files]
+        return gin_files.configure("train.TrainConfig", gin_files=names, bindings=bindings)[0]
 
 
+T5X_BASE, T5X_LARGE = (91.9e6, 2.60 + 0.92, 116), (289.3e6, 6.43 + 2.92, 161)
 WORK = {
-    "base": Work("base", "v5e:2x4", 64, "scanned", "attended", 91.9e6, 2.60 + 0.92, 116),
-    "large": Work("large", "v5e:4x4", 128, "scanned", "attended", 289.3e6, 6.43 + 2.92, 161),
-    "base_unrolled": Work("base", "v5e:2x4", 64, "unrolled", "minimal", 91.9e6, 2.60 + 0.92, 116),
-    "large_unrolled": Work("large", "v5e:4x4", 128, "unrolled", "minimal", 289.3e6, 6.43 + 2.92, 161),
+    "base": Work("base", "v5e:2x4", 64, "scanned", "attended", T5X_BASE),
+    "large": Work("large", "v5e:4x4", 128, "scanned", "attended", T5X_LARGE),
+    "base_unrolled": Work("base", "v5e:2x4", 64, "unrolled", "minimal", T5X_BASE),
+    "large_unrolled": Work("large", "v5e:4x4", 128, "unrolled", "minimal", T5X_LARGE),
     "xl": Work("xl", "v5e:8x8", 1024, "scanned", "attended"),
     "xxl": Work("xxl", "v5e:16x16", 2048, "scanned", "minimal"),
+    ONE: Work("xxl", "v5e:1x1", 8, "scanned", "full", tuning="qlora"),
+}
+WORK |= {
+    f"{model}-{tuning}-{topology}": Work(model, topology, 64, "scanned", "full", tuning=tuning)
+    for topology in ("v5e:2x4", "v5e:4x4")
+    for tuning in ("full", "lora", "qlora")
+    for model in ("base", "large", "xl", "xxl")
 }
 
 
-def training(name: str) -> Iterator[harness.Row]:
-    """Prints all counts of a training step; yields its rows."""
-    work, versions = WORK[name], harness.versions(*VERSIONS)
-    config = work.config()
-    step = compiled(config, work.topology, steps=(worker.TRAIN,))[worker.TRAIN]
-    if "cycles" not in step:
-        raise ValueError(f"{name} on {work.topology} was not compiled: {step}")
-    topology = chips.topology(work.topology)
-    operations = flops.training_flops(config.model, rows=work.rows, inputs=512, targets=128)
-    seconds = step["cycles"] / topology.chip.clock
-    memory = (step["memory"]["temporaries"] + step["memory"]["arguments"]) / harness.GIB
-    mfu = operations / (seconds * topology.chip.peak_flops * topology.chips)
-    found = {
-        "name": name,
-        **dataclasses.asdict(work),
-        "cycles": step["cycles"],
-        "memory_gib": memory,
-        "temporaries_gib": step["memory"]["temporaries"] / harness.GIB,
-        "fits": step["fits"],
-        "compile_s": step["compile_seconds"],
-        "model_flops": operations,
-        "rows_per_second_and_host": work.rows / seconds * min(1.0, 8 / topology.chips),  # 8 chips to a host
-        "mfu": mfu,
-        "exchanging_s_at_least": step["communication_seconds"],
-        "computing_s": seconds,
-        "collectives": step["collectives"],
-        "without_estimate": step["without_estimate"],
-    }
-    print(json.dumps(found), flush=True)
-    if work.t5x_cycles is None:
-        yield harness.Row(f"tpu_mfu_{work.model}", "of peak", mfu, 1.0, ">= 0.5", versions)
-        return
-    yield harness.Row(f"tpu_cycles_{name}_vs_t5x", "cycles", step["cycles"], work.t5x_cycles, "<= 0.55", versions)
-    yield harness.Row(f"tpu_memory_{name}_vs_t5x", "GiB per chip", memory, work.t5x_memory, "<= 0.5", versions)
-    yield harness.Row(f"tpu_compile_{name}_vs_t5x", "s", step["compile_seconds"], work.t5x_compile, "<= 0.25", versions)
-
-
-# ------------------------------------------------------------------------------------------------- tuning
-
-ONE = "xxl-qlora-v5e:1x1"
-TUNED = (
-    ONE,
-    *(
-        f"{model}-{tuning}-{topology}"
-        for topology in ("v5e:2x4", "v5e:4x4")
-        for tuning in ("full", "lora", "qlora")
-        for model in ("base", "large", "xl", "xxl")
-    ),
-)
-USUAL = ("base", "large", "xl", "xxl", "decode", ONE)
-
-
-def tuned_config(name: str) -> TrainConfig:
-    """Returns the training run of a name such as "xl-lora-v5e:2x4"."""
-    model, tuning, topology = name.split("-")
-    rows, micro_batches = (8, 2) if topology == "v5e:1x1" else (64, 1)
-    files = [] if tuning == "full" else [f"adapters/{tuning}"]
-    how = (f"BATCH_SIZE={rows}", f"MICRO_BATCHES={micro_batches}", "LAYERS=scanned", "REMAT=full")
-    how += ("TRAIN_STEPS=1000", "LEARNING_RATE=1e-4")
-    return configured(model, *files, inputs=512, targets=64, bindings=how)
-
-
-def tuned(name: str, *, steps: tuple[str, ...]) -> Iterator[harness.Row]:
-    """Prints the counts of each step of a tuning; yields the row of `ONE`."""
-    config, topology = tuned_config(name), chips.topology(name.split("-")[2])
-    for step, counts in compiled(config, topology.name, steps=steps).items():
-        found = {"name": name, "step": step, "fits": counts["fits"], "refused": counts.get("refused")}
+def training(name: str, steps: tuple[str, ...], versions: dict[str, str]) -> Iterator[harness.Row]:
+    """Compiles steps of a run and prints all counts of each; yields the rows of its training step."""
+    work, config, topology = WORK[name], WORK[name].config(), chips.topology(WORK[name].topology)
+    candidate = worker.Candidate(
+        topology=work.topology,
+        slices=1,
+        mesh=config.layout.shape,
+        batch_size=config.batch_size,
+        micro_batches=config.micro_batches,
+        steps=steps,
+    )
+    outcome = worker.measure(config, candidate)
+    for step, counts in outcome["steps"].items():
+        found = {"name": name, **dataclasses.asdict(work), "step": step, **counts}
         if "needs" in counts:
             found |= {"gib": counts["needs"] / harness.GIB, "available_gib": counts["available"] / harness.GIB}
         if "cycles" in counts:
-            seconds = counts["cycles"] / topology.chip.clock
-            found |= {"computing_s": seconds, "exchanging_s": counts["communication_seconds"]}
-            found |= {"token": counts["token"]}
-            found["seconds"] = max(seconds + counts["exposed_seconds"], counts["communication_seconds"])
-            held = ("parameters", "optimizer", "temporaries")
-            found |= {part: counts["memory"].get(part, 0) / harness.GIB for part in held}
-        print(json.dumps(found | {"compile_s": counts.get("compile_seconds")}), flush=True)
-        if (name, step) == (ONE, worker.TRAIN):
-            versions = harness.versions(*VERSIONS)
-            yield harness.Row(
-                "qlora_xxl_one_v5e_chip_gib", "GiB", found["gib"], found["available_gib"], "<= 1", versions
-            )
+            computing = counts["cycles"] / topology.chip.clock
+            exchanging = counts["communication_seconds"]
+            found |= {
+                "memory_gib": {part: size / harness.GIB for part, size in counts["memory"].items()},
+                "computing_s": computing,
+                "seconds": max(computing + counts["exposed_seconds"], exchanging),
+                "rows_per_second_and_host": work.rows / computing * min(1.0, 8 / topology.chips),  # 8 chips to a host
+            }
+            if work.tuning is None:
+                operations = flops.training_flops(config.model, rows=work.rows, inputs=512, targets=128)
+                found["mfu"] = operations / (computing * topology.chip.peak_flops * topology.chips)
+        print(json.dumps(found), flush=True)
+        if step == worker.TRAIN:
+            yield from rows(name, found, versions)
+    if not outcome["steps"]:
+        raise ValueError(f"{name} was not compiled: {outcome['refused']}")
+
+
+def rows(name: str, found: dict[str, Any], versions: dict[str, str]) -> Iterator[harness.Row]:
+    work = WORK[name]
+    if name == ONE:
+        yield harness.Row("qlora_xxl_one_v5e_chip_gib", "GiB", found["gib"], found["available_gib"], "<= 1", versions)
+    elif work.tuning is None and "cycles" not in found:
+        raise ValueError(f"{name} was not compiled: {found}")
+    elif work.t5x:
+        cycles, gib, seconds = work.t5x
+        memory = found["memory_gib"]["temporaries"] + found["memory_gib"]["arguments"]
+        compiling = found["compile_seconds"]
+        yield harness.Row(f"tpu_cycles_{name}_vs_t5x", "cycles", found["cycles"], cycles, "<= 0.55", versions)
+        yield harness.Row(f"tpu_memory_{name}_vs_t5x", "GiB per chip", memory, gib, "<= 0.5", versions)
+        yield harness.Row(f"tpu_compile_{name}_vs_t5x", "s", compiling, seconds, "<= 0.25", versions)
+    elif work.tuning is None:
+        yield harness.Row(f"tpu_mfu_{work.model}", "of peak", found["mfu"], 1.0, ">= 0.5", versions)
 
 
 # --------------------------------------------------------------------------------------------- generation
@@ -223,18 +185,10 @@ BASE = t5.T5Config(
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class Goal:
-    """Stock T5X's cycles per token and temporaries in GiB per chip; and the ratio to reach."""
-
-    cycles: float
-    temporaries: float
-    ratio: float
-
-
+# Stock T5X's cycles per token and temporaries in GiB per chip; and the ratio to reach.
 GOALS = {
-    "tpu_decode_greedy_cycles_vs_t5x": Goal(4.12e6, 0.53, 0.4),
-    f"tpu_decode_beam{BEAMS}_cycles_vs_t5x": Goal(23.8e6, 1.51, 0.3),
+    "tpu_decode_greedy_cycles_vs_t5x": (4.12e6, 0.53, 0.4),
+    f"tpu_decode_beam{BEAMS}_cycles_vs_t5x": (23.8e6, 1.51, 0.3),
 }
 T5X_WEIGHTS = 0.92
 
@@ -277,9 +231,9 @@ def read_per_token(beams: int, *, chips: int = 8) -> int:
     return 2 * (weights + c.num_decoder_layers * 2 * keys * joined)
 
 
-def generation(name: str, beams: int) -> harness.Row:
+def generation(name: str, beams: int, versions: dict[str, str]) -> harness.Row:
     """Prints all counts of generation; returns its row."""
-    goal = GOALS[name]
+    t5x_cycles, t5x_temporaries, goal = GOALS[name]
     start = time.perf_counter()
     program = lowered(beams).compile()
     seconds = time.perf_counter() - start
@@ -292,12 +246,11 @@ def generation(name: str, beams: int) -> harness.Row:
         "cycles_per_token": cycles,
         "temporaries_gib": round(memory.temp_size_in_bytes / harness.GIB, 3),
         "arguments_gib": round(memory.argument_size_in_bytes / harness.GIB, 3),
-        "peer_temporaries_gib": goal.temporaries,
+        "peer_temporaries_gib": t5x_temporaries,
         "peer_arguments_gib": T5X_WEIGHTS,
         "hbm_gib_per_token": round(read_per_token(beams) / harness.GIB, 3),
         "compile_s": round(seconds, 1),
         "work": f"T5 1.1 base, bfloat16, {TOPOLOGY}, batch {BATCH}, inputs {INPUTS}, {LENGTH} tokens, {beams} beam(s)",
     }
     print(json.dumps(found), flush=True)
-    versions = harness.versions(*VERSIONS)
-    return harness.Row(name, "cycles per token", cycles, goal.cycles, f"<= {goal.ratio}", versions)
+    return harness.Row(name, "cycles per token", cycles, t5x_cycles, f"<= {goal}", versions)
