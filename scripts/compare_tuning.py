@@ -3,8 +3,8 @@
     python scripts/compare_tuning.py --output runs/tuning                       # the built-in dataset, its student
     python scripts/compare_tuning.py --output runs/tuning --dataset svamp --release DIR --vocabulary MODEL
 
-Each tuning gets the learning rate that is best on validation with seed 0; then the other seeds are trained. All have the
-same number of updates, the same batches and the same start. On the built-in dataset that is the demo's pre-trained
+Each tuning gets the learning rate that is best on validation with seed 0; then the other seeds are trained. All have
+the same number of updates, batches and start. On the built-in dataset they start from the demo's pre-trained
 student. For SVAMP no pre-trained student is small enough, so one is trained from scratch first, in full. Called again
 with the same output, it resumes. Results: docs/results.md.
 """

@@ -84,14 +84,11 @@ class Row:
 
     template: prompts.Template
     number: int
+    label: str = "entailment"
 
     @property
     def id(self) -> str:
         return f"row {self.number}"
-
-    @property
-    def label(self) -> str:
-        return "entailment"
 
     def prompt(self, *, hint: str | None) -> prompts.Prompt:
         return prompts.render(self.template, text_of(self.number), hint=hint)
