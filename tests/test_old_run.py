@@ -17,7 +17,7 @@ import numpy as np
 import processes
 import pytest
 
-from sbs_jax.weights import opening
+from sbs_jax.weights import runs
 
 ARCHIVE = Path(__file__).parent / "goldens" / "run_of_before.tar.xz"
 STEPS, STOPPED = 32, {"whole": 11, "lora": 7}
@@ -73,7 +73,7 @@ def test_a_run_of_before_ends_as_that_code_ended_it(old: Path, name: str, starte
     assert done.returncode == 0, done.stderr
     assert json.loads((old / name / "manifest.json").read_text())["starts"][-1]["step"] == STOPPED[name]
     expected = json.loads((old / "expected.json").read_text())
-    arrays = opening.open_run(old / name / "checkpoints" / str(STEPS)).arrays
+    arrays = runs.open_run(old / name / "checkpoints" / str(STEPS)).arrays
     found = {of: np.asarray(array.whole()) for of, array in sorted(arrays.items())}
     if computed_with() == expected["computed_with"]:
         assert metrics(old / name) == expected[name]["metrics"]
