@@ -154,8 +154,8 @@ def test_slices():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("v5e:44", r"Did you mean v5e:4x4"),
-        ("v5e-8x8", r"Did you mean v5e:8x8"),
+        ("v5e:44", r"Did you mean 'v5e:4x4'"),
+        ("v5e-8x8", r"Did you mean 'v5e:8x8'"),
         ("v5litepod:4x4", r"v5e: 1x1 2x2 2x4"),
         ("", "Unknown topology ''"),
         ("v5p:4x4", "expected 3 sizes"),
