@@ -22,6 +22,7 @@ import tasks  # noqa: F401  (registers the datasets)
 from sbs_jax.data import grading, parsing, records, registry, release
 from sbs_jax.data.dataset import Row
 from sbs_jax.prediction import inputs
+from sbs_jax.storage import json_files
 from sbs_jax.teacher import batches, clients, prompts
 from tasks import svamp
 
@@ -91,7 +92,7 @@ def test_records(fuzz: Fuzz, memory: Path) -> None:
         found = fuzzing.read(lambda: records.read_records(path), raises=ValueError, names=[path])
         if isinstance(found, list):
             for record in found:
-                records.check_fields(vars(record))
+                assert json_files.typed(vars(record), records.Record) == record
                 json.dumps(records.fields_of(record), ensure_ascii=False).encode()
 
     fuzz(case)
@@ -425,9 +426,9 @@ def test_a_shard_of_any_number_is_a_gap_and_no_list_of_what_lies_below(tmp_path:
     ("data", "message"),
     [
         (b'{"id": "a", "input": "\x80"}\n', "is not UTF-8"),
-        (b'{"id": "a", "input": "\\ud800"}\n', "half a surrogate pair"),
-        (b"[" * 5_000, "cannot be read"),
-        (b'{"id": "a", "input": ' + b"1" * 5_000 + b"}\n", "cannot be read"),
+        (b'{"id": "a", "input": "\\ud800"}\n', "unpaired surrogate"),
+        (b"[" * 5_000, "unreadable JSON"),
+        (b'{"id": "a", "input": ' + b"1" * 5_000 + b"}\n", "unreadable JSON"),
     ],
 )
 def test_what_predict_cannot_read_is_named_by_its_line(tmp_path: Path, data: bytes, message: str) -> None:

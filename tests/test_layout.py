@@ -16,7 +16,7 @@ FILES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
     for package in ("sbs_jax", "tasks")
     for path in sorted((ROOT / package).rglob("*.py"))
-    if "artefact" not in path.parts
+    if "artefact" not in path.relative_to(ROOT).parts
 }
 
 

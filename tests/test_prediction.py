@@ -120,7 +120,7 @@ def test_what_cannot_be_asked_is_said_and_the_rest_is_answered(greedy, answers):
             "the input has 109 tokens, prefix and end included, .* at most 48",
         ),
         "adapter": (Question(id="adapter", input="x", adapter="a"), "no adapter is named 'a'. There are none"),
-        "half": (Question(id="half", input="\ud800"), "half a surrogate pair"),
+        "half": (Question(id="half", input="\ud800"), "unpaired surrogate"),
     }
     asked = questions(3)
     got = greedy.answer([bad["long"][0], asked[0], bad["adapter"][0], asked[1], asked[2], bad["half"][0]])

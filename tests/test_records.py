@@ -52,17 +52,17 @@ GOOD = '{"id": "a", "input": "x", "label": null}'
         (f"{GOOD}\n[1, 2]\n", r":2: got \[1, 2\]; expected a JSON object"),
         (f"{GOOD}\n{GOOD}\n", r":2: the id 'a' is already that of line 1"),
         ('{"id": "a", "label": null}', r":1: the field 'input' is missing"),
-        ('{"id": "a", "input": "x", "label": 1}', r":1: 'label' is 1; expected text or null"),
-        ('{"id": 3, "input": "x", "label": null}', r":1: 'id' is 3; expected text"),
-        ('{"id": "", "input": "x", "label": null}', r":1: 'id' is empty"),
-        ('{"id": "a", "input": null, "label": null}', r":1: 'input' is null; expected text\."),
-        (GOOD[:-1] + ', "outcome": null}', r":1: 'outcome' is null"),
-        (GOOD[:-1] + ', "choices": "tea"}', r":1: 'choices' is \"tea\"; expected a list"),
-        (GOOD[:-1] + ', "choices": ["tea", 2]}', r":1: 'choices' is"),
+        ('{"id": "a", "input": "x", "label": 1}', r":1: the field 'label' is 1; expected text or null"),
+        ('{"id": 3, "input": "x", "label": null}', r":1: the field 'id' is 3; expected text"),
+        ('{"id": "", "input": "x", "label": null}', r":1: the field 'id' is empty"),
+        ('{"id": "a", "input": null, "label": null}', r":1: the field 'input' is null; expected text\."),
+        (GOOD[:-1] + ', "outcome": null}', r":1: the field 'outcome' is null"),
+        (GOOD[:-1] + ', "choices": "tea"}', r":1: the field 'choices' is \"tea\"; expected a list"),
+        (GOOD[:-1] + ', "choices": ["tea", 2]}', r":1: the field 'choices' is"),
         (GOOD[:-1] + ', "rational": "r"}', r":1: unknown field 'rational'.* mean 'rationale'"),
-        ('{"id": "\\ud83d", "input": "x", "label": null}', r":1: .*half a surrogate pair, '\\ud83d'"),
+        ('{"id": "\\ud83d", "input": "x", "label": null}', r":1: .*unpaired surrogate '\\ud83d'"),
         ("\ufeff" + GOOD, r":1: not valid JSON: Unexpected UTF-8 BOM"),
-        ("[" * 100_000, r":1: JSON that cannot be read"),
+        ("[" * 100_000, r":1: unreadable JSON"),
         ("", r"is empty"),
     ],
 )
@@ -90,7 +90,7 @@ def test_pair_of_surrogate_escapes_is_one_character(tmp_path):
     ("bad", "message"),
     [
         ([FULL, FULL], "Record 2 .*'a-1' occurred before"),
-        ([FULL, Record(id="b", input="\ud800", label=None)], "Record 2 .*'input' holds half"),
+        ([FULL, Record(id="b", input="\ud800", label=None)], "Record 2 .*unpaired surrogate"),
         ([Record(id="", input="x", label=None)], "Record 1 .*'id' is empty"),
     ],
 )
@@ -139,7 +139,7 @@ def test_other_manifests_are_refused(tmp_path):
         records.read_manifest(tmp_path)
     path = tmp_path / records.MANIFEST
     path.write_text("[]")
-    with pytest.raises(ValueError, match=r"got format '\[\]'; expected 1"):
+    with pytest.raises(ValueError, match=r"got format \[\]; expected 1"):
         records.read_manifest(tmp_path)
     path.write_text(json.dumps({**a_manifest(), "format": 2}))
     with pytest.raises(ValueError, match="got format 2; expected 1"):

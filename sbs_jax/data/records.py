@@ -24,10 +24,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypedDict
 
-from sbs_jax.checks import nearest
-from sbs_jax.storage.atomic import replacing
+from sbs_jax.storage.atomic import replace, replacing
 from sbs_jax.storage.checksums import file_sha256
-from sbs_jax.storage.json_files import brief, read_json, read_json_lines, shown
+from sbs_jax.storage.json_files import brief, check_encodes, read_json, read_json_lines, shown, typed
 
 OK = "ok"
 NO_TEACHER = "no_teacher"
@@ -73,10 +72,6 @@ class Record:
     votes: tuple[int, int] | None = None
 
 
-_DEFAULTS = {field.name: field.default for field in dataclasses.fields(Record)}
-_FIELDS = tuple(field.name for field in dataclasses.fields(Record))
-_REQUIRED = ("id", "input", "label")
-_TEXT = ("id", "input", "outcome")
 _ONLY_IF_SET = ("prompt", "hinted", "votes")
 
 
@@ -135,67 +130,19 @@ def read_records(path: str | Path) -> list[Record]:
 
 
 def _record(value: Mapping[str, Any]) -> Record:
-    unknown = sorted(value.keys() - set(_FIELDS))
-    if unknown:
-        raise ValueError(
-            f"unknown field {brief(unknown[0])}; known are {list(_FIELDS)}.{nearest(unknown[0][:100], _FIELDS)}"
-        )
-    missing = [name for name in _REQUIRED if name not in value]
-    if missing:
-        raise ValueError(f"the field {missing[0]!r} is missing; it has {brief(sorted(value))}.")
-    fields = dict(value)
-    if "choices" in fields:
-        choices = fields["choices"]
-        if not isinstance(choices, list) or not all(isinstance(c, str) for c in choices):
-            raise ValueError(f"'choices' is {shown(choices)}; expected a list of texts.")
-        fields["choices"] = tuple(choices)
-    if isinstance(fields.get("votes"), list):
-        fields["votes"] = tuple(fields["votes"])
-    check_fields(_DEFAULTS | fields)
-    return Record(**fields)
+    """Checks and builds a record, from JSON or from the fields of another; ValueError names the field."""
+    record = typed(value, Record)
+    if not record.id:
+        raise ValueError("the field 'id' is empty; rows are joined by id, so every row needs one.")
+    if record.votes and min(record.votes) < 1:
+        raise ValueError(f"the field 'votes' is {list(record.votes)}; expected two numbers of at least 1.")
+    return record
 
 
 def fields_of(record: Record) -> dict[str, Any]:
-    """What a line of a file holds of a record."""
+    """Returns the JSON object of a record."""
     fields = dataclasses.asdict(record)
     return {name: value for name, value in fields.items() if value or name not in _ONLY_IF_SET}
-
-
-def check_fields(fields: Mapping[str, Any]) -> None:
-    """ValueError where a field of a record has the wrong type, or text that UTF-8 cannot hold."""
-    for name, value in fields.items():
-        if name == "choices":
-            texts = value
-        elif name == "hinted":
-            if not isinstance(value, bool):
-                raise ValueError(f"'hinted' is {shown(value)}; expected true or false.")
-            continue
-        elif name == "votes" and value is not None:
-            if not (isinstance(value, tuple) and len(value) == 2 and all(type(n) is int and n > 0 for n in value)):
-                raise ValueError(f"'votes' is {shown(value)}; expected two whole numbers of at least 1, or null.")
-            continue
-        elif isinstance(value, str):
-            texts = (value,)
-        elif value is None and name not in _TEXT:
-            continue
-        else:
-            expected = "text" if name in _TEXT else "text or null"
-            raise ValueError(f"{name!r} is {shown(value)}; expected {expected}.")
-        for text in texts:
-            if not text.isascii():
-                _check_encodes(name, text)
-    if not fields["id"]:
-        raise ValueError("'id' is empty; rows are joined by id, so every row needs one.")
-
-
-def _check_encodes(name: str, text: str) -> None:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"{name!r} holds half a surrogate pair, {text[error.start]!a}, at character "
-            f"{error.start}; UTF-8 has no such character."
-        ) from None
 
 
 # ------------------------------------------------------------------------------------ writing
@@ -207,20 +154,21 @@ def write_records(path: str | Path, records: Iterable[Record]) -> str:
     Atomic: another process sees the old file or the whole new one. The same records give the same
     bytes. ValueError, before anything is replaced, where a record is malformed or an id repeats.
     """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     seen: set[str] = set()
     digest = hashlib.sha256()
-    with replacing(Path(path)) as file:
+    with replacing(path) as file:
         for number, record in enumerate(records, start=1):
             try:
-                check_fields(vars(record))
+                fields = fields_of(_record(vars(record)))
+                check_encodes(fields)
+                if record.id in seen:
+                    raise ValueError(f"the id {record.id!r} occurred before; ids must be distinct.")
             except ValueError as error:
                 raise ValueError(f"Record {number} for {path}: {error}") from None
-            if record.id in seen:
-                raise ValueError(
-                    f"Record {number} for {path}: the id {record.id!r} occurred before; ids must be distinct."
-                )
             seen.add(record.id)
-            data = (json.dumps(fields_of(record), ensure_ascii=False) + "\n").encode()
+            data = (json.dumps(fields, ensure_ascii=False) + "\n").encode()
             digest.update(data)
             file.write(data)
     return digest.hexdigest()
@@ -228,64 +176,28 @@ def write_records(path: str | Path, records: Iterable[Record]) -> str:
 
 def write_manifest(directory: str | Path, manifest: Manifest) -> None:
     """Writes `<directory>/manifest.json`, atomically; the same manifest gives the same bytes."""
-    text = json.dumps(manifest, ensure_ascii=False, indent=1, sort_keys=True) + "\n"
-    with replacing(Path(directory) / MANIFEST) as file:
-        file.write(text.encode())
+    path = Path(directory) / MANIFEST
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace(path, (json.dumps(manifest, ensure_ascii=False, indent=1, sort_keys=True) + "\n").encode())
 
 
 def read_manifest(directory: str | Path) -> Manifest:
-    """`<directory>/manifest.json`. FileNotFoundError, or ValueError where it is malformed."""
+    """Reads `<directory>/manifest.json`. FileNotFoundError, or ValueError where it is malformed."""
     path = Path(directory) / MANIFEST
     if not path.is_file():
-        raise FileNotFoundError(
-            f"{directory} is not a records directory: it has no {MANIFEST}. Records are written by `sbs records`."
-        )
+        raise FileNotFoundError(f"{directory} has no {MANIFEST}; expected a records directory of `sbs records`.")
     value = read_json(path)
-    expected = Manifest.__required_keys__
-    if (
-        not isinstance(value, dict)
-        or value.get("format") != FORMAT
-        or value.keys() - Manifest.__optional_keys__ != expected
-    ):
-        got = value.get("format") if isinstance(value, dict) else shown(value)
-        raise ValueError(
-            f"{path}: got format {brief(got)}; expected {FORMAT} with the fields {sorted(expected)}. "
-            "Write the records anew with this version."
-        )
-    problem = _manifest_problem(value)
-    if problem:
-        raise ValueError(f"{path}: {problem}. Write the records anew with this version.")
-    return value  # type: ignore[return-value]  # JSON; its fields were checked above
-
-
-def _manifest_problem(manifest: Mapping[str, Any]) -> str | None:
-    """What is wrong with the fields of a manifest that has the right names; None where nothing is."""
-    for name in ("dataset", "parser", "inputs", "sbs_jax"):
-        if not isinstance(manifest[name], str):
-            return f"{name!r} is {shown(manifest[name])}; expected text"
-    for name in ("splits", "skipped"):
-        if not isinstance(manifest[name], dict) or not manifest[name].keys() <= set(SPLITS):
-            return f"{name!r} is {shown(manifest[name])}; expected an object with some of {list(SPLITS)}"
-    for split, summary in manifest["splits"].items():
-        where = f"the split {split!r}"
-        if not isinstance(summary, dict) or summary.keys() != SplitSummary.__required_keys__:
-            return f"{where} is {shown(summary)}; expected the fields {sorted(SplitSummary.__required_keys__)}"
-        for name, value in summary.items():
-            if not _is_summary_field(name, value):
-                return f"{name!r} of {where} is {shown(value)}; expected {SplitSummary.__annotations__[name]}"
-    return None
-
-
-def _is_summary_field(name: str, value: Any) -> bool:
-    if name == "sha256":
-        return isinstance(value, str)
-    if name == "sources":
-        return isinstance(value, dict) and all(isinstance(each, str) for each in value.values())
-    if name == "outcomes":
-        return isinstance(value, dict) and all(type(each) is int for each in value.values())
-    if name == "teacher_accuracy":
-        return value is None or type(value) in (int, float)
-    return type(value) is int
+    try:
+        got = value.get("format") if isinstance(value, dict) else value
+        if got != FORMAT:
+            raise ValueError(f"got format {shown(got)}; expected {FORMAT}.")
+        manifest = typed(value, Manifest)
+        for name in ("splits", "skipped"):
+            if not manifest[name].keys() <= set(SPLITS):
+                raise ValueError(f"{name!r} has {brief(list(manifest[name]))}; expected some of {list(SPLITS)}.")
+    except ValueError as error:
+        raise ValueError(f"{path}: {error} Write the records again with this version.") from None
+    return manifest
 
 
 def put_in_place(made: Path, target: Path, *, overwrite: bool) -> None:

@@ -199,12 +199,10 @@ class Predictor:
     def _misfit(self, question: Question) -> str | None:
         if question.adapter not in self._answerers:
             return unknown_adapter(question.adapter, [name for name in self._answerers if name is not None])
-        for text in (question.input, *(question.choices or ())):
-            try:
-                text.encode()
-            except UnicodeEncodeError as error:
-                half = ascii(error.object[error.start])
-                return f"half a surrogate pair, {half}, is no character of UTF-8; remove it."
+        try:
+            json_files.check_encodes([question.input, *(question.choices or ())])
+        except ValueError as error:
+            return str(error)
         return None
 
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sbs_jax.storage import checksums, json_files, lock
+from sbs_jax.storage import atomic, json_files, lock
 
 _ROWS = 8_192  # of a row group of Parquet
 
@@ -93,7 +93,7 @@ class Journal:
         with made.open("rb") as file:
             os.fsync(file.fileno())
         made.replace(self.output)
-        checksums.sync_directory(self.output.parent)
+        atomic.sync_directory(self.output.parent)
         self._file.close()
         for path in (self.path, self._about, self._lock.path):
             path.unlink(missing_ok=True)

@@ -23,7 +23,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from sbs_jax import hosts
-from sbs_jax.storage import checksums
+from sbs_jax.storage import atomic, checksums
 
 log = logging.getLogger(__name__)
 
@@ -122,7 +122,7 @@ class Save:
         written = time.monotonic()
         total = complete(self._temporary, metadata=self._metadata)
         self._temporary.rename(self._final)
-        checksums.sync_directory(self._final.parent)
+        atomic.sync_directory(self._final.parent)
         now = time.monotonic()
         log.info(
             "Checkpoint of step %d: %s on disk after %.2f s, %.2f s of them for checksums.",

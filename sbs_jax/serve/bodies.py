@@ -12,13 +12,21 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from sbs_jax.checks import nearest
-from sbs_jax.data import records
 from sbs_jax.prediction.engine import Question
 from sbs_jax.storage import json_files
 
-FIELDS = ("id", "input", "choices", "rationale", "adapter")
 _EXAMPLE = '{"inputs": [{"input": "a question"}]}'
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Row:
+    """The fields of a row."""
+
+    id: str
+    input: str
+    choices: tuple[str, ...] | None = None
+    rationale: bool = False
+    adapter: str | None = None
 
 
 class BodyError(ValueError):
@@ -112,25 +120,13 @@ def _asked(row: Any, place: int) -> Question:
     """ValueError where a row is not as it should be."""
     if not isinstance(row, dict):
         raise ValueError(f'row {place} is {json_files.shown(row)}; expected an object: {{"input": "a question"}}.')
-    unknown = [name for name in row if name not in FIELDS]
-    if unknown:
-        near = nearest(unknown[0][:100], FIELDS)
-        raise ValueError(f"unknown field {json_files.brief(unknown[0])}; known are {list(FIELDS)}.{near}")
-    choices = row.get("choices")
-    if choices is not None:
-        choices = json_files.text_list_field(row, "choices")
-        if not choices:
-            raise ValueError("'choices' is an empty list; leave it out, or give at least one.")
-    rationale = row.get("rationale", False)
-    if not isinstance(rationale, bool):
-        raise ValueError(f"'rationale' is {json_files.shown(rationale)}; expected true or false.")
-    texts = {
-        "id": row.get("id", str(place)),
-        "input": json_files.text_field(row, "input"),
-        "adapter": row.get("adapter"),
-    }
-    records.check_fields({**texts, "choices": choices or ()})
-    return Question(**texts, choices=choices, rationale=rationale)
+    asked = json_files.typed({"id": str(place), **row}, _Row)
+    if not asked.id:
+        raise ValueError("'id' is empty; leave it out, or give a text.")
+    if asked.choices == ():
+        raise ValueError("'choices' is an empty list; leave it out, or give at least one.")
+    json_files.check_encodes(row)
+    return Question(**vars(asked))
 
 
 def written(value: Any) -> bytes:

@@ -1,53 +1,55 @@
-"""Write a file beside its place, then move it there: readers see the old file or the whole new one."""
+"""Atomic writes: a file is written beside its place, then moved there."""
 
 import contextlib
+import errno
 import os
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import BinaryIO
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """Opens `<path>.tmp`, which takes the place of `path` when the block ends without an error.
+
+    Readers see the old file or the whole new one. Contents and name are on disk when the block has ended. After an
+    error the temporary file is removed. Only one process at a time may write a path.
+    """
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()  # it may hold the last free space
+        raise
+    sync_directory(path.parent)
 
 
 def replace(path: Path, contents: bytes) -> None:
-    """Writes a file so that readers see the old or the new one, never half; on disk when this returns."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
-        try:
-            write_all(descriptor, contents, offset=0)
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        temporary.replace(path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            temporary.unlink()  # the room it takes may be the last
-        raise
+    """Writes a whole file with `replacing`."""
+    with replacing(path) as file:
+        file.write(contents)
 
 
 def write_all(descriptor: int, data: bytes, *, offset: int) -> None:
-    """`os.pwrite`, which on a disk that gets full writes a part and says so only in its result."""
+    """Writes all of `data` or raises OSError; on a nearly full disk, `os.pwrite` writes a part and raises nothing."""
     view = memoryview(data)
     while view:
         written = os.pwrite(descriptor, view, offset)
         view, offset = view[written:], offset + written
 
 
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Any]:
-    """A new file beside `path` that takes its place when the block ends without an error."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+def sync_directory(path: Path) -> None:
+    """Flushes a directory's file names to disk, where its file system supports that."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        with os.fdopen(handle, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        # mkstemp makes private files; these get the mode that open() would have given.
-        mask = os.umask(0)
-        os.umask(mask)
-        Path(name).chmod(0o666 & ~mask)
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # mounted buckets do not
+            raise
+    finally:
+        os.close(descriptor)

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from sbs_jax.storage.atomic import sync_directory
+
 FILE = "checksums.json"
 _THREADS = 8  # hashing lets go of the GIL
 
@@ -70,18 +72,6 @@ def reason(error: BaseException) -> str:
         code = errno.errorcode.get(error.errno or 0, "")
         return f"{error.strerror}{f' ({code})' if code else ''}{f': {error.filename}' if error.filename else ''}"
     return str(error) or type(error).__name__
-
-
-def sync_directory(path: Path) -> None:
-    """Brings the names in a directory to the disk, where its file system can do so."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # mounted buckets have no such thing
-            raise
-    finally:
-        os.close(descriptor)
 
 
 def _described(path: Path) -> dict[str, Any]:

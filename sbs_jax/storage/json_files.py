@@ -1,10 +1,20 @@
-"""Read JSON with errors that name the file, the line and the field. Standard library only."""
+"""Read JSON with errors that name the file, the line and the field. Standard library only.
 
+`typed` reads a JSON value as a dataclass or TypedDict; `text_field` and its neighbours read one field of an object.
+"""
+
+import dataclasses
+import functools
 import json
-from collections.abc import Iterator, Mapping
+import types
+import typing
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar
 
+from sbs_jax.checks import nearest
+
+_T = TypeVar("_T")
 _NESTED = "a value nested too deeply to show"
 
 
@@ -32,53 +42,236 @@ def read_json(path: str | Path) -> Any:
 
 
 def parse_json(text: str, where: str) -> Any:
-    """The value of a JSON text; `where` begins the message of the ValueError."""
+    """Returns the value of a JSON text; `where` begins the message of the ValueError."""
     try:
         value = json.loads(text)
-        if "\\ud" in text.lower():  # only such escapes can give what UTF-8 cannot hold
-            json.dumps(value, ensure_ascii=False).encode()
+        if "\\ud" in text.lower():  # only these escapes can produce an unpaired surrogate
+            check_encodes(value)
     except json.JSONDecodeError as error:
         line = f", line {error.lineno} of it" if error.lineno > 1 else ""
         raise ValueError(
-            f"{where}: not valid JSON: {error.msg} at column {error.colno}{line}. The file may be "
-            "cut short or edited; get it anew."
+            f"{where}: not valid JSON: {error.msg} at column {error.colno}{line}. The file may be truncated or edited; "
+            "get it again."
         ) from None
+    except (RecursionError, ValueError) as error:
+        raise ValueError(f"{where}: unreadable JSON: {error}") from None
+    return value
+
+
+def check_encodes(value: Any) -> None:
+    """Raises ValueError if a text in a JSON value cannot be encoded as UTF-8."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         half = ascii(error.object[error.start])
-        raise ValueError(f"{where}: half a surrogate pair, {half}, is no character of UTF-8; remove it.") from None
-    except (RecursionError, ValueError) as error:
-        raise ValueError(f"{where}: JSON that cannot be read: {error}.") from None
-    return value
+        raise ValueError(f"unpaired surrogate {half} cannot be encoded as UTF-8; remove it.") from None
+
+
+# ------------------------------------------------------------------------------- typed values
+
+
+def typed(value: Any, kind: type[_T], *, where: str = "", extra: bool = False) -> _T:
+    """Reads a JSON value as a dataclass or TypedDict.
+
+    Their fields can be str, int, float (takes ints too), bool, Literal, Any, list, tuple, dict, Mapping, further
+    dataclasses and TypedDicts, and unions of these with None. The items of a list or tuple have one type. JSON lists
+    become tuples where the type says so.
+
+    >>> @dataclasses.dataclass
+    ... class Pen:
+    ...     colour: str
+    ...     size: int = 1
+    >>> typed({"colour": "red"}, Pen)
+    Pen(colour='red', size=1)
+    >>> typed({"colour": "red", "size": True}, Pen, where="pens.json:3")
+    Traceback (most recent call last):
+    ValueError: pens.json:3: the field 'size' is true; expected a whole number.
+
+    Args:
+      value: from `parse_json`.
+      kind: the type to read it as.
+      where: begins the message, usually with file and line.
+      extra: allow unknown fields; dataclasses drop them, TypedDicts keep them.
+
+    Raises:
+      ValueError: a value of the wrong type, or an unknown or missing field. Names the field, e.g. "rows[2].label".
+    """
+    try:
+        return _reader(kind, extra)(value, "")
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}" if where else str(error)) from None
 
 
 def text_field(fields: Mapping[str, Any], name: str) -> str:
-    """The text of a field. ValueError where it is missing or no text."""
-    value = _field(fields, name)
-    if not isinstance(value, str):
-        raise ValueError(f"the field {name!r} is {brief(value)}; expected text.")
-    return value
+    """Reads a text. ValueError if the field is missing or has another type."""
+    return _field(fields, name, str)
 
 
 def integer_field(fields: Mapping[str, Any], name: str) -> int:
-    """The integer of a field. ValueError where it is missing or no integer."""
-    value = _field(fields, name)
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError(f"the field {name!r} is {brief(value)}; expected an integer.")
-    return value
+    """Reads a whole number. ValueError if the field is missing or has another type."""
+    return _field(fields, name, int)
 
 
 def text_list_field(fields: Mapping[str, Any], name: str) -> tuple[str, ...]:
-    """The texts of a field. ValueError where it is missing or no list of texts."""
-    value = _field(fields, name)
-    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-        raise ValueError(f"the field {name!r} is {brief(value)}; expected a list of texts.")
-    return tuple(value)
+    """Reads a list of texts. ValueError if the field is missing or has another type."""
+    return _field(fields, name, tuple[str, ...])
 
 
-def _field(fields: Mapping[str, Any], name: str) -> Any:
+def _field(fields: Mapping[str, Any], name: str, kind: Any) -> Any:
     if name not in fields:
-        raise ValueError(f"the field {name!r} is missing; it has {brief(sorted(fields))}.")
-    return fields[name]
+        raise _missing(name, fields)
+    return _reader(kind, False)(fields[name], name)
+
+
+# Types of values that hold no others, and their words in messages.
+_PLAIN: Mapping[Any, tuple[type, ...]] = {
+    **{kind: (kind,) for kind in (str, int, bool, dict, list, types.NoneType)},
+    float: (int, float),
+}
+_WORDS: Mapping[Any, str] = {
+    str: "text",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    dict: "an object",
+    list: "a list",
+    types.NoneType: "null",
+}
+_Reader = Callable[[Any, str], Any]  # (JSON value, its field) -> the value as its type
+
+
+@functools.cache
+def _reader(kind: Any, extra: bool) -> _Reader:
+    """Returns the function that reads one type. Cached, because records files have many lines."""
+    origin = typing.get_origin(kind)
+    if kind is Any:
+        return lambda value, field: value
+    if kind in _PLAIN or origin is Literal:
+        return _plain_reader(kind)
+    if dataclasses.is_dataclass(kind) or typing.is_typeddict(kind):
+        return _object_reader(kind, extra)
+    if origin in (dict, Mapping):
+        return _mapping_reader(kind, extra)
+    if origin in (list, tuple):
+        return _sequence_reader(kind, extra)
+    return _union_reader(kind, extra)
+
+
+def _plain_reader(kind: Any) -> _Reader:
+    among = typing.get_args(kind)  # of a Literal
+    accepted = _PLAIN[kind] if kind in _PLAIN else tuple(map(type, among))
+
+    def read(value: Any, field: str) -> Any:
+        if type(value) not in accepted or (among and value not in among):
+            raise _mismatch(kind, value, field)
+        return value
+
+    return read
+
+
+def _sequence_reader(kind: Any, extra: bool) -> _Reader:
+    make, items = typing.get_origin(kind), typing.get_args(kind)
+    size = None if make is list or items[-1] is ... else len(items)
+    read_item, plain = _reader(items[0], extra), _PLAIN.get(items[0])
+
+    def read(value: Any, field: str) -> Any:
+        if type(value) not in (list, tuple) or size not in (None, len(value)):
+            raise _mismatch(kind, value, field)
+        if plain:  # show the whole list instead of one item
+            if not all(type(item) in plain for item in value):
+                raise _mismatch(kind, value, field)
+            return make(value)
+        return make(read_item(item, f"{field}[{number}]") for number, item in enumerate(value))
+
+    return read
+
+
+def _mapping_reader(kind: Any, extra: bool) -> _Reader:
+    read_item = _reader(typing.get_args(kind)[1], extra)
+
+    def read(value: Any, field: str) -> Any:
+        if type(value) is not dict:
+            raise _mismatch(kind, value, field)
+        return {name: read_item(each, f"{field}.{name}") for name, each in value.items()}
+
+    return read
+
+
+def _union_reader(kind: Any, extra: bool) -> _Reader:
+    readers: dict[type, _Reader] = {}  # by the type of the JSON value
+    for each in typing.get_args(kind):
+        sequence = typing.get_origin(each) in (list, tuple)
+        for accepted in _PLAIN.get(each, (list, tuple) if sequence else (dict,)):
+            readers[accepted] = _reader(each, extra)
+
+    def read(value: Any, field: str) -> Any:
+        if type(value) not in readers:
+            raise _mismatch(kind, value, field)
+        return readers[type(value)](value, field)
+
+    return read
+
+
+def _object_reader(kind: Any, extra: bool) -> _Reader:
+    hints = typing.get_type_hints(kind)
+    if dataclasses.is_dataclass(kind):
+        fields = dataclasses.fields(kind)
+        known = [field.name for field in fields]
+        missing = dataclasses.MISSING
+        required = [f.name for f in fields if f.default is missing and f.default_factory is missing]
+    else:
+        known, required = list(hints), [name for name in hints if name in kind.__required_keys__]
+    readers = {name: _reader(hints[name], extra) for name in known}
+
+    def read(value: Any, field: str) -> Any:
+        if type(value) is not dict:
+            raise _mismatch(kind, value, field)
+        parent = f"{field}." if field else ""
+        found = {}
+        for name, each in value.items():
+            if name in readers:
+                found[name] = readers[name](each, parent + name)
+            elif not extra:
+                near = nearest(name[:100], known)
+                raise ValueError(f"unknown field {brief(parent + name)}; known are {known}.{near}")
+            elif not dataclasses.is_dataclass(kind):
+                found[name] = each
+        for name in required:
+            if name not in found:
+                raise _missing(parent + name, value)
+        return kind(**found)
+
+    return read
+
+
+def _missing(field: str, there: Mapping[str, Any]) -> ValueError:
+    return ValueError(f"the field {field!r} is missing; it has {brief(sorted(there))}.")
+
+
+def _mismatch(kind: Any, value: Any, field: str) -> ValueError:
+    place = f"the field {field!r} is" if field else "got"
+    return ValueError(f"{place} {shown(value)}; expected {_expected(kind)}.")
+
+
+def _expected(kind: Any) -> str:
+    """Describes a type for a message: "text or null", "a list of texts"."""
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if kind in _WORDS:
+        return _WORDS[kind]
+    if origin is Literal:
+        return " or ".join(map(shown, inner))
+    if origin in (list, tuple):
+        item = _expected(inner[0]).partition(" with ")[0]
+        items = f"{item.removeprefix('a ').removeprefix('an ')}s"
+        return f"{len(inner)} {items}" if origin is tuple and inner[-1] is not ... else f"a list of {items}"
+    if origin in (dict, Mapping):
+        return "an object"
+    if dataclasses.is_dataclass(kind) or typing.is_typeddict(kind):
+        return f"an object with the fields {list(typing.get_type_hints(kind))}"
+    return " or ".join(map(_expected, inner))
+
+
+# ------------------------------------------------------------------------------- texts for messages
 
 
 def decoded(data: bytes, where: str) -> str:

@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import Any
 
 from sbs_jax.checks import nearest
-from sbs_jax.storage.json_files import brief, read_json
+from sbs_jax.storage.json_files import brief, read_json, typed
 
 SYSTEM, USER, ASSISTANT = "system", "user", "assistant"
 FOLDER = Path(__file__).parents[2] / "tasks" / "prompts"  # in the checkout and in the wheel
@@ -258,47 +258,7 @@ def _read_file(path: Path) -> Template:
 
 def from_json(value: Any) -> Template:
     """The template that a JSON value describes; ValueError names the field."""
-    fields = _fields(value, Template)
-    if type(fields["version"]) is not int:  # true and false are integers to Python
-        raise ValueError(f"the field 'version' is {brief(fields['version'])}; expected a whole number of at least 1.")
-    for name in ("instruction", "question", "answer", "hint"):
-        _check_text(fields, name)
-    if fields.get("split") is not None:
-        _check_text(fields, "split")
-    stops, exemplars = fields["stops"], fields["exemplars"]
-    if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
-        raise ValueError(f"the field 'stops' is {brief(stops)}; expected a list of texts.")
-    if not isinstance(exemplars, list):
-        raise ValueError(f"the field 'exemplars' is {brief(exemplars)}; expected a list of objects.")
-    solved = []
-    for number, exemplar in enumerate(exemplars):
-        try:
-            parts = _fields(exemplar, Exemplar)
-            for name in parts:
-                _check_text(parts, name)
-        except ValueError as error:
-            raise ValueError(f"exemplars[{number}]: {error}") from None
-        solved.append(Exemplar(**parts))
-    return Template(**{**fields, "stops": tuple(stops), "exemplars": tuple(solved)})
-
-
-def _fields(value: Any, kind: type) -> dict[str, Any]:
-    """A JSON object's fields, which are those of the dataclass `kind`."""
-    if not isinstance(value, dict):
-        raise ValueError(f"got {brief(value)}; expected an object with the fields of a prompt.")
-    known = {field.name: field.default is dataclasses.MISSING for field in dataclasses.fields(kind)}
-    for name in value:
-        if name not in known:
-            raise ValueError(f"unknown field {brief(name)}; known are {list(known)}.{nearest(name[:100], known)}")
-    missing = [name for name, required in known.items() if required and name not in value]
-    if missing:
-        raise ValueError(f"the field {missing[0]!r} is missing; it has {brief(sorted(value))}.")
-    return value
-
-
-def _check_text(fields: Mapping[str, Any], name: str) -> None:
-    if not isinstance(fields[name], str):
-        raise ValueError(f"the field {name!r} is {brief(fields[name])}; expected text.")
+    return typed(value, Template)
 
 
 def _check_places(field: str, text: str, names: tuple[str, ...]) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 
 from sbs_jax import hosts
 from sbs_jax.data import batches, grading, registry
+from sbs_jax.storage import atomic
 from sbs_jax.student import decoding, partitioning, t5
 from sbs_jax.training.students import load_student
 
@@ -199,13 +200,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, float]:
     return result.metrics
 
 
-def write_rows(path: str | Path, rows: Any) -> int:
-    """Writes JSON lines, then moves the file into place; returns their number."""
-    temporary = Path(f"{path}.tmp")
-    count = 0
-    with temporary.open("w", encoding="utf-8") as file:
-        for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            count += 1
-    temporary.replace(path)
-    return count
+def write_rows(path: Path, rows: Any) -> None:
+    """Writes JSON lines, atomically."""
+    with atomic.replacing(path) as file:
+        file.writelines((json.dumps(row, ensure_ascii=False) + "\n").encode() for row in rows)
