@@ -44,7 +44,7 @@ def measure(arguments: argparse.Namespace) -> Iterator[harness.Row]:
         peer = {"model": model, "platform": "cuda", "work": str(work)}
         ours = peer | {
             "examples": arguments.examples,
-            "batches": str(arguments.work / f"batches-{arguments.examples}.pickle"),
+            "batches": str(arguments.work / f"batches-{arguments.examples}.npz"),
             "extra": arguments.binding,
         }
         if arguments.prepare or not work.exists():

@@ -16,7 +16,6 @@ import importlib
 import json
 import math
 import os
-import pickle
 import statistics
 import tempfile
 import time
@@ -120,11 +119,11 @@ def ours(
             "train.TrainConfig", gin_files=[f"gin_configs/{file}.gin" for file in files], bindings=[*given, *extra]
         )
         if batches and Path(batches).exists():
-            source, packed = pickle.loads(Path(batches).read_bytes())
+            source, packed = read_batches(Path(batches))
         else:
             source, packed = make_batches(config, Path(folder), examples=examples)
             if batches:
-                Path(batches).write_bytes(pickle.dumps((source, packed)))
+                write_batches(Path(batches), source, packed)
     tokens = [count_tokens(batch) for batch in packed]
     parameters = sum(math.prod(leaf.shape) for leaf in t5.abstract(config.model)[1].values())
     if only_write or not Path(work).exists():  # the peer may be reading one that exists
@@ -193,6 +192,31 @@ def drawn_by_array(config: Any, trainer: Any) -> Any:
     optimizer = config.optimizer(learning_rate=config.learning_rate).init(parameters)
     state = TrainState(jnp.int32(0), parameters, optimizer, jnp.int32(0))
     return trainer.stacked(jax.device_put(state, jax.tree.map(lambda leaf: leaf.sharding, trainer.saved)))
+
+
+def write_batches(path: Path, source: str, packed: Sequence[Mapping[str, Any]]) -> None:
+    """Writes batches of arrays as one .npz file."""
+    import numpy as np
+
+    arrays = {f"{number} {name}": array for number, batch in enumerate(packed) for name, array in batch.items()}
+    with path.open("wb") as file:  # a path would get another suffix
+        np.savez(file, source=source, **arrays)
+
+
+def read_batches(path: Path) -> tuple[str, list[Any]]:
+    """Reads what `write_batches` wrote."""
+    import numpy as np
+
+    with np.load(path) as archive:
+        arrays = dict(archive)
+    source = str(arrays.pop("source"))
+    packed: list[dict[str, Any]] = []
+    for key, array in arrays.items():
+        number, _, name = key.partition(" ")
+        if int(number) == len(packed):
+            packed.append({})
+        packed[-1][name] = array
+    return source, packed
 
 
 def make_batches(config: Any, folder: Path, *, examples: int) -> tuple[str, list[Any]]:
