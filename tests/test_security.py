@@ -272,10 +272,10 @@ def test_a_header_s_claims_are_not_followed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "reference",
     [
-        "@train.hosts.os.getcwd()",
+        "@evaluate.atomic.os.getcwd()",
         "@evaluate.Path.cwd()",
         "@evaluate.json.dumps",
-        "[@train.hosts.os.getcwd(), 1]",
+        "[@evaluate.atomic.os.getcwd(), 1]",
         "{'a': @evaluate.json.loads()}",
     ],
 )
