@@ -47,12 +47,12 @@ def write_adapters(folder: Path, tuning: adapters.Tuning, *, base: Path) -> Path
     config = toy.MODEL
     adapted = adapters.abstract(config, tuning)
     partitioner = partitioning.DATA_PARALLEL.partitioner(jax.devices()[:1])
-    like = partitioner.placed(adapted.shapes, parameters=adapted.shapes, axes=adapted.axes)
+    like = partitioner.with_shardings(adapted.shapes, parameters=adapted.shapes, axes=adapted.axes)
     found = frozen.load(config, tuning, path=str(base), seed=None, like=like, partitioner=partitioner)
     random = np.random.default_rng(0)
     trained = {
         name: jnp.asarray(random.normal(size=leaf.shape) * 0.3, leaf.dtype)
-        for name, leaf in adapted.parts(adapted.shapes)[0].items()
+        for name, leaf in adapted.split(adapted.shapes)[0].items()
     }
     checkpoints.save_parameters(folder, trained, config=config, step=3, tuning=tuning, base=found.identity)
     _write_manifest(folder, vocabulary="byte", task="toy_label", tuning=tuning)

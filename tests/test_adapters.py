@@ -74,8 +74,8 @@ def begun(config: t5.T5Config, tuning: Tuning):
     def initial(base):
         found = {}
         for name, value in base.items():
-            found |= adapters.hold(name, value, shapes=of.shapes, form=tuning.base)
-        return found | adapters.initial(config, tuning, found, structure=of.structure, seed=0)
+            found |= adapters.freeze(name, value, shapes=of.shapes, form=tuning.base)
+        return found | adapters.init(config, tuning, found, structure=of.structure, seed=0)
 
     parameters = jax.jit(initial)(base_of(dataclasses.replace(config, dropout_rate=0.0)))
     assert {name: (x.shape, x.dtype) for name, x in parameters.items()} == {
@@ -135,7 +135,7 @@ def forced(model: t5.T5, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
 def test_generation_is_that_of_the_teacher_forced_student(name, whole, monkeypatch):
     """Greedy and beam search step through a decoder of their own; their scores are those of the whole model."""
     if not whole:  # too large to be merged and unpacked before the loop: that is done at every position
-        monkeypatch.setattr("sbs_jax.student.stepping.WHOLE_UP_TO", 0)
+        monkeypatch.setattr("sbs_jax.student.stepping.MAX_GATHERED_BYTES", 0)
     tuning = (SILENT | SPOKEN)[name]
     of, parameters = adapted(MODEL, tuning, changed=0.02)
 
@@ -200,7 +200,7 @@ def test_neftune_s_noise_is_uniform_within_its_bound_and_not_on_padding():
     segments = np.zeros((2, 300), np.int32)
     segments[0], segments[1, :100], segments[1, 100:150] = 1, 1, 2
     x = jnp.zeros((2, 300, 64))
-    noise = np.asarray(t5.with_noise(x, jnp.asarray(segments), alpha=5.0, key=jax.random.key(0)))
+    noise = np.asarray(t5.add_noise(x, jnp.asarray(segments), alpha=5.0, key=jax.random.key(0)))
     assert np.all(noise[1, 150:] == 0)
     for part, length in ((noise[0], 300), (noise[1, :100], 100), (noise[1, 100:150], 50)):
         bound = 5.0 / np.sqrt(length * 64)

@@ -22,7 +22,7 @@ def textbook(q, k, v, bias, segments, *, causal):
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("biased", [False, True])
 def test_values_and_gradients(causal, biased, groups, monkeypatch):
-    monkeypatch.setattr(attention, "FAST", 4 * 2 * 3 * 10 * 10 / groups)
+    monkeypatch.setattr(attention, "FAST_BYTES", 4 * 2 * 3 * 10 * 10 / groups)
     random = np.random.default_rng(int(causal) * 2 + int(biased))
 
     def normal(*shape):
@@ -73,7 +73,7 @@ def test_bfloat16_follows_float32():
 
 def test_heads_that_are_sharded_stay_on_their_shards_in_groups():
     x = jnp.arange(8)
-    cut = attention._Groups(count=2, shards=2)
-    first, second = cut.heads(x, axis=0)
+    groups = attention._Groups(count=2, shards=2)
+    first, second = groups.split(x, axis=0)
     assert (first.tolist(), second.tolist()) == ([0, 1, 4, 5], [2, 3, 6, 7])
-    assert cut.joined((first, second), axis=0).tolist() == x.tolist()
+    assert groups.join((first, second), axis=0).tolist() == x.tolist()

@@ -179,7 +179,7 @@ def test_steps_give_the_logits_of_the_whole_decoder_at_every_position(kind):
         model, segments = t5.join(structure, parameters), t5.source_segments(source)
         encoded = model.encode(source, segment_ids=segments)
         stepper = stepping.Stepper(model, encoded, segments, length=length, beams=beams)
-        cache, logits = stepper.empty(), []
+        cache, logits = stepper.empty_cache(), []
         mine = (jnp.arange(length * beams)[None, :] % beams == jnp.arange(beams)[:, None])[None]
         for position in range(length):
             before = target[:, :, position - 1] if position else jnp.zeros((2, beams), jnp.int32)
@@ -304,7 +304,7 @@ def test_sharded_generation_finds_the_same(shape, platform, request):
     _, shapes, axes = t5.abstract(t5.join(structure, parameters).config)
     placed = jax.device_put(parameters, partitioner.shardings(shapes, parameters=shapes, axes=axes))
     rows = partitioner.put_batch({"tokens": np.asarray(source)})["tokens"]
-    with partitioner.constraining():
+    with partitioner.active():
         mine = greedy(structure, placed, rows, length=6), beam(structure, placed, rows, length=6, beams=4)
     alone = greedy(structure, parameters, source, length=6), beam(structure, parameters, source, length=6, beams=4)
     for (tokens, log_p), (want, want_log_p) in zip(mine, alone, strict=True):

@@ -166,7 +166,7 @@ def compute(
     batch = partitioner.put_batch(batch_of(rows, packed=packed, examples=examples))
 
     def constrained(parameters, batch):
-        with partitioner.constraining():
+        with partitioner.active():
             return run(parameters, batch)
 
     loss, _, gradients = jax.device_get(jax.jit(constrained)(parameters, batch))

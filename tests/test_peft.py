@@ -351,7 +351,7 @@ def held_parameters(config: t5.T5Config, tuning: adapters.Tuning, base: Path) ->
     """The base as a run holds it."""
     adapted = adapters.abstract(config, tuning)
     partitioner = partitioning.DATA_PARALLEL.partitioner()
-    like = partitioner.placed(adapted.shapes, parameters=adapted.shapes, axes=adapted.axes)
+    like = partitioner.with_shardings(adapted.shapes, parameters=adapted.shapes, axes=adapted.axes)
     found = frozen.load(config, tuning, path=str(base), seed=0, like=like, partitioner=partitioner)
     return adapted, found.frozen
 

@@ -114,7 +114,7 @@ def _parameters(config: TrainConfig) -> tuple[int, int]:
     adapted = adapters.abstract(config.model, config.tuning)
     counts = [
         sum(math.prod(leaf.shape) for leaf in shapes.values())
-        for shapes in (t5.abstract(config.model)[1], adapted.parts(adapted.shapes)[0])
+        for shapes in (t5.abstract(config.model)[1], adapted.split(adapted.shapes)[0])
     ]
     return counts[0], counts[1]
 

@@ -35,7 +35,7 @@ def held(structure: t5.Structure, parameters: t5.Parameters, *, weights: str) ->
             is_logits = path[-1] == "logits_dense"
             _hold(module, form=BFLOAT16 if is_logits else weights)
     if model.config.logits_via_embedding:
-        model.token_embedder.product = BFLOAT16
+        model.token_embedder.product_dtype = BFLOAT16
     return t5.split(model)
 
 
@@ -46,7 +46,7 @@ _quantized = jax.jit(functools.partial(quantized.quantize, form=quantized.INT8))
 def _hold(dense: layers.Dense, *, form: str) -> None:
     kernel = dense.merged()
     dense.lora = dense.in_scale = dense.out_scale = None
-    dense.product = BFLOAT16
+    dense.product_dtype = BFLOAT16
     if form == BFLOAT16:
         dense.kernel = nnx.Param(kernel.astype(jnp.bfloat16), axes=dense.axes)
         return

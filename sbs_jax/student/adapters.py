@@ -23,13 +23,13 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from sbs_jax.student import layers, quantized, stacking, t5
-from sbs_jax.student.partitioning import gathered
+from sbs_jax.student.partitioning import gather
 
 BASES = ("float32", "bfloat16", *quantized.FORMS)
 ALL = (".*",)  # kernels of the layers: query, key, value, out, wi or wi_0 and wi_1, wo
 # Prompts and prefixes start as random words from the 5,000 most frequent vocabulary pieces (Lester et al., 2021),
 # which follow padding, end and unknown.
-_WORDS = range(3, 5003)
+_WORD_IDS = range(3, 5003)
 
 
 # ------------------------------------------------------------------------------------ kinds of tuning
@@ -207,8 +207,8 @@ class LoRAModule(nnx.Module):
         self, x: Float[Array, "... I"], *, dtype: str, dropout: layers.Dropout | None
     ) -> Float[Array, "... O"]:
         if dropout is not None:
-            x = dropout.at(self.rate, x)
-        a, b = (gathered(each[...].astype(dtype), axes) for each, axes in zip((self.a, self.b), self.axes, strict=True))
+            x = dropout.at_rate(self.rate, x)
+        a, b = (gather(each[...].astype(dtype), axes) for each, axes in zip((self.a, self.b), self.axes, strict=True))
         return layers.matmul(layers.matmul(x, a), b) * self.scaling
 
     def matrix(self, in_scale: nnx.Param | None) -> Float[Array, "I O"]:
@@ -227,8 +227,8 @@ class BottleneckModule(nnx.Module):
         self.activation = bottleneck.activation
 
     def __call__(self, y_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        down = gathered(self.down[...].astype(y_BTD.dtype), _DOWN)
-        up = gathered(self.up[...].astype(y_BTD.dtype), _UP)
+        down = gather(self.down[...].astype(y_BTD.dtype), _DOWN)
+        up = gather(self.up[...].astype(y_BTD.dtype), _UP)
         return y_BTD + layers.matmul(layers.ACTIVATIONS[self.activation](layers.matmul(y_BTD, down)), up)
 
 
@@ -237,8 +237,8 @@ class PromptModule(nnx.Module):
         self.embedding = nnx.Param(jnp.zeros((prompt.length, config.emb_dim), jnp.float32), axes=("adapter", "embed"))
         self.length = prompt.length
 
-    def before(self, x_BSD: Float[Array, "B S D"]) -> Float[Array, "B P D"]:
-        return t5.prepended(self.embedding[...], x_BSD)
+    def prepend_to(self, x_BSD: Float[Array, "B S D"]) -> Float[Array, "B P D"]:
+        return t5.prepend(self.embedding[...], x_BSD)
 
 
 class PrefixModule(nnx.Module):
@@ -247,11 +247,11 @@ class PrefixModule(nnx.Module):
         self.key = nnx.Param(jnp.zeros(shape, jnp.float32), axes=("adapter", "joined_kv"))
         self.value = nnx.Param(jnp.zeros(shape, jnp.float32), axes=("adapter", "joined_kv"))
 
-    def before(
+    def prepend_to(
         self, k_BSHK: Float[Array, "B S H K"], v_BSHK: Float[Array, "B S H K"]
     ) -> tuple[Float[Array, "B P H K"], Float[Array, "B P H K"]]:
         def one(prefix: nnx.Param, x_BSHK: Array) -> Array:
-            return t5.prepended(prefix[...].reshape(-1, *x_BSHK.shape[2:]), x_BSHK)
+            return t5.prepend(prefix[...].reshape(-1, *x_BSHK.shape[2:]), x_BSHK)
 
         return one(self.key, k_BSHK), one(self.value, v_BSHK)
 
@@ -259,8 +259,8 @@ class PrefixModule(nnx.Module):
 # ------------------------------------------------------------------------------------ attaching
 
 
-def put_on(model: t5.T5, tuning: Tuning) -> None:
-    """Adds the tuning's modules to a model and replaces kernels by quantized ones. `initial` gives their values.
+def attach(model: t5.T5, tuning: Tuning) -> None:
+    """Adds the tuning's modules to a model and replaces kernels by quantized ones. `init` gives their values.
 
     ValueError if a pattern matches nothing, a rank exceeds a kernel's dimensions, or a kernel cannot be quantized.
     """
@@ -268,7 +268,7 @@ def put_on(model: t5.T5, tuning: Tuning) -> None:
     if tuning.base in quantized.FORMS:
         _quantize(model, kernels, tuning)
     if tuning.lora is not None:
-        for name in chosen(tuning.lora.modules, kernels, what="LoRA.modules"):
+        for name in matching(tuning.lora.modules, kernels, what="LoRA.modules"):
             shape = _shape(kernels[name])
             if tuning.lora.rank > min(shape):
                 raise ValueError(
@@ -278,11 +278,11 @@ def put_on(model: t5.T5, tuning: Tuning) -> None:
             kernels[name].lora = LoRAModule(kernels[name], shape, lora=tuning.lora)
     if tuning.ia3 is not None:
         for patterns, side, attribute in ((tuning.ia3.outputs, 1, "out_scale"), (tuning.ia3.inputs, 0, "in_scale")):
-            for name in chosen(patterns, kernels, what=f"IA3.{'outputs' if side else 'inputs'}"):
+            for name in matching(patterns, kernels, what=f"IA3.{'outputs' if side else 'inputs'}"):
                 ones = jnp.ones((_shape(kernels[name])[side],), jnp.float32)
                 setattr(kernels[name], attribute, nnx.Param(ones, axes=(kernels[name].axes[side],)))
     if tuning.biases is not None:
-        for name in chosen(tuning.biases.modules, kernels, what="Biases.modules"):
+        for name in matching(tuning.biases.modules, kernels, what="Biases.modules"):
             zeros = jnp.zeros((_shape(kernels[name])[1],), jnp.float32)
             kernels[name].bias = nnx.Param(zeros, axes=(kernels[name].axes[1],))
     if tuning.bottleneck is not None:
@@ -292,7 +292,7 @@ def put_on(model: t5.T5, tuning: Tuning) -> None:
                     module = BottleneckModule(model.config, bottleneck=tuning.bottleneck)
                     setattr(layer, f"{attribute}_adapter", module)
     if tuning.prefix is not None:
-        for name in chosen(tuning.prefix.attentions, attentions, what="Prefix.attentions"):
+        for name in matching(tuning.prefix.attentions, attentions, what="Prefix.attentions"):
             if tuning.prefix.length:
                 attentions[name].prefix = PrefixModule(model.config, prefix=tuning.prefix)
     if tuning.prompt is not None and tuning.prompt.length:
@@ -310,10 +310,10 @@ def _quantize(model: t5.T5, kernels: Mapping[str, layers.Dense], tuning: Tuning)
         tied = ", and the matrix of the logits" if model.config.logits_via_embedding else ""
         raise ValueError(
             f"Tuning.quantized has {own[0]!r}, the embedding table. It is looked up{tied}, and not quantised; it is "
-            f"held in bfloat16. Kernels of the layers can be: {', '.join(_ends(kernels))}."
+            f"held in bfloat16. Kernels of the layers can be: {', '.join(_short_names(kernels))}."
         )
-    for name in chosen(tuning.quantized, kernels, what="Tuning.quantized"):
-        if _trains(tuning, f"{name}/kernel", model.config):
+    for name in matching(tuning.quantized, kernels, what="Tuning.quantized"):
+        if _is_trained(tuning, f"{name}/kernel", model.config):
             continue
         dense, shape = kernels[name], _shape(kernels[name])
         if tuning.base == quantized.NF4 and shape[0] % quantized.BLOCK:
@@ -349,11 +349,11 @@ def _matches(pattern: str, name: str) -> bool:
     return re.fullmatch(rf"(.*/)?(?:{pattern})", name) is not None
 
 
-def chosen(patterns: Iterable[str], names: Collection[str], *, what: str) -> list[str]:
+def matching(patterns: Iterable[str], names: Collection[str], *, what: str) -> list[str]:
     """Returns the names that match any of the patterns, in order. ValueError if a pattern matches none."""
     for pattern in patterns:
         if not any(_matches(pattern, name) for name in names):
-            ends = _ends(names)
+            ends = _short_names(names)
             raise ValueError(
                 f"{what} has {pattern!r}, which matches nothing.{_near(pattern, [*ends, *names])} There are "
                 f"{', '.join(ends)}, in full such as {next(iter(names), 'none')}."
@@ -361,7 +361,7 @@ def chosen(patterns: Iterable[str], names: Collection[str], *, what: str) -> lis
     return [name for name in names if any(_matches(pattern, name) for pattern in patterns)]
 
 
-def _ends(names: Iterable[str]) -> list[str]:
+def _short_names(names: Iterable[str]) -> list[str]:
     return sorted({name.rpartition("/")[2] for name in names})
 
 
@@ -382,7 +382,7 @@ class Adapted:
     axes: dict[str, tuple[str, ...]]
     trained: frozenset[str]
 
-    def parts(self, parameters: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    def split(self, parameters: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """Splits a dictionary with the parameters' names into (trained, frozen)."""
         trained = {name: value for name, value in parameters.items() if name in self.trained}
         return trained, {name: value for name, value in parameters.items() if name not in self.trained}
@@ -405,20 +405,20 @@ def _abstract(config: t5.T5Config, tuning: Tuning | None, execution: t5.Executio
             f"Tuning.last_layers is {tuning.last_layers}; the stacks have {config.num_encoder_layers} and "
             f"{config.num_decoder_layers} layers."
         )
-    chosen(tuning.trained, own, what="Tuning.trained")
-    _, unrolled, _ = t5.abstract(config, change=lambda model: put_on(model, tuning))
-    trained = {name for name in unrolled if _is_new(name, own) or _trains(tuning, name, config)}
+    matching(tuning.trained, own, what="Tuning.trained")
+    _, unrolled, _ = t5.abstract(config, change=lambda model: attach(model, tuning))
+    trained = {name for name in unrolled if _is_new(name, own) or _is_trained(tuning, name, config)}
     if execution.layers == "scanned":
-        trained = _scanned(unrolled, trained)
-    structure, shapes, axes = t5.abstract(config, execution=execution, change=lambda model: put_on(model, tuning))
+        trained = _trained_stacks(unrolled, trained)
+    structure, shapes, axes = t5.abstract(config, execution=execution, change=lambda model: attach(model, tuning))
     held = {
-        name: leaf if name in trained else jax.ShapeDtypeStruct(leaf.shape, _held(name, leaf, tuning))
+        name: leaf if name in trained else jax.ShapeDtypeStruct(leaf.shape, _frozen_dtype(name, leaf, tuning))
         for name, leaf in shapes.items()
     }
     return Adapted(structure, held, axes, frozenset(trained))
 
 
-def _held(name: str, leaf: jax.ShapeDtypeStruct, tuning: Tuning) -> Any:
+def _frozen_dtype(name: str, leaf: jax.ShapeDtypeStruct, tuning: Tuning) -> Any:
     """Returns the dtype of a frozen parameter; small ones (not matrices) stay in float32."""
     is_matrix = leaf.ndim - stacking.is_stacked(name) >= 2 and not name.endswith("rel_embedding")
     return (
@@ -430,7 +430,7 @@ def _is_new(name: str, own: Collection[str]) -> bool:
     return name not in own and name.rpartition("/")[0] not in own  # of `.../query/kernel/codes` that is a kernel
 
 
-def _trains(tuning: Tuning, name: str, config: t5.T5Config) -> bool:
+def _is_trained(tuning: Tuning, name: str, config: t5.T5Config) -> bool:
     """Returns True if this parameter of the base is trained."""
     if any(_matches(pattern, name) for pattern in tuning.trained):
         return True
@@ -442,7 +442,7 @@ def _trains(tuning: Tuning, name: str, config: t5.T5Config) -> bool:
     return rest == f"{side}_norm/scale" or (match is not None and int(match[1]) >= layers - tuning.last_layers)
 
 
-def _scanned(unrolled: Mapping[str, Any], trained: Collection[str]) -> set[str]:
+def _trained_stacks(unrolled: Mapping[str, Any], trained: Collection[str]) -> set[str]:
     """Returns the trained names of stacked layers. ValueError if the layers of a stack are not tuned alike."""
     groups = stacking.stacks(unrolled)
     layers: dict[str, int] = {}
@@ -465,7 +465,7 @@ def _scanned(unrolled: Mapping[str, Any], trained: Collection[str]) -> set[str]:
 # ------------------------------------------------------------------------------------ values
 
 
-def initial(
+def init(
     config: t5.T5Config, tuning: Tuning, base: Mapping[str, jax.Array], *, structure: t5.Structure, seed: int
 ) -> dict[str, jax.Array]:
     """Initializes all attached parameters, by name; `base` holds the others by unrolled names. Traceable."""
@@ -474,8 +474,8 @@ def initial(
     zeros = {name: jnp.zeros(leaf.shape, leaf.dtype) for name, leaf in new.items()}
     model = t5.join(structure, {**base, **zeros})
     length = max((each.length for each in (tuning.prompt, tuning.prefix) if each is not None), default=0)
-    words_XD = jnp.take(model.token_embedder.embedding[...], _words(length, config, seed=seed), axis=0)
-    values = {name: _begin(name, leaf, seed=seed) for name, leaf in new.items()}
+    words_XD = jnp.take(model.token_embedder.embedding[...], _random_words(length, config, seed=seed), axis=0)
+    values = {name: _initial_value(name, leaf, seed=seed) for name, leaf in new.items()}
     if tuning.prompt is not None and tuning.prompt.length:
         values["prompt/embedding"] = words_XD[: tuning.prompt.length].astype(jnp.float32)
     if tuning.prefix is not None and tuning.prefix.length:
@@ -488,7 +488,7 @@ def initial(
     return values
 
 
-def _begin(name: str, leaf: jax.ShapeDtypeStruct, *, seed: int) -> jax.Array:
+def _initial_value(name: str, leaf: jax.ShapeDtypeStruct, *, seed: int) -> jax.Array:
     """Initializes one parameter, with a key from its name, so that its values do not depend on other parts."""
     key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
     end = name.rpartition("/")[2]
@@ -500,8 +500,8 @@ def _begin(name: str, leaf: jax.ShapeDtypeStruct, *, seed: int) -> jax.Array:
     return jnp.ones(leaf.shape, leaf.dtype) if end in ("in_scale", "out_scale") else jnp.zeros(leaf.shape, leaf.dtype)
 
 
-def _words(count: int, config: t5.T5Config, *, seed: int) -> np.ndarray:
-    pieces = np.arange(_WORDS.start, min(_WORDS.stop, config.vocab_size))
+def _random_words(count: int, config: t5.T5Config, *, seed: int) -> np.ndarray:
+    pieces = np.arange(_WORD_IDS.start, min(_WORD_IDS.stop, config.vocab_size))
     return np.random.default_rng(seed).choice(pieces, count, replace=count > len(pieces))
 
 
@@ -513,7 +513,9 @@ def _norm_before(model: t5.T5, attention: str) -> Any:
     return getattr(getattr(model, side).layers[int(index)], f"pre_{kind}_layer_norm")
 
 
-def hold(name: str, value: jax.Array, *, shapes: Mapping[str, jax.ShapeDtypeStruct], form: str) -> dict[str, jax.Array]:
+def freeze(
+    name: str, value: jax.Array, *, shapes: Mapping[str, jax.ShapeDtypeStruct], form: str
+) -> dict[str, jax.Array]:
     """Converts a parameter of the base to its stored form: cast, or the parts of a quantized kernel. Traceable."""
     if name in shapes:
         return {name: value.astype(shapes[name].dtype)}
@@ -521,7 +523,7 @@ def hold(name: str, value: jax.Array, *, shapes: Mapping[str, jax.ShapeDtypeStru
 
 
 @functools.cache
-def own_names(config: t5.T5Config) -> tuple[str, ...]:
+def base_names(config: t5.T5Config) -> tuple[str, ...]:
     """Returns the names of a student's parameters without any tuning."""
     return tuple(t5.abstract(config)[1])
 

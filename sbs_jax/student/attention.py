@@ -24,7 +24,7 @@ MASKED = -1e10
 SAVED = ("attended", "attention_normalizer")
 # Bytes of float32 scores that one chip computes at a time. A v5e has 128 MiB of vector memory; scores that do not fit
 # into it cost two to three times as much.
-FAST = 104 * 2**20
+FAST_BYTES = 104 * 2**20
 
 
 def attend(
@@ -82,12 +82,10 @@ def _scores(q_BTHK: Array, k_BSHK: Array, bias_HTS: Array | None, segments: tupl
 def _forward(
     q_BTHK: Array, k_BSHK: Array, v_BSHK: Array, bias_HTS: Array | None, segments: tuple[Array, Array], mask: _Mask
 ) -> tuple[Array, tuple[Any, ...]]:
-    cut = _Groups.of(q_BTHK, k_BSHK)
-    groups = zip(*(cut.heads(x, axis=2) for x in (q_BTHK, k_BSHK, v_BSHK)), cut.bias(bias_HTS), strict=True)
-    found = _in_turn(functools.partial(_forward_of_group, segments=segments, mask=mask), groups)
-    y_BTHK, largest_BHT, total_BHT = (
-        cut.joined(parts, axis=axis) for parts, axis in zip(found, (2, 1, 1), strict=True)
-    )
+    groups = _Groups.of(q_BTHK, k_BSHK)
+    parts = zip(*(groups.split(x, axis=2) for x in (q_BTHK, k_BSHK, v_BSHK)), groups.split_bias(bias_HTS), strict=True)
+    found = _in_turn(functools.partial(_forward_of_group, segments=segments, mask=mask), parts)
+    y_BTHK, largest_BHT, total_BHT = (groups.join(each, axis=axis) for each, axis in zip(found, (2, 1, 1), strict=True))
     y_BTHK = checkpoint_name(y_BTHK, SAVED[0])
     # Two arrays instead of largest + log(total): beside MASKED the logarithm would be lost to rounding.
     largest_BHT, total_BHT = checkpoint_name(largest_BHT, SAVED[1]), checkpoint_name(total_BHT, SAVED[1])
@@ -143,18 +141,18 @@ def _backward(mask: _Mask, kept: tuple[Any, ...], dy_BTHK: Array) -> tuple[Any, 
     q_BTHK, k_BSHK, v_BSHK, dy_BTHK = jax.lax.optimization_barrier((q_BTHK, k_BSHK, v_BSHK, dy_BTHK))
     # The softmax's gradient subtracts sum_s weights * dweights, which equals dy . y: no pass over the scores.
     mean_BTH = jnp.sum(dy_BTHK.astype(jnp.float32) * y_BTHK.astype(jnp.float32), axis=-1)
-    cut = _Groups.of(q_BTHK, k_BSHK)
-    groups = zip(
-        *(cut.heads(x, axis=2) for x in (q_BTHK, k_BSHK, v_BSHK)),
-        cut.bias(bias_HTS),
-        *(cut.heads(x, axis=1) for x in (largest_BHT, total_BHT)),
-        cut.heads(jnp.moveaxis(mean_BTH, 1, 2), axis=1),
-        cut.heads(dy_BTHK, axis=2),
+    groups = _Groups.of(q_BTHK, k_BSHK)
+    parts = zip(
+        *(groups.split(x, axis=2) for x in (q_BTHK, k_BSHK, v_BSHK)),
+        groups.split_bias(bias_HTS),
+        *(groups.split(x, axis=1) for x in (largest_BHT, total_BHT)),
+        groups.split(jnp.moveaxis(mean_BTH, 1, 2), axis=1),
+        groups.split(dy_BTHK, axis=2),
         strict=True,
     )
-    found = _in_turn(functools.partial(_backward_of_group, segments=segments, mask=mask), groups)
+    found = _in_turn(functools.partial(_backward_of_group, segments=segments, mask=mask), parts)
     dq_BTHK, dk_BSHK, dv_BSHK, *dbias = (
-        cut.joined(parts, axis=axis) for parts, axis in zip(found, (2, 2, 2, 0), strict=False)
+        groups.join(each, axis=axis) for each, axis in zip(found, (2, 2, 2, 0), strict=False)
     )
     return dq_BTHK, dk_BSHK, dv_BSHK, dbias[0] if dbias else None, None
 
@@ -194,13 +192,15 @@ class _Groups:
 
     @classmethod
     def of(cls, q_BTHK: Array, k_BSHK: Array) -> "_Groups":
-        shards = partitioning.pieces("activation_heads")
+        shards = partitioning.shard_count("activation_heads")
         heads = q_BTHK.shape[2] // shards
-        rows = q_BTHK.shape[0] / partitioning.pieces("batch")
+        rows = q_BTHK.shape[0] / partitioning.shard_count("batch")
         needed = 4 * rows * heads * q_BTHK.shape[1] * k_BSHK.shape[1]
-        return cls(min(g for g in range(1, heads + 1) if heads % g == 0 and (needed <= g * FAST or g == heads)), shards)
+        return cls(
+            min(g for g in range(1, heads + 1) if heads % g == 0 and (needed <= g * FAST_BYTES or g == heads)), shards
+        )
 
-    def heads(self, x: Array, *, axis: int) -> list[Array]:
+    def split(self, x: Array, *, axis: int) -> list[Array]:
         """Cuts an array with heads at `axis` into one part per group."""
         if self.count == 1:
             return [x]
@@ -211,12 +211,12 @@ class _Groups:
             for group in range(self.count)
         ]
 
-    def bias(self, bias_HTS: Array | None) -> list[Array] | list[None]:
+    def split_bias(self, bias_HTS: Array | None) -> list[Array] | list[None]:
         """Cuts the bias into one part per group, None for each if there is no bias."""
-        return [None] * self.count if bias_HTS is None else self.heads(bias_HTS, axis=0)
+        return [None] * self.count if bias_HTS is None else self.split(bias_HTS, axis=0)
 
-    def joined(self, parts: tuple[Array, ...], *, axis: int) -> Array:
-        """Inverts `heads`."""
+    def join(self, parts: tuple[Array, ...], *, axis: int) -> Array:
+        """Inverts `split`."""
         if self.count == 1:
             return parts[0]
         before, after = parts[0].shape[:axis], parts[0].shape[axis + 1 :]

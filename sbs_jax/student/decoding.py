@@ -56,7 +56,7 @@ def sample(
     keys_B = jax.random.wrap_key_data(keys_B2, impl="threefry2x32")
 
     def choose(logits_BV: jax.Array, position: jax.Array, rows_B: jax.Array) -> tuple[jax.Array, jax.Array]:
-        kept_BV = _kept(logits_BV / temperature, top_k=top_k, top_p=top_p)
+        kept_BV = _filter(logits_BV / temperature, top_k=top_k, top_p=top_p)
         noise_BV = jax.vmap(lambda key: jax.random.gumbel(jax.random.fold_in(key, position), kept_BV.shape[1:]))(
             keys_B[rows_B]
         )
@@ -66,7 +66,7 @@ def sample(
     return _generate(model, encoder_input_tokens, length=length, choose=choose, drop_ended=drop_ended)
 
 
-def _kept(logits_BV: Float[Array, "B V"], *, top_k: int, top_p: float) -> Float[Array, "B V"]:
+def _filter(logits_BV: Float[Array, "B V"], *, top_k: int, top_p: float) -> Float[Array, "B V"]:
     """Sets the logits of tokens outside `top_k` and `top_p` to -inf."""
     if top_k:
         least_B1 = jax.lax.top_k(logits_BV, min(top_k, logits_BV.shape[1]))[0][:, -1:]
@@ -120,7 +120,7 @@ def _generate(
         ~jnp.any(encoder_input_tokens > 0, axis=1),
         jnp.zeros((batch, length), jnp.int32),
         jnp.zeros((batch,), jnp.float32),
-        stepper.empty(),
+        stepper.empty_cache(),
     )
     sizes = [batch]
     while drop_ended and sizes[-1] // 2 >= LEAST_ROWS:
@@ -130,7 +130,7 @@ def _generate(
     for size, fewer in zip(sizes, [*sizes[1:], 0], strict=True):
         if size < batch:
             left = jnp.argsort(loop[2], stable=True)[:size]  # unfinished rows come first
-            rows, stepper = rows[left], stepper.of_rows(left)
+            rows, stepper = rows[left], stepper.take_rows(left)
             loop = (loop[0], *jax.tree.map(lambda each, left=left: each[left], loop[1:]))
         loop = _advance(stepper, loop, rows=rows, choose=choose, length=length, until=fewer)
         tokens, score = loop[3], loop[4]
@@ -183,7 +183,7 @@ def _encode(model: t5.T5, tokens_BS: Int[Array, "B S"]) -> Float[Array, "B P D"]
 
     batch, length = tokens_BS.shape
     rows = partitioning.nearest_divisor(batch, max(_ENCODED_AT_ONCE // length, 1))
-    if rows == batch or partitioning.platform() != "cpu" or partitioning.pieces("batch") > 1:
+    if rows == batch or partitioning.platform() != "cpu" or partitioning.shard_count("batch") > 1:
         return encode(tokens_BS)
     encoded = jax.lax.map(encode, tokens_BS.reshape(-1, rows, length))
     return encoded.reshape(batch, *encoded.shape[2:])
@@ -230,7 +230,7 @@ def beam_search(
         jnp.any(encoder_input_tokens > 0, axis=1),  # rows that can still improve; all-padding rows cannot
         jnp.zeros((batch, beams), jnp.int32),  # previous tokens
         jnp.zeros((batch, beams, length * beams), bool),  # keys that each beam may see
-        stepper.empty(),
+        stepper.empty_cache(),
     )
 
     def unfinished(loop):
@@ -399,5 +399,5 @@ def score_choices(
         return (caches, log_p_BN + added), None
 
     steps = jnp.arange(length), jnp.moveaxis(before_BNT, 2, 0), jnp.moveaxis(choices_BNT, 2, 0)
-    (_, log_p_BN), _ = jax.lax.scan(advance, (stepper.empty(), jnp.zeros((batch, count))), steps)
+    (_, log_p_BN), _ = jax.lax.scan(advance, (stepper.empty_cache(), jnp.zeros((batch, count))), steps)
     return log_p_BN

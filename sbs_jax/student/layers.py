@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from sbs_jax.checks import nearest
 from sbs_jax.student import attention
-from sbs_jax.student.partitioning import constrain, gathered
+from sbs_jax.student.partitioning import constrain, gather
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "relu": jax.nn.relu,
@@ -116,7 +116,7 @@ class Dropout:
     def __init__(self, rate: float, key: Key[Array, ""] | None) -> None:
         self._rate = rate
         self._key = key
-        self._uses = self._own_uses = 0
+        self._uses = self._rate_uses = 0
 
     def __call__(self, x: jax.Array, *, shared: int = -2) -> jax.Array:
         """Zeroes some values and scales up the others, with one mask for all positions of axis `shared`."""
@@ -127,7 +127,7 @@ class Dropout:
         shape[shared] = 1
         return _dropped(x, jax.random.fold_in(self._key, self._uses), rate=self._rate, shape=tuple(shape))
 
-    def at(self, rate: float, x: jax.Array) -> jax.Array:
+    def at_rate(self, rate: float, x: jax.Array) -> jax.Array:
         """Drops values of `x` [.., T, I] at its own rate, without changing the masks that other uses draw.
 
         Masks are shared along the sequence here too. A separate mask for every input value is recomputed wherever it
@@ -135,13 +135,13 @@ class Dropout:
         """
         if self._key is None or rate == 0.0:
             return x
-        self._own_uses += 1
-        key = jax.random.fold_in(jax.random.fold_in(self._key, _OWN_RATE), self._own_uses)
+        self._rate_uses += 1
+        key = jax.random.fold_in(jax.random.fold_in(self._key, _RATE_KEY), self._rate_uses)
         return _dropped(x, key, rate=rate, shape=(*x.shape[:-2], 1, x.shape[-1]))
 
 
 # Numbers folded into a key. Ordinary uses of dropout in a stack or layer take 1, 2, ..; these stay far away from them.
-_OWN_RATE, NOISE = 2**30, 2**30 + 1
+_RATE_KEY, NOISE_KEY = 2**30, 2**30 + 1
 
 
 def _dropped(x: jax.Array, key: Key[Array, ""], *, rate: float, shape: tuple[int, ...]) -> jax.Array:
@@ -174,7 +174,7 @@ class Dense(nnx.Module):
     out_scale: nnx.Param | None = None
     bias: nnx.Param | None = None
     # Set by prediction/weights.py: the dtype of both operands if it differs from `dtype`. Sums stay in `dtype`.
-    product: str | None = None
+    product_dtype: str | None = None
 
     def __init__(
         self, shape: tuple[int, int], *, axes: tuple[str, str], std: float, dtype: str, rngs: nnx.Rngs
@@ -197,12 +197,12 @@ class Dense(nnx.Module):
         if self.in_scale is not None:
             x = x * self.in_scale[...].astype(self.dtype).reshape((1,) * (x.ndim - contract) + inner)
         if isinstance(self.kernel, nnx.Param):
-            kernel = gathered(self.kernel[...].astype(self.product or self.dtype), self.axes)
+            kernel = gather(self.kernel[...].astype(self.product_dtype or self.dtype), self.axes)
             kernel = kernel.reshape(*inner, *(split or kernel.shape[1:]))
-            sums = self.dtype if self.product else None
+            sums = self.dtype if self.product_dtype else None
             y = matmul(x.astype(kernel.dtype), kernel, contract=contract, dtype=sums)
         else:
-            how = {"split": split, "contract": contract, "dtype": self.dtype, "product": self.product}
+            how = {"split": split, "contract": contract, "dtype": self.dtype, "product_dtype": self.product_dtype}
             y = self.kernel(x, axes=self.axes, **how)
         if self.lora is not None:
             added = self.lora(x.reshape(*x.shape[: x.ndim - contract], -1), dtype=self.dtype, dropout=dropout)
@@ -333,12 +333,12 @@ class Attention(nnx.Module):
         """Attends from `x` to `source`, within segments."""
         axes = ("batch", "length", "activation_heads", None)
         q_BTHK, k_BSHK, v_BSHK = (
-            _keep("projected", constrain(kernel(x, split=self.heads, dropout=dropout), axes))
+            _named("projected", constrain(kernel(x, split=self.heads, dropout=dropout), axes))
             for kernel, x in ((self.query, x_BTD), (self.key, source_BSD), (self.value, source_BSD))
         )
         before = 0
         if self.prefix is not None:
-            k_BSHK, v_BSHK = self.prefix.before(k_BSHK, v_BSHK)
+            k_BSHK, v_BSHK = self.prefix.prepend_to(k_BSHK, v_BSHK)
             before = k_BSHK.shape[1] - source_BSD.shape[1]
         # T5X and Mesh TensorFlow share the mask of attention weights among all queries. Masking the values gives the
         # same result without a pass over the weights.
@@ -364,7 +364,7 @@ class MLP(nnx.Module):
     def __call__(self, x_BTD: Float[Array, "B T D"], *, dropout: Dropout) -> Float[Array, "B T D"]:
         axes = ("batch", "length", "activation_mlp")
         branches = tuple(
-            _keep("projected", constrain(getattr(self, name)(x_BTD, dropout=dropout), axes)) for name in self.names
+            _named("projected", constrain(getattr(self, name)(x_BTD, dropout=dropout), axes)) for name in self.names
         )
         return self.wo(dropout(_gated(branches, self.activations)), dropout=dropout)
 
@@ -406,14 +406,14 @@ class EncoderLayer(nnx.Module):
         y_BSD = self.pre_attention_layer_norm(x_BSD)
         y_BSD = self.attention(
             *(y_BSD, y_BSD),
-            bias=_own_bias(self, bias, x_BSD.shape[1]),
+            bias=_layer_bias(self, bias, x_BSD.shape[1]),
             segments=(segments_BS, segments_BS),
             causal=False,
             dropout=dropout,
         )
-        x_BSD = _residual(x_BSD, _adapted(dropout(y_BSD), self.attention_adapter))
+        x_BSD = _residual(x_BSD, _apply_adapter(dropout(y_BSD), self.attention_adapter))
         y_BSD = self.mlp(self.pre_mlp_layer_norm(x_BSD), dropout=dropout)
-        return _residual(x_BSD, _adapted(dropout(y_BSD), self.mlp_adapter))
+        return _residual(x_BSD, _apply_adapter(dropout(y_BSD), self.mlp_adapter))
 
 
 class DecoderLayer(nnx.Module):
@@ -447,12 +447,12 @@ class DecoderLayer(nnx.Module):
         y_BTD = self.pre_self_attention_layer_norm(x_BTD)
         y_BTD = self.self_attention(
             *(y_BTD, y_BTD),
-            bias=_own_bias(self, bias, x_BTD.shape[1]),
+            bias=_layer_bias(self, bias, x_BTD.shape[1]),
             segments=(segments_BT, segments_BT),
             causal=True,
             dropout=dropout,
         )
-        x_BTD = _residual(x_BTD, _adapted(dropout(y_BTD), self.self_attention_adapter))
+        x_BTD = _residual(x_BTD, _apply_adapter(dropout(y_BTD), self.self_attention_adapter))
         y_BTD = self.encoder_decoder_attention(
             *(self.pre_cross_attention_layer_norm(x_BTD), encoded_BSD),
             bias=None,
@@ -460,31 +460,31 @@ class DecoderLayer(nnx.Module):
             causal=False,
             dropout=dropout,
         )
-        x_BTD = _residual(x_BTD, _adapted(dropout(y_BTD), self.encoder_decoder_attention_adapter))
+        x_BTD = _residual(x_BTD, _apply_adapter(dropout(y_BTD), self.encoder_decoder_attention_adapter))
         y_BTD = self.mlp(self.pre_mlp_layer_norm(x_BTD), dropout=dropout)
-        return _residual(x_BTD, _adapted(dropout(y_BTD), self.mlp_adapter))
+        return _residual(x_BTD, _apply_adapter(dropout(y_BTD), self.mlp_adapter))
 
 
-def _adapted(y_BTD: Float[Array, "B T D"], adapter: Any) -> Float[Array, "B T D"]:
+def _apply_adapter(y_BTD: Float[Array, "B T D"], adapter: Any) -> Float[Array, "B T D"]:
     return y_BTD if adapter is None else adapter(y_BTD)
 
 
-def _own_bias(
+def _layer_bias(
     layer: EncoderLayer | DecoderLayer, shared: Float[Array, "H T T"] | None, length: int
 ) -> Float[Array, "H T T"]:
-    return shared if shared is not None else bias_of(layer, length)
+    return shared if shared is not None else position_bias(layer, length)
 
 
-def bias_of(owner: Any, length: int) -> Float[Array, "H T T"]:
+def position_bias(owner: Any, length: int) -> Float[Array, "H T T"]:
     """Computes the relative position bias of `length` positions from the table of a layer or stack."""
     positions = jnp.arange(length)
     return owner.relpos_bias(positions, positions)[0]
 
 
-def _keep(name: str, x: jax.Array) -> jax.Array:
+def _named(name: str, x: jax.Array) -> jax.Array:
     """Names `x` for the rematerialization policies of `t5.REMAT`."""
     return checkpoint_name(x, name)
 
 
 def _residual(x_BTD: Float[Array, "B T D"], y_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-    return _keep("residual", constrain(x_BTD + y_BTD, ("batch", "length", "activation_embed")))
+    return _named("residual", constrain(x_BTD + y_BTD, ("batch", "length", "activation_embed")))

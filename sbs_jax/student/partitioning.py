@@ -192,18 +192,18 @@ class Partitioner:
             name = names[-1]
             partition = self.spec(axes[name])
             for logical, mesh_axes, size in zip(axes[name], partition, leaf.shape, strict=True):
-                pieces = math.prod(self.mesh.shape[axis] for axis in _as_tuple(mesh_axes))
-                if size % pieces:
+                shards = math.prod(self.mesh.shape[axis] for axis in _as_tuple(mesh_axes))
+                if size % shards:
                     raise ValueError(
                         f"{name} has shape {tuple(leaf.shape)}, whose axis {logical!r} of {size} does not divide by "
-                        f"{pieces} of mesh axis {mesh_axes!r}; the nearest that divides it is "
-                        f"{nearest_divisor(size, pieces)}. Choose another mesh (gin_configs/meshes/)."
+                        f"{shards} of mesh axis {mesh_axes!r}; the nearest that divides it is "
+                        f"{nearest_divisor(size, shards)}. Choose another mesh (gin_configs/meshes/)."
                     )
             return NamedSharding(self.mesh, partition)
 
         return jax.tree_util.tree_map_with_path(one, tree)
 
-    def placed(
+    def with_shardings(
         self, tree: Any, *, parameters: Mapping[str, jax.ShapeDtypeStruct], axes: Mapping[str, tuple[str, ...]]
     ) -> Any:
         """Adds `shardings` to a tree of abstract arrays."""
@@ -219,55 +219,55 @@ class Partitioner:
         devices, a host's rows need not be adjacent.
         """
         size = batch_size // self.data_parallel_size
-        return (np.asarray(self._pieces(devices))[:, None] * size + np.arange(size)).reshape(-1)
+        return (np.asarray(self._batch_shards(devices))[:, None] * size + np.arange(size)).reshape(-1)
 
     def put_batch(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
         """Turns host arrays `[rows, ..]` into global arrays with rows over the data-parallel axes.
 
         The host arrays hold only this process's rows, in the order of `local_rows`.
         """
-        pieces = self._pieces(None)
-        first_row = {piece: place for place, piece in enumerate(pieces)}
+        shards = self._batch_shards(None)
+        place_of = {shard: place for place, shard in enumerate(shards)}
 
         def put(rows: np.ndarray) -> jax.Array:
-            size, rest = divmod(len(rows), len(pieces))
+            size, rest = divmod(len(rows), len(shards))
             if rest:
-                raise ValueError(f"Got {len(rows)} rows; expected a multiple of this process's {len(pieces)} pieces.")
+                raise ValueError(f"Got {len(rows)} rows; expected a multiple of this process's {len(shards)} shards.")
 
-            def piece_at(index: Any) -> np.ndarray:
-                place = first_row[(index[0].start or 0) // size]
+            def shard_at(index: Any) -> np.ndarray:
+                place = place_of[(index[0].start or 0) // size]
                 return rows[place * size : (place + 1) * size]
 
             shape = (size * self.data_parallel_size, *rows.shape[1:])
-            return jax.make_array_from_callback(shape, self.batch, piece_at)
+            return jax.make_array_from_callback(shape, self.batch, shard_at)
 
         return {name: put(rows) for name, rows in batch.items()}
 
-    def _pieces(self, devices: Iterable[Any] | None) -> list[int]:
+    def _batch_shards(self, devices: Iterable[Any] | None) -> list[int]:
         """Returns the numbers of a batch's shards on these devices, ascending."""
-        places = self.batch.devices_indices_map((self.data_parallel_size,))
+        shard_of = self.batch.devices_indices_map((self.data_parallel_size,))
         mine = self.batch.addressable_devices if devices is None else devices
-        return sorted({places[device][0].start or 0 for device in mine})
+        return sorted({shard_of[device][0].start or 0 for device in mine})
 
     @contextlib.contextmanager
-    def constraining(self) -> Iterator[None]:
+    def active(self) -> Iterator[None]:
         """Makes `constrain` apply this table to all functions traced inside the context."""
-        token = _constraining.set(self)
+        token = _active.set(self)
         try:
             yield
         finally:
-            _constraining.reset(token)
+            _active.reset(token)
 
 
-_constraining: contextvars.ContextVar[Partitioner | None] = contextvars.ContextVar("constraining", default=None)
+_active: contextvars.ContextVar[Partitioner | None] = contextvars.ContextVar("active", default=None)
 
 
 def constrain(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
-    """Shards `x` by these logical axes inside `Partitioner.constraining()`; elsewhere does nothing.
+    """Shards `x` by these logical axes inside `Partitioner.active()`; elsewhere does nothing.
 
     Left to itself, the compiler shards activations like the parameters they meet, and moves whole batches.
     """
-    partitioner = _constraining.get()
+    partitioner = _active.get()
     if partitioner is None:
         return x
     return jax.lax.with_sharding_constraint(x, partitioner.sharding(axes))
@@ -283,48 +283,48 @@ _IN_USE = {
 }
 
 
-def whole(parameter: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+def gather_frozen(parameter: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     """Gathers a parameter's `fsdp` shards for use."""
     return constrain(parameter, tuple(_IN_USE[axis] for axis in axes))
 
 
-def gathered(parameter: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+def gather(parameter: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     """Gathers a parameter's `fsdp` shards for use; its gradient is summed directly into the shards.
 
     This makes the compiler gather one layer's weights at a time, in the dtype of their use. Left to itself it may cut a
     product into loops over shards, or sum whole gradients on every device (docs/experiments.md).
     """
-    whole: Any = _gathered(parameter, axes)
-    return whole
+    found: Any = _gather(parameter, axes)
+    return found
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _gathered(parameter: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-    return whole(parameter, axes)
+def _gather(parameter: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    return gather_frozen(parameter, axes)
 
 
-def _gathered_forward(parameter: jax.Array, axes: tuple[str, ...]) -> tuple[jax.Array, None]:
-    return _gathered(parameter, axes), None
+def _gather_forward(parameter: jax.Array, axes: tuple[str, ...]) -> tuple[jax.Array, None]:
+    return _gather(parameter, axes), None
 
 
-def _gathered_backward(axes: tuple[str, ...], _: None, gradient: jax.Array) -> tuple[jax.Array]:
+def _gather_backward(axes: tuple[str, ...], _: None, gradient: jax.Array) -> tuple[jax.Array]:
     return (constrain(gradient, axes),)
 
 
-_gathered.defvjp(_gathered_forward, _gathered_backward)
+_gather.defvjp(_gather_forward, _gather_backward)
 
 
-def pieces(axis: str) -> int:
-    """Returns the number of shards of a logical axis inside `Partitioner.constraining()`; elsewhere 1."""
-    partitioner = _constraining.get()
+def shard_count(axis: str) -> int:
+    """Returns the number of shards of a logical axis inside `Partitioner.active()`; elsewhere 1."""
+    partitioner = _active.get()
     if partitioner is None:
         return 1
     return math.prod(partitioner.mesh.shape[each] for each in _as_tuple(partitioner.rules[axis]))
 
 
 def platform() -> str:
-    """Returns the platform that a traced function will run on: that of `Partitioner.constraining()`, else JAX's."""
-    partitioner = _constraining.get()
+    """Returns the platform that a traced function will run on: that of `Partitioner.active()`, else JAX's."""
+    partitioner = _active.get()
     return jax.default_backend() if partitioner is None else partitioner.mesh.devices.flat[0].platform
 
 

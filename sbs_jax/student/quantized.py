@@ -118,18 +118,18 @@ class Kernel(nnx.Module):
         split: tuple[int, ...],
         contract: int,
         dtype: str,
-        product: str | None = None,
+        product_dtype: str | None = None,
     ) -> Float[Array, "..."]:
         """Multiplies like `layers.Dense`; devices exchange quantized parts, not full matrices.
 
-        With `product` (int8 only, no gradients), codes are multiplied in that dtype and the result is scaled.
+        With `product_dtype` (int8 only, no gradients), codes are multiplied in that dtype and the result is scaled.
         """
         parts = self.parts()
-        parts["codes"] = partitioning.whole(parts["codes"], axes)
+        parts["codes"] = partitioning.gather_frozen(parts["codes"], axes)
         outer = split or parts["codes"].shape[1:]
-        if product is not None:
-            codes = parts["codes"].astype(product).reshape(*x.shape[x.ndim - contract :], *outer)
-            y = layers.matmul(x.astype(product), codes, contract=contract, dtype=dtype)
+        if product_dtype is not None:
+            codes = parts["codes"].astype(product_dtype).reshape(*x.shape[x.ndim - contract :], *outer)
+            y = layers.matmul(x.astype(product_dtype), codes, contract=contract, dtype=dtype)
             return y * parts["scale"].astype(dtype).reshape((1,) * (y.ndim - len(outer)) + tuple(outer))
         return _product(x, parts, (self.form, x.shape[x.ndim - contract :], tuple(outer), dtype))
 

@@ -10,7 +10,7 @@ keeps each key where it was first written. When beams are reordered no key moves
 each beam may see.
 
 The memory layout of keys and values is the platform's fastest: on a TPU all heads of a key side by side, elsewhere head
-by head (`_laid_out`).
+by head (`_layout`).
 """
 
 import copy
@@ -80,21 +80,21 @@ class Stepper:
         self._layers = _layers(model, encoded_BPD, segments_BP, length=length, beams=beams)
         tied = model.config.logits_via_embedding
         table_DV = model.token_embedder.embedding[...].T if tied else model.logits_dense.kernel[...]
-        product = (model.token_embedder if tied else model.logits_dense).product
-        self.table_DV = _weight(table_DV, (None, "vocab"), model.config, product=product)
+        product_dtype = (model.token_embedder if tied else model.logits_dense).product_dtype
+        self.table_DV = _prepared(table_DV, (None, "vocab"), model.config, product_dtype=product_dtype)
 
-    def empty(self) -> Cache:
+    def empty_cache(self) -> Cache:
         """Returns a cache without any token."""
         rows, joined = len(self._layers[0].cross[0]), self._config.num_heads * self._config.head_dim
         none_BPJ = jnp.zeros((rows, self._length * self._beams, joined), self._config.dtype)
 
         def after(prefix_XJ: jax.Array | None) -> jax.Array:
-            cache_BPJ = none_BPJ if prefix_XJ is None else t5.prepended(prefix_XJ, none_BPJ)
-            return _laid_out(cache_BPJ, self._config.num_heads)
+            cache_BPJ = none_BPJ if prefix_XJ is None else t5.prepend(prefix_XJ, none_BPJ)
+            return _layout(cache_BPJ, self._config.num_heads)
 
         return tuple(tuple(after(each) for each in w.self_prefix or (None, None)) for w in self._layers)  # pyright: ignore[reportReturnType]
 
-    def of_rows(self, rows_B: Int[Array, "B"]) -> "Stepper":
+    def take_rows(self, rows_B: Int[Array, "B"]) -> "Stepper":
         """Keeps only these rows of the batch; the caller indexes the cache the same way."""
         fewer = copy.copy(self)
         fewer._layers = [
@@ -124,7 +124,7 @@ class Stepper:
             y_BND = self._norm(x_BND, w.self_norm)
             before = 0 if w.self_prefix is None else len(w.self_prefix[0])
             at, axis = before + position * self._beams, keys.ndim - 2
-            new_key, new_value = (_laid_out(product(y_BND), c.num_heads) for product in (w.self_key, w.self_value))
+            new_key, new_value = (_layout(product(y_BND), c.num_heads) for product in (w.self_key, w.self_value))
             keys = jax.lax.dynamic_update_slice_in_dim(keys, new_key, at, axis=axis)
             values = jax.lax.dynamic_update_slice_in_dim(values, new_value, at, axis=axis)
             updated.append((keys, values))
@@ -162,7 +162,7 @@ def _layers(
     positions = jnp.arange(length)
     future_TP = jnp.where(positions[None, :] > positions[:, None], attention.MASKED, 0.0)
 
-    def bias_of(module: layers.RelativePositionBias) -> Float[Array, "T H P"]:
+    def position_bias(module: layers.RelativePositionBias) -> Float[Array, "T H P"]:
         bias_HTP = module(positions, positions)[0] + future_TP[None]
         return jnp.repeat(bias_HTP.swapaxes(0, 1), beams, axis=-1)
 
@@ -176,13 +176,13 @@ def _layers(
     def source(dense: layers.Dense, prefix_XJ: jax.Array | None) -> jax.Array:
         found_BPJ = dense(encoded_BPD)
         if prefix_XJ is not None:
-            found_BPJ = t5.prepended(prefix_XJ, found_BPJ)
-        return _laid_out(found_BPJ, model.config.num_heads)
+            found_BPJ = t5.prepend(prefix_XJ, found_BPJ)
+        return _layout(found_BPJ, model.config.num_heads)
 
     source_bias = jnp.where(segments_BP == 1, 0.0, attention.MASKED)[:, None, None, :]
     found, shared = [], None
     if hasattr(model.decoder, "relpos_bias"):
-        shared = bias_of(model.decoder.relpos_bias)
+        shared = position_bias(model.decoder.relpos_bias)
     for layer in model.decoder.layers:
         self_attention, cross_attention = layer.self_attention, layer.encoder_decoder_attention
         branches = [getattr(layer.mlp, name) for name in layer.mlp.names]
@@ -190,7 +190,7 @@ def _layers(
             None if each.prefix is None else (each.prefix.key[...], each.prefix.value[...])
             for each in (self_attention, cross_attention)
         )
-        bias_THP = bias_of(layer.relpos_bias) if shared is None else shared
+        bias_THP = position_bias(layer.relpos_bias) if shared is None else shared
         cross_keys, cross_values = cross_prefix or (None, None)
         found.append(
             _Layer(
@@ -203,18 +203,18 @@ def _layers(
                 cross_norm=constrain(layer.pre_cross_attention_layer_norm.scale[...], (None,)),
                 cross_query=inward(cross_attention.query),
                 cross=(source(cross_attention.key, cross_keys), source(cross_attention.value, cross_values)),
-                cross_bias=_unseen(source_bias, cross_prefix),
+                cross_bias=_pad_bias(source_bias, cross_prefix),
                 cross_out=outward(cross_attention.out, layer.encoder_decoder_attention_adapter),
                 mlp_norm=constrain(layer.pre_mlp_layer_norm.scale[...], (None,)),
                 mlp_in=tuple(inward(branch, "mlp") for branch in branches),
                 mlp_out=outward(layer.mlp.wo, layer.mlp_adapter, "mlp"),
-                bias=_unseen(bias_THP, self_prefix),
+                bias=_pad_bias(bias_THP, self_prefix),
             )
         )
     return found
 
 
-def _unseen(bias: Float[Array, "... P"], prefix: tuple[jax.Array, jax.Array] | None) -> Float[Array, "... Q"]:
+def _pad_bias(bias: Float[Array, "... P"], prefix: tuple[jax.Array, jax.Array] | None) -> Float[Array, "... Q"]:
     """Pads the bias with 0 for a prefix's keys, which come before the others."""
     return bias if prefix is None else jnp.pad(bias, [(0, 0)] * (bias.ndim - 1) + [(len(prefix[0]), 0)])
 
@@ -223,19 +223,19 @@ def _product(dense: layers.Dense, axes: tuple[str | None, str | None], c: t5.T5C
     """Returns the function that multiplies by a weight at every position.
 
     Adapters are merged into the weight and a quantized weight is unpacked, once, before the loop. If the decoder is too
-    large for that (`_fits`), every position does so again.
+    large for that (`_is_gathered`), every position does so again.
     """
     adapted = not isinstance(dense.kernel, nnx.Param) or any(
         each is not None for each in (dense.lora, dense.in_scale, dense.out_scale)
     )
-    if adapted and not _fits(c):
+    if adapted and not _is_gathered(c):
         return dense
     scale_O = None
-    if dense.product is not None and not isinstance(dense.kernel, nnx.Param):
-        kernel_IO, scale_O = dense.kernel.factors()  # prediction/weights.py sets `product` only without adapters
+    if dense.product_dtype is not None and not isinstance(dense.kernel, nnx.Param):
+        kernel_IO, scale_O = dense.kernel.factors()  # prediction/weights.py sets it only without adapters
     else:
         kernel_IO = dense.merged()
-    kernel_IO = _weight(kernel_IO, axes, c, product=dense.product)
+    kernel_IO = _prepared(kernel_IO, axes, c, product_dtype=dense.product_dtype)
     bias_O = None if dense.bias is None else dense.bias[...].astype(c.dtype)
 
     def multiply(x_BNI: jax.Array) -> jax.Array:
@@ -248,24 +248,24 @@ def _product(dense: layers.Dense, axes: tuple[str | None, str | None], c: t5.T5C
 
 
 # Decoder weights up to this many bytes per device are gathered before the loop: XL has 2.7 GiB in bfloat16.
-WHOLE_UP_TO = 4 * 2**30
+MAX_GATHERED_BYTES = 4 * 2**30
 
 
-def _weight(
-    kernel_IO: Num[Array, "I O"], axes: tuple[str | None, str | None], c: t5.T5Config, *, product: str | None
+def _prepared(
+    kernel_IO: Num[Array, "I O"], axes: tuple[str | None, str | None], c: t5.T5Config, *, product_dtype: str | None
 ) -> Float[Array, "I O"]:
     """Casts a weight to the dtype of the computation and, if the decoder fits, gathers its `fsdp` shards once.
 
     The weights of a larger decoder stay sharded, and the compiler moves the states of all rows at every position.
     """
-    kernel_IO = kernel_IO.astype(product or c.dtype)
-    return constrain(kernel_IO, axes) if _fits(c) else kernel_IO
+    kernel_IO = kernel_IO.astype(product_dtype or c.dtype)
+    return constrain(kernel_IO, axes) if _is_gathered(c) else kernel_IO
 
 
-def _fits(c: t5.T5Config) -> bool:
+def _is_gathered(c: t5.T5Config) -> bool:
     attention, mlp = 6 * c.emb_dim * c.num_heads * c.head_dim, (len(c.mlp_activations) + 1) * c.emb_dim * c.mlp_dim
     weights = c.num_decoder_layers * (attention + mlp) + c.emb_dim * c.vocab_size
-    return weights * jnp.dtype(c.dtype).itemsize // partitioning.pieces("joined_kv") <= WHOLE_UP_TO
+    return weights * jnp.dtype(c.dtype).itemsize // partitioning.shard_count("joined_kv") <= MAX_GATHERED_BYTES
 
 
 def _matmul(x_BNI: Float[Array, "B N I"], kernel_IO: Float[Array, "I O"]) -> Float[Array, "B N O"]:
@@ -273,7 +273,7 @@ def _matmul(x_BNI: Float[Array, "B N I"], kernel_IO: Float[Array, "I O"]) -> Flo
     return jnp.matmul(x_MI, kernel_IO, preferred_element_type=x_BNI.dtype).reshape(*x_BNI.shape[:2], -1)
 
 
-def _laid_out(x_BPJ: Float[Array, "B P J"], heads: int) -> jax.Array:
+def _layout(x_BPJ: Float[Array, "B P J"], heads: int) -> jax.Array:
     """Arranges keys or values for the platform: [B, P, J] on a TPU, [B, H, P, K] elsewhere.
 
     Elsewhere there is a product per row and head, whose keys then lie side by side: 0.5 ms instead of 4.6 for 64 rows
@@ -282,7 +282,7 @@ def _laid_out(x_BPJ: Float[Array, "B P J"], heads: int) -> jax.Array:
     if partitioning.platform() == "tpu":
         return constrain(x_BPJ, ("batch", None, "joined_kv"))
     x_BHPK = x_BPJ.reshape(*x_BPJ.shape[:2], heads, -1).swapaxes(1, 2)
-    cut = heads % partitioning.pieces("joined_kv") == 0
+    cut = heads % partitioning.shard_count("joined_kv") == 0
     return constrain(x_BHPK, ("batch", "joined_kv" if cut else None, None, None))
 
 
@@ -294,7 +294,7 @@ def attend(
     bias_BNHP: Float[Array, "#B #N #H P"],
     heads: int,
 ) -> Float[Array, "B N J"]:
-    """Attends with a few queries per row to keys and values in the layout of `_laid_out`; softmax in float32."""
+    """Attends with a few queries per row to keys and values in the layout of `_layout`; softmax in float32."""
     if keys.ndim == 3:
         return _attend_jointly(q_BNJ, keys, values, bias_BNHP=bias_BNHP, heads=heads)
     rows, beams, joined = q_BNJ.shape
@@ -318,7 +318,7 @@ def _attend_jointly(
     sharded, each of the G shards (h heads and j columns each) has its own product, so nothing is summed over devices.
     """
     (rows, beams, joined), keys = q_BNJ.shape, k_BPJ.shape[1]
-    cut = partitioning.pieces("joined_kv")
+    cut = partitioning.shard_count("joined_kv")
     cut = cut if heads % cut == 0 else 1
 
     def per_query(x_BNGhx: jax.Array) -> jax.Array:

@@ -28,7 +28,7 @@ from jaxtyping import Array, Float, Int, Key
 from sbs_jax import checks
 from sbs_jax.student import attention, stacking
 from sbs_jax.student.layers import (
-    NOISE,
+    NOISE_KEY,
     DecoderLayer,
     Dense,
     Dropout,
@@ -36,10 +36,10 @@ from sbs_jax.student.layers import (
     LayerNorm,
     RelativePositionBias,
     T5Config,
-    bias_of,
     matmul,
+    position_bias,
 )
-from sbs_jax.student.partitioning import constrain, gathered
+from sbs_jax.student.partitioning import constrain, gather
 
 _saved = jax.checkpoint_policies.save_only_these_names
 # Values that a layer's forward pass stores for the backward pass; the backward pass recomputes all others.
@@ -55,7 +55,7 @@ LAYERS = ("scanned", "unrolled")
 class TokenEmbedder(nnx.Module):
     """Looks up token embeddings `[V, D]` for both stacks; v1.0 also computes logits with this table."""
 
-    product: str | None = None  # like `Dense.product`, for the logits
+    product_dtype: str | None = None  # like `Dense.product_dtype`, for the logits
 
     def __init__(self, config: T5Config, *, rngs: nnx.Rngs) -> None:
         value = jax.random.normal(rngs.params(), (config.vocab_size, config.emb_dim), jnp.float32)
@@ -63,7 +63,7 @@ class TokenEmbedder(nnx.Module):
         self.dtype = config.dtype
 
     def __call__(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        table_VD = gathered(self.embedding[...].astype(self.dtype), ("vocab", "embed"))
+        table_VD = gather(self.embedding[...].astype(self.dtype), ("vocab", "embed"))
         x_BTD = jnp.take(table_VD, tokens_BT, axis=0)
         return constrain(x_BTD, ("batch", "length", "activation_embed"))
 
@@ -92,7 +92,7 @@ class Encoder(nnx.Module):
         def call(layer: EncoderLayer, x_BSD: Array, dropout: Dropout) -> Array:
             return layer(x_BSD, bias=bias, segments_BS=segment_ids_BS, dropout=dropout)
 
-        x_BSD = _through(self, dropout(x_BSD), call, dropout_key=dropout_key)
+        x_BSD = _run_layers(self, dropout(x_BSD), call, dropout_key=dropout_key)
         return dropout(self.encoder_norm(x_BSD))
 
 
@@ -128,16 +128,16 @@ class Decoder(nnx.Module):
                 dropout=dropout,
             )
 
-        x_BTD = _through(self, dropout(x_BTD), call, dropout_key=dropout_key)
+        x_BTD = _run_layers(self, dropout(x_BTD), call, dropout_key=dropout_key)
         return dropout(self.decoder_norm(x_BTD))
 
 
 def _shared_bias(stack: Encoder | Decoder, length: int) -> Float[Array, "H T T"] | None:
     """Computes the stack's relative position bias, or returns None if every layer has its own."""
-    return bias_of(stack, length) if hasattr(stack, "relpos_bias") else None
+    return position_bias(stack, length) if hasattr(stack, "relpos_bias") else None
 
 
-def _through(
+def _run_layers(
     stack: Encoder | Decoder,
     x: Float[Array, "B T D"],
     call: Callable[[Any, Array, Dropout], Array],
@@ -168,13 +168,13 @@ def _through(
     return x
 
 
-def prepended(prefix: Float[Array, "X *each"], rows: Float[Array, "B P *each"]) -> Float[Array, "B Q *each"]:
+def prepend(prefix: Float[Array, "X *each"], rows: Float[Array, "B P *each"]) -> Float[Array, "B Q *each"]:
     """Puts the same prefix before every row, in the rows' dtype; Q = X + P."""
     repeated = jnp.broadcast_to(prefix[None].astype(rows.dtype), (len(rows), *prefix.shape))
     return jnp.concatenate([repeated, rows], axis=1)
 
 
-def with_noise(
+def add_noise(
     x_BTD: Float[Array, "B T D"], segments_BT: Int[Array, "B T"], *, alpha: float, key: Key[Array, ""]
 ) -> Float[Array, "B T D"]:
     """Adds NEFTune's noise (arXiv 2310.05914): uniform within `alpha / sqrt(L * D)`, none on padding (segment 0).
@@ -185,7 +185,7 @@ def with_noise(
     same_BTT = segments_BT[:, :, None] == segments_BT[:, None, :]
     length_BT = jnp.sum(same_BTT, axis=-1).astype(jnp.float32)
     bound_BT = jnp.where(segments_BT > 0, alpha / jnp.sqrt(length_BT * x_BTD.shape[-1]), 0.0)
-    noise_BTD = jax.random.uniform(jax.random.fold_in(key, NOISE), x_BTD.shape, jnp.float32, -1.0, 1.0)
+    noise_BTD = jax.random.uniform(jax.random.fold_in(key, NOISE_KEY), x_BTD.shape, jnp.float32, -1.0, 1.0)
     return x_BTD + (noise_BTD * bound_BT[..., None]).astype(x_BTD.dtype)
 
 
@@ -270,9 +270,9 @@ class T5(nnx.Module):
         """Encodes the source. With a prompt, the prompt's encoded vectors come first (P = X + S)."""
         x_BSD = self.token_embedder(encoder_input_tokens)
         if self.config.neftune_alpha and dropout_key is not None:
-            x_BSD = with_noise(x_BSD, segment_ids, alpha=self.config.neftune_alpha, key=dropout_key)
+            x_BSD = add_noise(x_BSD, segment_ids, alpha=self.config.neftune_alpha, key=dropout_key)
         if self.prompt is not None:
-            x_BSD = self.prompt.before(x_BSD)
+            x_BSD = self.prompt.prepend_to(x_BSD)
         return self.encoder(x_BSD, self.attended_segments(segment_ids), dropout_key=dropout_key)
 
     def attended_segments(self, segment_ids: Int[Array, "B S"]) -> Int[Array, "B P"]:
@@ -297,7 +297,7 @@ class T5(nnx.Module):
             begins = (jnp.arange(x_BTD.shape[1]) == 0)[None, :]
             found = (decoder_input_tokens > 0) | begins if decoder_segment_ids is None else decoder_segment_ids
             alpha = self.config.neftune_decoder_alpha
-            x_BTD = with_noise(x_BTD, found.astype(jnp.int32), alpha=alpha, key=dropout_key)
+            x_BTD = add_noise(x_BTD, found.astype(jnp.int32), alpha=alpha, key=dropout_key)
         if decoder_segment_ids is None:
             decoder_segment_ids = jnp.ones_like(decoder_input_tokens)
         return self.decoder(
@@ -316,9 +316,9 @@ class T5(nnx.Module):
     def projection(self, y_BTD: Float[Array, "B T D"]) -> tuple[Float[Array, "B T D"], Float[Array, "D V"]]:
         """Returns the two factors of the logits; with a tied table, states are scaled by D^-0.5 (as in Mesh TF)."""
         if self.config.logits_via_embedding:
-            table_VD = gathered(self.token_embedder.embedding[...].astype(y_BTD.dtype), ("vocab", "embed"))
+            table_VD = gather(self.token_embedder.embedding[...].astype(y_BTD.dtype), ("vocab", "embed"))
             return y_BTD * self.config.emb_dim**-0.5, table_VD.T
-        return y_BTD, gathered(self.logits_dense.kernel[...].astype(y_BTD.dtype), ("embed", "vocab"))
+        return y_BTD, gather(self.logits_dense.kernel[...].astype(y_BTD.dtype), ("embed", "vocab"))
 
 
 def _fold(key: Key[Array, ""] | None, number: int) -> Key[Array, ""] | None:

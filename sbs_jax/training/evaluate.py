@@ -112,7 +112,7 @@ class Generator:
         compute = compute or functools.partial(decoding.greedy, length=length)
 
         def generate(parameters: t5.Parameters, *rows: jax.Array):
-            with partitioner.constraining():
+            with partitioner.active():
                 return compute(t5.join(structure, parameters), *rows)
 
         self._generate = jax.jit(generate, out_shardings=partitioner.replicated)

@@ -51,7 +51,7 @@ def replay(config: TrainConfig, run: str | Path, *, step: int | None) -> dict[st
     others = {name: x for name, x in parameters.items() if name not in trained}
 
     def diagnose(trained: t5.Parameters, others: t5.Parameters, batch: Batch) -> tuple[Any, Any]:
-        with trainer.partitioner.constraining():
+        with trainer.partitioner.active():
             key = jax.random.fold_in(jax.random.key(config.seed), step - 1)
             _, _, gradients = loss_and_gradients(
                 trained,
@@ -179,7 +179,7 @@ def _alone(
 
     @jax.jit
     def token_losses(parameters: t5.Parameters, batch: Batch) -> jax.Array:
-        with trainer.partitioner.constraining():
+        with trainer.partitioner.active():
             return _token_losses(t5.join(structure, parameters), batch, dropout_key=None)
 
     size, found = config.batch_size, []

@@ -24,10 +24,10 @@ def initial_state(config: TrainConfig, trainer: Trainer, *, base: frozen.Base | 
         base = base or base_of(config, trainer)
         model = {**base.frozen, **base.trained}
         new = {name: sharding for name, sharding in saved.parameters.items() if name not in base.trained}
-        put_on = functools.partial(
-            *(adapters.initial, config.model, config.tuning), structure=trainer.structure, seed=config.seed
+        initialize = functools.partial(
+            *(adapters.init, config.model, config.tuning), structure=trainer.structure, seed=config.seed
         )
-        parameters = base.trained | jax.jit(lambda base: put_on(base=base), out_shardings=new)(model)
+        parameters = base.trained | jax.jit(lambda base: initialize(base=base), out_shardings=new)(model)
     elif config.initial_checkpoint_path is None:
         parameters = jax.jit(lambda: t5.init(config.model, seed=config.seed)[1], out_shardings=saved.parameters)()
     else:

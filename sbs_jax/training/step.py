@@ -165,10 +165,10 @@ def prepare(config: TrainConfig, *, devices: Sequence[Any] | None = None) -> Tra
 
     def placed(execution: t5.Execution, optimizer: optax.GradientTransformation) -> tuple[t5.Structure, TrainState]:
         adapted = adapters.abstract(config.model, config.tuning, execution=execution)
-        trained, rest = adapted.parts(adapted.shapes)
+        trained, rest = adapted.split(adapted.shapes)
         number = jax.ShapeDtypeStruct((), jnp.int32)
         state = TrainState(number, trained, jax.eval_shape(optimizer.init, trained), number, rest)
-        state = partitioner.placed(state, parameters=adapted.shapes, axes=adapted.axes)
+        state = partitioner.with_shardings(state, parameters=adapted.shapes, axes=adapted.axes)
         return adapted.structure, dataclasses.replace(state, optimizer=_in_memory(state.optimizer, config))
 
     structure, abstract = placed(config.execution, optimizer)
@@ -192,7 +192,7 @@ def prepare(config: TrainConfig, *, devices: Sequence[Any] | None = None) -> Tra
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         if config.optimizer_memory != "device":
             state = dataclasses.replace(state, optimizer=jax.device_put(state.optimizer, on_device))
-        with partitioner.constraining():
+        with partitioner.active():
             return train_step(state, batch, structure=structure, config=config, optimizer=optimizer)
 
     compiled = jax.jit(

@@ -120,9 +120,9 @@ def _read_trained(path: str | Path, partitioner: partitioning.Partitioner) -> _T
     metadata = checkpoints.read_metadata(run, step)
     config, tuning = t5.T5Config.of(metadata["model"]), adapters.Tuning.of(metadata.get("tuning"))
     adapted = adapters.abstract(config, tuning)
-    like = partitioner.placed(adapted.shapes, parameters=adapted.shapes, axes=adapted.axes)
+    like = partitioner.with_shardings(adapted.shapes, parameters=adapted.shapes, axes=adapted.axes)
     checkpoint = run / "checkpoints" / str(step)
-    parameters = opening.load_parameters(checkpoint, like=adapted.parts(like)[0])
+    parameters = opening.load_parameters(checkpoint, like=adapted.split(like)[0])
     base = metadata.get("base")
     return _Trained(str(run), config, tuning, adapted, like, parameters, base, step, manifest)
 
@@ -138,7 +138,7 @@ def _check_shared(first: _Trained, other: _Trained) -> None:
             f"({other.base['fingerprint'][:16]}). Adapters of one base are answered with together; the others by "
             "themselves."
         )
-    needed = other.adapted.parts(other.like)[1]
+    needed = other.adapted.split(other.like)[1]
     for name, leaf in needed.items():
         held = first.like.get(name)
         if held is None or (held.shape, held.dtype) != (leaf.shape, leaf.dtype):

@@ -39,7 +39,7 @@ def load(
     """
     adapted = adapters.abstract(config, tuning)
     _, own, axes = t5.abstract(config)
-    whole = partitioner.placed(own, parameters=own, axes=axes)
+    whole = partitioner.with_shardings(own, parameters=own, axes=axes)
     if path is None and seed is None:
         raise ValueError("These adapters know neither the path of their base nor a seed; give the base.")
     read = _from_seed(config, seed or 0, whole) if path is None else _from_checkpoint(path, whole)
@@ -52,7 +52,7 @@ def load(
         parts = [each for each in like if each == name or each.rpartition("/")[0] == name]
 
         def hold(array: jax.Array, name: str = name, parts: list[str] = parts) -> tuple[jax.Array, ...]:
-            found = adapters.hold(name, array, shapes=adapted.shapes, form=tuning.base)
+            found = adapters.freeze(name, array, shapes=adapted.shapes, form=tuning.base)
             return tuple(found[part] for part in parts)
 
         shardings = tuple(like[part].sharding for part in parts)
@@ -61,7 +61,7 @@ def load(
             compiled[alike] = jax.jit(hold, out_shardings=shardings)
         held |= zip(parts, compiled[alike](array), strict=True)
         del array
-    trained, rest = adapted.parts(held)
+    trained, rest = adapted.split(held)
     place = None if path is None else identity.absolute(path)
     return Base(rest, trained, {"path": place, "seed": None if path else seed, "fingerprint": identity.digest(prints)})
 

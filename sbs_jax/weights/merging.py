@@ -32,7 +32,7 @@ def possible(opened: Opened) -> bool:
 
 def _without_place(opened: Opened) -> list[str]:
     """Lists the trained parameters that a plain T5 has no place for."""
-    own = adapters.own_names(opened.config)
+    own = adapters.base_names(opened.config)
     return sorted(name for name in opened.arrays if name not in own and not name.endswith(OF_KERNEL))
 
 
@@ -48,7 +48,7 @@ def merged(opened: Opened, base: Mapping[str, LazyArray]) -> Opened:
             opened.arrays,
             tuning,
         )
-        for name in adapters.own_names(opened.config)
+        for name in adapters.base_names(opened.config)
     }
     return dataclasses.replace(opened, arrays=arrays, tuning=None, base=None)
 

@@ -75,7 +75,7 @@ def contents(opened: Opened, *, owner: str) -> tuple[dict[str, Any], dict[str, L
     tuning = opened.tuning
     if tuning is None:
         raise ValueError(f"{owner} has no adapters: everything was trained. Convert it --to hf.")
-    own = adapters.own_names(opened.config)
+    own = adapters.base_names(opened.config)
     whole = sorted(name for name in opened.arrays if name in own)
     extra = sorted(name for name in opened.arrays if name not in own and not name.endswith(merging.OF_KERNEL))
     if whole or extra:

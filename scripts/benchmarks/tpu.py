@@ -200,13 +200,13 @@ def lowered(beams: int, *, config: t5.T5Config = BASE) -> jax.stages.Lowered:
     """
     partitioner = partitioning.DATA_PARALLEL.partitioner(chips.topology(TOPOLOGY).describe())
     structure, shapes, axes = t5.abstract(config)
-    parameters = partitioner.placed(shapes, parameters=shapes, axes=axes)
+    parameters = partitioner.with_shardings(shapes, parameters=shapes, axes=axes)
     if beams == 1:
         generator = evaluate.Generator(structure, partitioner=partitioner, batch_size=BATCH, length=LENGTH)
         return generator.lower(parameters, inputs=INPUTS)
 
     def search(parameters: t5.Parameters, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
-        with partitioner.constraining():
+        with partitioner.active():
             return decoding.beam_search(t5.join(structure, parameters), tokens, length=LENGTH, beams=beams)
 
     tokens = jax.ShapeDtypeStruct((BATCH, INPUTS), jnp.int32, sharding=partitioner.batch)
