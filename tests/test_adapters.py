@@ -20,7 +20,7 @@ from sbs_jax.data import registry
 from sbs_jax.run import checkpoints, saving
 from sbs_jax.student import adapters, decoding, partitioning, quantized, t5
 from sbs_jax.student.adapters import IA3, Biases, Bottleneck, LoRA, Prefix, Prompt, Tuning
-from sbs_jax.training import loop, students
+from sbs_jax.training import feed, loop, students
 from sbs_jax.training.state import initial_state
 from sbs_jax.training.step import prepare
 from sbs_jax.weights import identity, npz
@@ -263,7 +263,7 @@ def updates(config, *, count=3, devices=None):
     state = initial_state(config, trainer)
     before = jax.device_get(trainer.parameters(state))
     losses = []
-    for _, batch in zip(range(count), loop.train_batches(config, trainer, skip=0), strict=False):
+    for _, batch in zip(range(count), feed.train_batches(config, trainer, skip=0), strict=False):
         state, metrics = trainer.step(state, trainer.partitioner.put_batch(batch))
         losses.append(float(metrics["loss"]))
     return trainer, before, state, losses

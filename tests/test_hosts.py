@@ -219,7 +219,7 @@ def test_a_run_passes_from_one_process_to_two_to_four_and_back(starter, folder, 
         assert all("step/s" not in process.complained() for process in processes[1:])
         told = processes[0].complained().splitlines()[-1]
     last = checkpoints.steps(run)[-1]
-    assert f"This run was told to end, and stopped after step {last} of 12, which is saved" in told
+    assert f"stopped after step {last} of 12, which is saved" in told
 
     with starter.alone(tmp_path, toy.train_flags(folder, run), devices=8, path=[folder]) as process:
         assert process.wait() == 0, process.complained()

@@ -95,10 +95,7 @@ def test_files_and_folders_are_few_enough_to_read() -> None:
 
 @pytest.mark.parametrize(
     ("function", "most"),
-    [
-        pytest.param("train", 90, marks=pytest.mark.xfail(reason="131 lines; remove this mark when it is cut")),
-        ("train_step", 45),
-    ],
+    [("train", 90), ("train_step", 45)],
 )
 def test_the_loop_and_the_step_are_short(function: str, most: int) -> None:
     [lines] = [

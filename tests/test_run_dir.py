@@ -27,7 +27,7 @@ import toy
 from sbs_jax.data import registry, selection
 from sbs_jax.run import directory, settings
 from sbs_jax.storage import lock
-from sbs_jax.training import gin_files, loop
+from sbs_jax.training import contents, gin_files, loop
 from sbs_jax.training.config import TrainConfig
 from sbs_jax.training.step import prepare
 from tasks import builtin
@@ -662,6 +662,12 @@ RECORDS_DIR = \\
     '/here'
 VOCABULARY = '/here'
 
+datasets.DataOptions.records_dir = %RECORDS_DIR
+datasets.DataOptions.vocabulary = %VOCABULARY
+train.TrainConfig.keep_best = %KEEP_BEST
+train.TrainConfig.keep_checkpoints = %KEEP_CHECKPOINTS
+train.TrainConfig.log_period = %LOG_PERIOD
+train.TrainConfig.model_dir = %MODEL_DIR
 train.TrainConfig.seed = %SEED
 train.TrainConfig.task_feature_lengths = \\
     {'inputs': 20, 'targets': 16}
@@ -686,7 +692,7 @@ def terms(tmp_path, trainer):
         )
         config = dataclasses.replace(toy.config(tmp_path / "run", tmp_path / "records", data=options), **changes)
         registry.configure(options)
-        contents = loop._manifest(config, data=registry.manifest("toy"), trainer=trainer)
+        contents = contents.manifest(config, data=registry.manifest("toy"), trainer=trainer)
         return Terms(config, text, contents)
 
     yield make
@@ -743,7 +749,7 @@ slower_decay.__qualname__ = "decay"
 
 REFUSED = {
     "configuration": (lambda p, make: make(text=TEXT.replace("SEED = 0", "SEED = 1")), ["-SEED = 0", "+SEED = 1"]),
-    "long binding": (lambda p, make: make(text=TEXT.replace("20", "21")), ["+    {'inputs': 21, 'targets': 16}"]),
+    "long binding": (lambda p, make: make(text=TEXT.replace("20", "21")), ["= {'inputs': 21, 'targets': 16}"]),
     "log period": (lambda p, make: make(text=TEXT.replace("50", "5")), ["-LOG_PERIOD = 50", "+LOG_PERIOD = 5"]),
     "train records": (
         lambda p, make: damage(p / "records/toy/train.jsonl") or make(),
@@ -833,13 +839,12 @@ def test_where_and_how_a_run_is_computed_may_change(terms, tmp_path, caplog):
     (tmp_path / "records").rename(tmp_path / "moved")
     (tmp_path / "vocabulary").rename(tmp_path / "spiece.model")
     text = TEXT.replace("/here", "/there").replace("KEEP_CHECKPOINTS = 1", "KEEP_CHECKPOINTS = 5")
+    text = text.replace("keep_best = %KEEP_BEST", "keep_best = 1")  # bound directly, left to the default, or by a macro
     text += "".join(
         f"{name} = 7\n"
         for name in (
-            *("KEEP_PERIOD", "CHECKPOINT_PERIOD", "STALL_SECONDS", "SAVE_PATIENCE", "SLICES", "TENSOR", "REMAT"),
-            *("train.TrainConfig.keep_checkpoints", "train.TrainConfig.keep_best", "train.TrainConfig.keep_period"),
-            *("train.TrainConfig.checkpoint_period", "train.TrainConfig.stall_seconds", "t5.Execution.layers"),
-            *("train.TrainConfig.save_patience", "datasets.DataOptions.records_dir", "partitioning.Layout.fsdp"),
+            *("train.TrainConfig.keep_period", "train.TrainConfig.checkpoint_period", "t5.Execution.layers"),
+            *("train.TrainConfig.stall_seconds", "train.TrainConfig.save_patience", "partitioning.Layout.fsdp"),
         )
     )
     elsewhere = terms(

@@ -89,7 +89,7 @@ def test_a_finished_run_is_not_repeated(finished):
 
 def test_another_configuration_is_refused_with_the_difference(finished):
     config, _ = finished
-    with pytest.raises(FileExistsError, match=r"(?s)another configuration.*-SEED = 0.*\+SEED = 1"):
+    with pytest.raises(FileExistsError, match=r"(?s)another configuration.*-settings.seed = 0.*\+settings.seed = 1"):
         loop.train(dataclasses.replace(config, seed=1), config_text="SEED = 1\n")
 
 
@@ -145,10 +145,10 @@ def test_a_checkpoint_of_another_architecture_is_refused(finished, tmp_path, rec
         ({"batch_size": 8, "micro_batches": 3}, "does not divide into 3"),
         ({"alpha": 1.5}, "alpha is 1.5"),
         ({"train_steps": 0}, "train_steps is 0"),
-        ({"clip_norm": 0.0}, "clip_norm 0.0"),
+        ({"clip_norm": 0.0}, "clip_norm is 0.0"),
         ({"layout": partitioning.Layout(slice=1, data=3, fsdp=1, tensor=1)}, "does not fit 8 devices"),
         ({"mixture_or_task_name": "toy_step_by_stpe"}, "toy_step_by_step"),
-        ({"mixture_or_task_name": "toy_rationale"}, "rationales alone"),
+        ({"mixture_or_task_name": "toy_rationale"}, "toy_rationale has only rationales"),
         ({"model": dataclasses.replace(toy.MODEL, vocab_size=300)}, "359 ids, and the model's table 300 rows"),
     ],
 )
@@ -265,7 +265,7 @@ def test_an_evaluation_that_scores_nothing_and_never_says_a_label_raises_an_alar
     trainer = prepare(config)
     # All logits are 0, so every answer is empty.
     zero = {name: jax.numpy.zeros(leaf.shape, leaf.dtype) for name, leaf in trainer.abstract.parameters.items()}
-    result = loop._evaluator(config, trainer, split="validation").run(zero)
+    result = loop.evaluator(config, trainer, split="validation").run(zero)
     assert result.metrics["accuracy"] == 0.0
     assert "none of 16 predictions is a possible label" in caplog.text
 

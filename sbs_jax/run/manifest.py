@@ -1,7 +1,7 @@
-"""manifest.json: what a run is made of; and what of it, or of its configuration, is another when it is resumed.
+"""manifest.json: the facts a run was begun with, and their comparison when it is resumed.
 
 What decides the numbers may not change: configuration, records, vocabulary, lengths, defaults of the code. Where and
-how they are computed may: directories, mesh, layers, devices, versions, which checkpoints are kept.
+how they are computed may: directories, mesh, layers, devices, versions, retention of checkpoints.
 """
 
 import difflib
@@ -9,6 +9,7 @@ import functools
 import importlib.metadata
 import json
 import platform
+import re
 import subprocess
 import types
 from collections.abc import Iterator, Mapping
@@ -20,28 +21,22 @@ _REPORTED = (
     *("sbs-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "seqio", "tensorflow", "tensorflow-text"),
     *("tensorflow-datasets", "sentencepiece", "numpy"),
 )
-# Fields of TrainConfig, and macros that carry their values, that say where and how a run is computed.
-_WHERE = {"model_dir": "MODEL_DIR"}
-_HOW = {
-    "layout": None,
-    "execution": None,
-    "vocabulary_chunks": "VOCABULARY_CHUNKS",
-    "checkpoint_period": "CHECKPOINT_PERIOD",
-    "keep_checkpoints": "KEEP_CHECKPOINTS",
-    "keep_best": "KEEP_BEST",
-    "keep_period": "KEEP_PERIOD",
-    "stall_seconds": "STALL_SECONDS",
-    "save_patience": "SAVE_PATIENCE",
-    "skip_non_finite": "SKIP_NON_FINITE",  # decides only where the run would have stopped
-}
-# Where the best checkpoint is not kept, what is kept decides which one is tested.
+# Fields of TrainConfig that say where and how a run is computed.
+_WHERE_AND_HOW = (
+    *("model_dir", "layout", "execution", "vocabulary_chunks", "checkpoint_period", "keep_checkpoints", "keep_best"),
+    *("keep_period", "stall_seconds", "save_patience"),
+    "skip_non_finite",  # decides only where the run would have stopped
+)
+# Without the best checkpoint, the kept ones decide which one is tested.
 _KEEPING = ("checkpoint_period", "keep_checkpoints", "keep_best", "keep_period")
-_MACROS = ("RECORDS_DIR", "SLICES", "TENSOR", "LAYERS", "REMAT", *(macro for macro in _HOW.values() if macro))
-_BINDINGS = ("datasets.DataOptions.records_dir", "partitioning.Layout.", "t5.Execution.")
-_VOCABULARY = ("VOCABULARY =", "datasets.DataOptions.vocabulary =")
+_UNCOMPARED = (
+    *(f"train.TrainConfig.{field}" for field in _WHERE_AND_HOW),
+    *("datasets.DataOptions.records_dir", "partitioning.Layout.", "t5.Execution."),
+)
+_MACRO = re.compile(r"%([A-Za-z_]\w*)")
 # Settings that are paths, absolute or not.
 _PATHS = ("records_dir", "model_dir", "initial_checkpoint_path", "vocabulary")
-_STEADY = 1e-6  # of the highest rate: what rounding on another device may make of a schedule
+_STEADY = 1e-6  # of the highest rate: how far rounding on another device may move a schedule
 
 
 def read(run_dir: str | Path) -> dict[str, Any]:
@@ -108,21 +103,21 @@ def name_of(path: str) -> str:
 def changes(
     old: Mapping[str, Any] | None, new: Mapping[str, Any], *, old_config: str, new_config: str
 ) -> tuple[list[str], list[str]]:
-    """What may not change and did, as lines of two unified diffs; and notes about files that are gone.
+    """Lists forbidden changes, as lines of two unified diffs; and notes about files that are gone.
 
     `old` is None where there is no manifest to compare with. Both are as JSON has them (no tuples).
     """
     same_vocabulary = (
         old is not None and _vocabulary_hash(old) is not None and _vocabulary_hash(old) == _vocabulary_hash(new)
     )
-    texts = [_meaning(text, without_vocabulary=same_vocabulary) for text in (old_config, new_config)]
-    found = _diff(*texts, name="config.gin")
+    found = _config_changes(_bindings(old_config), _bindings(new_config), same_vocabulary=same_vocabulary)
     if old is None:
         return found, []
-    kept = [dict(_flat(_decisive(manifest, without_vocabulary=same_vocabulary))) for manifest in (old, new)]
+    kept = [dict(_flat(_decisive(manifest, same_vocabulary=same_vocabulary))) for manifest in (old, new)]
     _settle_schedule(*kept)
-    lines = [[f"{name} = {json.dumps(value)}" for name, value in sorted(of_one.items())] for of_one in kept]
-    return [*found, *_diff(*lines, name=NAME)], _gone(old, new)
+    return [*found, *_diff(*({name: json.dumps(value) for name, value in one.items()} for one in kept), name=NAME)], (
+        _gone(old, new)
+    )
 
 
 def announced(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
@@ -141,33 +136,62 @@ def _brief(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _diff(old: list[str], new: list[str], *, name: str) -> list[str]:
-    lines = difflib.unified_diff(old, new, f"{name} of the run", f"{name} as requested", lineterm="", n=0)
+def _diff(old: Mapping[str, str], new: Mapping[str, str], *, name: str) -> list[str]:
+    """Returns the lines "name = value" that differ, as a unified diff without its hunk headers."""
+    texts = [[f"{key} = {value}" for key, value in sorted(one.items())] for one in (old, new)]
+    lines = difflib.unified_diff(*texts, f"{name} of the run", f"{name} as requested", lineterm="", n=0)
     return [line for line in lines if not line.startswith("@@")]
 
 
-def _meaning(text: str, *, without_vocabulary: bool) -> list[str]:
-    """Bindings of a configuration without comments, and without where and how it runs."""
-    fields = tuple(f"train.TrainConfig.{field} =" for field in (*_WHERE, *_HOW))
-    macros = tuple(f"{macro} =" for macro in (*_WHERE.values(), *_MACROS))
-    # Modules may move; what is bound, and to what, may not change.
-    left_out = ("import ", "from ", *fields, *macros, *_BINDINGS, *(_VOCABULARY if without_vocabulary else ()))
-    kept, dropping = [], False
+def _bindings(text: str) -> dict[str, str]:
+    """Reads the bindings of an operative configuration. Import lines are left out: modules may move."""
+    found: dict[str, str] = {}
+    name = ""
     for line in map(str.rstrip, text.splitlines()):
-        if line and not line.startswith("#"):
-            if not line.startswith(" "):  # a binding begins; others go on with its value
-                dropping = line.startswith(left_out)
-            if not dropping:
-                kept.append(line)
-    return kept
+        if line.startswith(" "):  # the value goes on; gin ends a first line without one by a backslash
+            found[name] = f"{found.get(name, '')} {line.strip()}".removeprefix("\\").strip()
+        elif line and not line.startswith(("#", "import ", "from ")):
+            name, _, found[name] = line.partition(" = ")
+    return found
 
 
-def _decisive(manifest: Mapping[str, Any], *, without_vocabulary: bool) -> dict[str, Any]:
-    """The part of a manifest that may not change, each fact once."""
+def _config_changes(old: Mapping[str, str], new: Mapping[str, str], *, same_vocabulary: bool) -> list[str]:
+    """Compares bindings with macros replaced by their values: bound by a macro, directly, or by default is the same.
+
+    A difference that comes from a macro alone is shown as that macro's.
+    """
+    uncompared = (*_UNCOMPARED, *(("datasets.DataOptions.vocabulary",) if same_vocabulary else ()))
+    shown: tuple[dict[str, str], dict[str, str]] = ({}, {})
+    for name in {*old, *new}:
+        if "." not in name or name.startswith(uncompared):  # a macro counts where it is used
+            continue
+        before, after = (_resolved(name, of) for of in (old, new))
+        if before == after:
+            continue
+        macros = [macro for macro in _MACRO.findall(old.get(name, "")) if macro in old and macro in new]
+        by_macro = macros if old.get(name) == new.get(name) else []
+        for lines, bindings, value in ((shown[0], old, before), (shown[1], new, after)):
+            if by_macro:
+                lines.update({macro: _resolved(macro, bindings) or "" for macro in by_macro})
+            elif value is not None:
+                lines[name] = value
+    return _diff(*shown, name="config.gin")
+
+
+def _resolved(name: str, bindings: Mapping[str, str]) -> str | None:
+    """Returns the value of a binding, its macros replaced by their values; None if it is not bound."""
+    if name not in bindings:
+        return None
+    others = {other: value for other, value in bindings.items() if other != name}  # no macro within itself
+    return _MACRO.sub(lambda match: _resolved(match[1], others) or match[0], bindings[name])
+
+
+def _decisive(manifest: Mapping[str, Any], *, same_vocabulary: bool) -> dict[str, Any]:
+    """Returns the part of a manifest that may not change, each fact once."""
     data = manifest.get("data", {})
-    paths = {"records_dir", "vocabulary"} if without_vocabulary else {"records_dir"}
+    paths = {"records_dir", "vocabulary"} if same_vocabulary else {"records_dir"}
     run, settings = manifest.get("run", {}), manifest.get("settings", {})
-    dropped = {*run, *_WHERE, *_HOW, "data"}
+    dropped = {*run, *_WHERE_AND_HOW, "data"}
     if settings.get("keep_best", 1) == 0:
         dropped -= set(_KEEPING)
     return {

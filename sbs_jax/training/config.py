@@ -1,7 +1,6 @@
-"""Configuration of a training run: everything it depends on, as dataclasses that gin binds."""
+"""Configuration of a training run, in five parts. gin binds every field to the macro of its upper-case name."""
 
 import dataclasses
-import logging
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -9,83 +8,37 @@ from typing import Any
 import jax.numpy as jnp
 import optax
 
+from sbs_jax import checks
 from sbs_jax.data import registry, selection
 from sbs_jax.student import adapters, partitioning, stacking, t5
-
-log = logging.getLogger(__name__)
-
 
 MEMORIES = ("device", "pinned_host")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """Everything a run depends on. Bound by `gin_configs/runs/train.gin`; the macros there carry T5X's names."""
+class Optimization:
+    """Loss, optimizer, and the size of an update."""
 
-    model_dir: str
-    model: t5.T5Config
-    data: selection.DataOptions
-    mixture_or_task_name: str
-    # Tokens per row, `{"inputs": .., "targets": ..}`; with `pack` several examples share a row.
-    task_feature_lengths: Mapping[str, int]
-    pack: bool
     batch_size: int  # rows per update, over all devices and micro-batches (see `rows_per_update`)
-    micro_batches: int
+    micro_batches: int = 1  # sequential parts of a batch; gradients are those of the whole
     train_steps: int
-    seed: int
-    # Share of the label objective, 1 - alpha is the rationale's; and T5X's auxiliary loss.
-    alpha: float
-    z_loss: float
-    vocabulary_chunks: int  # pieces of the vocabulary whose logits exist at a time
+    seed: int = 0
+    alpha: float  # share of the label objective; the rationale's is 1 - alpha
+    z_loss: float = 0.0  # weight of T5X's auxiliary loss
     optimizer: Callable[..., optax.GradientTransformation]  # called with learning_rate=
     learning_rate: optax.Schedule
-    clip_norm: float | None
-    execution: t5.Execution
-    layout: partitioning.Layout
-    initial_checkpoint_path: str | None
-    tuning: adapters.Tuning | None  # what is trained; None: everything
-    optimizer_memory: str  # where the optimiser's state lives between updates, of MEMORIES
-    # Periods in steps.
-    log_period: int
-    eval_period: int
-    checkpoint_period: int
-    # Checkpoints that stay: the newest, the best by validation, and each whose step is a multiple of keep_period.
-    keep_checkpoints: int
-    keep_best: int
-    keep_period: int | None
-    skip_non_finite: int  # updates left out for a loss or gradient that is not finite, before the run stops
-    stall_seconds: float  # after which a loop that does not move is reported
-    save_patience: float  # seconds in which the last checkpoint is tried again where the disk is full
-    eval_batch_size: int
-    max_decode_length: int  # tokens generated for an answer
-    evaluate_test: bool
+    clip_norm: float | None = 1.0  # largest norm of the gradients; None: no clipping
+    initial_checkpoint_path: str | None = None  # None: fresh parameters
+    tuning: adapters.Tuning | None = None  # which parameters train; None trains all (gin_configs/adapters/)
 
     def __post_init__(self) -> None:
-        positive = (
-            *("batch_size", "micro_batches", "train_steps", "log_period", "eval_period", "checkpoint_period"),
-            *("keep_checkpoints", "eval_batch_size", "max_decode_length", "vocabulary_chunks"),
-            *(() if self.keep_period is None else ("keep_period",)),
-        )
-        for name in positive:
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"TrainConfig.{name} is {value!r}; expected a whole number of at least 1.")
-        for name in ("keep_best", "skip_non_finite"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-                raise ValueError(f"TrainConfig.{name} is {value!r}; expected a whole number of at least 0.")
-        if not self.stall_seconds > 0 or not self.save_patience >= 0:
-            raise ValueError(
-                f"TrainConfig.stall_seconds is {self.stall_seconds!r} and save_patience {self.save_patience!r}; "
-                "expected seconds, above 0 and at least 0."
-            )
+        _whole_numbers(self, "batch_size", "micro_batches", "train_steps", least=1)
+        checks.number("TrainConfig.alpha", self.alpha)
         if not 0.0 <= self.alpha <= 1.0:
             raise ValueError(f"TrainConfig.alpha is {self.alpha!r}; expected 0 (rationale only) to 1 (label only).")
-        if self.z_loss < 0 or (self.clip_norm is not None and self.clip_norm <= 0):
-            raise ValueError(
-                f"TrainConfig.z_loss is {self.z_loss!r} and clip_norm {self.clip_norm!r}; expected z_loss >= 0 and "
-                "clip_norm > 0 or None."
-            )
+        checks.number("TrainConfig.z_loss", self.z_loss, least=0.0)
+        if self.clip_norm is not None:
+            checks.number("TrainConfig.clip_norm", self.clip_norm, above=0.0)
         if self.batch_size % self.micro_batches:
             raise ValueError(
                 f"batch_size {self.batch_size} does not divide into {self.micro_batches} micro_batches; choose a "
@@ -93,37 +46,124 @@ class TrainConfig:
             )
         if not callable(self.optimizer) or not callable(self.learning_rate):
             raise ValueError(
-                "TrainConfig.optimizer must be an optimiser's constructor (gin: @optax.adamw) and learning_rate a "
-                f"schedule (gin: @optax.constant_schedule()); got {self.optimizer!r} and {self.learning_rate!r}."
+                f"TrainConfig.optimizer and learning_rate are {self.optimizer!r} and {self.learning_rate!r}; expected "
+                "an optimizer's constructor (gin: @optax.adamw) and a schedule (gin: @optax.constant_schedule())."
             )
-        if self.optimizer_memory not in MEMORIES:
-            raise ValueError(
-                f"TrainConfig.optimizer_memory is {self.optimizer_memory!r}; expected one of {', '.join(MEMORIES)}."
-            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Checkpointing:
+    """When checkpoints are written, and which ones stay: the newest, the best, the periodic."""
+
+    checkpoint_period: int = 250  # steps
+    keep_checkpoints: int = 2  # the newest; the older one is a fallback if the newest is damaged
+    keep_best: int = 1  # by validation score
+    keep_period: int | None = None  # or a number of steps: keep all of its multiples
+    save_patience: float = 300.0  # seconds to retry the last checkpoint while the disk is full
+
+    def __post_init__(self) -> None:
+        _whole_numbers(self, "checkpoint_period", "keep_checkpoints", least=1)
+        _whole_numbers(self, "keep_best", least=0)
+        if self.keep_period is not None:
+            _whole_numbers(self, "keep_period", least=1)
+        checks.number("TrainConfig.save_patience", self.save_patience, least=0.0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Validation during the run and the test at its end."""
+
+    eval_period: int = 250  # steps
+    eval_batch_size: int = 64
+    max_decode_length: int = 64  # tokens generated for an answer
+    evaluate_test: bool = True  # grade the best checkpoint on test at the end
+
+    def __post_init__(self) -> None:
+        _whole_numbers(self, "eval_period", "eval_batch_size", "max_decode_length", least=1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Compute:
+    """Devices and memory: changes speed, and results only by rounding."""
+
+    execution: t5.Execution
+    layout: partitioning.Layout
+    vocabulary_chunks: int = 1  # chunks of the vocabulary for the loss; one chunk of logits exists at a time
+    optimizer_memory: str = "device"  # or "pinned_host": optimizer state in host memory between updates
+
+    def __post_init__(self) -> None:
+        _whole_numbers(self, "vocabulary_chunks", least=1)
+        checks.choice("TrainConfig.optimizer_memory", self.optimizer_memory, MEMORIES)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Guards:
+    """Limits for failures that a run may survive."""
+
+    skip_non_finite: int = 0  # updates with a non-finite loss or gradient to skip before the run stops
+    stall_seconds: float = 300.0  # without progress, until the watchdog reports a stall
+
+    def __post_init__(self) -> None:
+        _whole_numbers(self, "skip_non_finite", least=0)
+        checks.number("TrainConfig.stall_seconds", self.stall_seconds, above=0.0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig(Optimization, Checkpointing, Evaluation, Compute, Guards):
+    """A training run: model, data and five parts. A field's default is that of its macro; see gin_files.py."""
+
+    model_dir: str
+    model: t5.T5Config
+    data: selection.DataOptions
+    mixture_or_task_name: str
+    task_feature_lengths: Mapping[str, int]  # tokens per row, {"inputs": .., "targets": ..}
+    pack: bool = False  # several examples per row of TASK_FEATURE_LENGTHS
+    log_period: int = 50  # steps
+
+    def __post_init__(self) -> None:
+        for part in TrainConfig.__bases__:
+            part.__post_init__(self)
+        _whole_numbers(self, "log_period", least=1)
         if self.pack and self.tuning is not None and self.tuning.prompt is not None:
             raise ValueError(
                 "A prompt stands before each example, and packed rows hold several: set PACK = False, or take prefix "
                 "tuning, whose keys all examples of a row see."
             )
-        self.gradient_transformation()  # a wrong optimiser argument fails here, before any compile
+        self.gradient_transformation()  # a wrong optimizer argument fails here, before any compile
+
+    @property
+    def eval_task_name(self) -> str:
+        """The task that validation and test grade. ValueError where only rationales are trained."""
+        name = registry.graded_task(self.mixture_or_task_name)
+        if name is None:
+            raise ValueError(
+                f"{self.mixture_or_task_name} has only rationales, which cannot be graded; train on the mixture "
+                "<dataset>_step_by_step, with ALPHA = 0 to ignore the labels."
+            )
+        return name
 
     def gradient_transformation(self) -> optax.GradientTransformation:
-        """The optimiser with its schedule; it sees one layer at a time, however layers are held."""
+        """Makes the optimizer with its schedule; it sees one layer at a time, however layers are stored."""
         optimizer = self.optimizer(learning_rate=self.learning_rate)
         return stacking.layerwise(optimizer) if self.execution.layers == "scanned" else optimizer
 
 
+def _whole_numbers(config: Any, *names: str, least: int) -> None:
+    for name in names:
+        checks.whole_number(f"TrainConfig.{name}", getattr(config, name), least=least)
+
+
 def rows_per_update(*, mixture_or_task_name: str, examples: int, examples_per_row: int) -> int:
-    """Rows that hold this many examples of every task: 64 of `svamp_label`, 128 of `svamp_step_by_step`.
+    """Returns the rows that hold `examples` of every task: 64 for `svamp_label`, 128 for `svamp_step_by_step`.
 
     So methods are compared at the same label examples per update (the official code's batch size counts these).
-    `examples_per_row` is 1, or how many fit on average where rows are packed.
+    `examples_per_row` is 1, or the average number that fit in a packed row.
     """
     return math.ceil(examples * len(registry.subtasks(mixture_or_task_name)) / examples_per_row)
 
 
 def rsqrt_schedule(*, peak: float, warmup_steps: int) -> optax.Schedule:
-    """peak * sqrt(warmup / max(step, warmup)): T5's pre-training schedule, at its peak until `warmup_steps`."""
+    """Makes T5's pre-training schedule, peak * sqrt(warmup / max(step, warmup)): constant until `warmup_steps`."""
 
     def schedule(step: Any) -> Any:
         return peak * jnp.sqrt(warmup_steps / jnp.maximum(step, warmup_steps))

@@ -157,17 +157,17 @@ class Generator:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
-    """What `sbs evaluate` grades. Bound by `gin_configs/runs/evaluate.gin`; None means: as in the run."""
+    """Settings of `sbs evaluate`. None means: as in the run."""
 
-    checkpoint_path: str
-    split: str
-    mixture_or_task_name: str | None
-    records_dir: str | None
-    batch_size: int
-    max_decode_length: int | None
-    output_dir: str | None
+    checkpoint_path: str  # a run directory (its best checkpoint), or one <run>/checkpoints/<step>
+    split: str = "test"
+    mixture_or_task_name: str | None = None
+    records_dir: str | None = None
+    batch_size: int = 64
+    max_decode_length: int | None = None
+    output_dir: str | None = None  # receives predictions and metrics.json
     layout: partitioning.Layout
-    base: str | None = None  # where the base of a run that trained adapters lies, if it has moved
+    base: str | None = None  # the base of an adapter run, if it has moved
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, float]:

@@ -6,6 +6,7 @@ decorated, and third-party callables (`@optax.adamw`) are bound directly.
 
 import argparse
 import ast
+import dataclasses
 import importlib
 import re
 import sys
@@ -30,6 +31,22 @@ MODULES = {
 }
 # Imported for the command line, whose bindings have no import of their own.
 _PRELUDE = ("adapters", "datasets", "evaluate", "partitioning", "t5", "train")
+# Configuration classes. Each field is bound to the macro of its upper-case name, except for these.
+_CLASSES: dict[str, dict[str, str]] = {
+    "train.TrainConfig": {
+        "learning_rate": "%SCHEDULE",
+        "data": "@datasets.DataOptions()",
+        "execution": "@t5.Execution()",
+        "layout": "@partitioning.Layout()",
+    },
+    "evaluate.EvaluateConfig": {
+        "output_dir": "%EVAL_OUTPUT_DIR",
+        "base": "%BASE_PATH",
+        "layout": "@partitioning.Layout()",
+    },
+    "datasets.DataOptions": {},
+    "t5.Execution": {},
+}
 _LONGEST = 3_000  # characters of a message; some of gin's quote the configuration
 _NAME = re.compile(r"[\w.]+(/[\w.]+)*", re.ASCII)
 _MISSING = re.compile(r"No module named 'sbs_jax\.(\w+)'")
@@ -53,11 +70,12 @@ def configure(
     search_paths: Sequence[str] = (),
     unread: Sequence[str] = (),
 ) -> tuple[Any, str]:
-    """An instance of a configuration class (`"train.TrainConfig"`), and the operative configuration as text.
+    """Makes an instance of a configuration class (`"train.TrainConfig"`), and the operative configuration as text.
 
-    `bindings` are `NAME=value`. Files and bindings that come later override earlier ones. Values that are no gin
-    expression are taken as text, so `MODEL_DIR=/tmp/run` needs no quotes. A binding that nothing refers to, an
-    unknown name, and a macro left at REQUIRED are errors, except for `unread` macros, which the command does not read.
+    `bindings` are `NAME=value`. Later files and bindings override earlier ones, and all override the defaults of the
+    class (`class_bindings`). Values that are not gin expressions are text, so `MODEL_DIR=/tmp/run` needs no quotes. A
+    binding that nothing uses, an unknown name, and a macro left at REQUIRED are errors, except for `unread` macros,
+    which the command does not read.
     """
     import gin
 
@@ -67,6 +85,7 @@ def configure(
         gin.add_config_file_search_path(path)
     prelude = "from __gin__ import dynamic_registration\nimport optax\nimport tasks\n"
     prelude += "".join(f"{import_line(name)}\n" for name in _PRELUDE)
+    prelude += "".join(f"{left} = {right}\n" for left, right in class_bindings(name).items())
     prelude += "".join(f"include {file!r}\n" for file in gin_files)
     text = prelude + "\n".join(_quoted(binding) for binding in bindings) + "\n"
     try:
@@ -112,6 +131,26 @@ def import_line(name: str) -> str:
     """
     package, _, module = MODULES[name].rpartition(".")
     return f"from {package} import {module}" + (f" as {name}" if module != name else "")
+
+
+def class_bindings(name: str) -> dict[str, str]:
+    """Returns the bindings of a configuration class, and of the classes that its fields hold, before any gin file.
+
+    {"KEEP_BEST": "1", "train.TrainConfig.keep_best": "%KEEP_BEST", ..}: a new field has a macro with its default, without
+    a line in a gin file. Fields without a default leave their macro undefined.
+    """
+    if name not in _CLASSES:
+        return {}
+    module, _, class_name = name.partition(".")
+    found: dict[str, str] = {}
+    for field in dataclasses.fields(getattr(importlib.import_module(MODULES[module]), class_name)):
+        value = _CLASSES[name].get(field.name, f"%{field.name.upper()}")
+        found[f"{name}.{field.name}"] = value
+        if value.startswith("@"):
+            found |= class_bindings(value[1:-2])
+        elif field.default is not dataclasses.MISSING:
+            found[value[1:]] = repr(field.default)
+    return found
 
 
 def configured(

@@ -18,7 +18,7 @@ import tqdm
 from sbs_jax.data import registry
 from sbs_jax.run import checkpoints
 from sbs_jax.student import losses, t5
-from sbs_jax.training import failures, loop
+from sbs_jax.training import failures, feed
 from sbs_jax.training.config import TrainConfig
 from sbs_jax.training.state import base_of, initial_state, state_of
 from sbs_jax.training.step import Batch, Trainer, TrainState, loss_and_gradients, prepare
@@ -45,7 +45,7 @@ def replay(config: TrainConfig, run: str | Path, *, step: int | None) -> dict[st
     trainer = prepare(config)
     state = _state_before(config, trainer, run, step=step)
     (batch,) = _batches(config, trainer, first=step, count=1)
-    examples, alone = loop.batch_examples(config, step=step)
+    examples, alone = feed.batch_examples(config, step=step)
     structure, parameters = trainer.structure, trainer.parameters(state)
     trained = {name: parameters[name] for name in trainer.saved.parameters}
     others = {name: x for name, x in parameters.items() if name not in trained}
@@ -140,7 +140,7 @@ def _state_before(config: TrainConfig, trainer: Trainer, run: Path, *, step: int
 
 def _batches(config: TrainConfig, trainer: Trainer, *, first: int, count: int) -> Any:
     """The batches of some steps, on the devices."""
-    found = loop.train_batches(config, trainer, skip=first - 1)
+    found = feed.train_batches(config, trainer, skip=first - 1)
     for _ in range(count):
         yield trainer.partitioner.put_batch(next(found))
 

@@ -1,6 +1,5 @@
 """The state a run starts from, or resumes from: parameters, optimizer and frozen base on their shardings."""
 
-import dataclasses
 import functools
 import logging
 from typing import Any
@@ -53,14 +52,6 @@ def base_of(config: TrainConfig, trainer: Trainer) -> frozen.Base:
 
 def _number(value: int, sharding: Any) -> jax.Array:
     return jax.make_array_from_callback((), sharding, lambda _: np.asarray(value, np.int32))
-
-
-def described(config: TrainConfig, base: dict[str, Any] | None) -> dict[str, Any]:
-    """What a checkpoint's metadata say of the student; `base` is the identity of what adapters are trained on."""
-    model = {"model": dataclasses.asdict(config.model)}
-    if config.tuning is None or base is None:
-        return model
-    return model | {"tuning": dataclasses.asdict(config.tuning), "base": base}
 
 
 def state_of(restored: checkpoints.Restored, trainer: Trainer, *, base: frozen.Base | None = None) -> TrainState:

@@ -113,25 +113,29 @@ def train_step(
         dropout_key=jax.random.fold_in(jax.random.key(config.seed), state.step),
         frozen=state.frozen,
     )
-    norm = optax.tree.norm(gradients)
-    if config.clip_norm is not None:
-        scale = jnp.where(norm > config.clip_norm, config.clip_norm / norm, 1.0)
-        gradients = jax.tree.map(lambda x: x * scale, gradients)
+    norm, gradients = _clipped(gradients, norm=config.clip_norm)
     updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.parameters)
-    parameters = optax.apply_updates(state.parameters, updates)
+    new = (optax.apply_updates(state.parameters, updates), optimizer_state)
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-    going = state.skipped <= config.skip_non_finite
-    skipped = state.skipped + (going & ~finite)
+    running = state.skipped <= config.skip_non_finite
+    skipped = state.skipped + (running & ~finite)
     parameters, optimizer_state = jax.tree.map(
-        lambda new, old: jnp.where(going & finite, new, old),
-        (parameters, optimizer_state),
-        (state.parameters, state.optimizer),
+        lambda new, old: jnp.where(running & finite, new, old), new, (state.parameters, state.optimizer)
     )
     metrics = {"loss": loss, "gradient_norm": norm, "skipped": skipped}
     for task, name in losses.TASK_NAMES.items():
         metrics |= sums[task].means(name)
     step = state.step + (skipped <= config.skip_non_finite)
     return TrainState(step, parameters, optimizer_state, skipped, state.frozen), metrics
+
+
+def _clipped(gradients: t5.Parameters, *, norm: float | None) -> tuple[Float[Array, ""], t5.Parameters]:
+    """Returns the global norm of the gradients, and the gradients scaled down to at most `norm` (None: unchanged)."""
+    found = optax.tree.norm(gradients)
+    if norm is None:
+        return found, gradients
+    scale = jnp.where(found > norm, norm / found, 1.0)
+    return found, jax.tree.map(lambda x: x * scale, gradients)
 
 
 def _cut(batch: Batch, pieces: int) -> Batch:

@@ -1,0 +1,67 @@
+"""Contents of a run's manifest and of a checkpoint's metadata: the facts that resuming and loading need."""
+
+import dataclasses
+import logging
+import math
+from typing import Any
+
+from sbs_jax.data import batches, registry, selection
+from sbs_jax.run import settings
+from sbs_jax.student import adapters, t5
+from sbs_jax.training.config import TrainConfig
+from sbs_jax.training.step import Trainer
+
+log = logging.getLogger(__name__)
+
+
+def manifest(config: TrainConfig, *, data: dict[str, Any], trainer: Trainer) -> dict[str, Any]:
+    """Collects data hashes, settings, mesh and parameter table, and logs them; warns about truncated sequences."""
+    lengths = _truncated(config, data)
+    parameters = {
+        name: {"shape": leaf.shape, "dtype": str(leaf.dtype), "spec": str(leaf.sharding.spec)}
+        for name, leaf in {**trainer.saved.frozen, **trainer.saved.parameters}.items()
+    }
+    total = sum(math.prod(leaf.shape) for leaf in t5.abstract(config.model)[1].values())
+    devices = [str(device) for device in trainer.partitioner.mesh.devices.flat]
+    log.info("Devices: %s; mesh %s.", ", ".join(devices), trainer.partitioner.sizes)
+    log.info("Parameters: %s in %d arrays.", f"{total:,}", len(parameters))
+    if config.tuning is not None:
+        log.info("%s", adapters.summary(config.model, trainer.saved.parameters, trainer.saved.frozen))
+    log.info("Data: %s", {name: split["counts"] for name, split in data["splits"].items()})
+    return {
+        "data": data,
+        "lengths": lengths,
+        "run": {
+            "mixture_or_task_name": config.mixture_or_task_name,
+            "task_feature_lengths": dict(config.task_feature_lengths),
+            "max_decode_length": config.max_decode_length,
+            "primary_metric": registry.dataset_of_task(config.mixture_or_task_name).primary_metric,
+        },
+        "settings": settings.settings(config),
+        "model": dataclasses.asdict(config.model),
+        "mesh": trainer.partitioner.sizes,
+        "devices": devices,
+        "parameter_count": total,
+        "parameters": parameters,
+    }
+
+
+def _truncated(config: TrainConfig, data: dict[str, Any]) -> dict[str, Any]:
+    """Counts sequences that the feature lengths truncate, by split and task."""
+    lengths = {}
+    for split, task in ((selection.TRAIN, config.mixture_or_task_name), (selection.TEST, config.eval_task_name)):
+        if split in data["splits"]:
+            lengths[split] = batches.count_truncated(task, split, config.task_feature_lengths)
+    for split, of_tasks in lengths.items():
+        for task, counts in of_tasks.items():
+            if counts["inputs cut"] or counts["targets cut"]:
+                log.warning("%s, %s: sequences longer than the feature lengths are truncated: %s", task, split, counts)
+    return lengths
+
+
+def student(config: TrainConfig, base: dict[str, Any] | None) -> dict[str, Any]:
+    """Describes the student for a checkpoint's metadata; `base` is the identity of the weights under adapters."""
+    model = {"model": dataclasses.asdict(config.model)}
+    if config.tuning is None or base is None:
+        return model
+    return model | {"tuning": dataclasses.asdict(config.tuning), "base": base}
