@@ -36,6 +36,7 @@ MACROS = {
     for path in (ROOT / "gin_configs").rglob("*.gin")
     for name in re.findall(r"^([A-Z][A-Z_]*) =", path.read_text("utf-8"), re.MULTILINE)
 }
+MACROS |= {macro for names in pages._CONFIGURED_BY.values() for name in names for macro in pages.field_macros(name)}
 
 
 @cache
@@ -253,6 +254,8 @@ def test_pages_that_are_made_tell_every_command_macro_and_module():
         lines = (ROOT / "gin_configs" / "runs" / f"{name}.gin").read_text("utf-8")
         for macro in re.findall(r"^([A-Z_]+) =", lines, re.MULTILINE):
             assert f"| `{macro}` |" in text
+    assert "| `SAVE_PATIENCE` | `300.0` | seconds to retry" in text
+    assert "| `LABEL_SOURCE` | `'human'` | whose labels" in text
     for path in (ROOT / "gin_configs").rglob("*.gin"):
         assert f"| `{path.name}` |" in text
     assert {"sbs_jax.student.t5", "sbs_jax.pages.report", "tasks.svamp"} <= set(pages.modules())

@@ -1,10 +1,14 @@
 """Generates pages from their sources at each build, so that none goes stale. Needs no MkDocs.
 
-`index.md` is README.md; `reference/commands.md` the help of every command; `reference/gin.md` the macros and the first
-comment of every gin file; `reference/api/` has a page per module, which mkdocstrings fills from docstrings.
+`index.md` is README.md; `reference/commands.md` the help of every command; `reference/gin.md` the macros of gin files
+and configuration classes, and the first comment of every gin file; `reference/api/` has a page per module, which
+mkdocstrings fills from docstrings.
 """
 
 import ast
+import dataclasses
+import importlib
+import inspect
 import os
 import re
 from pathlib import Path
@@ -13,6 +17,10 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("sbs_jax", "tasks")
 _MACRO = re.compile(r"^([A-Z][A-Z_]*) = (.*?)(?:  # (.*))?$")
 _REQUIRED = "%gin.REQUIRED"
+_CONFIGURED_BY = {
+    "train.gin": ("train.TrainConfig", "datasets.DataOptions"),
+    "evaluate.gin": ("evaluate.EvaluateConfig",),
+}
 
 
 def made() -> dict[str, str]:
@@ -52,7 +60,10 @@ def configurations() -> str:
         "Unknown bindings are rejected, with the nearest match.",
     ]
     for path in sorted((ROOT / "gin_configs" / "runs").glob("*.gin")):
-        parts += [f"## `runs/{path.name}`", *_macros(path.read_text("utf-8"))]
+        tables = _macros(path.read_text("utf-8"))
+        parts += [f"## `runs/{path.name}`", *tables]
+        for name in _CONFIGURED_BY.get(path.name, ()):
+            parts += [f"Fields of `{name}`:", _fields(name, without="\n".join(tables))]
     parts += ["## All gin files"]
     for folder in sorted(path for path in (ROOT / "gin_configs").rglob("*") if path.is_dir()):
         found = sorted(folder.glob("*.gin"))
@@ -80,6 +91,42 @@ def _macros(text: str) -> list[str]:
             rows, heading = [], ""
         heading = line[2:] if line.startswith("# ") else ""
     return [part for part in parts if part]
+
+
+def field_macros(name: str) -> dict[str, tuple[str, str]]:
+    """Returns (default, comment) of the fields of a configuration class, by macro.
+
+    A comment stands behind the field, or below "Attributes:" in the docstring.
+    """
+    from sbs_jax.training import gin_files
+
+    bound = gin_files.class_bindings(name)
+    module, _, class_name = name.partition(".")
+    source = importlib.import_module(gin_files.MODULES[module])
+    config = getattr(source, class_name)
+    text = "\n".join(inspect.getsource(part) for part in config.__mro__ if dataclasses.is_dataclass(part))
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", text, re.MULTILINE))
+    comments |= {
+        field: " ".join(words.split())
+        for field, words in re.findall(r"^      (\w+): (.*(?:\n        .*)*)", config.__doc__ or "", re.MULTILINE)
+    }
+    found = {}
+    for field in dataclasses.fields(config):
+        value = bound[f"{name}.{field.name}"]
+        if value.startswith("%"):
+            default = f"`{bound[value[1:]]}`" if value[1:] in bound else "no default"
+            found[value[1:]] = (default, comments.get(field.name, ""))
+    return found
+
+
+def _fields(name: str, *, without: str) -> str:
+    """Makes a table of the macros of a configuration class that the tables `without` do not have."""
+    rows = [
+        f"| `{macro}` | {default} | {_cell(comment)} |"
+        for macro, (default, comment) in field_macros(name).items()
+        if f"| `{macro}` |" not in without
+    ]
+    return "\n".join(["| macro | value | |", "|---|---|---|", *rows])
 
 
 def _first_comment(path: Path) -> str:

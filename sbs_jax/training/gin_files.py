@@ -136,8 +136,8 @@ def import_line(name: str) -> str:
 def class_bindings(name: str) -> dict[str, str]:
     """Returns the bindings of a configuration class, and of the classes that its fields hold, before any gin file.
 
-    {"KEEP_BEST": "1", "train.TrainConfig.keep_best": "%KEEP_BEST", ..}: a new field has a macro with its default, without
-    a line in a gin file. Fields without a default leave their macro undefined.
+    {"KEEP_BEST": "1", "train.TrainConfig.keep_best": "%KEEP_BEST", ..}: a new field has a macro with its default,
+    without a line in a gin file. Fields without a default leave their macro undefined.
     """
     if name not in _CLASSES:
         return {}
