@@ -47,7 +47,7 @@ class RunDir:
         self.path = Path(path).absolute()
         self._config_text = config_text
         self._lock = lock.Lock(self.path / "lock")
-        self._outbox = pending_writes.Outbox()
+        self._pending = pending_writes.PendingWrites()
         self._failing = False  # in an outage of the disk, which has been announced
         self._given_up: lock.TakenOverError | None = None  # another process writes here now
         self._count = 0
@@ -93,18 +93,18 @@ class RunDir:
         self._count += 1
         if not hosts.is_first():
             return
-        self._metrics.add((json.dumps({"kind": kind, "step": step, **values}) + "\n").encode())
+        self._pending.append(self._metrics, (json.dumps({"kind": kind, "step": step, **values}) + "\n").encode())
         if not self._headed:
-            self._events.add(events.header())
+            self._pending.append(self._events, events.header())
             self._headed = True
-        self._events.add(events.scalars(kind, step, values))
+        self._pending.append(self._events, events.scalars(kind, step, values))
         self._write()
 
     def metrics(self) -> list[dict[str, Any]]:
         """All lines of metrics so far, on every process."""
 
         def all_lines() -> list[dict[str, Any]]:
-            return read_metrics(self.path) + [json.loads(line) for line in self._metrics.waiting]
+            return read_metrics(self.path) + [json.loads(line) for line in self._pending.waiting(self._metrics)]
 
         return hosts.from_first(all_lines)
 
@@ -120,7 +120,7 @@ class RunDir:
         if not hosts.is_first():
             return
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        self._outbox.replace(self.path / "predictions" / f"{name}.jsonl", text.encode("utf-8", "backslashreplace"))
+        self._pending.replace(self.path / "predictions" / f"{name}.jsonl", text.encode("utf-8", "backslashreplace"))
         self._write()
 
     def flush(self) -> None:
@@ -130,7 +130,7 @@ class RunDir:
         failed = self._write()
         if failed:
             missing = [f"  {path}: {_reason(error)}" for path, error in failed.items()]
-            lines = [line.decode().rstrip() for line in self._metrics.waiting]
+            lines = [line.decode().rstrip() for line in self._pending.waiting(self._metrics)]
             if lines:
                 missing += ["The lines that are missing from metrics.jsonl, to be put at its end:", *lines]
             raise OSError(
@@ -156,14 +156,13 @@ class RunDir:
 
     def _follow_files(self) -> int:
         """Finds the ends of the files that grow; the number of complete lines of metrics."""
-        path = self.path / "metrics.jsonl"
-        whole = _whole_lines(path)
-        self._metrics = pending_writes.Appended(path, end=sum(map(len, whole)))
-        self._events = pending_writes.Appended(events.next_file(self.path / "tensorboard"), end=0)
+        self._metrics = self.path / "metrics.jsonl"
+        self._events = events.next_file(self.path / "tensorboard")
         self._headed = False
-        self._outbox = pending_writes.Outbox()
-        self._outbox.follow(self._metrics)
-        self._outbox.follow(self._events)
+        whole = _whole_lines(self._metrics)
+        self._pending = pending_writes.PendingWrites()
+        self._pending.follow(self._metrics, end=sum(map(len, whole)))
+        self._pending.follow(self._events, end=0)
         return len(whole)
 
     def _refuse_other_contents(self) -> None:
@@ -265,11 +264,11 @@ class RunDir:
         """Tries to write what waits; says once that it cannot be, and once that it has been."""
         try:
             self._check()
-            failed = self._outbox.write()
+            failed = self._pending.write()
         except lock.TakenOverError:
             raise
         except OSError as error:  # not even the lock can be read
-            failed = dict.fromkeys(self._outbox.waiting(), error)
+            failed = dict.fromkeys(self._pending.files(), error)
         if failed and not self._failing:
             path, error = next(iter(failed.items()))
             log.warning(

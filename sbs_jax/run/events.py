@@ -1,7 +1,7 @@
 """Scalars in TensorBoard's event format, as bytes.
 
 TensorBoard's own writer hands them to a thread that ends at the first error of the disk, and with it every later event
-of the run; so the bytes are made here and written like the other files of a run (outbox.py).
+of the run; so the bytes are made here and written like the other files of a run (pending_writes.py).
 """
 
 import io
