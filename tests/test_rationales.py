@@ -148,7 +148,7 @@ def test_a_students_rationales(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     ) -> list[str]:
         return said if answer == "targets" else [text.split()[-1][0] if wide else "a" for text in texts]
 
-    monkeypatch.setattr(rationales._Asking, "__call__", as_the_teacher)
+    monkeypatch.setattr(rationales._Generator, "__call__", as_the_teacher)
     perfect = rationales.measure(tmp_path / "run")
     assert perfect["overlap_with_teacher"]["rouge_l"] == 1.0
     names_a = [text == "last is a." for text in said]

@@ -1,22 +1,20 @@
-"""What plots are drawn on: matplotlib figures as SVG text, for inlining into HTML or as files of their own.
+"""Draw with matplotlib and write SVG text, for inlining into HTML or as files.
 
-Text stays text, colours are CSS variables (`var(--ink)`, `var(--m0)`; page.css defines them for light and dark), ids
-and dates are fixed: the same plot gives the same bytes.
+Text stays text, colours are CSS variables (`var(--ink)`, `var(--m0)`; page.css defines them for light and dark), and
+there are no ids or dates: the same plot gives the same bytes.
 """
 
 import functools
-import html
 import io
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from sbs_jax.pages.rendering import TEMPLATES
 
-# Colours as matplotlib is given them, and the CSS variables that take their place. None is black, which matplotlib
-# leaves out as the default.
+# Colours for matplotlib, and the CSS variables that replace them. Black would be left out as matplotlib's default.
 INK, MUTED, GRID, PAPER = "#010101", "#020202", "#030303", "#040404"
 COLOURS = tuple(f"#0a00{number:02x}" for number in range(1, 7))
 _VARIABLES = {INK: "ink", MUTED: "muted", GRID: "grid", PAPER: "paper"} | {
@@ -71,7 +69,7 @@ class Canvas:
     def __enter__(self) -> "Canvas":
         self._settings.__enter__()
         width, height = self._size
-        # Not by pyplot, which would keep the figure and the process's choice of backend.
+        # pyplot would keep the figure and set the process's backend.
         self._figure = self._figure_type(figsize=(width / _DPI, height / _DPI), dpi=_DPI)
         self._canvas_type(self._figure)
         return self
@@ -80,7 +78,7 @@ class Canvas:
         self._settings.__exit__(None, None, None)
 
     def axes(self, *, left: int, right: int, bottom: int, top: int) -> Any:
-        """Axes with these margins in pixels."""
+        """Adds axes with these margins in pixels."""
         width, height = self._size
         return self._figure.add_axes(
             (left / width, bottom / height, (width - left - right) / width, (height - bottom - top) / height)
@@ -92,23 +90,22 @@ class Canvas:
         self._explanations.append(text)
 
     def svg(self, description: str) -> Markup:
-        """Returns the figure as SVG that a page may hold as it is: every text in it is escaped."""
+        """Writes the figure as SVG that a page may hold as it is: every text in it is escaped."""
         buffer = io.StringIO()
-        self._figure.savefig(buffer, format="svg")
+        self._figure.savefig(buffer, format="svg", metadata={"Date": None})
         text = buffer.getvalue()
         text = text[text.index("<svg") :]
-        # The only place that has the date.
         text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.DOTALL)
         width, height = self._size
         text = re.sub(
             r"<svg[^>]*>",
             f'<svg xmlns:xlink="http://www.w3.org/1999/xlink" viewBox="0 0 {width} {height}" '
-            f'width="{width}" role="img" aria-label="{html.escape(description)}">',
+            f'width="{width}" role="img" aria-label="{escape(description)}">',
             text,
             count=1,
         )
         for number, explanation in enumerate(self._explanations):
-            text = text.replace(f'<g id="explained-{number}">', f"<g><title>{html.escape(explanation)}</title>")
+            text = text.replace(f'<g id="explained-{number}">', f"<g><title>{escape(explanation)}</title>")
         text = re.sub(r'<g id="[^"]*"', "<g", text)
         text = re.sub(r"font: ((?:[\w.]+ )*)([\d.]+px)[^;\"]*", r"font-size: \2; font-weight: \1", text)
         text = re.sub(r"font-weight: (?=[;\"])", "font-weight: 400", text)
@@ -119,7 +116,7 @@ class Canvas:
 
 
 def label_right(axes: Any, labels: Sequence[tuple[float, str, str]]) -> None:
-    """Labels lines to the right of the axes; moves labels apart that would overlap."""
+    """Labels lines, given as (height, text, colour), to the right of the axes; moves overlapping labels apart."""
     low, high = axes.get_ylim()
     pixels = axes.get_position().height * axes.figure.get_figheight() * _DPI
     gap = 16 * (high - low) / pixels
@@ -135,24 +132,15 @@ def label_right(axes: Any, labels: Sequence[tuple[float, str, str]]) -> None:
         if not moved:
             break
     for place, (_, text, colour) in zip(places, ordered, strict=True):
+        offset: Any = {"xytext": (4, 0), "textcoords": "offset points", "va": "center", "annotation_clip": False}
         weight = "normal" if colour == MUTED else "bold"
-        axes.annotate(
-            text,
-            (1, place),
-            (4, 0),
-            xycoords=("axes fraction", "data"),
-            textcoords="offset points",
-            va="center",
-            color=colour,
-            weight=weight,
-            annotation_clip=False,
-        )
+        axes.annotate(text, (1, place), xycoords=("axes fraction", "data"), color=colour, weight=weight, **offset)
 
 
 def standalone(svg: str) -> str:
-    """An inline plot as a file of its own: the light colours by number, its own font, a white ground.
+    """Turns an inline plot into a file: light colours by number, a font, a white ground.
 
-    Programs that show or convert SVG files (papers, slides) know no CSS variables.
+    Programs that show or convert SVG files (for papers, slides) do not support CSS variables.
     """
     svg = str(svg)
     for name, colour in _light().items():
@@ -170,6 +158,6 @@ def standalone(svg: str) -> str:
 
 @functools.cache
 def _light() -> Mapping[str, str]:
-    """The colours of page.css on light paper."""
+    """Reads the light colours of page.css."""
     style = (TEMPLATES / "page.css").read_text("utf-8")
     return dict(re.findall(r"--(\w+): (#[0-9a-f]{6})", style[: style.index("@media")]))

@@ -54,7 +54,7 @@ def accuracy_of_methods(summary: Summary, *, width: int = 660) -> str:
         axes.grid(visible=True, axis="x")
         for row, group in enumerate(summary.groups):
             look = _Look.of(summary.methods, group.method)
-            _group(canvas, axes, group, at=row, look=look, along="x")
+            _group(canvas, axes, group, at=float(row), look=look, along="x")
             offset = {"xytext": (0, 11), "textcoords": "offset points", "ha": "center"}
             axes.annotate(f"{group.accuracy:.1f}", (group.accuracy, row), color=look.colour, weight="bold", **offset)
         references = _references(summary)
@@ -257,7 +257,7 @@ def _group(canvas: Canvas, axes: Any, group: Group, *, at: float, look: _Look, a
     canvas.explain(_mark(axes, *place(group.accuracy), look=look), _explanation(group))
 
 
-def _mark(axes: Any, x: float, y: float, *, look: _Look, markersize: float = 8, zorder: int = 5) -> Any:
+def _mark(axes: Any, x: float, y: float, *, look: _Look, markersize: int = 8, zorder: int = 5) -> Any:
     style = {"color": look.colour, "markeredgecolor": PAPER, "markersize": markersize, "zorder": zorder}
     return axes.plot(x, y, look.marker, clip_on=False, **style)[0]
 

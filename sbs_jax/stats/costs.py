@@ -1,4 +1,4 @@
-"""What training cost and what an answer costs, from what the runs wrote down; nothing is taken from elsewhere."""
+"""Compute the cost of training and of an answer from the manifests and metrics of runs alone."""
 
 import re
 from collections import Counter
@@ -12,15 +12,15 @@ from sbs_jax.stats.summary import Group
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """Of one group of seeds, means over them.
+    """The cost of a group, means over its seeds.
 
     Attributes:
-      devices: what it trained on, "8 x TPU v5 lite"; "not known" where the manifest does not say.
+      devices: kind and number, "8 x TPU"; "not known" if the manifest does not say.
       device_hours: seconds of the training steps (with compilation, without evaluation) times devices.
-      training_flops: model FLOPs of one run: updates x what the model's definition asks for at the batch and the
-        lengths of the manifest, padding counted (`sbs_jax.student.flops`); None where adapters train only a part, or
-        where the manifest is of an older version.
-      parameters: read once for each token of an answer; None where the manifest does not say.
+      training_flops: model FLOPs of one run: updates x FLOPs of an update by the model's definition, at the batch and
+        lengths of the manifest, padding counted (`sbs_jax.student.flops`); None if adapters train only a part, or if
+        the manifest is of an older version.
+      parameters: read once for each token of an answer; None if the manifest does not say.
     """
 
     devices: str
@@ -30,6 +30,7 @@ class Cost:
 
 
 def cost(group: Group) -> Cost:
+    """Computes the cost of training one run of a group."""
     first = group.results[0]
     flops = {_training_flops(result) for result in group.results}
     parameters = {result.manifest.get("parameter_count") for result in group.results}
@@ -47,7 +48,7 @@ def _names(result: Result) -> list[str]:
 
 
 def _devices(result: Result) -> str:
-    """["TPU_0(process=0,(0,0,0,0))", ..] of 8 devices is "8 x TPU"."""
+    """Counts devices by kind: ["TPU_0(process=0,(0,0,0,0))", ..] of 8 devices is "8 x TPU"."""
     kinds = Counter((re.match(r"[A-Za-z]+", name) or [name])[0][:20] for name in _names(result))
     return ", ".join(f"{count} x {kind.upper()}" for kind, count in sorted(kinds.items())) or "not known"
 
@@ -57,15 +58,12 @@ def _training_flops(result: Result) -> int | None:
     model = result.manifest.get("model")
     if not isinstance(settings, dict) or settings.get("tuning") is not None or not isinstance(model, dict):
         return None
-    from sbs_jax.student import (
-        flops,
-        t5,  # a second to import
-    )
+    from sbs_jax.student import flops, t5  # a second to import
 
     try:
         of_one = flops.training_flops(
             t5.T5Config.of(model), rows=settings["batch_size"], inputs=lengths["inputs"], targets=lengths["targets"]
         )
-    except (TypeError, ValueError, KeyError):  # a manifest of another version: a report can do without
+    except (TypeError, ValueError, KeyError):  # a manifest of another version
         return None
     return of_one * result.updates

@@ -1,4 +1,4 @@
-"""A summary in words, generated from its numbers, whichever way they point."""
+"""Write a summary in words, generated from its numbers, whatever the result."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,7 @@ from sbs_jax.stats.summary import Comparison, Summary
 
 
 def headline_of_all(study: Study) -> str:
-    """The result of several datasets or sizes in one sentence: how often a method is ahead of its reference."""
+    """Writes one sentence on several datasets or sizes: how often a method is ahead of its reference."""
     if len(study.summaries) == 1:
         return headline(study.summaries[0])
     found = [c for summary in study.summaries for c in summary.comparisons]
@@ -29,7 +29,7 @@ def headline_of_all(study: Study) -> str:
 
 
 def _not_by_holm(comparisons: Sequence[Comparison]) -> str:
-    """A reservation, where a difference that is shown is not once p is corrected for the number of comparisons."""
+    """Adds that differences are lost when p is corrected for the number of comparisons; else ""."""
     lost = [c for c in comparisons if c.verdict != "no difference shown" and c.p_holm >= 0.05]
     if not lost:
         return ""
@@ -40,7 +40,7 @@ def _not_by_holm(comparisons: Sequence[Comparison]) -> str:
 
 
 def headline(summary: Summary) -> str:
-    """The result in one sentence, from the first comparison (step-by-step where there is one)."""
+    """Writes the result in one sentence, from the comparisons of one method (step-by-step if there is one)."""
     if not summary.comparisons:
         parts = [f"{g.method} {g.accuracy:.1f} % with {of_data(g.fraction)}" for g in summary.groups]
         return f"Test accuracy on {summary.dataset}: {listed(parts)}"
@@ -72,7 +72,7 @@ def headline(summary: Summary) -> str:
 
 
 def sentences(summary: Summary) -> list[str]:
-    """Every comparison in a sentence, then how little data does as well as more, then the reference lines."""
+    """Writes a sentence per comparison, then how little data does as well as more, then the reference lines."""
     found = [f"{_finding(comparison)}{_not_by_holm([comparison])}." for comparison in summary.comparisons]
     found += _savings(summary)
     if summary.teacher_accuracy is not None:
@@ -90,7 +90,7 @@ def sentences(summary: Summary) -> list[str]:
 
 
 def _finding(c: Comparison) -> str:
-    """One comparison in words, without the full stop."""
+    """Writes one comparison in words, without the full stop."""
     where = f"with {of_data(c.fraction)}{_one_seed([c])}"
     if c.verdict == "no difference shown":
         return (
@@ -104,7 +104,7 @@ def _finding(c: Comparison) -> str:
 
 
 def _savings(summary: Summary) -> list[str]:
-    """Where a method scores as much with less data as the other does with its most."""
+    """Writes where a method scores as much with less data as the other does with its most."""
     found = []
     pairs = dict.fromkeys((c.method, c.reference) for c in summary.comparisons)
     for one, other in (pair for method, reference in pairs for pair in ((method, reference), (reference, method))):
@@ -119,5 +119,5 @@ def _savings(summary: Summary) -> list[str]:
 
 
 def _one_seed(comparisons: Sequence[Comparison]) -> str:
-    """A reservation, where the interval cannot tell what another seed would have given."""
+    """Adds that there is one seed, whose choice the interval does not cover; else ""."""
     return " (one seed)" if any(len(c.seeds) == 1 for c in comparisons) else ""

@@ -1,4 +1,4 @@
-"""Paths as a person gives them, to runs: run directories themselves, and folders that hold some."""
+"""Find run directories: given by their own paths, or inside folders."""
 
 import os
 from collections.abc import Sequence
@@ -11,18 +11,18 @@ from sbs_jax.stats.results import Run, identify, is_tested
 
 @dataclass(frozen=True)
 class Found:
-    """The runs below some paths, and what was left out of folders, each with its reason."""
+    """The runs below some paths; `left_out` names the others, each with its reason."""
 
     runs: tuple[Run, ...]
     left_out: tuple[str, ...]
 
 
 def find(paths: Sequence[str | Path]) -> Found:
-    """Every run of some paths, each once, in the order given and by name within a folder.
+    """Finds every run of some paths, each once, in the order given and by name within a folder.
 
-    A run directory that is named itself has to be one that a report can use (FileNotFoundError and ValueError say
-    what is wrong). A folder without a manifest.json is searched for run directories; there, one that has no test
-    result yet or is of no known method is left out, and told. Files beside the runs (`runs/*`) are passed over.
+    A run directory that is named itself must be usable by a report (else FileNotFoundError or ValueError). A folder
+    without a manifest.json is searched for run directories; those without a test result, or of an unknown method, go
+    to `left_out`. Files beside the runs (`runs/*`) are ignored.
     """
     runs: dict[str, Run] = {}
     left_out: list[str] = []
@@ -49,7 +49,7 @@ def find(paths: Sequence[str | Path]) -> Found:
 
 
 def _run_dirs(folder: Path) -> list[Path]:
-    """Folders below that look like run directories, by name; records, which have a manifest too, do not."""
+    """Lists folders below that look like run directories, by name; records have a manifest too, but no metrics."""
     found = []
     for place, names, files in os.walk(folder):
         names.sort()

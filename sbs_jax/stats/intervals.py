@@ -1,8 +1,8 @@
-"""95 % intervals of accuracies, and of differences between them, over seeds and test rows.
+"""Compute 95 % intervals of accuracies, and of differences between them, over seeds and test rows.
 
-Two things make a measured accuracy uncertain: which seed trained the student (its data subset, start and order), and
-which rows are in the test set. Every seed answers every test row, so the answers of a method form a table (S seeds,
-N test rows), and both uncertainties can be read from it. `docs/decisions.md` has the coverage of the intervals.
+A measured accuracy depends on the seed that trained the student (data subset, start and order) and on the rows of the
+test set. Every seed answers every test row, so the answers of a method form a table (S seeds, N test rows) that shows
+both variances. `docs/decisions.md` has the coverage of the intervals.
 """
 
 import math
@@ -12,16 +12,15 @@ import numpy as np
 
 
 def mean_variance(values_SN: np.ndarray) -> tuple[float, float, float]:
-    """Mean of a seeds x test rows table, the variance of that mean, and the degrees of freedom of the variance.
+    """Computes the mean of a seeds x test rows table, the variance of that mean, and its degrees of freedom.
 
-    Seeds and rows are both samples, and crossed. The variance of the mean is then the one between seed means, plus
-    the one between row means, minus the part that both contain (the two-way clustered variance):
+    Seeds and rows are crossed samples. The variance of the mean is the one between seed means, plus the one between
+    row means, minus the part that both contain (the two-way clustered variance):
 
         V = var(seed means) / S + var(row means) / N - MSE(interaction) / (S N)
 
-    never below its second term. Few seeds tell little about how seeds vary; Satterthwaite's degrees of freedom carry
-    that into the interval, which is wide when the seeds disagree and there are two of them. With one seed only the
-    rows vary.
+    but at least its second term. Satterthwaite's degrees of freedom account for few seeds: two that disagree make a
+    wide interval. With one seed only the rows vary.
     """
     S, N = values_SN.shape
     if N < 2:
@@ -41,9 +40,9 @@ def mean_variance(values_SN: np.ndarray) -> tuple[float, float, float]:
 
 
 def difference_interval(differences_SN: np.ndarray) -> tuple[float, float, float]:
-    """Mean difference and its 95 % interval (Student t on `mean_variance`).
+    """Computes the mean difference and its 95 % interval (Student t on `mean_variance`).
 
-    Never narrower than if a single row had come out differently: identical predictions do not prove equality.
+    Never narrower than for a single differing row, since identical predictions do not prove equality.
     """
     mean, deviation, freedom = _difference(differences_SN)
     half = _quantile(freedom) * deviation
@@ -51,10 +50,7 @@ def difference_interval(differences_SN: np.ndarray) -> tuple[float, float, float
 
 
 def difference_p(differences_SN: np.ndarray) -> float:
-    """Two-sided p of no difference: the paired test whose interval `difference_interval` is.
-
-    Below 0.05 exactly where that interval leaves out 0.
-    """
+    """Computes the two-sided p of no difference, below 0.05 exactly where `difference_interval` leaves out 0."""
     from scipy import stats
 
     mean, deviation, freedom = _difference(differences_SN)
@@ -63,19 +59,19 @@ def difference_p(differences_SN: np.ndarray) -> float:
 
 
 def _difference(differences_SN: np.ndarray) -> tuple[float, float, float]:
-    """Mean difference in points, the standard deviation of that mean, and its degrees of freedom."""
+    """Computes the mean difference in points, the standard deviation of that mean, and its degrees of freedom."""
     mean, variance, freedom = mean_variance(differences_SN)
     smallest = (100.0 / differences_SN.shape[1]) ** 2
     return mean, math.sqrt(max(variance, smallest)), freedom
 
 
 def mcnemar(differences_SN: np.ndarray) -> tuple[int, int, float]:
-    """McNemar's exact test: rows that only one method has right, rows that only the other has, and the two-sided p.
+    """Does McNemar's exact test: returns the rows that only one method has right, those of the other, two-sided p.
 
-    `differences_SN` is right (1) or wrong (0) of one method minus that of the other, any positive multiple of it. With
-    several seeds a row counts for the method that is right on it with more of them, and for neither where both are
-    right equally often: rows stay independent, and with one seed it is the usual test. It is about these students;
-    what other seeds would have given is in `difference_p` alone.
+    `differences_SN` is right (1) or wrong (0) of one method minus that of the other, or a positive multiple of it.
+    With several seeds a row counts for the method that is right on it with more of them, and for neither if equal:
+    rows stay independent, and with one seed it is the usual test. It covers these students; `difference_p` covers
+    other seeds as well.
 
     >>> mcnemar(np.array([[1.0] * 8 + [-1.0] * 2 + [0.0] * 90]))
     (8, 2, 0.109375)
@@ -90,7 +86,7 @@ def mcnemar(differences_SN: np.ndarray) -> tuple[int, int, float]:
 
 
 def holm(values: Sequence[float]) -> list[float]:
-    """Holm's correction of p values for how many there are: with it, one in twenty such lists has a false finding.
+    """Corrects p values for their number (Holm): at 0.05, one in twenty such lists has a false finding.
 
     >>> [round(p, 3) for p in holm([0.04, 0.01, 0.03])]
     [0.06, 0.03, 0.06]
@@ -103,10 +99,10 @@ def holm(values: Sequence[float]) -> list[float]:
 
 
 def accuracy_interval(correct_SN: np.ndarray) -> tuple[float, float, float]:
-    """Accuracy in percent and its 95 % interval, which stays within 0 to 100.
+    """Computes accuracy in percent and its 95 % interval, which stays within 0 to 100.
 
-    Wilson's interval at the effective number of test rows p (1 - p) / V: with one seed that is N, and this is the
-    usual Wilson interval; with more it is what seeds and rows together are worth (`mean_variance`).
+    Wilson's interval at the effective number of test rows p (1 - p) / V, with V of `mean_variance`. With one seed that
+    is N, which gives the usual Wilson interval.
 
     >>> [round(x, 1) for x in accuracy_interval(np.array([[1.0] * 60 + [0.0] * 40]))]
     [60.0, 50.2, 69.1]
@@ -120,7 +116,7 @@ def accuracy_interval(correct_SN: np.ndarray) -> tuple[float, float, float]:
 
 
 def wilson_interval(share: float, size: int | float, *, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's interval of a share (0 to 1) of `size` rows; 95 % at the z that is given here.
+    """Computes Wilson's interval of a share (0 to 1) of `size` rows; 95 % at the default z.
 
     >>> [round(x, 3) for x in wilson_interval(0.6, 100)]
     [0.502, 0.691]

@@ -1,4 +1,4 @@
-"""The paper's own numbers, for the cells that a run can be held against (paper.json has source and date)."""
+"""Look up the paper's own accuracies, for runs that repeat one of its cells (paper.json has source and date)."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -15,12 +15,11 @@ TEACHER_PARAMETERS: float = _TABLE["teacher"]["parameters"]
 
 
 def accuracy(results: Sequence[Result], *, teacher: str | None) -> float | None:
-    """The paper's accuracy, in percent, of what these seeds of one method repeat; None where it has no such cell.
+    """Returns the paper's accuracy, in percent, of the cell that these seeds of one method repeat, or None.
 
-    It has one for the same dataset, method and student (T5 v1.1 base, started from a checkpoint) on all of the training
-    rows with human labels, tested on as many rows. A run on another file under the same name (e-SNLI's validation rows
-    as its training rows, for instance) has other counts of rows, and is held against nothing; nor is one with
-    rationales of another `teacher`.
+    A run repeats a cell with the same dataset, method and student (T5 v1.1 base, started from a checkpoint), all of
+    the training rows with human labels, as many test rows and the same `teacher`. Other files under the same name
+    (e-SNLI's validation rows as its training rows, for instance) have other counts of rows, and are not compared.
     """
     dataset, method = results[0].manifest["data"]["dataset"], results[0].run.method
     value = _TABLE["accuracy"].get(method, {}).get(dataset)

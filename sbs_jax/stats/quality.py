@@ -1,4 +1,4 @@
-"""What is known of a run's rationales: `rationales.json` in the run directory, and the texts beside it.
+"""Read measured rationales of a run: `rationales.json` in the run directory, and the texts beside it.
 
     {"version": 1, "dataset": "svamp", "step": 500, "split": "test", "rows": 200,
      "consistency": {"by_parser": 0.91, "by_parser_rows": 180, "by_label_task": 0.88,
@@ -19,18 +19,18 @@ from typing import Any
 
 from sbs_jax.storage import json_files
 
-NAME = "rationales.json"
-_VERSION = 1
-# Group, name, whether it is a share of 0 to 1. Any may be null or missing, where it was not or cannot be measured.
+NAME, LINES = "rationales.json", "rationales.jsonl"
+VERSION = 1
+# Group, name, most. Any value may be null or missing, if it was not or cannot be measured.
 _VALUES = (
-    ("consistency", "by_parser", True),
-    ("consistency", "by_parser_rows", False),
-    ("consistency", "by_label_task", True),
-    ("consistency", "by_label_task_other_rationale", True),
-    ("overlap_with_teacher", "rouge_l", True),
-    ("overlap_with_teacher", "chrf", False),
-    ("length", "student_words", False),
-    ("length", "teacher_words", False),
+    ("consistency", "by_parser", 1),
+    ("consistency", "by_parser_rows", 1e9),
+    ("consistency", "by_label_task", 1),
+    ("consistency", "by_label_task_other_rationale", 1),
+    ("overlap_with_teacher", "rouge_l", 1),
+    ("overlap_with_teacher", "chrf", 1e9),
+    ("length", "student_words", 1e9),
+    ("length", "teacher_words", 1e9),
 )
 NAMES = tuple(name for _, name, _ in _VALUES)
 
@@ -56,7 +56,7 @@ class Quality:
 
 
 def read(path: Path) -> Quality | None:
-    """The rationales of a run directory; None where there is no rationales.json. ValueError names what is damaged."""
+    """Reads the rationales of a run directory; None without a rationales.json. ValueError names what is damaged."""
     file = path / NAME
     if not file.is_file():
         return None
@@ -64,36 +64,35 @@ def read(path: Path) -> Quality | None:
     problem = _problem(found)
     if problem:
         raise ValueError(f"{file}: {problem}. Measure the rationales of this run again, or delete the file.")
-    values = {name: found[group].get(name) for group, name, _ in _VALUES}
     examples = found.get("examples_file")
     return Quality(
         step=found["step"],
         rows=found["rows"],
-        values=values,
+        values={name: found[group].get(name) for group, name, _ in _VALUES},
         examples=_examples(path / examples) if examples else {},
     )
 
 
 def _problem(found: Any) -> str | None:
-    if not isinstance(found, dict) or found.get("version") != _VERSION:
+    brief = json_files.brief
+    if not isinstance(found, dict) or found.get("version") != VERSION:
         got = found.get("version") if isinstance(found, dict) else found
-        return f"got version {json_files.brief(got)}; expected an object of version {_VERSION}"
+        return f"got version {brief(got)}; expected an object of version {VERSION}"
     for name in ("step", "rows"):
         if type(found.get(name)) is not int or found[name] < 0:
-            return f"{name} is {json_files.brief(found.get(name))}; expected a whole number"
+            return f"{name} is {brief(found.get(name))}; expected a whole number"
     if found.get("split") != "test":
-        return f"split is {json_files.brief(found.get('split'))}; expected 'test'"
-    for group, name, is_share in _VALUES:
-        holder = found.get(group)
-        if not isinstance(holder, dict):
-            return f"{group} is {json_files.brief(holder)}; expected an object"
-        value = holder.get(name)
-        if value is not None and not (type(value) in (int, float) and 0 <= float(value) <= (1 if is_share else 1e9)):
-            expected = "a number from 0 to 1" if is_share else "a number of at least 0"
-            return f"{group}.{name} is {json_files.brief(value)}; expected {expected}, or null"
+        return f"split is {brief(found.get('split'))}; expected 'test'"
+    for group, name, most in _VALUES:
+        if not isinstance(found.get(group), dict):
+            return f"{group} is {brief(found.get(group))}; expected an object"
+        value = found[group].get(name)
+        if value is not None and not (type(value) in (int, float) and 0 <= float(value) <= most):
+            expected = "a number from 0 to 1" if most == 1 else "a number of at least 0"
+            return f"{group}.{name} is {brief(value)}; expected {expected}, or null"
     name = found.get("examples_file")
     if name is not None and (not isinstance(name, str) or Path(name).name != name or not name):
-        return f"examples_file is {json_files.brief(name)}; expected the name of a file beside it"
+        return f"examples_file is {brief(name)}; expected the name of a file beside it"
     return None
 
 
@@ -102,11 +101,10 @@ def _examples(file: Path) -> dict[str, Said]:
         raise ValueError(f"{file} is missing, but {NAME} beside it names it. Measure the rationales again.")
     examples: dict[str, Said] = {}
     for line, row in json_files.read_json_lines(file):
-        texts = [row.get("id"), row.get("rationale")]
-        optional = [row.get("implied_label"), row.get("teacher_rationale")]
+        optional = {name: row.get(name) for name in ("implied_label", "teacher_rationale")}
         if not (
-            all(isinstance(text, str) for text in texts)
-            and all(text is None or isinstance(text, str) for text in optional)
+            all(isinstance(row.get(name), str) for name in ("id", "rationale"))
+            and all(isinstance(text, str | None) for text in optional.values())
             and isinstance(row.get("consistent"), bool | None)
         ):
             raise ValueError(
@@ -114,10 +112,5 @@ def _examples(file: Path) -> dict[str, Said]:
                 '"implied_label": text or null, "consistent": true, false or null, '
                 '"teacher_rationale": text or null, ..}.'
             )
-        examples[row["id"]] = Said(
-            rationale=row["rationale"],
-            implied_label=row.get("implied_label"),
-            consistent=row.get("consistent"),
-            teacher_rationale=row.get("teacher_rationale"),
-        )
+        examples[row["id"]] = Said(rationale=row["rationale"], consistent=row.get("consistent"), **optional)
     return examples

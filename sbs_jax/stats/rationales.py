@@ -1,16 +1,16 @@
-"""What rationales are worth: do they fit the answers, how near are they to the teacher's, how long are they?
+"""Measure rationales: their fit to the answers, their overlap with the teacher's, their length.
 
 Three figures, each of the rows to which it applies:
 
 by parser        The rationale's text names a label (a choice, a label, a calculation: `Dataset.implied_label`), and
-                 it is the one that was predicted. Most texts of e-SNLI name none.
-by label task    The student reads its own rationale after the input, and gives the same answer as without. Beside it
-                 stands the same with another row's rationale: what is left of 1 there is how much the student reads
-                 rationales at all. It was not trained on such inputs.
+                 it is the predicted one. Most texts of e-SNLI name none.
+by label task    The student reads its own rationale after the input, and gives the same answer as without. The same
+                 with another row's rationale is the baseline: near 1, the student hardly reads rationales at all. It
+                 was not trained on such inputs.
 ROUGE-L          F1 of the longest common subsequence of words with the teacher's rationale (Lin, 2004): lower case,
                  letters and digits, no stemming.
 
-`measure` writes them to `<run>/rationales.json`, and the texts to `<run>/rationales.jsonl`.
+`measure` writes them to `<run>/rationales.json`, and the texts to `<run>/rationales.jsonl` (quality.py).
 """
 
 import functools
@@ -24,11 +24,11 @@ from typing import Any
 from sbs_jax import hosts
 from sbs_jax.data import naming, records, registry, selection, tokens
 from sbs_jax.data.dataset import Dataset
+from sbs_jax.stats.quality import LINES, NAME, VERSION
 from sbs_jax.storage import atomic
 from sbs_jax.student import partitioning
 from sbs_jax.training import evaluate, students
 
-JSON, LINES = "rationales.json", "rationales.jsonl"
 _WORD = re.compile(r"[^\W_]+")
 
 
@@ -40,37 +40,39 @@ def measure(
     batch_size: int = 64,
     base: str | None = None,
 ) -> dict[str, Any]:
-    """Generates rationales and answers on test with the best checkpoint of a run, and writes what they are worth.
+    """Generates rationales and answers on test with the best checkpoint of a run, greedily, and measures them.
 
-    Returns what `rationales.json` holds. ValueError where the run was trained on labels alone. Greedy; the answers are
-    those of the label task, or of the single task, whose text is rationale and answer in one.
+    Returns the contents of `rationales.json`. The answers are those of the label task, or of the single task, whose
+    text is rationale and answer in one. ValueError if the run was trained on labels alone.
     """
     student = students.load_student(run, layout=partitioning.DATA_PARALLEL, records_dir=records_dir, base=base)
     name, kind = registry.split_task(student.manifest["run"]["mixture_or_task_name"])
     if kind == selection.LABEL:
-        raise ValueError(f"{run} was trained on labels alone ({name.name}_{kind}): it has no rationales to measure.")
+        raise ValueError(
+            f"{run} was trained on labels alone ({name.name}_{kind}); expected a student that writes rationales."
+        )
     rows = [row for row in registry.read_split(name.name, selection.TEST) if row.label or row.teacher_label][:limit]
-    asked = _Asking(student, batch_size=batch_size)
+    generate = _Generator(student, batch_size=batch_size)
     texts = [row.input for row in rows]
     by_label_task: dict[str, float | None] = {"by_label_task": None}
     if kind == selection.RATIONALE_THEN_LABEL:
-        whole = asked(texts, prefix=student.options.label_prefix, answer="targets")
-        said = [text.rpartition(selection.ANSWER_MARKER)[0].strip() for text in whole]
+        whole = generate(texts, prefix=student.options.label_prefix, answer="targets")
+        written = [text.rpartition(selection.ANSWER_MARKER)[0].strip() for text in whole]
         predictions = [registry.graded_text(text, kind=kind) for text in whole]
     else:
-        said = asked(texts, prefix=student.options.rationale_prefix, answer="targets")
-        label = functools.partial(asked, prefix=student.options.label_prefix, answer="label")
+        written = generate(texts, prefix=student.options.rationale_prefix, answer="targets")
+        label = functools.partial(generate, prefix=student.options.label_prefix, answer="label")
         predictions = label(texts)
         own, others = (
             label([f"{text} {each}" for text, each in zip(texts, read, strict=True)], wide=True)
-            for read in (said, said[1:] + said[:1])
+            for read in (written, written[1:] + written[:1])
         )
         same = name.same_label
         by_label_task = {
             "by_label_task": _share(map(_alike(same), predictions, own)),
             "by_label_task_other_rationale": _share(map(_alike(same), predictions, others)),
         }
-    found, lines = quality(name, rows, rationales=said, predictions=predictions)
+    found, lines = quality(name, rows, rationales=written, predictions=predictions)
     found["consistency"] |= by_label_task
     found |= {"step": student.step, "split": selection.TEST}
     if hosts.is_first():
@@ -78,22 +80,22 @@ def measure(
         folder = folder if (folder / "manifest.json").exists() else folder.parents[1]
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         atomic.replace(folder / LINES, text.encode("utf-8", "backslashreplace"))
-        atomic.replace(folder / JSON, (json.dumps(found, indent=1) + "\n").encode())
+        atomic.replace(folder / NAME, (json.dumps(found, indent=1) + "\n").encode())
     return found
 
 
 def of_teacher(dataset: str, *, records_dir: str, limit: int | None = None) -> dict[str, Any]:
-    """The same of the teacher's own rationales and labels on test, with what only reading needs: nothing is generated.
+    """Measures the teacher's own rationales and labels on test, without generating anything.
 
     Rows without a rationale or a label of the teacher are left out.
     """
     registry.configure(selection.DataOptions(records_dir=records_dir, vocabulary="byte"))
     one = registry.get(dataset)
     rows = [row for row in registry.read_split(dataset, selection.TEST) if row.rationale and row.teacher_label][:limit]
-    said, labels = [row.rationale or "" for row in rows], [row.teacher_label or "" for row in rows]
-    found, _ = quality(one, rows, rationales=said, predictions=labels)
+    written, labels = [row.rationale or "" for row in rows], [row.teacher_label or "" for row in rows]
+    found, _ = quality(one, rows, rationales=written, predictions=labels)
     graded = [one.same_label(row.label, row.teacher_label or "") for row in rows if row.label]
-    implied = [(_implied(one, row, text), row.label) for row, text in zip(rows, said, strict=True)]
+    implied = [(_implied(one, row, text), row.label) for row, text in zip(rows, written, strict=True)]
     found["consistency"]["by_parser_with_human_label"] = _share(
         one.same_label(label, text) for text, label in implied if text is not None and label
     )
@@ -109,25 +111,25 @@ def quality(
     rationales: Sequence[str],
     predictions: Sequence[str],
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """What rationales.json holds of some rows' rationales and predictions, and the lines of rationales.jsonl."""
+    """Computes the contents of rationales.json, without those of a student's run, and the lines of rationales.jsonl."""
     lines = []
-    for row, said, prediction in zip(rows, rationales, predictions, strict=True):
-        implied = _implied(dataset, row, said)
+    for row, written, prediction in zip(rows, rationales, predictions, strict=True):
+        implied = _implied(dataset, row, written)
         lines.append(
             {
                 "id": row.id,
-                "rationale": said,
+                "rationale": written,
                 "implied_label": implied,
                 "prediction": prediction,
                 "consistent": None if implied is None else _alike(dataset.same_label)(implied, prediction),
                 "teacher_rationale": row.rationale,
-                "rouge_l": rouge_l(row.rationale, said) if row.rationale else None,
+                "rouge_l": rouge_l(row.rationale, written) if row.rationale else None,
             }
         )
     decided = [line["consistent"] for line in lines if line["consistent"] is not None]
     teachers = [line for line in lines if line["teacher_rationale"]]
     found = {
-        "version": 1,
+        "version": VERSION,
         "dataset": dataset.name,
         "rows": len(lines),
         "consistency": {"by_parser": _share(decided), "by_parser_rows": len(decided), "by_label_task": None},
@@ -142,7 +144,7 @@ def quality(
 
 
 def rouge_l(reference: str, text: str) -> float:
-    """F1 of the longest common subsequence of words, 0 to 1.
+    """Computes the F1 of the longest common subsequence of words, 0 to 1.
 
     >>> rouge_l("Half of 84 is 42.", "half of it is 42")
     0.8
@@ -159,14 +161,14 @@ def rouge_l(reference: str, text: str) -> float:
 
 
 def _implied(dataset: Dataset, row: records.Record, text: str) -> str | None:
-    """The label that a rationale names."""
+    """Returns the label that a rationale names."""
     if dataset.implied_label is not None:
         return dataset.implied_label(text, row.choices)
     return naming.only_name(text, naming.of_labels(row.choices or dataset.labels or ()))
 
 
 def _alike(same: Callable[[str, str], bool]) -> Callable[[str, str], bool]:
-    """Equal by the dataset's grading, or character by character: what is no label at all may still be said twice."""
+    """Compares by the dataset's grading, or character by character, since texts that are no label can be equal too."""
     return lambda a, b: a == b or same(a, b)
 
 
@@ -179,8 +181,8 @@ def _mean(values: Iterable[float]) -> float | None:
     return statistics.fmean(found) if found else None
 
 
-class _Asking:
-    """Greedy texts of a student for inputs; one program per width of the inputs and length of the answers."""
+class _Generator:
+    """Generates greedily; one program per width of the inputs and length of the answers."""
 
     def __init__(self, student: students.Student, *, batch_size: int) -> None:
         self._student, self._batch_size = student, batch_size
@@ -190,7 +192,7 @@ class _Asking:
         self._generators: dict[str, evaluate.Generator] = {}
 
     def __call__(self, texts: Sequence[str], *, prefix: str, answer: str, wide: bool = False) -> list[str]:
-        """`answer` is how long they may be: "label" or "targets". `wide` inputs have room for a rationale."""
+        """Generates answers up to the length of `answer`, "label" or "targets"; `wide` inputs hold a rationale too."""
         student = self._student
         vocabulary = registry.vocabulary(student.options.vocabulary)
         length = self._lengths["inputs"] + (self._lengths["targets"] if wide else 0)

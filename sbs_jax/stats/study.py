@@ -1,4 +1,4 @@
-"""Runs of several datasets and sizes, each dataset and size summarized for itself, and what holds over all of them."""
+"""Summarize runs of several datasets and sizes, each for itself, with p values corrected for all together."""
 
 import dataclasses
 import json
@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from sbs_jax.stats import paper, teacher
 from sbs_jax.stats.results import Result, Run, load
 from sbs_jax.stats.summary import Group, Summary, check_comparable, corrected, of_results
-from sbs_jax.stats.variants import told_apart
+from sbs_jax.stats.variants import name_variants
 
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """Everything a page says: summaries by dataset, in the order given, then by size of the student."""
+    """The numbers of a page: summaries by dataset, in the order given, then by size of the student."""
 
     summaries: tuple[Summary, ...]
-    left_out: tuple[str, ...]  # runs that a folder holds and the page does not, each with its reason
+    left_out: tuple[str, ...]  # runs in the folders that the page leaves out, each with its reason
 
     @property
     def datasets(self) -> tuple[str, ...]:
@@ -24,7 +24,7 @@ class Study:
 
     @property
     def methods(self) -> tuple[str, ...]:
-        """Of all summaries, each in the order of its own."""
+        """Methods of all summaries, in their order."""
         return tuple(dict.fromkeys(method for summary in self.summaries for method in summary.methods))
 
     @property
@@ -33,11 +33,11 @@ class Study:
 
     @property
     def comparisons(self) -> int:
-        """How many there are: what p values are corrected for."""
+        """Number of comparisons, for which p values are corrected."""
         return sum(len(summary.comparisons) for summary in self.summaries)
 
     def of(self, dataset: str) -> tuple[Summary, ...]:
-        """The sizes of one dataset, smallest first."""
+        """Returns the sizes of one dataset, smallest first."""
         return tuple(summary for summary in self.summaries if summary.dataset == dataset)
 
     def groups(self) -> Iterator[tuple[Summary, Group]]:
@@ -47,12 +47,11 @@ class Study:
 
 
 def study(runs: Sequence[Run], *, teacher_accuracy: float | None = None, left_out: Sequence[str] = ()) -> Study:
-    """Summaries of some runs, one per dataset and size; p values are corrected for all comparisons together.
+    """Summarizes runs by dataset and size; p values are corrected for all comparisons together.
 
-    Runs of one dataset have to answer the same test rows, whatever their size. Sizes are told apart by the
-    configuration of the model, not by what adapters add to it; runs that differ in a setting alone by that setting, in
-    the name of their method. `teacher_accuracy` as in `summarize`; with several
-    datasets it must be left out.
+    Runs of one dataset must answer the same test rows, whatever their size. Sizes differ by the configuration of the
+    model, without adapters; runs that differ in a setting alone get it in the name of their method. `teacher_accuracy`
+    as in `summarize`; it must be left out with several datasets.
     """
     results = [load(run) for run in runs]
     by_dataset: dict[str, list[Result]] = {}
@@ -63,9 +62,8 @@ def study(runs: Sequence[Run], *, teacher_accuracy: float | None = None, left_ou
     summaries = []
     for of_dataset in by_dataset.values():
         check_comparable(of_dataset)
-        of_dataset = told_apart(of_dataset, size=_size)
         sizes: dict[str, list[Result]] = {}
-        for result in of_dataset:
+        for result in name_variants(of_dataset, size=_size):
             sizes.setdefault(_size(result), []).append(result)
         found = [of_results(of_size, teacher_accuracy=teacher_accuracy) for of_size in sizes.values()]
         summaries += sorted(found, key=lambda summary: summary.parameters or 0)
@@ -82,18 +80,18 @@ def study(runs: Sequence[Run], *, teacher_accuracy: float | None = None, left_ou
 
 
 def teacher_of(summary: Summary) -> teacher.Teacher | None:
-    """The teacher of a summary's records, if those are still in place."""
+    """Reads the teacher of a summary from its records, if those are still in place."""
     return teacher.read(summary.groups[0].results[0].manifest)
 
 
 def paper_accuracy(summary: Summary, group: Group) -> float | None:
-    """What the paper has for the same cell, in percent; None where it has none."""
+    """Returns the paper's accuracy for the same cell, in percent; None if it has no such cell."""
     found = teacher_of(summary)
     return paper.accuracy(group.results, teacher=found.name if found else None)
 
 
 def _size(result: Result) -> str:
-    """The same for students of one shape. Dropout and arithmetic are no matter of size."""
+    """Returns a key of the model's shape, without dropout and arithmetic."""
     model = result.manifest.get("model")
     if not isinstance(model, dict):
         return ""

@@ -1,9 +1,10 @@
-"""Runs to numbers: test accuracies with intervals, differences between methods, reference lines.
+"""Summarize runs of one dataset: test accuracies with intervals, differences between methods, reference lines.
 
 Accuracies are percentages and differences are points.
 """
 
 import dataclasses
+import itertools
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from sbs_jax.stats import teacher
+from sbs_jax.stats.formats import percent
 from sbs_jax.stats.intervals import accuracy_interval, difference_interval, difference_p, holm, mcnemar
 from sbs_jax.stats.results import DISTILLATION, FINE_TUNING, METHODS, TEACHER_LABELS, Result, Run, load
 
@@ -77,7 +79,7 @@ class Comparison:
 
     @property
     def verdict(self) -> str:
-        """ "ahead" or "behind" where the interval leaves out 0, else "no difference shown"."""
+        """ "ahead" or "behind" if the interval leaves out 0, else "no difference shown"."""
         if self.low > 0:
             return "ahead"
         return "behind" if self.high < 0 else "no difference shown"
@@ -85,18 +87,18 @@ class Comparison:
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """Everything a table or a page says about some runs."""
+    """The numbers of one dataset and size of student."""
 
     dataset: str
-    parameters: int | None  # of the student; None where the runs do not tell, or are not alike
+    parameters: int | None  # of the student; None if the runs do not say, or differ
     metric: str
     test_rows: int
     groups: tuple[Group, ...]  # by method, then fraction
     comparisons: tuple[Comparison, ...]
-    teacher_accuracy: float | None  # on the test rows; None where the records are not at hand
+    teacher_accuracy: float | None  # on the test rows; None without the records
     majority_accuracy: float | None  # of always giving the most frequent label of the test rows
     majority_label: str | None
-    cautions: tuple[str, ...]  # what is not alike between the runs
+    cautions: tuple[str, ...]  # differences between the runs besides the method
 
     @property
     def methods(self) -> tuple[str, ...]:
@@ -110,77 +112,69 @@ class Summary:
         return next((g for g in self.groups if (g.method, g.fraction) == (method, fraction)), None)
 
     def most_data(self, method: str) -> Group | None:
-        """The group of a method with the largest share of the data."""
+        """Returns the group of a method with the largest share of the data."""
         return next((g for g in reversed(self.groups) if g.method == method), None)
 
 
 def summarize(runs: Sequence[Run], *, teacher_accuracy: float | None = None) -> Summary:
-    """Accuracy per method and fraction, differences between methods at each fraction, and reference lines.
+    """Computes accuracies per method and fraction, differences between methods, and reference lines.
 
     Without `teacher_accuracy` it is taken from the records that the runs used, if those are still in place. Each
-    method is compared with standard fine-tuning, or with standard distillation where it learned from the teacher's
-    labels; methods that the caller named are compared with the first one given when none is a standard one.
+    method is compared with standard fine-tuning, or with standard distillation if it learned from the teacher's
+    labels; methods that the caller named are compared with the first one given if none is a standard one.
 
     All runs must be of one dataset and answer the same test rows; the seeds of one group must have made equally many
-    updates. What else differs is listed under `cautions`.
+    updates. Other differences are listed under `cautions`.
     """
     return of_results([load(run) for run in runs], teacher_accuracy=teacher_accuracy)
 
 
 def of_results(results: Sequence[Result], *, teacher_accuracy: float | None = None) -> Summary:
-    """`summarize` of runs that were read already."""
+    """Summarizes runs that were read already."""
     if not results:
         raise ValueError("Got no runs to report on; name at least one run directory.")
     check_comparable(results)
-    runs = [result.run for result in results]
-    methods = sorted(dict.fromkeys(run.method for run in runs), key=_place)
-    groups = []
-    for method in methods:
-        for fraction in sorted({run.fraction for run in runs if run.method == method}):
-            of_group = [r for r in results if (r.run.method, r.run.fraction) == (method, fraction)]
-            groups.append(_group(method, fraction, sorted(of_group, key=lambda r: r.run.seed)))
-    majority = _majority(results[0])
+    first, methods = results[0], sorted(dict.fromkeys(result.run.method for result in results), key=_place)
+    cells: dict[tuple[str, float], list[Result]] = {}
+    for result in results:
+        cells.setdefault((result.run.method, result.run.fraction), []).append(result)
+    ordered = sorted(cells, key=lambda cell: (methods.index(cell[0]), cell[1]))
+    groups = [_group(method, fraction, cells[method, fraction]) for method, fraction in ordered]
+    label, majority = _majority(first) or (None, None)
     sizes = {result.manifest.get("parameter_count") for result in results}
     return Summary(
-        dataset=results[0].manifest["data"]["dataset"],
+        dataset=first.manifest["data"]["dataset"],
         parameters=next(iter(sizes)) if len(sizes) == 1 else None,
-        metric=results[0].metric,
-        test_rows=len(results[0].test_rows),
+        metric=first.metric,
+        test_rows=len(first.test_rows),
         groups=tuple(groups),
         comparisons=tuple(corrected(_comparisons(groups, methods))),
-        teacher_accuracy=_teacher_accuracy(results[0]) if teacher_accuracy is None else teacher_accuracy,
-        majority_accuracy=majority and majority[1],
-        majority_label=majority and majority[0],
+        teacher_accuracy=_teacher_accuracy(first) if teacher_accuracy is None else teacher_accuracy,
+        majority_accuracy=majority,
+        majority_label=label,
         cautions=tuple(_cautions(groups, results)),
     )
 
 
 def _group(method: str, fraction: float, results: Sequence[Result]) -> Group:
-    seeds = [result.run.seed for result in results]
-    if len(set(seeds)) < len(seeds):
-        twice = next(seed for seed, count in Counter(seeds).items() if count > 1)
-        paths = " and ".join(str(result.run.path) for result in results if result.run.seed == twice)
-        raise ValueError(
-            f"{paths} are both {method} at fraction {fraction:g} with seed {twice}; a table has one "
-            "run of each. Give only one of them, by its own path and not by a folder that holds both; or write two "
-            "reports (--output), if they differ in what a table does not tell apart."
-        )
+    results = sorted(results, key=lambda result: result.run.seed)
+    for one, other in itertools.pairwise(results):
+        if one.run.seed == other.run.seed:
+            raise ValueError(
+                f"{one.run.path} and {other.run.path} are both {method} at fraction {fraction:g} with seed "
+                f"{one.run.seed}; expected one run of each. Give only one of them, by its own path, or write two "
+                "reports (--output)."
+            )
     updates = {result.updates: result.run.path for result in results}
     if len(updates) > 1:
         found = ", ".join(f"{count} in {path}" for count, path in updates.items())
         raise ValueError(
-            f"The seeds of {method} at fraction {fraction:g} differ in their number of updates ({found}); finish or "
+            f"The seeds of {method} at fraction {fraction:g} differ in their number of updates ({found}). Finish or "
             "leave out the short ones."
         )
-    accuracy, low, high = accuracy_interval(np.stack([_correct(result, list(result.test_rows)) for result in results]))
-    return Group(
-        method=method,
-        fraction=fraction,
-        results=tuple(results),
-        accuracy=accuracy,
-        low=low,
-        high=high,
-    )
+    ids = list(results[0].test_rows)
+    accuracy, low, high = accuracy_interval(np.stack([_correct(result, ids) for result in results]))
+    return Group(method=method, fraction=fraction, results=tuple(results), accuracy=accuracy, low=low, high=high)
 
 
 def _correct(result: Result, ids: Sequence[str]) -> np.ndarray:
@@ -188,45 +182,45 @@ def _correct(result: Result, ids: Sequence[str]) -> np.ndarray:
 
 
 def _comparisons(groups: Sequence[Group], methods: Sequence[str]) -> list[Comparison]:
+    by_cell = {(group.method, group.fraction): group for group in groups}
     found = []
-    for method in methods:
-        reference = _reference(method, methods)
-        for ours in (group for group in groups if group.method == method):
-            theirs = [g for g in groups if (g.method, g.fraction) == (reference, ours.fraction)]
-            seeds = tuple(seed for seed in ours.seeds if theirs and seed in theirs[0].seeds)
-            if not seeds:
-                continue
-            ids = list(ours.results[0].test_rows)
-            table = [
-                [_correct(result, ids) for result in group.results if result.run.seed in seeds]
-                for group in (ours, theirs[0])
-            ]
-            points_SN = 100 * (np.array(table[0]) - np.array(table[1]))
-            difference, low, high = difference_interval(points_SN)
-            p = difference_p(points_SN)
-            right, wrong, exact = mcnemar(points_SN)
-            found.append(
-                Comparison(
-                    method=method,
-                    reference=theirs[0].method,
-                    fraction=ours.fraction,
-                    seeds=seeds,
-                    difference=difference,
-                    low=low,
-                    high=high,
-                    p=p,
-                    p_holm=p,
-                    ours=right,
-                    theirs=wrong,
-                    mcnemar_p=exact,
-                    mcnemar_holm=exact,
-                )
-            )
+    for ours in groups:
+        theirs = by_cell.get((_reference(ours.method, methods) or "", ours.fraction))
+        seeds = tuple(seed for seed in ours.seeds if theirs and seed in theirs.seeds)
+        if theirs and seeds:
+            found.append(_compare(ours, theirs, seeds=seeds))
     return found
 
 
+def _compare(ours: Group, theirs: Group, *, seeds: tuple[int, ...]) -> Comparison:
+    ids = list(ours.results[0].test_rows)
+    ours_SN, theirs_SN = (
+        np.array([_correct(result, ids) for result in group.results if result.run.seed in seeds])
+        for group in (ours, theirs)
+    )
+    points_SN = 100 * (ours_SN - theirs_SN)
+    difference, low, high = difference_interval(points_SN)
+    p = difference_p(points_SN)
+    right, wrong, exact = mcnemar(points_SN)
+    return Comparison(
+        method=ours.method,
+        reference=theirs.method,
+        fraction=ours.fraction,
+        seeds=seeds,
+        difference=difference,
+        low=low,
+        high=high,
+        p=p,
+        p_holm=p,
+        ours=right,
+        theirs=wrong,
+        mcnemar_p=exact,
+        mcnemar_holm=exact,
+    )
+
+
 def corrected(comparisons: Sequence[Comparison]) -> list[Comparison]:
-    """The same comparisons, their p values corrected for each other's number (Holm)."""
+    """Corrects the p values for the number of comparisons (Holm)."""
     ps, exact = holm([c.p for c in comparisons]), holm([c.mcnemar_p for c in comparisons])
     return [
         dataclasses.replace(c, p_holm=p, mcnemar_holm=other) for c, p, other in zip(comparisons, ps, exact, strict=True)
@@ -234,7 +228,7 @@ def corrected(comparisons: Sequence[Comparison]) -> list[Comparison]:
 
 
 def _reference(method: str, methods: Sequence[str]) -> str | None:
-    """What a method is measured against: the standard one, of the same settings where there are several."""
+    """Returns the method to compare with: the standard one, of the same settings if there are several."""
     base, _, remarks = method.partition(" (")
     standard = DISTILLATION if TEACHER_LABELS in remarks else FINE_TUNING
     if base not in (FINE_TUNING, DISTILLATION):
@@ -250,18 +244,18 @@ def _reference(method: str, methods: Sequence[str]) -> str | None:
 
 
 def _of_data(remark: str) -> bool:
-    """Whether a remark in a method's name is of the data it learned from, which the standard methods have not."""
+    """Tells whether a remark in a method's name is about its data; the standard methods have no such remark."""
     return remark == TEACHER_LABELS or remark.endswith(" rationales")
 
 
 def _place(method: str) -> int:
-    """The order of the methods: standard ones first, unknown ones last, in the order given."""
+    """Orders the methods: standard ones first, unknown ones last, in the order given."""
     base = method.partition(" (")[0]
     return 2 * METHODS.index(base) + (base != method) if base in METHODS else 2 * len(METHODS)
 
 
 def check_comparable(results: Sequence[Result]) -> None:
-    """ValueError where runs are not of one dataset, its test rows and its metric."""
+    """Raises ValueError unless all runs are of one dataset, its test rows and its metric."""
     first = results[0]
     for other in results[1:]:
         datasets = [r.manifest["data"]["dataset"] for r in (first, other)]
@@ -274,7 +268,7 @@ def check_comparable(results: Sequence[Result]) -> None:
             raise ValueError(
                 f"{first.run.path} was tested on {len(first.test_rows)} rows and {other.run.path} on "
                 f"{len(other.test_rows)}, of which {len(first.test_rows.keys() & other.test_rows.keys())} are the "
-                "same; their accuracies do not compare. Train them on the same records."
+                "same; expected the same rows. Train them on the same records."
             )
         if first.metric != other.metric:
             raise ValueError(
@@ -284,7 +278,7 @@ def check_comparable(results: Sequence[Result]) -> None:
 
 
 def _majority(result: Result) -> tuple[str, float] | None:
-    """(label, accuracy) of always giving the most frequent label; None where labels are open (over a tenth distinct).
+    """Returns the most frequent label and its accuracy; None if labels are open (over a tenth distinct).
 
     The frequencies are those of the test rows, so no constant answer can score more.
     """
@@ -296,31 +290,32 @@ def _majority(result: Result) -> tuple[str, float] | None:
 
 
 def _teacher_accuracy(result: Result) -> float | None:
-    """The teacher's accuracy on the test rows, from the manifest of the records, if that is of the same file."""
+    """Reads the teacher's accuracy on the test rows from the records' manifest, if it is of the same file."""
     found = teacher.read(result.manifest)
     return None if found is None or "test" not in found.splits else found.splits["test"].accuracy
 
 
 def _cautions(groups: Sequence[Group], results: Sequence[Result]) -> list[str]:
-    """What is not alike between the methods of a fraction, or between the runs, in sentences."""
+    """Describes unequal conditions of the methods at a fraction, and of all runs, in sentences."""
     found = []
     for fraction in sorted({group.fraction for group in groups}):
         alike = [group for group in groups if group.fraction == fraction]
-        for what, values in (
+        for name, values in (
             ("updates", {group.method: group.updates for group in alike}),
             ("label examples seen in training", {group.method: group.label_examples_seen for group in alike}),
         ):
             if len(set(values.values())) > 1:
                 numbers = ", ".join(f"{method} {_count(value)}" for method, value in values.items())
-                found.append(f"At {100 * fraction:g} % of the data the methods differ in {what}: {numbers}.")
-    for what, values in (
+                found.append(f"At {percent(fraction)} of the data the methods differ in {name}: {numbers}.")
+    splits = [result.manifest["data"]["splits"] for result in results]
+    for name, values in (
         ("students of different sizes", {_count(r.manifest.get("parameter_count")) for r in results}),
         ("code of different revisions", {str(r.manifest.get("git_revision")) for r in results}),
-        ("different test files", {r.manifest["data"]["splits"]["test"]["sha256"][:12] for r in results}),
-        ("different training files", {r.manifest["data"]["splits"]["train"]["sha256"][:12] for r in results}),
+        ("different test files", {split["test"]["sha256"][:12] for split in splits}),
+        ("different training files", {split["train"]["sha256"][:12] for split in splits}),
     ):
         if len(values) > 1:
-            found.append(f"The runs used {what}: {', '.join(sorted(values))}.")
+            found.append(f"The runs used {name}: {', '.join(sorted(values))}.")
     return found
 
 

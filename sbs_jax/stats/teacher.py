@@ -1,7 +1,4 @@
-"""The teacher behind some runs: how often its labels are the humans', and how its replies could be read.
-
-All of it comes from the manifest of the records that the runs trained on (`sbs records`, `sbs teach`).
-"""
+"""Read the teacher's accuracy and outcomes from the manifest of the records that runs trained on."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,21 +12,21 @@ from sbs_jax.storage import json_files
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
-    """What the records say of the teacher on one split."""
+    """The teacher's replies on one split."""
 
     rows: int
     labelled: int  # rows with a human label
     labels: int  # rows with a usable label of the teacher
     right: int  # labelled rows on which the two agree
     rationales: int  # rows with a usable rationale
-    outcomes: Mapping[str, int]  # how the replies were read, to rows
+    outcomes: Mapping[str, int]  # rows by outcome of their replies
     accuracy: float | None  # percent of the labelled rows
 
     @property
     def other_label(self) -> float | None:
-        """Percent of the teacher's usable labels that are not the human's: what such a rationale argues for.
+        """Percent of the teacher's usable labels that differ from the human's; their rationales argue for them.
 
-        None where some rows have no human label, so that nobody can tell.
+        None if some rows have no human label.
         """
         if not self.labels or self.labelled < self.rows:
             return None
@@ -40,16 +37,16 @@ class Split:
 class Teacher:
     """The teacher of one dataset's records."""
 
-    name: str | None  # None where the records do not tell
-    parameters: float | None  # None where nobody published them
+    name: str | None  # None if the records do not say
+    parameters: float | None  # None if not published
     parser: str | None
     splits: Mapping[str, Split]  # those whose file is the one that the runs read
 
 
 def read(manifest: Mapping[str, Any]) -> Teacher | None:
-    """The teacher of a run's records by the run's manifest; None where those records are gone or are other ones now.
+    """Reads the teacher of a run's records; None if those are gone, damaged or have changed since.
 
-    A report needs no records: damage there is not an error here.
+    A report needs no records, so nothing here is an error.
     """
     data = manifest["data"]
     file = Path(data["options"]["records_dir"]) / data["dataset"] / records.MANIFEST
@@ -74,29 +71,19 @@ def read(manifest: Mapping[str, Any]) -> Teacher | None:
 
 
 def _split(facts: Mapping[str, Any]) -> Split | None:
-    """None where the accuracy is no number, so that the manifest is damaged or of another version."""
-    accuracy = facts.get("teacher_accuracy")
+    """Reads the facts of a split; None if the manifest is damaged or of another version."""
+    accuracy, outcomes = facts.get("teacher_accuracy"), facts.get("outcomes")
     if not (accuracy is None or type(accuracy) in (int, float)):
         return None
-
-    def count(name: str) -> int:
-        value = facts.get(name)
-        return value if type(value) is int else 0
-
-    outcomes = facts.get("outcomes")
-    return Split(
-        rows=count("rows"),
-        labelled=count("labelled"),
-        labels=count("teacher_labels"),
-        right=count("teacher_right"),
-        rationales=count("rationales"),
-        outcomes={str(k): v for k, v in outcomes.items() if type(v) is int} if isinstance(outcomes, dict) else {},
-        accuracy=accuracy,
-    )
+    names = {"rows": "rows", "labelled": "labelled", "labels": "teacher_labels", "right": "teacher_right"}
+    names["rationales"] = "rationales"
+    counts = {name: value if type(value := facts.get(field)) is int else 0 for name, field in names.items()}
+    kept = {str(k): v for k, v in outcomes.items() if type(v) is int} if isinstance(outcomes, dict) else {}
+    return Split(**counts, outcomes=kept, accuracy=accuracy)
 
 
 def _model(found: Mapping[str, Any], dataset: str) -> tuple[str | None, float | None]:
-    """The teacher's name and size. Replies of the paper's release are of its 540B PaLM."""
+    """Returns the teacher's name and size; replies of the paper's release are of its 540B PaLM."""
     asked = found.get("teacher")
     name = asked.get("model") if isinstance(asked, dict) else None
     if isinstance(name, str):

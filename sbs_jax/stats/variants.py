@@ -1,4 +1,4 @@
-"""Runs that are alike in dataset, size, method, share of the data and seed, told apart by the settings that differ."""
+"""Name the setting in which runs differ that are alike in dataset, size, method, share of the data and seed."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -7,53 +7,46 @@ from typing import Any
 
 from sbs_jax.stats.results import Result
 
-# What differs between runs without making them another method.
+# Settings that differ between runs of one method.
 _NO_VARIANT = {"model_dir", "seed", "data.seed", "data.fraction", "data.label_source", "data.rationales"}
 _LONGEST = 40  # characters of a value in a method's name
 
 
-def told_apart(results: Sequence[Result], *, size: Callable[[Result], str]) -> list[Result]:
-    """The same results, with settings in the names of methods where nothing else distinguishes their runs.
+def name_variants(results: Sequence[Result], *, size: Callable[[Result], str]) -> list[Result]:
+    """Adds settings to the names of methods where nothing else distinguishes their runs.
 
-    Two runs of step-by-step with seed 0, with "alpha": 0.3 and 0.5 in the settings of their manifests, are of
-    "step-by-step (alpha 0.3)" and "step-by-step (alpha 0.5)". Runs that differ in nothing stay alike, which is an
-    error of who named them (`summarize` says so).
+    Two runs of step-by-step with seed 0, with "alpha": 0.3 and 0.5 in the settings of their manifests, become
+    "step-by-step (alpha 0.3)" and "step-by-step (alpha 0.5)". Runs without any difference stay alike, which
+    `summarize` refuses.
     """
-
-    def key(result: Result) -> tuple[Any, ...]:
-        return size(result), result.run.method, result.run.fraction, result.run.seed
-
     alike: dict[tuple[Any, ...], list[Result]] = {}
     for result in results:
-        alike.setdefault(key(result), []).append(result)
+        key = (size(result), result.run.method, result.run.fraction, result.run.seed)
+        alike.setdefault(key, []).append(result)
     settings = {id(result): _flat(result.manifest.get("settings")) for result in results}
-    names: list[str] = []
+    names: dict[str, None] = {}
     for same in alike.values():
-        of_same = [settings[id(result)] for result in same]
-        every = dict.fromkeys(name for flat in of_same for name in flat)
-        names += [name for name in every if len({repr(flat.get(name)) for flat in of_same}) > 1]
-    if not names:
-        return list(results)
-    affected = {result.run.method for same in alike.values() if len(same) > 1 for result in same}
+        flats = [settings[id(result)] for result in same]
+        every = dict.fromkeys(name for flat in flats for name in flat)
+        names |= {name: None for name in every if len({repr(flat.get(name)) for flat in flats}) > 1}
+    affected = {same[0].run.method for same in alike.values() if len(same) > 1} if names else set()
     found = []
     for result in results:
         run = result.run
         if run.method in affected:
             flat = settings[id(result)]
-            told = ", ".join(f"{name.rpartition('.')[2]} {_shown(flat.get(name))}" for name in dict.fromkeys(names))
-            before, _, remarks = run.method.partition(" (")
-            method = f"{before} ({remarks.removesuffix(')')}, {told})" if remarks else f"{before} ({told})"
+            named = ", ".join(f"{name.rpartition('.')[2]} {_shown(flat.get(name))}" for name in names)
+            base, _, remarks = run.method.partition(" (")
+            method = f"{base} ({', '.join(filter(None, (remarks.removesuffix(')'), named)))})"
             result = dataclasses.replace(result, run=dataclasses.replace(run, method=method))
         found.append(result)
     return found
 
 
 def _flat(settings: Any, *, within: str = "") -> dict[str, Any]:
-    """{"data": {"seed": 0}} is {"data.seed": 0}; nothing of what makes no variant."""
-    if not isinstance(settings, Mapping):
-        return {}
+    """Flattens settings without those that make no variant: {"data": {"packed": 0}} is {"data.packed": 0}."""
     found: dict[str, Any] = {}
-    for name, value in settings.items():
+    for name, value in settings.items() if isinstance(settings, Mapping) else ():
         place = f"{within}{name}"
         if isinstance(value, Mapping):
             found |= _flat(value, within=f"{place}.")

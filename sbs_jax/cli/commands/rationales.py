@@ -1,4 +1,4 @@
-"""`sbs rationales`: what a student's rationales are worth."""
+"""`sbs rationales`: measure a student's rationales."""
 
 import argparse
 import json
@@ -12,23 +12,26 @@ def add(command: Any) -> None:
     rationales = command(
         "rationales",
         run,
-        "Do a student's rationales fit its answers, and how near are they to the teacher's?",
+        "Measure a student's rationales: fit to its answers, overlap with the teacher's, length.",
         epilog="examples:\n  sbs rationales runs/svamp\n  sbs rationales --teacher svamp --records_dir records\n\n"
         "Writes rationales.json and rationales.jsonl into the run directory, where `sbs report` finds them. With\n"
-        "--teacher, the same of the teacher's own texts and labels, which are in the records; nothing is written.\n"
-        "What the figures mean: docs/rationales.md.",
+        "--teacher, measures the teacher's own texts and labels in the records and writes nothing.\n"
+        "The figures: docs/rationales.md.",
     )
     rationales.add_argument("run_dir", nargs="?", metavar="RUN_DIR", help="run directory of sbs train")
     rationales.add_argument("--teacher", metavar="DATASET", help="measure the teacher of these records instead")
     rationales.add_argument("--records_dir", metavar="DIR", help="records (default: those the run was trained on)")
-    rationales.add_argument("--limit", type=int, metavar="N", help="the first N rows of test alone")
-    rationales.add_argument("--batch_size", type=int, default=64, help="rows at a time")
-    rationales.add_argument("--base", metavar="PATH", help="where the base of a run that trained adapters lies")
+    rationales.add_argument("--limit", type=int, metavar="N", help="measure the first N test rows alone")
+    rationales.add_argument("--batch_size", type=int, default=64, help="rows per batch (default: %(default)s)")
+    rationales.add_argument(
+        "--base", metavar="PATH", help="base checkpoint of a run that trained adapters (default: the recorded path)"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
     if (arguments.run_dir is None) == (arguments.teacher is None):
-        raise UsageError("give a run directory, or --teacher DATASET, and not both.")
+        got = "neither" if arguments.run_dir is None else "both"
+        raise UsageError(f"got {got}; expected either a run directory or --teacher DATASET.")
     if arguments.limit is not None and arguments.limit < 1:
         raise UsageError(f"--limit is {arguments.limit}; expected at least 1.")
     import tasks  # noqa: F401  (registers the datasets)

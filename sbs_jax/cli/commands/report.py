@@ -1,12 +1,14 @@
-"""`sbs report`: runs to a table and a page."""
+"""`sbs report`: compare finished runs."""
 
 import argparse
 from typing import Any
 
 
 def add(command: Any) -> None:
-    report = command("report", run, "Compare finished runs: a table, and a page with their curves.")
-    report.add_argument("paths", nargs="+", metavar="RUNS", help="run directories of sbs train, or folders of them")
+    report = command("report", run, "Compare finished runs: tables, and one page with plots, tests and every answer.")
+    report.add_argument(
+        "paths", nargs="+", metavar="RUNS", help="run directories of sbs train, or folders that hold some"
+    )
     report.add_argument("--output", default="report.html", metavar="FILE", help="page to write")
     report.add_argument(
         "--assets",
