@@ -19,7 +19,7 @@ def whole_number(name: str, value: object, *, least: int) -> None:
         raise ValueError(f"{name} is {value!r}; expected a whole number of at least {least}.")
 
 
-def number(name: str, value: object, *, least: float | None = None, above: float | None = None) -> None:
+def number(name: str, value: object, *, least: int | float | None = None, above: int | float | None = None) -> None:
     """Requires a finite int or float, at least `least` or above `above` where one is given; bool is not one."""
     bound = f" of at least {least:g}" if least is not None else f" above {above:g}" if above is not None else ""
     in_range = (

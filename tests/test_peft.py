@@ -520,7 +520,7 @@ def test_a_row_of_an_unknown_adapter_is_an_error_and_the_others_are_answered(tas
     assert "error" not in found[1]
     assert found[2]["error"].startswith("no adapter is named 3")
     (alone,) = answered(tmp_path, rows[:1], str(task / "own"))
-    assert alone["error"] == "no adapter is named 'norns'. There are none: give some by --adapters NAME=RUN."
+    assert alone["error"] == "no adapter is named 'norns'. None are loaded: give --adapters NAME=RUN."
 
 
 def test_adapters_that_cannot_share_a_base_are_refused(task, tmp_path):

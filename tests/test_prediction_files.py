@@ -17,7 +17,7 @@ import pytest
 import toy
 
 from sbs_jax.cli.commands import predict as command
-from sbs_jax.prediction import files, inputs, seen
+from sbs_jax.prediction import files, id_index, inputs
 from sbs_jax.prediction.engine import Predictor, Settings
 from sbs_jax.storage import lock
 
@@ -117,7 +117,7 @@ def test_scores_of_choices_are_written_in_every_format(folder, tmp_path):
         files.predict(choosing, input_path=tmp_path / "in.jsonl", output_path=tmp_path / f"out.{name}")
     good, bad = lines(tmp_path / "out.jsonl")
     assert set(good) == {"id", "prediction", "score", "rationale", "scores"}
-    assert bad == {"id": "1", "line": 2, "error": "id '1' stands in line 1 already."}
+    assert bad == {"id": "1", "line": 2, "error": "id '1' is already that of line 1; ids must be distinct."}
     with (tmp_path / "out.csv").open(newline="") as file:
         of_csv = list(csv.DictReader(file))
     assert json.loads(of_csv[0]["scores"]) == good["scores"]
@@ -139,7 +139,7 @@ BAD_LINES = [
     (b'{"id": "d", "input": ["x"]}', "'input' is ['x']; expected a text", "d"),
     (b"[1]", "expected {", None),
     (b'{"id": "e", "input": "' + b"x" * 99 + b'"}', "the input has 109 tokens", "e"),
-    (b'{"id": "good 1", "input": "again"}', "id 'good 1' stands in line 1 already", "good 1"),
+    (b'{"id": "good 1", "input": "again"}', "id 'good 1' is already that of line 1", "good 1"),
     (b'{"id": "f", "input": "x", "choices": "y"}', "'choices' is 'y'; expected a list", "f"),
     (b'{"id": "g", "input": "x", "adapter": "h"}', "no adapter is named 'h'", "g"),
     (b'{"id": "h", "input": "' + b"y" * 2**20 + b'"}', "the line is longer than 1048576 bytes", None),
@@ -177,7 +177,7 @@ def test_bad_rows_of_csv(tmp_path):
     found = [(e.line, e.id if e.question else e.error) for e in inputs.read(tmp_path / "in.csv")]
     assert found[0] == (2, "1")
     assert found[1] == (3, "byte 2 (0xff) of line 3 is not UTF-8.")
-    assert found[2] == (4, "got 1 fields; expected 3, as the header has.")
+    assert found[2] == (4, "got 1 fields; expected 3, as in the header.")
     assert found[3] == (6, "4")
     assert found[4] == (8, "'choices' is '['; expected a JSON list of texts.")
     assert found[5][0] == 9
@@ -193,8 +193,8 @@ def test_bad_rows_of_csv(tmp_path):
 @pytest.mark.parametrize(
     ("name", "data", "message"),
     [
-        ("in.csv", b"id,text\n1,a\n", "there is no column 'input'; there are 'id', 'text'. Expected 'id' and 'input'"),
-        ("in.csv", b"id,input,id\n", "there are 2 columns 'id'; expected one"),
+        ("in.csv", b"id,text\n1,a\n", "got the columns 'id', 'text' without 'input'; expected 'id' and 'input'"),
+        ("in.csv", b"id,input,id\n", "got 2 columns 'id'; expected one"),
         ("in.csv", b"\xffid,input\n", "the header cannot be read: byte 0 "),
         ("in.parquet", b"PAR1 no, not really", "cannot be read as Parquet"),
     ],
@@ -231,12 +231,12 @@ def test_an_empty_file_has_no_rows(predictor, tmp_path, name):
 
 
 def test_ids_are_known_again_wherever_they_stood(tmp_path):
-    with seen.Seen(tmp_path / "ids") as known:
+    with id_index.IdIndex(tmp_path / "ids") as known:
         assert known.first_lines([("a", 1), ("b", 2), ("a", 3)]) == [1, 2, 1]
         assert known.first_lines([("c", 4), ("b", 5), ("\ud800", 6)]) == [4, 2, 6]
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "ids").write_bytes(b"left behind")
-    with seen.Seen(tmp_path / "ids") as known:
+    with id_index.IdIndex(tmp_path / "ids") as known:
         assert known.first_lines([("b", 7)]) == [7]
 
 
@@ -312,7 +312,7 @@ def test_what_belongs_to_another_run_is_refused(predictor, whole, folder, tmp_pa
     # Answers that were changed meanwhile.
     partial = Path(f"{out}.partial")
     partial.write_bytes(before["out.jsonl.partial"].replace(b'"q5"', b'"x5"'))
-    with pytest.raises(ValueError, match=r"does not have the answer to line 6 \(id 'q5'\).*Remove .*partial to begin"):
+    with pytest.raises(ValueError, match=r"lacks the answer to line 6 \(id 'q5'\).*Remove .*partial to start"):
         files.predict(predictor, input_path=source, output_path=out)
 
 
@@ -337,7 +337,7 @@ def test_killed_anywhere_it_ends_as_if_it_had_not_been(starter, folder, tmp_path
     with start(tmp_path / "want.jsonl") as process:
         assert process.wait() == command.SOME_ROWS_FAILED, process.complained()
         assert process.said() == f"3000 predictions and 1 rows with errors in {tmp_path / 'want.jsonl'}\n"
-        assert "line 3001: id 'q1' stands in line 2 already." in process.complained()
+        assert "line 3001: id 'q1' is already that of line 2" in process.complained()
     out = tmp_path / "out.jsonl"
     partial = Path(f"{out}.partial")
     for kill in range(2):
@@ -349,7 +349,7 @@ def test_killed_anywhere_it_ends_as_if_it_had_not_been(starter, folder, tmp_path
         assert not out.exists()
     with start(out) as process:
         assert process.wait() == command.SOME_ROWS_FAILED, process.complained()
-        assert "of these rows were there before" in process.said()
+        assert "of these rows were resumed" in process.said()
     assert out.read_bytes() == (tmp_path / "want.jsonl").read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith("out")) == ["out.jsonl"]
 

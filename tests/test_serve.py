@@ -355,7 +355,7 @@ def test_other_decodings_and_adapters_answer_as_the_predictor_does(starter, run,
         assert (answer["id"], answer["prediction"]) == (wanted.id, wanted.prediction)
         assert answer["score"] == pytest.approx(wanted.score, rel=1e-4)
         assert answer.get("scores") == (wanted.scores and pytest.approx(wanted.scores, rel=1e-4))
-    messages = ["no adapter is named 'nobody'. There are 'other'", "got 1 choices; expected 2 to 64"]
+    messages = ["no adapter is named 'nobody'. Known are 'other'", "got 1 choices; expected 2 to 64"]
     assert len(errors) == len(bad)
     for error, message in zip(errors, messages, strict=False):
         assert message in error

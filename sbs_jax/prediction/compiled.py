@@ -1,9 +1,8 @@
-"""Compiled programs on disk, so that a second start compiles nothing.
+"""Cache compiled programs on disk, so that a second start compiles nothing.
 
-JAX keeps compiled programs in a folder, but writes them in place: a process that is killed meanwhile, or another that
-reads meanwhile, would leave or find half a program. So JAX gets a folder of this process's own, which begins with links
-to what is kept, and what it adds is moved to the kept folder, whole. A program is made for one version of JAX and one
-kind of processor, and for no other: each has a folder of its own.
+JAX writes its cache files in place, so a killed or concurrent process could leave or read half a program. Each process
+therefore gives JAX a folder of its own that links to the cached programs; new ones are moved into the cache when they
+are complete. Each version of JAX and kind of processor has its own cache folder.
 """
 
 import contextlib
@@ -18,20 +17,20 @@ from typing import Any
 
 OFF = "off"
 VARIABLE = "SBS_COMPILED"
-_SUFFIX = "-cache"  # of JAX's entries
+_SUFFIX = "-cache"  # of JAX's cache files
 
 
 def default() -> str:
-    """Where compiled programs are kept unless a flag says otherwise: SBS_COMPILED, else the user's cache folder."""
+    """Returns the default cache folder: SBS_COMPILED, else below the user's cache folder."""
     cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return os.environ.get(VARIABLE) or str(Path(cache).expanduser() / "sbs_jax" / "compiled")
 
 
 @contextlib.contextmanager
 def kept(folder: str) -> Iterator[None]:
-    """Within, programs are read from the folder, and what was compiled is added at the end. "off": neither.
+    """Reads programs from the folder inside the context, and adds new ones at its end; "off" disables both.
 
-    Settings of JAX as a whole, so of one thread.
+    It changes JAX's global settings, so use it from one thread.
     """
     if folder == OFF:
         yield
@@ -43,7 +42,7 @@ def kept(folder: str) -> Iterator[None]:
     settings: dict[str, Any] = {
         "jax_persistent_cache_min_compile_time_secs": 0,
         "jax_persistent_cache_min_entry_size_bytes": -1,
-        # Their folder, which would lie within the process's own, is part of what a program is known by.
+        # XLA's own caches would put this process's folder into the cache key.
         "jax_persistent_cache_enable_xla_caches": "",
     }
     place.mkdir(parents=True, exist_ok=True)
@@ -69,7 +68,7 @@ def _set(settings: dict[str, Any]) -> None:
 
 
 def _kind() -> str:
-    """JAX's versions, the platform, and what the processor can do: programs for CPUs use all of it."""
+    """Names the cache folder by JAX versions, platform and processor features, which CPU programs depend on."""
     import jax
 
     flags = ""
@@ -102,7 +101,7 @@ def _take(place: Path, own: Path) -> None:
 
 
 def add(own: Path, place: Path) -> None:
-    """Moves to `place` what is new in `own`, each under its name only when it is whole."""
+    """Moves new programs from `own` to `place`, each complete before it gets its name."""
     for entry in own.glob(f"*{_SUFFIX}"):
         if entry.is_symlink() or (place / entry.name).exists():
             continue

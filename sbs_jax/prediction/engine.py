@@ -1,8 +1,8 @@
-"""A student that answers questions: texts in, answers out; what makes one unanswerable is said in its answer.
+"""Answer questions with a trained student; an unanswerable question gets an answer with its error.
 
-`Predictor` is what `sbs predict` and `sbs serve` ask. It knows the prefixes, vocabulary and lengths that the student
-was trained with. Rows are grouped by length and padded to one of a few lengths (`buckets`), each compiled once; row by
-row, an answer depends, but for rounding, neither on its neighbours nor on the padding.
+`sbs predict` and `sbs serve` use `Predictor`. It knows the prefixes, vocabulary and lengths that the student was
+trained with. Rows are grouped by length and padded to one of a few lengths (`buckets`), each compiled once. Except for
+rounding, an answer depends neither on its neighbours nor on the padding.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ import numpy as np
 
 from sbs_jax import checks
 from sbs_jax.data import registry, selection, tokens
-from sbs_jax.prediction import weights as weights_
+from sbs_jax.prediction import precision
 from sbs_jax.storage import json_files
 from sbs_jax.student import decoding, partitioning
 from sbs_jax.training import evaluate, students
@@ -31,24 +31,24 @@ log = logging.getLogger(__name__)
 GREEDY, BEAM, SAMPLE, CHOICES = DECODINGS = ("greedy", "beam", "sample", "choices")
 OBJECTIVES = (selection.LABEL, selection.RATIONALE)
 TOO_LONG = ("error", "cut")
-# Of one question: more choices than these are refused, which bounds what one row can cost.
+# Choices per question; the limit bounds the cost of one row.
 MOST_CHOICES = 64
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How answers are made.
+    """Options of decoding and batching.
 
     Attributes:
-      decoding: "greedy", "beam", "sample", or "choices": the likeliest of a closed set of labels.
-      beams: of beam search, as is `length_penalty`: a sequence counts as log probability / tokens ** penalty.
-      temperature: of sampling, as are `top_k` (0: all tokens), `top_p` and `seed`: `decoding.sample`.
-      rationale: whether to generate the rationale too, by the same decoding (by greedy search beside choices).
+      decoding: "greedy", "beam", "sample", or "choices" (the most likely of a closed set of labels).
+      beams, length_penalty: beam search scores a sequence by log probability / tokens ** length_penalty.
+      temperature, top_k (0: all tokens), top_p, seed: options of sampling (`decoding.sample`).
+      rationale: also generate the rationale, with the same decoding (greedy if that is "choices").
       batch_size: rows at a time.
-      smaller: other numbers of rows that are compiled for, for batches that are not full.
-      weights: how matrices are held and multiplied (`weights.py`).
+      smaller: further batch sizes to compile, for batches that are not full.
+      weights: precision of the matrices (precision.py).
       objective: "label", or "rationale" to answer with the rationale alone.
-      too_long: what becomes of an input longer than the student was trained with: an "error", or "cut" to that length.
+      too_long: for an input longer than the training length: "error", or "cut" to truncate it.
     """
 
     decoding: str = GREEDY
@@ -61,41 +61,37 @@ class Settings:
     rationale: bool = False
     batch_size: int = 32
     smaller: tuple[int, ...] = ()
-    weights: str = weights_.FLOAT32
+    weights: str = precision.FLOAT32
     objective: str = selection.LABEL
     too_long: str = "error"
 
     def __post_init__(self) -> None:
         for name, known in (
             ("decoding", DECODINGS),
-            ("weights", weights_.WEIGHTS),
+            ("weights", precision.WEIGHTS),
             ("objective", OBJECTIVES),
             ("too_long", TOO_LONG),
         ):
             checks.choice(f"Settings.{name}", getattr(self, name), known)
         for name, least in (("beams", 1), ("batch_size", 1), ("top_k", 0), ("seed", 0)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"Settings.{name} is {value!r}; expected a whole number of at least {least}.")
-        if not 0.0 < self.temperature < math.inf:
-            raise ValueError(f"Settings.temperature is {self.temperature!r}; expected a number above 0, such as 0.7.")
+            checks.whole_number(f"Settings.{name}", getattr(self, name), least=least)
+        checks.number("Settings.temperature", self.temperature, above=0)
         if not 0.0 < self.top_p <= 1.0:
-            raise ValueError(f"Settings.top_p is {self.top_p!r}; expected a share above 0 and up to 1, such as 0.9.")
-        if not math.isfinite(self.length_penalty):
-            raise ValueError(f"Settings.length_penalty is {self.length_penalty!r}; expected a number, such as 1.0.")
+            raise ValueError(f"Settings.top_p is {self.top_p!r}; expected a number above 0 and at most 1.")
+        checks.number("Settings.length_penalty", self.length_penalty)
         if self.objective == selection.RATIONALE and (self.rationale or self.decoding == CHOICES):
             raise ValueError(
-                "Settings.objective is 'rationale': it asks for nothing else, and a rationale is not one of a closed "
-                "set. Ask for the label, with `rationale` beside it if wanted."
+                "Settings.objective is 'rationale', which allows neither `rationale` nor decoding 'choices'. Set "
+                "objective 'label', with `rationale` to have both."
             )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Question:
-    """One thing to answer: the text without prefix; perhaps the adapters to answer with.
+    """One question: the input without its prefix, and optionally the adapters that answer it.
 
-    `choices` are the possible answers where the decoding is "choices"; without them those of the dataset. `rationale`:
-    whether this one's is generated too, where the settings say that any is.
+    `choices` are the possible answers for decoding "choices" (default: the dataset's labels). `rationale` False skips
+    this question's rationale if the settings ask for rationales.
     """
 
     id: str
@@ -107,10 +103,10 @@ class Question:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What came of a question: a prediction and its natural log probability, or `error`: why there is none.
+    """A prediction with its natural log probability, or an `error`.
 
-    `scores` has the probability of each choice, which sum to 1: the student's among these choices alone. The `score` of
-    a choice is its log probability among all texts.
+    `scores` holds the probability of each choice among these choices; they sum to 1. The `score` of a choice is its log
+    probability among all texts.
     """
 
     id: str
@@ -122,7 +118,7 @@ class Answer:
 
 
 def buckets(limit: int) -> tuple[int, ...]:
-    """The lengths that rows are padded to, the largest the limit: real inputs are short, where lengths lie close.
+    """Returns the lengths to pad to, up to the limit; they are closest where most real inputs lie.
 
     >>> buckets(112)
     (16, 24, 32, 40, 48, 56, 72, 88, 112)
@@ -136,7 +132,7 @@ def buckets(limit: int) -> tuple[int, ...]:
 
 
 class Predictor:
-    """One loaded student (and adapters), compiled for a few static shapes. One thread at a time may call `answer`."""
+    """A loaded student (and others that share its base), compiled for a few shapes. Call `answer` from one thread."""
 
     def __init__(
         self,
@@ -145,7 +141,7 @@ class Predictor:
         settings: Settings,
         places: Mapping[str | None, str] | None = None,
     ) -> None:
-        """The students by the names that questions have for them, None the one that answers the others."""
+        """Takes students by adapter name; None names the one for questions without an adapter."""
         self.settings = settings
         self._answerers = {
             name: _Answerer(student, settings=settings, owner=(places or {}).get(name, "this student"))
@@ -161,24 +157,24 @@ class Predictor:
         base: str | None = None,
         adapters: Mapping[str, str | Path] | None = None,
     ) -> "Predictor":
-        """The student of a run, and of others over the same base by the names that questions have for them."""
+        """Loads the student of a run, and by adapter name those of other runs over the same base."""
         adapters = adapters or {}
         student, others = students.load_students(model, adapters, layout=partitioning.DATA_PARALLEL, base=base)
         places = {None: str(model), **{name: str(place) for name, place in adapters.items()}}
         return cls({None: student, **others}, settings=settings, places=places)
 
     def describe(self) -> dict[str, Any]:
-        """What its answers depend on, as JSON: settings, and of each student its step and a checksum."""
+        """Returns everything the answers depend on, as JSON: settings, and each student's step and checksum."""
         students = {name or "": answerer.describe() for name, answerer in self._answerers.items()}
         return {"settings": dataclasses.asdict(self.settings), "students": students}
 
     def check(self, question: Question) -> str | None:
-        """None, or why this question cannot be answered."""
+        """Returns the reason this question cannot be answered, or None."""
         error = self._misfit(question)
         return error or self._answerers[question.adapter].prepare([question])[0].error
 
     def answer(self, questions: Sequence[Question]) -> list[Answer]:
-        """An answer to each, in order."""
+        """Answers the questions, in order."""
         errors = [self._misfit(question) for question in questions]
         found: dict[int, Answer] = {}
         for name, answerer in self._answerers.items():
@@ -190,7 +186,7 @@ class Predictor:
         ]
 
     def warm_up(self) -> float:
-        """Compiles everything that does not depend on the questions, or reads it from the disk; seconds."""
+        """Compiles everything that does not depend on the questions, or loads it from disk; returns the seconds."""
         start = time.monotonic()
         for answerer in self._answerers.values():
             answerer.warm_up()
@@ -207,26 +203,26 @@ class Predictor:
 
 
 def unknown_adapter(name: str | None, known: Sequence[str]) -> str:
-    """Says that no adapter has this name, and which there are."""
+    """Returns the error for an unknown adapter name, with the known ones."""
     listed = ", ".join(map(repr, known))
-    there = f"There are {listed}" if listed else "There are none: give some by --adapters NAME=RUN"
+    there = f"Known are {listed}" if listed else "None are loaded: give --adapters NAME=RUN"
     near = checks.nearest(str(name)[:200], known)
     return f"no adapter is named {json_files.brief(name)}.{near} {there}."
 
 
 @dataclasses.dataclass(frozen=True)
-class _Way:
-    """How a student is asked for one thing."""
+class _Objective:
+    """One kind of output to generate: a label or a rationale."""
 
     prefix: str
-    kind: str  # as `datasets.graded_text` takes it
-    length: int  # of an answer, in tokens
+    kind: str  # for `registry.graded_text`
+    length: int  # tokens to generate at most
     decoding: str
 
 
 @dataclasses.dataclass(frozen=True)
 class _Prepared:
-    """A question as tokens: of the source by each way, and of its choices. Or what is wrong with it."""
+    """A question in tokens: its source per objective and its choices; or its error."""
 
     id: str
     sources: tuple[list[int], ...] = ()
@@ -236,7 +232,7 @@ class _Prepared:
 
 
 class _Answerer:
-    """One student: its tokens, ways and compiled functions."""
+    """One student with its vocabulary, objectives and compiled functions."""
 
     def __init__(self, student: students.Student, *, settings: Settings, owner: str) -> None:
         self._settings, self._owner, self._student = settings, owner, student
@@ -246,43 +242,43 @@ class _Answerer:
         lengths = run["task_feature_lengths"]
         self._limit, self._choice_limit = lengths["inputs"], max(lengths["targets"], run["max_decode_length"])
         self._buckets = buckets(self._limit)
-        self._ways = self._ways_of(kind, answer=run["max_decode_length"], rationale=lengths["targets"])
-        self._structure, self._parameters = weights_.held(
+        self._objectives = self._make_objectives(kind, answer=run["max_decode_length"], rationale=lengths["targets"])
+        self._structure, self._parameters = precision.held(
             student.structure, student.parameters, weights=settings.weights
         )
-        self._generators = [self._generator(way) for way in self._ways]
+        self._generators = [self._generator(objective) for objective in self._objectives]
 
-    def _ways_of(self, kind: str, *, answer: int, rationale: int) -> list[_Way]:
+    def _make_objectives(self, kind: str, *, answer: int, rationale: int) -> list[_Objective]:
         settings, options = self._settings, self._student.options
         explains = settings.rationale or settings.objective == selection.RATIONALE
         if explains and kind == selection.LABEL:
-            log.warning("%s was trained on labels alone; its rationales mean nothing.", self._owner)
+            log.warning("%s was trained on labels only; its rationales mean nothing.", self._owner)
         if settings.decoding == CHOICES and kind == selection.RATIONALE_THEN_LABEL:
             raise ValueError(
                 f"{self._owner} writes a rationale before its label, so a label has no likelihood of its own; "
                 "predict with --decoding greedy, beam or sample."
             )
         then_label = kind == selection.RATIONALE_THEN_LABEL
-        to_label = _Way(options.label_prefix, kind if then_label else selection.LABEL, answer, settings.decoding)
+        to_label = _Objective(options.label_prefix, kind if then_label else selection.LABEL, answer, settings.decoding)
         beside = GREEDY if settings.decoding == CHOICES else settings.decoding
-        to_rationale = _Way(options.rationale_prefix, selection.RATIONALE, rationale, beside)
+        to_rationale = _Objective(options.rationale_prefix, selection.RATIONALE, rationale, beside)
         if settings.objective == selection.RATIONALE:
             return [to_rationale]
-        # One that writes both has written the rationale with the label.
+        # A single-task student writes the rationale with the label.
         return [to_label, to_rationale] if settings.rationale and not then_label else [to_label]
 
-    def _generator(self, way: _Way) -> evaluate.Generator:
+    def _generator(self, objective: _Objective) -> evaluate.Generator:
         s = self._settings
-        # Measured on a CPU alone (docs/speed.md); rows that are cut over devices cannot change places.
+        # Faster on a CPU (docs/speed.md; not measured elsewhere). Rows split over devices cannot change places.
         drop_ended = self._student.partitioner.data_parallel_size == 1 and partitioning.platform() == "cpu"
         search: dict[str, Callable[..., Any]] = {
-            GREEDY: functools.partial(decoding.greedy, length=way.length, drop_ended=drop_ended),
+            GREEDY: functools.partial(decoding.greedy, length=objective.length, drop_ended=drop_ended),
             BEAM: functools.partial(
-                decoding.beam_search, length=way.length, beams=s.beams, length_penalty=s.length_penalty
+                decoding.beam_search, length=objective.length, beams=s.beams, length_penalty=s.length_penalty
             ),
             SAMPLE: functools.partial(
                 decoding.sample,
-                length=way.length,
+                length=objective.length,
                 temperature=s.temperature,
                 top_k=s.top_k,
                 top_p=s.top_p,
@@ -294,8 +290,8 @@ class _Answerer:
             self._structure,
             partitioner=self._student.partitioner,
             batch_size=s.batch_size,
-            length=way.length,
-            compute=search[way.decoding],
+            length=objective.length,
+            compute=search[objective.decoding],
             smaller=s.smaller,
         )
 
@@ -308,10 +304,10 @@ class _Answerer:
     # ------------------------------------------------------------------------------- questions
 
     def prepare(self, questions: Sequence[Question]) -> list[_Prepared]:
-        """The questions in tokens, each with its error if it has one."""
+        """Encodes the questions, each with its error if it has one."""
         encoded = [
-            tokens.encode([way.prefix + question.input for question in questions], self._vocabulary)
-            for way in self._ways
+            tokens.encode([objective.prefix + question.input for question in questions], self._vocabulary)
+            for objective in self._objectives
         ]
         return [self._prepared(q, sources) for q, *sources in zip(questions, *encoded, strict=True)]
 
@@ -321,8 +317,8 @@ class _Answerer:
             if self._settings.too_long == "error":
                 return _Prepared(
                     question.id,
-                    error=f"the input has {most} tokens, prefix and end included, and this student was trained with "
-                    f"at most {self._limit}; shorten it, or have it cut (--too_long cut).",
+                    error=f"the input has {most} tokens (with prefix and end); this student was trained with at most "
+                    f"{self._limit}. Shorten it, or truncate with --too_long cut.",
                 )
             sources = [tokens.cut(np.asarray(ids, np.int32), self._limit).tolist() for ids in sources]
         if self._settings.decoding != CHOICES:
@@ -337,16 +333,16 @@ class _Answerer:
         if longest > self._choice_limit:
             return _Prepared(
                 question.id,
-                error=f"a choice has {longest} tokens, its end included, and this student was trained with at most "
-                f"{self._choice_limit}; shorten it.",
+                error=f"a choice has {longest} tokens (with its end); this student was trained with at most "
+                f"{self._choice_limit}. Shorten it.",
             )
         return _Prepared(question.id, tuple(sources), tuple(labels), choices)
 
     def _misfit(self, labels: Sequence[str] | None) -> str | None:
         if labels is None:
             return (
-                f"no label set is known: {self._dataset.name} has none that all rows share, and this row names none; "
-                'give "choices": ["..", ".."] with the row.'
+                f"{self._dataset.name} has no label set that all rows share, and this row has no choices; "
+                'add "choices": ["..", ".."] to the row.'
             )
         if not 2 <= len(labels) <= MOST_CHOICES:
             return f"got {len(labels)} choices; expected 2 to {MOST_CHOICES}."
@@ -356,7 +352,7 @@ class _Answerer:
             )
         return None
 
-    @functools.lru_cache(maxsize=4096)  # noqa: B019  (as long-lived as the student)
+    @functools.lru_cache(maxsize=4096)  # noqa: B019  (lives as long as the student)
     def _choice_tokens(self, labels: tuple[str, ...]) -> tuple[list[int], ...]:
         return tuple(tokens.encode(labels, self._vocabulary))
 
@@ -367,8 +363,8 @@ class _Answerer:
             return []
         prepared = self.prepare(questions)
         good = [n for n, each in enumerate(prepared) if each.error is None]
-        # Of the second way, which writes rationales, those who want one.
-        asked = [good, [n for n in good if questions[n].rationale]][: len(self._ways)]
+        # The second objective writes rationales: only for questions that want one.
+        asked = [good, [n for n in good if questions[n].rationale]][: len(self._objectives)]
         results = [
             dict(zip(chosen, self._results(number, [prepared[n] for n in chosen]), strict=True))
             for number, chosen in enumerate(asked)
@@ -388,14 +384,15 @@ class _Answerer:
         ]
 
     def _results(self, number: int, rows: Sequence[_Prepared]) -> list[tuple[str, float, dict[str, float] | None, str]]:
-        """Of each row: prediction, log probability, probabilities of choices, and the text it was taken from."""
-        way, found = self._ways[number], {}
-        shapes = {n: _choices_shape(row.choices) if way.decoding == CHOICES else (0, 0) for n, row in enumerate(rows)}
+        """Returns per row: prediction, log probability, probabilities of the choices, and the generated text."""
+        objective, found = self._objectives[number], {}
+        by_choices = objective.decoding == CHOICES
+        shapes = {n: _choices_shape(row.choices) if by_choices else (0, 0) for n, row in enumerate(rows)}
         order = sorted(range(len(rows)), key=lambda n: (shapes[n], len(rows[n].sources[number])), reverse=True)
         size = self._settings.batch_size
         start = 0
         while start < len(order):
-            # As many of one shape as a batch takes; the first is the longest.
+            # A batch holds rows of one shape; its first row is the longest.
             chunk = [n for n in order[start : start + size] if shapes[n] == shapes[order[start]]]
             start += len(chunk)
             found |= zip(chunk, self._batch(number, [rows[n] for n in chunk], shapes[chunk[0]]), strict=True)
@@ -404,17 +401,17 @@ class _Answerer:
     def _batch(
         self, number: int, rows: Sequence[_Prepared], shape: tuple[int, int]
     ) -> list[tuple[str, float, dict[str, float] | None, str]]:
-        way, sources = self._ways[number], [row.sources[number] for row in rows]
+        objective, sources = self._objectives[number], [row.sources[number] for row in rows]
         longest = max(map(len, sources))
         arrays: list[np.ndarray] = [_padded(sources, next(each for each in self._buckets if each >= longest))]
-        if way.decoding == SAMPLE:
-            arrays.append(np.stack([_key(row.id, seed=self._settings.seed, kind=way.kind) for row in rows]))
+        if objective.decoding == SAMPLE:
+            arrays.append(np.stack([_key(row.id, seed=self._settings.seed, kind=objective.kind) for row in rows]))
         generator = self._generators[number]
-        if way.decoding != CHOICES:
+        if objective.decoding != CHOICES:
             found = []
             for ids, score in generator.run(self._parameters, *arrays):
                 text = self._vocabulary.decode(ids)
-                found.append((registry.graded_text(text, kind=way.kind), score, None, text))
+                found.append((registry.graded_text(text, kind=objective.kind), score, None, text))
             return found
         count, length = shape
         arrays.append(np.stack([_padded([*row.choices, *[[]] * (count - len(row.choices))], length) for row in rows]))
@@ -429,12 +426,12 @@ class _Answerer:
         return found
 
     def warm_up(self) -> None:
-        for way, generator in zip(self._ways, self._generators, strict=True):
+        for objective, generator in zip(self._objectives, self._generators, strict=True):
             for size, length in itertools.product(generator.sizes, self._buckets):
-                arrays: list[np.ndarray] = [np.zeros((size, length), np.int32)]  # rows of padding end at once
-                if way.decoding == SAMPLE:
+                arrays: list[np.ndarray] = [np.zeros((size, length), np.int32)]  # padding rows end at once
+                if objective.decoding == SAMPLE:
                     arrays.append(np.zeros((size, 2), np.uint32))
-                if way.decoding == CHOICES:
+                if objective.decoding == CHOICES:
                     if self._dataset.labels is None:
                         continue  # the shape depends on the rows
                     shape = _choices_shape(self._choice_tokens(tuple(self._dataset.labels)))
@@ -451,11 +448,11 @@ def _padded(rows: Sequence[Sequence[int]], length: int) -> np.ndarray:
 
 
 def _choices_shape(choices: Sequence[Sequence[int]]) -> tuple[int, int]:
-    """What a row's choices are padded to, (choices, tokens): powers of two, so that few shapes are compiled."""
+    """Returns the padded shape (choices, tokens) of a row's choices: powers of two, so few shapes are compiled."""
     return 2 ** math.ceil(math.log2(len(choices))), 2 ** math.ceil(math.log2(max(map(len, choices))))
 
 
 def _key(row_id: str, *, seed: int, kind: str) -> np.ndarray:
-    """The key that a row is sampled with, uint32 [2]: of the seed, its id and what is asked, and of nothing else."""
+    """Derives a row's sampling key, uint32 [2], from the seed, its id and the objective only."""
     digest = hashlib.blake2b(f"{seed}\0{kind}\0{row_id}".encode(errors="surrogatepass"), digest_size=8).digest()
     return np.frombuffer(digest, np.uint32)

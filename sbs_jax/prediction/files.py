@@ -1,8 +1,7 @@
-"""`sbs predict`: a file of questions to a file of answers, of any size, in constant memory, resumable.
+"""Answer a file of questions of any size, in constant memory, resumable: `sbs predict`.
 
-Rows are read and answered a window at a time: within it they are grouped by length, and its answers go out in the order
-of the questions. A window depends on nothing but the input, so a run that was interrupted goes on at the beginning of
-one, and its answers are those of a run that was not.
+Rows are read and answered one window at a time. Rows of a window are grouped by length; answers are written in input
+order. Windows depend on the input only, so an interrupted run resumes at the start of one and writes the same answers.
 """
 
 import dataclasses
@@ -18,21 +17,21 @@ from typing import Any
 from tqdm import tqdm
 
 from sbs_jax import hosts
-from sbs_jax.prediction import inputs, outputs, seen
+from sbs_jax.prediction import id_index, inputs, outputs
 from sbs_jax.prediction.engine import CHOICES, Answer, Predictor
 from sbs_jax.storage import json_files
 
 log = logging.getLogger(__name__)
 
-# A window ends with so many batches, or so many characters.
+# A window ends after this many batches or characters.
 _BATCHES, _CHARACTERS = 16, 2**23
-_SHOWN = 5  # rows with errors that are named as they come
-_END = 2**20  # bytes at either end of an input by which it is known again
+_SHOWN = 5  # rows with errors to log
+_END = 2**20  # bytes hashed at either end of an input, to recognise it
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Summary:
-    """Rows of the output, those of them that say an error, and those that an earlier process had answered."""
+    """Counts of the output's rows, of rows with an error, and of rows answered by an earlier process."""
 
     rows: int
     errors: int
@@ -40,16 +39,16 @@ class Summary:
 
 
 def predict(predictor: Predictor, *, input_path: str | Path, output_path: str | Path) -> Summary:
-    """Answers every row of a file, in order; formats by the files' endings (inputs.py, outputs.py).
+    """Answers every row of a file, in order; file endings choose the formats (inputs.py, outputs.py).
 
-    A row of the output is {"id", "prediction", "score"}, with "rationale" and "scores" where the settings ask for them;
-    or {"id", "line", "error"} for a row that cannot be asked or answered. Of several processes each reads the input,
-    and the first alone writes.
+    An output row is {"id", "prediction", "score"}, with "rationale" and "scores" if the settings ask for them; or
+    {"id", "line", "error"} for a row that cannot be answered. With several processes, each reads the input and the
+    first one writes.
     """
     input_path, output_path = Path(input_path), Path(output_path)
     reader = inputs.read(input_path)
     settings = predictor.settings
-    about = {"input": _known_by(input_path), **predictor.describe()}
+    about = {"input": _identity(input_path), **predictor.describe()}
     hosts.agree({"inputs and model": json.dumps(about, sort_keys=True)})
     journal = outputs.Journal(output_path, about=about) if hosts.is_first() else None
     there = hosts.from_first(lambda: journal.rows if journal else 0)
@@ -57,7 +56,7 @@ def predict(predictor: Predictor, *, input_path: str | Path, output_path: str | 
     unit = {"unit": reader.unit, "unit_scale": True, "disable": not (hosts.is_first() and sys.stderr.isatty())}
     try:
         with (
-            seen.Seen(journal.ids if journal else None) as known,
+            id_index.IdIndex(journal.ids if journal else None) as known,
             tqdm(total=reader.total, desc=output_path.name, **unit) as bar,
         ):
             for window in _windows(reader, rows=_BATCHES * settings.batch_size):
@@ -70,7 +69,7 @@ def predict(predictor: Predictor, *, input_path: str | Path, output_path: str | 
                     if rows == resumed and journal is not None:
                         journal.cut()
                     answered = _answered(predictor, entries)
-                    errors += _tell(answered, before=errors)
+                    errors += _log_errors(answered, before=errors)
                     if journal is not None:
                         journal.add(answered)
                 rows += len(entries)
@@ -100,8 +99,8 @@ def _windows(reader: Iterable[inputs.Entry], *, rows: int) -> Iterator[list[inpu
         yield window
 
 
-def _distinct(window: list[inputs.Entry], known: seen.Seen) -> list[inputs.Entry]:
-    """The entries, those whose id an earlier one has made errors."""
+def _distinct(window: list[inputs.Entry], known: id_index.IdIndex) -> list[inputs.Entry]:
+    """Turns entries whose id occurred earlier into errors."""
     asked = [entry for entry in window if entry.question is not None]
     first = dict(
         zip(
@@ -114,7 +113,7 @@ def _distinct(window: list[inputs.Entry], known: seen.Seen) -> list[inputs.Entry
         inputs.Entry(
             line=entry.line,
             id=entry.id,
-            error=f"id {json_files.brief(entry.id)} stands in line {first[entry.line]} already.",
+            error=f"id {json_files.brief(entry.id)} is already that of line {first[entry.line]}; ids must be distinct.",
         )
         if first.get(entry.line, entry.line) != entry.line
         else entry
@@ -145,7 +144,7 @@ def _columns(settings: Any) -> list[str]:
 
 
 def _same_rows(journal: outputs.Journal, entries: list[inputs.Entry]) -> int:
-    """How many of the rows that were answered earlier say an error; ValueError if they are not the input's."""
+    """Counts the errors among rows answered earlier. ValueError if those rows are not the input's."""
     errors = 0
     for entry in entries:
         try:
@@ -155,15 +154,15 @@ def _same_rows(journal: outputs.Journal, entries: list[inputs.Entry]) -> int:
             row, same = {}, False
         if not same:
             raise ValueError(
-                f"{journal.path} does not have the answer to line {entry.line} (id {json_files.brief(entry.id)}) where "
-                f"it belongs: it was changed, or the input was. Remove {journal.path} to begin anew."
+                f"{journal.path} lacks the answer to line {entry.line} (id {json_files.brief(entry.id)}) in its "
+                f"place: it or the input was changed. Remove {journal.path} to start again."
             )
         errors += "error" in row
     return errors
 
 
-def _tell(rows: list[outputs.Row], *, before: int) -> int:
-    """Names the first errors there are; returns how many of these rows have one."""
+def _log_errors(rows: list[outputs.Row], *, before: int) -> int:
+    """Logs the first errors; returns the number of rows with one."""
     wrong = [row for row in rows if "error" in row]
     if hosts.is_first():
         for row in itertools.islice(wrong, max(0, _SHOWN - before)):
@@ -171,8 +170,8 @@ def _tell(rows: list[outputs.Row], *, before: int) -> int:
     return len(wrong)
 
 
-def _known_by(path: Path) -> dict[str, Any]:
-    """What tells an input from another, without reading all of it: its size, and a hash of both ends."""
+def _identity(path: Path) -> dict[str, Any]:
+    """Identifies an input without reading all of it: its size and a hash of both ends."""
     size = path.stat().st_size
     with path.open("rb") as file:
         ends = file.read(_END)

@@ -1,8 +1,8 @@
-"""Questions from a file, one after the other: JSON lines, CSV or Parquet, by the file's ending.
+"""Read questions from a file one by one: JSON lines, CSV or Parquet, by the file's ending.
 
-A row that cannot be asked becomes an `Entry` with its error, and the next row follows. Only what makes a whole file
-unreadable (no such columns, no Parquet at all) is raised. No more of a file is held than a row (JSON lines, CSV; at
-most `LONGEST_LINE` of it) or a batch of rows (Parquet, besides what pyarrow holds of a row group).
+A malformed row becomes an `Entry` with its error, and reading continues. Only faults of the whole file are raised
+(missing columns, not Parquet). Memory holds one row (JSON lines, CSV; at most `LONGEST_LINE` bytes) or one batch of
+rows (Parquet, plus pyarrow's row group).
 """
 
 import csv
@@ -14,26 +14,26 @@ from typing import IO, Any, Protocol, runtime_checkable
 from sbs_jax.prediction.engine import Question
 from sbs_jax.storage import json_files
 
-# Bytes of a line of JSON or CSV, or of a Parquet row's texts.
+# Bytes of a JSON or CSV line, or characters of a Parquet row.
 LONGEST_LINE = 2**20
 COLUMNS = ("id", "input", "adapter", "choices")
 REQUIRED = COLUMNS[:2]
-_ROWS = 256  # of a Parquet file, read at a time
+_ROWS = 256  # Parquet rows read at a time
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Entry:
-    """A row of a file: a question, or why there is none. `line` counts lines from 1 (Parquet: rows)."""
+    """A row of a file: a question or an error. `line` counts lines from 1 (Parquet: rows)."""
 
     line: int
     question: Question | None = None
-    id: str | None = None  # also that of a row without question, where it could be read
+    id: str | None = None  # also of a row with an error, if it could be read
     error: str | None = None
 
 
 @runtime_checkable
 class Reader(Protocol):
-    """Entries of a file in order, once. `done` of `total` have been read, in `unit`s."""
+    """Iterates once over the entries of a file; `done` of `total` `unit`s have been read."""
 
     total: int
     unit: str
@@ -45,13 +45,13 @@ class Reader(Protocol):
 
 
 def read(path: str | Path) -> Reader:
-    """A reader of the file, by its ending: .csv, .parquet, and JSON lines otherwise."""
+    """Returns a reader by the file's ending: .csv, .parquet, else JSON lines."""
     kinds = {".csv": _Csv, ".parquet": _Parquet}
     return kinds.get(Path(path).suffix.lower(), _JsonLines)(Path(path))
 
 
 def entry(row: Any, *, line: int) -> Entry:
-    """A row's entry; its values are what the file's format gives."""
+    """Makes a row's entry from the values that the file's format gives."""
     if not isinstance(row, Mapping):
         return Entry(line=line, error=f'expected {{"id": text, "input": text}}, got {json_files.brief(row)}')
     row_id = row.get("id") if isinstance(row.get("id"), str) else None
@@ -88,7 +88,7 @@ def _wrong(row: Mapping[str, Any]) -> str | None:
 
 
 class _Lines:
-    """Lines of a file of bytes: (number, line), the line None where it is longer than `LONGEST_LINE`."""
+    """Yields (number, line) of a file of bytes; a line longer than `LONGEST_LINE` is None."""
 
     unit = "B"
 
@@ -96,7 +96,7 @@ class _Lines:
         self.path, self.total, self.done = path, path.stat().st_size, 0
 
     def lines(self) -> Iterator[tuple[int, bytes | None]]:
-        # Bytes are split at "\n" alone: text may hold other characters that end a line elsewhere.
+        # Split at "\n" only: texts may hold other line-ending characters.
         with self.path.open("rb") as file:
             number = 0
             while line := file.readline(LONGEST_LINE + 1):
@@ -109,7 +109,7 @@ class _Lines:
                 yield number, None
 
     def _skip(self, file: IO[bytes]) -> None:
-        """Reads to the end of a line, and keeps nothing of it."""
+        """Reads to the end of a line and discards it."""
         while part := file.readline(LONGEST_LINE):
             self.done += len(part)
             if part.endswith(b"\n"):
@@ -134,7 +134,7 @@ class _JsonLines(_Lines):
 
 
 class _Csv(_Lines):
-    """Comma-separated with a header; a field in quotes may have line ends. `choices` is a JSON list of texts."""
+    """Reads comma-separated rows with a header; quoted fields may hold line ends. `choices` is a JSON list of texts."""
 
     def __iter__(self) -> Iterator[Entry]:
         csv.field_size_limit(LONGEST_LINE)
@@ -149,7 +149,7 @@ class _Csv(_Lines):
             except StopIteration:
                 return
             except csv.Error as error:
-                # The reader begins anew with the next line.
+                # csv.reader restarts with the next line.
                 found = Entry(line=self._first, error=f"not valid CSV: {error}.")
             else:
                 if not fields and self._wrong is None:
@@ -186,9 +186,9 @@ class _Csv(_Lines):
         if self._wrong is not None:
             return Entry(line=line, error=self._wrong)
         if len(fields) != len(header):
-            return Entry(line=line, error=f"got {len(fields)} fields; expected {len(header)}, as the header has.")
+            return Entry(line=line, error=f"got {len(fields)} fields; expected {len(header)}, as in the header.")
         row: dict[str, Any] = {name: text for name, text in zip(header, fields, strict=True) if name in COLUMNS}
-        # An empty cell is nothing, except that an input may be empty.
+        # An empty cell counts as missing, except that an input may be empty.
         row = {name: text for name, text in row.items() if text or name == "input"}
         if "choices" in row:
             try:
@@ -204,12 +204,12 @@ def _checked_columns(names: Sequence[str], path: Path) -> list[str]:
     if missing:
         listed = ", ".join(map(repr, names)) or "none"
         raise ValueError(
-            f"{path}: there is no column {' and none '.join(map(repr, missing))}; there are {json_files.part(listed)}. "
-            "Expected 'id' and 'input', and perhaps 'adapter' and 'choices'."
+            f"{path}: got the columns {json_files.part(listed)} without {' and '.join(map(repr, missing))}; expected "
+            "'id' and 'input', optionally 'adapter' and 'choices'."
         )
     for name in COLUMNS:
         if names.count(name) > 1:
-            raise ValueError(f"{path}: there are {names.count(name)} columns {name!r}; expected one.")
+            raise ValueError(f"{path}: got {names.count(name)} columns {name!r}; expected one.")
     return list(names)
 
 
@@ -217,7 +217,7 @@ def _checked_columns(names: Sequence[str], path: Path) -> list[str]:
 
 
 class _Parquet:
-    """Columns of strings `id`, `input`, perhaps `adapter`, and lists of strings `choices`."""
+    """Reads string columns `id`, `input`, optionally `adapter`, and a list-of-strings column `choices`."""
 
     unit = "row"
 
@@ -267,7 +267,7 @@ class _Parquet:
                 batch = next(batches, None)
             except (pa.ArrowException, OSError) as error:
                 raise ValueError(
-                    f"{self.path}: nothing can be read after row {self.done}: {json_files.part(str(error))}"
+                    f"{self.path} cannot be read after row {self.done}: {json_files.part(str(error))}"
                 ) from None
             if batch is None:
                 return

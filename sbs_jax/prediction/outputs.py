@@ -1,13 +1,13 @@
-"""Answers to a file: a journal of JSON lines while they come, then the file asked for, moved into place.
+"""Write answers to a journal of JSON lines, then convert it to the requested format and move it into place.
 
-While it runs there are, beside OUTPUT,
+During a run these files lie beside OUTPUT:
 
-    OUTPUT.partial       one line per row answered, in order
-    OUTPUT.partial.json  what they depend on: the input, the model, the settings
-    OUTPUT.partial.ids   ids met so far (seen.py), begun anew at every start
-    OUTPUT.partial.lock  who writes them
+    OUTPUT.partial       one line per answered row, in order
+    OUTPUT.partial.json  identity of input, model and settings
+    OUTPUT.partial.ids   ids seen so far (id_index.py), rebuilt at every start
+    OUTPUT.partial.lock  the writing process
 
-A process that ends, however it does, leaves them behind, and the same command goes on from there.
+A process that ends early leaves them behind, and the same command resumes from them.
 """
 
 import csv
@@ -19,15 +19,15 @@ from typing import Any
 
 from sbs_jax.storage import atomic, json_files, lock
 
-_ROWS = 8_192  # of a row group of Parquet
+_ROWS = 8_192  # per Parquet row group
 
 Row = dict[str, Any]
 
 
 class Journal:
-    """The answers to a file so far. `rows` of them are there, whole; `add` appends, `finish` makes the output.
+    """The answers so far: `rows` complete ones; `add` appends, `finish` makes the output.
 
-    ValueError where there is one that depends on something else; `lock.HeldError` where another process writes it.
+    ValueError if the existing journal has another identity; `lock.HeldError` if another process writes it.
     """
 
     def __init__(self, output: Path, *, about: Mapping[str, Any]) -> None:
@@ -54,9 +54,8 @@ class Journal:
             differences = _differences(before, about)
             if differences:
                 raise ValueError(
-                    f"{self.path} has answers of a run that was interrupted, with another "
-                    f"{'; another '.join(differences)}. "
-                    f"Repeat that command to go on with it, or remove {self.path} to begin anew."
+                    f"{self.path} holds answers of an interrupted run with another {'; another '.join(differences)}. "
+                    f"Repeat that command to resume it, or remove {self.path} to start again."
                 )
             return
         self.path.unlink(missing_ok=True)
@@ -64,25 +63,25 @@ class Journal:
         self.path.touch()
 
     def _count(self) -> int:
-        """Lines that are whole."""
+        """Counts complete lines."""
         return sum(1 for line in self._file if line.endswith(b"\n"))
 
     def read(self) -> Row:
-        """The next of the rows that are there."""
+        """Reads the next existing row."""
         return json.loads(self._file.readline())
 
     def cut(self) -> None:
-        """Drops what was not read: the beginning of what will be answered again."""
+        """Drops the rows not read yet; they will be answered again."""
         self._file.truncate(self._file.tell())
 
     def add(self, rows: Sequence[Row]) -> None:
-        """Appends rows, and hands them to the system: what ends this process alone does not take them back."""
+        """Appends rows and flushes them to the operating system, so they survive the end of this process."""
         self._lock.check()
         self._file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
         self._file.flush()
 
     def finish(self, *, columns: Sequence[str]) -> None:
-        """Writes the output in its format and moves it into place; `columns` are those of CSV and Parquet."""
+        """Writes the output in its format and moves it into place; `columns` applies to CSV and Parquet."""
         self._lock.check()
         made = self.path
         write = _WRITERS.get(self.output.suffix.lower())
@@ -100,7 +99,7 @@ class Journal:
         self._lock.release()
 
     def close(self) -> None:
-        """Leaves everything as it is, for another process to go on."""
+        """Closes the journal and keeps its files for a later process."""
         self._file.close()
         self._lock.release()
 

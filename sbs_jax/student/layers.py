@@ -173,7 +173,7 @@ class Dense(nnx.Module):
     in_scale: nnx.Param | None = None
     out_scale: nnx.Param | None = None
     bias: nnx.Param | None = None
-    # Set by prediction/weights.py: the dtype of both operands if it differs from `dtype`. Sums stay in `dtype`.
+    # Set by prediction/precision.py: the dtype of both operands if it differs from `dtype`. Sums stay in `dtype`.
     product_dtype: str | None = None
 
     def __init__(

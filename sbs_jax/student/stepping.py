@@ -232,7 +232,7 @@ def _product(dense: layers.Dense, axes: tuple[str | None, str | None], c: t5.T5C
         return dense
     scale_O = None
     if dense.product_dtype is not None and not isinstance(dense.kernel, nnx.Param):
-        kernel_IO, scale_O = dense.kernel.factors()  # prediction/weights.py sets it only without adapters
+        kernel_IO, scale_O = dense.kernel.factors()  # prediction/precision.py sets it only without adapters
     else:
         kernel_IO = dense.merged()
     kernel_IO = _prepared(kernel_IO, axes, c, product_dtype=dense.product_dtype)

@@ -1,13 +1,13 @@
-"""A student's weights as they are held and multiplied to predict: float32, bfloat16, or int8.
+"""Precision of a student's weights for prediction: float32, bfloat16, or int8.
 
-Only the matrices of `t5.Dense` change, among them that of the logits; embeddings, norms, biases, softmax and all sums
-stay float32. What adapters put on a matrix becomes part of it first.
+Only `Dense` matrices change, the logits' included; embeddings, norms, biases, softmax and all sums stay float32.
+Adapters are merged into their matrix first.
 
 float32: as trained.
-bfloat16: matrices are held in bfloat16, and what is multiplied with them is rounded to it. Half the memory.
-int8: matrices but that of the logits are held in int8 with a scale per column (quantized.py): a quarter of the memory.
-Their codes, whole numbers that bfloat16 holds exactly, are multiplied with inputs in bfloat16, and the sums scaled: as
-fast on a CPU as products of int8 with int8, without rounding inputs to 255 steps of their largest (docs/speed.md).
+bfloat16: matrices and their inputs are rounded to bfloat16. Half the memory.
+int8: matrices except the logits' are held in int8 with a scale per column (quantized.py). A quarter of the memory. The
+codes, which bfloat16 holds exactly, are multiplied with bfloat16 inputs and the sums scaled. On a CPU this is as fast
+as int8 times int8, without rounding inputs to 255 steps (docs/speed.md).
 """
 
 import functools
@@ -23,9 +23,9 @@ WEIGHTS = (FLOAT32, BFLOAT16, INT8)
 
 
 def held(structure: t5.Structure, parameters: t5.Parameters, *, weights: str) -> tuple[t5.Structure, t5.Parameters]:
-    """A student with its weights held so; structure and parameters as `t5.split` gives them.
+    """Converts a student's weights to a precision; structure and parameters are those of `t5.split`.
 
-    Layers must be unrolled, as those that predict are.
+    Layers must be unrolled, as they are for prediction.
     """
     if weights == FLOAT32:
         return structure, parameters
@@ -39,7 +39,7 @@ def held(structure: t5.Structure, parameters: t5.Parameters, *, weights: str) ->
     return t5.split(model)
 
 
-# Compiled once for each shape.
+# Compiled once per shape.
 _quantized = jax.jit(functools.partial(quantized.quantize, form=quantized.INT8))
 
 

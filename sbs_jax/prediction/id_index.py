@@ -1,4 +1,4 @@
-"""Which ids of a file have been met, kept on disk: memory stays constant however many there are."""
+"""Find repeated ids of a file in constant memory: the ids seen so far are kept on disk."""
 
 import hashlib
 import sqlite3
@@ -7,24 +7,24 @@ from pathlib import Path
 from types import TracebackType
 
 
-class Seen:
-    """Digests of ids and the line of the first row with each, in an SQLite file that lives as long as this.
+class IdIndex:
+    """Maps digests of ids to the line of their first row, in an SQLite file that is deleted at the end.
 
-    16 bytes of BLAKE2b stand for an id, so two ids are never taken for one another.
+    16 bytes of BLAKE2b stand for an id, so collisions do not occur in practice.
     """
 
     def __init__(self, path: Path | None) -> None:
-        """A file that is there is one that an earlier process left behind: it is begun anew. None: anywhere."""
+        """Opens the file, replacing one that an earlier process left behind; None takes a temporary file."""
         if path is not None:
             path.unlink(missing_ok=True)
         self._path, self._connection = path, sqlite3.connect(path or "", isolation_level=None)
-        # Nothing here outlives the process, so nothing is made safe for that.
+        # Nothing here outlives the process, so durability is off.
         for pragma in ("journal_mode = OFF", "synchronous = OFF", "locking_mode = EXCLUSIVE", "cache_size = -32000"):
             self._connection.execute(f"PRAGMA {pragma}")
         self._connection.execute("CREATE TABLE ids (digest BLOB PRIMARY KEY, line INTEGER) WITHOUT ROWID")
 
     def first_lines(self, rows: Sequence[tuple[str, int]]) -> list[int]:
-        """Notes (id, line) rows; of each, the line of the first row with its id, its own line if it is the first."""
+        """Adds (id, line) rows; returns per row the line of the first row with its id."""
         digests = [
             hashlib.blake2b(row_id.encode(errors="surrogatepass"), digest_size=16).digest() for row_id, _ in rows
         ]
@@ -37,7 +37,7 @@ class Seen:
         find = "SELECT line FROM ids WHERE digest = ?"
         return [self._connection.execute(find, (digest,)).fetchone()[0] for digest in digests]
 
-    def __enter__(self) -> "Seen":
+    def __enter__(self) -> "IdIndex":
         return self
 
     def __exit__(
