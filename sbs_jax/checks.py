@@ -19,15 +19,24 @@ def whole_number(name: str, value: object, *, least: int) -> None:
         raise ValueError(f"{name} is {value!r}; expected a whole number of at least {least}.")
 
 
-def number(name: str, value: object, *, least: int | float | None = None, above: int | float | None = None) -> None:
-    """Requires a finite int or float, at least `least` or above `above` where one is given; bool is not one."""
+def number(
+    name: str,
+    value: object,
+    *,
+    least: int | float | None = None,
+    above: int | float | None = None,
+    below: int | float | None = None,
+) -> None:
+    """Requires a finite int or float, at least `least` or above `above`, and below `below`, where given; not a bool."""
     bound = f" of at least {least:g}" if least is not None else f" above {above:g}" if above is not None else ""
+    bound += f" and below {below:g}" if below is not None else ""
     in_range = (
         not isinstance(value, bool)
         and isinstance(value, int | float)
         and math.isfinite(value)
         and (least is None or value >= least)
         and (above is None or value > above)
+        and (below is None or value < below)
     )
     if not in_range:
         raise ValueError(f"{name} is {value!r}; expected a number{bound}.")

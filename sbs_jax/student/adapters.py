@@ -8,7 +8,6 @@ expression that matches the whole name of a module (`encoder/layers/0/attention/
 """
 
 import dataclasses
-import difflib
 import functools
 import math
 import re
@@ -22,6 +21,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
+from sbs_jax import checks
 from sbs_jax.student import layers, quantized, stacking, t5
 from sbs_jax.student.partitioning import gather
 
@@ -49,12 +49,10 @@ class LoRA:
     modules: Sequence[str] = ("query", "value")
 
     def __post_init__(self) -> None:
-        _check_whole("LoRA.rank", self.rank)
+        checks.whole_number("LoRA.rank", self.rank, least=1)
+        checks.number("LoRA.alpha", self.alpha, above=0.0)
+        checks.number("LoRA.dropout", self.dropout, least=0.0, below=1.0)
         _check_patterns(self, "modules")
-        if isinstance(self.alpha, bool) or not isinstance(self.alpha, int | float) or not 0 < self.alpha < math.inf:
-            raise ValueError(f"LoRA.alpha is {self.alpha!r}; expected a number above 0, such as twice the rank.")
-        if isinstance(self.dropout, bool) or not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"LoRA.dropout is {self.dropout!r}; expected 0 <= rate < 1.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,12 +66,8 @@ class Bottleneck:
     activation: str = "gelu"
 
     def __post_init__(self) -> None:
-        _check_whole("Bottleneck.width", self.width)
-        if self.activation not in layers.ACTIVATIONS:
-            raise ValueError(
-                f"Bottleneck.activation is {self.activation!r}; expected one of {', '.join(layers.ACTIVATIONS)}."
-                f"{_near(str(self.activation), layers.ACTIVATIONS)}"
-            )
+        checks.whole_number("Bottleneck.width", self.width, least=1)
+        checks.choice("Bottleneck.activation", self.activation, layers.ACTIVATIONS)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,7 +77,7 @@ class Prompt:
     length: int
 
     def __post_init__(self) -> None:
-        _check_whole("Prompt.length", self.length, least=0)
+        checks.whole_number("Prompt.length", self.length, least=0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -98,7 +92,7 @@ class Prefix:
     attentions: Sequence[str] = ("attention", "self_attention", "encoder_decoder_attention")
 
     def __post_init__(self) -> None:
-        _check_whole("Prefix.length", self.length, least=0)
+        checks.whole_number("Prefix.length", self.length, least=0)
         _check_patterns(self, "attentions")
 
 
@@ -110,8 +104,7 @@ class IA3:
     inputs: Sequence[str] = ("wo",)
 
     def __post_init__(self) -> None:
-        _check_patterns(self, "outputs")
-        _check_patterns(self, "inputs")
+        _check_patterns(self, "outputs", "inputs")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -149,12 +142,9 @@ class Tuning:
     biases: Biases | None = None
 
     def __post_init__(self) -> None:
-        if self.base not in BASES:
-            raise ValueError(
-                f"Tuning.base is {self.base!r}; expected one of {', '.join(BASES)}.{_near(str(self.base), BASES)}"
-            )
+        checks.choice("Tuning.base", self.base, BASES)
+        checks.whole_number("Tuning.last_layers", self.last_layers, least=0)
         _check_patterns(self, "quantized", "trained")
-        _check_whole("Tuning.last_layers", self.last_layers, least=0)
         if not any((self.trained, self.last_layers, *(getattr(self, name) is not None for name in PARTS))):
             raise ValueError(
                 "Tuning trains nothing; give it one of trained, last_layers, lora, bottleneck, prompt, prefix, ia3 and "
@@ -173,11 +163,6 @@ class Tuning:
 PARTS = {"lora": LoRA, "bottleneck": Bottleneck, "prompt": Prompt, "prefix": Prefix, "ia3": IA3, "biases": Biases}
 
 
-def _check_whole(name: str, value: Any, *, least: int = 1) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name} is {value!r}; expected a whole number of at least {least}.")
-
-
 def _check_patterns(owner: Any, *names: str) -> None:
     """Turns patterns into a tuple (gin and JSON give lists) and checks that each compiles."""
     for name in names:
@@ -188,7 +173,9 @@ def _check_patterns(owner: Any, *names: str) -> None:
             try:
                 re.compile(pattern)
             except re.error as error:
-                raise ValueError(f"{type(owner).__name__}.{name}: {pattern!r} is no pattern ({error}).") from error
+                raise ValueError(
+                    f"{type(owner).__name__}.{name}: {pattern!r} is not a regular expression ({error})."
+                ) from error
         object.__setattr__(owner, name, tuple(patterns))
 
 
@@ -272,8 +259,8 @@ def attach(model: t5.T5, tuning: Tuning) -> None:
             shape = _shape(kernels[name])
             if tuning.lora.rank > min(shape):
                 raise ValueError(
-                    f"LoRA.rank is {tuning.lora.rank}, above the smaller dimension of {name} {list(shape)}; a rank of "
-                    f"{min(shape)} is all that matrix has. Expected far less, such as 8."
+                    f"LoRA.rank is {tuning.lora.rank}, above the smaller dimension of {name} {list(shape)}; expected "
+                    f"far less than {min(shape)}, such as 8."
                 )
             kernels[name].lora = LoRAModule(kernels[name], shape, lora=tuning.lora)
     if tuning.ia3 is not None:
@@ -307,10 +294,10 @@ def _quantize(model: t5.T5, kernels: Mapping[str, layers.Dense], tuning: Tuning)
         if _matches(pattern, table) and not any(_matches(pattern, name) for name in kernels)
     ]
     if own:
-        tied = ", and the matrix of the logits" if model.config.logits_via_embedding else ""
+        tied = ", also the matrix of the logits" if model.config.logits_via_embedding else ""
         raise ValueError(
-            f"Tuning.quantized has {own[0]!r}, the embedding table. It is looked up{tied}, and not quantised; it is "
-            f"held in bfloat16. Kernels of the layers can be: {', '.join(_short_names(kernels))}."
+            f"Tuning.quantized has {own[0]!r}, the embedding table{tied}, which is not quantized but stored in "
+            f"bfloat16. Expected kernels of the layers: {', '.join(_short_names(kernels))}."
         )
     for name in matching(tuning.quantized, kernels, what="Tuning.quantized"):
         if _is_trained(tuning, f"{name}/kernel", model.config):
@@ -318,8 +305,8 @@ def _quantize(model: t5.T5, kernels: Mapping[str, layers.Dense], tuning: Tuning)
         dense, shape = kernels[name], _shape(kernels[name])
         if tuning.base == quantized.NF4 and shape[0] % quantized.BLOCK:
             raise ValueError(
-                f"{name} {list(shape)} cannot be held in nf4: {shape[0]} rows do not divide into blocks of "
-                f"{quantized.BLOCK}. Hold it in int8, or leave it out of Tuning.quantized."
+                f"{name} {list(shape)} cannot be stored in nf4: {shape[0]} rows do not divide into blocks of "
+                f"{quantized.BLOCK}. Use int8, or leave it out of Tuning.quantized."
             )
         kernel = quantized.Kernel(shape, form=tuning.base, axes=dense.axes)
         delattr(dense, "kernel")
@@ -353,21 +340,16 @@ def matching(patterns: Iterable[str], names: Collection[str], *, what: str) -> l
     """Returns the names that match any of the patterns, in order. ValueError if a pattern matches none."""
     for pattern in patterns:
         if not any(_matches(pattern, name) for name in names):
-            ends = _short_names(names)
+            short = _short_names(names)
             raise ValueError(
-                f"{what} has {pattern!r}, which matches nothing.{_near(pattern, [*ends, *names])} There are "
-                f"{', '.join(ends)}, in full such as {next(iter(names), 'none')}."
+                f"{what} has {pattern!r}, which matches nothing.{checks.nearest(pattern, [*short, *names])} Expected "
+                f"one of {', '.join(short)}, or a full name such as {next(iter(names), 'none')}."
             )
     return [name for name in names if any(_matches(pattern, name) for pattern in patterns)]
 
 
 def _short_names(names: Iterable[str]) -> list[str]:
     return sorted({name.rpartition("/")[2] for name in names})
-
-
-def _near(name: str, known: Iterable[str]) -> str:
-    found = difflib.get_close_matches(name, list(known), n=2, cutoff=0.6)
-    return f" Did you mean {' or '.join(map(repr, found))}?" if found else ""
 
 
 # ------------------------------------------------------------------------------------ trained and frozen
@@ -402,8 +384,8 @@ def _abstract(config: t5.T5Config, tuning: Tuning | None, execution: t5.Executio
     _, own, _ = t5.abstract(config)
     if tuning.last_layers > min(config.num_encoder_layers, config.num_decoder_layers):
         raise ValueError(
-            f"Tuning.last_layers is {tuning.last_layers}; the stacks have {config.num_encoder_layers} and "
-            f"{config.num_decoder_layers} layers."
+            f"Tuning.last_layers is {tuning.last_layers}; expected at most the layers of each stack, "
+            f"{config.num_encoder_layers} and {config.num_decoder_layers}."
         )
     matching(tuning.trained, own, what="Tuning.trained")
     _, unrolled, _ = t5.abstract(config, change=lambda model: attach(model, tuning))
@@ -454,7 +436,7 @@ def _trained_stacks(unrolled: Mapping[str, Any], trained: Collection[str]) -> se
         alike = not stacking.is_stacked(name) or len(of) == layers[name.partition("/")[0]]
         if not alike or len({each in trained for each in of}) > 1 or len({unrolled[each].shape for each in of}) > 1:
             raise ValueError(
-                f"This tuning treats the layers of a stack differently ({of[0]}), and scanned layers are one array. "
+                f"Tuning treats the layers of a stack differently ({of[0]}), but scanned layers are one array. "
                 'Set LAYERS = "unrolled", or choose modules of all layers.'
             )
         if of[0] in trained:

@@ -15,7 +15,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, Key
 
-from sbs_jax.checks import nearest
+from sbs_jax import checks
 from sbs_jax.student import attention
 from sbs_jax.student.partitioning import constrain, gather
 
@@ -65,30 +65,16 @@ class T5Config:
             *("vocab_size", "emb_dim", "num_heads", "head_dim", "mlp_dim"),
             *("num_encoder_layers", "num_decoder_layers", "relative_attention_num_buckets"),
         ):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"T5Config.{name} is {value!r}; expected a whole number of at least 1.")
-        if not 0.0 <= self.dropout_rate < 1.0:
-            raise ValueError(f"T5Config.dropout_rate is {self.dropout_rate!r}; expected 0 <= rate < 1.")
+            checks.whole_number(f"T5Config.{name}", getattr(self, name), least=1)
+        checks.number("T5Config.dropout_rate", self.dropout_rate, least=0.0, below=1.0)
         for name in ("neftune_alpha", "neftune_decoder_alpha"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 <= value < math.inf:
-                raise ValueError(f"T5Config.{name} is {value!r}; expected a number of at least 0, such as 5.0.")
-        if self.dtype not in DTYPES:
-            raise ValueError(f"T5Config.dtype is {self.dtype!r}; expected one of {', '.join(DTYPES)}.")
-        if self.relative_attention_bias not in RELATIVE_BIASES:
-            raise ValueError(
-                f"T5Config.relative_attention_bias is {self.relative_attention_bias!r}; expected one of "
-                f"{', '.join(RELATIVE_BIASES)}."
-            )
+            checks.number(f"T5Config.{name}", getattr(self, name), least=0.0)
+        checks.choice("T5Config.dtype", self.dtype, DTYPES)
+        checks.choice("T5Config.relative_attention_bias", self.relative_attention_bias, RELATIVE_BIASES)
         if not self.mlp_activations:
             raise ValueError("T5Config.mlp_activations is empty; expected ('relu',) or ('gelu', 'linear').")
         for name in self.mlp_activations:
-            if name not in ACTIVATIONS:
-                raise ValueError(
-                    f"T5Config.mlp_activations has {name!r}; expected some of {', '.join(ACTIVATIONS)}."
-                    f"{nearest(str(name), ACTIVATIONS)}"
-                )
+            checks.choice("One of T5Config.mlp_activations", name, ACTIVATIONS)
 
     @classmethod
     def of(cls, saved: Mapping[str, Any]) -> "T5Config":

@@ -17,6 +17,8 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from sbs_jax import checks
+
 AXES = ("slice", "data", "fsdp", "tensor")
 Rules = Mapping[str, str | tuple[str, ...] | None]
 
@@ -62,13 +64,11 @@ class Layout:
         if any(not isinstance(n, int) or isinstance(n, bool) or n == 0 or n < -1 for n in shape.values()):
             raise ValueError(f"Layout has {shape}; expected whole numbers of at least 1, or one -1.")
         if list(shape.values()).count(-1) > 1:
-            raise ValueError(f"Layout has {shape}; only one axis can be -1 (all devices that are left).")
+            raise ValueError(f"Layout has {shape}; expected at most one -1 (all remaining devices).")
         for name, axes in self.rules.items():
-            if name not in RULES:
-                raise ValueError(f"Layout.rules has {name!r}; logical axes are {', '.join(RULES)}.")
-            wrong = [axis for axis in _as_tuple(axes) if axis not in AXES]
-            if wrong:
-                raise ValueError(f"Layout.rules puts {name!r} on {wrong}; mesh axes are {', '.join(AXES)}.")
+            checks.choice("A logical axis of Layout.rules", name, RULES)
+            for axis in _as_tuple(axes):
+                checks.choice(f"Mesh axis of {name!r} in Layout.rules", axis, AXES)
 
     @property
     def shape(self) -> dict[str, int]:
@@ -83,7 +83,7 @@ class Layout:
             axis = next((a for a, n in self.shape.items() if n == -1), "fsdp")
             nearest = self._nearest(axis, devices)
             raise ValueError(
-                f"The mesh {self.shape} does not fit {devices} devices; its axes must multiply to {devices}. The "
+                f"The mesh {self.shape} does not fit {devices} devices: its axes must multiply to {devices}; the "
                 f"nearest that does: {nearest}. Choose it, another mesh (gin_configs/meshes/) or another machine."
             )
         return sizes
@@ -107,7 +107,7 @@ class Layout:
         if sizes["slice"] > 1 and len(slices) > 1:
             if len(slices) != sizes["slice"]:
                 raise ValueError(
-                    f"Layout.slice is {sizes['slice']}, and the devices form {len(slices)} slices; set slice to "
+                    f"Layout.slice is {sizes['slice']}, but the devices form {len(slices)} slices; set slice to "
                     f"{len(slices)}."
                 )
             within = (1, *(sizes[axis] for axis in AXES[1:]))

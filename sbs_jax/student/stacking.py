@@ -127,8 +127,8 @@ def _over(function: Callable[..., Any], side: str) -> Callable[..., Any]:
             found = jax.vmap(flat, in_axes=over, out_axes=axes(out))(*leaves)
         except ValueError as error:
             raise ValueError(
-                "This optimiser mixes parameters of different layers (a global norm, an average over all of them), "
-                "which scanned layers cannot do one layer at a time. Use TrainConfig.clip_norm for the norm, or "
+                "The optimizer mixes parameters of different layers (a global norm or average), which is impossible "
+                "with scanned layers. Use TrainConfig.clip_norm for the norm, or "
                 f't5.Execution.layers = "unrolled". ({error})'
             ) from error
         return jax.tree.unflatten(results[-1], found)

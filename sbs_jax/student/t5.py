@@ -362,11 +362,8 @@ class Execution:
     remat: str
 
     def __post_init__(self) -> None:
-        for name, known in (("layers", LAYERS), ("remat", tuple(REMAT))):
-            value = getattr(self, name)
-            if value not in known:
-                hint = checks.nearest(str(value), known)
-                raise ValueError(f"Execution.{name} is {value!r}; expected one of {', '.join(known)}.{hint}")
+        checks.choice("Execution.layers", self.layers, LAYERS)
+        checks.choice("Execution.remat", self.remat, REMAT)
 
 
 UNROLLED = Execution(layers="unrolled", remat="none")
