@@ -1,4 +1,4 @@
-"""The side of bespokelabs-curator in the suite teacher: a script for an interpreter that has it and nothing of ours.
+"""Asks with bespokelabs-curator, for the suite teacher: a script for an interpreter that has it and nothing of ours.
 
 Its limits are raised so that only the number of requests in flight binds; its telemetry is off. It counts the tokens of
 its requests with tiktoken, which downloads its vocabulary; offline they are guessed from the length, which is less work

@@ -173,7 +173,7 @@ def use_threads(count: int) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Turn:
-    """The work of one side in one of its turns."""
+    """One side's work in one of its turns."""
 
     seconds: float
     tokens: int
@@ -294,7 +294,7 @@ def once(side: Callable[..., Any], /, **options: Any) -> dict[str, Any]:
 
 
 class Sides(list[Side]):
-    """The sides of a comparison. Leaving the `with` block ends them all."""
+    """All sides of a comparison. Leaving the `with` block ends them."""
 
     def __enter__(self) -> "Sides":
         return self
