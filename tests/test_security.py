@@ -202,7 +202,7 @@ def test_a_member_of_an_npz_that_is_no_array_of_these_numbers_is_refused(
     with zipfile.ZipFile(path, "w") as archive:
         data = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + bytes(64) + more
         archive.writestr("a.npy", data)
-    with pytest.raises(ValueError, match=r"a\.npy is said to be .* which cannot be"):
+    with pytest.raises(ValueError, match=r"a\.npy claims to be"):
         opening.arrays_of(path, wanted={"a": (16,)})
 
 
@@ -223,7 +223,7 @@ def test_an_index_of_hugging_face_leads_to_no_other_folder(tmp_path: Path, named
     whole.rename(tmp_path / "secret.safetensors")  # what it would find there is a model
     index = {"weight_map": {"shared.weight": named}}
     (tmp_path / "out" / hugging_face.INDEX).write_text(json.dumps(index))
-    with pytest.raises(ValueError, match=r"index\.json: 'shared\.weight' is said to be in"):
+    with pytest.raises(ValueError, match=r"index\.json: 'shared\.weight' is in"):
         hugging_face.open_directory(tmp_path / "out")
 
 
@@ -239,7 +239,7 @@ def test_a_file_of_t5x_leads_to_no_other_folder(tmp_path: Path, named: str) -> N
             with pytest.raises(FileNotFoundError, match=re.escape(str(tmp_path))):
                 t5x.open_checkpoint(tmp_path)
         else:
-            with pytest.raises(ValueError, match="expected the name of a folder beside the file"):
+            with pytest.raises(ValueError, match="expected a folder beside the file"):
                 t5x.open_checkpoint(tmp_path)
 
 
@@ -258,7 +258,7 @@ def test_a_header_s_claims_are_not_followed(tmp_path: Path) -> None:
     array = json.loads(metadata.read_text())
     for claim in ({"shape": [2**60, 24]}, {"chunks": [2**40, 24]}):
         metadata.write_text(json.dumps(array | claim))
-        with pytest.raises(ValueError, match=r"is said to (have the shape|be in pieces of) [\s\S]*damaged"):
+        with pytest.raises(ValueError, match=r"has (the shape|chunks of) [\s\S]*damaged"):
             t5x.open_checkpoint(older)
     tree = {"encoder": {"layers_999999999": {"mlp": {"wo": {"kernel": np.zeros((2, 2), np.float32)}}}}}
     (tmp_path / "checkpoint").write_bytes(serialization.msgpack_serialize({"target": tree}))

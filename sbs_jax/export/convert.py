@@ -16,6 +16,7 @@ from sbs_jax.data import tokens
 from sbs_jax.export import card as cards
 from sbs_jax.export import transformers
 from sbs_jax.run import checkpoints, directory
+from sbs_jax.storage import atomic
 from sbs_jax.student import t5
 from sbs_jax.weights import hugging_face, merging, names, opening, peft, t5x
 from sbs_jax.weights.arrays import Opened
@@ -125,7 +126,7 @@ def _write_t5x(job: _Job) -> None:
     if "://" in job.target:
         t5x.write(job.target, _parameters(job.opened), step=job.opened.step)
         return
-    with hugging_face.beside(Path(job.target)) as folder:
+    with atomic.new_folder(Path(job.target)) as folder:
         t5x.write(folder, _parameters(job.opened), step=job.opened.step)
         _write_json(folder / hugging_face.ORIGIN, job.opened.origin)
         _write_json(folder / cards.FILE, cards.of(job.source, job.opened, form=job.form))
@@ -133,7 +134,7 @@ def _write_t5x(job: _Job) -> None:
 
 def _write_run(job: _Job) -> None:
     opened = job.opened
-    with hugging_face.beside(Path(job.target)) as folder:
+    with atomic.new_folder(Path(job.target)) as folder:
         checkpoints.save_parameters(
             *(folder, _parameters(opened)),
             config=opened.config,
@@ -165,7 +166,7 @@ def _write_programs(job: _Job, *, to_form: str) -> dict[str, Any]:
 
     student = Student.of(job.opened, source=job.source, form=job.form, base=job.base)
     texts = _samples(job.source, student.card, form=job.form, given=job.samples, rows=job.check)
-    with hugging_face.beside(Path(job.target)) as folder:
+    with atomic.new_folder(Path(job.target)) as folder:
         if to_form == ONNX:
             return onnx.write(folder, student, shapes=job.shapes, samples=texts)
         return stablehlo.write(

@@ -1,8 +1,9 @@
-"""Atomic writes: a file is written beside its place, then moved there."""
+"""Atomic writes: a file or folder is written beside its place, then moved there."""
 
 import contextlib
 import errno
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -27,6 +28,25 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             temporary.unlink()  # it may hold the last free space
         raise
     sync_directory(path.parent)
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Makes `<path>.incomplete`, which becomes `path` when the block ends without an error and is removed otherwise.
+
+    FileExistsError where `path` exists.
+    """
+    if path.exists():
+        raise FileExistsError(f"{path} exists already; choose another name, or remove it.")
+    folder = path.with_name(f"{path.name}.incomplete")
+    shutil.rmtree(folder, ignore_errors=True)  # left by an interrupted block
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    folder.rename(path)
 
 
 def replace(path: Path, contents: bytes) -> None:

@@ -45,9 +45,9 @@ def check(found: Mapping[str, Any], expected: Mapping[str, Any], *, owner: str) 
     """Requires the base that the adapters of `owner` were trained on. ValueError for another."""
     if found["fingerprint"] != expected["fingerprint"]:
         raise ValueError(
-            f"{owner} has adapters of another base. They were trained on {described(expected)}, of fingerprint "
-            f"{expected['fingerprint'][:16]}; {described(found)} has {found['fingerprint'][:16]}. Give the base they "
-            "were trained on."
+            f"{owner} has adapters of another base: trained on {described(expected)} (fingerprint "
+            f"{expected['fingerprint'][:16]}), got {described(found)} ({found['fingerprint'][:16]}). Give the "
+            "base they were trained on."
         )
 
 
@@ -68,6 +68,6 @@ def place(identity: Mapping[str, Any], given: str | None, *, owner: str) -> str 
     """
     path = given or identity["path"]
     if path is not None and "://" not in str(path) and not Path(path).exists():
-        moved = "" if given else " (any more). Where it lies now is given by --base (sbs evaluate: --gin.BASE_PATH)"
+        moved = "" if given else " (any more). Say where it is now by --base (sbs evaluate: --gin.BASE_PATH)"
         raise FileNotFoundError(f"The base of {owner} is {path}: nothing is there{moved}.")
     return path

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sbs_jax.student import adapters, quantized
-from sbs_jax.weights.arrays import LazyArray, Opened
+from sbs_jax.weights.arrays import Index, LazyArray, Opened
 
 # Adapters that change a kernel, by the end of their names. No other kind can be merged.
 OF_KERNEL = ("lora/a", "lora/b", "in_scale", "out_scale")
@@ -17,20 +17,20 @@ OF_KERNEL = ("lora/a", "lora/b", "in_scale", "out_scale")
 
 def check(opened: Opened, *, owner: str) -> None:
     """Requires adapters that a plain T5 can hold. ValueError for bottlenecks, prompts, prefixes and biases."""
-    extra = _without_place(opened)
+    extra = without_place(opened)
     if extra:
         raise ValueError(
-            f"{owner} has {kinds(extra)} ({extra[0]}), which cannot be merged: a T5 without adapters has no place for "
-            "them. LoRA, IA3, layer norms and layers can be. Predict and evaluate with the run as it is, and its base."
+            f"{owner} has {kinds(extra)} ({extra[0]}), which cannot be merged: a plain T5 has no place for them. "
+            "Predict and evaluate with the run as it is, and its base."
         )
 
 
 def possible(opened: Opened) -> bool:
     """Returns whether `merged` can make a plain T5 of it."""
-    return not _without_place(opened)
+    return not without_place(opened)
 
 
-def _without_place(opened: Opened) -> list[str]:
+def without_place(opened: Opened) -> list[str]:
     """Lists the trained parameters that a plain T5 has no place for."""
     own = adapters.base_names(opened.config)
     return sorted(name for name in opened.arrays if name not in own and not name.endswith(OF_KERNEL))
@@ -81,7 +81,7 @@ def _array(name: str, kernel: LazyArray, trained: Mapping[str, LazyArray], tunin
     if not parts or not name.endswith("/kernel"):
         return kernel
 
-    def read(index: tuple[slice, ...]) -> np.ndarray:
+    def read(index: Index) -> np.ndarray:
         rows, columns = index
         values = kernel.read(index).astype(np.float32)
         if "lora/a" in parts:
@@ -99,19 +99,17 @@ def _held(
     name: str, base: LazyArray, tuning: adapters.Tuning, *, shapes: Mapping[str, jax.ShapeDtypeStruct]
 ) -> LazyArray:
     """Rounds or quantizes an array of the base as training did."""
-    if name in shapes:
-        dtype = shapes[name].dtype
+    if name in shapes and shapes[name].dtype == jnp.float32:
+        return base
 
-        def rounded(index: tuple[slice, ...]) -> np.ndarray:
-            return base.read(index).astype(dtype).astype(np.float32)
+    def rounded(index: Index) -> np.ndarray:
+        return base.read(index).astype(shapes[name].dtype).astype(np.float32)
 
-        return base if dtype == jnp.float32 else LazyArray(base.shape, np.dtype(np.float32), rounded)
-
-    def whole(index: tuple[slice, ...]) -> np.ndarray:
+    def quantized_and_back(index: Index) -> np.ndarray:
         parts = quantized.quantize(jnp.asarray(base.whole()), form=tuning.base)
         return np.asarray(quantized.dequantize(parts, form=tuning.base))[index]
 
-    return LazyArray(base.shape, np.dtype(np.float32), whole)
+    return LazyArray(base.shape, np.dtype(np.float32), rounded if name in shapes else quantized_and_back)
 
 
 def kinds(names: list[str]) -> str:

@@ -7,20 +7,21 @@ apart: `encoder/encoder/attention/query/kernel`, `[D, L, H, K]`; ours has the la
 """
 
 import dataclasses
-import difflib
 import functools
 import math
+import types
 from collections.abc import Collection, Mapping
 
 import jax
 
+from sbs_jax.checks import nearest
 from sbs_jax.storage.json_files import part
 from sbs_jax.student import t5
+from sbs_jax.weights.arrays import Shapes
 
 _LAYER = "{layer}"
 _DENSE, _AS_IS = True, False
 
-# ours: (Hugging Face's, transposed there). An architecture uses the rows of the parameters it has.
 _SELF, _CROSS, _MLP = "SelfAttention", "EncDecAttention", "DenseReluDense"
 
 
@@ -36,6 +37,7 @@ def _mlp(ours: str, theirs: str) -> dict[str, tuple[str, bool]]:
 _ENCODER, _ENCODER_BLOCK = "encoder/layers/{layer}", "encoder.block.{layer}.layer"
 _DECODER, _DECODER_BLOCK = "decoder/layers/{layer}", "decoder.block.{layer}.layer"
 _BIAS = "relative_attention_bias.weight"
+# ours: (Hugging Face's, transposed there). An architecture uses the rows of the parameters it has.
 TABLE: dict[str, tuple[str, bool]] = {
     "token_embedder/embedding": ("shared.weight", _AS_IS),
     "logits_dense/kernel": ("lm_head.weight", _DENSE),
@@ -90,8 +92,7 @@ def _name(ours: str) -> Name:
     layer = int(parts[2]) if len(parts) > 3 and parts[1] == "layers" else None
     pattern = ours if layer is None else "/".join([parts[0], parts[1], _LAYER, *parts[3:]])
     if pattern not in TABLE:
-        near = difflib.get_close_matches(pattern, TABLE, n=1)
-        raise ValueError(f"The table of names has no row for {pattern!r}{f'; nearest is {near[0]!r}' if near else ''}.")
+        raise ValueError(f"The table of names has no row for {pattern!r}.{nearest(pattern, TABLE)}")
     theirs, transposed = TABLE[pattern]
     if layer is None:
         name = _ELSEWHERE.get(ours, ours)
@@ -107,65 +108,52 @@ def _name(ours: str) -> Name:
     )
 
 
-def check(
-    path: object, found: Mapping[str, tuple[int, ...]], like: Mapping[str, tuple[int, ...]], *, kind: str
-) -> None:
+def check(path: object, found: Shapes, wanted: Shapes, *, kind: str) -> None:
     """Requires equal names and shapes. ValueError lists what is missing, left over or of another shape."""
-    missing = sorted(set(like) - set(found))
-    extra = sorted(set(found) - set(like))
+    missing = sorted(set(wanted) - set(found))
+    extra = sorted(set(found) - set(wanted))
     reshaped = [
-        f"{name}: checkpoint {tuple(found[name])}, model {tuple(like[name])}"
-        for name in sorted(set(like) & set(found))
-        if tuple(found[name]) != tuple(like[name])
+        f"{name}: checkpoint {tuple(found[name])}, model {tuple(wanted[name])}"
+        for name in sorted(set(wanted) & set(found))
+        if tuple(found[name]) != tuple(wanted[name])
     ]
-    if not (missing or extra or reshaped):
-        return
-    lines = [f"{path} ({kind}) is a checkpoint of another architecture than the configured model."]
+    lines = []
     for title, names in (("shapes differ", reshaped), ("missing", missing), ("left over", extra)):
         if names:
-            lines.append(
-                f"  {title} ({len(names)}): " + "; ".join(map(part, names[:5])) + (" .." if len(names) > 5 else "")
-            )
-    for name in missing[:3]:
-        near = difflib.get_close_matches(name, extra, n=1)
-        if near:
-            lines.append(f"  nearest to {name!r} is {part(near[0])!r}")
-    lines.append("Include the gin file of the model that the checkpoint was trained with (gin_configs/models/).")
-    raise ValueError("\n".join(lines))
+            shown = "; ".join(map(part, names[:5]))
+            lines.append(f"  {title} ({len(names)}): {shown}{' ..' if len(names) > 5 else ''}")
+    lines += [f"  {name!r}:{near}" for name in missing[:3] if (near := nearest(name, [part(each) for each in extra]))]
+    if lines:
+        raise ValueError(
+            f"{path} ({kind}) is a checkpoint of another architecture than the configured model.\n"
+            + "\n".join(lines)
+            + "\nInclude the gin file of the model that the checkpoint was trained with (gin_configs/models/)."
+        )
 
 
 # Far above any T5; a header can claim anything.
 MOST_LAYERS = 1_000
 MOST_NUMBERS = 2**40
-
-
 STACKS = ("encoder", "decoder")
 
 
-def check_sizes(
-    path: object,
-    shapes: Mapping[str, tuple[int, ...]],
-    config: t5.T5Config,
-    *,
-    layers: Mapping[str, int],
-    kind: str,
-) -> None:
+def check_sizes(path: object, found: Shapes, config: t5.T5Config, *, layers: Mapping[str, int], kind: str) -> None:
     """Requires plausible sizes, and those of the architecture as far as one layer shows them.
 
-    Call it before `parameters`, whose time and memory grow with sizes that a file from outside claims. `shapes` are by
+    Call it before `parameters`, whose time and memory grow with sizes that a file from outside claims. `found` is by
     our names; `layers` counts the layers of each stack that have arrays.
     """
-    for name, shape in shapes.items():
+    for name, shape in found.items():
         if math.prod(shape) > MOST_NUMBERS:
             raise ValueError(
-                f"{path} ({kind}): {part(name)} is said to have the shape {shape}, more than {MOST_NUMBERS:,} numbers. "
-                "The file is damaged; get it anew."
+                f"{path} ({kind}): {part(name)} has the shape {shape}; expected at most {MOST_NUMBERS:,} numbers. The "
+                "file is damaged: get it again."
             )
     for stack, count in zip(STACKS, (config.num_encoder_layers, config.num_decoder_layers), strict=True):
         if count > min(layers[stack], MOST_LAYERS):
             raise ValueError(
-                f"{path} ({kind}) is said to have {count} layers in its {stack}, and has arrays of {layers[stack]}; "
-                f"expected arrays of each, and at most {MOST_LAYERS:,} layers. Get the whole checkpoint anew."
+                f"{path} ({kind}) claims {count} layers in its {stack} and has arrays of {layers[stack]}; expected "
+                f"arrays of each, and at most {MOST_LAYERS:,} layers. Get the whole checkpoint again."
             )
     joined, inner = config.num_heads * config.head_dim, "wi" if len(config.mlp_activations) == 1 else "wi_0"
     like = {
@@ -175,18 +163,14 @@ def check_sizes(
         "encoder/layers/0/attention/query/kernel": (config.emb_dim, joined),
         f"encoder/layers/0/mlp/{inner}/kernel": (config.emb_dim, config.mlp_dim),
     }
-    like = {name: shape for name, shape in like.items() if name in shapes}
-    check(path, {name: shapes[name] for name in like}, like, kind=kind)
+    like = {name: shape for name, shape in like.items() if name in found}
+    check(path, {name: found[name] for name in like}, like, kind=kind)
 
 
 @functools.lru_cache(maxsize=64)
-def _parameters(config: t5.T5Config) -> dict[str, jax.ShapeDtypeStruct]:
-    return t5.abstract(config)[1]
-
-
-def parameters(config: t5.T5Config) -> dict[str, jax.ShapeDtypeStruct]:
+def parameters(config: t5.T5Config) -> Mapping[str, jax.ShapeDtypeStruct]:
     """Computes the shapes of an architecture's parameters."""
-    return dict(_parameters(config))
+    return types.MappingProxyType(t5.abstract(config)[1])
 
 
 def size(shapes: Mapping[str, jax.ShapeDtypeStruct]) -> int:

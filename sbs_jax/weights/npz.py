@@ -55,8 +55,8 @@ def open_file(path: str | Path) -> Opened:
 
 
 def _refused(path: object, error: Exception) -> ValueError:
-    told = part(str(error)) or type(error).__name__
-    return ValueError(f"{path} is no whole file of parameters ({told}). Get it anew.")
+    reason = part(str(error)) or type(error).__name__
+    return ValueError(f"{path} is no complete file of parameters ({reason}). Get it again.")
 
 
 def _header(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> tuple[tuple[int, ...], np.dtype]:
@@ -69,9 +69,7 @@ def _header(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> tuple[tuple[int,
         shape, _, dtype = header(file)
         size = math.prod(shape) * dtype.itemsize
         if dtype.kind not in "fiu" or min(shape, default=0) < 0 or file.tell() + size != info.file_size:
-            raise ValueError(
-                f"{info.filename} is said to be {dtype} {shape} in {info.file_size} bytes, which cannot be"
-            )
+            raise ValueError(f"{info.filename} claims to be {dtype} {shape} in {info.file_size} bytes")
     return shape, dtype
 
 

@@ -108,7 +108,7 @@ def _open_peft(path: str, base: str | None) -> Opened:
         )
     under = open_any(base)
     known = {"path": identity.absolute(base), "seed": None, "fingerprint": identity.of_arrays(under.arrays)}
-    return peft.open_directory(path, base=under, identity=known)
+    return peft.open_directory(path, base=under, base_identity=known)
 
 
 # Forms are tried in this order.

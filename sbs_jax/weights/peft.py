@@ -9,7 +9,6 @@ Both sides have the same numbers under other names. `encoder/layers/0/attention/
     query/in_scale [I]      ..q.ia3_l [1, I]     where q is among `feedforward_modules`
 """
 
-import difflib
 import re
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
@@ -17,10 +16,12 @@ from typing import Any
 
 import numpy as np
 
+from sbs_jax.checks import nearest
 from sbs_jax.run import manifest
+from sbs_jax.storage import atomic
 from sbs_jax.storage.json_files import brief, part, read_json
 from sbs_jax.student import adapters, quantized, t5
-from sbs_jax.weights import hugging_face, merging, names, tensor_files
+from sbs_jax.weights import hugging_face, identity, merging, names, tensor_files
 from sbs_jax.weights.arrays import LazyArray, Opened
 
 CONFIG, WEIGHTS, TORCH_WEIGHTS = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -58,14 +59,13 @@ def write(path: str | Path, opened: Opened, *, base: str | None) -> None:
     settings, arrays = contents(opened, owner=str(path))
     tuning = opened.tuning
     assert tuning is not None
-    with hugging_face.beside(Path(path)) as folder:
-        settings = {"base_model_name_or_path": base, **settings}
-        hugging_face.write_json(folder / CONFIG, settings)
+    kept = adapters.abstract(opened.config, tuning).shapes
+    quantized_modules = [ours for ours in _modules(opened.config).values() if f"{ours}/kernel" not in kept]
+    with atomic.new_folder(Path(path)) as folder:
+        hugging_face.write_json(folder / CONFIG, {"base_model_name_or_path": base, **settings})
         tensor_files.write_safetensors(folder / WEIGHTS, arrays, dtype=np.dtype(np.float32))
-        shapes = adapters.abstract(opened.config, tuning).shapes
-        few = [ours for ours in _modules(opened.config).values() if f"{ours}/kernel" not in shapes]
-        held = {"base": opened.base, "held": tuning.base, "quantized": few}
-        hugging_face.write_json(folder / BASE, held)
+        stored = {"base": opened.base, "held": tuning.base, "quantized": quantized_modules}
+        hugging_face.write_json(folder / BASE, stored)
         if opened.origin is not None:
             hugging_face.write_json(folder / hugging_face.ORIGIN, manifest.elsewhere(opened.origin))
 
@@ -77,30 +77,29 @@ def contents(opened: Opened, *, owner: str) -> tuple[dict[str, Any], dict[str, L
         raise ValueError(f"{owner} has no adapters: everything was trained. Convert it --to hf.")
     own = adapters.base_names(opened.config)
     whole = sorted(name for name in opened.arrays if name in own)
-    extra = sorted(name for name in opened.arrays if name not in own and not name.endswith(merging.OF_KERNEL))
+    extra = merging.without_place(opened)
     if whole or extra:
         what = [f"trained parameters of the base ({whole[0]})"] if whole else []
         what += [f"{merging.kinds(extra)} ({extra[0]})"] if extra else []
         raise ValueError(
-            f"{owner} has {' and '.join(what)}, for which PEFT's LoRA and IA3 have no place. LoRA alone or IA3 alone "
-            f"can be exported{'' if extra else '; sbs convert --to hf makes one whole student of base and adapters'}."
+            f"{owner} has {' and '.join(what)}, for which PEFT's LoRA and IA3 have no place."
+            f"{'' if extra else ' sbs convert --to hf makes one whole student of base and adapters.'}"
         )
     if tuning.lora is not None and tuning.ia3 is not None:
-        raise ValueError(f"{owner} has LoRA and IA3 at once; adapters of PEFT are of one kind.")
-    parts: dict[str, dict[str, LazyArray]] = {}
+        raise ValueError(f"{owner} has LoRA and IA3 at once; PEFT has one kind in a directory.")
+    theirs = {ours: module for module, ours in _modules(opened.config).items()}
+    ends: dict[str, set[str]] = {}
+    arrays: dict[str, LazyArray] = {}
     for name, array in opened.arrays.items():
         module, end = next((name.removesuffix(f"/{end}"), end) for end in merging.OF_KERNEL if name.endswith(end))
-        parts.setdefault(module, {})[end] = array
-    theirs = {ours: module for module, ours in _modules(opened.config).items()}
-    arrays: dict[str, LazyArray] = {}
-    for module, of in parts.items():
-        if {"in_scale", "out_scale"} <= set(of):
-            raise ValueError(f"{module} has factors on both sides; PEFT's IA3 has one for each module.")
-        for end, array in of.items():
-            ending, shaped = _exported(end, array)
-            arrays[f"{_PREFIX}{theirs[module]}.{ending}"] = shaped
+        ends.setdefault(theirs[module], set()).add(end)
+        ending, shaped = _exported(end, array)
+        arrays[f"{_PREFIX}{theirs[module]}.{ending}"] = shaped
+    both = [module for module, found in ends.items() if {"in_scale", "out_scale"} <= found]
+    if both:
+        raise ValueError(f"{both[0]} has factors on both sides; PEFT's IA3 has one for each module.")
     common = {"task_type": _TASK, "inference_mode": True, "fan_in_fan_out": False, "modules_to_save": None}
-    targets = [theirs[module] for module in parts]
+    targets = _shortest(list(ends), theirs.values())
     if tuning.lora is not None:
         alpha = tuning.lora.alpha
         return {
@@ -108,23 +107,18 @@ def contents(opened: Opened, *, owner: str) -> tuple[dict[str, Any], dict[str, L
             "r": tuning.lora.rank,
             "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
             "lora_dropout": tuning.lora.dropout,
-            "target_modules": _shortest(targets, theirs.values()),
+            "target_modules": targets,
             "bias": "none",
             "init_lora_weights": True,
             **dict.fromkeys(("use_rslora", "use_dora", "lora_bias"), False),
             **common,
         }, arrays
-    inner = [theirs[module] for module, of in parts.items() if "in_scale" in of]
-    short = _shortest(targets, theirs.values()), _shortest(inner, theirs.values())
-    if not set(short[1]) <= set(short[0]):  # PEFT wants both lists to name modules alike
-        short = targets, inner
-    return {
-        "peft_type": "IA3",
-        "target_modules": short[0],
-        "feedforward_modules": short[1],
-        "init_ia3_weights": True,
-        **common,
-    }, arrays
+    inner = [module for module, found in ends.items() if "in_scale" in found]
+    feedforward = _shortest(inner, theirs.values())
+    if not set(feedforward) <= set(targets):  # PEFT wants both lists to name modules alike
+        targets, feedforward = list(ends), inner
+    settings = {"peft_type": "IA3", "target_modules": targets, "feedforward_modules": feedforward}
+    return {**settings, "init_ia3_weights": True, **common}, arrays
 
 
 def _exported(end: str, array: LazyArray) -> tuple[str, LazyArray]:
@@ -155,40 +149,33 @@ def _selected(targets: Iterable[str], modules: Iterable[str]) -> list[str]:
 # ------------------------------------------------------------------------------------ reading
 
 
-def open_directory(path: str | Path, *, base: Opened, identity: Mapping[str, Any]) -> Opened:
-    """Opens a directory as the adapters of a run over `base`, whose identity is {"path", "seed", "fingerprint"}.
+def open_directory(path: str | Path, *, base: Opened, base_identity: Mapping[str, Any]) -> Opened:
+    """Opens a directory as the adapters of a run over `base`, of that identity.
 
     ValueError for settings that are not supported (by name), arrays that do not fit the base, and an export of ours
     made from another base.
     """
     path = Path(path)
-    settings = read_json(path / CONFIG)
-    if not isinstance(settings, dict):
-        raise ValueError(f"{path / CONFIG}: got {brief(settings)}; expected a JSON object, {{..}}.")
+    settings = hugging_face.read_object(path / CONFIG)
     _check_settings(path, settings)
     known = _known_base(path)
-    if known is not None and known["fingerprint"] != identity["fingerprint"]:
-        raise ValueError(
-            f"{path} has adapters of {known['path'] or 'a fresh base'}, of fingerprint {known['fingerprint'][:16]}; "
-            f"{identity['path']} has {identity['fingerprint'][:16]}. Give the base they were trained on."
-        )
-    stored = _stored(path)
+    if known is not None:
+        identity.check(base_identity, known, owner=str(path))
     modules = _modules(base.config)
     arrays: dict[str, LazyArray] = {}
     found: dict[str, set[str]] = {}
-    for key, array in stored.items():
+    for key, array in _stored(path).items():
         match = _KEY.fullmatch(key)
         if match is None:
             raise ValueError(
-                f"{path}: {brief(key)} is no part of LoRA or IA3 on a kernel of a T5; expected names such as "
+                f"{path}: {brief(key)} is not part of LoRA or IA3 on a kernel of a T5; expected names such as "
                 f"{_PREFIX}{next(iter(modules))}.lora_A.weight."
             )
-        module = modules.get(match[1])
-        if module is None or not module.startswith(names.STACKS):
-            near = difflib.get_close_matches(match[1], modules, n=1)
+        module = modules.get(match[1], "")
+        if not module.startswith(names.STACKS):
             raise ValueError(
-                f"{path}: {part(match[1])} is no layer's kernel of {identity['path']}"
-                f"{f' (nearest: {near[0]!r})' if near else ''}. Give the base that the adapters were trained on."
+                f"{path}: {part(match[1])} is not a kernel of {base_identity['path']}'s layers; give the base of these "
+                f"adapters.{nearest(match[1], modules)}"
             )
         end, ours = _imported(path, match[1], match[2], array, settings)
         arrays[f"{module}/{end}"] = ours
@@ -199,26 +186,19 @@ def open_directory(path: str | Path, *, base: Opened, identity: Mapping[str, Any
     for name, array in arrays.items():
         if array.shape != shapes[name].shape:
             raise ValueError(
-                f"{path} does not fit {identity['path']}: {name} is {list(array.shape)}, and would be "
+                f"{path} does not fit {base_identity['path']}: {name} is {list(array.shape)}, and would be "
                 f"{list(shapes[name].shape)}. Give the base that the adapters were trained on."
             )
-    origin = base.origin
-    if (path / hugging_face.ORIGIN).is_file():
-        origin = hugging_face.read_origin((path / hugging_face.ORIGIN).read_bytes(), path / hugging_face.ORIGIN)
+    origin = hugging_face.origin_beside(path) or base.origin
+    # The base's vocabulary, never a path from the directory: it would be copied.
     return Opened(
-        architecture=base.config,
-        arrays=arrays,
-        vocabulary=base.vocabulary,  # never a path from the directory: it would be copied
-        origin=origin,
-        tuning=tuning,
-        base=dict(identity),
+        *(base.config, arrays), vocabulary=base.vocabulary, origin=origin, tuning=tuning, base=dict(base_identity)
     )
 
 
 def said_base(path: str | Path) -> str | None:
     """Returns what the settings call the base; None if they do not."""
-    settings = read_json(Path(path) / CONFIG)
-    said = settings.get("base_model_name_or_path") if isinstance(settings, dict) else None
+    said = hugging_face.read_object(Path(path) / CONFIG).get("base_model_name_or_path")
     return part(said) if isinstance(said, str) else None
 
 
@@ -240,15 +220,14 @@ def _check_settings(path: Path, settings: Mapping[str, Any]) -> None:
     for name, value in settings.items():
         if name not in _IDLE | read and value not in (None, False, "none", {}, []):
             raise ValueError(
-                f"{path / CONFIG}: {part(repr(name))} is {brief(value)}, which is not read here; expected one rank and "
-                "alpha for all modules, and nothing beside LoRA or IA3. Merge the adapters with PEFT "
-                "(merge_and_unload, save_pretrained), and convert the model that this makes."
+                f"{path / CONFIG}: {part(repr(name))} is {brief(value)}, which is not read here. Merge the adapters "
+                "with PEFT (merge_and_unload, save_pretrained), and convert that model."
             )
     beginning = settings.get("init_lora_weights")
     if kind == "LORA" and not any(beginning is each or beginning == each for each in _BEGINNINGS):
         raise ValueError(
             f"{path / CONFIG}: 'init_lora_weights' is {brief(beginning)}, which changes the base before training. Save "
-            "with PEFT's path_initial_model_for_weight_conversion, or merge with PEFT and convert the whole model."
+            "with PEFT's path_initial_model_for_weight_conversion, or merge with PEFT and convert that model."
         )
 
 
@@ -258,14 +237,13 @@ def _known_base(path: Path) -> dict[str, Any] | None:
         return None
     value = read_json(path / BASE)
     try:
-        known = {**value["base"], "held": value["held"], "quantized": value["quantized"]}
+        known = {"seed": None, **value["base"], "held": value["held"], "quantized": value["quantized"]}
         texts = [known["fingerprint"], known["held"], *known["quantized"], known["path"] or ""]
-        told = all(isinstance(text, str) for text in texts)
+        if all(isinstance(text, str) for text in texts):
+            return known
     except (KeyError, TypeError):
-        told, known = False, {}
-    if not told:
-        raise ValueError(f"{path / BASE}: got {brief(value)}; expected what sbs convert --to peft writes. Remove it.")
-    return known
+        pass
+    raise ValueError(f"{path / BASE}: got {brief(value)}; expected what sbs convert --to peft writes. Remove it.")
 
 
 def _imported(
@@ -321,8 +299,8 @@ def _check_complete(
     missing = set() if targets is None else set(_selected(targets, modules)) - every
     if missing:
         raise ValueError(
-            f"{path}: target_modules is {brief(targets)}, and {len(missing)} of the base's modules that it selects "
-            f"have no weights, such as {sorted(missing)[0]}. The file is incomplete, or the base another one."
+            f"{path}: target_modules is {brief(targets)}, and {len(missing)} modules that it selects have no weights, "
+            f"such as {sorted(missing)[0]}. The file is incomplete, or the base is another one."
         )
 
 
@@ -341,26 +319,20 @@ def _tuning(path: Path, settings: Mapping[str, Any], found: Mapping[str, set[str
     if known["held"] in quantized.FORMS:
         foreign = sorted(set(known["quantized"]) - set(kernels))
         if foreign:
-            raise ValueError(f"{path / BASE}: {part(foreign[0])} is no kernel of the base's layers. Remove the file.")
+            raise ValueError(
+                f"{path / BASE}: {part(foreign[0])} is not a kernel of the base's layers. Remove the file."
+            )
         held["quantized"] = patterns(known["quantized"])
     try:
         if settings["peft_type"] == "IA3":
-            return adapters.Tuning(
-                **held,
-                ia3=adapters.IA3(
-                    outputs=patterns(found.get("out_scale", set())), inputs=patterns(found.get("in_scale", set()))
-                ),
-            )
-        numbers = {name: settings.get(name, default) for name, default in (("lora_alpha", 8), ("lora_dropout", 0.0))}
-        for name, value in numbers.items():
+            outputs, inputs = (patterns(found.get(end, set())) for end in ("out_scale", "in_scale"))
+            return adapters.Tuning(**held, ia3=adapters.IA3(outputs=outputs, inputs=inputs))
+        alpha, dropout = settings.get("lora_alpha", 8), settings.get("lora_dropout", 0.0)
+        for name, value in (("lora_alpha", alpha), ("lora_dropout", dropout)):
             if type(value) not in (int, float) or not -(2**31) < value < 2**31:
                 raise ValueError(f"{name} is {brief(value)}; expected a number.")
-        lora = adapters.LoRA(
-            rank=settings["r"],
-            alpha=float(numbers["lora_alpha"]),
-            dropout=float(numbers["lora_dropout"]),
-            modules=patterns(found["lora/a"]),
-        )
+        modules = patterns(found["lora/a"])
+        lora = adapters.LoRA(rank=settings["r"], alpha=float(alpha), dropout=float(dropout), modules=modules)
         return adapters.Tuning(**held, lora=lora)
     except ValueError as error:
         raise ValueError(f"{path / CONFIG}: {error}") from None

@@ -23,7 +23,7 @@ from flax import serialization
 from sbs_jax.storage.json_files import brief, part
 from sbs_jax.student import t5
 from sbs_jax.weights import hugging_face, names, tensor_store
-from sbs_jax.weights.arrays import LazyArray, Opened
+from sbs_jax.weights.arrays import LazyArray, Opened, shapes
 
 _MSGPACK, _OCDBT, _STATE = "checkpoint", "manifest.ocdbt", "state/"
 _TARGET = "target/"
@@ -62,31 +62,30 @@ def open_checkpoint(path: str | Path) -> Opened:
             config = t5.T5Config.of(origin["model"])
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
-                f"{path}: 'model' of {hugging_face.ORIGIN} beside it is none ({part(repr(error))}). Remove that file."
+                f"{path}: {hugging_face.ORIGIN} beside it has no valid 'model' ({part(repr(error))}). Remove that file."
             ) from None
     # Kernels may have heads and their width on two axes.
-    whole = {name: array.shape for name, array in stored.items()}
-    shapes = {
+    sizes = {
         _NUMBERED.sub(r"\1/layers/\2/", name): (shape[0], shape[1] * shape[2]) if len(shape) == 3 else shape
-        for name, shape in whole.items()
+        for name, shape in shapes(stored).items()
     }
-    names.check_sizes(path, shapes, config, layers=layers, kind="T5X")
-    table = names.of(names.parameters(config))
-    arrays, used = {}, set()
-    for name in table:
+    names.check_sizes(path, sizes, config, layers=layers, kind="T5X")
+    wanted = names.parameters(config)
+    arrays = {}
+    used = set()
+    for name in names.of(wanted):
         theirs = name.scanned if scanned else name.t5x
         if theirs in stored:
             used.add(theirs)
             array = stored[theirs]
             if scanned and name.layer is not None:
                 array = array.at(name.layer, axis=axis)
-            if len(array.shape) == 3:  # heads and their width on two axes
+            if len(array.shape) == 3:
                 array = array.joined(0 if name.ours.endswith("out/kernel") else 1)
             arrays[name.ours] = array
     # Arrays without a row keep their own names, so that the error shows them.
-    found = {name: array.shape for name, array in arrays.items()}
-    found |= {name: stored[name].shape for name in set(stored) - used}
-    names.check(path, found, {k: v.shape for k, v in names.parameters(config).items()}, kind="T5X")
+    left_over = {name: array for name, array in stored.items() if name not in used}
+    names.check(path, shapes({**arrays, **left_over}), shapes(wanted), kind="T5X")
     vocabulary = None if origin is None else origin["data"]["options"]["vocabulary"]
     return Opened(config, arrays, step=step, vocabulary=vocabulary, origin=origin)
 
@@ -165,8 +164,8 @@ def _from_msgpack(url: str) -> dict[str, LazyArray]:
         contents: Any = serialization.msgpack_restore(store.read(_MSGPACK).result().value)
     except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError, MemoryError) as error:
         # flax's reader believes whatever the file says of its arrays.
-        told = part(f"{type(error).__name__}: {error}")
-        raise ValueError(f"{url}{_MSGPACK} is not a T5X checkpoint: {told}") from None
+        reason = part(f"{type(error).__name__}: {error}")
+        raise ValueError(f"{url}{_MSGPACK} is not a T5X checkpoint: {reason}") from None
     version = contents.get("version", 0) if isinstance(contents, dict) else 0
     root = contents.get("optimizer", contents) if isinstance(contents, dict) else contents
     if not isinstance(root, dict) or not isinstance(root.get("target"), dict) or type(version) is not int:
@@ -186,15 +185,12 @@ def _from_msgpack(url: str) -> dict[str, LazyArray]:
     missing = [folder for folder in elsewhere.values() if not tensor_store.has(store, f"{folder}/.zarray")]
     if missing:
         raise FileNotFoundError(
-            f"{url} is incomplete: {len(missing)} arrays of the checkpoint are not there, {missing[0]} for one. "
-            "Copy the whole directory."
+            f"{url} is incomplete: {len(missing)} arrays are missing, such as {missing[0]}. Copy the whole directory."
         )
     opened = tensor_store.opened(spec, dict.fromkeys(elsewhere.values(), "zarr"))
     for name, folder in elsewhere.items():
-        array = opened[folder]
-        if version < _NATIVE_BFLOAT16 and array.dtype == np.uint16:
-            array = _from_bits(array)
-        arrays[name] = array
+        as_bits = version < _NATIVE_BFLOAT16 and opened[folder].dtype == np.uint16
+        arrays[name] = _from_bits(opened[folder]) if as_bits else opened[folder]
     return arrays
 
 
@@ -215,13 +211,13 @@ def _folder(leaf: Any, *, where: str) -> str:
     except (KeyError, TypeError, AttributeError):
         folder = ""
     if not _BESIDE.fullmatch(folder) or folder in (".", ".."):
-        raise ValueError(f"{where} is said to be in {brief(leaf)}; expected the name of a folder beside the file.")
+        raise ValueError(f"{where} is stored in {brief(leaf)}; expected a folder beside the file.")
     return folder
 
 
 def _leaves(tree: Mapping[str, Any], prefix: str = "", *, where: str) -> list[tuple[str, Any]]:
     if prefix.count("/") > _DEEPEST:
-        raise ValueError(f"{where} has parameters within more than {_DEEPEST} others; expected those of a T5.")
+        raise ValueError(f"{where} has names nested more than {_DEEPEST} deep; expected those of a T5.")
     found = []
     for key, value in tree.items():
         if isinstance(value, Mapping) and "driver" not in value:
@@ -239,13 +235,11 @@ def _config(path: object, stored: Mapping[str, LazyArray], *, scanned: bool) -> 
             if name in stored:
                 found = stored[name].shape
                 if len(found) < dimensions or 0 in found:
-                    raise ValueError(
-                        f"{path}: {name} has the shape {found}; expected {dimensions} dimensions of numbers."
-                    )
+                    raise ValueError(f"{path}: {name} has the shape {found}; expected {dimensions} dimensions.")
                 return found
         raise ValueError(
-            f"{path} is no encoder-decoder T5 of T5X: it has no {choices[0]!r}. It has {len(stored)} parameters: "
-            f"{part(', '.join(sorted(stored)[:5]))} .."
+            f"{path} is not an encoder-decoder T5 of T5X: it has no {choices[0]!r}. It has {len(stored)} "
+            f"parameters: {part(', '.join(sorted(stored)[:5]))} .."
         )
 
     vocab_size, emb_dim = shape("token_embedder/embedding", dimensions=2)[:2]
@@ -291,5 +285,5 @@ def _config(path: object, stored: Mapping[str, LazyArray], *, scanned: bool) -> 
             relative_attention_bias="per_layer" if per_layer in stored else "shared",
         )
     except ValueError as error:
-        raise ValueError(f"{path} is no encoder-decoder T5 of T5X: {error}") from None
+        raise ValueError(f"{path} is not an encoder-decoder T5 of T5X: {error}") from None
     return config, axis, held

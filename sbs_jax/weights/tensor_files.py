@@ -43,8 +43,7 @@ def read_safetensors(file: Path) -> dict[str, LazyArray]:
     try:
         opened = safetensors.safe_open(file, framework="np")
     except safetensors.SafetensorError as error:
-        told = part(str(error))
-        raise ValueError(f"{file} is no complete safetensors file ({told}). Download it again.") from None
+        raise ValueError(f"{file} is no complete safetensors file ({part(str(error))}). Download it again.") from None
     arrays = {}
     for name in opened.keys():  # noqa: SIM118  (it has no iterator)
         held = opened.get_slice(name)
@@ -61,8 +60,8 @@ def read_torch(file: Path) -> dict[str, LazyArray]:
         torch: Any = importlib.import_module("torch")  # not `import`: the type checks run without it
     except ImportError as error:
         raise FileNotFoundError(
-            f"{file.parent} has no safetensors, and PyTorch, which reads {file.name}, is not installed. Install it "
-            "(pip install 'sbs-jax[parity]'), or take a revision of the model that has safetensors."
+            f"{file.name} in {file.parent} needs PyTorch, which is not installed. Install it (pip install "
+            "'sbs-jax[parity]'), or take a revision of the model that has safetensors."
         ) from error
     try:
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)

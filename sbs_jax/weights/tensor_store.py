@@ -59,7 +59,7 @@ def opened(kvstore: Mapping[str, Any], drivers: Mapping[str, str]) -> dict[str, 
         try:
             store = future.result()
         except (ValueError, OSError, RuntimeError, NotImplementedError) as error:
-            raise ValueError(f"{where} cannot be opened: {part(str(error))}. Copy the checkpoint anew.") from None
+            raise ValueError(f"{where} cannot be opened: {part(str(error))}. Copy the checkpoint again.") from None
         opened[name] = _lazy(store, where=where)
     return opened
 
@@ -69,7 +69,5 @@ def _lazy(store: ts.TensorStore, *, where: str) -> LazyArray:
     if dtype.kind not in "fiu" and dtype != ml_dtypes.bfloat16:
         raise ValueError(f"{where} is of type {dtype}; expected numbers.")
     if math.prod(size or 1 for size in chunk) > _MOST_IN_CHUNK:
-        raise ValueError(
-            f"{where} is said to be in pieces of {tuple(chunk)}, which no memory holds; the file is damaged."
-        )
+        raise ValueError(f"{where} has chunks of {tuple(chunk)}, which no memory holds. The file is damaged.")
     return LazyArray(tuple(store.shape), dtype, lambda index: store[index].read().result())
