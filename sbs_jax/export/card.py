@@ -55,8 +55,8 @@ def read(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict) or found.get("format") != FORMAT:
         what = found.get("format") if isinstance(found, dict) else found
         raise ValueError(
-            f"{path}: got format {json_files.brief(what)}; expected the card of an export, of format {FORMAT}. "
-            "Remove it, and sbs_run.json beside it says what it can."
+            f"{path}: got format {json_files.brief(what)}; expected the card of an export, format {FORMAT}. Remove it: "
+            "sbs_run.json beside it will do."
         )
     for place, kinds in _FIELDS.items():
         value: Any = found
@@ -72,7 +72,7 @@ def read(path: Path) -> dict[str, Any]:
     return found
 
 
-_DAMAGED = "The card is damaged: put it back, or remove it."
+_DAMAGED = "The card is damaged: restore it, or remove it."
 _NONE = type(None)
 # Fields that an export uses, and their types.
 _FIELDS: dict[str, tuple[type, ...]] = {
@@ -104,10 +104,9 @@ def sample_inputs(source: str, card: Mapping[str, Any], *, form: str, rows: int)
     """Reads the first `rows` inputs that the run was graded on, with the prefix; [] if it left none."""
     if form != opening.SBS:
         return []
-    folder = checkpoints.locate(source)[0] / _PREDICTIONS
-    for file in sorted(folder.glob("*.jsonl"), key=lambda file: ("-test-" not in file.name, file.name)):
-        return read_samples(file, card, rows=rows)
-    return []
+    files = (checkpoints.locate(source)[0] / _PREDICTIONS).glob("*.jsonl")
+    file = min(files, key=lambda file: ("-test-" not in file.name, file.name), default=None)
+    return [] if file is None else read_samples(file, card, rows=rows)
 
 
 def read_samples(path: str | Path, card: Mapping[str, Any], *, rows: int) -> list[str]:
@@ -146,7 +145,7 @@ def _of_settings(opened: Opened) -> dict[str, Any]:
     kind = task.removeprefix(f"{name}_")
     dataset = registry.get(name) if name in registry.names() else None
     if dataset is None:
-        log.warning("The dataset %r is not known here: the card has neither its labels nor how it is graded.", name)
+        log.warning("The dataset %r is not known here: the card lacks its labels and how it is graded.", name)
     lengths = run["task_feature_lengths"]
     rationale = {"prefix": options["rationale_prefix"], "max_new_tokens": lengths["targets"]}
     label = {"prefix": options["label_prefix"], "max_new_tokens": run["max_decode_length"]}
@@ -235,15 +234,15 @@ def _tested(run: Path, *, step: int) -> dict[str, Any] | None:
     if not lines:
         return None
     found = {name: value for name, value in lines[-1].items() if name not in ("kind", "step")}
-    told: dict[str, Any] = {"step": step, **found, "interval_95": None, "rows": None}
+    facts: dict[str, Any] = {"step": step, **found, "interval_95": None, "rows": None}
     try:
         result = results.load(results.identify(run))
     except (ValueError, OSError) as error:
         log.warning("The card has no interval of the test metric: %s", error)
-        return told
+        return facts
     correct, rows = sum(row["correct"] for row in result.test_rows.values()), len(result.test_rows)
     low, high = intervals.wilson_interval(correct / rows, rows)
-    return told | {"interval_95": [round(100 * low, 2), round(100 * high, 2)], "rows": rows}
+    return facts | {"interval_95": [round(100 * low, 2), round(100 * high, 2)], "rows": rows}
 
 
 # ------------------------------------------------------------------------------------ README

@@ -29,63 +29,64 @@ VOCABULARY = "sentencepiece.model"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Job:
-    """One conversion: what was opened, where it goes, and the settings of the form to write."""
+class Options:
+    """How to convert; the flags of `sbs convert`.
 
-    source: str
-    target: str
-    form: str
-    opened: Opened
-    base: str | None
-    dtype: str
-    shard_bytes: int
-    platforms: Sequence[str]
-    shapes: Sequence[tuple[int, int]]
-    samples: str | None
-    check: int
-
-
-def convert(
-    source: str,
-    target: str,
-    *,
-    from_form: str | None,
-    to_form: str,
-    dtype: str,
-    shard_bytes: int,
-    base: str | None = None,
-    vocabulary: str | None = None,
-    platforms: Sequence[str] = (),
-    shapes: Sequence[tuple[int, int]] = (),
-    samples: str | None = None,
-    check: int = 32,
-) -> dict[str, Any]:
-    """Converts a checkpoint and returns a summary. `target` must not exist; it appears when it is complete.
-
-    `from_form` None detects the form. `dtype` and `shard_bytes` are those of Hugging Face's files; the other forms hold
-    float32. The settings of a run (or of an export of one) go along, so that a conversion back is a run again. Adapters
-    are merged into their base, now at `base` if it has moved, unless PEFT's form is written, or a run from it.
-    `vocabulary` is where the run's is now, if it has moved.
+    `from_form` None detects the form. `dtype` and `shard_bytes` are those of Hugging Face's files (and `dtype` of
+    StableHLO's); the other forms hold float32. `base` and `vocabulary` say where those of the source are now, if they
+    have moved.
 
     Of the forms for other runtimes: `platforms` and `shapes` (rows, tokens) of the programs, () for the defaults, and
     how many rows (`check`) of `samples` (default: what the run was graded on) to answer with what was written.
     """
-    _check_options(to_form, dtype=dtype, platforms=platforms, shapes=shapes)
+
+    to_form: str
+    from_form: str | None = None
+    dtype: str = "float32"
+    shard_bytes: int = hugging_face.SHARD_BYTES
+    base: str | None = None
+    vocabulary: str | None = None
+    platforms: Sequence[str] = ()
+    shapes: Sequence[tuple[int, int]] = ()
+    samples: str | None = None
+    check: int = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """One conversion: from where (and its form), where to, what was opened, and how."""
+
+    source: str
+    form: str
+    target: Path | str  # str: a URL
+    opened: Opened
+    options: Options
+
+    def card(self) -> dict[str, Any] | None:
+        return cards.of(self.source, self.opened, form=self.form)
+
+
+def convert(source: str, target: str, options: Options) -> dict[str, Any]:
+    """Converts a checkpoint and returns a summary. `target` must not exist; it appears when it is complete.
+
+    The settings of a run (or of an export of one) go along, so that a conversion back is a run again. Adapters are
+    merged into their base, unless PEFT's form is written, or a run from it.
+    """
+    to_form, base = options.to_form, options.base
+    _check_options(options)
     form = opening.form_of(source)
-    if from_form not in (None, form.name):
-        raise ValueError(f"{source} is of the form {form.name!r}; got --from {from_form!r}.")
-    if "://" in target:
-        if to_form != opening.T5X:
-            raise ValueError(
-                f"{target}: only T5X checkpoints are written to a bucket; convert to a folder and copy it."
-            )
-    elif Path(target).exists():
+    if options.from_form not in (None, form.name):
+        raise ValueError(f"{source} is of the form {form.name!r}; got --from {options.from_form!r}.")
+    place = target if "://" in target else Path(target)
+    if isinstance(place, Path) and place.exists():
         raise FileExistsError(f"{target} exists already; choose another name, or remove it.")
+    if isinstance(place, str) and to_form != opening.T5X:
+        raise ValueError(f"{target}: only T5X checkpoints are written to a bucket; convert to a folder and copy it.")
     opened = form.open(source, base)
     if base is not None and opened.tuning is None:
         raise ValueError(f"{source} has no adapters, and needs no base; got --base {base}.")
-    if vocabulary is not None:
-        opened = _with_vocabulary(opened, vocabulary, owner=source)
+    if options.vocabulary is not None:
+        opened = _with_vocabulary(opened, options.vocabulary, owner=source)
     summary: dict[str, Any] = {"from": form.name, "to": to_form}
     if to_form == opening.PEFT or (form.name, to_form) == (opening.PEFT, opening.SBS):
         summary |= _kept(opened, source, base=base, is_run=to_form == opening.SBS)
@@ -97,44 +98,34 @@ def convert(
         "parameters": names.size(names.parameters(opened.config)),
         "model": dataclasses.asdict(opened.config),
     }
-    job = _Job(
-        source=source,
-        target=target,
-        form=form.name,
-        opened=opened,
-        base=base,
-        dtype=dtype,
-        shard_bytes=shard_bytes,
-        platforms=platforms,
-        shapes=shapes,
-        samples=samples,
-        check=check,
-    )
-    return summary | (_WRITERS[to_form](job) or {})
+    return summary | (_WRITERS[to_form](_Job(source, form.name, place, opened, options)) or {})
 
 
 # ------------------------------------------------------------------------------------ writing, form by form
 
 
 def _write_hugging_face(job: _Job) -> None:
-    card = cards.of(job.source, job.opened, form=job.form)
-    finish = functools.partial(transformers.finish, card=card, dtype=job.dtype)
-    hugging_face.write(job.target, job.opened, dtype=job.dtype, shard_bytes=job.shard_bytes, finish=finish)
+    finish = functools.partial(transformers.finish, card=job.card(), dtype=job.options.dtype)
+    hugging_face.write(
+        *(job.target, job.opened), dtype=job.options.dtype, shard_bytes=job.options.shard_bytes, finish=finish
+    )
 
 
 def _write_t5x(job: _Job) -> None:
-    if "://" in job.target:
-        t5x.write(job.target, _parameters(job.opened), step=job.opened.step)
+    parameters = _parameters(job.opened)
+    if isinstance(job.target, str):
+        t5x.write(job.target, parameters, step=job.opened.step)
         return
-    with atomic.new_folder(Path(job.target)) as folder:
-        t5x.write(folder, _parameters(job.opened), step=job.opened.step)
+    with atomic.new_folder(job.target) as folder:
+        t5x.write(folder, parameters, step=job.opened.step)
         _write_json(folder / hugging_face.ORIGIN, job.opened.origin)
-        _write_json(folder / cards.FILE, cards.of(job.source, job.opened, form=job.form))
+        _write_json(folder / cards.FILE, job.card())
 
 
 def _write_run(job: _Job) -> None:
-    opened = job.opened
-    with atomic.new_folder(Path(job.target)) as folder:
+    opened, target = job.opened, Path(job.target).absolute()
+    vocabulary, manifest = opened.vocabulary, opened.origin
+    with atomic.new_folder(target) as folder:
         checkpoints.save_parameters(
             *(folder, _parameters(opened)),
             config=opened.config,
@@ -142,35 +133,38 @@ def _write_run(job: _Job) -> None:
             tuning=opened.tuning,
             base=opened.base,
         )
-        vocabulary = opened.vocabulary
         if vocabulary not in (None, tokens.BYTE_VOCABULARY) and Path(vocabulary).is_file():
             shutil.copyfile(vocabulary, folder / VOCABULARY)
-            vocabulary = str(Path(job.target).absolute() / VOCABULARY)
-        manifest = opened.origin
+            vocabulary = str(target / VOCABULARY)
         if manifest is not None and vocabulary is not None:
             data = manifest["data"] | {"options": manifest["data"]["options"] | {"vocabulary": vocabulary}}
             manifest = manifest | {"data": data}
         _write_json(folder / directory.MANIFEST, manifest)
         if opened.tuning is None:
-            _write_json(folder / cards.FILE, cards.of(job.source, opened, form=job.form))
+            _write_json(folder / cards.FILE, job.card())
 
 
 def _write_peft(job: _Job) -> None:
     assert job.opened.base is not None
-    peft.write(job.target, job.opened, base=job.base or job.opened.base["path"])
+    peft.write(job.target, job.opened, base=job.options.base or job.opened.base["path"])
 
 
-def _write_programs(job: _Job, *, to_form: str) -> dict[str, Any]:
+def _write_programs(job: _Job) -> dict[str, Any]:
     from sbs_jax.export import onnx, stablehlo  # slow to import
     from sbs_jax.export.student import Student
 
-    student = Student.of(job.opened, source=job.source, form=job.form, base=job.base)
-    texts = _samples(job.source, student.card, form=job.form, given=job.samples, rows=job.check)
+    options = job.options
+    student = Student.of(job.opened, source=job.source, form=job.form, base=options.base)
+    samples = _samples(job, student.card)
     with atomic.new_folder(Path(job.target)) as folder:
-        if to_form == ONNX:
-            return onnx.write(folder, student, shapes=job.shapes, samples=texts)
+        if options.to_form == ONNX:
+            return onnx.write(folder, student, shapes=options.shapes, samples=samples)
         return stablehlo.write(
-            *(folder, student), form=job.dtype, platforms=job.platforms, shapes=job.shapes, samples=texts
+            *(folder, student),
+            form=options.dtype,
+            platforms=options.platforms,
+            shapes=options.shapes,
+            samples=samples,
         )
 
 
@@ -179,8 +173,8 @@ _WRITERS: Mapping[str, Callable[[_Job], dict[str, Any] | None]] = {
     opening.T5X: _write_t5x,
     opening.SBS: _write_run,
     opening.PEFT: _write_peft,
-    STABLEHLO: functools.partial(_write_programs, to_form=STABLEHLO),
-    ONNX: functools.partial(_write_programs, to_form=ONNX),
+    STABLEHLO: _write_programs,
+    ONNX: _write_programs,
 }
 
 
@@ -201,27 +195,25 @@ def _write_json(path: Path, contents: Mapping[str, Any] | None) -> None:
 # ------------------------------------------------------------------------------------ options, adapters, samples
 
 
-def _check_options(to_form: str, *, dtype: str, platforms: Sequence[str], shapes: Sequence[tuple[int, int]]) -> None:
+def _check_options(options: Options) -> None:
     """Refuses options that a form does not have, before anything is read."""
+    to_form, dtype = options.to_form, options.dtype
     types = {opening.HUGGING_FACE: ("float32", "bfloat16"), STABLEHLO: ("float32", "bfloat16", "int8")}
     if dtype not in types.get(to_form, ("float32",)):
-        having = [form for form, known in types.items() if dtype in known]
-        raise ValueError(
-            f"--to {to_form} has no --dtype {dtype}: "
-            + (f"{' and '.join(having)} {'has' if len(having) == 1 else 'have'}." if having else "nothing has.")
-        )
+        having = " and ".join(form for form, known in types.items() if dtype in known)
+        raise ValueError(f"--to {to_form} has no --dtype {dtype}; it is of {having or 'no form'}.")
+    if options.platforms and to_form != STABLEHLO:
+        raise ValueError(f"--to {to_form} has no platforms; --platforms is of stablehlo.")
+    if options.shapes and to_form not in (STABLEHLO, ONNX):
+        raise ValueError(f"--to {to_form} has no programs; --shapes is of stablehlo and onnx.")
     if to_form == STABLEHLO:
         from sbs_jax.export import stablehlo
 
-        stablehlo.check_platforms(platforms or stablehlo.DEFAULT_PLATFORMS)
+        stablehlo.check_platforms(options.platforms or stablehlo.DEFAULT_PLATFORMS)
     elif to_form == ONNX:
         from sbs_jax.export import onnx
 
         onnx.check_installed()
-    if platforms and to_form != STABLEHLO:
-        raise ValueError(f"--to {to_form} has no platforms; --platforms is of stablehlo.")
-    if shapes and to_form not in (STABLEHLO, ONNX):
-        raise ValueError(f"--to {to_form} has no programs; --shapes is of stablehlo and onnx.")
 
 
 def _with_vocabulary(opened: Opened, vocabulary: str, *, owner: str) -> Opened:
@@ -230,26 +222,22 @@ def _with_vocabulary(opened: Opened, vocabulary: str, *, owner: str) -> Opened:
     found = tokens.vocabulary_sha256(vocabulary)
     if opened.origin is not None and found != expected:
         raise ValueError(
-            f"{vocabulary} is another vocabulary than that of {owner}: SHA-256 {found}, and it was trained with "
-            f"{expected}."
+            f"{vocabulary} is another vocabulary than that of {owner}: SHA-256 {found}; expected {expected}."
         )
     return dataclasses.replace(opened, vocabulary=vocabulary)
 
 
-def _samples(source: str, card: Mapping[str, Any], *, form: str, given: str | None, rows: int) -> list[str]:
+def _samples(job: _Job, card: Mapping[str, Any]) -> list[str]:
     """Reads texts to answer with what was written."""
-    if not rows:
-        return []
-    texts = (
-        cards.sample_inputs(source, card, form=form, rows=rows)
-        if given is None
-        else cards.read_samples(given, card, rows=rows)
-    )
-    if not texts:
+    given, rows = job.options.samples, job.options.check
+    if given is not None:
+        return cards.read_samples(given, card, rows=rows)
+    texts = cards.sample_inputs(job.source, card, form=job.form, rows=rows)
+    if rows and not texts:
         log.warning(
-            "%s left no predictions behind, and so no sample inputs: what was written is not checked. Give some by "
-            '--samples FILE, lines of {"input": text}.',
-            source,
+            "%s left no predictions, and so no sample inputs: what was written is not checked. Give some by --samples "
+            'FILE, lines of {"input": text}.',
+            job.source,
         )
     return texts
 
@@ -260,8 +248,8 @@ def _kept(opened: Opened, source: str, *, base: str | None, is_run: bool) -> dic
     if is_run:
         if opened.origin is None:
             log.warning(
-                "%s is no run of ours, so that nothing says how inputs are written for it: what is converted can be "
-                "merged and exported, and does not predict.",
+                "%s is not a run of ours, so nothing says how inputs are written for it: the result can be merged and "
+                "exported, and does not predict.",
                 base,
             )
     else:
@@ -271,8 +259,8 @@ def _kept(opened: Opened, source: str, *, base: str | None, is_run: bool) -> dic
     assert tuning is not None
     if tuning.base != "float32":
         log.warning(
-            "These adapters were trained on a base held in %s. On the base in another precision they give other "
-            "answers; the base as it was held is what sbs convert --to hf writes, merged with them.",
+            "These adapters were trained on a base in %s; on another precision they give other answers. "
+            "sbs convert --to hf writes the base as training had it, merged with them.",
             tuning.base,
         )
     return {"base": opened.base, "base_held_in": tuning.base}
@@ -282,14 +270,14 @@ def _merged(opened: Opened, source: str, *, base: str | None) -> tuple[Opened, d
     """Merges adapters into their base; returns the student and what a summary says of it."""
     merging.check(opened, owner=source)
     arrays = opening.base_arrays(opened, given=base, owner=source)
-    told: dict[str, Any] = {"base": opened.base}
+    summary: dict[str, Any] = {"base": opened.base}
     lost = merging.lost(opened, arrays)
     if lost:
         error = lost["relative_rms_error"]
         log.warning(
-            "The base was held in %s: the weights that are written are its %d kernels as they were held, with the "
-            "adapters. They differ from the base in float32 by %.4f of their size on average, at most %.4f (%s).",
+            "The base was quantized to %s in training: its %d kernels are written so, with the adapters. They differ "
+            "from float32 by %.4f of their size on average, at most %.4f (%s).",
             *(lost["form"], lost["kernels"], error["mean"], error["largest"], error["of"]),
         )
-        told["quantized"] = lost
-    return merging.merged(opened, arrays), told
+        summary["quantized"] = lost
+    return merging.merged(opened, arrays), summary

@@ -12,7 +12,6 @@ import importlib
 import importlib.metadata
 import importlib.util
 import logging
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,17 +21,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from sbs_jax.export import card as cards
-from sbs_jax.export.student import ANSWER, Student, agreed, check, check_shapes, warn_of_difference, write_vocabulary
+from sbs_jax.export.student import ANSWER, Student, agreed, check, check_shapes, warn_of_difference, write_runner
 
 MODEL = "model.onnx"
-ARTEFACT = Path(__file__).parent / "artefact"
 
 
 def check_installed() -> None:
     """Requires the exporter and the runtime. ModuleNotFoundError says what to install."""
     for name in ("jax2onnx", "onnxruntime"):
         if importlib.util.find_spec(name) is None:
-            raise ModuleNotFoundError(f"--to onnx needs {name}, which is not there: pip install 'sbs-jax[onnx]'.")
+            raise ModuleNotFoundError(f"--to onnx needs {name}, which is not installed: pip install 'sbs-jax[onnx]'.")
 
 
 def write(
@@ -62,19 +60,17 @@ def write(
             return_mode="file",
             output_path=folder / MODEL,
         )
-    write_vocabulary(folder, student)
-    for source, name in (("run.py", "run.py"), ("onnx.py", "model.py")):
-        shutil.copyfile(ARTEFACT / source, folder / name)
+    write_runner(folder, student, model="onnx.py")
     size = sum(file.stat().st_size for file in folder.glob(f"{MODEL}*"))
-    told: dict[str, Any] = {
+    facts: dict[str, Any] = {
         "weights": f"float32, {cards.megabytes(size)}",
         "shapes": ["{}x{}".format(*shape)],
         "jax2onnx": importlib.metadata.version("jax2onnx"),
     }
-    told["check"] = check(student, _answering(folder), shape=shape, samples=samples)
-    warn_of_difference(told["check"])
-    cards.write(folder, student.card, usage=_usage(told), runtime="onnx", **told)
-    return told
+    facts["check"] = check(student, _answering(folder), shape=shape, samples=samples)
+    warn_of_difference(facts["check"])
+    cards.write(folder, student.card, usage=_usage(facts), runtime="onnx", **facts)
+    return facts
 
 
 def _answering(folder: Path) -> Any:
@@ -116,10 +112,10 @@ def _for_cpu() -> Iterator[None]:
         jax.clear_caches()
 
 
-def _usage(told: dict[str, Any]) -> str:
+def _usage(facts: dict[str, Any]) -> str:
     return (
         "```\npip install onnxruntime numpy sentencepiece\npython run.py < questions.jsonl > answers.jsonl\n```\n\n"
         "`run.py` needs onnxruntime, numpy and sentencepiece alone, and answers lines of "
-        f'`{{"id", "input"}}`. `{MODEL}` takes source rows of {told["shapes"][0]} tokens, padded with 0, and gives '
-        f"tokens and their log probabilities: the search is part of the graph.\n{agreed(told['check'])}"
+        f'`{{"id", "input"}}`. `{MODEL}` takes source rows of {facts["shapes"][0]} tokens, padded with 0, and gives '
+        f"tokens and their log probabilities: the search is part of the graph.\n{agreed(facts['check'])}"
     )

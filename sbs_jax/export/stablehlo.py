@@ -11,7 +11,6 @@ promise of compatibility.
 """
 
 import functools
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,24 +20,23 @@ import jax.numpy as jnp
 from jax import export
 from safetensors.flax import load_file
 
+from sbs_jax import checks
 from sbs_jax.export import card as cards
 from sbs_jax.export import weights
-from sbs_jax.export.student import ANSWER, Student, agreed, check, check_shapes, warn_of_difference, write_vocabulary
+from sbs_jax.export.student import ANSWER, Student, agreed, check, check_shapes, warn_of_difference, write_runner
 from sbs_jax.weights import tensor_files
 
 PLATFORMS = ("cpu", "tpu", "cuda", "rocm")
 DEFAULT_PLATFORMS = ("cpu", "tpu", "cuda")
 WEIGHTS, SUFFIX = "model.safetensors", ".jax_export"
-ARTEFACT = Path(__file__).parent / "artefact"
 
 
 def check_platforms(platforms: Sequence[str]) -> None:
     """Requires known platforms, each once."""
     for name in platforms:
-        if name not in PLATFORMS:
-            raise ValueError(f"There is no platform {name!r}; expected some of {', '.join(PLATFORMS)}.")
+        checks.choice("--platforms", name, PLATFORMS)
     if not platforms or len(set(platforms)) < len(platforms):
-        raise ValueError(f"Got the platforms {', '.join(platforms) or '(none)'}; expected each once, at least one.")
+        raise ValueError(f"--platforms is {', '.join(platforms) or 'empty'}; expected at least one, and each once.")
 
 
 def write(
@@ -69,12 +67,10 @@ def write(
                 like, jax.ShapeDtypeStruct((rows, tokens), jnp.int32)
             )
             (folder / f"{task}_{rows}x{tokens}{SUFFIX}").write_bytes(exported.serialize())
-    write_vocabulary(folder, student)
-    for source, name in (("run.py", "run.py"), ("stablehlo.py", "model.py")):
-        shutil.copyfile(ARTEFACT / source, folder / name)
+    write_runner(folder, student, model="stablehlo.py")
     sizes = {file.name: file.stat().st_size for file in folder.iterdir()}
     programs = [size for name, size in sizes.items() if name.endswith(SUFFIX)]
-    told: dict[str, Any] = {
+    facts: dict[str, Any] = {
         "weights": f"{form}, {cards.megabytes(sizes[WEIGHTS])}",
         "programs": f"{len(programs)}, {cards.megabytes(sum(programs))}",
         "platforms": list(platforms),
@@ -82,15 +78,15 @@ def write(
         "jax": jax.__version__,
     }
     if form == weights.INT8:
-        told["int8_error"] = weights.error(student.arrays)
+        facts["int8_error"] = weights.error(student.arrays)
     rows, tokens = max(shapes, key=lambda shape: (shape[1], shape[0]))
     program = export.deserialize(bytearray((folder / f"{ANSWER}_{rows}x{tokens}{SUFFIX}").read_bytes()))
     arrays = load_file(folder / WEIGHTS)
-    told["check"] = check(student, lambda batch: program.call(arrays, batch)[0], shape=(rows, tokens), samples=samples)
+    facts["check"] = check(student, lambda batch: program.call(arrays, batch)[0], shape=(rows, tokens), samples=samples)
     if form == weights.FLOAT32:
-        warn_of_difference(told["check"])
-    cards.write(folder, student.card, usage=_usage(told), runtime="jax", **told)
-    return told
+        warn_of_difference(facts["check"])
+    cards.write(folder, student.card, usage=_usage(facts), runtime="jax", **facts)
+    return facts
 
 
 def _program(
@@ -99,13 +95,13 @@ def _program(
     return student.greedy(weights.parameters(stored, student.shapes, form=form), rows, length=length)
 
 
-def _usage(told: dict[str, Any]) -> str:
+def _usage(facts: dict[str, Any]) -> str:
     return (
-        f"```\npip install 'jax=={told['jax']}' numpy safetensors sentencepiece\n"
+        f"```\npip install 'jax=={facts['jax']}' numpy safetensors sentencepiece\n"
         "python run.py < questions.jsonl > answers.jsonl\n```\n\n"
         "`run.py` needs jax, numpy, safetensors and sentencepiece alone, and answers lines of "
-        f'`{{"id", "input"}}`. Each `*{SUFFIX}` is a program of `jax.export` ({", ".join(told["platforms"])}) for as '
+        f'`{{"id", "input"}}`. Each `*{SUFFIX}` is a program of `jax.export` ({", ".join(facts["platforms"])}) for as '
         "many rows of as many tokens as its name says; `model.py` calls them. They were written by jax "
-        f"{told['jax']}: later versions read them for at least six months, and so do versions that are up to three "
-        f"weeks older.\n{agreed(told['check'])}"
+        f"{facts['jax']}: later versions read them for at least six months, and so do versions that are up to three "
+        f"weeks older.\n{agreed(facts['check'])}"
     )

@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import math
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from sbs_jax.weights.arrays import LazyArray, Opened
 log = logging.getLogger(__name__)
 
 ANSWER, RATIONALE = "answer", "rationale"
+ARTEFACT = Path(__file__).parent / "artefact"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,8 +43,8 @@ class Student:
         card = cards.of(source, opened, form=form)
         if card is None:
             raise ValueError(
-                f"{source} is no run of ours, and no export of one: nothing says what stands before an input, how long "
-                "it may be, or what the answers are. Give a run directory, or what sbs convert made of one."
+                f"{source} is not a run of ours or an export of one: nothing says how inputs and answers look. Give a "
+                "run directory, or what sbs convert made of one."
             )
         vocabulary = registry.vocabulary(vocabulary_of(opened, source))
         if opened.tuning is None:
@@ -82,13 +84,15 @@ def vocabulary_of(opened: Opened, source: str) -> str:
     """Returns the vocabulary. ValueError where there is none."""
     if opened.vocabulary is None:
         raise ValueError(
-            f"{source} has no tokenizer: no run's vocabulary and no {'spiece.model'}. Name one by --vocabulary."
+            f"{source} has no tokenizer: no run's vocabulary and no spiece.model. Name one by --vocabulary."
         )
     return opened.vocabulary
 
 
-def write_vocabulary(folder: Path, student: Student) -> None:
-    """Writes the SentencePiece model with its 100 sentinels, so that SentencePiece alone reads texts as SeqIO does."""
+def write_runner(folder: Path, student: Student, *, model: str) -> None:
+    """Writes what runs an artefact: `run.py`, `model.py`, and the SentencePiece model with its 100 sentinels."""
+    for source, name in (("run.py", "run.py"), (model, "model.py")):
+        shutil.copyfile(ARTEFACT / source, folder / name)
     if isinstance(student.vocabulary, seqio.SentencePieceVocabulary):
         (folder / "sentencepiece.model").write_bytes(student.vocabulary.sp_model or b"")
 
@@ -98,13 +102,12 @@ def check_shapes(shapes: Sequence[tuple[int, int]], *, longest: int) -> None:
     for rows, length in shapes:
         if length > longest:
             raise ValueError(
-                f"The shape {rows}x{length} has rows of {length} tokens; this student was trained with inputs of up to "
-                f"{longest}. Give at most {rows}x{longest}."
+                f"The shape {rows}x{length} is longer than this student's inputs, up to {longest} tokens. Give at most "
+                f"{rows}x{longest}."
             )
     if all(length < longest for _, length in shapes):
         raise ValueError(
-            f"No shape holds an input of {longest} tokens, which this student was trained with; add one such as "
-            f"{shapes[-1][0]}x{longest}."
+            f"No shape holds this student's longest input, {longest} tokens; add one such as {shapes[-1][0]}x{longest}."
         )
 
 
@@ -134,8 +137,8 @@ def warn_of_difference(checked: Mapping[str, Any] | None) -> None:
     """Warns where answers that should be equal are not."""
     if checked is not None and checked["same_answers"] < checked["samples"]:
         log.warning(
-            "What was written answers %d of %d samples otherwise than the student. It should not: two tokens that are "
-            "equally likely to rounding can change places, nothing more.",
+            "What was written answers %d of %d samples otherwise than the student. Only tokens that are equally likely "
+            "up to rounding should change places.",
             checked["samples"] - checked["same_answers"],
             checked["samples"],
         )

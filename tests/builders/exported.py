@@ -45,7 +45,6 @@ def answered(artefact: Path, *, also_refused: tuple[str, ...] = ()) -> dict:
 
 
 def converted(source: Path, target: Path, to_form: str = "stablehlo", **changes) -> dict:
-    options = {"from_form": None, "dtype": "float32", "shard_bytes": 10**9, "shapes": ()}
-    if to_form == "stablehlo":
-        options["shapes"] = [(4, 20)]
-    return convert.convert(str(source), str(target), to_form=to_form, **{**options, **changes})
+    """Runs `sbs convert` with these options; programs take 4 rows of 20 tokens."""
+    options = {"shapes": [(4, 20)] if to_form == "stablehlo" else (), **changes}
+    return convert.convert(str(source), str(target), convert.Options(to_form=to_form, **options))

@@ -1,4 +1,4 @@
-"""`sbs convert`: a checkpoint in another form."""
+"""`sbs convert`: write a checkpoint in another form."""
 
 import argparse
 import json
@@ -16,53 +16,49 @@ def add(command: Any) -> None:
     convert = command(
         "convert",
         run,
-        "Convert a checkpoint: Hugging Face, T5X, or a run of ours, to any of them, to StableHLO or to ONNX; adapters "
+        "Convert a run, or a Hugging Face or T5X checkpoint, to any of these forms, to StableHLO or to ONNX; adapters "
         "to PEFT's form and back.",
         epilog="examples:\n  sbs convert --to hf runs/svamp svamp-student\n"
         "  sbs convert --to stablehlo --dtype int8 --shapes 1x88,32x88 runs/svamp svamp-int8\n"
         "  sbs convert --to peft runs/svamp-lora svamp-lora\n"
         "  sbs convert --to sbs svamp-lora runs/svamp-again --base t5-v1_1-base\n\n"
-        "A run that trained adapters becomes one whole student: they are merged into their base. Those that no plain\n"
-        "T5 has a place for go to stablehlo alone. PEFT has LoRA and IA3 alone; what else was trained is named.\n"
+        "Adapters are merged into their base. Those that cannot be merged go to stablehlo only. PEFT has LoRA and IA3\n"
+        "only; an error names anything else that was trained.\n"
         "See docs/checkpoints.md and docs/export.md.",
     )
-    convert.add_argument("--from", dest="from_form", choices=_READ, help="form of the source (default: as it looks)")
+    convert.add_argument("--from", dest="from_form", choices=_READ, help="form of the source (default: detected)")
     convert.add_argument("--to", dest="to_form", choices=(*_READ, *_WRITTEN), required=True, help="form to write")
     convert.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "int8"),
         default="float32",
-        help="type of the weights of hf (float32, bfloat16) and stablehlo (also int8)",
+        help="type of the weights: hf has float32 and bfloat16, stablehlo also int8",
     )
     convert.add_argument("--shard_gb", type=float, default=5.0, metavar="GB", help="largest file of hf weights")
     convert.add_argument(
-        "--base",
-        metavar="PATH",
-        help="of adapters of PEFT, their base; of a run's, where its base lies, if it has moved",
+        "--base", metavar="PATH", help="base of PEFT adapters; or of a run's adapters, if their base has moved"
     )
-    convert.add_argument("--vocabulary", metavar="FILE", help="where the run's vocabulary lies, if it has moved")
+    convert.add_argument("--vocabulary", metavar="FILE", help="the run's vocabulary, if it has moved")
     convert.add_argument(
         "--platforms",
         default="",
         metavar="NAMES",
-        help="of stablehlo, what it runs on: cpu, tpu, cuda, rocm (default: cpu,tpu,cuda)",
+        help="where stablehlo programs run: cpu, tpu, cuda, rocm (default: cpu,tpu,cuda)",
     )
     convert.add_argument(
         "--shapes",
         default="",
         metavar="SHAPES",
-        help="of stablehlo and onnx, rows x tokens of a call, such as 1x88,32x88; one of onnx",
+        help="rows x tokens of stablehlo and onnx programs, such as 1x88,32x88; onnx has one",
     )
     convert.add_argument(
         "--samples",
         metavar="FILE",
-        help='lines of {"input": text} to answer with what was written (default: what the run was graded on)',
+        help='lines of {"input": text} to check the programs with (default: what the run was graded on)',
     )
-    convert.add_argument(
-        "--check", type=int, default=32, metavar="ROWS", help="how many samples to answer at most; 0 for none"
-    )
-    convert.add_argument("source", metavar="SRC", help="directory, .npz, or gs:// path of T5X")
-    convert.add_argument("target", metavar="DST", help="directory to make")
+    convert.add_argument("--check", type=int, default=32, metavar="ROWS", help="most samples to check with; 0: none")
+    convert.add_argument("source", metavar="SRC", help="directory, or gs:// path of a T5X checkpoint")
+    convert.add_argument("target", metavar="DST", help="directory to make, or gs:// path for T5X")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -71,11 +67,9 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError(f"--check is {arguments.check}; expected a number of samples, 0 for none.")
     from sbs_jax.export import convert
 
-    summary = convert.convert(
-        arguments.source,
-        arguments.target,
-        from_form=arguments.from_form,
+    options = convert.Options(
         to_form=arguments.to_form,
+        from_form=arguments.from_form,
         dtype=arguments.dtype,
         shard_bytes=int(arguments.shard_gb * 1e9),
         base=arguments.base,
@@ -85,7 +79,7 @@ def run(arguments: argparse.Namespace) -> int:
         samples=arguments.samples,
         check=arguments.check,
     )
-    print(json.dumps(summary))
+    print(json.dumps(convert.convert(arguments.source, arguments.target, options)))
     return 0
 
 
@@ -94,11 +88,9 @@ def _listed(flag: str) -> tuple[str, ...]:
 
 
 def _shapes(flag: str) -> tuple[tuple[int, int], ...]:
-    """`1x88,32x88` as pairs."""
-    found = []
-    for part in _listed(flag):
-        match = _SHAPE.fullmatch(part)
+    """Parses `1x88,32x88` into pairs."""
+    matches = {part: _SHAPE.fullmatch(part) for part in _listed(flag)}
+    for part, match in matches.items():
         if match is None:
-            raise UsageError(f"got --shapes {flag!r}: {part!r} is no ROWSxTOKENS, such as 32x88.")
-        found.append((int(match[1]), int(match[2])))
-    return tuple(found)
+            raise UsageError(f"--shapes is {flag!r}, and {part!r} is not ROWSxTOKENS, such as 32x88.")
+    return tuple((int(match[1]), int(match[2])) for match in matches.values() if match is not None)
