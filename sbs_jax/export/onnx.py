@@ -51,7 +51,9 @@ def write(
     def greedy(rows: jax.Array) -> tuple[jax.Array, jax.Array]:
         return student.greedy(parameters, rows, length=length)
 
-    with _quietly(), _for_cpu():
+    for name in ("jax2onnx", "onnx_ir"):  # they report unused plugins, and every constant
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    with _for_cpu():
         jax2onnx: Any = importlib.import_module("jax2onnx")
         jax2onnx.to_onnx(
             greedy,
@@ -79,20 +81,6 @@ def _answering(folder: Path) -> Any:
     options.log_severity_level = 3
     session = runtime.InferenceSession(str(folder / MODEL), options, providers=["CPUExecutionProvider"])
     return lambda rows: np.asarray(session.run(None, {session.get_inputs()[0].name: rows})[0])
-
-
-@contextlib.contextmanager
-def _quietly() -> Iterator[None]:
-    """Silences the exporter's reports on unused plugins and on every constant."""
-    loggers = [logging.getLogger(name) for name in ("jax2onnx", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
 
 
 @contextlib.contextmanager
