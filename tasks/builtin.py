@@ -253,7 +253,6 @@ def write_release(folder: Path, *, rows: Mapping[str, int], seed: int) -> None:
     split depends on the seed and on the splits before it alone.
     """
     random_ = random.Random(seed)
-    short = {ours: theirs for theirs, ours in SPLITS.items()}
     seen: set[str] = set()
     (folder / NAME / "llm").mkdir(parents=True, exist_ok=True)
     for split, count in rows.items():
@@ -264,9 +263,9 @@ def write_release(folder: Path, *, rows: Mapping[str, int], seed: int) -> None:
                 seen.add(problem.text)
                 problems.append(problem)
         lines = [json.dumps({"input": problem.text, "label": problem.label}) for problem in problems]
-        (folder / NAME / f"{NAME}_{short[split]}.json").write_text("\n".join(lines) + "\n", "utf-8")
+        (folder / NAME / f"{NAME}_{SPLITS[split]}.json").write_text("\n".join(lines) + "\n", "utf-8")
         replies = [teacher_reply(problem, random_) for problem in problems]
-        (folder / NAME / "llm" / f"{short[split]}_CoT_0.json").write_text(json.dumps(replies, indent=0), "utf-8")
+        (folder / NAME / "llm" / f"{SPLITS[split]}_CoT_0.json").write_text(json.dumps(replies, indent=0), "utf-8")
 
 
 def row(fields: Mapping[str, Any]) -> Row:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Sequence
 
-from sbs_jax.data.naming import only_name
-from sbs_jax.data.parsing import LABEL_NOT_IN_SET, Parsed, member, strict_answer, unusable, usable
+from sbs_jax.data.parsing import LABEL_NOT_IN_SET, Parsed, member, only_label_named, strict_answer, unusable, usable
 from sbs_jax.data.tokens import JOINT
 
 # In the order of the sources' label numbers.
@@ -66,4 +65,4 @@ def implied_label(rationale: str, choices: Sequence[str]) -> str | None:
     'neutral'
     """
     del choices
-    return only_name(rationale, _WORDS)
+    return only_label_named(rationale, _WORDS)

@@ -371,7 +371,7 @@ WRONG = [
     ({"answer": "{label}"}, r"'answer' is .*; expected it to hold \{rationale\} and \{label\}, once each"),
     ({"hint": "Think."}, r"'hint' is .*; expected it to hold \{label\}"),
     ({"stops": "\nQ:"}, "'stops' is .*; expected a list of texts"),
-    ({"stops": [1]}, "'stops' is .*; expected a list of texts"),
+    ({"stops": [1]}, r"'stops\[0\]' is 1; expected text"),
     ({"stops": [""]}, "'stops' is .*; expected no empty text"),
     ({"stops": ["The"]}, r"exemplars\[0\]: the answer .* holds the stop string 'The'"),
     ({"exemplars": {}}, r"'exemplars' is \{\}; expected a list of objects"),

@@ -10,7 +10,7 @@ import toy
 
 import tasks
 from sbs_jax.cli import main
-from sbs_jax.data import naming, records, registry, release
+from sbs_jax.data import parsing, records, registry, release
 from sbs_jax.stats import rationales
 from sbs_jax.training import loop
 from tasks import builtin, nli, svamp
@@ -31,7 +31,7 @@ from tasks import builtin, nli, svamp
     ],
 )
 def test_the_choice_that_a_text_names(text: str, expected: str | None) -> None:
-    assert naming.only_name(text, naming.of_labels(("tea", "ice", "ice cream"))) == expected
+    assert parsing.only_label_named(text, parsing.label_patterns(("tea", "ice", "ice cream"))) == expected
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,7 @@ GOOD = '{"id": "a", "input": "x", "label": null}'
         ('{"id": "a", "input": null, "label": null}', r":1: the field 'input' is null; expected text\."),
         (GOOD[:-1] + ', "outcome": null}', r":1: the field 'outcome' is null"),
         (GOOD[:-1] + ', "choices": "tea"}', r":1: the field 'choices' is \"tea\"; expected a list"),
-        (GOOD[:-1] + ', "choices": ["tea", 2]}', r":1: the field 'choices' is"),
+        (GOOD[:-1] + ', "choices": ["tea", 2]}', r":1: the field 'choices\[1\]' is 2"),
         (GOOD[:-1] + ', "rational": "r"}', r":1: unknown field 'rational'.* mean 'rationale'"),
         ('{"id": "\\ud83d", "input": "x", "label": null}', r":1: .*unpaired surrogate '\\ud83d'"),
         ("\ufeff" + GOOD, r":1: not valid JSON: Unexpected UTF-8 BOM"),

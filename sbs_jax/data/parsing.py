@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import types
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 from sbs_jax.data.records import OK
 
@@ -151,6 +151,32 @@ def member(text: str, labels: Collection[str]) -> str | None:
         return text
     folded = {label for label in labels if label.casefold() == text.casefold()}
     return folded.pop() if len(folded) == 1 else None
+
+
+def only_label_named(text: str, patterns: Mapping[str, re.Pattern[str]]) -> str | None:
+    """Returns the label that the last sentence naming any label names; None if it names several, or none does.
+
+    A name inside a longer one does not count: "ice cream" does not name "ice".
+    """
+    for sentence in reversed(re.split(r"(?<=[.!?])\s+", text)):
+        spans = [(match.span(), label) for label, pattern in patterns.items() for match in pattern.finditer(sentence)]
+        named = {
+            label
+            for (start, end), label in spans
+            if not any(a <= start and end <= b and (a, b) != (start, end) for (a, b), _ in spans)
+        }
+        if named:
+            return named.pop() if len(named) == 1 else None
+    return None
+
+
+def label_patterns(labels: Sequence[str]) -> dict[str, re.Pattern[str]]:
+    """Returns patterns that find labels as whole words in any case, also in the plural."""
+    return {
+        label: re.compile(rf"(?<!\w){re.escape(label.strip())}(?:s|es)?(?!\w)", re.IGNORECASE)
+        for label in labels
+        if label.strip()
+    }
 
 
 def _unless_blank(text: str | None) -> str | None:

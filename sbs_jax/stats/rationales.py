@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from sbs_jax import hosts
-from sbs_jax.data import naming, records, registry, selection, tokens
+from sbs_jax.data import parsing, records, registry, selection, tokens
 from sbs_jax.data.dataset import Dataset
 from sbs_jax.stats.quality import LINES, NAME, VERSION
 from sbs_jax.storage import atomic
@@ -164,7 +164,7 @@ def _implied(dataset: Dataset, row: records.Record, text: str) -> str | None:
     """Returns the label that a rationale names."""
     if dataset.implied_label is not None:
         return dataset.implied_label(text, row.choices)
-    return naming.only_name(text, naming.of_labels(row.choices or dataset.labels or ()))
+    return parsing.only_label_named(text, parsing.label_patterns(row.choices or dataset.labels or ()))
 
 
 def _alike(same: Callable[[str, str], bool]) -> Callable[[str, str], bool]:

@@ -70,7 +70,7 @@ def check_encodes(value: Any) -> None:
 # ------------------------------------------------------------------------------- typed values
 
 
-def typed(value: Any, kind: type[_T], *, where: str = "", extra: bool = False) -> _T:
+def typed(value: Any, kind: type[_T] | types.GenericAlias, *, where: str = "", extra: bool = False) -> _T:
     """Reads a JSON value as a dataclass or TypedDict.
 
     Their fields can be str, int, float (takes ints too), bool, Literal, Any, list, tuple, dict, Mapping, further
@@ -177,9 +177,7 @@ def _sequence_reader(kind: Any, extra: bool) -> _Reader:
     def read(value: Any, field: str) -> Any:
         if type(value) not in (list, tuple) or size not in (None, len(value)):
             raise _mismatch(kind, value, field)
-        if plain:  # show the whole list instead of one item
-            if not all(type(item) in plain for item in value):
-                raise _mismatch(kind, value, field)
+        if plain and all(type(item) in plain for item in value):  # the usual case, and quick
             return make(value)
         return make(read_item(item, f"{field}[{number}]") for number, item in enumerate(value))
 

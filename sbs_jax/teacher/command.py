@@ -109,7 +109,7 @@ def teach(options: Options) -> Manifest | None:
     return manifest
 
 
-def _splits(dataset: Dataset, options: Options) -> dict[str, release.Unanswered]:
+def _splits(dataset: Dataset, options: Options) -> dict[str, release.Source]:
     found = release.read_unanswered(dataset, inputs_dir=options.inputs_dir, inputs=options.inputs)
     if options.splits is not None:
         missing = [split for split in options.splits if split not in found]
@@ -124,7 +124,7 @@ def _splits(dataset: Dataset, options: Options) -> dict[str, release.Unanswered]
 
 
 def _questions(
-    dataset: Dataset, splits: Mapping[str, release.Unanswered], options: Options
+    dataset: Dataset, splits: Mapping[str, release.Source], options: Options
 ) -> Iterator[export.Question]:
     rows = itertools.chain.from_iterable(source.rows for source in splits.values())
     return (export.Question(dataset, options.template, options.parser, row) for row in rows)
@@ -233,7 +233,7 @@ def _account(totals: sampler.Totals, price: money.Price | None) -> str:
 
 def _show_plan(
     dataset: Dataset,
-    splits: Mapping[str, release.Unanswered],
+    splits: Mapping[str, release.Source],
     template: prompts.Template,
     options: Options,
     price: money.Price | None,
@@ -298,7 +298,7 @@ def _drawn(parameters: clients.Parameters) -> str:
 def _write_page(
     path: str,
     dataset: Dataset,
-    splits: Mapping[str, release.Unanswered],
+    splits: Mapping[str, release.Source],
     template: prompts.Template,
     options: Options,
     store: Store,

@@ -173,7 +173,7 @@ def _with_room(
 
 def write(
     dataset: Dataset,
-    splits: Mapping[str, release.Unanswered],
+    splits: Mapping[str, release.Source],
     *,
     template: prompts.Template,
     parser: str,
