@@ -1,4 +1,4 @@
-"""A real Chromium without a window, for pages: driven over a pipe by its DevTools protocol."""
+"""Drive a real Chromium without a window over a pipe, by its DevTools protocol."""
 
 import base64
 import contextlib
@@ -16,6 +16,9 @@ from typing import Any
 import pytest
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+# Code and character of keys.
+KEYS = {"Tab": (9, ""), "Enter": (13, "\r"), "ArrowDown": (40, ""), "ArrowUp": (38, ""), "PageDown": (34, "")}
+KEYS |= {"Home": (36, ""), "End": (35, ""), "Escape": (27, "")}
 # Chromium reads commands from descriptor 3 and writes to 4; the pipe's own ends may lie there, so they move first.
 _START = """
 import os, sys
@@ -41,7 +44,7 @@ class Page:
             self.ask(f"{domain}.enable")
 
     def ask(self, method: str, **parameters: Any) -> dict[str, Any]:
-        """The result of one command."""
+        """Returns the result of one command."""
         self._number += 1
         command = {"id": self._number, "method": method, "params": parameters}
         if self._session:
@@ -65,21 +68,42 @@ class Page:
             self._note(self._message())
         return time.perf_counter() - start
 
+    def visit(self, path: Path, *, width: int = 1200, dark: bool = False) -> None:
+        """Opens a page that asks for nothing else and has nothing to complain about."""
+        self.size(width, 900)
+        self.dark(dark)
+        self.requests.clear()
+        self.problems.clear()
+        self.open(path)
+        assert self.requests == [path.resolve().as_uri()]
+        assert self.problems == []
+
     def run(self, code: str) -> Any:
-        """The value of a JavaScript expression."""
+        """Evaluates a JavaScript expression."""
         found = self.ask("Runtime.evaluate", expression=code, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in found, found["exceptionDetails"]
         return found["result"].get("value")
 
-    def press(self, key: str, *, shift: bool = False) -> None:
-        """A key of the keyboard: "Tab", "Enter" or one character."""
-        code, text = {"Tab": (9, ""), "Enter": (13, "\r")}.get(key, (ord(key[0].upper()), key))
-        same = {"key": key, "windowsVirtualKeyCode": code, "modifiers": 8 * shift}
-        self.ask("Input.dispatchKeyEvent", type="keyDown", text=text, **same)
+    def press(self, key: str) -> None:
+        """Presses a key of the keyboard: one character or a name of `KEYS`."""
+        code, text = KEYS.get(key, (ord(key[0].upper()), key))
+        same = {"key": key, "code": key, "windowsVirtualKeyCode": code}
+        self.ask("Input.dispatchKeyEvent", type="keyDown" if text else "rawKeyDown", text=text, **same)
         self.ask("Input.dispatchKeyEvent", type="keyUp", **same)
 
+    def choose(self, **values: str) -> None:
+        """Sets filters of the browser of a page, by their ids."""
+        for name, value in values.items():
+            element = f"document.getElementById('{name}')"
+            self.run(f"{element}.value = {json.dumps(value)}")
+            self.run(f"{element}.dispatchEvent(new Event('input', {{bubbles: true}}))")
+
+    def text(self, name: str) -> str:
+        """Returns the text of an element, by its id: "told" counts the items, "detail" shows the chosen one."""
+        return self.run(f"document.getElementById('{name}').textContent")
+
     def click(self, selector: str) -> None:
-        """The mouse, at the middle of the first element."""
+        """Clicks into the middle of the first element."""
         code = (
             f"(() => {{ const e = document.querySelector({json.dumps(selector)});"
             "e.scrollIntoView({block: 'center'}); const r = e.getBoundingClientRect();"
@@ -126,7 +150,7 @@ class Page:
 
 @contextlib.contextmanager
 def browser(folder: Path) -> Iterator[Page]:
-    """A fresh Chromium with its profile in `folder`; skips the test where there is none."""
+    """Starts a fresh Chromium with its profile in `folder`; skips the test without Chromium."""
     program = next((found for name in NAMES if (found := shutil.which(name))), None)
     if program is None:
         pytest.skip(f"no Chromium on this machine (looked for {', '.join(NAMES)})")

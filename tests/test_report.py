@@ -279,7 +279,8 @@ def test_the_page_stands_alone_and_escapes_what_students_write(tmp_path: Path, m
         page, mixed, title="A <title>", notes=["A & B."], command="sbs demo --output 'a b'", teacher_accuracy=74.0
     )
     summary = study.summaries[0]
-    text = " ".join(check(page).text)
+    read = check(page)
+    text = read.text + read.scripts["application/json"]
     assert page.read_text().count("<svg") == 2 + 2 * 2 + 1 + 2 * 3  # plots, curves of two kinds, costs, keys
     for expected in (
         *("A <title>", "A & B.", "sbs demo --output 'a b'", "teacher 74.0", "0123456789abcdef", "0.10.2"),
@@ -287,8 +288,8 @@ def test_the_page_stands_alone_and_escapes_what_students_write(tmp_path: Path, m
     ):
         assert expected in text
     report.write_page(page, [run for run in mixed if run.method == STEP_BY_STEP], title=None, notes=())
-    assert r"Is \u003cb" in " ".join(check(page).text)
-    assert "predict: Is" not in " ".join(check(page).text)
+    assert r"Is \u003cb" in check(page).scripts["application/json"]
+    assert "predict: Is" not in check(page).scripts["application/json"]
 
 
 def test_plots_take_their_colours_from_the_page(tmp_path: Path, mixed: list[Run]) -> None:

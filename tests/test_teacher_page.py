@@ -2,7 +2,6 @@
 
 import base64
 import hashlib
-import html.parser
 import json
 import random
 import re
@@ -17,8 +16,8 @@ from typing import Any
 
 import chromium
 import pytest
-from builders.html_pages import HOSTILE, luminance, seen
-from builders.teacher_rows import EXEMPLARS, LABELS, row, unusable, wrong
+from builders.html_pages import HOSTILE, Reader, check, seen
+from builders.teacher_rows import EXEMPLARS, LABELS, row, some_rows, unusable, wrong
 
 from sbs_jax.stats.intervals import wilson_interval
 from sbs_jax.teacher import examples
@@ -26,81 +25,10 @@ from sbs_jax.teacher import page as teacher_page
 from sbs_jax.teacher.page import Example, write_page
 
 
-def some_rows(count: int = 120) -> Iterator[Example]:
-    """Of every ten: one wrong, one unusable, one right after a hint."""
-    for number in range(count):
-        kind = {3: wrong, 5: unusable}.get(number % 10, row)
-        yield kind(number, **({"hinted": True} if number % 10 == 7 else {}))
-
-
-class Reader(html.parser.HTMLParser):
-    """What a page holds: tables as rows of texts, everything fetched, scripts by type, open elements."""
-
-    VOID = ("meta", "input", "br")
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.fetched: list[str] = []
-        self.scripts: dict[str, str] = {}
-        self.tables: list[list[list[str]]] = []
-        self.text = ""
-        self._script: str | None = None
-        self.feed(text)
-        self.close()
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        given = dict(attrs)
-        if tag not in self.VOID:
-            self.open.append(tag)
-        addresses = [given[name] or "" for name in ("href", "src", "xlink:href", "data", "action") if name in given]
-        self.fetched += [address for address in addresses if not address.startswith("#")]
-        self.fetched += [tag] * (tag in ("link", "iframe", "object", "img", "base"))
-        assert not [name for name in given if name.startswith("on")]
-        if tag == "script":
-            self._script = given.get("type") or "script"
-        elif tag == "table":
-            self.tables.append([])
-        elif tag == "tr":
-            self.tables[-1].append([])
-        elif tag in ("td", "th"):
-            self.tables[-1][-1].append("")
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.handle_starttag(tag, attrs)
-        if tag not in self.VOID:
-            self.open.pop()
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if "script" in self.open:
-            self.scripts[str(self._script)] = self.scripts.get(str(self._script), "") + data
-        elif "style" not in self.open:
-            self.text += data
-            if self.tables and {"td", "th"} & set(self.open):
-                self.tables[-1][-1][-1] += data
-
-    def table(self, first: str) -> dict[str, list[str]]:
-        """Lines of the table whose first heading is this, by their names."""
-        (found,) = [table for table in self.tables if table[0][0] == first]
-        return {line[0]: [cell for cell in line[1:] if cell] for line in found}
-
-    @property
-    def data(self) -> dict[str, Any]:
-        return json.loads(self.scripts["application/json"])
-
-
 def written(path: Path, rows: Iterable[Example], **options: Any) -> Reader:
-    """The page of these rows, read back."""
+    """Writes the page of these rows and reads it back."""
     write_page(path, **({"title": "A title", "facts": {"model": "m"}, "rows": rows} | options))
-    text = path.read_bytes().decode("utf-8")
-    reader = Reader(text)
-    assert reader.open == []
-    assert reader.fetched == []
-    assert "url(" not in re.sub(r"url\(#\w+\)", "", text)
-    return reader
+    return check(path)
 
 
 # Numbers
@@ -339,7 +267,7 @@ def test_the_same_rows_give_the_same_bytes_in_another_process(tmp_path: Path) ->
     write_page(tmp_path / "here.html", title="t", facts={"b": "1", "a": "2"}, rows=some_rows(300), examples=100)
     root = Path(teacher_page.__file__).parents[2]
     code = (
-        "from test_teacher_page import some_rows, write_page;"
+        "from builders.teacher_rows import some_rows; from sbs_jax.teacher.page import write_page;"
         f"write_page({str(tmp_path / 'there.html')!r}, title='t', facts={{'b': '1', 'a': '2'}}, rows=some_rows(300),"
         "examples=100)"
     )
@@ -372,23 +300,9 @@ def tab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[chromium.Page]:
 
 
 def opened(tab: chromium.Page, path: Path, rows: Iterable[Example], **options: Any) -> None:
-    """The page in the browser, which asks for nothing else and has nothing to complain about."""
+    """Writes a page and opens it."""
     write_page(path, **({"title": "A title", "facts": {"model": "m"}, "rows": rows} | options))
-    tab.size(1200, 900)
-    tab.dark(False)
-    tab.requests.clear()
-    tab.problems.clear()
-    tab.open(path)
-    assert tab.requests == [path.resolve().as_uri()]
-    assert tab.problems == []
-
-
-def choose(tab: chromium.Page, name: str, value: str) -> None:
-    tab.run(f"{name}.value = {json.dumps(value)}; {name}.dispatchEvent(new Event('input', {{bubbles: true}}))")
-
-
-def told(tab: chromium.Page) -> str:
-    return tab.run("document.getElementById('told').textContent")
+    tab.visit(path)
 
 
 def listed(tab: chromium.Page) -> list[int]:
@@ -401,11 +315,6 @@ def detail(tab: chromium.Page) -> dict[str, str]:
     """The chosen example: facts by their names."""
     pairs = "[...document.querySelectorAll('#detail dt')].map((e) => [e.textContent, e.nextSibling.textContent])"
     return dict(tab.run(pairs))
-
-
-def press(tab: chromium.Page, key: str) -> None:
-    """A key of the list, as a page sees it."""
-    tab.run(f"document.activeElement.dispatchEvent(new KeyboardEvent('keydown', {{key: '{key}', bubbles: true}}))")
 
 
 def test_hostile_texts_are_shown_as_text(tab: chromium.Page, tmp_path: Path) -> None:
@@ -435,15 +344,15 @@ def test_hostile_texts_are_shown_as_text(tab: chromium.Page, tmp_path: Path) -> 
         tab.run("new Promise((done) => setTimeout(done, 30))")  # details tell of being open a little later
         prompt = tab.run("document.querySelector('#detail details .said').textContent")
         assert prompt == seen(f"{text}\n{EXEMPLARS}\n{text}")
-        press(tab, "ArrowDown")
+        tab.press("ArrowDown")
     assert sorted(tab.run("[...outcome.options].map((o) => o.textContent)")) == sorted(
         ["all", *(f"{seen(text)} (1)" for text in HOSTILE)]
     )
     table = tab.run("[...document.querySelectorAll('section:nth-of-type(1) tbody th')].map((e) => e.textContent)")
     assert sorted(table) == sorted(seen(text) for text in HOSTILE)
     for number, text in enumerate(HOSTILE):  # filters take them too
-        choose(tab, "text", text)
-        assert told(tab) == "1 of 10 examples" or number in (3, 4)  # a field of one line drops line ends
+        tab.choose(text=text)
+        assert tab.text("told") == "1 of 10 examples" or number in (3, 4)  # a field of one line drops line ends
     assert tab.run("typeof window.pwned") == "undefined"
     assert tab.run("[document.scripts.length, document.querySelectorAll('img, svg[onload]').length]") == [2, 0]
     assert tab.problems == []
@@ -464,153 +373,52 @@ def test_long_replies_are_shown_whole(tab: chromium.Page, tmp_path: Path) -> Non
     opened(tab, tmp_path / "page.html", [row(0, replies=(text,)), row(1, replies=("x" * 300_000,))])
     assert detail(tab)["raw reply"] == text
     tab.run("document.getElementById('list').focus()")
-    press(tab, "ArrowDown")
+    tab.press("ArrowDown")
     assert "280,000 characters left out" in detail(tab)["raw reply"]
     assert tab.run("document.documentElement.scrollWidth <= innerWidth")
 
 
 def test_filters_narrow_what_is_shown(tab: chromium.Page, tmp_path: Path) -> None:
     opened(tab, tmp_path / "page.html", some_rows(120))
-    assert told(tab) == "120 examples"
-    choose(tab, "verdict", "wrong")
-    assert told(tab) == "12 of 120 examples"
+    assert tab.text("told") == "120 examples"
+    tab.choose(verdict="wrong")
+    assert tab.text("told") == "12 of 120 examples"
     assert listed(tab) == list(range(3, 120, 10))
-    choose(tab, "text", "  DOES 33 follow ")
+    tab.choose(text="  DOES 33 follow ")
     assert listed(tab) == [33]
-    choose(tab, "text", "nobody wrote this")
-    assert told(tab) == "No example has what these filters ask for"
+    tab.choose(text="nobody wrote this")
+    assert tab.text("told") == "No example has what these filters ask for"
     assert listed(tab) == []
     tab.click("#filters button[type=reset]")
-    assert told(tab) == "120 examples"
-    choose(tab, "hinted", "yes")
+    assert tab.text("told") == "120 examples"
+    tab.choose(hinted="yes")
     assert listed(tab) == list(range(7, 120, 10))
     assert tab.run("document.querySelector('#detail h3').textContent").startswith("✓ right, after a hint")
-    choose(tab, "hinted", "no")
-    assert told(tab) == "108 of 120 examples"
-    choose(tab, "hinted", "")
-    choose(tab, "verdict", "unusable")
+    tab.choose(hinted="no")
+    assert tab.text("told") == "108 of 120 examples"
+    tab.choose(hinted="")
+    tab.choose(verdict="unusable")
     assert len(listed(tab)) == 12
-    choose(tab, "verdict", "")
+    tab.choose(verdict="")
     assert tab.run("[...outcome.options].map((o) => o.textContent)") == ["all", "ok (108)", "no_answer (12)"]
-    choose(tab, "outcome", "1")
+    tab.choose(outcome="1")
     assert listed(tab) == list(range(5, 120, 10))
-    choose(tab, "teacher", "none")
-    choose(tab, "label", "0")
-    assert told(tab) == "4 of 120 examples"
+    tab.choose(teacher="none")
+    tab.choose(label="0")
+    assert tab.text("told") == "4 of 120 examples"
 
 
 def test_tables_lead_to_their_examples(tab: chromium.Page, tmp_path: Path) -> None:
     opened(tab, tmp_path / "page.html", some_rows(120))
     tab.click("button[data-verdict=wrong]")
-    assert told(tab) == "12 of 120 examples"
+    assert tab.text("told") == "12 of 120 examples"
     tab.click("button.differ[data-label='0'][data-teacher='1']")
     assert listed(tab) == [number for number in range(3, 120, 10) if number % 3 == 2]  # contradiction
     assert tab.run("[verdict.value, label.value, teacher.value]") == ["", "0", "1"]
-    assert tab.run("document.activeElement.id") == "list"
-
-
-def test_the_keyboard_reaches_everything(tab: chromium.Page, tmp_path: Path) -> None:
-    opened(tab, tmp_path / "page.html", some_rows(120))
-    reached = []
-    for _ in range(60):
-        tab.press("Tab")
-        reached.append(
-            tab.run(
-                "(() => { const e = document.activeElement;"
-                "return e.id || e.dataset.page || e.dataset.verdict || e.dataset.label || e.type || e.tagName })()"
-            )
-        )
-        if reached[-1] == "SUMMARY":
-            break
-    expected = [
-        "0",
-        "wrong",
-        "text",
-        "verdict",
-        "outcome",
-        "hinted",
-        "label",
-        "teacher",
-        "reset",
-        "list",
-        "detail",
-        "SUMMARY",
-    ]
-    assert [name for name in dict.fromkeys(reached) if name in expected] == expected
-    tab.press("Enter")
-    tab.run("new Promise((done) => setTimeout(done, 50))")
-    assert "Q: Does 0 follow?" in tab.run("document.querySelector('#detail details .said').textContent")
-    tab.run("verdict.focus()")
-    tab.press("w")
-    assert told(tab) == "12 of 120 examples"
-    tab.run("verdict.value = ''; text.focus()")
-    for letter in "row-11":
-        tab.press(letter)
-    assert listed(tab) == [11, *range(110, 120)]
-    tab.run("document.getElementById('list').focus()")
-    press(tab, "End")
-    assert detail(tab)["id"] == "row-119"
+    tab.press("End")
+    assert detail(tab)["input"] == "Does 113 follow?"
     tab.press("Enter")
     assert tab.run("document.activeElement.id") == "detail"
-
-
-def test_a_screen_reader_is_told_names_and_changes(tab: chromium.Page, tmp_path: Path) -> None:
-    opened(tab, tmp_path / "page.html", some_rows(120))
-    nodes = tab.ask("Accessibility.getFullAXTree")["nodes"]
-    found: dict[str, list[str]] = {}
-    for node in nodes:
-        if not node.get("ignored"):
-            found.setdefault(node["role"]["value"], []).append(node.get("name", {}).get("value", ""))
-    assert found["combobox"] == ["Answer", "Outcome", "Hint", "Human label", "Teacher's label"]
-    assert found["searchbox"] == ["Text in input, replies, labels or id"]
-    assert found["search"] == ["Examples"]
-    assert all(found["button"])
-    assert "human neutral, teacher contradiction: 4 rows" in found["button"]
-    assert found["heading"][1:6] == [
-        "Outcomes",
-        "Accuracy by human label",
-        "Disagreements with the human label",
-        "Lengths",
-        "Examples",
-    ]
-    assert len(found["status"]) == 1
-    assert found["listbox"] == ["Examples"]
-    assert found["option"][0].startswith("right: entailment")
-    assert {"Histogram of the number of words of rationales", "Histogram of the number of words of replies"} <= {
-        name for role in ("image", "img") for name in found.get(role, ())
-    }
-
-
-def test_a_phone_does_not_scroll_sideways(tab: chromium.Page, tmp_path: Path) -> None:
-    rows = [*some_rows(119), row(119, replies=("x" * 1400, "word " * 200), votes=(1, 2), id="i" * 300, input="y" * 900)]
-    opened(tab, tmp_path / "page.html", rows, title="t" * 200, facts={"prompt": "0" * 64})
-    for width in (390, 320):
-        tab.size(width, 844)
-        assert tab.run("document.documentElement.scrollWidth") <= width
-        choose(tab, "text", "y" * 900)
-        assert tab.run("document.documentElement.scrollWidth") <= width
-        sizes = tab.run("[...document.querySelectorAll('#filters select, #filters input')].map((e) => e.offsetWidth)")
-        assert min(sizes) >= 120
-
-
-def test_dark_mode_has_light_text_on_dark_paper(tab: chromium.Page, tmp_path: Path) -> None:
-    opened(tab, tmp_path / "page.html", some_rows(120))
-    code = (
-        "['body', '.confusion .agree', '.item .is-wrong', '#filters select', '.raw', '.bars th.name'].map((s) => {"
-        "const e = document.querySelector(s); let under = e;"
-        "const clear = (c) => c === 'rgba(0, 0, 0, 0)';"
-        "while (clear(getComputedStyle(under).backgroundColor)) under = under.parentElement;"
-        "const canvas = document.createElement('canvas').getContext('2d', {willReadFrequently: true});"
-        "return [getComputedStyle(e).color, getComputedStyle(under).backgroundColor].map((c) => {"
-        "canvas.fillStyle = c; canvas.fillRect(0, 0, 1, 1);"
-        "return [...canvas.getImageData(0, 0, 1, 1).data].slice(0, 3)})})"
-    )
-    for dark in (False, True):
-        tab.dark(dark)
-        for ink, paper in tab.run(code):
-            light, deep = sorted((luminance(ink), luminance(paper)), reverse=True)
-            assert (luminance(ink) > luminance(paper)) == dark
-            assert (light + 0.05) / (deep + 0.05) >= 4.5  # WCAG 2 AA
 
 
 @pytest.mark.parametrize("kind", ["none", "unusable", "unlabelled", "no examples"])
@@ -625,18 +433,7 @@ def test_pages_with_little_to_show(tab: chromium.Page, tmp_path: Path, kind: str
     if kind == "none":
         assert tab.run("document.getElementById('examples')") is None
     elif kind == "no examples":
-        assert told(tab) == "No example has what these filters ask for"
+        assert tab.text("told") == "No example has what these filters ask for"
     else:
-        assert told(tab) == "3 examples"
+        assert tab.text("told") == "3 examples"
         assert tab.run("[...verdict.options].length") == 2
-
-
-def test_two_thousand_examples_load_at_once(tab: chromium.Page, tmp_path: Path) -> None:
-    rows = [row(i, replies=("word " * 100,) * 3, rationale="word " * 50) for i in range(2000)]
-    write_page(tmp_path / "page.html", title="t", facts={}, rows=rows)
-    assert tab.open(tmp_path / "page.html") < 5
-    assert told(tab) == "2,000 examples"
-    start = tab.run("performance.now()")
-    choose(tab, "text", "row-1999")
-    assert listed(tab) == [1999]
-    assert tab.run("performance.now()") - start < 2000

@@ -1,36 +1,51 @@
 """Checks of pages: well-formed, self-contained, hostile texts shown as text, colours."""
 
 import html.parser
+import json
 import re
 from pathlib import Path
+from typing import Any
 
 
-class Checker(html.parser.HTMLParser):
-    """Collects what is open and never closed, what would be fetched, and the text of cells."""
+class Reader(html.parser.HTMLParser):
+    """Collects open elements, addresses that would be fetched, links, scripts, texts, and tables as rows of texts."""
 
     VOID = ("meta", "br", "link", "img", "input")
 
-    def __init__(self) -> None:
+    def __init__(self, page: str) -> None:
         super().__init__()
         self.open: list[str] = []
         self.fetched: list[str] = []
         self.linked: list[str] = []
-        self.scripts: list[dict[str, str | None]] = []
-        self.text: list[str] = []
+        self.scripts: dict[str, str] = {}
+        self.tables: list[list[list[str]]] = []
+        self.text = ""
+        self._script = ""
+        self.feed(page)
+        self.close()
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        given = dict(attrs)
         if tag not in self.VOID:
             self.open.append(tag)
-        if tag == "script":
-            self.scripts.append(dict(attrs))
-        addresses = [value or "" for name, value in attrs if name in ("href", "src", "xlink:href", "data", "action")]
+        addresses = [given[name] or "" for name in ("href", "src", "xlink:href", "data", "action") if name in given]
         addresses = [address for address in addresses if not address.startswith("#")]
-        if tag == "a" and dict(attrs).keys() >= {"href", "download"}:  # a file beside the page, for who asks for it
+        if tag == "a" and given.keys() >= {"href", "download"}:  # a file beside the page, on request
             self.linked += addresses
         else:
             self.fetched += addresses
-        if tag in ("link", "iframe", "object", "img"):
-            self.fetched.append(tag)
+        self.fetched += [tag] * (tag in ("link", "iframe", "object", "img", "base"))
+        assert not [name for name in given if name.startswith("on")]
+        if tag == "script":
+            self._script = given.get("type") or "script"
+            assert self._script not in self.scripts
+            self.scripts[self._script] = ""
+        elif tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif tag in ("td", "th"):
+            self.tables[-1][-1].append("")
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.handle_starttag(tag, attrs)
@@ -41,17 +56,32 @@ class Checker(html.parser.HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data: str) -> None:
-        self.text.append(data)
+        if "script" in self.open:
+            self.scripts[self._script] += data
+        elif "style" not in self.open:
+            self.text += data
+            if {"td", "th"} & set(self.open):
+                self.tables[-1][-1][-1] += data
+
+    def table(self, first: str) -> dict[str, list[str]]:
+        """Returns the lines of the table whose first heading is this, by their names."""
+        (found,) = [table for table in self.tables if table[0][0] == first]
+        return {line[0]: [cell for cell in line[1:] if cell] for line in found}
+
+    @property
+    def data(self) -> dict[str, Any]:
+        return json.loads(self.scripts["application/json"])
 
 
-def check(page: Path) -> Checker:
-    checker = Checker()
-    checker.feed(page.read_text("utf-8"))
-    assert checker.open == []
-    assert checker.fetched == []
-    assert checker.scripts == [{"type": "application/json", "id": "data"}, {}]
-    assert "url(" not in re.sub(r"url\(#\w+\)", "", page.read_text("utf-8"))
-    return checker
+def check(page: Path) -> Reader:
+    """Reads a page that is well-formed and fetches nothing."""
+    text = page.read_bytes().decode("utf-8")
+    reader = Reader(text)
+    assert reader.open == []
+    assert reader.fetched == []
+    assert list(reader.scripts) == ["application/json", "script"]
+    assert "url(" not in re.sub(r"url\(#\w+\)", "", text)
+    return reader
 
 
 # What a teacher should not get away with.

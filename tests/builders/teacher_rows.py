@@ -1,5 +1,6 @@
 """Rows of a teacher's page: right, wrong, unusable."""
 
+from collections.abc import Iterator
 from typing import Any
 
 from sbs_jax.teacher.page import Example
@@ -33,3 +34,10 @@ def wrong(number: int, **changes: Any) -> Example:
 def unusable(number: int, **changes: Any) -> Example:
     fields = {"teacher_label": None, "rationale": None, "outcome": "no_answer", "right": None, "replies": ("Hm.",)}
     return row(number, **(fields | changes))
+
+
+def some_rows(count: int = 120) -> Iterator[Example]:
+    """Of every ten: one wrong, one unusable, one right after a hint."""
+    for number in range(count):
+        kind = {3: wrong, 5: unusable}.get(number % 10, row)
+        yield kind(number, **({"hinted": True} if number % 10 == 7 else {}))

@@ -1,17 +1,18 @@
-"""The page of a report in a real browser: filters, speed, keyboard, screen reader, phone and dark mode."""
+"""Both pages in a real browser: filters, speed, keyboard, screen reader, phone and dark mode."""
 
 import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import chromium
 import pytest
+from builders import teacher_rows
 from builders.html_pages import HOSTILE, luminance, seen
 from builders.report_runs import EXAMPLES, MEASURED, some, write_rationales, write_run
 
 from sbs_jax.pages import answers, report
+from sbs_jax.teacher.page import write_page
 
 
 @pytest.fixture(scope="module")
@@ -37,95 +38,80 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "report.html"
 
 
-def opened(tab: chromium.Page, page: Path, *, width: int = 1200, dark: bool = False) -> None:
-    """The page, which asks for nothing else and has nothing to complain about."""
-    tab.size(width, 900)
-    tab.dark(dark)
-    tab.requests.clear()
-    tab.problems.clear()
-    tab.open(page)
-    assert tab.requests == [page.resolve().as_uri()]
-    assert tab.problems == []
+@pytest.fixture(scope="module")
+def teacher_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of 120 rows one with texts that are hard to fit."""
+    path = tmp_path_factory.mktemp("teacher") / "page.html"
+    hard = teacher_rows.row(119, replies=("x" * 1400, "word " * 200), votes=(1, 2), id="i" * 300, input="y" * 900)
+    write_page(path, title="t" * 200, facts={"prompt": "0" * 64}, rows=[*teacher_rows.some_rows(119), hard])
+    return path
 
 
-def choose(tab: chromium.Page, **values: str) -> None:
-    for name, value in values.items():
-        tab.run(
-            f"(() => {{ const e = document.getElementById('{name}'); e.value = {json.dumps(value)};"
-            "e.dispatchEvent(new Event('input', {bubbles: true})) })()"
-        )
-        assert tab.run(f"document.getElementById('{name}').value") == value
-
-
-def told(tab: chromium.Page) -> str:
-    return tab.run("document.getElementById('told').textContent")
-
-
-def detail(tab: chromium.Page) -> str:
-    return tab.run("document.getElementById('detail').textContent")
+@pytest.fixture(params=["page", "teacher_page"])
+def either(request: pytest.FixtureRequest) -> Path:
+    return request.getfixturevalue(request.param)
 
 
 def active(tab: chromium.Page) -> str:
-    """The text of the answer that a screen reader is told of."""
+    """Returns the text of the active answer, for a screen reader."""
     return tab.run(
         "document.getElementById(document.getElementById('list').getAttribute('aria-activedescendant')).textContent"
     )
 
 
-def press(tab: chromium.Page, key: str) -> None:
-    """A key without a character, as the keyboard gives it."""
-    code = {"ArrowDown": 40, "ArrowUp": 38, "PageDown": 34, "Home": 36, "End": 35, "Escape": 27}[key]
-    for kind in ("rawKeyDown", "keyUp"):
-        tab.ask("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code)
-
-
 def test_filters_narrow_what_is_shown(tab: chromium.Page, page: Path) -> None:
-    opened(tab, page)
-    assert told(tab) == "230 answers"
-    choose(tab, dataset="toy", verdict="wrong")
-    assert told(tab) == "110 of 230 answers"  # 2 x 20 and 2 x 20 and 30
-    choose(tab, method="step-by-step", seed="1")
-    assert told(tab) == "20 of 230 answers"
-    assert "Is <b>1</b> & 1?" in detail(tab)
-    choose(tab, verdict="right", agreement="only-right")
-    assert told(tab) == "10 of 230 answers"  # seed 1: even rows from 20 on; standard fine-tuning is right below 20
-    choose(tab, seed="0", method="")
-    assert told(tab) == "15 of 230 answers"  # three methods: those, and odd rows from 11 to 19 of standard fine-tuning
-    choose(tab, verdict="", agreement="disagree")
-    assert told(tab) == "75 of 230 answers"  # rows 1, 3 .. 9, 10 to 19 and even from 20 on, of three methods each
-    choose(tab, agreement="only-wrong")
-    assert told(tab) == "10 of 230 answers"  # odd below 10: step-by-step; even from 10 to 18: single-task
-    choose(tab, agreement="all-wrong")
-    assert told(tab) == "30 of 230 answers"
-    choose(tab, agreement="", dataset="", text="in the ZOO")
-    assert told(tab) == "30 of 230 answers"
-    choose(tab, seed="1")
-    assert told(tab) == "No answer has what these filters ask for"
-    choose(tab, seed="")
-    choose(tab, text="It</i> is not")  # in a rationale alone
-    assert told(tab) == "1 of 230 answers"
-    assert "rationale<i>It</i> is not." in detail(tab)
-    choose(tab, text="no such text")
-    assert told(tab) == "No answer has what these filters ask for"
-    assert detail(tab) == "Nothing chosen."
+    tab.visit(page)
+    assert tab.text("told") == "230 answers"
+    tab.choose(dataset="toy", verdict="wrong")
+    assert tab.text("told") == "110 of 230 answers"  # 2 x 20 and 2 x 20 and 30
+    tab.choose(method="step-by-step", seed="1")
+    assert tab.text("told") == "20 of 230 answers"
+    assert "Is <b>1</b> & 1?" in tab.text("detail")
+    tab.choose(verdict="right", agreement="only-right")
+    assert (
+        tab.text("told") == "10 of 230 answers"
+    )  # seed 1: even rows from 20 on; standard fine-tuning is right below 20
+    tab.choose(seed="0", method="")
+    assert (
+        tab.text("told") == "15 of 230 answers"
+    )  # three methods: those, and odd rows from 11 to 19 of standard fine-tuning
+    tab.choose(verdict="", agreement="disagree")
+    assert (
+        tab.text("told") == "75 of 230 answers"
+    )  # rows 1, 3 .. 9, 10 to 19 and even from 20 on, of three methods each
+    tab.choose(agreement="only-wrong")
+    assert tab.text("told") == "10 of 230 answers"  # odd below 10: step-by-step; even from 10 to 18: single-task
+    tab.choose(agreement="all-wrong")
+    assert tab.text("told") == "30 of 230 answers"
+    tab.choose(agreement="", dataset="", text="in the ZOO")
+    assert tab.text("told") == "30 of 230 answers"
+    tab.choose(seed="1")
+    assert tab.text("told") == "No answer has what these filters ask for"
+    tab.choose(seed="")
+    tab.choose(text="It</i> is not")  # in a rationale alone
+    assert tab.text("told") == "1 of 230 answers"
+    assert "rationale<i>It</i> is not." in tab.text("detail")
+    tab.choose(text="no such text")
+    assert tab.text("told") == "No answer has what these filters ask for"
+    assert tab.text("detail") == "Nothing chosen."
     tab.click("#filters button[type=reset]")
-    assert told(tab) == "230 answers"
+    assert tab.text("told") == "230 answers"
 
 
 def test_an_answer_is_shown_in_full_beside_the_others(tab: chromium.Page, page: Path) -> None:
-    opened(tab, page)
-    choose(tab, dataset="toy", method="step-by-step", seed="0")
+    tab.visit(page)
+    tab.choose(dataset="toy", method="step-by-step", seed="0")
     for expected in ("✓ right: toy, step-by-step, seed 0", "It is so.", "argues forneutral", "agreeno"):
-        assert expected in detail(tab)
-    assert "teacher's rationaleThe teacher's words." in detail(tab)
-    assert "All 5 answers to this input" in detail(tab)
+        assert expected in tab.text("detail")
+    assert "teacher's rationaleThe teacher's words." in tab.text("detail")
+    assert "All 5 answers to this input" in tab.text("detail")
     assert tab.run("document.querySelectorAll('#detail tbody tr').length") == 5
     current = tab.run("document.querySelector('#detail tr[aria-current]').textContent")
     assert current == "step-by-step, seed 0✓entailment"
 
 
 def test_the_keyboard_reaches_everything(tab: chromium.Page, page: Path) -> None:
-    opened(tab, page)
+    tab.visit(page)
     reached = []
     for _ in range(80):
         tab.press("Tab")
@@ -137,53 +123,67 @@ def test_the_keyboard_reaches_everything(tab: chromium.Page, page: Path) -> None
     tab.run("document.getElementById('text').focus()")
     for letter in "zoo":
         tab.press(letter)
-    assert told(tab) == "30 of 230 answers"
+    assert tab.text("told") == "30 of 230 answers"
     tab.run("document.getElementById('list').focus()")
     assert tab.run("getComputedStyle(document.activeElement).outlineStyle") == "solid"
-    press(tab, "ArrowDown")
-    press(tab, "ArrowDown")
+    tab.press("ArrowDown")
+    tab.press("ArrowDown")
     assert "Is <b>2</b>" in active(tab)
-    assert "Is <b>2</b>" in detail(tab)
-    press(tab, "ArrowUp")
+    assert "Is <b>2</b>" in tab.text("detail")
+    tab.press("ArrowUp")
     assert "Is <b>1</b>" in active(tab)
-    press(tab, "End")
+    tab.press("End")
     assert "Is <b>29</b>" in active(tab)
     visible = "(() => { const a = document.querySelector('[aria-selected=true]').getBoundingClientRect();"
     visible += "const l = document.getElementById('list').getBoundingClientRect();"
     visible += "return a.top >= l.top - 1 && a.bottom <= l.bottom + 1 })()"
     assert tab.run(visible)
-    press(tab, "Home")
-    press(tab, "PageDown")
+    tab.press("Home")
+    tab.press("PageDown")
     assert tab.run(visible)
     assert tab.run("document.querySelectorAll('[aria-selected=true]').length") == 1
     tab.press("Enter")
     assert tab.run("document.activeElement.id") == "detail"
-    press(tab, "Escape")
+    tab.press("Escape")
     assert tab.run("document.activeElement.id") == "list"
 
 
-def test_a_screen_reader_is_told_names_and_changes(tab: chromium.Page, page: Path) -> None:
-    opened(tab, page)
-    found: dict[str, list[dict[str, Any]]] = {}
+def accessible(tab: chromium.Page) -> dict[str, list[str]]:
+    """Returns the names in the accessibility tree by role."""
+    found: dict[str, list[str]] = {}
     for node in tab.ask("Accessibility.getFullAXTree")["nodes"]:
         if not node.get("ignored"):
-            found.setdefault(node["role"]["value"], []).append(node)
-    names = {role: [node.get("name", {}).get("value", "") for node in nodes] for role, nodes in found.items()}
+            found.setdefault(node["role"]["value"], []).append(node.get("name", {}).get("value", ""))
+    return found
+
+
+def test_a_screen_reader_knows_every_filter_and_item(tab: chromium.Page, page: Path, teacher_page: Path) -> None:
+    tab.visit(page)
+    names = accessible(tab)
     assert names["searchbox"] == ["Text in input, labels, rationale or id"]
     assert names["combobox"] == ["Dataset", "Method", "Seed", "Answers", "Agreement"]
     assert names["listbox"] == ["Predictions"]
-    assert names["option"]
-    first = next(name for name in names["option"] if "toy" in name)
-    assert first.startswith("right: entailment")
-    assert len(names["status"]) == 1
-    assert all(names["region"])
-    assert len(set(names["region"])) == len(names["region"])
-    for role in ("link", "button", "table", "image", "img", "figure"):
-        for node, name in zip(found.get(role, ()), names.get(role, ()), strict=True):
-            assert name or role in ("table", "figure"), node
-    assert tab.run("document.documentElement.lang") == "en"
+    assert next(name for name in names["option"] if "toy" in name).startswith("right: entailment")
     options = "[...document.querySelectorAll('[role=option]')].map((e) => [e.ariaSetSize, e.ariaPosInSet])"
     assert tab.run(options)[:2] == [["230", "1"], ["230", "2"]]
+    tab.visit(teacher_page)
+    names = accessible(tab)
+    assert names["combobox"] == ["Answer", "Outcome", "Hint", "Human label", "Teacher's label"]
+    assert names["listbox"] == names["search"] == ["Examples"]
+    assert names["option"][0].startswith("right: entailment")
+    assert "human neutral, teacher contradiction: 4 rows" in names["button"]
+    plots = {name for role in ("image", "img") for name in names.get(role, ())}
+    assert {f"Histogram of the number of words of {name}" for name in ("rationales", "replies")} <= plots
+
+
+def test_everything_on_a_page_has_a_name_and_a_level(tab: chromium.Page, either: Path) -> None:
+    tab.visit(either)
+    names = accessible(tab)
+    assert len(names["status"]) == 1
+    for role in ("link", "button", "image", "img", "region"):
+        assert all(names.get(role, ())), role
+    assert len(set(names["region"])) == len(names["region"])
+    assert tab.run("document.documentElement.lang") == "en"
     levels = tab.run("[...document.querySelectorAll('h1, h2, h3, h4')].map((e) => Number(e.tagName[1]))")
     assert levels[0] == 1
     assert levels.count(1) == 1
@@ -192,10 +192,10 @@ def test_a_screen_reader_is_told_names_and_changes(tab: chromium.Page, page: Pat
 
 
 @pytest.mark.parametrize("width", [360, 320])
-def test_a_phone_does_not_scroll_sideways(tab: chromium.Page, page: Path, width: int) -> None:
-    opened(tab, page, width=width)
+def test_a_phone_does_not_scroll_sideways(tab: chromium.Page, either: Path, width: int) -> None:
+    tab.visit(either, width=width)
     assert tab.run("document.documentElement.scrollWidth") <= width
-    choose(tab, text="toy-1")
+    tab.choose(text="-1" if either.stem == "report" else "yyy")
     assert tab.run("document.documentElement.scrollWidth") <= width
     rights = tab.run("['list', 'detail'].map((id) => document.getElementById(id).getBoundingClientRect().right)")
     assert max(rights) <= width
@@ -211,7 +211,7 @@ def test_a_phone_does_not_scroll_sideways(tab: chromium.Page, page: Path, width:
     assert max(rows) <= 0  # nothing is cut off below
 
 
-def test_texts_stand_out_from_light_and_dark_paper(tab: chromium.Page, page: Path) -> None:
+def test_texts_stand_out_from_light_and_dark_paper(tab: chromium.Page, either: Path) -> None:
     code = """(() => {
       const canvas = document.createElement('canvas').getContext('2d', {willReadFrequently: true});
       const rgb = (c) => { canvas.clearRect(0, 0, 1, 1); canvas.fillStyle = c; canvas.fillRect(0, 0, 1, 1);
@@ -228,7 +228,7 @@ def test_texts_stand_out_from_light_and_dark_paper(tab: chromium.Page, page: Pat
       }
       return [...found] })()"""
     for dark in (False, True):
-        opened(tab, page, dark=dark)
+        tab.visit(either, dark=dark)
         pairs = tab.run(code)
         assert len(pairs) > 5
         for colours, where in pairs:
@@ -246,12 +246,12 @@ def test_hostile_texts_are_shown_as_text(tab: chromium.Page, tmp_path: Path) -> 
         row |= {"input": text, "target": text, "prediction": text, "text": text, "id": f"{number}"}
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     report.write_page(tmp_path / "page.html", [report.identify(path)], title=None, notes=())
-    opened(tab, tmp_path / "page.html")
+    tab.visit(tmp_path / "page.html")
     tab.run("document.getElementById('list').focus()")
     for text in texts:
         said = tab.run("[...document.querySelectorAll('#detail .said')].map((e) => e.textContent)")
         assert said[0] == seen(text) or (not text and said[0] == "(nothing)")
-        press(tab, "ArrowDown")
+        tab.press("ArrowDown")
     assert tab.run("typeof window.pwned") == "undefined"
     assert tab.run("document.querySelectorAll('#predictions :is(img, script, a, iframe)').length") == 0
 
@@ -265,7 +265,7 @@ def test_a_hundred_thousand_answers_stay_responsive(tab: chromium.Page, tmp_path
         tmp_path / "page.html", [report.identify(tmp_path / kind) for kind in kinds], title=None, notes=()
     )
     assert tab.open(tmp_path / "page.html") < 10
-    assert told(tab) == "100,002 answers"
+    assert tab.text("told") == "100,002 answers"
     # The quickest of three: other work on this machine must not count. The list is laid out before the clock stops.
     code = """((texts) => { const text = document.getElementById('text'), times = {};
       for (let k = 0; k < 3; k++) for (const value of texts) {
@@ -278,7 +278,7 @@ def test_a_hundred_thousand_answers_stay_responsive(tab: chromium.Page, tmp_path
       return times })"""
     times = tab.run(f"{code}({json.dumps(['q', 'qu', 'questions', '', '33', '3333', 'entail', 'no such'])})")
     assert max(times.values()) < 100, times  # milliseconds for a key
-    choose(tab, text="")
+    tab.choose(text="")
     frames = """new Promise((done) => { const list = document.getElementById('list'), times = []; let k = 0;
       const step = () => { const start = performance.now(); list.scrollTop = (k * 104729 * 62) % list.scrollHeight;
         list.dispatchEvent(new Event('scroll')); requestAnimationFrame(() => {
@@ -287,9 +287,9 @@ def test_a_hundred_thousand_answers_stay_responsive(tab: chromium.Page, tmp_path
       step() })"""
     assert tab.run(frames)[10] < 50
     assert tab.run("document.querySelectorAll('.item').length") < 60
-    press(tab, "Home")
-    choose(tab, verdict="wrong")
-    assert told(tab) == "33,336 of 100,002 answers"
+    tab.press("Home")
+    tab.choose(verdict="wrong")
+    assert tab.text("told") == "33,336 of 100,002 answers"
 
 
 def test_more_answers_than_a_page_holds_are_sampled(tmp_path: Path) -> None:
@@ -305,8 +305,8 @@ def test_more_answers_than_a_page_holds_are_sampled(tmp_path: Path) -> None:
     assert len(answers.embed(study, characters=400)["sets"][0]["ids"]) < 25
 
 
-def test_printing_leaves_out_what_only_a_screen_can_do(tab: chromium.Page, page: Path) -> None:
-    opened(tab, page)
+def test_printing_leaves_out_what_only_a_screen_can_do(tab: chromium.Page, either: Path) -> None:
+    tab.visit(either)
     tab.ask("Emulation.setEmulatedMedia", media="print")
     try:
         assert tab.run("getComputedStyle(document.getElementById('filters')).display") == "none"
