@@ -1,7 +1,7 @@
 """A hosted teacher over loopback, which can misbehave: OpenAI's interface, Gemini's and Vertex AI's, batches included.
 
     with teacher_server.served(answer=lambda prompt: "Iron sinks. So the answer is no.") as server:
-        client = clients.make("openai", base_url=server.openai, timeout=5, connections=10)    # or server.gemini
+        client = providers.make("openai", base_url=server.openai, timeout=5, connections=10)    # or server.gemini
         ...
         assert server.asked == 1 and server.bodies[0]["model"] == "some-model"
 

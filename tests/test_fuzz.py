@@ -23,7 +23,7 @@ from sbs_jax.data import grading, parsing, records, registry, release
 from sbs_jax.data.dataset import Row
 from sbs_jax.prediction import inputs
 from sbs_jax.storage import json_files
-from sbs_jax.teacher import batches, clients, prompts
+from sbs_jax.teacher import batches, clients, gemini, openai, prompts
 from tasks import svamp
 
 Fuzz = Callable[[Callable[[Tape], None]], None]
@@ -341,22 +341,24 @@ def test_results_of_batch_jobs(fuzz: Fuzz) -> None:
         "usageMetadata": {"promptTokenCount": 5, "candidatesTokenCount": 2},
         "modelVersion": "m",
     }
-    gemini = {"key": "ab" * 32, "response": answer}
+    answered = {"key": "ab" * 32, "response": answer}
     failed = {"key": "ab" * 32, "error": {"code": 3, "message": "INVALID_ARGUMENT: .."}}
     vertex = {"request": {"labels": {"sbs-key-0": "ab" * 16, "sbs-key-1": "cd" * 16}}, "status": "", "response": answer}
     kinds = {
-        "openai": ([chat, refused], (batches._openai_key, batches._openai_line)),
-        "gemini": ([gemini, failed], (batches._gemini_key, batches._gemini_line)),
+        "openai": ([chat, refused], openai.OpenAIBatches),
+        "gemini": ([answered, failed], gemini.GeminiBatches),
         "vertex": (
             [vertex, {**vertex, "status": "Error: INVALID_ARGUMENT"}],
-            (batches._vertex_key, batches._vertex_line),
+            gemini.VertexBatches,
         ),
     }
 
     def case(tape: Tape) -> None:
-        seeds, of_line = kinds[tape.one_of(list(kinds))]
+        seeds, kind = kinds[tape.one_of(list(kinds))]
         data = fuzzing.lines(tape, seeds)
-        for key, outcome in fuzzing.read(lambda: list(batches._answers(data, *of_line)), raises=(), names=()):
+        for key, outcome in fuzzing.read(
+            lambda: list(batches.answers(data, kind.key_of, kind.reply_of)), raises=(), names=()
+        ):
             assert len(bytes.fromhex(key)) == 32
             assert isinstance(outcome, clients.Reply | clients.Failed)
             if isinstance(outcome, clients.Reply):
@@ -473,8 +475,8 @@ def test_a_blank_choice_is_no_label() -> None:
 )
 def test_a_line_of_a_batch_in_another_form_is_left_out(line: dict) -> None:
     data = json.dumps({"custom_id": "ab" * 32, **line}).encode()
-    assert list(batches._answers(data, batches._openai_key, batches._openai_line)) == []
-    assert list(batches._answers(b"[" * 100_000, batches._openai_key, batches._openai_line)) == []
+    assert list(batches.answers(data, openai.OpenAIBatches.key_of, openai.OpenAIBatches.reply_of)) == []
+    assert list(batches.answers(b"[" * 100_000, openai.OpenAIBatches.key_of, openai.OpenAIBatches.reply_of)) == []
 
 
 def test_what_a_batch_answers_can_be_stored() -> None:
@@ -486,7 +488,7 @@ def test_what_a_batch_answers_can_be_stored() -> None:
     }
     response = {"status_code": 200, "body": body}
     text = "".join(json.dumps({"custom_id": key, "response": response}) + "\n" for key in ("ab" * 32, "no key", "AB"))
-    ((key, reply),) = batches._answers(text.encode(), batches._openai_key, batches._openai_line)
+    ((key, reply),) = batches.answers(text.encode(), openai.OpenAIBatches.key_of, openai.OpenAIBatches.reply_of)
     assert key == "ab" * 32
     assert isinstance(reply, clients.Reply)
     assert (reply.text, reply.finish, reply.model) == ("Yes\ufffd \U0001f600", "stop\ufffd", "m\ufffd")

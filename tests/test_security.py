@@ -142,7 +142,7 @@ def test_keys_are_read_from_the_environment_in_one_place_and_the_environment_is_
                     isinstance(parent, ast.Attribute) and parent.attr in allowed
                 ), where
     holders = {path.name for path in SOURCES if re.search(r"environment_key\(", path.read_text("utf-8"))}
-    assert holders == {"connections.py", "openai_client.py", "gemini_client.py"}
+    assert holders == {"connections.py", "openai.py", "gemini.py"}
 
 
 # -------------------------------------------------------------------------- checkpoints of others

@@ -17,7 +17,7 @@ import pytest
 import teacher_server
 
 from sbs_jax.data import records, registry, release
-from sbs_jax.teacher import command, jobs, prompts, sampler
+from sbs_jax.teacher import command, jobs, pacing, prompts, sampler
 from sbs_jax.teacher.clients import Parameters
 from sbs_jax.teacher.store import Store
 from tasks import builtin
@@ -206,7 +206,7 @@ def test_an_interruption_ends_it_softly_and_the_next_run_goes_on(starter, sbs, i
 def test_a_server_that_misbehaves_in_every_way(inputs, answer, tmp_path, monkeypatch, seed):
     """Each row has one accepted reply or a recorded reason, and nothing that was answered is asked again."""
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    monkeypatch.setattr(sampler, "_FIRST_DELAY", 0.01)
+    monkeypatch.setattr(pacing, "FIRST_DELAY", 0.01)
     chance = random.Random(seed)
     fault = teacher_server.Fault
     kinds = [
@@ -253,7 +253,7 @@ def test_a_server_that_misbehaves_in_every_way(inputs, answer, tmp_path, monkeyp
 
 DRIVER = """
 import asyncio, json, sys
-from sbs_jax.teacher import clients, sampler
+from sbs_jax.teacher import clients, providers, sampler
 from sbs_jax.teacher.prompts import Message, Prompt
 from sbs_jax.teacher.store import Store
 
@@ -268,7 +268,7 @@ settings = sampler.Settings(
 )
 
 async def run(url, path, count):
-    client = clients.make("openai", base_url=url, timeout=10, connections=8)
+    client = providers.make("openai", base_url=url, timeout=10, connections=8)
     with Store(path) as store:
         made = sampler.Sampler(settings=settings, client=client, store=store, price=None)
         await made.run(map(Row, range(count)))

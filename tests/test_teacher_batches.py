@@ -10,7 +10,7 @@ import pytest
 from builders.teacher_requests import request
 from teacher_server import Server, served
 
-from sbs_jax.teacher import batches, gemini_client, openai_client
+from sbs_jax.teacher import batches, gemini, openai, pacing, providers
 from sbs_jax.teacher.batches import BatchClient
 from sbs_jax.teacher.clients import Again, Failed, Fatal, Reply, Request
 
@@ -33,7 +33,7 @@ def _environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.setenv(name, "localhost:1")
     monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", "")
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setattr(batches, "_DELAY", 0.01)
+    monkeypatch.setattr(pacing, "FIRST_DELAY", 0.01)
 
 
 @contextlib.contextmanager
@@ -47,11 +47,11 @@ def made(provider: str, server: Server) -> BatchClient:
     if provider == "vertex":
         from google.oauth2.credentials import Credentials
 
-        return batches.VertexBatches(
+        return gemini.VertexBatches(
             base_url=server.gemini, timeout=5.0, folder="gs://bucket/jobs", credentials=Credentials("a-token")
         )
     base_url = server.openai if provider == "openai" else server.gemini
-    return batches.make_batch(provider, base_url=base_url, timeout=5.0)
+    return providers.make_batch(provider, base_url=base_url, timeout=5.0)
 
 
 def run(client: BatchClient, work: Callable[[BatchClient], Coroutine[Any, Any, Any]]) -> Any:
@@ -124,7 +124,7 @@ def test_what_is_sent_is_what_would_be_asked_at_once(provider: str) -> None:
         run(made(provider, server), work)
     (body,) = bodies
     body.pop("labels", None)
-    wanted = openai_client.openai_body(one, official=False) if provider == "openai" else gemini_client.gemini_body(one)
+    wanted = openai.openai_body(one, official=False) if provider == "openai" else gemini.gemini_body(one)
     assert body == wanted
 
 
@@ -224,19 +224,19 @@ def test_a_job_is_cancelled_and_what_it_answered_is_kept(provider: str) -> None:
 def test_a_lost_reply_to_the_submission_does_not_submit_twice(provider: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with prepared() as server:
         client = made(provider, server)
-        inner = client._openai if provider == "openai" else client._google  # pyright: ignore
-        guarded = inner.guarded
+        inner = client.client
+        send = inner.send
         lost = []
 
         async def losing(call: Callable[[], Any], *, seconds: float | None = None) -> Any:
             before = len(server.batches)
-            result = await guarded(call, seconds=seconds)
+            result = await send(call, seconds=seconds)
             if len(server.batches) > before and not lost:
                 lost.append(1)
                 raise Again("The connection failed after the job was made.")
             return result
 
-        monkeypatch.setattr(inner, "guarded", losing)
+        monkeypatch.setattr(inner, "send", losing)
 
         async def work(client: BatchClient) -> str:
             return await client.submit(some(), name="sbs-1")
@@ -269,7 +269,7 @@ def test_a_job_that_does_not_exist_is_fatal(provider: str) -> None:
 def test_no_server_is_waited_for_and_then_told(monkeypatch: pytest.MonkeyPatch) -> None:
     with prepared() as server:
         pass
-    monkeypatch.setattr(batches, "_TRIES", 3)
+    monkeypatch.setattr(pacing, "TRIES", 3)
     with pytest.raises(Again, match="connection failed"):
         run(made("openai", server), lambda client: client.find("sbs-1"))
 
@@ -307,7 +307,7 @@ def test_limits_of_a_file_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_bad_arguments_are_told() -> None:
     with pytest.raises(ValueError, match=r"no batch jobs of 'gemni'.*gemini"):
-        batches.make_batch("gemni", base_url=None, timeout=1.0)
+        providers.make_batch("gemni", base_url=None, timeout=1.0)
     for folder in (None, "/local", "gs://"):
         with pytest.raises(ValueError, match="gs://<bucket>/<folder>"):
-            batches.make_batch("vertex", base_url=None, timeout=1.0, folder=folder)
+            providers.make_batch("vertex", base_url=None, timeout=1.0, folder=folder)

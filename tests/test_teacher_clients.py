@@ -12,7 +12,7 @@ import pytest
 from builders.teacher_requests import request
 from teacher_server import Fault, served
 
-from sbs_jax.teacher import clients, gemini_client, openai_client, providers
+from sbs_jax.teacher import clients, gemini, openai, providers
 from sbs_jax.teacher.clients import Again, Client, Failed, Fatal, Reply, Request
 from sbs_jax.teacher.prompts import Prompt
 from tasks import builtin
@@ -109,15 +109,15 @@ def test_openai_is_asked_a_completion_that_ends_at_the_prompt_s_stops() -> None:
 
 def test_only_openai_itself_is_sent_max_completion_tokens_and_at_most_four_stops() -> None:
     five = request(stops=("1", "2", "3", "4", "5"))
-    assert openai_client.openai_body(request(), official=True)["max_completion_tokens"] == 100
-    assert "max_tokens" not in openai_client.openai_body(request(), official=True)
-    assert openai_client.openai_body(request(form="completion"), official=True)["max_tokens"] == 100
-    assert openai_client.openai_body(five, official=False)["stop"] == ["1", "2", "3", "4", "5"]
+    assert openai.openai_body(request(), official=True)["max_completion_tokens"] == 100
+    assert "max_tokens" not in openai.openai_body(request(), official=True)
+    assert openai.openai_body(request(form="completion"), official=True)["max_tokens"] == 100
+    assert openai.openai_body(five, official=False)["stop"] == ["1", "2", "3", "4", "5"]
     with pytest.raises(Fatal, match="at most 4"):
-        openai_client.openai_body(five, official=True)
-    assert openai_client.is_official(None)
-    assert openai_client.is_official("https://api.openai.com/v1")
-    assert not openai_client.is_official("http://localhost:8000/v1")
+        openai.openai_body(five, official=True)
+    assert openai.is_official(None)
+    assert openai.is_official("https://api.openai.com/v1")
+    assert not openai.is_official("http://localhost:8000/v1")
 
 
 def test_gemini_is_asked_a_chat() -> None:
@@ -154,9 +154,9 @@ def test_gemini_is_asked_a_chat() -> None:
 
 def test_gemini_takes_chats_and_five_stops_only() -> None:
     with pytest.raises(Fatal, match="takes chats only"):
-        gemini_client.gemini_body(request(form="completion"))
+        gemini.gemini_body(request(form="completion"))
     with pytest.raises(Fatal, match="at most 5"):
-        gemini_client.gemini_body(request(stops=tuple("123456")))
+        gemini.gemini_body(request(stops=tuple("123456")))
 
 
 def test_vertex_asks_with_the_platform_s_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,7 +167,7 @@ def test_vertex_asks_with_the_platform_s_credentials(monkeypatch: pytest.MonkeyP
 
     async def run(url: str) -> Reply:
         credentials = Credentials("a-token")
-        client = gemini_client.Gemini(vertex=True, base_url=url, timeout=5.0, connections=1, credentials=credentials)
+        client = gemini.Gemini(vertex=True, base_url=url, timeout=5.0, connections=1, credentials=credentials)
         try:
             return await client.ask(request())
         finally:
@@ -193,7 +193,7 @@ def test_expired_platform_credentials_stop_the_run(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("GOOGLE_CLOUD_LOCATION", "europe-west4")
 
     async def run(url: str) -> None:
-        client = gemini_client.Gemini(vertex=True, base_url=url, timeout=5.0, connections=1, credentials=Expired(None))
+        client = gemini.Gemini(vertex=True, base_url=url, timeout=5.0, connections=1, credentials=Expired(None))
         try:
             await client.ask(request())
         finally:
@@ -385,11 +385,9 @@ def test_a_reply_that_was_cut_short_is_one_with_finish_length(provider: str) -> 
 
 def test_a_reply_that_was_all_thought_is_cut_short_and_not_empty() -> None:
     chat = {"choices": [{"finish_reason": "length", "message": {"content": None}}], "model": "m"}
-    assert openai_client.read_openai(chat) == Reply(
-        text="", finish="length", input_tokens=None, output_tokens=None, model="m"
-    )
-    gemini = {"candidates": [{"finishReason": "MAX_TOKENS"}], "usageMetadata": {"thoughtsTokenCount": 100}}
-    assert gemini_client.read_gemini(gemini) == Reply(
+    assert openai.read_openai(chat) == Reply(text="", finish="length", input_tokens=None, output_tokens=None, model="m")
+    thought = {"candidates": [{"finishReason": "MAX_TOKENS"}], "usageMetadata": {"thoughtsTokenCount": 100}}
+    assert gemini.read_gemini(thought) == Reply(
         text="", finish="length", input_tokens=None, output_tokens=100, model=""
     )
 
@@ -397,7 +395,7 @@ def test_a_reply_that_was_all_thought_is_cut_short_and_not_empty() -> None:
 def test_gemini_s_thoughts_are_no_part_of_the_reply() -> None:
     parts = [{"text": "Hm.", "thought": True}, {"text": "Iron "}, {"text": "sinks."}]
     data = {"candidates": [{"finishReason": "OTHER", "content": {"parts": parts}}]}
-    reply = gemini_client.read_gemini(data)
+    reply = gemini.read_gemini(data)
     assert (reply.text, reply.finish) == ("Iron sinks.", "other")
 
 
@@ -414,7 +412,7 @@ def test_gemini_s_thoughts_are_no_part_of_the_reply() -> None:
 )
 def test_a_body_of_another_form_may_be_asked_again(data: dict[str, object]) -> None:
     with pytest.raises(Again):
-        openai_client.read_openai(data)
+        openai.read_openai(data)
     text = (
         json.dumps(data)
         .replace("choices", "candidates")
@@ -422,12 +420,12 @@ def test_a_body_of_another_form_may_be_asked_again(data: dict[str, object]) -> N
         .replace('"usage"', '"usageMetadata"')
     )
     with pytest.raises(Again):
-        gemini_client.read_gemini(json.loads(text))
+        gemini.read_gemini(json.loads(text))
 
 
 def test_a_refusal_is_no_reply() -> None:
     with pytest.raises(Failed, match="I cannot help") as error:
-        openai_client.read_openai({"choices": [{"message": {"content": None, "refusal": "I cannot help."}}]})
+        openai.read_openai({"choices": [{"message": {"content": None, "refusal": "I cannot help."}}]})
     assert error.value.reason == "refusal"
 
 

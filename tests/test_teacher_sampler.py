@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from sbs_jax.teacher import money, sampler
+from sbs_jax.teacher import money, pacing, sampler
 from sbs_jax.teacher.clients import Again, Failed, Fatal, Parameters, Reply, Request
 from sbs_jax.teacher.prompts import Message, Prompt
 from sbs_jax.teacher.store import Failure, Store
@@ -186,7 +186,7 @@ def test_a_reply_cut_short_is_asked_again_with_more_room(tmp_path):
 
 
 def test_errors_that_pass_are_repeated_and_then_given_up_until_the_next_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(sampler, "_FIRST_DELAY", 0.001)
+    monkeypatch.setattr(pacing, "FIRST_DELAY", 0.001)
     teacher = Teacher(lambda request, before: Again("502") if request.prompt.text == "r0?" or before < 2 else "so:yes")
     totals = run(tmp_path, teacher, rows(3), retries=4)
     assert teacher.asked == {"r0?": 5, "r1?": 3, "r2?": 3}
@@ -242,7 +242,7 @@ def test_a_teacher_that_always_turns_away_does_not_hold_the_run_for_ever(tmp_pat
 
 
 def test_the_places_shrink_once_per_burst_and_grow_back():
-    places = sampler._Places(16)
+    places = pacing.ConcurrencyLimit(16)
     begin = time.monotonic()
     for _ in range(16):
         places.shrink(0.0, since=begin)
@@ -360,7 +360,7 @@ def test_a_disk_that_fails_ends_the_run(tmp_path):
 
 @pytest.mark.parametrize("seed", range(5))
 def test_whatever_happens_every_row_has_a_reply_or_a_reason(tmp_path, seed, monkeypatch):
-    monkeypatch.setattr(sampler, "_FIRST_DELAY", 0.001)
+    monkeypatch.setattr(pacing, "FIRST_DELAY", 0.001)
     chance = random.Random(seed)
 
     def answer(request, before):
@@ -389,9 +389,9 @@ def test_whatever_happens_every_row_has_a_reply_or_a_reason(tmp_path, seed, monk
     ("changes", "message"),
     [
         ({"samples": 3}, "at temperature 0"),
-        ({"form": "letter"}, "chat or completion"),
+        ({"form": "letter"}, "expected one of chat, completion"),
         ({"concurrency": 0}, "at least 1"),
-        ({"max_cost": -1.0}, "more than 0"),
+        ({"max_cost": -1.0}, "number above 0"),
     ],
 )
 def test_impossible_settings_are_refused(changes, message):

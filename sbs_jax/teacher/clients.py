@@ -1,17 +1,14 @@
-"""Who is asked: any OpenAI-compatible server, Gemini with a key or on Vertex AI, the built-in dataset's own teacher.
+"""Requests to a teacher, its replies, and the interface that every client has.
 
-A client asks once, `await client.ask(request)`, and answers with a `Reply` or raises one of three exceptions, which say
+`await client.ask(request)` sends one request once. It returns a `Reply` or raises one of three exceptions, which say
 what to do next:
 
-    Fatal   nothing will work (wrong key, wrong model, no money): stop the run
-    Again   this may pass (429, 5xx, time-out, reset connection, malformed or empty reply): wait, and ask again
-    Failed  this request has no reply (content filter, longer than the context): note the reason, and go on
+    Fatal   stop the run: wrong key, wrong model, no money
+    Again   wait and retry: 429, 5xx, timeout, reset connection, malformed or empty reply
+    Failed  record the reason and go on: content filter, prompt longer than the context
 
-It never repeats a request of its own accord, and neither do the SDKs underneath: whoever counts requests and money is
-the one that repeats. A credential comes from the environment or from the platform, and stands in no message.
-
-The clients of hosted teachers are in `openai_client` and `gemini_client`; both use `connections`, and `refusals` for
-what goes wrong.
+Clients and the SDKs below them never retry: the caller that counts requests and money does. Credentials come from the
+environment or the platform and appear in no message.
 """
 
 from __future__ import annotations
@@ -32,7 +29,7 @@ CONTENT_FILTER, TOO_LONG = "content_filter", "too_long"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Parameters:
-    """How a reply is drawn. `max_tokens` is its room; `stops` replace the prompt's own, which completions end at."""
+    """Sampling parameters. `stops` replace the stop strings that a completion's prompt has of its own."""
 
     temperature: float
     max_tokens: int
@@ -42,9 +39,9 @@ class Parameters:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Request:
-    """One thing to ask. `form` is "chat" or "completion"; `sample` tells k replies to one prompt apart, 0, 1, ...
+    """One request; `form` is "chat" or "completion".
 
-    Where the temperature is above 0, `sample` is also the seed that is sent.
+    `sample` (0, 1, ..) distinguishes several replies to one prompt, and is the seed where the temperature is above 0.
     """
 
     prompt: Prompt
@@ -55,12 +52,12 @@ class Request:
 
     @property
     def stops(self) -> tuple[str, ...]:
-        """The stop strings that are sent: the parameters', else those that a completion of this prompt needs."""
+        """Returns the stop strings to send: the parameters', else those of a completion's prompt."""
         return self.parameters.stops or (self.prompt.stops if self.form == COMPLETION else ())
 
     @functools.cached_property
     def key(self) -> str:
-        """64 hexadecimal digits of all that decides about the reply; neither the provider nor our code is in it."""
+        """Hashes everything that shapes the reply, 64 hexadecimal digits; neither provider nor code is part of it."""
         if self.form == CHAT:
             head, last = self.prompt.messages[:-1], [self.prompt.messages[-1].role, self.prompt.messages[-1].content]
         else:
@@ -70,10 +67,10 @@ class Request:
         return whole.hexdigest()
 
     def _hashed(self, head: tuple[Message, ...]) -> Any:
-        """The hash so far, of all that the rows of a dataset share; it is kept, as a run over many rows needs it."""
+        """Hashes the part that all rows of a dataset share; cached, because a run needs it for every row."""
         which = (self.form, self.model, self.parameters, self.stops)
         known = _heads.get(which)
-        # The messages are the template's own objects, so that this looks at no text.
+        # The messages are the template's own objects, so this compares no text.
         if known is None or known[0] != head:
             drawn = self.parameters
             shared = [self.form, self.model, float(drawn.temperature), drawn.max_tokens, drawn.top_p, self.stops]
@@ -87,9 +84,9 @@ _heads: dict[Any, tuple[tuple[Message, ...], Any]] = {}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Reply:
-    """What came back. `finish` is "stop", "length" (cut short) or the provider's word; tokens are the provider's count.
+    """A reply. `finish` is "stop", "length" (truncated) or the provider's word.
 
-    Tokens that the teacher thought with count as output, as they do on the bill.
+    Tokens are the provider's counts; thinking tokens count as output, as on the bill.
     """
 
     text: str
@@ -100,11 +97,11 @@ class Reply:
 
 
 class Fatal(Exception):  # noqa: N818  # says what to do, not what happened
-    """Nothing can be asked: wrong key, wrong model, no permission, no money. It would be the same for every request."""
+    """Stop: every request would fail like this one (key, model, permission, money)."""
 
 
 class Again(Exception):  # noqa: N818  # says what to do, not what happened
-    """It may work later. `limited`: we are asked to slow down; `retry_after`: seconds that we are asked to wait."""
+    """Retry later. `limited`: the provider asks us to slow down; `retry_after`: for so many seconds."""
 
     def __init__(self, message: str, *, retry_after: float | None = None, limited: bool = False) -> None:
         super().__init__(message)
@@ -112,7 +109,7 @@ class Again(Exception):  # noqa: N818  # says what to do, not what happened
 
 
 class Failed(Exception):  # noqa: N818  # says what to do, not what happened
-    """This one request is hopeless; `reason` is a word such as "content_filter" or "too_long"."""
+    """Give this request up; `reason` is a word such as "content_filter" or "too_long"."""
 
     def __init__(self, message: str, *, reason: str) -> None:
         super().__init__(message)
@@ -121,10 +118,10 @@ class Failed(Exception):  # noqa: N818  # says what to do, not what happened
 
 @runtime_checkable
 class Client(Protocol):
-    """Whoever can be asked."""
+    """A teacher that can be asked."""
 
     async def ask(self, request: Request) -> Reply:
-        """One request, sent once. Raises Fatal, Again or Failed."""
+        """Sends one request once. Raises Fatal, Again or Failed."""
         ...
 
     async def close(self) -> None: ...

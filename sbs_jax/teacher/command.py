@@ -2,9 +2,9 @@
 
     rows -> prompts -> [store] <- replies <- teacher        (sampler, or jobs in batch mode)
                           |
-                          +-> records, and a page to look at them
+                          +-> records, and a page that shows them
 
-A run that ended, however it did, goes on where it was: what is in the store is not asked again.
+A repeated run continues where the last one ended, for whatever reason: stored replies are not asked again.
 """
 
 from __future__ import annotations
@@ -12,30 +12,25 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import gc
-import itertools
 import logging
 import signal
 import sys
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
 
 import tqdm
 
 from sbs_jax.data import registry, release
 from sbs_jax.data.dataset import Dataset
 from sbs_jax.data.records import Manifest
-from sbs_jax.teacher import batches, clients, export, jobs, money, page, prompts, providers, sampler
+from sbs_jax.teacher import clients, export, jobs, money, page, prompts, providers, sampler
 from sbs_jax.teacher.store import Store
 
 log = logging.getLogger(__name__)
 
-# Prompts that a dry run shows.
-_SHOWN = 1
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """What `sbs teach` is told; see `sbs teach --help`."""
+    """The options of `sbs teach`; see `sbs teach --help`."""
 
     dataset: str
     inputs_dir: str | None
@@ -62,50 +57,69 @@ class Options:
     export_only: bool = False
 
 
-def teach(options: Options) -> Manifest | None:
-    """Asks what is missing, then writes records and page; returns the records' manifest, None after a dry run.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Plan:
+    """The options with everything that is read from disk before the teacher is asked."""
 
-    Whatever ends the asking, the replies that came are stored. Records are written when every row has a reply or a
-    reason; `export_only` writes them at any time.
+    options: Options
+    dataset: Dataset
+    splits: Mapping[str, release.Source]
+    price: money.Price | None
+
+    @property
+    def settings(self) -> sampler.Settings:
+        return self.options.settings
+
+    def questions(self, *splits: str) -> Iterator[export.Question]:
+        """Yields the rows of these splits, one at a time: there may be a great many."""
+        rows = (row for split in splits for row in self.splits[split].rows)
+        return (export.Question(self.dataset, self.options.template, self.options.parser, row) for row in rows)
+
+    def answers(self, split: str, store: Store) -> Iterator[export.Answered]:
+        return export.answers(self.questions(split), settings=self.settings, store=store)
+
+
+def teach(options: Options) -> Manifest | None:
+    """Asks what is missing, then writes records and page; returns the manifest, None after a dry run or an early end.
+
+    Replies that came are stored, whatever ends the run. Records are written when every row has a reply or a reason;
+    `export_only` writes them at any time.
     """
     dataset = registry.get(options.dataset)
-    template = options.template
-    splits = _splits(dataset, options)
-    price = money.price(options.settings.model, override=options.price)
+    plan = _Plan(
+        options=options,
+        dataset=dataset,
+        splits=_splits(dataset, options),
+        price=money.price(options.settings.model, override=options.price),
+    )
     if options.dry_run:
-        _show_plan(dataset, splits, template, options, price)
+        _show_plan(plan, prompt=True)
         return None
     with Store(options.store) as store:
         if options.retry_failed:
             log.info("%d failures forgotten.", store.forget_failures())
         if not options.export_only:
-            _show_plan(dataset, splits, template, options, price, prompt=False)
-            questions = _questions(dataset, splits, options)
-            total = sum(len(source.rows) for source in splits.values())
-            asking = (
-                _in_batches(questions, options, store, price)
-                if options.batch or options.cancel_batches
-                else _one_by_one(questions, options, store, price, total=total)
-            )
+            _show_plan(plan, prompt=False)
+            in_batches = options.batch or options.cancel_batches
             try:
-                finished = asyncio.run(asking)
+                finished = asyncio.run(_in_batches(plan, store) if in_batches else _one_by_one(plan, store))
             except (clients.Fatal, clients.Again, ImportError) as error:
                 raise ValueError(f"{options.provider} {options.settings.model}: {error}") from error
             if not finished:
                 return None
-        manifest = export.write(
+        manifest = release.write_directory(
             dataset,
-            splits,
-            template=template,
-            parser=options.parser,
-            settings=options.settings,
-            store=store,
+            {split: [answered.record for answered in plan.answers(split, store)] for split in plan.splits},
+            sources={split: source.sources for split, source in plan.splits.items()},
             records_dir=options.records_dir,
+            parser=options.parser,
             inputs=options.inputs,
+            skipped={},
             overwrite=options.overwrite,
+            teacher=export.described(options.template, options.settings),
         )
         if options.page is not None:
-            _write_page(options.page, dataset, splits, template, options, store, manifest, price)
+            _write_page(options.page, plan, store, manifest)
     return manifest
 
 
@@ -123,70 +137,63 @@ def _splits(dataset: Dataset, options: Options) -> dict[str, release.Source]:
     return found
 
 
-def _questions(
-    dataset: Dataset, splits: Mapping[str, release.Source], options: Options
-) -> Iterator[export.Question]:
-    rows = itertools.chain.from_iterable(source.rows for source in splits.values())
-    return (export.Question(dataset, options.template, options.parser, row) for row in rows)
-
-
-async def _one_by_one(
-    questions: Iterable[export.Question], options: Options, store: Store, price: money.Price | None, *, total: int
-) -> bool:
-    """Whether every row has a reply or a reason now."""
+async def _one_by_one(plan: _Plan, store: Store) -> bool:
+    """Asks row by row; returns whether every row has a reply or a reason now."""
+    options, settings, price = plan.options, plan.settings, plan.price
     client = providers.make(
-        options.provider,
-        base_url=options.base_url,
-        timeout=options.timeout,
-        connections=options.settings.concurrency,
+        options.provider, base_url=options.base_url, timeout=options.timeout, connections=settings.concurrency
     )
-    with tqdm.tqdm(total=total, unit="row", desc=options.dataset, smoothing=0.05) as progress:
-        run = sampler.Sampler(
-            settings=options.settings,
-            client=client,
-            store=store,
-            price=price,
-            on_progress=_Progress(progress, price=price),
-        )
+    total = sum(len(source.rows) for source in plan.splits.values())
+    with tqdm.tqdm(total=total, unit="row", desc=options.dataset, smoothing=0.05) as bar:
+
+        def show(totals: sampler.Totals) -> None:
+            elapsed = max(bar.format_dict["elapsed"], 1e-9)
+            parts = [f"{totals.failures.total()} failed", f"{totals.output_tokens / elapsed:.0f} tokens/s"]
+            if price is not None:
+                parts.append(f"${totals.spent:.2f}")
+            bar.update(totals.rows - bar.n)
+            bar.set_postfix_str(", ".join(parts), refresh=False)
+
+        run = sampler.Sampler(settings=settings, client=client, store=store, price=price, on_progress=show)
         loop = asyncio.get_running_loop()
+
         # The first interruption ends the asking and keeps what is in flight; a second one is Python's own.
-        loop.add_signal_handler(signal.SIGINT, _interrupted, run, loop)
-        loop.add_signal_handler(signal.SIGTERM, _interrupted, run, loop)
-        totals = run.totals
-        # What is there now stays, and is most of what the collector would look at again and again (docs/speed.md).
+        def interrupted() -> None:
+            print("\nEnding: waiting for what is in flight (interrupt again to drop it).", file=sys.stderr)
+            run.stop()
+            for number in (signal.SIGINT, signal.SIGTERM):
+                loop.remove_signal_handler(number)
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, interrupted)
+        # What exists now stays, and is most of what the collector would scan again and again (docs/speed.md).
         gc.collect()
         gc.freeze()
         try:
-            await run.run(questions)
+            await run.run(plan.questions(*plan.splits))
         finally:
-            loop.remove_signal_handler(signal.SIGINT)
-            loop.remove_signal_handler(signal.SIGTERM)
+            for number in (signal.SIGINT, signal.SIGTERM):
+                loop.remove_signal_handler(number)
             await client.close()
-            progress.close()
-            log.info("%s", _account(totals, price))
+            bar.close()
+            log.info("%s", _account(run.totals, price))
+    totals = run.totals
     if totals.stopped is not None:
-        log.warning("Ended before the last row: %s. Repeat the command to go on.", totals.stopped)
+        log.warning("Ended before the last row: %s. Repeat the command to continue.", totals.stopped)
         return False
     if totals.failures[sampler.GAVE_UP]:
         log.warning(
             "%d requests failed %d times and were given up; repeat the command to ask them again.",
             totals.failures[sampler.GAVE_UP],
-            options.settings.retries + 1,
+            settings.retries + 1,
         )
     return True
 
 
-def _interrupted(run: sampler.Sampler, loop: asyncio.AbstractEventLoop) -> None:
-    print("\nEnding: waiting for what is in flight (interrupt again to drop it).", file=sys.stderr)
-    run.stop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.remove_signal_handler(number)
-
-
-async def _in_batches(
-    questions: Iterable[export.Question], options: Options, store: Store, price: money.Price | None
-) -> bool:
-    client = batches.make_batch(
+async def _in_batches(plan: _Plan, store: Store) -> bool:
+    """Asks by batch jobs, or cancels them; returns whether every row has a reply or a reason now."""
+    options = plan.options
+    client = providers.make_batch(
         options.provider, base_url=options.base_url, timeout=options.timeout, folder=options.batch_folder
     )
     try:
@@ -194,31 +201,15 @@ async def _in_batches(
             log.info("%d jobs cancelled; what they answered is kept.", await jobs.cancel(client, store))
             return False
         return await jobs.run(
-            questions,
-            settings=options.settings,
+            plan.questions(*plan.splits),
+            settings=plan.settings,
             client=client,
             store=store,
-            price=price,
+            price=plan.price,
             size=options.batch_size,
         )
     finally:
         await client.close()
-
-
-class _Progress:
-    """The progress bar: rows, failures, tokens per second, cost."""
-
-    def __init__(self, bar: Any, *, price: money.Price | None) -> None:
-        self._bar, self._price = bar, price
-
-    def __call__(self, totals: sampler.Totals) -> None:
-        self._bar.update(totals.rows - self._bar.n)
-        failed = sum(totals.failures.values())
-        elapsed = max(self._bar.format_dict["elapsed"], 1e-9)
-        parts = [f"{failed} failed", f"{totals.output_tokens / elapsed:.0f} tokens/s"]
-        if self._price is not None:
-            parts.append(f"${totals.spent:.2f}")
-        self._bar.set_postfix_str(", ".join(parts), refresh=False)
 
 
 def _account(totals: sampler.Totals, price: money.Price | None) -> str:
@@ -231,21 +222,13 @@ def _account(totals: sampler.Totals, price: money.Price | None) -> str:
     )
 
 
-def _show_plan(
-    dataset: Dataset,
-    splits: Mapping[str, release.Source],
-    template: prompts.Template,
-    options: Options,
-    price: money.Price | None,
-    *,
-    prompt: bool = True,
-) -> None:
-    """Prints what would be asked, and what it would cost; an estimate, and called one."""
-    settings = options.settings
-    rows = [row for source in splits.values() for row in source.rows]
+def _show_plan(plan: _Plan, *, prompt: bool) -> None:
+    """Prints what would be asked and an estimate of its cost; with `prompt`, the first row's prompt too."""
+    options, settings, template = plan.options, plan.settings, plan.options.template
+    rows = [row for source in plan.splits.values() for row in source.rows]
     if not rows:
-        raise ValueError(f"{dataset.name} has no rows to ask about here.")
-    # A sample of the rows: their lengths differ little beside the exemplars, which all prompts share.
+        raise ValueError(f"{plan.dataset.name} has no rows to ask about here.")
+    # A sample of the rows: beside the exemplars, which all prompts share, their lengths differ little.
     some = rows[:: max(1, len(rows) // 200)]
     lengths = [money.estimate_tokens(prompts.render(template, row.input).sent(settings.form)) for row in some]
     count = len(rows) * settings.samples
@@ -254,29 +237,30 @@ def _show_plan(
     answers = [money.estimate_tokens(exemplar.rationale + exemplar.label) for exemplar in template.exemplars]
     got = count * min(settings.parameters.max_tokens, 10 + sum(answers) // max(1, len(answers)))
     if prompt:
-        for row in rows[:_SHOWN]:
-            rendered = prompts.render(template, row.input)
-            if settings.form == "completion":
-                print(rendered.text)
-            else:
-                for message in rendered.messages:
-                    print(f"[{message.role}]\n{message.content}\n")
-    print(f"{dataset.name}: " + ", ".join(f"{len(source.rows)} {split}" for split, source in splits.items()) + " rows")
+        rendered = prompts.render(template, rows[0].input)
+        if settings.form == clients.COMPLETION:
+            print(rendered.text)
+        else:
+            for message in rendered.messages:
+                print(f"[{message.role}]\n{message.content}\n")
+    sizes = ", ".join(f"{len(source.rows)} {split}" for split, source in plan.splits.items())
+    print(f"{plan.dataset.name}: {sizes} rows")
     print(f"teacher: {options.provider} {settings.model}, {settings.form}, prompt {template.hash}")
     print(f"requests: {count} at most, fewer where replies are stored already ({options.store})")
     print(f"tokens (estimated): {sent:,} sent, {got:,} received")
-    if price is None:
+    if plan.price is None:
         print(f"cost: the price of {settings.model!r} is not known; --price IN,OUT in USD per million tokens")
     else:
-        cost = money.cost(price, input_tokens=sent, output_tokens=got, batch=options.batch)
+        cost = money.cost(plan.price, input_tokens=sent, output_tokens=got, batch=options.batch)
         print(f"cost (estimated): ${cost:,.2f}" + (" in batch mode" if options.batch else ""))
-    print(f"time (estimated): {_time(settings, count=count, tokens=sent + got, options=options)}")
+    print(f"time (estimated): {_time(plan, count=count, tokens=sent + got)}")
 
 
-def _time(settings: sampler.Settings, *, count: int, tokens: int, options: Options) -> str:
-    if options.batch:
+def _time(plan: _Plan, *, count: int, tokens: int) -> str:
+    if plan.options.batch:
         return "up to 24 hours, as batch jobs are"
-    # Two seconds for a reply is usual; the limits may say more.
+    # A reply usually takes two seconds; the rate limits may take longer.
+    settings = plan.settings
     minutes = [count * 2.0 / settings.concurrency / 60]
     if settings.requests_per_minute:
         minutes.append(count / settings.requests_per_minute)
@@ -295,61 +279,42 @@ def _drawn(parameters: clients.Parameters) -> str:
     return ", ".join(parts)
 
 
-def _write_page(
-    path: str,
-    dataset: Dataset,
-    splits: Mapping[str, release.Source],
-    template: prompts.Template,
-    options: Options,
-    store: Store,
-    manifest: Manifest,
-    price: money.Price | None,
-) -> None:
+def _write_page(path: str, plan: _Plan, store: Store, manifest: Manifest) -> None:
+    options, settings, template = plan.options, plan.settings, plan.options.template
     counts = store.counts()
+    sizes = ", ".join(f"{split['rows']:,} {name}" for name, split in manifest["splits"].items())
     facts = {
-        "Dataset": f"{dataset.name}: " + ", ".join(f"{s['rows']:,} {name}" for name, s in manifest["splits"].items()),
-        "Teacher": f"{options.settings.model} ({options.provider}), {options.settings.form}",
-        "Replies": _drawn(options.settings.parameters),
-        "Samples per row": str(options.settings.samples),
+        "Dataset": f"{plan.dataset.name}: {sizes}",
+        "Teacher": f"{settings.model} ({options.provider}), {settings.form}",
+        "Replies": _drawn(settings.parameters),
+        "Samples per row": str(settings.samples),
         "Prompt": f"{template.hash}, version {template.version}",
         "Replies in the store": f"{counts['replies']:,}",
         "Tokens in the store": f"{counts['input_tokens']:,} sent, {counts['output_tokens']:,} received",
     }
-    if price is not None:
-        spent = money.cost(
-            price, input_tokens=counts["input_tokens"], output_tokens=counts["output_tokens"], batch=options.batch
+    if plan.price is not None:
+        tokens = {name: counts[name] for name in ("input_tokens", "output_tokens")}
+        facts["Cost of the store"] = f"${money.cost(plan.price, **tokens, batch=options.batch):,.2f} at today's price"
+
+    def example(answered: export.Answered) -> page.Example:
+        record = answered.record
+        right = None
+        if record.label is not None and record.teacher_label is not None:
+            right = plan.dataset.same_label(record.label, record.teacher_label)
+        return page.Example(
+            id=record.id,
+            input=record.input,
+            label=record.label,
+            prompt=prompts.render(template, record.input).text,
+            replies=answered.replies,
+            rationale=record.rationale,
+            teacher_label=record.teacher_label,
+            outcome=record.outcome,
+            hinted=record.hinted,
+            right=right,
+            votes=record.votes,
         )
-        facts["Cost of the store"] = f"${spent:,.2f} at today's price"
 
-    def shown() -> Iterator[page.Example]:
-        for source in splits.values():
-            found = export.answers(
-                dataset,
-                source.rows,
-                template=template,
-                parser=options.parser,
-                settings=options.settings,
-                store=store,
-            )
-            for answered in found:
-                record = answered.record
-                right = None
-                if record.label is not None and record.teacher_label is not None:
-                    right = dataset.same_label(record.label, record.teacher_label)
-                rendered = prompts.render(template, record.input)
-                yield page.Example(
-                    id=record.id,
-                    input=record.input,
-                    label=record.label,
-                    prompt=rendered.text,
-                    replies=answered.replies,
-                    rationale=record.rationale,
-                    teacher_label=record.teacher_label,
-                    outcome=record.outcome,
-                    hinted=record.hinted,
-                    right=right,
-                    votes=record.votes,
-                )
-
-    page.write_page(path, title=f"Teacher: {dataset.name}", facts=facts, rows=shown())
+    rows = (example(answered) for split in plan.splits for answered in plan.answers(split, store))
+    page.write_page(path, title=f"Teacher: {plan.dataset.name}", facts=facts, rows=rows)
     log.info("Page: %s", path)

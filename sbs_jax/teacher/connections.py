@@ -1,8 +1,8 @@
-"""How a hosted teacher is reached: the SDKs, the credentials in the environment, the connections.
+"""Connections to hosted teachers: SDKs, credentials from the environment, and a pool for many requests in flight.
 
-The SDKs (`pip install 'sbs-jax[teacher]'`) know addresses, authentication and errors. Connections are made past them,
-because a run over 549,367 rows keeps 1,000 requests in flight. Every connection is a pool of its own: in one pool
-for all, a request looks at all of its 1,000 connections, which takes most of its time.
+The SDKs (`pip install 'sbs-jax[teacher]'`) know addresses, authentication and errors. Connections are made here because
+a run over 549,367 rows keeps 1,000 requests in flight. Each connection is a pool of its own: in one pool for all, every
+request scans all 1,000 connections, which takes most of its time.
 """
 
 from __future__ import annotations
@@ -13,31 +13,70 @@ import logging
 import os
 import urllib.parse
 import urllib.request
-from typing import Any
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
+
+from sbs_jax.teacher import refusals
+from sbs_jax.teacher.clients import Again, Failed
+
+_T = TypeVar("_T")
+
+
+class HostedClient:
+    """An SDK's client whose every error is Fatal, Again or Failed. Providers subclass it."""
+
+    sdk: Any
+    secret: str  # the key, which no message may show
+    timeout: float  # seconds for a whole reply
+    errors: tuple[type[Exception], ...]  # what the SDK raises
+
+    def problem(self, error: Any) -> Exception:
+        """Translates one of `errors`."""
+        raise NotImplementedError
+
+    async def close(self) -> None:
+        raise NotImplementedError
+
+    async def send(self, call: Callable[[], Awaitable[_T]], *, seconds: float | None = None) -> _T:
+        """Awaits an SDK call within `seconds` (default: the timeout) and translates its exceptions."""
+        seconds = seconds or self.timeout
+        # Raised after the handler, not in it: no SDK exception, with its request and headers, hangs on ours.
+        try:
+            async with asyncio.timeout(seconds):
+                return await call()
+        except TimeoutError:
+            trouble = Again(f"No whole reply within {seconds:g} s (--timeout).")
+        except UnicodeError:
+            trouble = Failed("The prompt has an unpaired surrogate, which UTF-8 cannot encode.", reason="not_text")
+        except self.errors as error:
+            trouble = self.problem(error)
+        except ValueError as error:
+            trouble = refusals.not_read(error, secrets=(self.secret,))
+        raise trouble
 
 
 def environment_value(name: str) -> str:
-    """What an environment variable holds. ValueError where it is not set."""
+    """Returns an environment variable. ValueError if it is not set."""
     value = os.environ.get(name, "").strip()
     if not value:
-        raise ValueError(f"The environment variable {name} is not set; the teacher cannot be asked without it.")
+        raise ValueError(f"The environment variable {name} is not set; set it to ask this teacher.")
     return value
 
 
 def environment_key(*names: str) -> str:
-    """The key in the first of these variables that is set. ValueError where none is, or where it cannot be one."""
+    """Returns the key in the first of these variables that is set. ValueError without one, or if it is malformed."""
     name = next((name for name in names if os.environ.get(name, "").strip()), None)
     if name is None:
         raise ValueError(f"No key: set the environment variable {' or '.join(names)}.")
     key = os.environ[name].strip()
-    # Otherwise the exception about the header that it cannot be part of would show it.
+    # Otherwise the exception about the malformed header would show it.
     if not key.isascii() or not key.isprintable() or " " in key:
-        raise ValueError(f"The environment variable {name} holds a character that no key has; copy it again.")
+        raise ValueError(f"The environment variable {name} has a character that no key has; copy the key again.")
     return key
 
 
 def sdk_module(name: str) -> Any:
-    """A module of the SDKs, which only this part of the package needs."""
+    """Imports a module of the SDKs, an optional dependency."""
     import importlib
 
     try:
@@ -51,12 +90,12 @@ def sdk_module(name: str) -> Any:
 
 @functools.cache
 def _certificates() -> Any:
-    """Whom to trust; read once, as it takes longer than a request."""
+    """Loads the trusted certificates once: this takes longer than a request."""
     return sdk_module("httpx2").create_ssl_context()
 
 
 def http_client(url: str, connections: int) -> Any:
-    """A client with a connection for each of `connections` requests in flight; those beyond wait for one."""
+    """Makes a client that keeps up to `connections` requests in flight; further ones wait."""
     httpx2 = sdk_module("httpx2")
     for name in ("httpx2", "httpcore2", "google_genai"):
         logging.getLogger(name).setLevel(logging.WARNING)  # a line per request otherwise
@@ -68,16 +107,16 @@ def http_client(url: str, connections: int) -> Any:
     limits = httpx2.Limits(max_connections=1, max_keepalive_connections=1)
     pools = [httpx2.AsyncHTTPTransport(limits=limits, verify=context, proxy=proxy) for _ in range(connections)]
     free = list(pools)
-    places = asyncio.Semaphore(connections)
+    slots = asyncio.Semaphore(connections)
 
     class Pools(httpx2.AsyncBaseTransport):
         async def handle_async_request(self, request: Any) -> Any:
-            async with places:
+            async with slots:
                 pool = free.pop()
                 try:
                     response = await pool.handle_async_request(request)
                     try:
-                        await response.aread()  # the connection is free again when the place is
+                        await response.aread()  # frees the connection before the slot
                     except BaseException:
                         await response.aclose()
                         raise
@@ -89,5 +128,5 @@ def http_client(url: str, connections: int) -> Any:
             for pool in pools:
                 await pool.aclose()
 
-    # `timeout`: ask has one for the whole reply, which a server that sends byte by byte cannot stretch.
+    # No timeout here: `send` has one for the whole reply, which a server that trickles bytes cannot extend.
     return httpx2.AsyncClient(transport=Pools(), timeout=None, follow_redirects=True, trust_env=False)

@@ -73,6 +73,15 @@ def cost(price: Price, *, input_tokens: int, output_tokens: int, batch: bool) ->
     return full * price.batch if batch else full
 
 
+def check_limit(max_cost: float | int | None, price: Price | None, *, model: str) -> None:
+    """Raises ValueError for a limit of cost without a price to count by."""
+    if max_cost is not None and price is None:
+        raise ValueError(
+            f"The price of {model!r} is unknown, so max_cost cannot be kept. Give it in USD per million tokens, "
+            "--price IN,OUT, or set --max_requests instead."
+        )
+
+
 def estimate_tokens(text: str) -> int:
     """About how many tokens a text is: a quarter of its bytes in UTF-8, rounded up.
 

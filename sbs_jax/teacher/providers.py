@@ -1,30 +1,32 @@
-"""The clients by provider: hosted models, compatible servers, and scripted teachers that need no network."""
+"""Clients by provider: hosted models, compatible servers, and a scripted teacher that needs no network."""
 
 import asyncio
 import re
 
 from sbs_jax.checks import nearest
+from sbs_jax.teacher.batches import BatchClient
 from sbs_jax.teacher.clients import COMPLETION, LENGTH, STOP, Client, Fatal, Reply, Request
 
 PROVIDERS = ("openai", "gemini", "vertex", "scripted")
+BATCH_PROVIDERS = ("openai", "gemini", "vertex")
 
 
 def make(provider: str, *, base_url: str | None, timeout: float, connections: int) -> Client:
-    """The client of a provider; `timeout` is in seconds for a whole reply, `connections` as many as requests in flight.
+    """Makes a provider's client; `timeout` is in seconds per reply, `connections` the most requests in flight.
 
-    openai: OPENAI_API_KEY; another server than OpenAI's through `base_url` or OPENAI_BASE_URL, which may need no key.
+    openai: OPENAI_API_KEY; a compatible server through `base_url` or OPENAI_BASE_URL, which may need no key.
     gemini: GEMINI_API_KEY or GOOGLE_API_KEY.
     vertex: GOOGLE_CLOUD_PROJECT, GOOGLE_CLOUD_LOCATION, and Google's application default credentials.
-    scripted: the built-in dataset's teacher; asks nobody.
+    scripted: the built-in dataset's teacher, without network.
 
-    ValueError names the variable that is missing; ImportError where the SDKs are.
+    Raises ValueError that names a missing variable, ImportError if the SDKs are missing.
     """
     if provider == "openai":
-        from sbs_jax.teacher.openai_client import OpenAI
+        from sbs_jax.teacher.openai import OpenAI
 
         return OpenAI(base_url=base_url, timeout=timeout, connections=connections)
     if provider in ("gemini", "vertex"):
-        from sbs_jax.teacher.gemini_client import Gemini
+        from sbs_jax.teacher.gemini import Gemini
 
         return Gemini(vertex=provider == "vertex", base_url=base_url, timeout=timeout, connections=connections)
     if provider == "scripted":
@@ -32,8 +34,26 @@ def make(provider: str, *, base_url: str | None, timeout: float, connections: in
     raise ValueError(f"There is no provider {provider!r}; there are {list(PROVIDERS)}.{nearest(provider, PROVIDERS)}")
 
 
+def make_batch(provider: str, *, base_url: str | None, timeout: float, folder: str | None = None) -> BatchClient:
+    """Makes a provider's batch client, with credentials as for `make`; `folder` is Vertex AI's gs:// folder."""
+    if provider == "openai":
+        from sbs_jax.teacher.openai import OpenAIBatches
+
+        return OpenAIBatches(base_url=base_url, timeout=timeout)
+    if provider in ("gemini", "vertex"):
+        from sbs_jax.teacher.gemini import GeminiBatches, VertexBatches
+
+        if provider == "gemini":
+            return GeminiBatches(base_url=base_url, timeout=timeout)
+        return VertexBatches(base_url=base_url, timeout=timeout, folder=folder)
+    raise ValueError(
+        f"There are no batch jobs of {provider!r}; there are of {list(BATCH_PROVIDERS)}."
+        f"{nearest(provider, BATCH_PROVIDERS)}"
+    )
+
+
 class Scripted:
-    """A dataset's own teacher (`Dataset.scripted_reply`): the same reply to the same input and sample, always.
+    """The scripted teacher of a dataset (`Dataset.scripted_reply`): one fixed reply per input and sample.
 
     `latency` is in seconds per reply. Tokens are words.
     """
@@ -52,13 +72,13 @@ class Scripted:
         for stop in request.stops:
             text = text.split(stop)[0]
         words = re.findall(r"\s*\S+", text)
-        room = request.parameters.max_tokens
+        most = request.parameters.max_tokens
         sent = request.prompt.text if request.form == COMPLETION else asked
         return Reply(
-            text="".join(words[:room]),
-            finish=STOP if len(words) <= room else LENGTH,
+            text="".join(words[:most]),
+            finish=STOP if len(words) <= most else LENGTH,
             input_tokens=len(sent.split()),
-            output_tokens=min(len(words), room),
+            output_tokens=min(len(words), most),
             model="scripted",
         )
 

@@ -1,7 +1,7 @@
-"""What comes back in place of a reply, in our words: Fatal, Again or Failed, whoever was asked.
+"""Provider errors as Fatal, Again or Failed: statuses, lost connections, bodies without a reply.
 
-Statuses, lost connections, bodies that hold no reply, requests that cannot be sent. What a provider says of them is
-quoted on one line, without the key and without anything that looks like one.
+`problem` is the only place that reads an error body, and `_OUTCOMES` the only table. Messages quote the provider on
+one line, without the key and without anything that looks like one.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import json
 import math
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from typing import Any
 
 from sbs_jax.teacher.clients import CONTENT_FILTER, LENGTH, STOP, TOO_LONG, Again, Failed, Fatal, Reply
@@ -27,101 +28,98 @@ _NO_KEY = re.compile(r"api_key|api key (not valid|expired)", re.IGNORECASE)
 _NO_MONEY = re.compile(r"insufficient_quota|billing_hard_limit|billing_not_active|credits are depleted", re.IGNORECASE)
 _LOOKS_SECRET = re.compile(r"\b(?:sk|pk|rk)-[\w*.-]{6,}|\bAIza[\w*-]{6,}|\bya29\.[\w.-]+|\bBearer\s+\S+")
 
+_PAST_CONTEXT, _FILTERED = partial(Failed, reason=TOO_LONG), partial(Failed, reason=CONTENT_FILTER)
+_LIMITED = partial(Again, limited=True)
+_ANY = re.compile("")
+# Statuses, a pattern of the provider's code and message, the exception, and its text; the first match counts.
+_OUTCOMES: tuple[tuple[Collection[int], re.Pattern[str], Callable[[str], Exception], str], ...] = (
+    ((402,), _ANY, Fatal, "The account's money or quota is used up ({said})."),
+    ((429,), _NO_MONEY, Fatal, "The account's money or quota is used up ({said})."),
+    ((429,), _ANY, _LIMITED, "Asked too often ({said})."),
+    ((503, 529), _ANY, _LIMITED, "The teacher is in trouble ({said})."),  # 529: some say it for 503
+    ((408, 409, 425, *range(500, 600)), _ANY, Again, "The teacher is in trouble ({said})."),
+    ((401, 403), _ANY, Fatal, "The teacher refuses the credentials ({said}); check the key and its permissions."),
+    ((400,), _NO_KEY, Fatal, "The teacher refuses the credentials ({said}); check the key and its permissions."),
+    ((404,), _ANY, Fatal, "There is no such model or address ({said}); check --model and --base_url."),
+    ((413,), _ANY, _PAST_CONTEXT, "The prompt is longer than the model's context ({said})."),
+    ((400, 422), _LONGER, _PAST_CONTEXT, "The prompt is longer than the model's context ({said})."),
+    ((400, 422), _FILTER, _FILTERED, "The provider's content filter refuses the prompt ({said})."),
+)
+
 
 def problem(
-    status: int,
-    message: str,
-    *,
-    code: str = "",
-    retry_after: float | None = None,
-    secrets: tuple[str, ...] = (),
+    status: int, error: object, *, default: str = "", retry_after: float | None = None, secrets: tuple[str, ...] = ()
 ) -> Exception:
-    """Fatal, Again or Failed for an HTTP status other than 200. `code` is the provider's word for it."""
+    """Returns Fatal, Again or Failed for an HTTP status other than 200.
+
+    `error` is the body's error object, with "message" and "code" or "type"; `default` stands in for a missing message.
+    """
+    fields = error if isinstance(error, Mapping) else {}
+    code, message = str(fields.get("code") or fields.get("type") or ""), str(fields.get("message") or default)
     said = f"{status}: {short(message, *secrets)}"
-    both = f"{code} {message}"
-    if status == 402 or (status == 429 and _NO_MONEY.search(both)):
-        return Fatal(f"The account's money or quota is used up ({said}).")
-    if status == 429:
-        return Again(f"Asked too often ({said}).", retry_after=retry_after, limited=True)
-    if status in (408, 409, 425) or status >= 500:
-        # 529 is the word of some for what 503 says: too many are asking.
-        return Again(f"The teacher is in trouble ({said}).", retry_after=retry_after, limited=status in (503, 529))
-    if status in (401, 403) or (status == 400 and _NO_KEY.search(both)):
-        return Fatal(f"The teacher refuses the credentials ({said}); check the key, and what it may use.")
-    if status == 404:
-        return Fatal(f"There is no such model or address ({said}); check --model and --base_url.")
-    if status == 413 or (status in (400, 422) and _LONGER.search(both)):
-        return Failed(f"The prompt is longer than the model's context ({said}).", reason=TOO_LONG)
-    if status in (400, 422) and _FILTER.search(both):
-        return Failed(f"The provider's content filter refuses the prompt ({said}).", reason=CONTENT_FILTER)
+    for statuses, words, outcome, text in _OUTCOMES:
+        if min(status, 599) in statuses and words.search(f"{code} {message}"):
+            found = outcome(text.format(said=said))
+            if isinstance(found, Again):
+                found.retry_after = retry_after
+            return found
     return Fatal(f"The teacher refuses the request ({said}).")
 
 
 def disconnected(error: BaseException, *, secrets: tuple[str, ...]) -> Again:
-    """For an exception of the connection: refused, reset, or closed before the reply was whole."""
-    told = short(str(error), *secrets)
-    return Again(f"The connection failed: {type(error).__name__}{told and f' ({told})'}.")
-
-
-def too_slow(seconds: float) -> Again:
-    """For a reply that was not whole after so many seconds."""
-    return Again(f"No whole reply within {seconds:g} s (--timeout).")
+    """Describes a connection that was refused, reset, or closed before the reply was complete."""
+    detail = short(str(error), *secrets)
+    return Again(f"The connection failed: {type(error).__name__}{detail and f' ({detail})'}.")
 
 
 def not_read(error: ValueError, *, secrets: tuple[str, ...]) -> Exception:
-    """Where the SDK reads a body that is not JSON; and its word for an argument that it does not take."""
+    """Describes an SDK's ValueError: a body that is not JSON, or an argument that it rejects."""
     if isinstance(error, json.JSONDecodeError):
         return Again(f"The reply is not JSON: {short(error.doc, *secrets)!r}")
     return Fatal(f"The SDK refuses the request: {short(str(error), *secrets)}")
 
 
-def not_text() -> Failed:
-    """For a prompt that cannot be encoded."""
-    return Failed("The prompt holds half of a surrogate pair, which cannot be sent as UTF-8.", reason="not_text")
-
-
 def no_reply(what: str, data: object) -> Again:
-    """For a body of status 200 without a reply; `what` is what it has instead."""
+    """Describes a body of status 200 without a reply; `what` is what it has instead."""
     try:
-        told = json.dumps(data)
+        body = json.dumps(data)
     except RecursionError:
-        told = "nested too deeply to show"
-    return Again(f"The reply has {what}: {short(told)}")
+        body = "nested too deeply to show"
+    return Again(f"The reply has {what}: {short(body)}")
 
 
 def check_stops(provider: str, stops: tuple[str, ...], *, most: int) -> None:
-    """Fatal where there are more stop strings than the provider takes."""
+    """Raises Fatal for more stop strings than the provider takes."""
     if len(stops) > most:
         raise Fatal(f"There are {len(stops)} stop strings; {provider} takes at most {most}. Name fewer with --stop.")
 
 
-def reply(text: Any, *, finish: Any, data: object, **fields: Any) -> Reply:
-    """A reply, unless it is empty. One that was cut short before its first word (in thought) is a reply: of no text."""
+def reply(text: Any, *, finish: Any, data: object, model: Any, input_tokens: Any, output_tokens: Any) -> Reply:
+    """Makes a reply; an empty one raises Again, unless it was truncated before its first word (while thinking)."""
     finish = STOP if finish is None else _storable(str(finish))
     if finish != LENGTH and not (text and text.strip()):
         raise no_reply("no text", data)
-    model = fields["model"]
     return Reply(
         text=_storable(text or ""),
         finish=finish,
-        input_tokens=_tokens(fields["input_tokens"]),
-        output_tokens=_tokens(fields["output_tokens"]),
+        input_tokens=_tokens(input_tokens),
+        output_tokens=_tokens(output_tokens),
         model=_storable(model) if isinstance(model, str) else "",
     )
 
 
 def _storable(text: str) -> str:
-    """The text with U+FFFD for each half of a surrogate pair, which JSON can bring and no file can hold."""
+    """Replaces unpaired surrogates, which JSON can carry and UTF-8 cannot, by U+FFFD."""
     return text if text.isascii() else text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
 def _tokens(value: Any) -> int | None:
-    """A provider's count; None where it is no number that could be one."""
+    """Returns a provider's count, None if it is not a plausible number."""
     return value if type(value) is int and 0 <= value < 2**53 else None
 
 
 def json_object(content: str | bytes) -> Mapping[str, Any]:
-    """The JSON object that a body of status 200 has to be."""
+    """Parses a body of status 200; raises Again if it is not a JSON object."""
     try:
         value = json.loads(content)
     except (ValueError, RecursionError):
@@ -133,16 +131,16 @@ def json_object(content: str | bytes) -> Mapping[str, Any]:
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds, from `retry-after-ms`, or `retry-after` as a number or as a date; None where neither says."""
+    """Reads seconds from `retry-after-ms` or `retry-after` (a number or a date); None without a usable one."""
     with contextlib.suppress(KeyError, ValueError):
         return _seconds(float(headers["retry-after-ms"]) / 1000)
-    told = headers.get("retry-after")
-    if told is None:
+    value = headers.get("retry-after")
+    if value is None:
         return None
     with contextlib.suppress(ValueError):
-        return _seconds(float(told))
+        return _seconds(float(value))
     with contextlib.suppress(ValueError, TypeError):
-        return _seconds(email.utils.parsedate_to_datetime(told).timestamp() - time.time())
+        return _seconds(email.utils.parsedate_to_datetime(value).timestamp() - time.time())
     return None
 
 
@@ -151,7 +149,7 @@ def _seconds(value: float) -> float | None:
 
 
 def short(text: str, *secrets: str) -> str:
-    """At most 300 characters of one line, without any of `secrets` and without what looks like one."""
+    """Returns at most 300 characters on one line, with `secrets` and anything like a key replaced by "[key]"."""
     for secret in secrets:
         if secret:
             text = text.replace(secret, "[key]")

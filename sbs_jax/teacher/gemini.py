@@ -1,0 +1,309 @@
+"""Gemini, with a key or on Vertex AI, through Google's SDK: single requests and batch jobs.
+
+Bodies are built and read here and sent as the SDK's `extra_body`, not as typed objects: a run over 549,367 rows keeps
+1,000 requests in flight.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from typing import Any, TypeVar
+
+from sbs_jax.teacher import refusals
+from sbs_jax.teacher.batches import CANCELLED, DONE, FAILED, RUNNING, BatchClient, BatchState
+from sbs_jax.teacher.clients import CHAT, CONTENT_FILTER, LENGTH, STOP, Again, Failed, Fatal, Reply, Request
+from sbs_jax.teacher.connections import HostedClient, environment_key, environment_value, http_client, sdk_module
+from sbs_jax.teacher.prompts import SYSTEM, USER
+
+_MOST_STOPS = 5  # with a key and on Vertex AI
+_FINISHES = {"STOP": STOP, "MAX_TOKENS": LENGTH}
+_FILTERED = {"SAFETY", "RECITATION", "BLOCKLIST", "PROHIBITED_CONTENT", "SPII", "IMAGE_SAFETY", "MODEL_ARMOR"}
+_T = TypeVar("_T")
+
+
+class Gemini(HostedClient):
+    """Gemini with a key, or on Vertex AI. `credentials` replace the application default ones (tests)."""
+
+    def __init__(
+        self, *, vertex: bool, base_url: str | None, timeout: float, connections: int, credentials: Any = None
+    ) -> None:
+        self._provider, self.timeout = "vertex" if vertex else "gemini", timeout
+        self._types, self._http_errors = sdk_module("google.genai.types"), sdk_module("httpx2")
+        self._api_errors, self._auth_errors = sdk_module("google.genai.errors"), sdk_module("google.auth.exceptions")
+        self.errors = (
+            *(self._api_errors.APIError, self._api_errors.UnknownApiResponseError, self._auth_errors.GoogleAuthError),
+            *(self._http_errors.HTTPError, self._http_errors.InvalidURL),
+        )
+        # Without a client of ours, the SDK uses aiohttp, with which it sends a request twice.
+        self._http = http_client(base_url or "https://aiplatform.googleapis.com", connections)
+        self.sdk, self.secret = google_client(
+            vertex=vertex, base_url=base_url, http=self._http, credentials=credentials
+        )
+
+    async def ask(self, request: Request) -> Reply:
+        body = gemini_body(request, provider=self._provider)
+        options = self._types.HttpOptions(extra_body=body)
+        config = self._types.GenerateContentConfig(http_options=options, should_return_http_response=True)
+        # The body's own `contents` replace the blank one.
+        models = self.sdk.aio.models
+        response = await self.send(lambda: models.generate_content(model=request.model, contents=" ", config=config))
+        return read_gemini(refusals.json_object(response.sdk_http_response.body or ""))
+
+    def problem(self, error: Any) -> Exception:
+        http, auth = self._http_errors, self._auth_errors
+        text = refusals.short(str(error), self.secret)
+        if isinstance(error, self._api_errors.APIError):
+            return self._status_problem(error)
+        if isinstance(error, auth.TransportError):
+            return Again(f"Google's server of credentials cannot be reached: {text}")
+        if isinstance(error, auth.GoogleAuthError):
+            return Fatal(
+                f"Google refuses the application default credentials ({text}); run "
+                "`gcloud auth application-default login`."
+            )
+        if isinstance(error, http.TimeoutException):
+            return Again("The teacher did not answer in time.")
+        if isinstance(error, http.InvalidURL | http.UnsupportedProtocol):
+            return Fatal(f"The address is not usable ({text}); check --base_url.")
+        if isinstance(error, http.HTTPError):
+            return refusals.disconnected(error, secrets=(self.secret,))
+        return Again(f"The reply has an unexpected form: {text}")
+
+    def _status_problem(self, error: Any) -> Exception:
+        details = json.dumps(error.details, default=str)
+        wait = refusals.retry_after(getattr(error.response, "headers", {}))
+        if wait is None and (delay := re.search(r'"retryDelay": "([\d.]+)s"', details)):
+            wait = float(delay[1])
+        # Gemini's 429 says "quota" for any limit; only these two last longer than a minute.
+        gone = re.search(r"PerDay|credits are depleted", details)
+        code = "insufficient_quota" if gone else "api_key" if "API_KEY_INVALID" in details else ""
+        fields = {"code": code, "message": error.message or str(error)}
+        return refusals.problem(error.code, fields, retry_after=wait, secrets=(self.secret,))
+
+    async def close(self) -> None:
+        await self._http.aclose()
+        self.sdk.close()
+
+
+def google_client(*, vertex: bool, base_url: str | None, http: Any, credentials: Any) -> tuple[Any, str]:
+    """Makes the SDK's client, without retries, and returns it with the key to hide ("" if there is none)."""
+    genai = sdk_module("google.genai")
+    options = {"base_url": base_url, "httpx_async_client": http}
+    if not vertex:
+        key = environment_key("GEMINI_API_KEY", "GOOGLE_API_KEY")
+        return genai.Client(vertexai=False, api_key=key, http_options=options), key
+    project, location = (environment_value(name) for name in ("GOOGLE_CLOUD_PROJECT", "GOOGLE_CLOUD_LOCATION"))
+    if credentials is None:
+        auth = sdk_module("google.auth")
+        try:
+            credentials, _ = auth.default(scopes=["https://www.googleapis.com/auth/cloud-platform"])
+        except auth.exceptions.DefaultCredentialsError:
+            raise ValueError(
+                "There are no application default credentials for Vertex AI. Run `gcloud auth application-default "
+                "login`, or set GOOGLE_APPLICATION_CREDENTIALS to the file of a service account."
+            ) from None
+    client = genai.Client(
+        vertexai=True, project=project, location=location, credentials=credentials, http_options=options
+    )
+    return client, ""
+
+
+def gemini_body(request: Request, *, provider: str = "gemini") -> dict[str, Any]:
+    """Returns the body of a request. Raises Fatal if Gemini's API does not take such a request."""
+    if request.form != CHAT:
+        raise Fatal(f"Gemini takes chats only; the form is {request.form!r}. Use --form chat.")
+    drawn, stops = request.parameters, request.stops
+    config: dict[str, Any] = {"temperature": drawn.temperature, "maxOutputTokens": drawn.max_tokens}
+    if stops:
+        refusals.check_stops(provider, stops, most=_MOST_STOPS)
+        config["stopSequences"] = list(stops)
+    if drawn.top_p is not None:
+        config["topP"] = drawn.top_p
+    if drawn.temperature > 0:
+        config["seed"] = request.sample
+    body: dict[str, Any] = {"generationConfig": config}
+    system = [{"text": one.content} for one in request.prompt.messages if one.role == SYSTEM]
+    if system:
+        body["systemInstruction"] = {"parts": system}
+    body["contents"] = [
+        {"role": "user" if one.role == USER else "model", "parts": [{"text": one.content}]}
+        for one in request.prompt.messages
+        if one.role != SYSTEM
+    ]
+    return body
+
+
+def read_gemini(data: Mapping[str, Any]) -> Reply:
+    """Reads the reply in a body of status 200. Raises Again or Failed without one."""
+    try:
+        blocked = (data.get("promptFeedback") or {}).get("blockReason")
+        if blocked:
+            raise Failed(f"The provider's content filter refuses the prompt: {blocked}.", reason=CONTENT_FILTER)
+        candidates = data.get("candidates")
+        if not candidates:
+            raise refusals.no_reply("no candidates", data)
+        candidate = candidates[0]
+        finish = candidate.get("finishReason")
+        if finish in _FILTERED:
+            raise Failed(f"The provider's content filter stopped the reply: {finish}.", reason=CONTENT_FILTER)
+        parts = (candidate.get("content") or {}).get("parts") or ()
+        usage = data.get("usageMetadata") or {}
+        counts = [usage.get(name) for name in ("candidatesTokenCount", "thoughtsTokenCount")]
+        return refusals.reply(
+            "".join(part.get("text") or "" for part in parts if not part.get("thought")),
+            finish=_FINISHES.get(finish, finish and str(finish).lower()),
+            input_tokens=usage.get("promptTokenCount"),
+            output_tokens=None if counts == [None, None] else sum(count or 0 for count in counts),
+            model=data.get("modelVersion"),
+            data=data,
+        )
+    except (AttributeError, TypeError, KeyError, IndexError):
+        raise refusals.no_reply("a body of another form", data) from None
+
+
+# ------------------------------------------------------------------------------------------------ batch jobs
+
+_STATES = {
+    "JOB_STATE_SUCCEEDED": DONE,
+    "JOB_STATE_PARTIALLY_SUCCEEDED": DONE,
+    "JOB_STATE_FAILED": FAILED,
+    "JOB_STATE_EXPIRED": FAILED,
+    "JOB_STATE_CANCELLED": CANCELLED,
+}
+# gRPC's error numbers as HTTP statuses; any other number is trouble at the provider.
+_HTTP = {3: 400, 5: 404, 7: 403, 8: 429, 9: 400, 11: 400, 16: 401}
+_HTTP_NAMES = {"INVALID_ARGUMENT": 400, "FAILED_PRECONDITION": 400, "NOT_FOUND": 404, "PERMISSION_DENIED": 403}
+
+
+class _GoogleBatches(BatchClient):
+    """The part of batch jobs that Gemini and Vertex AI share."""
+
+    def __init__(self, *, vertex: bool, base_url: str | None, timeout: float, credentials: Any = None) -> None:
+        client = Gemini(vertex=vertex, base_url=base_url, timeout=timeout, connections=4, credentials=credentials)
+        super().__init__(client)
+        self._api = client.sdk.aio
+
+    async def poll(self, job: str) -> BatchState:
+        found = await self.call(lambda: self._api.batches.get(name=job))
+        counts = found.completion_stats
+        good, bad = (counts.successful_count, counts.failed_count) if counts is not None else (None, None)
+        return BatchState(
+            state=_STATES.get(found.state.name if found.state is not None else "", RUNNING),
+            total=None if good is None else good + (bad or 0),
+            done=good,
+            failed=bad,
+            message=(found.error and found.error.message) or "",
+        )
+
+    async def create(self, source: str, first: Request, *, name: str) -> str:
+        return (await self._api.batches.create(model=first.model, src=source, config=self._config(name))).name
+
+    def _config(self, name: str) -> dict[str, Any]:
+        return {"display_name": name}
+
+    async def cancel(self, job: str) -> None:
+        if (await self.poll(job)).state == RUNNING:
+            await self.call(lambda: self._api.batches.cancel(name=job))
+
+    async def listed(self) -> AsyncIterator[tuple[str, str | None]]:
+        async for job in await self._api.batches.list(config={"page_size": 100}):
+            yield job.name, job.display_name
+
+
+class GeminiBatches(_GoogleBatches):
+    """Batch jobs of Gemini with a key, through uploaded files."""
+
+    def __init__(self, *, base_url: str | None, timeout: float) -> None:
+        super().__init__(vertex=False, base_url=base_url, timeout=timeout)
+
+    def line(self, request: Request) -> dict[str, Any]:
+        return {"key": request.key, "request": gemini_body(request)}
+
+    async def upload(self, text: bytes, *, name: str) -> str:
+        config, upload = {"display_name": name, "mime_type": "jsonl"}, self._api.files.upload
+        return (await self.call(lambda: upload(file=io.BytesIO(text), config=config), transfer=True)).name
+
+    async def outputs(self, job: str) -> AsyncIterator[bytes]:
+        found = await self.call(lambda: self._api.batches.get(name=job))
+        if found.dest is not None and (name := found.dest.file_name) is not None:
+            yield await self.call(lambda: self._api.files.download(file=name), transfer=True)
+
+    @staticmethod
+    def key_of(line: Mapping[str, Any]) -> str:
+        return line["key"]
+
+    @staticmethod
+    def reply_of(line: Mapping[str, Any]) -> Reply:
+        error, response = line.get("error"), line.get("response")
+        if error:
+            code = int(error.get("code") or 13)
+            raise refusals.problem(code if code >= 100 else _HTTP.get(code, 500), {"message": error.get("message")})
+        if not isinstance(response, dict):
+            raise Again("A line without a response.")
+        return read_gemini(response)
+
+
+class VertexBatches(_GoogleBatches):
+    """Batch jobs of Vertex AI, through a folder of Cloud Storage, `gs://<bucket>/<folder>`, with the same credentials.
+
+    It reads `<folder>/<name>.jsonl` and writes below `<folder>/<name>/`. Its lines return the request and no other
+    identification, so the key is among the request's labels: two, as a label has at most 63 characters.
+    """
+
+    def __init__(self, *, base_url: str | None, timeout: float, folder: str | None, credentials: Any = None) -> None:
+        if folder is None or not re.fullmatch(r"gs://[^/]+(/.*)?", folder):
+            raise ValueError(
+                f"Batch jobs of Vertex AI need a folder in Cloud Storage, gs://<bucket>/<folder>; got {folder!r}."
+            )
+        super().__init__(vertex=True, base_url=base_url, timeout=timeout, credentials=credentials)
+        self._folder = folder.rstrip("/")
+
+    def line(self, request: Request) -> dict[str, Any]:
+        body = gemini_body(request, provider="vertex")
+        body["labels"] = {"sbs-key-0": request.key[:32], "sbs-key-1": request.key[32:]}
+        return {"request": body}
+
+    async def upload(self, text: bytes, *, name: str) -> str:
+        await self._storage(lambda: _folder(self._folder).write(f"{name}.jsonl", text))
+        return f"{self._folder}/{name}.jsonl"
+
+    def _config(self, name: str) -> dict[str, Any]:
+        return {"display_name": name, "dest": f"{self._folder}/{name}/"}
+
+    async def outputs(self, job: str) -> AsyncIterator[bytes]:
+        found = await self.call(lambda: self._api.batches.get(name=job))
+        if found.dest is None or found.dest.gcs_uri is None:
+            return
+        folder = _folder(found.dest.gcs_uri.rstrip("/"))
+        for name in sorted(name.decode() for name in await self._storage(folder.list)):
+            if name.endswith(".jsonl"):
+                yield (await self._storage(lambda name=name: folder.read(name))).value
+
+    async def _storage(self, call: Callable[[], Awaitable[_T]]) -> _T:
+        try:
+            return await call()
+        except ValueError as error:  # TensorStore's exception for any error of Cloud Storage, after its own retries
+            reason = str(error).split(" [")[0]
+        raise Fatal(f"The folder {self._folder} cannot be used: {reason}")
+
+    @staticmethod
+    def key_of(line: Mapping[str, Any]) -> str:
+        labels = line["request"]["labels"]
+        return f"{labels['sbs-key-0']}{labels['sbs-key-1']}"
+
+    @staticmethod
+    def reply_of(line: Mapping[str, Any]) -> Reply:
+        if status := line.get("status"):  # "Error: INVALID_ARGUMENT: ..", or the same as an object
+            text = status if isinstance(status, str) else json.dumps(status)
+            code = next((code for word, code in _HTTP_NAMES.items() if word in text), 500)
+            raise refusals.problem(code, {"message": text})
+        return read_gemini(line.get("response") or {})
+
+
+def _folder(url: str) -> Any:
+    import tensorstore
+
+    return tensorstore.KvStore.open(f"{url}/").result()

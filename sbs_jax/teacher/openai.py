@@ -1,0 +1,189 @@
+"""OpenAI and compatible servers (vLLM, proxies), through OpenAI's SDK: single requests and batch jobs.
+
+Bodies are built and read here and sent with the SDK's raw `post`, not as typed objects: a run over 549,367 rows keeps
+1,000 requests in flight.
+"""
+
+from __future__ import annotations
+
+import os
+import urllib.parse
+from collections.abc import AsyncIterator, Mapping
+from typing import Any
+
+from sbs_jax.teacher import refusals
+from sbs_jax.teacher.batches import CANCELLED, DONE, FAILED, RUNNING, BatchClient, BatchState
+from sbs_jax.teacher.clients import CHAT, CONTENT_FILTER, Again, Failed, Fatal, Reply, Request
+from sbs_jax.teacher.connections import HostedClient, environment_key, http_client, sdk_module
+
+_MOST_STOPS = 4  # of OpenAI's own API
+
+
+class OpenAI(HostedClient):
+    """OpenAI's API, or a compatible server."""
+
+    def __init__(self, *, base_url: str | None, timeout: float, connections: int) -> None:
+        sdk, httpx2 = sdk_module("openai"), sdk_module("httpx2")
+        base_url = base_url or os.environ.get("OPENAI_BASE_URL") or None
+        self.official, self.timeout, self.secret = is_official(base_url), timeout, openai_key(base_url)
+        self.errors, self._response = (sdk.OpenAIError, httpx2.HTTPError), httpx2.Response
+        http = http_client(base_url or "https://api.openai.com/v1", connections)
+        # `send` has the timeout.
+        self.sdk = sdk.AsyncOpenAI(
+            api_key=self.secret, base_url=base_url, max_retries=0, timeout=None, http_client=http
+        )
+
+    async def ask(self, request: Request) -> Reply:
+        body = openai_body(request, official=self.official)
+        path = "/chat/completions" if request.form == CHAT else "/completions"
+        response = await self.send(lambda: self.sdk.post(path, cast_to=self._response, body=body))
+        return read_openai(refusals.json_object(response.content))
+
+    def problem(self, error: Any) -> Exception:
+        sdk, secrets = sdk_module("openai"), (self.secret,)
+        if isinstance(error, sdk.APIStatusError):
+            wait = refusals.retry_after(error.response.headers)
+            return refusals.problem(
+                error.status_code, error.body, default=error.message, retry_after=wait, secrets=secrets
+            )
+        if isinstance(error, sdk.APITimeoutError):
+            return Again("The teacher did not answer in time.")
+        if isinstance(error, sdk.APIConnectionError):
+            return refusals.disconnected(error.__cause__ or error, secrets=secrets)
+        if isinstance(error, sdk.APIResponseValidationError):
+            return Again(f"The reply has an unexpected form: {refusals.short(str(error), *secrets)}")
+        if isinstance(error, sdk.OpenAIError):
+            return Fatal(f"{type(error).__name__}: {refusals.short(str(error), *secrets)}")
+        return refusals.disconnected(error, secrets=secrets)
+
+    async def close(self) -> None:
+        await self.sdk.close()
+
+
+def is_official(base_url: str | None) -> bool:
+    """Returns whether this is OpenAI's own API, whose chats take `max_completion_tokens` instead of `max_tokens`."""
+    return base_url is None or urllib.parse.urlsplit(base_url).hostname == "api.openai.com"
+
+
+def openai_key(base_url: str | None) -> str:
+    """Returns the key in the environment; "none" for a server of one's own, which refuses if it needs one."""
+    if not os.environ.get("OPENAI_API_KEY") and not is_official(base_url):
+        return "none"
+    return environment_key("OPENAI_API_KEY")
+
+
+def openai_body(request: Request, *, official: bool) -> dict[str, Any]:
+    """Returns the body of a request. Raises Fatal if OpenAI's API does not take such a request."""
+    drawn, stops = request.parameters, request.stops
+    body: dict[str, Any] = {"model": request.model, "temperature": drawn.temperature}
+    if request.form == CHAT:
+        body["messages"] = [{"role": one.role, "content": one.content} for one in request.prompt.messages]
+    else:
+        body["prompt"] = request.prompt.text
+    body["max_completion_tokens" if official and request.form == CHAT else "max_tokens"] = drawn.max_tokens
+    if stops:
+        if official:
+            refusals.check_stops("openai", stops, most=_MOST_STOPS)
+        body["stop"] = list(stops)
+    if drawn.top_p is not None:
+        body["top_p"] = drawn.top_p
+    if drawn.temperature > 0:
+        body["seed"] = request.sample
+    return body
+
+
+def read_openai(data: Mapping[str, Any]) -> Reply:
+    """Reads the reply in a body of status 200. Raises Again or Failed without one."""
+    try:
+        choices = data.get("choices")
+        if not choices:
+            raise refusals.no_reply("no choices", data)
+        choice = choices[0]
+        finish = choice.get("finish_reason")
+        message = choice.get("message") or {}
+        text = message.get("content") if "message" in choice else choice.get("text")
+        usage = data.get("usage") or {}
+        if finish == CONTENT_FILTER:
+            raise Failed("The provider's content filter stopped the reply.", reason=CONTENT_FILTER)
+        if not text and message.get("refusal"):
+            raise Failed(f"The teacher refuses: {refusals.short(message['refusal'])}", reason="refusal")
+        return refusals.reply(
+            text,
+            finish=finish,
+            input_tokens=usage.get("prompt_tokens"),
+            output_tokens=usage.get("completion_tokens"),
+            model=data.get("model"),
+            data=data,
+        )
+    except (AttributeError, TypeError, KeyError, IndexError):
+        raise refusals.no_reply("a body of another form", data) from None
+
+
+_STATES = {"completed": DONE, "failed": FAILED, "expired": FAILED, "cancelled": CANCELLED}
+
+
+class OpenAIBatches(BatchClient):
+    """OpenAI's files and /v1/batches."""
+
+    def __init__(self, *, base_url: str | None, timeout: float) -> None:
+        client = OpenAI(base_url=base_url, timeout=timeout, connections=4)
+        super().__init__(client)
+        self._official, self._sdk = client.official, client.sdk
+
+    def line(self, request: Request) -> dict[str, Any]:
+        body = openai_body(request, official=self._official)
+        return {"custom_id": request.key, "method": "POST", "url": _endpoint(request), "body": body}
+
+    async def upload(self, text: bytes, *, name: str) -> str:
+        files = self._sdk.files
+        return (await self.call(lambda: files.create(file=(f"{name}.jsonl", text), purpose="batch"), transfer=True)).id
+
+    async def create(self, source: str, first: Request, *, name: str) -> str:
+        job = {"input_file_id": source, "endpoint": _endpoint(first), "completion_window": "24h"}
+        return (await self._sdk.batches.create(**job, metadata={"name": name})).id
+
+    async def poll(self, job: str) -> BatchState:
+        batch = await self.call(lambda: self._sdk.batches.retrieve(job))
+        counts = batch.request_counts
+        errors = [error.message or error.code for error in (batch.errors and batch.errors.data) or ()]
+        return BatchState(
+            state=_STATES.get(batch.status, RUNNING),
+            total=counts and counts.total,
+            done=counts and counts.completed,
+            failed=counts and counts.failed,
+            message="; ".join(str(error) for error in errors[:3]) or ("expired" if batch.status == "expired" else ""),
+        )
+
+    async def outputs(self, job: str) -> AsyncIterator[bytes]:
+        batch = await self.call(lambda: self._sdk.batches.retrieve(job))
+        for name in (batch.output_file_id, batch.error_file_id):
+            if name is not None:
+                yield (await self.call(lambda name=name: self._sdk.files.content(name), transfer=True)).content
+
+    async def cancel(self, job: str) -> None:
+        if (await self.poll(job)).state == RUNNING:
+            await self.call(lambda: self._sdk.batches.cancel(job))
+
+    async def listed(self) -> AsyncIterator[tuple[str, str | None]]:
+        async for batch in self._sdk.batches.list(limit=100):
+            yield batch.id, (batch.metadata or {}).get("name")
+
+    @staticmethod
+    def key_of(line: Mapping[str, Any]) -> str:
+        return line["custom_id"]
+
+    @staticmethod
+    def reply_of(line: Mapping[str, Any]) -> Reply:
+        error, response = line.get("error"), line.get("response")
+        if error:  # expired or cancelled: it was never asked
+            raise Again(str(error.get("message")))
+        if not isinstance(response, dict):
+            raise Again("A line without a response.")
+        body = response.get("body") or {}
+        if response.get("status_code") != 200:
+            raise refusals.problem(int(response.get("status_code") or 500), body.get("error"))
+        return read_openai(body)
+
+
+def _endpoint(request: Request) -> str:
+    return "/v1/chat/completions" if request.form == CHAT else "/v1/completions"
