@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from sbs_jax.student import layers, t5
+from sbs_jax.student import layers, t5, t5_layers
 
 V1_0 = {"mlp_activations": ("relu",), "logits_via_embedding": True}
 V1_1 = {"mlp_activations": ("gelu", "linear"), "logits_via_embedding": False}
@@ -144,7 +144,7 @@ def test_logits_equal_an_independent_implementation(version):
 @pytest.mark.parametrize("bidirectional", [True, False])
 def test_buckets_follow_their_definition(bidirectional):
     relative = np.arange(-300, 301)
-    got = layers.relative_position_bucket(
+    got = t5_layers.relative_position_bucket(
         jnp.asarray(relative), bidirectional=bidirectional, num_buckets=32, max_distance=128
     )
     want = [bucket(int(r), bidirectional) for r in relative]

@@ -22,7 +22,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from sbs_jax import checks
-from sbs_jax.student import layers, quantized, stacking, t5
+from sbs_jax.student import layers, quantized, stacking, t5, t5_layers
 from sbs_jax.student.partitioning import gather
 
 BASES = ("float32", "bfloat16", *quantized.FORMS)
@@ -183,6 +183,8 @@ def _check_patterns(owner: Any, *names: str) -> None:
 
 
 class LoRAModule(nnx.Module):
+    """Computes the branch `x A B * alpha / rank` beside a dense layer."""
+
     def __init__(self, dense: layers.Dense, shape: tuple[int, int], *, lora: LoRA) -> None:
         self.axes = ((dense.axes[0], "adapter"), ("adapter", dense.axes[1]))
         self.a = nnx.Param(jnp.zeros((shape[0], lora.rank), jnp.float32), axes=self.axes[0])
@@ -199,6 +201,7 @@ class LoRAModule(nnx.Module):
         return layers.matmul(layers.matmul(x, a), b) * self.scaling
 
     def matrix(self, in_scale: nnx.Param | None) -> Float[Array, "I O"]:
+        """Returns the branch as one matrix, its rows scaled by IA3's factors on inputs."""
         a = self.a[...] if in_scale is None else self.a[...] * in_scale[...][:, None]
         return jnp.matmul(a, self.b[...], precision=jax.lax.Precision.HIGHEST) * self.scaling
 
@@ -207,6 +210,8 @@ _DOWN, _UP = ("embed", "adapter"), ("adapter", "embed")
 
 
 class BottleneckModule(nnx.Module):
+    """Computes `y + up(act(down(y)))` after a sub-layer."""
+
     def __init__(self, config: t5.T5Config, *, bottleneck: Bottleneck) -> None:
         width, narrow = config.emb_dim, bottleneck.width
         self.down = nnx.Param(jnp.zeros((width, narrow), jnp.float32), axes=_DOWN)
@@ -220,6 +225,8 @@ class BottleneckModule(nnx.Module):
 
 
 class PromptModule(nnx.Module):
+    """Holds the vectors before the embedded source."""
+
     def __init__(self, config: t5.T5Config, *, prompt: Prompt) -> None:
         self.embedding = nnx.Param(jnp.zeros((prompt.length, config.emb_dim), jnp.float32), axes=("adapter", "embed"))
         self.length = prompt.length
@@ -229,6 +236,8 @@ class PromptModule(nnx.Module):
 
 
 class PrefixModule(nnx.Module):
+    """Holds the keys and values before those of one attention."""
+
     def __init__(self, config: t5.T5Config, *, prefix: Prefix) -> None:
         shape = (prefix.length, config.num_heads * config.head_dim)
         self.key = nnx.Param(jnp.zeros(shape, jnp.float32), axes=("adapter", "joined_kv"))
@@ -326,9 +335,9 @@ def _kernels(model: t5.T5) -> Iterator[tuple[str, layers.Dense]]:
             yield "/".join(map(str, path)), module
 
 
-def _attentions(model: t5.T5) -> Iterator[tuple[str, layers.Attention]]:
+def _attentions(model: t5.T5) -> Iterator[tuple[str, t5_layers.Attention]]:
     for path, module in nnx.iter_modules(model):
-        if isinstance(module, layers.Attention):
+        if isinstance(module, t5_layers.Attention):
             yield "/".join(map(str, path)), module
 
 
@@ -381,35 +390,35 @@ def _abstract(config: t5.T5Config, tuning: Tuning | None, execution: t5.Executio
     if tuning is None:
         structure, shapes, axes = t5.abstract(config, execution=execution)
         return Adapted(structure, shapes, axes, frozenset(shapes))
-    _, own, _ = t5.abstract(config)
+    _, base, _ = t5.abstract(config)
     if tuning.last_layers > min(config.num_encoder_layers, config.num_decoder_layers):
         raise ValueError(
             f"Tuning.last_layers is {tuning.last_layers}; expected at most the layers of each stack, "
             f"{config.num_encoder_layers} and {config.num_decoder_layers}."
         )
-    matching(tuning.trained, own, what="Tuning.trained")
-    _, unrolled, _ = t5.abstract(config, change=lambda model: attach(model, tuning))
-    trained = {name for name in unrolled if _is_new(name, own) or _is_trained(tuning, name, config)}
+    matching(tuning.trained, base, what="Tuning.trained")
+    change = functools.partial(attach, tuning=tuning)
+    _, unrolled, _ = t5.abstract(config, change=change)
+    trained = {name for name in unrolled if _is_new(name, base) or _is_trained(tuning, name, config)}
     if execution.layers == "scanned":
         trained = _trained_stacks(unrolled, trained)
-    structure, shapes, axes = t5.abstract(config, execution=execution, change=lambda model: attach(model, tuning))
-    held = {
-        name: leaf if name in trained else jax.ShapeDtypeStruct(leaf.shape, _frozen_dtype(name, leaf, tuning))
-        for name, leaf in shapes.items()
-    }
-    return Adapted(structure, held, axes, frozenset(trained))
+    structure, shapes, axes = t5.abstract(config, execution=execution, change=change)
+    for name, leaf in shapes.items():
+        if name not in trained:
+            shapes[name] = jax.ShapeDtypeStruct(leaf.shape, _frozen_dtype(name, leaf, tuning))
+    return Adapted(structure, shapes, axes, frozenset(trained))
 
 
 def _frozen_dtype(name: str, leaf: jax.ShapeDtypeStruct, tuning: Tuning) -> Any:
     """Returns the dtype of a frozen parameter; small ones (not matrices) stay in float32."""
     is_matrix = leaf.ndim - stacking.is_stacked(name) >= 2 and not name.endswith("rel_embedding")
-    return (
-        jnp.dtype(jnp.bfloat16) if tuning.base != "float32" and is_matrix and leaf.dtype == jnp.float32 else leaf.dtype
-    )
+    rounds = tuning.base != "float32" and is_matrix and leaf.dtype == jnp.float32
+    return jnp.dtype(jnp.bfloat16) if rounds else leaf.dtype
 
 
-def _is_new(name: str, own: Collection[str]) -> bool:
-    return name not in own and name.rpartition("/")[0] not in own  # of `.../query/kernel/codes` that is a kernel
+def _is_new(name: str, base: Collection[str]) -> bool:
+    # The parts of a quantized kernel, `../query/kernel/codes`, belong to the base like `../query/kernel`.
+    return name not in base and name.rpartition("/")[0] not in base
 
 
 def _is_trained(tuning: Tuning, name: str, config: t5.T5Config) -> bool:

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Num
 
-from sbs_jax.student import attention, layers, partitioning, t5
+from sbs_jax.student import attention, layers, partitioning, t5, t5_layers
 from sbs_jax.student.partitioning import constrain
 
 _Product = Callable[[Float[Array, "B N I"]], Float[Array, "B N O"]]
@@ -54,7 +54,7 @@ class _Layer:
     bias: jax.Array  # [T, H, P], for a query at T: relative position bias, and MASKED on keys of later positions
 
 
-_STATES = ("batch", None, "activation_embed")
+_STATE_AXES = ("batch", None, "activation_embed")
 
 # Keys and values, [B, P, J] or, head by head, [B, H, P, K]. Typed Any because JAX transformations replace the arrays.
 _Pair = tuple[Any, Any]
@@ -77,22 +77,23 @@ class Stepper:
         self._length, self._beams = length, beams
         self._final_norm_D = constrain(model.decoder.decoder_norm.scale[...], (None,))
         segments_BP = model.attended_segments(encoder_segment_ids_BS)
-        self._layers = _layers(model, encoded_BPD, segments_BP, length=length, beams=beams)
+        self._layers = _prepare_layers(model, encoded_BPD, segments_BP, length=length, beams=beams)
         tied = model.config.logits_via_embedding
         table_DV = model.token_embedder.embedding[...].T if tied else model.logits_dense.kernel[...]
         product_dtype = (model.token_embedder if tied else model.logits_dense).product_dtype
-        self.table_DV = _prepared(table_DV, (None, "vocab"), model.config, product_dtype=product_dtype)
+        self.table_DV = _prepare(table_DV, (None, "vocab"), model.config, product_dtype=product_dtype)
 
     def empty_cache(self) -> Cache:
         """Returns a cache without any token."""
         rows, joined = len(self._layers[0].cross[0]), self._config.num_heads * self._config.head_dim
-        none_BPJ = jnp.zeros((rows, self._length * self._beams, joined), self._config.dtype)
+        empty_BPJ = jnp.zeros((rows, self._length * self._beams, joined), self._config.dtype)
 
         def after(prefix_XJ: jax.Array | None) -> jax.Array:
-            cache_BPJ = none_BPJ if prefix_XJ is None else t5.prepend(prefix_XJ, none_BPJ)
+            cache_BPJ = empty_BPJ if prefix_XJ is None else t5.prepend(prefix_XJ, empty_BPJ)
             return _layout(cache_BPJ, self._config.num_heads)
 
-        return tuple(tuple(after(each) for each in w.self_prefix or (None, None)) for w in self._layers)  # pyright: ignore[reportReturnType]
+        prefixes = [layer.self_prefix or (None, None) for layer in self._layers]
+        return tuple((after(keys_XJ), after(values_XJ)) for keys_XJ, values_XJ in prefixes)
 
     def take_rows(self, rows_B: Int[Array, "B"]) -> "Stepper":
         """Keeps only these rows of the batch; the caller indexes the cache the same way."""
@@ -117,10 +118,11 @@ class Stepper:
         has index `t * N + n`. Without `visible`, a query sees all keys up to its position.
         """
         c = self._config
-        x_BND = constrain(self._embed(tokens_BN), _STATES)
+        x_BND = constrain(self._embed(tokens_BN), _STATE_AXES)
         hidden_BNP = None if visible_BNP is None else jnp.where(visible_BNP, 0.0, attention.MASKED)
         updated = []
         for w, (keys, values) in zip(self._layers, cache, strict=True):
+            # Self-attention: keys and values of this position go into the cache, after a prefix.
             y_BND = self._norm(x_BND, w.self_norm)
             before = 0 if w.self_prefix is None else len(w.self_prefix[0])
             at, axis = before + position * self._beams, keys.ndim - 2
@@ -133,44 +135,39 @@ class Stepper:
                 bias_BNHP = bias_BNHP + jnp.pad(hidden_BNP, ((0, 0), (0, 0), (before, 0)))[:, :, None]
             y_BNJ = attend(w.self_query(y_BND), keys, values, bias_BNHP=bias_BNHP, heads=c.num_heads)
             x_BND += w.self_out(y_BNJ)
+            # Attention over the source.
             q_BNJ = w.cross_query(self._norm(x_BND, w.cross_norm))
             y_BNJ = attend(q_BNJ, *w.cross, bias_BNHP=w.cross_bias, heads=c.num_heads)
             x_BND += w.cross_out(y_BNJ)
+            # MLP.
             y_BND = self._norm(x_BND, w.mlp_norm)
             inner = [product(y_BND) for product in w.mlp_in]
             gated = [layers.ACTIVATIONS[name](branch) for name, branch in zip(c.mlp_activations, inner, strict=True)]
-            x_BND = constrain(x_BND + w.mlp_out(math.prod(gated[1:], start=gated[0])), _STATES)
+            x_BND = constrain(x_BND + w.mlp_out(math.prod(gated[1:], start=gated[0])), _STATE_AXES)
         y_BND = self._norm(x_BND, self._final_norm_D)
         y_BND = y_BND * c.emb_dim**-0.5 if c.logits_via_embedding else y_BND
         return y_BND.astype(self.table_DV.dtype), tuple(updated)
 
     def _norm(self, x_BND: Float[Array, "B N D"], scale_D: Float[Array, "D"]) -> Float[Array, "B N D"]:
-        x_BND = x_BND.astype(jnp.float32)
-        mean_square = jnp.mean(jnp.square(x_BND), axis=-1, keepdims=True)
-        y_BND = x_BND * jax.lax.rsqrt(mean_square + self._config.layer_norm_epsilon)
-        return (y_BND * scale_D[None, None, :]).astype(self._config.dtype)
+        return layers.rms_norm(x_BND, scale_D, epsilon=self._config.layer_norm_epsilon, dtype=self._config.dtype)
 
 
-def _layers(
-    model: t5.T5,
-    encoded_BPD: Float[Array, "B P D"],
-    segments_BP: Int[Array, "B P"],
-    *,
-    length: int,
-    beams: int,
+def _prepare_layers(
+    model: t5.T5, encoded_BPD: Float[Array, "B P D"], segments_BP: Int[Array, "B P"], *, length: int, beams: int
 ) -> list[_Layer]:
+    """Computes everything that does not depend on the position, for every decoder layer."""
     positions = jnp.arange(length)
     future_TP = jnp.where(positions[None, :] > positions[:, None], attention.MASKED, 0.0)
 
-    def position_bias(module: layers.RelativePositionBias) -> Float[Array, "T H P"]:
+    def position_bias(module: t5_layers.RelativePositionBias) -> Float[Array, "T H P"]:
         bias_HTP = module(positions, positions)[0] + future_TP[None]
         return jnp.repeat(bias_HTP.swapaxes(0, 1), beams, axis=-1)
 
     def inward(dense: layers.Dense, axis: str = "joined_kv") -> _Product:
-        return _product(dense, (None, axis), model.config)
+        return _multiplier(dense, (None, axis), model.config)
 
     def outward(dense: layers.Dense, adapter: Any, axis: str = "joined_kv") -> _Product:
-        product = _product(dense, (axis, None), model.config)
+        product = _multiplier(dense, (axis, None), model.config)
         return product if adapter is None else lambda x: adapter(product(x))
 
     def source(dense: layers.Dense, prefix_XJ: jax.Array | None) -> jax.Array:
@@ -219,8 +216,8 @@ def _pad_bias(bias: Float[Array, "... P"], prefix: tuple[jax.Array, jax.Array] |
     return bias if prefix is None else jnp.pad(bias, [(0, 0)] * (bias.ndim - 1) + [(len(prefix[0]), 0)])
 
 
-def _product(dense: layers.Dense, axes: tuple[str | None, str | None], c: t5.T5Config) -> _Product:
-    """Returns the function that multiplies by a weight at every position.
+def _multiplier(dense: layers.Dense, axes: tuple[str | None, str | None], c: t5.T5Config) -> _Product:
+    """Returns the function that multiplies by a dense layer's weight at every position.
 
     Adapters are merged into the weight and a quantized weight is unpacked, once, before the loop. If the decoder is too
     large for that (`_is_gathered`), every position does so again.
@@ -235,7 +232,7 @@ def _product(dense: layers.Dense, axes: tuple[str | None, str | None], c: t5.T5C
         kernel_IO, scale_O = dense.kernel.factors()  # prediction/precision.py sets it only without adapters
     else:
         kernel_IO = dense.merged()
-    kernel_IO = _prepared(kernel_IO, axes, c, product_dtype=dense.product_dtype)
+    kernel_IO = _prepare(kernel_IO, axes, c, product_dtype=dense.product_dtype)
     bias_O = None if dense.bias is None else dense.bias[...].astype(c.dtype)
 
     def multiply(x_BNI: jax.Array) -> jax.Array:
@@ -251,7 +248,7 @@ def _product(dense: layers.Dense, axes: tuple[str | None, str | None], c: t5.T5C
 MAX_GATHERED_BYTES = 4 * 2**30
 
 
-def _prepared(
+def _prepare(
     kernel_IO: Num[Array, "I O"], axes: tuple[str | None, str | None], c: t5.T5Config, *, product_dtype: str | None
 ) -> Float[Array, "I O"]:
     """Casts a weight to the dtype of the computation and, if the decoder fits, gathers its `fsdp` shards once.
@@ -263,6 +260,7 @@ def _prepared(
 
 
 def _is_gathered(c: t5.T5Config) -> bool:
+    """Returns True if each device has room for the decoder's weights without `fsdp`."""
     attention, mlp = 6 * c.emb_dim * c.num_heads * c.head_dim, (len(c.mlp_activations) + 1) * c.emb_dim * c.mlp_dim
     weights = c.num_decoder_layers * (attention + mlp) + c.emb_dim * c.vocab_size
     return weights * jnp.dtype(c.dtype).itemsize // partitioning.shard_count("joined_kv") <= MAX_GATHERED_BYTES

@@ -27,19 +27,16 @@ from jaxtyping import Array, Float, Int, Key
 
 from sbs_jax import checks
 from sbs_jax.student import attention, stacking
-from sbs_jax.student.layers import (
-    NOISE_KEY,
+from sbs_jax.student.layers import NOISE_KEY, Dense, Dropout, matmul
+from sbs_jax.student.partitioning import constrain, gather
+from sbs_jax.student.t5_layers import (
     DecoderLayer,
-    Dense,
-    Dropout,
     EncoderLayer,
-    LayerNorm,
     RelativePositionBias,
     T5Config,
-    matmul,
+    norm_of,
     position_bias,
 )
-from sbs_jax.student.partitioning import constrain, gather
 
 _saved = jax.checkpoint_policies.save_only_these_names
 # Values that a layer's forward pass stores for the backward pass; the backward pass recomputes all others.
@@ -75,7 +72,7 @@ class Encoder(nnx.Module):
         if config.relative_attention_bias == "shared":
             self.relpos_bias = RelativePositionBias(config, bidirectional=True, rngs=rngs)
         self.layers = nnx.List([EncoderLayer(config, rngs=rngs) for _ in range(config.num_encoder_layers)])
-        self.encoder_norm = LayerNorm(config)
+        self.encoder_norm = norm_of(config)
         self.dropout_rate = config.dropout_rate
         self.remat = "none"
 
@@ -103,7 +100,7 @@ class Decoder(nnx.Module):
         if config.relative_attention_bias == "shared":
             self.relpos_bias = RelativePositionBias(config, bidirectional=False, rngs=rngs)
         self.layers = nnx.List([DecoderLayer(config, rngs=rngs) for _ in range(config.num_decoder_layers)])
-        self.decoder_norm = LayerNorm(config)
+        self.decoder_norm = norm_of(config)
         self.dropout_rate = config.dropout_rate
         self.remat = "none"
 
