@@ -1,7 +1,8 @@
-"""What rationales are worth: which label a text names, overlap with the teacher's, and `sbs rationales` on a run."""
+"""Measured rationales: the label that a text names, overlap with the teacher's, and `sbs rationales` on a run."""
 
 import json
 import random
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -121,21 +122,28 @@ def test_quality_by_hand() -> None:
     assert found["length"] == {"student_words": pytest.approx((5 + 6 + 4) / 3), "teacher_words": 5.0}
 
 
-def test_a_students_rationales(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A toy student is trained until its rationales say the letter, read by the label task and the parser."""
-    named = toy.write_records(tmp_path / "records")
-    config = toy.config(tmp_path / "run", named, train_steps=2, eval_period=2, checkpoint_period=2)
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Trains a toy student for two steps."""
+    folder = tmp_path_factory.mktemp("trained")
+    named = toy.write_records(folder / "records")
+    config = toy.config(folder / "run", named, train_steps=2, eval_period=2, checkpoint_period=2)
     loop.train(config, config_text="")
-    found = rationales.measure(tmp_path / "run", batch_size=8)
-    assert found == json.loads((tmp_path / "run" / "rationales.json").read_text("utf-8"))
-    lines = [json.loads(line) for line in (tmp_path / "run" / "rationales.jsonl").read_text("utf-8").splitlines()]
+    return folder / "run"
+
+
+def test_a_students_rationales(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measures what the student writes, by the parser and by the label task."""
+    found = rationales.measure(trained, batch_size=8)
+    assert found == json.loads((trained / "rationales.json").read_text("utf-8"))
+    lines = [json.loads(line) for line in (trained / "rationales.jsonl").read_text("utf-8").splitlines()]
     assert (found["version"], found["dataset"], found["split"], found["step"]) == (1, "toy", "test", 2)
     assert found["rows"] == len(lines) == 16
     assert [line["teacher_rationale"] for line in lines] == [
-        row.rationale for row in records.read_records(named / "toy" / "test.jsonl")
+        row.rationale for row in records.read_records(trained.parent / "records" / "toy" / "test.jsonl")
     ]
     # The predictions are those of the test that the run made itself.
-    tested = (tmp_path / "run" / "predictions" / "toy_label-test-2.jsonl").read_text("utf-8").splitlines()
+    tested = (trained / "predictions" / "toy_label-test-2.jsonl").read_text("utf-8").splitlines()
     assert [line["prediction"] for line in lines] == [json.loads(row)["prediction"] for row in tested]
     shares = found["consistency"]
     assert 0 <= shares["by_label_task"] <= 1
@@ -149,24 +157,20 @@ def test_a_students_rationales(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         return said if answer == "targets" else [text.split()[-1][0] if wide else "a" for text in texts]
 
     monkeypatch.setattr(rationales._Generator, "__call__", as_the_teacher)
-    perfect = rationales.measure(tmp_path / "run")
+    perfect = rationales.measure(trained)
     assert perfect["overlap_with_teacher"]["rouge_l"] == 1.0
     names_a = [text == "last is a." for text in said]
     assert 0 < sum(names_a) < 16
     assert perfect["consistency"]["by_parser"] == perfect["consistency"]["by_label_task"] == sum(names_a) / 16
 
 
-def test_a_student_of_labels_alone_has_none(tmp_path: Path) -> None:
-    config = toy.config(
-        tmp_path / "run",
-        toy.write_records(tmp_path / "records"),
-        mixture_or_task_name="toy_label",
-        train_steps=1,
-        evaluate_test=False,
-    )
-    loop.train(config, config_text="")
+def test_a_student_of_labels_alone_has_none(trained: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(trained, tmp_path / "run")
+    manifest = json.loads((run / "manifest.json").read_text("utf-8"))
+    manifest["run"]["mixture_or_task_name"] = "toy_label"
+    (run / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(ValueError, match="trained on labels alone"):
-        rationales.measure(tmp_path / "run")
+        rationales.measure(run)
 
 
 def test_the_teachers_own_texts_fit_its_answers(

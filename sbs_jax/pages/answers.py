@@ -1,4 +1,4 @@
-"""The answers of a report's runs as its page embeds them, and the filters of their browser (answers.js)."""
+"""Embed the answers of a report's runs in its page, with filters for their browser (answers.js)."""
 
 import hashlib
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Files beside a page: its plots as SVG, and every number that it shows, in full, as CSV."""
+"""Write the files beside a page: its plots as SVG, and every number that it shows, in full, as CSV."""
 
 import csv
 import io

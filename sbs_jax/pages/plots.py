@@ -1,4 +1,4 @@
-"""Plots of summaries as SVG text for inlining into HTML."""
+"""Draw plots of summaries as SVG text for inlining into HTML."""
 
 import math
 from collections.abc import Mapping, Sequence

@@ -116,10 +116,10 @@ def _name(found: Study, summary: Summary) -> str:
 
 def _findings(found: Study, summary: Summary) -> list[str]:
     """Lists the sentences about a summary; percentages and intervals stay on one line."""
-    told = sentences(summary)
+    findings = sentences(summary)
     if len(found.summaries) > 1:  # the table says it of each
-        told = [sentence for sentence in told if not sentence.startswith("No difference shown")]
-    return [re.sub(r"(?<=\d) (?=%)|(?<=,) (?=[\u2212+\d.]+\])", "\u00a0", sentence) for sentence in told]
+        findings = [sentence for sentence in findings if not sentence.startswith("No difference shown")]
+    return [re.sub(r"(?<=\d) (?=%)|(?<=,) (?=[\u2212+\d.]+\])", "\u00a0", sentence) for sentence in findings]
 
 
 def _reproduction(found: Study, *, command: str | None) -> dict[str, Any]:
@@ -162,10 +162,12 @@ class _Figures:
         size = f" ({compact(teacher.parameters)})" if teacher and teacher.parameters else ""
         plot = plots.accuracy_against_size(summaries, teacher_name=f"teacher{size}")
         shares = {g.fraction for s in summaries for m in s.methods if (g := s.most_data(m))}
-        told = f"With {of_data(max(shares))}. " if len(shares) == 1 else "Each with the most data it was trained on. "
-        told += "Filled marks are means over the seeds, bars 95 % intervals; the dashed line is the teacher."
+        caption = (
+            f"With {of_data(max(shares))}. " if len(shares) == 1 else "Each with the most data it was trained on. "
+        )
+        caption += "Filled marks are means over the seeds, bars 95 % intervals; the dashed line is the teacher."
         name = "Test accuracy against the size of the student"
-        return [self._figure(name, told, plot, file=slug("size", dataset), table="accuracy", width=660)]
+        return [self._figure(name, caption, plot, file=slug("size", dataset), table="accuracy", width=660)]
 
     def of_summary(self, summary: Summary) -> list[Figure]:
         """Draws accuracies, and differences where there are several shares of the data."""
@@ -174,25 +176,25 @@ class _Figures:
         else:
             plot, name = plots.accuracy_of_methods(summary), "Test accuracy"
         several = any(len(group.seeds) > 1 for group in summary.groups)
-        told = (
+        caption = (
             "Filled marks are means over the seeds, small open ones single seeds, " if several else "Marks are runs, "
         )
-        told += "bars 95 % intervals."
+        caption += "bars 95 % intervals."
         if len(summary.fractions) > 1 and summary.group(FINE_TUNING, 1.0):
-            told += " The dashed line in its colour is standard fine-tuning on all of the data."
+            caption += " The dashed line in its colour is standard fine-tuning on all of the data."
         file = slug("accuracy", _name(self.study, summary))
-        found = [self._figure(name, told, plot, file=file, table="accuracy", width=660)]
+        found = [self._figure(name, caption, plot, file=file, table="accuracy", width=660)]
         if summary.comparisons and len(summary.fractions) > 1:
             pairs = list(dict.fromkeys((c.method, c.reference) for c in summary.comparisons))
             if len(pairs) > 1 and len({reference for _, reference in pairs}) == 1:
-                told = f"Each method minus {pairs[0][1]}"
+                caption = f"Each method minus {pairs[0][1]}"
             else:
-                told = capital(listed([f"{method} minus {reference}" for method, reference in pairs]))
-            told += ". Hollow: the interval holds 0."
+                caption = capital(listed([f"{method} minus {reference}" for method, reference in pairs]))
+            caption += ". Hollow: the interval holds 0."
             plot = plots.differences(summary.comparisons, methods=summary.methods)
             file = slug("differences", _name(self.study, summary))
             name = "Difference, in points"
-            found.append(self._figure(name, told, plot, file=file, table="comparisons", width=330))
+            found.append(self._figure(name, caption, plot, file=file, table="comparisons", width=330))
         return found
 
     def curves(self, summary: Summary) -> list[tuple[str, str, list[Figure]]]:
@@ -231,8 +233,8 @@ class _Figures:
             summaries = self.study.of(dataset)
             if sum(len(s.groups) for s in summaries) > 1:
                 plot = plots.accuracy_against_cost(summaries, width=_COST_WIDTH)
-                told = "Test accuracy against the training of one run."
-                told += " Larger marks are larger students." * (len(summaries) > 1)
+                caption = "Test accuracy against the training of one run."
+                caption += " Larger marks are larger students." * (len(summaries) > 1)
                 file = slug("cost", dataset)
-                found.append(self._figure(dataset, told, plot, file=file, table="costs", width=_COST_WIDTH))
+                found.append(self._figure(dataset, caption, plot, file=file, table="costs", width=_COST_WIDTH))
         return found

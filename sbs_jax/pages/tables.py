@@ -1,4 +1,4 @@
-"""Tables of a summary or study as rows of text: for the page, aligned for a terminal, or as Markdown."""
+"""Make tables of a summary or study: rows of text for the page, aligned for a terminal, or as Markdown."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple

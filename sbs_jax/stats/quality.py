@@ -1,15 +1,6 @@
-"""Read measured rationales of a run: `rationales.json` in the run directory, and the texts beside it.
+"""Read measured rationales of a run: `rationales.json` in the run directory, and the texts in a file beside it.
 
-    {"version": 1, "dataset": "svamp", "step": 500, "split": "test", "rows": 200,
-     "consistency": {"by_parser": 0.91, "by_parser_rows": 180, "by_label_task": 0.88,
-                     "by_label_task_other_rationale": 0.7},
-     "overlap_with_teacher": {"rouge_l": 0.41, "chrf": null},
-     "length": {"student_words": 31.5, "teacher_words": 28.2}, "examples_file": "rationales.jsonl"}
-
-A line of the examples file:
-
-    {"id": "svamp-7cdbeb93c61c", "rationale": "There are 10 ..", "implied_label": "(10 * 45)",
-     "prediction": "( 10.0 * 45.0 )", "consistent": true, "teacher_rationale": "They put ..", "rouge_l": 0.6}
+docs/report.md shows both formats; rationales.py writes them.
 """
 
 from collections.abc import Mapping

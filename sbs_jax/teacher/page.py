@@ -1,4 +1,4 @@
-"""The page of a finished sampling: the teacher's answers in numbers, and a browser of examples.
+"""Write the page of a finished sampling: the teacher's answers in numbers, and a browser of examples.
 
 One HTML file that asks for nothing from the network; pages/rendering.py escapes every text. The same rows give the
 same bytes.
@@ -66,14 +66,14 @@ def _page(title: str, facts: Mapping[str, str], counts: Counts, rows: Sequence[d
     lines, compact = _with_shared_lines(rows)
     outcomes = sorted(Counter(row.get("outcome", "") for row in rows).items(), key=lambda item: (-item[1], item[0]))
     labels = [cut(label) for label in counts.labels]
-    told = [*facts.items(), ("usable", f"{counts.usable:,} of {_rows(counts.rows)}")]
+    facts = dict(facts) | {"usable": f"{counts.usable:,} of {_rows(counts.rows)}"}
     if counts.hinted:
-        told.append(("answered after a hint", f"{counts.hinted:,}"))
+        facts["answered after a hint"] = f"{counts.hinted:,}"
     return render(
         "teacher.html",
         title=title,
         headline=_headline(counts),
-        facts=told,
+        facts=facts.items(),
         counts=counts,
         outcomes=_outcomes(counts),
         labels=_accuracy(counts) if counts.score.rows else _teacher_labels(counts),
