@@ -7,7 +7,6 @@ import random
 import re
 import subprocess
 import sys
-import tracemalloc
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -225,19 +224,6 @@ def test_rows_are_not_kept(tmp_path: Path) -> None:
 
     written(tmp_path / "page.html", watched(), examples=100)
     assert most <= 2
-
-
-def test_memory_does_not_grow_with_the_rows() -> None:
-    peaks = []
-    for count in (500, 4_000):
-        tracemalloc.start()
-        counts, chosen = examples.Counts(), examples.Selection(50)
-        for made in some_rows(count):
-            counts.add(made)
-            chosen.offer(made)
-        peaks.append(tracemalloc.get_traced_memory()[1])
-        tracemalloc.stop()
-    assert peaks[1] < 1.1 * peaks[0], peaks
 
 
 def test_shared_lines_of_prompts_are_held_once(tmp_path: Path) -> None:
