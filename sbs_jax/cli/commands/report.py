@@ -9,7 +9,7 @@ def add(command: Any) -> None:
     report.add_argument(
         "paths", nargs="+", metavar="RUNS", help="run directories of sbs train, or folders that hold some"
     )
-    report.add_argument("--output", default="report.html", metavar="FILE", help="page to write")
+    report.add_argument("--output", default="report.html", metavar="FILE", help="page to write (default: %(default)s)")
     report.add_argument(
         "--assets",
         metavar="DIR",
