@@ -5,18 +5,20 @@ Each check returns nothing and raises ValueError. `name` begins the message: "Tr
 
 import difflib
 import math
+import operator
 from collections.abc import Collection, Iterable
 
 
-def whole_number(name: str, value: object, *, least: int) -> None:
-    """Requires an int of at least `least`; bool is not one.
+def whole_number(name: str, value: object, *, least: int | None = None) -> None:
+    """Requires an int, of at least `least` if given; bool is not one.
 
     >>> whole_number("keep_best", -1, least=0)
     Traceback (most recent call last):
     ValueError: keep_best is -1; expected a whole number of at least 0.
     """
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} is {value!r}; expected a whole number of at least {least}.")
+    if isinstance(value, bool) or not isinstance(value, int) or (least is not None and value < least):
+        bound = "" if least is None else f" of at least {least}"
+        raise ValueError(f"{name} is {value!r}; expected a whole number{bound}.")
 
 
 def number(
@@ -25,21 +27,26 @@ def number(
     *,
     least: int | float | None = None,
     above: int | float | None = None,
+    most: int | float | None = None,
     below: int | float | None = None,
 ) -> None:
-    """Requires a finite int or float, at least `least` or above `above`, and below `below`, where given; not a bool."""
-    bound = f" of at least {least:g}" if least is not None else f" above {above:g}" if above is not None else ""
-    bound += f" and below {below:g}" if below is not None else ""
-    in_range = (
-        not isinstance(value, bool)
-        and isinstance(value, int | float)
-        and math.isfinite(value)
-        and (least is None or value >= least)
-        and (above is None or value > above)
-        and (below is None or value < below)
+    """Requires a finite int or float within the bounds that are given; bool is not one.
+
+    >>> number("fraction", 2, above=0, most=1)
+    Traceback (most recent call last):
+    ValueError: fraction is 2; expected a number above 0 and at most 1.
+    """
+    bounds = (
+        ("of at least", least, operator.ge),
+        ("above", above, operator.gt),
+        ("at most", most, operator.le),
+        ("below", below, operator.lt),
     )
-    if not in_range:
-        raise ValueError(f"{name} is {value!r}; expected a number{bound}.")
+    given = [(words, bound, holds) for words, bound, holds in bounds if bound is not None]
+    is_number = not isinstance(value, bool) and isinstance(value, int | float) and math.isfinite(value)
+    if not is_number or not all(holds(value, bound) for _, bound, holds in given):
+        expected = " and ".join(f"{words} {bound:g}" for words, bound, _ in given)
+        raise ValueError(f"{name} is {value!r}; expected a number{f' {expected}' if expected else ''}.")
 
 
 def choice(name: str, value: object, known: Collection[str]) -> None:

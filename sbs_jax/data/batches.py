@@ -16,6 +16,7 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
+from sbs_jax import checks
 from sbs_jax.data import registry, tokens
 from sbs_jax.data.dataset import check_lengths
 
@@ -118,13 +119,11 @@ def train_dataset(
         says which ones a host's devices hold.
     """
     check_lengths(lengths)
-    if batch_size < 1:
-        raise ValueError(f"Got batch_size {batch_size}; expected 1 or more.")
+    checks.whole_number("batch_size", batch_size, least=1)
+    checks.whole_number("skip_batches", skip_batches, least=0)
     mine = np.arange(batch_size) if rows is None else np.asarray(rows)
     if mine.size == 0 or mine.min() < 0 or mine.max() >= batch_size:
         raise ValueError(f"Got rows {mine.tolist()} of a batch of {batch_size}; expected numbers below {batch_size}.")
-    if skip_batches < 0:
-        raise ValueError(f"Got skip_batches {skip_batches}; expected 0 or more.")
     stream = _Stream(registry.subtasks(mixture_or_task), split=split, lengths=lengths, seed=seed)
 
     def batches() -> Iterator[dict[str, np.ndarray]]:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sbs_jax import checks
 from sbs_jax.data.parsing import Parsed
 from sbs_jax.data.selection import TASKS
 
@@ -84,8 +85,4 @@ def check_lengths(lengths: Mapping[str, int]) -> None:
     if set(lengths) != {"inputs", "targets"}:
         raise ValueError(f"Feature lengths name {sorted(lengths)}; expected exactly 'inputs' and 'targets'.")
     for feature, length in lengths.items():
-        if isinstance(length, bool) or not isinstance(length, int) or length < 2:
-            raise ValueError(
-                f"The feature length of {feature!r} is {length!r}; expected an integer of at "
-                "least 2 (one token and EOS)."
-            )
+        checks.whole_number(f"The feature length of {feature!r}", length, least=2)  # a token and EOS

@@ -72,20 +72,9 @@ class DataOptions:
         checks.choice("DataOptions.label_source", self.label_source, ("human", "teacher"))
         checks.choice("DataOptions.rationales", self.rationales, ("all", "agreeing"))
         checks.choice("DataOptions.train_split", self.train_split, (TRAIN, VALIDATION))
-        checks.number("DataOptions.fraction", self.fraction)
-        checks.number("DataOptions.validation_fraction", self.validation_fraction)
-        if not 0 < self.fraction <= 1:
-            raise ValueError(
-                f"DataOptions.fraction is {self.fraction}; expected more than 0 and at most 1, "
-                "for example 0.125 for 12.5 % of the training rows."
-            )
-        if not 0 <= self.validation_fraction < 1:
-            raise ValueError(
-                f"DataOptions.validation_fraction is {self.validation_fraction}; expected at "
-                "least 0 and less than 1, for example 0.1."
-            )
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
-            raise ValueError(f"DataOptions.seed is {self.seed!r}; expected an integer.")
+        checks.number("DataOptions.fraction", self.fraction, above=0, most=1)
+        checks.number("DataOptions.validation_fraction", self.validation_fraction, least=0, below=1)
+        checks.whole_number("DataOptions.seed", self.seed)
 
 
 class Example(NamedTuple):

@@ -343,11 +343,11 @@ def test_another_process_gives_the_same_batches(starter, cats: Path, tmp_path: P
 
 def test_bad_arguments_are_refused(cats: Path):
     cases: list[tuple[dict[str, Any], str]] = [
-        ({"batch_size": 0}, "batch_size 0"),
+        ({"batch_size": 0}, "batch_size is 0"),
         ({"rows": []}, r"rows \[\] of a batch of 4"),
         ({"rows": [0, 4]}, r"rows \[0, 4\] of a batch of 4; expected numbers below 4"),
         ({"rows": [-1]}, r"rows \[-1\]"),
-        ({"skip_batches": -1}, "skip_batches -1"),
+        ({"skip_batches": -1}, "skip_batches is -1"),
         ({"lengths": {"inputs": 8}}, "exactly 'inputs' and 'targets'"),
         ({"split": "tset"}, "Did you mean 'test'"),
     ]
