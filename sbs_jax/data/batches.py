@@ -1,7 +1,7 @@
-"""Task features to model features: shifted, padded or packed, with a task id per target token.
+"""Build the model's batches: shifted, padded or packed, with a task id per target token.
 
-`train_dataset` gives endless training batches, `eval_examples` the rows of a split with their
-texts, and `count_truncated` what the feature lengths cut off.
+`train_dataset` yields endless training batches, `eval_examples` returns the rows of a split with their texts, and
+`count_truncated` counts the rows that the feature lengths cut.
 """
 
 from __future__ import annotations
@@ -20,18 +20,17 @@ from sbs_jax import checks
 from sbs_jax.data import registry, tokens
 from sbs_jax.data.dataset import check_lengths
 
-# Places that rows are planned for at a time.
+# Number of places planned into rows at a time.
 _PLACES = 65_536
 _Spec = seqio.FeatureConverter.FeatureSpec
 
 
 class StepByStepFeatureConverter(seqio.EncDecFeatureConverter):
-    """SeqIO's encoder-decoder converter, plus `decoder_task_ids`: 1 label, 2 rationale, 0 padding.
+    """Adds `decoder_task_ids` to SeqIO's encoder-decoder converter: 1 label, 2 rationale, 0 padding.
 
-    The task id has to ride along as a feature of the targets' length, because SeqIO refuses
-    pass-through features when it packs.
+    The task id is a feature of the targets' length, because SeqIO refuses pass-through features when it packs.
 
-    Worked example with T5's vocabulary: one row, "2 cats left", for both tasks.
+    Example with T5's vocabulary: one row, "2 cats left", for both tasks.
 
         {"inputs": "predict: 2 cats left"  -> [9689, 10, 204, 10003, 646, 1],
          "targets": "2"                    -> [204, 1],                 "task_ids": [1, 1]}
@@ -39,8 +38,8 @@ class StepByStepFeatureConverter(seqio.EncDecFeatureConverter):
          "targets": "4 - 2 = 2"            -> [314, 3, 18, 204, 3274, 204, 1],
          "task_ids": [2, 2, 2, 2, 2, 2, 2]}
 
-    With the lengths {"inputs": 14, "targets": 10, "task_ids": 10} and `pack=True` they share one
-    row. The decoder starts each of them at 0, and padding is 0 everywhere:
+    With the lengths {"inputs": 14, "targets": 10, "task_ids": 10} and `pack=True` they share one row. The decoder starts
+    each of them at 0, and padding is 0 everywhere:
 
         encoder_input_tokens   [9689, 10, 204, 10003, 646, 1, 3209, 10, 204, 10003, 646, 1, 0, 0]
         encoder_segment_ids    [   1,  1,   1,    1,   1, 1,    2,  2,   2,    2,   2, 2, 0, 0]
@@ -70,7 +69,7 @@ class StepByStepFeatureConverter(seqio.EncDecFeatureConverter):
         return converted
 
     def get_model_feature_lengths(self, task_feature_lengths: Mapping[str, int]) -> Mapping[str, int]:
-        """Adds the length of `decoder_task_ids`. ValueError unless it is that of the targets."""
+        """Adds the length of `decoder_task_ids`; ValueError unless it equals that of the targets."""
         if task_feature_lengths["task_ids"] != task_feature_lengths["targets"]:
             raise ValueError(
                 f"The length of task_ids is {task_feature_lengths['task_ids']} and that of "
@@ -93,30 +92,28 @@ def train_dataset(
     skip_batches: int,
     rows: Sequence[int] | np.ndarray | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Endless training batches of int32 arrays [batch_size, length], or [len(rows), length].
+    """Yields endless training batches of int32 arrays [batch_size, length], or [len(rows), length].
 
-    The keys are those of `StepByStepFeatureConverter`, whose rows these are. (SeqIO's own pipeline
-    gives the same rows at a few thousand a second on one core and can skip only by computing;
-    here a row is a copy between arrays.)
+    Keys and rows are those of `StepByStepFeatureConverter`. (SeqIO's own pipeline gives a few thousand of these rows a
+    second on one core and can skip only by computing them; here a row is a copy between arrays.)
 
-    Each epoch of a task visits each of its rows once, in an order given by (seed, epoch, number of
-    rows); batches run across the ends of epochs, so all are full. A mixture alternates strictly
-    between label and rationale, each task in epochs of its own; where both have equally
-    many rows, each pair is one row's. `<dataset>_label` with half the batch size and the same seed
-    therefore trains on the same labels in the same order as `<dataset>_step_by_step`. The batches
-    are the same in any process: hosts that build other `rows` of them cut up one and the same batch.
+    Each epoch of a task visits each row once, in an order that depends only on (seed, epoch, number of rows). Batches
+    run across the ends of epochs, so all are full. A mixture alternates strictly between label and rationale, each
+    with its own epochs; if both have equally many rows, each pair comes from one row. `<dataset>_label` with half the
+    batch size and the same seed therefore trains on the same labels in the same order as `<dataset>_step_by_step`. All
+    processes compute the same batches, so hosts that build different `rows` share one batch.
 
     Args:
       mixture_or_task: a registered name, e.g. "svamp_step_by_step".
       lengths: {"inputs": .., "targets": ..}; longer rows are cut (see `count_truncated`).
       split: usually "train".
       batch_size: rows per batch of all hosts together.
-      pack: whether consecutive examples share a row while they fit.
+      pack: put consecutive examples into one row while they fit.
       seed: of the shuffle.
-      skip_batches: batches to leave out first, to resume after so many steps. Instant
-        without packing; with it, a third of a second per million examples.
-      rows: the rows of each batch to build, in this order; all by default. `Partitioner.local_rows`
-        says which ones a host's devices hold.
+      skip_batches: batches to skip, to resume after this many steps. Instant without packing; with it, a third of a
+        second per million examples.
+      rows: the rows of each batch to build, in this order; None for all. `Partitioner.local_rows` names those of a
+        host's devices.
     """
     check_lengths(lengths)
     checks.whole_number("batch_size", batch_size, least=1)
@@ -137,7 +134,7 @@ def train_dataset(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BatchExample:
-    """Where an example stands in a training batch: `row` from 0, `segment` from 1 (1 where rows are not packed)."""
+    """Place of an example in a training batch: `row` from 0, `segment` from 1 (always 1 without packing)."""
 
     row: int
     segment: int
@@ -155,9 +152,9 @@ def batch_examples(
     seed: int,
     batch: int,
 ) -> tuple[list[BatchExample], dict[str, np.ndarray]]:
-    """What batch number `batch` (from 0) of `train_dataset` is made of; and each example in a row of its own.
+    """Lists the examples of batch number `batch` (from 0) of `train_dataset`, and builds each as a row of its own.
 
-    The arrays have the batch's keys and as many rows as there are examples.
+    The arrays have the batch's keys and one row per example.
     """
     names = registry.subtasks(mixture_or_task)
     stream = _Stream(names, split=split, lengths=lengths, seed=seed)
@@ -175,17 +172,17 @@ def batch_examples(
 
 
 class _Stream:
-    """The endless sequence of a mixture's examples: place p belongs to task p mod number of tasks."""
+    """Endless sequence of a mixture's examples; place p belongs to task p mod number of tasks."""
 
     def __init__(self, task_names: Sequence[str], *, split: str, lengths: Mapping[str, int], seed: int):
         self._tables = [registry.token_tables(name, split) for name in task_names]
         self._task_ids = [registry.TASK_IDS[registry.split_task(name)[1]] for name in task_names]
         self._lengths, self._seed = lengths, seed
-        # Two epochs of every number of rows: batches run across the end of an epoch.
+        # Two epochs for each of two tasks: batches run across the end of an epoch.
         self._order = functools.lru_cache(maxsize=4)(self._compute_order)
 
     def model_features(self, first: np.ndarray, end: np.ndarray, *, pack: bool) -> dict[str, np.ndarray]:
-        """Rows of the places from `first[i]` to before `end[i]`."""
+        """Builds rows; row i holds the places from `first[i]` to before `end[i]`."""
         counts = end - first
         rows, within = _ranges(counts)
         tasks, indices = self.locate(first[rows] + within)
@@ -197,24 +194,24 @@ class _Stream:
         )
 
     def rows(self, *, pack: bool, skip: int) -> Iterator[tuple[int, int]]:
-        """First place of each row, and the one after its last, without the first `skip` rows."""
+        """Yields (first place, place after the last) of each row, after `skip` rows."""
         if pack:
             return itertools.islice(self._packed_rows(), skip, None)
         return ((place, place + 1) for place in itertools.count(skip))
 
     def _packed_rows(self) -> Iterator[tuple[int, int]]:
-        """As many places as fit, in order."""
+        """Yields rows of as many consecutive places as fit."""
         start, chunk = 0, _PLACES
         while True:
             ends = self._ends(start, chunk)
             place = 0
-            while ends[place] < chunk:  # a row that reaches the end of the chunk may go on beyond it
+            while ends[place] < chunk:  # a row that reaches the end of the chunk may continue beyond it
                 yield start + place, start + ends[place]
                 place = ends[place]
             start, chunk = start + place, _PLACES if place else 2 * chunk
 
     def _ends(self, start: int, count: int) -> list[int]:
-        """For each of some places, counted from the first: the place after the last that fits a row begun there."""
+        """Returns, for each of `count` places, the end of a row that begins there; both relative to `start`."""
         tasks, indices = self.locate(np.arange(start, start + count))
         ends = []
         for feature, length in self._lengths.items():
@@ -227,7 +224,7 @@ class _Stream:
         return np.minimum(*ends).tolist()
 
     def locate(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Task and row of each place."""
+        """Returns the task and the row number of each place."""
         turns, tasks = np.divmod(places, len(self._tables))
         indices = np.empty_like(places)
         for task, table in enumerate(self._tables):
@@ -245,7 +242,7 @@ class _Stream:
 
 @dataclasses.dataclass(frozen=True)
 class _Examples:
-    """Examples in the order of rows and segments: task and row of the table, and where each goes.
+    """Examples in the order of rows and segments: their task and row of the table, and their destination.
 
     `tasks`, `indices`, `rows` and `segments` (from 1, ascending within a row) are integers [n].
     """
@@ -259,7 +256,7 @@ class _Examples:
     segments: np.ndarray
 
     def ids(self, feature: str, *, length: int) -> tuple[np.ndarray, np.ndarray]:
-        """The tokens of all of them, one after the other, each cut to `length`; and how many each has."""
+        """Returns the tokens of all examples, one after the other, each cut to `length`; and their numbers of tokens."""
         starts, sizes = np.empty_like(self.indices), np.empty_like(self.indices)
         for task, tables in enumerate(self.tables):
             mine = self.tasks == task
@@ -272,18 +269,18 @@ class _Examples:
         for task, tables in enumerate(self.tables):
             mine = task_of == task
             ids[mine] = tables[feature].ids[source[mine]]
-        ids[np.cumsum(sizes) - 1] = tokens.EOS_ID  # as `tokens.cut`; what was not cut ends in it anyway
+        ids[np.cumsum(sizes) - 1] = tokens.EOS_ID  # as in `tokens.cut`; uncut rows end in EOS anyway
         return ids, sizes
 
 
 def _ranges(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """[2, 3] to the number of each range [0, 0, 1, 1, 1] and the place within it [0, 1, 0, 1, 2]."""
+    """Turns counts [2, 3] into range numbers [0, 0, 1, 1, 1] and places within the ranges [0, 1, 0, 1, 2]."""
     number = np.repeat(np.arange(len(counts)), counts)
     return number, np.arange(len(number)) - (np.cumsum(counts) - counts)[number]
 
 
 def batch_shapes(lengths: Mapping[str, int], *, batch_size: int, pack: bool) -> dict[str, tuple[int, int]]:
-    """Model features of a global batch (all int32) and their shapes."""
+    """Returns the model features of a global batch (all int32) and their shapes."""
     check_lengths(lengths)
     nothing = np.zeros(0, np.int64)
     none = _Examples([], [], tasks=nothing, indices=nothing, rows=nothing, segments=nothing)
@@ -294,15 +291,15 @@ def batch_shapes(lengths: Mapping[str, int], *, batch_size: int, pack: bool) -> 
 def _model_features(
     examples: _Examples, *, row_count: int, lengths: Mapping[str, int], pack: bool
 ) -> dict[str, np.ndarray]:
-    """The model features of some rows, each made of one example or, packed, of several.
+    """Builds rows of model features, each of one example or, packed, of several.
 
-    Int32 [rows, length], as `StepByStepFeatureConverter` documents and makes them.
+    Int32 [rows, length], as documented in `StepByStepFeatureConverter`.
     """
     sides = {}
     for feature, length in lengths.items():
         ids, sizes = examples.ids(feature, length=length)
         example, within = _ranges(sizes)
-        # Where an example begins in its row: after those before it.
+        # An example begins in its row after the examples before it.
         before = np.cumsum(sizes) - sizes
         begins = before - before[examples.segments == 1][examples.rows] if len(sizes) else before
         place = (examples.rows * length + begins)[example] + within
@@ -335,7 +332,7 @@ def _model_features(
 
 @dataclasses.dataclass(frozen=True)
 class _Side:
-    """Tokens of the encoder or decoder on their way into rows: of each, its place in the flat rows and its example."""
+    """Tokens of the encoder or the decoder, each with its place in the flattened rows and its example."""
 
     shape: tuple[int, int]
     _: dataclasses.KW_ONLY
@@ -345,7 +342,7 @@ class _Side:
     ids: np.ndarray
 
     def spread(self, values: np.ndarray) -> np.ndarray:
-        """A value per token to int32 [rows, length], 0 elsewhere."""
+        """Spreads one value per token to int32 [rows, length], 0 elsewhere."""
         flat = np.zeros(self.shape[0] * self.shape[1], np.int32)
         flat[self.place] = values
         return flat.reshape(self.shape)
@@ -355,9 +352,8 @@ class _Side:
 class EvalExample:
     """One row to evaluate.
 
-    `inputs` (prefix included) and `targets` are texts; `label` is what a prediction is graded
-    against. `features` are the unpacked model features, each int32 [length], keyed as in
-    `train_dataset`.
+    `inputs` (prefix included) and `targets` are texts; predictions are graded against `label`. `features` are the
+    unpacked model features, each int32 [length], keyed as in `train_dataset`.
     """
 
     id: str
@@ -368,9 +364,9 @@ class EvalExample:
 
 
 def eval_examples(task: str, *, split: str, lengths: Mapping[str, int]) -> list[EvalExample]:
-    """All rows of a task's split, once, in the order of the records, padded to `lengths`.
+    """Returns all rows of a task's split, once, in the order of the records, padded to `lengths`.
 
-    A mixture is evaluated by one of its tasks: see `datasets.graded_task`.
+    A mixture is evaluated by one of its tasks: see `registry.graded_task`.
     """
     check_lengths(lengths)
     rows, tables = registry.examples(task, split), registry.token_tables(task, split)
@@ -397,10 +393,10 @@ def eval_examples(task: str, *, split: str, lengths: Mapping[str, int]) -> list[
 
 
 def count_truncated(mixture_or_task: str, split: str, lengths: Mapping[str, int]) -> dict[str, dict[str, int]]:
-    """How many rows the feature lengths cut, and the longest there is, per task and feature.
+    """Counts the rows that the feature lengths cut, and finds the longest, per task and feature.
 
-    {"svamp_label": {"rows": 720, "inputs cut": 0, "inputs longest": 91, "targets cut": 0,
-    "targets longest": 13}, "svamp_rationale": {..}}; lengths in tokens, EOS included.
+    {"svamp_label": {"rows": 720, "inputs cut": 0, "inputs longest": 91, "targets cut": 0, "targets longest": 13},
+    "svamp_rationale": {..}}; lengths in tokens, EOS included.
     """
     check_lengths(lengths)
     counts = {}
@@ -414,6 +410,6 @@ def count_truncated(mixture_or_task: str, split: str, lengths: Mapping[str, int]
 
 
 def count_tokens(batch: Mapping[str, np.ndarray]) -> int:
-    """The number of non-padding tokens of a batch, of encoder and decoder together."""
+    """Counts the non-padding tokens of a batch, of encoder and decoder together."""
     sides = ("encoder_input_tokens", "decoder_target_tokens")
     return sum(int(np.count_nonzero(batch[side])) for side in sides)

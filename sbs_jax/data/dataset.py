@@ -1,4 +1,4 @@
-"""The parts that one dataset consists of: its rows, labels, parsers and grading."""
+"""Define a dataset: its rows, labels, parsers and grading."""
 
 import dataclasses
 import re
@@ -18,10 +18,10 @@ class Row:
     """One input as its source has it.
 
     Attributes:
-      id: the source's own id; None where it has none (`with_ids` then makes one).
-      input: what the student reads, without a task prefix.
-      label: the human's label; None where nobody labelled it.
-      choices: the labels possible for this row; () where the dataset's own set holds.
+      id: the source's own id; None if it has none (`release.with_ids` then makes one).
+      input: the student's input, without a task prefix.
+      label: the human's label; None if nobody labelled the row.
+      choices: possible labels of this row; () if the dataset's own set applies.
     """
 
     id: str | None = None
@@ -32,25 +32,25 @@ class Row:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Dataset:
-    """What the project knows about one dataset; each `tasks/<name>.py` holds one as `DATASET`.
+    """Describes one dataset; each `tasks/<name>.py` defines one as `DATASET`.
 
     Attributes:
-      name: the name's first part in every task, e.g. "svamp".
-      labels: the closed set of labels; None where it is open (SVAMP) or differs per row (CQA).
-      read_release: the folder of the official release to rows in file order, per split.
-      parsers: raw teacher text and its row to rationale, label and outcome, by parser name.
-      metric_fns: SeqIO metric functions, (targets, predictions) to {name: value}.
-      primary_metric: the metric, higher is better, that picks the best checkpoint.
-      same_label: the metric's equality on one pair, (target, prediction) to bool. Decides which
-        rationales agree with the label, and the teacher's accuracy.
-      feature_lengths: {"inputs": .., "targets": ..} in tokens of the T5 vocabulary, prefix and
-        EOS included, that hold every row of the real data.
-      is_label: tells a possible label by its form, where the set is open.
-      implied_label: (a rationale, the row's choices) to the label that the text itself names, or None. By default
-        that of the choices or labels which its last sentence with any of them names alone (rationales.py).
-      scripted_reply: (an input as a prompt asks it, the number of the sample) to a teacher's reply, or None where it
-        is no input of this dataset: a teacher without a network (`sbs teach --provider scripted`).
-      tfds: the TensorFlow Datasets name, where the rows can come from there.
+      name: first part of every task's name, e.g. "svamp".
+      labels: the closed set of labels; None if it is open (SVAMP) or differs per row (CQA).
+      read_release: folder of the official release -> rows in file order, per split; None if it is not in the release.
+      parsers: parser name -> function of raw teacher text and its row that returns rationale, label and outcome.
+      metric_fns: SeqIO metric functions, (targets, predictions) -> {name: value}.
+      primary_metric: the metric that picks the best checkpoint; higher is better.
+      same_label: the metric's equality of one pair, (target, prediction) -> bool. Decides which rationales agree with
+        the label, and the teacher's accuracy.
+      feature_lengths: {"inputs": .., "targets": ..} in tokens of the T5 vocabulary, prefix and EOS included; every row
+        of the real data fits.
+      is_label: recognizes a possible label by its form, if the set is open.
+      implied_label: (rationale, the row's choices) -> the label that the text itself names, or None. Default: the only
+        choice or label named by the last sentence that names any (`parsing.only_label_named`).
+      scripted_reply: (a prompt, number of the sample) -> a teacher's reply, or None if the prompt holds no input of
+        this dataset. A teacher without a network (`sbs teach --provider scripted`).
+      tfds: name in TensorFlow Datasets, if the rows can come from there.
       tfds_row: makes a row of one of its examples (with bytes decoded to text).
     """
 
@@ -81,7 +81,7 @@ class Dataset:
 
 
 def check_lengths(lengths: Mapping[str, int]) -> None:
-    """Raises ValueError unless `lengths` is {"inputs": n, "targets": n}, each at least 2."""
+    """Requires {"inputs": n, "targets": n}, each at least 2; raises ValueError otherwise."""
     if set(lengths) != {"inputs", "targets"}:
         raise ValueError(f"Feature lengths name {sorted(lengths)}; expected exactly 'inputs' and 'targets'.")
     for feature, length in lengths.items():

@@ -1,11 +1,10 @@
-"""Grading: exact string match, and equality of the values of two equations.
+"""Grade answers: exact match of text, and equal values of two equations.
 
-The functions `accuracy` and `equation_accuracy` are SeqIO metric functions: they take the lists
-`targets` and `predictions` and return percentages (0 to 100), as T5X's and SeqIO's metrics do.
-`same_text` and `same_equation_value` are the same graders as predicates on one pair; the filter
-for agreeing rationales and the teacher's accuracy use them.
+`accuracy` and `equation_accuracy` are SeqIO metric functions: they take the lists `targets` and `predictions` and
+return percentages (0 to 100), as T5X's and SeqIO's metrics do. `same_text` and `same_equation_value` grade one pair;
+the filter for agreeing rationales and the teacher's accuracy use them.
 
-Standard library only, and no `eval`: what a model writes is text, never a program.
+Standard library only (exports contain a copy of this file), and no `eval`: a model's text never runs.
 """
 
 from __future__ import annotations
@@ -14,8 +13,8 @@ import re
 from collections.abc import Callable, Collection, Sequence
 from fractions import Fraction
 
-# An equation of the real data has at most 40 characters. The bounds keep hostile text cheap:
-# they cap the size of every number that can arise and the depth of the recursion.
+# Equations of the real data have at most 40 characters. The limits keep hostile text cheap: they bound the size of
+# every number and the depth of the recursion.
 MAX_CHARACTERS = 500
 MAX_DEPTH = 50
 
@@ -24,11 +23,11 @@ _TOKEN = re.compile(r"[ \t\r\n]*(?:([0-9]+(?:\.[0-9]*)?|\.[0-9]+)|([-+*/()]))")
 
 
 def equation_value(text: str) -> Fraction | None:
-    """The exact value of an arithmetic expression, or None where it is not one.
+    """Computes the exact value of an arithmetic expression; None for any other text. Never raises.
 
-    Understood: integers and decimals, `+ - * /`, unary minus, parentheses, ASCII white space.
-    Everything else is None: names, `**`, comparisons, tuples, exponents such as `1e9`, division by
-    zero, more than `MAX_CHARACTERS` characters, nesting deeper than `MAX_DEPTH`. Never raises.
+    Accepts integers and decimals, `+ - * /`, unary minus, parentheses and ASCII white space. Everything else is None:
+    names, `**`, comparisons, tuples, exponents such as `1e9`, division by zero, more than `MAX_CHARACTERS` characters,
+    nesting deeper than `MAX_DEPTH`.
 
     >>> equation_value("( 84.0 / 2.0 )")
     Fraction(42, 1)
@@ -55,7 +54,7 @@ def equation_value(text: str) -> Fraction | None:
 
 
 class _NotArithmeticError(Exception):
-    """The tokens do not form an expression, or nest too deeply."""
+    """Tokens do not form an expression, or nest too deeply."""
 
 
 def _sum(tokens: list[str], at: int, depth: int) -> tuple[Fraction, int]:
@@ -94,34 +93,31 @@ def _factor(tokens: list[str], at: int, depth: int) -> tuple[Fraction, int]:
 
 
 def same_text(target: str, prediction: str) -> bool:
-    """Whether the two texts are equal, character by character."""
+    """Compares two texts, character by character."""
     return target == prediction
 
 
 def same_equation_value(target: str, prediction: str) -> bool:
-    """Whether both texts are arithmetic and have exactly the same value.
-
-    What is not arithmetic equals nothing, not even itself.
-    """
+    """Compares the exact values of two equations; text that has no value equals nothing, not even itself."""
     value = equation_value(target)
     return value is not None and value == equation_value(prediction)
 
 
 def accuracy(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float]:
-    """Percentage of predictions that equal their target exactly: {"accuracy": 0..100}."""
+    """Returns the percentage of predictions that equal their target exactly: {"accuracy": 0..100}."""
     return {"accuracy": percentage_right(targets, predictions, same_text)}
 
 
 def equation_accuracy(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float]:
-    """Percentage of equations whose value is their target's: {"equation_accuracy": 0..100}."""
+    """Returns the percentage of equations with their target's value: {"equation_accuracy": 0..100}."""
     right = percentage_right(targets, predictions, same_equation_value)
     return {"equation_accuracy": right}
 
 
 def percentage_right(targets: Sequence[str], predictions: Sequence[str], same: Callable[[str, str], bool]) -> float:
-    """100 times the share of pairs that `same(target, prediction)` accepts.
+    """Returns the percentage of pairs that `same(target, prediction)` accepts.
 
-    Raises ValueError where the lists differ in length or are empty.
+    Raises ValueError if the lists differ in length or are empty.
     """
     if len(targets) != len(predictions):
         raise ValueError(
@@ -135,15 +131,14 @@ def percentage_right(targets: Sequence[str], predictions: Sequence[str], same: C
 
 
 def label_format_alarm(predictions: Sequence[str], labels: Collection[str] | Callable[[str], bool]) -> str | None:
-    """A message where not one prediction is a possible label, else None.
+    """Returns a message if not one prediction is a possible label, else None.
 
-    Then the score is 0 whatever was learned, and the cause is usually a mismatch of formats: a
-    wrong vocabulary, a decoding limit that is too short, labels written in another way, or a
-    student that has not learned the form yet.
+    The score is then 0 whatever the student learned. The usual cause is a mismatch of formats: a wrong vocabulary, a
+    decoding limit that is too short, labels written in another way, or a student that has not learned the form yet.
 
     Args:
-      predictions: what the student wrote, after decoding.
-      labels: the possible labels, or a predicate that tells a possible label by its form.
+      predictions: decoded texts of the student.
+      labels: the possible labels, or a predicate that recognizes one by its form.
     """
     if not predictions:
         return None

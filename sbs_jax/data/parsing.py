@@ -1,14 +1,13 @@
-"""Raw teacher text to rationale and label: what the parsers of all datasets share.
+"""Parse raw teacher text into rationale and label: the parts that the parsers of all datasets share.
 
 A teacher without a stop string runs on into an invented next example:
 
     Ann buys 4 pens and has 3. 3 + 4 = 7. The answer is (3 + 4).\\n\\nQ: Bob has ..
     |----------- rationale ------------|  marker        |label|      |- not ours -
 
-The rules of each dataset, `official(text, row)` and `strict(text, row)`, are in `tasks/<name>.py`.
-`official` returns what the published code of the method computes, odd cases included, so that
-numbers can be compared. `strict` takes a label only where it is a possible one. Neither raises.
-Standard library only.
+Each dataset has its rules, `official(text, row)` and `strict(text, row)`, in `tasks/<name>.py`. `official` reproduces
+the method's published code, odd cases included, so that numbers compare. `strict` accepts only possible labels.
+Neither raises. Standard library only.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ CONTENT_FILTER = "content_filter"
 TOO_LONG = "too_long"
 REFUSED = "refused"
 
-# Every outcome of a parsed reply. After the first three the label is still used.
+# Every outcome of a parsed reply. With the first three the label is still used.
 OUTCOMES: Mapping[str, str] = types.MappingProxyType(
     {
         OK: "rationale and label can be used",
@@ -49,7 +48,7 @@ OUTCOMES: Mapping[str, str] = types.MappingProxyType(
         NOT_ARITHMETIC: "the equation has no value: a word, a tuple, cut short (strict only)",
     }
 )
-# Outcomes of a row without a reply to read, where this project asked (`sbs teach`).
+# Outcomes of a row without a usable reply, if this project asked (`sbs teach`).
 FAILURES: Mapping[str, str] = types.MappingProxyType(
     {
         NOT_ASKED: "the teacher has not answered yet: ask again",
@@ -63,7 +62,7 @@ FAILURES: Mapping[str, str] = types.MappingProxyType(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Parsed:
-    """A reply as it was read; None where there is nothing that can be used."""
+    """A parsed reply; None for a part that cannot be used."""
 
     rationale: str | None
     label: str | None
@@ -71,12 +70,12 @@ class Parsed:
 
 
 def unusable(outcome: str, *, rationale: str | None = None) -> Parsed:
-    """No label; no rationale either, unless one is given and not blank."""
+    """Returns a result without a label; with the rationale only if it is not blank."""
     return Parsed(rationale=_unless_blank(rationale), label=None, outcome=outcome)
 
 
 def usable(rationale: str, label: str, *, outcome: str = OK) -> Parsed:
-    """Both, with "no_rationale" as the outcome where the rationale is blank; a blank label is none ("no_label")."""
+    """Returns rationale and label; a blank rationale gives "no_rationale", a blank label "no_label"."""
     if not label.strip():
         return unusable(NO_LABEL, rationale=rationale)
     kept = _unless_blank(rationale)
@@ -86,12 +85,12 @@ def usable(rationale: str, label: str, *, outcome: str = OK) -> Parsed:
 
 
 def official_result(rationale: str, label: str) -> Parsed:
-    """What the official code would train on. A blank label there is a blank target; here, None."""
+    """Returns what the official code would train on; a blank label, a blank target there, is None here."""
     return usable(rationale, label)
 
 
 def split_answer(text: str, marker: str) -> tuple[str, str] | Parsed:
-    """(before, after) the one marker; else the unusable result that says why there is no such pair.
+    """Returns (before, after) the only marker; without exactly one, the unusable result that says so.
 
     >>> split_answer("It is wet. So the answer is rain.", "So the answer is")
     ('It is wet. ', ' rain.')
@@ -105,7 +104,7 @@ def split_answer(text: str, marker: str) -> tuple[str, str] | Parsed:
 
 
 def before_line(text: str, *starts: str) -> str:
-    """The text up to the first line that begins with one of `starts`.
+    """Returns the text up to the first line that begins with one of `starts`.
 
     >>> before_line("See the FAQ: yes.\\nQ: Next", "Q:")
     'See the FAQ: yes.\\n'
@@ -115,10 +114,10 @@ def before_line(text: str, *starts: str) -> str:
 
 
 def strict_answer(text: str, *, stops: Collection[str], marker: str) -> tuple[str, str] | Parsed:
-    """(rationale, answer) of a reply, both stripped; else the unusable result.
+    """Returns (rationale, answer) of a reply, both stripped, or the unusable result.
 
-    The reply ends at the first line that begins with a stop string; the answer is the rest of the
-    marker's line, without one full stop at its end.
+    The reply ends at the first line that begins with a stop string. The answer is the rest of the marker's line,
+    without one full stop at its end.
 
     >>> strict_answer("Dogs are animals.\\nAnswer: yes.\\n\\nPremise: A", stops=("Premise:",),
     ...               marker="Answer:")
@@ -135,14 +134,14 @@ def strict_answer(text: str, *, stops: Collection[str], marker: str) -> tuple[st
 
 
 def without_full_stop(text: str) -> str:
-    """The text stripped and, after that, without one trailing full stop."""
+    """Strips the text, then one trailing full stop."""
     return text.strip().removesuffix(".").rstrip()
 
 
 def member(text: str, labels: Collection[str]) -> str | None:
-    """The label that `text` is, in the set's spelling; upper and lower case count as equal.
+    """Returns the label that equals `text`, in the set's spelling, or None.
 
-    None where it is none of them, or only without regard to case and then more than one.
+    An exact match wins; otherwise case is ignored, and there must be only one match.
 
     >>> member("Neutral", ("entailment", "neutral"))
     'neutral'

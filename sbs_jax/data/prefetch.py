@@ -1,4 +1,4 @@
-"""Compute the next batches in a thread while the last ones are in use."""
+"""Prefetch the next batches in a thread while the current one is in use."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ _Item = TypeVar("_Item")
 
 
 class Prefetcher(Iterator[_Item]):
-    """The items of an iterator, which a thread computes while the last ones are in use; use it with `with`.
+    """Yields the items of an iterator, computed ahead by a thread; use it with `with`.
 
-    An error of the iterator is raised where its item would have come.
+    An error of the iterator is raised in place of its item.
     """
 
     def __init__(self, items: Iterator[_Item], *, depth: int = 2) -> None:

@@ -1,12 +1,12 @@
-"""Records: one row per example with its input, the human's label and the teacher's answer.
+"""Read and write records: one row per example with its input, the human's label and the teacher's answer.
 
-A records directory holds, per dataset, the files that training reads and what is known of them:
+A records directory holds, per dataset, the files that training reads and a manifest that describes them:
 
     <records_dir>/svamp/train.jsonl
     <records_dir>/svamp/test.jsonl
     <records_dir>/svamp/manifest.json
 
-A line of a `.jsonl` file is one `Record` (here broken for reading):
+A line of a `.jsonl` file is one `Record` (wrapped here):
 
     {"id": "svamp-0f3e9c1d2a44", "input": "Ann has 3 pens and buys 4.\\nHow many has she?",
      "label": "( 3.0 + 4.0 )", "choices": [], "teacher_text": "She has 3 + 4. The answer is (3 + 4).",
@@ -32,7 +32,7 @@ OK = "ok"
 NO_TEACHER = "no_teacher"
 MANIFEST = "manifest.json"
 SPLITS = ("train", "validation", "test")
-# Raised when the meaning of a field changes, so that old files are refused and not misread.
+# Increased when the meaning of a field changes, so that old files are refused instead of misread.
 FORMAT = 1
 
 
@@ -42,21 +42,19 @@ class Record:
 
     Attributes:
       id: distinct within its file.
-      input: what the student reads, without a task prefix.
-      label: the human's label; None where nobody labelled the example.
-      choices: the labels possible for this example; () where the dataset's own set holds.
-      teacher_text: the teacher's reply as it came; None where the teacher was not asked.
-      rationale: read from the reply; None where the reply gives none that can be used.
-      teacher_label: read from the reply; None where the reply gives none that can be used.
-      outcome: "ok", "no_teacher", or what is wrong with the reply
-        (`sbs_jax.data.parsing.OUTCOMES`). Whether a rationale or a label can be used is told by
-        those two fields, not by the outcome.
-      prompt: hash of the prompt template that the teacher was asked with (`teacher.prompts`); None
-        where somebody else asked.
-      hinted: the reply is of a second ask, in which the label was given.
-      votes: (replies with this label, replies asked for), where more than one was; None otherwise.
+      input: the student's input, without a task prefix.
+      label: the human's label; None if nobody labelled the example.
+      choices: possible labels of this example; () if the dataset's own set applies.
+      teacher_text: the teacher's raw reply; None if the teacher was not asked.
+      rationale: parsed from the reply; None if it has no usable one.
+      teacher_label: parsed from the reply; None if it has no usable one.
+      outcome: "ok", "no_teacher", or the problem of the reply (`sbs_jax.data.parsing.OUTCOMES`). To see if a rationale
+        or label is usable, read those fields instead.
+      prompt: hash of the prompt template (`teacher.prompts`); None if somebody else asked the teacher.
+      hinted: the reply answers a second request, which gave the label away.
+      votes: (replies with this label, replies requested) if more than one was requested, else None.
 
-    The last three are written only where they say something.
+    The last three are written only if they are set.
     """
 
     id: str
@@ -76,7 +74,7 @@ _ONLY_IF_SET = ("prompt", "hinted", "votes")
 
 
 class SplitSummary(TypedDict):
-    """What a manifest says of one `.jsonl` file."""
+    """Describes one `.jsonl` file in a manifest."""
 
     rows: int
     sha256: str  # of <split>.jsonl
@@ -86,7 +84,7 @@ class SplitSummary(TypedDict):
     teacher_labels: int  # rows with a usable teacher label
     labelled: int  # rows with a human label
     teacher_right: int  # of these, rows whose teacher label the dataset's grading accepts
-    teacher_accuracy: float | None  # 100 * teacher_right / labelled; None without either
+    teacher_accuracy: float | None  # 100 * teacher_right / labelled; None if unlabelled or never asked
 
 
 class _Always(TypedDict):
@@ -100,19 +98,19 @@ class _Always(TypedDict):
 
 
 class Manifest(_Always, total=False):
-    """manifest.json of a records directory. Holds no time and no path, so it can be reproduced."""
+    """manifest.json of a records directory. Holds no time and no path, so that it is reproducible."""
 
-    teacher: dict[str, Any]  # model, parameters and prompt, where this project asked
+    teacher: dict[str, Any]  # model, parameters and prompt, if this project asked
 
 
 # ------------------------------------------------------------------------------------ reading
 
 
 def read_records(path: str | Path) -> list[Record]:
-    """All records of a file, in its order.
+    """Reads all records of a file, in its order.
 
-    Raises ValueError that names file and line: bytes that are not UTF-8, a blank or malformed
-    line, missing or unknown fields, a field of the wrong type, an id that occurred before.
+    ValueError names file and line: bytes that are not UTF-8, a blank or malformed line, missing or unknown fields, a
+    field of the wrong type, a repeated id.
     """
     found: dict[str, tuple[int, Record]] = {}
     for line, value in read_json_lines(path):
@@ -149,10 +147,10 @@ def fields_of(record: Record) -> dict[str, Any]:
 
 
 def write_records(path: str | Path, records: Iterable[Record]) -> str:
-    """Writes the records, one line each, and returns the file's SHA-256.
+    """Writes records atomically, one line each, and returns the file's SHA-256.
 
-    Atomic: another process sees the old file or the whole new one. The same records give the same
-    bytes. ValueError, before anything is replaced, where a record is malformed or an id repeats.
+    The same records give the same bytes. ValueError for a malformed record or a repeated id, before anything is
+    replaced.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -175,14 +173,14 @@ def write_records(path: str | Path, records: Iterable[Record]) -> str:
 
 
 def write_manifest(directory: str | Path, manifest: Manifest) -> None:
-    """Writes `<directory>/manifest.json`, atomically; the same manifest gives the same bytes."""
+    """Writes `<directory>/manifest.json` atomically; the same manifest gives the same bytes."""
     path = Path(directory) / MANIFEST
     path.parent.mkdir(parents=True, exist_ok=True)
     replace(path, (json.dumps(manifest, ensure_ascii=False, indent=1, sort_keys=True) + "\n").encode())
 
 
 def read_manifest(directory: str | Path) -> Manifest:
-    """Reads `<directory>/manifest.json`. FileNotFoundError, or ValueError where it is malformed."""
+    """Reads `<directory>/manifest.json`. FileNotFoundError, or ValueError if it is malformed."""
     path = Path(directory) / MANIFEST
     if not path.is_file():
         raise FileNotFoundError(f"{directory} has no {MANIFEST}; expected a records directory of `sbs records`.")
@@ -201,7 +199,7 @@ def read_manifest(directory: str | Path) -> Manifest:
 
 
 def put_in_place(made: Path, target: Path, *, overwrite: bool) -> None:
-    """Moves the new directory to its place; leaves an equal one alone, refuses to lose another."""
+    """Moves a new records directory to its place; leaves an equal one alone, never loses another one."""
     if not target.exists():
         made.rename(target)
         return
@@ -219,7 +217,7 @@ def put_in_place(made: Path, target: Path, *, overwrite: bool) -> None:
         raise FileExistsError(
             f"{target} holds files that are no records: {foreign[:5]}. They would be lost; move them elsewhere first."
         )
-    old = made.with_name("old")  # goes with the temporary directory
+    old = made.with_name("old")  # deleted with the temporary directory
     target.rename(old)
     try:
         made.rename(target)
@@ -229,7 +227,7 @@ def put_in_place(made: Path, target: Path, *, overwrite: bool) -> None:
 
 
 def _differences(made: Path, target: Path) -> list[str]:
-    """In what two records directories differ, in words; [] where they are equal."""
+    """Lists the differences of two records directories; [] if they are equal."""
     if not (target / MANIFEST).is_file():
         return [f"it has no {MANIFEST}"]
     try:

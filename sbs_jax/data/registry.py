@@ -1,6 +1,6 @@
-"""Datasets, and their SeqIO tasks: what is registered, where its rows are, what is in force.
+"""Register datasets and their SeqIO tasks, and read their records under the current options.
 
-Per dataset, for example svamp:
+Each dataset has four names, for example svamp:
 
 | SeqIO name                   | inputs               | targets                         | task id |
 |------------------------------|----------------------|---------------------------------|---------|
@@ -9,8 +9,8 @@ Per dataset, for example svamp:
 | `svamp_rationale_then_label` | label prefix + x     | rationale + " Answer: " + label | 1       |
 | `svamp_step_by_step`         | a mixture: `svamp_label` and `svamp_rationale` in strict turns   |
 
-`add` and `configure` register the tasks; `<records_dir>/<dataset>/<split>.jsonl` is read when a task
-is first used. Importing this module imports TensorFlow, which takes seconds.
+`add` and `configure` register the tasks. `<records_dir>/<dataset>/<split>.jsonl` is read when a task is first used.
+Importing this module imports TensorFlow, which takes seconds.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ from sbs_jax.data.selection import (
 )
 from sbs_jax.student import losses
 
-MIXED = (LABEL, RATIONALE)  # what `step_by_step` alternates between
-# The value of the feature `task_ids`: which objective of the loss a task's tokens count towards.
+MIXED = (LABEL, RATIONALE)  # the tasks that `step_by_step` alternates between
+# Values of the feature `task_ids`: the objective of the loss that a task's tokens count towards.
 TASK_IDS = {LABEL: losses.LABEL, RATIONALE: losses.RATIONALE, RATIONALE_THEN_LABEL: losses.LABEL}
 
 
@@ -66,7 +66,7 @@ def _registered() -> dict[str, Dataset]:
 
 
 def add(dataset: Dataset) -> None:
-    """Registers a dataset and, under the options in force, its SeqIO tasks and mixture."""
+    """Registers a dataset and, under the current options, its SeqIO tasks and mixture."""
     known = _DATASETS.get(dataset.name)
     if known is not None and known != dataset:
         raise ValueError(f"Another dataset is already registered as {dataset.name!r}; choose another name.")
@@ -75,7 +75,7 @@ def add(dataset: Dataset) -> None:
 
 
 def configure(options: DataOptions) -> None:
-    """Registers every task and mixture anew under these options, and reads the files anew."""
+    """Registers all tasks and mixtures again under these options, and forgets the files read so far."""
     global _options
     _options = options
     _read_selections.cache_clear()
@@ -85,30 +85,30 @@ def configure(options: DataOptions) -> None:
 
 
 def options() -> DataOptions:
-    """The options in force."""
+    """Returns the current options."""
     return _options
 
 
 def vocabulary(name: str) -> seqio.Vocabulary:
-    """`tokens.vocabulary(name)` after `tokens.check_vocabulary(name)`."""
+    """Checks a vocabulary, then returns it."""
     tokens.check_vocabulary(name)
     return tokens.vocabulary(name)
 
 
 def names() -> tuple[str, ...]:
-    """The names of all datasets, sorted."""
+    """Returns the names of all datasets, sorted."""
     return tuple(sorted(_registered()))
 
 
 def get(name: str) -> Dataset:
-    """The dataset of this name. ValueError with near matches where there is none."""
+    """Returns the dataset with this name; ValueError with near matches if there is none."""
     if name not in _registered():
         raise ValueError(f"Unknown dataset {name!r}; known are {list(names())}.{checks.nearest(name, names())}")
     return _DATASETS[name]
 
 
 def scripted_reply(asked: str, *, sample: int) -> str | None:
-    """The reply of the first dataset whose scripted teacher knows the input; None where none does."""
+    """Returns the reply of the first dataset whose scripted teacher knows the input, or None."""
     for dataset in _registered().values():
         if dataset.scripted_reply is not None and (reply := dataset.scripted_reply(asked, sample)) is not None:
             return reply
@@ -116,13 +116,13 @@ def scripted_reply(asked: str, *, sample: int) -> str | None:
 
 
 def task_names() -> tuple[str, ...]:
-    """The SeqIO names of all tasks and mixtures."""
+    """Returns the SeqIO names of all tasks and mixtures."""
     kinds = (*TASKS, STEP_BY_STEP)
     return tuple(f"{dataset}_{kind}" for dataset in names() for kind in kinds)
 
 
 def task_name(*, dataset: str, kind: str) -> str:
-    """The SeqIO name of a dataset's task or mixture: what method files of gin are written with.
+    """Returns the SeqIO name of a dataset's task or mixture; gin's method files use it.
 
     >>> task_name(dataset="svamp", kind="step_by_step")
     'svamp_step_by_step'
@@ -133,9 +133,9 @@ def task_name(*, dataset: str, kind: str) -> str:
 
 
 def split_task(task_name: str) -> tuple[Dataset, str]:
-    """'svamp_rationale_then_label' to (svamp's Dataset, 'rationale_then_label').
+    """Splits 'svamp_rationale_then_label' into (svamp's Dataset, 'rationale_then_label').
 
-    ValueError with near matches where no dataset has such a task or mixture.
+    ValueError with near matches if no dataset has such a task or mixture.
     """
     for dataset in _registered().values():
         for kind in (*TASKS, STEP_BY_STEP):
@@ -149,12 +149,12 @@ def split_task(task_name: str) -> tuple[Dataset, str]:
 
 
 def dataset_of_task(task_name: str) -> Dataset:
-    """The dataset of a task or mixture; ValueError with near matches where there is none."""
+    """Returns the dataset of a task or mixture."""
     return split_task(task_name)[0]
 
 
 def graded_task(task_name: str) -> str | None:
-    """The task by whose generated answers this one is graded; None for a rationale task.
+    """Returns the task whose generated answers grade this one; None for a rationale task.
 
     A step-by-step mixture is graded by its label task: rationales cost nothing at inference.
     """
@@ -165,19 +165,19 @@ def graded_task(task_name: str) -> str | None:
 
 
 def subtasks(task_name: str) -> tuple[str, ...]:
-    """The tasks that a mixture alternates between, in turn; of a task, itself."""
+    """Returns the tasks that a mixture alternates between, in order; for a task, itself."""
     dataset, kind = split_task(task_name)
     return tuple(f"{dataset.name}_{task}" for task in MIXED) if kind == STEP_BY_STEP else (task_name,)
 
 
 def prefix_of_task(task_name: str) -> str:
-    """What stands before the inputs of a task (of the label task, for the mixture)."""
+    """Returns the prefix of a task's inputs (of the label task's, for the mixture)."""
     kind = split_task(task_name)[1]
     return _options.rationale_prefix if kind == RATIONALE else _options.label_prefix
 
 
 def get_task_or_mixture(task_name: str) -> seqio.Task | seqio.Mixture:
-    """The registered SeqIO task or mixture; ValueError with near matches where there is none."""
+    """Returns the registered SeqIO task or mixture; ValueError with near matches if there is none."""
     split_task(task_name)
     return seqio.get_mixture_or_task(task_name)
 
@@ -217,7 +217,7 @@ def _register(dataset: Dataset) -> None:
 
 
 def graded_text(text: str, *, kind: str, **unused: Any) -> str:
-    """What the metrics compare: the text stripped, or what follows the last "Answer:" in it.
+    """Returns the text that the metrics compare: stripped, and only what follows the last "Answer:", if it needs one.
 
     >>> graded_text("Half of 84 is 42. Answer: ( 84.0 / 2.0 )", kind="rationale_then_label")
     '( 84.0 / 2.0 )'
@@ -233,26 +233,25 @@ def graded_text(text: str, *, kind: str, **unused: Any) -> str:
 
 
 def selected(name: str, split: str) -> Selection:
-    """The selection of a dataset's split from its records file, under the options in force.
+    """Returns the examples of a dataset's split under the current options; its file is read once per `configure`.
 
-    Read once per `configure`. Errors: FileNotFoundError with the command that writes the records;
-    ValueError for a split that the dataset does not have.
+    FileNotFoundError names the command that writes the records; ValueError if the dataset has no such split.
     """
     file_split, _ = _file_of_split(name, split)
     return _read_selections(name, file_split)[split]
 
 
 def read_split(name: str, split: str) -> list[records.Record]:
-    """All records of the file that a split comes from, in its order, also those that train and validation share."""
+    """Reads all records of the file that a split comes from, also those that belong to another split."""
     return records.read_records(_records_file(name, _file_of_split(name, split)[0]))
 
 
 def manifest(name: str, splits: Sequence[str] = (TRAIN, VALIDATION, TEST)) -> dict[str, Any]:
-    """What a run trains on, for its log and manifest: options, counts, hashes of the files.
+    """Describes a run's data for its log and manifest: options, counts, hashes of the files.
 
-    {"dataset": "svamp", "options": {..}, "vocabulary_sha256": .., "splits": {"train":
-    {"file": "train.jsonl", "sha256": .., "counts": {..}}, ..}}. Splits the dataset does not have
-    are left out. The vocabulary's hash is None for "byte", which has no file.
+    {"dataset": "svamp", "options": {..}, "vocabulary_sha256": .., "splits": {"train": {"file": "train.jsonl",
+    "sha256": .., "counts": {..}}, ..}}. Leaves out splits that the dataset does not have. The vocabulary's hash is None
+    for "byte", which has no file.
     """
     found = sources(name, splits)
     for split, facts in found["splits"].items():
@@ -261,7 +260,7 @@ def manifest(name: str, splits: Sequence[str] = (TRAIN, VALIDATION, TEST)) -> di
 
 
 def sources(name: str, splits: Sequence[str] = (TRAIN, VALIDATION, TEST)) -> dict[str, Any]:
-    """`manifest` without the counts, which follow from the rest: no row is read."""
+    """Returns `manifest` without the counts, and reads no row."""
     found = {}
     for split in splits:
         if split in available_splits(name):
@@ -278,13 +277,13 @@ def sources(name: str, splits: Sequence[str] = (TRAIN, VALIDATION, TEST)) -> dic
 
 @functools.lru_cache(maxsize=64)
 def _sha256(path: Path, changed: int, size: int) -> str:
-    """Of a file as it was when it was last changed; a sweep asks for the same files once per cell."""
+    """Hashes a file once per change; a sweep asks for the same files in every cell."""
     del changed, size
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def available_splits(name: str) -> tuple[str, ...]:
-    """Those of train, validation and test that the dataset's records give under the options."""
+    """Returns the splits that the dataset's records give under the current options."""
     found = []
     for split in (TRAIN, VALIDATION, TEST):
         try:
@@ -296,7 +295,7 @@ def available_splits(name: str) -> tuple[str, ...]:
 
 
 def _file_of_split(name: str, split: str) -> tuple[str, bool]:
-    """The file a split comes from, and whether train and validation share that file."""
+    """Returns the file a split comes from, and whether train and validation share that file."""
     checks.choice(f"The split of {name}", split, (TRAIN, VALIDATION, TEST))
     _check_records_exist(name)
     shared = _options.train_split == VALIDATION or not _records_file(name, VALIDATION).exists()
@@ -331,7 +330,7 @@ def _check_records_exist(name: str) -> None:
 
 @functools.cache
 def _read_selections(name: str, file_split: str) -> dict[str, Selection]:
-    """The selections of all splits that come from one file, so that it is read once."""
+    """Selects the examples of all splits that come from one file, so that it is read once."""
     rows = records.read_records(_records_file(name, file_split))
     found = {}
     for split in available_splits(name):
@@ -343,7 +342,7 @@ def _read_selections(name: str, file_split: str) -> dict[str, Selection]:
 
 
 def examples(task_name: str, split: str) -> tuple[Example, ...]:
-    """A task's examples in the order of the records; ValueError where there are none."""
+    """Returns a task's examples in the order of the records; ValueError if there are none."""
     dataset, kind = split_task(task_name)
     chosen = selected(dataset.name, split)
     if not chosen.examples.get(kind):
@@ -354,9 +353,9 @@ def examples(task_name: str, split: str) -> tuple[Example, ...]:
 
 @functools.cache
 def token_tables(task_name: str, split: str) -> Mapping[str, tokens.TokenTable]:
-    """The tokens of a task's examples: {"inputs": table, "targets": table}, nothing cut.
+    """Encodes a task's examples: {"inputs": table, "targets": table}, nothing cut.
 
-    Made once per `configure`; some 100,000 short texts a second.
+    Happens once per `configure`, at some 100,000 short texts a second.
     """
     text_vocabulary = vocabulary(_options.vocabulary)
     rows = examples(task_name, split)

@@ -1,7 +1,4 @@
-"""Which records become which training examples: a pure function of records and options.
-
-Standard library only.
-"""
+"""Select the training and evaluation examples: a pure function of records and options. Standard library only."""
 
 from __future__ import annotations
 
@@ -21,33 +18,33 @@ LABEL, RATIONALE, RATIONALE_THEN_LABEL = "label", "rationale", "rationale_then_l
 TASKS = (LABEL, RATIONALE, RATIONALE_THEN_LABEL)
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
 
-# The word between rationale and label in the targets of `rationale_then_label`.
+# Separates rationale and label in the targets of `rationale_then_label`.
 ANSWER_MARKER = "Answer:"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataOptions:
-    """How records become training examples; bound from gin.
+    """Configures how records become examples; bound from gin.
 
     Attributes:
-      records_dir: holds `<dataset>/<split>.jsonl`, as `sbs records` writes them.
-      vocabulary: path of a SentencePiece model (local or gs://; 100 sentinels are added, as T5
-        does: the T5 model's 32,000 pieces become 32,100 ids), or "byte" (259 + 100 ids).
-      label_source: whose labels are trained on: "human" or "teacher". Validation and test are
-        always graded against the human's label, the teacher's only where there is no other.
+      records_dir: folder with `<dataset>/<split>.jsonl`, as `sbs records` writes them.
+      vocabulary: path of a SentencePiece model (local or gs://; 100 sentinels are added, as T5 does: T5's 32,000 pieces
+        become 32,100 ids), or "byte" (259 + 100 ids).
+      label_source: train on the labels of "human" or "teacher". Validation and test are always graded against the
+        human's label, and against the teacher's only for rows without one.
       rationales: "all", or "agreeing": only those whose teacher label equals the label trained on.
-      fraction: share of the training rows to use, in (0, 1]. Nested: with the same seed, a
-        smaller fraction's rows lie within a larger one's.
+      fraction: share of the training rows to use, in (0, 1]. Nested: with the same seed, a smaller fraction's rows are
+        among a larger one's.
       seed: picks the rows of a fraction.
-      train_split: the file that is trained on: "train", or "validation", from which a validation
-        split is then held out. (The released e-SNLI train inputs are too large to carry
-        around; experiments train on its validation rows and test on its test rows.)
-      validation_fraction: share of the training file, rounded up, that becomes the validation
-        split where there is no other validation file. Chosen by id alone: every seed, fraction
-        and label source has the same validation rows. 0 holds nothing out.
-      label_prefix: before the inputs of `<dataset>_label` and `<dataset>_rationale_then_label`.
-        The default is the official code's; the paper prints "[label] "; a single task needs none.
-      rationale_prefix: before the inputs of `<dataset>_rationale`; the paper's is "[rationale] ".
+      train_split: file to train on: "train", or "validation", from which a validation split is then held out. (The
+        released e-SNLI train inputs are too large to carry around; experiments train on its validation rows and test on
+        its test rows.)
+      validation_fraction: share of the training file, rounded up, that becomes the validation split if there is no
+        other validation file. Depends on ids only: every seed, fraction and label source has the same validation rows.
+        0 holds nothing out.
+      label_prefix: prefix of the inputs of `<dataset>_label` and `<dataset>_rationale_then_label`. The default is the
+        official code's; the paper prints "[label] "; a single task needs none.
+      rationale_prefix: prefix of the inputs of `<dataset>_rationale`; the paper's is "[rationale] ".
     """
 
     records_dir: str
@@ -78,7 +75,7 @@ class DataOptions:
 
 
 class Example(NamedTuple):
-    """One row of one task. `label` is the label trained on or, in evaluation, graded against."""
+    """One row of one task. `label` is the label to train on or, in evaluation, to grade against."""
 
     id: str
     label: str
@@ -88,11 +85,11 @@ class Example(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Selection:
-    """The examples of one split, per task, and the number of rows by what became of them.
+    """The examples of one split, per task, and counts of used and unused rows, by reason.
 
-    `counts` reads from top to bottom, for example
-    {"rows": 800, "held out for validation": 80, "outside the fraction": 540, "used": 180,
-    "label": 180, "rationale": 175, "rationale: not used, blank": 5, ..}.
+    `counts` reads from top to bottom, for example {"rows": 800, "held out for validation": 80,
+    "outside the fraction": 540, "used": 180, "label": 180, "rationale": 175,
+    "rationale: not used, blank rationale": 5, ..}.
     """
 
     split: str
@@ -108,24 +105,21 @@ def select(
     split: str,
     hold_out: bool,
 ) -> Selection:
-    """The examples that one records file gives to one split, and the count of all others.
+    """Selects the examples that one records file gives to one split, and counts the other rows.
 
-    Training: rows held out for validation leave first, then those outside the fraction; what
-    remains is the same for all tasks. A task then drops the rows it cannot use: no or blank label,
-    no or blank rationale, and with `rationales="agreeing"` a rationale for another label. The
-    order of the file is kept.
+    Training drops the rows held out for validation, then those outside the fraction; the rest is the same for all
+    tasks. Each task then drops rows it cannot use: no or blank label, no or blank rationale, and with
+    `rationales="agreeing"` a rationale for another label. The order of the file is kept.
 
-    Validation and test: every row with any label (the human's before the teacher's); neither
-    fraction nor agreement applies, and `rationale_then_label` keeps rows without a
-    rationale, since only its label is graded.
+    Validation and test keep every row with any label (the human's before the teacher's). Fraction and agreement do not
+    apply, and `rationale_then_label` keeps rows without a rationale, since only its label is graded.
 
     Args:
       rows: all records of the file, with distinct ids.
       options: label source, rationale filter, fraction, prefixes.
-      same_label: (label, teacher's label) to whether they agree.
+      same_label: (label, teacher's label) -> whether they agree.
       split: "train", "validation" or "test".
-      hold_out: whether this file provides both train and validation: train then gets the rows
-        that are not held out, validation gets those that are.
+      hold_out: the file provides both train and validation; validation gets the held-out rows, train the others.
     """
     checks.choice("The split", split, (TRAIN, VALIDATION, TEST))
     counts: Counter[str] = Counter()
@@ -151,7 +145,7 @@ def select(
             else:
                 counts[f"{task}: not used, {example}"] += 1
     for task in TASKS:
-        counts[task] += 0  # a task with no row at all is shown, too
+        counts[task] += 0  # show tasks without any row, too
     return Selection(
         split=split,
         examples={task: tuple(found) for task, found in examples.items()},
@@ -166,7 +160,7 @@ def _examples_of(
     *,
     training: bool,
 ) -> Iterable[tuple[str, Example | str]]:
-    """Per task, the row's example or the reason why it gives none."""
+    """Yields, per task, the row's example or the reason why it has none."""
     label, no_label = _label_of(row, options.label_source if training else "either")
     rationale, no_rationale = _rationale_of(row)
     if training and options.rationales == "agreeing" and rationale is not None:
@@ -193,7 +187,7 @@ def _examples_of(
 
 
 def _label_of(row: records.Record, source: str) -> tuple[str | None, str]:
-    """The label and ''; or None and the reason. `source`: "human", "teacher", or "either"."""
+    """Returns (label, "") or (None, reason). `source`: "human", "teacher", or "either"."""
     label = row.teacher_label if source == "teacher" else row.label
     if source == "either" and label is None:
         label = row.teacher_label
@@ -205,24 +199,24 @@ def _label_of(row: records.Record, source: str) -> tuple[str | None, str]:
 
 
 def _rationale_of(row: records.Record) -> tuple[str | None, str]:
-    """The rationale and ''; or None and the reason."""
+    """Returns (rationale, "") or (None, reason)."""
     if row.rationale is None:
         return None, f"no rationale ({row.outcome})"
     return (row.rationale, "") if row.rationale.strip() else (None, "blank rationale")
 
 
 def held_out_ids(rows: Sequence[records.Record], fraction: int | float) -> frozenset[str]:
-    """Ids of the `ceil(fraction * n)` rows held out: 0.1 of 9,741 is 975, 0.1 of 800 is 80."""
+    """Returns the ids of the `ceil(fraction * n)` held-out rows: 0.1 of 9,741 is 975, 0.1 of 800 is 80."""
     return _first_by_hash(rows, fraction, salt="held out")
 
 
 def subset_ids(rows: Sequence[records.Record], fraction: int | float, *, seed: int) -> frozenset[str]:
-    """Ids of the `ceil(fraction * n)` rows of a data fraction; nested for equal rows and seed."""
+    """Returns the ids of the `ceil(fraction * n)` rows of a fraction; nested for equal rows and seed."""
     return _first_by_hash(rows, fraction, salt=f"seed {seed}")
 
 
 def _first_by_hash(rows: Sequence[records.Record], fraction: int | float, *, salt: str) -> frozenset[str]:
-    # Through the decimal text: 0.07 * 100 is 7.000000000000001 as floats, whose ceiling is 8.
+    # Uses the decimal text: in floats 0.07 * 100 is 7.000000000000001, whose ceiling is 8.
     count = math.ceil(Fraction(str(fraction)) * len(rows))
     order = sorted(
         (row.id for row in rows),

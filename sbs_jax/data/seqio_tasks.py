@@ -1,4 +1,4 @@
-"""The parts of SeqIO tasks and mixtures: a source of rows, a preprocessor, strict alternation."""
+"""Parts of SeqIO tasks and mixtures: the source of rows, a preprocessor, strict alternation."""
 
 from __future__ import annotations
 
@@ -12,23 +12,22 @@ import tensorflow as tf
 from sbs_jax.data import selection, tokens
 
 try:
-    # TensorFlow only feeds data; left alone it would take the memory of every GPU it sees.
+    # TensorFlow only feeds data here; by default it would take the memory of every GPU it sees.
     tf.config.set_visible_devices([], "GPU")
 except RuntimeError:
     logging.warning("TensorFlow was already running, so it was not kept away from the GPUs.")
 
 
 class RecordsSource(seqio.DataSource):
-    """The rows of one task: texts and their tokens.
+    """Provides the rows of one task: texts and their tokens.
 
-    Shuffles row numbers, not rows: the whole split in a new order each epoch, every row once per
-    epoch, in a few bytes per row. (SeqIO's own shuffle comes after the repeat with a buffer of
-    1,000 examples: it mixes epochs of small datasets and hardly shuffles large ones.) The order
-    depends on the seed and the number of rows alone, so label and rationale of one row stay next
-    to each other in the mixture where both tasks have all rows. Hosts take turns in that order.
+    Shuffles row numbers instead of rows: the whole split gets a new order each epoch, for a few bytes per row. (SeqIO's
+    own shuffle comes after the repeat, with a buffer of 1,000 examples: it mixes epochs of small datasets and hardly
+    shuffles large ones.) The order depends only on the seed and the number of rows, so label and rationale of one row
+    stay neighbours in the mixture if both tasks have all rows. Hosts take turns in that order.
 
-    `num_input_examples` is unknown on purpose: SeqIO keeps sources known to be small in memory
-    *after* their first shuffle, which would freeze the order for all epochs.
+    `num_input_examples` is unknown on purpose: SeqIO caches small sources *after* their first shuffle, which would
+    freeze the order for all epochs.
     """
 
     def __init__(
@@ -39,14 +38,14 @@ class RecordsSource(seqio.DataSource):
         examples: Callable[[str, str], Sequence[selection.Example]],
         token_tables: Callable[[str, str], Mapping[str, tokens.TokenTable]],
     ):
-        """`examples` and `token_tables` take the task's name and a split; nothing is read yet."""
+        """Reads nothing yet. `examples` and `token_tables` take the task's name and a split."""
         self._task_name, self._splits_now = task_name, splits
         self._examples, self._token_tables = examples, token_tables
         super().__init__(splits=(), performs_internal_shuffling=True)
 
     @property
     def splits(self) -> Sequence[str]:
-        """The splits that the records directory has now."""
+        """Splits that the records directory has now."""
         return self._splits_now()
 
     @property
@@ -55,7 +54,7 @@ class RecordsSource(seqio.DataSource):
         return True
 
     def list_shards(self, split: str) -> Sequence[str]:
-        """One shard per split; SeqIO does not ask where arbitrary sharding is supported."""
+        """Returns one shard per split; SeqIO does not ask if arbitrary sharding is supported."""
         return [split]
 
     def get_dataset(
@@ -66,7 +65,7 @@ class RecordsSource(seqio.DataSource):
         shard_info: seqio.ShardInfo | None = None,
         **unused: Any,
     ) -> tf.data.Dataset:
-        """One epoch of {"id", "label", "inputs_pretokenized", .., "inputs": tokens, ..}."""
+        """Returns one epoch of {"id", "label", "inputs_pretokenized", .., "inputs": tokens, ..}."""
         rows = self._examples(self._task_name, split)
         tables = self._token_tables(self._task_name, split)
         if shard_info and len(rows) < shard_info.num_shards:
@@ -99,10 +98,10 @@ class RecordsSource(seqio.DataSource):
 def cut_and_number(
     dataset: tf.data.Dataset, sequence_length: Mapping[str, int] | None = None, *, task_id: int
 ) -> tf.data.Dataset:
-    """SeqIO preprocessor: cuts long sequences and adds a task id per target token.
+    """Cuts long sequences and adds a task id per target token; a SeqIO preprocessor.
 
-    A sequence longer than its `sequence_length` is cut so that EOS is still its last token
-    (`features.count_truncated` counts these). With {"targets": 3} and task id 1:
+    A sequence longer than its `sequence_length` still ends in EOS (`batches.count_truncated` counts these). With
+    {"targets": 3} and task id 1:
 
         {"targets": [5, 6, 7, 1], ..} -> {"targets": [5, 6, 1], "task_ids": [1, 1, 1], ..}
     """
@@ -113,7 +112,7 @@ def cut_and_number(
             length = (sequence_length or {}).get(feature)
             if length is not None:
                 kept = row[feature][: length - 1]
-                # The part that fits, then either the one token left, which is EOS, or EOS.
+                # What fits, then EOS: the one token that is left, or one in place of those cut off.
                 last = tf.fill([tf.minimum(tf.size(row[feature]) - tf.size(kept), 1)], tokens.EOS_ID)
                 converted[feature] = tf.concat([kept, last], axis=0)
         converted["task_ids"] = tf.fill(tf.shape(converted["targets"]), task_id)
@@ -123,10 +122,10 @@ def cut_and_number(
 
 
 def alternate(task_datasets: Sequence[tf.data.Dataset], rates: Sequence[float], seed: int | None) -> tf.data.Dataset:
-    """SeqIO sample function: one example of each task in turn, whatever the rates and the seed.
+    """Takes one example of each task in turn; a SeqIO sample function that ignores rates and seed.
 
-    With endless tasks (`num_epochs=None`) it never ends, and a task with fewer rows comes round
-    sooner. Where both have the same number of rows and share a seed, each pair is one row's.
+    With endless tasks (`num_epochs=None`) it never ends, and a task with fewer rows repeats sooner. If both have the
+    same number of rows and share a seed, each pair comes from one row.
     """
     turns = tf.data.Dataset.range(len(task_datasets)).repeat()
     return tf.data.Dataset.choose_from_datasets(list(task_datasets), turns, stop_on_empty_dataset=True)

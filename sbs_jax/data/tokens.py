@@ -1,4 +1,4 @@
-"""Text to token ids: the vocabularies, the joint of premise and hypothesis, tables of tokens."""
+"""Encode text as token ids: vocabularies, the joint of premise and hypothesis, tables of tokens."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import tensorflow as tf
 PAD_ID, EOS_ID = 0, 1
 # Joins premise and hypothesis in the text of records; becomes the vocabulary's EOS id.
 JOINT = "</s>"
-# The T5 convention: sentinels of span corruption, above the pieces of the vocabulary's file.
+# Sentinels of span corruption, above the pieces of the vocabulary's file, as in T5.
 EXTRA_IDS = 100
 BYTE_VOCABULARY = "byte"
 
@@ -25,10 +25,10 @@ _CHUNK = 10_000
 
 @functools.cache
 def vocabulary(name: str) -> seqio.Vocabulary:
-    """The vocabulary of a SentencePiece model's path (local or gs://), or of "byte".
+    """Returns the vocabulary of a SentencePiece model's path (local or gs://), or of "byte".
 
-    100 sentinels are added, as T5 does: the T5 model's 32,000 pieces become 32,100 ids, and the
-    bytes' 259 become 359. Pad is 0 and EOS is 1. The file is read at first use (`check_vocabulary`).
+    Adds 100 sentinels, as T5 does: T5's 32,000 pieces become 32,100 ids, the 259 of "byte" become 359. Pad is 0 and
+    EOS is 1. The file is read at first use (`check_vocabulary`).
     """
     if name == BYTE_VOCABULARY:
         return seqio.ByteVocabulary(extra_ids=EXTRA_IDS)
@@ -36,7 +36,7 @@ def vocabulary(name: str) -> seqio.Vocabulary:
 
 
 def check_vocabulary(name: str) -> None:
-    """FileNotFoundError where there is no such file or no way to it, ValueError where pad or EOS id differ."""
+    """Raises FileNotFoundError for a missing or unreachable file, ValueError for other pad or EOS ids than 0 and 1."""
     remedy = (
         "set DataOptions.vocabulary (--gin.VOCABULARY) to the path of one, for example of T5's sentencepiece.model, "
         f"or to {BYTE_VOCABULARY!r}."
@@ -61,7 +61,7 @@ def check_vocabulary(name: str) -> None:
 
 
 def vocabulary_sha256(name: str) -> str | None:
-    """SHA-256 of a vocabulary's file; None for "byte". The errors of `check_vocabulary`."""
+    """Hashes a vocabulary's file; None for "byte". Raises the errors of `check_vocabulary`."""
     if name == BYTE_VOCABULARY:
         return None
     check_vocabulary(name)
@@ -70,14 +70,14 @@ def vocabulary_sha256(name: str) -> str | None:
 
 
 def encode(texts: Sequence[str], text_vocabulary: seqio.Vocabulary) -> list[list[int]]:
-    """Token ids of each text as a model reads them: every "</s>" is EOS, and EOS ends it.
+    """Encodes texts as the model reads them: every "</s>" becomes EOS, and EOS ends each text.
 
     With T5's vocabulary,
 
         "A dog</s>It barks" -> [71, 1782, 1, 94, 21696, 7, 1]
 
-    which is what the official code's Hugging Face tokenizer makes of it; SentencePiece alone
-    would spell "</s>" out, as the pieces [2, 87, 7, 3155] for `<`, `/`, `s` and `>`.
+    as the Hugging Face tokenizer of the official code does. SentencePiece alone would spell "</s>" out, as the pieces
+    [2, 87, 7, 3155] for `<`, `/`, `s` and `>`.
     """
     parts = [text.split(JOINT) for text in texts]
     flat = [part for row in parts for part in row]
@@ -89,7 +89,7 @@ def encode(texts: Sequence[str], text_vocabulary: seqio.Vocabulary) -> list[list
 
 
 def cut(ids: np.ndarray, length: int) -> np.ndarray:
-    """At most `length` tokens, of which the last is still EOS: [5, 6, 7, 1] at 3 is [5, 6, 1]."""
+    """Cuts a row to `length` tokens and keeps EOS last: [5, 6, 7, 1] at 3 is [5, 6, 1]."""
     if len(ids) <= length:
         return ids
     return np.append(ids[: length - 1], np.int32(EOS_ID))
@@ -97,9 +97,9 @@ def cut(ids: np.ndarray, length: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class TokenTable:
-    """The token ids of many texts, one after the other, EOS included.
+    """Holds the token ids of n texts, one after the other, EOS included.
 
-    Row i is `ids[starts[i]:starts[i + 1]]`; `ids` is int32 and `starts` int64, of n + 1 entries.
+    Row i is `ids[starts[i]:starts[i + 1]]`; `ids` is int32, `starts` int64 [n + 1].
     """
 
     ids: np.ndarray
@@ -107,7 +107,7 @@ class TokenTable:
 
     @classmethod
     def of(cls, texts: Sequence[str], text_vocabulary: seqio.Vocabulary) -> TokenTable:
-        """Encodes the texts; equal neighbours (labels) are encoded once."""
+        """Encodes texts; equal ones of a chunk (labels) are encoded once."""
         ids, sizes = [np.zeros(0, np.int32)], [np.zeros(1, np.int64)]
         for start in range(0, len(texts), _CHUNK):
             chunk = texts[start : start + _CHUNK]
@@ -123,15 +123,15 @@ class TokenTable:
 
     @property
     def sizes(self) -> np.ndarray:
-        """Tokens per row, int64 [n]."""
+        """Number of tokens per row, int64 [n]."""
         return np.diff(self.starts)
 
     def row(self, index: int, *, length: int) -> np.ndarray:
-        """One row's tokens, int32, cut to `length`."""
+        """Returns one row's tokens, int32, cut to `length`."""
         return cut(self.ids[self.starts[index] : self.starts[index + 1]], length)
 
     def padded(self, length: int) -> np.ndarray:
-        """All rows as int32 [n, length]: cut to it, and filled up with 0."""
+        """Returns all rows as int32 [n, length], cut or padded with 0."""
         rows = np.zeros((len(self), length), np.int32)
         for index, row in enumerate(rows):
             ids = self.row(index, length=length)

@@ -1,7 +1,7 @@
-"""Checksums of a directory: one JSON file in it that names every other file with its size and SHA-256.
+"""Checksums of a directory: one JSON file in it lists every other file with its size and SHA-256.
 
-A directory without this file is incomplete. The file carries a hash of its own, so that damage to it is seen too.
-Files that came later and stand in no list are left out of account.
+A directory without this file is incomplete. The file has a hash of its own, so that its damage is detected too. Files
+that are added later are ignored.
 """
 
 import concurrent.futures
@@ -16,11 +16,11 @@ from typing import Any
 from sbs_jax.storage.atomic import sync_directory
 
 FILE = "checksums.json"
-_THREADS = 8  # hashing lets go of the GIL
+_THREADS = 8  # hashing releases the GIL
 
 
 def write(directory: Path) -> int:
-    """Writes the file; everything in the directory, and its names, are on the disk before. Returns the bytes there."""
+    """Writes the file, after syncing all contents and names of the directory to disk. Returns the bytes listed."""
     files = sorted(path for path in directory.rglob("*") if path.is_file() and path != directory / FILE)
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
         described = dict(
@@ -36,9 +36,9 @@ def write(directory: Path) -> int:
 
 
 def problem(directory: Path, *, under: Sequence[str] | None = None) -> str | None:
-    """What is wrong with the directory, the first damaged file by name, or None.
+    """Describes the first problem of a directory, naming the damaged file; None if there is no problem.
 
-    With `under`, only files in these folders of it are looked at.
+    With `under`, checks only files in these folders.
     """
     try:
         text = (directory / FILE).read_bytes()
@@ -57,7 +57,7 @@ def problem(directory: Path, *, under: Sequence[str] | None = None) -> str | Non
     names = [name for name in files if under is None or name.split("/")[0] in under]
     if not names:
         return f"{FILE} lists no file of {', '.join(under or ())}"
-    # Sizes first: they cost nothing, and most damage shows in them.
+    # Sizes first: they cost nothing and show most damage.
     for looked_at in (_problem_of_size, _problem_of_contents):
         with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
             for found in pool.map(lambda name, look=looked_at: look(directory / name, name, files[name]), names):
@@ -67,7 +67,7 @@ def problem(directory: Path, *, under: Sequence[str] | None = None) -> str | Non
 
 
 def reason(error: BaseException) -> str:
-    """An error of the storage in a few words."""
+    """Describes an error of the storage in a few words."""
     if isinstance(error, OSError) and error.strerror:
         code = errno.errorcode.get(error.errno or 0, "")
         return f"{error.strerror}{f' ({code})' if code else ''}{f': {error.filename}' if error.filename else ''}"
@@ -107,6 +107,6 @@ def _problem_of_contents(path: Path, name: str, listed: dict[str, Any]) -> str |
 
 
 def file_sha256(path: str | Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal."""
+    """Returns the SHA-256 of a file's bytes, in hexadecimal."""
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -19,10 +19,10 @@ _NESTED = "a value nested too deeply to show"
 
 
 def read_json_lines(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number from 1, JSON object) of each line. ValueError names file and line."""
+    """Yields (line number from 1, JSON object) of each line. ValueError names file and line."""
     line = 0
     with Path(path).open("rb") as file:
-        # Bytes are split at "\n" alone: text may hold other characters that end a line elsewhere.
+        # Split bytes at "\n" only: str.splitlines() would also split at characters inside texts.
         for line, data in enumerate(file, start=1):
             where = f"{path}:{line}"
             text = decoded(data, where)
@@ -37,7 +37,7 @@ def read_json_lines(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def read_json(path: str | Path) -> Any:
-    """The one JSON value that a file holds. ValueError names file and line."""
+    """Reads the one JSON value of a file. ValueError names file and line."""
     return parse_json(decoded(Path(path).read_bytes(), str(path)), str(path))
 
 
@@ -273,7 +273,7 @@ def _expected(kind: Any) -> str:
 
 
 def decoded(data: bytes, where: str) -> str:
-    """The text of UTF-8 bytes; `where` begins the message of the ValueError."""
+    """Decodes UTF-8 bytes; `where` begins the message of the ValueError."""
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -285,7 +285,7 @@ def decoded(data: bytes, where: str) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value for a message, as JSON; only its beginning where it is long."""
+    """Shows a value in a message as JSON, shortened."""
     try:
         text = json.dumps(value, ensure_ascii=False, default=repr)
     except RecursionError:
@@ -294,7 +294,7 @@ def shown(value: Any) -> str:
 
 
 def brief(value: Any) -> str:
-    """A value for a message, as Python writes it; only its beginning where it is long."""
+    """Shows a value in a message as Python writes it, shortened."""
     try:
         text = repr(value)
     except RecursionError:
@@ -303,5 +303,5 @@ def brief(value: Any) -> str:
 
 
 def part(text: str) -> str:
-    """A text for a message; only its beginning where it is long."""
+    """Shortens a text for a message."""
     return f"{text[:200]}.." if len(text) > 202 else text

@@ -1,8 +1,8 @@
-"""One process at a time: the lock of a run directory.
+"""Lock a directory for one process at a time.
 
-The file is held with flock, which the kernel gives back however the process ends (kill -9 included), and says in JSON
-who holds it. Some network file systems do not exclude another host by flock, and some know no flock at all; there the
-last one to come owns the file, and the token in it tells the earlier one so before its next write (`check`).
+The file is held with flock, which the kernel releases however the process ends (kill -9 included), and names its
+holder in JSON. On some network file systems flock does not exclude other hosts, or does not exist. There the last
+process to come owns the file, and the earlier one sees another token in it before its next write (`check`).
 """
 
 import contextlib
@@ -21,8 +21,8 @@ from pathlib import Path
 log = logging.getLogger(__name__)
 
 _NO_FLOCK = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
-_TRIES = 10  # after which a file system that numbers its files anew each time is believed
-_WRITTEN_WITHIN = 0.2  # seconds between a holder's flock and its name in the file
+_TRIES = 10  # then the file is taken as it is: some file systems change inode numbers at every look
+_WRITTEN_WITHIN = 0.2  # seconds in which a new holder writes its name into the file
 
 
 class HeldError(OSError):
@@ -30,12 +30,12 @@ class HeldError(OSError):
 
 
 class TakenOverError(OSError):
-    """The lock was ours and is another process's now."""
+    """Another process has taken over a lock that was ours."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Holder:
-    """Who holds, or held, a lock; `since` is the wall clock of that host, for people to read."""
+    """The process that holds, or held, a lock; `since` is the wall clock of its host, for people to read."""
 
     token: str
     host: str
@@ -47,7 +47,7 @@ class Holder:
 
 
 class Lock:
-    """The lock of one directory. `take`, then `check` before every write, then `release`."""
+    """Locks one directory: `take`, then `check` before every write, then `release`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -60,12 +60,12 @@ class Lock:
         self._descriptor: int | None = None
 
     def take(self) -> None:
-        """HeldError, which says by whom, where another process has it; OSError where the file cannot be written."""
+        """Takes the lock. HeldError names the process that holds it; OSError if the file cannot be written."""
         for tries_left in reversed(range(_TRIES)):
             descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
             try:
                 self._flock(descriptor)
-                if tries_left and not self._is_at_path(descriptor):  # somebody removed it between the two calls
+                if tries_left and not self._is_at_path(descriptor):  # it was removed between the two calls
                     os.close(descriptor)
                     continue
                 before = os.pread(descriptor, 4096, 0)
@@ -79,7 +79,7 @@ class Lock:
             return
 
     def check(self) -> None:
-        """TakenOverError where the file is no longer ours. Another OSError says that nobody can know at the moment."""
+        """Raises TakenOverError if the file is no longer ours; any other OSError means that it cannot be read now."""
         try:
             holder = read(self.path)
         except FileNotFoundError:
@@ -93,7 +93,7 @@ class Lock:
             )
 
     def release(self) -> None:
-        """Gives the lock back. The file stays, empty: one that is missing was removed by somebody."""
+        """Releases the lock. The file stays, empty: a missing file means that somebody removed it."""
         if self._descriptor is None:
             return
         try:
@@ -101,7 +101,7 @@ class Lock:
             if holder is not None and holder.token == self.holder.token:
                 os.ftruncate(self._descriptor, 0)
         except OSError:
-            pass  # it goes on naming this process, which the next one finds gone
+            pass  # the file still names this process; the next one sees that it has ended
         os.close(self._descriptor)
         self._descriptor = None
 
@@ -134,7 +134,7 @@ class Lock:
             os.fsync(descriptor)
         except OSError:
             with contextlib.suppress(OSError):
-                self.path.unlink()  # what has no name in it would look like somebody else's
+                self.path.unlink()  # without our token it would look like another process's
             raise
 
     def _is_at_path(self, descriptor: int) -> bool:
@@ -144,7 +144,7 @@ class Lock:
             return False
 
     def _take_again(self) -> None:
-        """Somebody removed the file: it is ours again, unless another process was quicker."""
+        """Takes the lock again after somebody removed its file; TakenOverError if another process was quicker."""
         before, self._descriptor = self._descriptor, None
         try:
             self.take()
@@ -170,7 +170,7 @@ class Lock:
 
 
 def read(path: Path) -> Holder | None:
-    """Who the file says holds it; None where it says nothing that can be read."""
+    """Returns the holder that the file names; None if it is empty or unreadable."""
     return _parse(path.read_bytes())
 
 
