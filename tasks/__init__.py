@@ -1,7 +1,7 @@
-"""The datasets: one module each, found and registered when this package is imported.
+"""Datasets, one module each. Importing this package registers them.
 
-A module that defines `DATASET` (a `sbs_jax.data.dataset.Dataset`) is a dataset; nothing else has to be
-edited to add one. A dataset kept elsewhere registers itself with `sbs_jax.data.registry.add`.
+To add a dataset, write a module that defines `DATASET`, a `sbs_jax.data.dataset.Dataset`; nothing else changes. A
+dataset kept elsewhere registers itself with `sbs_jax.data.registry.add`.
 """
 
 import importlib

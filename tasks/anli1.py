@@ -1,6 +1,6 @@
 """ANLI, round 1: does a hypothesis follow from a premise? 16,946 / 1,000 / 1,000 rows.
 
-A reply, with its invented continuation:
+A teacher's reply and the next example that it invents:
 
     The text says it opened in 1901. So the answer is neutral.\\n\\nPremise: ..
 """
@@ -22,12 +22,12 @@ MARKER = "So the answer is"
 
 
 def row(fields: Mapping[str, Any]) -> Row:
-    """A line of the release as a row."""
+    """Makes a row of a line of the release."""
     return _row(fields, premise="premise")
 
 
 def tfds_row(fields: Mapping[str, Any]) -> Row:
-    """An example of TFDS as a row; the premise is called context there."""
+    """Makes a row of a TFDS example, which calls the premise context."""
     return _row(fields, premise="context")
 
 
@@ -40,14 +40,14 @@ def _row(fields: Mapping[str, Any], *, premise: str) -> Row:
 
 
 def read_release(release_dir: Path) -> dict[str, list[Row]]:
-    """Rows in file order per split."""
+    """Reads the rows of each split, in file order."""
     return read_inputs(release_dir, "anli1", row)
 
 
 def official(text: str, row: Row) -> Parsed:
-    """Up to "Premise:"; split at the marker; the label loses its last character, whatever it is.
+    """Parses as the official code does: up to "Premise:", split at the marker, label without its last character.
 
-    Bug for bug: "neutral." gives "neutral", and "neutral" gives "neutra".
+    Bug for bug: "neutral." gives "neutral", but "neutral" gives "neutra".
     """
     del row
     found = split_answer(text.split("Premise:")[0].rstrip(), MARKER)
@@ -58,7 +58,7 @@ def official(text: str, row: Row) -> Parsed:
 
 
 def strict(text: str, row: Row) -> Parsed:
-    """Up to a line that begins with "Premise:"; the label is the rest of the marker's line."""
+    """Parses up to a line that begins with "Premise:"; the rest of the marker's line must be a label."""
     del row
     return nli.strict(text, stops=("Premise:",), marker=MARKER)
 

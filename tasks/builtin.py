@@ -4,15 +4,15 @@ A row describes a thing by seven properties and asks one of eight questions:
 
     A tiny red iron lamp, found in the garden in March by the baker. Will it float?     -> no
 
-The answer takes two steps: find the property that the question is about, and know what follows from it. The teacher
-writes both down, in the raw form of a hosted model that had no stop string:
+The answer takes two steps: find the property in question, and know its consequence. The teacher writes down both, in
+the raw form of a hosted model without a stop string:
 
     Iron sinks. So the answer is no.\\n\\nQ: A huge white wool bell, found ..
 
-What follows from a property ("iron sinks") is general knowledge: the embedded student met it in its
-pre-training text (`tasks/builtin_corpus.py`), which has no question and no answer.
+The consequence ("iron sinks") is general knowledge: the embedded student has seen it in its pre-training text
+(`tasks/builtin_corpus.py`), which has no questions and no answers.
 
-Everything is made from a seed, as files in the layout of the official release, so that they are imported, parsed and
+A seed generates everything, as files in the layout of the official release, which are then imported, parsed and
 recorded like any other dataset.
 """
 
@@ -52,23 +52,23 @@ DATA = Path(__file__).parent / "builtin_data"
 
 
 def vocabulary_path() -> str:
-    """The embedded student's SentencePiece model; a function, for gin."""
+    """Returns the path of the embedded student's SentencePiece model; a function, for gin."""
     return str(DATA / "sentencepiece.model")
 
 
 def student_path() -> str:
-    """The embedded student's pre-trained parameters."""
+    """Returns the path of the embedded student's pre-trained parameters."""
     return str(DATA / "student.npz")
 
 
-# The teacher errs on this share of rows: it argues from a wrong fact, for the wrong answer.
+# Share of rows with a wrong fact and the wrong answer.
 WRONG = 0.15
-# On this share its reply cannot be used: it breaks off, gives no answer, or one outside the label set.
+# Share of rows with an unusable reply: it breaks off, has no answer, or one outside the label set.
 UNUSABLE = 0.05
-# Replies that run on into an invented next example, as those of a model without a stop string do.
+# Share of replies that run on into an invented next example, like those of a model without a stop string.
 RUNS_ON = 0.8
 
-# The values of each property, as they stand in a description.
+# Values of each property, as used in a description.
 PROPERTIES: Mapping[str, tuple[str, ...]] = {
     "size": ("tiny", "little", "small", "medium", "large", "big", "huge", "giant"),
     "colour": ("red", "green", "black", "brown", "white", "silver", "cream", "yellow"),
@@ -82,7 +82,7 @@ PROPERTIES: Mapping[str, tuple[str, ...]] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Question:
-    """A question, the property it is about, and the fact per value: `yes` for the values in `values`, else `no`."""
+    """A question about one property: its answer is `yes` for the values in `values`, else `no`."""
 
     text: str
     about: str
@@ -91,15 +91,15 @@ class Question:
     no: str
 
     def label(self, value: str) -> str:
-        """The right answer for a thing whose property is `value`."""
+        """Returns the right answer for a thing with this value."""
         return "yes" if value in self.values else "no"
 
     def fact(self, value: str) -> str:
-        """What follows from the value: "Iron sinks."."""
+        """Returns the true consequence of a value: "Iron sinks."."""
         return self.claim(value, self.label(value))
 
     def claim(self, value: str, label: str) -> str:
-        """The sentence that argues for `label`, true or not."""
+        """Returns the sentence that argues for `label`, true or not."""
         return f"{value[0].upper()}{value[1:]} {self.yes if label == 'yes' else self.no}."
 
 
@@ -135,8 +135,8 @@ QUESTIONS = (
     _question("Does the finder own many books?", "finder", "judge clerk", "reads much", "reads little"),
 )
 
-# The questions that the dataset asks. The other facts are in the pre-training text only. Eight questions leave a few
-# hundred examples some 50 for each, where the methods differ most (docs/experiments.md).
+# Questions of the dataset; the other facts are in the pre-training text only. With eight questions, a few hundred
+# examples have some 50 for each, where the methods differ most (docs/experiments.md).
 ASKED = tuple(
     question
     for question in QUESTIONS
@@ -150,7 +150,7 @@ ASKED = tuple(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Problem:
-    """A thing (property to value), the order in which place, month and finder are told, and a question about it."""
+    """A thing (property -> value), the order of place, month and finder in its description, and a question about it."""
 
     thing: Mapping[str, str]
     order: tuple[str, ...]
@@ -158,7 +158,7 @@ class Problem:
 
     @property
     def value(self) -> str:
-        """The value that decides."""
+        """The value that decides the answer."""
         return self.thing[self.question.about]
 
     @property
@@ -173,13 +173,13 @@ class Problem:
 
 
 def random_thing(random_: random.Random) -> tuple[dict[str, str], tuple[str, ...]]:
-    """A thing and the order of its description's second half, all uniform."""
+    """Draws a thing and the order of its description's second half, all uniform."""
     thing = {name: random_.choice(values) for name, values in PROPERTIES.items()}
     return thing, tuple(random_.sample(("place", "month", "finder"), 3))
 
 
 def description(thing: Mapping[str, str], *, order: tuple[str, ...]) -> str:
-    """A thing in words: "A tiny red iron lamp, found in the garden in March by the baker."."""
+    """Describes a thing: "A tiny red iron lamp, found in the garden in March by the baker."."""
     found = {
         "place": f"in the {thing['place']}",
         "month": f"in {thing['month']}",
@@ -190,7 +190,7 @@ def description(thing: Mapping[str, str], *, order: tuple[str, ...]) -> str:
 
 
 def random_problem(random_: random.Random) -> Problem:
-    """A problem; questions are uniform, and so are the two answers to each."""
+    """Draws a problem; questions are uniform, and so are the two answers to each."""
     thing, order = random_thing(random_)
     question = random_.choice(ASKED)
     label = random_.choice(LABELS)
@@ -199,7 +199,7 @@ def random_problem(random_: random.Random) -> Problem:
 
 
 def problem_of(text: str) -> Problem:
-    """The last problem in a text, such as a prompt that ends with one. ValueError where there is none.
+    """Finds the last problem in a text, such as a prompt that ends with one. ValueError if there is none.
 
     >>> problem_of("Q: A tiny red iron lamp, found in March by the baker in the roof. Will it float?\\nA:").label
     'no'
@@ -226,7 +226,7 @@ def problem_of(text: str) -> Problem:
 
 
 def teacher_reply(problem: Problem, random_: random.Random) -> str:
-    """What the scripted teacher answers: the raw text of a model without a stop string."""
+    """Writes the scripted teacher's reply: the raw text of a model without a stop string."""
     question, label = problem.question, problem.label
     roll = random_.random()
     if roll < WRONG:
@@ -247,10 +247,10 @@ def teacher_reply(problem: Problem, random_: random.Random) -> str:
 
 
 def write_release(folder: Path, *, rows: Mapping[str, int], seed: int) -> None:
-    """Writes `<folder>/builtin/` in the layout of the official release: inputs, and the teacher's replies.
+    """Writes `<folder>/builtin/` in the layout of the official release: inputs and the teacher's replies.
 
-    `rows` gives the number per split ("train", "validation", "test"). No input occurs twice, in or across splits; a
-    split depends on the seed and on the splits before it alone.
+    `rows` is the number of rows per split ("train", "validation", "test"). No input occurs twice, in or across splits.
+    A split depends only on the seed and the splits before it.
     """
     random_ = random.Random(seed)
     seen: set[str] = set()
@@ -269,17 +269,17 @@ def write_release(folder: Path, *, rows: Mapping[str, int], seed: int) -> None:
 
 
 def row(fields: Mapping[str, Any]) -> Row:
-    """A line of the release as a row."""
+    """Makes a row of a line of the release."""
     return Row(input=text_field(fields, "input"), label=text_field(fields, "label"))
 
 
 def read_release(release_dir: Path) -> dict[str, list[Row]]:
-    """Rows in file order per split."""
+    """Reads the rows of each split, in file order."""
     return read_inputs(release_dir, NAME, row)
 
 
 def official(text: str, row: Row) -> Parsed:
-    """As the official code reads CQA: up to "Q:", split at the marker, any label."""
+    """Parses as the official code reads CQA: up to "Q:", split at the marker, any label."""
     del row
     found = split_answer(text.split("Q:")[0].rstrip(), MARKER)
     if isinstance(found, Parsed):
@@ -288,7 +288,7 @@ def official(text: str, row: Row) -> Parsed:
 
 
 def strict(text: str, row: Row) -> Parsed:
-    """Up to a line that begins with "Q:"; the label must be yes or no."""
+    """Parses up to a line that begins with "Q:"; the label must be yes or no."""
     del row
     found = strict_answer(text, stops=("Q:",), marker=MARKER)
     if isinstance(found, Parsed):
@@ -302,7 +302,7 @@ def strict(text: str, row: Row) -> Parsed:
 
 @functools.cache
 def _claims() -> dict[str, str]:
-    """Every sentence of `Question.claim` in lower case, as the vocabulary has it, and the answer that it argues for."""
+    """Maps every sentence of `Question.claim`, in lower case as in the vocabulary, to the answer that it argues for."""
     return {
         question.claim(value, label).lower(): label
         for question in QUESTIONS
@@ -312,7 +312,7 @@ def _claims() -> dict[str, str]:
 
 
 def implied_label(rationale: str, choices: Sequence[str]) -> str | None:
-    """The answer that a claim argues for, whether it is true or not.
+    """Returns the answer that a claim argues for, even if the claim is false.
 
     >>> implied_label("Iron sinks.", ())
     'no'
@@ -322,7 +322,7 @@ def implied_label(rationale: str, choices: Sequence[str]) -> str | None:
 
 
 def scripted_reply(asked: str, sample: int) -> str | None:
-    """`teacher_reply` to a prompt's input, with the label it hints at if there is one; None if it holds no problem."""
+    """Replies to a prompt, with the label that it hints at, if any; None if it holds no problem."""
     try:
         problem = problem_of(asked)
     except ValueError:

@@ -1,15 +1,15 @@
-"""The text that the embedded student is pre-trained on, by span corruption, as a dataset of records.
+"""Pre-training text of the embedded student, for span corruption, as a dataset of records.
 
-Two kinds of passages, none with a question, an answer or a task prefix: general facts alone, and a description with
-facts that hold for it.
+There are two kinds of passages, without questions, answers or task prefixes: general facts, or a description with facts
+that hold for it.
 
     Iron sinks. March is mild. Bell makes noise.
     A tiny red iron lamp, found in the garden in March by the baker. Iron sinks. Tiny fits a pocket. Baker wakes early.
 
-A row is a passage with spans of words replaced by sentinels, and its label is what they replaced (T5, arXiv 1910.10683,
-section 3.1.4), so that the ordinary trainer, given the task `builtin_corpus_label`, pre-trains. Of most facts the
+A row's input is a passage with spans of words replaced by sentinels; its label holds the replaced words (T5, arXiv
+1910.10683, section 3.1.4). The ordinary trainer pre-trains on the task `builtin_corpus_label`. In most facts the
 subject, the rest or the whole is masked: such salient spans (REALM, arXiv 2002.08909, section 3.4) teach the student to
-look a fact's subject up in the description, which spans at random did not (docs/experiments.md).
+look up a fact's subject in the description, which random spans did not (docs/experiments.md).
 `scripts/pretrain_student.py` makes the rows and runs the training.
 """
 
@@ -31,18 +31,18 @@ from sbs_jax.data.grading import accuracy, same_text
 from tasks.builtin import PROPERTIES, QUESTIONS, description, random_problem, random_thing
 
 NAME = "builtin_corpus"
-# Share of passages that are facts alone, facts per passage, and how many of the facts, and descriptions, are masked.
+# Share of passages with facts only, facts per passage, and the shares of facts and of descriptions that are masked.
 FACTS_ALONE = 0.25
 FACTS = 3
 MASKED_FACTS = 0.75
 MASKED_DESCRIPTIONS = 0.25
-# Texts of each kind that the vocabulary is made from, and the score of a piece that is one character.
+# Texts of each kind to build the vocabulary from, and the score of a piece of one character.
 VOCABULARY_ROWS = 4000
 SPELLED = -20.0
 
 
 def passage(random_: random.Random) -> list[str]:
-    """The sentences of one passage: facts, or a description and facts that hold for it."""
+    """Draws the sentences of one passage: facts, or a description and facts that hold for it."""
     questions = random_.sample(QUESTIONS, FACTS)
     if random_.random() < FACTS_ALONE:
         return [question.fact(random_.choice(PROPERTIES[question.about])) for question in questions]
@@ -51,7 +51,7 @@ def passage(random_: random.Random) -> list[str]:
 
 
 def masked(sentences: Sequence[str], random_: random.Random) -> tuple[str, str]:
-    """(inputs, targets) of one row; at most one span of a sentence is masked, and at least one in all.
+    """Returns (inputs, targets) of one row; masks at most one span per sentence, and at least one in all.
 
     ["A red lamp, found in the garden.", "Red stands out.", "Lamp gives light."] may become
 
@@ -76,22 +76,22 @@ def masked(sentences: Sequence[str], random_: random.Random) -> tuple[str, str]:
 
 
 def words(text: str) -> list[str]:
-    """Words and punctuation marks."""
+    """Splits a text into words and punctuation marks."""
     return re.findall(r"\w+|[^\w\s]", text)
 
 
 def rows(*, seed: int) -> Iterator[tuple[str, str]]:
-    """Endless (inputs, targets), fixed by the seed."""
+    """Yields (inputs, targets) endlessly; the seed fixes them."""
     random_ = random.Random(seed)
     while True:
         yield masked(passage(random_), random_)
 
 
 def vocabulary(*, seed: int) -> bytes:
-    """A SentencePiece model whose pieces are the words of the project's text, upper and lower case alike.
+    """Builds a SentencePiece model whose pieces are the words of the project's text; it ignores case.
 
     Other words are spelled, so that no text of letters, digits and common signs is unknown. SentencePiece's own
-    training prefers parts of words here (it keeps few whole ones of so small a text), so the pieces are set after it.
+    training keeps few whole words of so small a text, so the pieces are replaced after it.
     """
     random_ = random.Random(seed)
     texts = ["predict: explain: yes no Answer:"] * 100
@@ -127,7 +127,7 @@ def vocabulary(*, seed: int) -> bytes:
 
 
 def _span(sentence: str, random_: random.Random) -> tuple[int, int] | None:
-    """What is masked of a sentence: of a fact its subject, the rest or all; of a description a word or two."""
+    """Draws the span to mask: of a fact its subject, the rest or all; of a description one or two words."""
     length = len(words(sentence))
     if "," in sentence:
         if random_.random() >= MASKED_DESCRIPTIONS:

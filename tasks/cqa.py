@@ -1,6 +1,6 @@
 """CQA (CommonsenseQA 1): which of five choices answers the question? 9,741 / - / 1,221 rows.
 
-The official validation split is the test split here. A reply, with its invented continuation:
+The official validation split is the test split here. A teacher's reply and the next example that it invents:
 
     The answer must be a drink. Of the above choices, only tea is a drink.
     So the answer is (b) tea.\\n\\nQ: ..
@@ -35,7 +35,7 @@ MARKER = "So the answer is"
 
 
 def row(fields: Mapping[str, Any]) -> Row:
-    """A line of the release as a row."""
+    """Makes a row of a line of the release."""
     choices = text_list_field(fields, "choices")
     return Row(
         id=text_field(fields, "id"),
@@ -46,7 +46,7 @@ def row(fields: Mapping[str, Any]) -> Row:
 
 
 def input_text(question: str, choices: tuple[str, ...]) -> str:
-    """The question and its lettered choices, one per line.
+    """Joins the question and its lettered choices, one per line.
 
     >>> input_text("What do people drink?", ("sand", "tea"))
     'What do people drink?\\nAnswer Choices:\\n(a) sand\\n(b) tea'
@@ -59,15 +59,15 @@ def input_text(question: str, choices: tuple[str, ...]) -> str:
 
 
 def read_release(release_dir: Path) -> dict[str, list[Row]]:
-    """Rows in file order per split."""
+    """Reads the rows of each split, in file order."""
     return read_inputs(release_dir, "cqa", row)
 
 
 def official(text: str, row: Row) -> Parsed:
-    """Up to "Q:"; split at the marker; the label is the text after the first "(x)".
+    """Parses as the official code does: up to "Q:", split at the marker, label after the first "(x)".
 
-    Bug for bug: the letter itself is not read, and "either (a) sand, or (b) tea." gives the label
-    "sand, or". One trailing full stop goes, of labels that have one themselves, too.
+    Bug for bug: the letter itself is ignored, and "either (a) sand, or (b) tea." gives the label "sand, or". One
+    trailing full stop is removed, even if it belongs to the label.
     """
     del row
     found = split_answer(text.split("Q:")[0].rstrip(), MARKER)
@@ -81,10 +81,10 @@ def official(text: str, row: Row) -> Parsed:
 
 
 def strict(text: str, row: Row) -> Parsed:
-    """The choice whose letter follows the marker; without a letter, the choice of that text.
+    """Takes the choice whose letter follows the marker, or else the choice with exactly that text.
 
-    Where letter and text name different things ("(b) coffee", or "(b) tea or (c) milk"), the letter
-    decides and the outcome says so. "either (a) sand or (b) tea" answers nothing.
+    If letter and text disagree ("(b) coffee", or "(b) tea or (c) milk"), the letter decides and the outcome says so.
+    "either (a) sand or (b) tea" is not an answer.
     """
     found = strict_answer(text, stops=("Q:",), marker=MARKER)
     if isinstance(found, Parsed):

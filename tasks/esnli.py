@@ -1,6 +1,6 @@
 """e-SNLI: does a hypothesis follow from a premise? 549,367 / 9,842 / 9,824 rows.
 
-A reply, with its invented continuation:
+A teacher's reply and the next example that it invents:
 
     A man who sleeps cannot run.\\nAnswer: contradiction\\n\\nPremise: ..
 """
@@ -20,7 +20,7 @@ from tasks import nli
 
 
 def row(fields: Mapping[str, Any]) -> Row:
-    """A line of the release, or an example of TFDS, as a row. The source has no ids."""
+    """Makes a row of a line of the release or of a TFDS example; neither has ids."""
     return Row(
         input=nli.input_text(text_field(fields, "premise"), text_field(fields, "hypothesis")),
         label=nli.label_text(integer_field(fields, "label")),
@@ -28,16 +28,15 @@ def row(fields: Mapping[str, Any]) -> Row:
 
 
 def read_release(release_dir: Path) -> dict[str, list[Row]]:
-    """Rows in file order per split."""
+    """Reads the rows of each split, in file order."""
     return read_inputs(release_dir, "esnli", row)
 
 
 def official(text: str, row: Row) -> Parsed:
-    """Rationale before the first "Answer:"; label from "Answer: " to "Premise", right-stripped.
+    """Parses as the official code does: rationale before the first "Answer:", label from "Answer: " to "Premise".
 
-    Bug for bug: the rationale is not cut at "Premise", so a reply without an answer keeps its
-    whole text as the rationale; and a reply cut short in the next example's "Premise" has the
-    label "entailment\\n\\nPre".
+    Bug for bug: the rationale is not cut at "Premise", so a reply without an answer keeps all its text as the
+    rationale, and a reply truncated in the next example's "Premise" has the label "entailment\\n\\nPre".
     """
     del row
     rationale = text.split("Answer:")[0].rstrip()
@@ -47,7 +46,7 @@ def official(text: str, row: Row) -> Parsed:
 
 
 def strict(text: str, row: Row) -> Parsed:
-    """Up to a line that begins with "Premise:"; the label is the rest of the "Answer:" line."""
+    """Parses up to a line that begins with "Premise:"; the rest of the "Answer:" line must be a label."""
     del row
     return nli.strict(text, stops=("Premise:",), marker="Answer:")
 

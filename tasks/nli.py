@@ -1,4 +1,4 @@
-"""What e-SNLI and ANLI share: the labels, and premise and hypothesis as one text."""
+"""Parts shared by e-SNLI and ANLI: labels, input text, and parsing."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ LABELS = ("entailment", "neutral", "contradiction")
 
 
 def input_text(premise: str, hypothesis: str) -> str:
-    """Premise and hypothesis, joined by "</s>", which is one EOS id when tokenised.
+    """Joins premise and hypothesis by "</s>", which becomes one EOS id.
 
     >>> input_text("A dog barks.", "An animal is heard.")
     'A dog barks.</s>An animal is heard.'
@@ -25,7 +25,7 @@ def input_text(premise: str, hypothesis: str) -> str:
 
 
 def label_text(number: int) -> str:
-    """0, 1, 2 to the label."""
+    """Turns a source's label number, 0 to 2, into the label."""
     if not 0 <= number < len(LABELS):
         raise ValueError(
             f"the label is {number}, which is outside the label set: expected 0 (entailment), 1 (neutral) "
@@ -35,7 +35,7 @@ def label_text(number: int) -> str:
 
 
 def strict(text: str, *, stops: Collection[str], marker: str) -> Parsed:
-    """The reply of an inference task, where the label must be one of `LABELS`."""
+    """Parses a reply whose answer must be one of `LABELS`."""
     found = strict_answer(text, stops=stops, marker=marker)
     if isinstance(found, Parsed):
         return found
@@ -44,7 +44,7 @@ def strict(text: str, *, stops: Collection[str], marker: str) -> Parsed:
     return unusable(LABEL_NOT_IN_SET) if label is None else usable(rationale, label)
 
 
-# A label in the words of a sentence. "This does not entail .." says neutral, which takes the "entail" in it away.
+# Words that name a label. "This does not entail .." names neutral; the longer match hides the "entail" in it.
 _NOT = r"(?:(?:does|do|did) not|(?:does|do|did)n't)"
 _WORDS = {
     "entailment": re.compile(r"\bentail(?:s|ed|ment)?\b", re.IGNORECASE),
@@ -57,7 +57,7 @@ _WORDS = {
 
 
 def implied_label(rationale: str, choices: Sequence[str]) -> str | None:
-    """The label that a text names, as a noun, in a verb, or by "not necessarily"; most name none.
+    """Returns the label that a text names as a noun, as a verb, or by "not necessarily"; most texts name none.
 
     >>> implied_label("Sleeping contradicts running.", ())
     'contradiction'

@@ -1,6 +1,6 @@
 """SVAMP: the equation that solves a word problem of arithmetic. 800 / - / 200 rows.
 
-A reply, with its invented continuation:
+A teacher's reply and the next example that it invents:
 
     Ann has 3 pens. She buys 4. 3 + 4 = 7. The answer is (3 + 4).\\n\\nQ: ..
 """
@@ -22,24 +22,24 @@ MARKER = "The answer is"
 
 
 def row(fields: Mapping[str, Any]) -> Row:
-    """A line of the release as a row. The release's lines have no ids."""
+    """Makes a row of a line of the release, which has no id."""
     return Row(input=text_field(fields, "input"), label=text_field(fields, "label"))
 
 
 def read_release(release_dir: Path) -> dict[str, list[Row]]:
-    """Rows in file order per split."""
+    """Reads the rows of each split, in file order."""
     return read_inputs(release_dir, "svamp", row)
 
 
 def is_arithmetic(text: str) -> bool:
-    """Whether the text is an equation's side that has a value."""
+    """Tells if a text is an arithmetic expression that has a value."""
     return equation_value(text) is not None
 
 
 def official(text: str, row: Row) -> Parsed:
-    """Up to "Q:"; split at the marker; the label is from the first "(" to the last ")" of a line.
+    """Parses as the official code does: up to "Q:", split at the marker, label from a line's first "(" to its last ")".
 
-    Bug for bug: "(3 + 4) * 2." gives "(3 + 4)", which is another value.
+    Bug for bug: "(3 + 4) * 2." gives "(3 + 4)", which has another value.
     """
     del row
     found = split_answer(text.split("Q:")[0].rstrip(), MARKER)
@@ -50,7 +50,7 @@ def official(text: str, row: Row) -> Parsed:
 
 
 def _in_parentheses(text: str) -> str:
-    """What `re.search(r"\\(.*\\)", text)` finds, or "": in linear time, where many "(" have no ")" after them."""
+    """Returns the match of `re.search(r"\\(.*\\)", text)`, or "", in linear time even for many unclosed "("."""
     for line in text.split("\n"):
         start, end = line.find("("), line.rfind(")")
         if 0 <= start < end:
@@ -59,9 +59,9 @@ def _in_parentheses(text: str) -> str:
 
 
 def strict(text: str, row: Row) -> Parsed:
-    """The rest of the marker's line, as the teacher wrote it, where it has a value.
+    """Takes the rest of the marker's line, as the teacher wrote it, if it has a value.
 
-    "(3 + 4) * 2." gives "(3 + 4) * 2". Words, unknowns and tuples such as "(14, 21)" have none.
+    "(3 + 4) * 2." gives "(3 + 4) * 2". Words, unknowns and tuples such as "(14, 21)" have no value.
     """
     del row
     found = strict_answer(text, stops=("Q:",), marker=MARKER)
@@ -76,13 +76,13 @@ _EQUATION = re.compile(rf"[(\s]*{_NUMBER}[)\s]*(?:[-+*/][(\s]*{_NUMBER}[)\s]*)+"
 
 
 def implied_label(rationale: str, choices: Sequence[str]) -> str | None:
-    """The last calculation in a text, without its result; None where there is none that has a value.
+    """Returns the last calculation in a text, without its result; None if it has no value, or there is none.
 
     >>> implied_label("She has 3 pens and buys 4. 3 + 4 = 7.", ())
     '3 + 4'
     """
     del choices
-    # A calculation that is cut off at the front here is too long to have a value in any case.
+    # A calculation whose front is cut off here would be too long to have a value anyway.
     found = [match[0].strip() for match in _EQUATION.finditer(rationale[-4 * MAX_CHARACTERS :])]
     return found[-1] if found and is_arithmetic(found[-1]) else None
 

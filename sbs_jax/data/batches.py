@@ -38,8 +38,8 @@ class StepByStepFeatureConverter(seqio.EncDecFeatureConverter):
          "targets": "4 - 2 = 2"            -> [314, 3, 18, 204, 3274, 204, 1],
          "task_ids": [2, 2, 2, 2, 2, 2, 2]}
 
-    With the lengths {"inputs": 14, "targets": 10, "task_ids": 10} and `pack=True` they share one row. The decoder starts
-    each of them at 0, and padding is 0 everywhere:
+    With the lengths {"inputs": 14, "targets": 10, "task_ids": 10} and `pack=True` they share one row. The decoder
+    starts each of them at 0, and padding is 0 everywhere:
 
         encoder_input_tokens   [9689, 10, 204, 10003, 646, 1, 3209, 10, 204, 10003, 646, 1, 0, 0]
         encoder_segment_ids    [   1,  1,   1,    1,   1, 1,    2,  2,   2,    2,   2, 2, 0, 0]
@@ -256,7 +256,7 @@ class _Examples:
     segments: np.ndarray
 
     def ids(self, feature: str, *, length: int) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the tokens of all examples, one after the other, each cut to `length`; and their numbers of tokens."""
+        """Returns the tokens of all examples, one after the other, each cut to `length`, and their sizes."""
         starts, sizes = np.empty_like(self.indices), np.empty_like(self.indices)
         for task, tables in enumerate(self.tables):
             mine = self.tasks == task
