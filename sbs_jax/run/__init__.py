@@ -1,1 +1,1 @@
-"""What a run leaves on disk: directory, manifest, checkpoints, events."""
+"""Files of a run: directory, manifest, checkpoints, events."""

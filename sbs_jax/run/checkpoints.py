@@ -1,9 +1,9 @@
-"""Checkpoints of a run.
+"""Save, retain, verify and restore the checkpoints of a run.
 
 A run directory holds `checkpoints/<step>/` with three items: `parameters` (a flat dictionary of float32 arrays) and
-`optimizer` in Orbax's form, `metadata` (JSON: architecture, step, what the training loop needs). Parameters are an item
-of their own so that predicting reads nothing else. `checksums.json` beside them has every file's size and SHA-256. The
-directory has its name only when all of this is on disk: before it is `<step>.<n>.writing`.
+`optimizer` in Orbax's form, `metadata` (JSON: architecture, step, progress of the training loop). Parameters are an
+item of their own so that prediction reads nothing else. `checksums.json` beside them has every file's size and SHA-256.
+The directory gets its name when all of this is on disk; until then it is `<step>.<n>.writing`.
 """
 
 import dataclasses
@@ -28,15 +28,15 @@ from sbs_jax.student import adapters, t5
 log = logging.getLogger(__name__)
 
 PARAMETERS, OPTIMIZER, METADATA = saving.PARAMETERS, saving.OPTIMIZER, saving.METADATA
-DAMAGED = "damaged"  # folder of a run for checkpoints that cannot be used
-_REMOVING = ".removing"  # end of a step's name on its way out
+DAMAGED = "damaged"  # folder of a run for damaged checkpoints
+_REMOVING = ".removing"  # suffix of a step while it is removed
 _LEFT_OVER = re.compile(r"\d+(\.\d+\.writing|\.removing|\.orbax-checkpoint-tmp.*)")
 _RETRY = 2.0  # seconds between attempts of `finish`
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Retention:
-    """Which checkpoints are kept: the newest ones, the best ones by validation, and those of every period-th step."""
+    """Numbers of checkpoints to keep: the newest, the best by validation, and every `period`-th step."""
 
     newest: int
     best: int
@@ -51,7 +51,7 @@ class Retention:
                 raise ValueError(f"Retention.{name} is {value!r}; expected a whole number of at least {least}.")
 
     def kept(self, steps: Sequence[int], *, scores: Mapping[int, float]) -> set[int]:
-        """Those of `steps` that stay. Best is the highest score, of equals the earliest step; without one: not best.
+        """Returns the steps to keep. Best = highest score; ties go to the earliest step; unscored steps never count.
 
         newest 2, best 1, period 40 of steps 10, 20, .., 60 with scores {20: 0.5, 30: 0.5}: 20, 40, 50, 60.
         """
@@ -61,14 +61,14 @@ class Retention:
 
 
 def _best_first(steps: Sequence[int], *, scores: Mapping[int, float]) -> list[int]:
-    """The steps that have a score, the highest first, of equals the earliest: more training brought nothing."""
+    """Sorts the steps that have a score, highest first; ties go to the earliest: more training gained nothing."""
     scored = [step for step in steps if math.isfinite(scores.get(step, math.nan))]
     return sorted(scored, key=lambda step: (-scores[step], step))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Restored:
-    """What a checkpoint holds, its arrays on the shardings that were asked for."""
+    """Contents of a checkpoint, its arrays on the requested shardings."""
 
     step: int
     parameters: t5.Parameters
@@ -79,10 +79,9 @@ class Restored:
 class Checkpoints:
     """The checkpoints of one run, written in the background; the only writer of `<run>/checkpoints`.
 
-    `scores` are the validation metrics by step, to which the training loop adds before it saves that step. Of several
-    processes all call the same methods in the same order. Use it with `with`: leaving it waits for a save under way,
-    whatever the reason for leaving; but not where one of several processes fails, since the others may never come to
-    what they would finish together.
+    `scores` are validation metrics by step; the training loop adds a step's before it saves that step. All processes
+    call the same methods in the same order. Use it with `with`: leaving it waits for a save in progress, except when
+    one of several processes fails, because the others may never reach the point where they finish the save together.
     """
 
     def __init__(self, run_dir: str | Path, *, retention: Retention, scores: Mapping[int, float]) -> None:
@@ -93,15 +92,15 @@ class Checkpoints:
         self._handler = saving.array_handler()
         self._under_way: saving.Save | None = None
         self._attempts = 0
-        self._good: set[int] = set()  # steps that this process has read as a whole, or has written
-        self._missing: str | None = None  # why the save that was tried last is not on disk
+        self._good: set[int] = set()  # steps that this process has verified or written
+        self._missing: str | None = None  # why the last save is not on disk
         hosts.from_first(self._tidy)
 
     def newest_good(self) -> int | None:
-        """Newest step whose files are all as they were written, None in a new run; the same on every process.
+        """Returns the newest step that passes its checksums, None in a new run; the same on every process.
 
-        Newer ones that are damaged or incomplete are named in a warning and moved to `<run>/damaged`. ValueError where
-        there are checkpoints and not one is good: to begin anew is not for this program to decide.
+        Newer ones that are damaged or incomplete are named in a warning and moved to `<run>/damaged`. ValueError if no
+        checkpoint is good: the user, not this program, decides to start over.
         """
         found = hosts.from_first(self._find_newest_good)
         if found["problem"] is not None:
@@ -113,9 +112,9 @@ class Checkpoints:
     def save(self, step: int, *, parameters: t5.Parameters, optimizer: Any, metadata: Mapping[str, Any]) -> None:
         """Copies the arrays to the host and returns; they are written in the background.
 
-        Waits for a previous save that is still being written, and says so. Where the storage refuses (full, read-only,
-        no permission), now or in the background, a warning tells; nothing is raised, and nothing of the save remains.
-        A step that is on disk already is left as it is.
+        Waits for a previous save that is still being written, and logs how long. If the storage fails (full, read-only,
+        no permission), now or in the background, a warning is logged, nothing is raised, and nothing of the save
+        remains. A step that is already on disk stays as it is.
         """
         self.wait(because=f"Step {step}")
         arrays = {PARAMETERS: parameters, OPTIMIZER: optimizer}
@@ -133,9 +132,9 @@ class Checkpoints:
     def finish(
         self, step: int, *, parameters: t5.Parameters, optimizer: Any, metadata: Mapping[str, Any], patience: float
     ) -> None:
-        """The last save: returns when `step` is on disk, at once if it is already.
+        """Makes the last save: returns when `step` is on disk, at once if it already is.
 
-        Where the storage refuses, it is asked again every few seconds, for `patience` seconds; then OSError.
+        A storage failure is retried every few seconds, for `patience` seconds; then OSError.
         """
         self.wait()
         if hosts.from_first(lambda: self._is_there(step)):
@@ -160,13 +159,13 @@ class Checkpoints:
         )
 
     def restore(self, step: int, *, parameters: Any, optimizer: Any) -> Restored:
-        """Arrays of a step, on the shardings of the given abstract trees. ValueError where it is damaged."""
+        """Reads the arrays of a step, on the shardings of the given abstract trees. ValueError if it is damaged."""
         if step not in self._good:
             refuse_damaged(self._run_dir, step, items=(PARAMETERS, OPTIMIZER, METADATA))
         return _restored(self._handler, self.directory / str(step), parameters=parameters, optimizer=optimizer)
 
     def wait(self, *, because: str | None = None) -> None:
-        """Until the save under way is on disk, or has failed (which a warning has told then)."""
+        """Waits until the save in progress is on disk or has failed (then a warning was logged)."""
         save, self._under_way = self._under_way, None
         if save is None:
             return
@@ -186,10 +185,10 @@ class Checkpoints:
             self.wait()
             self._handler.close()
 
-    # What follows runs on process 0 alone.
+    # The methods below run on process 0 alone.
 
     def _tidy(self) -> None:
-        """Removes what is left of saves and removals that did not come to their end."""
+        """Removes the remains of interrupted saves and removals."""
         self.directory.mkdir(parents=True, exist_ok=True)
         for path in self.directory.iterdir():
             if _LEFT_OVER.fullmatch(path.name):
@@ -214,7 +213,7 @@ class Checkpoints:
         }
 
     def _set_aside(self, step: int, problem: str) -> None:
-        """Moves a damaged step out of the way; somebody may want to look at it."""
+        """Moves a damaged step out of the way, kept for inspection."""
         folder = self._run_dir / DAMAGED
         folder.mkdir(exist_ok=True)
         target, number = folder / str(step), 1
@@ -225,7 +224,7 @@ class Checkpoints:
         log.warning("The checkpoint of step %d cannot be used: %s. It is now %s.", step, problem, target)
 
     def _make_place(self, step: int, *, needed: int) -> dict[str, Any]:
-        """A place to write to; or that the step exists already, or why nothing can be written."""
+        """Makes the folder to write a step to; or reports that the step exists, or why nothing can be written."""
         try:
             if self._is_there(step):
                 return {"exists": True, "refused": None, "place": None}
@@ -235,15 +234,15 @@ class Checkpoints:
             self._tidy()
             free = saving.free(self.directory)
             if free is not None and free < needed:
-                # Half a checkpoint would take the last space from the metrics.
+                # A partial checkpoint would take the last space from the metrics.
                 lacking = f"{saving.megabytes(needed)} needed, {saving.megabytes(free)} free"
                 raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {lacking}")
-            # A name of its own for each attempt: TensorStore may not have ended all writes of one that failed.
+            # Each attempt has its own name: TensorStore may still be writing files of a failed one.
             self._attempts += 1
             temporary = self.directory / f"{step}.{self._attempts}{saving.WRITING}"
             (temporary / METADATA).mkdir(parents=True)
             for item in (PARAMETERS, OPTIMIZER):
-                # The other processes' Orbax would wait long for this folder if ours failed before it made it.
+                # If this process failed before Orbax made this folder, Orbax on the others would wait long for it.
                 (temporary / item / "array_metadatas").mkdir(parents=True)
         except OSError as error:
             return {"exists": False, "refused": checksums.reason(error), "place": None}
@@ -256,11 +255,11 @@ class Checkpoints:
         return directory.is_dir() and checksums.problem(directory) is None
 
     def _remove_others(self, step: int, scores: Mapping[int, float]) -> None:
-        """Removes what is not to be kept; called when `step` is whole on disk."""
+        """Removes checkpoints that retention does not keep; called when `step` is on disk."""
         try:
             existing = steps(self._run_dir)
             for old in sorted(set(existing) - self._retention.kept(existing, scores=scores) - {step}):
-                # Under another name first: nobody shall see half of a checkpoint.
+                # Renamed first, so that no reader sees a partial checkpoint.
                 going = self.directory / f"{old}{_REMOVING}"
                 saving.remove(going)
                 (self.directory / str(old)).rename(going)
@@ -289,7 +288,7 @@ def _newest_text(step: int | None) -> str:
 
 
 def refuse_damaged(run_dir: Path, step: int, *, items: Iterable[str]) -> None:
-    """ValueError, on every process, where files of these items of a step are not as they were written."""
+    """Raises ValueError, on every process, if files of these items of a step fail their checksums."""
     directory = run_dir / "checkpoints" / str(step)
     found = hosts.from_first(
         lambda: [checksums.problem(directory, under=tuple(items)), directory.is_dir(), steps(run_dir)]
@@ -305,7 +304,7 @@ def refuse_damaged(run_dir: Path, step: int, *, items: Iterable[str]) -> None:
 
 
 def restore(run_dir: str | Path, step: int, *, parameters: Any, optimizer: Any) -> Restored:
-    """As `Checkpoints.restore`, of a run that another process may be writing."""
+    """Restores a step like `Checkpoints.restore`, of a run that another process may be writing."""
     run_dir = Path(run_dir).absolute()
     refuse_damaged(run_dir, step, items=(PARAMETERS, OPTIMIZER, METADATA))
     handler = saving.array_handler()
@@ -325,13 +324,13 @@ def _restored(handler: ocp.PyTreeCheckpointHandler, directory: Path, *, paramete
 
 
 def read_metadata(run_dir: str | Path, step: int) -> dict[str, Any]:
-    """Metadata of a step, without its arrays. ValueError where it is damaged."""
+    """Reads the metadata of a step, without its arrays. ValueError if it is damaged."""
     refuse_damaged(Path(run_dir), step, items=[METADATA])
     return saving.read_json(Path(run_dir) / "checkpoints" / str(step))
 
 
 def steps(run_dir: str | Path) -> list[int]:
-    """Complete checkpoints of a run, ascending."""
+    """Lists the complete checkpoints of a run, ascending."""
     directory = Path(run_dir) / "checkpoints"
     if not directory.is_dir():
         return []
@@ -339,16 +338,16 @@ def steps(run_dir: str | Path) -> list[int]:
 
 
 def best_step(path: str | Path) -> int | None:
-    """Of a run's checkpoints the best by validation, of equals the earliest; the newest where none was evaluated."""
+    """Returns the best checkpoint by validation (ties go to the earliest); the newest if none was evaluated."""
     existing, scores = steps(path), directory.read_scores(path)
     ranked = _best_first(existing, scores=scores) or existing[::-1]
     return ranked[0] if ranked else None
 
 
 def locate(path: str | Path) -> tuple[Path, int]:
-    """(run directory, step) of a run directory (its best step) or of one of its `checkpoints/<step>`.
+    """Returns (run directory, step) for a run directory (its best step) or for one `checkpoints/<step>`.
 
-    The same on every process: the run may be writing meanwhile.
+    The same on every process, even while the run is writing.
     """
     path = Path(path).absolute()
     if path.name.isdigit() and path.parent.name == "checkpoints":
@@ -373,9 +372,9 @@ def save_parameters(
     tuning: adapters.Tuning | None = None,
     base: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes `<path>/checkpoints/<step>` with parameters and architecture, and no optimiser: weights to start from.
+    """Writes `<path>/checkpoints/<step>` with parameters and architecture, without an optimizer.
 
-    With a tuning they are adapters, of a base of the given identity.
+    With a tuning, the parameters are adapters on a base of the given identity.
     """
     metadata = {"step": step, "model": dataclasses.asdict(config)}
     if tuning is not None and base is not None:

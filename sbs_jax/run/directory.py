@@ -1,14 +1,14 @@
-"""The directory of one run: configuration, manifest, metrics, TensorBoard events, predictions.
+"""Open and write the directory of one run: configuration, manifest, metrics, TensorBoard events, predictions.
 
-config.gin            operative configuration; another one is refused
+config.gin            operative configuration; a different one is refused
 manifest.json         data hashes, settings, parameter table, every start with its versions (manifest.py)
 metrics.jsonl         one JSON object a line: {"kind": "train", "step": 50, "loss": ..}
 tensorboard/          the same for TensorBoard
 predictions/          <task>-<step>.jsonl
 checkpoints/<step>/   see checkpoints.py
-lock                  who writes here, while somebody does (lock.py)
+lock                  the process that is writing here, if any (storage/lock.py)
 
-Of several processes, all of which call the same methods, the first one writes.
+All processes call the same methods; the first one writes.
 """
 
 import contextlib
@@ -28,19 +28,19 @@ MANIFEST = manifest.NAME
 read_manifest = manifest.read
 
 _SEEN_WITHIN = 15.0  # seconds in which a network file system shows a new file to another host
-_SHOWN = 60  # lines of a difference that an error shows
-# What a start that was killed early leaves behind.
+_SHOWN = 60  # lines of a difference in an error
+# Files that a start killed early leaves behind.
 _REMAINS = {"lock", "config.gin.tmp", f"{MANIFEST}.tmp"}
 
 log = logging.getLogger(__name__)
 
 
 class RunDir:
-    """Opens (or makes) a run directory for writing; use it with `with`.
+    """A run directory, open for writing (made if missing); use it with `with`.
 
-    Entering takes the lock: lock.HeldError where another process writes there. `begin` comes next, before anything is
-    computed. From then on errors of the disk do not raise: what cannot be written waits in memory, for the next call;
-    `flush` says what is missing in the end. lock.TakenOverError where another process has taken the directory over.
+    Entering takes the lock: lock.HeldError if another process writes there. Call `begin` next, before any computation.
+    From then on disk errors do not raise: what cannot be written waits in memory for the next call, and `flush` names
+    what is missing at the end. lock.TakenOverError if another process has taken the directory over.
     """
 
     def __init__(self, path: str | Path, *, config_text: str) -> None:
@@ -48,8 +48,8 @@ class RunDir:
         self._config_text = config_text
         self._lock = lock.Lock(self.path / "lock")
         self._pending = pending_writes.PendingWrites()
-        self._failing = False  # in an outage of the disk, which has been announced
-        self._given_up: lock.TakenOverError | None = None  # another process writes here now
+        self._failing = False  # during an outage of the disk that was logged
+        self._given_up: lock.TakenOverError | None = None  # set when another process writes here
         self._count = 0
 
     def __enter__(self) -> "RunDir":
@@ -67,29 +67,29 @@ class RunDir:
 
     @property
     def lines(self) -> int:
-        """Lines of metrics so far, with those that are not on disk yet; the same on every process."""
+        """Number of metrics lines so far, on disk or waiting; the same on every process."""
         return self._count
 
     def begin(self, contents: Mapping[str, Any], *, step: int, accept_changes: bool) -> None:
-        """Writes configuration and manifest, `contents` and the machine's side of it; `step` is where the run goes on.
+        """Writes configuration and manifest: `contents`, versions and host. `step` is where the run continues.
 
-        Where the run exists: FileExistsError, with a diff, if anything that decides its numbers is another now;
-        `accept_changes` lets it pass and writes the diff down.
+        FileExistsError, with a diff, if the run exists and anything that decides its numbers has changed;
+        `accept_changes` allows it and writes the diff into the manifest.
         """
         hosts.from_first(lambda: self._begin(contents, step=step, accept_changes=accept_changes))
 
     def check(self) -> None:
-        """lock.TakenOverError where another process has taken this directory over; for others who write into it."""
+        """Raises lock.TakenOverError if another process has taken this directory over. Call it before writing here."""
         if hosts.is_first():
             try:
                 self._check()
             except lock.TakenOverError:
                 raise
             except OSError:
-                pass  # nobody can know at the moment
+                pass  # unknown while the disk fails
 
     def log(self, kind: str, step: int, values: Mapping[str, float]) -> None:
-        """One line of metrics.jsonl, on disk before this returns if the disk takes it, and the same for TensorBoard."""
+        """Writes one line of metrics.jsonl, and the same for TensorBoard; on disk when this returns, or waiting."""
         self._count += 1
         if not hosts.is_first():
             return
@@ -101,7 +101,7 @@ class RunDir:
         self._write()
 
     def metrics(self) -> list[dict[str, Any]]:
-        """All lines of metrics so far, on every process."""
+        """Returns all metrics lines so far, on every process."""
 
         def all_lines() -> list[dict[str, Any]]:
             return read_metrics(self.path) + [json.loads(line) for line in self._pending.waiting(self._metrics)]
@@ -109,14 +109,14 @@ class RunDir:
         return hosts.from_first(all_lines)
 
     def truncate_metrics(self, *, lines: int) -> None:
-        """Drops what a resumed run will repeat: keeps the first `lines` lines, byte for byte.
+        """Drops the lines that a resumed run will repeat: keeps the first `lines`, byte for byte.
 
-        ValueError where a line that stays is damaged; a warning where there are fewer.
+        ValueError if a kept line is damaged; a warning if there are fewer.
         """
         self._count = hosts.from_first(lambda: self._truncate(lines))
 
     def write_predictions(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
-        """`predictions/<name>.jsonl`."""
+        """Writes `predictions/<name>.jsonl`."""
         if not hosts.is_first():
             return
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
@@ -124,7 +124,7 @@ class RunDir:
         self._write()
 
     def flush(self) -> None:
-        """Writes what still waits; OSError names the files that are not complete, and why."""
+        """Writes everything that waits; OSError names the files that are not complete, and why."""
         if not hosts.is_first():
             return
         failed = self._write()
@@ -155,7 +155,7 @@ class RunDir:
         return {"token": self._lock.holder.token, "lines": lines}
 
     def _follow_files(self) -> int:
-        """Finds the ends of the files that grow; the number of complete lines of metrics."""
+        """Finds the ends of the growing files; returns the number of complete metrics lines."""
         self._metrics = self.path / "metrics.jsonl"
         self._events = events.next_file(self.path / "tensorboard")
         self._headed = False
@@ -197,12 +197,12 @@ class RunDir:
         if old is not None and (other := manifest.announced(old, new)):
             log.info("Not as at the last start: %s.", "; ".join(other))
         with _refusing(self.path):
-            # In this order: a directory without config.gin would be nobody's.
+            # In this order: config.gin marks the directory as a run's.
             atomic.replace(config, self._config_text.encode())
             atomic.replace(self.path / MANIFEST, (json.dumps(new, indent=1, sort_keys=True) + "\n").encode())
 
     def _manifest_before(self, *, step: int, accept_changes: bool) -> tuple[dict[str, Any] | None, list[str]]:
-        """The manifest of the start before, and what to say where there is none that can be read but should be."""
+        """Returns the previous manifest, None in a new run; and, with `accept_changes`, why it cannot be read."""
         if not (self.path / MANIFEST).exists():
             if step == 0:
                 return None, []
@@ -257,17 +257,17 @@ class RunDir:
                 self._lock.check()
             except lock.TakenOverError as error:
                 self._given_up = error
-        if self._given_up is not None:  # for good, even if the other one is gone again: it may have written
+        if self._given_up is not None:  # for good: the other process may have written, even if it has left
             raise self._given_up
 
     def _write(self) -> dict[Path, OSError]:
-        """Tries to write what waits; says once that it cannot be, and once that it has been."""
+        """Tries to write what waits; logs the begin and the end of an outage once each."""
         try:
             self._check()
             failed = self._pending.write()
         except lock.TakenOverError:
             raise
-        except OSError as error:  # not even the lock can be read
+        except OSError as error:  # even the lock cannot be read
             failed = dict.fromkeys(self._pending.files(), error)
         if failed and not self._failing:
             path, error = next(iter(failed.items()))
@@ -285,7 +285,7 @@ class RunDir:
     # ------------------------------------------------------------------ on the others
 
     def _refuse_another_folder(self, token: str) -> None:
-        """What the first process wrote has to be there, or checkpoints would fall to pieces."""
+        """Checks that this process sees the first one's lock; otherwise checkpoints would be split over two folders."""
         deadline = time.monotonic() + _SEEN_WITHIN
         while True:
             with contextlib.suppress(OSError):
@@ -301,13 +301,13 @@ class RunDir:
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """Lines of a run's metrics.jsonl; a last line without its end is left out. ValueError names a damaged line."""
+    """Reads a run's metrics.jsonl, without an incomplete last line. ValueError names a damaged line."""
     file = Path(path) / "metrics.jsonl"
     return [_parse(line, path=file, number=number) for number, line in enumerate(_whole_lines(file), start=1)]
 
 
 def read_scores(path: str | Path) -> dict[int, float]:
-    """The validation metric that the best checkpoint is chosen by, per step; {} where nothing was validated."""
+    """Reads the validation score of each step, by which the best checkpoint is chosen; {} if there is none."""
     if not (Path(path) / "metrics.jsonl").exists() or not (Path(path) / MANIFEST).exists():
         return {}
     metric = manifest.read(path).get("run", {}).get("primary_metric")
@@ -316,7 +316,7 @@ def read_scores(path: str | Path) -> dict[int, float]:
 
 
 def _whole_lines(path: Path) -> list[bytes]:
-    """Lines with their ends; a last one without is cut short, and left out."""
+    """Reads the lines that have an end; a last one without was cut short."""
     if not path.exists():
         return []
     data = path.read_bytes()
@@ -344,11 +344,11 @@ def _parse(line: bytes, *, path: Path, number: int) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _refusing(path: Path) -> Iterator[None]:
-    """At the start an error of the disk is one for the user, with the path and the reason."""
+    """Turns a disk error at the start into one for the user, with the path and the reason."""
     try:
         yield
     except OSError as error:
-        if error.errno is None:  # not the system's, but with a text of its own
+        if error.errno is None:  # our own, with its own text
             raise
         raise OSError(
             f"{path} cannot be written to: {_reason(error)}. Mend that, or choose another MODEL_DIR."

@@ -1,7 +1,7 @@
-"""Scalars in TensorBoard's event format, as bytes.
+"""Encode scalars in TensorBoard's event format.
 
-TensorBoard's own writer hands them to a thread that ends at the first error of the disk, and with it every later event
-of the run; so the bytes are made here and written like the other files of a run (pending_writes.py).
+TensorBoard's own writer uses a thread that ends at the first disk error and loses every later event. So the bytes are
+made here and written like the other files of a run (pending_writes.py).
 """
 
 import io
@@ -11,23 +11,23 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-_PREFIX = "events.out.tfevents."  # by which TensorBoard knows them
+_PREFIX = "events.out.tfevents."  # TensorBoard looks for it
 
 
 def next_file(directory: Path) -> Path:
-    """A name behind all that are there: TensorBoard reads in the order of names, and clocks may have been set back."""
+    """Returns a name after all existing ones: TensorBoard reads in name order, and clocks may be set back."""
     names = [path.name for path in directory.iterdir()] if directory.is_dir() else []
     numbers = [int(found[1]) for name in names if (found := re.match(re.escape(_PREFIX) + r"(\d+)", name))]
     return directory / f"{_PREFIX}{max(numbers, default=0) + 1:010d}"
 
 
 def header() -> bytes:
-    """What a file of events begins with."""
+    """Returns the first record of an event file."""
     return _record(file_version="brain.Event:2")
 
 
 def scalars(kind: str, step: int, values: Mapping[str, float]) -> bytes:
-    """One event per value, tagged `<kind>/<name>`."""
+    """Encodes one event per value, tagged `<kind>/<name>`."""
     from tensorboard.plugins.scalar import summary_v2
 
     return b"".join(

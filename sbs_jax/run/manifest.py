@@ -1,4 +1,4 @@
-"""manifest.json: the facts a run was begun with, and their comparison when it is resumed.
+"""Read manifest.json, the facts a run was begun with, and compare them when the run is resumed.
 
 What decides the numbers may not change: configuration, records, vocabulary, lengths, defaults of the code. Where and
 how they are computed may: directories, mesh, layers, devices, versions, retention of checkpoints.
@@ -40,7 +40,7 @@ _STEADY = 1e-6  # of the highest rate: how far rounding on another device may mo
 
 
 def read(run_dir: str | Path) -> dict[str, Any]:
-    """The manifest of a run. FileNotFoundError where there is none, ValueError where it is damaged."""
+    """Reads the manifest of a run. FileNotFoundError if there is none, ValueError if it is damaged."""
     path = Path(run_dir) / NAME
     if not path.exists():
         raise FileNotFoundError(f"{run_dir} is not a run directory: it has no {NAME}.")
@@ -58,7 +58,7 @@ def read(run_dir: str | Path) -> dict[str, Any]:
 
 @functools.cache
 def git_revision() -> str:
-    """Revision of the checkout this code runs from, with `-dirty` if it is changed; or why there is none."""
+    """Returns the revision of this code's checkout, with `-dirty` if it is changed; or why there is none."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
@@ -69,7 +69,7 @@ def git_revision() -> str:
 
 @functools.cache
 def versions() -> Mapping[str, str]:
-    """Versions of Python and of what the numbers depend on."""
+    """Returns the versions of Python and of the packages that affect the numbers."""
     found = {"python": platform.python_version()}
     for name in _REPORTED:
         try:
@@ -80,7 +80,7 @@ def versions() -> Mapping[str, str]:
 
 
 def elsewhere(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """A manifest as it goes to others: of files and folders of this machine, their names alone."""
+    """Returns a manifest for publication: files and folders of this machine by their last names alone."""
 
     def named(value: Any, *, is_path: bool = False) -> Any:
         if isinstance(value, Mapping):
@@ -93,7 +93,7 @@ def elsewhere(manifest: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def name_of(path: str) -> str:
-    """A path's last name without where it lies on this machine; a bucket's address is everybody's."""
+    """Returns the last name of a path on this machine; a bucket's address stays, as it is valid everywhere."""
     if "://" in path or not path.strip("/"):
         return path
     parts = Path(path).parts
@@ -121,7 +121,7 @@ def changes(
 
 
 def announced(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """What may change and did: versions, revision, devices, mesh, as "jax 0.9.0 -> 0.9.1"."""
+    """Lists allowed changes of versions, revision, devices and mesh, as "jax 0.9.0 -> 0.9.1"."""
     parts = ("git_revision", "versions", "mesh", "devices")
     before, after = (dict(_flat({name: of.get(name) for name in parts})) for of in (old, new))
     return [
@@ -206,7 +206,7 @@ def _decisive(manifest: Mapping[str, Any], *, same_vocabulary: bool) -> dict[str
 
 
 def _flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """{"a": {"b": 1}} as ("a.b", 1)."""
+    """Flattens {"a": {"b": 1}} to ("a.b", 1)."""
     if isinstance(tree, Mapping) and tree:
         for name, value in tree.items():
             yield from _flat(value, f"{prefix}.{name}" if prefix else str(name))
@@ -215,7 +215,7 @@ def _flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _settle_schedule(old: dict[str, Any], new: dict[str, Any]) -> None:
-    """Gives the new values of the schedule those of old where they differ by rounding alone."""
+    """Replaces new values of the schedule by the old ones where they differ by rounding alone."""
     names = [name for name in old if name.startswith("settings.learning_rate.")]
     numbers = [old[name] for name in names if isinstance(old[name], float)]
     for name in names:
@@ -229,7 +229,7 @@ def _vocabulary_hash(manifest: Mapping[str, Any]) -> str | None:
 
 
 def _gone(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """A sentence for each file of records that the run was begun with and that is not there."""
+    """Describes each file of records that the run was begun with and that is gone."""
     folder = Path(new["data"]["options"]["records_dir"]) / new["data"]["dataset"]
     files = {split.get("file", ""): split.get("sha256") for split in old["data"].get("splits", {}).values()}
     return [

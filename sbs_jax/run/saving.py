@@ -1,6 +1,6 @@
-"""One checkpoint: a directory that has its name when all of it is on disk, written in the background.
+"""Write one checkpoint in the background: a directory that gets its name when all of it is on disk.
 
-`checkpoints.py` says which ones there are, and reads them.
+`checkpoints.py` decides which ones to keep, and reads them.
 """
 
 import asyncio
@@ -28,18 +28,18 @@ from sbs_jax.storage import atomic, checksums
 log = logging.getLogger(__name__)
 
 PARAMETERS, OPTIMIZER, METADATA = "parameters", "optimizer", "metadata"
-WRITING = ".writing"  # end of the name until then
-_WORD = ".written"  # end of the name of a file in which a process says how it went
-_WORTH_COLLECTING = 32_000_000  # bytes of a failed save; collecting garbage takes half a second
+WRITING = ".writing"  # suffix of the name until then
+_WORD = ".written"  # suffix of the file in which a process reports the end of its part
+_WORTH_COLLECTING = 32_000_000  # bytes of a failed save; a garbage collection takes half a second
 _SEEN_WITHIN = 60.0  # seconds in which a network file system shows a file to another host
 
 
 class Save:
-    """One save: arrays on the host, threads that write them, and what comes last.
+    """One save: copies arrays to the host, writes them in threads, and puts the directory in place.
 
-    Orbax's handlers write arrays; its checkpointers, which put directories in place, are not used: where one process
-    fails, theirs leave the others in a barrier for ten minutes. Here every process leaves word in the directory when
-    its part is written, and process 0 finishes; it is told of the others' failures when all wait for the save.
+    Orbax's handlers write the arrays. Its checkpointers, which put directories in place, are not used: if one process
+    fails, they leave the others in a barrier for ten minutes. Here every process writes a status file when its part is
+    on disk, and process 0 finishes; it learns of the others' failures when all wait for the save.
     """
 
     def __init__(
@@ -63,14 +63,14 @@ class Save:
                 raise
 
     def start(self, then: Callable[[], None], failed: Callable[[str], None]) -> None:
-        """On process 0 `then` is called when the checkpoint is on disk, `failed` with the reason when it cannot be."""
+        """Starts writing. Process 0 calls `then` when the checkpoint is on disk, or `failed` with the reason."""
         self._then, self._failed = then, failed
         self._began = time.monotonic()
         self._thread = threading.Thread(target=self._write, name=f"checkpoint of step {self.step}", daemon=True)
         self._thread.start()
 
     def wait(self) -> str | None:
-        """Why it is not on disk, None if it is; the same on every process."""
+        """Waits for the save; returns None if it is on disk, otherwise the reason; the same on every process."""
         self._own_part.wait()
         failures = hosts.from_all(None if self._error is None else checksums.reason(self._error))
         for index, failure in enumerate(failures):
@@ -82,13 +82,13 @@ class Save:
             raise self._error
         if self._error is not None:
             if hosts.is_first():
-                remove(self._temporary)  # of several processes, none writes there any more
+                remove(self._temporary)  # no process writes there any more
             if self._size > _WORTH_COLLECTING:
                 gc.collect()
         return hosts.from_first(lambda: None if self._error is None else checksums.reason(self._error))
 
     def _write(self) -> None:
-        for future in self._futures:  # all of them: nothing may be writing when the directory is removed
+        for future in self._futures:  # also after an error: nothing may be writing when the directory is removed
             try:
                 future.result()
             except Exception as error:
@@ -130,7 +130,7 @@ class Save:
         )
 
     def _leave_word(self) -> None:
-        """A line, which is empty where all is well."""
+        """Writes this process's status file: empty on success, otherwise the reason."""
         text = "" if self._error is None else checksums.reason(self._error)
         (self._temporary / f"{jax.process_index()}{_WORD}").write_text(f"{text}\n", "utf-8")
 
@@ -172,9 +172,9 @@ def complete(directory: Path, *, metadata: Mapping[str, Any]) -> int:
 
 
 def _run(coroutine: Coroutine[Any, Any, Any]) -> Any:
-    """What a coroutine returns; in a thread of its own, since a notebook has a loop running in this one.
+    """Runs a coroutine in a thread of its own, because a notebook already runs a loop in this one.
 
-    Not `asyncio.run`: what it does at the end looks at the tasks of other threads' loops, of which Orbax has some.
+    Not `asyncio.run`: its cleanup looks at the tasks of other threads' loops, and Orbax has some.
     """
 
     def run() -> Any:
@@ -189,9 +189,9 @@ def _run(coroutine: Coroutine[Any, Any, Any]) -> Any:
 
 
 def _storage_error(error: BaseException) -> OSError | None:
-    """The error if it is one of the storage; TensorStore has them as ValueError: 'RESOURCE_EXHAUSTED: ..'."""
+    """Converts a storage error to OSError, None for others. TensorStore raises ValueError: 'RESOURCE_EXHAUSTED: ..'."""
     if isinstance(error, OSError):
-        # Anew, since a stack trace would hold the arrays.
+        # A new one, because the traceback of the old one holds the arrays.
         return OSError(error.errno, error.strerror, error.filename) if error.strerror else OSError(str(error))
     text = str(error)
     if code := re.search(r"os_error_code='(\d+)'", text):
@@ -201,7 +201,7 @@ def _storage_error(error: BaseException) -> OSError | None:
 
 
 def remove(path: Path) -> None:
-    """Removes a directory as far as that is possible; writes that have not ended may put files into it meanwhile."""
+    """Removes a directory as far as possible; unfinished writes may still add files to it."""
     for _ in range(10):
         shutil.rmtree(path, ignore_errors=True)
         if not path.exists():
@@ -214,7 +214,7 @@ def size(tree: Any) -> int:
 
 
 def free(path: Path) -> int | None:
-    """Bytes free at a path; None where its file system does not know, as that of a mounted bucket."""
+    """Returns the free bytes at a path; None if its file system does not know, as on a mounted bucket."""
     try:
         usage = shutil.disk_usage(path)
     except OSError:
@@ -232,8 +232,8 @@ def read_json(directory: Path) -> dict[str, Any]:
 
 # ------------------------------------------------------------------------------------ Orbax after a failed write
 #
-# Where one array cannot be written, Orbax closes its event loop under the writes of the others. They hold their arrays
-# until they are collected as garbage (`Save.wait`), and all that they say repeats the error that reaches us anyway.
+# If one array cannot be written, Orbax closes its event loop under the writes of the others. These hold their arrays
+# until garbage collection (`Save.wait`), and their complaints repeat the error that reaches us anyway.
 
 
 def _of_abandoned_writes(text: str) -> bool:
@@ -243,8 +243,8 @@ def _of_abandoned_writes(text: str) -> bool:
 
 class _Abandoned(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
-        # Garbage is collected anywhere, also inside the parser, which formatting a traceback would enter again (Python
-        # 3.11 fails then): so the traceback's files are looked at, and not its text.
+        # Garbage collection may run inside the parser, and formatting a traceback would enter the parser again, which
+        # fails on Python 3.11. So this looks at the traceback's files, not at its text.
         words = [record.getMessage(), record.pathname]
         _, error, place = record.exc_info or (None, None, None)
         words.append(str(error))

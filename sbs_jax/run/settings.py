@@ -1,6 +1,6 @@
-"""Everything a run is configured with, as JSON: also what nobody wrote down because it is a default in the code.
+"""Describe the whole configuration of a run as JSON, including defaults that no config file mentions.
 
-Resuming compares it (manifest.py), so that a library or a later version of this code that changed a default is noticed.
+Resuming compares it (manifest.py), so a changed default of a library or of this code is noticed.
 """
 
 import dataclasses
@@ -15,15 +15,15 @@ from typing import Any
 
 import numpy as np
 
-_LISTED = 64  # values of an array that are written out; of larger ones their hash
+_LISTED = 64  # values of an array to list; larger arrays are hashed
 
 
 def settings(config: Any) -> dict[str, Any]:
-    """A `train.TrainConfig` as JSON values: nested dataclasses, callables by name with their default arguments.
+    """Describes a `train.TrainConfig` as JSON values: nested dataclasses, and callables by name with their defaults.
 
-    `optax.adamw`, bare or as gin wraps it, is {"callable": "optax.adamw", "defaults": {"b1": 0.9, ..}}; what gin binds
-    is in the configuration's text. A schedule is a function of the step, whose values at some steps stand for it:
-    {"0": 0.001, "1": 0.001, "60": ..}. Two lambdas of one module cannot be told apart.
+    `optax.adamw`, bare or wrapped by gin, is {"callable": "optax.adamw", "defaults": {"b1": 0.9, ..}}; arguments bound
+    by gin are in the configuration's text. A schedule is described by its values at some steps: {"0": 0.001, "60": ..}.
+    Two lambdas of one module look the same.
     """
     last = config.train_steps - 1
     steps = sorted({step for step in (0, 1, config.train_steps // 10, config.train_steps // 2) if step < last} | {last})
@@ -49,7 +49,7 @@ def _json(value: Any) -> Any:
         return _array(np.asarray(value))
     if callable(value):
         return _callable(value)
-    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))  # no address, which is another one in every process
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))  # addresses differ in every process
 
 
 def _array(array: np.ndarray) -> Any:
@@ -65,7 +65,7 @@ def _array(array: np.ndarray) -> Any:
 
 
 def _callable(function: Callable[..., Any]) -> dict[str, Any]:
-    """Name, arguments that a partial gives, wrappers that are not gin's, defaults of the rest."""
+    """Describes a callable: name, arguments of a partial, wrappers other than gin's, defaults of the rest."""
     described: dict[str, Any] = {"callable": _name(function)}
     inner: Any = function
     wrappers = []
@@ -79,14 +79,14 @@ def _callable(function: Callable[..., Any]) -> dict[str, Any]:
                 wrappers.append(module)
             inner = inner.__wrapped__
         elif isinstance(inner, type) and _name(inner) == _name(inner.__base__):
-            inner = inner.__base__  # gin configures a class by a class derived from it, of the same name
+            inner = inner.__base__  # gin configures a class by a subclass of the same name
         else:
             break
     if wrappers:
         described["wrapped_by"] = wrappers
     described["callable"] = _name(inner)
     try:
-        # Of the original where it is a class: what gin puts around it takes anything.
+        # For a class, the signature of the original: gin's wrapper takes anything.
         signature = inspect.signature(inner if isinstance(inner, type) else function)
     except (ValueError, TypeError):  # built-in functions have none
         return described
@@ -99,12 +99,12 @@ def _callable(function: Callable[..., Any]) -> dict[str, Any]:
 
 
 def _default(value: Any) -> Any:
-    """As any value; but a callable by its name alone, whose own defaults would lead on and on."""
+    """Describes a default; a callable by its name alone, because its own defaults could go on for ever."""
     return _name(value) if callable(value) and not hasattr(value, "__array__") else _json(value)
 
 
 def _name(function: Any) -> str:
-    """The shortest name it can be imported by: "optax.adamw", which is "optax._src.alias.adamw" only as of today."""
+    """Returns the shortest importable name, "optax.adamw": "optax._src.alias.adamw" may change with a version."""
     module = getattr(function, "__module__", None) or "builtins"
     name = getattr(function, "__qualname__", None)
     if name is None:  # an object that can be called

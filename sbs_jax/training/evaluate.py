@@ -1,4 +1,4 @@
-"""Grade a student on a split of a task: metrics and predictions. Answers to other inputs: prediction/."""
+"""Grade a student on a split of a task: metrics and predictions. prediction/ answers other inputs."""
 
 import dataclasses
 import functools
@@ -31,7 +31,7 @@ class Result:
 
 
 class Evaluator:
-    """Grades parameters on one split of a task by greedy generation; compiles once, tokenizes once."""
+    """Grades parameters on one split of a task by greedy generation. Compiles once, tokenizes once."""
 
     def __init__(
         self,
@@ -57,7 +57,7 @@ class Evaluator:
         self._vocabulary = registry.vocabulary(registry.options().vocabulary)
 
     def run(self, parameters: t5.Parameters, *, before_batch: Callable[[], None] = lambda: None) -> Result:
-        """Generates for every example and grades the texts. What `before_batch` raises ends it."""
+        """Generates an answer to every example and grades it. An exception of `before_batch` ends it."""
         generated = self._generator.run(parameters, self._tokens_NS, before_batch=before_batch)
         rows, predictions = [], []
         for example, (ids, score) in zip(self._examples, generated, strict=True):
@@ -85,11 +85,10 @@ class Evaluator:
 
 
 class Generator:
-    """Generation for any number of source rows, a fixed batch at a time: greedy, or what `compute` does.
+    """Generates for any number of source rows, a fixed batch at a time: greedily, or by `compute`.
 
-    `compute(model, tokens [B, S], ..)` gives arrays of B rows, of other arrays of B rows besides the tokens; `run`
-    needs tokens and scores. Of several processes each gives all rows and gets all answers, and puts on its devices what
-    belongs there.
+    `compute(model, tokens [B, S], ..)` returns arrays of B rows and may take further arrays of B rows; `run` needs
+    tokens and scores from it. Every process passes all rows, computes its share, and gets all answers.
     """
 
     def __init__(
@@ -102,9 +101,9 @@ class Generator:
         compute: Callable[..., Any] | None = None,
         smaller: Sequence[int] = (),
     ) -> None:
-        """`smaller`: other numbers of rows to compile for; a batch that is not full takes the least that holds it."""
+        """`smaller`: further batch sizes to compile for; a partial batch takes the smallest that holds it."""
         pieces = partitioner.data_parallel_size
-        # Rows that fill a batch up are padding, which is dropped again.
+        # Padding rows fill a batch up, and are dropped from its results.
         self._batch_size = -(-batch_size // pieces) * pieces
         rounded = {-(-size // pieces) * pieces for size in smaller if size < batch_size}
         self.sizes = sorted({*rounded, self._batch_size})
@@ -118,7 +117,7 @@ class Generator:
         self._generate = jax.jit(generate, out_shardings=partitioner.replicated)
 
     def lower(self, parameters: Mapping[str, jax.ShapeDtypeStruct], *, inputs: int) -> jax.stages.Lowered:
-        """What `run` computes for a batch of rows of `inputs` tokens, to be compiled, also for devices that are absent.
+        """Lowers a full batch of rows of `inputs` tokens, for compiling; the devices may be absent.
 
         The abstract parameters carry their shardings.
         """
@@ -128,7 +127,7 @@ class Generator:
     def run(
         self, parameters: t5.Parameters, *rows: np.ndarray, before_batch: Callable[[], None] = lambda: None
     ) -> Iterator[tuple[list[int], float]]:
-        """(token ids without EOS and padding, natural log probability) of each source row, in order."""
+        """Yields (token ids without EOS and padding, natural log probability) of each source row, in order."""
         for tokens, scores in self.batches(parameters, *rows, before_batch=before_batch):
             for ids, score in zip(tokens, scores, strict=True):
                 yield [int(i) for i in ids if i not in (decoding.PAD, decoding.EOS)], float(score)
@@ -136,9 +135,9 @@ class Generator:
     def batches(
         self, parameters: t5.Parameters, *rows: np.ndarray, before_batch: Callable[[], None] = lambda: None
     ) -> Iterator[Any]:
-        """What is computed of each batch: the array, or the tuple of arrays, of its rows without those that fill it up.
+        """Yields the result of each batch, an array or a tuple of arrays, without padding rows.
 
-        `rows` are arrays of as many rows each, tokens `[N, S]` first.
+        `rows` are arrays of equally many rows, tokens `[N, S]` first.
         """
 
         def filled(rows: np.ndarray) -> np.ndarray:
@@ -171,7 +170,7 @@ class EvaluateConfig:
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, float]:
-    """Grades a checkpoint on a split; writes predictions and `metrics.json` to `output_dir` if there is one."""
+    """Grades a checkpoint on a split; writes predictions and `metrics.json` to `output_dir`, if given."""
     student = load_student(
         config.checkpoint_path, layout=config.layout, records_dir=config.records_dir, base=config.base
     )

@@ -1,7 +1,7 @@
-"""gin files and bindings to an instance of a configuration class: the only module that knows gin.
+"""Make a configuration from gin files and bindings. The only module that uses gin.
 
-Configurations use gin's dynamic registration: a gin file imports the modules it configures, so no library function is
-decorated, and third-party callables (`@optax.adamw`) are bound directly.
+gin's dynamic registration lets a gin file import the modules it configures, so no function here is decorated, and
+third-party callables (`@optax.adamw`) are bound directly.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from typing import Any
 from sbs_jax import hosts
 from sbs_jax.checks import nearest
 
-# The names that selectors of gin begin with, and the modules they stand for.
+# First parts of gin selectors, and their modules.
 MODULES = {
     "adapters": "sbs_jax.student.adapters",
     "datasets": "sbs_jax.data.registry",
@@ -47,7 +47,7 @@ _CLASSES: dict[str, dict[str, str]] = {
     "datasets.DataOptions": {},
     "t5.Execution": {},
 }
-_LONGEST = 3_000  # characters of a message; some of gin's quote the configuration
+_LONGEST = 3_000  # characters of an error; some of gin's quote the whole configuration
 _NAME = re.compile(r"[\w.]+(/[\w.]+)*", re.ASCII)
 _MISSING = re.compile(r"No module named 'sbs_jax\.(\w+)'")
 _REFERENCE = re.compile(r"[@%](?:[\w.]+/)*([\w.]+)")
@@ -56,7 +56,7 @@ _LEFT_SIDE = re.compile(r"^([\w./]+) =", re.MULTILINE)
 
 
 class UsageError(Exception):
-    """Something the caller of the command can mend; printed without a traceback."""
+    """A mistake that the user can correct; printed without a traceback."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ..")
@@ -80,7 +80,7 @@ def configure(
     import gin
 
     gin.clear_config()
-    # Names that start with gin_configs/ are found from any folder: gin looks packages up, and gin_configs is one.
+    # gin finds gin_configs/.. from any folder, because gin_configs is a package.
     for path in search_paths:
         gin.add_config_file_search_path(path)
     prelude = "from __gin__ import dynamic_registration\nimport optax\nimport tasks\n"
@@ -89,7 +89,7 @@ def configure(
     prelude += "".join(f"include {file!r}\n" for file in gin_files)
     text = prelude + "\n".join(_quoted(binding) for binding in bindings) + "\n"
     try:
-        # Imports of the prelude do not reach into included files, and theirs not out of them.
+        # Imports count in their own file alone: the prelude's are for the command line, not for included files.
         includes, _ = gin.parse_config(text)
         _refuse_foreign(importlib.import_module("gin.config"))
         missing = _REQUIRED.findall(gin.config_str())
@@ -156,7 +156,7 @@ def class_bindings(name: str) -> dict[str, str]:
 def configured(
     name: str, arguments: argparse.Namespace, bindings: Sequence[str], *, unread: Sequence[str] = ()
 ) -> tuple[Any, str]:
-    """`configure` by the flags of a command; of several processes all must be configured alike."""
+    """Runs `configure` with the flags of a command, and checks that all processes have the same configuration."""
     if not arguments.gin_file:
         raise UsageError("no --gin_file given; the ready ones are under gin_configs/experiments/.")
     configured, text = configure(
@@ -166,14 +166,14 @@ def configured(
         search_paths=[path for path in arguments.gin_search_paths.split(",") if path],
         unread=unread,
     )
-    # Records may lie elsewhere on another host; what they hold is compared when they are read.
+    # Records may be in another folder on another host; their hashes are compared when they are read.
     lines = [line for line in text.splitlines() if line and not line.startswith(("#", "RECORDS_DIR"))]
     hosts.agree({"configuration": "\n".join(lines)})
     return configured, text
 
 
 def _quoted(binding: str) -> str:
-    """A `NAME=value` binding as a line of gin, its value quoted if it is bare text."""
+    """Turns `NAME=value` into a line of gin; a value that is bare text is quoted."""
     name, equals, value = binding.partition("=")
     if not equals:
         raise UsageError(f"Got the binding {binding[:200]!r}; expected NAME=value.")
@@ -185,17 +185,17 @@ def _quoted(binding: str) -> str:
             ast.literal_eval(value)
         except (ValueError, SyntaxError, RecursionError, MemoryError):
             value = repr(value)
-    elif "\n" in value or "\r" in value:  # it could go on with other statements
+    elif "\n" in value or "\r" in value:  # a second line could hold another statement
         raise UsageError(f"Got the binding {binding[:200]!r}; expected a value of one line.")
     return f"{name.strip()} = {value}"
 
 
 def _refuse_foreign(config: Any) -> None:
-    """UsageError where a configuration refers to a function of the standard library, which could do anything.
+    """Refuses a configuration that refers to a function of Python's standard library, which could do anything.
 
-    Dynamic registration lets a gin file name whatever can be imported, and what it names with `()` is called; and a
-    module that is imported leads to those that it imports (`@train.os.system()`). What a configuration is made of is
-    this project's, or another package's. `config` is gin's module, which has parsed and called nothing yet.
+    Dynamic registration lets a gin file name and call whatever can be imported, and reach the imports of a module
+    (`@train.os.system()`). Configurations need only this project and other packages. `config` is gin's module; it has
+    parsed the files and called nothing yet.
     """
     waiting, seen = list(config._CONFIG.values()), set()
     while waiting:
@@ -219,7 +219,7 @@ def _refuse_foreign(config: Any) -> None:
 
 def _read(file: str) -> str:
     path = Path(file)
-    if not path.exists():  # gin found it through the package gin_configs
+    if not path.exists():  # gin found it in the package gin_configs
         path = Path(__file__).parents[2] / file
     return path.read_text("utf-8")
 
@@ -232,10 +232,10 @@ def _file_names(includes: Iterable[Any]) -> list[str]:
 
 
 def _unused(config: str, operative: str, texts: Sequence[str]) -> list[str]:
-    """Bindings that took no effect and that no text refers to.
+    """Lists bindings that had no effect and that no text refers to.
 
-    A binding whose configurable or macro is referred to somewhere (`@optax.adamw`, `%WARMUP`) may be idle because
-    another file chose differently; that is how alternatives are offered, and no mistake.
+    A binding whose configurable or macro is referred to (`@optax.adamw`, `%WARMUP`) may be idle because another file
+    chose an alternative. That is not a mistake.
     """
     referred = {match[1] for text in texts for match in _REFERENCE.finditer(text)}
     ends = {name.rpartition(".")[2] for name in referred}

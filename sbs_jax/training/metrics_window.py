@@ -1,4 +1,4 @@
-"""Metrics of the steps since the last log line, and speeds."""
+"""Collect metrics and speeds between two lines of the log."""
 
 import contextlib
 import logging
@@ -15,10 +15,10 @@ log = logging.getLogger(__name__)
 
 
 class MetricsWindow:
-    """Metrics since the last line of the log, and speeds.
+    """Metrics of the steps since the last log line, and speeds.
 
-    Metrics stay on the device until they are asked for, so that the loop runs ahead of it. A checkpoint between two
-    lines keeps them (`rows`), so that a resumed run writes the line that it would have written.
+    Metrics stay on the device until they are read, so the loop can run ahead of it. A checkpoint between two lines
+    stores them (`rows`), so that a resumed run writes the same line.
     """
 
     def __init__(self, rows: Sequence[Mapping[str, float]] = ()) -> None:
@@ -41,19 +41,19 @@ class MetricsWindow:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """What happens inside does not count for the speeds."""
+        """Excludes the time inside from the speeds."""
         begin = time.monotonic()
         yield
         self._start += time.monotonic() - begin
 
     def rows(self) -> list[dict[str, float]]:
-        """Metrics of each step; waits for the last one."""
+        """Returns the metrics of each step; waits for the last step."""
         self._rows += [{name: float(x) for name, x in row.items()} for row in jax.device_get(self._on_device)]
         self._on_device = []
-        return list(self._rows)  # a save writes them down later, when this window may have more
+        return list(self._rows)  # a copy: a save in the background writes it while this window grows
 
     def close(self) -> dict[str, float]:
-        """Means over the steps that were not left out (none if all were), and speeds; a new window begins."""
+        """Returns means over the steps that were not skipped (none if all were), and speeds; starts a new window."""
         rows = [row for row in self.rows() if is_finite(row)]
         seconds = time.monotonic() - self._start
         values = {}

@@ -1,7 +1,7 @@
-"""One training step again, to see which examples and parameters made it what it was: `sbs replay`.
+"""Repeat one training step and show which examples and parameters caused its result: `sbs replay`.
 
-The state before the step is the one kept with a failure (failures.py), or comes from the newest checkpoint before it
-and the steps from there on, which are the same each time.
+The state before the step is the one kept with a failure (failures.py). Otherwise it is recomputed from the newest
+earlier checkpoint; steps are deterministic.
 """
 
 import logging
@@ -29,12 +29,12 @@ _SHOWN = 10
 
 
 def replay(config: TrainConfig, run: str | Path, *, step: int | None) -> dict[str, Any]:
-    """Metrics, examples and parameters of an update of a run: by default of the newest failure that it kept.
+    """Returns metrics, examples and parameters of an update of a run; by default of its newest failure.
 
     {"step": 12, "metrics": {"loss": .., ..}, "examples": [{"row", "segment", "task", "id", "loss", "alone"}, ..],
     "parameters": {name: {"not finite": n, "first at": [..]}}, "gradients": {name: norm}}. Losses are means per token in
-    nats: `loss` in the batch, `alone` in a row of its own and without dropout, which tells apart examples that share a
-    row. Examples come worst first; all gradients are listed, largest norm first.
+    nats: `loss` in the batch; `alone` in a row of its own without dropout, which separates examples that share a row.
+    Examples are sorted worst first, gradients by norm, largest first.
     """
     run = Path(run)
     if step is None and (step := failures.newest(run)) is None:
@@ -84,7 +84,7 @@ def replay(config: TrainConfig, run: str | Path, *, step: int | None) -> dict[st
     ]
     rows.sort(key=lambda row: [-_badness(row["alone"]), -_badness(row["loss"])])
     host = jax.device_get(parameters)
-    _, metrics = trainer.step(state, batch)  # gives the state away
+    _, metrics = trainer.step(state, batch)  # donates the state, so it comes last
     return {
         "step": step,
         "metrics": {name: float(x) for name, x in jax.device_get(metrics).items() if name != "skipped"},
@@ -95,7 +95,7 @@ def replay(config: TrainConfig, run: str | Path, *, step: int | None) -> dict[st
 
 
 def text(found: Mapping[str, Any], kept: Mapping[str, Any] | None) -> str:
-    """What `replay` found, for people; `kept` is what the run wrote down of the failure."""
+    """Formats the result of `replay` for people; `kept` is the run's failure.json."""
     lines = [f"Step {found['step']}: " + ", ".join(f"{name} {x:.5g}" for name, x in found["metrics"].items())]
     if kept is not None:
         then = kept["steps"][-1]
@@ -119,7 +119,7 @@ def text(found: Mapping[str, Any], kept: Mapping[str, Any] | None) -> str:
 
 
 def _state_before(config: TrainConfig, trainer: Trainer, run: Path, *, step: int) -> TrainState:
-    """The state before an update: as kept, or computed from the newest checkpoint before it."""
+    """Loads the state before an update if it was kept, or recomputes it from the newest earlier checkpoint."""
     base = None if config.tuning is None else base_of(config, trainer)
 
     def restored(directory: Path, number: int) -> TrainState:
@@ -139,14 +139,14 @@ def _state_before(config: TrainConfig, trainer: Trainer, run: Path, *, step: int
 
 
 def _batches(config: TrainConfig, trainer: Trainer, *, first: int, count: int) -> Any:
-    """The batches of some steps, on the devices."""
+    """Yields the batches of `count` steps, on the devices."""
     found = feed.train_batches(config, trainer, skip=first - 1)
     for _ in range(count):
         yield trainer.partitioner.put_batch(next(found))
 
 
 def _token_losses(model: t5.T5, batch: Batch, *, dropout_key: jax.Array | None) -> jax.Array:
-    """Cross-entropy of each target token, in nats, [B, T]; 0 for padding."""
+    """Returns the cross-entropy of each target token in nats, [B, T]; 0 for padding."""
     states = model.states(
         batch["encoder_input_tokens"],
         batch["decoder_input_tokens"],
@@ -159,7 +159,7 @@ def _token_losses(model: t5.T5, batch: Batch, *, dropout_key: jax.Array | None) 
 
 
 def _example_losses(tokens_BT: np.ndarray, batch: Mapping[str, np.ndarray]) -> dict[tuple[int, int], float]:
-    """Mean loss per token of each (row, segment)."""
+    """Returns the mean loss per token of each (row, segment)."""
     real = batch["decoder_task_ids"] > 0
     segments = np.asarray(batch.get("decoder_segment_ids", real.astype(np.int32)))
     found = {}
@@ -175,7 +175,7 @@ def _alone(
     parameters: t5.Parameters,
     rows: Mapping[str, np.ndarray],
 ) -> list[float]:
-    """Mean loss per token of examples that have a row each, without dropout; as many at a time as the batch has."""
+    """Returns the mean loss per token of examples in rows of their own, without dropout, a batch at a time."""
 
     @jax.jit
     def token_losses(parameters: t5.Parameters, batch: Batch) -> jax.Array:
@@ -194,7 +194,7 @@ def _alone(
 
 
 def _not_finite(array: np.ndarray) -> dict[str, Any] | None:
-    """How many values are not finite, and the index of the first."""
+    """Counts values that are not finite, with the index of the first; None if all are."""
     bad = np.argwhere(~np.isfinite(array.astype(np.float32)))
     return {"not finite": len(bad), "first at": bad[0].tolist()} if len(bad) else None
 

@@ -1,4 +1,4 @@
-"""The state a run starts from, or resumes from: parameters, optimizer and frozen base on their shardings."""
+"""Make the state that a run starts or resumes from: parameters, optimizer and frozen base, on their shardings."""
 
 import functools
 import logging
@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 
 def initial_state(config: TrainConfig, trainer: Trainer, *, base: frozen.Base | None = None) -> TrainState:
-    """Fresh parameters from the seed, or those of `initial_checkpoint_path`; optimiser at zero; step 0."""
+    """Initializes step 0: parameters from the seed or from `initial_checkpoint_path`, and a fresh optimizer."""
     saved = shardings(trainer.saved)
     if config.tuning is not None:
         base = base or base_of(config, trainer)
@@ -38,7 +38,7 @@ def initial_state(config: TrainConfig, trainer: Trainer, *, base: frozen.Base | 
 
 
 def base_of(config: TrainConfig, trainer: Trainer) -> frozen.Base:
-    """What a run with a tuning begins from, as it is held: read anew at every start, since no checkpoint has it."""
+    """Loads the weights under adapters. Every start reads them again, since checkpoints do not hold them."""
     assert config.tuning is not None
     return frozen.load(
         config.model,
@@ -55,7 +55,7 @@ def _number(value: int, sharding: Any) -> jax.Array:
 
 
 def state_of(restored: checkpoints.Restored, trainer: Trainer, *, base: frozen.Base | None = None) -> TrainState:
-    """The state that a checkpoint holds, as it is held in memory. ValueError where it belongs to another base."""
+    """Makes the state from a restored checkpoint. ValueError if its adapters belong to another base."""
     saved = trainer.saved
     if base is not None:
         identity.check(base.identity, restored.metadata["base"], owner=f"The checkpoint of step {restored.step}")

@@ -1,4 +1,4 @@
-"""One training step: state, loss and gradients of a global batch, update; and its compilation for a mesh."""
+"""Compute one training step: loss and gradients of a global batch, update; and compile it for a mesh."""
 
 import dataclasses
 import logging
@@ -20,13 +20,13 @@ log = logging.getLogger(__name__)
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """What an update changes, and what it leaves alone."""
+    """Everything that a step reads and writes; or the same tree of shapes or shardings."""
 
-    step: Any  # int32 scalar, the number of updates made, or left out because they were not finite
-    parameters: Any  # t5.Parameters that are trained, or the same tree of shapes or shardings
+    step: Any  # int32 scalar, updates made or skipped
+    parameters: Any  # the trained t5.Parameters
     optimizer: Any
-    skipped: Any  # int32 scalar, how many of them were left out
-    frozen: Any = dataclasses.field(default_factory=dict)  # the other t5.Parameters
+    skipped: Any  # int32 scalar, updates skipped because they were not finite
+    frozen: Any = dataclasses.field(default_factory=dict)  # the other t5.Parameters; no step changes them
 
 
 Batch = dict[str, Any]  # arrays, or their shapes
@@ -44,11 +44,11 @@ def loss_and_gradients(
     dropout_key: jax.Array,
     frozen: t5.Parameters | None = None,
 ) -> tuple[Float[Array, ""], dict[int, losses.TaskSums], t5.Parameters]:
-    """Loss of a global batch, sums per task, and gradients; the same however the batch is cut into micro-batches.
+    """Returns loss, sums per task and gradients of a global batch; the number of micro-batches does not change them.
 
-    `parameters` and `frozen` together are all that the model has; gradients are of `parameters` alone.
+    `parameters` and `frozen` together are the whole model; gradients are of `parameters` alone.
     """
-    # Over the whole batch, before it is cut: see losses.py.
+    # Weights are those of the whole batch, so they come before it is cut: see losses.py.
     weights = losses.token_weights(batch["decoder_task_ids"], alpha=alpha)
 
     def loss_of(parameters: t5.Parameters, rows: Batch, index: jax.Array):
@@ -96,11 +96,11 @@ def train_step(
     config: TrainConfig,
     optimizer: optax.GradientTransformation,
 ) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
-    """One update from one global batch, and its metrics. Pure; the dropout key follows from (seed, step).
+    """Makes one update from one global batch; returns the new state and metrics. Pure: (seed, step) give the dropout.
 
-    An update whose loss or gradient is not finite changes neither parameters nor optimiser. After more than
-    `config.skip_non_finite` of them no further step changes anything: `step` stays the number of the last good one,
-    so that the loop, which looks at the metrics later, finds the state from which the fault can be replayed.
+    An update whose loss or gradient is not finite changes neither parameters nor optimizer. After more than
+    `config.skip_non_finite` of them, no further step changes anything and `step` stays at the last good one: the loop
+    reads metrics later, and then finds the state from which the failure can be replayed.
     """
     loss, sums, gradients = loss_and_gradients(
         state.parameters,
@@ -139,29 +139,29 @@ def _clipped(gradients: t5.Parameters, *, norm: float | None) -> tuple[Float[Arr
 
 
 def _cut(batch: Batch, pieces: int) -> Batch:
-    """`[B, ..]` to `[pieces, B / pieces, ..]`; row i goes to piece i mod pieces, so no device's rows have to move."""
+    """Reshapes `[B, ..]` to `[pieces, B / pieces, ..]`; row i goes to piece i mod pieces, so rows need not move."""
     return {name: x.reshape(-1, pieces, *x.shape[1:]).swapaxes(0, 1) for name, x in batch.items()}
 
 
 @dataclasses.dataclass(frozen=True)
 class Trainer:
-    """The compiled step and where its state lives; what `train`, `sbs plan` and the benchmarks share."""
+    """The compiled step and the shardings of its state; shared by `train`, `sbs plan` and the benchmarks."""
 
     partitioner: partitioning.Partitioner
-    abstract: TrainState  # shapes with shardings, as held in memory
-    saved: TrainState  # the same where every layer has arrays of its own: as on disk, but for what is frozen
-    batch: Batch  # the same, of one global batch
+    abstract: TrainState  # shapes with shardings, as in memory
+    saved: TrainState  # the same with arrays of its own for every layer, as on disk (where `frozen` is left out)
+    batch: Batch  # shapes with shardings of one global batch
     step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
-    unstacked: Callable[[TrainState], TrainState]  # from memory to disk, without what is frozen
-    stacked: Callable[[TrainState], TrainState]  # and back, with it
-    parameters: Callable[[TrainState], t5.Parameters]  # all of them, every layer's by itself
-    structure: t5.Structure  # of a model that has them
+    unstacked: Callable[[TrainState], TrainState]  # from memory to disk, without `frozen`
+    stacked: Callable[[TrainState], TrainState]  # from disk to memory, with `frozen`
+    parameters: Callable[[TrainState], t5.Parameters]  # trained and frozen, with arrays of its own for every layer
+    structure: t5.Structure  # of a model with these parameters
 
 
 def prepare(config: TrainConfig, *, devices: Sequence[Any] | None = None) -> Trainer:
-    """Mesh, shardings and the jitted step. Computes no parameter and reads no data.
+    """Makes mesh, shardings and the jitted step. Computes no parameter and reads no data.
 
-    `devices` are those of a machine that may not be there (`sbs plan`); all of this one by default.
+    `devices` may be those of an absent machine (`sbs plan`); by default all of this one.
     """
     partitioner = config.layout.partitioner(devices)
     _check_divisible(config, partitioner)
@@ -216,7 +216,7 @@ def prepare(config: TrainConfig, *, devices: Sequence[Any] | None = None) -> Tra
 
 
 def _in_memory(optimizer: Any, config: TrainConfig) -> Any:
-    """The optimiser's abstract state in the memory that is asked for; step counts and the like stay on the device."""
+    """Places the optimizer's abstract arrays in `optimizer_memory`; scalars (step counts) stay on the device."""
     if config.optimizer_memory == "device":
         return optimizer
 
@@ -238,7 +238,7 @@ def _as_it_is(tree: Any) -> Any:
 
 
 def _check_divisible(config: TrainConfig, partitioner: partitioning.Partitioner) -> None:
-    """Before any compile: rows over devices and micro-batches, heads over splits."""
+    """Refuses rows that do not divide over devices and micro-batches, and heads over splits, before any compile."""
     rows, pieces = config.batch_size, partitioner.data_parallel_size * config.micro_batches
     if rows % pieces:
         down, up = rows // pieces * pieces, -(-rows // pieces) * pieces

@@ -29,10 +29,10 @@ class Student:
 def load_student(
     path: str | Path, *, layout: partitioning.Layout, records_dir: str | None = None, base: str | None = None
 ) -> Student:
-    """The student of a run directory (its best step) or of one `checkpoints/<step>`; registers its tasks.
+    """Loads the student of a run directory (its best step) or of one `checkpoints/<step>`; registers its tasks.
 
-    Vocabulary, prefixes and lengths are those it was trained with; `records_dir` may have moved, and so may the `base`
-    of a run that trained adapters.
+    Vocabulary, prefixes and lengths are those of its training. `records_dir`, and the `base` of an adapter run, say
+    where these are if they have moved.
     """
     return _load_sharing(path, {}, layout=layout, records_dir=records_dir, base=base)[0]
 
@@ -40,16 +40,16 @@ def load_student(
 def load_students(
     path: str | Path, others: Mapping[str, str | Path], *, layout: partitioning.Layout, base: str | None = None
 ) -> tuple[Student, dict[str, Student]]:
-    """A run that trained adapters, and others by name, over one base, which is read and held once.
+    """Loads an adapter run, and others by name, over one base, which is read and stored once.
 
-    Registers the tasks of the first. ValueError where they were trained on different bases, or hold theirs otherwise.
+    Registers the tasks of the first. ValueError if their bases differ, or differ in precision.
     """
     return _load_sharing(path, others, layout=layout, records_dir=None, base=base)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Trained:
-    """What a run trained, and the shapes of all that its student has."""
+    """The trained parameters of a run, and the shapes of its whole student."""
 
     owner: str
     config: t5.T5Config
@@ -128,7 +128,7 @@ def _read_trained(path: str | Path, partitioner: partitioning.Partitioner) -> _T
 
 
 def _check_shared(first: _Trained, other: _Trained) -> None:
-    """ValueError unless the base, as the first run holds it, serves the other as well."""
+    """Refuses another adapter run unless the base in memory serves it as well."""
     assert first.base is not None
     assert other.base is not None
     if first.base["fingerprint"] != other.base["fingerprint"]:

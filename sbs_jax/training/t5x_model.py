@@ -1,9 +1,9 @@
-"""The method on unmodified T5X: its encoder-decoder model and its trainer, with our loss. See docs/t5x.md.
+"""Run the method on unmodified T5X: its encoder-decoder model and trainer, with our loss. See docs/t5x.md.
 
-Needs T5X (scripts/t5x.txt) and is imported by nothing but the gin files in `gin_configs/t5x/`.
+Needs T5X (scripts/t5x.txt). Only the gin files in `gin_configs/t5x/` import it.
 """
 
-# T5X may be missing where the types are checked; where it is there, its own annotations name NumPy's arrays for JAX's.
+# T5X may be missing where types are checked; if it is installed, its annotations name NumPy arrays for JAX's.
 # pyright: reportMissingImports=false, reportArgumentType=false, reportCallIssue=false
 # pyright: reportAttributeAccessIssue=false, reportOperatorIssue=false
 
@@ -18,14 +18,14 @@ from t5x import decoding, models, state_utils, trainer
 from sbs_jax.data import batches, registry, selection
 from sbs_jax.student import losses
 
-# The feature that `StepByStepTrainer` adds to a batch, and that T5X cuts into micro-batches with the others.
+# Feature that `StepByStepTrainer` adds to a batch; T5X cuts it into micro-batches with the others.
 TOKEN_WEIGHTS = "decoder_token_weights"
 
 
 class StepByStepModel(models.EncoderDecoderModel):
     """T5X's encoder-decoder with the step-by-step loss.
 
-    To T5X's metrics it adds `loss/label`, `loss/rationale` (nats per token), and `token_accuracy/..`, `tokens/..`.
+    Adds to T5X's metrics `loss/label`, `loss/rationale` (nats per token), `token_accuracy/..` and `tokens/..`.
     """
 
     FEATURE_CONVERTER_CLS = batches.StepByStepFeatureConverter
@@ -41,10 +41,10 @@ class StepByStepModel(models.EncoderDecoderModel):
         decode_fn: Callable[..., Any] = decoding.beam_search,
         default_decoder_params: models.DecoderParams | None = None,
     ):
-        """Puts `data` in force for every task: T5X builds its model before it opens a dataset.
+        """Configures every task with `data`: T5X builds its model before it opens a dataset.
 
-        `module` is T5X's `network.Transformer`, `optimizer_def` one of T5X's optimisers; `alpha` is the share of the
-        label task. ValueError where the network's table is smaller than the vocabulary.
+        `module` is T5X's `network.Transformer`, `optimizer_def` one of T5X's optimizers, `alpha` the share of the label
+        task. ValueError if the network's table is smaller than the vocabulary.
         """
         if not 0.0 <= alpha <= 1.0 or z_loss < 0.0:
             raise ValueError(f"Got alpha {alpha!r} and z_loss {z_loss!r}; expected 0 <= alpha <= 1 and z_loss >= 0.")
@@ -67,13 +67,13 @@ class StepByStepModel(models.EncoderDecoderModel):
         self._alpha = alpha
 
     def with_token_weights(self, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-        """The batch, which must be the global one, with the weight of each of its target tokens, float32 [B, T]."""
+        """Adds to a global batch the weight of each target token, float32 [B, T]."""
         return {**batch, TOKEN_WEIGHTS: losses.token_weights(batch["decoder_task_ids"], alpha=self._alpha)}
 
     def loss_fn(
         self, params: Any, batch: Mapping[str, jax.Array], dropout_rng: jax.Array | None
     ) -> tuple[jax.Array, models.MetricsMap]:
-        """Loss and metrics of a batch, or of a micro-batch with its share of the global batch's weights.
+        """Returns loss and metrics of a batch, or of a micro-batch with its share of the global batch's weights.
 
         In evaluation (no key) a batch is never cut. ValueError in training for a batch without weights.
         """
@@ -98,7 +98,7 @@ class StepByStepModel(models.EncoderDecoderModel):
         metrics = self._compute_metrics(logits, targets, mask, loss, z_loss, packed or unpacked)
         for task, name in losses.TASK_NAMES.items():
             of_task = sums[task]
-            # Without a token, 0 instead of 0 / 0; beside a whole number of tokens it vanishes.
+            # 0 instead of 0 / 0 for a task without tokens; beside a whole number of tokens it rounds away.
             count = jnp.maximum(of_task.tokens, 1e-9)
             metrics |= {
                 f"loss/{name}": models.clu_metrics.Average(total=of_task.cross_entropy, count=count),
@@ -109,7 +109,7 @@ class StepByStepModel(models.EncoderDecoderModel):
 
 
 class StepByStepTrainer(trainer.Trainer):
-    """T5X's trainer, except that the weights of tokens are computed before a batch is cut into micro-batches."""
+    """T5X's trainer, with token weights computed before a batch is cut into micro-batches."""
 
     @functools.cached_property
     def _partitioned_train_step(self) -> Any:
@@ -132,10 +132,11 @@ class StepByStepTrainer(trainer.Trainer):
 
 
 def only_parameters(checkpoint: Mapping[str, Any], model: Mapping[str, Any], *, is_resuming: bool = False) -> Any:
-    """For `utils.RestoreCheckpointConfig.state_transformation_fns`: a run starts at step 0 with a fresh optimiser.
+    """Keeps the parameters of a stored state, so that a run starts at step 0 with a fresh optimizer.
 
-    Takes the state as stored and as the model has it. What the result leaves out is filled in afresh, unnoticed
-    (`fallback_to_scratch`), so a missing parameter is a ValueError.
+    For `utils.RestoreCheckpointConfig.state_transformation_fns`; takes the state as stored and as the model has it.
+    T5X initializes whatever the result lacks without a word (`fallback_to_scratch`), so a missing parameter is a
+    ValueError.
     """
     if is_resuming:
         return checkpoint
