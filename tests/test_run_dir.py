@@ -994,10 +994,10 @@ def test_settings_of_a_configuration_that_gin_made():
     file = "gin_configs/experiments/svamp/base.gin"
     bindings = [*paths, "OPTIMIZER=@a/optax.adamw"]
     config, _ = gin_files.configure("train.TrainConfig", gin_files=[file], bindings=bindings)
-    found = json.loads(json.dumps(settings.settings(config), allow_nan=False))
+    found = json.loads(json.dumps(settings.describe(config), allow_nan=False))
     assert found["optimizer"]["callable"] == "optax.adamw"
     assert found["optimizer"]["defaults"]["b2"] == 0.999
-    assert found["optimizer"] == settings.settings(dataclasses.replace(config, optimizer=optax.adamw))["optimizer"]
+    assert found["optimizer"] == settings.describe(dataclasses.replace(config, optimizer=optax.adamw))["optimizer"]
     assert list(found["learning_rate"]) == ["0", "1", "1000", "5000", "9999"]
     assert found["learning_rate"]["5000"] == pytest.approx(2.5e-5)
     assert found["model"]["layer_norm_epsilon"] == 1e-6

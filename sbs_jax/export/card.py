@@ -17,7 +17,7 @@ from typing import Any
 from sbs_jax.data import grading, registry, selection, tokens
 from sbs_jax.data.dataset import STEP_BY_STEP, Dataset
 from sbs_jax.run import checkpoints, directory
-from sbs_jax.run.manifest import name_of
+from sbs_jax.run.manifest import last_name
 from sbs_jax.stats import intervals, results
 from sbs_jax.storage import json_files
 from sbs_jax.student import adapters
@@ -211,7 +211,7 @@ def _training(manifest: Mapping[str, Any], opened: Opened) -> dict[str, Any]:
     known = ("label_source", "rationales", "fraction", "seed")
     return {
         "method": manifest["run"]["mixture_or_task_name"].removeprefix(f"{manifest['data']['dataset']}_"),
-        "base": None if base is None else name_of(base),
+        "base": None if base is None else last_name(base),
         "adapters": None if settings.get("tuning") is None else _adapters(settings["tuning"]),
         "step": opened.step,
         **{name: options[name] for name in known if name in options},

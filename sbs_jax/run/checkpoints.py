@@ -90,7 +90,7 @@ class Checkpoints:
         self._retention = retention
         self._scores = scores
         self._handler = saving.array_handler()
-        self._under_way: saving.Save | None = None
+        self._saving: saving.Save | None = None
         self._attempts = 0
         self._good: set[int] = set()  # steps that this process has verified or written
         self._missing: str | None = None  # why the last save is not on disk
@@ -118,7 +118,7 @@ class Checkpoints:
         """
         self.wait(because=f"Step {step}")
         arrays = {PARAMETERS: parameters, OPTIMIZER: optimizer}
-        answer = hosts.from_first(lambda: self._make_place(step, needed=saving.size(arrays)))
+        answer = hosts.from_first(lambda: self._make_folder(step, needed=saving.size(arrays)))
         self._missing = answer["refused"]
         if answer["refused"] is not None:
             self._warn(step, answer["refused"])
@@ -127,7 +127,7 @@ class Checkpoints:
             place = Path(answer["place"])
             save = saving.Save(step, place, handler=self._handler, arrays=arrays, metadata=dict(metadata))
             save.start(lambda: self._remove_others(step, scores), lambda reason: self._warn(step, reason))
-            self._under_way = save
+            self._saving = save
 
     def finish(
         self, step: int, *, parameters: t5.Parameters, optimizer: Any, metadata: Mapping[str, Any], patience: float
@@ -137,7 +137,7 @@ class Checkpoints:
         A storage failure is retried every few seconds, for `patience` seconds; then OSError.
         """
         self.wait()
-        if hosts.from_first(lambda: self._is_there(step)):
+        if hosts.from_first(lambda: self._is_on_disk(step)):
             return
         deadline = time.monotonic() + patience
         while True:
@@ -166,7 +166,7 @@ class Checkpoints:
 
     def wait(self, *, because: str | None = None) -> None:
         """Waits until the save in progress is on disk or has failed (then a warning was logged)."""
-        save, self._under_way = self._under_way, None
+        save, self._saving = self._saving, None
         if save is None:
             return
         begin = time.monotonic()
@@ -223,10 +223,10 @@ class Checkpoints:
         (self.directory / str(step)).rename(target)
         log.warning("The checkpoint of step %d cannot be used: %s. It is now %s.", step, problem, target)
 
-    def _make_place(self, step: int, *, needed: int) -> dict[str, Any]:
+    def _make_folder(self, step: int, *, needed: int) -> dict[str, Any]:
         """Makes the folder to write a step to; or reports that the step exists, or why nothing can be written."""
         try:
-            if self._is_there(step):
+            if self._is_on_disk(step):
                 return {"exists": True, "refused": None, "place": None}
             final = self.directory / str(step)
             if os.path.lexists(final):
@@ -248,7 +248,7 @@ class Checkpoints:
             return {"exists": False, "refused": checksums.reason(error), "place": None}
         return {"exists": False, "refused": None, "place": str(temporary)}
 
-    def _is_there(self, step: int) -> bool:
+    def _is_on_disk(self, step: int) -> bool:
         directory = self.directory / str(step)
         if step in self._good:
             return (directory / checksums.FILE).is_file()

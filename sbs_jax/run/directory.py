@@ -140,12 +140,12 @@ class RunDir:
     # ------------------------------------------------------------------ on process 0
 
     def _open(self) -> dict[str, Any]:
-        with _refusing(self.path):
+        with _explaining_disk_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             self._refuse_other_contents()
             self._lock.take()
         try:
-            with _refusing(self.path):
+            with _explaining_disk_errors(self.path):
                 if not (self.path / "config.gin").exists():
                     atomic.replace(self.path / "config.gin", self._config_text.encode())
                 lines = self._follow_files()
@@ -194,9 +194,9 @@ class RunDir:
             log.warning("Going on with changes:\n%s", "\n".join(changed))
             accepted.append({"step": step, "time": now, "diff": changed})
         new |= {"accepted_changes": accepted, "starts": [*(old or {}).get("starts", []), start]}
-        if old is not None and (other := manifest.announced(old, new)):
+        if old is not None and (other := manifest.allowed_changes(old, new)):
             log.info("Not as at the last start: %s.", "; ".join(other))
-        with _refusing(self.path):
+        with _explaining_disk_errors(self.path):
             # In this order: config.gin marks the directory as a run's.
             atomic.replace(config, self._config_text.encode())
             atomic.replace(self.path / MANIFEST, (json.dumps(new, indent=1, sort_keys=True) + "\n").encode())
@@ -247,7 +247,7 @@ class RunDir:
             )
         size = sum(map(len, kept))
         if path.exists() and path.stat().st_size != size:
-            with _refusing(self.path), path.open("r+b") as file:
+            with _explaining_disk_errors(self.path), path.open("r+b") as file:
                 file.truncate(size)
         return self._follow_files()
 
@@ -343,7 +343,7 @@ def _parse(line: bytes, *, path: Path, number: int) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _refusing(path: Path) -> Iterator[None]:
+def _explaining_disk_errors(path: Path) -> Iterator[None]:
     """Turns a disk error at the start into one for the user, with the path and the reason."""
     try:
         yield

@@ -79,7 +79,7 @@ def versions() -> Mapping[str, str]:
     return types.MappingProxyType(found)
 
 
-def elsewhere(manifest: Mapping[str, Any]) -> dict[str, Any]:
+def without_paths(manifest: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a manifest for publication: files and folders of this machine by their last names alone."""
 
     def named(value: Any, *, is_path: bool = False) -> Any:
@@ -87,12 +87,12 @@ def elsewhere(manifest: Mapping[str, Any]) -> dict[str, Any]:
             return {name: named(each, is_path=name in _PATHS) for name, each in value.items()}
         if isinstance(value, list | tuple):
             return [named(each) for each in value]
-        return name_of(value) if isinstance(value, str) and (is_path or value.startswith("/")) else value
+        return last_name(value) if isinstance(value, str) and (is_path or value.startswith("/")) else value
 
     return named(manifest)
 
 
-def name_of(path: str) -> str:
+def last_name(path: str) -> str:
     """Returns the last name of a path on this machine; a bucket's address stays, as it is valid everywhere."""
     if "://" in path or not path.strip("/"):
         return path
@@ -120,7 +120,7 @@ def changes(
     )
 
 
-def announced(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+def allowed_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Lists allowed changes of versions, revision, devices and mesh, as "jax 0.9.0 -> 0.9.1"."""
     parts = ("git_revision", "versions", "mesh", "devices")
     before, after = (dict(_flat({name: of.get(name) for name in parts})) for of in (old, new))

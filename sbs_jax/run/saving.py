@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 PARAMETERS, OPTIMIZER, METADATA = "parameters", "optimizer", "metadata"
 WRITING = ".writing"  # suffix of the name until then
-_WORD = ".written"  # suffix of the file in which a process reports the end of its part
+_STATUS = ".written"  # suffix of the file in which a process reports the end of its part
 _WORTH_COLLECTING = 32_000_000  # bytes of a failed save; a garbage collection takes half a second
 _SEEN_WITHIN = 60.0  # seconds in which a network file system shows a file to another host
 
@@ -51,7 +51,8 @@ class Save:
         self._size = size(arrays)
         self._temporary, self._final = place, place.parent / str(step)
         self._error: BaseException | None = None
-        self._own_part, self._told = threading.Event(), threading.Event()
+        self._own_part_done = threading.Event()
+        self._exchanged = threading.Event()  # every process knows of every failure
         self._futures: list[Any] = []
         try:
             for item, tree in arrays.items():
@@ -71,12 +72,12 @@ class Save:
 
     def wait(self) -> str | None:
         """Waits for the save; returns None if it is on disk, otherwise the reason; the same on every process."""
-        self._own_part.wait()
+        self._own_part_done.wait()
         failures = hosts.from_all(None if self._error is None else checksums.reason(self._error))
         for index, failure in enumerate(failures):
             if failure is not None and self._error is None:
                 self._error = OSError(f"process {index}: {failure}")
-        self._told.set()
+        self._exchanged.set()
         self._thread.join()
         if self._error is not None and not isinstance(self._error, OSError):
             raise self._error
@@ -96,15 +97,15 @@ class Save:
         self._futures = []
         try:
             if not hosts.is_first():
-                self._leave_word()
+                self._write_status()
                 return
-            self._own_part.set()
+            self._own_part_done.set()
             if self._error is None:
                 self._complete()
         except Exception as error:
             self._error = self._error or _storage_error(error) or error
         finally:
-            self._own_part.set()
+            self._own_part_done.set()
         if self._error is None:
             self._then()
             return
@@ -115,7 +116,7 @@ class Save:
 
     def _complete(self) -> None:
         """Waits for the others' parts and puts the directory in place."""
-        self._hear_from_others()
+        self._wait_for_others()
         for item in (PARAMETERS, OPTIMIZER):
             if (self._temporary / item).is_dir():
                 self._handler.finalize(epath.Path(self._temporary / item))
@@ -129,25 +130,25 @@ class Save:
             *(self.step, megabytes(total), now - self._began, now - written),
         )
 
-    def _leave_word(self) -> None:
+    def _write_status(self) -> None:
         """Writes this process's status file: empty on success, otherwise the reason."""
         text = "" if self._error is None else checksums.reason(self._error)
-        (self._temporary / f"{jax.process_index()}{_WORD}").write_text(f"{text}\n", "utf-8")
+        (self._temporary / f"{jax.process_index()}{_STATUS}").write_text(f"{text}\n", "utf-8")
 
-    def _hear_from_others(self) -> None:
+    def _wait_for_others(self) -> None:
         deadline = None
-        missing = {index: self._temporary / f"{index}{_WORD}" for index in range(1, jax.process_count())}
+        missing = {index: self._temporary / f"{index}{_STATUS}" for index in range(1, jax.process_count())}
         while missing:
             for index, file in list(missing.items()):
-                word = file.read_text("utf-8") if file.exists() else ""
-                if word.strip():
-                    raise OSError(f"process {index}: {word.strip()}")
-                if word:
+                status = file.read_text("utf-8") if file.exists() else ""
+                if status.strip():
+                    raise OSError(f"process {index}: {status.strip()}")
+                if status:
                     file.unlink()
                     del missing[index]
             if self._error is not None:
                 raise self._error
-            if self._told.is_set() and deadline is None:
+            if self._exchanged.is_set() and deadline is None:
                 deadline = time.monotonic() + _SEEN_WITHIN
             if deadline is not None and time.monotonic() > deadline:
                 raise OSError(f"what the other processes wrote to {self._temporary} is not to be seen here")

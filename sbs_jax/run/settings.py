@@ -18,7 +18,7 @@ import numpy as np
 _LISTED = 64  # values of an array to list; larger arrays are hashed
 
 
-def settings(config: Any) -> dict[str, Any]:
+def describe(config: Any) -> dict[str, Any]:
     """Describes a `train.TrainConfig` as JSON values: nested dataclasses, and callables by name with their defaults.
 
     `optax.adamw`, bare or wrapped by gin, is {"callable": "optax.adamw", "defaults": {"b1": 0.9, ..}}; arguments bound

@@ -75,7 +75,7 @@ def _changes(cell: Cell) -> list[str]:
         "max_decode_length": config.max_decode_length,
         "primary_metric": registry.get(cell.dataset).primary_metric,
     }
-    new = {**old, "data": data, "run": run, "settings": settings.settings(config)}
+    new = {**old, "data": data, "run": run, "settings": settings.describe(config)}
     kept = (cell.model_dir / "config.gin").read_text("utf-8", "replace")
     return manifest.changes(old, json.loads(json.dumps(new)), old_config=kept, new_config=text)[0]
 

@@ -37,7 +37,7 @@ def manifest(config: TrainConfig, *, data: dict[str, Any], trainer: Trainer) -> 
             "max_decode_length": config.max_decode_length,
             "primary_metric": registry.dataset_of_task(config.mixture_or_task_name).primary_metric,
         },
-        "settings": settings.settings(config),
+        "settings": settings.describe(config),
         "model": dataclasses.asdict(config.model),
         "mesh": trainer.partitioner.sizes,
         "devices": devices,

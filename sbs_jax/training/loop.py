@@ -15,7 +15,7 @@ from sbs_jax.run import checkpoints, directory
 from sbs_jax.training import contents, evaluate, failures, feed
 from sbs_jax.training.config import TrainConfig
 from sbs_jax.training.metrics_window import MetricsWindow
-from sbs_jax.training.state import base_of, initial_state, state_of
+from sbs_jax.training.state import initial_state, load_base, restored_state
 from sbs_jax.training.step import Trainer, TrainState, prepare
 from sbs_jax.weights import opening
 
@@ -40,7 +40,7 @@ def train(config: TrainConfig, *, config_text: str, accept_changes: bool = False
     _check_vocabulary(config)
     hosts.agree({"data": feed.fingerprint(config, data)})
     trainer = prepare(config)
-    base = None if config.tuning is None else base_of(config, trainer)
+    base = None if config.tuning is None else load_base(config, trainer)
     manifest = contents.manifest(config, data=data, trainer=trainer)
 
     with contextlib.ExitStack() as stack:
@@ -57,7 +57,7 @@ def train(config: TrainConfig, *, config_text: str, accept_changes: bool = False
         if start:
             log.info("Resuming at step %d of %d.", start, config.train_steps)
             restored = saver.restore(start, parameters=trainer.saved.parameters, optimizer=trainer.saved.optimizer)
-            state, progress = state_of(restored, trainer, base=base), restored.metadata
+            state, progress = restored_state(restored, trainer, base=base), restored.metadata
         else:
             state, progress = initial_state(config, trainer, base=base), _NEW
         # The state holds the base's arrays now, stacked if layers are scanned; a second reference would keep a copy.

@@ -20,7 +20,7 @@ from sbs_jax.run import checkpoints
 from sbs_jax.student import losses, t5
 from sbs_jax.training import failures, feed
 from sbs_jax.training.config import TrainConfig
-from sbs_jax.training.state import base_of, initial_state, state_of
+from sbs_jax.training.state import initial_state, load_base, restored_state
 from sbs_jax.training.step import Batch, Trainer, TrainState, loss_and_gradients, prepare
 
 log = logging.getLogger(__name__)
@@ -120,11 +120,11 @@ def text(found: Mapping[str, Any], kept: Mapping[str, Any] | None) -> str:
 
 def _state_before(config: TrainConfig, trainer: Trainer, run: Path, *, step: int) -> TrainState:
     """Loads the state before an update if it was kept, or recomputes it from the newest earlier checkpoint."""
-    base = None if config.tuning is None else base_of(config, trainer)
+    base = None if config.tuning is None else load_base(config, trainer)
 
     def restored(directory: Path, number: int) -> TrainState:
         like = {"parameters": trainer.saved.parameters, "optimizer": trainer.saved.optimizer}
-        return state_of(checkpoints.restore(directory, number, **like), trainer, base=base)
+        return restored_state(checkpoints.restore(directory, number, **like), trainer, base=base)
 
     kept = failures.folder(run, step)
     if checkpoints.steps(kept) == [step - 1]:

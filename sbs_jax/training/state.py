@@ -20,7 +20,7 @@ def initial_state(config: TrainConfig, trainer: Trainer, *, base: frozen.Base | 
     """Initializes step 0: parameters from the seed or from `initial_checkpoint_path`, and a fresh optimizer."""
     saved = shardings(trainer.saved)
     if config.tuning is not None:
-        base = base or base_of(config, trainer)
+        base = base or load_base(config, trainer)
         model = {**base.frozen, **base.trained}
         new = {name: sharding for name, sharding in saved.parameters.items() if name not in base.trained}
         initialize = functools.partial(
@@ -37,7 +37,7 @@ def initial_state(config: TrainConfig, trainer: Trainer, *, base: frozen.Base | 
     return trainer.stacked(TrainState(zero, parameters, state, _number(0, saved.skipped), base.frozen if base else {}))
 
 
-def base_of(config: TrainConfig, trainer: Trainer) -> frozen.Base:
+def load_base(config: TrainConfig, trainer: Trainer) -> frozen.Base:
     """Loads the weights under adapters. Every start reads them again, since checkpoints do not hold them."""
     assert config.tuning is not None
     return frozen.load(
@@ -54,7 +54,7 @@ def _number(value: int, sharding: Any) -> jax.Array:
     return jax.make_array_from_callback((), sharding, lambda _: np.asarray(value, np.int32))
 
 
-def state_of(restored: checkpoints.Restored, trainer: Trainer, *, base: frozen.Base | None = None) -> TrainState:
+def restored_state(restored: checkpoints.Restored, trainer: Trainer, *, base: frozen.Base | None = None) -> TrainState:
     """Makes the state from a restored checkpoint. ValueError if its adapters belong to another base."""
     saved = trainer.saved
     if base is not None:

@@ -136,7 +136,7 @@ def write(
         if opened.vocabulary is not None:
             _write_tokenizer(folder, opened)
         if opened.origin is not None:
-            write_json(folder / ORIGIN, manifest.elsewhere(opened.origin))
+            write_json(folder / ORIGIN, manifest.without_paths(opened.origin))
         finish(folder)
 
 

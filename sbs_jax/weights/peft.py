@@ -67,7 +67,7 @@ def write(path: str | Path, opened: Opened, *, base: str | None) -> None:
         stored = {"base": opened.base, "held": tuning.base, "quantized": quantized_modules}
         hugging_face.write_json(folder / BASE, stored)
         if opened.origin is not None:
-            hugging_face.write_json(folder / hugging_face.ORIGIN, manifest.elsewhere(opened.origin))
+            hugging_face.write_json(folder / hugging_face.ORIGIN, manifest.without_paths(opened.origin))
 
 
 def contents(opened: Opened, *, owner: str) -> tuple[dict[str, Any], dict[str, LazyArray]]:
