@@ -20,7 +20,7 @@ from typing import Any
 import orbax.checkpoint as ocp
 from etils import epath
 
-from sbs_jax import hosts
+from sbs_jax import checks, hosts
 from sbs_jax.run import directory, saving
 from sbs_jax.storage import checksums
 from sbs_jax.student import adapters, t5
@@ -43,12 +43,10 @@ class Retention:
     period: int | None
 
     def __post_init__(self) -> None:
-        for name, least in (("newest", 1), ("best", 0), ("period", 1)):
-            value = getattr(self, name)
-            if name == "period" and value is None:
-                continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ValueError(f"Retention.{name} is {value!r}; expected a whole number of at least {least}.")
+        checks.whole_number("Retention.newest", self.newest, least=1)
+        checks.whole_number("Retention.best", self.best, least=0)
+        if self.period is not None:
+            checks.whole_number("Retention.period", self.period, least=1)
 
     def kept(self, steps: Sequence[int], *, scores: Mapping[int, float]) -> set[int]:
         """Returns the steps to keep. Best = highest score; ties go to the earliest step; unscored steps never count.

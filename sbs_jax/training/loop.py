@@ -1,6 +1,7 @@
 """The training loop: set up, open the run, restore or initialize, train, test."""
 
 import contextlib
+import dataclasses
 import logging
 import math
 from typing import Any
@@ -17,7 +18,7 @@ from sbs_jax.training.config import TrainConfig
 from sbs_jax.training.metrics_window import MetricsWindow
 from sbs_jax.training.state import initial_state, load_base, restored_state
 from sbs_jax.training.step import Trainer, TrainState, prepare
-from sbs_jax.weights import opening
+from sbs_jax.weights import frozen, opening
 
 log = logging.getLogger(__name__)
 
@@ -56,8 +57,7 @@ def train(config: TrainConfig, *, config_text: str, accept_changes: bool = False
         # -------------------------------------------------------------- restore the newest checkpoint, or initialize
         if start:
             log.info("Resuming at step %d of %d.", start, config.train_steps)
-            restored = saver.restore(start, parameters=trainer.saved.parameters, optimizer=trainer.saved.optimizer)
-            state, progress = restored_state(restored, trainer, base=base), restored.metadata
+            state, progress = _restore(saver, trainer, step=start, base=base)
         else:
             state, progress = initial_state(config, trainer, base=base), _NEW
         # The state holds the base's arrays now, stacked if layers are scanned; a second reference would keep a copy.
@@ -66,8 +66,8 @@ def train(config: TrainConfig, *, config_text: str, accept_changes: bool = False
             return _last_lines(run)
         run.truncate_metrics(lines=progress["lines"])
         scores |= dict(hosts.from_first(lambda: list(directory.read_scores(run.path).items())))
-        session = _Session(config, trainer, run=run, saver=saver, watch=watch, scores=scores, identity=identity)
-        session.state, session.step, session.window = state, start, MetricsWindow(progress["window"])
+        window = MetricsWindow(progress["window"])
+        session = _Session(config, trainer, run, saver, watch, scores, identity, state, start, window)
         del state  # every step donates it
         if progress["evaluation_due"] and not session.validate():
             session.leave()
@@ -101,119 +101,119 @@ def train(config: TrainConfig, *, config_text: str, accept_changes: bool = False
         return _last_lines(run)
 
 
+@dataclasses.dataclass
 class _Session:
-    """A training under way: its state, and the places for metrics, predictions and checkpoints."""
+    """A training in progress: its state, and the places for metrics, predictions and checkpoints."""
 
+    config: TrainConfig
+    trainer: Trainer
+    run: directory.RunDir
+    saver: checkpoints.Checkpoints
+    watch: watchdog.Watchdog
+    scores: dict[int, float]
+    identity: dict[str, Any] | None  # of the weights under adapters
     state: TrainState
     step: int  # of the last update
     window: MetricsWindow
+    skipped: int = 0
 
-    def __init__(
-        self,
-        config: TrainConfig,
-        trainer: Trainer,
-        *,
-        run: directory.RunDir,
-        saver: checkpoints.Checkpoints,
-        watch: watchdog.Watchdog,
-        scores: dict[int, float],
-        identity: dict[str, Any] | None,
-    ) -> None:
-        """`identity` is that of the weights under adapters."""
-        self._config, self._trainer = config, trainer
-        self._run, self._saver, self._watch = run, saver, watch
-        self._scores, self._identity = scores, identity
-        self._evaluator = evaluator(config, trainer, split=selection.VALIDATION)
-        self._skipped = 0
+    def __post_init__(self) -> None:
+        self.evaluator = evaluator(self.config, self.trainer, split=selection.VALIDATION)
 
     def advance(self, batches: prefetch.Prefetcher[Any], *, step: int) -> None:
         """Makes one update; returns before the devices have finished it."""
-        self._watch.at(watchdog.INPUT, step=step)
+        self.watch.at(watchdog.INPUT, step=step)
         batch, tokens = self.window.wait_for(batches)
-        self._watch.at(watchdog.DEVICES, step=step)
-        self.state, metrics = self._trainer.step(self.state, batch)
+        self.watch.at(watchdog.DEVICES, step=step)
+        self.state, metrics = self.trainer.step(self.state, batch)
         self.window.add(metrics, tokens)
         self.step = step
 
     def check_finite(self) -> None:
         """Counts skipped updates. FloatingPointError, with the evidence saved, if they are too many."""
-        self._skipped = failures.check(
-            *(self._config, self.window.rows(), self.state),
-            trainer=self._trainer,
-            run=self._run.path,
-            base=self._identity,
+        rows = self.window.rows()
+        self.skipped = failures.check(
+            *(self.config, rows, self.state), trainer=self.trainer, run=self.run.path, base=self.identity
         )
 
     def log_metrics(self) -> str:
         """Writes the metrics line of the window; returns loss and speed for the progress bar."""
         # A skipped update does not advance the schedule.
-        rate = self._config.learning_rate(self.step - 1 - self._skipped)
+        rate = self.config.learning_rate(self.step - 1 - self.skipped)
         values = self.window.close() | {"learning_rate": float(np.asarray(rate))}
-        if self._config.skip_non_finite:
-            values["skipped"] = float(self._skipped)
-        self._run.log("train", self.step, values)
+        if self.config.skip_non_finite:
+            values["skipped"] = float(self.skipped)
+        self.run.log("train", self.step, values)
         return f"loss {values.get('loss', math.nan):.3f} {values['tokens_per_second']:.0f} tokens/s"
 
     def validate(self) -> bool:
         """Grades the current parameters on validation; False if preempted meanwhile."""
         try:
             with self.window.paused():
-                result = self._evaluator.run(self._trainer.parameters(self.state), before_batch=self._before_batch)
+                result = self.evaluator.run(self.trainer.parameters(self.state), before_batch=self._before_batch)
         except preemption.PreemptedError:
             return False
-        self._run.write_predictions(f"{self._config.eval_task_name}-{self.step}", result.rows)
-        self._run.log("validation", self.step, result.metrics)
-        self._scores[self.step] = result.metrics[self._evaluator.primary_metric]
+        self.run.write_predictions(f"{self.config.eval_task_name}-{self.step}", result.rows)
+        self.run.log("validation", self.step, result.metrics)
+        self.scores[self.step] = result.metrics[self.evaluator.primary_metric]
         return True
 
     def save(self, *, evaluation_due: bool, final: bool) -> None:
         """Saves a checkpoint in the background; a final one is on disk when this returns."""
-        self._watch.at("saves", step=self.step)
-        self._run.check()
-        saved = self._trainer.unstacked(self.state)
+        self.watch.at("saves", step=self.step)
+        self.run.check()
+        saved = self.trainer.unstacked(self.state)
         metadata = {
             "step": self.step,
-            **contents.student(self._config, self._identity),
-            "skipped": self._skipped,
-            "lines": self._run.lines,
+            **contents.student(self.config, self.identity),
+            "skipped": self.skipped,
+            "lines": self.run.lines,
             "window": self.window.rows(),
             "evaluation_due": evaluation_due,
         }
         arrays = {"parameters": saved.parameters, "optimizer": saved.optimizer}
         if final:
-            self._saver.finish(self.step, **arrays, metadata=metadata, patience=self._config.save_patience)
+            self.saver.finish(self.step, **arrays, metadata=metadata, patience=self.config.save_patience)
         else:
-            self._saver.save(self.step, **arrays, metadata=metadata)
+            self.saver.save(self.step, **arrays, metadata=metadata)
 
     def test(self) -> bool:
         """Grades the best checkpoint on test; False if preempted meanwhile."""
-        config, trainer = self._config, self._trainer
-        step = hosts.from_first(lambda: checkpoints.best_step(self._run.path))
-        checkpoint = self._run.path / "checkpoints" / str(step)
-        frozen = {} if config.tuning is None else trainer.parameters(self.state)  # checkpoints hold adapters alone
-        parameters = {**frozen, **opening.load_parameters(checkpoint, like=trainer.saved.parameters)}
+        config, trainer = self.config, self.trainer
+        step = hosts.from_first(lambda: checkpoints.best_step(self.run.path))
+        checkpoint = self.run.path / "checkpoints" / str(step)
+        base = {} if config.tuning is None else trainer.parameters(self.state)  # checkpoints hold adapters alone
+        parameters = {**base, **opening.load_parameters(checkpoint, like=trainer.saved.parameters)}
         grader = evaluator(config, trainer, split=selection.TEST)
         try:
             result = grader.run(parameters, before_batch=self._before_batch)
         except preemption.PreemptedError:
             return False
-        self._run.write_predictions(f"{config.eval_task_name}-test-{step}", result.rows)
-        self._run.log("test", step, result.metrics)
+        self.run.write_predictions(f"{config.eval_task_name}-test-{step}", result.rows)
+        self.run.log("test", step, result.metrics)
         return True
 
     def leave(self) -> None:
         """Ends a preempted run, after its save: every process leaves at the same place."""
-        self._run.flush()
+        self.run.flush()
         hosts.leave()
         raise preemption.PreemptedError(
-            f"Preempted: this run stopped after step {self.step} of {self._config.train_steps}, which is saved. "
+            f"Preempted: this run stopped after step {self.step} of {self.config.train_steps}, which is saved. "
             "Repeat the command to resume it."
         )
 
     def _before_batch(self) -> None:
-        self._watch.at("evaluates", step=self.step)
+        self.watch.at("evaluates", step=self.step)
         if hosts.preemption_requested():
             raise preemption.PreemptedError
+
+
+def _restore(
+    saver: checkpoints.Checkpoints, trainer: Trainer, *, step: int, base: frozen.Base | None
+) -> tuple[TrainState, dict[str, Any]]:
+    """Returns the state and metadata of a checkpoint. Arrays as they were on disk are released."""
+    found = saver.restore(step, parameters=trainer.saved.parameters, optimizer=trainer.saved.optimizer)
+    return restored_state(found, trainer, base=base), found.metadata
 
 
 def evaluator(config: TrainConfig, trainer: Trainer, *, split: str) -> evaluate.Evaluator:
