@@ -529,7 +529,7 @@ def test_metrics_that_somebody_else_changes_are_continued_with_a_warning(tmp_pat
         (tmp_path / "metrics.jsonl").write_bytes((tmp_path / "metrics.jsonl").read_bytes().splitlines(True)[0])
         run.log("train", 3, {})
     assert [line["step"] for line in directory.read_metrics(tmp_path)] == [1, 3]
-    assert "was changed by somebody else" in caplog.text
+    assert "was changed by another program" in caplog.text
 
 
 # ------------------------------------------------------------------------------------- metrics
@@ -595,14 +595,14 @@ def test_lines_that_never_came_to_disk_are_reported(tmp_path, contents, caplog):
     kept = truncated(tmp_path, b"".join(contents), lines=3)
     assert kept == b"".join(contents[:2])
     last = "the last is of step 3" if contents else "there is none"
-    assert f"has {len(contents[:2])} lines, and the checkpoint was saved after 3 ({last})" in caplog.text
+    assert f"has {len(contents[:2])} lines, but the checkpoint was saved after 3 ({last})" in caplog.text
 
 
 @pytest.mark.parametrize("line", [b"garbage", b"", b"3", b'{"kind": 1, "step": 2}', b'{"kind": "train"}', b"\xff\xfe"])
 def test_a_damaged_line_of_metrics_is_named(tmp_path, line):
     (tmp_path / "config.gin").write_text(CONFIG)
     contents = LINES[0] + line + b"\n" + LINES[2]
-    says = rf"{tmp_path / 'metrics.jsonl'}:2: .*Put the file back"
+    says = rf"{tmp_path / 'metrics.jsonl'}:2: .*Restore the file"
     with pytest.raises(ValueError, match=says):
         truncated(tmp_path, contents, lines=3)
     assert (tmp_path / "metrics.jsonl").read_bytes() == contents
@@ -864,7 +864,7 @@ def test_where_and_how_a_run_is_computed_may_change(terms, tmp_path, caplog):
     after = elsewhere.begin(tmp_path / "moved run")
     assert after["accepted_changes"] == []
     assert [start["mesh"] for start in after["starts"]] == [first["mesh"], {"data": 2}]
-    assert caplog.text.count("Not as at the last start: devices ") == 1
+    assert caplog.text.count("Changed since the last start: devices ") == 1
     assert "mesh.data 8 -> 2;" in caplog.text
     assert (tmp_path / "moved run" / "config.gin").read_text() == text
 
@@ -876,7 +876,7 @@ def test_versions_may_change_and_are_announced(terms, tmp_path, caplog):
     whole["versions"]["jax"], whole["git_revision"] = "0.1", "abc"
     (run / "manifest.json").write_text(json.dumps(whole))
     whole = terms().begin(run)
-    assert f"Not as at the last start: git_revision abc -> {whole['git_revision'][:20]}" in caplog.text
+    assert f"Changed since the last start: git_revision abc -> {whole['git_revision'][:20]}" in caplog.text
     assert f"; jax 0.1 -> {whole['versions']['jax']}." in caplog.text
 
 
@@ -904,7 +904,7 @@ def test_a_manifest_that_is_missing_beside_checkpoints_is_refused(terms, tmp_pat
     (run / "manifest.json").unlink()
     terms().begin(run, step=0)  # killed before it was written: nothing has been computed
     (run / "manifest.json").unlink()
-    with pytest.raises(FileNotFoundError, match=r"manifest.json is missing, and checkpoints go up to step 3.*--accept"):
+    with pytest.raises(FileNotFoundError, match=r"manifest.json is missing beside checkpoints up to step 3.*--accept"):
         terms().begin(run)
     assert "is missing" in terms().begin(run, accept_changes=True)["accepted_changes"][0]["diff"][0]
 
@@ -935,7 +935,7 @@ def test_a_damaged_manifest_is_refused_or_shows_in_the_diff(terms, tmp_path):
             assert number >= len(cut) or seen["refused"] == number + 1
     assert min(seen.values()) > 10, seen
     assert len(said) == 1
-    assert said.pop().startswith(f"{run / 'manifest.json'} is damaged. Put it back from a copy; or repeat the run's ")
+    assert said.pop().startswith(f"{run / 'manifest.json'} is damaged. Restore it from a copy")
     (run / "manifest.json").write_bytes(b"garbage")
     assert "is damaged" in start.begin(run, accept_changes=True)["accepted_changes"][0]["diff"][0]
     assert start.begin(run)["accepted_changes"] != []

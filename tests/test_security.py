@@ -295,7 +295,7 @@ def test_a_gin_file_cannot_run_a_program(tmp_path: Path) -> None:
         "from __gin__ import dynamic_registration\nimport os\ninclude 'gin_configs/runs/evaluate.gin'\n"
         f"SPLIT = @os.system()\nos.system.command = 'touch {canary}'\n"
     )
-    with pytest.raises(gin_files.UsageError, match=r"os\.system, which is posix\.system of Python itself"):
+    with pytest.raises(gin_files.UsageError, match=r"os\.system, which is posix\.system of Python's standard library"):
         gin_files.configure("evaluate.EvaluateConfig", gin_files=[str(file)], bindings=["CHECKPOINT_PATH=/x"])
     assert not canary.exists()
 
@@ -303,7 +303,7 @@ def test_a_gin_file_cannot_run_a_program(tmp_path: Path) -> None:
 def test_a_binding_is_one_statement() -> None:
     files = ["gin_configs/runs/evaluate.gin"]
     for binding in ("SPLIT=[1]\nBATCH_SIZE = 1", "SPLIT\nBATCH_SIZE=1", "SPLIT=@evaluate.evaluate\r\nimport os", "=1"):
-        with pytest.raises(gin_files.UsageError, match=r"expected a value of one line|is no name of"):
+        with pytest.raises(gin_files.UsageError, match=r"expected a value of one line|is not a name of"):
             gin_files.configure("evaluate.EvaluateConfig", gin_files=files, bindings=[binding])
 
 

@@ -150,10 +150,9 @@ class Checkpoints:
         free = hosts.from_first(lambda: saving.free(self.directory))
         newest = hosts.from_first(self._newest)
         raise OSError(
-            f"The checkpoint of step {step} is missing: {self.directory} did not take it in {patience:g} s "
-            f"({self._missing}). It needs {needed}; {'?' if free is None else saving.megabytes(free)} is free there. "
-            f"{_newest_text(newest)} Free space there, or make it writable, and repeat the command: the run resumes "
-            f"{'anew' if newest is None else f'at step {newest}'}."
+            f"The checkpoint of step {step} was not saved to {self.directory} within {patience:g} s: {self._missing} "
+            f"({needed} needed, {'?' if free is None else saving.megabytes(free)} free). Free space there or make it "
+            f"writable, and repeat the command: the run resumes at step {newest or 0}."
         )
 
     def restore(self, step: int, *, parameters: Any, optimizer: Any) -> Restored:
@@ -206,8 +205,8 @@ class Checkpoints:
         listed = "\n".join(f"  {self.directory / str(step)}: {problem}." for step, problem in damaged.items())
         return {
             "step": None,
-            "problem": f"No checkpoint of this run is good:\n{listed}\nPut a copy of one there if you have it; or move "
-            f"{self.directory} away to train from step 0 again.",
+            "problem": f"No checkpoint of this run is good:\n{listed}\nRestore one from a copy, or move "
+            f"{self.directory} away to start over from step 0.",
         }
 
     def _set_aside(self, step: int, problem: str) -> None:
@@ -219,7 +218,7 @@ class Checkpoints:
             number += 1
             target = folder / f"{step}.{number}"
         (self.directory / str(step)).rename(target)
-        log.warning("The checkpoint of step %d cannot be used: %s. It is now %s.", step, problem, target)
+        log.warning("The checkpoint of step %d cannot be used: %s. It was moved to %s.", step, problem, target)
 
     def _make_folder(self, step: int, *, needed: int) -> dict[str, Any]:
         """Makes the folder to write a step to; or reports that the step exists, or why nothing can be written."""
@@ -228,7 +227,7 @@ class Checkpoints:
                 return {"exists": True, "refused": None, "place": None}
             final = self.directory / str(step)
             if os.path.lexists(final):
-                self._set_aside(step, checksums.problem(final) or "it is in the way of a new one")
+                self._set_aside(step, checksums.problem(final) or "a new one replaces it")
             self._tidy()
             free = saving.free(self.directory)
             if free is not None and free < needed:
@@ -268,7 +267,7 @@ class Checkpoints:
     def _warn(self, step: int, reason: str) -> None:
         if hosts.is_first():
             log.warning(
-                "The checkpoint of step %d could not be written: %s. %s Training goes on.",
+                "The checkpoint of step %d could not be written: %s. %s Training continues.",
                 step,
                 reason,
                 _newest_text(self._newest()),
@@ -297,7 +296,7 @@ def refuse_damaged(run_dir: Path, step: int, *, items: Iterable[str]) -> None:
     others = [other for other in others if other != step]
     have = f"Other steps there: {', '.join(map(str, others))}." if others else "There is no other step."
     if not exists:
-        raise FileNotFoundError(f"There is no checkpoint of step {step} (any more) in {run_dir}. {have}")
+        raise FileNotFoundError(f"There is no checkpoint of step {step} in {run_dir}. {have}")
     raise ValueError(f"The checkpoint {directory} cannot be used: {problem}. {have}")
 
 

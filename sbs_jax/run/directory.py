@@ -134,7 +134,7 @@ class RunDir:
             if lines:
                 missing += ["The lines that are missing from metrics.jsonl, to be put at its end:", *lines]
             raise OSError(
-                "These files of the run are not complete, because they cannot be written:\n" + "\n".join(missing)
+                "These files of the run are not complete, because they could not be written:\n" + "\n".join(missing)
             )
 
     # ------------------------------------------------------------------ on process 0
@@ -191,11 +191,11 @@ class RunDir:
         start = {"step": step, "host": self._lock.holder.host, "time": now, **here}
         accepted = list((old or {}).get("accepted_changes", []))
         if changed:
-            log.warning("Going on with changes:\n%s", "\n".join(changed))
+            log.warning("Resuming with changes:\n%s", "\n".join(changed))
             accepted.append({"step": step, "time": now, "diff": changed})
         new |= {"accepted_changes": accepted, "starts": [*(old or {}).get("starts", []), start]}
         if old is not None and (other := manifest.allowed_changes(old, new)):
-            log.info("Not as at the last start: %s.", "; ".join(other))
+            log.info("Changed since the last start: %s.", "; ".join(other))
         with _explaining_disk_errors(self.path):
             # In this order: config.gin marks the directory as a run's.
             atomic.replace(config, self._config_text.encode())
@@ -206,11 +206,11 @@ class RunDir:
         if not (self.path / MANIFEST).exists():
             if step == 0:
                 return None, []
-            damage = f"{self.path / MANIFEST} is missing, and checkpoints go up to step {step}"
+            damage = f"{self.path / MANIFEST} is missing beside checkpoints up to step {step}"
             if not accept_changes:
                 raise FileNotFoundError(
-                    f"{damage}: nothing tells whether data and settings are still the same. Put it back from a copy, "
-                    "or go on without knowing, with --accept_changes."
+                    f"{damage}, so data and settings cannot be compared. Restore it from a copy, or resume without the "
+                    "comparison: --accept_changes."
                 )
             return None, [damage]
         try:
@@ -225,8 +225,8 @@ class RunDir:
         raise FileExistsError(
             f"{self.path} holds a run with another configuration, other data or other defaults of the code:\n"
             + "\n".join([*changed[:_SHOWN], *more, *notes])
-            + "\nRepeat the existing configuration with the same data to resume it, choose another MODEL_DIR, or go on "
-            f"with the changes by --accept_changes, which writes them into {MANIFEST}."
+            + "\nRepeat the existing configuration with the same data to resume, choose another MODEL_DIR, or accept "
+            f"the changes with --accept_changes, which writes them into {MANIFEST}."
         )
 
     def _truncate(self, lines: int) -> int:
@@ -238,12 +238,9 @@ class RunDir:
         if len(kept) < lines:
             last = f"the last is of step {parsed[-1]['step']}" if parsed else "there is none"
             log.warning(
-                "%s has %d lines, and the checkpoint was saved after %d (%s): the others never came to disk, or were "
-                "taken away. The run goes on without them.",
-                path,
-                len(kept),
-                lines,
-                last,
+                "%s has %d lines, but the checkpoint was saved after %d (%s). The missing lines were never written, or "
+                "were removed; the run continues without them.",
+                *(path, len(kept), lines, last),
             )
         size = sum(map(len, kept))
         if path.exists() and path.stat().st_size != size:
@@ -272,8 +269,7 @@ class RunDir:
         if failed and not self._failing:
             path, error = next(iter(failed.items()))
             log.warning(
-                "Cannot write %s: %s. What is to be written waits in memory, and is tried again each time something "
-                "is; training goes on.",
+                "Cannot write %s: %s. Its contents wait in memory until a later write succeeds; training continues.",
                 path,
                 _reason(error),
             )
@@ -337,7 +333,7 @@ def _parse(line: bytes, *, path: Path, number: int) -> dict[str, Any]:
             )
     except ValueError as error:
         raise ValueError(
-            f"{error} Put the file back from a copy; or delete the line, without which the run can be read and resumed."
+            f"{error} Restore the file from a copy, or delete the line: the run can be read and resumed without it."
         ) from None
     return found
 
@@ -351,7 +347,7 @@ def _explaining_disk_errors(path: Path) -> Iterator[None]:
         if error.errno is None:  # our own, with its own text
             raise
         raise OSError(
-            f"{path} cannot be written to: {_reason(error)}. Mend that, or choose another MODEL_DIR."
+            f"{path} cannot be written to: {_reason(error)}. Fix that, or choose another MODEL_DIR."
         ) from error
 
 

@@ -47,11 +47,11 @@ def read(run_dir: str | Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_bytes())
         if not isinstance(found, dict) or not isinstance(found.get("data"), dict):
-            raise ValueError("it is not what `sbs train` writes")
+            raise ValueError("not a manifest of `sbs train`")
     except (ValueError, RecursionError) as error:
         raise ValueError(
-            f"{path} is damaged ({error}). Put it back from a copy; or repeat the run's `sbs train` command with "
-            "--accept_changes, which writes it anew without knowing what the run was begun with."
+            f"{path} is damaged ({error}). Restore it from a copy, or repeat the run's `sbs train` command with "
+            "--accept_changes, which writes a new one without comparing."
         ) from None
     return found
 
@@ -233,7 +233,7 @@ def _gone(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     folder = Path(new["data"]["options"]["records_dir"]) / new["data"]["dataset"]
     files = {split.get("file", ""): split.get("sha256") for split in old["data"].get("splits", {}).values()}
     return [
-        f"{folder / file} is gone (SHA-256 {sha256}); put it back, or write it again with `sbs records`."
+        f"{folder / file} is gone (SHA-256 {sha256}); restore it, or write it again with `sbs records`."
         for file, sha256 in files.items()
         if not (folder / file).exists()
     ]

@@ -83,7 +83,7 @@ class PendingWrites:
             os.ftruncate(descriptor, end)
         elif size != end:
             log.warning(
-                "%s was changed by somebody else: this run left it at %d bytes, and it has %d. It is continued as is.",
+                "%s was changed by another program: this run left it at %d bytes, and it has %d. The run continues it.",
                 *(path, end, size),
             )
             self._ends[path] = size

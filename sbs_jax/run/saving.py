@@ -151,7 +151,7 @@ class Save:
             if self._exchanged.is_set() and deadline is None:
                 deadline = time.monotonic() + _SEEN_WITHIN
             if deadline is not None and time.monotonic() > deadline:
-                raise OSError(f"what the other processes wrote to {self._temporary} is not to be seen here")
+                raise OSError(f"this process does not see the files of the others in {self._temporary}")
             if missing:
                 time.sleep(0.05)
 

@@ -178,7 +178,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, float]:
     task = registry.graded_task(config.mixture_or_task_name or run["mixture_or_task_name"])
     if task is None:
         raise ValueError(
-            f"{config.mixture_or_task_name} generates rationales, which nothing grades; name a label task."
+            f"{config.mixture_or_task_name} generates rationales, which cannot be graded; choose a label task."
         )
     evaluator = Evaluator(
         task_name=task,

@@ -102,7 +102,7 @@ def configure(
     except UsageError:
         raise
     except tokenize.TokenError as error:
-        raise UsageError(f"The configuration ends within a bracket or a text: {error}") from error
+        raise UsageError(f"The configuration ends inside a bracket or a string: {error}") from error
     except (RecursionError, MemoryError) as error:
         raise UsageError(f"The configuration is nested too deeply to read ({type(error).__name__}).") from error
     except ImportError as error:
@@ -178,7 +178,7 @@ def _quoted(binding: str) -> str:
     if not equals:
         raise UsageError(f"Got the binding {binding[:200]!r}; expected NAME=value.")
     if not _NAME.fullmatch(name.strip()):
-        raise UsageError(f"Got the binding {binding[:200]!r}; {name[:200]!r} is no name of a macro or parameter.")
+        raise UsageError(f"Got the binding {binding[:200]!r}; {name[:200]!r} is not a name of a macro or parameter.")
     value = value.strip()
     if not value.startswith(("@", "%", "[", "(", "{")):
         try:
@@ -211,9 +211,8 @@ def _refuse_foreign(config: Any) -> None:
             if home.partition(".")[0] in sys.stdlib_module_names:
                 name = getattr(function, "__qualname__", type(function).__qualname__)
                 raise UsageError(
-                    f"The configuration refers to {value.scoped_selector}, which is {home}.{name} of "
-                    "Python itself; it may refer to what sbs_jax, tasks, optax and other packages define. It was not "
-                    "run."
+                    f"The configuration refers to {value.scoped_selector}, which is {home}.{name} of Python's standard "
+                    "library. It was not run; use functions of sbs_jax, tasks, optax or other packages."
                 )
 
 

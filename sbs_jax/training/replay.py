@@ -38,7 +38,7 @@ def replay(config: TrainConfig, run: str | Path, *, step: int | None) -> dict[st
     """
     run = Path(run)
     if step is None and (step := failures.newest(run)) is None:
-        raise FileNotFoundError(f"{run} has kept no failed step; name the one to replay: --step N.")
+        raise FileNotFoundError(f"{run} kept no failed step; choose the step to replay: --step N.")
     if not 1 <= step <= config.train_steps:
         raise ValueError(f"Got step {step}; expected 1 to {config.train_steps}, the steps of this run.")
     registry.configure(config.data)

@@ -85,8 +85,8 @@ def _load_sharing(
     for each in (first, *named.values()):
         if each.tuning is None and (named or base is not None):
             raise ValueError(
-                f"{each.owner} has no adapters: everything was trained, and it needs no base. Only runs that trained "
-                "adapters share one; predict with this one by itself."
+                f"{each.owner} has no adapters: everything was trained, so it needs no base. Predict with this run "
+                "alone."
             )
     if first.tuning is not None and first.base is not None:
         for each in named.values():
@@ -135,8 +135,7 @@ def _check_shared(first: _Trained, other: _Trained) -> None:
         raise ValueError(
             f"{first.owner} and {other.owner} have adapters of different bases: {identity.described(first.base)} "
             f"(fingerprint {first.base['fingerprint'][:16]}) and {identity.described(other.base)} "
-            f"({other.base['fingerprint'][:16]}). Adapters of one base are answered with together; the others by "
-            "themselves."
+            f"({other.base['fingerprint'][:16]}). Predict with these runs one by one."
         )
     needed = other.adapted.split(other.like)[1]
     for name, leaf in needed.items():
@@ -144,8 +143,7 @@ def _check_shared(first: _Trained, other: _Trained) -> None:
         if held is None or (held.shape, held.dtype) != (leaf.shape, leaf.dtype):
             raise ValueError(
                 f"{first.owner} and {other.owner} hold their base in different ways ({_holding(first)}, "
-                f"{_holding(other)}), which differ in {name}. Adapters of a base that is held alike are answered with "
-                "together; predict with these runs by themselves."
+                f"{_holding(other)}), which differ in {name}. Predict with these runs one by one."
             )
 
 
