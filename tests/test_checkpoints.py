@@ -320,7 +320,7 @@ def test_a_run_is_read_while_it_writes(tmp_path):
     stop.set()
     reader.join()
     assert len(set(seen)) > 3
-    assert all(re.match(r"There is no checkpoint of step \d+ \(any more\)", error) for error in errors), errors
+    assert all(re.match(r"There is no checkpoint of step \d+ in ", error) for error in errors), errors
 
 
 # ------------------------------------------------------------------------------------ retention
@@ -534,7 +534,7 @@ def test_training_goes_on_when_the_disk_becomes_read_only(small_disk, caplog):
         saver.save(2, **arrays(2))
         saver.wait()
         assert "step 2 could not be written: Read-only file system (EROFS)" in caplog.text
-        with pytest.raises(OSError, match=r"step 2 is missing.*Read-only file system"):
+        with pytest.raises(OSError, match=r"step 2 was not saved.*Read-only file system"):
             saver.finish(2, **arrays(2), patience=0.0)
         assert saver.newest_good() == 1
         subprocess.run(["mount", "-o", "remount,rw", disk], check=True)

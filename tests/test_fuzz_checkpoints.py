@@ -31,112 +31,22 @@ Fuzz = Callable[[Callable[[Tape], None]], None]
 SCHEDULE = {"init_value": "1.0", "end_value": "%END", "transition_steps": "10", "transition_begin": "0"}
 LAYOUT = {"slice": "1", "data": "%DATA", "fsdp": "-1", "tensor": "1"}
 VALUES = (
-    *(
-        "1",
-        "-1",
-        "0.5",
-        "1e400",
-        "1e9999",
-        "9**9**9",
-        "None",
-        "True",
-        "[1, 2]",
-        "(1,",
-        "{",
-        "}",
-        "{'a': 1}",
-        "@",
-        "%",
-        "%X",
-    ),
-    *(
-        "@X",
-        "@X()",
-        "@evaluate.EvaluateConfig()",
-        "@partitioning.Layout",
-        "%gin.REQUIRED",
-        "@optax.adamw()",
-        "'",
-        '"""',
-        "b'x'",
-    ),
-    *(
-        "@train.hosts.os.system()",
-        "@evaluate.json.loads()",
-        "@os.system()",
-        "@builtins.exec()",
-        "@partitioning.Layout.of()",
-    ),
-    *(
-        "[" * 20 + "]" * 20,
-        "[" * 150 + "]" * 150,
-        "(" * 3_000,
-        "-" * 3_000 + "1",
-        "1" * 5_000,
-        "[@X(), %Y]",
-        "0x",
-        "1 if",
-        "a b",
-    ),
-    *(
-        "@evaluate.subprocess.run()",
-        "@evaluate.jax.os.system()",
-        "@datasets.tempfile.mkdtemp()",
-        "lambda: 1",
-        "f'{1}'",
-        "\\",
-    ),
-    *(
-        "@a/b/partitioning.Layout()",
-        "@/partitioning.Layout()",
-        "@partitioning..Layout()",
-        "1 # x",
-        "1; import os",
-        "'\\ud800'",
-    ),
+    *("1", "-1", "0.5", "1e400", "1e9999", "9**9**9", "None", "True", "[1, 2]", "(1,", "{", "}", "{'a': 1}", "@", "%"),
+    *("%X", "@X", "@X()", "@evaluate.EvaluateConfig()", "@partitioning.Layout", "%gin.REQUIRED", "@optax.adamw()", "'"),
+    *('"""', "b'x'", "@train.hosts.os.system()", "@evaluate.json.loads()", "@os.system()", "@builtins.exec()"),
+    *("@partitioning.Layout.of()", "[" * 20 + "]" * 20, "[" * 150 + "]" * 150, "(" * 3_000, "-" * 3_000 + "1"),
+    *("1" * 5_000, "[@X(), %Y]", "0x", "1 if", "a b", "@evaluate.subprocess.run()", "@evaluate.jax.os.system()"),
+    *("@datasets.tempfile.mkdtemp()", "lambda: 1", "f'{1}'", "\\", "@a/b/partitioning.Layout()"),
+    *("@/partitioning.Layout()", "@partitioning..Layout()", "1 # x", "1; import os", "'\\ud800'"),
 )
 STATEMENTS = (
-    *(
-        "import os",
-        "import os.path as path",
-        "from os import system",
-        "import antigravity_",
-        "from __gin__ import dynamic_registration",
-    ),
-    *(
-        "include 'nowhere.gin'",
-        "include '/etc/passwd'",
-        "include 1",
-        "X = @os.system()",
-        f"os.system.command = 'touch {fuzzing.CANARY}'",
-    ),
-    *(
-        "X = 1",
-        "X = %X",
-        "X = %Y\nY = %X",
-        "a/b/c.d = 1",
-        "evaluate.EvaluateConfig:",
-        "  split = 'x'",
-        "partitioning.Layout.data = 2",
-    ),
-    *(
-        "= 1",
-        "X =",
-        "X",
-        "X == 1",
-        "\t",
-        "# -*- coding: latin-1 -*-",
-        "from . import x",
-        "from sbs_jax import nothing",
-        "import sbs_jax.nowhere",
-    ),
-    *(
-        "import builtins",
-        "X = @builtins.eval()",
-        "builtins.eval.source = '1'",
-        "import subprocess",
-        "X = @subprocess.getoutput()",
-    ),
+    *("import os", "import os.path as path", "from os import system", "import antigravity_"),
+    *("from __gin__ import dynamic_registration", "include 'nowhere.gin'", "include '/etc/passwd'", "include 1"),
+    *("X = @os.system()", f"os.system.command = 'touch {fuzzing.CANARY}'", "X = 1", "X = %X", "X = %Y\nY = %X"),
+    *("a/b/c.d = 1", "evaluate.EvaluateConfig:", "  split = 'x'", "partitioning.Layout.data = 2", "= 1", "X =", "X"),
+    *("X == 1", "\t", "# -*- coding: latin-1 -*-", "from . import x", "from sbs_jax import nothing"),
+    *("import sbs_jax.nowhere", "import builtins", "X = @builtins.eval()", "builtins.eval.source = '1'"),
+    *("import subprocess", "X = @subprocess.getoutput()"),
 )
 
 
@@ -150,9 +60,7 @@ def prepared() -> None:
 def configured(name: str, files: list[str], bindings: list[str]) -> None:
     """gin's messages name the line and its file, where there is one; ours the binding."""
     fuzzing.read(
-        lambda: gin_files.configure(name, gin_files=files, bindings=bindings),
-        raises=gin_files.UsageError,
-        names=[""],
+        lambda: gin_files.configure(name, gin_files=files, bindings=bindings), raises=gin_files.UsageError, names=[""]
     )
 
 
@@ -327,29 +235,11 @@ def test_files_of_t5x(fuzz: Fuzz, memory: Path) -> None:
     origin = memory / hugging_face.ORIGIN
     valid = packed(fuzzing.tree(tree))
     leaves = (
-        *(
-            "PLACEHOLDER://target.x",
-            "PLACEHOLDER://../../x",
-            "PLACEHOLDER:///etc",
-            "PLACEHOLDER://",
-            "PLACEHOLDER://a\x00b",
-        ),
-        *(
-            {"driver": "zarr", "kvstore": {"driver": "file", "path": "/etc/"}},
-            {"driver": "zarr", "kvstore": 1},
-            {"driver": 1},
-        ),
-        *(
-            {"driver": "zarr", "path": "../../x"},
-            np.zeros((0, 3)),
-            np.zeros(3, np.complex64),
-            np.zeros((2, 2), ml_dtypes.bfloat16),
-        ),
-        *(
-            np.zeros((25, 24), np.float32),
-            np.float32(1),
-            {"__msgpack_chunked_array__": True, "shape": [2**60], "chunks": {}},
-        ),
+        *("PLACEHOLDER://target.x", "PLACEHOLDER://../../x", "PLACEHOLDER:///etc", "PLACEHOLDER://"),
+        *("PLACEHOLDER://a\x00b", {"driver": "zarr", "kvstore": {"driver": "file", "path": "/etc/"}}),
+        *({"driver": "zarr", "kvstore": 1}, {"driver": 1}, {"driver": "zarr", "path": "../../x"}, np.zeros((0, 3))),
+        *(np.zeros(3, np.complex64), np.zeros((2, 2), ml_dtypes.bfloat16), np.zeros((25, 24), np.float32)),
+        *(np.float32(1), {"__msgpack_chunked_array__": True, "shape": [2**60], "chunks": {}}),
         {"__msgpack_chunked_array__": True, "shape": {"0": 2}, "chunks": {"0": np.zeros(1)}},
     )
 
@@ -432,23 +322,11 @@ def test_npz(fuzz: Fuzz, memory: Path) -> None:
     pickled = memory / "pickled.npz"
     np.savez(pickled, a=np.array([Canary()], dtype=object))
     headers = (
-        *(
-            "{'descr': '<f4', 'fortran_order': False, 'shape': (1152921504606846976,), }",
-            "{'descr': '|O', 'fortran_order': False, 'shape': (2, 3), }",
-        ),
-        *(
-            "{'descr': '<f4', 'fortran_order': False, 'shape': (-1,), }",
-            "{'descr': '<f4', 'fortran_order': False, 'shape': (2, 3), }",
-            "{}",
-            "[",
-            "",
-        ),
-        *(
-            "__import__('os').system('x')",
-            "{'descr': [('a', '<f4')], 'fortran_order': False, 'shape': (6,), }",
-            "(" * 300,
-            "1" * 5_000,
-        ),
+        "{'descr': '<f4', 'fortran_order': False, 'shape': (1152921504606846976,), }",
+        "{'descr': '|O', 'fortran_order': False, 'shape': (2, 3), }",
+        "{'descr': '<f4', 'fortran_order': False, 'shape': (-1,), }",
+        *("{'descr': '<f4', 'fortran_order': False, 'shape': (2, 3), }", "{}", "[", "", "__import__('os').system('x')"),
+        *("{'descr': [('a', '<f4')], 'fortran_order': False, 'shape': (6,), }", "(" * 300, "1" * 5_000),
         "{'descr': '<f4', 'fortran_order': False, 'shape': (2, 3, " + "1, " * 60 + "), }",
         "{'descr': '<f4', 'fortran_order': False, 'shape': (" + "9" * 400 + ",), }",
     )
