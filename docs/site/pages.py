@@ -104,7 +104,7 @@ def field_macros(name: str) -> dict[str, tuple[str, str]]:
     module, _, class_name = name.partition(".")
     source = importlib.import_module(gin_files.MODULES[module])
     config = getattr(source, class_name)
-    text = "\n".join(inspect.getsource(part) for part in config.__mro__ if dataclasses.is_dataclass(part))
+    text = "\n".join(inspect.getsource(part) for part in config.__mro__ if part is not object)
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", text, re.MULTILINE))
     comments |= {
         field: " ".join(words.split())

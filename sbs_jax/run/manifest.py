@@ -113,11 +113,10 @@ def changes(
     found = _config_changes(_bindings(old_config), _bindings(new_config), same_vocabulary=same_vocabulary)
     if old is None:
         return found, []
-    kept = [dict(_flat(_decisive(manifest, same_vocabulary=same_vocabulary))) for manifest in (old, new)]
-    _settle_schedule(*kept)
-    return [*found, *_diff(*({name: json.dumps(value) for name, value in one.items()} for one in kept), name=NAME)], (
-        _gone(old, new)
-    )
+    before, after = (dict(_flat(_decisive(one, same_vocabulary=same_vocabulary))) for one in (old, new))
+    _settle_schedule(before, after)
+    texts = ({name: json.dumps(value) for name, value in one.items()} for one in (before, after))
+    return [*found, *_diff(*texts, name=NAME)], _gone(old, new)
 
 
 def allowed_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
@@ -138,8 +137,8 @@ def _brief(value: Any) -> str:
 
 def _diff(old: Mapping[str, str], new: Mapping[str, str], *, name: str) -> list[str]:
     """Returns the lines "name = value" that differ, as a unified diff without its hunk headers."""
-    texts = [[f"{key} = {value}" for key, value in sorted(one.items())] for one in (old, new)]
-    lines = difflib.unified_diff(*texts, f"{name} of the run", f"{name} as requested", lineterm="", n=0)
+    before, after = ([f"{key} = {value}" for key, value in sorted(one.items())] for one in (old, new))
+    lines = difflib.unified_diff(before, after, f"{name} of the run", f"{name} as requested", lineterm="", n=0)
     return [line for line in lines if not line.startswith("@@")]
 
 
