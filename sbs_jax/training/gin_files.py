@@ -6,12 +6,13 @@ third-party callables (`@optax.adamw`) are bound directly.
 
 import argparse
 import ast
+import contextlib
 import dataclasses
 import importlib
 import re
 import sys
 import tokenize
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,32 +89,15 @@ def configure(
     prelude += "".join(f"{left} = {right}\n" for left, right in class_bindings(name).items())
     prelude += "".join(f"include {file!r}\n" for file in gin_files)
     text = prelude + "\n".join(_quoted(binding) for binding in bindings) + "\n"
-    try:
+    with _usage_errors():
         # Imports count in their own file alone: the prelude's are for the command line, not for included files.
         includes, _ = gin.parse_config(text)
         _refuse_foreign(importlib.import_module("gin.config"))
         missing = _REQUIRED.findall(gin.config_str())
         gin.parse_config("".join(f"{macro} = 'none'\n" for macro in missing if macro in unread))
-        missing = [macro for macro in missing if macro not in unread]
-        if missing:
-            flags = " ".join(f"--gin.{macro}=.." for macro in missing)
+        if flags := " ".join(f"--gin.{macro}=.." for macro in missing if macro not in unread):
             raise UsageError(f"{name} needs values that no gin file gives: {flags}")
         instance = gin.get_configurable(name)()
-    except UsageError:
-        raise
-    except tokenize.TokenError as error:
-        raise UsageError(f"The configuration ends inside a bracket or a string: {error}") from error
-    except (RecursionError, MemoryError) as error:
-        raise UsageError(f"The configuration is nested too deeply to read ({type(error).__name__}).") from error
-    except ImportError as error:
-        moved = _MISSING.search(str(error))  # gin's error has no name
-        if moved and moved[1] in MODULES:
-            raise UsageError(f"{error}\nsbs_jax.{moved[1]} has moved. Write: {import_line(moved[1])}") from error
-        raise UsageError(f"The configuration cannot be read: {type(error).__name__}: {error}") from error
-    except (ArithmeticError, LookupError) as error:
-        raise UsageError(f"The configuration cannot be read: {type(error).__name__}: {error}") from error
-    except (ValueError, SyntaxError, OSError, NameError, AttributeError, TypeError, RuntimeError) as error:
-        raise UsageError(str(error) or f"The configuration cannot be read: {type(error).__name__}.") from error
     texts = [text, *(_read(file) for file in _file_names(includes))]
     unused = _unused(gin.config_str(), gin.operative_config_str(), texts)
     if unused:
@@ -121,6 +105,26 @@ def configure(
         lines = [f"{binding}{nearest(binding, known)}" for binding in unused]
         raise UsageError("Nothing uses these bindings; correct or remove them:\n  " + "\n  ".join(lines))
     return instance, gin.operative_config_str()
+
+
+@contextlib.contextmanager
+def _usage_errors() -> Iterator[None]:
+    """Turns every error of reading a configuration into a UsageError."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except tokenize.TokenError as error:
+        raise UsageError(f"The configuration ends inside a bracket or a string: {error}") from error
+    except (RecursionError, MemoryError) as error:
+        raise UsageError(f"The configuration is nested too deeply to read ({type(error).__name__}).") from error
+    except (ImportError, ArithmeticError, LookupError) as error:
+        moved = _MISSING.search(str(error))  # gin's error has no name
+        if moved and moved[1] in MODULES:
+            raise UsageError(f"{error}\nsbs_jax.{moved[1]} has moved. Write: {import_line(moved[1])}") from error
+        raise UsageError(f"The configuration cannot be read: {type(error).__name__}: {error}") from error
+    except (ValueError, SyntaxError, OSError, NameError, AttributeError, TypeError, RuntimeError) as error:
+        raise UsageError(str(error) or f"The configuration cannot be read: {type(error).__name__}.") from error
 
 
 def import_line(name: str) -> str:
