@@ -1,6 +1,7 @@
 """Checkpoints: whole or not there, damage is seen, a full disk does not end a run."""
 
 import contextlib
+import itertools
 import json
 import logging
 import os
@@ -21,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import toy
+from builders import disks
 from saver import NEWEST_TWO, arrays, assert_restores, fill, like
 
 from sbs_jax.run import checkpoints
@@ -386,22 +388,11 @@ def test_the_best_is_the_earliest_of_equals_and_the_newest_where_nothing_was_eva
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Callable[..., Path]]:
+def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
     """Makes real file systems of a size, unmounted at the end."""
-    mounted = []
-
-    def make(options: str) -> Path:
-        place = tmp_path / f"disk{len(mounted)}"
-        place.mkdir()
-        done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", place], capture_output=True, text=True)
-        if done.returncode != 0:
-            pytest.skip(f"mounting a small disk is not permitted here: {done.stderr.strip()}")
-        mounted.append(place)
-        return place
-
-    yield make
-    for place in mounted:
-        subprocess.run(["umount", "-l", place], check=True)
+    with contextlib.ExitStack() as stack:
+        count = itertools.count()
+        yield lambda options: stack.enter_context(disks.small_disk(tmp_path / f"disk{next(count)}", options))
 
 
 def descriptors() -> int:

@@ -5,7 +5,6 @@ The short forms run in the suite, the long ones with `make test-faults`, which p
 
 import collections
 import contextlib
-import dataclasses
 import os
 import random
 import shutil
@@ -19,15 +18,15 @@ from typing import Any
 import numpy as np
 import pytest
 import toy
+from builders import disks
+from builders.finished_runs import assert_close, assert_same, contents
 from processes import Process, until
 
 from sbs_jax.data import batches, registry, tokens
 from sbs_jax.hosts import preemption
 from sbs_jax.run import checkpoints, directory
 from sbs_jax.storage import checksums
-from sbs_jax.weights import tensor_store
 
-SPEEDS = {"tokens_per_second", "seconds_per_step", "data_wait_share"}
 STEPS, EVALUATED = 40, 16
 # Almost always a checkpoint is being written; lines, evaluations and checkpoints come at different steps; 7 epochs.
 MACROS = {
@@ -60,52 +59,6 @@ def reference(starter, folder: Path, tmp_path_factory: pytest.TempPathFactory) -
         assert process.wait() == 0, process.complained()
         assert "Error" not in process.complained()
     return run
-
-
-@dataclasses.dataclass(frozen=True)
-class Contents:
-    """What a finished run has come to."""
-
-    arrays: dict[str, np.ndarray]  # of its last step: parameters and optimiser
-    metadata: dict[str, Any]
-    lines: list[dict[str, Any]]  # of metrics, without speeds
-    predictions: dict[str, bytes]
-    best: int | None
-
-
-def contents(run: Path) -> Contents:
-    step = checkpoints.steps(run)[-1]
-    arrays = {}
-    for item in (checkpoints.PARAMETERS, checkpoints.OPTIMIZER):
-        for name, array in tensor_store.orbax_arrays(run / "checkpoints" / str(step) / item).items():
-            arrays[f"{item}/{name}"] = array.whole()
-    lines = [{k: v for k, v in line.items() if k not in SPEEDS} for line in directory.read_metrics(run)]
-    predictions = {path.name: path.read_bytes() for path in (run / "predictions").iterdir()}
-    metadata = checkpoints.read_metadata(run, step)
-    return Contents(arrays, metadata, lines, predictions, checkpoints.best_step(run))
-
-
-def assert_same(run: Path, reference: Path) -> None:
-    """Bit for bit."""
-    got, want = contents(run), contents(reference)
-    assert got.lines == want.lines
-    assert got.predictions == want.predictions
-    assert (got.best, got.metadata) == (want.best, want.metadata)
-    assert got.arrays.keys() == want.arrays.keys()
-    for name, array in want.arrays.items():
-        np.testing.assert_array_equal(got.arrays[name], array, err_msg=name)
-
-
-def assert_close(run: Path, reference: Path) -> None:
-    """To rounding."""
-    got, want = contents(run), contents(reference)
-    assert [(line["kind"], line["step"]) for line in got.lines] == [(line["kind"], line["step"]) for line in want.lines]
-    for line, wanted in zip(got.lines, want.lines, strict=True):
-        for name in wanted.keys() - {"kind"}:
-            assert line[name] == pytest.approx(wanted[name], rel=2e-3, abs=1e-5), (name, line["step"])
-    assert got.arrays.keys() == want.arrays.keys()
-    for name, array in want.arrays.items():
-        np.testing.assert_allclose(got.arrays[name], array, rtol=2e-2, atol=2e-4, err_msg=name)
 
 
 def being_written(run: Path) -> set[str]:
@@ -360,15 +313,8 @@ DISK = 24 << 20  # bytes
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    done = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={DISK}", "tmpfs", disk], capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        pytest.skip(f"this user may not mount a small disk: {done.stderr.strip()}")
-    yield disk
-    subprocess.run(["umount", "-l", disk], check=True)
+    with disks.small_disk(tmp_path / "disk", f"size={DISK}") as disk:
+        yield disk
 
 
 @contextlib.contextmanager

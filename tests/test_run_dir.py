@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 import toy
+from builders import disks
 
 from sbs_jax.data import registry, selection
 from sbs_jax.run import directory, settings
@@ -285,22 +286,6 @@ def test_of_several_processes_the_first_locks_and_a_refusal_reaches_all(tmp_path
 # ---------------------------------------------------------------------- disks that take nothing
 
 
-def mount(*arguments: object) -> None:
-    done = subprocess.run(["mount", *map(str, arguments)], capture_output=True, text=True, check=False)
-    if done.returncode:
-        pytest.skip(f"this user may not mount a small disk: {done.stderr.strip()}")
-
-
-@contextlib.contextmanager
-def small_disk(path: Path, *, size: str = "512k") -> Iterator[Path]:
-    path.mkdir()
-    mount("-t", "tmpfs", "-o", f"size={size}", "tmpfs", path)
-    try:
-        yield path
-    finally:
-        subprocess.run(["umount", "-l", path], check=True)
-
-
 @contextlib.contextmanager
 def full(disk: Path, run: Path, *, left: int = 0) -> Iterator[None]:
     """The disk is full, but for `left` bytes."""
@@ -315,9 +300,9 @@ def full(disk: Path, run: Path, *, left: int = 0) -> Iterator[None]:
 
 @contextlib.contextmanager
 def read_only(disk: Path, run: Path) -> Iterator[None]:
-    mount("--bind", run, run)
+    disks.mount("--bind", run, run)
     try:
-        mount("-o", "remount,bind,ro", run)
+        disks.mount("-o", "remount,bind,ro", run)
         yield
     finally:
         subprocess.run(["umount", "-l", run], check=True)
@@ -345,7 +330,7 @@ def disk() -> Iterator[Path]:
     """A small disk outside of pytest's folders, which other users may not enter."""
     folder = Path(tempfile.mkdtemp())
     folder.chmod(0o755)
-    with small_disk(folder / "disk") as path:
+    with disks.small_disk(folder / "disk", "size=512k") as path:
         yield path
     shutil.rmtree(folder)
 
