@@ -157,19 +157,21 @@ def test_a_bucket_is_read_by_slices(starter, form, tmp_path):
     program = (
         "import sys, numpy as np\n"
         "from sbs_jax.weights import opening\n"
-        "place = sys.argv[1]\n"
-        "assert opening.form_of(place).name == 't5x'\n"
-        "opened = opening.open_any(place)\n"
-        "np.savez(sys.argv[2], **{name: array.whole() for name, array in opened.arrays.items()})\n"
+        "for file, place in zip(sys.argv[1::2], sys.argv[2::2]):\n"
+        "    assert opening.form_of(place).name == 't5x'\n"
+        "    opened = opening.open_any(place)\n"
+        "    np.savez(file, **{name: array.whole() for name, array in opened.arrays.items()})\n"
     )
+    model = "gs://some-bucket/pretrained/t5"
+    places = {str(tmp_path / "1.npz"): model, str(tmp_path / "2.npz"): f"{model}/checkpoint_5"}
     with bucket.served(tmp_path, bucket="some-bucket") as (environment, asked):
-        for place in ("gs://some-bucket/pretrained/t5", "gs://some-bucket/pretrained/t5/checkpoint_5"):
-            arguments = [place, str(tmp_path / "got.npz")]
-            done = starter.run(tmp_path, arguments, command=["-c", program], environment=environment)
-            assert done.returncode == 0, done.stderr
-            with np.load(tmp_path / "got.npz") as got:
-                for name, values in cases.parameters(config).items():
-                    np.testing.assert_array_equal(got[name], values)
+        arguments = [each for pair in places.items() for each in pair]
+        done = starter.run(tmp_path, arguments, command=["-c", program], environment=environment)
+    assert done.returncode == 0, done.stderr
+    for file in places:
+        with np.load(file) as got:
+            for name, values in cases.parameters(config).items():
+                np.testing.assert_array_equal(got[name], values)
     assert any("alt=media" in path for path in asked)
 
 

@@ -90,7 +90,7 @@ def convert(source: str, target: str, options: Options) -> dict[str, Any]:
     summary: dict[str, Any] = {"from": form.name, "to": to_form}
     if to_form == opening.PEFT or (form.name, to_form) == (opening.PEFT, opening.SBS):
         summary |= _kept(opened, source, base=base, is_run=to_form == opening.SBS)
-    elif opened.tuning is not None and (to_form != STABLEHLO or merging.possible(opened)):
+    elif opened.tuning is not None and (to_form != STABLEHLO or merging.can_merge(opened)):
         opened, more = _merged(opened, source, base=base)
         summary |= more
     summary |= {
@@ -271,7 +271,7 @@ def _merged(opened: Opened, source: str, *, base: str | None) -> tuple[Opened, d
     merging.check(opened, owner=source)
     arrays = opening.base_arrays(opened, given=base, owner=source)
     summary: dict[str, Any] = {"base": opened.base}
-    lost = merging.lost(opened, arrays)
+    lost = merging.quantization_error(opened, arrays)
     if lost:
         error = lost["relative_rms_error"]
         log.warning(

@@ -93,7 +93,7 @@ def _load_sharing(
             _check_shared(first, each)
         found = frozen.load(
             *(first.config, first.tuning),
-            path=identity.place(first.base, base, owner=first.owner),
+            path=identity.base_path(first.base, base, owner=first.owner),
             seed=first.base["seed"],
             like=first.like,
             partitioner=partitioner,

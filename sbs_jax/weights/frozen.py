@@ -38,32 +38,33 @@ def load(
     Only one array at a time is in float32: the base of a quantized run may not fit into memory at full precision.
     """
     adapted = adapters.abstract(config, tuning)
-    _, own, axes = t5.abstract(config)
-    whole = partitioner.with_shardings(own, parameters=own, axes=axes)
+    _, plain, axes = t5.abstract(config)
+    plain_like = partitioner.with_shardings(plain, parameters=plain, axes=axes)
     if path is None and seed is None:
         raise ValueError("These adapters know neither the path of their base nor a seed; give the base.")
-    read = _from_seed(config, seed or 0, whole) if path is None else _from_checkpoint(path, whole)
-    held: t5.Parameters = {}
-    prints: dict[str, list[int]] = {}
+    read = _from_seed(config, seed or 0, plain_like) if path is None else _from_checkpoint(path, plain_like)
+    parameters: t5.Parameters = {}
+    fingerprints: dict[str, list[int]] = {}
     compiled: dict[Any, Callable[[jax.Array], tuple[jax.Array, ...]]] = {}  # one program per kind of array
-    for name in own:
+    for name in plain:
         array = read(name)
-        prints[name] = [int(x) for x in np.asarray(identity.fingerprint(array))]
+        fingerprints[name] = [int(x) for x in np.asarray(identity.fingerprint(array))]
         parts = [each for each in like if each == name or each.rpartition("/")[0] == name]
 
-        def hold(array: jax.Array, name: str = name, parts: list[str] = parts) -> tuple[jax.Array, ...]:
+        def frozen(array: jax.Array, name: str = name, parts: list[str] = parts) -> tuple[jax.Array, ...]:
             found = adapters.freeze(name, array, shapes=adapted.shapes, form=tuning.base)
             return tuple(found[part] for part in parts)
 
         shardings = tuple(like[part].sharding for part in parts)
         alike = (array.shape, shardings, tuple(like[part].dtype for part in parts))
         if alike not in compiled:
-            compiled[alike] = jax.jit(hold, out_shardings=shardings)
-        held |= zip(parts, compiled[alike](array), strict=True)
+            compiled[alike] = jax.jit(frozen, out_shardings=shardings)
+        parameters |= zip(parts, compiled[alike](array), strict=True)
         del array
-    trained, rest = adapted.split(held)
+    trained, rest = adapted.split(parameters)
     place = None if path is None else identity.absolute(path)
-    return Base(rest, trained, {"path": place, "seed": None if path else seed, "fingerprint": identity.digest(prints)})
+    origin = {"path": place, "seed": None if path else seed, "fingerprint": identity.digest(fingerprints)}
+    return Base(rest, trained, origin)
 
 
 def _from_seed(config: t5.T5Config, seed: int, like: Mapping[str, jax.ShapeDtypeStruct]) -> Callable[[str], jax.Array]:

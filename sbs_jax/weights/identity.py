@@ -17,13 +17,13 @@ from sbs_jax.weights.arrays import LazyArray
 
 def of_arrays(arrays: Mapping[str, LazyArray]) -> str:
     """Computes the fingerprint of a base, reading its arrays one after the other."""
-    prints = {name: fingerprint(jnp.asarray(array.whole().astype(np.float32))) for name, array in arrays.items()}
-    return digest({name: [int(x) for x in np.asarray(each)] for name, each in prints.items()})
+    fingerprints = {name: fingerprint(jnp.asarray(array.whole().astype(np.float32))) for name, array in arrays.items()}
+    return digest({name: [int(x) for x in np.asarray(each)] for name, each in fingerprints.items()})
 
 
-def digest(prints: Mapping[str, Sequence[int]]) -> str:
+def digest(fingerprints: Mapping[str, Sequence[int]]) -> str:
     """Combines the fingerprints of all arrays, by name, into one."""
-    return hashlib.sha256(repr(sorted((name, list(each)) for name, each in prints.items())).encode()).hexdigest()
+    return hashlib.sha256(repr(sorted((name, list(each)) for name, each in fingerprints.items())).encode()).hexdigest()
 
 
 @jax.jit
@@ -61,7 +61,7 @@ def described(identity: Mapping[str, Any]) -> str:
     return str(identity["path"]) if identity["path"] else f"parameters fresh from seed {identity['seed']}"
 
 
-def place(identity: Mapping[str, Any], given: str | None, *, owner: str) -> str | None:
+def base_path(identity: Mapping[str, Any], given: str | None, *, owner: str) -> str | None:
     """Returns the path to read a base from: `given`, or where it was; None if it is fresh from a seed.
 
     FileNotFoundError where nothing is there (any more).

@@ -25,7 +25,7 @@ def check(opened: Opened, *, owner: str) -> None:
         )
 
 
-def possible(opened: Opened) -> bool:
+def can_merge(opened: Opened) -> bool:
     """Returns whether `merged` can make a plain T5 of it."""
     return not without_place(opened)
 
@@ -44,7 +44,7 @@ def merged(opened: Opened, base: Mapping[str, LazyArray]) -> Opened:
     arrays = {
         name: _array(
             name,
-            opened.arrays[name] if name in opened.arrays else _held(name, base[name], tuning, shapes=shapes),
+            opened.arrays[name] if name in opened.arrays else _as_trained(name, base[name], tuning, shapes=shapes),
             opened.arrays,
             tuning,
         )
@@ -53,7 +53,7 @@ def merged(opened: Opened, base: Mapping[str, LazyArray]) -> Opened:
     return dataclasses.replace(opened, arrays=arrays, tuning=None, base=None)
 
 
-def lost(opened: Opened, base: Mapping[str, LazyArray]) -> dict[str, Any]:
+def quantization_error(opened: Opened, base: Mapping[str, LazyArray]) -> dict[str, Any]:
     """Measures what quantizing the base took from its kernels (`quantized.error`); {} if it was not quantized."""
     tuning = opened.tuning
     if tuning is None or tuning.base not in quantized.FORMS:
@@ -95,7 +95,7 @@ def _array(name: str, kernel: LazyArray, trained: Mapping[str, LazyArray], tunin
     return LazyArray(kernel.shape, np.dtype(np.float32), read)
 
 
-def _held(
+def _as_trained(
     name: str, base: LazyArray, tuning: adapters.Tuning, *, shapes: Mapping[str, jax.ShapeDtypeStruct]
 ) -> LazyArray:
     """Rounds or quantizes an array of the base as training did."""

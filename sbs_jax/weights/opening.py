@@ -1,4 +1,4 @@
-"""Open weights of any form: one table, from a form's name to what recognises and opens it.
+"""Open weights of any form: one table, from a form's name to what detects and opens it.
 
 A new form is one module and one row of `FORMS`. The row's `open` returns an `Opened` whose arrays are read by slices;
 checking shapes, merging adapters and placing arrays on devices follow here, once for all forms.
@@ -23,12 +23,13 @@ NPZ, PEFT, HUGGING_FACE, SBS, T5X = "npz", "peft", "hf", "sbs", "t5x"
 class Form:
     """A form of checkpoint.
 
-    `open(path, base)` reads headers alone and merges nothing; `base` says where the base of adapters lies, None: where
-    the checkpoint says. `recognises` sees URLs only if the form is `remote`. `described` ends the error "expected ..".
+    `detects` is asked about URLs only if the form is `remote`. `open(path, base)` reads headers and merges nothing;
+    `base` is the path of the base of adapters, None: the one stored in the checkpoint. `described` is the form's name
+    in errors.
     """
 
     name: str
-    recognises: Callable[[str], bool]
+    detects: Callable[[str], bool]
     open: Callable[[str, str | None], Opened]
     described: str
     remote: bool = False
@@ -41,7 +42,7 @@ def form_of(path: str | Path) -> Form:
     if not remote and not Path(text).exists():
         raise FileNotFoundError(f"There is no checkpoint at {path}: nothing is there.")
     for form in FORMS.values():
-        if (form.remote or not remote) and form.recognises(text):
+        if (form.remote or not remote) and form.detects(text):
             return form
     expected = ", ".join(form.described for form in FORMS.values())
     raise FileNotFoundError(f"{path} holds no checkpoint; expected one of: {expected}.")
@@ -71,7 +72,7 @@ def arrays_of(path: str | Path, *, wanted: Shapes) -> dict[str, LazyArray]:
 
 
 def open_any(path: str | Path, *, base: str | None = None) -> Opened:
-    """Opens a checkpoint of any form, its adapters merged into their base, which lies at `base` if it has moved."""
+    """Opens a checkpoint of any form, its adapters merged into their base, now at `base` if it has moved."""
     opened = form_of(path).open(str(path), base)
     return opened if opened.tuning is None else merged(opened, base=base, owner=str(path))
 
@@ -88,7 +89,7 @@ def base_arrays(opened: Opened, *, given: str | None, owner: str) -> dict[str, L
     Reads every array once for the fingerprint. ValueError where it is another base.
     """
     assert opened.base is not None
-    path = identity.place(opened.base, given, owner=owner)
+    path = identity.base_path(opened.base, given, owner=owner)
     if path is None:
         made = t5.init(opened.config, seed=opened.base["seed"])[1]
         arrays = {name: LazyArray.of(np.asarray(x)) for name, x in made.items()}

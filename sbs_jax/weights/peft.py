@@ -258,9 +258,9 @@ def _imported(
         raise ValueError(f"{where} has the shape {array.shape}; expected two dimensions.")
     if of == "LORA":
         rank, is_a = settings.get("r"), ending == "lora_A.weight"
-        held = array.shape[0 if is_a else 1]
-        if held != rank:
-            raise ValueError(f"{where} {list(array.shape)} is of rank {held}, and {CONFIG} says r {brief(rank)}.")
+        stored = array.shape[0 if is_a else 1]
+        if stored != rank:
+            raise ValueError(f"{where} {list(array.shape)} is of rank {stored}, and {CONFIG} says r {brief(rank)}.")
         return ("lora/a" if is_a else "lora/b"), array.transposed()
     listed = settings.get("feedforward_modules")
     inner = array.shape[0] == 1
@@ -315,24 +315,24 @@ def _tuning(path: Path, settings: Mapping[str, Any], found: Mapping[str, set[str
         return tuple(ends if short == set(chosen) else sorted(chosen))
 
     known = _known_base(path) or {"held": "float32", "quantized": []}
-    held: dict[str, Any] = {"base": known["held"]}
+    fields: dict[str, Any] = {"base": known["held"]}
     if known["held"] in quantized.FORMS:
         foreign = sorted(set(known["quantized"]) - set(kernels))
         if foreign:
             raise ValueError(
                 f"{path / BASE}: {part(foreign[0])} is not a kernel of the base's layers. Remove the file."
             )
-        held["quantized"] = patterns(known["quantized"])
+        fields["quantized"] = patterns(known["quantized"])
     try:
         if settings["peft_type"] == "IA3":
             outputs, inputs = (patterns(found.get(end, set())) for end in ("out_scale", "in_scale"))
-            return adapters.Tuning(**held, ia3=adapters.IA3(outputs=outputs, inputs=inputs))
+            return adapters.Tuning(**fields, ia3=adapters.IA3(outputs=outputs, inputs=inputs))
         alpha, dropout = settings.get("lora_alpha", 8), settings.get("lora_dropout", 0.0)
         for name, value in (("lora_alpha", alpha), ("lora_dropout", dropout)):
             if type(value) not in (int, float) or not -(2**31) < value < 2**31:
                 raise ValueError(f"{name} is {brief(value)}; expected a number.")
         modules = patterns(found["lora/a"])
         lora = adapters.LoRA(rank=settings["r"], alpha=float(alpha), dropout=float(dropout), modules=modules)
-        return adapters.Tuning(**held, lora=lora)
+        return adapters.Tuning(**fields, lora=lora)
     except ValueError as error:
         raise ValueError(f"{path / CONFIG}: {error}") from None

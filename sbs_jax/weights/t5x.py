@@ -169,8 +169,8 @@ def _from_msgpack(url: str) -> dict[str, LazyArray]:
     version = contents.get("version", 0) if isinstance(contents, dict) else 0
     root = contents.get("optimizer", contents) if isinstance(contents, dict) else contents
     if not isinstance(root, dict) or not isinstance(root.get("target"), dict) or type(version) is not int:
-        held = part(", ".join(map(str, root))) if isinstance(root, dict) else type(root).__name__
-        raise ValueError(f"{url}{_MSGPACK} has no parameters under 'target'; it has {held}.")
+        found = part(", ".join(map(str, root))) if isinstance(root, dict) else type(root).__name__
+        raise ValueError(f"{url}{_MSGPACK} has no parameters under 'target'; it has {found}.")
     arrays: dict[str, LazyArray] = {}
     elsewhere: dict[str, str] = {}
     for name, leaf in _leaves(root["target"], where=f"{url}{_MSGPACK}"):
@@ -248,14 +248,14 @@ def _config(path: object, stored: Mapping[str, LazyArray], *, scanned: bool) -> 
         scale = {stack: shape(f"{stack}/{stack}/pre_mlp_layer_norm/scale", dimensions=2) for stack in names.STACKS}
         if all(each[1] == emb_dim and each[0] != emb_dim for each in scale.values()):
             axis = 0
-        layers = held = {stack: each[axis] for stack, each in scale.items()}
+        layers = stored_layers = {stack: each[axis] for stack, each in scale.items()}
         first = {stack: f"{stack}/{stack}" for stack in scale}
     else:
         numbers: dict[str, set[int]] = {stack: set() for stack in names.STACKS}
         for match in filter(None, map(_NUMBERED.match, stored)):
             numbers[match[1]].add(int(match[2][:9]))
         layers = {stack: 1 + max(found, default=-1) for stack, found in numbers.items()}
-        held = {stack: len(found) for stack, found in numbers.items()}
+        stored_layers = {stack: len(found) for stack, found in numbers.items()}
         first = {stack: f"{stack}/layers_0" for stack in layers}
 
     def without_layers(full: tuple[int, ...]) -> tuple[int, ...]:
@@ -286,4 +286,4 @@ def _config(path: object, stored: Mapping[str, LazyArray], *, scanned: bool) -> 
         )
     except ValueError as error:
         raise ValueError(f"{path} is not an encoder-decoder T5 of T5X: {error}") from None
-    return config, axis, held
+    return config, axis, stored_layers

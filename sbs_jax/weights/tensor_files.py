@@ -26,9 +26,9 @@ def write_safetensors(file: Path, arrays: Mapping[str, LazyArray], *, dtype: np.
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, array in arrays.items():
-        held = array.dtype if dtype is None else dtype
-        end = offset + int(np.prod(array.shape)) * held.itemsize
-        header[name] = {"dtype": codes[held], "shape": list(array.shape), "data_offsets": [offset, end]}
+        stored = array.dtype if dtype is None else dtype
+        end = offset + int(np.prod(array.shape)) * stored.itemsize
+        header[name] = {"dtype": codes[stored], "shape": list(array.shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -46,11 +46,11 @@ def read_safetensors(file: Path) -> dict[str, LazyArray]:
         raise ValueError(f"{file} is no complete safetensors file ({part(str(error))}). Download it again.") from None
     arrays = {}
     for name in opened.keys():  # noqa: SIM118  (it has no iterator)
-        held = opened.get_slice(name)
-        code = held.get_dtype()
+        array = opened.get_slice(name)
+        code = array.get_dtype()
         if code not in _DTYPES:
             raise ValueError(f"{file}: {brief(name)} is of type {code}; expected one of {', '.join(_DTYPES)}.")
-        arrays[name] = LazyArray(tuple(held.get_shape()), np.dtype(_DTYPES[code]), held.__getitem__)
+        arrays[name] = LazyArray(tuple(array.get_shape()), np.dtype(_DTYPES[code]), array.__getitem__)
     return arrays
 
 
