@@ -6,6 +6,7 @@ the labels, how answers are graded, and the test result.
 
 import contextlib
 import dataclasses
+import functools
 import inspect
 import json
 import logging
@@ -13,6 +14,8 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import jinja2
 
 from sbs_jax.data import grading, registry, selection, tokens
 from sbs_jax.data.dataset import STEP_BY_STEP, Dataset
@@ -67,7 +70,13 @@ def read(path: Path) -> dict[str, Any]:
             raise ValueError(f"{path}: {place!r} is {json_files.brief(value)}; expected {expected}. {_DAMAGED}")
     try:
         _readme(found, usage="", more={})
-    except (LookupError, TypeError, ValueError, AttributeError) as error:  # in fields that are only shown
+    except (
+        LookupError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        jinja2.TemplateError,
+    ) as error:  # in fields that are only shown
         raise ValueError(f"{path}: {type(error).__name__}: {json_files.part(str(error))}. {_DAMAGED}") from None
     return found
 
@@ -248,78 +257,23 @@ def _tested(run: Path, *, step: int) -> dict[str, Any] | None:
 # ------------------------------------------------------------------------------------ README
 
 
-def _readme(card: Mapping[str, Any], *, usage: str, more: Mapping[str, Any]) -> str:
-    training, answer, given = card["training"], card["answer"], card["input"]
-    labels = answer["labels"]
-    shown = "open" if labels is None else ", ".join(f"`{label}`" for label in labels[:20])
-    facts = [
-        ("input", f"`{given['prefix']}` and the text, up to {given['max_tokens']} tokens"),
-        ("answer", f"{answer['is']}, up to {answer['max_new_tokens']} tokens, greedy"),
-        ("labels", shown + (" .." if labels is not None and len(labels) > 20 else "")),
-        ("parser", _parser(answer["parser"])),
-        ("graded by", ". ".join([str(card["grading"]["metric"]), *card["grading"]["meaning"]])),
-        ("on test", _score(card)),
-        ("dataset", card["dataset"]),
-        ("method", training["method"]),
-        ("base", training["base"] or "from scratch"),
-        ("adapters, merged or carried", training["adapters"]),
-        ("trained", _trained(training)),
-        ("parameters", f"{card['parameters']:,}"),
-        ("weights", more.get("weights")),
-    ]
-    table = "\n".join(f"| {name} | {_cell(value)} |" for name, value in facts if value)
-    front = {"library_name": more.get("runtime", "transformers"), "tags": ["t5", "distillation", card["dataset"]]}
-    head = "\n".join(f"{name}: {json.dumps(value)}" for name, value in front.items())
-    return (
-        f"---\n{head}\n---\n\n# A student of {card['dataset']}\n\nA T5 trained by {training['method']} "
-        f"(Distilling Step-by-Step, arXiv 2305.02301) with sbs_jax.\n\n| | |\n|---|---|\n{table}\n\n## Use\n\n{usage}"
-        f"{_rationale(card)}\n`{FILE}` has all of this for programs.{_grading_text(card)}\n"
+@functools.cache
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
+    environment.filters |= {"json": json.dumps, "code": "`{}`".format, "cell": _cell}
+    return environment.from_string(Path(__file__).with_name("readme.md.jinja").read_text("utf-8"))
+
+
+def _readme(card: Mapping[str, Any], *, usage: str, more: Mapping[str, Any]) -> str:
+    runtime, files = more.get("runtime", "transformers"), {"card": FILE, "grading": GRADING}
+    return _template().render(card=card, usage=usage, runtime=runtime, weights=more.get("weights"), files=files)
 
 
 def _cell(value: Any) -> str:
+    """Escapes what would end a cell of a table."""
     return str(value).replace("|", "\\|").replace("\n", " ")
-
-
-def _parser(parser: Mapping[str, Any]) -> str:
-    if parser["after_last"] is None:
-        return "the text, stripped"
-    return f'what follows the last "{parser["after_last"].strip()}", stripped; nothing where there is none'
-
-
-def _score(card: Mapping[str, Any]) -> str:
-    test, metric = card["test"], card["grading"]["metric"]
-    if test is None or metric not in test:
-        return "not measured"
-    within = "" if test["interval_95"] is None else " (95 % interval {:.1f} to {:.1f}".format(*test["interval_95"])
-    rows = f", {test['rows']} rows)" if within else ""
-    return f"{metric} {test[metric]:.2f}{within}{rows}"
-
-
-def _trained(training: Mapping[str, Any]) -> str:
-    rows = training["rows"].get("used")
-    parts = [
-        f"step {training['step']}",
-        f"{rows:,} rows" if rows is not None else "",
-        f"labels: {training.get('label_source', '?')}",
-        f"fraction {training['fraction']:g}" if training.get("fraction", 1) != 1 else "",
-        f"seed {training['seed']}" if "seed" in training else "",
-    ]
-    return ", ".join(part for part in parts if part)
-
-
-def _rationale(card: Mapping[str, Any]) -> str:
-    if card["rationale"] is None:
-        return ""
-    prefix, length = str(card["rationale"]["prefix"]), int(card["rationale"]["max_new_tokens"])
-    return f"\nIt also writes a rationale: after `{prefix}`, of up to {length} tokens.\n"
-
-
-def _grading_text(card: Mapping[str, Any]) -> str:
-    if card["grading"]["file"] is None:
-        return ""
-    call = " and ".join(f"`{name}(targets, predictions)`" for name in card["grading"]["functions"])
-    return f" `{GRADING}` (standard library only) grades: {call}."
 
 
 def megabytes(size: int) -> str:
