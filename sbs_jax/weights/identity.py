@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sbs_jax.storage.json_files import part
 from sbs_jax.weights.arrays import LazyArray
 
 
@@ -58,7 +59,7 @@ def absolute(path: str) -> str:
 
 def described(identity: Mapping[str, Any]) -> str:
     """Names a base for a message."""
-    return str(identity["path"]) if identity["path"] else f"parameters fresh from seed {identity['seed']}"
+    return part(str(identity["path"])) if identity["path"] else f"parameters fresh from seed {identity['seed']}"
 
 
 def base_path(identity: Mapping[str, Any], given: str | None, *, owner: str) -> str | None:

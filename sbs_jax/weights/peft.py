@@ -177,11 +177,13 @@ def open_directory(path: str | Path, *, base: Opened, base_identity: Mapping[str
                 f"{path}: {part(match[1])} is not a kernel of {base_identity['path']}'s layers; give the base of these "
                 f"adapters.{nearest(match[1], modules)}"
             )
-        end, ours = _imported(path, match[1], match[2], array, settings)
-        arrays[f"{module}/{end}"] = ours
+        end, arranged = _imported(path, match[1], match[2], array, settings)
+        arrays[f"{module}/{end}"] = arranged
         found.setdefault(end, set()).add(match[1])
     _check_complete(path, settings, found, modules)
-    tuning = _tuning(path, settings, {end: {modules[each] for each in of} for end, of in found.items()}, base=base)
+    ours = {end: {modules[each] for each in of} for end, of in found.items()}
+    kernels = [module for module in modules.values() if module.startswith(names.STACKS)]
+    tuning = _tuning(path, settings, ours, kernels=kernels, known=known)
     shapes = adapters.abstract(base.config, tuning).shapes
     for name, array in arrays.items():
         if array.shape != shapes[name].shape:
@@ -304,9 +306,15 @@ def _check_complete(
         )
 
 
-def _tuning(path: Path, settings: Mapping[str, Any], found: Mapping[str, set[str]], *, base: Opened) -> adapters.Tuning:
-    """Builds the `Tuning` that gives exactly these adapters."""
-    kernels = [ours for ours in _modules(base.config).values() if ours.startswith(names.STACKS)]
+def _tuning(
+    path: Path,
+    settings: Mapping[str, Any],
+    found: Mapping[str, set[str]],
+    *,
+    kernels: Collection[str],
+    known: Mapping[str, Any] | None,
+) -> adapters.Tuning:
+    """Builds the `Tuning` that gives exactly these adapters, on the base as our export says it was `known`."""
 
     def patterns(chosen: Collection[str]) -> tuple[str, ...]:
         """Names ends of names if they select exactly the chosen kernels, full names otherwise."""
@@ -314,7 +322,7 @@ def _tuning(path: Path, settings: Mapping[str, Any], found: Mapping[str, set[str
         short = {module for module in kernels if module.rpartition("/")[2] in ends}
         return tuple(ends if short == set(chosen) else sorted(chosen))
 
-    known = _known_base(path) or {"held": "float32", "quantized": []}
+    known = known or {"held": "float32", "quantized": []}
     fields: dict[str, Any] = {"base": known["held"]}
     if known["held"] in quantized.FORMS:
         foreign = sorted(set(known["quantized"]) - set(kernels))
