@@ -1,4 +1,4 @@
-"""A bucket over loopback: as much of Google Cloud Storage's JSON interface as reading needs, served from a folder."""
+"""A bucket over loopback: the part of Google Cloud Storage's JSON API that reading needs, served from a folder."""
 
 import contextlib
 import http.server
@@ -11,12 +11,12 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def served(folder: Path, *, bucket: str) -> Iterator[tuple[dict[str, str], list[str]]]:
-    """Environment under which TensorStore reads gs://<bucket>/ from this folder, and the paths that were asked for."""
+    """Yields the environment under which TensorStore reads gs://<bucket>/ from this folder, and the requested paths."""
     asked: list[str] = []
 
     class Handler(http.server.BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
-        disable_nagle_algorithm = True  # else a body waits 40 ms for the receipt of its headers
+        disable_nagle_algorithm = True  # otherwise a body waits 40 ms for the acknowledgement of its headers
 
         def do_GET(self) -> None:
             asked.append(self.path)
@@ -64,7 +64,7 @@ def served(folder: Path, *, bucket: str) -> Iterator[tuple[dict[str, str], list[
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     address = f"http://localhost:{server.server_address[1]}"
-    # No credentials of the machine that runs the tests, and no question for them.
+    # Uses and looks up no credentials of the machine.
     silent = {"GCE_METADATA_ROOT": "localhost:1", "GOOGLE_APPLICATION_CREDENTIALS": "", "HOME": str(folder)}
     try:
         yield {"TENSORSTORE_GCS_HTTP_URL": address, **silent}, asked

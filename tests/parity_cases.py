@@ -1,7 +1,7 @@
-"""Tiny students whose every weight comes from numpy, and what they are asked: the ground that both sides stand on.
+"""Tiny students with weights from numpy, and their inputs: what both sides of a comparison share.
 
-Used by the tests against PyTorch (test_parity.py), by those against its recorded answers (test_goldens.py), and by the
-script that records them (scripts/make_goldens.py).
+Used by the tests against PyTorch (test_parity.py), those against its recorded answers (test_goldens.py), and the script
+that records them (scripts/make_goldens.py).
 """
 
 import dataclasses
@@ -20,9 +20,9 @@ SHAPE = {
     "vocab_size": VOCABULARY,
     "emb_dim": 24,
     "num_heads": 3,
-    "head_dim": 6,  # 3 * 6 is not 24: the heads' joint width is no width of the model
+    "head_dim": 6,  # 3 * 6 is not 24: the heads' joint width differs from the model's
     "mlp_dim": 40,
-    "num_encoder_layers": 3,  # the other way round, transformers 5 cannot generate: its cache is too short
+    "num_encoder_layers": 3,  # the other way around, transformers 5 cannot generate: its cache is too short
     "num_decoder_layers": 2,
     "dropout_rate": 0.0,
 }
@@ -34,10 +34,10 @@ CASES = {
     "gated_tied": {"mlp_activations": GATED, "logits_via_embedding": True},
     "umt5": {"mlp_activations": GATED, "logits_via_embedding": False, "relative_attention_bias": "per_layer"},
 }
-# Those whose ten updates are recorded.
+# Cases with recorded updates.
 TRAINED = ("v1_0", "v1_1")
 GOLDENS = Path(__file__).parent / "goldens"
-# Tokens generated at most; some rows end before, some do not.
+# Most tokens to generate; some rows end earlier, some do not.
 LENGTH = 20
 BEAMS = 4
 STEPS = 10
@@ -52,7 +52,7 @@ def config(case: str) -> t5.T5Config:
 
 
 def parameters(config: t5.T5Config) -> dict[str, np.ndarray]:
-    """float32 weights from numpy alone, one stream per name."""
+    """Makes float32 weights from numpy alone, one stream per name."""
     return {name: _weights(name, leaf.shape) for name, leaf in names.parameters(config).items()}
 
 
@@ -76,7 +76,7 @@ def _weights(name: str, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def opened(config: t5.T5Config) -> Opened:
-    """The same weights as a checkpoint that a conversion reads."""
+    """Returns the same weights as an opened checkpoint."""
     arrays = {
         name: LazyArray(values.shape, values.dtype, values.__getitem__) for name, values in parameters(config).items()
     }
@@ -84,7 +84,7 @@ def opened(config: t5.T5Config) -> Opened:
 
 
 def source() -> np.ndarray:
-    """`[8, 15]` token ids, padded with 0."""
+    """Makes `[8, 15]` token ids, padded with 0."""
     random = np.random.default_rng(1)
     rows = random.integers(2, VOCABULARY, size=(8, 15))
     for row, size in enumerate((15, 14, 11, 9, 7, 5, 3, 2)):
@@ -94,7 +94,7 @@ def source() -> np.ndarray:
 
 
 def more_sources() -> np.ndarray:
-    """`[96, 9]` token ids: enough rows that every rule of beam search decides some."""
+    """Makes `[96, 9]` token ids: enough rows that every rule of beam search decides some."""
     random = np.random.default_rng(3)
     rows = random.integers(2, VOCABULARY, size=(96, 9))
     for row, size in enumerate(random.integers(2, 10, size=96)):
@@ -104,12 +104,12 @@ def more_sources() -> np.ndarray:
 
 
 def target(size: int = 12) -> np.ndarray:
-    """`[8, size]` token ids without padding."""
+    """Makes `[8, size]` token ids without padding."""
     return np.random.default_rng(2).integers(2, VOCABULARY, size=(8, size)).astype(np.int32)
 
 
 def training_rows() -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Of each task, (source, target), padded with 0 to the task's own longest row."""
+    """Makes (source, target) of each task, padded with 0 to the task's longest row."""
     label, rationale = target(4), target(11)
     for row, size in enumerate((4, 3, 2, 2, 3, 4, 2, 3)):
         label[row, size:] = 0
@@ -121,12 +121,12 @@ def training_rows() -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
 
 def shifted(tokens: np.ndarray) -> np.ndarray:
-    """Decoder inputs: one position to the right, from 0."""
+    """Shifts tokens right by one, from 0: decoder inputs."""
     return np.pad(tokens, ((0, 0), (1, 0)))[:, :-1]
 
 
 def fitted(tokens: np.ndarray, length: int = LENGTH) -> np.ndarray:
-    """Padded with 0 to a common length."""
+    """Pads with 0 to a common length."""
     return np.pad(tokens, ((0, 0), (0, length - tokens.shape[1])))
 
 
@@ -136,5 +136,5 @@ def model(config: t5.T5Config) -> tuple[t5.Structure, t5.Parameters]:
 
 
 def t5x_default(config: t5.T5Config) -> t5.T5Config:
-    """What is left of a configuration in a T5X checkpoint: its shapes. The dropout rate is T5X's own."""
+    """Returns what a T5X checkpoint keeps of a configuration: its shapes, and T5X's dropout rate."""
     return dataclasses.replace(config, dropout_rate=0.1)

@@ -1,4 +1,4 @@
-"""Run directories of students that nobody trained: every weight comes from numpy, and they answer at random."""
+"""Run directories of untrained students: weights from numpy, random answers."""
 
 import dataclasses
 import json
@@ -30,12 +30,12 @@ TEXTS = (
 
 
 def write(folder: Path, *, vocabulary: str = "byte", task: str = "toy_step_by_step", **changes: Any) -> Path:
-    """A run of the toy's shape; with `changes`, of another."""
+    """Writes a run of the toy's shape, with `changes` to its architecture."""
     registry.add(toy.DATASET)
     rows = 384 if vocabulary == tokens.BYTE_VOCABULARY else 32_128
     config = dataclasses.replace(toy.MODEL, **{"vocab_size": rows, **changes})
     values = cases.parameters(config)
-    values["logits_dense/kernel"][:, 259 if rows == 384 else 32_000 :] = 0  # rows of no token, and sentinels
+    values["logits_dense/kernel"][:, 259 if rows == 384 else 32_000 :] = 0  # rows without a token, and sentinels
     parameters = {name: jnp.asarray(each) for name, each in values.items()}
     checkpoints.save_parameters(folder, parameters, config=config, step=7)
     _write_manifest(folder, vocabulary=vocabulary, task=task, tuning=None)
@@ -43,7 +43,7 @@ def write(folder: Path, *, vocabulary: str = "byte", task: str = "toy_step_by_st
 
 
 def write_adapters(folder: Path, tuning: adapters.Tuning, *, base: Path) -> Path:
-    """A run that trained adapters on a `base` of `write`; what is trained has random values."""
+    """Writes a run that trained adapters on a `base` of `write`; trained parameters are random."""
     config = toy.MODEL
     adapted = adapters.abstract(config, tuning)
     partitioner = partitioning.DATA_PARALLEL.partitioner(jax.devices()[:1])
@@ -69,7 +69,7 @@ def _write_manifest(folder: Path, *, vocabulary: str, task: str, tuning: adapter
 
 
 def questions(folder: Path) -> Path:
-    """A file of `TEXTS`."""
+    """Writes a file of `TEXTS`."""
     rows = [json.dumps({"id": str(number), "input": text}) for number, text in enumerate(TEXTS)]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "questions.jsonl").write_text("\n".join(rows) + "\n")
@@ -77,7 +77,7 @@ def questions(folder: Path) -> Path:
 
 
 def answers(run: Path, *, objective: str = "label") -> list[engine.Answer]:
-    """What `sbs predict --too_long cut` says of `TEXTS`."""
+    """Answers `TEXTS` as `sbs predict --too_long cut` does."""
     settings = engine.Settings(batch_size=4, objective=objective, too_long="cut")
     asked = [engine.Question(id=str(number), input=text) for number, text in enumerate(TEXTS)]
     found = engine.Predictor.load(run, settings=settings).answer(asked)

@@ -1,4 +1,4 @@
-"""Conversions: names, round trips, T5X's forms, buckets, memory, and what is refused."""
+"""Conversions: names, round trips, T5X's forms, buckets, memory, and refusals."""
 
 import json
 import re
@@ -29,7 +29,7 @@ ALL = list(cases.CASES)
 
 
 def same(opened: Opened, config: t5.T5Config) -> None:
-    """The arrays are the case's weights, bit for bit."""
+    """Requires the case's weights, bit for bit."""
     expected = cases.parameters(config)
     assert set(opened.arrays) == set(expected)
     for name, values in expected.items():
@@ -146,7 +146,7 @@ def test_of_several_t5x_checkpoints_the_newest_is_taken(tmp_path):
 
 @pytest.mark.parametrize("form", ["orbax", "older"])
 def test_a_bucket_is_read_by_slices(starter, form, tmp_path):
-    """TensorStore's own client against a bucket over loopback, in a process of its own (it reads its settings once)."""
+    """Uses TensorStore's client on a loopback bucket, in a fresh process: it reads its settings once."""
     config = cases.config("v1_0")
     folder = tmp_path / "pretrained" / "t5" / "checkpoint_5"
     if form == "orbax":
@@ -176,7 +176,7 @@ def test_a_bucket_is_read_by_slices(starter, form, tmp_path):
 
 
 def test_shards_of_an_array_are_read_alone():
-    """Eight devices, eight reads, of an eighth each; never the whole."""
+    """Eight devices read an eighth each, never the whole."""
     mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
     values = np.arange(160, dtype=np.float32).reshape(16, 10)
     read = []
@@ -203,7 +203,7 @@ def test_slices_of_joined_axes(axis):
 
 
 def test_arrays_on_devices_are_copies():
-    """JAX takes over the memory of an aligned array where it can, and what was read may be part of a mapped file."""
+    """JAX takes over aligned memory where it can, and the source may be a mapped file."""
     spare = np.zeros(2**16 + 64, np.uint8)
     start = -spare.ctypes.data % 64
     values = spare[start : start + 2**16].view(np.float32)
@@ -397,7 +397,7 @@ def test_weights_of_another_size_than_the_configured_model_are_refused(exported,
 
 @pytest.mark.slow
 def test_weights_are_streamed_and_never_held_together(starter, tmp_path):
-    """An export of 0.3 GB, from a file of holes: what the process holds at its peak is a few arrays, not the model."""
+    """Converts 0.3 GB from a sparse file: peak memory is a few arrays, not the model."""
     config = t5.T5Config(
         vocab_size=32128,
         emb_dim=512,

@@ -1,4 +1,4 @@
-"""Exports: StableHLO that runs without this package, int8 weights, the card, and what is refused."""
+"""Exports: StableHLO that runs without this package, int8 weights, the card, and refusals."""
 
 import json
 import math
@@ -31,7 +31,7 @@ def student(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def label_student(tmp_path_factory) -> Path:
-    """One that is asked for labels alone: a single program."""
+    """A student that is asked for labels only: one program."""
     return students.write(tmp_path_factory.mktemp("student") / "run", task="toy_label")
 
 
@@ -39,7 +39,7 @@ def label_student(tmp_path_factory) -> Path:
 
 
 def test_stablehlo_answers_without_this_package(student, tmp_path):
-    """Label and rationale, two more rows than a program takes; inputs that are cut, or have an end token."""
+    """Label and rationale; two more rows than a program takes; inputs that are truncated or have an end token."""
     summary = converted(student, tmp_path / "out", check=0)
     assert summary["check"] is None
     assert summary["platforms"] == ["cpu", "tpu", "cuda"]
@@ -56,7 +56,7 @@ def test_stablehlo_answers_without_this_package(student, tmp_path):
 
 
 def test_a_program_holds_no_weights_and_nothing_that_may_change(label_student, tmp_path):
-    """The size of a program does not grow with the weights; `jax.export` itself refuses operations without promise."""
+    """A program's size does not grow with the weights; `jax.export` refuses operations without a promise."""
     converted(label_student, tmp_path / "out", platforms=("cpu", "cuda"), check=0)
     (file,) = (tmp_path / "out").glob("*.jax_export")
     exported = export.deserialize(bytearray(file.read_bytes()))
@@ -93,7 +93,7 @@ def test_int8_weights_are_a_quarter_and_say_what_they_lose(label_student, tmp_pa
     matrices = sum(x.size for name, x in parameters.items() if name not in stored)
     assert matrices > 0.98 * sum(x.size for x in parameters.values())
     assert sum(x.nbytes for x in stored.values()) < 0.3 * sum(x.nbytes for x in parameters.values())
-    # What the program answers is what the student with those weights does.
+    # The program answers as the student with those weights.
     rows = jnp.asarray([[5, 9, 7, 1] + 16 * [0], [80, 81, 82, 83, 1] + 15 * [0]] * 2)
     found = _program(tmp_path / "out")(stored, rows)
     expected = greedy(structure, unpacked, rows)
@@ -183,7 +183,7 @@ def test_a_run_s_export_tells_all_there_is_to_know(toy_run, tmp_path):
     grades: dict = {}
     exec((tmp_path / "out" / cards.GRADING).read_text(), grades)
     assert grades["accuracy"](["a", "b"], ["a", "c"]) == grading.accuracy(["a", "b"], ["a", "c"])
-    # The card goes along, through every form.
+    # The card survives every form.
     for before, to_form in (("out", "t5x"), ("t5x", "sbs"), ("sbs", "hf")):
         converted(tmp_path / before, tmp_path / to_form, to_form)
     again = json.loads((tmp_path / "hf" / cards.FILE).read_text())

@@ -1,6 +1,6 @@
-"""Our student against recorded answers of PyTorch and transformers: same weights, same questions.
+"""Our student against recorded answers of PyTorch and transformers: same weights, same inputs.
 
-The recordings are made by scripts/make_goldens.py; test_parity.py asks PyTorch itself, where it is installed.
+scripts/make_goldens.py records them; test_parity.py asks PyTorch itself where it is installed.
 """
 
 import numpy as np
@@ -33,7 +33,7 @@ def test_beam_search_gives_the_same_tokens(case):
     golden, answers = case
     np.testing.assert_array_equal(answers["beam"], golden["beam"])
     np.testing.assert_array_equal(answers["more_beam"], golden["more_beam"])
-    # Beam search that found what greedy finds, or rows that never end, would test nothing.
+    # If beam search found what greedy finds, or no row ended, this would test nothing.
     assert (golden["beam"] != golden["greedy"]).any()
     assert (golden["beam"] == 1).any()
     assert not (golden["beam"][:, -1] == 0).all()
@@ -52,6 +52,6 @@ def test_ten_updates_stay_together(name, tmp_path):
             theirs = golden[f"weights_{step}/{each.hugging_face}"]
             theirs = theirs.T if each.transposed else theirs
             np.testing.assert_allclose(mine[each.ours], theirs, rtol=1e-4, atol=1e-7, err_msg=each.ours)
-            # Weights hardly move in one step; that what they move by agrees says more.
+            # Weights hardly move in one step: compare their changes too.
             moved, expected = mine[each.ours] - before[each.ours], theirs - before[each.ours]
             assert np.linalg.norm(moved - expected) < 1e-3 * np.linalg.norm(expected), (step, each.ours)

@@ -1,4 +1,4 @@
-"""Exports in the runtimes that they are for: transformers, CTranslate2, onnxruntime, and JAX without this package."""
+"""Exports in their runtimes: transformers, CTranslate2, onnxruntime, and JAX without this package."""
 
 import json
 import re
@@ -14,7 +14,7 @@ from sbs_jax.export import card as cards
 
 pytestmark = [
     pytest.mark.parity,
-    # the runtimes' own warnings, of which each release has others
+    # the runtimes' own warnings, which differ by release
     pytest.mark.filterwarnings("ignore"),
 ]
 VOCABULARIES = ("byte", "pieces")
@@ -22,7 +22,7 @@ VOCABULARIES = ("byte", "pieces")
 
 @pytest.fixture(scope="module", params=VOCABULARIES)
 def student(request, tmp_path_factory) -> tuple[Path, list[str]]:
-    """A run, and what `sbs predict` answers to `students.TEXTS`."""
+    """Writes a run; returns it with the answers of `sbs predict` to `students.TEXTS`."""
     folder = tmp_path_factory.mktemp("student")
     pieces = request.param == "pieces"
     vocabulary = str(request.getfixturevalue("real_vocab")) if pieces else "byte"
@@ -41,7 +41,7 @@ def exported(student, tmp_path_factory) -> Path:
 
 
 def test_the_card_s_program_answers_in_transformers(student, exported):
-    """The very text of the README, with the directory and the questions filled in."""
+    """Runs the README's text, with the directory and the questions filled in."""
     pytest.importorskip("transformers", reason="transformers is not installed; `make test-parity` installs it")
     readme = (exported / cards.README).read_text("utf-8")
     (program,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
@@ -52,7 +52,7 @@ def test_the_card_s_program_answers_in_transformers(student, exported):
 
 
 def test_what_ctranslate2_makes_of_the_directory_answers_alike(student, exported, tmp_path):
-    """As docs/export.md says it: its own command, and the tokenizer of the directory."""
+    """Follows docs/export.md: CTranslate2's command and the directory's tokenizer."""
     ctranslate2 = pytest.importorskip("ctranslate2", reason="CTranslate2 is not installed; `make test-parity` does")
     transformers = pytest.importorskip("transformers", reason="transformers is not installed; `make test-parity` does")
     command = [str(Path(sys.executable).with_name("ct2-transformers-converter")), "--model", str(exported)]
@@ -72,7 +72,7 @@ def test_what_ctranslate2_makes_of_the_directory_answers_alike(student, exported
 
 
 def test_onnx_answers_in_onnxruntime(student, tmp_path):
-    """Without JAX as well; fewer rows than a call takes, and none of them as long as its rows."""
+    """Without JAX; with fewer rows than a call takes, none of full length."""
     pytest.importorskip("jax2onnx", reason="jax2onnx is not installed; `make test-parity` installs it")
     summary = converted(student[0], tmp_path / "out", "onnx", samples=str(students.questions(tmp_path)))
     assert summary["check"] == {"samples": 6, "same_answers": 6, "percent": 100.0}
@@ -83,7 +83,7 @@ def test_onnx_answers_in_onnxruntime(student, tmp_path):
 
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
 def test_stablehlo_reads_pieces(student, dtype, tmp_path):
-    """SentencePiece outside of TensorFlow; of int8 what the export itself says of the answers."""
+    """Uses SentencePiece without TensorFlow; int8 answers agree as often as the export says."""
     samples = str(students.questions(tmp_path))
     summary = converted(student[0], tmp_path / "out", dtype=dtype, platforms=("cpu",), samples=samples)
     labels = [text for text, _ in answered(tmp_path / "out")["answer"]]
@@ -94,7 +94,7 @@ def test_stablehlo_reads_pieces(student, dtype, tmp_path):
 
 
 def test_the_program_compiles_for_a_tpu(tmp_path):
-    """By TPU's own compiler, on a machine without one: what `run.py` would compile there."""
+    """Compiles with the TPU compiler, on a machine without a TPU."""
     import jax
     from jax import export
 

@@ -1,4 +1,4 @@
-"""Adapters outside of training: PEFT's form and back, merged, over bases that moved or are others, several at once."""
+"""Adapters outside of training: PEFT's form and back, merging, bases that moved or differ, several at once."""
 
 import dataclasses
 import functools
@@ -57,7 +57,7 @@ CONFIG = t5.T5Config(**{**cases.SHAPE, "num_encoder_layers": 2, "num_decoder_lay
 
 
 def trained_values(config: t5.T5Config, tuning: adapters.Tuning) -> t5.Parameters:
-    """Of all that is trained, values that are far from those it begins with."""
+    """Makes trained values far from the initial ones."""
     adapted = adapters.abstract(config, tuning)
     found = {}
     for number, name in enumerate(sorted(adapted.trained)):
@@ -77,7 +77,7 @@ def identity_of(config: t5.T5Config, path: Path) -> dict[str, Any]:
 
 
 def write_run(folder: Path, config: t5.T5Config, tuning: adapters.Tuning, *, base: Path) -> t5.Parameters:
-    """A run's checkpoint of adapters over the case's weights."""
+    """Writes a run's checkpoint of adapters over the case's weights."""
     values = trained_values(config, tuning)
     checkpoints.save_parameters(folder, values, config=config, step=3, tuning=tuning, base=identity_of(config, base))
     return values
@@ -162,7 +162,7 @@ def test_an_export_of_ia3_has_peft_s_names_and_shapes(tmp_path, base):
 
 
 def opened_run(tuning: adapters.Tuning, base: Path) -> Opened:
-    """A run of adapters as it is read from disk."""
+    """Opens a run of adapters, as if from disk."""
     arrays = {name: LazyArray.of(np.asarray(values)) for name, values in trained_values(CONFIG, tuning).items()}
     return Opened(CONFIG, arrays, step=3, tuning=tuning, base=identity_of(CONFIG, base))
 
@@ -276,7 +276,7 @@ def test_factors_on_the_other_side_than_the_settings_say_are_refused(tmp_path, b
 
 
 def test_a_pattern_from_outside_is_not_run(exported, base):
-    """This one would take longer than the sun has."""
+    """This one would run for longer than the age of the sun."""
     edit(exported, target_modules=r"((\w+\.?)+)+!", feedforward_modules=r"((\w+\.?)+)+!")
     with pytest.raises(ValueError, match="'feedforward_modules' is"):
         imported(exported, base)
@@ -334,7 +334,7 @@ MERGED = {
 
 
 def held_parameters(config: t5.T5Config, tuning: adapters.Tuning, base: Path) -> tuple[adapters.Adapted, t5.Parameters]:
-    """The base as a run holds it."""
+    """Loads the base as a run does."""
     adapted = adapters.abstract(config, tuning)
     partitioner = partitioning.DATA_PARALLEL.partitioner()
     like = partitioner.with_shardings(adapted.shapes, parameters=adapted.shapes, axes=adapted.axes)
@@ -438,7 +438,7 @@ OVER_ONE_BASE = {
 
 @pytest.fixture(scope="module")
 def task(tmp_path_factory) -> Path:
-    """The toy's records, a base, and runs over it, with what a run's manifest says of its data."""
+    """Writes the toy's records, a base, and runs over it with the data part of their manifests."""
     folder = tmp_path_factory.mktemp("task")
     options = dataclasses.asdict(toy.options(toy.write_records(folder / "records")))
     weights = {name: jnp.asarray(values) for name, values in cases.parameters(SMALL).items()}
@@ -588,7 +588,7 @@ def test_adapters_of_the_command_line_have_names():
 
 
 def test_an_imported_run_predicts_as_the_one_it_was_exported_from(task, tmp_path):
-    """Its settings go along; and where PEFT's directory has none, those of a base that is a run."""
+    """Its settings go along; without any in PEFT's directory, those of a base that is a run."""
     rows = [{"id": "1", "input": "a b c"}, {"id": "2", "input": "d"}]
     expected = answered(tmp_path, rows, str(task / "own"))
     converted(task / "own", tmp_path / "out", "peft")
@@ -609,7 +609,7 @@ def test_an_imported_run_predicts_as_the_one_it_was_exported_from(task, tmp_path
 
 @pytest.fixture(scope="module", params=["v1_0", "v1_1"])
 def theirs(request, tmp_path_factory) -> tuple[t5.T5Config, Path, Any, Any]:
-    """A case's configuration and base, and the modules of PEFT and of our reference in PyTorch."""
+    """Returns a case's configuration and base, and the modules of PEFT and of our reference in PyTorch."""
     for name in ("torch", "transformers", "peft"):
         pytest.importorskip(name, reason=f"{name} is not installed; `make test-parity` installs it")
     reference, library = importlib.import_module("torch_reference"), importlib.import_module("peft")

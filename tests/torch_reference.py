@@ -1,4 +1,4 @@
-"""What PyTorch and Hugging Face's transformers answer to the cases of parity_cases.py. Needs both."""
+"""Answers of PyTorch and Hugging Face's transformers to the cases of parity_cases.py. Needs both."""
 
 import importlib
 from pathlib import Path
@@ -15,23 +15,22 @@ transformers: Any = importlib.import_module("transformers")
 
 
 def load(folder: str | Path) -> Any:
-    """A model of a directory, float32, for inference."""
+    """Loads a model of a directory, float32, for inference."""
     model = transformers.AutoModelForSeq2SeqLM.from_pretrained(folder, dtype=torch.float32).eval()
     if model.config.model_type == "umt5":
-        # transformers 5 says of every UMT5 that its tables are tied, and scales its logits for that; the published ones
-        # are not.
+        # transformers 5 takes every UMT5 for tied and scales its logits; the published ones are not tied.
         model.config.tie_word_embeddings = False
     return model
 
 
 def exported(case: str, folder: Path) -> Any:
-    """The case's model, through our export."""
+    """Loads the case's model through our export."""
     hugging_face.write(folder, cases.opened(cases.config(case)), dtype="float32")
     return load(folder)
 
 
 def answers(model: Any) -> dict[str, np.ndarray]:
-    """Logits of given targets, and what greedy and beam search generate (0 after the end)."""
+    """Computes logits of given targets, and what greedy and beam search generate (0 after the end)."""
     source = torch.from_numpy(cases.source()).long()
     mask = (source != 0).long()
     with torch.no_grad():
@@ -54,13 +53,13 @@ def answers(model: Any) -> dict[str, np.ndarray]:
 
 
 def _ended(sequences: np.ndarray) -> np.ndarray:
-    """Zeros after the first EOS (where transformers leaves zeros or, in a beam, further EOS)."""
+    """Zeros after the first EOS, where transformers leaves zeros or, in a beam, further EOS."""
     after = np.cumsum(sequences == 1, axis=1) - (sequences == 1) > 0
     return cases.fitted(np.where(after, 0, sequences)).astype(np.int32)
 
 
 def training(model: Any) -> dict[str, np.ndarray]:
-    """Losses of ten updates, and the weights after the first and the last under their names there."""
+    """Makes ten updates: losses, and the weights after the first and the last, by their names there."""
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=cases.PEAK_RATE, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / cases.STEPS)
