@@ -395,7 +395,7 @@ def flip_an_answer(path: Path) -> None:
         (lambda p: (p / "metrics.jsonl").write_text("{]\n"), r"metrics\.jsonl:1: not valid JSON"),
         (drop_test_line, r"run has no test metrics; its last line is of step 200\. Repeat"),
         (lambda p: [f.unlink() for f in (p / "predictions").iterdir()], r"expected one file predictions/.*found none"),
-        (damage_predictions, r"test-100\.jsonl:3: expected"),
+        (damage_predictions, r"test-100\.jsonl:3: the field 'correct' is missing"),
         (flip_an_answer, r"gives accuracy 50\.00 on test, the predictions of step 100 give 47\.50"),
     ],
 )

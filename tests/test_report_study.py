@@ -316,13 +316,13 @@ def test_rationales_that_were_measured_are_shown(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": 2}, r"got version 2; expected an object of version 1"),
-        ({"rows": -1}, "rows is -1; expected a whole number"),
-        ({"split": "train"}, "split is 'train'; expected 'test'"),
-        ({"consistency": None}, "consistency is None; expected an object"),
+        ({"version": 2}, "'version' is 2"),
+        ({"rows": -1}, "rows is -1"),
+        ({"split": "train"}, "'split' is \"train\""),
+        ({"consistency": None}, "'consistency' is null"),
         ({"consistency": {"by_parser": 1.5}}, r"consistency\.by_parser is 1\.5; expected a number from 0 to 1"),
-        ({"length": {"student_words": "many"}}, r"length\.student_words is 'many'; expected a number of at least 0"),
-        ({"examples_file": "../secret"}, "examples_file is '../secret'; expected the name of a file beside it"),
+        ({"length": {"student_words": "many"}}, r"'length\.student_words' is \"many\""),
+        ({"examples_file": "../secret"}, "examples_file is '../secret'"),
         ({"examples_file": "none.jsonl"}, r"none\.jsonl is missing"),
     ],
 )
@@ -334,7 +334,7 @@ def test_damaged_rationales_are_named(tmp_path: Path, change: dict, message: str
 
 def test_a_damaged_line_of_rationales_is_named(tmp_path: Path) -> None:
     path = write_rationales(write_run(tmp_path / "run"), examples=[*EXAMPLES, {"id": "toy-2", "rationale": None}])
-    with pytest.raises(ValueError, match=r"rationales\.jsonl:3: got .*expected"):
+    with pytest.raises(ValueError, match=r"rationales\.jsonl:3: the field 'rationale' is null"):
         report.study([report.identify(path)])
 
 

@@ -143,7 +143,17 @@ def add_tables(downloads: Downloads, study: Study) -> None:
         "dataset split teacher rows labelled accuracy usable_labels right usable_rationales for_another_label",
         (
             [
-                *(dataset, name, teacher.name, s.rows, s.labelled, s.accuracy, s.labels, s.right, s.rationales),
+                *(
+                    dataset,
+                    name,
+                    teacher.name,
+                    s.rows,
+                    s.labelled,
+                    s.teacher_accuracy,
+                    s.teacher_labels,
+                    s.teacher_right,
+                    s.rationales,
+                ),
                 *(s.other_label, *(s.outcomes.get(outcome, 0) for outcome in outcomes)),
             ]
             for dataset, teacher in found

@@ -163,9 +163,9 @@ def teachers(study: Study) -> Table:
     """Lists the teachers' replies by dataset and split, from the manifests of the records."""
 
     def bounds(split: Any) -> str:
-        if split.accuracy is None or not split.labelled:
+        if split.teacher_accuracy is None or not split.labelled:
             return "-"
-        low, high = wilson_interval(split.accuracy / 100, split.labelled)
+        low, high = wilson_interval(split.teacher_accuracy / 100, split.labelled)
         return interval(100 * low, 100 * high)
 
     def others(split: Any) -> str:
@@ -176,9 +176,9 @@ def teachers(study: Study) -> Table:
         Column("split", lambda d, n, t, split: n, "text"),
         Column("teacher", lambda d, n, t, split: t.name or "not known", "text"),
         Column("rows", lambda d, n, t, split: f"{split.rows:,}"),
-        Column("accuracy", lambda d, n, t, split: _or_dash("{:.1f} %", split.accuracy), "number strong"),
+        Column("accuracy", lambda d, n, t, split: _or_dash("{:.1f} %", split.teacher_accuracy), "number strong"),
         Column("95 % interval", lambda d, n, t, split: bounds(split)),
-        Column("usable labels", lambda d, n, t, split: f"{split.labels:,}"),
+        Column("usable labels", lambda d, n, t, split: f"{split.teacher_labels:,}"),
         Column("of them for another label", lambda d, n, t, split: _or_dash("{:.1f} %", split.other_label)),
         Column("usable rationales", lambda d, n, t, split: f"{split.rationales:,}"),
         Column("other outcomes", lambda d, n, t, split: others(split), "note"),

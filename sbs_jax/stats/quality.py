@@ -6,8 +6,9 @@ docs/report.md shows both formats; rationales.py writes them.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Literal, NotRequired, TypedDict
 
+from sbs_jax.checks import whole_number
 from sbs_jax.storage import json_files
 
 NAME, LINES = "rationales.json", "rationales.jsonl"
@@ -26,14 +27,25 @@ _VALUES = (
 NAMES = tuple(name for _, name, _ in _VALUES)
 
 
+class _File(TypedDict):
+    version: Literal[1]
+    step: int
+    rows: int
+    split: Literal["test"]
+    consistency: dict[str, float | None]
+    overlap_with_teacher: dict[str, float | None]
+    length: dict[str, float | None]
+    examples_file: NotRequired[str | None]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Said:
     """One rationale of a student, on one test row."""
 
     rationale: str
-    implied_label: str | None
-    consistent: bool | None
-    teacher_rationale: str | None
+    implied_label: str | None = None
+    consistent: bool | None = None
+    teacher_rationale: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +54,7 @@ class Quality:
 
     step: int
     rows: int
-    values: Mapping[str, float | None]  # "by_parser", "by_label_task", "rouge_l", "chrf", "student_words", ..
+    values: Mapping[str, int | float | None]  # "by_parser", "by_label_task", "rouge_l", "chrf", "student_words", ..
     examples: Mapping[str, Said]  # by id of the test row
 
 
@@ -51,57 +63,35 @@ def read(path: Path) -> Quality | None:
     file = path / NAME
     if not file.is_file():
         return None
-    found = json_files.read_json(file)
-    problem = _problem(found)
-    if problem:
-        raise ValueError(f"{file}: {problem}. Measure the rationales of this run again, or delete the file.")
-    examples = found.get("examples_file")
-    return Quality(
-        step=found["step"],
-        rows=found["rows"],
-        values={name: found[group].get(name) for group, name, _ in _VALUES},
-        examples=_examples(path / examples) if examples else {},
-    )
+    value = json_files.read_json(file)
+    try:
+        found = json_files.typed(value, _File, extra=True)
+        values = {name: _checked(found, group, name, most=most) for group, name, most in _VALUES}
+        whole_number("rows", found["rows"], least=0)
+        name = found.get("examples_file")
+        if name is not None and (Path(name).name != name or not name):
+            raise ValueError(f"examples_file is {json_files.brief(name)}; expected the name of a file beside it.")
+        if name and not (path / name).is_file():
+            raise ValueError(f"{path / name} is missing, but {NAME} names it.")
+    except ValueError as error:
+        raise ValueError(f"{file}: {error} Measure the rationales of this run again.") from None
+    examples = _examples(path / name) if name else {}
+    return Quality(step=found["step"], rows=found["rows"], values=values, examples=examples)
 
 
-def _problem(found: Any) -> str | None:
-    brief = json_files.brief
-    if not isinstance(found, dict) or found.get("version") != VERSION:
-        got = found.get("version") if isinstance(found, dict) else found
-        return f"got version {brief(got)}; expected an object of version {VERSION}"
-    for name in ("step", "rows"):
-        if type(found.get(name)) is not int or found[name] < 0:
-            return f"{name} is {brief(found.get(name))}; expected a whole number"
-    if found.get("split") != "test":
-        return f"split is {brief(found.get('split'))}; expected 'test'"
-    for group, name, most in _VALUES:
-        if not isinstance(found.get(group), dict):
-            return f"{group} is {brief(found.get(group))}; expected an object"
-        value = found[group].get(name)
-        if value is not None and not (type(value) in (int, float) and 0 <= float(value) <= most):
-            expected = "a number from 0 to 1" if most == 1 else "a number of at least 0"
-            return f"{group}.{name} is {brief(value)}; expected {expected}, or null"
-    name = found.get("examples_file")
-    if name is not None and (not isinstance(name, str) or Path(name).name != name or not name):
-        return f"examples_file is {brief(name)}; expected the name of a file beside it"
-    return None
+def _checked(found: _File, group: str, name: str, *, most: int | float) -> int | float | None:
+    value = found[group].get(name)
+    if value is not None and not 0 <= value <= most:
+        expected = "a number from 0 to 1" if most == 1 else "a number of at least 0"
+        raise ValueError(f"{group}.{name} is {json_files.brief(value)}; expected {expected}, or null.")
+    return value
 
 
 def _examples(file: Path) -> dict[str, Said]:
-    if not file.is_file():
-        raise ValueError(f"{file} is missing, but {NAME} beside it names it. Measure the rationales again.")
     examples: dict[str, Said] = {}
     for line, row in json_files.read_json_lines(file):
-        optional = {name: row.get(name) for name in ("implied_label", "teacher_rationale")}
-        if not (
-            all(isinstance(row.get(name), str) for name in ("id", "rationale"))
-            and all(isinstance(text, str | None) for text in optional.values())
-            and isinstance(row.get("consistent"), bool | None)
-        ):
-            raise ValueError(
-                f'{file}:{line}: got {json_files.brief(row)}; expected {{"id": text, "rationale": text, '
-                '"implied_label": text or null, "consistent": true, false or null, '
-                '"teacher_rationale": text or null, ..}.'
-            )
-        examples[row["id"]] = Said(rationale=row["rationale"], consistent=row.get("consistent"), **optional)
+        try:
+            examples[json_files.text_field(row, "id")] = json_files.typed(row, Said, extra=True)
+        except ValueError as error:
+            raise ValueError(f"{file}:{line}: {error} Measure the rationales of this run again.") from None
     return examples

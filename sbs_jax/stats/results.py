@@ -4,9 +4,9 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NotRequired, TypedDict
 
-from sbs_jax.checks import nearest
+from sbs_jax.checks import nearest, whole_number
 from sbs_jax.run import directory
 from sbs_jax.stats.quality import Quality
 from sbs_jax.stats.quality import read as read_quality
@@ -20,6 +20,51 @@ TEACHER_LABELS = "teacher labels"
 METHODS = (FINE_TUNING, DISTILLATION, STEP_BY_STEP, SINGLE_TASK)
 _SINGLE_TASK_KIND = "rationale_then_label"
 _METHOD_OF_KIND = {"label": FINE_TUNING, "step_by_step": STEP_BY_STEP, _SINGLE_TASK_KIND: SINGLE_TASK}
+
+
+class _Options(TypedDict):
+    label_source: Literal["human", "teacher"]
+    rationales: Literal["all", "agreeing"]
+    fraction: float
+    seed: int
+    records_dir: str
+    label_prefix: NotRequired[str]
+
+
+class _Split(TypedDict):
+    sha256: str
+    counts: NotRequired[dict[str, Any]]
+
+
+class _Data(TypedDict):
+    dataset: str
+    options: _Options
+    splits: dict[str, _Split]
+
+
+class _Task(TypedDict):
+    mixture_or_task_name: str
+
+
+class _Manifest(TypedDict):
+    """Fields of a manifest that a report uses."""
+
+    data: _Data
+    run: _Task
+    git_revision: NotRequired[str]
+    versions: NotRequired[dict[str, Any]]
+    devices: NotRequired[list[Any]]
+    parameter_count: NotRequired[int]
+
+
+class _Row(TypedDict):
+    """A row of a predictions file."""
+
+    id: str
+    correct: bool
+    input: NotRequired[str]
+    target: NotRequired[str]
+    prediction: NotRequired[str]
 
 
 @dataclass(frozen=True)
@@ -163,57 +208,26 @@ def _manifest(path: Path) -> dict[str, Any]:
             f"{path} {problem}; expected a run directory of `sbs train` (its MODEL_DIR)."
             f"{nearest(str(path), map(str, folders))}"
         )
-    manifest = json_files.read_json(file)
-    problem = _manifest_problem(manifest)
-    if problem:
-        raise ValueError(f"{file}: {problem}. It is not as `sbs train` wrote it; train this run again.")
-    return manifest
+    value = json_files.read_json(file)
+    try:
+        manifest = json_files.typed(value, _Manifest, extra=True)
+        _check_values(manifest)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error} Train this run again.") from None
+    return dict(manifest)
 
 
-# Fields of a manifest that a report uses, by the type that they must have. Parents come first.
-_REQUIRED = {
-    "an object": "data data.options data.splits data.splits.train data.splits.train.counts data.splits.test run",
-    "text": "data.dataset data.options.label_source data.options.rationales data.options.records_dir "
-    "data.splits.train.sha256 data.splits.test.sha256 run.mixture_or_task_name",
-    "a number": "data.options.fraction",
-    "a whole number": "data.options.seed",
-}
-_OPTIONAL = {"text": "data.options.label_prefix git_revision", "an object": "versions"}
-_OPTIONAL |= {"a list": "devices", "a whole number": "parameter_count"}
-_TYPES = {"an object": dict, "text": str, "a number": (int, float), "a whole number": int, "a list": list}
-
-
-def _manifest_problem(manifest: Any) -> str | None:
-    """Describes the first field that a report cannot use; None if there is none."""
-    brief = json_files.brief
-    if not isinstance(manifest, dict):
-        return f"got {brief(manifest)}; expected a JSON object"
-    for fields, required in ((_REQUIRED, True), (_OPTIONAL, False)):
-        for kind, places in fields.items():
-            for place in places.split():
-                *parents, name = place.split(".")
-                holder = manifest
-                for parent in parents:
-                    holder = holder[parent]
-                if name not in holder and required:
-                    return f"it has no {place}"
-                value = holder.get(name)
-                if name in holder and (not isinstance(value, _TYPES[kind]) or isinstance(value, bool)):
-                    return f"{place} is {brief(value)}; expected {kind}"
+def _check_values(manifest: _Manifest) -> None:
+    """Raises ValueError for values that no run of `sbs train` has."""
     data = manifest["data"]
-    for name, choices in (("label_source", ("human", "teacher")), ("rationales", ("all", "agreeing"))):
-        if data["options"][name] not in choices:
-            return f"data.options.{name} is {brief(data['options'][name])}; expected {' or '.join(map(repr, choices))}"
     if not 0 < data["options"]["fraction"] <= 1:
-        return f"data.options.fraction is {brief(data['options']['fraction'])}; expected more than 0 and at most 1"
-    for split, facts in data["splits"].items():
-        if not isinstance(facts, dict) or not isinstance(facts.get("sha256"), str):
-            return f"data.splits has {brief(split)}: {brief(facts)}; expected an object with its sha256"
+        raise ValueError(f"data.options.fraction is {data['options']['fraction']}; expected more than 0, at most 1.")
+    for name in ("train", "test"):
+        if name not in data["splits"]:
+            raise ValueError(f"data.splits has {sorted(data['splits'])}; expected {name!r} too.")
+    counts = data["splits"]["train"].get("counts", {})
     needed = _SINGLE_TASK_KIND if _kind(manifest) == _SINGLE_TASK_KIND else "label"
-    if type(data["splits"]["train"]["counts"].get(needed)) is not int:
-        counts = brief(data["splits"]["train"]["counts"])
-        return f"data.splits.train.counts is {counts}; expected the number of rows of {needed!r}"
-    return None
+    whole_number(f"data.splits.train.counts.{needed}", counts.get(needed), least=0)
 
 
 def _test_rows(path: Path, *, step: int) -> dict[str, dict[str, Any]]:
@@ -225,12 +239,9 @@ def _test_rows(path: Path, *, step: int) -> dict[str, dict[str, Any]]:
             "Delete the test line of metrics.jsonl and repeat the `sbs train` command to test it again."
         )
     rows: dict[str, dict[str, Any]] = {}
-    for line, row in json_files.read_json_lines(files[0]):
-        texts = [row.get(name, "") for name in ("id", "input", "target", "prediction")]
-        if "id" not in row or not all(isinstance(text, str) for text in texts) or type(row.get("correct")) is not bool:
-            shown = json_files.brief(row)
-            raise ValueError(f'{files[0]}:{line}: expected {{"id": text, "correct": true or false, ..}}, got {shown}.')
-        rows[row["id"]] = row
+    for line, found in json_files.read_json_lines(files[0]):
+        row = json_files.typed(found, _Row, where=f"{files[0]}:{line}", extra=True)
+        rows[row["id"]] = dict(row)
     return rows
 
 

@@ -292,7 +292,7 @@ def _majority(result: Result) -> tuple[str, float] | None:
 def _teacher_accuracy(result: Result) -> float | None:
     """Reads the teacher's accuracy on the test rows from the records' manifest, if it is of the same file."""
     found = teacher.read(result.manifest)
-    return None if found is None or "test" not in found.splits else found.splits["test"].accuracy
+    return None if found is None or "test" not in found.splits else found.splits["test"].teacher_accuracy
 
 
 def _cautions(groups: Sequence[Group], results: Sequence[Result]) -> list[str]:

@@ -1,7 +1,8 @@
 """Read the teacher's accuracy and outcomes from the manifest of the records that runs trained on."""
 
+import contextlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,15 @@ from sbs_jax.storage import json_files
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
-    """The teacher's replies on one split."""
+    """The teacher's replies on one split, as the manifest of the records has them."""
 
-    rows: int
-    labelled: int  # rows with a human label
-    labels: int  # rows with a usable label of the teacher
-    right: int  # labelled rows on which the two agree
-    rationales: int  # rows with a usable rationale
-    outcomes: Mapping[str, int]  # rows by outcome of their replies
-    accuracy: float | None  # percent of the labelled rows
+    rows: int = 0
+    labelled: int = 0  # rows with a human label
+    teacher_labels: int = 0  # rows with a usable label of the teacher
+    teacher_right: int = 0  # labelled rows on which the two agree
+    rationales: int = 0  # rows with a usable rationale
+    outcomes: Mapping[str, int] = field(default_factory=dict)  # rows by outcome of their replies
+    teacher_accuracy: float | None = None  # percent of the labelled rows
 
     @property
     def other_label(self) -> float | None:
@@ -28,9 +29,9 @@ class Split:
 
         None if some rows have no human label.
         """
-        if not self.labels or self.labelled < self.rows:
+        if not self.teacher_labels or self.labelled < self.rows:
             return None
-        return 100.0 * (self.labels - self.right) / self.labels
+        return 100.0 * (self.teacher_labels - self.teacher_right) / self.teacher_labels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,26 +61,13 @@ def read(manifest: Mapping[str, Any]) -> Teacher | None:
     for name, facts in found["splits"].items():
         known = data["splits"].get(name)
         if known and isinstance(facts, dict) and facts.get("sha256") == known["sha256"]:
-            split = _split(facts)
-            if split:
-                splits[name] = split
+            with contextlib.suppress(ValueError):  # damaged, or of another version
+                splits[name] = json_files.typed(facts, Split, extra=True)
     if not splits:
         return None
     name, parameters = _model(found, data["dataset"])
     parser = found.get("parser")
     return Teacher(name=name, parameters=parameters, parser=parser if isinstance(parser, str) else None, splits=splits)
-
-
-def _split(facts: Mapping[str, Any]) -> Split | None:
-    """Reads the facts of a split; None if the manifest is damaged or of another version."""
-    accuracy, outcomes = facts.get("teacher_accuracy"), facts.get("outcomes")
-    if not (accuracy is None or type(accuracy) in (int, float)):
-        return None
-    names = {"rows": "rows", "labelled": "labelled", "labels": "teacher_labels", "right": "teacher_right"}
-    names["rationales"] = "rationales"
-    counts = {name: value if type(value := facts.get(field)) is int else 0 for name, field in names.items()}
-    kept = {str(k): v for k, v in outcomes.items() if type(v) is int} if isinstance(outcomes, dict) else {}
-    return Split(**counts, outcomes=kept, accuracy=accuracy)
 
 
 def _model(found: Mapping[str, Any], dataset: str) -> tuple[str | None, float | None]:
