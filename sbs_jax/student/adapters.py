@@ -12,7 +12,7 @@ import functools
 import math
 import re
 import zlib
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -260,7 +260,7 @@ def attach(model: t5.T5, tuning: Tuning) -> None:
 
     ValueError if a pattern matches nothing, a rank exceeds a kernel's dimensions, or a kernel cannot be quantized.
     """
-    kernels, attentions = dict(_kernels(model)), dict(_attentions(model))
+    kernels, attentions = _layer_modules(model, layers.Dense), _layer_modules(model, t5_layers.Attention)
     if tuning.base in quantized.FORMS:
         _quantize(model, kernels, tuning)
     if tuning.lora is not None:
@@ -329,16 +329,10 @@ def _shape(dense: layers.Dense) -> tuple[int, int]:
     return rows, columns
 
 
-def _kernels(model: t5.T5) -> Iterator[tuple[str, layers.Dense]]:
-    for path, module in nnx.iter_modules(model):
-        if isinstance(module, layers.Dense) and "layers" in path:
-            yield "/".join(map(str, path)), module
-
-
-def _attentions(model: t5.T5) -> Iterator[tuple[str, t5_layers.Attention]]:
-    for path, module in nnx.iter_modules(model):
-        if isinstance(module, t5_layers.Attention):
-            yield "/".join(map(str, path)), module
+def _layer_modules(model: t5.T5, kind: type[nnx.Module]) -> dict[str, Any]:
+    """Returns the modules of this class in the layers of both stacks, by name."""
+    modules = ((path, module) for path, module in nnx.iter_modules(model) if isinstance(module, kind))
+    return {"/".join(map(str, path)): module for path, module in modules if "layers" in path}
 
 
 def _matches(pattern: str, name: str) -> bool:
@@ -470,7 +464,7 @@ def init(
     if tuning.prompt is not None and tuning.prompt.length:
         values["prompt/embedding"] = words_XD[: tuning.prompt.length].astype(jnp.float32)
     if tuning.prefix is not None and tuning.prefix.length:
-        for name, attention in _attentions(model):
+        for name, attention in _layer_modules(model, t5_layers.Attention).items():
             if attention.prefix is not None:
                 normed_BXD = _norm_before(model, name)(words_XD[None, : tuning.prefix.length])
                 for side, kernel in (("key", attention.key), ("value", attention.value)):

@@ -109,10 +109,8 @@ def _generate(
     drop_ended: bool,
 ) -> tuple[Int[Array, "B T"], Float[Array, "B"]]:
     """Generates token by token; `choose(logits [B, V], position, rows [B])` returns tokens [B] and their logits [B]."""
-    segments = t5.source_segments(encoder_input_tokens)
-    encoded = _encode(model, encoder_input_tokens)
     batch = encoder_input_tokens.shape[0]
-    stepper = stepping.Stepper(model, encoded, segments, length=length)
+    stepper = _stepper(model, encoder_input_tokens, length=length)
     loop = (
         jnp.int32(0),
         jnp.zeros((batch,), jnp.int32),
@@ -171,6 +169,12 @@ def _advance(
     return jax.lax.while_loop(unfinished, advance, loop)
 
 
+def _stepper(model: t5.T5, tokens_BS: Int[Array, "B S"], *, length: int, beams: int = 1) -> stepping.Stepper:
+    """Encodes the source for cached steps; everything else here works with the steps alone."""
+    segments_BS, encoded_BPD = t5.source_segments(tokens_BS), _encode(model, tokens_BS)
+    return stepping.Stepper(model, encoded_BPD, segments_BS, length=length, beams=beams)
+
+
 # Tokens that a CPU encodes at once, so that activations stay in its cache.
 _ENCODED_AT_ONCE = 2048
 
@@ -212,9 +216,7 @@ def beam_search(
     Returns tokens (EOS included, 0 after it) and the natural log probability of each row's tokens, not divided.
     """
     batch = encoder_input_tokens.shape[0]
-    segments = t5.source_segments(encoder_input_tokens)
-    encoded = _encode(model, encoder_input_tokens)
-    stepper = stepping.Stepper(model, encoded, segments, length=length, beams=beams)
+    stepper = _stepper(model, encoder_input_tokens, length=length, beams=beams)
     only_first = jnp.broadcast_to(jnp.where(jnp.arange(beams) == 0, 0.0, _NEVER)[None, :], (batch, beams))
     # The key of beam n at position t has index t * beams + n.
     written_by = jnp.tile(jnp.arange(beams), length)[None, None, :]
@@ -382,9 +384,7 @@ def score_choices(
     The source is encoded once, and all targets of a row share its keys and values.
     """
     batch, count, length = choices_BNT.shape
-    segments = t5.source_segments(encoder_input_tokens)
-    encoded = _encode(model, encoder_input_tokens)
-    stepper = stepping.Stepper(model, encoded, segments, length=length, beams=count)
+    stepper = _stepper(model, encoder_input_tokens, length=length, beams=count)
     # The key of target n at position t has index t * N + n; the stepper masks later positions.
     own_1NP = (jnp.arange(length * count)[None, :] % count == jnp.arange(count)[:, None])[None]
     before_BNT = jnp.pad(choices_BNT, ((0, 0), (0, 0), (1, 0)))[:, :, :-1]

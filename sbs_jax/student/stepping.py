@@ -280,8 +280,8 @@ def _layout(x_BPJ: Float[Array, "B P J"], heads: int) -> jax.Array:
     if partitioning.platform() == "tpu":
         return constrain(x_BPJ, ("batch", None, "joined_kv"))
     x_BHPK = x_BPJ.reshape(*x_BPJ.shape[:2], heads, -1).swapaxes(1, 2)
-    cut = heads % partitioning.shard_count("joined_kv") == 0
-    return constrain(x_BHPK, ("batch", "joined_kv" if cut else None, None, None))
+    divides = heads % partitioning.shard_count("joined_kv") == 0
+    return constrain(x_BHPK, ("batch", "joined_kv" if divides else None, None, None))
 
 
 def attend(
@@ -316,20 +316,20 @@ def _attend_jointly(
     sharded, each of the G shards (h heads and j columns each) has its own product, so nothing is summed over devices.
     """
     (rows, beams, joined), keys = q_BNJ.shape, k_BPJ.shape[1]
-    cut = partitioning.shard_count("joined_kv")
-    cut = cut if heads % cut == 0 else 1
+    shards = partitioning.shard_count("joined_kv")
+    shards = shards if heads % shards == 0 else 1
 
     def per_query(x_BNGhx: jax.Array) -> jax.Array:
-        return x_BNGhx.swapaxes(1, 2).reshape(len(x_BNGhx), cut, -1, x_BNGhx.shape[-1])
+        return x_BNGhx.swapaxes(1, 2).reshape(len(x_BNGhx), shards, -1, x_BNGhx.shape[-1])
 
-    own_hj = jnp.repeat(jnp.eye(heads // cut, dtype=bool), joined // heads, axis=1)[None, None, None]
+    own_hj = jnp.repeat(jnp.eye(heads // shards, dtype=bool), joined // heads, axis=1)[None, None, None]
     zero = jnp.zeros((), q_BNJ.dtype)
-    q_BGMj = per_query(jnp.where(own_hj, q_BNJ.reshape(rows, beams, cut, 1, -1), zero))
-    k_BPGj, v_BPGj = k_BPJ.reshape(rows, keys, cut, -1), v_BPJ.reshape(rows, keys, cut, -1)
+    q_BGMj = per_query(jnp.where(own_hj, q_BNJ.reshape(rows, beams, shards, 1, -1), zero))
+    k_BPGj, v_BPGj = k_BPJ.reshape(rows, keys, shards, -1), v_BPJ.reshape(rows, keys, shards, -1)
     scores_BGMP = jnp.einsum("bgmj,bpgj->bgmp", q_BGMj, k_BPGj, preferred_element_type=jnp.float32)
     bias_BNHP = jnp.broadcast_to(bias_BNHP, (len(bias_BNHP), beams, heads, keys))
-    bias_BGMP = per_query(bias_BNHP.reshape(len(bias_BNHP), beams, cut, -1, keys))
+    bias_BGMP = per_query(bias_BNHP.reshape(len(bias_BNHP), beams, shards, -1, keys))
     weights_BGMP = jax.nn.softmax(scores_BGMP + bias_BGMP, axis=-1).astype(q_BNJ.dtype)
     y_BGMj = jnp.einsum("bgmp,bpgj->bgmj", weights_BGMP, v_BPGj)
-    y_BGNhj = y_BGMj.reshape(rows, cut, beams, heads // cut, -1)
+    y_BGNhj = y_BGMj.reshape(rows, shards, beams, heads // shards, -1)
     return jnp.sum(jnp.where(own_hj, y_BGNhj, zero), axis=3).swapaxes(1, 2).reshape(rows, beams, joined)

@@ -118,7 +118,8 @@ class Decoder(nnx.Module):
 
         def call(layer: DecoderLayer, x_BTD: Array, dropout: Dropout) -> Array:
             return layer(
-                *(x_BTD, encoded_BSD),
+                x_BTD,
+                encoded_BSD,
                 bias=bias,
                 segments_BT=segment_ids_BT,
                 encoder_segments_BS=encoder_segment_ids_BS,
@@ -143,15 +144,15 @@ def _run_layers(
 ) -> Float[Array, "B T D"]:
     """Runs `x` through the layers of a stack, unrolled or scanned, by `call(layer, x, dropout)`."""
 
-    def of(structure: Structure) -> Callable[[Array, tuple[Any, Any]], tuple[Array, None]]:
-        def one(x: Array, of_layer: tuple[Any, Any]) -> tuple[Array, None]:
-            parameters, key = of_layer
+    def runner(structure: Structure) -> Callable[[Array, tuple[Any, Any]], tuple[Array, None]]:
+        def run(x: Array, layer: tuple[Any, Any]) -> tuple[Array, None]:
+            parameters, key = layer
             return call(nnx.merge(structure, parameters), x, Dropout(stack.dropout_rate, key)), None
 
         if stack.remat == "none":
-            return one
+            return run
         # Inside a scan's loop the compiler cannot merge the recomputation with the forward pass anyway.
-        return jax.checkpoint(one, policy=REMAT[stack.remat], prevent_cse=not stacked)
+        return jax.checkpoint(run, policy=REMAT[stack.remat], prevent_cse=not stacked)
 
     stacked = not isinstance(stack.layers, nnx.List)
     layers = [nnx.split(layer, nnx.Param) for layer in ([stack.layers] if stacked else stack.layers)]
@@ -159,9 +160,9 @@ def _run_layers(
     keys = None if dropout_key is None else jax.random.split(jax.random.fold_in(dropout_key, 0), count)
     if stacked:
         ((structure, parameters),) = layers
-        return jax.lax.scan(of(structure), x, (parameters, keys))[0]
+        return jax.lax.scan(runner(structure), x, (parameters, keys))[0]
     for index, (structure, parameters) in enumerate(layers):
-        x, _ = of(structure)(x, (parameters, None if keys is None else keys[index]))
+        x, _ = runner(structure)(x, (parameters, None if keys is None else keys[index]))
     return x
 
 

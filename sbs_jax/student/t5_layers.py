@@ -206,7 +206,8 @@ class EncoderLayer(nnx.Module):
         """Runs the layer; `bias` is that of the stack, or None if every layer has its own."""
         y_BSD = self.pre_attention_layer_norm(x_BSD)
         y_BSD = self.attention(
-            *(y_BSD, y_BSD),
+            y_BSD,
+            y_BSD,
             bias=_layer_bias(self, bias, x_BSD.shape[1]),
             segments=(segments_BS, segments_BS),
             causal=False,
@@ -247,7 +248,8 @@ class DecoderLayer(nnx.Module):
         """Runs the layer; `bias` is that of the stack, or None if every layer has its own."""
         y_BTD = self.pre_self_attention_layer_norm(x_BTD)
         y_BTD = self.self_attention(
-            *(y_BTD, y_BTD),
+            y_BTD,
+            y_BTD,
             bias=_layer_bias(self, bias, x_BTD.shape[1]),
             segments=(segments_BT, segments_BT),
             causal=True,
@@ -255,7 +257,8 @@ class DecoderLayer(nnx.Module):
         )
         x_BTD = layers.add_residual(x_BTD, dropout(y_BTD), adapter=self.self_attention_adapter)
         y_BTD = self.encoder_decoder_attention(
-            *(self.pre_cross_attention_layer_norm(x_BTD), encoded_BSD),
+            self.pre_cross_attention_layer_norm(x_BTD),
+            encoded_BSD,
             bias=None,
             segments=(segments_BT, encoder_segments_BS),
             causal=False,
