@@ -17,16 +17,12 @@ from sbs_jax.data import registry
 from sbs_jax.data.dataset import Row
 from sbs_jax.data.grading import equation_value
 from sbs_jax.data.parsing import Parsed
+from sbs_jax.storage.json_files import typed
 from sbs_jax.teacher import prompts
 from sbs_jax.teacher.prompts import Exemplar, Message, Template
 from tasks import builtin, cqa, nli
 
 NAMES = ("anli1", "builtin", "cqa", "esnli", "svamp")
-EXEMPLARS = [
-    pytest.param(name, exemplar, id=f"{name}-{number}")
-    for name in NAMES
-    for number, exemplar in enumerate(prompts.read(name).exemplars)
-]
 GOLDENS = Path(__file__).parent / "goldens" / "prompts"
 # An input per dataset, and its label; no row of any of them.
 INPUTS = {
@@ -50,6 +46,10 @@ SMALL = {
 }
 
 
+def template_of(value: object) -> Template:
+    return typed(value, Template)
+
+
 def row_of(name: str, exemplar: Exemplar) -> Row:
     choices = tuple(re.findall(r"^\([a-e]\) (.*)$", exemplar.input, flags=re.MULTILINE)) if name == "cqa" else ()
     return Row(input=exemplar.input, label=None, choices=choices)
@@ -71,40 +71,31 @@ def test_every_dataset_of_the_project_has_a_prompt() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_about_ten_exemplars_each_its_own(name: str) -> None:
+def test_about_ten_exemplars_of_short_plain_text(name: str) -> None:
     exemplars = prompts.read(name).exemplars
     assert 8 <= len(exemplars) <= 12
     assert len({exemplar.input for exemplar in exemplars}) == len(exemplars)
+    for exemplar in exemplars:
+        assert all(text.isascii() and text == text.strip() for text in vars(exemplar).values())
+        sentences = re.split(r"(?<=[a-z0-9]{2})\. ", exemplar.rationale)
+        assert 1 <= len(sentences) <= 3
+        assert exemplar.rationale.endswith(".")
+        assert "\n" not in exemplar.rationale
+        assert len(exemplar.rationale.split()) <= 45
 
 
-@pytest.mark.parametrize(("name", "exemplar"), EXEMPLARS)
-def test_parsers_read_the_answer_back(name: str, exemplar: Exemplar) -> None:
+@pytest.mark.parametrize("name", NAMES)
+def test_parsers_read_the_answers_back_and_stop_strings_end_them(name: str) -> None:
     template, parsers = prompts.read(name), registry.get(name).parsers
-    answer, row = template.answered(exemplar), row_of(name, exemplar)
-    run_on = f"{answer}\n\n{template.asked(exemplar.input)} {answer}"
-    expected = Parsed(rationale=exemplar.rationale, label=label_of(name, exemplar), outcome="ok")
-    for text in (answer, f" {answer}\n", run_on):
-        assert parsers["strict"](text, row) == expected
-    for text in (answer, run_on):
-        assert parsers["official"](text, row) == expected
-
-
-@pytest.mark.parametrize(("name", "exemplar"), EXEMPLARS)
-def test_stop_strings_keep_the_whole_answer_and_nothing_else(name: str, exemplar: Exemplar) -> None:
-    template = prompts.read(name)
-    answer = template.answered(exemplar)
-    run_on = f"{answer}\n\n{template.asked(exemplar.input)} {answer}"
-    assert re.split("|".join(map(re.escape, template.stops)), run_on)[0].rstrip() == answer
-
-
-@pytest.mark.parametrize(("name", "exemplar"), EXEMPLARS)
-def test_rationale_is_short_plain_text(name: str, exemplar: Exemplar) -> None:
-    assert all(text.isascii() and text == text.strip() for text in vars(exemplar).values())
-    sentences = re.split(r"(?<=[a-z0-9]{2})\. ", exemplar.rationale)
-    assert 1 <= len(sentences) <= 3
-    assert exemplar.rationale.endswith(".")
-    assert "\n" not in exemplar.rationale
-    assert len(exemplar.rationale.split()) <= 45
+    for exemplar in template.exemplars:
+        answer, row = template.answered(exemplar), row_of(name, exemplar)
+        run_on = f"{answer}\n\n{template.asked(exemplar.input)} {answer}"
+        expected = Parsed(rationale=exemplar.rationale, label=label_of(name, exemplar), outcome="ok")
+        for text in (answer, f" {answer}\n", run_on):
+            assert parsers["strict"](text, row) == expected
+        for text in (answer, run_on):
+            assert parsers["official"](text, row) == expected
+        assert re.split("|".join(map(re.escape, template.stops)), run_on)[0].rstrip() == answer
 
 
 @pytest.mark.parametrize("name", ["esnli", "anli1"])
@@ -247,12 +238,12 @@ def test_inference_question_names_premise_and_hypothesis() -> None:
 
 @pytest.mark.parametrize("text", ["A dog runs.", "A</s>B</s>C"])
 def test_input_of_another_form_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match=r"texts with '</s>' between them; the question of the prompt names 2"):
+    with pytest.raises(ValueError, match=r"parts between '</s>'"):
         prompts.render(prompts.read("esnli"), text)
 
 
 def test_braces_of_an_input_stay() -> None:
-    template = prompts.from_json(SMALL)
+    template = template_of(SMALL)
     strange = "{label} {input} {0} {} {{x}} \\1 \\g<0>"
     prompt = prompts.render(template, strange, hint="{input} \\2")
     assert prompt.text.endswith(f"\n\nQ: {strange}\n(It is {{input}} \\2.)\nA:")
@@ -260,19 +251,19 @@ def test_braces_of_an_input_stay() -> None:
 
 
 def test_hint_comes_after_the_line_that_the_input_is_in() -> None:
-    template = prompts.from_json(SMALL | {"question": 'Is "{input}" a sum?'})
+    template = template_of(SMALL | {"question": 'Is "{input}" a sum?'})
     assert template.asked("1 + 2", hint="3") == 'Is "1 + 2" a sum?\n(It is 3.)'
-    template = prompts.from_json(SMALL | {"question": "{1} of {0}, or not?\nSay.\nA:", "split": "|", "exemplars": []})
+    template = template_of(SMALL | {"question": "{1} of {0}, or not?\nSay.\nA:", "split": "|", "exemplars": []})
     assert template.asked("a|b", hint="3") == "b of a, or not?\n(It is 3.)\nSay.\nA:"
 
 
 def test_answer_follows_a_question_that_ends_its_line_without_a_space() -> None:
-    prompt = prompts.render(prompts.from_json(SMALL | {"question": "{input}\n"}), "1 and 1?")
+    prompt = prompts.render(template_of(SMALL | {"question": "{input}\n"}), "1 and 1?")
     assert prompt.text.startswith("Add.\n\n1 and 2?\n1 + 2 = 3. The answer is 3.\n\n2 and 2?\n")
 
 
 def test_instruction_and_exemplars_can_be_left_out() -> None:
-    prompt = prompts.render(prompts.from_json(SMALL | {"instruction": "", "exemplars": []}), "1 and 1?")
+    prompt = prompts.render(template_of(SMALL | {"instruction": "", "exemplars": []}), "1 and 1?")
     assert prompt.messages == (Message("user", "Q: 1 and 1?\nA:"),)
     assert prompt.text == "Q: 1 and 1?\nA:"
 
@@ -289,11 +280,11 @@ def test_hash_tells_the_content_not_the_file(tmp_path: Path) -> None:
     backwards["exemplars"] = [dict(reversed(exemplar.items())) for exemplar in SMALL["exemplars"]]
     path.write_text("\n" + json.dumps(backwards, indent=7), "utf-8")
     assert prompts.read(str(path)).hash == first
-    assert prompts.from_json(SMALL | {"split": None}).hash == first
+    assert template_of(SMALL | {"split": None}).hash == first
 
 
 def test_hash_changes_with_every_field() -> None:
-    template = prompts.from_json(SMALL)
+    template = template_of(SMALL)
     first, second = template.exemplars
     changes = {
         "version": 2,
@@ -321,7 +312,7 @@ def test_file_of_a_user_is_read_by_its_path(tmp_path: Path, monkeypatch: pytest.
     path = tmp_path / "mine.json"
     path.write_text(json.dumps(SMALL), "utf-8")
     monkeypatch.chdir(tmp_path)
-    expected = prompts.from_json(SMALL)
+    expected = template_of(SMALL)
     for name in (path, str(path), "mine.json", "./mine.json"):
         assert prompts.read(name) == expected
 
@@ -333,9 +324,9 @@ def test_packaged_prompt_is_read_by_its_name() -> None:
 
 def test_dataset_s_module_can_hold_the_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prompts, "_added", {})
-    template = prompts.from_json(SMALL)
+    template = template_of(SMALL)
     prompts.add("sums", template)
-    prompts.add("sums", prompts.from_json(SMALL))  # a module that is imported again
+    prompts.add("sums", template_of(SMALL))  # a module that is imported again
     assert prompts.for_dataset("sums") is prompts.read("sums") is template
     assert "sums" in prompts.names()
     with pytest.raises(ValueError, match="Another prompt is already registered for 'sums'"):
@@ -353,36 +344,23 @@ def test_missing_file_is_named(tmp_path: Path) -> None:
 
 
 WRONG = [
-    ([], r"got \[\]; expected an object"),
-    ({"exemplar": []}, r"unknown field 'exemplar'; known are .*Did you mean 'exemplars'"),
-    ({"version": 0}, "'version' is 0; expected a whole number of at least 1"),
-    ({"version": True}, "'version' is true; expected a whole number"),
-    ({"version": "1"}, "'version' is \"1\"; expected a whole number"),
-    ({"instruction": None}, "'instruction' is null; expected text"),
-    ({"question": "Q:"}, r"'question' is 'Q:'; expected it to hold \{input\}, once each"),
+    ([], "an object"),
+    ({"exemplar": []}, r"'exemplar'.*Did you mean 'exemplars'"),
+    ({"version": 0}, "version is 0"),
+    ({"version": True}, "'version' is true"),
+    ({"question": "Q:"}, r"'question' is 'Q:'; expected \{input\}"),
     ({"question": "{input} {input}"}, "'question' is .* once each"),
-    ({"question": "Q: {inptu}"}, r"'question' holds \{inptu\}; expected \{input\}. Did you mean 'input'"),
-    ({"question": "{0} {1}"}, r"'question' holds \{0\}; expected \{input\}"),
+    ({"question": "Q: {inptu}"}, r"'question' has \{inptu\}; expected \{input\}. Did you mean 'input'"),
     ({"split": ""}, "'split' is empty"),
-    ({"split": 3}, "'split' is 3; expected text or null"),
     ({"split": "|"}, r"'question' is .*; with 'split', expected \{0\}, \{1\} and so on"),
     ({"split": "|", "question": "{0} {2}"}, r"with 'split', expected \{0\}, \{1\}"),
-    ({"split": "|", "question": "{0} {1}"}, r"exemplars\[0\]: the input '1 and 2\?' is 1 texts with '\|'"),
-    ({"answer": "{label}"}, r"'answer' is .*; expected it to hold \{rationale\} and \{label\}, once each"),
-    ({"hint": "Think."}, r"'hint' is .*; expected it to hold \{label\}"),
-    ({"stops": "\nQ:"}, "'stops' is .*; expected a list of texts"),
-    ({"stops": [1]}, r"'stops\[0\]' is 1; expected text"),
+    ({"split": "|", "question": "{0} {1}"}, r"exemplars\[0\]: the input '1 and 2\?' has 1 parts"),
+    ({"answer": "{label}"}, r"'answer' is .*; expected \{rationale\} and \{label\}"),
+    ({"hint": "Think."}, r"'hint' is .*; expected \{label\}"),
     ({"stops": [""]}, "'stops' is .*; expected no empty text"),
-    ({"stops": ["The"]}, r"exemplars\[0\]: the answer .* holds the stop string 'The'"),
-    ({"exemplars": {}}, r"'exemplars' is \{\}; expected a list of objects"),
-    ({"exemplars": ["x"]}, r"'exemplars\[0\]' is \"x\"; expected an object"),
-    ({"exemplars": [{"input": "x", "label": "y"}]}, r"the field 'exemplars\[0\]\.rationale' is missing"),
-    ({"exemplars": [{"input": "x", "rationale": 1, "label": "y"}]}, r"'exemplars\[0\]\.rationale' is 1; expected text"),
-    (
-        {"exemplars": [{"input": "x", "rationale": " ", "label": "y"}]},
-        r"exemplars\[0\]: the field 'rationale' is blank",
-    ),
-    ({"exemplars": [{"input": "x", "lable": "y"}]}, r"unknown field 'exemplars\[0\]\.lable'.*Did you mean 'label'"),
+    ({"stops": ["The"]}, r"exemplars\[0\]: the stop string 'The' is inside the answer"),
+    ({"exemplars": [{"input": "x", "label": "y"}]}, r"exemplars\[0\]\.rationale"),
+    ({"exemplars": [{"input": "x", "rationale": " ", "label": "y"}]}, r"exemplars\[0\].*'rationale' is blank"),
 ]
 
 
@@ -391,14 +369,6 @@ def test_wrong_file_is_named_with_the_field(change, message: str, tmp_path: Path
     path = tmp_path / "mine.json"
     path.write_text(json.dumps(SMALL | change if isinstance(change, dict) else change), "utf-8")
     with pytest.raises(ValueError, match=rf"mine\.json: .*{message}"):
-        prompts.read(path)
-
-
-@pytest.mark.parametrize("name", SMALL)
-def test_missing_field_is_named(name: str, tmp_path: Path) -> None:
-    path = tmp_path / "mine.json"
-    path.write_text(json.dumps({field: value for field, value in SMALL.items() if field != name}), "utf-8")
-    with pytest.raises(ValueError, match=rf"mine\.json: the field '{name}' is missing"):
         prompts.read(path)
 
 

@@ -190,7 +190,8 @@ def _mapping_reader(kind: Any, extra: bool) -> _Reader:
     def read(value: Any, field: str) -> Any:
         if type(value) is not dict:
             raise _mismatch(kind, value, field)
-        return {name: read_item(each, f"{field}.{name}") for name, each in value.items()}
+        parent = f"{field}." if field else ""
+        return {name: read_item(each, f"{parent}{name}") for name, each in value.items()}
 
     return read
 

@@ -1,6 +1,6 @@
-"""What the teacher is asked: an instruction, some ten solved examples, and the question.
+"""Prompts: an instruction, about ten solved examples (exemplars), and the question.
 
-A dataset's prompt is data, one JSON file, `tasks/prompts/<dataset>.json`:
+A dataset's prompt is one JSON file, `tasks/prompts/<dataset>.json`:
 
     {"version": 1,
      "instruction": "Solve each arithmetic problem. ..",
@@ -11,15 +11,14 @@ A dataset's prompt is data, one JSON file, `tasks/prompts/<dataset>.json`:
      "exemplars": [{"input": "Ann has 3 pens and buys 4.\\nHow many pens has she?",
                     "rationale": "3 pens and 4 pens are 3 + 4 = 7 pens.", "label": "( 3.0 + 4.0 )"}, ..]}
 
-Where a row's input is several texts in one, `split` says what stands between them, and the question numbers them:
+If a row's input joins several texts, `split` is the text between them, and the question numbers them:
 
     "split": "</s>", "question": "Premise: {0}\\nHypothesis: {1}\\nReason:"
 
-An exemplar's input has the form of a row's input; its label is written as the teacher is to write it ("(b) tea").
-`answer` has to be the form that the dataset's strict parser reads.
+An exemplar's input has the form of a row's input, its label the form that the teacher shall write ("(b) tea").
+`answer` must have the form that the dataset's strict parser reads.
 
-A dataset of your own needs no other file than its module, `tasks/<name>.py`: it can call `add` with a `Template`.
-Standard library only; nothing here asks anybody anything.
+A dataset's module, `tasks/<name>.py`, can call `add` with a `Template` instead of having a file. Standard library only.
 """
 
 from __future__ import annotations
@@ -32,9 +31,8 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from sbs_jax.checks import nearest
+from sbs_jax.checks import nearest, whole_number
 from sbs_jax.storage.json_files import brief, read_json, typed
 
 SYSTEM, USER, ASSISTANT = "system", "user", "assistant"
@@ -45,7 +43,7 @@ _PLACE = re.compile(r"\{(\w+)\}")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Exemplar:
-    """A solved example. The label is written as the teacher is to write it: "(b) tea"."""
+    """A solved example. The label has the form that the teacher shall write: "(b) tea"."""
 
     input: str
     rationale: str
@@ -62,7 +60,7 @@ class Message:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """What is sent for one row: as a chat, or as one text to continue; `template` is the template's hash."""
+    """The prompt of one row, as chat messages and as one text to continue; `template` is the template's hash."""
 
     messages: tuple[Message, ...]
     text: str
@@ -70,23 +68,23 @@ class Prompt:
     template: str
 
     def sent(self, form: str) -> str:
-        """All the text that is sent in a form ("chat" or "completion"), to count its tokens by."""
+        """Returns all text that is sent in a form ("chat" or "completion"), for counting tokens."""
         return self.text if form == "completion" else "".join(message.content for message in self.messages)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Template:
-    """One dataset's prompt. ValueError, naming the field, where the parts do not fit together.
+    """One dataset's prompt. Raises ValueError that names the field if the parts do not fit together.
 
     Attributes:
-      version: a number for people; replies are told apart by `hash`.
+      version: a number for people; code compares `hash`.
       instruction: the system message of a chat, the first paragraph of a text; may be empty.
-      question: holds {input} once; with `split`, {0}, {1} and so on once each.
-      answer: holds {rationale} and {label} once each.
-      hint: holds {label}; a second ask has it as a line of its own below the question's last line of input.
-      stops: where a plain completion ends, which otherwise invents a next example.
-      exemplars: the solved examples, in this order.
-      split: what stands between the texts of which an input is made; None where it is one text.
+      question: contains {input} once; with `split`, {0}, {1} and so on once each.
+      answer: contains {rationale} and {label} once each.
+      hint: contains {label}; a second request has it on a line of its own below the question's last line of input.
+      stops: stop strings of a completion, which otherwise continues with an invented example.
+      exemplars: the solved examples, in order.
+      split: the text between the parts of an input; None for an input of one part.
     """
 
     version: int
@@ -99,10 +97,9 @@ class Template:
     split: str | None = None
 
     def __post_init__(self) -> None:
-        if self.version < 1:
-            raise ValueError(f"the field 'version' is {brief(self.version)}; expected a whole number of at least 1.")
+        whole_number("version", self.version, least=1)
         if self.split == "":
-            raise ValueError("the field 'split' is empty; expected what stands between an input's texts, or null.")
+            raise ValueError("the field 'split' is empty; expected the text between an input's parts, or null.")
         found = _PLACE.findall(self.question)
         if self.split is None:
             _check_places("question", self.question, ("input",))
@@ -127,19 +124,19 @@ class Template:
             cut = [stop for stop in self.stops if stop in answer]
             if cut:
                 raise ValueError(
-                    f"{where}: the answer {brief(answer)} holds the stop string {brief(cut[0])}, which would end it."
+                    f"{where}: the stop string {brief(cut[0])} is inside the answer {brief(answer)}; change either."
                 )
 
     @functools.cached_property
     def hash(self) -> str:
-        """12 hexadecimal digits that change with every part of the template, and with nothing else."""
+        """Hashes every part of the template into 12 hexadecimal digits."""
         text = json.dumps(dataclasses.asdict(self), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     def asked(self, input: str, *, hint: str | None = None) -> str:  # noqa: A002  # the record's word
-        """The question about an input; `hint` is the label that is given away.
+        """Fills the question with an input; `hint` is a label to give away.
 
-        ValueError where `split` does not divide the input into as many texts as the question names.
+        Raises ValueError if `split` does not divide the input into as many parts as the question has.
         """
         question = self.question
         places = list(_PLACE.finditer(question))
@@ -148,8 +145,8 @@ class Template:
             texts = input.split(self.split)
             if len(texts) != len(places):
                 raise ValueError(
-                    f"the input {input[:80]!r} is {len(texts)} texts with {brief(self.split)} between them; the "
-                    f"question of the prompt names {len(places)}."
+                    f"the input {input[:80]!r} has {len(texts)} parts between {brief(self.split)}; the question of the "
+                    f"prompt expects {len(places)}."
                 )
             parts = {str(number): text for number, text in enumerate(texts)}
         if hint is None:
@@ -160,12 +157,12 @@ class Template:
         return f"{_filled(question[:end], parts)}\n{given}{_filled(question[end:], parts)}"
 
     def answered(self, exemplar: Exemplar) -> str:
-        """An exemplar's answer, as the teacher is to write it."""
+        """Fills the answer with an exemplar."""
         return _filled(self.answer, {"rationale": exemplar.rationale, "label": exemplar.label})
 
     @functools.cached_property
     def _shown(self) -> tuple[tuple[Message, ...], str]:
-        """What stands before every question, as a chat and as text."""
+        """Builds the part before every question, as chat messages and as text."""
         messages = [Message(SYSTEM, self.instruction)] if self.instruction else []
         paragraphs = [self.instruction] if self.instruction else []
         for exemplar in self.exemplars:
@@ -176,7 +173,7 @@ class Template:
 
 
 def render(template: Template, input: str, *, hint: str | None = None) -> Prompt:  # noqa: A002  # the record's word
-    """The prompt about one input; with `hint`, the known label is given and its reasons are asked for.
+    """Renders the prompt about one input; `hint` gives the known label away and asks for its reasons.
 
     As text, for the template at the top of this module and one exemplar:
 
@@ -191,7 +188,7 @@ def render(template: Template, input: str, *, hint: str | None = None) -> Prompt
         (The correct answer is ( 84.0 / 2.0 ). ..)
         A:
 
-    As a chat, the same as turns: system, then user and assistant per exemplar, then user. An exemplar never has a hint.
+    A chat has the same as turns: system, user and assistant per exemplar, user. Exemplars never have a hint.
     """
     messages, text = template._shown
     asked = template.asked(input, hint=hint)
@@ -209,36 +206,35 @@ _added: dict[str, Template] = {}
 
 
 def add(dataset: str, template: Template) -> None:
-    """Makes a template known as a dataset's, for a dataset that keeps it in its own module."""
+    """Registers a template, for a dataset that keeps it in its own module."""
     if _added.setdefault(dataset, template) != template:
         raise ValueError(f"Another prompt is already registered for {dataset!r}; choose another name.")
 
 
 def names() -> tuple[str, ...]:
-    """The datasets that have a prompt, sorted."""
+    """Lists the datasets that have a prompt, sorted."""
     return tuple(sorted({path.stem for path in FOLDER.glob("*.json")} | _added.keys()))
 
 
 def for_dataset(name: str) -> Template:
-    """The dataset's template: what its module added, else `tasks/prompts/<name>.json`.
+    """Returns a dataset's template: the one its module added, else `tasks/prompts/<name>.json`.
 
-    ValueError with near matches where it has none. Import `tasks` first, so that modules can add theirs.
+    Import `tasks` first, so that modules can add theirs. Raises ValueError with near matches if there is none.
     """
     if name in _added:
         return _added[name]
     if name not in names():
         raise ValueError(
-            f"There is no prompt for {name!r}; there is one for each of {list(names())}.{nearest(name, names())} "
-            f"For a dataset of your own, write tasks/prompts/{name}.json, give a file with --prompt, or call "
-            "sbs_jax.teacher.prompts.add in its module."
+            f"There is no prompt for {name!r}; there are {list(names())}.{nearest(name, names())} Give a file with "
+            f"--prompt, write tasks/prompts/{name}.json, or call sbs_jax.teacher.prompts.add in the dataset's module."
         )
     return _read_file(FOLDER / f"{name}.json")
 
 
 def read(name_or_path: str | Path) -> Template:
-    """The template of a dataset ("svamp"), or of a file (a `Path`, or text with a "/" or ending in ".json").
+    """Reads the template of a dataset ("svamp"), or of a file (a `Path`, or text with a "/" or ending in ".json").
 
-    ValueError names the file and the field; FileNotFoundError names the file.
+    Raises ValueError that names the file and the field, FileNotFoundError that names the file.
     """
     text = os.fspath(name_or_path)
     if isinstance(name_or_path, Path) or text.endswith(".json") or "/" in text or os.sep in text:
@@ -251,28 +247,23 @@ def _read_file(path: Path) -> Template:
         raise FileNotFoundError(f"There is no prompt file {path}; its form is described in sbs_jax/teacher/prompts.py.")
     value = read_json(path)
     try:
-        return from_json(value)
+        return typed(value, Template)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
 
-def from_json(value: Any) -> Template:
-    """The template that a JSON value describes; ValueError names the field."""
-    return typed(value, Template)
-
-
 def _check_places(field: str, text: str, names: tuple[str, ...]) -> None:
-    """Every one of `names` stands in the text once, in braces, and no other word does."""
+    """Requires each of `names` once in braces in the text, and no other word in braces."""
     found = _PLACE.findall(text)
     wanted = " and ".join(f"{{{name}}}" for name in names)
     for name in found:
         if name not in names:
             near = nearest(name[:100], names)
-            raise ValueError(f"the field {field!r} holds {{{name[:100]}}}; expected {wanted}.{near}")
+            raise ValueError(f"the field {field!r} has {{{name[:100]}}}; expected {wanted}.{near}")
     if sorted(found) != sorted(names):
-        raise ValueError(f"the field {field!r} is {brief(text)}; expected it to hold {wanted}, once each.")
+        raise ValueError(f"the field {field!r} is {brief(text)}; expected {wanted} in it, once each.")
 
 
 def _filled(text: str, parts: Mapping[str, str]) -> str:
-    """`text` with its places filled, in one pass: braces in what is filled in are left as they are."""
+    """Fills the placeholders of a text in one pass, so braces in the filled parts stay."""
     return _PLACE.sub(lambda match: parts[match[1]], text)
