@@ -118,7 +118,7 @@ def test_a_second_process_is_refused(path):
 
 def test_a_file_of_another_kind_is_refused(path):
     path.write_text("not a database, but long enough to look like one " * 40)
-    with pytest.raises(ValueError, match="no store of replies"), Store(path):
+    with pytest.raises(ValueError, match="not a store of replies"), Store(path):
         pass
     assert path.read_text().startswith("not a database")
 

@@ -1,1 +1,1 @@
-"""The teacher's side: what it replied, and how a reply is read."""
+"""Asking a teacher model: prompts, clients, limits, the store of replies, and records made from them."""

@@ -103,7 +103,7 @@ class Totals(Usage):
     """Counts of a run so far."""
 
     rows: int = 0
-    found: int = 0  # replies stored before this run
+    found: int = 0  # accepted replies of earlier runs
     replies: int = 0  # stored in this run
     retried: int = 0
     failures: Counter[str] = dataclasses.field(default_factory=Counter)
@@ -262,23 +262,20 @@ class Sampler:
 
     async def _reply(self, row: Asked, *, sample: int, hint: str | None) -> Reply | None:
         """Returns the accepted reply of one sample, from the store or the teacher; None without one."""
-        for room in range(ROOM_STEPS + 1):
-            request = request_of(row, self._settings, sample=sample, room=room, hint=hint)
-            stored = self._store.get(request.key)
-            if isinstance(stored, Failure):
-                self.totals.failures[stored.reason] += 1
+        while True:
+            answer = answer_of(row, self._settings, self._store.get, sample=sample, hint=hint)
+            if isinstance(answer, Failure):
+                self.totals.failures[answer.reason] += 1
                 return None
-            if stored is None:
-                stored = None if self._done() else await self._ask(request)
-                if stored is None:
-                    return None
-                self._judge(row, stored)
-            else:
+            if isinstance(answer, Reply):
                 self.totals.found += 1
-            if stored.finish != LENGTH:
-                return stored
-        self.totals.failures[LENGTH] += 1
-        return None
+                return answer
+            reply = None if self._done() else await self._ask(answer)
+            if reply is None:
+                return None
+            self._judge(row, reply)
+            if reply.finish != LENGTH:
+                return reply
 
     def _judge(self, row: Asked, reply: Reply) -> None:
         if reply.finish == LENGTH or row.read(reply.text)[1] is not None:

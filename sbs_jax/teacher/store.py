@@ -1,10 +1,10 @@
-"""The teacher's replies on disk: paid for once, found again by what was asked.
+"""The teacher's replies on disk: each is paid for once and found again by its request.
 
-One SQLite file. A reply is keyed by the hash of everything that shaped it (`clients.Request.key`: rendered prompt,
-model, parameters, number of the sample) and by nothing else: rows may be added, re-ordered or renamed, code may change,
-and what was asked before is found. A reply counts when it is on disk: `put` returns after the commit.
+One SQLite file. The key of a reply is the hash of everything that shaped it (`clients.Request.key`: rendered prompt,
+model, parameters, sample number) and nothing else: rows may be added, re-ordered or renamed, and code may change. `put`
+returns after the commit, when the reply is on disk.
 
-One process at a time: the file beside it, `<store>.lock`, is held while a store is open.
+One process at a time: it holds `<store>.lock` while the store is open.
 """
 
 from __future__ import annotations
@@ -19,10 +19,8 @@ from pathlib import Path
 
 from sbs_jax.teacher.clients import Reply
 
-# Raised when the meaning of a column changes, so that an old file is refused and not misread.
-FORMAT = 1
-# SQLite takes at most 32,766 values in one statement.
-_MOST_KEYS = 10_000
+FORMAT = 1  # raise it when a column changes its meaning, so that old files are refused, not misread
+_MOST_KEYS = 10_000  # per statement; SQLite takes at most 32,766 values
 
 _SCHEMA = """
 CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
@@ -42,14 +40,14 @@ CREATE TABLE job_keys (name TEXT NOT NULL, key BLOB NOT NULL, PRIMARY KEY (name,
 
 @dataclasses.dataclass(frozen=True)
 class Failure:
-    """Why a request has no reply and will not get one: a word such as "content_filter", and what the teacher said."""
+    """The final failure of a request: a reason such as "content_filter", and the teacher's words."""
 
     reason: str
     detail: str
 
 
 class Store:
-    """Opens (or makes) a store; use it with `with`."""
+    """A store as a context manager, which opens or creates the file."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path).absolute()
@@ -62,21 +60,18 @@ class Store:
         except BlockingIOError:
             self._lock.close()
             raise FileExistsError(
-                f"{self.path} is in use by another process, which asks the teacher already; wait for it, or choose "
-                "another --store."
+                f"{self.path} is in use by another process; wait for it, or choose another --store."
             ) from None
-        # Written from a thread, so that waiting for the disk does not hold up the requests in flight; read by another
-        # connection, which sees what is committed and nothing else.
+        # A thread writes, so that the disk delays no request; a second connection reads what is committed.
         self._connection = sqlite3.connect(self.path, check_same_thread=False, isolation_level=None)
         self._reader = sqlite3.connect(self.path, isolation_level=None)
         try:
             self._prepare()
-        except sqlite3.DatabaseError as error:
+        except (sqlite3.DatabaseError, ValueError) as error:
             self.__exit__()
-            raise ValueError(f"{self.path} is no store of replies ({error}); choose another --store.") from error
-        except ValueError:
-            self.__exit__()
-            raise
+            if isinstance(error, ValueError):
+                raise
+            raise ValueError(f"{self.path} is not a store of replies ({error}); choose another --store.") from error
         self._waiting: list[tuple[bytes, Reply | Failure, asyncio.Future[None]]] = []
         self._writing: asyncio.Task[None] | None = None
         return self
@@ -90,8 +85,7 @@ class Store:
         run = self._connection.execute
         run("PRAGMA journal_mode=WAL")
         run("PRAGMA synchronous=FULL")
-        # A small cache of pages, 1 MB for each: the file may be gigabytes, the process shall not, and the operating
-        # system has a cache of its own.
+        # 1 MB of cache each: the file may be gigabytes, and the operating system caches it anyway.
         for connection in (self._connection, self._reader):
             connection.execute("PRAGMA cache_size=-1000")
         made = run("SELECT count(*) FROM sqlite_master").fetchone()[0]
@@ -104,19 +98,16 @@ class Store:
         found = run("SELECT value FROM meta WHERE name = 'format'").fetchone()
         if found is None or found[0] != str(FORMAT):
             raise ValueError(
-                f"{self.path} is a store of format {found and found[0]}; this version reads {FORMAT}. Use the version "
-                "that wrote it, or choose another --store."
+                f"{self.path} has format {found and found[0]}; this version reads {FORMAT}. Use the version that wrote "
+                "it, or choose another --store."
             )
 
     # ------------------------------------------------------------------------------- reading
 
     def find(self, keys: Collection[str]) -> dict[str, Reply | Failure]:
-        """What is stored under these keys; a reply where there is one, however a later ask failed."""
+        """Looks keys up; a reply counts more than a failure."""
         found: dict[str, Reply | Failure] = {}
-        wanted = [bytes.fromhex(key) for key in keys]
-        for start in range(0, len(wanted), _MOST_KEYS):
-            some = wanted[start : start + _MOST_KEYS]
-            marks = ",".join("?" * len(some))
+        for some, marks in _chunks(keys):
             failures = self._reader.execute(f"SELECT key, reason, detail FROM failures WHERE key IN ({marks})", some)
             found |= {key.hex(): Failure(reason, detail) for key, reason, detail in failures}
             replies = self._reader.execute(
@@ -130,12 +121,9 @@ class Store:
         return found
 
     def settled(self, keys: Sequence[str], *, but: str) -> set[str]:
-        """Those keys that have a failure, or a reply that did not end as `but` ("length"); texts are not read."""
+        """Returns the keys with a failure, or with a reply whose finish is not `but`, without reading the texts."""
         found: set[str] = set()
-        wanted = [bytes.fromhex(key) for key in keys]
-        for start in range(0, len(wanted), _MOST_KEYS):
-            some = wanted[start : start + _MOST_KEYS]
-            marks = ",".join("?" * len(some))
+        for some, marks in _chunks(keys):
             rows = self._reader.execute(
                 f"SELECT key FROM replies WHERE key IN ({marks}) AND finish != ? "
                 f"UNION ALL SELECT key FROM failures WHERE key IN ({marks})",
@@ -145,11 +133,11 @@ class Store:
         return found
 
     def get(self, key: str) -> Reply | Failure | None:
-        """What is stored under one key."""
+        """Looks one key up."""
         return self.find((key,)).get(key)
 
     def counts(self) -> dict[str, int]:
-        """Replies and failures in the file, and the tokens of the replies."""
+        """Counts replies, failures, and the tokens of the replies."""
         replies, inputs, outputs = self._reader.execute(
             "SELECT count(*), coalesce(sum(input_tokens), 0), coalesce(sum(output_tokens), 0) FROM replies"
         ).fetchone()
@@ -159,9 +147,9 @@ class Store:
     # ------------------------------------------------------------------------------- writing
 
     async def put(self, key: str, value: Reply | Failure) -> None:
-        """Returns when the reply (or the reason why there is none) is on disk; many are written with one commit.
+        """Returns when the value is on disk; one commit writes all that wait.
 
-        OSError where the disk is full or may not be written; what was stored before stays.
+        Raises OSError if the disk is full or read-only; earlier replies stay.
         """
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.append((bytes.fromhex(key), value, done))
@@ -179,7 +167,7 @@ class Store:
                 except (sqlite3.Error, OSError) as problem:
                     error = OSError(f"{self.path}: {problem}; {len(some)} replies could not be stored.")
                 for _, _, done in some:
-                    if done.done():  # whoever waited has been cancelled
+                    if done.done():  # cancelled
                         continue
                     if error is None:
                         done.set_result(None)
@@ -202,7 +190,7 @@ class Store:
         failures = [(key, x.reason, x.detail, now) for key, x in values if isinstance(x, Failure)]
         self._connection.execute("BEGIN IMMEDIATE")
         try:
-            # The first reply stays: it is the one that was paid for and may have been used.
+            # The first reply stays: it was paid for and may have been used.
             self._connection.executemany("INSERT OR IGNORE INTO replies VALUES (?, ?, ?, ?, ?, ?, ?)", replies)
             self._connection.executemany("INSERT OR REPLACE INTO failures VALUES (?, ?, ?, ?)", failures)
             self._connection.execute("COMMIT")
@@ -212,13 +200,13 @@ class Store:
             raise
 
     def forget_failures(self) -> int:
-        """Removes every recorded failure, so that it is asked again; returns their number."""
+        """Removes all failures, so that they are asked again; returns their number."""
         return self._connection.execute("DELETE FROM failures").rowcount
 
     # ------------------------------------------------------------------------------- batch jobs
 
     def add_job(self, name: str, keys: Sequence[str]) -> None:
-        """Notes a batch of requests before it is submitted, so that a killed run finds it again by its name."""
+        """Records a job before it is submitted, so that a killed run finds it by its name."""
         self._connection.execute("BEGIN IMMEDIATE")
         self._connection.execute("INSERT INTO jobs VALUES (?, NULL, 'new', ?)", (name, time.time()))
         rows = [(name, bytes.fromhex(key)) for key in keys]
@@ -226,11 +214,11 @@ class Store:
         self._connection.execute("COMMIT")
 
     def set_job(self, name: str, *, job: str | None, state: str) -> None:
-        """The provider's name of a job, and its state: new, running, collected, failed or cancelled."""
+        """Sets the provider's name of a job and its state: new, running, collected, failed or cancelled."""
         self._connection.execute("UPDATE jobs SET job = ?, state = ? WHERE name = ?", (job, state, name))
 
     def jobs(self, *states: str) -> Iterator[tuple[str, str | None, list[str]]]:
-        """(name, provider's name, keys) of the jobs in these states, oldest first."""
+        """Yields (name, provider's name, keys) of the jobs in these states, oldest first."""
         marks = ",".join("?" * len(states))
         listed = self._reader.execute(
             f"SELECT name, job FROM jobs WHERE state IN ({marks}) ORDER BY stored, name", states
@@ -238,3 +226,11 @@ class Store:
         for name, job in listed:
             keys = self._reader.execute("SELECT key FROM job_keys WHERE name = ? ORDER BY key", (name,))
             yield name, job, [key.hex() for (key,) in keys]
+
+
+def _chunks(keys: Collection[str]) -> Iterator[tuple[list[bytes], str]]:
+    """Yields (keys as blobs, "?,?,..") for one statement each."""
+    blobs = [bytes.fromhex(key) for key in keys]
+    for start in range(0, len(blobs), _MOST_KEYS):
+        some = blobs[start : start + _MOST_KEYS]
+        yield some, ",".join("?" * len(some))

@@ -14,7 +14,7 @@ def add(command: Any) -> None:
         epilog="example:\n  sbs teach --dataset svamp --inputs_dir dss --provider openai --model gpt-4o-mini \\\n"
         "      --store svamp.sqlite --records_dir records --dry_run\n\n"
         "Credentials come from the environment (OPENAI_API_KEY, GEMINI_API_KEY, or Google's default credentials).\n"
-        "Replies are kept in the store and never asked for twice; repeat the command to go on. See docs/teacher.md.",
+        "Replies stay in the store and are never paid for twice; repeat the command to continue. See docs/teacher.md.",
     )
     rows = teach.add_argument_group("rows")
     rows.add_argument("--dataset", required=True, help="name of a dataset")
@@ -23,47 +23,54 @@ def add(command: Any) -> None:
         "--inputs",
         choices=("release", "records", "tfds"),
         default="release",
-        help="what they are: the official release's layout, <dataset>/<split>.jsonl of id, input and label, or TFDS",
+        help="form of the inputs: the official release, <dataset>/<split>.jsonl of id, input and label, or TFDS",
     )
     rows.add_argument(
-        "--split", action="append", metavar="NAME", help="train, validation or test; repeat (default: all)"
+        "--split", action="append", metavar="NAME", help="train, validation or test; repeatable (default: all)"
     )
-    rows.add_argument("--limit", type=int, metavar="N", help="the first N rows of each split")
+    rows.add_argument("--limit", type=int, metavar="N", help="ask about the first N rows of each split")
     ask = teach.add_argument_group("the teacher")
     ask.add_argument("--provider", required=True, metavar="NAME", help="openai (any compatible server), gemini, vertex")
     ask.add_argument("--model", required=True, help="the provider's name of the model")
-    ask.add_argument("--base_url", metavar="URL", help="address of an OpenAI-compatible server, for example vLLM's")
+    ask.add_argument("--base_url", metavar="URL", help="address of an OpenAI-compatible server, such as vLLM")
     ask.add_argument("--prompt", metavar="FILE", help="prompt file (default: tasks/prompts/<dataset>.json)")
     ask.add_argument("--form", choices=("chat", "completion"), default="chat", help="messages, or one text to continue")
-    ask.add_argument("--temperature", type=float, default=0.0)
+    ask.add_argument("--temperature", type=float, default=0.0, help="sampling temperature")
     ask.add_argument(
-        "--max_tokens", type=int, default=256, help="room for a reply; cut short ones get 2 and 4 times it"
+        "--max_tokens",
+        type=int,
+        default=256,
+        help="maximum reply tokens; truncated replies are retried with 2x and 4x",
     )
-    ask.add_argument("--samples", type=int, default=1, help="replies per row; the most frequent label is taken")
-    ask.add_argument("--hint", action="store_true", help="ask again with the label as a hint where the label differs")
+    ask.add_argument("--samples", type=int, default=1, help="replies per row; the most frequent label wins")
+    ask.add_argument(
+        "--hint", action="store_true", help="ask again with the human label as a hint if the reply differs"
+    )
     pace = teach.add_argument_group("pace and money")
-    pace.add_argument("--concurrency", type=int, default=64, help="requests in flight at most")
-    pace.add_argument("--requests_per_minute", type=float, metavar="N")
-    pace.add_argument("--tokens_per_minute", type=float, metavar="N")
-    pace.add_argument("--timeout", type=float, default=120.0, metavar="SECONDS", help="for one reply")
-    pace.add_argument("--retries", type=int, default=6, help="repetitions of a request after errors that may pass")
-    pace.add_argument("--max_requests", type=int, metavar="N", help="ask at most so often in this run")
-    pace.add_argument("--max_cost", type=float, metavar="USD", help="spend at most so much in this run")
-    pace.add_argument("--price", metavar="IN,OUT", help="USD per million tokens, where the model's is not known or old")
-    pace.add_argument("--unusable", type=float, default=0.3, help="share of unreadable replies that ends the run")
+    pace.add_argument("--concurrency", type=int, default=64, help="maximum requests in flight")
+    pace.add_argument("--requests_per_minute", type=float, metavar="N", help="rate limit (default: none)")
+    pace.add_argument("--tokens_per_minute", type=float, metavar="N", help="rate limit, sent and received")
+    pace.add_argument("--timeout", type=float, default=120.0, metavar="SECONDS", help="for a whole reply")
+    pace.add_argument("--retries", type=int, default=6, help="retries of a request after temporary errors")
+    pace.add_argument("--max_requests", type=int, metavar="N", help="maximum requests of this run")
+    pace.add_argument("--max_cost", type=float, metavar="USD", help="maximum cost of this run")
+    pace.add_argument("--price", metavar="IN,OUT", help="USD per million tokens, if the model's is unknown or outdated")
+    pace.add_argument(
+        "--unusable", type=float, default=0.3, help="share of replies without a readable label that ends the run"
+    )
     pace.add_argument("--batch", action="store_true", help="batch jobs: half the price, within a day")
     pace.add_argument("--batch_size", type=int, default=20_000, metavar="N", help="requests in one job")
     pace.add_argument("--batch_folder", metavar="GS", help="gs:// folder for the files of Vertex AI's batch jobs")
-    pace.add_argument("--cancel_batches", action="store_true", help="cancel the jobs under way, keep their answers")
+    pace.add_argument("--cancel_batches", action="store_true", help="cancel unfinished jobs and keep their answers")
     out = teach.add_argument_group("results")
-    out.add_argument("--store", required=True, metavar="FILE", help="where replies are kept (SQLite)")
-    out.add_argument("--records_dir", required=True, metavar="DIR", help="where to write <dataset>/*.jsonl")
-    out.add_argument("--parser", choices=("strict", "official"), default="strict", help="how replies are read")
-    out.add_argument("--page", metavar="FILE", help="HTML page to look at the replies (default: beside the store)")
-    out.add_argument("--overwrite", action="store_true", help="replace other records there")
-    out.add_argument("--retry_failed", action="store_true", help="ask again what failed for good before")
-    out.add_argument("--dry_run", action="store_true", help="show prompt, tokens, price and time; ask nothing")
-    out.add_argument("--export_only", action="store_true", help="write records of what is stored; ask nothing")
+    out.add_argument("--store", required=True, metavar="FILE", help="SQLite file of replies")
+    out.add_argument("--records_dir", required=True, metavar="DIR", help="folder for <dataset>/*.jsonl")
+    out.add_argument("--parser", choices=("strict", "official"), default="strict", help="how to read replies")
+    out.add_argument("--page", metavar="FILE", help="HTML page of the replies (default: beside the store)")
+    out.add_argument("--overwrite", action="store_true", help="replace existing records")
+    out.add_argument("--retry_failed", action="store_true", help="ask again where an earlier run recorded a failure")
+    out.add_argument("--dry_run", action="store_true", help="show a prompt, tokens, cost and time; ask nothing")
+    out.add_argument("--export_only", action="store_true", help="write records of the stored replies; ask nothing")
 
 
 def run(arguments: argparse.Namespace) -> int:
