@@ -86,42 +86,37 @@ Faults = Sequence["Fault | int | str | None"] | Callable[[int, dict[str, Any]], 
 Answer = Callable[..., str]  # of the prompt, or of the prompt and the body
 
 
+@dataclasses.dataclass(kw_only=True, eq=False)
 class Server:
     """What was asked, and where. Counts are of generation requests; lines of batches count in `lines`."""
 
-    def __init__(
-        self,
-        *,
-        answer: Answer | None,
-        faults: Faults,
-        latency: float | Callable[[], float],
-        keep: bool,
-        key: str | None,
-        models: Sequence[str] | None,
-        places: int | None,
-        batch_polls: int,
-        line_faults: Faults,
-    ) -> None:
-        self.url = ""
-        self.asked = 0  # generation requests that arrived
-        self.replied = 0  # whole replies with a text that were sent: what a provider bills
-        self.in_flight = 0
-        self.most_in_flight = 0
-        self.connections = 0  # opened so far
-        self.open_now = 0
-        self.lines = 0  # requests in batches
-        self.paths: Counter[str] = Counter()  # "POST /v1/chat/completions" -> count; every request
-        self.statuses: Counter[int] = Counter()
-        self.bodies: list[dict[str, Any]] = []  # of generation requests, if `keep`
-        self.headers: list[dict[str, str]] = []  # of the same, names in lower case
-        self.batches: dict[str, dict[str, Any]] = {}
-        self.files: dict[str, bytes] = {}  # by name; those of Cloud Storage by gs:// address
-        self.denied: set[str] = set()  # buckets that nobody may use
-        self.answer: Answer = answer or (lambda prompt: REPLY)
-        self.faults, self.line_faults = faults, line_faults
-        self.latency, self.keep, self.key, self.places = latency, keep, key, places
-        self.models = models
-        self.batch_polls = batch_polls  # polls that find a batch still running
+    answer: Answer = lambda prompt: REPLY
+    faults: Faults = ()
+    line_faults: Faults = ()  # for the lines of a batch: "missing", "expired", "malformed" too
+    latency: float | Callable[[], float] = 0.0
+    keep: bool = True  # bodies and headers
+    key: str | None = None  # the only one accepted
+    models: Sequence[str] | None = None  # the only ones known
+    batch_polls: int = 1  # polls that find a batch still running
+
+    url: str = ""
+    asked: int = 0  # generation requests that arrived
+    replied: int = 0  # whole replies with a text that were sent: what a provider bills
+    in_flight: int = 0
+    most_in_flight: int = 0
+    connections: int = 0  # opened so far
+    open_now: int = 0
+    lines: int = 0  # requests in batches
+    paths: Counter[str] = dataclasses.field(
+        default_factory=Counter
+    )  # "POST /v1/chat/completions" -> count; all requests
+    bodies: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # of generation requests
+    headers: list[dict[str, str]] = dataclasses.field(default_factory=list)  # of the same, names in lower case
+    batches: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    files: dict[str, bytes] = dataclasses.field(default_factory=dict)  # by name; Cloud Storage's by gs:// address
+    denied: set[str] = dataclasses.field(default_factory=set)  # buckets that nobody may use
+
+    def __post_init__(self) -> None:
         self._two = len(inspect.signature(self.answer).parameters) > 1
         self._ids = itertools.count(1)
 
@@ -134,8 +129,6 @@ class Server:
     def gemini(self) -> str:
         """base_url for Google's SDK (Gemini and Vertex AI)."""
         return self.url
-
-    # ------------------------------------------------------------------------ what is answered
 
     def text(self, prompt: list[dict[str, str]] | str, body: dict[str, Any]) -> str:
         return self.answer(prompt, body) if self._two else self.answer(prompt)
@@ -251,11 +244,6 @@ def _openai_other(
     """Files, batches and models: (status, JSON or bytes)."""
     path = url.path.removeprefix("/v1")
     query = dict(urllib.parse.parse_qsl(url.query))
-    if path == "/models":
-        data = [
-            {"id": name, "object": "model", "created": 0, "owned_by": "x"} for name in server.models or ("some-model",)
-        ]
-        return 200, {"object": "list", "data": data}
     if path == "/files" and method == "POST":
         fields = _multipart(raw, headers["content-type"])
         name = f"file-{server.new_id()}"
@@ -265,9 +253,6 @@ def _openai_other(
         name = match[1]
         if name not in server.files:
             return 404, _openai_error(404, f"No such File object: {name}", None)
-        if method == "DELETE":
-            del server.files[name]
-            return 200, {"id": name, "object": "file", "deleted": True}
         return 200, server.files[name] if match[2] else _file_object(server, name)
     if path == "/batches" and method == "POST":
         body = json.loads(raw)
@@ -431,9 +416,6 @@ def _google_other(
     if match := re.fullmatch(r"(?:/download)?/(files/[^/:]+)(:download)?", path):
         if match[1] not in server.files:
             return 404, _google_error(404, f"{match[1]} is not found.")
-        if method == "DELETE":
-            del server.files[match[1]]
-            return 200, {}
         return 200, server.files[match[1]] if match[2] else {"name": match[1], "state": "ACTIVE"}
     if match := re.fullmatch(r"/models/([^/:]+):batchGenerateContent", path):
         if server.models is not None and match[1] not in server.models:
@@ -669,8 +651,6 @@ class _Connection(asyncio.Protocol):
     async def _generate(self, number: int, path: str, model: str | None, body: dict[str, Any]) -> None:
         server = self._server
         fault = _fault(server.faults, number, body)
-        if fault is None and server.places is not None and server.in_flight > server.places:
-            fault = Fault(429)
         kind = fault.kind if fault else None
         if kind == "hang":
             await asyncio.sleep(3600)
@@ -718,7 +698,6 @@ class _Connection(asyncio.Protocol):
 
     def _send(self, status: int, reply: bytes | dict[str, Any], more: dict[str, str] | None = None) -> None:
         content = reply if isinstance(reply, bytes) else json.dumps(reply).encode()
-        self._server.statuses[status] += 1
         self._transport.write(self._head(status, len(content), more or {}) + content)
 
 
@@ -751,33 +730,9 @@ async def _serve_until(server: Server, port: int, ready: Callable[[], None], sto
 
 
 @contextlib.contextmanager
-def served(
-    *,
-    answer: Answer | None = None,
-    faults: Faults = (),
-    latency: float | Callable[[], float] = 0.0,
-    keep: bool = True,
-    key: str | None = None,
-    models: Sequence[str] | None = None,
-    places: int | None = None,
-    port: int = 0,
-    batch_polls: int = 1,
-    line_faults: Faults = (),
-) -> Iterator[Server]:
-    """A server in a thread. `key`: the only one accepted; `models`: the only ones known; `places`: more requests in
-    flight get 429; `line_faults`: as `faults`, for the lines of a batch ("missing", "expired", "malformed" too).
-    """
-    server = Server(
-        answer=answer,
-        faults=faults,
-        latency=latency,
-        keep=keep,
-        key=key,
-        models=models,
-        places=places,
-        batch_polls=batch_polls,
-        line_faults=line_faults,
-    )
+def served(*, port: int = 0, **options: Any) -> Iterator[Server]:
+    """A server in a thread; the options are fields of `Server`."""
+    server = Server(**options)
     loop = asyncio.new_event_loop()
     stop = asyncio.Event()
     ready = threading.Event()
@@ -803,10 +758,9 @@ def served(
 
 
 @contextlib.contextmanager
-def apart(*, latency: float = 0.0, reply: str = REPLY, places: int | None = None) -> Iterator[str]:
+def apart(*, latency: float = 0.0, reply: str = REPLY) -> Iterator[str]:
     """The URL of a server in a process of its own, for measurements (OpenAI's base_url is this + "/v1")."""
     command = [sys.executable, __file__, "--latency", str(latency), "--reply", reply]
-    command += [] if places is None else ["--places", str(places)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stdin=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         try:
@@ -819,12 +773,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="A hosted teacher over loopback.")
     parser.add_argument("--latency", type=float, default=0.0)
     parser.add_argument("--reply", default=REPLY)
-    parser.add_argument("--places", type=int)
     parser.add_argument("--port", type=int, default=0)
     given = parser.parse_args()
-    with served(
-        answer=lambda prompt: given.reply, latency=given.latency, keep=False, places=given.places, port=given.port
-    ) as server:
+    options = {"answer": lambda prompt: given.reply, "latency": given.latency, "keep": False}
+    with served(port=given.port, **options) as server:
         print(server.url, flush=True)
         sys.stdin.read()  # until whoever started it is gone
 
