@@ -43,40 +43,34 @@ def answer(inputs):
         rows = release.read_unanswered(builtin.DATASET, inputs_dir=inputs, inputs="release")[split].rows
         texts = [text for shard in release.read_replies(inputs, "builtin", split).values() for text in shard]
         replies |= {row.input: text for row, text in zip(rows, texts, strict=True)}
-    return answer_by(replies)
-
-
-def answer_by(replies):
-    template = {}
-
-    def answer(prompt):
-        asked = prompt if isinstance(prompt, str) else prompt[-1]["content"]
-        if not template:
-            template.update({question(text): reply for text, reply in replies.items()})
-        return template[asked.rpartition("\n\n")[2] if isinstance(prompt, str) else asked]
-
-    def question(text):
-        return prompts.read("builtin").asked(text)
-
-    return answer
+    template = prompts.read("builtin")
+    by_question = {template.asked(text): reply for text, reply in replies.items()}
+    return lambda prompt: by_question[prompt[-1]["content"]]
 
 
 def flags(server, inputs, tmp_path, *more) -> list[str]:
-    return [
-        *(
-            "teach",
-            "--dataset",
-            "builtin",
-            "--inputs_dir",
-            str(inputs),
-            "--provider",
-            "openai",
-            "--model",
-            "some-model",
-        ),
-        *("--base_url", server.openai, "--store", str(tmp_path / "store.sqlite")),
-        *("--records_dir", str(tmp_path / "records"), *more),
-    ]
+    words = f"teach --dataset builtin --inputs_dir {inputs} --provider openai --model some-model"
+    words += f" --base_url {server.openai} --store {tmp_path}/store.sqlite --records_dir {tmp_path}/records"
+    return [*words.split(), *more]
+
+
+def settings(**changes) -> sampler.Settings:
+    plain = {"model": "m", "form": "chat", "parameters": Parameters(temperature=0.0, max_tokens=200), "unusable": 1.0}
+    return sampler.Settings(**{**plain, **changes})
+
+
+def options(dataset, server, inputs_dir, tmp_path, **changes) -> command.Options:
+    plain = {
+        "dataset": dataset,
+        "inputs_dir": str(inputs_dir),
+        "provider": "openai",
+        "base_url": server.openai,
+        "store": str(tmp_path / "store.sqlite"),
+        "records_dir": str(tmp_path / "records"),
+        "settings": settings(),
+    }
+    plain |= {} if "template" in changes else {"template": prompts.read(dataset)}
+    return command.Options(**{**plain, **changes})
 
 
 @pytest.fixture
@@ -134,14 +128,11 @@ def test_a_dry_run_shows_prompt_tokens_price_and_time_and_asks_nothing(sbs, inpu
 
 
 @pytest.mark.parametrize(
-    ("fault", "key", "message"),
-    [
-        (401, "sk-wrong-one", "refuses the credentials"),
-        (404, KEY, "some-model"),
-    ],
+    ("models", "key", "message"),
+    [(None, "sk-wrong-one", "refuses the credentials"), (["another-model"], KEY, "some-model")],
 )
-def test_a_wrong_key_or_model_ends_it_at_once(sbs, inputs, tmp_path, fault, key, message):
-    with teacher_server.served(key=KEY, models=["another-model"] if fault == 404 else None) as server:
+def test_a_wrong_key_or_model_ends_it_at_once(sbs, inputs, tmp_path, models, key, message):
+    with teacher_server.served(key=KEY, models=models) as server:
         done = sbs(flags(server, inputs, tmp_path, "--concurrency", "4"), key=key)
         assert done.returncode == 1
         assert server.asked <= 4
@@ -151,36 +142,20 @@ def test_a_wrong_key_or_model_ends_it_at_once(sbs, inputs, tmp_path, fault, key,
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("more", "message"),
     [
-        ({"--provider": "opnai"}, "openai"),
-        ({"--dataset": "buildin"}, "builtin"),
-        ({"--split": "dev"}, "has no split 'dev'"),
-        ({"--model": "no-such", "--max_cost": "1"}, "--price IN,OUT"),
+        (["--provider", "opnai"], "openai"),
+        (["--dataset", "buildin"], "builtin"),
+        (["--split", "dev"], "has no split 'dev'"),
+        (["--model", "no-such", "--max_cost", "1"], "--price IN,OUT"),
+        (["--base_url", ""], "OPENAI_API_KEY"),  # a server of one's own may need no key; OpenAI does
     ],
 )
-def test_wrong_words_get_a_hint(sbs, inputs, tmp_path, change, message):
+def test_wrong_words_get_a_hint(sbs, inputs, tmp_path, more, message):
     with teacher_server.served() as server:
-        arguments = flags(server, inputs, tmp_path)
-        for flag, value in change.items():
-            if flag in arguments:
-                arguments[arguments.index(flag) + 1] = value
-            else:
-                arguments += [flag, value]
-        done = sbs(arguments)
+        done = sbs(flags(server, inputs, tmp_path, *more), key=None if "--base_url" in more else KEY)
         assert (done.returncode, server.asked) == (1, 0)
     assert message in done.stderr
-    assert "Traceback" not in done.stderr
-
-
-def test_a_missing_key_is_named(sbs, inputs, tmp_path):
-    with teacher_server.served() as server:
-        arguments = flags(server, inputs, tmp_path)
-        # A server of one's own may need no key; OpenAI does.
-        del arguments[arguments.index("--base_url") : arguments.index("--base_url") + 2]
-        done = sbs(arguments, key=None)
-    assert done.returncode == 1
-    assert "OPENAI_API_KEY" in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -215,25 +190,9 @@ def test_a_server_that_misbehaves_in_every_way(inputs, answer, tmp_path, monkeyp
     ]
     faults = [chance.choice(kinds) if chance.random() < 0.5 else None for _ in range(600)]
     with teacher_server.served(answer=answer, faults=faults) as server:
-        settings = sampler.Settings(
-            model="m",
-            form="chat",
-            parameters=Parameters(temperature=0.0, max_tokens=100),
-            concurrency=16,
-            retries=30,
-            unusable=1.0,
-        )
-        chosen = options(
-            "builtin",
-            server,
-            inputs,
-            tmp_path,
-            template=prompts.read("builtin"),
-            settings=settings,
-            splits=None,
-            parser="strict",
-            timeout=0.5,
-        )
+        parameters = Parameters(temperature=0.0, max_tokens=100)
+        asked_so = settings(parameters=parameters, concurrency=16, retries=30)
+        chosen = options("builtin", server, inputs, tmp_path, settings=asked_so, timeout=0.5)
         made = command.teach(chosen)
         assert made is not None
         outcomes = collections.Counter()
@@ -335,29 +294,6 @@ def test_a_disk_that_fills_up_ends_the_run_and_keeps_what_was_stored(tmp_path):
         assert server.replied <= count + 16
 
 
-def options(dataset, server, inputs_dir, tmp_path, *, template, **changes) -> command.Options:
-    plain = {
-        "dataset": dataset,
-        "inputs_dir": str(inputs_dir),
-        "splits": ("test",),
-        "provider": "openai",
-        "base_url": server.openai,
-        "template": template,
-        "parser": "official",
-        "settings": sampler.Settings(
-            model="540b",
-            form="completion",
-            parameters=Parameters(temperature=0.0, max_tokens=4096),
-            concurrency=32,
-            unusable=1.0,
-        ),
-        "batch_size": 1000,
-        "store": str(tmp_path / "store.sqlite"),
-        "records_dir": str(tmp_path / "records"),
-    }
-    return command.Options(**{**plain, **changes})
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("dataset", "official", "strict"),
@@ -383,17 +319,15 @@ def test_the_real_teacher_s_replies_give_its_accuracy(dataset, official, strict,
     )
     replies = {f"{row.input}\nA:": text for row, text in zip(rows, texts, strict=True)}
     assert len(replies) == len(rows)
+    parameters = Parameters(temperature=0.0, max_tokens=4096)
+    asked_so = settings(model="540b", form="completion", parameters=parameters, concurrency=32)
+    changes = {"template": template, "settings": asked_so, "splits": ("test",), "overwrite": True}
+    expected = {"official": official} | ({} if strict is None else {"strict": strict})
     with teacher_server.served(answer=lambda prompt: replies[prompt], keep=False) as server:
-        made = command.teach(options(dataset, server, real_data_dir, tmp_path, template=template))
-        assert made is not None
-        assert made["splits"]["test"]["teacher_accuracy"] == pytest.approx(official, abs=0.006)
-        assert server.asked == len(rows)
-        if strict is not None:
-            again = command.teach(
-                options(dataset, server, real_data_dir, tmp_path, template=template, parser="strict", overwrite=True)
-            )
-            assert again is not None
-            assert again["splits"]["test"]["teacher_accuracy"] == pytest.approx(strict, abs=0.006)
+        for parser, accuracy in expected.items():
+            made = command.teach(options(dataset, server, real_data_dir, tmp_path, parser=parser, **changes))
+            assert made is not None
+            assert made["splits"]["test"]["teacher_accuracy"] == pytest.approx(accuracy, abs=0.006)
             assert server.asked == len(rows)
 
 
@@ -419,17 +353,9 @@ def test_a_dataset_of_one_s_own_needs_one_module(tmp_path, monkeypatch):
     lines = [{"id": f"q{n}", "input": f"Is {n} small?", "label": "yes" if n < 5 else "no"} for n in range(10)]
     (folder / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     with teacher_server.served(answer=lambda prompt: "It is. So the answer is yes.") as server:
+        asked_so = settings(model="540b", form="completion")
         made = command.teach(
-            options(
-                "small_numbers",
-                server,
-                tmp_path / "mine",
-                tmp_path,
-                template=prompts.read("small_numbers"),
-                inputs="records",
-                splits=None,
-                parser="strict",
-            )
+            options("small_numbers", server, tmp_path / "mine", tmp_path, inputs="records", settings=asked_so)
         )
     assert made is not None
     assert made["splits"]["train"]["teacher_accuracy"] == 50.0
@@ -437,29 +363,35 @@ def test_a_dataset_of_one_s_own_needs_one_module(tmp_path, monkeypatch):
     assert [row.rationale for row in written] == ["It is."] * 10
 
 
-def test_batch_jobs_answer_everything_and_a_killed_run_finds_them_again(inputs, answer, tmp_path, monkeypatch):
+@pytest.fixture
+def batches(inputs, tmp_path, monkeypatch):
+    """Options of batch mode, by server."""
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     monkeypatch.setattr(jobs, "POLL", 0.05)
-    template = prompts.read("builtin")
-    plain = {"template": template, "parser": "strict", "splits": None, "batch": True, "batch_size": 25}
-    plain["settings"] = sampler.Settings(
-        model="m", form="chat", parameters=Parameters(temperature=0.0, max_tokens=200), unusable=1.0
-    )
+    return lambda server, **more: options("builtin", server, inputs, tmp_path, batch=True, batch_size=25, **more)
+
+
+def teach_until(chosen, *, submissions: int) -> list[int]:
+    """Ends the run after so many jobs; returns their sizes."""
+    submit, sizes = jobs._submit, []
+
+    async def submit_and_die(requests, client, store):
+        await submit(requests, client, store)
+        sizes.append(len(requests))
+        if len(sizes) == submissions:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jobs, "_submit", submit_and_die)
+        with pytest.raises(KeyboardInterrupt):
+            command.teach(chosen)
+    return sizes
+
+
+def test_batch_jobs_answer_everything_and_a_killed_run_finds_them_again(answer, batches):
     with teacher_server.served(answer=answer, batch_polls=2) as server:
-        submit, submitted = jobs._submit, []
-        with monkeypatch.context() as patch:
-
-            async def submit_and_die(requests, client, store):
-                await submit(requests, client, store)
-                submitted.append(len(requests))
-                if len(submitted) == 2:
-                    raise KeyboardInterrupt
-
-            patch.setattr(jobs, "_submit", submit_and_die)
-            with pytest.raises(KeyboardInterrupt):
-                command.teach(options("builtin", server, inputs, tmp_path, **plain))
-        assert submitted == [25, 25]
-        made = command.teach(options("builtin", server, inputs, tmp_path, **plain))
+        assert teach_until(batches(server), submissions=2) == [25, 25]
+        made = command.teach(batches(server))
         assert made is not None
         assert sum(split["rows"] for split in made["splits"].values()) == 60
         assert "not_asked" not in str(made)
@@ -468,46 +400,30 @@ def test_batch_jobs_answer_everything_and_a_killed_run_finds_them_again(inputs, 
         assert server.asked == 0
 
 
-def test_batch_jobs_are_cancelled_and_what_they_answered_is_kept(inputs, answer, tmp_path, monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    monkeypatch.setattr(jobs, "POLL", 0.02)
-    plain = {"template": prompts.read("builtin"), "parser": "strict", "splits": None, "batch": True, "batch_size": 30}
+def test_batch_jobs_are_cancelled_and_what_they_answered_is_kept(answer, batches, tmp_path):
     with teacher_server.served(answer=answer, batch_polls=10**6) as server:
-        with monkeypatch.context() as patch:
-            patch.setattr(jobs, "_submit", _submit_and_stop(jobs._submit))
-            with pytest.raises(KeyboardInterrupt):
-                command.teach(options("builtin", server, inputs, tmp_path, **plain))
-        assert command.teach(options("builtin", server, inputs, tmp_path, cancel_batches=True, **plain)) is None
+        teach_until(batches(server), submissions=1)
+        assert command.teach(batches(server, cancel_batches=True)) is None
         assert [batch["status"] for batch in server.batches.values()] == ["cancelled"]
         with Store(tmp_path / "store.sqlite") as store:
             assert len(list(store.jobs("cancelled"))) == 1
             assert not list(store.jobs("new", "running"))
+            assert store.counts()["replies"] == 13
 
 
-def _submit_and_stop(submit):
-    async def stopped(*arguments):
-        await submit(*arguments)
-        raise KeyboardInterrupt
-
-    return stopped
-
-
-def test_a_job_that_fails_as_a_whole_says_why_and_is_not_submitted_again(inputs, tmp_path, monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    monkeypatch.setattr(jobs, "POLL", 0.02)
-    plain = {"template": prompts.read("builtin"), "parser": "strict", "splits": None, "batch": True}
+def test_a_job_that_fails_as_a_whole_says_why_and_is_not_submitted_again(batches):
     with teacher_server.served(batch_polls=10**6) as server:
 
         def refuse():
-            while not server.batches:
+            while len(server.batches) < 3:
                 time.sleep(0.01)
-            (batch,) = server.batches.values()
             error = {"code": "model_not_found", "message": "There is no model 540b.", "line": 1}
-            batch.update(status="failed", errors={"object": "list", "data": [error]})
+            for batch in server.batches.values():
+                batch.update(status="failed", errors={"object": "list", "data": [error]})
 
         refusing = threading.Thread(target=refuse)
         refusing.start()
         with pytest.raises(ValueError, match="There is no model 540b"):
-            command.teach(options("builtin", server, inputs, tmp_path, **plain))
+            command.teach(batches(server))
         refusing.join()
-        assert len(server.batches) == 1
+        assert len(server.batches) == 3
