@@ -43,8 +43,13 @@ def number(
         ("below", below, operator.lt),
     )
     given = [(words, bound, holds) for words, bound, holds in bounds if bound is not None]
-    is_number = not isinstance(value, bool) and isinstance(value, int | float) and math.isfinite(value)
-    if not is_number or not all(holds(value, bound) for _, bound, holds in given):
+    in_bounds = (
+        not isinstance(value, bool)
+        and isinstance(value, int | float)
+        and math.isfinite(value)
+        and all(holds(value, bound) for _, bound, holds in given)
+    )
+    if not in_bounds:
         expected = " and ".join(f"{words} {bound:g}" for words, bound, _ in given)
         raise ValueError(f"{name} is {value!r}; expected a number{f' {expected}' if expected else ''}.")
 
