@@ -18,11 +18,12 @@ from builders.old_t5x import old_form
 from flax import serialization, traverse_util
 
 from sbs_jax.prediction import engine, files
+from sbs_jax.run import checkpoints
 from sbs_jax.student import t5
 from sbs_jax.training import students
 from sbs_jax.training.state import initial_state
 from sbs_jax.training.step import prepare
-from sbs_jax.weights import hugging_face, names, npz, opening, t5x
+from sbs_jax.weights import hugging_face, names, npz, opening, runs, t5x
 from sbs_jax.weights.arrays import LazyArray, Opened
 
 ALL = list(cases.CASES)
@@ -212,6 +213,17 @@ def test_arrays_on_devices_are_copies():
     made = array.onto(jax.ShapeDtypeStruct(values.shape, jnp.float32, sharding=place))
     values[:] = 1
     assert not np.asarray(made).any()
+
+
+def test_a_step_that_its_run_removed_is_not_read_as_zeros(tmp_path):
+    config = cases.config("v1_0")
+    checkpoints.save_parameters(tmp_path, cases.model(config)[1], config=config, step=1)
+    opened = runs.open_run(tmp_path)
+    same(opened, config)
+    (tmp_path / "checkpoints" / "1").rename(tmp_path / "checkpoints" / "1.removing")
+    for array in opened.arrays.values():
+        with pytest.raises(FileNotFoundError, match=r"no checkpoint of step 1 \(any more\)"):
+            array.whole()
 
 
 @pytest.fixture(scope="module")

@@ -32,10 +32,13 @@ def open_run(path: str | Path) -> Opened:
     def present() -> Iterator[None]:
         try:
             yield
-        except (OSError, ValueError):
-            if not checkpoint.is_dir():  # the run went on and removed this step
-                refuse_damaged(run, step, items=(PARAMETERS, METADATA))
-            raise
+        finally:
+            # Also after success: TensorStore reads zeros where the files of a whole array are gone.
+            if not checkpoint.is_dir():
+                raise FileNotFoundError(
+                    f"There is no checkpoint of step {step} (any more) in {run}: the run removed it. Try again, or "
+                    "name another step."
+                )
 
     def guarded(array: LazyArray) -> LazyArray:
         def read(index: Index) -> np.ndarray:
