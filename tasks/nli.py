@@ -20,7 +20,7 @@ def input_text(premise: str, hypothesis: str) -> str:
     """
     for what, text in (("premise", premise), ("hypothesis", hypothesis)):
         if JOINT in text:
-            raise ValueError(f"the {what} contains {JOINT!r}, which stands for EOS: {text[:80]!r}")
+            raise ValueError(f"the {what} contains {JOINT!r}, which means EOS; remove it: {text[:80]!r}")
     return f"{premise}{JOINT}{hypothesis}"
 
 
@@ -28,8 +28,8 @@ def label_text(number: int) -> str:
     """Turns a source's label number, 0 to 2, into the label."""
     if not 0 <= number < len(LABELS):
         raise ValueError(
-            f"the label is {number}, which is outside the label set: expected 0 (entailment), 1 (neutral) "
-            "or 2 (contradiction)."
+            f"the label is {number}, which is outside the label set; expected 0 (entailment), 1 (neutral) or 2 "
+            "(contradiction)."
         )
     return LABELS[number]
 

@@ -400,7 +400,7 @@ def test_overwriting_never_deletes_foreign_files(made_release):
     import_svamp(made_release)
     note = made_release.parent / "records" / "svamp" / "notes.txt"
     note.write_text("mine")
-    with pytest.raises(FileExistsError, match=r"no records: \['notes\.txt'\]"):
+    with pytest.raises(FileExistsError, match=r"not records: \['notes\.txt'\]"):
         import_svamp(made_release, parser="official", overwrite=True)
     assert note.read_text() == "mine"
     assert import_svamp(made_release)["parser"] == "strict"

@@ -137,7 +137,7 @@ def test_a_run_that_another_process_took_over_writes_nothing_more(tmp_path, come
         run.check()
         (tmp_path / "new").write_text(json.dumps(other))
         (tmp_path / "new").replace(tmp_path / "lock")
-        with pytest.raises(lock.TakenOverError, match=r"process 7 on elsewhere .*took .* over; this one, process \d+"):
+        with pytest.raises(lock.TakenOverError, match=r"process 7 on elsewhere .*took over .*this one, process \d+"):
             run.log("train", 2, {})
         # What happened in between nobody knows, so there is no way back.
         if comes_back == "removed":
@@ -184,9 +184,9 @@ def test_lock_files_that_are_left_behind_do_not_keep_anybody_out(tmp_path, what,
         assert holder is not None
         assert holder.pid == os.getpid()
     if what == "another host":
-        assert "was not given back by process 7 on elsewhere (since then). If that process still runs" in caplog.text
+        assert "was not released by process 7 on elsewhere (since then). If that process still runs" in caplog.text
     elif what != "empty":
-        assert "left behind by a process that did not say which" in caplog.text
+        assert "left behind by an unnamed process" in caplog.text
     else:
         assert warnings_of(caplog) == []
 

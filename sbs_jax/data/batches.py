@@ -72,9 +72,8 @@ class StepByStepFeatureConverter(seqio.EncDecFeatureConverter):
         """Adds the length of `decoder_task_ids`; ValueError unless it equals that of the targets."""
         if task_feature_lengths["task_ids"] != task_feature_lengths["targets"]:
             raise ValueError(
-                f"The length of task_ids is {task_feature_lengths['task_ids']} and that of "
-                f"targets {task_feature_lengths['targets']}; they must be equal, since there "
-                "is one task id per target token."
+                f"The length of task_ids is {task_feature_lengths['task_ids']} and that of targets "
+                f"{task_feature_lengths['targets']}; make them equal: every target token has a task id."
             )
         lengths = dict(super().get_model_feature_lengths(task_feature_lengths))
         lengths["decoder_task_ids"] = task_feature_lengths["task_ids"]

@@ -72,12 +72,12 @@ class Dataset:
         suffixes = tuple(f"_{task}" for task in (*TASKS, STEP_BY_STEP))
         if not re.fullmatch(r"[a-z][a-z0-9_]*", self.name) or self.name.endswith(suffixes):
             raise ValueError(
-                f"Dataset name {self.name!r}: expected lower-case letters, digits and "
-                f"underscores, starting with a letter and not ending in one of {suffixes}."
+                f"Dataset name {self.name!r}: expected lower-case letters, digits and underscores, starting with a "
+                f"letter and not ending in one of {suffixes}."
             )
         check_lengths(self.feature_lengths)
         if not self.metric_fns:
-            raise ValueError(f"Dataset {self.name!r} has no metric_fns, so nothing grades it.")
+            raise ValueError(f"Dataset {self.name!r} has no metric_fns; give at least one.")
 
 
 def check_lengths(lengths: Mapping[str, int]) -> None:

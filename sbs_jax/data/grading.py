@@ -121,11 +121,11 @@ def percentage_right(targets: Sequence[str], predictions: Sequence[str], same: C
     """
     if len(targets) != len(predictions):
         raise ValueError(
-            f"Got {len(targets)} targets and {len(predictions)} predictions; grading needs one "
-            "prediction per target, in the same order."
+            f"Got {len(targets)} targets and {len(predictions)} predictions; expected one prediction per target, in "
+            "order."
         )
     if not targets:
-        raise ValueError("Got no predictions to grade: the split that was evaluated is empty.")
+        raise ValueError("Got no predictions to grade: the evaluated split is empty.")
     right = sum(same(target, guess) for target, guess in zip(targets, predictions, strict=True))
     return 100.0 * right / len(targets)
 

@@ -120,8 +120,8 @@ def read_records(path: str | Path) -> list[Record]:
             raise ValueError(f"{path}:{line}: {error}") from None
         if record.id in found:
             raise ValueError(
-                f"{path}:{line}: the id {brief(record.id)} is already that of line "
-                f"{found[record.id][0]}; rows are joined by id, so ids must be distinct."
+                f"{path}:{line}: the id {brief(record.id)} is already that of line {found[record.id][0]}; give every "
+                "row its own."
             )
         found[record.id] = line, record
     return [record for _, record in found.values()]
@@ -215,7 +215,7 @@ def put_in_place(made: Path, target: Path, *, overwrite: bool) -> None:
     foreign = sorted(path.name for path in target.iterdir() if path.name not in ours)
     if foreign:
         raise FileExistsError(
-            f"{target} holds files that are no records: {foreign[:5]}. They would be lost; move them elsewhere first."
+            f"{target} holds files that are not records: {foreign[:5]}. Move them elsewhere: they would be lost."
         )
     old = made.with_name("old")  # deleted with the temporary directory
     target.rename(old)

@@ -315,8 +315,8 @@ def with_ids(rows: Iterable[Row], *, name: str, where: Callable[[int], str]) -> 
             raise ValueError(f"{where(number)}: the id is empty.")
         if row_id in place:
             raise ValueError(
-                f"{where(number)}: the id {brief(row_id)} is already that of {where(place[row_id])}; "
-                "rows are joined by id, so ids must be distinct."
+                f"{where(number)}: the id {brief(row_id)} is already that of {where(place[row_id])}; give every row "
+                "its own."
             )
         place[row_id] = number
         found.append(dataclasses.replace(row, id=row_id))

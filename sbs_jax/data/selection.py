@@ -229,6 +229,5 @@ def _check_distinct_ids(rows: Sequence[records.Record]) -> None:
     if len({row.id for row in rows}) < len(rows):
         row_id, times = Counter(row.id for row in rows).most_common(1)[0]
         raise ValueError(
-            f"The id {row_id!r} occurs {times} times in one split; ids must be distinct, since "
-            "examples are chosen and joined by them."
+            f"The id {row_id!r} occurs {times} times in one split; examples are joined by id, so give each its own."
         )

@@ -70,8 +70,8 @@ class RecordsSource(seqio.DataSource):
         tables = self._token_tables(self._task_name, split)
         if shard_info and len(rows) < shard_info.num_shards:
             raise ValueError(
-                f"{self._task_name} has {len(rows)} rows in {split}, too few to share between "
-                f"{shard_info.num_shards} hosts."
+                f"{self._task_name} has {len(rows)} rows in {split}, too few to share between {shard_info.num_shards} "
+                "hosts. Use fewer hosts or more rows."
             )
         texts = {
             "id": tf.constant([row.id for row in rows]),

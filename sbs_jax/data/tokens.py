@@ -44,9 +44,7 @@ def check_vocabulary(name: str) -> None:
     try:
         found = name == BYTE_VOCABULARY or tf.io.gfile.exists(name)
     except tf.errors.OpError as error:  # no network, no permission
-        raise FileNotFoundError(
-            f"Cannot reach {name!r} ({error.message}); repeat when it can be, or {remedy}"
-        ) from error
+        raise FileNotFoundError(f"Cannot reach {name!r} ({error.message}); try again later, or {remedy}") from error
     if not found:
         raise FileNotFoundError(f"There is no SentencePiece model at {name!r}; {remedy}")
     text_vocabulary = vocabulary(name)

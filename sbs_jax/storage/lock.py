@@ -87,9 +87,8 @@ class Lock:
             return
         if holder is None or holder.token != self.holder.token:
             raise TakenOverError(
-                f"{holder or 'A process that did not say which'} took {self.path.parent} over; this one, "
-                f"{self.holder}, writes nothing more. Two processes cannot train in one directory: end one, and give "
-                "each a MODEL_DIR of its own."
+                f"{holder or 'An unnamed process'} took over {self.path.parent}, so this one, {self.holder}, stops "
+                "writing. Two processes cannot train in one directory: give each its own MODEL_DIR."
             )
 
     def release(self) -> None:
@@ -112,15 +111,15 @@ class Lock:
             time.sleep(_WRITTEN_WITHIN)
             holder = _parse(os.pread(descriptor, 4096, 0))
             raise HeldError(
-                f"{self.path.parent} is in use: {holder or 'a process that did not say which'} writes to it. Wait for "
-                "its end or end it, or choose another MODEL_DIR."
+                f"{self.path.parent} is in use: {holder or 'an unnamed process'} writes to it. Wait until it ends or "
+                "end it, or choose another MODEL_DIR."
             ) from None
         except OSError as error:
             if error.errno not in _NO_FLOCK:
                 raise
             log.warning(
-                "The file system of %s has no locks (%s). A second process there would not be refused; it would take "
-                "the directory over, and this one would stop.",
+                "The file system of %s has no locks (%s). A second process would not be refused: it would take over "
+                "the directory, and this one would stop.",
                 self.path.parent,
                 error.strerror,
             )
@@ -158,12 +157,12 @@ class Lock:
 
     def _tell_of(self, holder: Holder | None) -> None:
         if holder is None:
-            log.info("%s was left behind by a process that did not say which; it is this process's now.", self.path)
+            log.info("%s was left behind by an unnamed process; this process takes it.", self.path)
         elif holder.host == self.holder.host:
-            log.info("%s was left behind by %s, which is gone.", self.path, holder)
+            log.info("%s was left behind by %s, which has ended.", self.path, holder)
         else:
             log.warning(
-                "%s was not given back by %s. If that process still runs, it stops before its next write.",
+                "%s was not released by %s. If that process still runs, it stops before its next write.",
                 self.path,
                 holder,
             )
