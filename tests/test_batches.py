@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 import seqio
 import tensorflow as tf
+from builders.cats import configure, register, write
+from builders.cats import row as a_cat
 
-from sbs_jax.data import batches, grading, records, registry, selection, tokens
-from sbs_jax.data.dataset import Dataset
+from sbs_jax.data import batches, records, registry, tokens
 from sbs_jax.student import losses
 
 LENGTHS = {"inputs": 60, "targets": 48}
@@ -33,48 +34,16 @@ PACKED = UNPACKED | {
 }
 
 
-def row(number: int, **changes) -> records.Record:
-    fields: dict[str, Any] = {
-        "id": f"row-{number}",
-        "input": f"{number} cats",
-        "label": f"{number}",
-        "rationale": "so" + " many" * (number % 5),
-        "teacher_label": f"{number}",
-        "outcome": "ok",
-    }
-    return records.Record(**(fields | changes))
+def row(number: int, **changes: Any) -> records.Record:
+    return a_cat(number, **{"rationale": "so" + " many" * (number % 5), **changes})
 
 
 @pytest.fixture
 def cats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Folder with 20 training records (18 used, 2 held out) of the dataset `cats`."""
-    monkeypatch.setattr(registry, "_DATASETS", dict(registry._DATASETS))
-    monkeypatch.setattr(registry, "_options", registry._options)
     write(tmp_path, [row(number) for number in range(20)])
-    registry.add(
-        Dataset(
-            name="cats",
-            labels=None,
-            read_release=None,
-            parsers={},
-            metric_fns=(grading.accuracy,),
-            primary_metric="accuracy",
-            same_label=grading.same_text,
-            feature_lengths=LENGTHS,
-        )
-    )
-    configure(tmp_path)
+    register(tmp_path, monkeypatch)
     return tmp_path
-
-
-def write(folder: Path, found: list[records.Record]) -> None:
-    (folder / "cats").mkdir(exist_ok=True)
-    records.write_records(folder / "cats" / "train.jsonl", found)
-
-
-def configure(folder: Path, **changes) -> None:
-    options = {"records_dir": str(folder), "vocabulary": "byte", **changes}
-    registry.configure(selection.DataOptions(**options))
 
 
 def take(name: str = "cats_step_by_step", *, count: int, **changes) -> list[dict[str, np.ndarray]]:
@@ -322,14 +291,12 @@ def test_seeds_and_epochs_give_new_orders(cats: Path):
 
 def test_another_process_gives_the_same_batches(starter, cats: Path, tmp_path: Path):
     program = f"""
-        import hashlib, itertools
-        from sbs_jax.data import batches, grading, registry
-        from sbs_jax.data.dataset import Dataset
-        from sbs_jax.data.selection import DataOptions
-        registry.add(Dataset(
-            name="cats", labels=None, read_release=None, parsers={{}}, metric_fns=(grading.accuracy,),
-            primary_metric="accuracy", same_label=grading.same_text, feature_lengths={LENGTHS}))
-        registry.configure(DataOptions(records_dir={str(cats)!r}, vocabulary="byte"))
+        import hashlib, itertools, sys
+        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        from builders import cats
+        from sbs_jax.data import batches, registry
+        registry.add(cats.dataset())
+        cats.configure({str(cats)!r})
         found = batches.train_dataset("cats_step_by_step", lengths={LENGTHS}, split="train",
             batch_size=4, pack=True, seed=0, skip_batches=0)
         content = b"".join(b[k].tobytes() for b in itertools.islice(found, 20) for k in sorted(b))

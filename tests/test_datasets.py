@@ -1,57 +1,26 @@
 """Registered tasks: names, options in force, files and splits, and SeqIO's view of them."""
 
-import dataclasses
 import hashlib
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import seqio
+from builders.cats import configure, dataset, register, row, write
 
-from sbs_jax.data import grading, records, registry, selection
-from sbs_jax.data.dataset import Dataset
+from sbs_jax.data import registry
 from sbs_jax.student import losses
 
 LENGTHS = {"inputs": 40, "targets": 40, "task_ids": 40}
 
 
-def dataset(name: str = "cats") -> Dataset:
-    return Dataset(
-        name=name,
-        labels=None,
-        read_release=None,
-        parsers={},
-        metric_fns=(grading.accuracy,),
-        primary_metric="accuracy",
-        same_label=grading.same_text,
-        feature_lengths={"inputs": 40, "targets": 40},
-    )
-
-
-def row(number: int, **changes) -> records.Record:
-    fields: dict[str, Any] = {"id": f"row-{number}", "input": f"{number} cats", "label": f"{number}",
-              "rationale": f"there are {number}", "teacher_label": f"{number}", "outcome": "ok"}  # fmt: skip
-    return records.Record(**(fields | changes))
-
-
 @pytest.fixture
 def records_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Folder with 20 training and 4 test records of `cats`, which is registered."""
-    monkeypatch.setattr(registry, "_DATASETS", dict(registry._DATASETS))
-    monkeypatch.setattr(registry, "_options", registry._options)
-    folder = tmp_path / "cats"
-    folder.mkdir()
-    records.write_records(folder / "train.jsonl", [row(number) for number in range(20)])
-    records.write_records(folder / "test.jsonl", [row(number) for number in range(100, 104)])
-    registry.add(dataset())
-    configure(tmp_path)
+    write(tmp_path, [row(number) for number in range(20)])
+    write(tmp_path, [row(number) for number in range(100, 104)], split="test")
+    register(tmp_path, monkeypatch)
     return tmp_path
-
-
-def configure(folder: Path, **changes) -> None:
-    options = {"records_dir": str(folder), "vocabulary": "byte", **changes}
-    registry.configure(selection.DataOptions(**options))
 
 
 def ids(task_name: str, split: str) -> list[str]:
@@ -101,14 +70,14 @@ def test_bad_descriptions_are_refused(records_dir: Path):
     with pytest.raises(ValueError, match="not ending in"):
         dataset("cats_label")
     with pytest.raises(ValueError, match="exactly 'inputs' and 'targets'"):
-        dataclasses.replace(dataset(), feature_lengths={"inputs": 8})
+        dataset(feature_lengths={"inputs": 8})
     with pytest.raises(ValueError, match="at least 2"):
-        dataclasses.replace(dataset(), feature_lengths={"inputs": 8, "targets": 1})
+        dataset(feature_lengths={"inputs": 8, "targets": 1})
     with pytest.raises(ValueError, match="no metric_fns"):
-        dataclasses.replace(dataset(), metric_fns=())
+        dataset(metric_fns=())
     registry.add(dataset())  # the same once more is fine
     with pytest.raises(ValueError, match="already registered as 'cats'"):
-        registry.add(dataclasses.replace(dataset(), primary_metric="other"))
+        registry.add(dataset(primary_metric="other"))
 
 
 def test_graded_text():
@@ -145,7 +114,7 @@ def test_held_out_where_there_is_no_validation_file(records_dir: Path):
 
 def test_a_validation_file_is_used_as_it_is(records_dir: Path):
     found = [row(number) for number in range(50, 60)]
-    records.write_records(records_dir / "cats" / "validation.jsonl", found)
+    write(records_dir, found, split="validation")
     configure(records_dir)
     assert len(ids("cats_label", "train")) == 20
     assert ids("cats_label", "validation") == [record.id for record in found]
@@ -154,7 +123,7 @@ def test_a_validation_file_is_used_as_it_is(records_dir: Path):
 @pytest.mark.parametrize("keep_train_file", [True, False])
 def test_the_validation_file_can_be_trained_on(records_dir: Path, keep_train_file: bool):
     found = [row(number) for number in range(50, 80)]
-    records.write_records(records_dir / "cats" / "validation.jsonl", found)
+    write(records_dir, found, split="validation")
     if not keep_train_file:
         (records_dir / "cats" / "train.jsonl").unlink()
     configure(records_dir, train_split="validation")
@@ -178,7 +147,7 @@ def test_splits_that_do_not_exist(records_dir: Path):
 
 def test_a_task_without_rows_says_what_became_of_them(records_dir: Path):
     found = [row(number, rationale=" ") for number in range(5)]
-    records.write_records(records_dir / "cats" / "train.jsonl", found)
+    write(records_dir, found)
     configure(records_dir)
     with pytest.raises(ValueError, match=r"cats_rationale has no examples.*blank rationale"):
         ids("cats_rationale", "train")
@@ -200,7 +169,7 @@ def test_manifest(records_dir: Path):
 
 def test_configure_reads_anew(records_dir: Path):
     assert len(ids("cats_label", "test")) == 4
-    records.write_records(records_dir / "cats" / "test.jsonl", [row(1)])
+    write(records_dir, [row(1)], split="test")
     assert len(ids("cats_label", "test")) == 4
     configure(records_dir, label_prefix="")
     assert len(ids("cats_label", "test")) == 1
@@ -264,7 +233,7 @@ def test_the_mixture_alternates_pairs_across_epochs(records_dir: Path):
 
 def test_tasks_of_different_size_repeat_on_their_own(records_dir: Path):
     found = [row(number, rationale=None if number >= 10 else "few") for number in range(30)]
-    records.write_records(records_dir / "cats" / "train.jsonl", found)
+    write(records_dir, found)
     configure(records_dir, validation_fraction=0)
     examples = stream("cats_step_by_step", count=120, passthrough_features=["id"])
     assert [int(example["task_ids"][0]) for example in examples] == [1, 2] * 60
