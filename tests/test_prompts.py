@@ -318,7 +318,7 @@ def test_file_of_a_user_is_read_by_its_path(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_packaged_prompt_is_read_by_its_name() -> None:
-    assert prompts.read("svamp") == prompts.for_dataset("svamp") == prompts.read(prompts.FOLDER / "svamp.json")
+    assert prompts.read("svamp") == prompts.read(prompts.FOLDER / "svamp.json")
     assert Path(tasks.__file__).parent / "prompts" == prompts.FOLDER
 
 
@@ -327,7 +327,7 @@ def test_dataset_s_module_can_hold_the_prompt(monkeypatch: pytest.MonkeyPatch) -
     template = template_of(SMALL)
     prompts.add("sums", template)
     prompts.add("sums", template_of(SMALL))  # a module that is imported again
-    assert prompts.for_dataset("sums") is prompts.read("sums") is template
+    assert prompts.read("sums") is template
     assert "sums" in prompts.names()
     with pytest.raises(ValueError, match="Another prompt is already registered for 'sums'"):
         prompts.add("sums", dataclasses.replace(template, version=2))

@@ -106,13 +106,11 @@ class RateLimit:
     """Spreads requests or tokens evenly over each minute; None is no limit."""
 
     def __init__(self, per_minute: float | int | None) -> None:
-        self._seconds = None if per_minute is None else 60.0 / per_minute
+        self._seconds = 0.0 if per_minute is None else 60.0 / per_minute
         self._next = 0.0
 
     async def take(self, amount: float | int) -> None:
         """Waits until so much more is within the limit."""
-        if self._seconds is None:
-            return
         now = time.monotonic()
         start = max(now, self._next)
         self._next = start + amount * self._seconds
@@ -121,8 +119,7 @@ class RateLimit:
 
     def correct(self, amount: float | int) -> None:
         """Charges the difference between actual and estimated amount."""
-        if self._seconds is not None:
-            self._next += amount * self._seconds
+        self._next += amount * self._seconds
 
 
 @dataclasses.dataclass

@@ -216,33 +216,23 @@ def names() -> tuple[str, ...]:
     return tuple(sorted({path.stem for path in FOLDER.glob("*.json")} | _added.keys()))
 
 
-def for_dataset(name: str) -> Template:
-    """Returns a dataset's template: the one its module added, else `tasks/prompts/<name>.json`.
-
-    Import `tasks` first, so that modules can add theirs. Raises ValueError with near matches if there is none.
-    """
-    if name in _added:
-        return _added[name]
-    if name not in names():
-        raise ValueError(
-            f"There is no prompt for {name!r}; there are {list(names())}.{nearest(name, names())} Give a file with "
-            f"--prompt, write tasks/prompts/{name}.json, or call sbs_jax.teacher.prompts.add in the dataset's module."
-        )
-    return _read_file(FOLDER / f"{name}.json")
-
-
 def read(name_or_path: str | Path) -> Template:
     """Reads the template of a dataset ("svamp"), or of a file (a `Path`, or text with a "/" or ending in ".json").
 
-    Raises ValueError that names the file and the field, FileNotFoundError that names the file.
+    A dataset's is the one that its module added (import `tasks` first), else `tasks/prompts/<name>.json`.
+    Raises ValueError with near matches, or with file and field, and FileNotFoundError that names the file.
     """
-    text = os.fspath(name_or_path)
-    if isinstance(name_or_path, Path) or text.endswith(".json") or "/" in text or os.sep in text:
-        return _read_file(Path(text))
-    return for_dataset(text)
-
-
-def _read_file(path: Path) -> Template:
+    name, path = os.fspath(name_or_path), Path(name_or_path)
+    if not (isinstance(name_or_path, Path) or name.endswith(".json") or "/" in name or os.sep in name):
+        if name in _added:
+            return _added[name]
+        if name not in names():
+            raise ValueError(
+                f"There is no prompt for {name!r}; there are {list(names())}.{nearest(name, names())} Give a file with "
+                f"--prompt, write tasks/prompts/{name}.json, or call sbs_jax.teacher.prompts.add in the dataset's "
+                "module."
+            )
+        path = FOLDER / f"{name}.json"
     if not path.is_file():
         raise FileNotFoundError(f"There is no prompt file {path}; its form is described in sbs_jax/teacher/prompts.py.")
     value = read_json(path)

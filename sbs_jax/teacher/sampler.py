@@ -148,18 +148,9 @@ def majority(labels: Sequence[str | None], same: Callable[[str, str], bool]) -> 
     >>> majority([None, "no", "yes", "yes"], str.__eq__)
     2
     """
-    groups: list[list[int]] = []
-    for index, label in enumerate(labels):
-        if label is None:
-            continue
-        for group in groups:
-            first = labels[group[0]]
-            if first is not None and same(first, label):
-                group.append(index)
-                break
-        else:
-            groups.append([index])
-    return max(groups, key=len)[0] if groups else None
+    known = [label for label in labels if label is not None]
+    counts = [-1 if first is None else sum(same(first, label) for label in known) for first in labels]
+    return counts.index(max(counts)) if known else None
 
 
 def disputed(row: Asked, labels: Sequence[str | None]) -> bool:
