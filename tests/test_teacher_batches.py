@@ -82,6 +82,17 @@ def some(count: int = 5) -> list[Request]:
     return [request(f"Question {number}") for number in range(count)]
 
 
+def collected(provider: str, requests: list[Request], server: Server) -> dict[str, Reply | Failed]:
+    """Submits a job, waits for its end and collects it."""
+
+    async def work(client: BatchClient) -> dict[str, Reply | Failed]:
+        job = await client.submit(requests, name="sbs-1")
+        assert await ended(client, job) == "done"
+        return await results(client.collect(job))
+
+    return run(made(provider, server), work)
+
+
 def reply_to(prompt: list[dict[str, str]]) -> str:
     return f"Reply to {prompt[-1]['content']}.\u2028It has two lines."
 
@@ -117,11 +128,7 @@ def test_what_is_sent_is_what_would_be_asked_at_once(provider: str) -> None:
         return "Yes."
 
     with prepared(answer=answer, batch_polls=0) as server:
-
-        async def work(client: BatchClient) -> None:
-            await client.poll(await client.submit([one], name="sbs-1"))
-
-        run(made(provider, server), work)
+        collected(provider, [one], server)
     (body,) = bodies
     body.pop("labels", None)
     wanted = openai.openai_body(one, official=False) if provider == "openai" else gemini.gemini_body(one)
@@ -130,13 +137,7 @@ def test_what_is_sent_is_what_would_be_asked_at_once(provider: str) -> None:
 
 def test_completions_have_their_own_endpoint() -> None:
     with prepared(answer=lambda text: text[-10:], batch_polls=0) as server:
-
-        async def work(client: BatchClient) -> dict[str, Reply | Failed]:
-            job = await client.submit([request("Question 1", form="completion")], name="sbs-1")
-            await ended(client, job)
-            return await results(client.collect(job))
-
-        (reply,) = run(made("openai", server), work).values()
+        (reply,) = collected("openai", [request("Question 1", form="completion")], server).values()
         (batch,) = server.batches.values()
         assert (batch["endpoint"], batch["completion_window"]) == ("/v1/completions", "24h")
     assert isinstance(reply, Reply)
@@ -150,13 +151,7 @@ def test_lines_fail_alone_and_those_without_an_answer_are_left_out(provider: str
         faults += ["malformed"]
     requests = some(len(faults))
     with prepared(line_faults=faults) as server:
-
-        async def work(client: BatchClient) -> dict[str, Reply | Failed]:
-            job = await client.submit(requests, name="sbs-1")
-            assert await ended(client, job) == "done"
-            return await results(client.collect(job))
-
-        found = run(made(provider, server), work)
+        found = collected(provider, requests, server)
     told = {}
     for number, one in enumerate(requests):
         outcome = found.get(one.key)
@@ -281,24 +276,18 @@ def test_a_folder_that_cannot_be_written_is_fatal() -> None:
             run(made("vertex", server), lambda client: client.submit(some(), name="sbs-1"))
 
 
-@pytest.mark.parametrize(
-    ("requests", "words"),
-    [
+def test_what_does_not_fit_into_one_job_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    line = lambda request: {"key": request.key}  # noqa: E731
+    assert batches.lines_of(some(2), line).count(b"\n") == 2
+    for requests, words in [
         ([], "0 requests"),
         ([request(), request()], "twice"),
         ([request(), request(form="completion")], "several forms"),
-    ],
-)
-def test_what_does_not_fit_into_one_job_is_refused(requests: list[Request], words: str) -> None:
-    with prepared() as server, pytest.raises(ValueError, match=words):
-        run(made("openai", server), lambda client: client.submit(requests, name="sbs-1"))
-
-
-def test_limits_of_a_file_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    line = lambda request: {"key": request.key}  # noqa: E731
-    assert batches.lines_of(some(2), line).count(b"\n") == 2
+    ]:
+        with pytest.raises(ValueError, match=words):
+            batches.lines_of(requests, line)
     monkeypatch.setattr(batches, "MOST_BYTES", 100)
-    with pytest.raises(ValueError, match="expected at most 100"):
+    with pytest.raises(ValueError, match="at most 100"):
         batches.lines_of(some(2), line)
     monkeypatch.setattr(batches, "MOST_REQUESTS", 1)
     with pytest.raises(ValueError, match="expected 1 to 1"):
