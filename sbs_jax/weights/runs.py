@@ -33,7 +33,7 @@ def open_run(path: str | Path) -> Opened:
         try:
             yield
         finally:
-            # Also after success: TensorStore reads zeros where the files of a whole array are gone.
+            # The run may remove this step at any time; what was read is good if the step is still there.
             if not checkpoint.is_dir():
                 raise FileNotFoundError(
                     f"There is no checkpoint of step {step} (any more) in {run}: the run removed it. Try again, or "

@@ -16,10 +16,13 @@ _MOST_IN_CHUNK = 2**32
 
 
 def orbax_arrays(path: str | Path) -> dict[str, LazyArray]:
-    """Opens the arrays of a directory that Orbax wrote, under the names stored there."""
+    """Opens the arrays of a directory that Orbax wrote, under the names stored there.
+
+    A missing chunk is an error. (Orbax stores chunks of zeros too; other writers leave them out.)
+    """
     url = url_of(path)
     store = ts.KvStore.open({"driver": "ocdbt", "base": url}).result()
-    return opened({"driver": "ocdbt", "base": url}, zarr_names(store))
+    return opened({"driver": "ocdbt", "base": url}, zarr_names(store), fill_missing_data_reads=False)
 
 
 def url_of(path: str | Path) -> str:
@@ -46,11 +49,13 @@ def zarr_names(store: ts.KvStore) -> dict[str, str]:
     return found
 
 
-def opened(kvstore: Mapping[str, Any], drivers: Mapping[str, str]) -> dict[str, LazyArray]:
-    """Opens arrays concurrently: over a network each one waits for an answer."""
+def opened(kvstore: Mapping[str, Any], drivers: Mapping[str, str], **options: Any) -> dict[str, LazyArray]:
+    """Opens arrays concurrently: over a network each one waits for an answer. `options` go into TensorStore's spec."""
     path = kvstore.get("path", "")
     waiting = {
-        name: ts.open({"driver": driver, "kvstore": {**kvstore, "path": f"{path}{name}/"}}, read=True, open=True)
+        name: ts.open(
+            {"driver": driver, "kvstore": {**kvstore, "path": f"{path}{name}/"}, **options}, read=True, open=True
+        )
         for name, driver in drivers.items()
     }
     opened = {}
