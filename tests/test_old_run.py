@@ -89,6 +89,13 @@ def test_a_run_of_before_ends_as_that_code_ended_it(old: Path, name: str, starte
             np.testing.assert_allclose(array, file[f"{name}:{of}"], rtol=0, atol=ROUNDING, err_msg=of)
 
 
+def test_the_configuration_of_a_run_of_before_is_read_by_replay(old: Path, starter: processes.Starter) -> None:
+    done = starter.run(old, ["replay", "whole", "--step", "999"], cwd=old)
+    assert done.returncode == 1
+    assert "999" in done.stderr, done.stderr
+    assert "moved" not in done.stderr
+
+
 @pytest.mark.parametrize("name", ["whole", "lora"])
 def test_a_gin_file_of_before_is_refused_with_the_new_import(old: Path, name: str, starter: processes.Starter) -> None:
     done = starter.run(old, flags(name), cwd=old)

@@ -142,7 +142,7 @@ def test_nothing_imports_t5x_but_its_model() -> None:
         ("student/t5", {"jax", "flax", "numpy", "jaxtyping", "sbs_jax"}),
         ("student/losses", {"jax", "numpy", "jaxtyping", "sbs_jax"}),
         ("student/attention", {"jax", "jaxtyping", "sbs_jax"}),
-        ("student/partitioning", {"jax", "numpy"}),
+        ("student/partitioning", {"jax", "numpy", "sbs_jax"}),
         ("student/stacking", {"jax", "optax"}),
         ("data/records", {"sbs_jax"}),
     ],

@@ -51,6 +51,7 @@ _CLASSES: dict[str, dict[str, str]] = {
 _LONGEST = 3_000  # characters of an error; some of gin's quote the whole configuration
 _NAME = re.compile(r"[\w.]+(/[\w.]+)*", re.ASCII)
 _MISSING = re.compile(r"No module named 'sbs_jax\.(\w+)'")
+_OLD_IMPORT = re.compile(r"^from sbs_jax import (\w+)$", re.MULTILINE)
 _REFERENCE = re.compile(r"[@%](?:[\w.]+/)*([\w.]+)")
 _REQUIRED = re.compile(r"^([\w.]+) = %gin.REQUIRED$", re.MULTILINE)
 _LEFT_SIDE = re.compile(r"^([\w./]+) =", re.MULTILINE)
@@ -135,6 +136,15 @@ def import_line(name: str) -> str:
     """
     package, _, module = MODULES[name].rpartition(".")
     return f"from {package} import {module}" + (f" as {name}" if module != name else "")
+
+
+def with_new_imports(text: str) -> str:
+    """Replaces imports of modules that have moved, in a configuration that an earlier version saved.
+
+    >>> with_new_imports("from sbs_jax import train\n")
+    'from sbs_jax.training import config as train\n'
+    """
+    return _OLD_IMPORT.sub(lambda match: import_line(match[1]) if match[1] in MODULES else match[0], text)
 
 
 def class_bindings(name: str) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,12 @@ def run(arguments: argparse.Namespace, bindings: Sequence[str]) -> int:
     from sbs_jax.training import failures, replay
 
     directory.read_manifest(arguments.run_dir)  # fails if this is not a run directory
-    arguments.gin_file = [str(Path(arguments.run_dir).absolute() / "config.gin"), *arguments.gin_file]
-    config, _ = gin_files.configured("train.TrainConfig", arguments, bindings)
+    saved = (Path(arguments.run_dir) / "config.gin").read_text("utf-8")
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "config.gin"
+        file.write_text(gin_files.with_new_imports(saved), "utf-8")
+        arguments.gin_file = [str(file), *arguments.gin_file]
+        config, _ = gin_files.configured("train.TrainConfig", arguments, bindings)
     found = replay.replay(config, arguments.run_dir, step=arguments.step)
     kept = failures.read(arguments.run_dir, found["step"])
     print(json.dumps(found, indent=1) if arguments.json else replay.text(found, kept))
