@@ -3,11 +3,8 @@
 import collections
 import dataclasses
 import json
-import os
 import random
 import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -263,33 +260,20 @@ def test_kill_9_at_20_random_points_pays_for_nothing_twice_but_what_was_in_fligh
         assert len(asked) == count
 
 
-def test_a_disk_that_fills_up_ends_the_run_and_keeps_what_was_stored(tmp_path):
+def test_a_disk_that_fills_up_ends_the_run_and_keeps_what_was_stored(starter, tmp_path):
     """The operating system's own limit on the size of a file, in a process of its own."""
-    (tmp_path / "driver.py").write_text(DRIVER)
-    count = 600
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))"
+    count, key = 300, {"OPENAI_API_KEY": KEY}
     with teacher_server.served(keep=False) as server:
-        arguments = [sys.executable, str(tmp_path / "driver.py"), server.openai, str(tmp_path / "s.sqlite"), str(count)]
-        environment = {**os.environ, "OPENAI_API_KEY": KEY, "PYTHONPATH": str(Path(__file__).parents[1])}
-
-        limited = (
-            "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, 400_000));"
-            "sys.argv.pop(0); runpy.run_path(sys.argv[0], run_name='__main__')"
-        )
-        full = subprocess.run(
-            [sys.executable, "-c", limited, *arguments[1:]],
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-        )
+        arguments = [server.openai, str(tmp_path / "s.sqlite"), str(count)]
+        full = starter.run(tmp_path, arguments, command=["-c", limit + DRIVER], environment=key)
         assert full.returncode == 1
         assert "could not be stored" in full.stderr
         paid = server.replied
         assert paid < count
         with Store(tmp_path / "s.sqlite") as store:
             assert paid - 16 <= store.counts()["replies"] < paid
-        done = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=120, check=False)
+        done = starter.run(tmp_path, arguments, command=["-c", DRIVER], environment=key)
         assert done.returncode == 0, done.stderr
         assert server.replied <= count + 16
 

@@ -1,6 +1,7 @@
 """`sbs teach`: rationales and labels from a hosted model."""
 
 import argparse
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -77,32 +78,18 @@ def run(arguments: argparse.Namespace) -> int:
     import tasks  # noqa: F401  (registers the datasets)
     from sbs_jax.teacher import clients, command, prompts, sampler
 
-    template = prompts.read(arguments.prompt or arguments.dataset)
-    settings = sampler.Settings(
-        model=arguments.model,
-        form=arguments.form,
-        parameters=clients.Parameters(temperature=arguments.temperature, max_tokens=arguments.max_tokens),
-        samples=arguments.samples,
-        hint=arguments.hint,
-        concurrency=arguments.concurrency,
-        requests_per_minute=arguments.requests_per_minute,
-        tokens_per_minute=arguments.tokens_per_minute,
-        retries=arguments.retries,
-        max_requests=arguments.max_requests,
-        max_cost=arguments.max_cost,
-        unusable=arguments.unusable,
-    )
-    same = (
-        *("dataset", "inputs_dir", "inputs", "limit", "provider", "base_url", "price", "timeout"),
-        *("batch", "batch_size", "batch_folder", "cancel_batches", "parser", "retry_failed", "store", "records_dir"),
-        *("overwrite", "dry_run", "export_only"),
-    )
+    def fields(kind: Any, *others: str) -> dict[str, Any]:
+        """Picks the fields of a dataclass from the arguments of the same names."""
+        names = (field.name for field in dataclasses.fields(kind) if field.name not in others)
+        return {name: getattr(arguments, name) for name in names}
+
+    parameters = clients.Parameters(temperature=arguments.temperature, max_tokens=arguments.max_tokens)
     options = command.Options(
-        settings=settings,
-        template=template,
+        settings=sampler.Settings(parameters=parameters, **fields(sampler.Settings, "parameters")),
+        template=prompts.read(arguments.prompt or arguments.dataset),
         splits=tuple(arguments.split) if arguments.split else None,
         page=arguments.page or str(Path(arguments.store).with_suffix(".html")),
-        **{name: getattr(arguments, name) for name in same},
+        **fields(command.Options, "settings", "template", "splits", "page"),
     )
     manifest = command.teach(options)
     if manifest is None:
