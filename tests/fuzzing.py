@@ -51,20 +51,8 @@ PROGRAMS = (
 )
 TEXTS = (
     *("", " ", "\n", "\t", "\r\n", "\x00", "\x0b\x0c\x1c\x85", "\u2028", "\ufeff", "\ufffe", "\u202eabc", "e\u0301"),
-    *(
-        "\ud800",
-        "\udfff\ud800",
-        "\U0001f600",
-        "١٢٣",
-        "½²",
-        "None",
-        "null",
-        "NaN",
-        "1e9",
-        "-0",
-        "../../x",
-        "/etc/passwd",
-    ),
+    *("\ud800", "\udfff\ud800", "\U0001f600", "١٢٣", "½²", "None", "null", "NaN", "1e9", "-0", "../../x"),
+    "/etc/passwd",
     *("a/b\\c", "'", '"', "\\", "</s>", "<script>", "{}", "{input}", "%s", "__proto__", "(", ")", "#", "=", ",", "Q:"),
     *("Answer:", "So the answer is", "The answer is", "(a)", "(1 + 2)", "1/0", "9**9**9", "x" * 9_000, "(" * 9_000),
     *PROGRAMS,
@@ -269,16 +257,8 @@ class ExecutedError(BaseException):
 
 _FORBIDDEN = frozenset(
     {
-        *(
-            "os.system",
-            "os.exec",
-            "os.posix_spawn",
-            "os.spawn",
-            "os.fork",
-            "os.forkpty",
-            "subprocess.Popen",
-            "pty.spawn",
-        ),
+        *("os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "os.forkpty", "subprocess.Popen"),
+        "pty.spawn",
         *("pickle.find_class", "socket.connect", "socket.bind", "os.remove", "os.rmdir", "os.rename", "shutil.rmtree"),
         *("os.truncate", "os.chmod", "os.symlink", "os.link", "os.putenv", "code.__new__", "ctypes.dlsym"),
     }

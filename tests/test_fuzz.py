@@ -54,32 +54,10 @@ INPUTS = {
 }
 # Texts that the rules of the datasets look for.
 REPLIES = (
-    *(
-        "Iron sinks. ",
-        "So the answer is",
-        " no.",
-        "The answer is",
-        " (3 + 4).",
-        "Answer:",
-        " neutral",
-        "(b) tea",
-        "(a)",
-    ),
-    *(
-        "\n\nQ: next",
-        "Q:",
-        "Premise:",
-        "Premise",
-        "\n",
-        "(",
-        ")",
-        "(14, 21)",
-        ".",
-        "( 84.0 / 2.0 )",
-        "yes",
-        " ",
-        "((1)",
-    ),
+    *("Iron sinks. ", "So the answer is", " no.", "The answer is", " (3 + 4).", "Answer:", " neutral"),
+    *("(b) tea", "(a)"),
+    *("\n\nQ: next", "Q:", "Premise:", "Premise", "\n", "(", ")", "(14, 21)", ".", "( 84.0 / 2.0 )", "yes", " "),
+    "((1)",
     *fuzzing.TEXTS,
 )
 
@@ -202,18 +180,7 @@ def test_equations(fuzz: Fuzz) -> None:
     numbers = ("1", "2", "3.0", "0.5", ".25", "7.", "84.0", "10", "0", "007", "9" * 100)
     pieces = (
         *"()+-*/.",
-        "**",
-        "9**9**9",
-        "1e9",
-        "1e999999999",
-        "٣",
-        "²",
-        "1_000",
-        "0x10",
-        "1j",
-        ",",
-        " ",
-        "x",
+        *("**", "9**9**9", "1e9", "1e999999999", "٣", "²", "1_000", "0x10", "1j", ",", " ", "x"),
         *numbers,
     )
     pieces += ("/0", "/(1-1)", "/ 0.0", "(" * 240 + "1" + ")" * 240, "-" * 480, "(" * 490, "-(" * 200)

@@ -38,7 +38,7 @@ def test_json_becomes_the_types_that_are_declared() -> None:
     }
     assert typed(["a"], list[str]) == ["a"]
     assert typed({"x": 1, "new": 2}, Point, extra=True) == Point(1)
-    assert typed({**DRAWING, "new": 2}, Drawing, extra=True)["new"] == 2  # pyright: ignore[reportTypedDictNotRequiredAccess, reportGeneralTypeIssues]
+    assert typed({**DRAWING, "new": 2}, Drawing, extra=True)["new"] == 2  # pyright: ignore[reportGeneralTypeIssues]
 
 
 @pytest.mark.parametrize(

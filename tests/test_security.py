@@ -37,16 +37,7 @@ SOURCES = sorted(path for folder in ("sbs_jax", "tasks", "scripts") for path in 
 # ------------------------------------------------------------------- what the code never does
 
 MODULES = {
-    "pickle",
-    "cPickle",
-    "dill",
-    "cloudpickle",
-    "joblib",
-    "marshal",
-    "shelve",
-    "yaml",
-    "xml",
-    "jsonpickle",
+    *("pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "yaml", "xml", "jsonpickle"),
     "code",
 }
 CALLS = {
@@ -100,21 +91,10 @@ def test_nothing_runs_what_it_reads_or_unpacks_archives() -> None:
 @pytest.mark.parametrize(
     "line",
     [
-        *(
-            "import pickle",
-            "from marshal import loads",
-            "import yaml",
-            "eval(x)",
-            "exec(x)",
-            "os.system(x)",
-            "__import__(x)",
-        ),
-        *(
-            "np.load(f, allow_pickle=True)",
-            "np.load(f, allow_pickle=x)",
-            "torch.load(f)",
-            "torch.load(f, weights_only=False)",
-        ),
+        *("import pickle", "from marshal import loads", "import yaml", "eval(x)", "exec(x)", "os.system(x)"),
+        "__import__(x)",
+        *("np.load(f, allow_pickle=True)", "np.load(f, allow_pickle=x)", "torch.load(f)"),
+        "torch.load(f, weights_only=False)",
         *("subprocess.run(x, shell=True)", "tempfile.mktemp()", "archive.extractall(d)", "tarfile.open(f).extract(m)"),
     ],
 )
@@ -272,11 +252,8 @@ def test_a_header_s_claims_are_not_followed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "reference",
     [
-        "@evaluate.atomic.os.getcwd()",
-        "@evaluate.Path.cwd()",
-        "@evaluate.json.dumps",
-        "[@evaluate.atomic.os.getcwd(), 1]",
-        "{'a': @evaluate.json.loads()}",
+        *("@evaluate.atomic.os.getcwd()", "@evaluate.Path.cwd()", "@evaluate.json.dumps"),
+        *("[@evaluate.atomic.os.getcwd(), 1]", "{'a': @evaluate.json.loads()}"),
     ],
 )
 def test_a_binding_cannot_call_python_s_own_functions(reference: str) -> None:

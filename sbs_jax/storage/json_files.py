@@ -212,7 +212,7 @@ def _union_reader(kind: Any, extra: bool) -> _Reader:
 
 
 def _object_reader(kind: Any, extra: bool) -> _Reader:
-    hints = typing.get_type_hints(kind)
+    hints, make = typing.get_type_hints(kind), kind
     if dataclasses.is_dataclass(kind):
         fields = dataclasses.fields(kind)
         known = [field.name for field in fields]
@@ -238,7 +238,7 @@ def _object_reader(kind: Any, extra: bool) -> _Reader:
         for name in required:
             if name not in found:
                 raise _missing(parent + name, value)
-        return kind(**found)
+        return make(**found)
 
     return read
 
