@@ -133,7 +133,7 @@ def test_strict_never_gives_an_impossible_label_and_no_parser_raises():
         *("\n", "\nQ:", "\n\nPremise:", " (3 + 4)", " * 2", " (", ")", "It is.", " ", "\u2028", "é"),
     ]
     generator = random.Random(0)
-    for _ in range(1000):
+    for _ in range(300):
         reply = "".join(generator.choices(pieces, k=generator.randrange(12)))
         for module in (esnli, anli1, cqa, svamp):
             dataset, row = module.DATASET, DRINKS if module is cqa else PLAIN

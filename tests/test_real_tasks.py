@@ -6,9 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import seqio
+from builders import real_records
 
 import tasks  # noqa: F401  # registers the datasets
-from sbs_jax.data import batches, records, registry, release, selection, tokens
+from sbs_jax.data import batches, records, registry, selection, tokens
 from sbs_jax.student import losses
 
 # Used training rows of the label and the rationale task with the strict parser, and held-out rows.
@@ -32,9 +33,9 @@ LONGEST = {
 def name(request: pytest.FixtureRequest, real_data_dir: Path, real_vocab: Path, tmp_path_factory):
     """A dataset's name, with its records imported and configured."""
     before = registry.options()
-    folder = tmp_path_factory.mktemp("records")
-    dataset = registry.get(request.param)
-    release.import_release(dataset, release_dir=real_data_dir, records_dir=folder, parser="strict", inputs="release")
+    _, folder = real_records.imported(
+        request.param, "strict", release_dir=real_data_dir, tmp_path_factory=tmp_path_factory
+    )
     has_train = (folder / request.param / "train.jsonl").exists()
     registry.configure(
         selection.DataOptions(

@@ -1,18 +1,17 @@
 """The import of the release: exact figures on the real data, and every kind of bad file refused."""
 
 import csv
+import dataclasses
 import json
 import shutil
 
 import pytest
+from builders import real_records
 
 from sbs_jax.data import grading, records, release, tfds
-from sbs_jax.data.dataset import Dataset, Row
+from sbs_jax.data.dataset import Row
 from sbs_jax.storage import checksums
 from tasks import anli1, cqa, esnli, svamp
-
-MODULES = {"anli1": anli1, "cqa": cqa, "esnli": esnli, "svamp": svamp}
-
 
 # ------------------------------------------------------------------------------------- real data
 
@@ -20,16 +19,10 @@ MODULES = {"anli1": anli1, "cqa": cqa, "esnli": esnli, "svamp": svamp}
 @pytest.fixture(scope="module")
 def imported(real_data_dir, tmp_path_factory):
     """(dataset, parser) to the manifest of its import and the directory it wrote."""
-    made = {}
 
     def get(name, parser):
-        if (name, parser) not in made:
-            directory = tmp_path_factory.mktemp(f"{name}-{parser}")
-            manifest = release.import_release(
-                MODULES[name].DATASET, release_dir=real_data_dir, records_dir=directory, parser=parser
-            )
-            made[name, parser] = manifest, directory / name
-        return made[name, parser]
+        made, folder = real_records.imported(name, parser, release_dir=real_data_dir, tmp_path_factory=tmp_path_factory)
+        return made, folder / name
 
     return get
 
@@ -407,10 +400,7 @@ def test_overwriting_never_deletes_foreign_files(made_release):
 
 
 def test_dataset_outside_the_release_is_refused(made_release):
-    import dataclasses
-
     dataset = dataclasses.replace(svamp.DATASET, read_release=None)
-    assert isinstance(dataset, Dataset)
     with pytest.raises(ValueError, match="svamp is not part of the release"):
         release.import_release(dataset, release_dir=made_release, records_dir=made_release, parser="strict")
 
