@@ -28,10 +28,19 @@ def records_dir(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, records_dir):
-    """A run of 6 steps on the mixture, its configuration and its result."""
+def recorded(tmp_path_factory, records_dir):
+    """A run of 6 steps on the mixture: its configuration, its result and its compiled step."""
     config = toy.config(tmp_path_factory.mktemp("run") / "toy", records_dir)
-    return config, loop.train(config, config_text="SEED = 0\n")
+    trainers, prepare = [], loop.prepare
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "prepare", lambda config: trainers.append(prepare(config)) or trainers[-1])
+        result = loop.train(config, config_text="SEED = 0\n")
+    return config, result, *trainers
+
+
+@pytest.fixture(scope="module")
+def finished(recorded):
+    return recorded[:2]
 
 
 def test_a_run_directory_holds_everything(finished):
@@ -67,17 +76,8 @@ def test_predictions_are_kept_per_evaluation(finished):
     assert rows[0]["input"].startswith("predict: ")
 
 
-def test_one_compile_per_run(tmp_path, records_dir, monkeypatch):
-    trainers = []
-    original = loop.prepare
-
-    def recording(config):
-        trainers.append(original(config))
-        return trainers[-1]
-
-    monkeypatch.setattr(loop, "prepare", recording)
-    loop.train(toy.config(tmp_path / "run", records_dir, train_steps=4, evaluate_test=False), config_text="")
-    assert trainers[0].step._cache_size() == 1
+def test_one_compile_per_run(recorded):
+    assert recorded[2].step._cache_size() == 1
 
 
 def test_a_finished_run_is_not_repeated(finished):

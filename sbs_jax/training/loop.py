@@ -14,7 +14,7 @@ from sbs_jax.data import prefetch, registry, selection
 from sbs_jax.hosts import preemption, watchdog
 from sbs_jax.run import checkpoints, directory
 from sbs_jax.training import contents, evaluate, failures, feed
-from sbs_jax.training.config import TrainConfig
+from sbs_jax.training.config import Checkpointing, TrainConfig
 from sbs_jax.training.metrics_window import MetricsWindow
 from sbs_jax.training.state import initial_state, load_base, restored_state
 from sbs_jax.training.step import Trainer, TrainState, prepare
@@ -240,7 +240,7 @@ def _check_vocabulary(config: TrainConfig) -> None:
         )
 
 
-def _retention(config: TrainConfig) -> checkpoints.Retention:
+def _retention(config: Checkpointing) -> checkpoints.Retention:
     return checkpoints.Retention(newest=config.keep_checkpoints, best=config.keep_best, period=config.keep_period)
 
 

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from sbs_jax.data import batches
 from sbs_jax.student import adapters, losses, partitioning, stacking, t5
-from sbs_jax.training.config import TrainConfig
+from sbs_jax.training.config import Compute, TrainConfig
 
 log = logging.getLogger(__name__)
 
@@ -215,7 +215,7 @@ def prepare(config: TrainConfig, *, devices: Sequence[Any] | None = None) -> Tra
     return Trainer(partitioner, abstract, saved, batch, compiled, unstacked, stacked, parameters, saved_structure)
 
 
-def _in_memory(optimizer: Any, config: TrainConfig) -> Any:
+def _in_memory(optimizer: Any, config: Compute) -> Any:
     """Places the optimizer's abstract arrays in `optimizer_memory`; scalars (step counts) stay on the device."""
     if config.optimizer_memory == "device":
         return optimizer
