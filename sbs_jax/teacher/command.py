@@ -227,7 +227,7 @@ def _show_plan(plan: _Plan, *, prompt: bool) -> None:
     options, settings, template = plan.options, plan.settings, plan.options.template
     rows = [row for source in plan.splits.values() for row in source.rows]
     if not rows:
-        raise ValueError(f"{plan.dataset.name} has no rows to ask about here.")
+        raise ValueError(f"{plan.dataset.name} has no rows to ask about; check --inputs_dir and --split.")
     # A sample of the rows: beside the exemplars, which all prompts share, their lengths differ little.
     some = rows[:: max(1, len(rows) // 200)]
     lengths = [money.estimate_tokens(prompts.render(template, row.input).sent(settings.form)) for row in some]

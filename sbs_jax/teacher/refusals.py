@@ -91,7 +91,9 @@ def no_reply(what: str, data: object) -> Again:
 def check_stops(provider: str, stops: tuple[str, ...], *, most: int) -> None:
     """Raises Fatal for more stop strings than the provider takes."""
     if len(stops) > most:
-        raise Fatal(f"There are {len(stops)} stop strings; {provider} takes at most {most}. Name fewer with --stop.")
+        raise Fatal(
+            f"There are {len(stops)} stop strings; {provider} takes at most {most}. Shorten `stops` of the prompt."
+        )
 
 
 def reply(text: Any, *, finish: Any, data: object, model: Any, input_tokens: Any, output_tokens: Any) -> Reply:
