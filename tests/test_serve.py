@@ -1,4 +1,4 @@
-"""`sbs serve`: real servers over loopback, asked well and badly; their queue and reader of bodies by themselves."""
+"""Test `sbs serve` with real servers over loopback, and its queue and reader of bodies alone."""
 
 import argparse
 import asyncio
@@ -37,8 +37,7 @@ from sbs_jax.serve.limits import Limits
 from sbs_jax.student import adapters
 from sbs_jax.training import gin_files
 
-# What the servers of these tests run: `sbs`, which knows the toy dataset, and a model that fails and that waits when a
-# row says so. "hold FILE" holds the batch until there is that file.
+# Runs `sbs` with the toy dataset and a model that obeys its rows: "fail" raises, "hold FILE" waits for that file.
 PROGRAM = """
 import dataclasses, pathlib, sys, time
 import toy
@@ -72,16 +71,17 @@ engine.Predictor.answer, engine.Predictor.warm_up = answered, warmed_up
 sys.exit(main.main(sys.argv[1:]))
 """
 JSON = {"content-type": "application/json"}
+X = {"inputs": [{"input": "x"}]}
 
 
 class Client:
-    """Asks one server; every response is held against the server's own OpenAPI document."""
+    """Asks one server; checks every response against the server's OpenAPI document."""
 
     def __init__(self, process: processes.Process, url: str) -> None:
         self.process, self.url = process, url
         self.host, port = url.removeprefix("http://").split(":")
         self.port = int(port)
-        # A connection per request: one that is kept may be closed by the server just when it is used.
+        # A connection per request: the server may close an idle one just when it is used.
         self._http = httpx2.Client(base_url=url, timeout=60, limits=httpx2.Limits(max_keepalive_connections=0))
         self.document = self._http.get("/openapi.json").json()
 
@@ -107,7 +107,7 @@ class Client:
         jsonschema.Draft202012Validator(whole).validate(value)
 
     def predict(self, *rows: Any, status: int = 200) -> list[dict[str, Any]]:
-        """The answers to rows; a text is an input."""
+        """Returns the answers to rows; a text is an input."""
         asked = [{"input": row} if isinstance(row, str) else row for row in rows]
         response = self.send("POST", "/predict", json={"inputs": asked})
         assert response.status_code == status, response.text
@@ -117,18 +117,21 @@ class Client:
         lines = self.send("GET", "/metrics").text.splitlines()
         return {line.split()[0]: float(line.split()[1]) for line in lines if not line.startswith("#")}
 
+    def queue(self) -> int:
+        return self.send("GET", "/health").json()["queue"]["rows"]
+
     def connected(self) -> socket.socket:
         return socket.create_connection((self.host, self.port), timeout=60)
 
-    def said(self, data: bytes) -> tuple[int, dict[str, Any]]:
-        """The status and body that bytes on a connection are answered with."""
+    def reply(self, data: bytes) -> tuple[int, dict[str, Any]]:
+        """Sends bytes; returns the status and body of the answer."""
         with self.connected() as wire:
             wire.sendall(data)
             return answer_on(wire)
 
 
 def answer_on(wire: socket.socket) -> tuple[int, dict[str, Any]]:
-    """One response, read from a connection."""
+    """Reads one response from a connection."""
     data = b""
     while b"\r\n\r\n" not in data:
         part = wire.recv(65536)
@@ -144,12 +147,21 @@ def answer_on(wire: socket.socket) -> tuple[int, dict[str, Any]]:
 
 def ask_and_read_nothing(wire: socket.socket) -> None:
     wire.setblocking(False)
-    asked = b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n" * 100
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         with contextlib.suppress(BlockingIOError):
-            wire.send(asked)
+            wire.send(b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n" * 100)
         time.sleep(0.002)
+
+
+def failure(response: httpx2.Response) -> tuple[int, str]:
+    """Returns the status and code of a failed request."""
+    return response.status_code, response.json()["error"]["code"]
+
+
+def failure_on(wire: socket.socket) -> tuple[int, str]:
+    status, body = answer_on(wire)
+    return status, body["error"]["code"]
 
 
 def posted(rows: Sequence[Any], *, headers: str = "") -> bytes:
@@ -176,7 +188,7 @@ def started(
 
 
 def ready(process: processes.Process) -> Client:
-    """A client, when the server has said that it is ready."""
+    """Waits until the server is ready; returns a client."""
     processes.until(lambda: "\n" in process.said(), [process])
     line = process.said()
     found = re.fullmatch(r"sbs serve: ready: (http://[\d.:]+) answers with run, step \d; warmed up in [\d.]+ s\n", line)
@@ -186,7 +198,7 @@ def ready(process: processes.Process) -> Client:
 
 @pytest.fixture(scope="module")
 def client(starter, run, tmp_path_factory) -> Iterator[Client]:
-    """A server for most tests."""
+    """Starts the server that most tests share."""
     flags = ["--batch_size=8", "--max_inputs=16", "--max_body_bytes=20000", "--read_timeout=1", "--rationale"]
     with started(starter, tmp_path_factory.mktemp("server"), run, *flags) as process:
         client = ready(process)
@@ -204,13 +216,13 @@ def predictor(run: Path) -> engine.Predictor:
 
 @pytest.fixture
 def gate(tmp_path: Path) -> Iterator[Path]:
-    """A file that a held batch waits for; made at the end in any case."""
+    """Names the file that a held batch waits for; creates it at the end in any case."""
     yield tmp_path / "gate"
     (tmp_path / "gate").touch()
 
 
 def holding(gate: Path, client: Client, wires: contextlib.ExitStack) -> socket.socket:
-    """A connection whose request the model holds until the gate is there."""
+    """Opens a connection whose request the model holds until the gate exists."""
     wire = wires.enter_context(client.connected())
     wire.sendall(posted([{"input": f"hold {gate}"}]))
     held = gate.with_name(f"{gate.name}.held")
@@ -233,7 +245,7 @@ def test_answers_are_those_of_the_predictor(client: Client, predictor: engine.Pr
         assert answer == {"id": wanted.id, "prediction": wanted.prediction} | rationale
 
 
-def test_rows_that_cannot_be_answered_leave_the_others_alone(client: Client) -> None:
+def test_an_invalid_row_gets_an_error_and_the_others_are_answered(client: Client) -> None:
     long = "a b c d e f g " * 5
     rows = [{"id": "first", "input": "a b c"}, {"id": "long", "input": long}, {"id": "first", "input": "x"}, 5]
     rows += [{"id": "half", "input": "\ud800"}, {"inptu": "x"}, {"input": ["x"]}, {"id": "", "input": "x"}]
@@ -256,11 +268,11 @@ def test_rows_that_cannot_be_answered_leave_the_others_alone(client: Client) -> 
     ]
     for error, pattern in zip(errors, patterns, strict=True):
         assert re.search(pattern, error["error"]), (pattern, error)
-    # Where no row is left, the request has failed.
+    # Without any answer the request fails.
     assert client.predict({"input": long}, {"input": 5}, status=422)[1]["error"].startswith("the field 'input' is 5")
 
 
-def test_health_and_document_and_counters(client: Client) -> None:
+def test_health_document_and_counters(client: Client) -> None:
     openapi_spec_validator.validate(client.document)
     assert client.document["components"]["schemas"]["Request"]["properties"]["inputs"]["maxItems"] == 16
     health = client.send("GET", "/health")
@@ -277,7 +289,7 @@ def test_health_and_document_and_counters(client: Client) -> None:
 
 
 def ask_much(client: Client, *, clients: int, requests: int) -> None:
-    """So many clients at once, each of which asks so often; all get their own answers."""
+    """Asks from many clients at once; each must get its own answers."""
     texts = [f"{number % 7} {number % 5}" for number in range(clients)]
     alone = {text: client.predict(text)[0] for text in set(texts)}
 
@@ -304,25 +316,21 @@ def test_many_clients_at_once_share_batches(client: Client) -> None:
     rows, batches = (after[f"sbs_{name}"] - before[f"sbs_{name}"] for name in ("rows_answered_total", "batches_total"))
     assert rows >= 96
     assert batches < rows / 2
-    assert client.send("GET", "/health").json()["queue"]["rows"] == 0
+    assert client.queue() == 0
 
 
-def test_the_benchmark_s_clients_ask_as_often_as_told(client: Client, tmp_path: Path) -> None:
+def test_the_benchmark_sends_the_given_number_of_requests(client: Client, tmp_path: Path) -> None:
     file = tmp_path / "inputs.json"
     file.write_text(json.dumps(["a", "b", "c"]))
     before = client.metrics()
     found = serve_benchmark.side_clients(url=client.url, inputs=str(file), clients=4, requests=40, unruly=10)
     alone = serve_benchmark.side_unloaded(url=client.url, inputs=str(file), rows=8, times=2)
     after = client.metrics()
-    statuses = {
-        status: after.get(f'sbs_requests_total{{status="{status}"}}', 0)
-        - before.get(f'sbs_requests_total{{status="{status}"}}', 0)
-        for status in (200, 400)
-    }
-    # Of 40 requests two have a bad body, and in two the client leaves, perhaps after the answer was made; then a batch
-    # once to begin with, and twice.
-    assert (found["errors"], statuses[400]) == (0, 2)
-    assert 36 + 3 <= statuses[200] <= 38 + 3
+    names = [f'sbs_requests_total{{status="{status}"}}' for status in (200, 400)]
+    answered, rejected = (after.get(name, 0) - before.get(name, 0) for name in names)
+    # Of the 40, two have a bad body and two leave, perhaps after their answer; the 3 others are the unloaded batches.
+    assert (found["errors"], rejected) == (0, 2)
+    assert 36 + 3 <= answered <= 38 + 3
     assert 0 < found["p50"] <= found["p99"] <= found["longest"]
     assert 0 < alone["median"] <= alone["longest"]
     assert serve_benchmark.resident(client.process.pid) > 2**20
@@ -361,7 +369,7 @@ def test_other_decodings_and_adapters_answer_as_the_predictor_does(starter, run,
         assert message in error
 
 
-# ----------------------------------------------------------------------------------- what is not well
+# ------------------------------------------------------------------------------------------- failures
 
 
 @pytest.mark.parametrize(
@@ -385,7 +393,7 @@ def test_other_decodings_and_adapters_answer_as_the_predictor_does(starter, run,
         (json.dumps({"inputs": [{"input": "x"}] * 17}).encode(), 422, "too_many_inputs", "17 inputs; at most 16"),
     ],
 )
-def test_a_body_that_is_no_request_is_refused(client: Client, body: bytes, status: int, code, message) -> None:
+def test_an_invalid_body_is_refused(client: Client, body: bytes, status: int, code, message) -> None:
     response = client.send("POST", "/predict", content=body, headers=JSON)
     assert response.status_code == status
     if code is not None:
@@ -409,22 +417,20 @@ def test_a_body_that_is_no_request_is_refused(client: Client, body: bytes, statu
     ],
 )
 def test_other_requests_get_an_error_as_json(client: Client, method: str, path: str, headers, status: int) -> None:
-    response = client.send(
-        method, path, content=b'{"inputs": [{"input": "x"}]}' if method == "POST" else None, headers=headers
-    )
+    response = client.send(method, path, content=json.dumps(X) if method == "POST" else None, headers=headers)
     assert response.status_code == status
     assert set(response.json()["error"]) == {"code", "message"}
 
 
-def test_what_is_no_http_gets_an_error_as_json(client: Client) -> None:
+def test_invalid_http_gets_an_error_as_json(client: Client) -> None:
     for data in (
         b"\x16\x03\x01\x00\xff\r\n\r\n",
         b"GET\r\n\r\n",
         b"POST /predict HTTP/1.1\r\nContent-Length: -1\r\n\r\n",
     ):
-        status, body = client.said(data)
+        status, body = client.reply(data)
         assert (status, body["error"]["code"]) == (400, "not_http")
-    status, body = client.said(b"GET /health HTTP/1.1\r\nHost: x\r\nX: " + b"x" * 100_000)
+    status, body = client.reply(b"GET /health HTTP/1.1\r\nHost: x\r\nX: " + b"x" * 100_000)
     assert status == 400
     assert "16 KiB" in body["error"]["message"]
     assert client.predict("x")
@@ -432,16 +438,16 @@ def test_what_is_no_http_gets_an_error_as_json(client: Client) -> None:
 
 def test_a_body_that_is_too_large_is_read_no_further(client: Client) -> None:
     head = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-    # By what it says: not a byte of it is sent.
+    # By its Content-Length, before a byte of it is sent.
     for length in (20_001, 10**15):
-        status, body = client.said(head + b"Content-Length: %d\r\n\r\n" % length)
+        status, body = client.reply(head + b"Content-Length: %d\r\n\r\n" % length)
         assert (status, body["error"]["code"]) == (413, "too_large")
         assert "at most 20000" in body["error"]["message"]
-    # By what comes, where nothing is said.
+    # By its bytes, where no length is given.
     chunk = b"%x\r\n%s\r\n" % (1000, b" " * 1000)
-    status, body = client.said(head + b"Transfer-Encoding: chunked\r\n\r\n" + chunk * 30)
+    status, body = client.reply(head + b"Transfer-Encoding: chunked\r\n\r\n" + chunk * 30)
     assert (status, body["error"]["code"]) == (413, "too_large")
-    # And what comes after the answer is not taken forever.
+    # After the answer, only a bounded part is read.
     with client.connected() as wire:
         wire.sendall(head + b"Transfer-Encoding: chunked\r\n\r\n")
         sent = 0
@@ -449,50 +455,49 @@ def test_a_body_that_is_too_large_is_read_no_further(client: Client) -> None:
             while sent < 2**28:
                 wire.sendall(chunk * 10)
                 sent += len(chunk) * 10
-        assert sent < 2**25  # what sockets hold
-    # Exactly as many bytes as allowed are read.
-    whole = json.dumps({"inputs": [{"input": "x"}]}).encode().ljust(20_000)
+        assert sent < 2**25  # buffers of the sockets
+    # Exactly the allowed size passes.
+    whole = json.dumps(X).encode().ljust(20_000)
     assert client.send("POST", "/predict", content=whole, headers=JSON).status_code == 200
-    # A client that asks whether to send it is told not to, and the connection ends: it may send it or not.
-    status, body = client.said(head + b"Expect: 100-continue\r\nContent-Length: 20001\r\n\r\n")
+    # A client that waits for 100 Continue gets the refusal instead.
+    status, body = client.reply(head + b"Expect: 100-continue\r\nContent-Length: 20001\r\n\r\n")
     assert status == 413
 
 
-def test_slow_clients_are_not_waited_for(client: Client) -> None:
-    """All at once, as each takes its second; meanwhile others are answered."""
+def test_slow_clients_time_out(client: Client) -> None:
+    """Has several at once, since each takes a second; others are answered meanwhile."""
     head = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n"
     with contextlib.ExitStack() as wires:
         body, headers, reader = (wires.enter_context(client.connected()) for _ in range(3))
         body.sendall(head + b'{"inputs"')
         headers.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\n")
-        # It asks for much and reads nothing, until it is cut off.
+        # This one asks for much and reads nothing, until it is cut off.
         with pytest.raises(ConnectionError):
             ask_and_read_nothing(reader)
         assert client.predict("x")
         status, told = answer_on(body)
         assert (status, told["error"]["code"]) == (408, "slow_body")
         assert "9 bytes of the body came within 1 s" in told["error"]["message"]
-        status, told = answer_on(headers)
-        assert (status, told["error"]["code"]) == (408, "slow_headers")
+        assert failure_on(headers) == (408, "slow_headers")
 
 
-def test_a_model_that_fails_fails_for_that_batch_alone(client: Client) -> None:
+def test_a_failing_model_fails_one_batch(client: Client) -> None:
     response = client.send("POST", "/predict", json={"inputs": [{"input": "x"}, {"input": "fail"}]})
-    assert (response.status_code, response.json()["error"]["code"]) == (500, "model_failed")
+    assert failure(response) == (500, "model_failed")
     assert client.predict("x")
     said = client.process.complained()
     assert re.search(r"The model failed on a batch of \d+ rows: RuntimeError", said)
     assert "secret" not in said
 
 
-def test_nobody_waits_for_the_rows_of_a_client_that_is_gone(client: Client, gate: Path) -> None:
+def test_rows_of_a_client_that_left_are_dropped(client: Client, gate: Path) -> None:
     before = client.metrics()
     with contextlib.ExitStack() as wires:
         holding(gate, client, wires)
         with client.connected() as gone:
             gone.sendall(posted([{"input": "x"}] * 3))
-            processes.until(lambda: client.send("GET", "/health").json()["queue"]["rows"] == 3, [client.process])
-        processes.until(lambda: client.send("GET", "/health").json()["queue"]["rows"] == 0, [client.process])
+            processes.until(lambda: client.queue() == 3, [client.process])
+        processes.until(lambda: client.queue() == 0, [client.process])
         gate.touch()
     client.predict("y")
     after = client.metrics()
@@ -500,7 +505,7 @@ def test_nobody_waits_for_the_rows_of_a_client_that_is_gone(client: Client, gate
     assert after["sbs_rows_answered_total"] - before["sbs_rows_answered_total"] == 2
 
 
-def test_nothing_of_inputs_is_logged(client: Client) -> None:
+def test_inputs_are_not_logged(client: Client) -> None:
     text = "private"
     client.predict(text)
     client.predict({"input": [text]}, {text: 1}, status=422)
@@ -509,67 +514,53 @@ def test_nothing_of_inputs_is_logged(client: Client) -> None:
 
 
 def test_a_full_queue_a_late_answer_and_a_stop(starter, run: Path, tmp_path: Path) -> None:
-    """One server with narrow limits, until its end."""
-    flags = [
-        "--batch_size=8",
-        "--max_batch=2",
-        "--max_queue=4",
-        "--max_inputs=4",
-        "--max_connections=12",
-        "--request_timeout=4",
-        "--keep_alive=3",
-    ]
+    """Fills the queue and the connections of a server with narrow limits, then stops it."""
+    flags = ["--batch_size=8", "--max_batch=2", "--max_queue=4", "--max_inputs=4", "--max_connections=12"]
+    flags += ["--request_timeout=4", "--keep_alive=3"]
     with contextlib.ExitStack() as wires:
         process = wires.enter_context(started(starter, tmp_path, run, *flags))
         client = ready(process)
         wires.callback(client.close)
-
-        def queue() -> int:
-            return client.send("GET", "/health").json()["queue"]["rows"]
-
         silent = wires.enter_context(client.connected())
 
-        # Rationales were not prepared for.
+        # The server was started without --rationale.
         (row,) = client.predict({"input": "x", "rationale": True}, status=422)
         assert "start it with --rationale" in row["error"]
 
-        # The queue is full, and says when to come again; what comes late is told so, and gives up its place.
+        # A full queue says when to retry; a request that takes too long gets 504 and leaves the queue.
         first, gates = time.monotonic(), [tmp_path / str(number) for number in range(2)]
         held = holding(gates[0], client, wires)
         waiting = wires.enter_context(client.connected())
         waiting.sendall(posted([{"input": "x"}] * 4))
-        processes.until(lambda: queue() == 4, [process])
-        full = client.send("POST", "/predict", json={"inputs": [{"input": "x"}]})
-        assert (full.status_code, full.json()["error"]["code"]) == (503, "queue_full")
+        processes.until(lambda: client.queue() == 4, [process])
+        full = client.send("POST", "/predict", json=X)
+        assert failure(full) == (503, "queue_full")
         assert 1 <= int(full.headers["retry-after"]) <= 60
-        for wire in (held, waiting):
-            status, body = answer_on(wire)
-            assert (status, body["error"]["code"]) == (504, "too_slow")
+        assert [failure_on(wire) for wire in (held, waiting)] == [(504, "too_slow")] * 2
         assert time.monotonic() - first >= 4
-        assert silent.recv(100) == b""  # it never asked for anything
-        assert queue() == 0
+        assert silent.recv(100) == b""  # closed, since it never asked for anything
+        assert client.queue() == 0
         gates[0].touch()
         assert client.predict("x")
         assert client.metrics()["sbs_rows_dropped_total"] == 4
 
-        # One connection too many is told so.
+        # A connection above the limit gets 503.
         crowd = [wires.enter_context(client.connected()) for _ in range(12)]
         crowd[-1].sendall(posted([{"input": "x"}]))
-        status, body = answer_on(crowd[-1])
-        assert (status, body["error"]["code"]) == (503, "too_many_connections")
+        assert failure_on(crowd[-1]) == (503, "too_many_connections")
         for wire in crowd:
             wire.close()
 
-        # Told to end, it answers what it has taken, and takes no more.
+        # After a signal it answers what it has accepted, and accepts no more.
         held = holding(gates[1], client, wires)
         late = wires.enter_context(client.connected())
         late.sendall(posted([{"id": "late", "input": "x"}]))
-        processes.until(lambda: queue() == 1, [process])
+        processes.until(lambda: client.queue() == 1, [process])
         process.send(signal.SIGTERM)
         processes.until(lambda: client.send("GET", "/health").status_code == 503, [process])
         assert client.send("GET", "/health").json()["status"] == "stopping"
-        refused = client.send("POST", "/predict", json={"inputs": [{"input": "x"}]})
-        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "stopping")
+        refused = client.send("POST", "/predict", json=X)
+        assert failure(refused) == (503, "stopping")
         gates[1].touch()
         assert answer_on(held)[0] == 200
         status, body = answer_on(late)
@@ -580,21 +571,21 @@ def test_a_full_queue_a_late_answer_and_a_stop(starter, run: Path, tmp_path: Pat
             client.connected()
 
 
-def test_a_server_that_warms_up_and_is_told_to_end_twice(starter, run: Path, tmp_path: Path, gate: Path) -> None:
+def test_a_signal_during_warm_up_and_a_second_signal(starter, run: Path, tmp_path: Path, gate: Path) -> None:
     port = processes.free_port()
     with started(starter, tmp_path, run, "--batch_size=8", f"--port={port}", held=gate) as process:
         processes.until(gate.with_name("gate.held").exists, [process])
         cold = Client(process, f"http://127.0.0.1:{port}")
         health = cold.send("GET", "/health")
         assert (health.status_code, health.json()["status"]) == (503, "warming up")
-        refused = cold.send("POST", "/predict", json={"inputs": [{"input": "x"}]})
-        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "warming_up")
+        refused = cold.send("POST", "/predict", json=X)
+        assert failure(refused) == (503, "warming_up")
         assert refused.headers["retry-after"]
         cold.close()
         assert process.said() == ""
         process.send(signal.SIGINT)
         processes.until(lambda: "SIGINT: no more requests are taken" in process.complained(), [process])
-        # It does not wait for what is compiled, and ends in good order.
+        # It does not wait for the compilation.
         assert process.wait() == 0
     second = tmp_path / "second"
     with started(starter, tmp_path, run, "--batch_size=8") as process, contextlib.ExitStack() as wires:
@@ -609,29 +600,30 @@ def test_a_server_that_warms_up_and_is_told_to_end_twice(starter, run: Path, tmp
             assert held.recv(100) == b""
 
 
-# ---------------------------------------------------------------------------- by themselves
+# ------------------------------------------------------------------------------------------ units
 
 
-def served(run: Path, *, limits: Limits | None = None, port: int = 0, host: str = "127.0.0.1") -> int:
-    return server.serve(run, settings=engine.Settings(), limits=limits or Limits(), host=host, port=port)
+def test_an_unavailable_address_is_reported_before_the_model_loads(tmp_path: Path) -> None:
+    def served(*, host: str = "127.0.0.1", port: int = 0) -> int:
+        return server.serve(tmp_path, settings=engine.Settings(), limits=Limits(), host=host, port=port)
 
-
-def test_an_address_that_cannot_be_had_is_said_before_the_model_is_loaded(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(server.ServeError, match=rf"cannot listen on 127\.0\.0\.1 port {port}: .*Choose another"):
-            served(tmp_path, port=port)
+            served(port=port)
     for host, port in (("127.0.0.1", 70_000), ("no.such.host.invalid", 1), ("x" * 300, 1)):
         with pytest.raises(server.ServeError, match=r"host|port"):
-            served(tmp_path, host=host, port=port)
+            served(host=host, port=port)
     with pytest.raises(FileNotFoundError):
-        served(tmp_path / "no-run")
+        served()
+    with server._bind("127.0.0.1", 0) as listener:
+        assert listener.proto == socket.IPPROTO_TCP  # or asyncio leaves TCP_NODELAY off
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"max_batch": 0}, "max_batch is 0; expected at least 1"),
+        ({"max_batch": 0}, "max_batch is 0; expected a whole number of at least 1"),
         ({"max_body_bytes": -1}, "max_body_bytes is -1"),
         ({"request_timeout": 0.0}, "request_timeout is 0"),
         ({"read_timeout": float("nan")}, "read_timeout is nan"),
@@ -639,37 +631,32 @@ def test_an_address_that_cannot_be_had_is_said_before_the_model_is_loaded(tmp_pa
         ({"max_inputs": 9, "max_queue": 8}, "would never find room"),
     ],
 )
-def test_limits_that_make_no_sense_are_refused(changes: dict[str, Any], message: str) -> None:
+def test_invalid_limits_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Limits(**changes)
 
 
-class Broken(engine.Predictor):
-    """A model that cannot be compiled."""
-
-    def __init__(self) -> None:
-        super().__init__({}, settings=engine.Settings())
-
-    def warm_up(self) -> float:
+def test_a_model_that_fails_to_warm_up_ends_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    def warm_up() -> float:
         raise MemoryError("no room for the batch")
 
-
-def test_a_model_that_cannot_be_made_ready_ends_the_server() -> None:
-    student = server.Student("broken", 1, Broken(), "off")
+    predictor = engine.Predictor({}, settings=engine.Settings())
+    monkeypatch.setattr(predictor, "warm_up", warm_up)
+    student = server.Student("broken", 1, predictor, "off")
     with server._bind("127.0.0.1", 0) as listener:
         made = server._Server(student, limits=Limits(), listener=listener, say=print)
         with pytest.raises(server.ServeError, match="gave out: MemoryError: no room for the batch"):
             asyncio.run(made.run())
 
 
-def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     with pytest.raises(gin_files.UsageError, match=r"uvicorn .*pip install 'sbs-jax\[serve\]'"):
         command.run(argparse.Namespace())
 
 
 class Model:
-    """Answers that say with whom a row was computed; held until told."""
+    """Records its batches; each waits for a permit."""
 
     def __init__(self) -> None:
         self.batches: list[list[str]] = []
@@ -726,7 +713,7 @@ def test_batches_fill_up_while_one_is_computed_first_come_first() -> None:
     assert queue_test(test).batches == [["a"], ["b", "c", "d"], ["e", "f", "g"]]
 
 
-def test_an_idle_model_waits_for_others_but_not_for_long() -> None:
+def test_an_idle_model_waits_max_wait_for_more_rows() -> None:
     async def test(batcher: batching.Batcher, model: Model) -> None:
         model.go.release(10)
         began = time.monotonic()
@@ -759,7 +746,7 @@ def test_a_queue_takes_all_rows_of_a_request_or_none() -> None:
     queue_test(test)
 
 
-def test_what_is_cancelled_is_not_computed_and_a_failure_is_that_of_its_batch() -> None:
+def test_cancelled_rows_are_not_computed_and_a_failure_fails_its_batch() -> None:
     async def test(batcher: batching.Batcher, model: Model) -> None:
         first = asyncio.ensure_future(batcher.ask(asked("a")))
         await until(lambda: model.batches)
@@ -796,39 +783,46 @@ ROWS = {
 
 
 def test_bodies(fuzz: Callable[[Callable[[fuzzing.Tape], None]], None]) -> None:
-    """Any bytes are rows, rows that are refused, or a body that is: and each can be answered."""
+    """Reads any bytes as questions, rejected rows or a rejected body; each can be answered."""
 
     def case(tape: fuzzing.Tape) -> None:
         data = fuzzing.scratched(tape, fuzzing.encoded(fuzzing.written(fuzzing.damaged(tape, ROWS))))
-        found = fuzzing.read(lambda: bodies.read(data, most=4), raises=bodies.BodyError, names=["the body"])
-        if isinstance(found, bodies.BodyError):
-            json.loads(bodies.written({"code": found.code, "message": str(found)}))
+        found = fuzzing.read(lambda: bodies.read(data, most=4), raises=bodies.RequestError, names=["the body"])
+        if isinstance(found, bodies.RequestError):
+            json.loads(bodies.encoded(bodies.Error.of(found.code, str(found))))
             return
+        questions = [row for row in found if isinstance(row, engine.Question)]
         assert 0 < len(found) <= 4
-        names = [row.id for row in found if isinstance(row, engine.Question)]
-        assert len(set(names)) == len(names)
+        assert len({row.id for row in questions}) == len(questions)
+        for row in questions:
+            assert row.id
+            "".join((row.id, row.input, row.adapter or "", *(row.choices or ()))).encode()
         for row in found:
-            if isinstance(row, engine.Question):
-                assert row.id
-                texts = (row.id, row.input, row.adapter or "", *(row.choices or ()))
-                "".join(texts).encode()
-            else:
-                assert 0 < len(row.message) < fuzzing.LONGEST_MESSAGE
-                json.loads(bodies.written({"id": row.id, "error": row.message}))
+            if isinstance(row, bodies.RowError):
+                assert 0 < len(row.error) < fuzzing.LONGEST_MESSAGE
+                json.loads(bodies.encoded(row))
 
     fuzz(case)
 
 
-def test_a_body_is_read_as_it_is_meant() -> None:
-    rows = bodies.read(json.dumps(ROWS).encode(), most=3)
-    first, second, third = (row for row in rows if isinstance(row, engine.Question))
-    assert first == engine.Question(
-        id="a", input="Ann has 3 pens.", adapter="esnli", choices=("yes", "no"), rationale=True
-    )
-    assert second == engine.Question(id="b", input="\u00e9\u4e2d", rationale=False)
-    assert third == engine.Question(id="2", input="A dog barks.", rationale=False)
+def test_a_valid_body_is_read() -> None:
+    assert bodies.read(json.dumps(ROWS).encode(), most=3) == [
+        engine.Question(id="a", input="Ann has 3 pens.", adapter="esnli", choices=("yes", "no"), rationale=True),
+        engine.Question(id="b", input="\u00e9\u4e2d", rationale=False),
+        engine.Question(id="2", input="A dog barks.", rationale=False),
+    ]
 
 
-def test_numbers_that_json_has_not_are_null() -> None:
-    value = {"scores": {"a": float("-inf"), "b": -1.5}, "list": [float("nan"), "\ud800"]}
-    assert json.loads(bodies.written(value)) == {"scores": {"a": None, "b": -1.5}, "list": [None, "?"]}
+def test_minus_infinity_is_null_in_json() -> None:
+    """Replaces half a surrogate pair too, which an error may quote from a request."""
+    rows = [
+        engine.Answer(id="0", prediction="a", score=float("-inf"), scores={"a": float("-inf"), "b": -1.5}),
+        engine.Answer(id="1", prediction=None, score=None, error="too long"),
+        bodies.RowError(id="\ud800", error="wrong"),
+    ]
+    answers = bodies.Answers.model_validate({"model": "run", "step": 1, "answers": rows})
+    assert json.loads(bodies.encoded(answers))["answers"] == [
+        {"id": "0", "prediction": "a", "score": None, "scores": {"a": None, "b": -1.5}},
+        {"id": "1", "error": "too long"},
+        {"id": "?", "error": "wrong"},
+    ]

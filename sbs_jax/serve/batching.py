@@ -1,7 +1,7 @@
-"""Rows of many requests, answered together: one thread owns the model, and takes what waits.
+"""Batch the rows of many requests: one thread owns the model and takes the waiting rows, first come, first served.
 
-While a batch is computed the next one fills up, so that batches grow with the load: an idle server answers a row alone
-after `max_wait`, a busy one takes as many as `max_batch` at a time. First come, first answered.
+While a batch is computed the next one fills, so batches grow with the load: an idle server answers a single row after
+`max_wait`, a busy one takes up to `max_batch` rows at a time.
 """
 
 import asyncio
@@ -19,12 +19,11 @@ from sbs_jax.prediction.engine import Answer, Question
 
 log = logging.getLogger(__name__)
 
-# Of the seconds that a row took lately, how much the newest batch counts.
-_NEWEST = 0.3
+_NEWEST = 0.3  # weight of the newest batch in the moving average of seconds per row
 
 
 class FullError(Exception):
-    """The queue has no room for these rows. `retry_after`: seconds after which it should have."""
+    """Reports that the queue has no room for these rows; it should have after `retry_after` seconds."""
 
     def __init__(self, message: str, *, retry_after: int) -> None:
         super().__init__(message)
@@ -32,11 +31,11 @@ class FullError(Exception):
 
 
 class FailedError(Exception):
-    """The model failed on the batch that a row was in."""
+    """Reports that the model failed on the batch with this row."""
 
 
 class ClosedError(Exception):
-    """Nothing more is answered: the server ends."""
+    """Reports that the server is stopping."""
 
 
 @dataclasses.dataclass(eq=False, slots=True)
@@ -48,20 +47,19 @@ class _Waiting:
 
 @dataclasses.dataclass
 class Counts:
-    """What was done since the start."""
+    """Counts the work since the start."""
 
     answered: int = 0  # rows
-    failed: int = 0  # rows of batches in which the model failed
-    dropped: int = 0  # rows that nobody waited for any more, before they were computed
+    failed: int = 0  # rows of batches on which the model failed
+    dropped: int = 0  # rows whose client left or timed out before they were computed
     batches: int = 0
-    seconds: float = 0.0  # of the model at work
+    seconds: float = 0.0  # of the model computing
 
 
 class Batcher:
-    """A queue of rows and the thread that answers them by `answer`, a batch at a time.
+    """Queues rows and answers them on a thread of its own, a batch at a time, by `answer`.
 
-    Everything but `answer` and `prepare` runs on the event loop that called `start`. `prepare` is called first, on the
-    thread; `ended` is called on the loop, with the error if there was one, when the thread ends.
+    Only `answer` and `prepare` run on the thread; everything else runs on the event loop that called `start`.
     """
 
     def __init__(
@@ -76,12 +74,10 @@ class Batcher:
         self._queue: collections.OrderedDict[_Waiting, None] = collections.OrderedDict()
         self._changed = threading.Condition()
         self._closing = False
-        self._thread: threading.Thread | None = None
         self._began: float | None = None
         self._row_seconds = 0.0
         self._loop: asyncio.AbstractEventLoop
-        self.ready = False
-        self.computing = 0  # rows of the batch under way
+        self.computing = 0  # rows of the current batch
         self.counts = Counts()
 
     def start(
@@ -91,38 +87,40 @@ class Batcher:
         prepared: Callable[[Any], None] = lambda _: None,
         ended: Callable[[BaseException | None], None] = lambda _: None,
     ) -> None:
-        """Starts the thread. `prepared` gets, on the loop, what `prepare` returned."""
+        """Starts the thread, which calls `prepare` first.
+
+        On the loop, `prepared` gets its result, and `ended` the error, if any, when the thread ends.
+        """
         self._loop = asyncio.get_running_loop()
 
         def work() -> None:
             error: BaseException | None = None
             try:
                 result = prepare()
-                self._on_loop(self._is_ready, prepared, result)
+                self._on_loop(prepared, result)
                 self._work()
             except BaseException as raised:
                 error = raised
             self._on_loop(self._ended, error, ended)
 
-        # A daemon: a second signal does not wait for the batch under way.
-        self._thread = threading.Thread(target=work, daemon=True, name="model")
-        self._thread.start()
+        # A daemon, so that a second signal need not wait for the current batch.
+        threading.Thread(target=work, daemon=True, name="model").start()
 
     @property
     def waiting(self) -> int:
-        """Rows in the queue."""
+        """Counts the rows in the queue."""
         return len(self._queue)
 
     @property
     def busy_seconds(self) -> float:
-        """How long the batch under way has taken; 0 where there is none."""
+        """Returns the age of the current batch in seconds; 0 if there is none."""
         began = self._began
         return 0.0 if began is None else time.monotonic() - began
 
     async def ask(self, rows: Sequence[Question]) -> list[Answer]:
-        """Their answers, in order. All are taken or none: FullError. Cancelled, those that still wait are dropped.
+        """Returns the answers in order. When cancelled, rows that still wait are dropped.
 
-        FailedError where the model failed on one of them.
+        FullError if the queue has no room for all of them; FailedError if the model failed on one.
         """
         waiting = [_Waiting(row, self._loop.create_future(), time.monotonic()) for row in rows]
         with self._changed:
@@ -143,7 +141,7 @@ class Batcher:
             self._drop([each for each in waiting if not each.answer.done() or each.answer.cancelled()])
 
     def close(self) -> None:
-        """Takes no more rows; the thread ends when those that wait are answered."""
+        """Accepts no more rows; the thread ends once the waiting ones are answered."""
         with self._changed:
             self._closing = True
             self._changed.notify()
@@ -152,8 +150,6 @@ class Batcher:
         return min(max(1, math.ceil(self._row_seconds * (len(self._queue) + self.computing))), 60)
 
     def _drop(self, rows: Sequence[_Waiting]) -> None:
-        if not rows:
-            return
         with self._changed:
             for each in rows:
                 if each in self._queue:
@@ -164,8 +160,7 @@ class Batcher:
 
     def _work(self) -> None:
         while rows := self._next():
-            began = time.monotonic()
-            self._began = began
+            self._began = began = time.monotonic()
             answers: Sequence[Answer] | Exception
             try:
                 answers = self._answer([each.question for each in rows])
@@ -178,44 +173,30 @@ class Batcher:
             self._on_loop(self._deliver, rows, answers, time.monotonic() - began)
 
     def _next(self) -> list[_Waiting]:
-        """Waits for the first row, then for others; none where the thread is to end."""
+        """Waits for a first row and for more to fill its batch; returns [] when the thread must end."""
         with self._changed:
             self.computing = 0
-            while True:
-                if len(self._queue) >= self._max_batch or (self._closing and self._queue):
-                    break
-                if not self._queue:
-                    if self._closing:
-                        return []
-                    self._changed.wait()
-                    continue
-                left = next(iter(self._queue)).since + self._max_wait - time.monotonic()
-                if left <= 0:
-                    break
-                self._changed.wait(left)
-            count = min(self._max_batch, len(self._queue))
-            rows = [self._queue.popitem(last=False)[0] for _ in range(count)]
-            self.computing = count
-            return rows
+            while not self._closing and len(self._queue) < self._max_batch:
+                wait = None
+                if self._queue:
+                    wait = next(iter(self._queue)).since + self._max_wait - time.monotonic()
+                    if wait <= 0:
+                        break
+                self._changed.wait(wait)
+            self.computing = min(self._max_batch, len(self._queue))
+            return [self._queue.popitem(last=False)[0] for _ in range(self.computing)]
 
     def _on_loop(self, call: Callable[..., None], *arguments: Any) -> None:
         try:
             self._loop.call_soon_threadsafe(call, *arguments)
-        except RuntimeError:  # the loop is closed, and nobody waits
+        except RuntimeError:  # the loop is closed: no request waits
             log.debug("the event loop had ended")
 
     # --------------------------------------------------------------------------------------- on the loop
 
-    def _is_ready(self, prepared: Callable[[Any], None], result: Any) -> None:
-        self.ready = True
-        prepared(result)
-
     def _ended(self, error: BaseException | None, ended: Callable[[BaseException | None], None]) -> None:
-        self.ready = False
         self.close()
-        for each in list(self._queue):
-            if not each.answer.done():
-                each.answer.set_exception(FailedError())
+        _fail(list(self._queue))
         ended(error)
 
     def _deliver(self, rows: Sequence[_Waiting], answers: Sequence[Answer] | Exception, seconds: float) -> None:
@@ -226,9 +207,7 @@ class Batcher:
         self._row_seconds += _NEWEST * (newest - self._row_seconds) if self._row_seconds else newest
         if isinstance(answers, Exception):
             counts.failed += len(rows)
-            for each in rows:
-                if not each.answer.done():
-                    each.answer.set_exception(FailedError())
+            _fail(rows)
             return
         counts.answered += len(rows)
         for each, answer in zip(rows, answers, strict=True):
@@ -236,10 +215,16 @@ class Batcher:
                 each.answer.set_result(answer)
 
 
+def _fail(rows: Sequence[_Waiting]) -> None:
+    for each in rows:
+        if not each.answer.done():
+            each.answer.set_exception(FailedError())
+
+
 def _log_failure(error: Exception, count: int) -> None:
-    """Where it failed, and how; without texts of rows, which an error's message may hold."""
+    """Logs the stack, but the message only of errors of the runtime: others may quote a row."""
     import jax
 
-    told = str(error) if isinstance(error, jax.errors.JaxRuntimeError | MemoryError) else "its message is not shown"
+    message = str(error) if isinstance(error, jax.errors.JaxRuntimeError | MemoryError) else "message hidden"
     where = "".join(traceback.format_tb(error.__traceback__))
-    log.error("The model failed on a batch of %d rows: %s (%s).\n%s", count, type(error).__name__, told, where)
+    log.error("The model failed on a batch of %d rows: %s (%s).\n%s", count, type(error).__name__, message, where)

@@ -1,79 +1,108 @@
-"""What a client's connection may do to the server: uvicorn's HTTP/1.1 with limits that it has not.
+"""Limit what a client's connection may cost: connection limits that uvicorn lacks, with errors as JSON.
 
-uvicorn waits forever for the headers of a request and for a client that reads nothing, reads on without end after an
-answer that came before the end of the body, and says what is wrong in plain text. Here each has an end, and errors are
-JSON.
+uvicorn waits forever for a request's headers and for a client that reads nothing (`Connection`), and reads the body of
+a request that is already answered without end (`Unread`).
 """
 
 import asyncio
-import json
-import time
+import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import h11
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-# Bytes of a body that are read and thrown away after an early answer, so that its client gets to read it: a connection
-# that is closed with unread data is reset, and the answer may be lost.
+from sbs_jax.serve import bodies
+
+# Bytes of a body that are read and discarded after an early answer, so that its client can read the answer: closing
+# over unread data resets the connection and may lose it.
 _DISCARDED = 256 * 1024
 
 
-def error_body(code: str, message: str) -> dict[str, Any]:
-    """What every error of a whole request is sent as."""
-    return {"error": {"code": code, "message": message}}
+class Unread:
+    """Closes a connection after an answer that came before the end of its request's body."""
 
+    def __init__(self, app: ASGIApp, *, seconds: float) -> None:
+        self._app, self._seconds = app, seconds
 
-def raw_response(status: str, code: str, message: str, *, headers: str = "") -> bytes:
-    """A whole HTTP response that ends its connection."""
-    body = json.dumps(error_body(code, message)).encode()
-    head = f"HTTP/1.1 {status}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n{headers}"
-    return f"{head}Connection: close\r\n\r\n".encode("ascii") + body
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = dict(scope["headers"])
+        unread = b"transfer-encoding" in headers or headers.get(b"content-length", b"0") != b"0"
+        announced = b"expect" in headers  # the client sends its body only once `receive` is called
+
+        async def received() -> Message:
+            nonlocal unread, announced
+            announced = False
+            message = await receive()
+            unread = message.get("more_body", False)
+            return message
+
+        async def discard() -> None:
+            size = 0
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._seconds):
+                    while unread and not announced and size <= _DISCARDED:
+                        size += len((await received()).get("body", b""))
+
+        async def sent(message: Message) -> None:
+            if unread and message["type"] == "http.response.start":
+                message = message | {"headers": [*message["headers"], (b"connection", b"close")]}
+            elif unread and not message.get("more_body", False):
+                await send(dict(message) | {"more_body": True})
+                await discard()
+                message = {"type": "http.response.body"}
+            await send(message)
+
+        await self._app(scope, received, sent)
 
 
 class Connection(H11Protocol):
-    """One connection. `limits` is set by `limited`; `look` is called for each, a few times a second."""
+    """One connection; `limited` sets its limits."""
 
     max_connections: int
     read_timeout: float
-    keep_alive: float
-    _headers_since: float | None
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
-        self._opened, self._headers_since = time.monotonic(), None
-        self._unsent_since: float | None = None
-        self._early_since: float | None = None
-        self._discarded = 0
+        transport.set_write_buffer_limits(high=0)  # pause_writing is called once anything waits for the client
         self._one_too_many = len(self.connections) > self.max_connections
+        self._timers: dict[str, asyncio.TimerHandle] = {}
+        # uvicorn starts this only after a request.
+        self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
 
     def data_received(self, data: bytes) -> None:
         if self.transport.is_closing():
             return
-        if self._one_too_many:  # not before it has sent something: unread data would reset it
+        if self._one_too_many:  # not earlier: closing over unread data would reset the connection
             most = self.max_connections
             self._end("503 Service Unavailable", "too_many_connections", f"{most} connections are open, the most here.")
             return
-        if self._answered_early():
-            self._discarded += len(data)
-            if self._discarded > _DISCARDED:
-                self.transport.abort()
-                return
-        elif self.conn.their_state is h11.IDLE and self._headers_since is None:
-            self._headers_since = time.monotonic()
         super().data_received(data)
         if self.conn.their_state is not h11.IDLE:
-            self._headers_since = None
+            self._stop("headers")
+        elif self.conn.trailing_data[0]:
+            self._start("headers", self._slow_headers)
 
-    def on_response_complete(self) -> None:
-        super().on_response_complete()
-        self._headers_since = self._early_since = None
-        if self._answered_early():
-            self._early_since = time.monotonic()
-            self._discarded = 0
+    def _slow_headers(self) -> None:
+        expected = f"the headers of a request within {self.read_timeout:g} s"
+        self._end("408 Request Timeout", "slow_headers", f"got a part of the headers; expected {expected}.")
 
-    def _answered_early(self) -> bool:
-        """The response is sent, and the body of its request still comes."""
-        return self.cycle is not None and self.cycle.response_complete and self.conn.their_state is h11.SEND_BODY
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._start("reading", self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._stop("reading")
+
+    def _start(self, name: str, call: Callable[[], Any]) -> None:
+        if name not in self._timers:
+            self._timers[name] = self.loop.call_later(self.read_timeout, call)
+
+    def _stop(self, name: str) -> None:
+        if name in self._timers:
+            self._timers.pop(name).cancel()
 
     def send_400_response(self, msg: str) -> None:
         if self.cycle is not None and self.cycle.response_started and not self.cycle.response_complete:
@@ -82,27 +111,16 @@ class Connection(H11Protocol):
         self._end("400 Bad Request", "not_http", f"{msg} Expected HTTP/1.1 with headers of at most 16 KiB.")
 
     def _end(self, status: str, code: str, message: str) -> None:
+        """Sends a whole response and closes the connection."""
+        if self.transport.is_closing():
+            return
+        body = bodies.encoded(bodies.Error.of(code, message))
         retry = "Retry-After: 1\r\n" if status.startswith("503") else ""
-        self.transport.write(raw_response(status, code, message, headers=retry))
+        head = f"HTTP/1.1 {status}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n{retry}"
+        self.transport.write(f"{head}Connection: close\r\n\r\n".encode("ascii") + body)
         self.transport.close()
 
-    def look(self, now: float) -> None:
-        """Ends the connection where its client has been slow for too long."""
-        unsent = self.transport.get_write_buffer_size()
-        self._unsent_since = (self._unsent_since or now) if unsent else None
-        if self._unsent_since is not None and now - self._unsent_since > self.read_timeout:
-            self.transport.abort()  # it does not read
-        elif self.transport.is_closing():
-            return
-        elif self._headers_since is not None and now - self._headers_since > self.read_timeout:
-            expected = f"the headers of a request within {self.read_timeout:g} s"
-            self._end("408 Request Timeout", "slow_headers", f"got a part of the headers; expected {expected}.")
-        elif self.cycle is None and self._headers_since is None and now - self._opened > self.keep_alive:
-            self.transport.close()  # it has never asked for anything
-        elif self._early_since is not None and now - self._early_since > self.read_timeout and self._answered_early():
-            self.transport.abort()
 
-
-def limited(**limits: int | float) -> type[Connection]:
-    """The class of the connections of one server: `max_connections`, `read_timeout` and `keep_alive`."""
-    return type("Connection", (Connection,), limits)
+def limited(*, max_connections: int, read_timeout: float) -> type[Connection]:
+    """Makes the class of one server's connections."""
+    return type("Connection", (Connection,), {"max_connections": max_connections, "read_timeout": read_timeout})

@@ -1,24 +1,25 @@
-"""Bounds on requests, with their defaults."""
+"""Limit what requests may cost."""
 
 import dataclasses
-import math
+
+from sbs_jax import checks
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What requests may take. Times are seconds.
+    """Bounds requests and connections. Times are in seconds.
 
     Attributes:
-      max_batch: rows that are taken from the queue together at most.
+      max_batch: rows taken from the queue together.
       max_wait: how long a first row waits for others while the model is idle.
-      max_queue: rows that may wait, of all requests.
+      max_queue: waiting rows of all requests.
       max_inputs: rows of one request.
-      max_body_bytes: bytes of one request's body.
-      max_connections: connections open at a time.
+      max_body_bytes: size of one request's body.
+      max_connections: open connections.
       request_timeout: from the end of a request's body to its answer.
-      read_timeout: for a request's headers; for its body; for a client to take its answer.
-      keep_alive: how long a connection may be idle between two requests.
-      stop_timeout: for what is in flight when the server is told to end.
+      read_timeout: for a request's headers, for its body, and for a client to read its answer.
+      keep_alive: idle time of a connection, before a request or between two.
+      stop_timeout: for requests in flight when the server stops.
     """
 
     max_batch: int = 128
@@ -35,13 +36,12 @@ class Limits:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if isinstance(field.default, int) and value < 1:
-                raise ValueError(f"{field.name} is {value}; expected at least 1.")
-            if isinstance(field.default, float) and not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"{field.name} is {value:g}; expected seconds, 0 or more.")
-        for name in ("request_timeout", "read_timeout"):
-            if not getattr(self, name):
-                raise ValueError(f"{name} is 0; expected seconds above 0.")
+            if isinstance(field.default, int):
+                checks.whole_number(field.name, value, least=1)
+            elif field.name in ("request_timeout", "read_timeout"):
+                checks.number(field.name, value, above=0)
+            else:
+                checks.number(field.name, value, least=0)
         if self.max_inputs > self.max_queue:
             raise ValueError(
                 f"max_inputs is {self.max_inputs} and max_queue {self.max_queue}: a request of the most inputs would "

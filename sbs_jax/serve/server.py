@@ -1,4 +1,4 @@
-"""One model behind a port: bind, load, listen, warm up, answer, and end in good order."""
+"""Serve one model on a port: bind, load, listen, warm up, answer, stop."""
 
 import asyncio
 import contextlib
@@ -25,11 +25,10 @@ from sbs_jax.serve.limits import Limits
 log = logging.getLogger(__name__)
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
-_LOOKS_PER_SECOND = 4
 
 
 class ServeError(ValueError):
-    """The server cannot start, or could not go on."""
+    """Reports that the server cannot start or go on."""
 
 
 def serve(
@@ -44,18 +43,16 @@ def serve(
     adapters: Mapping[str, str | Path] | None = None,
     say: Callable[[str], None] = print,
 ) -> int:
-    """Serves a run until told to end; the exit status. `say` gets one line when it is ready.
+    """Serves a run until a signal and returns the exit status. `say` gets one line when it is ready.
 
-    Compiled programs are `kept` in that folder.
-
-    ServeError where the address cannot be had, before the model is loaded.
+    `kept` is the cache folder for compiled programs. ServeError if the address is unavailable, before the model loads.
     """
     listener = _bind(host, port)
     with listener:
         student = Student.load(model, kept=kept, settings=settings, base=base, adapters=adapters)
         server = _Server(student, limits=limits, listener=listener, say=say)
         status = asyncio.run(server.run())
-        if server.computing:  # Python would wait for it, or pull the ground from under it
+        if server.computing:  # Python would wait for its thread, or crash it
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(status)
@@ -63,9 +60,10 @@ def serve(
 
 
 def _bind(host: str, port: int) -> socket.socket:
-    """A socket that is bound and does not listen yet: clients are refused until the model is loaded."""
-    if not 0 <= port < 2**16:  # the system takes what is left of it after division
-        raise ServeError(f"--port is {port}; expected 0 (any that is free) to 65535.")
+    """Binds a socket that does not listen yet: connections are refused until the model is loaded."""
+    if not 0 <= port < 2**16:  # the system would take it modulo 65536
+        raise ServeError(f"--port is {port}; expected 0 (any free port) to 65535.")
+    listener = None
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -73,22 +71,20 @@ def _bind(host: str, port: int) -> socket.socket:
         # asyncio sets TCP_NODELAY only on sockets made with their protocol. Without it an answer's body waits up to
         # 40 ms for the client to acknowledge its headers.
         listener = socket.socket(family, kind, protocol)
-    except (OSError, UnicodeError, OverflowError) as error:
-        raise ServeError(f"--host {host} --port {port}: {error}.") from error
-    try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
-    except (OSError, OverflowError) as error:
-        listener.close()
+    except (OSError, UnicodeError, OverflowError) as error:
+        if listener is not None:
+            listener.close()
         raise ServeError(
-            f"cannot listen on {host} port {port}: {error}. Choose another --port (0: any that is free)."
+            f"cannot listen on {host} port {port}: {error}. Choose another --host or --port (0: any free port)."
         ) from error
     return listener
 
 
 @dataclasses.dataclass(frozen=True)
 class Student:
-    """The loaded student, and where its compiled programs are kept."""
+    """Holds a loaded student and the cache folder of its compiled programs."""
 
     name: str
     step: int
@@ -101,28 +97,28 @@ class Student:
         return cls(directory.resolve().name, step, Predictor.load(model, **options), kept)
 
     def warm_up(self) -> float:
-        """Compiles everything, or reads it; seconds."""
+        """Compiles everything, or reads it from the cache; returns seconds."""
         with compiled.kept(self.kept):
             seconds = self.predictor.warm_up()
-        # What is loaded stays. Looking through it again, Python would stop everything for a second now and then.
+        # Loaded objects stay; without this, each full collection would stop the server for up to a second.
         gc.collect()
         gc.freeze()
         return seconds
 
     def answer(self, rows: Sequence[Question]) -> list[Answer]:
-        """An answer to each, in order."""
+        """Answers the rows, in order."""
         if self.predictor.settings.rationale:
             return self.predictor.answer(rows)
-        told = "this server generates no rationales: start it with --rationale, or leave 'rationale' out."
+        error = "this server generates no rationales: start it with --rationale, or leave 'rationale' out."
         answers = iter(self.predictor.answer([row for row in rows if not row.rationale]))
         return [
-            Answer(id=row.id, prediction=None, score=None, error=told) if row.rationale else next(answers)
+            Answer(id=row.id, prediction=None, score=None, error=error) if row.rationale else next(answers)
             for row in rows
         ]
 
 
 class _Server:
-    """The parts put together, from the start of the event loop to its end."""
+    """Connects model, queue and HTTP server, and runs them until a signal."""
 
     def __init__(
         self, student: Student, *, limits: Limits, listener: socket.socket, say: Callable[[str], None]
@@ -135,11 +131,7 @@ class _Server:
         self._uvicorn = _Uvicorn(
             uvicorn.Config(
                 self._service.app(),
-                http=connections.limited(
-                    max_connections=limits.max_connections,
-                    read_timeout=limits.read_timeout,
-                    keep_alive=limits.keep_alive,
-                ),
+                http=connections.limited(max_connections=limits.max_connections, read_timeout=limits.read_timeout),
                 ws="none",
                 lifespan="off",
                 loop="asyncio",
@@ -152,26 +144,24 @@ class _Server:
                 backlog=limits.max_connections,
             )
         )
-        self._told = asyncio.Event()
+        self._stop = asyncio.Event()
         self._error: BaseException | None = None
-        self.computing = True  # the thread of the model
+        self.computing = True  # whether the model's thread runs
 
     async def run(self) -> int:
-        """Until told to end: 0, or 1 where requests were left unanswered. ServeError where the model gave out."""
+        """Runs until a signal; returns 0, or 1 if requests were left unanswered. ServeError if the model failed."""
         loop = asyncio.get_running_loop()
         for number in _SIGNALS:
-            loop.add_signal_handler(number, self._tell, number)
+            loop.add_signal_handler(number, self._signalled, number)
         serving = asyncio.create_task(self._uvicorn.serve(sockets=[self._listener]))
-        watching = asyncio.create_task(self._watch())
         self._batcher.start(self._student.warm_up, prepared=self._ready, ended=self._model_ended)
-        told = asyncio.create_task(self._told.wait())
-        await asyncio.wait((serving, told), return_when=asyncio.FIRST_COMPLETED)
+        stop = asyncio.create_task(self._stop.wait())
+        await asyncio.wait((serving, stop), return_when=asyncio.FIRST_COMPLETED)
         self._service.state = app.STOPPING
         left = await self._finish()
         self._uvicorn.should_exit = True
         await serving
-        for task in (watching, told):
-            task.cancel()
+        stop.cancel()
         if self._error is not None:
             raise ServeError(f"the model gave out: {type(self._error).__name__}: {self._error}") from self._error
         if left:
@@ -189,39 +179,29 @@ class _Server:
 
     def _model_ended(self, error: BaseException | None) -> None:
         self.computing, self._error = False, error
-        self._told.set()
+        self._stop.set()
 
-    def _tell(self, number: int) -> None:
-        """The first signal ends in good order, a second one at once."""
-        if self._told.is_set():
+    def _signalled(self, number: int) -> None:
+        """Stops in order at the first signal, at once at a second."""
+        if self._stop.is_set():
             os._exit(128 + number)
-        log.warning(
-            "%s: no more requests are taken, %d are finished; a second one ends it at once.",
-            *(signal.Signals(number).name, self._service.in_flight),
-        )
-        self._told.set()
+        name, count = signal.Signals(number).name, self._service.in_flight
+        log.warning("%s: no more requests are taken, %d are finished; a second signal ends at once.", name, count)
+        self._stop.set()
 
     async def _finish(self) -> int:
-        """Waits for the requests in flight, and tells those that are left when the time is over; their number."""
+        """Waits for requests in flight, fails those left after `stop_timeout` and returns their number."""
         end = time.monotonic() + self._limits.stop_timeout
         while self._service.in_flight and time.monotonic() < end:
             await asyncio.sleep(0.02)
         left = self._service.in_flight
-        self._service.cut.set()
+        self._service.give_up.set()
         self._batcher.close()
         return left
 
-    async def _watch(self) -> None:
-        while True:
-            await asyncio.sleep(1 / _LOOKS_PER_SECOND)
-            now = time.monotonic()
-            for each in list(self._uvicorn.server_state.connections):
-                if isinstance(each, connections.Connection):
-                    each.look(now)
-
 
 class _Uvicorn(uvicorn.Server):
-    """uvicorn's server; signals are ours."""
+    """Leaves signals to us."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -37,7 +37,7 @@ STUDENTS = {
     "builtin": {"gin": "gin_configs/experiments/builtin/student.gin", "inputs": 32, "answer": 4},
 }
 PARTS = ("latency", "memory")
-VERSIONS = ("jax", "jaxlib", "starlette", "uvicorn", "h11")
+VERSIONS = ("jax", "jaxlib", "starlette", "uvicorn", "h11", "pydantic")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
