@@ -47,9 +47,9 @@ class Unread:
 
         async def sent(message: Message) -> None:
             if unread and message["type"] == "http.response.start":
-                message = message | {"headers": [*message["headers"], (b"connection", b"close")]}
+                message = {**message, "headers": [*message["headers"], (b"connection", b"close")]}
             elif unread and not message.get("more_body", False):
-                await send(dict(message) | {"more_body": True})
+                await send({**message, "more_body": True})
                 await discard()
                 message = {"type": "http.response.body"}
             await send(message)
