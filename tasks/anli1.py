@@ -13,7 +13,7 @@ from typing import Any
 
 from sbs_jax.data.dataset import Dataset, Row
 from sbs_jax.data.grading import accuracy, same_text
-from sbs_jax.data.parsing import Parsed, official_result, split_answer
+from sbs_jax.data.parsing import Parsed, split_answer, usable
 from sbs_jax.data.release import read_inputs
 from sbs_jax.storage.json_files import integer_field, text_field
 from tasks import nli
@@ -54,7 +54,7 @@ def official(text: str, row: Row) -> Parsed:
     if isinstance(found, Parsed):
         return found
     rationale, label = found
-    return official_result(rationale.rstrip(), label.lstrip()[:-1])
+    return usable(rationale.rstrip(), label.lstrip()[:-1])
 
 
 def strict(text: str, row: Row) -> Parsed:

@@ -35,7 +35,6 @@ from sbs_jax.data.parsing import (
     NO_LABEL,
     Parsed,
     member,
-    official_result,
     split_answer,
     strict_answer,
     unusable,
@@ -284,7 +283,7 @@ def official(text: str, row: Row) -> Parsed:
     found = split_answer(text.split("Q:")[0].rstrip(), MARKER)
     if isinstance(found, Parsed):
         return found
-    return official_result(found[0].rstrip(), without_full_stop(found[1]))
+    return usable(found[0].rstrip(), without_full_stop(found[1]))
 
 
 def strict(text: str, row: Row) -> Parsed:

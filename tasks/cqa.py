@@ -22,7 +22,6 @@ from sbs_jax.data.parsing import (
     OK,
     Parsed,
     member,
-    official_result,
     split_answer,
     strict_answer,
     unusable,
@@ -77,7 +76,7 @@ def official(text: str, row: Row) -> Parsed:
     # "." is every character but a newline, so "(x)" is any character in parentheses.
     parts = re.split(r"\(.\)", answer)
     label = parts[1].strip() if len(parts) > 1 else ""
-    return official_result(rationale.rstrip(), label.removesuffix("."))
+    return usable(rationale.rstrip(), label.removesuffix("."))
 
 
 def strict(text: str, row: Row) -> Parsed:

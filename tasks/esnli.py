@@ -13,7 +13,7 @@ from typing import Any
 
 from sbs_jax.data.dataset import Dataset, Row
 from sbs_jax.data.grading import accuracy, same_text
-from sbs_jax.data.parsing import NO_ANSWER, Parsed, official_result, unusable
+from sbs_jax.data.parsing import NO_ANSWER, Parsed, unusable, usable
 from sbs_jax.data.release import read_inputs
 from sbs_jax.storage.json_files import integer_field, text_field
 from tasks import nli
@@ -42,7 +42,7 @@ def official(text: str, row: Row) -> Parsed:
     rationale = text.split("Answer:")[0].rstrip()
     if "Answer: " not in text:
         return unusable(NO_ANSWER, rationale=rationale)
-    return official_result(rationale, text.split("Answer: ")[1].split("Premise")[0].rstrip())
+    return usable(rationale, text.split("Answer: ")[1].split("Premise")[0].rstrip())
 
 
 def strict(text: str, row: Row) -> Parsed:

@@ -14,7 +14,7 @@ from typing import Any
 
 from sbs_jax.data.dataset import Dataset, Row
 from sbs_jax.data.grading import MAX_CHARACTERS, equation_accuracy, equation_value, same_equation_value
-from sbs_jax.data.parsing import NOT_ARITHMETIC, Parsed, official_result, split_answer, strict_answer, unusable, usable
+from sbs_jax.data.parsing import NOT_ARITHMETIC, Parsed, split_answer, strict_answer, unusable, usable
 from sbs_jax.data.release import read_inputs
 from sbs_jax.storage.json_files import text_field
 
@@ -46,7 +46,7 @@ def official(text: str, row: Row) -> Parsed:
     if isinstance(found, Parsed):
         return found
     rationale, answer = found
-    return official_result(rationale.rstrip(), _in_parentheses(answer))
+    return usable(rationale.rstrip(), _in_parentheses(answer))
 
 
 def _in_parentheses(text: str) -> str:

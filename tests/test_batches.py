@@ -336,8 +336,7 @@ def test_eval_examples(cats: Path):
     assert (example.label, example.targets) == (number, number)
     assert example.inputs == f"predict: {number} cats"
     assert example.features.keys() == UNPACKED
-    task = registry.get_task_or_mixture("cats_label")
-    assert isinstance(task, seqio.Task)
+    task = seqio.TaskRegistry.get("cats_label")
     lengths = {**LENGTHS, "task_ids": LENGTHS["targets"]}
     rows = task.get_dataset(lengths, split="train", shuffle=False)
     converter = batches.StepByStepFeatureConverter(pack=False)

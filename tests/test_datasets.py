@@ -28,7 +28,7 @@ def ids(task_name: str, split: str) -> list[str]:
 
 
 def stream(name: str, *, count: int, seed: int | None = 0, **changes) -> list[dict]:
-    provider = registry.get_task_or_mixture(name)
+    provider = seqio.get_mixture_or_task(name)
     arguments = {"sequence_length": LENGTHS, "split": "train", "num_epochs": None, "seed": seed}
     found = provider.get_dataset(**(arguments | changes))
     return list(found.take(count).as_numpy_iterator())
@@ -51,13 +51,11 @@ def test_parts_of_task_names(records_dir: Path):
     assert registry.graded_task("cats_rationale") is None
     assert registry.subtasks("cats_step_by_step") == ("cats_label", "cats_rationale")
     assert registry.subtasks("cats_rationale") == ("cats_rationale",)
-    assert registry.prefix_of_task("cats_rationale") == "explain: "
-    assert registry.prefix_of_task("cats_step_by_step") == "predict: "
 
 
 def test_unknown_names_get_near_matches(records_dir: Path):
     with pytest.raises(ValueError, match=r"Unknown task.*'cats_lable'.*Did you mean 'cats_label'"):
-        registry.get_task_or_mixture("cats_lable")
+        registry.split_task("cats_lable")
     with pytest.raises(ValueError, match="Did you mean 'cats_step_by_step'"):
         registry.split_task("cat_step_by_step")
     with pytest.raises(ValueError, match=r"Unknown dataset 'cat'.*Did you mean 'cats'"):

@@ -75,18 +75,16 @@ def unusable(outcome: str, *, rationale: str | None = None) -> Parsed:
 
 
 def usable(rationale: str, label: str, *, outcome: str = OK) -> Parsed:
-    """Returns rationale and label; a blank rationale gives "no_rationale", a blank label "no_label"."""
+    """Returns rationale and label; a blank rationale gives "no_rationale", a blank label "no_label".
+
+    (The official code would train on a blank label as a blank target.)
+    """
     if not label.strip():
         return unusable(NO_LABEL, rationale=rationale)
     kept = _unless_blank(rationale)
     if kept is None and outcome == OK:
         outcome = NO_RATIONALE
     return Parsed(rationale=kept, label=label, outcome=outcome)
-
-
-def official_result(rationale: str, label: str) -> Parsed:
-    """Returns what the official code would train on; a blank label, a blank target there, is None here."""
-    return usable(rationale, label)
 
 
 def split_answer(text: str, marker: str) -> tuple[str, str] | Parsed:

@@ -170,18 +170,6 @@ def subtasks(task_name: str) -> tuple[str, ...]:
     return tuple(f"{dataset.name}_{task}" for task in MIXED) if kind == STEP_BY_STEP else (task_name,)
 
 
-def prefix_of_task(task_name: str) -> str:
-    """Returns the prefix of a task's inputs (of the label task's, for the mixture)."""
-    kind = split_task(task_name)[1]
-    return _options.rationale_prefix if kind == RATIONALE else _options.label_prefix
-
-
-def get_task_or_mixture(task_name: str) -> seqio.Task | seqio.Mixture:
-    """Returns the registered SeqIO task or mixture; ValueError with near matches if there is none."""
-    split_task(task_name)
-    return seqio.get_mixture_or_task(task_name)
-
-
 def _register(dataset: Dataset) -> None:
     text = tokens.vocabulary(_options.vocabulary)
     features = {

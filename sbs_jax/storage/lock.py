@@ -75,7 +75,7 @@ class Lock:
                 raise
             self._descriptor = descriptor
             if before:
-                self._tell_of(_parse(before))
+                self._log_previous(_parse(before))
             return
 
     def check(self) -> None:
@@ -155,7 +155,7 @@ class Lock:
             elif before is not None:
                 os.close(before)
 
-    def _tell_of(self, holder: Holder | None) -> None:
+    def _log_previous(self, holder: Holder | None) -> None:
         if holder is None:
             log.info("%s was left behind by an unnamed process; this process takes it.", self.path)
         elif holder.host == self.holder.host:
