@@ -37,7 +37,7 @@ _WORD_IDS = range(3, 5003)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoRA:
-    """Adds a low-rank update, `W + alpha / rank * A B` (Hu et al., 2021).
+    """Low-rank update, `W + alpha / rank * A B` (Hu et al., 2021).
 
     A [I, R] starts uniform as in PEFT, B [R, O] as zeros. `dropout` applies to the input of A. `modules` are patterns
     of kernels.
@@ -57,7 +57,7 @@ class LoRA:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Bottleneck:
-    """Adds `y + up(act(down(y)))` after every sub-layer, before the residual sum (Houlsby et al., 2019).
+    """Bottleneck after every sub-layer, before the residual sum: `y + up(act(down(y)))` (Houlsby et al., 2019).
 
     `up` [W, D] starts as zeros. Both matrices have no bias, like every matrix of a T5.
     """
@@ -72,7 +72,7 @@ class Bottleneck:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """Puts `length` vectors [X, D], initially words, before the embedded source (Lester et al., 2021)."""
+    """Prompt of `length` vectors [X, D], initially words, before the embedded source (Lester et al., 2021)."""
 
     length: int
 
@@ -82,9 +82,10 @@ class Prompt:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Prefix:
-    """Adds `length` keys and values [X, J] to every attention (prefix tuning, Li and Liang, 2021).
+    """Prefix of `length` keys and values [X, J] for every attention (prefix tuning, Li and Liang, 2021).
 
-    They start as the keys and values of words, and are trained directly (the paper trains a network that makes them).
+    They start as the keys and values of words, and are trained directly (the paper trains a network that generates
+    them).
     `attentions` are patterns: attention, self_attention, encoder_decoder_attention.
     """
 
@@ -98,7 +99,7 @@ class Prefix:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class IA3:
-    """Scales each column of `key` and `value` and each row of `wo`, initially by 1 (IA3, Liu et al., 2022)."""
+    """Factors on each column of `key` and `value` and each row of `wo`, initially 1 (IA3, Liu et al., 2022)."""
 
     outputs: Sequence[str] = ("key", "value")
     inputs: Sequence[str] = ("wo",)
@@ -109,7 +110,7 @@ class IA3:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Biases:
-    """Adds a bias [O], initially zeros, to each kernel (BitFit, Zaken et al., 2021, for a model without biases).
+    """Bias [O] for each kernel, initially zeros (BitFit, Zaken et al., 2021, for a model without biases).
 
     To train T5's relative position biases, set `Tuning.trained = (".*relpos_bias.*",)`.
     """
@@ -122,7 +123,7 @@ class Biases:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tuning:
-    """Chooses which parameters are trained and how the frozen ones are stored. Parts that are None are not used.
+    """Choice of the trained parameters and of the frozen ones' precision. Parts that are None are not used.
 
     `trained` are patterns of the base's own parameters (".*layer_norm/scale"). `last_layers` trains that many layers at
     the end of both stacks, with the final norms. All other parameters of the base are frozen, in the precision `base`:
@@ -153,7 +154,7 @@ class Tuning:
 
     @classmethod
     def of(cls, saved: Mapping[str, Any] | None) -> "Tuning | None":
-        """Inverts `dataclasses.asdict`, also after a trip through JSON."""
+        """Inverts `dataclasses.asdict`, also after a JSON round trip."""
         if saved is None:
             return None
         parts = {name: None if saved[name] is None else part(**saved[name]) for name, part in PARTS.items()}
@@ -183,7 +184,7 @@ def _check_patterns(owner: Any, *names: str) -> None:
 
 
 class LoRAModule(nnx.Module):
-    """Computes the branch `x A B * alpha / rank` beside a dense layer."""
+    """Branch `x A B * alpha / rank` beside a dense layer."""
 
     def __init__(self, dense: layers.Dense, shape: tuple[int, int], *, lora: LoRA) -> None:
         self.axes = ((dense.axes[0], "adapter"), ("adapter", dense.axes[1]))
@@ -210,7 +211,7 @@ _DOWN, _UP = ("embed", "adapter"), ("adapter", "embed")
 
 
 class BottleneckModule(nnx.Module):
-    """Computes `y + up(act(down(y)))` after a sub-layer."""
+    """Bottleneck `y + up(act(down(y)))` after a sub-layer."""
 
     def __init__(self, config: t5.T5Config, *, bottleneck: Bottleneck) -> None:
         width, narrow = config.emb_dim, bottleneck.width
@@ -225,7 +226,7 @@ class BottleneckModule(nnx.Module):
 
 
 class PromptModule(nnx.Module):
-    """Holds the vectors before the embedded source."""
+    """Trained vectors before the embedded source."""
 
     def __init__(self, config: t5.T5Config, *, prompt: Prompt) -> None:
         self.embedding = nnx.Param(jnp.zeros((prompt.length, config.emb_dim), jnp.float32), axes=("adapter", "embed"))
@@ -236,7 +237,7 @@ class PromptModule(nnx.Module):
 
 
 class PrefixModule(nnx.Module):
-    """Holds the keys and values before those of one attention."""
+    """Trained keys and values that precede those of one attention."""
 
     def __init__(self, config: t5.T5Config, *, prefix: Prefix) -> None:
         shape = (prefix.length, config.num_heads * config.head_dim)
@@ -256,7 +257,7 @@ class PrefixModule(nnx.Module):
 
 
 def attach(model: t5.T5, tuning: Tuning) -> None:
-    """Adds the tuning's modules to a model and replaces kernels by quantized ones. `init` gives their values.
+    """Adds the tuning's modules to a model and replaces kernels by quantized ones. `init` computes their values.
 
     ValueError if a pattern matches nothing, a rank exceeds a kernel's dimensions, or a kernel cannot be quantized.
     """
@@ -360,7 +361,7 @@ def _short_names(names: Iterable[str]) -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class Adapted:
-    """Describes a student with its tuning: structure, shapes and logical axes of all parameters; trained names."""
+    """Student with its tuning: structure, shapes and logical axes of all parameters, and names of the trained ones."""
 
     structure: t5.Structure
     shapes: dict[str, jax.ShapeDtypeStruct]
@@ -491,7 +492,7 @@ def _random_words(count: int, config: t5.T5Config, *, seed: int) -> np.ndarray:
 
 
 def _norm_before(model: t5.T5, attention: str) -> Any:
-    """Returns the norm whose output an attention computes its keys and values from."""
+    """Returns the norm whose output feeds an attention's keys and values."""
     side, _, index, kind = attention.split("/")
     if kind == "encoder_decoder_attention":
         return model.encoder.encoder_norm

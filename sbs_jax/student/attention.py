@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from sbs_jax.student import partitioning
 
-# Score of a pair that must not attend. Finite, so that a query without any key gives no NaN.
+# Score of a masked pair. Finite, so that a query without any key gives no NaN.
 MASKED = -1e10
 # Names of values that the backward pass needs besides queries, keys and values (see `t5.REMAT`).
 SAVED = ("attended", "attention_normalizer")
@@ -52,7 +52,7 @@ def attend(
 
 @dataclasses.dataclass(frozen=True)
 class _Mask:
-    """Limits the keys that a query sees; all queries see the first `prefix` keys."""
+    """Mask of the keys that a query sees; all queries see the first `prefix` keys."""
 
     causal: bool
     prefix: int
@@ -120,7 +120,7 @@ def _forward_of_group(
     """Returns attended values, each query's largest score, and its sum of exp(score - largest)."""
     scores_BHTS = _scores(q_BTHK, k_BSHK, bias_HTS, segments, mask)
     largest_BHT = jnp.max(scores_BHTS, axis=-1)
-    # Without this barrier the maximum takes a pass of its own over the scores, after the product that computes them.
+    # Without this barrier the maximum needs a separate pass over the scores, after the product that computes them.
     scores_BHTS, largest_BHT = jax.lax.optimization_barrier((scores_BHTS, largest_BHT))
     weights_BHTS = jnp.exp(scores_BHTS - largest_BHT[..., None]).astype(v_BSHK.dtype)
     ones = jnp.ones((*v_BSHK.shape[:-1], 1), v_BSHK.dtype)
@@ -185,7 +185,7 @@ def _backward_of_group(
 
 @dataclasses.dataclass(frozen=True)
 class _Groups:
-    """Divides heads into groups whose scores fit into a chip's fast memory, with heads of every shard in each group."""
+    """Groups of heads whose scores fit into a chip's fast memory; each group has heads of every shard."""
 
     count: int
     shards: int

@@ -1,6 +1,7 @@
 """Generation: greedy, sampling and beam search with a cache, and log probabilities of given targets.
 
-All take a batch of unpacked source rows. Up to rounding, a row's result does not depend on its neighbors or padding.
+All functions take a batch of unpacked source rows. Up to rounding, a row's result does not depend on its neighbors or
+padding.
 """
 
 from collections.abc import Callable
@@ -87,7 +88,7 @@ def most_likely(logits_BV: Float[Array, "B V"]) -> Int[Array, "B"]:
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
 
     def by_comparison(logits_BV: jax.Array) -> jax.Array:
-        """Computes a maximum, then a minimum: both are vectorized by XLA for CPU, which argmax is not."""
+        """Computes a maximum, then a minimum: XLA for CPU vectorizes both, but not argmax."""
         most_B1 = jnp.max(logits_BV, axis=-1, keepdims=True)
         token_V = jnp.arange(logits_BV.shape[1], dtype=jnp.int32)
         # NaN equals nothing, so a row with NaN gets the last token instead of an index out of range.
@@ -96,7 +97,7 @@ def most_likely(logits_BV: Float[Array, "B V"]) -> Int[Array, "B"]:
     return jax.lax.platform_dependent(logits_BV, tpu=by_argmax, default=by_comparison)
 
 
-# Below this a step hardly gets faster: it spends its time reading the weights.
+# Fewer rows hardly make a step faster: most of its time goes into reading the weights.
 LEAST_ROWS = 4
 
 
@@ -114,7 +115,7 @@ def _generate(
     loop = (
         jnp.int32(0),
         jnp.zeros((batch,), jnp.int32),
-        # An all-padding row (a batch is filled up with these) is done from the start.
+        # All-padding rows, which fill up a batch, are done from the start.
         ~jnp.any(encoder_input_tokens > 0, axis=1),
         jnp.zeros((batch, length), jnp.int32),
         jnp.zeros((batch,), jnp.float32),
@@ -170,7 +171,7 @@ def _advance(
 
 
 def _stepper(model: t5.T5, tokens_BS: Int[Array, "B S"], *, length: int, beams: int = 1) -> stepping.Stepper:
-    """Encodes the source for cached steps; everything else here works with the steps alone."""
+    """Encodes the source and returns its stepper; the rest of this module only takes steps."""
     segments_BS, encoded_BPD = t5.source_segments(tokens_BS), _encode(model, tokens_BS)
     return stepping.Stepper(model, encoded_BPD, segments_BS, length=length, beams=beams)
 
@@ -193,7 +194,7 @@ def _encode(model: t5.T5, tokens_BS: Int[Array, "B S"]) -> Float[Array, "B P D"]
     return encoded.reshape(batch, *encoded.shape[2:])
 
 
-# Log probability of what must not be chosen.
+# Log probability of an excluded choice.
 _NEVER = -1e9
 
 
@@ -269,7 +270,8 @@ def beam_search(
 
 
 def _pick(values: jax.Array, index: Int[Array, "B M"]) -> jax.Array:
-    """Returns `values[b, index[b, m]]` of `[B, N]` or `[B, N, rest]`. Compares, as N is small and gathers are slow."""
+    """Returns `values[b, index[b, m]]` of `[B, N]` or `[B, N, rest]`. Uses comparisons: N is small and gathers are
+    slow."""
     chosen = index[:, :, None] == jnp.arange(values.shape[1])[None, None, :]
     if values.ndim == 3:
         chosen, values = chosen[..., None], values[:, None]
@@ -300,7 +302,7 @@ def largest(values_BN: Float[Array, "B N"], count: int) -> tuple[Float[Array, "B
     return jax.lax.platform_dependent(values_BN, tpu=by_rank, default=by_sorting)
 
 
-# Tokens of a block of logits: on a TPU the largest logits are searched only in the blocks with the largest maxima.
+# Tokens per block of logits. On a TPU, only the blocks with the largest maxima are searched for the largest logits.
 _BLOCK = 128
 
 
@@ -309,7 +311,7 @@ def continuations(
 ) -> tuple[Float[Array, "B N count"], Int[Array, "B N count"]]:
     """Returns each beam's `count` best continuations: total log probabilities (`log_p` included) and tokens.
 
-    They are in order; ties go to the first token. A vocabulary smaller than `count` gives all its tokens.
+    Largest first; ties go to the first token. A vocabulary smaller than `count` gives all its tokens.
     """
     batch, beams, width = states_BND.shape
     count = min(count, table_DV.shape[1])
@@ -369,7 +371,7 @@ def score(
     encoder_input_tokens: Int[Array, "B S"],
     decoder_target_tokens: Int[Array, "B T"],
 ) -> Float[Array, "B"]:
-    """Computes the natural log probability of each target: of its non-padding tokens, with EOS if present."""
+    """Computes the natural log probability of each target: the sum over its non-padding tokens, with EOS if present."""
     shifted = jnp.pad(decoder_target_tokens, ((0, 0), (1, 0)))[:, :-1]
     log_p = jax.nn.log_softmax(model(encoder_input_tokens, shifted), axis=-1)
     chosen = jnp.take_along_axis(log_p, decoder_target_tokens[..., None], axis=-1)[..., 0]

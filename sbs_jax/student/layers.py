@@ -36,7 +36,7 @@ def truncated_normal(key: Key[Array, ""], shape: tuple[int, ...], *, std: float)
 
 
 class Dropout:
-    """Drops values, with a fresh key at each use while a step is traced; without a key it does nothing.
+    """Dropout with a fresh key at each use while a step is traced; without a key it does nothing.
 
     One mask serves all positions of a sequence (the second-to-last axis), as when T5X and Mesh TensorFlow trained T5.
     This also makes masks cheap to draw.
@@ -79,7 +79,7 @@ def _dropped(x: jax.Array, key: Key[Array, ""], *, rate: float, shape: tuple[int
 
 
 class RMSNorm(nnx.Module):
-    """Applies `rms_norm` with a learned scale."""
+    """Root-mean-square norm (`rms_norm`) with a learned scale."""
 
     def __init__(self, width: int, *, epsilon: float, dtype: str) -> None:
         self.scale = nnx.Param(jnp.ones((width,), jnp.float32), axes=("embed",))
@@ -101,7 +101,7 @@ def rms_norm(
 
 
 class Dense(nnx.Module):
-    """Multiplies by a matrix `[in, out]` without bias; `axes` are its logical axes (partitioning.py)."""
+    """Dense layer: a matrix `[in, out]` without bias; `axes` are its logical axes (partitioning.py)."""
 
     kernel: Any  # an nnx.Param, or a quantized.Kernel
     # Adapter slots, filled by adapters.py: a LoRA branch, factors on inputs and on outputs, a bias.
@@ -171,7 +171,7 @@ def matmul(
 
     With several leading axes, XLA for CPU computes the kernel's gradient from a transposed copy, and recomputes the
     copied value column by column: a third of a training step (docs/speed.md). So on a CPU all rows become one axis.
-    On a TPU that reshape is what costs copies, between the layouts of rows and of heads.
+    On a TPU it is the reshape that copies, between the layouts of rows and of heads.
     """
     rows, columns = x.shape[: x.ndim - contract], kernel.shape[contract:]
 
@@ -189,7 +189,7 @@ def matmul(
 
 
 class MLP(nnx.Module):
-    """Computes `wo(act_0(wi_0 x) * act_1(wi_1 x) * ..)`; a single branch is named `wi`."""
+    """MLP `wo(act_0(wi_0 x) * act_1(wi_1 x) * ..)`; a single branch is named `wi`."""
 
     def __init__(self, width: int, hidden: int, *, activations: tuple[str, ...], dtype: str, rngs: nnx.Rngs) -> None:
         self.names = ("wi",) if len(activations) == 1 else tuple(f"wi_{i}" for i in range(len(activations)))

@@ -41,7 +41,7 @@ def token_weights(task_ids_BT: Int[Array, "B T"], *, alpha: float) -> Float[Arra
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TaskSums:
-    """Holds sums over the target tokens of one task, which add up over micro-batches."""
+    """Sums over the target tokens of one task; they add up over micro-batches."""
 
     # Typed Any because JAX transformations replace the scalars by shapes and placeholders.
     cross_entropy: Any
@@ -62,11 +62,11 @@ class TaskSums:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TokenStatistics:
-    """Summarizes the logits of each target token for the loss, each float32 [B, T]."""
+    """Statistics of each target token's logits for the loss, each float32 [B, T]."""
 
     log_z: Any  # log of the softmax's normalizer
     target: Any  # logit of the target
-    correct: Any  # 1 if the target is the argmax (of equal logits the first), as greedy decoding picks it
+    correct: Any  # 1 if the target is the argmax (ties go to the first), which greedy decoding picks
 
 
 def token_statistics(logits_BTV: Float[Array, "B T V"], targets_BT: Int[Array, "B T"]) -> TokenStatistics:

@@ -46,7 +46,7 @@ RULES: Rules = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Layout:
-    """Sets the number of devices per mesh axis, and changes to the rules.
+    """Number of devices per mesh axis, and changes to the rules.
 
     `slice` counts pods joined by the data-center network, `data` copies within a pod, `fsdp` shards of parameters and
     optimizer state, `tensor` splits of the matrices. Rows of a batch are sharded over the first three. One number may
@@ -124,7 +124,7 @@ DATA_PARALLEL = Layout(slice=1, data=-1, fsdp=1, tensor=1)
 
 @dataclasses.dataclass(frozen=True)
 class Partitioner:
-    """Derives shardings from a mesh of devices and the table of logical axes."""
+    """Mesh of devices and table of logical axes, from which shardings are derived."""
 
     mesh: Mesh
     rules: Rules
@@ -171,7 +171,8 @@ class Partitioner:
         """Returns XLA options for a training step on these devices."""
         if self.mesh.devices.flat[0].platform != "tpu":
             return {}
-        # This turns off products as a loop over shards. Eight products of an eighth's width take 1.5 times as long as
+        # This stops XLA from computing products as loops over shards. Eight products of an eighth's width take 1.5
+        # times as long as
         # one on small models, and delay gradients (docs/experiments.md).
         return {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
 

@@ -89,7 +89,7 @@ def _nf4_values(codes: Int[Array, "..."]) -> Float[Array, "..."]:
 
 
 class Kernel(nnx.Module):
-    """Replaces the kernel `[I, O]` of a `layers.Dense`. Parts are zeros until values are loaded by name."""
+    """Quantized kernel `[I, O]` of a `layers.Dense`. Parts are zeros until values are loaded by name."""
 
     def __init__(self, shape: tuple[int, int], *, form: str, axes: tuple[str, str]) -> None:
         self.form, self.shape = form, shape
@@ -154,7 +154,7 @@ def _forward(x: Array, parts: Parts, how: tuple[Any, ...]) -> tuple[Array, Parts
 def _backward(how: tuple[Any, ...], parts: Parts, dy: Array) -> tuple[Array, None]:
     _, inner, outer, dtype = how
     rows = dy.shape[: dy.ndim - len(outer)]
-    # Without it the compiler would keep the forward pass's matrix after all, or unpack long before it is needed.
+    # Without this barrier the compiler would keep the forward pass's matrix, or unpack it long before it is needed.
     parts, dy = jax.lax.optimization_barrier((parts, dy))
     like = jax.ShapeDtypeStruct((*rows, *inner), dtype)
     (dx,) = jax.linear_transpose(lambda x: _multiplied(x, parts, how), like)(dy)

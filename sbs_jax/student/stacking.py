@@ -2,7 +2,7 @@
 
 Scanned layers (`t5.Execution`) are stacked in memory, with the layer as first axis; on disk every layer has its own
 arrays. `stack` and `unstack` convert parameters and trees that mirror them. `layerwise` shows an optimizer one layer at
-a time, so that what it computes per array (Adafactor's clipping, scaling and factors) does not depend on stacking.
+a time, so that its per-array results (Adafactor's clipping, scaling and factors) do not depend on stacking.
 """
 
 import re
@@ -49,7 +49,7 @@ def stack(tree: Any) -> Any:
 
 
 def unstack(tree: Any) -> Any:
-    """Inverts `stack`; what is not stacked stays as it is."""
+    """Inverts `stack`; other arrays stay as they are."""
 
     def one(named: Mapping[str, Any]) -> dict[str, Any]:
         whole: dict[str, Any] = {}

@@ -32,7 +32,7 @@ _Product = Callable[[Float[Array, "B N I"]], Float[Array, "B N O"]]
 
 @dataclasses.dataclass(frozen=True)
 class _Layer:
-    """Holds what a decoder layer needs at every position. Norms and bias are float32, the rest has the model's dtype.
+    """Values of a decoder layer that every position needs. Norms and bias are float32, others have the model's dtype.
 
     A `_Product` multiplies the last axis by a weight.
     """
@@ -62,7 +62,7 @@ Cache = tuple[_Pair, ...]  # one pair per layer, beginning with the layer's pref
 
 
 class Stepper:
-    """Decodes one batch step by step: `beams` targets for each row, of up to `length` tokens."""
+    """Step-by-step decoder of one batch: `beams` targets for each row, of up to `length` tokens."""
 
     def __init__(
         self,
@@ -220,7 +220,7 @@ def _multiplier(dense: layers.Dense, axes: tuple[str | None, str | None], c: t5.
     """Returns the function that multiplies by a dense layer's weight at every position.
 
     Adapters are merged into the weight and a quantized weight is unpacked, once, before the loop. If the decoder is too
-    large for that (`_is_gathered`), every position does so again.
+    large for that (`_is_gathered`), every position repeats this.
     """
     adapted = not isinstance(dense.kernel, nnx.Param) or any(
         each is not None for each in (dense.lora, dense.in_scale, dense.out_scale)
@@ -274,7 +274,8 @@ def _matmul(x_BNI: Float[Array, "B N I"], kernel_IO: Float[Array, "I O"]) -> Flo
 def _layout(x_BPJ: Float[Array, "B P J"], heads: int) -> jax.Array:
     """Arranges keys or values for the platform: [B, P, J] on a TPU, [B, H, P, K] elsewhere.
 
-    Elsewhere there is a product per row and head, whose keys then lie side by side: 0.5 ms instead of 4.6 for 64 rows
+    Elsewhere each row and head has its own product, and its keys are adjacent in memory: 0.5 ms instead of 4.6 for 64
+    rows
     of 70 keys on a CPU (docs/speed.md). It is the layout of a loop's state, so it is chosen while tracing.
     """
     if partitioning.platform() == "tpu":

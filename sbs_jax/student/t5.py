@@ -50,7 +50,7 @@ LAYERS = ("scanned", "unrolled")
 
 
 class TokenEmbedder(nnx.Module):
-    """Looks up token embeddings `[V, D]` for both stacks; v1.0 also computes logits with this table."""
+    """Table of token embeddings `[V, D]` for both stacks; v1.0 also computes logits with it."""
 
     product_dtype: str | None = None  # like `Dense.product_dtype`, for the logits
 
@@ -66,7 +66,7 @@ class TokenEmbedder(nnx.Module):
 
 
 class Encoder(nnx.Module):
-    """Encodes the embedded source."""
+    """Encoder stack; its input is the embedded source."""
 
     def __init__(self, config: T5Config, *, rngs: nnx.Rngs) -> None:
         if config.relative_attention_bias == "shared":
@@ -94,7 +94,7 @@ class Encoder(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """Turns the embedded target and the encoded source into the states that logits are computed from."""
+    """Decoder stack: from embedded target and encoded source to states, which `T5.logits` reads."""
 
     def __init__(self, config: T5Config, *, rngs: nnx.Rngs) -> None:
         if config.relative_attention_bias == "shared":
@@ -193,7 +193,7 @@ def source_segments(tokens_BS: Int[Array, "B S"]) -> Int[Array, "B S"]:
 
 
 class T5(nnx.Module):
-    """Implements the encoder-decoder student; `states(source, target_in)` is `decode(encode(source), target_in)`."""
+    """Encoder-decoder student; `states(source, target_in)` is `decode(encode(source), target_in)`."""
 
     prompt: Any = None  # adapter slot: vectors placed before the embedded source
 
@@ -350,7 +350,7 @@ def init(config: T5Config, *, seed: int) -> tuple[Structure, Parameters]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Execution:
-    """Chooses how a student is computed; files, results and gradients stay the same.
+    """Options of a student's computation; files, results and gradients stay the same.
 
     `layers` "scanned" compiles one layer of a stack and loops over it, with parameters stacked in memory (stacking.py);
     "unrolled" compiles every layer. `remat` names how much the backward pass recomputes, a key of `REMAT`.

@@ -24,7 +24,7 @@ RELATIVE_BIASES = ("shared", "per_layer")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class T5Config:
-    """Describes the shape of a T5, with T5X's names.
+    """Architecture of a T5, with T5X's names.
 
     v1.0 is `mlp_activations=("relu",), logits_via_embedding=True`; v1.1 is `("gelu", "linear")` and `False`.
     Activations are computed in `dtype`; parameters are always float32. `vocab_size` counts the rows of the
@@ -70,12 +70,12 @@ class T5Config:
 
     @classmethod
     def of(cls, saved: Mapping[str, Any]) -> "T5Config":
-        """Inverts `dataclasses.asdict`, also after a trip through JSON, which has no tuples."""
+        """Inverts `dataclasses.asdict`, also after a JSON round trip, which turns tuples into lists."""
         return cls(**{**saved, "mlp_activations": tuple(saved["mlp_activations"])})
 
 
 class RelativePositionBias(nnx.Module):
-    """Learns one number per head and bucket of (key position - query position)."""
+    """One learned number per head and bucket of (key position - query position)."""
 
     def __init__(self, config: T5Config, *, bidirectional: bool, rngs: nnx.Rngs) -> None:
         shape = (config.num_heads, config.relative_attention_num_buckets)
@@ -122,7 +122,7 @@ def relative_position_bucket(
 
 
 class Attention(nnx.Module):
-    """Computes multi-head attention without biases and without the factor 1/sqrt(K).
+    """Multi-head attention without biases and without the factor 1/sqrt(K).
 
     T5 folds that factor into the initial scale of the query kernel.
     """
@@ -182,7 +182,7 @@ def _mlp(config: T5Config, *, rngs: nnx.Rngs) -> layers.MLP:
 
 
 class EncoderLayer(nnx.Module):
-    """Applies self-attention, then the MLP, each to its normalized input and added to that input."""
+    """Self-attention, then the MLP; each reads its normalized input and is added to that input."""
 
     attention_adapter: Any = None  # adapter slots: one after each sub-layer
     mlp_adapter: Any = None
@@ -219,7 +219,7 @@ class EncoderLayer(nnx.Module):
 
 
 class DecoderLayer(nnx.Module):
-    """Applies causal self-attention, attention over the encoder output, then the MLP."""
+    """Causal self-attention, attention over the encoder output, then the MLP."""
 
     self_attention_adapter: Any = None  # adapter slots: one after each sub-layer
     encoder_decoder_attention_adapter: Any = None

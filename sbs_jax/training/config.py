@@ -53,7 +53,7 @@ class Optimization:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Checkpointing:
-    """When checkpoints are written, and which ones stay: the newest, the best, the periodic."""
+    """Schedule of checkpoints, and the ones to keep: the newest, the best, the periodic."""
 
     checkpoint_period: int = 250  # steps
     keep_checkpoints: int = 2  # the newest; the older one is a fallback if the newest is damaged
@@ -84,7 +84,7 @@ class Evaluation:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Compute:
-    """Devices and memory: changes speed, and results only by rounding."""
+    """Devices and memory; they change speed, and results only by rounding."""
 
     execution: t5.Execution
     layout: partitioning.Layout
@@ -133,7 +133,7 @@ class TrainConfig(Optimization, Checkpointing, Evaluation, Compute, Guards):
 
     @property
     def eval_task_name(self) -> str:
-        """The task that validation and test grade. ValueError where only rationales are trained."""
+        """The task that validation and test grade. ValueError if only rationales are trained."""
         name = registry.graded_task(self.mixture_or_task_name)
         if name is None:
             raise ValueError(
@@ -156,7 +156,7 @@ def _whole_numbers(config: Any, *names: str, least: int) -> None:
 def rows_per_update(*, mixture_or_task_name: str, examples: int, examples_per_row: int) -> int:
     """Returns the rows that hold `examples` of every task: 64 for `svamp_label`, 128 for `svamp_step_by_step`.
 
-    So methods are compared at the same label examples per update (the official code's batch size counts these).
+    So all methods see equally many label examples per update (the official code's batch size counts these).
     `examples_per_row` is 1, or the average number that fit in a packed row.
     """
     return math.ceil(examples * len(registry.subtasks(mixture_or_task_name)) / examples_per_row)

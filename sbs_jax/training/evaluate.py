@@ -1,4 +1,4 @@
-"""Grade a student on a split of a task: metrics and predictions. prediction/ answers other inputs."""
+"""Grading of a student on a split of a task: metrics and predictions. For other inputs see prediction/."""
 
 import dataclasses
 import functools
@@ -31,7 +31,7 @@ class Result:
 
 
 class Evaluator:
-    """Grades parameters on one split of a task by greedy generation. Compiles once, tokenizes once."""
+    """Grader of parameters on one split of a task, by greedy generation. Compiles once, tokenizes once."""
 
     def __init__(
         self,
@@ -85,7 +85,7 @@ class Evaluator:
 
 
 class Generator:
-    """Generates for any number of source rows, a fixed batch at a time: greedily, or by `compute`.
+    """Generator for any number of source rows, a fixed batch at a time: greedy, or by `compute`.
 
     `compute(model, tokens [B, S], ..)` returns arrays of B rows and may take further arrays of B rows; `run` needs
     tokens and scores from it. Every process passes all rows, computes its share, and gets all answers.
@@ -101,7 +101,7 @@ class Generator:
         compute: Callable[..., Any] | None = None,
         smaller: Sequence[int] = (),
     ) -> None:
-        """`smaller`: further batch sizes to compile for; a partial batch takes the smallest that holds it."""
+        """Prepares `batch_size` and the `smaller` sizes; a partial batch takes the smallest size that holds it."""
         pieces = partitioner.data_parallel_size
         # Padding rows fill a batch up, and are dropped from its results.
         self._batch_size = -(-batch_size // pieces) * pieces

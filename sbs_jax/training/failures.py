@@ -79,7 +79,7 @@ def _write(
 
 
 def _plain(value: float) -> float | str:
-    """Returns a value that JSON has: infinity and NaN as text."""
+    """Converts a value to one that JSON has: infinity and NaN become text."""
     return value if math.isfinite(value) else str(value)
 
 

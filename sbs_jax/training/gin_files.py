@@ -1,4 +1,4 @@
-"""Make a configuration from gin files and bindings. The only module that uses gin.
+"""Configurations from gin files and bindings. No other module uses gin.
 
 gin's dynamic registration lets a gin file import the modules it configures, so no function here is decorated, and
 third-party callables (`@optax.adamw`) are bound directly.
@@ -30,7 +30,7 @@ MODULES = {
     "t5x_model": "sbs_jax.training.t5x_model",
     "train": "sbs_jax.training.config",
 }
-# Imported for the command line, whose bindings have no import of their own.
+# Imported for the command line, because bindings cannot contain imports.
 _PRELUDE = ("adapters", "datasets", "evaluate", "partitioning", "t5", "train")
 # Configuration classes. Each field is bound to the macro of its upper-case name, except for these.
 _CLASSES: dict[str, dict[str, str]] = {
@@ -72,7 +72,7 @@ def configure(
     search_paths: Sequence[str] = (),
     unread: Sequence[str] = (),
 ) -> tuple[Any, str]:
-    """Makes an instance of a configuration class (`"train.TrainConfig"`), and the operative configuration as text.
+    """Returns an instance of a configuration class (`"train.TrainConfig"`) and the operative configuration as text.
 
     `bindings` are `NAME=value`. Later files and bindings override earlier ones, and all override the defaults of the
     class (`class_bindings`). Values that are not gin expressions are text, so `MODEL_DIR=/tmp/run` needs no quotes. A
@@ -91,7 +91,7 @@ def configure(
     prelude += "".join(f"include {file!r}\n" for file in gin_files)
     text = prelude + "\n".join(_quoted(binding) for binding in bindings) + "\n"
     with _usage_errors():
-        # Imports count in their own file alone: the prelude's are for the command line, not for included files.
+        # An import applies to its own file only: those of the prelude serve the command line, not included files.
         includes, _ = gin.parse_config(text)
         _refuse_foreign(importlib.import_module("gin.config"))
         missing = _REQUIRED.findall(gin.config_str())

@@ -31,7 +31,7 @@ def train(config: TrainConfig, *, config_text: str, accept_changes: bool = False
     `config_text` is the operative configuration, kept in the run directory. A directory that holds a run of another
     configuration, other data or other defaults is refused with the difference, unless `accept_changes`. The best
     checkpoint by validation is tested once, at the end. preemption.PreemptedError after a preempted run is saved;
-    repeating the call resumes it, bit for bit as if it had not stopped.
+    repeating the call resumes it, and the result is bit-identical to an uninterrupted run.
     """
     # ------------------------------------------------------------------ set up: data, mesh, compiled step
     registry.configure(config.data)
@@ -103,7 +103,7 @@ def train(config: TrainConfig, *, config_text: str, accept_changes: bool = False
 
 @dataclasses.dataclass
 class _Session:
-    """A training in progress: its state, and the places for metrics, predictions and checkpoints."""
+    """A training in progress: its state, and the writers of metrics, predictions and checkpoints."""
 
     config: TrainConfig
     trainer: Trainer
@@ -194,7 +194,7 @@ class _Session:
         return True
 
     def leave(self) -> None:
-        """Ends a preempted run, after its save: every process leaves at the same place."""
+        """Ends a preempted run after its save; all processes must call this at the same step."""
         self.run.flush()
         hosts.leave()
         raise preemption.PreemptedError(
@@ -211,7 +211,7 @@ class _Session:
 def _restore(
     saver: checkpoints.Checkpoints, trainer: Trainer, *, step: int, base: frozen.Base | None
 ) -> tuple[TrainState, dict[str, Any]]:
-    """Returns the state and metadata of a checkpoint. Arrays as they were on disk are released."""
+    """Returns the state and metadata of a checkpoint. Its arrays in the layout of the disk are released."""
     found = saver.restore(step, parameters=trainer.saved.parameters, optimizer=trainer.saved.optimizer)
     return restored_state(found, trainer, base=base), found.metadata
 
@@ -230,7 +230,8 @@ def evaluator(config: TrainConfig, trainer: Trainer, *, split: str) -> evaluate.
 
 
 def _check_vocabulary(config: TrainConfig) -> None:
-    """Refuses a vocabulary larger than the model's table: jit clamps indices, so garbage would train silently."""
+    """Refuses a vocabulary larger than the model's table: jit clamps indices, so wrong rows would train without an
+    error."""
     tokens = registry.vocabulary(config.data.vocabulary).vocab_size
     if tokens > config.model.vocab_size:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Collect metrics and speeds between two lines of the log."""
+"""Metrics and speeds between two lines of the log."""
 
 import contextlib
 import logging

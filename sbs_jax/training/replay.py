@@ -1,4 +1,4 @@
-"""Repeat one training step and show which examples and parameters caused its result: `sbs replay`.
+"""Replay of one training step, to find the examples and parameters that caused its result: `sbs replay`.
 
 The state before the step is the one kept with a failure (failures.py). Otherwise it is recomputed from the newest
 earlier checkpoint; steps are deterministic.

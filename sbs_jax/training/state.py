@@ -1,4 +1,4 @@
-"""Make the state that a run starts or resumes from: parameters, optimizer and frozen base, on their shardings."""
+"""Initial and restored states of a run: parameters, optimizer and frozen base, on their shardings."""
 
 import functools
 import logging

@@ -1,4 +1,4 @@
-"""Compute one training step: loss and gradients of a global batch, update; and compile it for a mesh."""
+"""One training step: loss and gradients of a global batch, the update, and compiling it for a mesh."""
 
 import dataclasses
 import logging
@@ -48,7 +48,7 @@ def loss_and_gradients(
 
     `parameters` and `frozen` together are the whole model; gradients are of `parameters` alone.
     """
-    # Weights are those of the whole batch, so they come before it is cut: see losses.py.
+    # Token weights depend on the whole batch, so they are computed before it is cut: see losses.py.
     weights = losses.token_weights(batch["decoder_task_ids"], alpha=alpha)
 
     def loss_of(parameters: t5.Parameters, rows: Batch, index: jax.Array):
@@ -96,7 +96,7 @@ def train_step(
     config: TrainConfig,
     optimizer: optax.GradientTransformation,
 ) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
-    """Makes one update from one global batch; returns the new state and metrics. Pure: (seed, step) give the dropout.
+    """Makes one update from one global batch; returns the new state and metrics. Dropout depends on (seed, step) only.
 
     An update whose loss or gradient is not finite changes neither parameters nor optimizer. After more than
     `config.skip_non_finite` of them, no further step changes anything and `step` stays at the last good one: the loop
@@ -149,12 +149,12 @@ class Trainer:
 
     partitioner: partitioning.Partitioner
     abstract: TrainState  # shapes with shardings, as in memory
-    saved: TrainState  # the same with arrays of its own for every layer, as on disk (where `frozen` is left out)
+    saved: TrainState  # the same, with separate arrays for every layer, as on disk (without `frozen`)
     batch: Batch  # shapes with shardings of one global batch
     step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
     unstacked: Callable[[TrainState], TrainState]  # from memory to disk, without `frozen`
     stacked: Callable[[TrainState], TrainState]  # from disk to memory, with `frozen`
-    parameters: Callable[[TrainState], t5.Parameters]  # trained and frozen, with arrays of its own for every layer
+    parameters: Callable[[TrainState], t5.Parameters]  # trained and frozen, with separate arrays for every layer
     structure: t5.Structure  # of a model with these parameters
 
 

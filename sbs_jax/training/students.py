@@ -1,4 +1,4 @@
-"""Load a trained student from a run directory: its best step, its options, and the base under its adapters."""
+"""Trained students of run directories: the best step, its options, and the base under its adapters."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from sbs_jax.weights import frozen, identity, opening
 
 @dataclasses.dataclass(frozen=True)
 class Student:
-    """A trained model of a run directory, with the options it was trained under."""
+    """A trained model of a run directory, with the options of its training."""
 
     config: t5.T5Config
     structure: t5.Structure
@@ -31,8 +31,8 @@ def load_student(
 ) -> Student:
     """Loads the student of a run directory (its best step) or of one `checkpoints/<step>`; registers its tasks.
 
-    Vocabulary, prefixes and lengths are those of its training. `records_dir`, and the `base` of an adapter run, say
-    where these are if they have moved.
+    Vocabulary, prefixes and lengths are those of its training. If the records or the base of an adapter run have moved,
+    `records_dir` and `base` name their new paths.
     """
     return _load_sharing(path, {}, layout=layout, records_dir=records_dir, base=base)[0]
 
@@ -40,7 +40,7 @@ def load_student(
 def load_students(
     path: str | Path, others: Mapping[str, str | Path], *, layout: partitioning.Layout, base: str | None = None
 ) -> tuple[Student, dict[str, Student]]:
-    """Loads an adapter run, and others by name, over one base, which is read and stored once.
+    """Loads an adapter run and further ones by name over one base, which is read and stored once.
 
     Registers the tasks of the first. ValueError if their bases differ, or differ in precision.
     """
@@ -128,7 +128,7 @@ def _read_trained(path: str | Path, partitioner: partitioning.Partitioner) -> _T
 
 
 def _check_shared(first: _Trained, other: _Trained) -> None:
-    """Refuses another adapter run unless the base in memory serves it as well."""
+    """Refuses another adapter run unless the base in memory is also its base."""
     assert first.base is not None
     assert other.base is not None
     if first.base["fingerprint"] != other.base["fingerprint"]:

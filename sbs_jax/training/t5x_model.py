@@ -1,4 +1,4 @@
-"""Run the method on unmodified T5X: its encoder-decoder model and trainer, with our loss. See docs/t5x.md.
+"""The method on unmodified T5X: its encoder-decoder model and trainer, with our loss. See docs/t5x.md.
 
 Needs T5X (scripts/t5x.txt). Only the gin files in `gin_configs/t5x/` import it.
 """
@@ -98,7 +98,7 @@ class StepByStepModel(models.EncoderDecoderModel):
         metrics = self._compute_metrics(logits, targets, mask, loss, z_loss, packed or unpacked)
         for task, name in losses.TASK_NAMES.items():
             of_task = sums[task]
-            # 0 instead of 0 / 0 for a task without tokens; beside a whole number of tokens it rounds away.
+            # Gives 0 instead of 0 / 0 for a task without tokens; other counts are at least 1 and do not change.
             count = jnp.maximum(of_task.tokens, 1e-9)
             metrics |= {
                 f"loss/{name}": models.clu_metrics.Average(total=of_task.cross_entropy, count=count),
@@ -135,8 +135,7 @@ def only_parameters(checkpoint: Mapping[str, Any], model: Mapping[str, Any], *, 
     """Keeps the parameters of a stored state, so that a run starts at step 0 with a fresh optimizer.
 
     For `utils.RestoreCheckpointConfig.state_transformation_fns`; takes the state as stored and as the model has it.
-    T5X initializes whatever the result lacks without a word (`fallback_to_scratch`), so a missing parameter is a
-    ValueError.
+    T5X silently initializes missing parameters (`fallback_to_scratch`), so here they are a ValueError.
     """
     if is_resuming:
         return checkpoint
