@@ -641,7 +641,7 @@ def test_a_model_that_fails_to_warm_up_ends_the_server(monkeypatch: pytest.Monke
     student = server.Student("broken", 1, predictor, "off")
     with server._bind("127.0.0.1", 0) as listener:
         made = server._Server(student, limits=Limits(), listener=listener, say=print)
-        with pytest.raises(server.ServeError, match="gave out: MemoryError: no room for the batch"):
+        with pytest.raises(server.ServeError, match="the model failed: MemoryError: no room for the batch"):
             asyncio.run(made.run())
 
 

@@ -1,1 +1,1 @@
-"""Answers over HTTP."""
+"""Answer over HTTP."""

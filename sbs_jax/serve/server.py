@@ -163,7 +163,7 @@ class _Server:
         await serving
         stop.cancel()
         if self._error is not None:
-            raise ServeError(f"the model gave out: {type(self._error).__name__}: {self._error}") from self._error
+            raise ServeError(f"the model failed: {type(self._error).__name__}: {self._error}") from self._error
         if left:
             log.warning("%d requests were not answered within %g s.", left, self._limits.stop_timeout)
         return 1 if left else 0
