@@ -8,9 +8,22 @@ from sbs_jax.training.gin_files import UsageError
 
 # Batch sizes compiled beside --batch_size, for the small batches of an idle server.
 SMALLER = (1, 8)
+LIMITS = {
+    "max_batch": ("ROWS", "rows taken from the queue together"),
+    "max_queue": ("ROWS", "waiting rows of all requests"),
+    "max_inputs": ("ROWS", "rows of one request"),
+    "max_body_bytes": ("BYTES", "size of one request's body"),
+    "max_connections": ("N", "open connections"),
+    "request_timeout": ("SECONDS", "from the end of a request's body to its answer"),
+    "read_timeout": ("SECONDS", "for a request's headers, for its body, and for a client to read its answer"),
+    "keep_alive": ("SECONDS", "idle time of a connection"),
+    "stop_timeout": ("SECONDS", "for requests in flight when the server stops"),
+}
 
 
 def add(command: Any) -> None:
+    from sbs_jax.serve.limits import Limits
+
     serve = command(
         "serve",
         run,
@@ -35,36 +48,18 @@ def add(command: Any) -> None:
     serve.add_argument("--port", type=int, default=8000, help="port; 0: any free one")
     predict.add_settings(serve)
     limits = serve.add_argument_group("queue and limits")
-    limits.add_argument("--max_batch", type=int, default=128, metavar="ROWS", help="rows taken from the queue together")
     limits.add_argument(
-        "--max_wait_ms", type=float, default=5.0, help="how long a first row waits for more while the model is idle"
-    )
-    limits.add_argument("--max_queue", type=int, default=1024, metavar="ROWS", help="waiting rows of all requests")
-    limits.add_argument("--max_inputs", type=int, default=256, metavar="ROWS", help="rows of one request")
-    limits.add_argument("--max_body_bytes", type=int, default=2**20, help="bytes of one request's body")
-    limits.add_argument("--max_connections", type=int, default=1024, help="open connections")
-    limits.add_argument(
-        "--request_timeout",
+        "--max_wait_ms",
         type=float,
-        default=60.0,
-        metavar="SECONDS",
-        help="from the end of a request's body to its answer",
+        default=1000 * Limits.max_wait,
+        metavar="MS",
+        help="wait of a first row for more while the model is idle (default: %(default)s)",
     )
-    limits.add_argument(
-        "--read_timeout",
-        type=float,
-        default=10.0,
-        metavar="SECONDS",
-        help="for a request's headers, for its body, and for a client to read its answer",
-    )
-    limits.add_argument("--keep_alive", type=float, default=30.0, metavar="SECONDS", help="idle time of a connection")
-    limits.add_argument(
-        "--stop_timeout",
-        type=float,
-        default=30.0,
-        metavar="SECONDS",
-        help="for requests in flight when the server stops",
-    )
+    for name, (metavar, text) in LIMITS.items():
+        default = getattr(Limits, name)
+        limits.add_argument(
+            f"--{name}", type=type(default), default=default, metavar=metavar, help=f"{text} (default: %(default)s)"
+        )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -81,11 +76,7 @@ def run(arguments: argparse.Namespace) -> int:
     from sbs_jax.serve import server
     from sbs_jax.serve.limits import Limits
 
-    names = ("max_batch", "max_queue", "max_inputs", "max_body_bytes", "max_connections")
-    times = ("request_timeout", "read_timeout", "keep_alive", "stop_timeout")
-    limits = Limits(
-        max_wait=arguments.max_wait_ms / 1000, **{name: getattr(arguments, name) for name in (*names, *times)}
-    )
+    limits = Limits(max_wait=arguments.max_wait_ms / 1000, **{name: getattr(arguments, name) for name in LIMITS})
     smaller = tuple(size for size in SMALLER if size < arguments.batch_size)
     return server.serve(
         arguments.model,
