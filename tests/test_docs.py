@@ -255,7 +255,7 @@ def test_pages_that_are_made_tell_every_command_macro_and_module():
         for macro in re.findall(r"^([A-Z_]+) =", lines, re.MULTILINE):
             assert f"| `{macro}` |" in text
     assert "| `SAVE_PATIENCE` | `300.0` | seconds to retry" in text
-    assert "| `LABEL_SOURCE` | `'human'` | whose labels" in text
+    assert "| `LABEL_SOURCE` | `'human'` | train on" in text
     for path in (ROOT / "gin_configs").rglob("*.gin"):
         assert f"| `{path.name}` |" in text
     assert {"sbs_jax.student.t5", "sbs_jax.pages.report", "tasks.svamp"} <= set(pages.modules())

@@ -4,7 +4,6 @@ What decides the numbers may not change: configuration, records, vocabulary, len
 how they are computed may: directories, mesh, layers, devices, versions, retention of checkpoints.
 """
 
-import difflib
 import functools
 import importlib.metadata
 import json
@@ -136,10 +135,12 @@ def _brief(value: Any) -> str:
 
 
 def _diff(old: Mapping[str, str], new: Mapping[str, str], *, name: str) -> list[str]:
-    """Returns the lines "name = value" that differ, as a unified diff without its hunk headers."""
-    before, after = ([f"{key} = {value}" for key, value in sorted(one.items())] for one in (old, new))
-    lines = difflib.unified_diff(before, after, f"{name} of the run", f"{name} as requested", lineterm="", n=0)
-    return [line for line in lines if not line.startswith("@@")]
+    """Lists the values that differ in the form of a unified diff, old above new; empty if none does."""
+    lines = []
+    for key in sorted({*old, *new}):
+        if old.get(key) != new.get(key):
+            lines += [f"{sign}{key} = {values[key]}" for sign, values in (("-", old), ("+", new)) if key in values]
+    return [f"--- {name} of the run", f"+++ {name} as requested", *lines] if lines else []
 
 
 def _bindings(text: str) -> dict[str, str]:
