@@ -1,1 +1,1 @@
-"""Export a student to other forms and runtimes: checkpoints, StableHLO, ONNX, and the card that goes along."""
+"""Export of a student to other forms and runtimes: checkpoints, StableHLO, ONNX, and the card that goes along."""

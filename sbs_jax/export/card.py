@@ -38,7 +38,7 @@ _PREDICTIONS = "predictions"
 def of(source: str, opened: Opened, *, form: str) -> dict[str, Any] | None:
     """Returns the card of a checkpoint: built from what a run left, or read from an export.
 
-    None for published weights: nothing says what the student was trained to do. ValueError for a damaged card.
+    None for published weights, whose task is unknown. ValueError for a damaged card.
     """
     if form == opening.SBS:
         directory, step = checkpoints.locate(source)
@@ -110,7 +110,7 @@ def write(folder: Path, card: Mapping[str, Any], *, usage: str, **more: Any) -> 
 
 
 def sample_inputs(source: str, card: Mapping[str, Any], *, form: str, rows: int) -> list[str]:
-    """Reads the first `rows` inputs that the run was graded on, with the prefix; [] if it left none."""
+    """Reads the first `rows` inputs that the run was graded on, with the prefix; [] if it has none."""
     if form != opening.SBS:
         return []
     files = (checkpoints.locate(source)[0] / _PREDICTIONS).glob("*.jsonl")
@@ -140,7 +140,7 @@ def read_samples(path: str | Path, card: Mapping[str, Any], *, rows: int) -> lis
 
 def _of_run(directory: Path, opened: Opened, *, step: int) -> dict[str, Any]:
     card = _of_settings(opened)
-    with contextlib.suppress(ValueError):  # no method, as for a task of rationales alone
+    with contextlib.suppress(ValueError):  # no known method, such as for a task of rationales alone
         card["training"]["method"] = results.identify(directory).method
     return card | {"test": _tested(directory, step=step)}
 
@@ -272,7 +272,7 @@ def _readme(card: Mapping[str, Any], *, usage: str, more: Mapping[str, Any]) -> 
 
 
 def _cell(value: Any) -> str:
-    """Escapes what would end a cell of a table."""
+    """Escapes characters that would end a cell of a table."""
     return str(value).replace("|", "\\|").replace("\n", " ")
 
 

@@ -1,4 +1,4 @@
-"""Convert a checkpoint from one form to another: `sbs convert`."""
+"""Conversion of a checkpoint from one form to another: `sbs convert`."""
 
 import dataclasses
 import functools
@@ -30,14 +30,14 @@ VOCABULARY = "sentencepiece.model"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """How to convert; the flags of `sbs convert`.
+    """Options of a conversion; the flags of `sbs convert`.
 
-    `from_form` None detects the form. `dtype` and `shard_bytes` are those of Hugging Face's files (and `dtype` of
-    StableHLO's); the other forms hold float32. `base` and `vocabulary` say where those of the source are now, if they
-    have moved.
+    `from_form` None detects the form. `dtype` and `shard_bytes` apply to Hugging Face's files (`dtype` also to
+    StableHLO's); the other forms hold float32. `base` and `vocabulary` are the new paths of the source's, if they have
+    moved.
 
-    Of the forms for other runtimes: `platforms` and `shapes` (rows, tokens) of the programs, () for the defaults, and
-    how many rows (`check`) of `samples` (default: what the run was graded on) to answer with what was written.
+    For other runtimes: `platforms` and `shapes` (rows, tokens) of the programs, () for the defaults. `check` is the
+    number of rows of `samples` (default: the inputs that the run was graded on) to answer with the written files.
     """
 
     to_form: str
@@ -54,7 +54,7 @@ class Options:
 
 @dataclasses.dataclass(frozen=True)
 class _Job:
-    """One conversion: from where (and its form), where to, what was opened, and how."""
+    """One conversion: source and its form, target, opened checkpoint, and options."""
 
     source: str
     form: str
@@ -196,7 +196,7 @@ def _write_json(path: Path, contents: Mapping[str, Any] | None) -> None:
 
 
 def _check_options(options: Options) -> None:
-    """Refuses options that a form does not have, before anything is read."""
+    """Refuses options that the target's form does not have, before anything is read."""
     to_form, dtype = options.to_form, options.dtype
     types = {opening.HUGGING_FACE: ("float32", "bfloat16"), STABLEHLO: ("float32", "bfloat16", "int8")}
     if dtype not in types.get(to_form, ("float32",)):
@@ -228,7 +228,7 @@ def _with_vocabulary(opened: Opened, vocabulary: str, *, owner: str) -> Opened:
 
 
 def _samples(job: _Job, card: Mapping[str, Any]) -> list[str]:
-    """Reads texts to answer with what was written."""
+    """Reads texts to answer with the written files."""
     given, rows = job.options.samples, job.options.check
     if given is not None:
         return cards.read_samples(given, card, rows=rows)
@@ -243,7 +243,7 @@ def _samples(job: _Job, card: Mapping[str, Any]) -> list[str]:
 
 
 def _kept(opened: Opened, source: str, *, base: str | None, is_run: bool) -> dict[str, Any]:
-    """Checks adapters that stay adapters; returns what a summary says of them."""
+    """Checks adapters that are not merged; returns their part of the summary."""
     tuning = opened.tuning
     if is_run:
         if opened.origin is None:
@@ -267,7 +267,7 @@ def _kept(opened: Opened, source: str, *, base: str | None, is_run: bool) -> dic
 
 
 def _merged(opened: Opened, source: str, *, base: str | None) -> tuple[Opened, dict[str, Any]]:
-    """Merges adapters into their base; returns the student and what a summary says of it."""
+    """Merges adapters into their base; returns the student and its part of the summary."""
     merging.check(opened, owner=source)
     arrays = opening.base_arrays(opened, given=base, owner=source)
     summary: dict[str, Any] = {"base": opened.base}

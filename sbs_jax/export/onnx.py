@@ -36,7 +36,7 @@ def check_installed() -> None:
 def write(
     folder: Path, student: Student, *, shapes: Sequence[tuple[int, int]], samples: Sequence[str]
 ) -> dict[str, Any]:
-    """Writes the artefact into an existing folder, as `stablehlo.write`, in float32; returns what a summary says.
+    """Writes the artefact into an existing folder in float32; returns its facts, as `stablehlo.write` does.
 
     There is one shape, since each file holds all weights: 8 rows of the longest input unless another is given.
     """
@@ -51,7 +51,7 @@ def write(
     def greedy(rows: jax.Array) -> tuple[jax.Array, jax.Array]:
         return student.greedy(parameters, rows, length=length)
 
-    for name in ("jax2onnx", "onnx_ir"):  # they report unused plugins, and every constant
+    for name in ("jax2onnx", "onnx_ir"):  # they log unused plugins, and every constant
         logging.getLogger(name).setLevel(logging.CRITICAL)
     with _for_cpu():
         jax2onnx: Any = importlib.import_module("jax2onnx")

@@ -1,4 +1,4 @@
-"""A student as StableHLO, through `jax.export`: programs for some shapes, their weights, and what runs them.
+"""A student as StableHLO, through `jax.export`: programs for some shapes, their weights, and a script to run them.
 
     run.py  model.py             answer lines of JSON without this package
     answer_32x88.jax_export      the program: (weights, tokens [32, 88]) to (tokens, scores); serialized jax.export
@@ -6,8 +6,8 @@
     sentencepiece.model          with the sentinels
     sbs_student.json  README.md  the card
 
-Shapes are static: a TPU needs that, and attention chooses its form by them. `jax.export` refuses operations without a
-promise of compatibility.
+Shapes are static: a TPU needs that, and attention chooses its algorithm by them. `jax.export` refuses operations that
+have no guarantee of compatibility.
 """
 
 import functools
@@ -48,11 +48,10 @@ def write(
     shapes: Sequence[tuple[int, int]],
     samples: Sequence[str],
 ) -> dict[str, Any]:
-    """Writes the artefact into an existing folder; returns what the summary and the card say.
+    """Writes the artefact into an existing folder; returns its facts for the summary and the card.
 
     `form` is how weights are stored (weights.py); `shapes` are (rows, tokens) of the programs, () for the defaults.
-    Where there are `samples` (texts with their prefix), the artefact is read back and its answers are compared with the
-    student's.
+    With `samples` (texts with their prefix), the artefact is read back and its answers are compared with the student's.
     """
     longest = student.card["input"]["max_tokens"]
     shapes, platforms = shapes or ((1, longest), (32, longest)), platforms or DEFAULT_PLATFORMS

@@ -38,7 +38,7 @@ class Student:
     def of(cls, opened: Opened, *, source: str, form: str, base: str | None) -> "Student":
         """Makes the student of an opened checkpoint, whose adapters are merged unless they cannot be.
 
-        ValueError where nothing says what it was trained to do.
+        ValueError if its task is unknown.
         """
         card = cards.of(source, opened, form=form)
         if card is None:
@@ -57,7 +57,7 @@ class Student:
 
     @property
     def tasks(self) -> dict[str, int]:
-        """Maps each task that it can be asked for to its longest answer in tokens."""
+        """Maps each task of the student to its longest answer in tokens."""
         found = {ANSWER: self.card["answer"]["max_new_tokens"]}
         if self.card["rationale"] is not None:
             found[RATIONALE] = self.card["rationale"]["max_new_tokens"]
@@ -81,7 +81,7 @@ class Student:
 
 
 def vocabulary_of(opened: Opened, source: str) -> str:
-    """Returns the vocabulary. ValueError where there is none."""
+    """Returns the vocabulary. ValueError if there is none."""
     if opened.vocabulary is None:
         raise ValueError(
             f"{source} has no tokenizer: no run's vocabulary and no spiece.model. Name one by --vocabulary."
@@ -90,7 +90,7 @@ def vocabulary_of(opened: Opened, source: str) -> str:
 
 
 def write_runner(folder: Path, student: Student, *, model: str) -> None:
-    """Writes what runs an artefact: `run.py`, `model.py`, and the SentencePiece model with its 100 sentinels."""
+    """Writes a runnable artefact's `run.py`, `model.py`, and SentencePiece model with its 100 sentinels."""
     for source, name in (("run.py", "run.py"), (model, "model.py")):
         shutil.copyfile(ARTEFACT / source, folder / name)
     if isinstance(student.vocabulary, seqio.SentencePieceVocabulary):
@@ -134,7 +134,7 @@ def check(
 
 
 def warn_of_difference(checked: Mapping[str, Any] | None) -> None:
-    """Warns where answers that should be equal are not."""
+    """Warns if answers that should be equal differ."""
     if checked is not None and checked["same_answers"] < checked["samples"]:
         log.warning(
             "What was written answers %d of %d samples otherwise than the student. Only tokens that are equally likely "

@@ -1,4 +1,4 @@
-"""What a Hugging Face directory needs to answer by itself: settings of `generate`, and the card."""
+"""Files with which a Hugging Face directory answers by itself: settings of `generate`, and the card."""
 
 import json
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from sbs_jax.weights import hugging_face
 
 
 def finish(folder: Path, *, card: Mapping[str, Any] | None, dtype: str) -> None:
-    """Adds what the card says to a directory that is being written."""
+    """Adds the card, and the settings that follow from it, to a directory that is being written."""
     if card is None:
         return
     greedy = {"do_sample": False, "num_beams": 1, "max_new_tokens": card["answer"]["max_new_tokens"]}

@@ -18,7 +18,7 @@ _TABLE = "token_embedder/embedding"
 
 
 def is_matrix(name: str, array: LazyArray) -> bool:
-    """Tells kernels and the table, nearly all bytes of a student, from small arrays."""
+    """Returns True for kernels and the table, which are nearly all bytes of a student."""
     return (name.endswith("/kernel") or name == _TABLE) and np.dtype(array.dtype) in (np.float32, ml_dtypes.bfloat16)
 
 
@@ -52,7 +52,7 @@ def _packed(part: str, by_row: bool, matrix: np.ndarray) -> np.ndarray:
 
 
 def parameters(stored: Mapping[str, jax.Array], names: Mapping[str, Any], *, form: str) -> t5.Parameters:
-    """Computes the student's parameters, in the given names and types, from what is stored. Traceable."""
+    """Computes the student's parameters, in the given names and types, from the stored arrays. Traceable."""
     found: t5.Parameters = {}
     for name, like in names.items():
         if name in stored:
@@ -64,7 +64,7 @@ def parameters(stored: Mapping[str, jax.Array], names: Mapping[str, Any], *, for
 
 
 def error(arrays: Mapping[str, LazyArray]) -> dict[str, Any]:
-    """Measures what int8 takes from the matrices (`quantized.error`): the mean, the largest and its name."""
+    """Measures the error of int8 in the matrices (`quantized.error`): the mean, the largest and its name."""
     errors = {
         name: quantized.error(matrix.T if name == _TABLE else matrix, form=quantized.INT8)
         for name, array in arrays.items()

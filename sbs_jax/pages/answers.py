@@ -1,4 +1,4 @@
-"""Embed the answers of a report's runs in its page, with filters for their browser (answers.js)."""
+"""Answers of a report's runs, embedded in its page, and filters for their browser (answers.js)."""
 
 import hashlib
 from collections.abc import Sequence
@@ -19,8 +19,8 @@ def embed(study: Study, *, answers: int = MOST_ANSWERS, characters: int = MOST_C
     """Puts the answers into columns, for JSON.
 
     A set is the test rows of one dataset: ids, inputs, gold labels. A run belongs to a set and has, in the same order,
-    its predictions, a "1" or "0" for right or wrong, and its rationales, if any. Labels and predictions repeat, so
-    they are numbers of `texts`:
+    its predictions, a "1" or "0" for right or wrong, and its rationales, if any. Labels and predictions repeat, so they
+    are indices into `texts`:
 
         {"texts": ["yes", "no"], "sets": [{"dataset": "toy", "rows": 2, "ids": ["toy-0", "toy-1"], "inputs": [..],
          "gold": [0, 1], "teacher": []}], "runs": [{"set": 0, "method": "step-by-step", "size": "9.01M", "fraction":
@@ -111,7 +111,7 @@ def _number(texts: dict[str, int], value: str) -> int:
 
 
 def note(embedded: dict[str, Any]) -> str:
-    """Counts the answers, and says how many test rows were left out."""
+    """Counts the answers and the test rows that were left out."""
     sets, runs = embedded["sets"], embedded["runs"]
     shown, total = sum(len(s["ids"]) for s in sets), sum(s["rows"] for s in sets)
     answers = sum(len(run["predictions"]) for run in runs)
@@ -122,7 +122,7 @@ def note(embedded: dict[str, Any]) -> str:
 
 
 def filters(embedded: dict[str, Any]) -> list[Filter]:
-    """Lists the filters that can change anything."""
+    """Lists the filters that have more than one choice."""
     sets, runs = embedded["sets"], embedded["runs"]
     found: list[Filter] = []
     for name, label, values in (

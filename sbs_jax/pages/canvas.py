@@ -1,4 +1,4 @@
-"""Draw with matplotlib and write SVG text, for inlining into HTML or as files.
+"""Drawing with matplotlib as SVG text, for inlining into HTML or as files.
 
 Text stays text, colours are CSS variables (`var(--ink)`, `var(--m0)`; page.css defines them for light and dark), and
 there are no ids or dates: the same plot gives the same bytes.
@@ -85,7 +85,7 @@ class Canvas:
         )
 
     def explain(self, artist: Any, text: str) -> None:
-        """Shows a text when the pointer rests on an artist."""
+        """Adds a text that appears when the pointer rests on an artist."""
         artist.set_gid(f"explained-{len(self._explanations)}")
         self._explanations.append(text)
 
@@ -150,7 +150,7 @@ def standalone(svg: str) -> str:
         raise ValueError(f"Got {svg[:80]!r}; expected the text that Canvas.svg gives.")
     head = f'<svg xmlns="http://www.w3.org/2000/svg" {found[0][5:]} height="{found[2]}" font-family="{_FONTS}"'
     end = svg.index(">", found.end()) + 1
-    # A halo, as page.css gives it, so that a label can lie on a line.
+    # A halo, as in page.css, so that a label is readable on a line.
     halo = f"paint-order:stroke;stroke:{_light()['paper']};stroke-width:4px;stroke-linejoin:round"
     ground = f'<style>text{{{halo}}}</style><rect width="{found[1]}" height="{found[2]}" fill="{_light()["paper"]}"/>'
     return f'<?xml version="1.0" encoding="utf-8"?>\n{head}{svg[found.end() : end]}\n{ground}{svg[end:]}'

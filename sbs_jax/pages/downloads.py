@@ -1,4 +1,4 @@
-"""Write the files beside a page: its plots as SVG, and every number that it shows, in full, as CSV."""
+"""Files beside a page: its plots as SVG, and every number that it shows, in full, as CSV."""
 
 import csv
 import io
@@ -18,7 +18,7 @@ _INDEX = "files.txt"  # names the files of a report, so that the next report can
 
 
 class Downloads:
-    """Collects the files of one page and writes them together. Without a folder nothing is written or linked."""
+    """Collector of a page's files, which are written together. Without a folder nothing is written or linked."""
 
     def __init__(self, folder: Path | None, *, page: Path) -> None:
         self._folder, self._page = folder, page
@@ -50,7 +50,7 @@ class Downloads:
         return [(f"{folder}/{name}", name) for name in names]
 
     def write(self) -> None:
-        """Writes all, and removes files that an earlier report wrote here and this one does not have."""
+        """Writes all files, and removes those of an earlier report that this one does not have."""
         if self._folder is None:
             return
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -65,7 +65,7 @@ class Downloads:
 
 
 def _cell(value: Any) -> Any:
-    # A spreadsheet would compute a text that begins so.
+    # A spreadsheet would evaluate a text that begins with these as a formula.
     return f"'{value}" if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r") else value
 
 

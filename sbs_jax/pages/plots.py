@@ -1,4 +1,4 @@
-"""Draw plots of summaries as SVG text for inlining into HTML."""
+"""Plots of summaries, as SVG text for inlining into HTML."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -73,7 +73,7 @@ def accuracy_of_methods(summary: Summary, *, width: int = 660) -> str:
 def accuracy_against_size(
     summaries: Sequence[Summary], *, teacher_name: str, width: int = 660, height: int = 340
 ) -> str:
-    """Draws each method's accuracy over the student's parameters, at its largest share of the data; the teacher a line.
+    """Draws each method's accuracy at its largest share of the data over the student's size; the teacher is a line.
 
     `summaries` are the sizes of one dataset.
     """
@@ -135,7 +135,7 @@ def accuracy_against_cost(summaries: Sequence[Summary], *, width: int, height: i
 
 
 def _round_numbers(low: float, high: float) -> list[float]:
-    """Chooses up to six round numbers between two bounds for a logarithmic axis; the bounds where there are none."""
+    """Chooses up to six round numbers between two bounds for a logarithmic axis; the bounds if there are none."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     for factors in ((1, 1.5, 2, 3, 4, 5, 6, 8), (1, 2, 5), (1, 3), (1,)):
         places = [float(f"{factor:g}e{power}") for power in powers for factor in factors]

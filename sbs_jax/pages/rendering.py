@@ -1,4 +1,4 @@
-"""Render pages from `templates/`. Jinja escapes every value; a page holds its own style, script, data and plots."""
+"""Pages rendered from `templates/`. Jinja escapes every value; a page contains its style, script, data and plots."""
 
 import base64
 import functools
@@ -51,13 +51,13 @@ def _environment() -> jinja2.Environment:
         keep_trailing_newline=True,
     )
     environment.filters |= {"slug": slug, "sha256": _sha256}
-    # ASCII alone, so that every text can be encoded; Jinja's own tojson escapes what could end a script element.
+    # ASCII only, so that every text can be encoded; Jinja's tojson escapes characters that could end a script element.
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
     return environment
 
 
 def _visible(value: Any) -> Any:
-    """Shows invisible characters by their code: a null character is ⟨U+0000⟩."""
+    """Replaces invisible characters by their code: a null character is ⟨U+0000⟩."""
     return value if isinstance(value, Markup) else _UNSEEN.sub(lambda found: f"⟨U+{ord(found[0]):04X}⟩", str(value))
 
 

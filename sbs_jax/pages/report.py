@@ -1,4 +1,4 @@
-"""Compare finished runs: tables for a terminal, and one page with plots, numbers and every answer.
+"""Comparison of finished runs: tables for a terminal, and one page with plots, numbers and every answer.
 
     sbs report runs --output report.html
 
@@ -29,7 +29,7 @@ __all__ = ["Run", "Study", "Summary", "find", "headline", "identify", "main", "m
 __all__ += ["summarize", "table", "write_page"]
 
 _PAGE_WIDTH = 1040  # pixels between the margins of page.css
-_COST_WIDTH = 500  # two beside each other
+_COST_WIDTH = 500  # two side by side
 
 
 def main(paths: Sequence[str | Path], output: str | Path, *, assets: str | Path | None = None) -> int:
@@ -62,9 +62,9 @@ def write_page(
 ) -> Study:
     """Writes one self-contained HTML page about some runs; returns its numbers.
 
-    `notes` are paragraphs (plain text) under the headline; `command` repeats the whole experiment, if one command
-    does. `teacher_accuracy` as in `study`. `assets` is a folder for the plots as SVG and the numbers as CSV, to which
-    the page links; `left_out` names runs that were not taken, each with its reason.
+    `notes` are paragraphs (plain text) under the headline; `command` repeats the whole experiment, if there is one.
+    `teacher_accuracy` as in `study`. `assets` is a folder for the plots as SVG and the numbers as CSV, to which the
+    page links; `left_out` names the runs that are left out, each with its reason.
     """
     path = Path(path)
     found = study(runs, teacher_accuracy=teacher_accuracy, left_out=left_out)
@@ -117,13 +117,13 @@ def _name(found: Study, summary: Summary) -> str:
 def _findings(found: Study, summary: Summary) -> list[str]:
     """Lists the sentences about a summary; percentages and intervals stay on one line."""
     findings = sentences(summary)
-    if len(found.summaries) > 1:  # the table says it of each
+    if len(found.summaries) > 1:  # the table has it for each
         findings = [sentence for sentence in findings if not sentence.startswith("No difference shown")]
     return [re.sub(r"(?<=\d) (?=%)|(?<=,) (?=[\u2212+\d.]+\])", "\u00a0", sentence) for sentence in findings]
 
 
 def _reproduction(found: Study, *, command: str | None) -> dict[str, Any]:
-    """Collects commands and versions; those of one run are of the first."""
+    """Collects commands and versions; those of a single run belong to the first."""
     first, manifest = found.results[0], found.results[0].manifest
     config = shlex.quote(str(Path(first.run.path) / "config.gin"))
     paths = " \\\n    ".join(shlex.quote(str(result.run.path)) for result in found.results)
@@ -143,7 +143,7 @@ def _reproduction(found: Study, *, command: str | None) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Figures:
-    """Draws the figures of the page and adds each to its downloads."""
+    """Figures of the page; drawing one adds it to the page's downloads."""
 
     study: Study
     downloads: Downloads

@@ -1,4 +1,4 @@
-"""Make tables of a summary or study: rows of text for the page, aligned for a terminal, or as Markdown."""
+"""Tables of a summary or study: rows of text for the page, aligned for a terminal, or as Markdown."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
@@ -45,7 +45,7 @@ def table(summary: Summary) -> str:
     if summary.comparisons:
         lines += ["", "Differences in points, with 95 % interval", "", *_aligned(differences(summary))]
     lines += ["", *(f"- {text}" for text in (*sentences(summary), *summary.cautions))]
-    # Signs that a terminal without UTF-8 and a search by keyboard can deal with.
+    # ASCII signs: a terminal without UTF-8 can show them and a search typed on a keyboard finds them.
     return "\n".join(lines).translate(str.maketrans({MINUS: "-", "“": '"', "”": '"'}))
 
 
@@ -126,7 +126,7 @@ def overview(study: Study) -> Table:
 
 
 def paper(study: Study) -> Table:
-    """Sets runs beside the paper where it has the same cell (paper.py decides that)."""
+    """Compares runs with the paper where it has the same cell (paper.py decides that)."""
     columns = [
         Column("method", lambda s, g, _: g.method, "text"),
         Column("dataset", lambda s, g, _: s.dataset, "text"),

@@ -1,1 +1,1 @@
-"""`sbs plan`: what a configuration would cost on TPUs that are not here, by their compiler."""
+"""`sbs plan`: estimated cost of a configuration on absent TPUs, by their compiler."""

@@ -14,7 +14,7 @@ from typing import Any
 from sbs_jax import checks
 
 GIB = 2**30
-# Use libtpu as a compiler only: look for no TPU, allow other processes to load it too, keep no log files, and send
+# Use libtpu as a compiler only: do not look for a TPU, let other processes load it too, write no log files, and send
 # warnings (such as a sharding it cannot keep) to standard error. Set these before libtpu is loaded.
 ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
@@ -65,7 +65,7 @@ def known() -> dict[str, Chip]:
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """A box of chips, `slices` times: for example 2 of v5e:4x4."""
+    """A number of equal slices of chips: for example 2 of v5e:4x4."""
 
     name: str
     chip: Chip
@@ -82,7 +82,7 @@ class Topology:
         return self.name if self.slices == 1 else f"{self.slices} x {self.name}"
 
     def describe(self) -> list[Any]:
-        """Describes its absent devices. ValueError with the shapes on offer if libtpu has no such box."""
+        """Describes its absent devices. ValueError with the available shapes if libtpu has no such slice."""
         os.environ.update(ENVIRONMENT)
         from jax.errors import JaxRuntimeError
         from jax.experimental import topologies

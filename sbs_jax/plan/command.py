@@ -1,4 +1,4 @@
-"""Plan a run: compile candidates for absent TPUs, cost each, and suggest one."""
+"""Planning of a run: candidates are compiled for absent TPUs and costed, and one is suggested."""
 
 import dataclasses
 import importlib.metadata
@@ -23,7 +23,7 @@ MICRO_BATCHES = (1, 2, 4, 8)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """Holds the flags of `sbs plan`; see its --help."""
+    """Flags of `sbs plan`; see its --help."""
 
     topologies: tuple[chips.Topology, ...]
     steps: tuple[str, ...]
@@ -173,7 +173,7 @@ def _search(
 
 
 def _meshes(config: TrainConfig, topology: chips.Topology) -> Iterator[dict[str, int]]:
-    """Yields the configured mesh, then the usual ones, each division once."""
+    """Yields the configured mesh, then the usual ones, without repeating a division."""
     devices = topology.chips * topology.chip.devices
     seen = []
     for mesh in (_with_slices(config.layout.shape, topology), *({"slice": topology.slices} | m for m in MESHES)):

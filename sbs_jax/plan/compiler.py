@@ -1,4 +1,4 @@
-"""Run the compiler in a process of its own, so that an abort, a hang or lost memory costs one candidate only.
+"""Compiler in a separate process, so that an abort, a hang or a lack of memory costs only one candidate.
 
 The process answers each line of JSON with one line of JSON (worker.py). This module imports no JAX.
 """
@@ -27,7 +27,7 @@ _FATAL = re.compile(r"^F\d{4} |Check failed|^\w*Error\b|Out of memory|^sbs plan:
 
 
 class Compiler:
-    """Starts `command` when first needed, and again after a crash; use it with `with`, which ends it."""
+    """Compiler process that starts when first needed, and again after a crash; `with` ends it."""
 
     def __init__(self, command: Sequence[str], *, time_limit: float) -> None:
         self._command = list(command)
@@ -42,7 +42,7 @@ class Compiler:
         self._stop()
 
     def start(self) -> None:
-        """Starts the process, which imports and reads the configuration while the caller goes on."""
+        """Starts the process, which imports and reads the configuration while the caller continues."""
         if self._process is None:
             self._stderr = tempfile.TemporaryFile()  # noqa: SIM115  (closed by _stop)
             self._process = subprocess.Popen(

@@ -1,4 +1,4 @@
-"""Read the cost of one run of a compiled TPU program from its optimised HLO text.
+"""Cost of one run of a compiled TPU program, read from its optimised HLO text.
 
 The compiler writes `estimated_cycles` beside most operations. Their sum, with loops multiplied by their trip counts, is
 its estimate of one chip's computing time. It gives no estimate for communication or for opaque operations (a Pallas
@@ -22,7 +22,7 @@ _BYTES = {
     **dict.fromkeys(("f64", "s64", "u64"), 8),
 }
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
-# Operations without a time of their own: names for values, and copies that overlap with computation.
+# Operations that take no time themselves: names for values, and copies that overlap with computation.
 _FREE = {
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id"),
     *("call", "while", "conditional", "optimization-barrier", "iota", "send", "recv"),

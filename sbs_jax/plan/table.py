@@ -1,4 +1,4 @@
-"""Print a plan as text."""
+"""Text of a plan, as `sbs plan` prints it."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -126,7 +126,7 @@ def _details(one: dict[str, Any], number: int | None) -> list[str]:
 
 
 def _notes(step: dict[str, Any]) -> list[str]:
-    """Lists what the figures of a step leave out."""
+    """Lists the costs that a step's figures do not include."""
     if step.get("refused"):
         return [f"refused: {step['refused']}"]
     notes = []

@@ -1,6 +1,6 @@
-"""Compile the steps of a configuration for absent TPUs and read the compiler's figures.
+"""Compilation of a configuration's steps for absent TPUs, and the compiler's figures.
 
-`serve` runs in a process of its own, because a compiler may abort or hang (compiler.py).
+`serve` runs in a separate process, because a compiler may abort or hang (compiler.py).
 """
 
 import contextlib

@@ -1,7 +1,7 @@
-"""Cache compiled programs on disk, so that a second start compiles nothing.
+"""Cache of compiled programs on disk, so that a second start compiles nothing.
 
 JAX writes its cache files in place, so a killed or concurrent process could leave or read half a program. Each process
-therefore gives JAX a folder of its own that links to the cached programs; new ones are moved into the cache when they
+therefore gives JAX a separate folder that links to the cached programs; new ones are moved into the cache when they
 are complete. Each version of JAX and kind of processor has its own cache folder.
 """
 

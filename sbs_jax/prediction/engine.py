@@ -1,4 +1,4 @@
-"""Answer questions with a trained student; an unanswerable question gets an answer with its error.
+"""Answers to questions by a trained student; an unanswerable question gets an answer with its error.
 
 `sbs predict` and `sbs serve` use `Predictor`. It knows the prefixes, vocabulary and lengths that the student was
 trained with. Rows are grouped by length and padded to one of a few lengths (`buckets`), each compiled once. Except for

@@ -1,7 +1,8 @@
-"""Answer a file of questions of any size, in constant memory, resumable: `sbs predict`.
+"""Answers to a file of questions of any size, in constant memory, resumable: `sbs predict`.
 
 Rows are read and answered one window at a time. Rows of a window are grouped by length; answers are written in input
-order. Windows depend on the input only, so an interrupted run resumes at the start of one and writes the same answers.
+order. Windows depend on the input only, so an interrupted run resumes at the start of a window and writes the same
+answers.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""Find repeated ids of a file in constant memory: the ids seen so far are kept on disk."""
+"""Index of the ids of a file, on disk: finds repeated ids in constant memory."""
 
 import hashlib
 import sqlite3

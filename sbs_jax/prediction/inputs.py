@@ -1,4 +1,4 @@
-"""Read questions from a file one by one: JSON lines, CSV or Parquet, by the file's ending.
+"""Readers of questions, one by one: JSON lines, CSV or Parquet, by the file's ending.
 
 A malformed row becomes an `Entry` with its error, and reading continues. Only faults of the whole file are raised
 (missing columns, not Parquet). Memory holds one row (JSON lines, CSV; at most `LONGEST_LINE` bytes) or one batch of

@@ -1,6 +1,6 @@
-"""Write answers to a journal of JSON lines, then convert it to the requested format and move it into place.
+"""Journal of answers in JSON lines, which is converted to the requested format and moved into place at the end.
 
-During a run these files lie beside OUTPUT:
+During a run these files are beside OUTPUT:
 
     OUTPUT.partial       one line per answered row, in order
     OUTPUT.partial.json  identity of input, model and settings

@@ -1,1 +1,1 @@
-"""Results of runs, intervals and comparisons, as numbers."""
+"""Results of runs: accuracies, intervals and comparisons."""

@@ -1,4 +1,4 @@
-"""Compute the cost of training and of an answer from the manifests and metrics of runs alone."""
+"""Cost of training and of an answer, computed from the manifests and metrics of runs alone."""
 
 import re
 from collections import Counter

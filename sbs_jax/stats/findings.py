@@ -1,4 +1,4 @@
-"""Write a summary in words, generated from its numbers, whatever the result."""
+"""A summary's findings in words, generated from its numbers."""
 
 from collections.abc import Sequence
 
@@ -72,7 +72,7 @@ def headline(summary: Summary) -> str:
 
 
 def sentences(summary: Summary) -> list[str]:
-    """Writes a sentence per comparison, then how little data does as well as more, then the reference lines."""
+    """Writes a sentence per comparison, then savings of data, then the reference lines."""
     found = [f"{_finding(comparison)}{_not_by_holm([comparison])}." for comparison in summary.comparisons]
     found += _savings(summary)
     if summary.teacher_accuracy is not None:
@@ -104,7 +104,7 @@ def _finding(c: Comparison) -> str:
 
 
 def _savings(summary: Summary) -> list[str]:
-    """Writes where a method scores as much with less data as the other does with its most."""
+    """Lists where a method with less data scores at least as much as the other with its largest share."""
     found = []
     pairs = dict.fromkeys((c.method, c.reference) for c in summary.comparisons)
     for one, other in (pair for method, reference in pairs for pair in ((method, reference), (reference, method))):

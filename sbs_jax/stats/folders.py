@@ -1,4 +1,4 @@
-"""Find run directories: given by their own paths, or inside folders."""
+"""Run directories, given by their own paths or found inside folders."""
 
 import os
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ class Found:
 def find(paths: Sequence[str | Path]) -> Found:
     """Finds every run of some paths, each once, in the order given and by name within a folder.
 
-    A run directory that is named itself must be usable by a report (else FileNotFoundError or ValueError). A folder
+    A run directory given by its own path must be usable by a report (else FileNotFoundError or ValueError). A folder
     without a manifest.json is searched for run directories; those without a test result, or of an unknown method, go
     to `left_out`. Files beside the runs (`runs/*`) are ignored.
     """

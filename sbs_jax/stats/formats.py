@@ -1,4 +1,4 @@
-"""Write numbers and lists as text for tables, sentences and plots."""
+"""Numbers and lists as text, for tables, sentences and plots."""
 
 from collections.abc import Sequence
 
@@ -54,7 +54,7 @@ def p_value(p: float) -> str:
 
 
 def capital(text: str) -> str:
-    """Makes the first letter a capital and leaves the others."""
+    """Makes the first letter a capital; the others do not change."""
     return text[:1].upper() + text[1:]
 
 

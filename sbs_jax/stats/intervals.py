@@ -1,4 +1,4 @@
-"""Compute 95 % intervals of accuracies, and of differences between them, over seeds and test rows.
+"""95 % intervals of accuracies, and of differences between them, over seeds and test rows.
 
 A measured accuracy depends on the seed that trained the student (data subset, start and order) and on the rows of the
 test set. Every seed answers every test row, so the answers of a method form a table (S seeds, N test rows) that shows
@@ -14,8 +14,8 @@ import numpy as np
 def mean_variance(values_SN: np.ndarray) -> tuple[float, float, float]:
     """Computes the mean of a seeds x test rows table, the variance of that mean, and its degrees of freedom.
 
-    Seeds and rows are crossed samples. The variance of the mean is the one between seed means, plus the one between
-    row means, minus the part that both contain (the two-way clustered variance):
+    Seeds and rows are crossed samples. The variance of the mean is the variance between seed means, plus that between
+    row means, minus the part that both contain (two-way clustered variance):
 
         V = var(seed means) / S + var(row means) / N - MSE(interaction) / (S N)
 
@@ -66,12 +66,12 @@ def _difference(differences_SN: np.ndarray) -> tuple[float, float, float]:
 
 
 def mcnemar(differences_SN: np.ndarray) -> tuple[int, int, float]:
-    """Does McNemar's exact test: returns the rows that only one method has right, those of the other, two-sided p.
+    """Does McNemar's exact test: returns the rows that only the one method has right, only the other, and two-sided p.
 
     `differences_SN` is right (1) or wrong (0) of one method minus that of the other, or a positive multiple of it.
-    With several seeds a row counts for the method that is right on it with more of them, and for neither if equal:
-    rows stay independent, and with one seed it is the usual test. It covers these students; `difference_p` covers
-    other seeds as well.
+    With several seeds, a row counts for the method that is right on it with more seeds, and for neither on a tie. So
+    rows stay independent, and one seed gives the usual test. It covers these students only; `difference_p` also covers
+    other seeds.
 
     >>> mcnemar(np.array([[1.0] * 8 + [-1.0] * 2 + [0.0] * 90]))
     (8, 2, 0.109375)
@@ -86,7 +86,7 @@ def mcnemar(differences_SN: np.ndarray) -> tuple[int, int, float]:
 
 
 def holm(values: Sequence[float]) -> list[float]:
-    """Corrects p values for their number (Holm): at 0.05, one in twenty such lists has a false finding.
+    """Corrects p values for their number (Holm): at 0.05, at most one in twenty such lists has a false finding.
 
     >>> [round(p, 3) for p in holm([0.04, 0.01, 0.03])]
     [0.06, 0.03, 0.06]

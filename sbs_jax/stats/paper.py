@@ -1,4 +1,4 @@
-"""Look up the paper's own accuracies, for runs that repeat one of its cells (paper.json has source and date)."""
+"""The paper's own accuracies, for runs that repeat one of its cells (paper.json has source and date)."""
 
 import json
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""Read measured rationales of a run: `rationales.json` in the run directory, and the texts in a file beside it.
+"""Measured rationales of a run: `rationales.json` in the run directory, and the texts in a file beside it.
 
 docs/report.md shows both formats; rationales.py writes them.
 """
@@ -13,7 +13,7 @@ from sbs_jax.storage import json_files
 
 NAME, LINES = "rationales.json", "rationales.jsonl"
 VERSION = 1
-# Group, name, most. Any value may be null or missing, if it was not or cannot be measured.
+# Group, name, upper limit. A value may be null or missing if it was not or cannot be measured.
 _VALUES = (
     ("consistency", "by_parser", 1),
     ("consistency", "by_parser_rows", 1e9),
@@ -59,7 +59,7 @@ class Quality:
 
 
 def read(path: Path) -> Quality | None:
-    """Reads the rationales of a run directory; None without a rationales.json. ValueError names what is damaged."""
+    """Reads the rationales of a run directory; None without a rationales.json. ValueError names the damaged value."""
     file = path / NAME
     if not file.is_file():
         return None

@@ -1,6 +1,6 @@
-"""Measure rationales: their fit to the answers, their overlap with the teacher's, their length.
+"""Measures of rationales: their fit to the answers, their overlap with the teacher's, their length.
 
-Three figures, each of the rows to which it applies:
+Three figures, each over the rows to which it applies:
 
 by parser        The rationale's text names a label (a choice, a label, a calculation: `Dataset.implied_label`), and
                  it is the predicted one. Most texts of e-SNLI name none.
@@ -168,7 +168,8 @@ def _implied(dataset: Dataset, row: records.Record, text: str) -> str | None:
 
 
 def _alike(same: Callable[[str, str], bool]) -> Callable[[str, str], bool]:
-    """Compares by the dataset's grading, or character by character, since texts that are no label can be equal too."""
+    """Compares by the dataset's grading, or character by character, since texts that are not labels can be equal
+    too."""
     return lambda a, b: a == b or same(a, b)
 
 
@@ -182,7 +183,7 @@ def _mean(values: Iterable[float]) -> float | None:
 
 
 class _Generator:
-    """Generates greedily; one program per width of the inputs and length of the answers."""
+    """Greedy generator with one program per width of the inputs and length of the answers."""
 
     def __init__(self, student: students.Student, *, batch_size: int) -> None:
         self._student, self._batch_size = student, batch_size

@@ -1,4 +1,4 @@
-"""Read run directories for a report: method, fraction and seed of each run, and everything it left behind."""
+"""Run directories, read for a report: method, fraction and seed of each run, and its files."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -152,7 +152,7 @@ def identify(path: str | Path) -> Run:
 
 
 def is_tested(path: str | Path) -> bool:
-    """Tells whether a run has reached its test, the last thing that `sbs train` does."""
+    """Returns True if a run has reached its test, the last part of `sbs train`."""
     return any(line["kind"] == "test" for line in directory.read_metrics(path))
 
 

@@ -1,4 +1,4 @@
-"""Summarize runs of several datasets and sizes, each for itself, with p values corrected for all together."""
+"""Summaries of runs of several datasets and sizes, with p values corrected for all comparisons together."""
 
 import dataclasses
 import json
@@ -13,7 +13,7 @@ from sbs_jax.stats.variants import name_variants
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """The numbers of a page: summaries by dataset, in the order given, then by size of the student."""
+    """Numbers of a page: summaries by dataset, in the order given, then by size of the student."""
 
     summaries: tuple[Summary, ...]
     left_out: tuple[str, ...]  # runs in the folders that the page leaves out, each with its reason
@@ -50,7 +50,7 @@ def study(runs: Sequence[Run], *, teacher_accuracy: float | None = None, left_ou
     """Summarizes runs by dataset and size; p values are corrected for all comparisons together.
 
     Runs of one dataset must answer the same test rows, whatever their size. Sizes differ by the configuration of the
-    model, without adapters; runs that differ in a setting alone get it in the name of their method. `teacher_accuracy`
+    model, without adapters; runs that differ only in a setting have it in the name of their method. `teacher_accuracy`
     as in `summarize`; it must be left out with several datasets.
     """
     results = [load(run) for run in runs]

@@ -1,4 +1,4 @@
-"""Summarize runs of one dataset: test accuracies with intervals, differences between methods, reference lines.
+"""Summary of one dataset's runs: test accuracies with intervals, differences between methods, reference lines.
 
 Accuracies are percentages and differences are points.
 """
@@ -59,14 +59,14 @@ class Group:
 class Comparison:
     """`method` minus `reference` at one fraction, in points, paired by seed and by test row, with 95 % interval.
 
-    `p` is of the paired test that the interval belongs to; `ours`, `theirs` and `mcnemar_p` are of McNemar's exact
-    test (intervals.py). The two `.._holm` are corrected for the number of comparisons that are looked at together.
+    `p` belongs to the paired test of the interval; `ours`, `theirs` and `mcnemar_p` belong to McNemar's exact test
+    (intervals.py). The two `.._holm` are corrected for the number of comparisons made together.
     """
 
     method: str
     reference: str
     fraction: float
-    seeds: tuple[int, ...]  # those that both have
+    seeds: tuple[int, ...]  # seeds that both methods have
     difference: float
     low: float
     high: float
@@ -87,7 +87,7 @@ class Comparison:
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """The numbers of one dataset and size of student."""
+    """Numbers of one dataset and one size of student."""
 
     dataset: str
     parameters: int | None  # of the student; None if the runs do not say, or differ
@@ -130,7 +130,7 @@ def summarize(runs: Sequence[Run], *, teacher_accuracy: float | None = None) -> 
 
 
 def of_results(results: Sequence[Result], *, teacher_accuracy: float | None = None) -> Summary:
-    """Summarizes runs that were read already."""
+    """Summarizes results that are already read."""
     if not results:
         raise ValueError("Got no runs to report on; name at least one run directory.")
     check_comparable(results)
@@ -244,7 +244,7 @@ def _reference(method: str, methods: Sequence[str]) -> str | None:
 
 
 def _of_data(remark: str) -> bool:
-    """Tells whether a remark in a method's name is about its data; the standard methods have no such remark."""
+    """Returns True if a remark in a method's name is about its data; the standard methods have no such remark."""
     return remark == TEACHER_LABELS or remark.endswith(" rationales")
 
 

@@ -1,4 +1,4 @@
-"""Read the teacher's accuracy and outcomes from the manifest of the records that runs trained on."""
+"""The teacher's accuracy and outcomes, from the manifest of the records that runs trained on."""
 
 import contextlib
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""Name the setting in which runs differ that are alike in dataset, size, method, share of the data and seed."""
+"""Names for runs that are alike in dataset, size, method, share of the data and seed, but differ in a setting."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -44,7 +44,7 @@ def name_variants(results: Sequence[Result], *, size: Callable[[Result], str]) -
 
 
 def _flat(settings: Any, *, within: str = "") -> dict[str, Any]:
-    """Flattens settings without those that make no variant: {"data": {"packed": 0}} is {"data.packed": 0}."""
+    """Flattens settings, without those that do not make a variant: {"data": {"packed": 0}} is {"data.packed": 0}."""
     found: dict[str, Any] = {}
     for name, value in settings.items() if isinstance(settings, Mapping) else ():
         place = f"{within}{name}"

@@ -85,8 +85,7 @@ class Prefix:
     """Prefix of `length` keys and values [X, J] for every attention (prefix tuning, Li and Liang, 2021).
 
     They start as the keys and values of words, and are trained directly (the paper trains a network that generates
-    them).
-    `attentions` are patterns: attention, self_attention, encoder_decoder_attention.
+    them). `attentions` are patterns: attention, self_attention, encoder_decoder_attention.
     """
 
     length: int

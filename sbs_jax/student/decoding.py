@@ -270,8 +270,7 @@ def beam_search(
 
 
 def _pick(values: jax.Array, index: Int[Array, "B M"]) -> jax.Array:
-    """Returns `values[b, index[b, m]]` of `[B, N]` or `[B, N, rest]`. Uses comparisons: N is small and gathers are
-    slow."""
+    """Returns `values[b, index[b, m]]` of `[B, N]` or `[B, N, rest]`. Compares: N is small, gathers are slow."""
     chosen = index[:, :, None] == jnp.arange(values.shape[1])[None, None, :]
     if values.ndim == 3:
         chosen, values = chosen[..., None], values[:, None]

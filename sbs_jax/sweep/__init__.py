@@ -1,4 +1,4 @@
-"""Train the cells of a table from one gin file, a few at a time; finished cells are skipped."""
+"""Training of all cells of a table from one gin file, a few at a time; finished cells are skipped."""
 
 from sbs_jax.sweep.cells import Cell, Sweep, check_configurations, check_inputs, searching
 from sbs_jax.sweep.running import Ended, main, run

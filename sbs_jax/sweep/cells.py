@@ -1,4 +1,4 @@
-"""The cells of a sweep, each one run of `sbs train`, and the checks before the first one starts."""
+"""Cells of a sweep, each a run of `sbs train`, and the checks before the first one starts."""
 
 import dataclasses
 import itertools

@@ -1,4 +1,4 @@
-"""Train the unfinished cells of a sweep, and report on all."""
+"""Training of a sweep's unfinished cells, and the report on all of them."""
 
 import contextlib
 import dataclasses
@@ -19,7 +19,7 @@ from sbs_jax.sweep.workers import Workers
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Ended:
-    """The end of a cell; `metrics` holds the test metrics of a finished one."""
+    """A cell that has ended; `metrics` holds the test metrics of a finished one."""
 
     cell: Cell
     status: int

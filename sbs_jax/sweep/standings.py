@@ -54,7 +54,7 @@ def standing(cell: Cell) -> Standing:
 
 
 def _changes(cell: Cell) -> list[str]:
-    """Diffs an existing run against what this cell would be now.
+    """Diffs an existing run against a run of this cell that would start now.
 
     Facts derived from configuration, records and vocabulary (counts, lengths, parameter shapes) are not recomputed:
     they differ only if their sources do.

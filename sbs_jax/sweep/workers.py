@@ -1,4 +1,4 @@
-"""Run `sbs` commands in processes of their own, without the seconds that importing TensorFlow and JAX takes.
+"""Processes for `sbs` commands, without the seconds that importing TensorFlow and JAX takes.
 
 A process that has imported everything and computed nothing forks a server, which forks each command. A command may
 crash, be killed or run out of memory without harm to the others.
@@ -20,7 +20,7 @@ _DRIVERS = ("/dev/nvidiactl", "/dev/kfd")
 
 
 class Workers:
-    """Starts commands and reports how they ended; enter it with `with` before this process computes anything.
+    """Starter of commands; yields their exit statuses. Enter it with `with` before this process computes anything.
 
     `entry` takes a command's arguments and returns its exit status (`cli.main.main`).
 
@@ -72,7 +72,7 @@ class Workers:
 
 
 def _can_fork() -> bool:
-    """Tells whether to fork; spawning instead takes seconds more.
+    """Returns True if forking is safe; spawning instead takes seconds more.
 
     A fork of a process in which TensorFlow has looked for GPUs cannot use them, and on macOS the system libraries break
     in a fork.
@@ -100,7 +100,7 @@ def _serve(
                 with contextlib.suppress(OSError):
                     requests.send((name, process.exitcode))
                 continue
-            kind, request = "signal", signal.SIGTERM  # the action when the parent is gone
+            kind, request = "signal", signal.SIGTERM  # used if the parent has ended
             try:
                 kind, request = requests.recv()
             except (EOFError, OSError):

@@ -230,8 +230,7 @@ def evaluator(config: TrainConfig, trainer: Trainer, *, split: str) -> evaluate.
 
 
 def _check_vocabulary(config: TrainConfig) -> None:
-    """Refuses a vocabulary larger than the model's table: jit clamps indices, so wrong rows would train without an
-    error."""
+    """Refuses a vocabulary larger than the model's table: jit clamps indices and reports no error."""
     tokens = registry.vocabulary(config.data.vocabulary).vocab_size
     if tokens > config.model.vocab_size:
         raise ValueError(

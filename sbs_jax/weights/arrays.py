@@ -56,11 +56,11 @@ class LazyArray:
         return LazyArray((*start, self.shape[axis] * self.shape[axis + 1], *end), self.dtype, read)
 
     def onto(self, like: jax.ShapeDtypeStruct) -> jax.Array:
-        """Puts the array on devices, in the sharding and type of `like`; each shard is read by itself."""
+        """Puts the array on devices, in the sharding and type of `like`; each shard is read separately."""
         if like.sharding is None:
             raise ValueError("An array to fill needs a sharding, and this one has none.")
         dtype = like.dtype
-        # Copied: CPU devices may take over the memory they are handed, and this may be a mapped file.
+        # Copied, because a CPU device may keep the memory that it gets, which may be a mapped file.
         return jax.make_array_from_callback(
             like.shape, like.sharding, lambda index: np.array(self.read(_filled(index or (), self.shape)), dtype)
         )
@@ -81,9 +81,9 @@ class Opened:
     """A checkpoint of any form: its architecture, and its arrays under our names and in our layout.
 
     `architecture` is None where the form does not store it (`.npz`). `vocabulary` is the path of its SentencePiece
-    model, or "byte"; `origin` is the manifest of the run that it is or was exported from; None if unknown. In a run of
-    adapters that are not merged, `arrays` holds what was trained, `tuning` says how, and `base` on what: {"path",
-    "seed", "fingerprint"}.
+    model, or "byte"; `origin` is the manifest of its run, or of the run that it was exported from; both are None if
+    unknown. For adapters that are not merged, `arrays` holds the trained parameters, `tuning` the kind of adapters, and
+    `base` the identity of their base: {"path", "seed", "fingerprint"}.
     """
 
     architecture: t5.T5Config | None

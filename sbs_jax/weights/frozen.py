@@ -1,4 +1,4 @@
-"""Load the frozen base of adapters one array at a time, in the precision its `Tuning` asks for."""
+"""Frozen base of adapters, loaded one array at a time in the precision its `Tuning` asks for."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -16,7 +16,7 @@ from sbs_jax.weights.arrays import shapes
 class Base:
     """The base of adapters in memory: parameters that stay frozen, and those that are trained further.
 
-    `identity` is what a checkpoint of adapters keeps of it: {"path", "seed", "fingerprint"}.
+    `identity` is stored in every checkpoint of adapters: {"path", "seed", "fingerprint"}.
     """
 
     frozen: t5.Parameters

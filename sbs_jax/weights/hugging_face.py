@@ -25,7 +25,7 @@ from sbs_jax.weights.arrays import LazyArray, Opened, shapes
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 TORCH_WEIGHTS, TORCH_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 SENTENCEPIECE = "spiece.model"
-# The manifest of the exported run, which makes an import a run again. Hugging Face ignores the file.
+# Manifest of the exported run; with it an import becomes a run again. Hugging Face ignores the file.
 ORIGIN = "sbs_run.json"
 SHARD_BYTES = 5 * 10**9
 
@@ -93,7 +93,7 @@ def open_directory(path: str | Path) -> Opened:
     for name in _UNUSED:
         stored.pop(name, None)
     if tied and not config.logits_via_embedding:
-        # Tied but not scaled (transformers 5 makes new v1.1 models so): the same as an untied copy.
+        # Tied but not scaled, as transformers 5 writes new v1.1 models: the same as an untied copy.
         stored["lm_head.weight"] = stored["shared.weight"]
     arrays, unknown = _renamed(stored, shared_bias=config.relative_attention_bias == "shared")
     layers = {
@@ -242,7 +242,7 @@ def _config(path: Path, settings: Mapping[str, Any], *, tied: bool) -> t5.T5Conf
     # transformers 5 writes `tie_word_embeddings: true` for every T5; scale_decoder_outputs has the old meaning.
     scaled = settings.get("scale_decoder_outputs", settings.get("tie_word_embeddings", True))
     if kind in ("mt5", "umt5"):
-        scaled = tied and scaled  # published with false; the value written by newer versions means nothing
+        scaled = tied and scaled  # published models have false; newer versions write it without a meaning
     settings = {**settings}
     if settings.get("num_decoder_layers") is None:
         settings["num_decoder_layers"] = settings.get("num_layers")

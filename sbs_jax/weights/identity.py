@@ -1,6 +1,6 @@
 """Identity of the base that adapters belong to: {"path", "seed", "fingerprint"}, kept in every checkpoint of adapters.
 
-The fingerprint tells bases apart by their numbers, wherever they are stored.
+The fingerprint identifies a base by its numbers, wherever it is stored.
 """
 
 import hashlib
@@ -63,9 +63,9 @@ def described(identity: Mapping[str, Any]) -> str:
 
 
 def base_path(identity: Mapping[str, Any], given: str | None, *, owner: str) -> str | None:
-    """Returns the path to read a base from: `given`, or where it was; None if it is fresh from a seed.
+    """Returns the path to read a base from: `given`, or the stored one; None if it is fresh from a seed.
 
-    FileNotFoundError where nothing is there (any more).
+    FileNotFoundError if the path does not exist.
     """
     path = given or identity["path"]
     if path is not None and "://" not in str(path) and not Path(path).exists():

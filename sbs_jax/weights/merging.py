@@ -1,4 +1,4 @@
-"""Merge adapters into the base they were trained on, array by array: a plain student without them."""
+"""Merging of adapters into the base they were trained on, array by array, which gives a plain student."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -26,7 +26,7 @@ def check(opened: Opened, *, owner: str) -> None:
 
 
 def can_merge(opened: Opened) -> bool:
-    """Returns whether `merged` can make a plain T5 of it."""
+    """Returns True if `merged` can make a plain T5 of a checkpoint."""
     return not without_place(opened)
 
 
@@ -37,7 +37,7 @@ def without_place(opened: Opened) -> list[str]:
 
 
 def merged(opened: Opened, base: Mapping[str, LazyArray]) -> Opened:
-    """Returns the plain student: the base, in the precision it was trained over, with the adapters merged in."""
+    """Returns the plain student: the base, in its precision during training, with the adapters merged in."""
     tuning = opened.tuning
     assert tuning is not None
     shapes = adapters.abstract(opened.config, tuning).shapes
@@ -54,7 +54,7 @@ def merged(opened: Opened, base: Mapping[str, LazyArray]) -> Opened:
 
 
 def quantization_error(opened: Opened, base: Mapping[str, LazyArray]) -> dict[str, Any]:
-    """Measures what quantizing the base took from its kernels (`quantized.error`); {} if it was not quantized."""
+    """Measures the error that quantization added to the base's kernels (`quantized.error`); {} if not quantized."""
     tuning = opened.tuning
     if tuning is None or tuning.base not in quantized.FORMS:
         return {}

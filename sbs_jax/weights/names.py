@@ -138,7 +138,7 @@ STACKS = ("encoder", "decoder")
 
 
 def check_sizes(path: object, found: Shapes, config: t5.T5Config, *, layers: Mapping[str, int], kind: str) -> None:
-    """Requires plausible sizes, and those of the architecture as far as one layer shows them.
+    """Requires plausible sizes that match the architecture, as far as one layer shows them.
 
     Call it before `parameters`, whose time and memory grow with sizes that a file from outside claims. `found` is by
     our names; `layers` counts the layers of each stack that have arrays.
@@ -174,5 +174,5 @@ def parameters(config: t5.T5Config) -> Mapping[str, jax.ShapeDtypeStruct]:
 
 
 def size(shapes: Mapping[str, jax.ShapeDtypeStruct]) -> int:
-    """Counts numbers."""
+    """Counts the numbers in arrays of these shapes."""
     return sum(math.prod(leaf.shape) for leaf in shapes.values())

@@ -1,4 +1,4 @@
-"""Open weights of any form: one table, from a form's name to what detects and opens it.
+"""Weights of any form, opened by one table: each form has a name, a detector and an opener.
 
 A new form is one module and one row of `FORMS`. The row's `open` returns an `Opened` whose arrays are read by slices;
 checking shapes, merging adapters and placing arrays on devices follow here, once for all forms.
@@ -23,8 +23,8 @@ NPZ, PEFT, HUGGING_FACE, SBS, T5X = "npz", "peft", "hf", "sbs", "t5x"
 class Form:
     """A form of checkpoint.
 
-    `detects` is asked about URLs only if the form is `remote`. `open(path, base)` reads headers and merges nothing;
-    `base` is the path of the base of adapters, None: the one stored in the checkpoint. `described` is the form's name
+    `detects` is called with URLs only if the form is `remote`. `open(path, base)` reads headers and merges nothing;
+    `base` is the path of the base of adapters (None: the one that the checkpoint names). `described` is the form's name
     in errors.
     """
 
@@ -59,9 +59,9 @@ def load_parameters(path: str | Path, *, like: Mapping[str, jax.ShapeDtypeStruct
 
 
 def arrays_of(path: str | Path, *, wanted: Shapes) -> dict[str, LazyArray]:
-    """Opens the arrays of a checkpoint of any form. ValueError where they do not have the wanted names and shapes.
+    """Opens the arrays of a checkpoint of any form. ValueError unless they have the wanted names and shapes.
 
-    Adapters are merged into their base unless they are what is wanted.
+    Adapters are merged into their base, unless the wanted names are exactly those of the adapters.
     """
     form = form_of(path)
     opened = form.open(str(path), None)
@@ -86,7 +86,7 @@ def merged(opened: Opened, *, base: str | None, owner: str) -> Opened:
 def base_arrays(opened: Opened, *, given: str | None, owner: str) -> dict[str, LazyArray]:
     """Opens the base that adapters were trained on: a checkpoint, now at `given`, or fresh parameters from a seed.
 
-    Reads every array once for the fingerprint. ValueError where it is another base.
+    Reads every array once for the fingerprint. ValueError if it is another base.
     """
     assert opened.base is not None
     path = identity.base_path(opened.base, given, owner=owner)

@@ -43,7 +43,7 @@ _TASK = "SEQ_2_SEQ_LM"
 
 
 def is_directory(path: str | Path) -> bool:
-    """Detects a directory of PEFT's that is not a whole model too."""
+    """Detects a PEFT directory that does not also hold a whole model."""
     path = Path(path)
     return (path / CONFIG).is_file() and not hugging_face.is_directory(path)
 
@@ -199,7 +199,7 @@ def open_directory(path: str | Path, *, base: Opened, base_identity: Mapping[str
 
 
 def said_base(path: str | Path) -> str | None:
-    """Returns what the settings call the base; None if they do not."""
+    """Returns the base that the settings name; None if they name none."""
     said = hugging_face.read_object(Path(path) / CONFIG).get("base_model_name_or_path")
     return part(said) if isinstance(said, str) else None
 
@@ -234,7 +234,7 @@ def _check_settings(path: Path, settings: Mapping[str, Any]) -> None:
 
 
 def _known_base(path: Path) -> dict[str, Any] | None:
-    """Reads what our export stored of the base; None for a directory that PEFT saved."""
+    """Reads our export's record of the base; None for a directory that PEFT saved."""
     if not (path / BASE).is_file():
         return None
     value = read_json(path / BASE)
@@ -314,7 +314,7 @@ def _tuning(
     kernels: Collection[str],
     known: Mapping[str, Any] | None,
 ) -> adapters.Tuning:
-    """Builds the `Tuning` that gives exactly these adapters, on the base as our export says it was `known`."""
+    """Builds the `Tuning` of exactly these adapters; `known` is our export's record of the base, if there is one."""
 
     def patterns(chosen: Collection[str]) -> tuple[str, ...]:
         """Names ends of names if they select exactly the chosen kernels, full names otherwise."""

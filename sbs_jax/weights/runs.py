@@ -33,7 +33,7 @@ def open_run(path: str | Path) -> Opened:
         try:
             yield
         finally:
-            # The run may remove this step at any time; what was read is good if the step is still there.
+            # The run may remove this step at any time; the opened arrays are valid if the step still exists afterwards.
             if not checkpoint.is_dir():
                 raise FileNotFoundError(
                     f"There is no checkpoint of step {step} (any more) in {run}: the run removed it. Try again, or "

@@ -34,7 +34,7 @@ _STEP = re.compile(r"checkpoint_(\d+)/")
 _NATIVE_BFLOAT16 = 3
 _BESIDE = re.compile(r"[^/\\\x00-\x1f\ud800-\udfff]{1,240}")
 _DEEPEST = 50  # nesting of names
-# T5X's default; no shape shows it.
+# T5X's default; it does not follow from any shape.
 _DROPOUT_RATE = 0.1
 
 
@@ -47,9 +47,9 @@ def open_checkpoint(path: str | Path) -> Opened:
     """Opens the architecture and arrays of a checkpoint, or of a model directory's newest one.
 
     T5X stores no configuration: sizes come from the shapes; two branches in the MLP mean gated GELU, one means ReLU, as
-    in every published T5; the dropout rate is T5X's default, 0.1. Exports of `sbs convert` have the settings of their
-    run beside them, which win. FileNotFoundError where there is no checkpoint; ValueError for names that are not a
-    T5's.
+    in every published T5; the dropout rate is T5X's default, 0.1. Beside exports of `sbs convert` are the settings of
+    their run, which take precedence. FileNotFoundError where there is no checkpoint; ValueError for names that are not
+    a T5's.
     """
     url, form = _expect(str(path))
     stored = _from_orbax(url) if form == _OCDBT else _from_msgpack(url)
@@ -129,7 +129,7 @@ def _find(path: str) -> tuple[str, str] | None:
 
 
 def _is_target(url: str) -> bool:
-    """Tells a T5X train state from other arrays of Orbax, such as parameters of a run of ours."""
+    """Distinguishes a T5X train state from other arrays of Orbax, such as those of our runs."""
     store = ts.KvStore.open({"driver": "ocdbt", "base": url}).result()
     return any(name.startswith("target.") for name in tensor_store.zarr_names(store))
 
@@ -163,7 +163,7 @@ def _from_msgpack(url: str) -> dict[str, LazyArray]:
     try:
         contents: Any = serialization.msgpack_restore(store.read(_MSGPACK).result().value)
     except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError, MemoryError) as error:
-        # flax's reader believes whatever the file says of its arrays.
+        # flax's reader does not check a file's claims about its arrays.
         reason = part(f"{type(error).__name__}: {error}")
         raise ValueError(f"{url}{_MSGPACK} is not a T5X checkpoint: {reason}") from None
     version = contents.get("version", 0) if isinstance(contents, dict) else 0
@@ -201,9 +201,9 @@ def _from_bits(array: LazyArray) -> LazyArray:
 
 
 def _folder(leaf: Any, *, where: str) -> str:
-    """Returns the folder beside the file that an array is said to be in. ValueError for any other place."""
+    """Returns an array's folder, which must be beside the file. ValueError for any other place."""
     try:
-        # Versions differ in where the description has the path. The folder is always beside the file.
+        # The description's key for the path differs by version. The folder is always beside the file.
         named = (
             leaf.removeprefix(_PLACEHOLDER) if isinstance(leaf, str) else leaf["kvstore"].get("path") or leaf["path"]
         )

@@ -18,7 +18,7 @@ _DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "F6
 
 
 def write_safetensors(file: Path, arrays: Mapping[str, LazyArray], *, dtype: np.dtype | None) -> None:
-    """Writes one array at a time; the library's own writer wants all of them in memory.
+    """Writes one array at a time; the library's own writer needs all of them in memory.
 
     `dtype` None keeps each array's type, which may also be int8 or uint8.
     """

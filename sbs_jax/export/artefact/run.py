@@ -25,7 +25,7 @@ if TOKENIZER["kind"] == "sentencepiece":
 
 
 def encode(text: str) -> list[int]:
-    """Encodes a text: "</s>" is the end token, another ends it; truncated to the length of training."""
+    """Encodes a text: "</s>" becomes the end token, one more is appended; truncated to the length of training."""
     ids = []
     for part in text.split(GIVEN["joint"]):
         ids += [byte + 3 for byte in part.encode()] if TOKENIZER["kind"] == "byte" else PIECES.EncodeAsIds(part)
