@@ -367,7 +367,7 @@ def lose_the_manifest(directory):
 CHANGES = {
     change_parser: r"other records: parser is 'strict' there, 'official' here\. Choose",
     change_source: r"sources of test differ \(llm/test_CoT_0\.json\)",
-    parse_otherwise: "the replies of test were read by other rules",
+    parse_otherwise: "the replies of test were parsed by a different version",
     drop_a_split: "test is only there",
     edit_the_records: r"test\.jsonl is not the file its manifest describes",
     lose_the_manifest: r"it has no manifest\.json",

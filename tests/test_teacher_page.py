@@ -60,7 +60,7 @@ def test_outcomes_are_counted_and_explained(tmp_path: Path) -> None:
     assert [(line[0], *line[2:]) for line in outcomes[1:]] == [
         ("okrationale and label can be used", "90", "88.2 %"),
         ("no_answerthere is no answer marker", "10", "9.8 %"),
-        ("lengththe reply did not end, not even with four times the room", "1", "1.0 %"),
+        ("lengththe reply was truncated, even at four times the token limit", "1", "1.0 %"),
         ("new <word>", "1", "1.0 %"),
     ]
 

@@ -1,7 +1,7 @@
 """Build the model's batches: shifted, padded or packed, with a task id per target token.
 
 `train_dataset` yields endless training batches, `eval_examples` returns the rows of a split with their texts, and
-`count_truncated` counts the rows that the feature lengths cut.
+`count_truncated` counts the rows longer than the feature lengths.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from sbs_jax import checks
 from sbs_jax.data import registry, tokens
 from sbs_jax.data.dataset import check_lengths
 
-# Number of places planned into rows at a time.
+# Examples assigned to rows at a time.
 _PLACES = 65_536
 _Spec = seqio.FeatureConverter.FeatureSpec
 
 
 class StepByStepFeatureConverter(seqio.EncDecFeatureConverter):
-    """Adds `decoder_task_ids` to SeqIO's encoder-decoder converter: 1 label, 2 rationale, 0 padding.
+    """SeqIO's encoder-decoder converter with `decoder_task_ids`: 1 label, 2 rationale, 0 padding.
 
-    The task id is a feature of the targets' length, because SeqIO refuses pass-through features when it packs.
+    Task ids are a feature as long as the targets, because SeqIO refuses pass-through features when it packs.
 
     Example with T5's vocabulary: one row, "2 cats left", for both tasks.
 
@@ -39,7 +39,7 @@ class StepByStepFeatureConverter(seqio.EncDecFeatureConverter):
          "task_ids": [2, 2, 2, 2, 2, 2, 2]}
 
     With the lengths {"inputs": 14, "targets": 10, "task_ids": 10} and `pack=True` they share one row. The decoder
-    starts each of them at 0, and padding is 0 everywhere:
+    input of each starts with 0, and padding is 0 everywhere:
 
         encoder_input_tokens   [9689, 10, 204, 10003, 646, 1, 3209, 10, 204, 10003, 646, 1, 0, 0]
         encoder_segment_ids    [   1,  1,   1,    1,   1, 1,    2,  2,   2,    2,   2, 2, 0, 0]
@@ -51,7 +51,7 @@ class StepByStepFeatureConverter(seqio.EncDecFeatureConverter):
         decoder_segment_ids    [  1,   1,   2,   2,  2,   2,    2,    2,   2, 0]
         decoder_positions      [  0,   1,   0,   1,  2,   3,    4,    5,   6, 0]
 
-    With `pack=False` each has a row of its own, without segment ids and positions.
+    With `pack=False` each has its own row, without segment ids and positions.
     """
 
     TASK_FEATURES: ClassVar = {
@@ -93,25 +93,25 @@ def train_dataset(
 ) -> Iterator[dict[str, np.ndarray]]:
     """Yields endless training batches of int32 arrays [batch_size, length], or [len(rows), length].
 
-    Keys and rows are those of `StepByStepFeatureConverter`. (SeqIO's own pipeline gives a few thousand of these rows a
-    second on one core and can skip only by computing them; here a row is a copy between arrays.)
+    Keys and rows are those of `StepByStepFeatureConverter`. (Rows are copied between arrays here, because SeqIO's own
+    pipeline makes a few thousand rows per second and core, and must compute the rows that it skips.)
 
     Each epoch of a task visits each row once, in an order that depends only on (seed, epoch, number of rows). Batches
     run across the ends of epochs, so all are full. A mixture alternates strictly between label and rationale, each
     with its own epochs; if both have equally many rows, each pair comes from one row. `<dataset>_label` with half the
     batch size and the same seed therefore trains on the same labels in the same order as `<dataset>_step_by_step`. All
-    processes compute the same batches, so hosts that build different `rows` share one batch.
+    processes plan the same batches, so each host can build only its own `rows` of a batch.
 
     Args:
       mixture_or_task: a registered name, e.g. "svamp_step_by_step".
-      lengths: {"inputs": .., "targets": ..}; longer rows are cut (see `count_truncated`).
+      lengths: {"inputs": .., "targets": ..}; longer rows are truncated (see `count_truncated`).
       split: usually "train".
       batch_size: rows per batch of all hosts together.
       pack: put consecutive examples into one row while they fit.
-      seed: of the shuffle.
-      skip_batches: batches to skip, to resume after this many steps. Instant without packing; with it, a third of a
-        second per million examples.
-      rows: the rows of each batch to build, in this order; None for all. `Partitioner.local_rows` names those of a
+      seed: seed of the shuffle.
+      skip_batches: batches to skip when resuming. Instant without packing; with packing, a third of a second per
+        million examples.
+      rows: the rows of each batch to build, in this order; None for all. `Partitioner.local_rows` lists those of a
         host's devices.
     """
     check_lengths(lengths)
@@ -151,7 +151,7 @@ def batch_examples(
     seed: int,
     batch: int,
 ) -> tuple[list[BatchExample], dict[str, np.ndarray]]:
-    """Lists the examples of batch number `batch` (from 0) of `train_dataset`, and builds each as a row of its own.
+    """Lists the examples of batch number `batch` (from 0) of `train_dataset`, each built as its own row.
 
     The arrays have the batch's keys and one row per example.
     """
@@ -181,7 +181,7 @@ class _Stream:
         self._order = functools.lru_cache(maxsize=4)(self._compute_order)
 
     def model_features(self, first: np.ndarray, end: np.ndarray, *, pack: bool) -> dict[str, np.ndarray]:
-        """Builds rows; row i holds the places from `first[i]` to before `end[i]`."""
+        """Builds rows; row i holds the places `first[i]` to `end[i] - 1`."""
         counts = end - first
         rows, within = _ranges(counts)
         tasks, indices = self.locate(first[rows] + within)
@@ -241,7 +241,7 @@ class _Stream:
 
 @dataclasses.dataclass(frozen=True)
 class _Examples:
-    """Examples in the order of rows and segments: their task and row of the table, and their destination.
+    """Examples ordered by row and segment, each with its source (task, table row) and its destination.
 
     `tasks`, `indices`, `rows` and `segments` (from 1, ascending within a row) are integers [n].
     """
@@ -255,7 +255,7 @@ class _Examples:
     segments: np.ndarray
 
     def ids(self, feature: str, *, length: int) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the tokens of all examples, one after the other, each cut to `length`, and their sizes."""
+        """Returns the concatenated tokens of all examples, each truncated to `length`, and their sizes."""
         starts, sizes = np.empty_like(self.indices), np.empty_like(self.indices)
         for task, tables in enumerate(self.tables):
             mine = self.tasks == task
@@ -268,7 +268,7 @@ class _Examples:
         for task, tables in enumerate(self.tables):
             mine = task_of == task
             ids[mine] = tables[feature].ids[source[mine]]
-        ids[np.cumsum(sizes) - 1] = tokens.EOS_ID  # as in `tokens.cut`; uncut rows end in EOS anyway
+        ids[np.cumsum(sizes) - 1] = tokens.EOS_ID  # as in `tokens.cut`; other rows end in EOS anyway
         return ids, sizes
 
 
@@ -298,7 +298,7 @@ def _model_features(
     for feature, length in lengths.items():
         ids, sizes = examples.ids(feature, length=length)
         example, within = _ranges(sizes)
-        # An example begins in its row after the examples before it.
+        # Offset of each example in its row: the tokens of the row's earlier examples.
         before = np.cumsum(sizes) - sizes
         begins = before - before[examples.segments == 1][examples.rows] if len(sizes) else before
         place = (examples.rows * length + begins)[example] + within
@@ -363,7 +363,7 @@ class EvalExample:
 
 
 def eval_examples(task: str, *, split: str, lengths: Mapping[str, int]) -> list[EvalExample]:
-    """Returns all rows of a task's split, once, in the order of the records, padded to `lengths`.
+    """Returns every row of a task's split once, in record order, padded to `lengths`.
 
     A mixture is evaluated by one of its tasks: see `registry.graded_task`.
     """
@@ -392,7 +392,7 @@ def eval_examples(task: str, *, split: str, lengths: Mapping[str, int]) -> list[
 
 
 def count_truncated(mixture_or_task: str, split: str, lengths: Mapping[str, int]) -> dict[str, dict[str, int]]:
-    """Counts the rows that the feature lengths cut, and finds the longest, per task and feature.
+    """Counts rows and truncated rows, and finds the longest, per task and feature.
 
     {"svamp_label": {"rows": 720, "inputs cut": 0, "inputs longest": 91, "targets cut": 0, "targets longest": 13},
     "svamp_rationale": {..}}; lengths in tokens, EOS included.

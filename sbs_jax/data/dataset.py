@@ -15,12 +15,12 @@ STEP_BY_STEP = "step_by_step"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
-    """One input as its source has it.
+    """One input row, as its source provides it.
 
     Attributes:
-      id: the source's own id; None if it has none (`release.with_ids` then makes one).
+      id: id from the source; None if the source has none (`release.with_ids` then makes one).
       input: the student's input, without a task prefix.
-      label: the human's label; None if nobody labelled the row.
+      label: the human label; None for an unlabelled row.
       choices: possible labels of this row; () if the dataset's own set applies.
     """
 
@@ -32,7 +32,7 @@ class Row:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Dataset:
-    """Describes one dataset; each `tasks/<name>.py` defines one as `DATASET`.
+    """Description of one dataset; each `tasks/<name>.py` defines one as `DATASET`.
 
     Attributes:
       name: first part of every task's name, e.g. "svamp".
@@ -46,12 +46,12 @@ class Dataset:
       feature_lengths: {"inputs": .., "targets": ..} in tokens of the T5 vocabulary, prefix and EOS included; every row
         of the real data fits.
       is_label: recognizes a possible label by its form, if the set is open.
-      implied_label: (rationale, the row's choices) -> the label that the text itself names, or None. Default: the only
+      implied_label: (rationale, the row's choices) -> the label named in the text itself, or None. Default: the only
         choice or label named by the last sentence that names any (`parsing.only_label_named`).
-      scripted_reply: (a prompt, number of the sample) -> a teacher's reply, or None if the prompt holds no input of
-        this dataset. A teacher without a network (`sbs teach --provider scripted`).
+      scripted_reply: (prompt, sample number) -> a reply, or None if the prompt contains no input of this dataset. The
+        offline teacher of `sbs teach --provider scripted`.
       tfds: name in TensorFlow Datasets, if the rows can come from there.
-      tfds_row: makes a row of one of its examples (with bytes decoded to text).
+      tfds_row: makes a row from one TFDS example (bytes decoded to text).
     """
 
     name: str

@@ -6,7 +6,7 @@ A teacher without a stop string runs on into an invented next example:
     |----------- rationale ------------|  marker        |label|      |- not ours -
 
 Each dataset has its rules, `official(text, row)` and `strict(text, row)`, in `tasks/<name>.py`. `official` reproduces
-the method's published code, odd cases included, so that numbers compare. `strict` accepts only possible labels.
+the method's published code, odd cases included, so that numbers are comparable. `strict` accepts only possible labels.
 Neither raises. Standard library only.
 """
 
@@ -37,24 +37,24 @@ REFUSED = "refused"
 OUTCOMES: Mapping[str, str] = types.MappingProxyType(
     {
         OK: "rationale and label can be used",
-        NO_RATIONALE: "nothing stands before the answer marker; the label is used",
+        NO_RATIONALE: "no text before the answer marker; the label is used",
         LETTER_TEXT_DISAGREEMENT: "the text after the choice's letter is not that choice's text; "
         "the letter decides (strict only)",
-        BLANK: "nothing stands before the stop string",
+        BLANK: "no text before the stop string",
         NO_ANSWER: "there is no answer marker",
-        SEVERAL_ANSWERS: "there are two answer markers or more",
-        NO_LABEL: "nothing that the parser takes as a label follows the marker",
-        LABEL_NOT_IN_SET: "what follows the marker is none of the possible labels (strict only)",
-        NOT_ARITHMETIC: "the equation has no value: a word, a tuple, cut short (strict only)",
+        SEVERAL_ANSWERS: "there are two or more answer markers",
+        NO_LABEL: "no label follows the marker",
+        LABEL_NOT_IN_SET: "the text after the marker is not a possible label (strict only)",
+        NOT_ARITHMETIC: "the equation has no value: a word, a tuple, truncated text (strict only)",
     }
 )
-# Outcomes of a row without a usable reply, if this project asked (`sbs teach`).
+# Outcomes of rows that `sbs teach` asked without getting a usable reply.
 FAILURES: Mapping[str, str] = types.MappingProxyType(
     {
         NOT_ASKED: "the teacher has not answered yet: ask again",
-        CUT_SHORT: "the reply did not end, not even with four times the room",
-        CONTENT_FILTER: "the teacher's provider kept the reply back",
-        TOO_LONG: "the prompt does not fit into the teacher's context",
+        CUT_SHORT: "the reply was truncated, even at four times the token limit",
+        CONTENT_FILTER: "the provider's content filter withheld the reply",
+        TOO_LONG: "the prompt is longer than the teacher's context",
         REFUSED: "the teacher's provider refused this request",
     }
 )
@@ -62,7 +62,7 @@ FAILURES: Mapping[str, str] = types.MappingProxyType(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Parsed:
-    """A parsed reply; None for a part that cannot be used."""
+    """Parsed reply; unusable parts are None."""
 
     rationale: str | None
     label: str | None
@@ -88,7 +88,7 @@ def usable(rationale: str, label: str, *, outcome: str = OK) -> Parsed:
 
 
 def split_answer(text: str, marker: str) -> tuple[str, str] | Parsed:
-    """Returns (before, after) the only marker; without exactly one, the unusable result that says so.
+    """Splits at the only marker into (before, after); with no marker or several, returns the unusable result.
 
     >>> split_answer("It is wet. So the answer is rain.", "So the answer is")
     ('It is wet. ', ' rain.')
@@ -115,7 +115,7 @@ def strict_answer(text: str, *, stops: Collection[str], marker: str) -> tuple[st
     """Returns (rationale, answer) of a reply, both stripped, or the unusable result.
 
     The reply ends at the first line that begins with a stop string. The answer is the rest of the marker's line,
-    without one full stop at its end.
+    without one trailing full stop.
 
     >>> strict_answer("Dogs are animals.\\nAnswer: yes.\\n\\nPremise: A", stops=("Premise:",),
     ...               marker="Answer:")
@@ -151,7 +151,7 @@ def member(text: str, labels: Collection[str]) -> str | None:
 
 
 def only_label_named(text: str, patterns: Mapping[str, re.Pattern[str]]) -> str | None:
-    """Returns the label that the last sentence naming any label names; None if it names several, or none does.
+    """Returns the only label in the last sentence that names one; None if it names several, or no sentence names one.
 
     A name inside a longer one does not count: "ice cream" does not name "ice".
     """
@@ -168,7 +168,7 @@ def only_label_named(text: str, patterns: Mapping[str, re.Pattern[str]]) -> str 
 
 
 def label_patterns(labels: Sequence[str]) -> dict[str, re.Pattern[str]]:
-    """Returns patterns that find labels as whole words in any case, also in the plural."""
+    """Compiles patterns that match labels as whole words, ignoring case, also in the plural."""
     return {
         label: re.compile(rf"(?<!\w){re.escape(label.strip())}(?:s|es)?(?!\w)", re.IGNORECASE)
         for label in labels

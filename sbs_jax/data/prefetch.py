@@ -12,7 +12,7 @@ _Item = TypeVar("_Item")
 
 
 class Prefetcher(Iterator[_Item]):
-    """Yields the items of an iterator, computed ahead by a thread; use it with `with`.
+    """Iterator whose items a thread computes ahead; use it with `with`.
 
     An error of the iterator is raised in place of its item.
     """

@@ -43,15 +43,15 @@ class Record:
     Attributes:
       id: distinct within its file.
       input: the student's input, without a task prefix.
-      label: the human's label; None if nobody labelled the example.
+      label: the human label; None for an unlabelled example.
       choices: possible labels of this example; () if the dataset's own set applies.
       teacher_text: the teacher's raw reply; None if the teacher was not asked.
       rationale: parsed from the reply; None if it has no usable one.
       teacher_label: parsed from the reply; None if it has no usable one.
-      outcome: "ok", "no_teacher", or the problem of the reply (`sbs_jax.data.parsing.OUTCOMES`). To see if a rationale
-        or label is usable, read those fields instead.
-      prompt: hash of the prompt template (`teacher.prompts`); None if somebody else asked the teacher.
-      hinted: the reply answers a second request, which gave the label away.
+      outcome: "ok", "no_teacher", or the problem of the reply (`sbs_jax.data.parsing.OUTCOMES`). To check whether a
+        rationale or label is usable, read those fields instead.
+      prompt: hash of the prompt template (`teacher.prompts`); None for replies that `sbs teach` did not ask for.
+      hinted: the reply answers a second request that revealed the label.
       votes: (replies with this label, replies requested) if more than one was requested, else None.
 
     The last three are written only if they are set.
@@ -74,7 +74,7 @@ _ONLY_IF_SET = ("prompt", "hinted", "votes")
 
 
 class SplitSummary(TypedDict):
-    """Describes one `.jsonl` file in a manifest."""
+    """Manifest entry of one `.jsonl` file."""
 
     rows: int
     sha256: str  # of <split>.jsonl
@@ -98,9 +98,9 @@ class _Always(TypedDict):
 
 
 class Manifest(_Always, total=False):
-    """manifest.json of a records directory. Holds no time and no path, so that it is reproducible."""
+    """manifest.json of a records directory; has no times or paths, so it is reproducible."""
 
-    teacher: dict[str, Any]  # model, parameters and prompt, if this project asked
+    teacher: dict[str, Any]  # model, parameters and prompt, if `sbs teach` asked
 
 
 # ------------------------------------------------------------------------------------ reading
@@ -199,7 +199,10 @@ def read_manifest(directory: str | Path) -> Manifest:
 
 
 def put_in_place(made: Path, target: Path, *, overwrite: bool) -> None:
-    """Moves a new records directory to its place; leaves an equal one alone, never loses another one."""
+    """Moves a new records directory into place, unless an equal one exists.
+
+    FileExistsError if the existing one differs and `overwrite` is False, or if it has files that are not records.
+    """
     if not target.exists():
         made.rename(target)
         return
@@ -227,7 +230,7 @@ def put_in_place(made: Path, target: Path, *, overwrite: bool) -> None:
 
 
 def _differences(made: Path, target: Path) -> list[str]:
-    """Lists the differences of two records directories; [] if they are equal."""
+    """Lists the differences between two records directories; [] if they are equal."""
     if not (target / MANIFEST).is_file():
         return [f"it has no {MANIFEST}"]
     try:
@@ -262,5 +265,5 @@ def _split_differences(split: str, before: SplitSummary, after: SplitSummary, *,
     if changed:
         return [f"the sources of {split} differ ({', '.join(changed[:3])})"]
     if same_parser and before["sha256"] != after["sha256"]:
-        return [f"the replies of {split} were read by other rules of the same parser's name"]
+        return [f"the replies of {split} were parsed by a different version of the same parser"]
     return []

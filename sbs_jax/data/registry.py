@@ -46,7 +46,7 @@ from sbs_jax.data.selection import (
 from sbs_jax.student import losses
 
 MIXED = (LABEL, RATIONALE)  # the tasks that `step_by_step` alternates between
-# Values of the feature `task_ids`: the objective of the loss that a task's tokens count towards.
+# Values of the feature `task_ids`: the loss that a task's target tokens count towards.
 TASK_IDS = {LABEL: losses.LABEL, RATIONALE: losses.RATIONALE, RATIONALE_THEN_LABEL: losses.LABEL}
 
 
@@ -57,9 +57,9 @@ _options = DataOptions(records_dir="records", vocabulary=tokens.BYTE_VOCABULARY)
 
 
 def _registered() -> dict[str, Dataset]:
-    """Returns all datasets by name, the shipped ones included.
+    """Returns all datasets by name, including the shipped ones.
 
-    Those register themselves when their package is imported, which happens by name: no module depends on it.
+    Importing their package registers them; it is imported by name, so that no module depends on it.
     """
     importlib.import_module("tasks")
     return _DATASETS
@@ -75,7 +75,7 @@ def add(dataset: Dataset) -> None:
 
 
 def configure(options: DataOptions) -> None:
-    """Registers all tasks and mixtures again under these options, and forgets the files read so far."""
+    """Registers all tasks and mixtures again under these options, and clears the cached files."""
     global _options
     _options = options
     _read_selections.cache_clear()
@@ -205,7 +205,7 @@ def _register(dataset: Dataset) -> None:
 
 
 def graded_text(text: str, *, kind: str, **unused: Any) -> str:
-    """Returns the text that the metrics compare: stripped, and only what follows the last "Answer:", if it needs one.
+    """Returns the stripped text to grade; for `rationale_then_label`, only the part after the last "Answer:".
 
     >>> graded_text("Half of 84 is 42. Answer: ( 84.0 / 2.0 )", kind="rationale_then_label")
     '( 84.0 / 2.0 )'
@@ -230,7 +230,7 @@ def selected(name: str, split: str) -> Selection:
 
 
 def read_split(name: str, split: str) -> list[records.Record]:
-    """Reads all records of the file that a split comes from, also those that belong to another split."""
+    """Reads all records of a split's file, including those that belong to another split."""
     return records.read_records(_records_file(name, _file_of_split(name, split)[0]))
 
 
@@ -248,7 +248,7 @@ def manifest(name: str, splits: Sequence[str] = (TRAIN, VALIDATION, TEST)) -> di
 
 
 def sources(name: str, splits: Sequence[str] = (TRAIN, VALIDATION, TEST)) -> dict[str, Any]:
-    """Returns `manifest` without the counts, and reads no row."""
+    """Returns `manifest` without the counts; reads no rows."""
     found = {}
     for split in splits:
         if split in available_splits(name):
@@ -265,13 +265,13 @@ def sources(name: str, splits: Sequence[str] = (TRAIN, VALIDATION, TEST)) -> dic
 
 @functools.lru_cache(maxsize=64)
 def _sha256(path: Path, changed: int, size: int) -> str:
-    """Hashes a file once per change; a sweep asks for the same files in every cell."""
+    """Hashes a file once per change, because every cell of a sweep asks for the same files."""
     del changed, size
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def available_splits(name: str) -> tuple[str, ...]:
-    """Returns the splits that the dataset's records give under the current options."""
+    """Returns the splits that the dataset's records provide under the current options."""
     found = []
     for split in (TRAIN, VALIDATION, TEST):
         try:
@@ -293,7 +293,7 @@ def _file_of_split(name: str, split: str) -> tuple[str, bool]:
         why = (
             f"there is no {_records_file(name, file_split)} (put it back, or write it with `sbs records`)"
             if missing
-            else "validation_fraction is 0 and there is no validation file of its own"
+            else "validation_fraction is 0 and there is no validation file"
         )
         raise ValueError(f"{name} has no {split} split: {why}.")
     return file_split, shared and split != TEST
@@ -343,7 +343,7 @@ def examples(task_name: str, split: str) -> tuple[Example, ...]:
 def token_tables(task_name: str, split: str) -> Mapping[str, tokens.TokenTable]:
     """Encodes a task's examples: {"inputs": table, "targets": table}, nothing cut.
 
-    Happens once per `configure`, at some 100,000 short texts a second.
+    Runs once per `configure`, at about 100,000 short texts per second.
     """
     text_vocabulary = vocabulary(_options.vocabulary)
     rows = examples(task_name, split)

@@ -8,8 +8,9 @@ The release is read as it was published:
     <release_dir>/svamp/llm/train_CoT_0.json   replies: a JSON list of texts; shards 0, 1, 2, ..
     <release_dir>/svamp/llm/train_CoT_1.json   continue one another in numeric order
 
-Reply i of all shards belongs to input i. Rows are joined by position here only: every row gets an id, and everything
-else joins by id. Inputs can also come from TensorFlow Datasets, in any order; replies then find their inputs by id.
+Reply i, counted across shards, belongs to input i. Only this module joins rows by position: it gives every row an id,
+and everything else joins by id. Inputs can also come from TensorFlow Datasets, in any order; replies then find
+their inputs by id.
 """
 
 from __future__ import annotations
@@ -49,13 +50,13 @@ class Answer:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Source:
-    """The rows of one split, before they are records.
+    """Rows of one split, before conversion to records.
 
     Attributes:
       rows: with distinct ids.
       answers: replies by row id; may be empty.
-      sources: file or dataset to its SHA-256.
-      where: row number (from 0) to its place, for messages.
+      sources: file or dataset -> its SHA-256.
+      where: row number (from 0) -> its file and line or example, for messages.
     """
 
     rows: Sequence[Row]
@@ -74,14 +75,14 @@ def import_release(
     overwrite: bool = False,
     tfds_data_dir: str | None = None,
 ) -> Manifest:
-    """Reads inputs and teacher replies, parses the replies, writes `<records_dir>/<dataset>/`.
+    """Imports inputs and parsed teacher replies into `<records_dir>/<dataset>/`.
 
     The directory appears complete or not at all, and the same sources give the same bytes. An existing directory with
-    the same contents is left alone. A split with replies but no inputs (with `inputs="tfds"` also the reverse) is left
-    out; `skipped` in the manifest says why.
+    the same contents is kept. A split with replies but no inputs (with `inputs="tfds"` also the reverse) is skipped;
+    `skipped` in the manifest gives the reason.
 
     Args:
-      dataset: defines how its files, labels and replies are read.
+      dataset: the dataset to import; defines how its files, labels and replies are read.
       release_dir: folder that holds `<dataset>/` of the release. With `inputs="tfds"`, the source of replies, by id:
         the release, a records directory, or None.
       records_dir: gets `<dataset>/{train,validation,test}.jsonl` and `manifest.json`.
@@ -159,10 +160,10 @@ def write_directory(
 def read_unanswered(
     dataset: Dataset, *, inputs_dir: str | Path | None, inputs: str, tfds_data_dir: str | None = None
 ) -> dict[str, Source]:
-    """Reads the rows of each split that a teacher can be asked about.
+    """Reads the input rows of each split for `sbs teach`.
 
     `inputs` is "release" (replies are ignored), "tfds", or "records": `<inputs_dir>/<dataset>/<split>.jsonl` with
-    `{"id", "input", "label"}` and, where they differ, `"choices"`; this is the form for a dataset of your own.
+    `{"id", "input", "label"}` and, where they differ, `"choices"`; use this form for your own dataset.
     FileNotFoundError if there are no inputs; ValueError with file and line for malformed rows and impossible labels.
     """
     checks.choice("The source of the inputs", inputs, (*INPUTS, "records"))
@@ -204,7 +205,7 @@ def _records(dataset: Dataset, parse: Callable[[str, Row], Parsed], source: Sour
 
 
 def _check_labels(dataset: Dataset, source: Source) -> None:
-    """Raises ValueError for the first human label that is not a possible one."""
+    """Raises ValueError for the first impossible human label."""
     for number, row in enumerate(source.rows):
         possible = row.choices or dataset.labels
         if row.label is None or row.label in (possible or ()):
@@ -244,8 +245,8 @@ def _summary(dataset: Dataset, rows: Sequence[Record], *, sources: Mapping[str, 
 def read_inputs(release_dir: str | Path, name: str, to_row: Callable[[Mapping[str, Any]], Row]) -> dict[str, list[Row]]:
     """Reads the rows of every split that has inputs, in file order: {"train": [..], "test": [..]}.
 
-    `to_row` makes a row of one JSON object, with `json_files.text_field` and the like. Its ValueError gets file and
-    line. FileNotFoundError if no split has inputs.
+    `to_row` makes a row from one JSON object, with `json_files.text_field` and the like; file and line are added to its
+    ValueError. FileNotFoundError if no split has inputs.
     """
     found = {}
     for split in SPLITS:
@@ -280,7 +281,7 @@ def read_replies(release_dir: str | Path, name: str, split: str) -> dict[Path, l
         if number in numbered:
             raise ValueError(f"{numbered[number]} and {path} are both shard {number}; keep one.")
         numbered[number] = path
-    # A name can hold any number, so stop at the first missing one: a list of all could fill the memory.
+    # Report only the first gap: a file name can hold any number, and a list of all gaps could fill the memory.
     gap = next((number for number in itertools.count() if number not in numbered), 0)
     if gap < len(numbered):
         raise FileNotFoundError(
@@ -294,10 +295,10 @@ def read_replies(release_dir: str | Path, name: str, split: str) -> dict[Path, l
 
 
 def with_ids(rows: Iterable[Row], *, name: str, where: Callable[[int], str]) -> list[Row]:
-    """Gives every row a distinct id: the source's own, or one made of the input.
+    """Gives every row a distinct id: the source's own, or one made from the input.
 
     A made id is `<name>-<first 12 hexadecimal digits of the input's SHA-1>`; the second row with the same input gets
-    `-2` at its end, the third `-3`. It depends on no other input, nor on the order of rows with other inputs.
+    `-2` at its end, the third `-3`. Rows with other inputs, and their order, do not change it.
     ValueError if a source's own id occurs twice.
     """
     found = []
@@ -343,7 +344,7 @@ def _no_inputs(release_dir: Path, name: str) -> str:
 
 
 def _from_release(dataset: Dataset, release_dir: Path, *, replies: str) -> tuple[dict[str, Source], dict[str, str]]:
-    """Reads the splits that have inputs; returns them, and why others are left out.
+    """Reads the splits that have inputs; returns them, and the reason for each skipped one.
 
     `replies`: "required" for every split with inputs, "optional", or "ignored".
     """
@@ -407,7 +408,7 @@ def _from_records(folder: Path, splits: Iterable[str]) -> dict[str, Source]:
 def _from_tfds(
     dataset: Dataset, answers_dir: str | Path | None, data_dir: str | None
 ) -> tuple[dict[str, Source], dict[str, str]]:
-    """Reads the splits of TensorFlow Datasets, with the replies in `answers_dir`; and why other splits are left out."""
+    """Reads the splits of TensorFlow Datasets, with replies from `answers_dir`, and the reasons for skipped ones."""
     if dataset.tfds is None or dataset.tfds_row is None:
         raise ValueError(f"The dataset {dataset.name} is not in TensorFlow Datasets; use inputs='release'.")
     answered: dict[str, Source] = {}

@@ -24,14 +24,14 @@ ANSWER_MARKER = "Answer:"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataOptions:
-    """Configures how records become examples; bound from gin.
+    """Options that turn records into examples; bound from gin.
 
     Attributes:
       records_dir: folder with `<dataset>/<split>.jsonl`, as `sbs records` writes them.
       vocabulary: path of a SentencePiece model (local or gs://; 100 sentinels are added, as T5 does: T5's 32,000 pieces
         become 32,100 ids), or "byte" (259 + 100 ids).
       label_source: train on the labels of "human" or "teacher". Validation and test are always graded against the
-        human's label, and against the teacher's only for rows without one.
+        human label, or the teacher's for rows without one.
       rationales: "all", or "agreeing": only those whose teacher label equals the label trained on.
       fraction: share of the training rows to use, in (0, 1]. Nested: with the same seed, a smaller fraction's rows are
         among a larger one's.

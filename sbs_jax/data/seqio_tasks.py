@@ -15,11 +15,11 @@ try:
     # TensorFlow only feeds data here; by default it would take the memory of every GPU it sees.
     tf.config.set_visible_devices([], "GPU")
 except RuntimeError:
-    logging.warning("TensorFlow was already running, so it was not kept away from the GPUs.")
+    logging.warning("TensorFlow was already initialized, so it may take GPU memory from JAX.")
 
 
 class RecordsSource(seqio.DataSource):
-    """Provides the rows of one task: texts and their tokens.
+    """SeqIO source of one task's rows: texts and their tokens.
 
     Shuffles row numbers instead of rows: the whole split gets a new order each epoch, for a few bytes per row. (SeqIO's
     own shuffle comes after the repeat, with a buffer of 1,000 examples: it mixes epochs of small datasets and hardly
@@ -54,7 +54,7 @@ class RecordsSource(seqio.DataSource):
         return True
 
     def list_shards(self, split: str) -> Sequence[str]:
-        """Returns one shard per split; SeqIO does not ask if arbitrary sharding is supported."""
+        """Returns one shard per split; unused by SeqIO, because arbitrary sharding is supported."""
         return [split]
 
     def get_dataset(
@@ -112,7 +112,7 @@ def cut_and_number(
             length = (sequence_length or {}).get(feature)
             if length is not None:
                 kept = row[feature][: length - 1]
-                # What fits, then EOS: the one token that is left, or one in place of those cut off.
+                # The last token is EOS: the row's own, or one in place of the truncated tokens.
                 last = tf.fill([tf.minimum(tf.size(row[feature]) - tf.size(kept), 1)], tokens.EOS_ID)
                 converted[feature] = tf.concat([kept, last], axis=0)
         converted["task_ids"] = tf.fill(tf.shape(converted["targets"]), task_id)

@@ -12,7 +12,7 @@ from sbs_jax.data.dataset import Row
 def examples(
     name: str, splits: Iterable[str], *, data_dir: str | None
 ) -> dict[str, tuple[str, Iterable[Mapping[str, Any]]]]:
-    """Returns, per split, its full name with version, and its examples with bytes decoded to text.
+    """Returns each split's full name (with version) and its examples, with bytes decoded to text.
 
     The order is the same every time. Downloads what `data_dir` does not have.
     """

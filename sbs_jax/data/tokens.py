@@ -1,4 +1,4 @@
-"""Encode text as token ids: vocabularies, the joint of premise and hypothesis, tables of tokens."""
+"""Encode text as token ids: vocabularies, the separator of premise and hypothesis, token tables."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ JOINT = "</s>"
 EXTRA_IDS = 100
 BYTE_VOCABULARY = "byte"
 
-# Texts encoded at a time: bounds the Python lists in memory to some 20 MB.
+# Texts encoded at a time; limits the Python lists in memory to about 20 MB.
 _CHUNK = 10_000
 
 
 @functools.cache
 def vocabulary(name: str) -> seqio.Vocabulary:
-    """Returns the vocabulary of a SentencePiece model's path (local or gs://), or of "byte".
+    """Returns the vocabulary of a SentencePiece model (local or gs:// path), or of "byte".
 
     Adds 100 sentinels, as T5 does: T5's 32,000 pieces become 32,100 ids, the 259 of "byte" become 359. Pad is 0 and
     EOS is 1. The file is read at first use (`check_vocabulary`).
@@ -36,7 +36,7 @@ def vocabulary(name: str) -> seqio.Vocabulary:
 
 
 def check_vocabulary(name: str) -> None:
-    """Raises FileNotFoundError for a missing or unreachable file, ValueError for other pad or EOS ids than 0 and 1."""
+    """Checks a vocabulary: FileNotFoundError if it cannot be read, ValueError unless pad is 0 and EOS is 1."""
     remedy = (
         "set DataOptions.vocabulary (--gin.VOCABULARY) to the path of one, for example of T5's sentencepiece.model, "
         f"or to {BYTE_VOCABULARY!r}."
@@ -74,7 +74,7 @@ def encode(texts: Sequence[str], text_vocabulary: seqio.Vocabulary) -> list[list
 
         "A dog</s>It barks" -> [71, 1782, 1, 94, 21696, 7, 1]
 
-    as the Hugging Face tokenizer of the official code does. SentencePiece alone would spell "</s>" out, as the pieces
+    as the Hugging Face tokenizer of the official code does. SentencePiece alone would encode "</s>" as the pieces
     [2, 87, 7, 3155] for `<`, `/`, `s` and `>`.
     """
     parts = [text.split(JOINT) for text in texts]
@@ -87,7 +87,7 @@ def encode(texts: Sequence[str], text_vocabulary: seqio.Vocabulary) -> list[list
 
 
 def cut(ids: np.ndarray, length: int) -> np.ndarray:
-    """Cuts a row to `length` tokens and keeps EOS last: [5, 6, 7, 1] at 3 is [5, 6, 1]."""
+    """Truncates a row to `length` tokens, EOS last: [5, 6, 7, 1] at 3 is [5, 6, 1]."""
     if len(ids) <= length:
         return ids
     return np.append(ids[: length - 1], np.int32(EOS_ID))
@@ -95,7 +95,7 @@ def cut(ids: np.ndarray, length: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class TokenTable:
-    """Holds the token ids of n texts, one after the other, EOS included.
+    """Token ids of n texts, concatenated, EOS included.
 
     Row i is `ids[starts[i]:starts[i + 1]]`; `ids` is int32, `starts` int64 [n + 1].
     """
@@ -105,7 +105,7 @@ class TokenTable:
 
     @classmethod
     def of(cls, texts: Sequence[str], text_vocabulary: seqio.Vocabulary) -> TokenTable:
-        """Encodes texts; equal ones of a chunk (labels) are encoded once."""
+        """Encodes texts; duplicates within a chunk (labels) are encoded once."""
         ids, sizes = [np.zeros(0, np.int32)], [np.zeros(1, np.int64)]
         for start in range(0, len(texts), _CHUNK):
             chunk = texts[start : start + _CHUNK]
@@ -125,11 +125,11 @@ class TokenTable:
         return np.diff(self.starts)
 
     def row(self, index: int, *, length: int) -> np.ndarray:
-        """Returns one row's tokens, int32, cut to `length`."""
+        """Returns one row's tokens, int32, truncated to `length`."""
         return cut(self.ids[self.starts[index] : self.starts[index + 1]], length)
 
     def padded(self, length: int) -> np.ndarray:
-        """Returns all rows as int32 [n, length], cut or padded with 0."""
+        """Returns all rows as int32 [n, length], truncated or padded with 0."""
         rows = np.zeros((len(self), length), np.int32)
         for index, row in enumerate(rows):
             ids = self.row(index, length=length)

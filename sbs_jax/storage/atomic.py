@@ -34,7 +34,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 def new_folder(path: Path) -> Iterator[Path]:
     """Makes `<path>.incomplete`, which becomes `path` when the block ends without an error and is removed otherwise.
 
-    FileExistsError where `path` exists.
+    FileExistsError if `path` exists.
     """
     if path.exists():
         raise FileExistsError(f"{path} exists already; choose another name, or remove it.")
@@ -56,7 +56,7 @@ def replace(path: Path, contents: bytes) -> None:
 
 
 def write_all(descriptor: int, data: bytes, *, offset: int) -> None:
-    """Writes all of `data` or raises OSError; on a nearly full disk, `os.pwrite` writes a part and raises nothing."""
+    """Writes all of `data` or raises OSError; on a nearly full disk, `os.pwrite` alone may silently write a part."""
     view = memoryview(data)
     while view:
         written = os.pwrite(descriptor, view, offset)
@@ -69,7 +69,7 @@ def sync_directory(path: Path) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # mounted buckets do not
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # mounted buckets do not support it
             raise
     finally:
         os.close(descriptor)

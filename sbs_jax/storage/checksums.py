@@ -1,7 +1,7 @@
 """Checksums of a directory: one JSON file in it lists every other file with its size and SHA-256.
 
-A directory without this file is incomplete. The file has a hash of its own, so that its damage is detected too. Files
-that are added later are ignored.
+A directory without this file is incomplete. The file also has its own hash, so damage to it is detected. Files
+added later are ignored.
 """
 
 import concurrent.futures
@@ -20,7 +20,7 @@ _THREADS = 8  # hashing releases the GIL
 
 
 def write(directory: Path) -> int:
-    """Writes the file, after syncing all contents and names of the directory to disk. Returns the bytes listed."""
+    """Writes the checksum file, after syncing the directory's contents and names to disk; returns the bytes listed."""
     files = sorted(path for path in directory.rglob("*") if path.is_file() and path != directory / FILE)
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
         described = dict(
@@ -67,7 +67,7 @@ def problem(directory: Path, *, under: Sequence[str] | None = None) -> str | Non
 
 
 def reason(error: BaseException) -> str:
-    """Describes an error of the storage in a few words."""
+    """Describes a storage error in a few words."""
     if isinstance(error, OSError) and error.strerror:
         code = errno.errorcode.get(error.errno or 0, "")
         return f"{error.strerror}{f' ({code})' if code else ''}{f': {error.filename}' if error.filename else ''}"

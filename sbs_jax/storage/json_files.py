@@ -73,7 +73,7 @@ def check_encodes(value: Any) -> None:
 def typed(value: Any, kind: type[_T] | types.GenericAlias, *, where: str = "", extra: bool = False) -> _T:
     """Reads a JSON value as a dataclass or TypedDict.
 
-    Their fields can be str, int, float (takes ints too), bool, Literal, Any, list, tuple, dict, Mapping, further
+    Fields can be str, int, float (takes ints too), bool, Literal, Any, list, tuple, dict, Mapping, further
     dataclasses and TypedDicts, and unions of these with None. The items of a list or tuple have one type. JSON lists
     become tuples where the type says so.
 
@@ -123,7 +123,7 @@ def _field(fields: Mapping[str, Any], name: str, kind: Any) -> Any:
     return _reader(kind, False)(fields[name], name)
 
 
-# Types of values that hold no others, and their words in messages.
+# Scalar types and their names in messages.
 _PLAIN: Mapping[Any, tuple[type, ...]] = {
     **{kind: (kind,) for kind in (str, int, bool, dict, list, types.NoneType)},
     float: (int, float),

@@ -1,8 +1,8 @@
 """Lock a directory for one process at a time.
 
 The file is held with flock, which the kernel releases however the process ends (kill -9 included), and names its
-holder in JSON. On some network file systems flock does not exclude other hosts, or does not exist. There the last
-process to come owns the file, and the earlier one sees another token in it before its next write (`check`).
+holder in JSON. On some network file systems flock does not exclude other hosts, or does not exist. There the
+latest process owns the file, and the earlier one finds another token in it before its next write (`check`).
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from pathlib import Path
 log = logging.getLogger(__name__)
 
 _NO_FLOCK = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
-_TRIES = 10  # then the file is taken as it is: some file systems change inode numbers at every look
+_TRIES = 10  # then takes the file as it is: some file systems report a new inode number on every stat
 _WRITTEN_WITHIN = 0.2  # seconds in which a new holder writes its name into the file
 
 
@@ -35,7 +35,7 @@ class TakenOverError(OSError):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Holder:
-    """The process that holds, or held, a lock; `since` is the wall clock of its host, for people to read."""
+    """The process that holds, or held, a lock; `since` is its host's wall-clock time, for display."""
 
     token: str
     host: str
@@ -143,7 +143,7 @@ class Lock:
             return False
 
     def _take_again(self) -> None:
-        """Takes the lock again after somebody removed its file; TakenOverError if another process was quicker."""
+        """Takes the lock again after somebody removed its file; TakenOverError if another process took it first."""
         before, self._descriptor = self._descriptor, None
         try:
             self.take()
