@@ -6,7 +6,7 @@ the roll call stay open (link.py). Over them the processes compare what they run
 a failed or lost process. JAX alone would leave the others in a collective until a heartbeat is missed, and then abort
 them with a stack trace.
 
-Without `join`, every function does what is right for a single process.
+Without `join`, every function acts for a single process.
 """
 
 from sbs_jax.hosts.api import (

@@ -1,4 +1,4 @@
-"""The functions other modules call; without `join`, each does what is right for a single process."""
+"""The functions other modules call; without `join`, each acts for a single process."""
 
 import difflib
 import hashlib
@@ -28,7 +28,7 @@ _preempted = threading.Event()  # used by a single process
 
 def detect(*, timeout: float) -> Place:
     """Reads this process's place from Cloud TPU, GKE, Slurm or Open MPI. HostsError outside of them."""
-    from jax._src import clusters  # jax.distributed.initialize asks it; there is no public way to ask first
+    from jax._src import clusters  # used by jax.distributed.initialize; JAX has no public API for it
 
     coordinator, count, index, _ = clusters.ClusterEnv.auto_detect_unset_distributed_params(
         None, None, None, None, None, int(timeout)
@@ -45,7 +45,7 @@ def join(place: Place, *, timeout: float, detected: bool) -> None:
     """Waits for all processes, starts `jax.distributed`, and compares code, versions and device counts.
 
     Call it before any device is used. `detected` also leaves the choice of local devices to JAX. Raises HostsError on
-    every process that is there: it names the processes missing after `timeout` seconds, or the differences.
+    every process that joined; it names the processes missing after `timeout` seconds, or the differences.
     """
     global _place, _link
     if _place is not None:
@@ -128,12 +128,12 @@ def from_all(value: Any) -> list[Any]:
 
 
 def agree(things: Mapping[str, str]) -> None:
-    """Compares named texts across processes. HostsError with the differences, on all of them, if any differ."""
+    """Compares named texts across processes; if any differ, raises HostsError with the differences on all of them."""
     global _link
     if _link is not None:
         differences = _link.consult(dict(things), _differences, ends=bool)
         if differences:
-            _link = None  # all end with this error, so nobody has to be notified
+            _link = None  # all processes raise this error, so none has to be notified
             raise HostsError(f"The processes do not run the same thing.\n{differences}")
 
 
@@ -201,7 +201,7 @@ def preemption_requested() -> bool:
 
 
 def clear_preemption() -> None:
-    """Forgets an earlier request: a new run begins in this process."""
+    """Clears an earlier request, for a new run in this process."""
     _preempted.clear()
 
 
@@ -215,6 +215,6 @@ def collect_activities(here: Callable[[], Mapping[str, Any]]) -> dict[int, Mappi
 
 
 def set_stall_handlers(here: Callable[[], Mapping[str, Any]] | None, report: Callable[[], None] | None) -> None:
-    """Sets the answer to "what are you doing?" and, on process 0, the action when another process is stalled."""
+    """Sets the function that describes this process's activity and, on process 0, the action when another stalls."""
     if _link is not None:
         _link.here, _link.report = here, report

@@ -13,12 +13,12 @@ from typing import Any
 
 from sbs_jax.hosts.roll import Place, Wire
 
-_GRACE = 1.0  # seconds a failing process waits for news of another failure, which may be the cause of its own
-_ANSWERS_WITHIN = 5.0  # seconds for a process to say where it is
+_GRACE = 1.0  # seconds a failing process waits for another process's failure, which may be the cause
+_ANSWERS_WITHIN = 5.0  # seconds for a process to report its activity
 
 
 class Link:
-    """Holds the connections after the roll call: process 0 to all others, each other to process 0."""
+    """Connections kept open after the roll call: process 0 to all others, each other to process 0."""
 
     def __init__(self, place: Place, wires: dict[int, Wire]) -> None:
         self.place = place
@@ -36,7 +36,7 @@ class Link:
     def consult(
         self, value: Any, decide: Callable[[list[Any]], Any], *, ends: Callable[[Any], bool] = lambda decided: False
     ) -> Any:
-        """Returns what process 0 decides from every value (JSON); `ends` tells whether the decision ends the run."""
+        """Returns process 0's decision from all values (JSON); `ends` tells whether the decision ends the run."""
         if self.place.index != 0:
             self._wires[0].send({"value": value})
         return self.from_first(
@@ -65,7 +65,7 @@ class Link:
             self._leaving[0].wait()
 
     def request_preemption(self) -> None:
-        """Asks all how often they called `preemption_requested`; none passes its next call until the stop is fixed."""
+        """Asks all for their number of `preemption_requested` calls; the next one blocks until the stop is fixed."""
         if self.place.index != 0:
             self._wires[0].send({"notice": True})
         elif (count := self._stopping.freeze()) is not None:
@@ -76,7 +76,7 @@ class Link:
         return self._stopping.reached()
 
     def _at(self, index: int, count: int) -> None:
-        """Notes one process's call count, on process 0; after the last answer, fixes the call at which all stop."""
+        """Records one process's call count, on process 0; after the last answer, fixes the call at which all stop."""
         stop = self._stopping.answered(index, count, of=self.place.count)
         if stop is not None:
             self._tell({"stop": stop})
@@ -99,7 +99,7 @@ class Link:
         return {index: places.get(index) for index in range(self.place.count)}
 
     def fail(self, text: str) -> None:
-        time.sleep(_GRACE)  # news of an earlier failure ends this process from its watching thread
+        time.sleep(_GRACE)  # an earlier failure, if reported now, ends this process from its watching thread
         self._end(f"Process {self.place.index} of {self.place.count} ended: {text}", shown=text)
 
     def _tell(self, message: Mapping[str, Any]) -> None:
@@ -160,10 +160,10 @@ class Link:
 
 
 class Stopping:
-    """Finds the call of `reached`, counted from 1, at which all processes stop.
+    """Agreement on the call of `reached`, counted from 1, at which all processes stop.
 
-    All make the same calls, each in its own time. After a preemption each reports how many it has made (`freeze`) and
-    waits in its next one. Process 0 then fixes the stop: one after the highest count.
+    All make the same calls, not at the same time. After a preemption each reports how many it has made (`freeze`) and
+    waits in its next one. Process 0 then sets the stop to the highest count plus one.
     """
 
     def __init__(self) -> None:
@@ -180,7 +180,7 @@ class Stopping:
             return self._stop is not None and self._calls >= self._stop
 
     def freeze(self) -> int | None:
-        """Returns the number of calls made; None if asked before."""
+        """Returns the number of calls made; None if called before."""
         with self._changed:
             if self._frozen is not None:
                 return None

@@ -17,7 +17,7 @@ from sbs_jax import hosts
 
 log = logging.getLogger(__name__)
 
-EXIT_STATUS = 75  # EX_TEMPFAIL of sysexits.h: a temporary failure, to be tried again
+EXIT_STATUS = 75  # EX_TEMPFAIL of sysexits.h: a temporary failure; try again
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -27,7 +27,7 @@ class PreemptedError(Exception):
 
 @contextlib.contextmanager
 def listening() -> Iterator[None]:
-    """Turns signals into `hosts.preemption_requested` while inside. Does nothing outside the main thread."""
+    """Turns signals into preemption requests inside the block. Does nothing outside the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

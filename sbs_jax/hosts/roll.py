@@ -1,4 +1,4 @@
-"""The roll call: every process connects to process 0, which waits until all are there."""
+"""The roll call: every process connects to process 0, which waits for all of them."""
 
 import contextlib
 import dataclasses
@@ -61,7 +61,7 @@ class Wire:
             self.connection.sendall(json.dumps(message).encode() + b"\n")
 
     def receive(self, *, deadline: float | None = None) -> dict[str, Any]:
-        """Returns the next message. EOFError at the end, TimeoutError past the deadline (of `time.monotonic`)."""
+        """Returns the next message. EOFError at the end, TimeoutError past `deadline` (a `time.monotonic` value)."""
         while b"\n" not in self._received:
             if deadline is not None:
                 self.connection.settimeout(max(0.001, deadline - time.monotonic()))
@@ -114,15 +114,15 @@ def call_roll(place: Place, timeout: float, deadline: float) -> dict[int, Wire]:
                 hello = wire.receive(deadline=time.monotonic() + 2)
                 index, count = int(hello["index"]), int(hello["count"])
             except (OSError, EOFError, ValueError, KeyError, TypeError):
-                wire.close()  # not one of ours
+                wire.close()  # not a process of this run
                 continue
             if count != place.count or not 0 < index < place.count:
                 text = (
                     f"A process at {address[0]} says it is {index} of {count}, but process 0 expects "
-                    f"{place.count}. Give every process the same --process_count, and an index of its own."
+                    f"{place.count}. Give every process the same --process_count and a different index."
                 )
             elif index in wires:
-                text = f"Two processes say they are {index} of {count}. Give every process an index of its own."
+                text = f"Two processes say they are {index} of {count}. Give every process a different index."
             else:
                 wires[index] = wire
                 continue
@@ -140,7 +140,7 @@ def _listen(port: int) -> socket.socket:
 
 
 def _refusal(wires: Mapping[int, Wire], text: str) -> HostsError:
-    """Sends the error to every process that came, and returns it for raising."""
+    """Sends the error to every connected process, and returns it for raising."""
     for wire in wires.values():
         with contextlib.suppress(OSError):
             wire.send({"error": text})
@@ -157,7 +157,7 @@ def _missing(missing: Sequence[int], place: Place, timeout: float) -> str:
 
 
 def answer_roll(place: Place, timeout: float, deadline: float) -> Wire:
-    """Connects to process 0 from another process, and returns once all are there."""
+    """Connects to process 0 from another process, and returns once all have joined."""
     missing = [0]
     while time.monotonic() < deadline:
         try:

@@ -1,4 +1,4 @@
-"""Report a stalled loop: a thread that logs what each process has been doing for too long."""
+"""Report a stalled loop: a thread logs each process's activity when one lasts too long."""
 
 import logging
 import math
@@ -20,10 +20,10 @@ _FRAMES = 3
 
 
 class Watchdog:
-    """Logs a report when one activity has lasted `seconds`, and again after twice that; use `with`.
+    """Logger of stalls: reports when one activity has lasted `seconds`, then after each doubling; use it with `with`.
 
-    It ends nothing: a first step may compile for long. With several processes, the first asks the others for their
-    activities, so that the report names the one the rest wait for.
+    It never ends the run, because a first step may compile for long. With several processes, process 0 collects all
+    activities, so that its report names the process that the others wait for.
     """
 
     def __init__(self, seconds: float) -> None:
@@ -35,7 +35,7 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, daemon=True, name="watchdog")
 
     def at(self, doing: str, *, step: int) -> None:
-        """Notes a new activity: `INPUT`, `DEVICES`, or any words that fit after "process 0"."""
+        """Records a new activity: `INPUT`, `DEVICES`, or any words that fit after "process 0"."""
         self._doing, self._step, self._since = doing, step, time.monotonic()
 
     def __enter__(self) -> "Watchdog":

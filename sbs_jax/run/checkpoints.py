@@ -1,8 +1,8 @@
 """Save, retain, verify and restore the checkpoints of a run.
 
 A run directory holds `checkpoints/<step>/` with three items: `parameters` (a flat dictionary of float32 arrays) and
-`optimizer` in Orbax's form, `metadata` (JSON: architecture, step, progress of the training loop). Parameters are an
-item of their own so that prediction reads nothing else. `checksums.json` beside them has every file's size and SHA-256.
+`optimizer` in Orbax's form, `metadata` (JSON: architecture, step, progress of the training loop). Parameters are a
+separate item, so that prediction reads nothing else. `checksums.json` beside them has every file's size and SHA-256.
 The directory gets its name when all of this is on disk; until then it is `<step>.<n>.writing`.
 """
 
@@ -98,7 +98,7 @@ class Checkpoints:
         """Returns the newest step that passes its checksums, None in a new run; the same on every process.
 
         Newer ones that are damaged or incomplete are named in a warning and moved to `<run>/damaged`. ValueError if no
-        checkpoint is good: the user, not this program, decides to start over.
+        checkpoint is good: only the user decides to start over.
         """
         found = hosts.from_first(self._find_newest_good)
         if found["problem"] is not None:
@@ -130,7 +130,7 @@ class Checkpoints:
     def finish(
         self, step: int, *, parameters: t5.Parameters, optimizer: Any, metadata: Mapping[str, Any], patience: float
     ) -> None:
-        """Makes the last save: returns when `step` is on disk, at once if it already is.
+        """Makes the last save and returns when `step` is on disk (at once if it already is).
 
         A storage failure is retried every few seconds, for `patience` seconds; then OSError.
         """
@@ -210,7 +210,7 @@ class Checkpoints:
         }
 
     def _set_aside(self, step: int, problem: str) -> None:
-        """Moves a damaged step out of the way, kept for inspection."""
+        """Moves a damaged step aside, for inspection."""
         folder = self._run_dir / DAMAGED
         folder.mkdir(exist_ok=True)
         target, number = folder / str(step), 1
@@ -221,7 +221,7 @@ class Checkpoints:
         log.warning("The checkpoint of step %d cannot be used: %s. It was moved to %s.", step, problem, target)
 
     def _make_folder(self, step: int, *, needed: int) -> dict[str, Any]:
-        """Makes the folder to write a step to; or reports that the step exists, or why nothing can be written."""
+        """Makes the folder for a step; or reports that the step exists, or why it cannot be written."""
         try:
             if self._is_on_disk(step):
                 return {"exists": True, "refused": None, "place": None}
@@ -231,7 +231,7 @@ class Checkpoints:
             self._tidy()
             free = saving.free(self.directory)
             if free is not None and free < needed:
-                # A partial checkpoint would take the last space from the metrics.
+                # A partial checkpoint would use up the space that the metrics need.
                 lacking = f"{saving.megabytes(needed)} needed, {saving.megabytes(free)} free"
                 raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {lacking}")
             # Each attempt has its own name: TensorStore may still be writing files of a failed one.
@@ -262,7 +262,7 @@ class Checkpoints:
                 (self.directory / str(old)).rename(going)
                 saving.remove(going)
         except OSError as error:
-            log.warning("A checkpoint that is not kept could not be removed: %s.", checksums.reason(error))
+            log.warning("An old checkpoint could not be removed: %s.", checksums.reason(error))
 
     def _warn(self, step: int, reason: str) -> None:
         if hosts.is_first():
@@ -301,7 +301,7 @@ def refuse_damaged(run_dir: Path, step: int, *, items: Iterable[str]) -> None:
 
 
 def restore(run_dir: str | Path, step: int, *, parameters: Any, optimizer: Any) -> Restored:
-    """Restores a step like `Checkpoints.restore`, of a run that another process may be writing."""
+    """Restores a step like `Checkpoints.restore`, from a run that another process may be writing."""
     run_dir = Path(run_dir).absolute()
     refuse_damaged(run_dir, step, items=(PARAMETERS, OPTIMIZER, METADATA))
     handler = saving.array_handler()

@@ -29,7 +29,7 @@ read_manifest = manifest.read
 
 _SEEN_WITHIN = 15.0  # seconds in which a network file system shows a new file to another host
 _SHOWN = 60  # lines of a difference in an error
-# Files that a start killed early leaves behind.
+# Files left behind by a process killed early in its start.
 _REMAINS = {"lock", "config.gin.tmp", f"{MANIFEST}.tmp"}
 
 log = logging.getLogger(__name__)
@@ -39,8 +39,8 @@ class RunDir:
     """A run directory, open for writing (made if missing); use it with `with`.
 
     Entering takes the lock: lock.HeldError if another process writes there. Call `begin` next, before any computation.
-    From then on disk errors do not raise: what cannot be written waits in memory for the next call, and `flush` names
-    what is missing at the end. lock.TakenOverError if another process has taken the directory over.
+    After that, disk errors do not raise: unwritten contents wait in memory for the next call, and at the end `flush`
+    names the incomplete files. lock.TakenOverError if another process has taken the directory over.
     """
 
     def __init__(self, path: str | Path, *, config_text: str) -> None:
@@ -71,7 +71,7 @@ class RunDir:
         return self._count
 
     def begin(self, contents: Mapping[str, Any], *, step: int, accept_changes: bool) -> None:
-        """Writes configuration and manifest: `contents`, versions and host. `step` is where the run continues.
+        """Writes config.gin and the manifest (`contents`, versions, host). The run continues at `step`.
 
         FileExistsError, with a diff, if the run exists and anything that decides its numbers has changed;
         `accept_changes` allows it and writes the diff into the manifest.
@@ -89,7 +89,7 @@ class RunDir:
                 pass  # unknown while the disk fails
 
     def log(self, kind: str, step: int, values: Mapping[str, float]) -> None:
-        """Writes one line of metrics.jsonl, and the same for TensorBoard; on disk when this returns, or waiting."""
+        """Writes one line of metrics.jsonl and the same for TensorBoard; on return, both are on disk or waiting."""
         self._count += 1
         if not hosts.is_first():
             return
@@ -124,7 +124,7 @@ class RunDir:
         self._write()
 
     def flush(self) -> None:
-        """Writes everything that waits; OSError names the files that are not complete, and why."""
+        """Writes all waiting contents; OSError names the incomplete files and the reasons."""
         if not hosts.is_first():
             return
         failed = self._write()
@@ -132,7 +132,7 @@ class RunDir:
             missing = [f"  {path}: {_reason(error)}" for path, error in failed.items()]
             lines = [line.decode().rstrip() for line in self._pending.waiting(self._metrics)]
             if lines:
-                missing += ["The lines that are missing from metrics.jsonl, to be put at its end:", *lines]
+                missing += ["Append these lines to metrics.jsonl:", *lines]
             raise OSError(
                 "These files of the run are not complete, because they could not be written:\n" + "\n".join(missing)
             )
@@ -258,7 +258,7 @@ class RunDir:
             raise self._given_up
 
     def _write(self) -> dict[Path, OSError]:
-        """Tries to write what waits; logs the begin and the end of an outage once each."""
+        """Tries to write the waiting contents; logs the start and the end of an outage once each."""
         try:
             self._check()
             failed = self._pending.write()
@@ -303,7 +303,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 
 
 def read_scores(path: str | Path) -> dict[int, float]:
-    """Reads the validation score of each step, by which the best checkpoint is chosen; {} if there is none."""
+    """Reads the validation scores by step, which select the best checkpoint; {} if there are none."""
     if not (Path(path) / "metrics.jsonl").exists() or not (Path(path) / MANIFEST).exists():
         return {}
     metric = manifest.read(path).get("run", {}).get("primary_metric")
@@ -312,7 +312,7 @@ def read_scores(path: str | Path) -> dict[int, float]:
 
 
 def _whole_lines(path: Path) -> list[bytes]:
-    """Reads the lines that have an end; a last one without was cut short."""
+    """Reads the complete lines, without a truncated last one."""
     if not path.exists():
         return []
     data = path.read_bytes()
@@ -344,7 +344,7 @@ def _explaining_disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno is None:  # our own, with its own text
+        if error.errno is None:  # raised by our code, with a message for the user
             raise
         raise OSError(
             f"{path} cannot be written to: {_reason(error)}. Fix that, or choose another MODEL_DIR."

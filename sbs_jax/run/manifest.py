@@ -1,7 +1,7 @@
-"""Read manifest.json, the facts a run was begun with, and compare them when the run is resumed.
+"""Read manifest.json, the facts that a run began with, and compare them when the run is resumed.
 
-What decides the numbers may not change: configuration, records, vocabulary, lengths, defaults of the code. Where and
-how they are computed may: directories, mesh, layers, devices, versions, retention of checkpoints.
+Facts that decide the numbers must not change: configuration, records, vocabulary, lengths, defaults of the code. Facts
+about where and how they are computed may: directories, mesh, layers, devices, versions, retention of checkpoints.
 """
 
 import functools
@@ -26,7 +26,7 @@ _WHERE_AND_HOW = (
     *("keep_period", "stall_seconds", "save_patience"),
     "skip_non_finite",  # decides only where the run would have stopped
 )
-# Without the best checkpoint, the kept ones decide which one is tested.
+# If no best checkpoint is kept, these decide which one is tested.
 _KEEPING = ("checkpoint_period", "keep_checkpoints", "keep_best", "keep_period")
 _UNCOMPARED = (
     *(f"train.TrainConfig.{field}" for field in _WHERE_AND_HOW),
@@ -35,7 +35,7 @@ _UNCOMPARED = (
 _MACRO = re.compile(r"%([A-Za-z_]\w*)")
 # Settings that are paths, absolute or not.
 _PATHS = ("records_dir", "model_dir", "initial_checkpoint_path", "vocabulary")
-_STEADY = 1e-6  # of the highest rate: how far rounding on another device may move a schedule
+_STEADY = 1e-6  # of the highest rate: tolerance for a schedule's rounding on another device
 
 
 def read(run_dir: str | Path) -> dict[str, Any]:
@@ -79,7 +79,7 @@ def versions() -> Mapping[str, str]:
 
 
 def without_paths(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a manifest for publication: files and folders of this machine by their last names alone."""
+    """Returns a manifest for publication, with only the last component of local paths."""
 
     def named(value: Any, *, is_path: bool = False) -> Any:
         if isinstance(value, Mapping):
@@ -92,7 +92,7 @@ def without_paths(manifest: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def last_name(path: str) -> str:
-    """Returns the last name of a path on this machine; a bucket's address stays, as it is valid everywhere."""
+    """Returns the last component of a local path; a bucket's address is kept, because it is valid everywhere."""
     if "://" in path or not path.strip("/"):
         return path
     parts = Path(path).parts
@@ -104,7 +104,7 @@ def changes(
 ) -> tuple[list[str], list[str]]:
     """Lists forbidden changes, as lines of two unified diffs; and notes about files that are gone.
 
-    `old` is None where there is no manifest to compare with. Both are as JSON has them (no tuples).
+    `old` is None if there is no manifest to compare with. Both hold JSON values (no tuples).
     """
     same_vocabulary = (
         old is not None and _vocabulary_hash(old) is not None and _vocabulary_hash(old) == _vocabulary_hash(new)
@@ -148,7 +148,7 @@ def _bindings(text: str) -> dict[str, str]:
     found: dict[str, str] = {}
     name = ""
     for line in map(str.rstrip, text.splitlines()):
-        if line.startswith(" "):  # the value goes on; gin ends a first line without one by a backslash
+        if line.startswith(" "):  # a continued value; gin ends an empty first line with a backslash
             found[name] = f"{found.get(name, '')} {line.strip()}".removeprefix("\\").strip()
         elif line and not line.startswith(("#", "import ", "from ")):
             name, _, found[name] = line.partition(" = ")
@@ -156,7 +156,7 @@ def _bindings(text: str) -> dict[str, str]:
 
 
 def _config_changes(old: Mapping[str, str], new: Mapping[str, str], *, same_vocabulary: bool) -> list[str]:
-    """Compares bindings with macros replaced by their values: bound by a macro, directly, or by default is the same.
+    """Compares the values of bindings; it does not matter if a macro, a binding or a default supplies them.
 
     A difference that comes from a macro alone is shown as that macro's.
     """
@@ -182,7 +182,7 @@ def _resolved(name: str, bindings: Mapping[str, str]) -> str | None:
     """Returns the value of a binding, its macros replaced by their values; None if it is not bound."""
     if name not in bindings:
         return None
-    others = {other: value for other, value in bindings.items() if other != name}  # no macro within itself
+    others = {other: value for other, value in bindings.items() if other != name}  # a macro must not expand itself
     return _MACRO.sub(lambda match: _resolved(match[1], others) or match[0], bindings[name])
 
 

@@ -1,7 +1,7 @@
-"""Files of a run whose contents wait in memory while the disk takes nothing.
+"""Pending writes of a run: contents that wait in memory while the disk cannot be written.
 
-A write that fails (disk full, read-only, no permission, I/O error) leaves the file as it was before, as far as the disk
-lets it. The next one writes everything that waits, in order: nothing is lost, doubled or cut short.
+A failed write (disk full, read-only, no permission, I/O error) leaves the file unchanged, as far as the disk allows.
+The next one writes all pending contents in order: nothing is lost, duplicated or truncated.
 """
 
 import contextlib
@@ -15,24 +15,24 @@ log = logging.getLogger(__name__)
 
 
 class PendingWrites:
-    """Contents on their way to files that grow by whole pieces, and to files that are replaced as a whole."""
+    """Pending contents of append-only files and of files that are replaced as a whole."""
 
     def __init__(self) -> None:
         self._pieces: dict[Path, list[bytes]] = {}
-        self._ends: dict[Path, int] = {}  # bytes of each file that are whole, from its start
-        self._clean: set[Path] = set()  # files without remains of a failed write behind their end
+        self._ends: dict[Path, int] = {}  # length of each file's complete contents, in bytes
+        self._clean: set[Path] = set()  # files with no remains of a failed write after that length
         self._replaced: dict[Path, bytes] = {}
 
     def follow(self, path: Path, *, end: int) -> None:
-        """Begins to append to a file whose first `end` bytes are whole; the first write cuts off what follows them."""
+        """Starts appending to a file after its first `end` bytes; the first write truncates the file to them."""
         self._pieces[path], self._ends[path] = [], end
 
     def append(self, path: Path, piece: bytes) -> None:
-        """Adds a piece to a followed file, at the next `write`."""
+        """Queues a piece for the end of a followed file."""
         self._pieces[path].append(piece)
 
     def replace(self, path: Path, contents: bytes) -> None:
-        """Gives a file new contents, at the next `write`."""
+        """Queues new contents of a file."""
         self._replaced.pop(path, None)
         self._replaced[path] = contents
 
@@ -41,11 +41,11 @@ class PendingWrites:
         return list(self._pieces[path])
 
     def files(self) -> list[Path]:
-        """Lists files that are not as they should be."""
+        """Lists files with pending contents."""
         return [*(path for path, pieces in self._pieces.items() if pieces), *self._replaced]
 
     def write(self) -> dict[Path, OSError]:
-        """Tries every file, in the order they were followed; returns the reason for each that still waits."""
+        """Tries to write every file, in the order they were followed; returns the errors of those still pending."""
         failed: dict[Path, OSError] = {}
         for path in self.files():
             try:
@@ -61,7 +61,7 @@ class PendingWrites:
         return failed
 
     def _append(self, path: Path, data: bytes) -> None:
-        """Writes behind the file's end; on disk when this returns, and on an error the file ends where it did."""
+        """Appends to the file; on disk when this returns. After an error the file has its old length."""
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             self._find_end(path, descriptor)

@@ -1,4 +1,4 @@
-"""Write one checkpoint in the background: a directory that gets its name when all of it is on disk.
+"""Write one checkpoint in the background: its directory is renamed into place when all of it is on disk.
 
 `checkpoints.py` decides which ones to keep, and reads them.
 """
@@ -28,7 +28,7 @@ from sbs_jax.storage import atomic, checksums
 log = logging.getLogger(__name__)
 
 PARAMETERS, OPTIMIZER, METADATA = "parameters", "optimizer", "metadata"
-WRITING = ".writing"  # suffix of the name until then
+WRITING = ".writing"  # suffix of the name before that
 _STATUS = ".written"  # suffix of the file in which a process reports the end of its part
 _WORTH_COLLECTING = 32_000_000  # bytes of a failed save; a garbage collection takes half a second
 _SEEN_WITHIN = 60.0  # seconds in which a network file system shows a file to another host
@@ -157,7 +157,7 @@ class Save:
 
 
 def array_handler() -> ocp.PyTreeCheckpointHandler:
-    # Trained float32 compresses by 8 %, for four times the work.
+    # Compression would save 8 % of trained float32 arrays, for four times the work.
     return ocp.PyTreeCheckpointHandler(use_compression=False)
 
 
@@ -167,13 +167,13 @@ def restore(handler: ocp.PyTreeCheckpointHandler, directory: Path, *, like: Any)
 
 
 def complete(directory: Path, *, metadata: Mapping[str, Any]) -> int:
-    """Adds metadata and checksums to a step whose arrays are written; returns its bytes."""
+    """Adds metadata and checksums to a step whose arrays are written; returns its size in bytes."""
     (directory / METADATA / "metadata").write_text(json.dumps(metadata), "utf-8")
     return checksums.write(directory)
 
 
 def _run(coroutine: Coroutine[Any, Any, Any]) -> Any:
-    """Runs a coroutine in a thread of its own, because a notebook already runs a loop in this one.
+    """Runs a coroutine in a new thread, because a notebook already runs an event loop in this one.
 
     Not `asyncio.run`: its cleanup looks at the tasks of other threads' loops, and Orbax has some.
     """
@@ -233,8 +233,8 @@ def read_json(directory: Path) -> dict[str, Any]:
 
 # ------------------------------------------------------------------------------------ Orbax after a failed write
 #
-# If one array cannot be written, Orbax closes its event loop under the writes of the others. These hold their arrays
-# until garbage collection (`Save.wait`), and their complaints repeat the error that reaches us anyway.
+# If one array cannot be written, Orbax closes its event loop while others are being written. Those writes hold their
+# arrays until garbage collection (`Save.wait`), and their log messages only repeat the error that is already raised.
 
 
 def _of_abandoned_writes(text: str) -> bool:

@@ -99,7 +99,7 @@ def _callable(function: Callable[..., Any]) -> dict[str, Any]:
 
 
 def _default(value: Any) -> Any:
-    """Describes a default; a callable by its name alone, because its own defaults could go on for ever."""
+    """Describes a default; a callable only by its name, because its own defaults could nest endlessly."""
     return _name(value) if callable(value) and not hasattr(value, "__array__") else _json(value)
 
 
