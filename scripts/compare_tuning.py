@@ -138,9 +138,9 @@ def run() -> int:
         "--rates",
         type=int,
         default=4,
-        help="try the lowest so many rates of each tuning; 0: the one that was best on the built-in dataset",
+        help="number of learning rates to try per tuning, lowest first; 0: only the best one of the built-in dataset",
     )
-    parser.add_argument("--examples", type=int, help="of each task per update (default: the experiment's)")
+    parser.add_argument("--examples", type=int, help="examples of each task per update (default: the experiment's)")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
     main.import_tensorflow()

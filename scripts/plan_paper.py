@@ -135,7 +135,7 @@ def _sweeps_tables(plans: dict[Any, Any]) -> tuple[str, str]:
         states: collections.Counter[str] = collections.Counter()
         hours = dollars = 0.0
         for cell in plan.cells():
-            one = _chip_hours(plans, cell.dataset, cell.size, cell.method)  # a fraction takes as many updates
+            one = _chip_hours(plans, cell.dataset, cell.size, cell.method)  # less data takes as many updates
             states["not known" if one is None else "planned" if one[2] else "scaled"] += 1
             if one:
                 hours, dollars = hours + one[0], dollars + one[1]

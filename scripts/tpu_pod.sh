@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Rents Cloud TPU slices as queued resources, runs `sbs` in a container on every host, restarts it after a preemption.
-# docs/tpu.md is the way from nothing to a finished run: on GKE, which comes first, and with this script.
+# docs/tpu.md describes all steps to a finished run: on GKE (read that first), and with this script.
 set -uo pipefail
 if ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] < 404)); then
   echo "tpu_pod: this is bash $BASH_VERSION; expected 4.4 or newer (macOS: brew install bash)." >&2
@@ -16,7 +16,7 @@ commands
   create   request a queued resource: one slice, or several with --slices
   watch    wait for the slice, start the command on every host (adds --multihost), wait until it ends;
            after a preemption request the slice again and restart the command, which resumes
-  start    start the command again on a slice that is there, after stop or an error
+  start    start the command again on an existing slice, after stop or an error
   status   state of the resource, its nodes and the run on every host
   logs     follow the log of the first host (--all: the last 100 lines of every host)
   stop     send SIGTERM to the run on every host and wait until it has saved; the slice keeps costing money
@@ -45,7 +45,7 @@ flags (= environment variable with the default)
 exit status
   0 done   1 a call or a host failed   2 bad flag, or gcloud, project or zone missing
   3 already created, or already running   4 resource FAILED, or ended by a user, or run ended by stop
-  5 gave up (--timeout, --attempts)   6 the run ended with an error of its own
+  5 gave up (--timeout, --attempts)   6 the run itself failed
 
 example
   export SBS_TPU_PROJECT=my-project SBS_TPU_ZONE=us-west4-a SBS_TPU_TYPE=v5litepod-16 SBS_BUCKET=my-bucket
@@ -74,7 +74,7 @@ nodes() { if ((slices == 1)); then echo "$name"; else seq -f "$name-%.0f" 0 $((s
 missing() { grep -q -e NOT_FOUND -e 'was not found' "$scratch/error"; }
 
 may_cost=""
-remind() { # however the script ends: a slice that nobody remembers is the most expensive mistake
+remind() { # at every exit of the script: a forgotten slice is the most expensive mistake
   [[ ! $may_cost ]] || say "$name costs money from ACTIVE until it is deleted:" \
     "$(quoted "$0" delete --name="$name" --project="$project" --zone="$zone")"
 }
@@ -105,7 +105,7 @@ look_at_nodes() { # sets lost and waiting: nodes that are gone, and nodes that a
   done
 }
 
-# Runs on a host: `on_hosts` sends its text along. Exit status 10: a run is going on; 12: it still runs after stop.
+# Runs on a host: `on_hosts` sends its text along. Exit status 10: a run is active; 12: it still runs after stop.
 host() { # VERB ARGUMENTS..
   local status="" code="" id="" boot="" this_boot mounted new_id variables=() stopped=$HOME/sbs_stopped
   read -r this_boot </proc/sys/kernel/random/boot_id
@@ -183,7 +183,7 @@ on_hosts() { # WORKER (all; 0: of the first node) VERB ARGUMENTS..
   # shellcheck disable=SC2016 # expands on the host
   script="$(declare -f host); "'host "$@" 2>&1 | sed -u "s/^/[$(hostname)] /"; exit "${PIPESTATUS[0]}"'
   words=(--worker="$1" --command="$(quoted bash -c "$script" sbs "${@:2}")" ${internal_ips:+--internal-ip})
-  [[ $2 != status ]] || limit=(timeout 120) # a look must not hang on a machine that is gone
+  [[ $2 != status ]] || limit=(timeout 120) # a status query must not hang on a machine that is gone
   for node in $(nodes); do
     (
       "${limit[@]}" gcloud compute tpus tpu-vm ssh "$node" --project="$project" --zone="$zone" --quiet "${words[@]}" \
@@ -286,7 +286,7 @@ watch() {
         word=$waiting
         if [[ ! $lost$waiting ]]; then
           run_state 0 # sbs ends everywhere when one of its processes ends
-          # A slice that is preempted ends the run first and shows its state later: judge at the fifth look.
+          # A slice that is preempted ends the run first and shows its state later: decide at the fifth check.
           if [[ $run_states == *running* ]]; then doubts=0; else ((doubts++)); fi
           if [[ $run_states =~ ^(finished|idle)$ ]] || ((doubts >= 5)); then run_state all; fi
           word="run: $run_states"
@@ -313,10 +313,10 @@ watch() {
     elif [[ $word == run:* ]] && ((doubts >= 5)); then
       doubts=0
       case $word in
-        # Beside hosts with a container, one without was replaced.
+        # If other hosts have a container, a host without one was replaced.
         *interrupted* | *unknown* | *idle*)
           again "the run was interrupted, or its hosts cannot be reached" || return
-          on_hosts all clear # then it is idle, and started
+          on_hosts all clear # so that it is idle, and is started
           ;;
         *failed*)
           cat "$scratch/status" >&2

@@ -1,4 +1,4 @@
-"""An HTTP client that does little else than wait: for measuring servers."""
+"""A minimal HTTP client for measuring servers; it does little else than wait."""
 
 import asyncio
 import json
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def request(path: str, body: Any) -> bytes:
-    """Returns the bytes of a POST of JSON."""
+    """Returns the bytes of a POST request with a JSON body."""
     data = json.dumps(body).encode()
     head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
     return head.encode() + data
@@ -32,7 +32,7 @@ class Client:
         return int(head.split(None, 2)[1]), await self._reader.readexactly(int(length[1]))
 
     async def leave(self, data: bytes) -> None:
-        """Sends a request, and disconnects without an answer."""
+        """Sends a request and disconnects before the answer."""
         self._writer.write(data)
         await self._writer.drain()
         await self.close()

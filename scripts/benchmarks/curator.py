@@ -1,8 +1,7 @@
-"""Asks with bespokelabs-curator, for the suite teacher: a script for an interpreter that has it and nothing of ours.
+"""Asks with bespokelabs-curator, for the suite teacher; the interpreter needs curator, but nothing of this project.
 
-Its limits are raised so that only the number of requests in flight binds; its telemetry is off. It counts the tokens of
-its requests with tiktoken, which downloads its vocabulary; offline they are guessed from the length, which is less work
-for it.
+Curator's limits are raised, so that only the number of requests in flight limits it; its telemetry is off. It counts
+tokens with tiktoken, which downloads a vocabulary; offline they are guessed from the length, which is less work.
 """
 
 import importlib

@@ -4,9 +4,9 @@
     python scripts/bench.py faults --steps 6 --rounds 2 --starts 1        # shorter
 
 T5 v1.0 small (60,506,624 parameters, random), AdamW, float32: 726 MB a checkpoint. `checkpoint_overhead` runs the loop
-of `sbs train` in two processes that take turns; one of them saves in the middle of each of its turns. A save costs the
-difference between such a turn and its neighbour, and is set against 100 steps. `restart_vs_cold_start` starts
-`sbs train` from nothing and from a checkpoint in turns, and takes the time from the start of the process to its first
+of `sbs train` in two processes that take turns; one of them saves in the middle of each of its turns. The cost of a
+save is the difference between such a turn and its neighbour, relative to 100 steps. `restart_vs_cold_start` starts `sbs
+train` from nothing and from a checkpoint in turns, and measures the time from the start of the process to its first
 line of metrics. Results: docs/speed.md.
 """
 
@@ -32,7 +32,7 @@ GIN_FILES = [f"gin_configs/{name}.gin" for name in ("runs/train", "models/t5_1_0
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     harness.add_turns(parser, rounds=4, steps=10)
-    parser.add_argument("--starts", type=int, default=3, help="from nothing and from a checkpoint, each")
+    parser.add_argument("--starts", type=int, default=3, help="starts from nothing, and as many from a checkpoint")
 
 
 def measure(arguments: argparse.Namespace) -> Iterator[harness.Row]:
@@ -42,7 +42,7 @@ def measure(arguments: argparse.Namespace) -> Iterator[harness.Row]:
         if arguments.rounds:
             yield checkpoint_overhead(Path(name), arguments)
         if arguments.starts:
-            harness.use_threads(arguments.threads)  # those of the processes started from here
+            harness.use_threads(arguments.threads)  # for the processes started from here
             yield restart_vs_cold_start(Path(name), arguments.starts)
 
 
@@ -64,7 +64,7 @@ def checkpoint_overhead(folder: Path, arguments: argparse.Namespace) -> harness.
     prices = [ours.seconds - theirs.seconds for ours, theirs in zip(saving.turns, plain.turns, strict=True)]
     cpu = [ours - theirs for ours, theirs in zip(saving.finish["cpu"], plain.finish["cpu"], strict=True)]
     print(f"price of a save, s: {harness.listed(prices)}; in CPU seconds: {harness.listed(cpu)}")
-    print(f"of which the loop stood still, s: {harness.listed(saving.finish['blocked'])}")
+    print(f"of which the loop was blocked, s: {harness.listed(saving.finish['blocked'])}")
     megabytes = saving.finish["bytes"] / 1e6
     print(f"copying the {megabytes:,.0f} MB once in memory takes {saving.finish['copy']:.2f} s")
     print(f"seconds until a checkpoint was on disk: {harness.listed(saving.finish['written'])}")
@@ -79,7 +79,7 @@ def checkpoint_overhead(folder: Path, arguments: argparse.Namespace) -> harness.
 
 
 def loop(*, folder: str, run: str, steps: int, period: int, threads: int) -> harness.Worker:
-    """Runs the loop of `sbs train` in a thread, which does a step when it is asked for one."""
+    """Runs the loop of `sbs train` in a thread, which does one step per request."""
     harness.use_threads(threads)
     from sbs_jax.cli import main as command
     from sbs_jax.training import gin_files
@@ -206,6 +206,6 @@ def start(folder: Path, run: str, *, ending: int) -> float:
         finally:
             process.send_signal(ending)
             process.wait()
-    if ending == signal.SIGKILL and before:  # the next start finds what this one found
+    if ending == signal.SIGKILL and before:  # the next start resumes where this one did
         metrics.write_text("".join(before), "utf-8")
     return seconds

@@ -6,8 +6,8 @@
 64 examples of SVAMP for each of the two tasks, bfloat16 with float32 parameters, dropout 0.1, AdamW, random weights:
 the sides of the suite train, the peer's compiled. Results: docs/performance.md.
 
-`--prepare` writes the batches (`--work`) on a machine that has the data, for a GPU machine that has not: with them
-there nothing is read by SeqIO or TensorFlow, though both are imported.
+`--prepare` writes the batches (`--work`) on a machine that has the data, for a GPU machine that does not. SeqIO and
+TensorFlow then read nothing there, although both are imported.
 """
 
 import argparse
@@ -27,12 +27,14 @@ REMAT = {"scanned": "attended", "unrolled": "none"}
 def add_options(parser: argparse.ArgumentParser) -> None:
     harness.add_turns(parser, rounds=5, steps=20, threads=False)
     parser.add_argument("--models", nargs="+", default=MODELS, help="files of gin_configs/models")
-    parser.add_argument("--examples", type=int, default=64, help="of each task in a step")
-    parser.add_argument("--attention", nargs="+", default=("eager", "sdpa"), help="of the peer: the fastest counts")
-    parser.add_argument("--layers", nargs="+", default=tuple(REMAT), choices=REMAT, help="of ours: the fastest counts")
-    parser.add_argument("--patience", type=float, default=900, help="seconds in which a side has to be ready")
+    parser.add_argument("--examples", type=int, default=64, help="examples of each task in a step")
+    parser.add_argument("--attention", nargs="+", default=("eager", "sdpa"), help="peer's attention; fastest counts")
+    parser.add_argument(
+        "--layers", nargs="+", default=tuple(REMAT), choices=REMAT, help="our layers; the fastest counts"
+    )
+    parser.add_argument("--patience", type=float, default=900, help="seconds to wait for a side's set-up")
     parser.add_argument("--work", type=Path, default=Path("runs/bench_gpu"), help="folder of the batches")
-    parser.add_argument("--binding", action="append", default=[], help="of gin, for ours")
+    parser.add_argument("--binding", action="append", default=[], help="gin binding for ours; repeat")
     parser.add_argument("--prepare", action="store_true", help="make the batches and end; needs no GPU")
 
 
@@ -64,7 +66,7 @@ def compared(
 ) -> Iterator[harness.Row]:
     """Yields the rows of one model: the fastest of ours against the fastest of the peer's."""
     with harness.Sides() as sides:
-        # All set themselves up (which is compiling) at once; they work in turns.
+        # All sides set themselves up (mostly compiling) at once, then work in turns.
         with concurrent.futures.ThreadPoolExecutor() as pool:
             starts = {
                 pool.submit(harness.Side, name, side, timeout=arguments.patience, options=options): name

@@ -151,9 +151,9 @@ def add_turns(parser: argparse.ArgumentParser, *, rounds: int, steps: int, threa
 
 
 def peak_memory() -> int:
-    """Returns the most bytes that this process ever had resident."""
+    """Returns the peak of this process's resident memory, in bytes."""
     with contextlib.suppress(OSError):
-        # Linux: not getrusage, whose figure a process inherits from the one that started it.
+        # On Linux not from getrusage, whose figure a process inherits from its parent.
         for line in Path("/proc/self/status").read_text("utf-8").splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
@@ -162,7 +162,7 @@ def peak_memory() -> int:
 
 
 def use_threads(count: int) -> None:
-    """Keeps this process and those it starts to so many CPUs. Call it before any thread pool is made."""
+    """Limits this process and its children to `count` CPUs. Call it before any thread pool is made."""
     os.environ["OMP_NUM_THREADS"] = str(count)
     if hasattr(os, "sched_setaffinity"):
         allowed = sorted(os.sched_getaffinity(0))
@@ -244,7 +244,7 @@ class Side:
     def __init__(
         self, name: str, side: Callable[..., Any], *, timeout: float | None = None, options: Mapping[str, Any]
     ) -> None:
-        """Starts it and waits until it is ready; RuntimeError if it ends first or exceeds `timeout` seconds."""
+        """Starts the process and waits until it is ready; RuntimeError if it ends first or after `timeout` s."""
         self.name = name
         spawn = multiprocessing.get_context("spawn")
         self._connection, theirs = spawn.Pipe()
@@ -260,19 +260,19 @@ class Side:
             raise
 
     def work(self, steps: int) -> Turn:
-        """Lets it do so many steps."""
+        """Makes the side do `steps` steps; returns its turn."""
         self._connection.send(steps)
         return self._answer()
 
     def finish(self) -> dict[str, Any]:
-        """Ends it; returns the result of its `finish`."""
+        """Ends the side; returns the result of its `finish`."""
         self._connection.send(0)
         found = self._answer()
         self.stop()
         return found
 
     def stop(self) -> None:
-        """Ends it if it still runs."""
+        """Ends the side if it still runs."""
         self.process.kill()
         self.process.join()
         self._connection.close()
@@ -304,7 +304,7 @@ class Sides(list[Side]):
             side.stop()
 
     def start(self, name: str, side: Callable[..., Any], /, **options: Any) -> None:
-        """Starts one more side and prints the facts of its set-up, but for its answers."""
+        """Starts one more side and prints the facts of its set-up, without its answers."""
         self.append(Side(name, side, options=options))
         print(f"{name}: { {key: value for key, value in self[-1].ready.items() if key != 'answers'} }", flush=True)
 

@@ -29,7 +29,7 @@ HOSTS = 8
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--release", type=Path, default=svamp.RELEASE, help="the official release's folder")
     parser.add_argument("--vocabulary", type=Path, default=svamp.VOCABULARY)
-    parser.add_argument("--seconds", type=float, default=3.0, help="for each measurement, of which there are five")
+    parser.add_argument("--seconds", type=float, default=3.0, help="seconds of each of the five measurements")
     parser.add_argument("--consumed", type=float, metavar="ROWS", help="packed rows/s that a host's chips train on")
 
 

@@ -5,8 +5,8 @@
     python scripts/bench.py predict --train_steps 60 --rounds 1 --sides ours int8 hf   # shorter
 
 All sides have the same weights and answer the same 64 inputs of SVAMP, up to 64 new tokens, on the same CPUs. The
-student is first trained on those 64 examples (and kept in `--work`) until it has them right: of random weights most
-tokens are close calls and few answers end, so that equal answers say little. Results: docs/speed.md.
+student is first trained on those 64 examples (and kept in `--work`) until it answers them correctly: with random
+weights most tokens are close calls and few answers end, so equal answers show little. Results: docs/speed.md.
 """
 
 import argparse
@@ -44,8 +44,8 @@ Answer = Callable[[list[list[int]]], list[list[int]]]  # token ids of sources to
 def add_options(parser: argparse.ArgumentParser) -> None:
     harness.add_turns(parser, rounds=5, steps=1)  # a step answers all inputs
     parser.add_argument("--work", default="runs/bench_predict", help="folder of the student and its other forms")
-    parser.add_argument("--model", help="a run to measure instead of the one that is trained for this")
-    parser.add_argument("--train_steps", type=int, default=200, help="of the student that is trained for this")
+    parser.add_argument("--model", help="run to measure instead of a student trained here")
+    parser.add_argument("--train_steps", type=int, default=200, help="training steps of the student trained here")
     parser.add_argument("--sides", nargs="+", choices=[*OURS, *PEERS], default=[*OURS, *PEERS])
 
 
@@ -92,7 +92,7 @@ def rows(speeds: dict[str, float], answers: dict[str, list[str]]) -> Iterator[ha
 
 
 def texts(answers: list[Any], vocabulary: Any) -> list[str]:
-    """Returns answers as texts; a peer's are tokens, 0 and 1 among them padding and EOS."""
+    """Converts answers to texts; a peer answers in tokens, among them 0 (padding) and 1 (EOS)."""
     return [x if isinstance(x, str) else vocabulary.decode([i for i in x if i > 1]).strip() for x in answers]
 
 
@@ -111,7 +111,7 @@ def questions(work: Path) -> tuple[list[str], str]:
 
 
 def trained(work: Path, *, steps: int) -> Path:
-    """Returns the student of `work`, and trains it first if it is not there (4 minutes on 2 cores)."""
+    """Returns the student of `work`, and trains it first if it does not exist (4 minutes on 2 cores)."""
     run, config = work / "student", work / "student.gin"
     config.write_text(STUDENT, "utf-8")
     bindings = {"RECORDS_DIR": work / "records", "MODEL_DIR": run, "VOCABULARY": svamp.vocabulary()}
@@ -143,8 +143,8 @@ def ours(*, model: str, work: str, weights: str, threads: int) -> harness.Worker
 def peer(*, work: str, kind: str, threads: int) -> harness.Worker:
     """Answers with Hugging Face's `generate` ("hf"), or CTranslate2 in float32 ("ct2") or int8 ("ct2_int8").
 
-    It gets token ids (ours are made from text within the time that is measured), the fastest of three batch sizes, and
-    inputs sorted by length where they are cut into several batches. Imports neither JAX nor TensorFlow.
+    It gets token ids (for ours, tokenizing is part of the measured time), the fastest of three batch sizes, and inputs
+    sorted by length if there are several batches. Imports neither JAX nor TensorFlow.
     """
     harness.use_threads(threads)
     job = json.loads((Path(work) / "work.json").read_text("utf-8"))
@@ -198,7 +198,7 @@ def hugging_face(folder: Path, *, threads: int) -> Answer:
 
 
 def ctranslate2(work: Path, vocabulary: str, *, precision: str, threads: int) -> Answer:
-    """Its words are pieces of the vocabulary's file, which the directory it reads must have too."""
+    """Answers with CTranslate2. Its words are vocabulary pieces; the directory it converts must have the same file."""
     pieces: Any = importlib.import_module("sentencepiece").SentencePieceProcessor(model_file=vocabulary)
     library: Any = importlib.import_module("ctranslate2")
     place = work / "ct2"

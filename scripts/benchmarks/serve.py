@@ -4,7 +4,7 @@
     python scripts/bench.py serve --only latency --requests 2000
     python scripts/bench.py serve --only memory
 
-The server is `sbs serve` in a process of its own; the clients are another process. Results: docs/speed.md.
+The server is `sbs serve` in a separate process; the clients are another one. Results: docs/speed.md.
 """
 
 import argparse
@@ -32,7 +32,7 @@ CLIENTS = 200
 BATCH = 128  # rows that the server takes from its queue at once, as by default
 UNLOADED = 5  # batches on the idle server, before and after
 STUDENTS = {
-    # Weights that were never trained end no answer early: every row takes the whole of its length.
+    # Untrained weights never end an answer early, so every row takes its full length.
     "small": {"gin": "gin_configs/models/t5_1_1_small.gin", "inputs": 64, "answer": 16},
     "builtin": {"gin": "gin_configs/experiments/builtin/student.gin", "inputs": 32, "answer": 4},
 }
@@ -148,7 +148,7 @@ def request(*rows: Mapping[str, Any]) -> bytes:
 
 
 def side_clients(*, url: str, inputs: str, clients: int, requests: int, unruly: int) -> dict[str, Any]:
-    """Runs so many clients, each asking again once it has its answer, until there were so many requests.
+    """Runs `clients` clients, each with one request at a time, until `requests` requests are sent.
 
     Every `unruly`-th request (0: none) has a bad body, or its client disconnects, in turn.
     """
@@ -189,7 +189,7 @@ def side_clients(*, url: str, inputs: str, clients: int, requests: int, unruly: 
         return time.perf_counter() - began
 
     seconds = asyncio.run(run())
-    # The first round comes in one burst and waits for no answer before: it is left out.
+    # The first round is one burst that waits for no earlier answer: it is left out.
     steady = sorted(latencies[clients:]) or sorted(latencies)
     return {
         "p50": statistics.median(steady),
@@ -202,7 +202,7 @@ def side_clients(*, url: str, inputs: str, clients: int, requests: int, unruly: 
 
 
 def side_unloaded(*, url: str, inputs: str, rows: int, times: int) -> dict[str, Any]:
-    """Sends requests of so many rows to an idle server, one after the other."""
+    """Sends `times` requests of `rows` rows to an idle server, one after the other."""
     texts = json.loads(Path(inputs).read_text("utf-8"))
 
     async def run() -> list[float]:

@@ -9,7 +9,7 @@ RELEASE, VOCABULARY = SHARED / "data" / "dss", SHARED / "vocab" / "t5" / "senten
 
 
 def vocabulary() -> str:
-    """Returns T5's vocabulary where it is there, else that of bytes."""
+    """Returns T5's vocabulary if its file exists, else the byte vocabulary."""
     return str(VOCABULARY) if VOCABULARY.is_file() else "byte"
 
 
@@ -24,7 +24,7 @@ def read(*, released: bool = True) -> tuple[list, str]:
         with tempfile.TemporaryDirectory() as folder:
             release.import_release(registry.get("svamp"), release_dir=RELEASE, records_dir=folder, parser="strict")
             return list(records.read_records(Path(folder) / "svamp" / "train.jsonl")), "SVAMP, T5's vocabulary"
-    # One byte is one token: numbers of characters are what docs/lengths.md has in tokens, less prefix and EOS.
+    # One byte is one token: these numbers of characters are docs/lengths.md's numbers of tokens, less prefix and EOS.
     random = np.random.default_rng(0)
 
     def text(*, mean: float, spread: float, least: int, most: int) -> str:

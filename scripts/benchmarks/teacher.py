@@ -1,11 +1,11 @@
-"""Measures the asking of a teacher: throughput, CPU time, memory, and how soon an interrupted run goes on.
+"""Measures asking a teacher: throughput, CPU time, memory, and the time until a resumed run asks again.
 
     python scripts/bench.py teacher                              # part of `make bench`
     python scripts/bench.py teacher --rounds 1 --requests 4000   # shorter
     python scripts/bench.py teacher --only resume memory --curator curator/bin/python
 
-The teacher is a server on this machine (tests/teacher_server.py), in a process of its own, that answers after 50 ms.
-Everything measured is a process of its own too. Results: docs/speed.md.
+The teacher is a server on this machine (tests/teacher_server.py), in a separate process, that answers after 50 ms.
+Every side is a separate process too. Results: docs/speed.md.
 """
 
 import argparse
@@ -41,8 +41,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=3, help="turns of each side")
     parser.add_argument("--requests", type=int, default=10_000, help="requests in a turn, at least twice --concurrency")
     parser.add_argument("--concurrency", type=int, default=1000, help="requests in flight")
-    parser.add_argument("--few", type=int, default=1000, help="rows, for memory")
-    parser.add_argument("--many", type=int, default=100_000, help="rows, for memory")
+    parser.add_argument("--few", type=int, default=1000, help="rows of the smaller run that measures memory")
+    parser.add_argument("--many", type=int, default=100_000, help="rows of the larger run that measures memory")
     parser.add_argument("--stored", type=int, default=ESNLI_ROWS, help="rows of the resumed run")
     parser.add_argument("--curator", metavar="PYTHON", help="interpreter that has bespokelabs-curator")
 
@@ -80,7 +80,7 @@ def text_of(number: int) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A row for the sampler, made when it is asked about."""
+    """A row for the sampler, made on demand."""
 
     template: prompts.Template
     number: int
@@ -116,7 +116,7 @@ def settings(concurrency: int) -> sampler.Settings:
 
 
 class Meter:
-    """Counts replies. The first `after` are the start: they come in one burst, over connections still to be made."""
+    """Counter of replies. The first `after` are the start: one burst, over connections that are not open yet."""
 
     def __init__(self, after: int) -> None:
         self._after, self._replies = after, 0
@@ -156,7 +156,7 @@ def side_sampler(*, url: str, requests: int, concurrency: int) -> dict[str, floa
 
 
 def side_client(*, url: str, requests: int, concurrency: int) -> dict[str, float]:
-    """Asks with the client alone; the requests are made before."""
+    """Asks with the client alone; its requests are made beforehand."""
 
     async def run() -> dict[str, float]:
         teacher = providers.make("openai", base_url=f"{url}/v1", timeout=60.0, connections=concurrency)
@@ -177,7 +177,7 @@ def side_client(*, url: str, requests: int, concurrency: int) -> dict[str, float
 
 
 def side_bare(*, url: str, requests: int, concurrency: int) -> dict[str, float]:
-    """Sends the same bytes again and again over open connections: about the most that the server can answer."""
+    """Sends the same bytes repeatedly over open connections: roughly the server's highest rate."""
     messages = [dataclasses.asdict(message) for message in next(rows(1)).prompt(hint=None).messages]
     asked = {"model": "some-model", "temperature": 0.0, "messages": messages, "max_tokens": 256}
     data = client.request("/v1/chat/completions", asked)
@@ -246,7 +246,7 @@ def side_resume(*, folder: str, requests: int) -> dict[str, float]:
         async def ask(self, request: clients.Request) -> clients.Reply:
             del request
             self.at = self.at or time.perf_counter()
-            raise clients.Fatal("seen")  # ends the run, and leaves the store as it is
+            raise clients.Fatal("seen")  # ends the run without changing the store
 
         async def close(self) -> None:
             pass
@@ -355,7 +355,7 @@ def first_request(folder: str, count: int) -> float:
 
 
 def curator(url: str, *, python: str | None, rounds: int, requests: int, concurrency: int) -> Iterator[harness.Row]:
-    """Measures ours and bespokelabs-curator in turns, whole runs: connecting and storing are part of them."""
+    """Measures whole runs of ours and of bespokelabs-curator in turns, connecting and storing included."""
     if python is None:
         print("curator is not measured: bespokelabs-curator is not installed; name an interpreter with --curator.")
     made = [row.prompt(hint=None).messages for row in rows(requests)]

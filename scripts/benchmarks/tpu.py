@@ -1,19 +1,19 @@
-"""Measures training and generation on absent TPUs by their compiler's own count, against stock T5X.
+"""Measures training and generation on absent TPUs by their compiler's estimates, against stock T5X.
 
     make bench-tpu                                          # the usual ones
     python scripts/bench.py tpu --only base large           # some of them
     python scripts/bench.py tpu --only base-lora-v5e:2x4    # others: all sizes and tunings of docs/speed.md
 
 libtpu compiles for absent chips on any Linux machine. Cycles are the sum of the compiler's `estimated_cycles` over the
-optimized program, loops times their trips, without operations that have no estimate: exchanges between chips have none,
-in T5X's figures neither. T5X's figures are stock T5X's at commit cc342d4 on jax 0.10.2, read in the same way.
+optimized program, loops times their trips, without operations that have no estimate, such as exchanges between chips
+(in T5X's figures too). T5X's figures are of stock T5X at commit cc342d4 on jax 0.10.2, read in the same way.
 
 - base, large, xl, ..: T5 1.1 with Adafactor, dropout 0.1, bfloat16 activations, packed rows of 512 + 128 tokens; the
   step that `sbs train` compiles (`WORK`; T5X with `unsafe_rbg`). Model FLOP utilization is the model's operations
   (student/flops.py) over the most the chips could do in those cycles. What was tried: docs/performance.md.
 - decode: T5 1.1 base in bfloat16 on v5e:2x4, batch 256, inputs of 128 tokens, up to 64 tokens, greedy and with 4 beams.
-  Cycles per token are those of one trip of the decode loop. Prefetches, of weights above all, carry no count, so each
-  row also says how much one trip has to read from HBM.
+  Cycles per token are those of one trip of the decode loop. Prefetches (mostly of weights) have no estimate, so each
+  row also gives the bytes that one trip reads from HBM.
 - SIZE-TUNING-TOPOLOGY: AdamW, bfloat16, scanned layers, `REMAT = "full"`, rows of 512 + 64 tokens that are not packed,
   fsdp over all chips: 64 rows an update, on one chip 8 in 2 micro-batches. Tunings as in gin_configs/adapters/. Prints
   the memory per chip, and seconds: the compiler's cycles and exposed exchanges. All of them take an hour on 2 cores.
@@ -196,7 +196,7 @@ T5X_WEIGHTS = 0.92
 def lowered(beams: int, *, config: t5.T5Config = BASE) -> jax.stages.Lowered:
     """Lowers generation of one batch: for one beam, the program that `sbs evaluate` and `sbs predict` run.
 
-    Every chip has a copy of the weights; the rows are over all chips.
+    Every chip has a copy of the weights; the rows are divided over all chips.
     """
     partitioner = partitioning.DATA_PARALLEL.partitioner(chips.topology(TOPOLOGY).describe())
     structure, shapes, axes = t5.abstract(config)

@@ -61,7 +61,7 @@ def measure(arguments: argparse.Namespace) -> Iterator[harness.Row]:
 
 
 def bindings(folder: Path | str, *, vocabulary: str, examples: int = EXAMPLES, **changes: Any) -> list[str]:
-    """Returns the gin bindings of a run on packed rows, so many examples of each task in an update."""
+    """Returns the gin bindings of a run on packed rows, with `examples` examples of each task per update."""
     values = {
         "DATASET": "svamp",
         "RECORDS_DIR": str(folder),
@@ -178,7 +178,7 @@ def ours(
 
 
 def drawn_by_array(config: Any, trainer: Any) -> Any:
-    """Draws the initial state of a model that one device holds array by array, since few differ in shape.
+    """Draws a model's initial state on one device, array by array, since few arrays differ in shape.
 
     XLA takes longer to compile all of them together than to compile the step of scanned layers.
     """
@@ -220,7 +220,7 @@ def read_batches(path: Path) -> tuple[str, list[Any]]:
 
 
 def make_batches(config: Any, folder: Path, *, examples: int) -> tuple[str, list[Any]]:
-    """Returns where the examples are from, and the first batches with exactly so many of each task.
+    """Returns the source of the examples, and the first batches with exactly `examples` of each task.
 
     A packed batch may hold a few more or less.
     """
@@ -318,7 +318,7 @@ def peer(
         return {name: tensor.to(device) for name, tensor in made.items()}
 
     def longest(task: int) -> tuple[int, int]:
-        """Returns the longest input and target of a task, in eights for tensor cores: one shape, one program."""
+        """Returns the longest input and target of a task, in multiples of 8 for tensor cores: one shape, one program."""
         lengths = [(len(i), len(t)) for batch in job["batches"] for i, t, its_task in batch if its_task == task]
         sources, targets = (-(-max(side) // 8) * 8 for side in zip(*lengths, strict=True))
         return sources, targets
