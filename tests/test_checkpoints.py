@@ -146,7 +146,8 @@ def test_damage_to_any_file_is_seen_and_the_step_before_is_used(run, damage, cap
         caplog.clear()
         with opened(run) as saver:
             assert saver.newest_good() == 1, file
-            assert_restores(saver, 1)
+            if file == files[-1]:  # the step before is the same whichever file of this one is damaged
+                assert_restores(saver, 1)
         assert file.name in caplog.text
         (moved,) = (run / "damaged").iterdir()
         assert str(moved) in caplog.text

@@ -14,7 +14,8 @@ SHAPE = {"emb_dim": 24, "num_heads": 4, "head_dim": 6, "mlp_dim": 20, "num_encod
 V1_0 = {"mlp_activations": ("relu",), "logits_via_embedding": True}
 V1_1 = {"mlp_activations": ("gelu", "linear"), "logits_via_embedding": False}
 UMT5 = {**V1_1, "relative_attention_bias": "per_layer"}
-KINDS = pytest.mark.parametrize("kind", [V1_0, V1_1, UMT5], ids=["v1.0", "v1.1", "umt5"])
+KINDS = pytest.mark.parametrize("kind", [V1_0, UMT5], ids=["v1.0", "umt5"])  # every other test has v1.1
+LONG = pytest.mark.faults  # more of the same, which takes long to compile
 # Searched by blocks, on TPU: divides by the 128 tokens of a block.
 BLOCKS = 256
 
@@ -220,15 +221,25 @@ def test_greedy_stops_at_eos():
     assert (np.delete(log_p, 1) < 0.0).all()
 
 
-# Several lengths, beams and penalties; greater `eos`, earlier endings.
-SEARCHES = pytest.mark.parametrize(
-    ("seed", "eos", "length", "beams", "penalty"),
-    [(0, 1.0, 6, 4, 1.0), (1, 2.0, 9, 4, 1.0), (2, 3.0, 9, 3, 0.6), (3, 2.0, 8, 2, 2.0), (4, 2.0, 1, 2, 1.0)],
+# Several lengths, beams and penalties; greater `eos`, earlier endings. Each platform has a penalty other than 1.
+SEARCHES = {
+    "plain": (0, 1.0, 6, 4, 1.0),
+    "longer": (1, 2.0, 9, 4, 1.0),
+    "short preferred": (2, 3.0, 9, 3, 0.6),
+    "long preferred": (3, 2.0, 8, 2, 2.0),
+    "one token": (4, 2.0, 1, 2, 1.0),
+}
+QUICK = {"any": ("plain", "short preferred", "one token"), "tpu": ("longer", "long preferred", "one token")}
+
+
+@pytest.mark.parametrize(
+    ("seed", "eos", "length", "beams", "penalty", "platform"),
+    [
+        pytest.param(*search, platform, id=f"{name}-{platform}", marks=[] if name in QUICK[platform] else LONG)
+        for name, search in SEARCHES.items()
+        for platform in QUICK
+    ],
 )
-
-
-@SEARCHES
-@pytest.mark.parametrize("platform", ["any", "tpu"])
 def test_beam_search_finds_what_a_slow_one_finds(seed, eos, length, beams, penalty, platform, request):
     vocabulary = 40
     if platform == "tpu":
@@ -292,7 +303,13 @@ def test_a_model_in_float32_computes_in_float32_throughout(as_on_tpu):
 
 
 @pytest.mark.parametrize(
-    ("shape", "platform"), [((1, 8, 1, 1), "any"), ((1, 1, 4, 2), "any"), ((1, 8, 1, 1), "tpu"), ((1, 4, 1, 2), "tpu")]
+    ("shape", "platform"),
+    [
+        pytest.param((1, 8, 1, 1), "any", marks=LONG),
+        ((1, 1, 4, 2), "any"),
+        pytest.param((1, 8, 1, 1), "tpu", marks=LONG),
+        ((1, 4, 1, 2), "tpu"),
+    ],
 )
 def test_sharded_generation_finds_the_same(shape, platform, request):
     if platform == "tpu":

@@ -95,14 +95,20 @@ def commands(text: str) -> list[str]:
     return found
 
 
+@cache
+def parsers():
+    """The parser of `sbs`, and those of its commands by name."""
+    return main._parser()
+
+
 def problem(line: str) -> str | None:
     """What the parser of the command, or the gin files, do not know of a command line; None where all is known."""
     line = re.sub(r"\[[A-Z .]+\]", "", line)
     words = shlex.split(line)[1:]
-    parser, parsers = main._parser()
-    if words[0] not in parsers:
+    parser, commands_of = parsers()
+    if words[0] not in commands_of:
         return f"no command {words[0]}"
-    known = parsers[words[0]]._option_string_actions
+    known = commands_of[words[0]]._option_string_actions
     for number, word in enumerate(words[1:]):  # a variable of the shell stands for any of the choices
         if word.startswith("$") and (action := known.get(words[number])) is not None and action.choices:
             words[number + 1] = next(iter(action.choices))
@@ -142,7 +148,7 @@ def test_commands_are_those_that_the_parsers_know(page):
 
 def test_commands_in_gin_files_and_in_help_are_those_that_the_parsers_know():
     texts = [path.read_text("utf-8") for path in (ROOT / "gin_configs").rglob("*.gin")]
-    texts += [sub.epilog or "" for sub in main._parser()[1].values()]
+    texts += [sub.epilog or "" for sub in parsers()[1].values()]
     lines = [line for text in texts for line in commands(f"```\n{text}\n```")]
     assert len(lines) > 40
     assert {line: found for line in lines if (found := problem(line))} == {}

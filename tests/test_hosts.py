@@ -1,11 +1,12 @@
 """Several real processes as one run: the numbers and files of one process, and plain ends where something fails."""
 
+import functools
 import json
 import re
 import shutil
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -76,15 +77,28 @@ def partitioner_of(layout: partitioning.Layout, order: np.ndarray) -> partitioni
     return partitioning.Partitioner(jax.sharding.Mesh(devices, partitioning.AXES, axis_types=types), chosen.rules)
 
 
+@pytest.fixture(scope="module")
+def third_batch(folder: Path) -> Iterator[Callable[..., dict[str, np.ndarray]]]:
+    """Gives chosen rows of the third batch, each choice computed once: meshes share many."""
+    arguments = {"lengths": {"inputs": 40, "targets": 32}, "split": "train", "batch_size": 16, "seed": 1}
+
+    @functools.cache
+    def rows_of(pack: bool, rows: tuple[int, ...] | None = None) -> dict[str, np.ndarray]:
+        registry.configure(toy.options(folder / "records"))
+        chosen = None if rows is None else np.array(rows)
+        return next(batches.train_dataset("toy_step_by_step", **arguments, pack=pack, skip_batches=2, rows=chosen))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(batches, "_PLACES", 256)  # at a time; 8,192 are 170 epochs of the toy
+        yield rows_of
+
+
 @pytest.mark.parametrize("pack", [False, True])
 @pytest.mark.parametrize("count", [1, 2, 4, 8])
 @pytest.mark.parametrize("layout", MESHES, ids=lambda layout: "x".join(map(str, layout.shape.values())))
-def test_no_row_is_lost_and_none_is_there_twice(folder, layout, count, pack, monkeypatch):
+def test_no_row_is_lost_and_none_is_there_twice(third_batch, layout, count, pack):
     """What the devices of `count` hosts hold, put together, is the global batch, whatever the mesh and the order."""
-    monkeypatch.setattr(batches, "_PLACES", 256)  # at a time; 8,192 are 170 epochs of the toy
-    registry.configure(toy.options(folder / "records"))
-    arguments = {"lengths": {"inputs": 40, "targets": 32}, "split": "train", "batch_size": 16, "pack": pack, "seed": 1}
-    whole = next(batches.train_dataset("toy_step_by_step", **arguments, skip_batches=2))
+    whole = third_batch(pack)
     for seed in range(3):
         random = np.random.default_rng((seed, count))
         partitioner = partitioner_of(layout, random.permutation(8) if seed else np.arange(8))
@@ -96,7 +110,7 @@ def test_no_row_is_lost_and_none_is_there_twice(folder, layout, count, pack, mon
             rows = partitioner.local_rows(16, devices=devices)
             wanted = sorted({row for device in devices for row in range(16)[places[device][0]]})
             assert rows.tolist() == wanted  # all that its devices hold, once each, and no more
-            batch = next(batches.train_dataset("toy_step_by_step", **arguments, skip_batches=2, rows=rows))
+            batch = third_batch(pack, tuple(rows.tolist()))
             for device in devices:
                 held[device.id] = list(range(16)[places[device][0]])
             for name, array in batch.items():
