@@ -130,7 +130,13 @@ def forced(model: t5.T5, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 @pytest.mark.parametrize(
     ("name", "whole"),
-    [("everything", True), ("everything", False), ("lora", False), ("decoder prefix", True), ("int8", True)],
+    [
+        ("everything", True),
+        ("everything", False),
+        pytest.param("lora", False, marks=pytest.mark.faults),  # part of "everything"
+        ("decoder prefix", True),
+        ("int8", True),
+    ],
 )
 def test_generation_is_that_of_the_teacher_forced_student(name, whole, monkeypatch):
     """Greedy and beam search step through a decoder of their own; their scores are those of the whole model."""
