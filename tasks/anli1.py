@@ -22,12 +22,12 @@ MARKER = "So the answer is"
 
 
 def row(fields: Mapping[str, Any]) -> Row:
-    """Makes a row of a line of the release."""
+    """Makes a row from a line of the release."""
     return _row(fields, premise="premise")
 
 
 def tfds_row(fields: Mapping[str, Any]) -> Row:
-    """Makes a row of a TFDS example, which calls the premise context."""
+    """Makes a row from a TFDS example, where the premise is called context."""
     return _row(fields, premise="context")
 
 

@@ -4,8 +4,8 @@ A row describes a thing by seven properties and asks one of eight questions:
 
     A tiny red iron lamp, found in the garden in March by the baker. Will it float?     -> no
 
-The answer takes two steps: find the property in question, and know its consequence. The teacher writes down both, in
-the raw form of a hosted model without a stop string:
+An answer takes two steps: find the relevant property, and know its consequence. The teacher writes both, in the raw
+form of a hosted model without a stop string:
 
     Iron sinks. So the answer is no.\\n\\nQ: A huge white wool bell, found ..
 
@@ -62,7 +62,7 @@ def student_path() -> str:
 
 # Share of rows with a wrong fact and the wrong answer.
 WRONG = 0.15
-# Share of rows with an unusable reply: it breaks off, has no answer, or one outside the label set.
+# Share of rows with an unusable reply: truncated, without an answer, or with one outside the label set.
 UNUSABLE = 0.05
 # Share of replies that run on into an invented next example, like those of a model without a stop string.
 RUNS_ON = 0.8
@@ -135,7 +135,7 @@ QUESTIONS = (
 )
 
 # Questions of the dataset; the other facts are in the pre-training text only. With eight questions, a few hundred
-# examples have some 50 for each, where the methods differ most (docs/experiments.md).
+# examples have about 50 of each, where the methods differ most (docs/experiments.md).
 ASKED = tuple(
     question
     for question in QUESTIONS
@@ -157,17 +157,17 @@ class Problem:
 
     @property
     def value(self) -> str:
-        """The value that decides the answer."""
+        """Value that decides the answer."""
         return self.thing[self.question.about]
 
     @property
     def text(self) -> str:
-        """The student's input."""
+        """Input of the student."""
         return f"{description(self.thing, order=self.order)} {self.question.text}"
 
     @property
     def label(self) -> str:
-        """The right answer."""
+        """Right answer."""
         return self.question.label(self.value)
 
 
@@ -220,7 +220,7 @@ def problem_of(text: str) -> Problem:
                 parts = match.groupdict()
                 found = match.start(), Problem(question=asked[parts.pop("question")], thing=parts, order=order)
     if found is None:
-        raise ValueError(f"{text[-200:]!r} holds no problem such as {random_problem(random.Random(0)).text!r}.")
+        raise ValueError(f"{text[-200:]!r} contains no problem such as {random_problem(random.Random(0)).text!r}.")
     return found[1]
 
 
@@ -248,8 +248,8 @@ def teacher_reply(problem: Problem, random_: random.Random) -> str:
 def write_release(folder: Path, *, rows: Mapping[str, int], seed: int) -> None:
     """Writes `<folder>/builtin/` in the layout of the official release: inputs and the teacher's replies.
 
-    `rows` is the number of rows per split ("train", "validation", "test"). No input occurs twice, in or across splits.
-    A split depends only on the seed and the splits before it.
+    `rows` is the number of rows per split ("train", "validation", "test"). No input occurs twice, within or across
+    splits. A split depends only on the seed and the splits before it.
     """
     random_ = random.Random(seed)
     seen: set[str] = set()
@@ -268,7 +268,7 @@ def write_release(folder: Path, *, rows: Mapping[str, int], seed: int) -> None:
 
 
 def row(fields: Mapping[str, Any]) -> Row:
-    """Makes a row of a line of the release."""
+    """Makes a row from a line of the release."""
     return Row(input=text_field(fields, "input"), label=text_field(fields, "label"))
 
 
@@ -321,7 +321,7 @@ def implied_label(rationale: str, choices: Sequence[str]) -> str | None:
 
 
 def scripted_reply(asked: str, sample: int) -> str | None:
-    """Replies to a prompt, with the label that it hints at, if any; None if it holds no problem."""
+    """Replies to a prompt, with the label of its hint if it has one; None if it contains no problem."""
     try:
         problem = problem_of(asked)
     except ValueError:

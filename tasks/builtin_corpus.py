@@ -1,12 +1,12 @@
 """Pre-training text of the embedded student, for span corruption, as a dataset of records.
 
 There are two kinds of passages, without questions, answers or task prefixes: general facts, or a description with facts
-that hold for it.
+that are true of it.
 
     Iron sinks. March is mild. Bell makes noise.
     A tiny red iron lamp, found in the garden in March by the baker. Iron sinks. Tiny fits a pocket. Baker wakes early.
 
-A row's input is a passage with spans of words replaced by sentinels; its label holds the replaced words (T5, arXiv
+A row's input is a passage with spans of words replaced by sentinels; its label has the replaced words (T5, arXiv
 1910.10683, section 3.1.4). The ordinary trainer pre-trains on the task `builtin_corpus_label`. In most facts the
 subject, the rest or the whole is masked: such salient spans (REALM, arXiv 2002.08909, section 3.4) teach the student to
 look up a fact's subject in the description, which random spans did not (docs/experiments.md).
@@ -36,13 +36,13 @@ FACTS_ALONE = 0.25
 FACTS = 3
 MASKED_FACTS = 0.75
 MASKED_DESCRIPTIONS = 0.25
-# Texts of each kind to build the vocabulary from, and the score of a piece of one character.
+# Number of texts of each kind to build the vocabulary from, and the score of a one-character piece.
 VOCABULARY_ROWS = 4000
 SPELLED = -20.0
 
 
 def passage(random_: random.Random) -> list[str]:
-    """Draws the sentences of one passage: facts, or a description and facts that hold for it."""
+    """Draws the sentences of one passage: facts, or a description and facts that are true of it."""
     questions = random_.sample(QUESTIONS, FACTS)
     if random_.random() < FACTS_ALONE:
         return [question.fact(random_.choice(PROPERTIES[question.about])) for question in questions]
@@ -90,8 +90,8 @@ def rows(*, seed: int) -> Iterator[tuple[str, str]]:
 def vocabulary(*, seed: int) -> bytes:
     """Builds a SentencePiece model whose pieces are the words of the project's text; it ignores case.
 
-    Other words are spelled, so that no text of letters, digits and common signs is unknown. SentencePiece's own
-    training keeps few whole words of so small a text, so the pieces are replaced after it.
+    Other words are spelled in characters, so that letters, digits and common signs are never unknown. SentencePiece's
+    own training keeps few whole words of so small a text, so the pieces are replaced afterwards.
     """
     random_ = random.Random(seed)
     texts = ["predict: explain: yes no Answer:"] * 100
@@ -111,7 +111,7 @@ def vocabulary(*, seed: int) -> bytes:
         num_threads=1,
         minloglevel=2,
     )
-    # The class is made when its module is imported, which pyright does not see.
+    # protobuf makes this class at import, which pyright does not see.
     proto = sentencepiece_model_pb2.ModelProto  # pyright: ignore[reportAttributeAccessIssue]
     model = proto.FromString(written.getvalue())
     counts = collections.Counter(word for text in texts for word in words(text.lower()))
@@ -127,7 +127,7 @@ def vocabulary(*, seed: int) -> bytes:
 
 
 def _span(sentence: str, random_: random.Random) -> tuple[int, int] | None:
-    """Draws the span to mask: of a fact its subject, the rest or all; of a description one or two words."""
+    """Draws the span to mask: the subject, the rest or all of a fact; one or two words of a description."""
     length = len(words(sentence))
     if "," in sentence:
         if random_.random() >= MASKED_DESCRIPTIONS:

@@ -34,7 +34,7 @@ MARKER = "So the answer is"
 
 
 def row(fields: Mapping[str, Any]) -> Row:
-    """Makes a row of a line of the release."""
+    """Makes a row from a line of the release."""
     choices = text_list_field(fields, "choices")
     return Row(
         id=text_field(fields, "id"),

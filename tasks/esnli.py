@@ -20,7 +20,7 @@ from tasks import nli
 
 
 def row(fields: Mapping[str, Any]) -> Row:
-    """Makes a row of a line of the release or of a TFDS example; neither has ids."""
+    """Makes a row from a line of the release or a TFDS example; neither has ids."""
     return Row(
         input=nli.input_text(text_field(fields, "premise"), text_field(fields, "hypothesis")),
         label=nli.label_text(integer_field(fields, "label")),

@@ -22,7 +22,7 @@ MARKER = "The answer is"
 
 
 def row(fields: Mapping[str, Any]) -> Row:
-    """Makes a row of a line of the release, which has no id."""
+    """Makes a row from a line of the release, which has no id."""
     return Row(input=text_field(fields, "input"), label=text_field(fields, "label"))
 
 
@@ -32,7 +32,7 @@ def read_release(release_dir: Path) -> dict[str, list[Row]]:
 
 
 def is_arithmetic(text: str) -> bool:
-    """Tells if a text is an arithmetic expression that has a value."""
+    """Tells whether a text is an arithmetic expression with a value."""
     return equation_value(text) is not None
 
 
@@ -76,13 +76,13 @@ _EQUATION = re.compile(rf"[(\s]*{_NUMBER}[)\s]*(?:[-+*/][(\s]*{_NUMBER}[)\s]*)+"
 
 
 def implied_label(rationale: str, choices: Sequence[str]) -> str | None:
-    """Returns the last calculation in a text, without its result; None if it has no value, or there is none.
+    """Returns the last calculation in a text, without its result; None if there is none or it has no value.
 
     >>> implied_label("She has 3 pens and buys 4. 3 + 4 = 7.", ())
     '3 + 4'
     """
     del choices
-    # A calculation whose front is cut off here would be too long to have a value anyway.
+    # A calculation whose start is truncated here would be too long to have a value anyway.
     found = [match[0].strip() for match in _EQUATION.finditer(rationale[-4 * MAX_CHARACTERS :])]
     return found[-1] if found and is_arithmetic(found[-1]) else None
 

@@ -295,7 +295,7 @@ def test_what_does_not_fit_into_one_job_is_refused(monkeypatch: pytest.MonkeyPat
 
 
 def test_bad_arguments_are_told() -> None:
-    with pytest.raises(ValueError, match=r"no batch jobs of 'gemni'.*gemini"):
+    with pytest.raises(ValueError, match=r"'gemni' has no batch jobs.*gemini"):
         providers.make_batch("gemni", base_url=None, timeout=1.0)
     for folder in (None, "/local", "gs://"):
         with pytest.raises(ValueError, match="gs://<bucket>/<folder>"):

@@ -625,5 +625,5 @@ def test_a_problem_is_read_back_from_its_text() -> None:
     for problem in problems(300):
         read = builtin.problem_of(f"Q: {problems(1)[0].text}\nA: Wood floats.\n\nQ: {problem.text}\nA:")
         assert (read.text, read.label) == (problem.text, problem.label)
-    with pytest.raises(ValueError, match="holds no problem such as"):
+    with pytest.raises(ValueError, match="contains no problem such as"):
         builtin.problem_of("Will it float?")

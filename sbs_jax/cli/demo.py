@@ -1,4 +1,4 @@
-"""Run the whole method on the built-in dataset, from questions to a page of results.
+"""The demo: the whole method on the built-in dataset, from questions to a page of results.
 
 The demo generates problems, asks the scripted teacher, parses its replies into records, trains the embedded student
 with both methods on several fractions of the data, and reports test accuracies. It uses the ordinary commands: `sbs
@@ -36,7 +36,7 @@ def plan(folder: Path) -> sweep.Sweep:
 
 
 def main(output: str | Path, *, entry: Callable[[list[str]], int]) -> int:
-    """Runs everything below `output`, prints the table, writes `<output>/index.html`, and returns the exit status.
+    """Runs the demo below `output`, prints the table, writes `<output>/index.html`, and returns the exit status.
 
     Called again with the same `output`, it resumes with the missing runs. `entry` runs `sbs` commands in worker
     processes (cli.main.main).

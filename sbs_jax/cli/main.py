@@ -1,4 +1,4 @@
-"""The `sbs` command: parse flags, then call one function of a module in `cli/commands/`.
+"""The `sbs` command: parses flags, then calls the `run` of a module in `cli/commands/`.
 
 Heavy imports are late, so `--help` answers at once.
 """
@@ -33,7 +33,7 @@ NAMES = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the console script and returns its exit status; 128 + SIGPIPE if the reader of its output has gone."""
+    """Runs the console script and returns its exit status; 128 + SIGPIPE if the reader of its output is gone."""
     try:
         try:
             return _main(argv)
@@ -86,7 +86,7 @@ def _main(argv: Sequence[str] | None) -> int:
         return preemption.EXIT_STATUS
     except (UsageError, hosts.HostsError, ValueError, OSError, FloatingPointError, ModuleNotFoundError) as error:
         if isinstance(error, BrokenPipeError) and _reader_is_gone():
-            _fail_others("The reader of its output has gone.", show=False)
+            _fail_others("The reader of its output is gone.", show=False)
             raise
         _fail_others(str(error), show=arguments.traceback)
         if arguments.traceback:
@@ -136,7 +136,7 @@ def _join(arguments: argparse.Namespace) -> None:
 
 
 def _log_to_stderr() -> None:
-    """Shows this project's messages only; gin writes to the root logger, which stays silent."""
+    """Shows only this project's messages; gin logs to the root logger, which stays silent."""
     logging.getLogger().addHandler(logging.NullHandler())
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
@@ -146,7 +146,7 @@ def _log_to_stderr() -> None:
 
 
 def import_tensorflow() -> None:
-    """Imports TensorFlow, hides its GPUs (they are JAX's) and drops its messages about them, which no setting mutes."""
+    """Imports TensorFlow, hides the GPUs from it (JAX uses them) and drops its messages, which no setting mutes."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     sys.stderr.flush()
     stderr = os.dup(2)
@@ -193,7 +193,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
                 action="append",
                 default=[],
                 metavar="FILE",
-                help="gin file; repeatable, later override earlier",
+                help="gin file; repeatable, later files override earlier ones",
             )
             sub.add_argument(
                 "--gin_search_paths", default="", metavar="DIRS", help="comma-separated folders to search for gin files"

@@ -1,4 +1,4 @@
-"""Build the model's batches: shifted, padded or packed, with a task id per target token.
+"""Batches of model features: shifted, padded or packed, with a task id per target token.
 
 `train_dataset` yields endless training batches, `eval_examples` returns the rows of a split with their texts, and
 `count_truncated` counts the rows longer than the feature lengths.

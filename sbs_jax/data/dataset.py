@@ -1,4 +1,4 @@
-"""Define a dataset: its rows, labels, parsers and grading."""
+"""Definition of a dataset: its rows, labels, parsers and grading."""
 
 import dataclasses
 import re

@@ -1,4 +1,4 @@
-"""Grade answers: exact match of text, and equal values of two equations.
+"""Grading of answers: exact match of text, and equal values of two equations.
 
 `accuracy` and `equation_accuracy` are SeqIO metric functions: they take the lists `targets` and `predictions` and
 return percentages (0 to 100), as T5X's and SeqIO's metrics do. `same_text` and `same_equation_value` grade one pair;

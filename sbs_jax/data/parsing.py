@@ -1,4 +1,4 @@
-"""Parse raw teacher text into rationale and label: the parts that the parsers of all datasets share.
+"""Parsing of raw teacher text into rationale and label: code shared by the parsers of all datasets.
 
 A teacher without a stop string runs on into an invented next example:
 

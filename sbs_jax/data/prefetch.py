@@ -1,4 +1,4 @@
-"""Prefetch the next batches in a thread while the current one is in use."""
+"""Prefetching of batches by a thread, while the current batch is in use."""
 
 from __future__ import annotations
 

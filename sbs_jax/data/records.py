@@ -1,4 +1,4 @@
-"""Read and write records: one row per example with its input, the human's label and the teacher's answer.
+"""Records on disk: one row per example with its input, the human label and the teacher's answer.
 
 A records directory holds, per dataset, the files that training reads and a manifest that describes them:
 

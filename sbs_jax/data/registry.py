@@ -1,4 +1,4 @@
-"""Register datasets and their SeqIO tasks, and read their records under the current options.
+"""Registry of datasets and their SeqIO tasks, and access to their records under the current options.
 
 Each dataset has four names, for example svamp:
 

@@ -1,4 +1,4 @@
-"""Import the official release of teacher outputs as records.
+"""Import of the official release of teacher outputs as records.
 
 The release is read as it was published:
 

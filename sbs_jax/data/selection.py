@@ -1,4 +1,4 @@
-"""Select the training and evaluation examples: a pure function of records and options. Standard library only."""
+"""Selection of training and evaluation examples: a pure function of records and options. Standard library only."""
 
 from __future__ import annotations
 

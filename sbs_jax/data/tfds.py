@@ -1,4 +1,4 @@
-"""Read examples from TensorFlow Datasets. The library is imported at first use: it takes seconds."""
+"""Examples from TensorFlow Datasets. The library is imported at first use, because that takes seconds."""
 
 import dataclasses
 import hashlib

@@ -1,4 +1,4 @@
-"""Encode text as token ids: vocabularies, the separator of premise and hypothesis, token tables."""
+"""Token ids of texts: vocabularies, the separator of premise and hypothesis, token tables."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The functions other modules call; without `join`, each acts for a single process."""
+"""Functions for other modules; without `join`, each acts for a single process."""
 
 import difflib
 import hashlib

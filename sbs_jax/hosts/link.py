@@ -1,4 +1,4 @@
-"""The link between joined processes: values and decisions, preemption at one step, stall reports, and failures."""
+"""The link between joined processes: values, decisions, preemption at one step, stall reports, and failures."""
 
 import contextlib
 import json

@@ -1,4 +1,4 @@
-"""Report a stalled loop: a thread logs each process's activity when one lasts too long."""
+"""Watchdog of the training loop: a thread logs each process's activity when one lasts too long."""
 
 import logging
 import math

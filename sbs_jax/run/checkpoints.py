@@ -1,4 +1,4 @@
-"""Save, retain, verify and restore the checkpoints of a run.
+"""Checkpoints of a run: saving, retention, verification and restoring.
 
 A run directory holds `checkpoints/<step>/` with three items: `parameters` (a flat dictionary of float32 arrays) and
 `optimizer` in Orbax's form, `metadata` (JSON: architecture, step, progress of the training loop). Parameters are a

@@ -1,4 +1,4 @@
-"""Open and write the directory of one run: configuration, manifest, metrics, TensorBoard events, predictions.
+"""Directory of one run: configuration, manifest, metrics, TensorBoard events, predictions.
 
 config.gin            operative configuration; a different one is refused
 manifest.json         data hashes, settings, parameter table, every start with its versions (manifest.py)

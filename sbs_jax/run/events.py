@@ -1,4 +1,4 @@
-"""Encode scalars in TensorBoard's event format.
+"""Scalars in TensorBoard's event format.
 
 TensorBoard's own writer uses a thread that ends at the first disk error and loses every later event. So the bytes are
 made here and written like the other files of a run (pending_writes.py).

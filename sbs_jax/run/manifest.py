@@ -1,4 +1,4 @@
-"""Read manifest.json, the facts that a run began with, and compare them when the run is resumed.
+"""Manifest of a run (manifest.json): the facts that it began with, compared when it is resumed.
 
 Facts that decide the numbers must not change: configuration, records, vocabulary, lengths, defaults of the code. Facts
 about where and how they are computed may: directories, mesh, layers, devices, versions, retention of checkpoints.

@@ -1,4 +1,4 @@
-"""Write one checkpoint in the background: its directory is renamed into place when all of it is on disk.
+"""Background save of one checkpoint: its directory is renamed into place when all of it is on disk.
 
 `checkpoints.py` decides which ones to keep, and reads them.
 """

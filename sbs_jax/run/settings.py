@@ -1,4 +1,4 @@
-"""Describe the whole configuration of a run as JSON, including defaults that no config file mentions.
+"""Description of a run's whole configuration as JSON, including defaults that no config file mentions.
 
 Resuming compares it (manifest.py), so a changed default of a library or of this code is noticed.
 """

@@ -1,4 +1,4 @@
-"""Read JSON with errors that name the file, the line and the field. Standard library only.
+"""JSON reader whose errors name the file, the line and the field. Standard library only.
 
 `typed` reads a JSON value as a dataclass or TypedDict; `text_field` and its neighbours read one field of an object.
 """

@@ -1,4 +1,4 @@
-"""Lock a directory for one process at a time.
+"""Lock of a directory for one process at a time.
 
 The file is held with flock, which the kernel releases however the process ends (kill -9 included), and names its
 holder in JSON. On some network file systems flock does not exclude other hosts, or does not exist. There the

@@ -1,1 +1,1 @@
-"""Asking a teacher model: prompts, clients, limits, the store of replies, and records made from them."""
+"""Teacher models: prompts, clients, limits, the store of replies, and the records made from them."""

@@ -3,15 +3,16 @@
     job = await client.submit(requests, name="sbs-1")     # at most MOST_REQUESTS, in MOST_BYTES
     while (await client.poll(job)).state == RUNNING:
         await asyncio.sleep(30)
-    async for key, reply in client.collect(job):          # Reply, or Failed if there will never be one
+    async for key, reply in client.collect(job):          # Reply, or Failed for a final failure
         ...
 
-Lines return in any order and carry the key of their request. A missing or unreadable line, or one that reports trouble
-at the provider, is skipped: its request is unanswered and may be sent again. Collect "failed" and "cancelled" jobs too:
-what they answered has been paid for.
+Lines return in any order and carry the key of their request. A missing or unreadable line, or one that reports a
+provider error, is skipped: its request is unanswered and may be sent again. Collect "failed" and "cancelled" jobs too:
+their replies have been paid for.
 
-Calls are retried when the connection fails. Only submission is not repeated blindly: if its reply was lost, the job is
-looked up by its name. Exceptions are those of `sbs_jax.teacher.clients`. Each provider's subclass is in its own module.
+Calls are retried when the connection fails. A submission whose reply was lost is not repeated blindly: the job is
+looked up by its name first. Exceptions are those of `sbs_jax.teacher.clients`. Subclasses are in their providers'
+modules.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ class BatchState:
 
 
 class BatchClient(abc.ABC):
-    """A provider's batch jobs. Subclasses say how its files, lines and jobs look."""
+    """A provider's batch jobs. Subclasses define the form of its files, lines and jobs."""
 
     def __init__(self, client: HostedClient) -> None:
         self.client = client
@@ -89,7 +90,7 @@ class BatchClient(abc.ABC):
         return await self.call(search)
 
     async def call(self, call: Callable[[], Awaitable[_T]], *, transfer: bool = False) -> _T:
-        """Awaits an SDK call that is safe to repeat, with retries; a file transfer has longer."""
+        """Awaits an SDK call that is safe to repeat, with retries; a file transfer has a longer timeout."""
         return await retried(lambda: self.client.send(call, seconds=_TRANSFER if transfer else None))
 
     @abc.abstractmethod
@@ -97,7 +98,7 @@ class BatchClient(abc.ABC):
 
     @abc.abstractmethod
     async def cancel(self, job: str) -> None:
-        """Asks the provider to end the job, unless it has ended; `poll` says when it is over."""
+        """Asks the provider to cancel the job, unless it has ended; `poll` reports the end."""
 
     async def close(self) -> None:
         await self.client.close()
@@ -140,7 +141,7 @@ def lines_of(requests: Sequence[Request], line: Callable[[Request], Mapping[str,
     if len({(request.model, request.form) for request in requests}) > 1:
         raise ValueError("The batch has requests for several models or of several forms; submit one batch for each.")
     if len({request.key for request in requests}) < len(requests):
-        raise ValueError("The batch has one request twice, so their replies could not be told apart; remove one.")
+        raise ValueError("The batch has one request twice, so their replies could not be distinguished; remove one.")
     text = "".join(f"{json.dumps(line(request))}\n" for request in requests).encode()
     if len(text) > MOST_BYTES:
         raise ValueError(
@@ -175,4 +176,4 @@ def _outcome(reply_of: Callable[[Mapping[str, Any]], Reply], line: Mapping[str, 
     except Fatal as error:
         return Failed(str(error), reason=REFUSED)
     except (AttributeError, TypeError, KeyError, IndexError, ValueError, ArithmeticError):
-        return None  # a line of another form
+        return None  # a line of an unknown form

@@ -7,7 +7,7 @@ what to do next:
     Again   wait and retry: 429, 5xx, timeout, reset connection, malformed or empty reply
     Failed  record the reason and go on: content filter, prompt longer than the context
 
-Clients and the SDKs below them never retry: the caller that counts requests and money does. Credentials come from the
+Clients and their SDKs never retry: the caller does, because it counts requests and money. Credentials come from the
 environment or the platform and appear in no message.
 """
 
@@ -22,14 +22,14 @@ from typing import Any, Protocol, runtime_checkable
 from sbs_jax.teacher.prompts import Message, Prompt
 
 CHAT, COMPLETION = "chat", "completion"
-# How a reply ended. Any other word is the provider's own.
+# Endings of a reply; any other word is the provider's own.
 STOP, LENGTH = "stop", "length"
 CONTENT_FILTER, TOO_LONG = "content_filter", "too_long"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Parameters:
-    """Sampling parameters. `stops` replace the stop strings that a completion's prompt has of its own."""
+    """Sampling parameters. `stops` replace the stop strings of a completion's prompt."""
 
     temperature: float
     max_tokens: int
@@ -57,7 +57,7 @@ class Request:
 
     @functools.cached_property
     def key(self) -> str:
-        """Hashes everything that shapes the reply, 64 hexadecimal digits; neither provider nor code is part of it."""
+        """Hashes everything that shapes the reply, but not provider or code; 64 hexadecimal digits."""
         if self.form == CHAT:
             head, last = self.prompt.messages[:-1], [self.prompt.messages[-1].role, self.prompt.messages[-1].content]
         else:
@@ -86,7 +86,7 @@ _heads: dict[Any, tuple[tuple[Message, ...], Any]] = {}
 class Reply:
     """A reply. `finish` is "stop", "length" (truncated) or the provider's word.
 
-    Tokens are the provider's counts; thinking tokens count as output, as on the bill.
+    Token counts are the provider's; thinking tokens count as output, because they are billed so.
     """
 
     text: str
@@ -101,7 +101,7 @@ class Fatal(Exception):  # noqa: N818  # says what to do, not what happened
 
 
 class Again(Exception):  # noqa: N818  # says what to do, not what happened
-    """Retry later. `limited`: the provider asks us to slow down; `retry_after`: for so many seconds."""
+    """Retry later. `limited`: the provider asks us to slow down; `retry_after`: seconds to wait."""
 
     def __init__(self, message: str, *, retry_after: float | None = None, limited: bool = False) -> None:
         super().__init__(message)

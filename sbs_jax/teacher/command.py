@@ -1,10 +1,10 @@
-"""`sbs teach`: asks a hosted model about every row of a dataset, and writes records.
+"""`sbs teach`: ask a hosted model about every row of a dataset, and write records.
 
     rows -> prompts -> [store] <- replies <- teacher        (sampler, or jobs in batch mode)
                           |
                           +-> records, and a page that shows them
 
-A repeated run continues where the last one ended, for whatever reason: stored replies are not asked again.
+A repeated run continues where the last one ended: requests with stored replies are not sent again.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Options:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Plan:
-    """The options with everything that is read from disk before the teacher is asked."""
+    """Options, and everything read from disk before the teacher is asked."""
 
     options: Options
     dataset: Dataset
@@ -71,7 +71,7 @@ class _Plan:
         return self.options.settings
 
     def questions(self, *splits: str) -> Iterator[export.Question]:
-        """Yields the rows of these splits, one at a time: there may be a great many."""
+        """Yields the rows of these splits one at a time, because there may be very many."""
         rows = (row for split in splits for row in self.splits[split].rows)
         return (export.Question(self.dataset, self.options.template, self.options.parser, row) for row in rows)
 
@@ -80,10 +80,10 @@ class _Plan:
 
 
 def teach(options: Options) -> Manifest | None:
-    """Asks what is missing, then writes records and page; returns the manifest, None after a dry run or an early end.
+    """Sends missing requests, then writes records and page; returns the manifest, None after a dry run or early end.
 
-    Replies that came are stored, whatever ends the run. Records are written when every row has a reply or a reason;
-    `export_only` writes them at any time.
+    Received replies are stored, whatever ends the run. Records are written when every row has a reply or a failure
+    reason; `export_only` writes them at any time.
     """
     dataset = registry.get(options.dataset)
     plan = _Plan(
@@ -138,7 +138,7 @@ def _splits(dataset: Dataset, options: Options) -> dict[str, release.Source]:
 
 
 async def _one_by_one(plan: _Plan, store: Store) -> bool:
-    """Asks row by row; returns whether every row has a reply or a reason now."""
+    """Asks row by row; returns whether every row now has a reply or a failure reason."""
     options, settings, price = plan.options, plan.settings, plan.price
     client = providers.make(
         options.provider, base_url=options.base_url, timeout=options.timeout, connections=settings.concurrency
@@ -157,16 +157,16 @@ async def _one_by_one(plan: _Plan, store: Store) -> bool:
         run = sampler.Sampler(settings=settings, client=client, store=store, price=price, on_progress=show)
         loop = asyncio.get_running_loop()
 
-        # The first interruption ends the asking and keeps what is in flight; a second one is Python's own.
+        # The first interruption waits for requests in flight; the second has Python's default effect.
         def interrupted() -> None:
-            print("\nEnding: waiting for what is in flight (interrupt again to drop it).", file=sys.stderr)
+            print("\nEnding: waiting for requests in flight (interrupt again to drop them).", file=sys.stderr)
             run.stop()
             for number in (signal.SIGINT, signal.SIGTERM):
                 loop.remove_signal_handler(number)
 
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, interrupted)
-        # What exists now stays, and is most of what the collector would scan again and again (docs/speed.md).
+        # Existing objects live on; freezing them saves the collector from scanning them repeatedly (docs/speed.md).
         gc.collect()
         gc.freeze()
         try:
@@ -191,14 +191,14 @@ async def _one_by_one(plan: _Plan, store: Store) -> bool:
 
 
 async def _in_batches(plan: _Plan, store: Store) -> bool:
-    """Asks by batch jobs, or cancels them; returns whether every row has a reply or a reason now."""
+    """Asks by batch jobs, or cancels them; returns whether every row now has a reply or a failure reason."""
     options = plan.options
     client = providers.make_batch(
         options.provider, base_url=options.base_url, timeout=options.timeout, folder=options.batch_folder
     )
     try:
         if options.cancel_batches:
-            log.info("%d jobs cancelled; what they answered is kept.", await jobs.cancel(client, store))
+            log.info("%d jobs cancelled; their replies are kept.", await jobs.cancel(client, store))
             return False
         return await jobs.run(
             plan.questions(*plan.splits),
@@ -213,7 +213,7 @@ async def _in_batches(plan: _Plan, store: Store) -> bool:
 
 
 def _account(totals: sampler.Totals, price: money.Price | None) -> str:
-    cost = "price not known" if price is None else f"${totals.spent:.4f}"
+    cost = "price unknown" if price is None else f"${totals.spent:.4f}"
     failures = ", ".join(f"{count} {reason}" for reason, count in sorted(totals.failures.items())) or "none"
     return (
         f"{totals.rows} rows; {totals.found} replies were stored before, {totals.asked} requests gave {totals.replies} "
@@ -223,12 +223,12 @@ def _account(totals: sampler.Totals, price: money.Price | None) -> str:
 
 
 def _show_plan(plan: _Plan, *, prompt: bool) -> None:
-    """Prints what would be asked and an estimate of its cost; with `prompt`, the first row's prompt too."""
+    """Prints the planned requests and their estimated cost; with `prompt`, the first row's prompt too."""
     options, settings, template = plan.options, plan.settings, plan.options.template
     rows = [row for source in plan.splits.values() for row in source.rows]
     if not rows:
         raise ValueError(f"{plan.dataset.name} has no rows to ask about; check --inputs_dir and --split.")
-    # A sample of the rows: beside the exemplars, which all prompts share, their lengths differ little.
+    # A sample of the rows is enough: all prompts share the exemplars, and inputs differ little in length.
     some = rows[:: max(1, len(rows) // 200)]
     lengths = [money.estimate_tokens(prompts.render(template, row.input).sent(settings.form)) for row in some]
     count = len(rows) * settings.samples
@@ -258,7 +258,7 @@ def _show_plan(plan: _Plan, *, prompt: bool) -> None:
 
 def _time(plan: _Plan, *, count: int, tokens: int) -> str:
     if plan.options.batch:
-        return "up to 24 hours, as batch jobs are"
+        return "up to 24 hours, as for all batch jobs"
     # A reply usually takes two seconds; the rate limits may take longer.
     settings = plan.settings
     minutes = [count * 2.0 / settings.concurrency / 60]

@@ -1,8 +1,8 @@
 """Connections to hosted teachers: SDKs, credentials from the environment, and a pool for many requests in flight.
 
 The SDKs (`pip install 'sbs-jax[teacher]'`) know addresses, authentication and errors. Connections are made here because
-a run over 549,367 rows keeps 1,000 requests in flight. Each connection is a pool of its own: in one pool for all, every
-request scans all 1,000 connections, which takes most of its time.
+a run over 549,367 rows keeps 1,000 requests in flight. Each connection has its own pool: in a shared pool,
+every request scans all 1,000 connections, which takes most of its time.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ _T = TypeVar("_T")
 
 
 class HostedClient:
-    """An SDK's client whose every error is Fatal, Again or Failed. Providers subclass it."""
+    """An SDK's client whose errors are all Fatal, Again or Failed. Providers subclass it."""
 
     sdk: Any
-    secret: str  # the key, which no message may show
+    secret: str  # the key, never shown in a message
     timeout: float  # seconds for a whole reply
-    errors: tuple[type[Exception], ...]  # what the SDK raises
+    errors: tuple[type[Exception], ...]  # exceptions of the SDK
 
     def problem(self, error: Any) -> Exception:
         """Translates one of `errors`."""
@@ -40,7 +40,7 @@ class HostedClient:
     async def send(self, call: Callable[[], Awaitable[_T]], *, seconds: float | None = None) -> _T:
         """Awaits an SDK call within `seconds` (default: the timeout) and translates its exceptions."""
         seconds = seconds or self.timeout
-        # Raised after the handler, not in it: no SDK exception, with its request and headers, hangs on ours.
+        # Raised after the handler, so that it does not chain the SDK's exception, which has the request and headers.
         try:
             async with asyncio.timeout(seconds):
                 return await call()
@@ -64,14 +64,14 @@ def environment_value(name: str) -> str:
 
 
 def environment_key(*names: str) -> str:
-    """Returns the key in the first of these variables that is set. ValueError without one, or if it is malformed."""
+    """Returns the key in the first of these variables that is set. ValueError if none is, or the key is malformed."""
     name = next((name for name in names if os.environ.get(name, "").strip()), None)
     if name is None:
         raise ValueError(f"No key: set the environment variable {' or '.join(names)}.")
     key = os.environ[name].strip()
-    # Otherwise the exception about the malformed header would show it.
+    # Checked here, because the exception about a malformed header would show the key.
     if not key.isascii() or not key.isprintable() or " " in key:
-        raise ValueError(f"The environment variable {name} has a character that no key has; copy the key again.")
+        raise ValueError(f"The environment variable {name} has a character that is invalid in a key; copy it again.")
     return key
 
 
@@ -90,7 +90,7 @@ def sdk_module(name: str) -> Any:
 
 @functools.cache
 def _certificates() -> Any:
-    """Loads the trusted certificates once: this takes longer than a request."""
+    """Loads the trusted certificates; cached, because loading takes longer than a request."""
     return sdk_module("httpx2").create_ssl_context()
 
 
@@ -98,7 +98,7 @@ def http_client(url: str, connections: int) -> Any:
     """Makes a client that keeps up to `connections` requests in flight; further ones wait."""
     httpx2 = sdk_module("httpx2")
     for name in ("httpx2", "httpcore2", "google_genai"):
-        logging.getLogger(name).setLevel(logging.WARNING)  # a line per request otherwise
+        logging.getLogger(name).setLevel(logging.WARNING)  # by default it logs a line per request
     scheme, host = urllib.parse.urlsplit(url)[:2]
     proxy = urllib.request.getproxies().get(scheme)
     if proxy is not None and urllib.request.proxy_bypass(host):

@@ -1,4 +1,4 @@
-"""Count the examples of a finished sampling, read once and not kept, and choose some to embed in its page."""
+"""Counts over the examples of a finished sampling, in one pass, and a selection to embed in its page."""
 
 import dataclasses
 import hashlib
@@ -6,8 +6,8 @@ import heapq
 from collections import Counter
 from typing import Any
 
-SMALL_SET = 10  # labels, up to which confusions are counted
-DISTINCT = 10_000  # different texts that are counted one by one
+SMALL_SET = 10  # most labels for which confusions are counted
+DISTINCT = 10_000  # most different texts that are counted separately
 LONGEST_COUNTED = 100_000  # words
 AGREEMENT = ("all", "at least three quarters", "at least half", "fewer than half")
 _LONGEST_TEXT = 20_000  # characters of an embedded text
@@ -19,13 +19,13 @@ class Example:
     """One row with the teacher's replies.
 
     Attributes:
-      label: the human's label, if any.
+      label: the human label, if any.
       replies: raw, one per sample, in order.
       teacher_label: None if no reply can be used.
       outcome: a word of `OUTCOMES` or `FAILURES` in `data.parsing`; others are shown without an explanation.
-      hinted: the prompt held the human label. Such an answer never counts as right.
+      hinted: the prompt held the human label. Its answer never counts as right.
       right: whether teacher and human label are the same, by the dataset's rule; None without both.
-      votes: (replies with this label, replies asked for) of several samples, as in a record; else None.
+      votes: (replies with this label, replies requested) if there are several samples, as in a record; else None.
     """
 
     id: str
@@ -49,7 +49,7 @@ class Example:
 
 
 class Tally(Counter[Any]):
-    """Counts different things one by one, up to `DISTINCT` of them; `full` says whether others were left out."""
+    """Counter of up to `DISTINCT` different things; `full` tells whether others were left out."""
 
     full = False
 
@@ -61,7 +61,7 @@ class Tally(Counter[Any]):
             self.full = True
 
     def ordered(self) -> list[tuple[Any, int]]:
-        """Lists (thing, count) by falling count, equal counts by name."""
+        """Lists (thing, count) by descending count, then by name."""
         return sorted(self.items(), key=lambda item: (-item[1], str(item[0])))
 
 
@@ -84,7 +84,7 @@ class Score:
 
     @property
     def wrong(self) -> int:
-        """Rows with a usable answer that is not the human's."""
+        """Number of rows with a usable answer that differs from the human label."""
         return self.rows - self.right - self.after_hint - self.unusable
 
 
@@ -137,7 +137,7 @@ class Counts:
 
     @property
     def labels(self) -> list[str]:
-        """The human's labels by falling frequency, if they are a small set; else []."""
+        """Human labels by descending frequency, if they are a small set; else []."""
         if len(self.by_label) > SMALL_SET:
             return []
         return sorted(self.by_label, key=lambda label: (-self.by_label[label].rows, label))
@@ -148,17 +148,17 @@ def _words(text: str) -> int:
 
 
 class Selection:
-    """Chooses the rows to embed by a hash of their ids: an even sample, whatever the order of the rows."""
+    """Rows to embed, chosen by a hash of their ids: an even sample that does not depend on row order."""
 
     def __init__(self, size: int) -> None:
         self._size = size
         self._seen = 0
-        # (hash, number, row) with the first to leave on top; each heap could fill the page alone.
+        # Heaps of (hash, number, row), the next to drop on top; each could fill the page alone.
         self._disagreeing: list[tuple[int, int, dict[str, Any]]] = []
         self._others: list[tuple[int, int, dict[str, Any]]] = []
 
     def offer(self, row: Example) -> None:
-        """Keeps the row if its hash is among the first so far."""
+        """Keeps the row if its hash is among the smallest so far."""
         self._seen += 1
         digest = hashlib.blake2b(row.id.encode("utf-8", "surrogatepass"), digest_size=8).digest()
         key = (-int.from_bytes(digest, "big"), -self._seen)
@@ -169,7 +169,7 @@ class Selection:
             heapq.heapreplace(heap, (*key, _embedded(row)))
 
     def rows(self) -> list[dict[str, Any]]:
-        """Returns the chosen rows in the order in which they came."""
+        """Returns the chosen rows in the order they were offered."""
         line = sorted(self._disagreeing, reverse=True)
         first = line[: self._size // 2]
         rest = sorted([*line[len(first) :], *self._others], reverse=True)[: self._size - len(first)]

@@ -1,6 +1,6 @@
-"""Stored replies as records: a function of input, prompt, settings and store alone, so the same bytes every time.
+"""Export of stored replies as records, which depend only on input, prompt, settings and store (same bytes every time).
 
-An export may come before the sampling is finished (rows without a reply say so), and again after it.
+An export can run before sampling is finished (rows without a reply are marked), and again afterwards.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Question:
 
 @dataclasses.dataclass(frozen=True)
 class Answered:
-    """A row's record, and the replies behind it in the order of the samples."""
+    """A row's record, and its replies in sample order."""
 
     record: Record
     replies: tuple[str, ...]
@@ -99,10 +99,10 @@ def _answer(
         reply = sampler.answer_of(question, settings, look_up, sample=0, hint=question.label)
         if isinstance(reply, Reply):
             read = question.parse(reply.text)
-            # A second reply that still disagrees is no better than the first.
+            # Keep the first reply: a second one that still disagrees is no better.
             if read.label is not None and question.agrees(read.label):
                 return Answered(_record(plain, reply, read, hinted=True), (*texts, reply.text))
-    # Without any label, the first sample gives the reason.
+    # If no sample has a label, the first one gives the outcome.
     reply, read = got[chosen or 0], parsed[chosen or 0]
     if not isinstance(reply, Reply):
         reason = reply.reason if isinstance(reply, Failure) else parsing.NOT_ASKED
@@ -129,7 +129,7 @@ def _record(
 
 
 def described(template: prompts.Template, settings: sampler.Settings) -> dict[str, Any]:
-    """Describes how the teacher was asked, for a manifest, without what only changes the speed."""
+    """Describes the teacher's model, parameters and prompt for a manifest, without settings of speed."""
     return {
         "model": settings.model,
         "form": settings.form,

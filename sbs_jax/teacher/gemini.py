@@ -37,7 +37,7 @@ class Gemini(HostedClient):
             *(self._api_errors.APIError, self._api_errors.UnknownApiResponseError, self._auth_errors.GoogleAuthError),
             *(self._http_errors.HTTPError, self._http_errors.InvalidURL),
         )
-        # Without a client of ours, the SDK uses aiohttp, with which it sends a request twice.
+        # With its default client, aiohttp, the SDK sends a request twice.
         self._http = http_client(base_url or "https://aiplatform.googleapis.com", connections)
         self.sdk, self.secret = google_client(
             vertex=vertex, base_url=base_url, http=self._http, credentials=credentials
@@ -58,7 +58,7 @@ class Gemini(HostedClient):
         if isinstance(error, self._api_errors.APIError):
             return self._status_problem(error)
         if isinstance(error, auth.TransportError):
-            return Again(f"Google's server of credentials cannot be reached: {text}")
+            return Again(f"Google's credentials server cannot be reached: {text}")
         if isinstance(error, auth.GoogleAuthError):
             return Fatal(
                 f"Google refuses the application default credentials ({text}); run "
@@ -67,7 +67,7 @@ class Gemini(HostedClient):
         if isinstance(error, http.TimeoutException):
             return Again("The teacher did not answer in time.")
         if isinstance(error, http.InvalidURL | http.UnsupportedProtocol):
-            return Fatal(f"The address is not usable ({text}); check --base_url.")
+            return Fatal(f"The address cannot be used ({text}); check --base_url.")
         if isinstance(error, http.HTTPError):
             return refusals.disconnected(error, secrets=(self.secret,))
         return Again(f"The reply has an unexpected form: {text}")
@@ -77,7 +77,7 @@ class Gemini(HostedClient):
         wait = refusals.retry_after(getattr(error.response, "headers", {}))
         if wait is None and (delay := re.search(r'"retryDelay": "([\d.]+)s"', details)):
             wait = float(delay[1])
-        # Gemini's 429 says "quota" for any limit; only these two last longer than a minute.
+        # Gemini's 429 mentions "quota" for every limit; only these two last longer than a minute.
         gone = re.search(r"PerDay|credits are depleted", details)
         code = "insufficient_quota" if gone else "api_key" if "API_KEY_INVALID" in details else ""
         fields = {"code": code, "message": error.message or str(error)}
@@ -112,7 +112,7 @@ def google_client(*, vertex: bool, base_url: str | None, http: Any, credentials:
 
 
 def gemini_body(request: Request, *, provider: str = "gemini") -> dict[str, Any]:
-    """Returns the body of a request. Raises Fatal if Gemini's API does not take such a request."""
+    """Returns the body of a request. Raises Fatal if Gemini's API does not accept it."""
     if request.form != CHAT:
         raise Fatal(f"Gemini takes chats only; the form is {request.form!r}. Use --form chat.")
     drawn, stops = request.parameters, request.stops
@@ -137,7 +137,7 @@ def gemini_body(request: Request, *, provider: str = "gemini") -> dict[str, Any]
 
 
 def read_gemini(data: Mapping[str, Any]) -> Reply:
-    """Reads the reply in a body of status 200. Raises Again or Failed without one."""
+    """Reads the reply in a body of status 200. Raises Again or Failed if it has none."""
     try:
         blocked = (data.get("promptFeedback") or {}).get("blockReason")
         if blocked:
@@ -173,13 +173,13 @@ _STATES = {
     "JOB_STATE_EXPIRED": FAILED,
     "JOB_STATE_CANCELLED": CANCELLED,
 }
-# gRPC's error numbers as HTTP statuses; any other number is trouble at the provider.
+# gRPC's error numbers as HTTP statuses; any other number is a provider error.
 _HTTP = {3: 400, 5: 404, 7: 403, 8: 429, 9: 400, 11: 400, 16: 401}
 _HTTP_NAMES = {"INVALID_ARGUMENT": 400, "FAILED_PRECONDITION": 400, "NOT_FOUND": 404, "PERMISSION_DENIED": 403}
 
 
 class _GoogleBatches(BatchClient):
-    """The part of batch jobs that Gemini and Vertex AI share."""
+    """Code shared by batch jobs of Gemini and Vertex AI."""
 
     def __init__(self, *, vertex: bool, base_url: str | None, timeout: float, credentials: Any = None) -> None:
         client = Gemini(vertex=vertex, base_url=base_url, timeout=timeout, connections=4, credentials=credentials)
@@ -249,8 +249,8 @@ class GeminiBatches(_GoogleBatches):
 class VertexBatches(_GoogleBatches):
     """Batch jobs of Vertex AI, through a folder of Cloud Storage, `gs://<bucket>/<folder>`, with the same credentials.
 
-    It reads `<folder>/<name>.jsonl` and writes below `<folder>/<name>/`. Its lines return the request and no other
-    identification, so the key is among the request's labels: two, as a label has at most 63 characters.
+    It reads `<folder>/<name>.jsonl` and writes below `<folder>/<name>/`. Its lines are identified only by
+    the request that they return, so the key is stored in two of the request's labels (of at most 63 characters each).
     """
 
     def __init__(self, *, base_url: str | None, timeout: float, folder: str | None, credentials: Any = None) -> None:

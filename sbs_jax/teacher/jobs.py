@@ -1,8 +1,8 @@
 """Batch mode: requests go to the provider in files, at half the price, and return within a day.
 
-A job is recorded in the store before it is submitted, under a name that the provider gets too: a run killed between the
-two finds the job by that name. Replies are stored as they are collected; requests that a job left unanswered go into
-the next one.
+A job is recorded in the store before it is submitted, under a name that the provider gets too. If a run is killed in
+between, the next run finds the job by that name. Replies are stored as they are collected; unanswered requests of a job
+go into the next one.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ async def run(
     price: money.Price | None,
     size: int,
 ) -> bool:
-    """Runs rounds of jobs of at most `size` requests; returns whether every row has a reply or a reason now.
+    """Runs rounds of jobs of at most `size` requests; returns whether every row now has a reply or a failure reason.
 
     Raises ValueError, before anything is submitted, if `max_requests` or `max_cost` would be exceeded.
     """
@@ -57,7 +57,7 @@ async def run(
 
 
 async def cancel(client: BatchClient, store: Store) -> int:
-    """Cancels every unfinished job, stores what it has answered (and was paid for), and returns their number."""
+    """Cancels every unfinished job, stores the replies it has (they were paid for), and returns the number of jobs."""
     found = list(store.jobs(NEW, RUNNING))
     for name, job, _ in found:
         job = job or await client.find(name)
@@ -65,7 +65,7 @@ async def cancel(client: BatchClient, store: Store) -> int:
             store.set_job(name, job=None, state=CANCELLED)
             continue
         await client.cancel(job)
-        # Cancelling takes the provider a while; answers come after that.
+        # Cancelling takes a while; the replies come after that.
         while (await client.poll(job)).state == RUNNING:
             await asyncio.sleep(POLL)
         await _collect(name, job, client, store, end=CANCELLED)
@@ -73,7 +73,7 @@ async def cancel(client: BatchClient, store: Store) -> int:
 
 
 def _missing(rows: Sequence[sampler.Asked], settings: sampler.Settings, store: Store) -> Iterator[Request]:
-    """Yields the next round's requests. One with a hint waits until all samples of its row are answered."""
+    """Yields the next round's requests. A request with a hint waits until all samples of its row are answered."""
     for row in rows:
         found = [sampler.answer_of(row, settings, store.get, sample=sample) for sample in range(settings.samples)]
         unanswered = [answer for answer in found if isinstance(answer, Request)]
@@ -91,7 +91,7 @@ def _check_limits(missing: Sequence[Request], settings: sampler.Settings, price:
     if settings.max_requests is not None and len(missing) > settings.max_requests:
         raise ValueError(
             f"{len(missing)} requests are needed and max_requests is {settings.max_requests}; a batch is paid as a "
-            "whole. Raise it, or take fewer rows (--limit)."
+            "whole. Raise the limit, or take fewer rows (--limit)."
         )
     money.check_limit(settings.max_cost, price, model=settings.model)
     if settings.max_cost is None or price is None:
@@ -108,7 +108,7 @@ def _check_limits(missing: Sequence[Request], settings: sampler.Settings, price:
 
 async def _submit(requests: Sequence[Request], client: BatchClient, store: Store) -> None:
     keys = [request.key for request in requests]
-    # A retry has the same requests in the same order: the name counts tries as well.
+    # A retry has the same requests in the same order, so the name includes the number of tries.
     tries = sum(1 for _ in store.jobs(NEW, RUNNING, COLLECTED, FAILED, CANCELLED))
     name = "sbs-" + hashlib.sha256(f"{tries} {' '.join(keys)}".encode()).hexdigest()[:24]
     store.add_job(name, keys)
@@ -118,9 +118,9 @@ async def _submit(requests: Sequence[Request], client: BatchClient, store: Store
 
 
 async def _finish(client: BatchClient, store: Store) -> None:
-    """Waits for all unfinished jobs, also those of earlier runs, and stores their answers."""
+    """Waits for all unfinished jobs, including those of earlier runs, and stores their answers."""
     for name, job, keys in list(store.jobs(NEW)):
-        # An earlier process recorded it and died: was it submitted?
+        # An earlier process recorded it and died, perhaps after submitting it.
         job = job or await client.find(name)
         if job is None:
             store.set_job(name, job=None, state=FAILED)
@@ -136,7 +136,7 @@ async def _finish(client: BatchClient, store: Store) -> None:
             ends = {DONE: COLLECTED, CANCELLED: CANCELLED}
             count = await _collect(name, job, client, store, end=ends.get(found.state, FAILED))
             if found.state == FAILED and not count:
-                # The whole job failed, and the next would too: a wrong model, a full queue.
+                # The next job would fail too: a wrong model, a full queue.
                 raise ValueError(f"The provider failed the job {job}: {found.message or 'it gives no reason'}.")
         if list(store.jobs(RUNNING)):
             await asyncio.sleep(POLL)

@@ -14,20 +14,20 @@ from pathlib import Path
 from sbs_jax.storage.json_files import read_json, typed
 
 PRICES = Path(__file__).with_name("prices.json")
-BATCH = 0.5  # the factor of batch mode at every provider here
+BATCH = 0.5  # price factor of batch mode, the same at every provider here
 _MILLION = 1_000_000
 _BYTES_PER_TOKEN = 4
 
-# The prefix of a full name, as Google's own clients write it.
+# Prefix of a full model name, as Google's own clients write it.
 _FULL_NAME = re.compile(r"^(?:projects/[^/]+/locations/[^/]+/)?(?:publishers/google/)?models/")
-# The suffix of a version: a day, a Gemini version, "latest". Other suffixes ("-audio-preview", "-image", "-mini") name
-# other models at other prices.
+# Suffix of a model's version: a date, a Gemini version, "latest". Other suffixes ("-audio-preview", "-image", "-mini")
+# name other models at other prices.
 _VERSION = re.compile(r"-(?:\d{4}-\d\d-\d\d|\d{3}|latest)")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Price:
-    """USD per million tokens, sent and received. `batch` is the factor of batch mode.
+    """USD per million tokens, sent and received. `batch` is the price factor of batch mode.
 
     `as_of` is the day of the price; None for a price from the user.
     """
@@ -41,7 +41,7 @@ class Price:
 def price(model: str, *, override: str | None) -> Price | None:
     """Returns the price of a model, or the user's own ("IN,OUT" or "IN,OUT,BATCH"); None if it is unknown.
 
-    A version has the price of its model, unless it is listed itself. Raises ValueError for a malformed override.
+    A version has the price of its model, unless it has its own entry. Raises ValueError for a malformed override.
 
     >>> price("gpt-4o-mini-2024-07-18", override=None).input
     0.15
@@ -71,10 +71,10 @@ def cost(price: Price, *, input_tokens: int, output_tokens: int, batch: bool) ->
 
 
 def check_limit(max_cost: float | int | None, price: Price | None, *, model: str) -> None:
-    """Raises ValueError for a limit of cost without a price to count by."""
+    """Raises ValueError for a cost limit if the price is unknown."""
     if max_cost is not None and price is None:
         raise ValueError(
-            f"The price of {model!r} is unknown, so max_cost cannot be kept. Give it in USD per million tokens, "
+            f"The price of {model!r} is unknown, so max_cost cannot be enforced. Give it in USD per million tokens, "
             "--price IN,OUT, or set --max_requests instead."
         )
 

@@ -28,7 +28,7 @@ class OpenAI(HostedClient):
         self.official, self.timeout, self.secret = is_official(base_url), timeout, openai_key(base_url)
         self.errors, self._response = (sdk.OpenAIError, httpx2.HTTPError), httpx2.Response
         http = http_client(base_url or "https://api.openai.com/v1", connections)
-        # `send` has the timeout.
+        # `send` applies the timeout.
         self.sdk = sdk.AsyncOpenAI(
             api_key=self.secret, base_url=base_url, max_retries=0, timeout=None, http_client=http
         )
@@ -66,14 +66,14 @@ def is_official(base_url: str | None) -> bool:
 
 
 def openai_key(base_url: str | None) -> str:
-    """Returns the key in the environment; "none" for a server of one's own, which refuses if it needs one."""
+    """Returns the key in the environment; "none" for another server, which rejects it if it needs a key."""
     if not os.environ.get("OPENAI_API_KEY") and not is_official(base_url):
         return "none"
     return environment_key("OPENAI_API_KEY")
 
 
 def openai_body(request: Request, *, official: bool) -> dict[str, Any]:
-    """Returns the body of a request. Raises Fatal if OpenAI's API does not take such a request."""
+    """Returns the body of a request. Raises Fatal if OpenAI's API does not accept it."""
     drawn, stops = request.parameters, request.stops
     body: dict[str, Any] = {"model": request.model, "temperature": drawn.temperature}
     if request.form == CHAT:
@@ -93,7 +93,7 @@ def openai_body(request: Request, *, official: bool) -> dict[str, Any]:
 
 
 def read_openai(data: Mapping[str, Any]) -> Reply:
-    """Reads the reply in a body of status 200. Raises Again or Failed without one."""
+    """Reads the reply in a body of status 200. Raises Again or Failed if it has none."""
     try:
         choices = data.get("choices")
         if not choices:
@@ -175,7 +175,7 @@ class OpenAIBatches(BatchClient):
     @staticmethod
     def reply_of(line: Mapping[str, Any]) -> Reply:
         error, response = line.get("error"), line.get("response")
-        if error:  # expired or cancelled: it was never asked
+        if error:  # expired or cancelled: it was never answered
             raise Again(str(error.get("message")))
         if not isinstance(response, dict):
             raise Again("A line without a response.")

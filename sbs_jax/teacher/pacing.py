@@ -15,14 +15,14 @@ from typing import TypeVar
 from sbs_jax.teacher import money
 from sbs_jax.teacher.clients import Again, Reply, Request
 
-# Seconds before the first retry, doubled with each; and at most.
+# Seconds before the first retry, doubled with each retry, and their maximum.
 FIRST_DELAY, LONGEST_DELAY = 0.5, 60.0
-TRIES = 6  # of a call by `retried`
+TRIES = 6  # calls by `retried`
 _T = TypeVar("_T")
 
 
 def backoff(retries: int, error: Again) -> float:
-    """Returns the seconds to wait after so many retries: what the provider asks for, else ever longer, with jitter."""
+    """Returns the seconds to wait before a retry: the provider's request, else exponential back-off with jitter."""
     if error.retry_after is not None:
         return error.retry_after
     return min(LONGEST_DELAY, FIRST_DELAY * 2**retries) * random.uniform(0.5, 1.0)
@@ -42,7 +42,7 @@ async def retried(call: Callable[[], Awaitable[_T]]) -> _T:
 
 
 class ConcurrencyLimit:
-    """Limits requests in flight, as an async context manager.
+    """Limit on requests in flight, as an async context manager.
 
     The limit halves when the teacher asks to slow down, and grows by one with every round of replies.
     """
@@ -77,15 +77,16 @@ class ConcurrencyLimit:
         self._wake()
 
     def grow(self) -> None:
-        """Counts a reply towards a higher limit."""
+        """Counts a reply towards raising the limit."""
         if self._limit < self._most:
             self._limit = min(self._most, self._limit + 1 / self._limit)
             self._wake()
 
     def shrink(self, pause: float, *, since: float) -> None:
-        """Halves the limit and lets nothing start for `pause` seconds.
+        """Halves the limit and starts no request for `pause` seconds.
 
-        `since` is when the refused request was sent: of those in flight together, only the first halves the limit.
+        `since` is the time when the refused request was sent: of requests in flight together, only the first refusal
+        halves the limit.
         """
         now = time.monotonic()
         self._resume_at = max(self._resume_at, now + pause)
@@ -103,14 +104,14 @@ class ConcurrencyLimit:
 
 
 class RateLimit:
-    """Spreads requests or tokens evenly over each minute; None is no limit."""
+    """Limiter that spreads requests or tokens evenly over each minute; None is no limit."""
 
     def __init__(self, per_minute: float | int | None) -> None:
         self._seconds = 0.0 if per_minute is None else 60.0 / per_minute
         self._next = 0.0
 
     async def take(self, amount: float | int) -> None:
-        """Waits until so much more is within the limit."""
+        """Waits until `amount` is within the limit."""
         now = time.monotonic()
         start = max(now, self._next)
         self._next = start + amount * self._seconds
@@ -133,12 +134,12 @@ class Usage:
 
 
 def upper_bound(request: Request) -> tuple[int, int]:
-    """Returns the most tokens that a request is expected to (send, receive), for reserving money."""
+    """Returns the highest expected numbers of tokens (sent, received) of a request, for reserving money."""
     return int(1.5 * money.estimate_tokens(request.prompt.sent(request.form))), request.parameters.max_tokens
 
 
 class Budget:
-    """Keeps a run within `max_requests` and `max_cost` (USD), and books its usage.
+    """Budget of a run: enforces `max_requests` and `max_cost` (USD), and books usage.
 
     A request that might exceed the cost waits for those in flight. `exhausted` names the limit that was reached.
     """
@@ -165,7 +166,7 @@ class Budget:
         return money.cost(self._price, input_tokens=input_tokens, output_tokens=output_tokens, batch=False)
 
     async def reserve(self, request: Request) -> float | None:
-        """Counts the request and reserves its highest cost; returns that, or None if a limit forbids sending it."""
+        """Counts the request, reserves and returns its highest cost; None if a limit forbids sending it."""
         sent, got = upper_bound(request)
         amount = self._cost(input_tokens=sent, output_tokens=got)
         while True:

@@ -1,6 +1,6 @@
-"""Write the page of a finished sampling: the teacher's answers in numbers, and a browser of examples.
+"""Page of a finished sampling: the teacher's answers in numbers, and a browser of examples.
 
-One HTML file that asks for nothing from the network; pages/rendering.py escapes every text. The same rows give the
+One HTML file that loads nothing from the network; pages/rendering.py escapes every text. The same rows give the
 same bytes.
 """
 
@@ -31,7 +31,7 @@ from sbs_jax.teacher.examples import (
 
 __all__ = ["Example", "write_page"]
 
-_ENOUGH_ROWS = 20  # of one label among many, for an accuracy of its own
+_ENOUGH_ROWS = 20  # least rows of one label among many to show its accuracy separately
 _MOST_OUTCOMES = 30
 _BARS = 32  # of a histogram
 _HISTOGRAM_WIDTH = 428  # pixels; shrinks by a sixth, to fit a phone
@@ -45,9 +45,9 @@ def write_page(
 ) -> None:
     """Writes one self-contained HTML page about a sampling.
 
-    `rows` is read once and not kept: memory is that of the `examples` embedded rows and of the counts. Embedded are
-    the rows where teacher and human disagree, as far as they fill half of `examples`, and an even sample of all
-    others, chosen by a hash of their ids. `facts` are shown in their order, as text.
+    `rows` is read once and not kept: memory holds only the embedded rows and the counts. Up to half of the `examples`
+    embedded rows are ones where teacher and human disagree; the rest is an even sample of all others. A hash of their
+    ids chooses both. `facts` are shown in their order, as text.
 
     Raises:
       ValueError: `examples` is negative.
@@ -91,7 +91,7 @@ def _page(title: str, facts: Mapping[str, str], counts: Counts, rows: Sequence[d
 
 
 def _with_shared_lines(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[dict[str, Any]]]:
-    """Holds each line of the prompts once, since prompts repeat their exemplars.
+    """Stores each line of the prompts once, because prompts repeat their exemplars.
 
     The two prompts "a\\nb\\nc" and "a\\nb\\nd" are the lines ["a\\n", "b\\n", "c", "d"] and the ranges [0, 3] and
     [0, 2, 3, 4]: from, to, from, to, without the last.
@@ -122,7 +122,7 @@ def _headline(counts: Counts) -> str:
 
 
 class Bar(NamedTuple):
-    """A line of a table with bars: its name, the bar's share of the width in percent, and cells of numbers."""
+    """Row of a table with bars: its name, the bar's width in percent, and cells of numbers."""
 
     name: str
     width: float
@@ -133,7 +133,7 @@ class Bar(NamedTuple):
 
 
 class Bars(NamedTuple):
-    """A table with bars; `header` names the first column and those of the numbers."""
+    """Table with bars; `header` names the first column and the columns of numbers."""
 
     header: Sequence[str]
     rows: Sequence[Bar]
@@ -153,7 +153,7 @@ def _outcomes(counts: Counts) -> Bars:
 
 
 def _accuracy(counts: Counts) -> Bars:
-    """Lists the human's labels where they are a small set, else the frequent ones."""
+    """Lists the human labels if they are a small set, else the frequent ones."""
     score = counts.score
     ordered = sorted(counts.by_label.items(), key=lambda item: (-item[1].rows, item[0]))
     if len(ordered) <= 1 and not counts.many_labels:
@@ -264,7 +264,7 @@ def _histogram(name: str, lengths: Counter[int], *, upto: int) -> str:
 
 
 def _quantile(lengths: Counter[int], share: float) -> int:
-    """Returns the smallest length that at least this share of the texts does not exceed."""
+    """Returns the smallest length that covers at least this share of the texts."""
     needed, passed = share * sum(lengths.values()), 0
     for words in sorted(lengths):
         passed += lengths[words]
@@ -276,7 +276,7 @@ def _quantile(lengths: Counter[int], share: float) -> int:
 def _filters(
     rows: Sequence[Mapping[str, Any]], *, outcomes: Sequence[tuple[str, int]], labels: Sequence[str]
 ) -> list[tuple[str, str, str, list[tuple[str, str]]]]:
-    """Lists the filters of the browser; outcomes and labels go by number, since HTML changes some characters."""
+    """Lists the filters of the browser; outcomes and labels are numbered, because HTML changes some characters."""
     kept = Counter(row["verdict"] for row in rows)
     verdicts = [(name, f"{text} ({kept[name]:,})") for name, text in _VERDICTS.items() if kept[name]]
     numbered = [(str(i), f"{outcome} ({count:,})") for i, (outcome, count) in enumerate(outcomes)]
@@ -295,7 +295,7 @@ def _rows(count: int) -> str:
 
 
 def _share(count: int, whole: int) -> str:
-    """Writes a share in percent; 0 and 100 only where it is none and all."""
+    """Writes a share in percent; 0 and 100 only if they are exact."""
     percent = 100 * count / whole
     if count and percent < 0.05:
         return "< 0.1 %"

@@ -15,7 +15,7 @@ If a row's input joins several texts, `split` is the text between them, and the 
 
     "split": "</s>", "question": "Premise: {0}\\nHypothesis: {1}\\nReason:"
 
-An exemplar's input has the form of a row's input, its label the form that the teacher shall write ("(b) tea").
+An exemplar's input has the form of a row's input, and its label the form that the teacher should write ("(b) tea").
 `answer` must have the form that the dataset's strict parser reads.
 
 A dataset's module, `tasks/<name>.py`, can call `add` with a `Template` instead of having a file. Standard library only.
@@ -43,7 +43,7 @@ _PLACE = re.compile(r"\{(\w+)\}")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Exemplar:
-    """A solved example. The label has the form that the teacher shall write: "(b) tea"."""
+    """A solved example. The label has the form that the teacher should write: "(b) tea"."""
 
     input: str
     rationale: str
@@ -60,7 +60,7 @@ class Message:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """The prompt of one row, as chat messages and as one text to continue; `template` is the template's hash."""
+    """The prompt of one row, as chat messages and as one text to continue; `template` is its template's hash."""
 
     messages: tuple[Message, ...]
     text: str
@@ -74,15 +74,15 @@ class Prompt:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Template:
-    """One dataset's prompt. Raises ValueError that names the field if the parts do not fit together.
+    """One dataset's prompt. ValueError names the field if the parts do not fit together.
 
     Attributes:
       version: a number for people; code compares `hash`.
       instruction: the system message of a chat, the first paragraph of a text; may be empty.
       question: contains {input} once; with `split`, {0}, {1} and so on once each.
       answer: contains {rationale} and {label} once each.
-      hint: contains {label}; a second request has it on a line of its own below the question's last line of input.
-      stops: stop strings of a completion, which otherwise continues with an invented example.
+      hint: contains {label}; a second request has it on a separate line below the question's last line of input.
+      stops: stop strings of a completion, which would otherwise continue with an invented example.
       exemplars: the solved examples, in order.
       split: the text between the parts of an input; None for an input of one part.
     """
@@ -134,7 +134,7 @@ class Template:
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     def asked(self, input: str, *, hint: str | None = None) -> str:  # noqa: A002  # the record's word
-        """Fills the question with an input; `hint` is a label to give away.
+        """Fills the question with an input; `hint` is a label to reveal.
 
         Raises ValueError if `split` does not divide the input into as many parts as the question has.
         """
@@ -173,7 +173,7 @@ class Template:
 
 
 def render(template: Template, input: str, *, hint: str | None = None) -> Prompt:  # noqa: A002  # the record's word
-    """Renders the prompt about one input; `hint` gives the known label away and asks for its reasons.
+    """Renders the prompt about one input; `hint` reveals the known label and asks for its reasons.
 
     As text, for the template at the top of this module and one exemplar:
 
@@ -188,7 +188,8 @@ def render(template: Template, input: str, *, hint: str | None = None) -> Prompt
         (The correct answer is ( 84.0 / 2.0 ). ..)
         A:
 
-    A chat has the same as turns: system, user and assistant per exemplar, user. Exemplars never have a hint.
+    A chat has the same texts as turns: system, then user and assistant per exemplar, then user. Exemplars never have a
+    hint.
     """
     messages, text = template._shown
     asked = template.asked(input, hint=hint)
@@ -219,8 +220,8 @@ def names() -> tuple[str, ...]:
 def read(name_or_path: str | Path) -> Template:
     """Reads the template of a dataset ("svamp"), or of a file (a `Path`, or text with a "/" or ending in ".json").
 
-    A dataset's is the one that its module added (import `tasks` first), else `tasks/prompts/<name>.json`.
-    Raises ValueError with near matches, or with file and field, and FileNotFoundError that names the file.
+    A dataset's template is the one that its module added (import `tasks` first), else `tasks/prompts/<name>.json`.
+    ValueError has near matches, or file and field; FileNotFoundError names the file.
     """
     name, path = os.fspath(name_or_path), Path(name_or_path)
     if not (isinstance(name_or_path, Path) or name.endswith(".json") or "/" in name or os.sep in name):
@@ -243,7 +244,7 @@ def read(name_or_path: str | Path) -> Template:
 
 
 def _check_places(field: str, text: str, names: tuple[str, ...]) -> None:
-    """Requires each of `names` once in braces in the text, and no other word in braces."""
+    """Raises ValueError unless the text has each of `names` once in braces, and no other word in braces."""
     found = _PLACE.findall(text)
     wanted = " and ".join(f"{{{name}}}" for name in names)
     for name in found:

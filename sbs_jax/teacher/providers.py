@@ -12,14 +12,14 @@ BATCH_PROVIDERS = ("openai", "gemini", "vertex")
 
 
 def make(provider: str, *, base_url: str | None, timeout: float, connections: int) -> Client:
-    """Makes a provider's client; `timeout` is in seconds per reply, `connections` the most requests in flight.
+    """Makes a provider's client; `timeout` is in seconds per reply, `connections` is the maximum of requests in flight.
 
     openai: OPENAI_API_KEY; a compatible server through `base_url` or OPENAI_BASE_URL, which may need no key.
     gemini: GEMINI_API_KEY or GOOGLE_API_KEY.
     vertex: GOOGLE_CLOUD_PROJECT, GOOGLE_CLOUD_LOCATION, and Google's application default credentials.
     scripted: the built-in dataset's teacher, without network.
 
-    Raises ValueError that names a missing variable, ImportError if the SDKs are missing.
+    ValueError names a missing variable; ImportError if the SDKs are missing.
     """
     if provider == "openai":
         from sbs_jax.teacher.openai import OpenAI
@@ -47,8 +47,7 @@ def make_batch(provider: str, *, base_url: str | None, timeout: float, folder: s
             return GeminiBatches(base_url=base_url, timeout=timeout)
         return VertexBatches(base_url=base_url, timeout=timeout, folder=folder)
     raise ValueError(
-        f"There are no batch jobs of {provider!r}; there are of {list(BATCH_PROVIDERS)}."
-        f"{nearest(provider, BATCH_PROVIDERS)}"
+        f"{provider!r} has no batch jobs; expected one of {list(BATCH_PROVIDERS)}.{nearest(provider, BATCH_PROVIDERS)}"
     )
 
 

@@ -36,7 +36,7 @@ _OUTCOMES: tuple[tuple[Collection[int], re.Pattern[str], Callable[[str], Excepti
     ((402,), _ANY, Fatal, "The account's money or quota is used up ({said})."),
     ((429,), _NO_MONEY, Fatal, "The account's money or quota is used up ({said})."),
     ((429,), _ANY, _LIMITED, "Asked too often ({said})."),
-    ((503, 529), _ANY, _LIMITED, "The teacher is in trouble ({said})."),  # 529: some say it for 503
+    ((503, 529), _ANY, _LIMITED, "The teacher is in trouble ({said})."),  # some providers send 529 for 503
     ((408, 409, 425, *range(500, 600)), _ANY, Again, "The teacher is in trouble ({said})."),
     ((401, 403), _ANY, Fatal, "The teacher refuses the credentials ({said}); check the key and its permissions."),
     ((400,), _NO_KEY, Fatal, "The teacher refuses the credentials ({said}); check the key and its permissions."),
@@ -52,7 +52,7 @@ def problem(
 ) -> Exception:
     """Returns Fatal, Again or Failed for an HTTP status other than 200.
 
-    `error` is the body's error object, with "message" and "code" or "type"; `default` stands in for a missing message.
+    `error` is the body's error object, with "message" and "code" or "type"; `default` replaces a missing message.
     """
     fields = error if isinstance(error, Mapping) else {}
     code, message = str(fields.get("code") or fields.get("type") or ""), str(fields.get("message") or default)
@@ -80,7 +80,7 @@ def not_read(error: ValueError, *, secrets: tuple[str, ...]) -> Exception:
 
 
 def no_reply(what: str, data: object) -> Again:
-    """Describes a body of status 200 without a reply; `what` is what it has instead."""
+    """Describes a body of status 200 without a reply; `what` describes its contents."""
     try:
         body = json.dumps(data)
     except RecursionError:
@@ -111,7 +111,7 @@ def reply(text: Any, *, finish: Any, data: object, model: Any, input_tokens: Any
 
 
 def _storable(text: str) -> str:
-    """Replaces unpaired surrogates, which JSON can carry and UTF-8 cannot, by U+FFFD."""
+    """Replaces unpaired surrogates (possible in JSON, not in UTF-8) by U+FFFD."""
     return text if text.isascii() else text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 

@@ -1,8 +1,8 @@
-"""Asks the teacher about every row as fast as its limits allow, and stores each reply.
+"""The sampler: asks the teacher about every row as fast as its limits allow, and stores each reply.
 
-Rows come one at a time, so their number does not matter. A fixed number of workers each take a row and ask what is not
-stored yet: `Settings.samples` replies, more room for a truncated reply, a second request with the label as a hint where
-that is wanted. Limits of concurrency, rate and budget are in `pacing`.
+Rows are read one at a time, so memory does not grow with their number. A fixed number of workers each take a row and
+send the requests without a stored reply: `Settings.samples` samples, retries of truncated replies with more tokens, and
+optionally a second request with the label as a hint. Limits of concurrency, rate and budget are in `pacing`.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ from sbs_jax.teacher.store import Failure, Store
 
 LENGTH = parsing.CUT_SHORT
 GAVE_UP = "gave_up"
-# A truncated reply is asked again with this many times the room, this often.
+# Factor of `max_tokens` at each retry of a truncated reply, and number of such retries.
 ROOM_FACTOR, ROOM_STEPS = 2, 2
 _CHUNK = 256  # rows whose keys are looked up together
-_MOST_TURNS = 100  # refusals for speed (429), after which a request is left for the next run
+_MOST_TURNS = 100  # refusals for speed (429) before a request is left for the next run
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What to ask, and how fast. None is no limit.
+    """Settings of a sampling: requests and limits. None is no limit.
 
     Attributes:
       model: the provider's name of the teacher.
       form: "chat" or "completion".
       parameters: temperature, most tokens of a reply, stop strings.
       samples: replies per row; more than one needs a temperature above 0.
-      hint: ask once more, with the human label as a hint, where the replies' label differs.
+      hint: ask once more, with the human label as a hint, if the replies' label differs.
       concurrency: most requests in flight.
       requests_per_minute, tokens_per_minute: the provider's rate limits; tokens sent and received count.
       retries: retries of one request after temporary errors (429 does not count).
@@ -77,7 +77,7 @@ class Settings:
 
 @runtime_checkable
 class Asked(Protocol):
-    """A row as the sampler needs it: its prompt, and how to read a reply."""
+    """Interface of a row for the sampler: its prompt, and the parser of its replies."""
 
     @property
     def id(self) -> str: ...
@@ -129,7 +129,7 @@ def answer_of(
     sample: int,
     hint: str | None = None,
 ) -> Reply | Failure | Request:
-    """Returns the stored answer of a sample, the first reply that is not truncated; or the next request to send."""
+    """Returns a sample's stored answer (the first reply that is not truncated), or the next request to send."""
     for room in range(ROOM_STEPS + 1):
         request = request_of(row, settings, sample=sample, room=room, hint=hint)
         stored = look_up(request.key)
@@ -141,7 +141,7 @@ def answer_of(
 
 
 def majority(labels: Sequence[str | None], same: Callable[[str, str], bool]) -> int | None:
-    """Returns the index of the first reply with the most frequent label, or None without any label.
+    """Returns the index of the first reply with the most frequent label; None if no reply has a label.
 
     `same` compares labels. Ties go to the label that came first.
 
@@ -195,7 +195,7 @@ class Sampler:
         self._cancelled = False
 
     async def run(self, rows: Iterable[Asked]) -> Totals:
-        """Runs until every row has its replies or a reason, or something ends the run; keeps what is in flight.
+        """Runs until every row has its replies or a failure, or the run is ended; completes the requests in flight.
 
         Then raises `Fatal` (the teacher refuses us), `UnusableRepliesError`, or OSError (the disk) if one ended it.
         """
@@ -218,7 +218,7 @@ class Sampler:
         return self.totals.stopped is not None
 
     def _missing(self, rows: Iterable[Asked]) -> Iterator[Asked]:
-        """Yields rows with something left to ask, and counts the others."""
+        """Yields rows with missing replies, and counts the others."""
         rows, samples = iter(rows), range(self._settings.samples)
         while chunk := list(itertools.islice(rows, _CHUNK)):
             keys = {row.id: [request_of(row, self._settings, sample=k).key for k in samples] for row in chunk}
@@ -252,7 +252,7 @@ class Sampler:
             await self._reply(row, sample=0, hint=row.label)
 
     async def _reply(self, row: Asked, *, sample: int, hint: str | None) -> Reply | None:
-        """Returns the accepted reply of one sample, from the store or the teacher; None without one."""
+        """Returns the accepted reply of one sample, from the store or the teacher; None if there is none."""
         while True:
             answer = answer_of(row, self._settings, self._store.get, sample=sample, hint=hint)
             if isinstance(answer, Failure):
@@ -279,12 +279,12 @@ class Sampler:
             shown = "\n".join(f"  {row_id}: {text[:200]!r}" for row_id, text in self.totals.examples)
             raise UnusableRepliesError(
                 f"No label can be read from {self.totals.unusable} of {count} replies (limit "
-                f"{self._settings.unusable:.0%}, --unusable). They are kept; the first ones:\n{shown}\n"
+                f"{self._settings.unusable:.0%}, --unusable). They are stored; the first ones:\n{shown}\n"
                 "Compare them with the prompt (--dry_run shows it) and with the parser of the dataset."
             )
 
     async def _ask(self, request: Request) -> Reply | None:
-        """Asks until there is a reply, a reason, or no retry left. Replies and reasons are on disk at return."""
+        """Asks until there is a reply, a failure, or no retry left. Replies and failures are on disk at return."""
         sent = money.estimate_tokens(request.prompt.sent(request.form))
         tries = turned = 0
         while True:
@@ -305,7 +305,7 @@ class Sampler:
             self.totals.retried += 1
             delay = backoff(tries, outcome)
             if outcome.limited:
-                # Everybody pauses, then fewer ask. It is not this request's fault: its retries are not used up.
+                # All requests pause, then fewer are in flight. The request is not at fault, so this costs no retry.
                 self._in_flight.shrink(delay, since=began)
                 turned += 1
                 tries = min(tries + 1, 7)
@@ -330,7 +330,7 @@ class Sampler:
         await self._tokens.take(sent + self._mean_output)
         reply, began = None, time.monotonic()
         try:
-            if self._cancelled:  # a reached limit does not end requests before it, a stop does
+            if self._cancelled:  # unlike a reached limit, a stop also drops requests that were reserved before it
                 self.totals.asked -= 1
                 return None, began
             reply = await self._client.ask(request)

@@ -1,10 +1,10 @@
-"""The teacher's replies on disk: each is paid for once and found again by its request.
+"""Store of the teacher's replies on disk: each is paid for once, then found by its request.
 
 One SQLite file. The key of a reply is the hash of everything that shaped it (`clients.Request.key`: rendered prompt,
 model, parameters, sample number) and nothing else: rows may be added, re-ordered or renamed, and code may change. `put`
 returns after the commit, when the reply is on disk.
 
-One process at a time: it holds `<store>.lock` while the store is open.
+Only one process can open a store at a time; it holds `<store>.lock` meanwhile.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 
 from sbs_jax.teacher.clients import Reply
 
-FORMAT = 1  # raise it when a column changes its meaning, so that old files are refused, not misread
+FORMAT = 1  # increased when the meaning of a column changes, so that old files are refused, not misread
 _MOST_KEYS = 10_000  # per statement; SQLite takes at most 32,766 values
 
 _SCHEMA = """
@@ -40,14 +40,14 @@ CREATE TABLE job_keys (name TEXT NOT NULL, key BLOB NOT NULL, PRIMARY KEY (name,
 
 @dataclasses.dataclass(frozen=True)
 class Failure:
-    """The final failure of a request: a reason such as "content_filter", and the teacher's words."""
+    """The final failure of a request: a reason such as "content_filter", and the provider's message."""
 
     reason: str
     detail: str
 
 
 class Store:
-    """A store as a context manager, which opens or creates the file."""
+    """Store of replies, a context manager that opens or creates the file."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path).absolute()
@@ -62,7 +62,7 @@ class Store:
             raise FileExistsError(
                 f"{self.path} is in use by another process; wait for it, or choose another --store."
             ) from None
-        # A thread writes, so that the disk delays no request; a second connection reads what is committed.
+        # A thread writes, so that the disk delays no request; a second connection reads committed data.
         self._connection = sqlite3.connect(self.path, check_same_thread=False, isolation_level=None)
         self._reader = sqlite3.connect(self.path, isolation_level=None)
         try:
@@ -105,7 +105,7 @@ class Store:
     # ------------------------------------------------------------------------------- reading
 
     def find(self, keys: Collection[str]) -> dict[str, Reply | Failure]:
-        """Looks keys up; a reply counts more than a failure."""
+        """Looks up keys; a reply takes precedence over a failure."""
         found: dict[str, Reply | Failure] = {}
         for some, marks in _chunks(keys):
             failures = self._reader.execute(f"SELECT key, reason, detail FROM failures WHERE key IN ({marks})", some)
@@ -133,7 +133,7 @@ class Store:
         return found
 
     def get(self, key: str) -> Reply | Failure | None:
-        """Looks one key up."""
+        """Looks up one key."""
         return self.find((key,)).get(key)
 
     def counts(self) -> dict[str, int]:
@@ -147,7 +147,7 @@ class Store:
     # ------------------------------------------------------------------------------- writing
 
     async def put(self, key: str, value: Reply | Failure) -> None:
-        """Returns when the value is on disk; one commit writes all that wait.
+        """Stores a value and returns when it is on disk; one commit writes all waiting values.
 
         Raises OSError if the disk is full or read-only; earlier replies stay.
         """

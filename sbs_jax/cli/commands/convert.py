@@ -22,8 +22,8 @@ def add(command: Any) -> None:
         "  sbs convert --to stablehlo --dtype int8 --shapes 1x88,32x88 runs/svamp svamp-int8\n"
         "  sbs convert --to peft runs/svamp-lora svamp-lora\n"
         "  sbs convert --to sbs svamp-lora runs/svamp-again --base t5-v1_1-base\n\n"
-        "Adapters are merged into their base. Those that cannot be merged go to stablehlo only. PEFT has LoRA and IA3\n"
-        "only; an error names anything else that was trained.\n"
+        "Adapters are merged into their base; those that cannot be merged go to stablehlo only. PEFT's form has LoRA\n"
+        "and IA3 only; an error names anything else that was trained.\n"
         "See docs/checkpoints.md and docs/export.md.",
     )
     convert.add_argument("--from", dest="from_form", choices=_READ, help="form of the source (default: detected)")

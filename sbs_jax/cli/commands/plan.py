@@ -32,12 +32,14 @@ def add(command: Any) -> None:
     )
     plan.add_argument("--batch_size", type=int, metavar="N", help="rows per update, over all chips")
     plan.add_argument("--search", action="store_true", help="try meshes (fsdp, data, tensor) and micro-batches")
-    plan.add_argument("--max_compiles", type=int, default=16, metavar="N", help="of a search (default: %(default)s)")
     plan.add_argument(
-        "--time_limit", type=float, default=1800.0, metavar="SECONDS", help="per candidate (default: %(default)s)"
+        "--max_compiles", type=int, default=16, metavar="N", help="limit for --search (default: %(default)s)"
+    )
+    plan.add_argument(
+        "--time_limit", type=float, default=1800.0, metavar="SECONDS", help="time per candidate (default: %(default)s)"
     )
     plan.add_argument("--price", default="on_demand", help="on_demand, three_years, or USD per chip and hour")
-    plan.add_argument("--examples", type=int, metavar="N", help="of each task per epoch, without RECORDS_DIR")
+    plan.add_argument("--examples", type=int, metavar="N", help="examples of each task per epoch, without RECORDS_DIR")
     plan.add_argument("--examples_per_row", type=float, metavar="N", help="examples per packed row")
     plan.add_argument("--json", action="store_true", help="print everything as JSON")
     plan.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)  # the compiling process
@@ -53,7 +55,7 @@ def run(arguments: argparse.Namespace, bindings: Sequence[str]) -> int:
 
         config, _ = gin_files.configured("train.TrainConfig", arguments, bindings, unread=unread)
         answers = os.fdopen(os.dup(1), "w")
-        os.dup2(2, 1)  # prints of libraries must not mix with the answers
+        os.dup2(2, 1)  # libraries' output must not mix with the answers
         worker.serve(config, requests=sys.stdin, answers=answers)
         return 0
     chips.check_compiler()

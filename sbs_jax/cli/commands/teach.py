@@ -1,4 +1,4 @@
-"""`sbs teach`: rationales and labels from a hosted model."""
+"""`sbs teach`: ask a hosted model for rationales and labels."""
 
 import argparse
 import dataclasses
@@ -51,7 +51,7 @@ def add(command: Any) -> None:
     pace.add_argument("--concurrency", type=int, default=64, help="maximum requests in flight")
     pace.add_argument("--requests_per_minute", type=float, metavar="N", help="rate limit (default: none)")
     pace.add_argument("--tokens_per_minute", type=float, metavar="N", help="rate limit, sent and received")
-    pace.add_argument("--timeout", type=float, default=120.0, metavar="SECONDS", help="for a whole reply")
+    pace.add_argument("--timeout", type=float, default=120.0, metavar="SECONDS", help="time for a whole reply")
     pace.add_argument("--retries", type=int, default=6, help="retries of a request after temporary errors")
     pace.add_argument("--max_requests", type=int, metavar="N", help="maximum requests of this run")
     pace.add_argument("--max_cost", type=float, metavar="USD", help="maximum cost of this run")
@@ -69,7 +69,7 @@ def add(command: Any) -> None:
     out.add_argument("--parser", choices=("strict", "official"), default="strict", help="how to read replies")
     out.add_argument("--page", metavar="FILE", help="HTML page of the replies (default: beside the store)")
     out.add_argument("--overwrite", action="store_true", help="replace existing records")
-    out.add_argument("--retry_failed", action="store_true", help="ask again where an earlier run recorded a failure")
+    out.add_argument("--retry_failed", action="store_true", help="ask again where a failure was recorded")
     out.add_argument("--dry_run", action="store_true", help="show a prompt, tokens, cost and time; ask nothing")
     out.add_argument("--export_only", action="store_true", help="write records of the stored replies; ask nothing")
 
