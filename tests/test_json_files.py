@@ -47,7 +47,7 @@ def test_json_becomes_the_types_that_are_declared() -> None:
         ({"points": {}}, r"the field 'points' is \{\}; expected a list of objects\."),
         ({"points": [{"x": True}]}, r"the field 'points\[0\]\.x' is true; expected a number\."),
         ({"points": [{"x": 1, "kind": "c"}]}, r"'points\[0\]\.kind' is \"c\"; expected \"a\" or \"b\"\."),
-        ({"points": [{}]}, r"the field 'points\[0\]\.x' is missing; it has \[\]\."),
+        ({"points": [{}]}, r"the field 'points\[0\]\.x' is missing; got the fields \[\]\."),
         ({"points": [{"x": 1, "kin": "b"}]}, r"unknown field 'points\[0\]\.kin'; known are .* Did you mean 'kind'"),
         ({"names": {"n": 1}}, "the field 'names.n' is 1; expected text or null"),
         ({"size": [1, 2, 3]}, "expected 2 whole numbers"),

@@ -243,13 +243,13 @@ def vars_of(one: Request) -> dict[str, object]:
 # --------------------------------------------------------------------------------------- what goes wrong
 
 AGAIN: list[tuple[Fault | int | str, str, bool]] = [
-    (408, "in trouble", False),
-    (409, "in trouble", False),
+    (408, "temporary error", False),
+    (409, "temporary error", False),
     (429, "Asked too often", True),
-    (500, "in trouble", False),
-    (502, "in trouble", False),
-    (503, "in trouble", True),
-    (529, "in trouble", True),
+    (500, "temporary error", False),
+    (502, "temporary error", False),
+    (503, "temporary error", True),
+    (529, "temporary error", True),
     ("reset", "connection failed", False),
     ("close", "connection failed", False),
     ("malformed", "not a JSON object", False),

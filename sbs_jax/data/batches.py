@@ -51,7 +51,7 @@ class StepByStepFeatureConverter(seqio.EncDecFeatureConverter):
         decoder_segment_ids    [  1,   1,   2,   2,  2,   2,    2,    2,   2, 0]
         decoder_positions      [  0,   1,   0,   1,  2,   3,    4,    5,   6, 0]
 
-    With `pack=False` each has its own row, without segment ids and positions.
+    With `pack=False` each example has its own row, without segment ids and positions.
     """
 
     TASK_FEATURES: ClassVar = {
@@ -72,8 +72,8 @@ class StepByStepFeatureConverter(seqio.EncDecFeatureConverter):
         """Adds the length of `decoder_task_ids`; ValueError unless it equals that of the targets."""
         if task_feature_lengths["task_ids"] != task_feature_lengths["targets"]:
             raise ValueError(
-                f"The length of task_ids is {task_feature_lengths['task_ids']} and that of targets "
-                f"{task_feature_lengths['targets']}; make them equal: every target token has a task id."
+                f"task_ids has length {task_feature_lengths['task_ids']} and targets has length "
+                f"{task_feature_lengths['targets']}; make them equal, because every target token has a task id."
             )
         lengths = dict(super().get_model_feature_lengths(task_feature_lengths))
         lengths["decoder_task_ids"] = task_feature_lengths["task_ids"]

@@ -121,7 +121,7 @@ def read_records(path: str | Path) -> list[Record]:
         if record.id in found:
             raise ValueError(
                 f"{path}:{line}: the id {brief(record.id)} is already that of line {found[record.id][0]}; give every "
-                "row its own."
+                "row a distinct id."
             )
         found[record.id] = line, record
     return [record for _, record in found.values()]

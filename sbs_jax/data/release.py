@@ -317,7 +317,7 @@ def with_ids(rows: Iterable[Row], *, name: str, where: Callable[[int], str]) -> 
         if row_id in place:
             raise ValueError(
                 f"{where(number)}: the id {brief(row_id)} is already that of {where(place[row_id])}; give every row "
-                "its own."
+                "a distinct id."
             )
         place[row_id] = number
         found.append(dataclasses.replace(row, id=row_id))

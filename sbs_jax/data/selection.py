@@ -24,7 +24,7 @@ ANSWER_MARKER = "Answer:"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataOptions:
-    """Options that turn records into examples; bound from gin.
+    """Options for turning records into examples; bound from gin.
 
     Attributes:
       records_dir: folder with `<dataset>/<split>.jsonl`, as `sbs records` writes them.
@@ -229,5 +229,5 @@ def _check_distinct_ids(rows: Sequence[records.Record]) -> None:
     if len({row.id for row in rows}) < len(rows):
         row_id, times = Counter(row.id for row in rows).most_common(1)[0]
         raise ValueError(
-            f"The id {row_id!r} occurs {times} times in one split; examples are joined by id, so give each its own."
+            f"The id {row_id!r} occurs {times} times in one split; examples are joined by id, so make ids distinct."
         )

@@ -35,7 +35,7 @@ _SEEN_WITHIN = 60.0  # seconds in which a network file system shows a file to an
 
 
 class Save:
-    """One save: copies arrays to the host, writes them in threads, and puts the directory in place.
+    """One save: it copies arrays to the host, writes them in threads, and puts the directory in place.
 
     Orbax's handlers write the arrays. Its checkpointers, which put directories in place, are not used: if one process
     fails, they leave the others in a barrier for ten minutes. Here every process writes a status file when its part is

@@ -244,7 +244,7 @@ def _object_reader(kind: Any, extra: bool) -> _Reader:
 
 
 def _missing(field: str, there: Mapping[str, Any]) -> ValueError:
-    return ValueError(f"the field {field!r} is missing; it has {brief(sorted(there))}.")
+    return ValueError(f"the field {field!r} is missing; got the fields {brief(sorted(there))}.")
 
 
 def _mismatch(kind: Any, value: Any, field: str) -> ValueError:

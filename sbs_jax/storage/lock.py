@@ -47,7 +47,7 @@ class Holder:
 
 
 class Lock:
-    """Locks one directory: `take`, then `check` before every write, then `release`."""
+    """Lock of one directory: `take`, then `check` before every write, then `release`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -91,7 +91,7 @@ def _check_limits(missing: Sequence[Request], settings: sampler.Settings, price:
     if settings.max_requests is not None and len(missing) > settings.max_requests:
         raise ValueError(
             f"{len(missing)} requests are needed and max_requests is {settings.max_requests}; a batch is paid as a "
-            "whole. Raise the limit, or take fewer rows (--limit)."
+            "whole. Raise max_requests, or take fewer rows (--limit)."
         )
     money.check_limit(settings.max_cost, price, model=settings.model)
     if settings.max_cost is None or price is None:

@@ -36,8 +36,8 @@ _OUTCOMES: tuple[tuple[Collection[int], re.Pattern[str], Callable[[str], Excepti
     ((402,), _ANY, Fatal, "The account's money or quota is used up ({said})."),
     ((429,), _NO_MONEY, Fatal, "The account's money or quota is used up ({said})."),
     ((429,), _ANY, _LIMITED, "Asked too often ({said})."),
-    ((503, 529), _ANY, _LIMITED, "The teacher is in trouble ({said})."),  # some providers send 529 for 503
-    ((408, 409, 425, *range(500, 600)), _ANY, Again, "The teacher is in trouble ({said})."),
+    ((503, 529), _ANY, _LIMITED, "The teacher has a temporary error ({said})."),  # some providers send 529 for 503
+    ((408, 409, 425, *range(500, 600)), _ANY, Again, "The teacher has a temporary error ({said})."),
     ((401, 403), _ANY, Fatal, "The teacher refuses the credentials ({said}); check the key and its permissions."),
     ((400,), _NO_KEY, Fatal, "The teacher refuses the credentials ({said}); check the key and its permissions."),
     ((404,), _ANY, Fatal, "There is no such model or address ({said}); check --model and --base_url."),

@@ -32,9 +32,11 @@ def add(command: Any) -> None:
         "--dtype",
         choices=("float32", "bfloat16", "int8"),
         default="float32",
-        help="type of the weights: hf has float32 and bfloat16, stablehlo also int8",
+        help="type of the weights: float32 or bfloat16 for hf; also int8 for stablehlo",
     )
-    convert.add_argument("--shard_gb", type=float, default=5.0, metavar="GB", help="largest file of hf weights")
+    convert.add_argument(
+        "--shard_gb", type=float, default=5.0, metavar="GB", help="maximum size of a file of hf weights"
+    )
     convert.add_argument(
         "--base", metavar="PATH", help="base of PEFT adapters; or of a run's adapters, if their base has moved"
     )
@@ -43,20 +45,22 @@ def add(command: Any) -> None:
         "--platforms",
         default="",
         metavar="NAMES",
-        help="where stablehlo programs run: cpu, tpu, cuda, rocm (default: cpu,tpu,cuda)",
+        help="platforms of stablehlo programs: cpu, tpu, cuda, rocm (default: cpu,tpu,cuda)",
     )
     convert.add_argument(
         "--shapes",
         default="",
         metavar="SHAPES",
-        help="rows x tokens of stablehlo and onnx programs, such as 1x88,32x88; onnx has one",
+        help="rows x tokens of stablehlo and onnx programs, such as 1x88,32x88; one for onnx",
     )
     convert.add_argument(
         "--samples",
         metavar="FILE",
-        help='lines of {"input": text} to check the programs with (default: what the run was graded on)',
+        help='lines of {"input": text} to check the programs with (default: the inputs that the run was graded on)',
     )
-    convert.add_argument("--check", type=int, default=32, metavar="ROWS", help="most samples to check with; 0: none")
+    convert.add_argument(
+        "--check", type=int, default=32, metavar="ROWS", help="maximum number of samples to check with; 0: no check"
+    )
     convert.add_argument("source", metavar="SRC", help="directory, or gs:// path of a T5X checkpoint")
     convert.add_argument("target", metavar="DST", help="directory to make, or gs:// path for T5X")
 

@@ -31,14 +31,14 @@ def add(command: Any) -> None:
         "--model", required=True, metavar="DIR", help="run directory, or one of its checkpoints/<step>"
     )
     predict.add_argument("--input", required=True, metavar="FILE", help="input file: .csv, .parquet, else JSON lines")
-    predict.add_argument("--output", required=True, metavar="FILE", help="output file, format by its ending")
+    predict.add_argument(
+        "--output", required=True, metavar="FILE", help="output file; the extension sets the format, as for --input"
+    )
     predict.add_argument(
         "--task", choices=("label", "rationale"), default="label", dest="objective", help="what to predict"
     )
     add_settings(predict)
-    predict.add_argument(
-        "--base", metavar="PATH", help="new place of the base that a run's adapters were trained on, if it moved"
-    )
+    predict.add_argument("--base", metavar="PATH", help="new path of the base of a run's adapters, if it has moved")
     predict.add_argument(
         "--adapters",
         action="append",
@@ -51,7 +51,7 @@ def add(command: Any) -> None:
 def add_settings(parser: Any) -> None:
     """Adds the decoding flags; `settings` reads them."""
     group = parser.add_argument_group("decoding")
-    group.add_argument("--rationale", action="store_true", help="generate the rationale beside the label")
+    group.add_argument("--rationale", action="store_true", help="generate the rationale as well as the label")
     group.add_argument(
         "--decoding",
         choices=("greedy", "beam", "sample", "choices"),
@@ -60,7 +60,7 @@ def add_settings(parser: Any) -> None:
     )
     group.add_argument("--beams", type=int, default=4, metavar="N", help="beam search: number of beams")
     group.add_argument(
-        "--length_penalty", type=float, default=1.0, metavar="X", help="beam search: power of the length"
+        "--length_penalty", type=float, default=1.0, metavar="X", help="beam search: exponent of the length"
     )
     group.add_argument("--temperature", type=float, default=1.0, metavar="X", help="sampling: temperature")
     group.add_argument(
@@ -79,7 +79,7 @@ def add_settings(parser: Any) -> None:
         "--weights",
         choices=("float32", "bfloat16", "int8"),
         default="float32",
-        help="precision of the matrices: fewer bits are faster and less exact",
+        help="precision of the weight matrices: fewer bits are faster and less exact",
     )
     group.add_argument(
         "--too_long",

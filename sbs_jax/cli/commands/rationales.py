@@ -21,7 +21,7 @@ def add(command: Any) -> None:
     rationales.add_argument("run_dir", nargs="?", metavar="RUN_DIR", help="run directory of sbs train")
     rationales.add_argument("--teacher", metavar="DATASET", help="measure the teacher of these records instead")
     rationales.add_argument("--records_dir", metavar="DIR", help="records (default: those the run was trained on)")
-    rationales.add_argument("--limit", type=int, metavar="N", help="measure the first N test rows alone")
+    rationales.add_argument("--limit", type=int, metavar="N", help="measure only the first N test rows")
     rationales.add_argument("--batch_size", type=int, default=64, help="rows per batch (default: %(default)s)")
     rationales.add_argument(
         "--base", metavar="PATH", help="base checkpoint of a run that trained adapters (default: the recorded path)"

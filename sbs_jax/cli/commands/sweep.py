@@ -24,7 +24,9 @@ def add(command: Any) -> None:
         "SWEEP_DIR/logs. Exit status: 0 all cells finished, 1 some failed or an error,\n"
         f"{preemption.EXIT_STATUS} preempted (repeat the command).",
     )
-    sweep.add_argument("--jobs", type=int, default=1, metavar="N", help="cells at a time (default: %(default)s)")
+    sweep.add_argument(
+        "--jobs", type=int, default=1, metavar="N", help="cells to train at a time (default: %(default)s)"
+    )
     sweep.add_argument("--dry_run", action="store_true", help="show the cells and their state; train nothing")
     sweep.add_argument("--print", action="store_true", help="print one command per cell, for a cluster; train nothing")
     sweep.add_argument("--index", type=int, metavar="I", help="with --print: only the command of cell I, from 0")

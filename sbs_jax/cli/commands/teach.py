@@ -35,7 +35,9 @@ def add(command: Any) -> None:
     ask.add_argument("--model", required=True, help="the provider's name of the model")
     ask.add_argument("--base_url", metavar="URL", help="address of an OpenAI-compatible server, such as vLLM")
     ask.add_argument("--prompt", metavar="FILE", help="prompt file (default: tasks/prompts/<dataset>.json)")
-    ask.add_argument("--form", choices=("chat", "completion"), default="chat", help="messages, or one text to continue")
+    ask.add_argument(
+        "--form", choices=("chat", "completion"), default="chat", help="chat messages, or one text to continue"
+    )
     ask.add_argument("--temperature", type=float, default=0.0, help="sampling temperature")
     ask.add_argument(
         "--max_tokens",
