@@ -222,7 +222,7 @@ def test_a_step_that_its_run_removed_is_not_read_as_zeros(tmp_path):
     same(opened, config)
     (tmp_path / "checkpoints" / "1").rename(tmp_path / "checkpoints" / "1.removing")
     for array in opened.arrays.values():
-        with pytest.raises(FileNotFoundError, match=r"no checkpoint of step 1 \(any more\)"):
+        with pytest.raises(FileNotFoundError, match="no longer has a checkpoint of step 1"):
             array.whole()
 
 
@@ -340,7 +340,7 @@ def test_a_missing_shard_is_named(tmp_path):
 def test_a_cut_file_is_refused(exported):
     weights = exported / hugging_face.WEIGHTS
     weights.write_bytes(weights.read_bytes()[:-10])
-    with pytest.raises(ValueError, match="no complete safetensors file"):
+    with pytest.raises(ValueError, match="not a complete safetensors file"):
         hugging_face.open_directory(exported)
 
 
@@ -382,7 +382,7 @@ def test_a_half_written_export_does_not_look_complete(tmp_path):
 
 
 def test_what_is_no_checkpoint_says_what_is_expected(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nothing is there"):
+    with pytest.raises(FileNotFoundError, match="does not exist"):
         opening.form_of(tmp_path / "none")
     (tmp_path / "file.txt").write_text("x")
     with pytest.raises(FileNotFoundError) as error:

@@ -214,7 +214,7 @@ def test_folders_are_searched_and_what_is_not_finished_is_left_out(sweep: Path, 
     manifest = json.loads((tmp_path / "odd" / "manifest.json").read_text())
     manifest["run"]["mixture_or_task_name"] = "toy_rationale"
     (tmp_path / "odd" / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(ValueError, match=r"Found no finished run in .*\n.*none of the known methods"):
+    with pytest.raises(ValueError, match=r"Found no finished run in .*\n.*not a known method"):
         folders.find([tmp_path])
 
 

@@ -146,7 +146,7 @@ def test_records_and_checkpoints_are_looked_for_before_the_first_starts(tmp_path
     with pytest.raises(FileNotFoundError, match="no records of cqa"):  # svamp is whole now
         sweep.check_inputs(kinds)
     start = a_sweep(records_dir=str(tmp_path), vocabulary="byte", initial_checkpoint_path=str(tmp_path / "t5-{size}"))
-    with pytest.raises(FileNotFoundError, match="t5-cpu: nothing is there"):
+    with pytest.raises(FileNotFoundError, match="t5-cpu, which does not exist"):
         sweep.check_inputs(sweep.check_configurations(start.cells()))
 
 

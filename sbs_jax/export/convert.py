@@ -201,11 +201,11 @@ def _check_options(options: Options) -> None:
     types = {opening.HUGGING_FACE: ("float32", "bfloat16"), STABLEHLO: ("float32", "bfloat16", "int8")}
     if dtype not in types.get(to_form, ("float32",)):
         having = " and ".join(form for form, known in types.items() if dtype in known)
-        raise ValueError(f"--to {to_form} has no --dtype {dtype}; it is of {having or 'no form'}.")
+        raise ValueError(f"--to {to_form} has no --dtype {dtype}, which is for {having or 'no form'}.")
     if options.platforms and to_form != STABLEHLO:
-        raise ValueError(f"--to {to_form} has no platforms; --platforms is of stablehlo.")
+        raise ValueError(f"--to {to_form} has no platforms; --platforms is for stablehlo.")
     if options.shapes and to_form not in (STABLEHLO, ONNX):
-        raise ValueError(f"--to {to_form} has no programs; --shapes is of stablehlo and onnx.")
+        raise ValueError(f"--to {to_form} has no programs; --shapes is for stablehlo and onnx.")
     if to_form == STABLEHLO:
         from sbs_jax.export import stablehlo
 
@@ -235,8 +235,8 @@ def _samples(job: _Job, card: Mapping[str, Any]) -> list[str]:
     texts = cards.sample_inputs(job.source, card, form=job.form, rows=rows)
     if rows and not texts:
         log.warning(
-            "%s left no predictions, and so no sample inputs: what was written is not checked. Give some by --samples "
-            'FILE, lines of {"input": text}.',
+            "%s has no predictions, and so no sample inputs: the written files are not checked. Give samples with "
+            '--samples FILE, lines of {"input": text}.',
             job.source,
         )
     return texts
@@ -248,8 +248,8 @@ def _kept(opened: Opened, source: str, *, base: str | None, is_run: bool) -> dic
     if is_run:
         if opened.origin is None:
             log.warning(
-                "%s is not a run of ours, so nothing says how inputs are written for it: the result can be merged and "
-                "exported, and does not predict.",
+                "%s is not a run of ours, so the form of its inputs is unknown: the result can be merged and exported, "
+                "but it cannot predict.",
                 base,
             )
     else:
@@ -259,8 +259,8 @@ def _kept(opened: Opened, source: str, *, base: str | None, is_run: bool) -> dic
     assert tuning is not None
     if tuning.base != "float32":
         log.warning(
-            "These adapters were trained on a base in %s; on another precision they give other answers. "
-            "sbs convert --to hf writes the base as training had it, merged with them.",
+            "These adapters were trained on a base in %s; with another precision their answers differ. "
+            "sbs convert --to hf merges them into the base in the precision of training.",
             tuning.base,
         )
     return {"base": opened.base, "base_held_in": tuning.base}
@@ -275,8 +275,8 @@ def _merged(opened: Opened, source: str, *, base: str | None) -> tuple[Opened, d
     if lost:
         error = lost["relative_rms_error"]
         log.warning(
-            "The base was quantized to %s in training: its %d kernels are written so, with the adapters. They differ "
-            "from float32 by %.4f of their size on average, at most %.4f (%s).",
+            "The base was quantized to %s in training: its %d kernels are written with those values and the adapters. "
+            "They differ from float32 by %.4f of their size on average, at most %.4f (%s).",
             *(lost["form"], lost["kernels"], error["mean"], error["largest"], error["of"]),
         )
         summary["quantized"] = lost

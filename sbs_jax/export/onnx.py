@@ -103,7 +103,7 @@ def _for_cpu() -> Iterator[None]:
 def _usage(facts: dict[str, Any]) -> str:
     return (
         "```\npip install onnxruntime numpy sentencepiece\npython run.py < questions.jsonl > answers.jsonl\n```\n\n"
-        "`run.py` needs onnxruntime, numpy and sentencepiece alone, and answers lines of "
+        "`run.py` needs only onnxruntime, numpy and sentencepiece, and answers lines of "
         f'`{{"id", "input"}}`. `{MODEL}` takes source rows of {facts["shapes"][0]} tokens, padded with 0, and gives '
         f"tokens and their log probabilities: the search is part of the graph.\n{agreed(facts['check'])}"
     )

@@ -98,7 +98,7 @@ def _usage(facts: dict[str, Any]) -> str:
     return (
         f"```\npip install 'jax=={facts['jax']}' numpy safetensors sentencepiece\n"
         "python run.py < questions.jsonl > answers.jsonl\n```\n\n"
-        "`run.py` needs jax, numpy, safetensors and sentencepiece alone, and answers lines of "
+        "`run.py` needs only jax, numpy, safetensors and sentencepiece, and answers lines of "
         f'`{{"id", "input"}}`. Each `*{SUFFIX}` is a program of `jax.export` ({", ".join(facts["platforms"])}) for as '
         "many rows of as many tokens as its name says; `model.py` calls them. They were written by jax "
         f"{facts['jax']}: later versions read them for at least six months, and so do versions that are up to three "

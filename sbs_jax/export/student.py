@@ -43,8 +43,8 @@ class Student:
         card = cards.of(source, opened, form=form)
         if card is None:
             raise ValueError(
-                f"{source} is not a run of ours or an export of one: nothing says how inputs and answers look. Give a "
-                "run directory, or what sbs convert made of one."
+                f"{source} is neither a run of ours nor an export of one, so the form of its inputs and answers is "
+                "unknown. Give a run directory, or an export that sbs convert made of one."
             )
         vocabulary = registry.vocabulary(vocabulary_of(opened, source))
         if opened.tuning is None:
@@ -84,7 +84,7 @@ def vocabulary_of(opened: Opened, source: str) -> str:
     """Returns the vocabulary. ValueError if there is none."""
     if opened.vocabulary is None:
         raise ValueError(
-            f"{source} has no tokenizer: no run's vocabulary and no spiece.model. Name one by --vocabulary."
+            f"{source} has no tokenizer: no run's vocabulary and no spiece.model. Name one with --vocabulary."
         )
     return opened.vocabulary
 
@@ -137,8 +137,8 @@ def warn_of_difference(checked: Mapping[str, Any] | None) -> None:
     """Warns if answers that should be equal differ."""
     if checked is not None and checked["same_answers"] < checked["samples"]:
         log.warning(
-            "What was written answers %d of %d samples otherwise than the student. Only tokens that are equally likely "
-            "up to rounding should change places.",
+            "The export answers %d of %d samples differently from the student. Only tokens that are equally likely up "
+            "to rounding should differ.",
             checked["samples"] - checked["same_answers"],
             checked["samples"],
         )

@@ -38,5 +38,5 @@ def _usage(card: Mapping[str, Any]) -> str:
         "texts = tokenizer.batch_decode(model.generate(**rows), skip_special_tokens=True)\n"
         f"answers = [text{parsed} for text in texts]\n```\n\n"
         "`generation_config.json` has greedy search and the length of an answer, `tokenizer_config.json` that of an "
-        f"input. `{hugging_face.ORIGIN}` is of the run itself and names its folders; nothing but sbs_jax reads it.\n"
+        f"input. `{hugging_face.ORIGIN}` describes the run itself and names its folders; only sbs_jax reads it.\n"
     )

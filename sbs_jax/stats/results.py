@@ -134,7 +134,7 @@ def identify(path: str | Path) -> Run:
     options, kind = manifest["data"]["options"], _kind(manifest)
     if kind not in _METHOD_OF_KIND:
         raise ValueError(
-            f"{path} trained on {manifest['run']['mixture_or_task_name']}, which is none of the known methods "
+            f"{path} trained on {manifest['run']['mixture_or_task_name']}, which is not a known method "
             f"({', '.join(_METHOD_OF_KIND)}). Name it yourself: sbs_jax.pages.report.write_page with "
             "Run(path, method, fraction, seed)."
         )

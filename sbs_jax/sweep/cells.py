@@ -259,4 +259,4 @@ def check_inputs(kinds: Sequence[tuple[Cell, Any]]) -> None:
         tokens.check_vocabulary(config.data.vocabulary)
         start = config.initial_checkpoint_path
         if start is not None and "://" not in start and not Path(start).exists():
-            raise FileNotFoundError(f"The cell {cell.name} begins with the checkpoint {start}: nothing is there.")
+            raise FileNotFoundError(f"The cell {cell.name} starts from the checkpoint {start}, which does not exist.")

@@ -126,8 +126,8 @@ class TrainConfig(Optimization, Checkpointing, Evaluation, Compute, Guards):
         _whole_numbers(self, "log_period", least=1)
         if self.pack and self.tuning is not None and self.tuning.prompt is not None:
             raise ValueError(
-                "A prompt stands before each example, and packed rows hold several: set PACK = False, or take prefix "
-                "tuning, whose keys all examples of a row see."
+                "A prompt precedes each example, but packed rows hold several examples. Set PACK = False, or use "
+                "prefix tuning, whose keys all examples of a row see."
             )
         self.gradient_transformation()  # a wrong optimizer argument fails here, before any compile
 

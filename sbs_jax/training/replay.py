@@ -131,7 +131,7 @@ def _state_before(config: TrainConfig, trainer: Trainer, run: Path, *, step: int
         return restored(kept, step - 1)
     start = max((number for number in checkpoints.steps(run) if number < step), default=0)
     state = restored(run, start) if start else initial_state(config, trainer, base=base)
-    log.info("Starting at step %d, the newest before it that is kept.", start)
+    log.info("Starting at step %d, the newest kept step before that one.", start)
     steps = _batches(config, trainer, first=start + 1, count=step - 1 - start)
     for batch in tqdm.tqdm(steps, total=step - 1 - start, unit="step", desc="replay"):
         state, _ = trainer.step(state, batch)

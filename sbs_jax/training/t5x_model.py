@@ -79,8 +79,8 @@ class StepByStepModel(models.EncoderDecoderModel):
         """
         if TOKEN_WEIGHTS not in batch and dropout_rng is not None:
             raise ValueError(
-                "A training batch has no token weights, and T5X's own trainer may have cut it, so that they cannot "
-                "be known. Bind trainer_cls = @t5x_model.StepByStepTrainer, as gin_configs/t5x/finetune.gin does."
+                "A training batch has no token weights, and T5X's own trainer may have cut it, so they cannot be "
+                "computed. Bind trainer_cls = @t5x_model.StepByStepTrainer, as gin_configs/t5x/finetune.gin does."
             )
         batch = batch if TOKEN_WEIGHTS in batch else self.with_token_weights(batch)
         logits = self._compute_logits(params, batch, dropout_rng).astype(jnp.float32)

@@ -58,7 +58,7 @@ class LazyArray:
     def onto(self, like: jax.ShapeDtypeStruct) -> jax.Array:
         """Puts the array on devices, in the sharding and type of `like`; each shard is read separately."""
         if like.sharding is None:
-            raise ValueError("An array to fill needs a sharding, and this one has none.")
+            raise ValueError("Got `like` without a sharding; expected the sharding of the array to fill.")
         dtype = like.dtype
         # Copied, because a CPU device may keep the memory that it gets, which may be a mapped file.
         return jax.make_array_from_callback(

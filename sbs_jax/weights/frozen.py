@@ -41,7 +41,7 @@ def load(
     _, plain, axes = t5.abstract(config)
     plain_like = partitioner.with_shardings(plain, parameters=plain, axes=axes)
     if path is None and seed is None:
-        raise ValueError("These adapters know neither the path of their base nor a seed; give the base.")
+        raise ValueError("These adapters name neither the path of their base nor a seed; give the base.")
     read = _from_seed(config, seed or 0, plain_like) if path is None else _from_checkpoint(path, plain_like)
     parameters: t5.Parameters = {}
     fingerprints: dict[str, list[int]] = {}

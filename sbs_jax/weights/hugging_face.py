@@ -87,7 +87,7 @@ def open_directory(path: str | Path) -> Opened:
             copy = stored.pop(name)
             _expect_copy(path, stored.setdefault("shared.weight", copy), copy, name=name)
     if "shared.weight" not in stored:
-        raise ValueError(f"{path} has no 'shared.weight', the table of tokens; it holds {brief(sorted(stored))}.")
+        raise ValueError(f"{path} has no 'shared.weight', the token table; it holds {brief(sorted(stored))}.")
     if not tied and config.logits_via_embedding:
         _expect_copy(path, stored["shared.weight"], stored.pop("lm_head.weight"), name="lm_head.weight")
     for name in _UNUSED:
@@ -191,7 +191,7 @@ def _sharded(path: Path, index: str, read: Any) -> dict[str, LazyArray]:
     missing = sorted(file for file in set(weight_map.values()) if not (path / file).is_file())
     if missing:
         raise FileNotFoundError(
-            f"{path} is incomplete: its index names {', '.join(missing)}, not found. Download the directory again."
+            f"{path} is incomplete: its index names {', '.join(missing)}. Download the missing files."
         )
     stored: dict[str, LazyArray] = {}
     for file in sorted(set(weight_map.values())):

@@ -56,7 +56,7 @@ def open_file(path: str | Path) -> Opened:
 
 def _refused(path: object, error: Exception) -> ValueError:
     reason = part(str(error)) or type(error).__name__
-    return ValueError(f"{path} is no complete file of parameters ({reason}). Get it again.")
+    return ValueError(f"{path} is not a complete file of parameters ({reason}). Get it again.")
 
 
 def _header(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> tuple[tuple[int, ...], np.dtype]:

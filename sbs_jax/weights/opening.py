@@ -40,7 +40,7 @@ def form_of(path: str | Path) -> Form:
     text = str(path)
     remote = "://" in text
     if not remote and not Path(text).exists():
-        raise FileNotFoundError(f"There is no checkpoint at {path}: nothing is there.")
+        raise FileNotFoundError(f"There is no checkpoint at {path}: the path does not exist.")
     for form in FORMS.values():
         if (form.remote or not remote) and form.detects(text):
             return form
@@ -104,7 +104,7 @@ def _open_peft(path: str, base: str | None) -> Opened:
     if base is None:
         said = peft.said_base(path)
         raise ValueError(
-            f"{path} holds adapters of PEFT and no base{f' (they say: {said})' if said else ''}. Name it by --base: "
+            f"{path} holds adapters of PEFT and no base{f' (they say: {said})' if said else ''}. Name it with --base: "
             f"sbs convert --to sbs {path} RUN --base BASE makes a run of both."
         )
     under = open_any(base)

@@ -83,10 +83,10 @@ def contents(opened: Opened, *, owner: str) -> tuple[dict[str, Any], dict[str, L
         what += [f"{merging.kinds(extra)} ({extra[0]})"] if extra else []
         raise ValueError(
             f"{owner} has {' and '.join(what)}, for which PEFT's LoRA and IA3 have no place."
-            f"{'' if extra else ' sbs convert --to hf makes one whole student of base and adapters.'}"
+            f"{'' if extra else ' sbs convert --to hf writes base and adapters as one student.'}"
         )
     if tuning.lora is not None and tuning.ia3 is not None:
-        raise ValueError(f"{owner} has LoRA and IA3 at once; PEFT has one kind in a directory.")
+        raise ValueError(f"{owner} has both LoRA and IA3; a PEFT directory holds one kind.")
     theirs = {ours: module for module, ours in _modules(opened.config).items()}
     ends: dict[str, set[str]] = {}
     arrays: dict[str, LazyArray] = {}
@@ -188,7 +188,7 @@ def open_directory(path: str | Path, *, base: Opened, base_identity: Mapping[str
     for name, array in arrays.items():
         if array.shape != shapes[name].shape:
             raise ValueError(
-                f"{path} does not fit {base_identity['path']}: {name} is {list(array.shape)}, and would be "
+                f"{path} does not fit {base_identity['path']}: {name} is {list(array.shape)}; expected "
                 f"{list(shapes[name].shape)}. Give the base that the adapters were trained on."
             )
     origin = hugging_face.origin_beside(path) or base.origin

@@ -36,7 +36,7 @@ def open_run(path: str | Path) -> Opened:
             # The run may remove this step at any time; the opened arrays are valid if the step still exists afterwards.
             if not checkpoint.is_dir():
                 raise FileNotFoundError(
-                    f"There is no checkpoint of step {step} (any more) in {run}: the run removed it. Try again, or "
+                    f"{run} no longer has a checkpoint of step {step}: the run removed it. Try again, or "
                     "name another step."
                 )
 

@@ -43,7 +43,8 @@ def read_safetensors(file: Path) -> dict[str, LazyArray]:
     try:
         opened = safetensors.safe_open(file, framework="np")
     except safetensors.SafetensorError as error:
-        raise ValueError(f"{file} is no complete safetensors file ({part(str(error))}). Download it again.") from None
+        reason = part(str(error))
+        raise ValueError(f"{file} is not a complete safetensors file ({reason}). Download it again.") from None
     arrays = {}
     for name in opened.keys():  # noqa: SIM118  (it has no iterator)
         array = opened.get_slice(name)
@@ -67,7 +68,7 @@ def read_torch(file: Path) -> dict[str, LazyArray]:
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # of many types; a pickle that would run code is refused here too
         raise ValueError(
-            f"{file} holds more, or less, than PyTorch's weights ({type(error).__name__}: {part(str(error))}). It "
+            f"{file} holds something other than PyTorch's weights ({type(error).__name__}: {part(str(error))}). It "
             "was not loaded; take a revision of the model that has safetensors."
         ) from None
     if not isinstance(state, Mapping) or not all(isinstance(each, torch.Tensor) for each in state.values()):

@@ -74,5 +74,5 @@ def _lazy(store: ts.TensorStore, *, where: str) -> LazyArray:
     if dtype.kind not in "fiu" and dtype != ml_dtypes.bfloat16:
         raise ValueError(f"{where} is of type {dtype}; expected numbers.")
     if math.prod(size or 1 for size in chunk) > _MOST_IN_CHUNK:
-        raise ValueError(f"{where} has chunks of {tuple(chunk)}, which no memory holds. The file is damaged.")
+        raise ValueError(f"{where} has chunks of {tuple(chunk)}, too large for any memory. The file is damaged.")
     return LazyArray(tuple(store.shape), dtype, lambda index: store[index].read().result())

@@ -5,9 +5,9 @@
 
 T5 v1.0 small (60,506,624 parameters, random), AdamW, float32: 726 MB a checkpoint. `checkpoint_overhead` runs the loop
 of `sbs train` in two processes that take turns; one of them saves in the middle of each of its turns. The cost of a
-save is the difference between such a turn and its neighbour, relative to 100 steps. `restart_vs_cold_start` starts `sbs
-train` from nothing and from a checkpoint in turns, and measures the time from the start of the process to its first
-line of metrics. Results: docs/speed.md.
+save is the difference between such a turn and its neighbour, relative to 100 steps. `restart_vs_cold_start` starts
+`sbs train` from nothing and from a checkpoint in turns, and measures the time from the start of the process to its
+first line of metrics. Results: docs/speed.md.
 """
 
 import argparse

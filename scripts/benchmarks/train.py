@@ -318,7 +318,7 @@ def peer(
         return {name: tensor.to(device) for name, tensor in made.items()}
 
     def longest(task: int) -> tuple[int, int]:
-        """Returns the longest input and target of a task, in multiples of 8 for tensor cores: one shape, one program."""
+        """Returns a task's longest input and target in multiples of 8, for tensor cores: one shape, one program."""
         lengths = [(len(i), len(t)) for batch in job["batches"] for i, t, its_task in batch if its_task == task]
         sources, targets = (-(-max(side) // 8) * 8 for side in zip(*lengths, strict=True))
         return sources, targets

@@ -1,5 +1,5 @@
 // The answers of a report's runs, for browse(): numbered by set, then test row, then run, so that all answers to one
-// input stand together. answers.py describes the data.
+// input are adjacent. answers.py describes the data.
 const data = JSON.parse(at("data").textContent);
 const { texts, sets, runs } = data;
 // Facts about an answer beside right or wrong, as bits.
@@ -49,7 +49,7 @@ function compareMethods(set) {
   }
 }
 
-// What is searched is put into lower case once, at the first use.
+// Searched texts are put into lower case once, at the first search.
 const lower = () => {
   if (data.lowered) return;
   data.lowered = texts.map((text) => text.toLowerCase());
@@ -66,7 +66,7 @@ const lower = () => {
 let searched = "";
 const search = (words) => {
   lower();
-  const narrower = searched && words.startsWith(searched); // only what matched before can match now
+  const narrower = searched && words.startsWith(searched); // only items that matched before can match now
   for (const { lowered, matches } of [data, ...sets, ...runs])
     for (let i = 0; i < lowered.length; i++)
       matches[i] = (!narrower || matches[i]) && lowered[i].includes(words) ? 1 : 0;

@@ -39,13 +39,13 @@ const mark = (verdict) => {
   return sign;
 };
 
-// Runs the browser of `total` items; `find(wanted, words)` gives the numbers of those that the filters leave, by the
-// values of the selects and the lower-case text; `line(number)` is { verdict, name, note, below } of a row in the list,
+// Runs the browser of `total` items; `find(wanted, words)` returns the numbers of the items that pass the filters (the
+// values of the selects and the lower-case text); `line(number)` is { verdict, name, note, below } of a row in the list,
 // `explain(number)` the nodes of an item in full. Returns a function that sets filters: set({ verdict: "wrong" }).
 function browse({ noun, total, find, line, explain }) {
   const [list, space, detail, form] = ["list", "space", "detail", "filters"].map(at);
   const selects = [...form.querySelectorAll("select")];
-  let found = []; // numbers of the items that the filters leave
+  let found = []; // numbers of the items that pass the filters
   let active = 0; // place in `found`
   let height = 62;
   let drawn = new Map(); // place in `found` to element
