@@ -30,7 +30,7 @@ os.execv(sys.argv[3], sys.argv[3:])
 
 
 class Page:
-    """One tab. `requests` are the addresses that it asked for, `problems` what it complained about."""
+    """One tab. `requests` are the addresses it fetched, `problems` its errors and warnings."""
 
     def __init__(self, to_browser: int, from_browser: int) -> None:
         self._to, self._from = to_browser, from_browser
@@ -69,7 +69,7 @@ class Page:
         return time.perf_counter() - start
 
     def visit(self, path: Path, *, width: int = 1200, dark: bool = False) -> None:
-        """Opens a page that asks for nothing else and has nothing to complain about."""
+        """Opens a page; fails if it fetches anything else or logs a problem."""
         self.size(width, 900)
         self.dark(dark)
         self.requests.clear()
@@ -169,7 +169,7 @@ def browser(folder: Path) -> Iterator[Page]:
     try:
         yield Page(to_browser, from_browser)
     finally:
-        os.close(to_browser)  # it ends by itself when nobody can command it any more
+        os.close(to_browser)  # it exits by itself when the pipe closes
         try:
             process.wait(timeout=20)
         except subprocess.TimeoutExpired:

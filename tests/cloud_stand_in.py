@@ -1,4 +1,4 @@
-"""Stands in for gcloud (run as a command): records calls, plays a script of states, and has real workers.
+"""A stand-in for gcloud, run as a command: records calls, plays a script of states, and starts real worker processes.
 
 Its folder (environment STAND_IN) holds:
     calls.jsonl                 arguments of every call, in order
@@ -58,11 +58,11 @@ def error(verb: str, text: str, status: int = 1) -> int:
 
 
 def end_processes(root: pathlib.Path) -> None:
-    """Kills everything that runs on the workers, as when their machines are taken away."""
+    """Kills all processes of the workers, as when their machines are taken away."""
     for file in root.glob("nodes/*/*/container/pid"):
         with contextlib.suppress(ProcessLookupError):
             group = os.getpgid(int(file.read_text()))
-            if group != os.getpgid(0):  # a run that is not detached would take the tests along
+            if group != os.getpgid(0):  # a run that is not detached would kill the tests too
                 os.killpg(group, signal.SIGKILL)
 
 

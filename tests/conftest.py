@@ -1,4 +1,4 @@
-"""What every test runs under: 8 virtual CPU devices, checked shapes, no implicit rank promotion.
+"""Settings of every test: 8 virtual CPU devices, checked shapes, no implicit rank promotion.
 
 The settings are made before anything imports `sbs_jax`. They are JAX settings of this process, not
 environment variables, so that a command line started by a test sees the machine as its user would;
@@ -53,7 +53,7 @@ SHARED = REPOSITORY.parent / "shared"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves out the long forms of tests of faults, unless `-m` speaks of them (`make test-faults`)."""
+    """Deselects the long forms of the fault tests unless `-m` names them (`make test-faults`)."""
     if "faults" not in config.option.markexpr:
         chosen = [item for item in items if item.get_closest_marker("faults") is None]
         config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
@@ -61,7 +61,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish() -> None:
-    """What was imported is not looked through again by every collection of garbage: a tenth of the suite's time."""
+    """Hides imported objects from the garbage collector, which saves a tenth of the suite's time."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 10)
@@ -69,7 +69,7 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(autouse=True)
 def log_levels() -> Iterator[None]:
-    """As each test found them: commands that are called in this process set what they want to be shown."""
+    """Restores log levels, which commands called in this process change."""
     loggers = [logging.getLogger(name) for name in ("sbs_jax", "absl")]
     levels = [logger.level for logger in loggers]
     yield
@@ -97,7 +97,7 @@ def real_vocab() -> Path:
 
 @pytest.fixture(scope="session")
 def starter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[processes.Starter]:
-    """Starts `sbs` processes, cheaply; all workers of this run of pytest share what makes them cheap."""
+    """Starts `sbs` processes from a server with everything imported, shared by all pytest workers."""
     folder = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         folder = folder.parent
@@ -107,7 +107,7 @@ def starter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[processes.Star
 
 @pytest.fixture(scope="session")
 def toy_run(tmp_path_factory: pytest.TempPathFactory):
-    """Configuration of a finished run of ours on the toy data, of 6 steps; not to be changed."""
+    """Configuration of a finished run of 6 steps on the toy data; tests must not change it."""
     import toy
 
     from sbs_jax.training import loop

@@ -21,7 +21,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from hypothesis.configuration import set_hypothesis_home_dir
 
-# It notes there what it found in the sources; not in the checkout.
+# hypothesis stores what it found in the sources there, outside the checkout.
 set_hypothesis_home_dir(Path(tempfile.gettempdir()) / "hypothesis-of-sbs")
 
 CASES = 400
@@ -29,13 +29,13 @@ CASES = 400
 PATIENCE = 20.0
 # Bytes of address space that a reader may take beyond what the process has.
 ROOM = 3 * 2**30
-# Characters of a message: what was got is shown in part.
+# Characters of a message: only a part of the value is shown.
 LONGEST_MESSAGE = 4_000
-# Each drawing is that many cases, which begin to read it at different places: drawing takes longer than most readers.
+# One drawing serves so many cases, which read it from different places: drawing takes longer than most readers.
 _CASES_PER_DRAWING = 4
 _BYTES_PER_CASE = 32
 
-# Whatever runs an input makes this file.
+# Every payload creates this file when it is executed.
 CANARY = Path(tempfile.gettempdir()) / f"sbs-input-was-run-{os.getpid()}"
 _TOUCH = f"touch {CANARY}"
 PROGRAMS = (
@@ -57,7 +57,7 @@ TEXTS = (
     *("Answer:", "So the answer is", "The answer is", "(a)", "(1 + 2)", "1/0", "9**9**9", "x" * 9_000, "(" * 9_000),
     *PROGRAMS,
 )
-# Pieces of JSON, and of what is none.
+# Pieces of valid and of invalid JSON.
 _DEEP = 10_000
 FRAGMENTS = (
     *("null", "true", "false", "0", "-1", "1", "2", "1.5", "1e400", "-0.0", "NaN", "Infinity", "-Infinity", "1e-400"),
@@ -76,14 +76,14 @@ _BYTES = (
 
 
 class Tape:
-    """Choices, read from bytes."""
+    """Reads choices from bytes."""
 
     def __init__(self, data: bytes) -> None:
         self._data = data
         self._at = 0
 
     def below(self, count: int) -> int:
-        """A number from 0 to `count` - 1."""
+        """Draws a number from 0 to `count` - 1."""
         size = 1 if count <= 256 else 4
         part = self._data[self._at : self._at + size]
         self._at += size
@@ -93,11 +93,11 @@ class Tape:
         return choices[self.below(len(choices))]
 
     def chance(self, one_in: int) -> bool:
-        """True about once in so many; False at the end."""
+        """Returns True about once in so many calls; False when the bytes are used up."""
         return self.below(256) > 255 - 256 // one_in
 
     def text(self) -> str:
-        """One text or several, hostile ones among them."""
+        """Draws one text or several, hostile ones among them."""
         found = self.one_of(TEXTS)
         while self.chance(3):
             found += self.one_of(TEXTS)
@@ -108,7 +108,7 @@ class Tape:
 
 
 class Fragment(str):
-    """A piece of JSON, written as it is."""
+    """A piece of JSON that is written verbatim."""
 
 
 class Pairs(list):
@@ -116,7 +116,7 @@ class Pairs(list):
 
 
 def tree(value: Any) -> Any:
-    """A JSON value whose objects are `Pairs` and whose lists are new, to be changed."""
+    """Copies a JSON value, with objects as `Pairs`, so that it can be damaged."""
     if isinstance(value, dict):
         return Pairs([name, tree(each)] for name, each in value.items())
     if isinstance(value, list | tuple):
@@ -125,7 +125,7 @@ def tree(value: Any) -> Any:
 
 
 def written(node: Any) -> str:
-    """JSON, or nearly."""
+    """Writes a tree as JSON; fragments make it invalid."""
     if isinstance(node, Fragment):
         return str(node)
     if isinstance(node, Pairs):
@@ -136,7 +136,7 @@ def written(node: Any) -> str:
 
 
 def places(node: Any, found: list[tuple[list, int]] | None = None) -> list[tuple[list, int]]:
-    """Every place of a value below a node: a list and an index."""
+    """Lists the place of every value below a node: a list and an index."""
     found = [] if found is None else found
     if isinstance(node, Pairs):
         for pair in node:
@@ -158,7 +158,7 @@ def _containers(node: Any) -> list[list]:
 
 
 def damaged(tape: Tape, value: Any, *, most: int = 3, fragments: Sequence[str] = FRAGMENTS) -> Any:
-    """The value as a tree with up to `most` pieces of damage: wrong types, names missing, unknown, twice, and so on."""
+    """Damages a value in up to `most` places: wrong types, names missing, unknown or doubled, and so on."""
     node: Any = [tree(value)]
     for _ in range(most):
         kind = tape.below(9)
@@ -205,12 +205,12 @@ def tree_copy(node: Any) -> Any:
 
 
 def encoded(text: str) -> bytes:
-    """UTF-8, half surrogates too, which a file can hold and UTF-8 should not."""
+    """Encodes as UTF-8, unpaired surrogates included: a file can hold them, valid UTF-8 cannot."""
     return text.encode("utf-8", "surrogatepass")
 
 
 def scratched(tape: Tape, data: bytes, *, most: int = 2) -> bytes:
-    """Bytes with up to `most` pieces of damage: cut short, pieces lost, doubled, put in, a byte or bit changed."""
+    """Damages bytes in up to `most` places: cut short, pieces lost, doubled, inserted, a byte or bit changed."""
     for _ in range(most):
         kind = tape.below(12)
         if kind not in range(1, 8):
@@ -235,7 +235,7 @@ def scratched(tape: Tape, data: bytes, *, most: int = 2) -> bytes:
 
 
 def lines(tape: Tape, rows: Sequence[Any], *, most: int = 3) -> bytes:
-    """JSON lines of some rows, damaged."""
+    """Writes rows as damaged JSON lines."""
     parts = []
     for _ in range(1 + tape.below(most)):
         row = tape.one_of(rows)
@@ -248,11 +248,11 @@ def lines(tape: Tape, rows: Sequence[Any], *, most: int = 3) -> bytes:
 
 
 class HangError(BaseException):
-    """A case took too long. Not an Exception, so that no reader can take it for one of its own."""
+    """Reports a case that took too long. Not an Exception, so no reader can catch it as its own."""
 
 
 class ExecutedError(BaseException):
-    """An input did something that reading never does."""
+    """Reports an input that did something that reading never does."""
 
 
 _FORBIDDEN = frozenset(
@@ -263,14 +263,14 @@ _FORBIDDEN = frozenset(
         *("os.truncate", "os.chmod", "os.symlink", "os.link", "os.putenv", "code.__new__", "ctypes.dlsym"),
     }
 )
-# These write functions and run their text, when a class or a signature is first met.
+# These generate functions from text when they first meet a class or a signature.
 _WRITERS_OF_CODE = frozenset({"beartype", "collections", "dataclasses", "jaxtyping", "typing"})
 _watching = False
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 
 
 def _audit(event: str, arguments: tuple[Any, ...]) -> None:
-    """Python's own account of what is done (PEP 578), while a case is read."""
+    """Watches Python's audit events (PEP 578) while a case is read."""
     if not _watching:
         return
     if event in _FORBIDDEN:
@@ -291,13 +291,13 @@ def _out_of_patience(*_: object) -> None:
 
 @contextlib.contextmanager
 def guarded() -> Iterator[None]:
-    """While a test runs: bounded memory, and a canary that nothing touches."""
+    """Limits memory during a test, and checks that nothing touched the canary file."""
     if not getattr(sys, "_sbs_audited", False):
         sys.addaudithook(_audit)
         sys._sbs_audited = True  # type: ignore[attr-defined]  # a hook cannot be taken away, nor added twice
     CANARY.unlink(missing_ok=True)
     before = resource.getrlimit(resource.RLIMIT_AS)
-    with contextlib.suppress(OSError, ValueError):  # only Linux tells and holds it
+    with contextlib.suppress(OSError, ValueError):  # only Linux reports and enforces it
         taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (taken + ROOM, before[1]))
     handler = signal.signal(signal.SIGVTALRM, _out_of_patience)
@@ -311,12 +311,12 @@ def guarded() -> Iterator[None]:
 
 
 def read(reader: Callable[[], Any], *, raises: type[Exception] | tuple[type[Exception], ...], names: Any) -> Any:
-    """What the reader returns, or the error it declares, whose message has one of `names` and is not overlong.
+    """Returns the reader's result or its declared error, whose message has one of `names` and is not too long.
 
     Everything else (another error, a hang, an input that runs) is a failure.
     """
     global _watching
-    # hypothesis gives its tests more levels than a command has.
+    # hypothesis raises the recursion limit above a command's.
     levels, depth, frame = sys.getrecursionlimit(), 0, sys._getframe()
     while frame is not None:
         depth, frame = depth + 1, frame.f_back
@@ -342,14 +342,14 @@ def read(reader: Callable[[], Any], *, raises: type[Exception] | tuple[type[Exce
 
 @contextlib.contextmanager
 def scratch() -> Iterator[Path]:
-    """A folder in memory where there is one: a file of a case is written, read and written again."""
+    """Makes a folder, in memory if possible, since the file of each case is written and read anew."""
     memory = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else None, prefix="sbs-fuzz-") as name:
         yield Path(name)
 
 
 def run(case: Callable[[Tape], Any], *, name: str, cases: int, start: int) -> None:
-    """`case` for so many tapes, the same ones every time for one `start`; hypothesis makes a failure small."""
+    """Runs `case` on so many tapes, the same ones for the same `start`; hypothesis shrinks a failure."""
     count, length = 0, _CASES_PER_DRAWING * _BYTES_PER_CASE
 
     @seed(zlib.crc32(name.encode()) + start)

@@ -1,4 +1,4 @@
-"""What our student answers to the cases of parity_cases.py."""
+"""Answers of our student to the cases of parity_cases.py."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from sbs_jax.training.step import Batch, TrainState, prepare
 
 
 def answers(config: t5.T5Config, parameters: t5.Parameters) -> dict[str, np.ndarray]:
-    """Logits of given targets, and what greedy and beam search generate."""
+    """Computes logits of given targets, and generates by greedy and beam search."""
     model = t5.join(t5.abstract(config)[0], parameters)
     source = jnp.asarray(cases.source())
     logits = jax.jit(model.__call__)(source, jnp.asarray(cases.shifted(cases.target())))
@@ -24,7 +24,7 @@ def answers(config: t5.T5Config, parameters: t5.Parameters) -> dict[str, np.ndar
 
 
 def batch() -> Batch:
-    """Both tasks' rows in one batch, as our trainer reads them."""
+    """Makes one batch of both tasks' rows, as our trainer reads them."""
     rows = cases.training_rows()
     width = max(target.shape[1] for _, target in rows.values())
     targets = {task: cases.fitted(target, width) for task, (_, target) in rows.items()}
@@ -40,7 +40,7 @@ def batch() -> Batch:
 
 
 def training(config: t5.T5Config, parameters: t5.Parameters, folder) -> tuple[list[float], dict[int, t5.Parameters]]:
-    """Losses of ten updates by our training step, and the weights after the first and the last."""
+    """Makes ten updates with our training step: losses, and the weights after the first and the last."""
     settings = toy.config(
         folder / "run",
         folder,

@@ -1,4 +1,4 @@
-"""Tiny students with weights from numpy, and their inputs: what both sides of a comparison share.
+"""Cases of the parity tests, shared by both sides: tiny students with weights from numpy, and their inputs.
 
 Used by the tests against PyTorch (test_parity.py), those against its recorded answers (test_goldens.py), and the script
 that records them (scripts/make_goldens.py).

@@ -41,7 +41,7 @@ _READY = b"ready\n"
 
 
 class Process:
-    """A started process; what it says goes to the files `out` and `err` of its folder."""
+    """A started process; its output goes to the files `out` and `err` of its folder."""
 
     pid: int
 
@@ -53,15 +53,15 @@ class Process:
         raise NotImplementedError
 
     def wait(self, timeout: float = 200) -> int:
-        """Exit status, or minus the signal that ended it. TimeoutError where it runs on."""
+        """Waits for the exit status, or minus the signal that ended it. TimeoutError if it keeps running."""
         raise NotImplementedError
 
     def running(self) -> bool:
-        """Whether it has not ended yet."""
+        """Returns whether it is still running."""
         raise NotImplementedError
 
     def end(self) -> None:
-        """Ends it if it still runs."""
+        """Kills it if it is still running."""
         if self.running():
             self.send(signal.SIGKILL)
             self.wait()
@@ -74,7 +74,7 @@ class Process:
 
 
 class Spawned(Process):
-    """Started by an interpreter of its own."""
+    """A process with an interpreter of its own."""
 
     def __init__(
         self, command: Sequence[str], *, folder: Path, environment: Mapping[str, str | None], cwd: Path
@@ -106,7 +106,7 @@ class Spawned(Process):
 
 
 class Forked(Process):
-    """Started by the server, which passes signals on and tells how it ended (and so never means another process)."""
+    """A process forked by the server, which forwards signals and reports the exit, so a reused id is never signaled."""
 
     def __init__(
         self, server: str, command: Sequence[str], *, folder: Path, environment: Mapping[str, str | None], cwd: Path
@@ -196,7 +196,7 @@ def _start_server(stack: contextlib.ExitStack) -> str:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Starter:
-    """How a test starts processes: forked where there is a server, and with what compiled before."""
+    """Starts processes for a test: forked if there is a server, with a shared cache of compiled programs."""
 
     address: str | None
     compiled: Path  # JAX's compilation cache
@@ -235,14 +235,14 @@ class Starter:
         return Forked(self.address, line, folder=place, environment=whole, cwd=cwd or root)
 
     def run(self, folder: Path, arguments: Sequence[str], **options: Any) -> subprocess.CompletedProcess[str]:
-        """`start`, waited for."""
+        """Starts a process and waits for its end."""
         with self.alone(folder, arguments, **options) as process:
             status = process.wait()
             return subprocess.CompletedProcess(list(arguments), status, process.said(), process.complained())
 
     @contextlib.contextmanager
     def alone(self, folder: Path, arguments: Sequence[str], **options: Any) -> Iterator[Process]:
-        """`start`, ended afterwards."""
+        """Starts a process and kills it at the end of the block."""
         process = self.start(folder, arguments, **options)
         try:
             yield process
@@ -262,7 +262,7 @@ class Starter:
         slurm: bool = False,
         **options: Any,
     ) -> Iterator[list[Process]]:
-        """Several processes of one run (`count`, of which `present` are started); all are ended afterwards."""
+        """Starts `present` of the `count` processes of one run; kills them at the end of the block."""
         port, job = free_port(), 61_440 + os.getpid() % 4096
         with contextlib.ExitStack() as stack:
             processes = []
@@ -290,7 +290,7 @@ def free_port() -> int:
 
 
 def until(condition: Callable[[], bool], processes: Sequence[Process], *, seconds: float = 200) -> None:
-    """Returns when it is so; fails where a process has ended or so many seconds are over."""
+    """Waits for a condition; fails if a process ends first or after so many seconds."""
     deadline = time.monotonic() + seconds
     while not condition():
         ended = [process.complained() for process in processes if not process.running()]
@@ -320,8 +320,10 @@ def write_whole_entries() -> None:
 
 
 def _import_everything() -> None:
-    """What `sbs train` will want. Nothing here may start a thread or touch a device: the copies would not have it."""
-    logging.getLogger().addHandler(logging.NullHandler())  # first, as the command: else a library adds one that prints
+    """Imports what `sbs train` needs. Starts no thread and touches no device: forked copies would not have them."""
+    logging.getLogger().addHandler(
+        logging.NullHandler()
+    )  # first, as the command does; otherwise a library adds a handler that prints
     from sbs_jax.cli import main
 
     main.import_tensorflow()
@@ -335,11 +337,11 @@ def _import_everything() -> None:
         import openai  # noqa: F401
 
     gc.collect()
-    gc.freeze()  # the copies need not look through it again, and share its memory
+    gc.freeze()  # forked copies then share its memory and do not scan it again
 
 
 def _serve(address: str) -> dict[str, Any]:
-    """Answers requests until nobody is left who could make one. Returns in the copies alone, with the request."""
+    """Serves requests until no client is left. Returns only in forked copies, with their request."""
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(address)
     listener.listen(64)
@@ -393,7 +395,7 @@ def _serve(address: str) -> dict[str, Any]:
                         os.close(file)
                     children[pid] = user
                     user.sendall(b"%d\n" % pid)
-                elif pid is not None:  # else it has ended, and is said to have
+                elif pid is not None:  # otherwise it has ended, which the caller reports
                     for number in message.split():
                         os.kill(pid, int(number))
 
@@ -413,7 +415,7 @@ def _ended(children: Mapping[int, Any]) -> Iterator[tuple[int, int]]:
 
 
 def _become(request: Mapping[str, Any]) -> Callable[[], Any]:
-    """Makes a copy of the server what was asked for; the call returned does its work."""
+    """Prepares a forked copy for its request; the returned call does the work."""
     os.setsid()
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)

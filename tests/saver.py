@@ -1,4 +1,4 @@
-"""What tests save, and processes that save it.
+"""States that tests save, and processes that save them.
 
 saver.py RUN                     until it is killed, once for each line of its input
 saver.py RUN COORDINATOR INDEX   one of two, on a disk that gets full; ends with the steps that it sees
@@ -26,7 +26,7 @@ _ADAM = optax.adam(1e-3)
 
 
 def arrays(step: int, *, rows: int = 64) -> dict[str, Any]:
-    """Parameters over all devices, and an optimiser's state, that no other step has."""
+    """Makes parameters over all devices and an optimizer state, different for every step."""
     mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
     whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
@@ -70,7 +70,7 @@ def _save(path: Path) -> None:
 
 
 def fill(disk: Path, *, leaving: int) -> Path:
-    """A file that takes all but so many bytes."""
+    """Fills a disk up to so many free bytes."""
     path = disk / "somebody else's"
     path.unlink(missing_ok=True)
     free = shutil.disk_usage(disk).free

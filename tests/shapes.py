@@ -1,4 +1,4 @@
-"""Where jaxtyping's checks are made: in functions and data classes that speak of shapes.
+"""Limits jaxtyping's checks to functions and data classes whose annotations have shapes.
 
 jaxtyping binds the arguments of every call and has them checked twice, so that a size `B` is the same in all of them;
 that is half the time of a test that calls much. A function without such annotations is checked by beartype alone.
@@ -26,7 +26,7 @@ _made: collections.Counter[types.CodeType] = collections.Counter()
 
 
 def only_where_there_are_some() -> None:
-    """For modules that are imported from here on: jaxtyping's import hook names the decorator by this attribute."""
+    """Applies to modules imported from now on: jaxtyping's import hook looks the decorator up by this attribute."""
     jaxtyping.jaxtyped = _decorator
 
 
@@ -53,7 +53,7 @@ def _checked(subject: Any, *, typechecker: Callable) -> Any:
 
 
 def speaks_of_shapes(function: Callable) -> bool:
-    """Whether an annotation is one of jaxtyping's, has one in it, or is a text that could be one."""
+    """Returns whether an annotation is or contains one of jaxtyping's, or is a string that could be one."""
     return any(map(_has_shape, inspect.get_annotations(function).values()))
 
 

@@ -1,4 +1,4 @@
-"""Run directories of untrained students: weights from numpy, random answers."""
+"""Run directories of untrained students: weights from numpy, so their answers are random."""
 
 import dataclasses
 import json

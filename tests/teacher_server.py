@@ -60,7 +60,7 @@ _OPENAI_CODE = {401: "invalid_api_key", 404: "model_not_found", 429: "rate_limit
 
 @dataclasses.dataclass(frozen=True)
 class Fault:
-    """What goes wrong with one request.
+    """A fault of one request.
 
     Attributes:
       kind: an HTTP status, or one of
@@ -88,7 +88,7 @@ Answer = Callable[..., str]  # of the prompt, or of the prompt and the body
 
 @dataclasses.dataclass(kw_only=True, eq=False)
 class Server:
-    """What was asked, and where. Counts are of generation requests; lines of batches count in `lines`."""
+    """Records the requests. Counts are of generation requests; lines of batches count in `lines`."""
 
     answer: Answer = lambda prompt: REPLY
     faults: Faults = ()
@@ -147,7 +147,7 @@ def _words(text: str) -> list[str]:
 
 
 def _finished(text: str, *, stops: Sequence[str], most: int | None, halve: bool) -> tuple[str, str, int]:
-    """(text, finish, tokens) as a model would end it."""
+    """Ends a text as a model would: (text, finish, tokens)."""
     for stop in stops:
         text = text.split(stop)[0]
     words = _words(text)
@@ -207,7 +207,7 @@ def _openai_reply(server: Server, path: str, body: dict[str, Any], fault: Fault 
 
 
 def _openai_batch(server: Server, batch: dict[str, Any], *, share: float = 1.0) -> None:
-    """Works a share of a batch off: the last line first, as the order is not promised."""
+    """Answers a part of a batch, the last line first, since no order is promised."""
     lines = [json.loads(line) for line in server.files[batch["input_file_id"]].split(b"\n") if line.strip()]
     lines = lines[: math.ceil(share * len(lines))]
     good, bad = [], []
@@ -241,7 +241,7 @@ def _openai_batch(server: Server, batch: dict[str, Any], *, share: float = 1.0) 
 def _openai_other(
     server: Server, method: str, url: urllib.parse.SplitResult, raw: bytes, headers: dict[str, str]
 ) -> tuple[Any, ...]:
-    """Files, batches and models: (status, JSON or bytes)."""
+    """Answers requests about files, batches and models: (status, JSON or bytes)."""
     path = url.path.removeprefix("/v1")
     query = dict(urllib.parse.parse_qsl(url.query))
     if path == "/files" and method == "POST":
@@ -328,7 +328,7 @@ def _google_error(status: int, message: str, **more: Any) -> dict[str, Any]:
 
 
 def _messages(body: dict[str, Any]) -> list[dict[str, str]]:
-    """Gemini's contents as the messages of a chat."""
+    """Converts Gemini's contents to messages of a chat."""
 
     def joined(content: dict[str, Any]) -> str:
         return "".join(part.get("text", "") for part in content.get("parts", ()))
@@ -378,7 +378,7 @@ def _google_reply(server: Server, model: str, body: dict[str, Any], fault: Fault
 
 
 def _google_lines(server: Server, model: str, lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Replies to lines of {"key", "request"}, the last first, with the keys."""
+    """Answers lines of {"key", "request"}, the last first, with their keys."""
     results = []
     for number, line in enumerate(lines):
         server.lines += 1
@@ -401,7 +401,7 @@ def _google_lines(server: Server, model: str, lines: Sequence[dict[str, Any]]) -
 def _google_other(
     server: Server, method: str, url: urllib.parse.SplitResult, raw: bytes, headers: dict[str, str]
 ) -> tuple[Any, ...]:
-    """Files and batches of Gemini and Vertex AI: (status, JSON or bytes[, headers])."""
+    """Answers requests about files and batches of Gemini and Vertex AI: (status, JSON or bytes[, headers])."""
     path = re.sub(r"^(/upload|/download)?/v1(beta1?)?", r"\1", url.path)
     query = dict(urllib.parse.parse_qsl(url.query))
     if path == "/upload/files" and headers.get("x-goog-upload-command", "start") == "start":
@@ -523,7 +523,7 @@ def _vertex_batch(server: Server, job: dict[str, Any]) -> None:
 
 
 def _bucket(server: Server, method: str, path: str, query: dict[str, str], raw: bytes):
-    """As much of Cloud Storage's JSON interface as one upload, a listing and a download need."""
+    """Answers as Cloud Storage's JSON API for uploads, listings and downloads."""
     bucket = path.partition("/b/")[2].partition("/")[0]
     if bucket in server.denied:
         return 403, _google_error(403, f"You may not use the bucket {bucket}.")
@@ -546,7 +546,7 @@ def _bucket(server: Server, method: str, path: str, query: dict[str, str], raw: 
 
 
 class _Connection(asyncio.Protocol):
-    """One connection: requests one after another, each answered by a task."""
+    """Serves one connection: requests one after the other, each answered by a task."""
 
     def __init__(self, server: Server, open_ones: set[_Connection]) -> None:
         self._server, self._open = server, open_ones
@@ -731,7 +731,7 @@ async def _serve_until(server: Server, port: int, ready: Callable[[], None], sto
 
 @contextlib.contextmanager
 def served(*, port: int = 0, **options: Any) -> Iterator[Server]:
-    """A server in a thread; the options are fields of `Server`."""
+    """Starts a server in a thread; the options are fields of `Server`."""
     server = Server(**options)
     loop = asyncio.new_event_loop()
     stop = asyncio.Event()
@@ -759,7 +759,7 @@ def served(*, port: int = 0, **options: Any) -> Iterator[Server]:
 
 @contextlib.contextmanager
 def apart(*, latency: float = 0.0, reply: str = REPLY) -> Iterator[str]:
-    """The URL of a server in a process of its own, for measurements (OpenAI's base_url is this + "/v1")."""
+    """Starts a server in a process of its own, for measurements; yields its URL (OpenAI's base_url is this + "/v1")."""
     command = [sys.executable, __file__, "--latency", str(latency), "--reply", reply]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stdin=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None

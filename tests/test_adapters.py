@@ -1,4 +1,4 @@
-"""Training less: what is put on a student, in every way a student is computed, and what of it is trained."""
+"""Adapters on a student: every kind, in every way the student is computed, and the parameters that are trained."""
 
 import dataclasses
 import functools
@@ -68,7 +68,7 @@ def base_of(config: t5.T5Config):
 
 @functools.cache
 def begun(config: t5.T5Config, tuning: Tuning):
-    """Structure and parameters of a student with a tuning, before it is trained."""
+    """Makes a student with a tuning, untrained: structure and parameters."""
     of = adapters.abstract(config, tuning)
 
     def initial(base):
@@ -85,7 +85,7 @@ def begun(config: t5.T5Config, tuning: Tuning):
 
 
 def adapted(config: t5.T5Config, tuning: Tuning, *, changed: float = 0.0):
-    """`begun`; what is trained is `changed` by random values."""
+    """Makes `begun` and adds random values to the trained parameters."""
     of, parameters = begun(config, tuning)
     parameters = dict(parameters)
     rng = np.random.default_rng(1)
@@ -119,7 +119,7 @@ def test_at_first_a_student_answers_as_without_it(name, config):
 
 
 def forced(model: t5.T5, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Of generated rows, by one teacher-forced call: the best tokens, and the log-probability up to EOS."""
+    """Scores generated rows in one teacher-forced call: the best tokens, and the log probability up to EOS."""
     shifted = jnp.pad(tokens, ((0, 0), (1, 0)))[:, :-1]
     source = jnp.tile(jnp.asarray(SOURCE), (len(tokens) // len(SOURCE), 1))
     log_p = jax.nn.log_softmax(model(source, shifted), axis=-1)
@@ -139,7 +139,7 @@ def forced(model: t5.T5, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
     ],
 )
 def test_generation_is_that_of_the_teacher_forced_student(name, whole, monkeypatch):
-    """Greedy and beam search step through a decoder of their own; their scores are those of the whole model."""
+    """Greedy and beam search use the stepping decoder; their scores must equal those of the whole model."""
     if not whole:  # too large to be merged and unpacked before the loop: that is done at every position
         monkeypatch.setattr("sbs_jax.student.stepping.MAX_GATHERED_BYTES", 0)
     tuning = (SILENT | SPOKEN)[name]
@@ -202,7 +202,7 @@ def test_what_stands_before_a_row_is_seen_from_every_place_of_it(name):
 
 
 def test_neftune_s_noise_is_uniform_within_its_bound_and_not_on_padding():
-    """Rows of 300 tokens, of 100 and 50 packed with padding: each example has the bound of its own length."""
+    """Packs examples of 300, 100 and 50 tokens; the noise of each has the bound of its own length."""
     segments = np.zeros((2, 300), np.int32)
     segments[0], segments[1, :100], segments[1, 100:150] = 1, 1, 2
     x = jnp.zeros((2, 300, 64))
@@ -238,7 +238,7 @@ def test_neftune_is_for_training_alone_and_off_by_default():
 
 
 def test_dropout_draws_the_same_masks_with_and_without_lora():
-    """A LoRA's own dropout has keys of its own, so that runs with and without it can be compared."""
+    """LoRA's dropout has its own keys, so runs with and without it can be compared."""
     config = dataclasses.replace(MODEL, dropout_rate=0.1)
     of, parameters = adapted(config, Tuning(lora=LoRA(rank=2, alpha=2.0, dropout=0.5, modules=adapters.ALL)))
     key = jax.random.key(1)
@@ -263,7 +263,7 @@ def config_of(folder, records_dir, tuning, **changes):
 
 
 def updates(config, *, count=3, devices=None):
-    """The state before and after some updates, their losses."""
+    """Makes some updates: the state before and after, and the losses."""
     registry.configure(config.data)
     trainer = prepare(config, devices=devices)
     state = initial_state(config, trainer)

@@ -71,7 +71,7 @@ def assert_same(first: list[dict[str, np.ndarray]], second: list[dict[str, np.nd
 
 
 def segments(found: list[dict[str, np.ndarray]]) -> list[tuple[str, str, int]]:
-    """(inputs, targets, task id) of every example in packed batches, in order, as text."""
+    """Lists (inputs, targets, task id) of every example in packed batches, in order, as text."""
     vocabulary = registry.vocabulary("byte")
     pieces = []
     batch = joined(found)
@@ -98,7 +98,7 @@ def segments(found: list[dict[str, np.ndarray]]) -> list[tuple[str, str, int]]:
 
 
 def converted(examples: list[dict], *, lengths: dict[str, int], pack: bool) -> list[dict]:
-    """SeqIO's converter over examples of the task features."""
+    """Converts examples by SeqIO's feature converter."""
     dataset = tf.data.Dataset.from_generator(
         lambda: iter(examples),
         output_signature={key: tf.TensorSpec([None], tf.int32) for key in ("inputs", "targets", "task_ids")},
@@ -156,7 +156,7 @@ def test_task_ids_need_the_targets_length():
     ],
 )
 def test_batches_equal_seqios(cats: Path, pack: bool, lengths: dict[str, int]):
-    """The same examples in the same order, through SeqIO's trimming, packing and shifting."""
+    """SeqIO's trimming, packing and shifting of the same examples give equal batches."""
     plain = joined(take(count=9, lengths={"inputs": 200, "targets": 200}, pack=False))
     examples = []
     for source, target, task in zip(
@@ -203,7 +203,7 @@ def test_rows_hold_the_examples(cats: Path):
         expected = Counter((e.inputs, e.targets) for e in registry.examples(name, "train"))
         assert Counter((texts[index], targets[index]) for index in mine) == expected
     assert by_task == {losses.LABEL: list(range(0, 36, 2)), losses.RATIONALE: list(range(1, 36, 2))}
-    for index in range(0, 36, 2):  # label and rationale of one row are neighbours
+    for index in range(0, 36, 2):  # label and rationale of one row are neighbors
         assert texts[index].removeprefix("predict: ") == texts[index + 1].removeprefix("explain: ")
     weights, task_ids = found["decoder_loss_weights"], found["decoder_task_ids"]
     np.testing.assert_array_equal(weights, found["decoder_target_tokens"] != 0)
@@ -346,7 +346,7 @@ def test_eval_examples(cats: Path):
 
 
 def test_texts_from_elsewhere_have_the_tasks_tokens(cats: Path):
-    """As `sbs predict` encodes and cuts them."""
+    """`sbs predict` encodes and truncates inputs as the tasks do."""
     examples = batches.eval_examples("cats_label", split="train", lengths={"inputs": 16, "targets": 8})
     encoded = tokens.encode([example.inputs for example in examples], registry.vocabulary("byte"))
     assert any(len(ids) > 16 for ids in encoded)

@@ -196,7 +196,7 @@ def test_padding_is_to_the_longest_row() -> None:
 
 
 def test_a_suite_measures_without_a_peer(toy_sides, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The suite's own part; its side is replaced."""
+    """Runs the suite's own code with its side replaced."""
 
     def start(self, name: str, side, *, work: str, **_) -> None:
         self.append(harness.Side(name, toy_sides.toy, options={"name": name, "log": work}))

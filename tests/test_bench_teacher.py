@@ -1,4 +1,4 @@
-"""The benchmark of the teacher: its sides do the work they are to do, and its rows are those of the goals."""
+"""The benchmark of the teacher: its sides do the stated work, and its rows have the goals' names."""
 
 import json
 import sys
@@ -68,7 +68,7 @@ print(json.dumps({{"whole_per_second": 20.0, "version": "0", "counted": False}})
 def test_rows_are_those_of_the_goals(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, with_curator
 ) -> None:
-    """The suite's own part; its sides are replaced."""
+    """Runs the suite's own code with its sides replaced."""
     sides = {
         "side_sampler": {"per_second": 50.0, "whole_per_second": 40.0, "cpu_ms": 1.5, "peak_mib": 60.0},
         "side_client": {"per_second": 60.0, "cpu_ms": 1.2},

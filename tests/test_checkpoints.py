@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not there, damage is seen, a full disk does not end a run."""
+"""Checkpoints: saved completely or not at all, damage detected, a full disk does not end a run."""
 
 import contextlib
 import itertools
@@ -58,7 +58,7 @@ def two_steps(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(two_steps: Path, tmp_path: Path) -> Path:
-    """A copy of a run with steps 1 and 2."""
+    """Copies a run with steps 1 and 2."""
     return Path(shutil.copytree(two_steps, tmp_path / "run"))
 
 
@@ -171,7 +171,7 @@ def test_readers_of_parameters_refuse_what_is_damaged_and_nothing_else(run, dama
     if manifest.is_dir():
         manifest.rmdir()
     manifest.write_bytes(untouched)
-    # The optimiser's files are not theirs.
+    # They do not read the optimizer's files.
     DAMAGES[damage](directory / "optimizer" / "manifest.ocdbt")
     got = opening.load_parameters(run, like=wanted)
     np.testing.assert_array_equal(got["encoder/w"], arrays(2)["parameters"]["encoder/w"])
@@ -182,7 +182,7 @@ def test_readers_of_parameters_refuse_what_is_damaged_and_nothing_else(run, dama
 
 
 def test_damage_to_the_list_itself_is_seen_wherever_it_is(run):
-    """Each hundredth bit of it: where the list still says the same, it is no damage."""
+    """Flips every hundredth bit of the list; a flip that leaves its meaning unchanged is not damage."""
     directory = run / "checkpoints" / "2"
     text = (directory / "checksums.json").read_bytes()
     for at in range(0, len(text) * 8, 101):
@@ -367,7 +367,7 @@ def test_retention_follows_the_scores_as_they_come(tmp_path):
             seen.append(checkpoints.steps(tmp_path))
     assert seen == [[1], [2], [2, 3], [2, 4], [2, 4, 5], [4, 6], [4, 6, 7]]
     assert names(tmp_path) == {"4", "6", "7"}
-    # As the readers of a run find it.
+    # Checked through the readers of a run.
     (tmp_path / "manifest.json").write_text(json.dumps({"data": {}, "run": {"primary_metric": "accuracy"}}))
     lines = [{"kind": "validation", "step": step, "accuracy": score} for step, score in scores.items()]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -405,7 +405,7 @@ NEEDED = sum(x.nbytes for name in ("parameters", "optimizer") for x in jax.tree.
 
 @pytest.mark.parametrize("leaving", [NEEDED // 2, NEEDED + 8192], ids=["before", "while"])
 def test_training_goes_on_when_the_disk_is_full(small_disk, caplog, leaving):
-    """Too full to begin with, and full while TensorStore writes."""
+    """Fills the disk before the save, and during TensorStore's writes."""
     disk = small_disk("size=4m")
     run = disk / "run"
     with opened(run) as saver:
@@ -456,7 +456,7 @@ def test_failed_saves_hold_no_memory(small_disk):
 
 
 def test_training_goes_on_when_no_file_can_be_made(small_disk, caplog):
-    """A disk out of inodes refuses at another place each time."""
+    """A disk without inodes fails at a different place each time."""
     for count in range(12, 100, 4):
         run = small_disk(f"size=4m,nr_inodes={count}") / "run"
         with opened(run, retention=Retention(newest=1, best=0, period=None)) as saver:
@@ -546,7 +546,7 @@ def test_errors_that_are_not_the_storage_s_are_raised(tmp_path):
 @pytest.mark.slow
 @pytest.mark.faults
 def test_two_processes_fail_together_and_go_on(small_disk, tmp_path):
-    """Also where it is one of them alone that cannot write."""
+    """Includes the case that only one of them cannot write."""
     disk = small_disk("size=4m")
     with socket.create_server(("", 0)) as listener:
         port = listener.getsockname()[1]
@@ -576,7 +576,7 @@ def test_two_processes_fail_together_and_go_on(small_disk, tmp_path):
 
 @contextlib.contextmanager
 def saving(run: Path) -> Iterator[Callable[[], int]]:
-    """Gives a function that starts a process which saves until it is killed, and returns its id."""
+    """Returns a function that starts a process, which saves until it is killed, and returns its id."""
     command = [sys.executable, str(ROOT / "tests" / "saver.py"), str(run)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with subprocess.Popen(

@@ -238,7 +238,7 @@ def student_of(path):
 
 @pytest.fixture(scope="module", params=["hf", "t5x", "sbs"])
 def through(request, run, tmp_path_factory) -> Path:
-    """The run in another form."""
+    """Converts the run to another form."""
     folder = tmp_path_factory.mktemp("through") / request.param
     assert converted(run.model_dir, folder, request.param)["from"] == "sbs"
     assert opening.form_of(folder).name == request.param

@@ -21,7 +21,7 @@ BLOCKS = 256
 
 
 def student(*, seed=0, eos=1.0, vocabulary=40, **changes):
-    """Structure and parameters, all from numpy; a greater `eos` ends more sequences early."""
+    """Makes structure and parameters from numpy; a greater `eos` ends more sequences early."""
     config = t5.T5Config(**{**SHAPE, **V1_1, "vocab_size": vocabulary, "dropout_rate": 0.0, **changes})
     structure, shapes, _ = t5.abstract(config)
     random = np.random.default_rng(seed)
@@ -35,7 +35,7 @@ def student(*, seed=0, eos=1.0, vocabulary=40, **changes):
 
 
 def sources(rows, *, seed=0, length=7, vocabulary=40, padding=()):
-    """`[rows, length]` of various lengths; the rows named are padding and nothing else."""
+    """Makes `[rows, length]` ids of various lengths; the named rows are all padding."""
     random = np.random.default_rng(seed)
     tokens = random.integers(2, vocabulary, size=(rows, length))
     for row in range(rows):
@@ -57,7 +57,7 @@ def beam(structure, parameters, source, *, length, beams, penalty=1.0):
 
 
 def slow_log_p(structure, parameters, source, *, length):
-    """Of a row, the log probabilities of the next token after given ones, by the whole model without a cache."""
+    """Computes log probabilities of a row's next token after given ones, by the whole model without a cache."""
     model = jax.jit(lambda p, x, y: jax.nn.log_softmax(t5.join(structure, p)(x, y), axis=-1))
 
     def of(row, sequences):
@@ -72,7 +72,7 @@ def slow_log_p(structure, parameters, source, *, length):
 
 
 def slow_beam(log_p_of, row, *, length, beams, penalty):
-    """The rules of `decoding.beam_search`, one row and one list of sequences at a time: (tokens, log probability)."""
+    """Searches by the rules of `decoding.beam_search`, one row at a time, with lists: (tokens, log probability)."""
     live, ended = [((), 0.0)], []
     for position in range(length):
         extended = []
@@ -100,7 +100,7 @@ def assert_found(got, want, *, atol=1e-4):
 
 @pytest.fixture
 def as_on_tpu(monkeypatch):
-    """Traces what a TPU would run, for this machine."""
+    """Traces the TPU's form of the code on this machine."""
     monkeypatch.setattr(
         jax.lax, "platform_dependent", lambda *args, default, tpu=None, cpu=None: (tpu or default)(*args)
     )
@@ -109,7 +109,7 @@ def as_on_tpu(monkeypatch):
 
 @pytest.mark.parametrize("way", ["greedy", "sample"])
 def test_rows_that_have_ended_are_dropped_without_a_trace(way, monkeypatch):
-    """Of 16 rows, 8 and then 4 go on; answers come back under the rows they belong to."""
+    """Of 16 rows, 8 and then 4 continue; each row gets its own answer."""
     structure, parameters = student(seed=4, eos=6.0)
     source = sources(16, padding=(3, 11))
     keys = jnp.asarray(np.random.default_rng(2).integers(0, 2**32, size=(16, 2), dtype=np.uint32))
@@ -257,7 +257,7 @@ def test_beam_search_finds_what_a_slow_one_finds(seed, eos, length, beams, penal
 
 
 def test_the_searches_end_early_and_late_and_change_their_beams():
-    """What the other tests compare would say little of rows that all end alike, or of beams that go straight on."""
+    """Checks the inputs of the other tests: rows end at different steps, and beam search differs from greedy."""
     ends, differ = set(), 0
     for seed, eos in ((1, 2.0), (2, 3.0)):
         structure, parameters = student(seed=seed, eos=eos)
@@ -271,7 +271,7 @@ def test_the_searches_end_early_and_late_and_change_their_beams():
 
 @pytest.mark.parametrize("platform", ["any", "tpu"])
 def test_bfloat16_searches_stay_near_slow_ones(platform, request):
-    """Rounded otherwise by the cache, a close call may go the other way; then the log probabilities are close."""
+    """The cache rounds differently, so a close call may differ; then the log probabilities must be close."""
     if platform == "tpu":
         request.getfixturevalue("as_on_tpu")
     structure, parameters = student(seed=1, eos=2.0, vocabulary=BLOCKS, dtype="bfloat16")
@@ -330,7 +330,7 @@ def test_sharded_generation_finds_the_same(shape, platform, request):
 
 
 def test_of_equals_the_first_is_taken(as_on_tpu):
-    """Also of those that only rounding makes equal, across beams and blocks."""
+    """Includes logits that only rounding makes equal, across beams and blocks."""
     random = np.random.default_rng(0)
     table = jnp.asarray(random.integers(-2, 3, size=(6, BLOCKS)), jnp.float32)
     states = jnp.asarray(random.integers(-2, 3, size=(5, 3, 6)), jnp.float32)

@@ -29,7 +29,7 @@ sys.path.pop(0)
 
 WRITTEN = sorted(path.relative_to(ROOT).as_posix() for path in [ROOT / "README.md", *DOCS.rglob("*.md")])
 NOTEBOOKS = sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.ipynb"))
-# What a how-to page has its reader write.
+# Files that the reader of a how-to page writes.
 READERS_OWN = {"gin_configs/experiments/tickets/base.gin", "tasks/tickets.py", "tasks/prompts/tickets.json"}
 MACROS = {
     name
@@ -46,7 +46,7 @@ def made() -> dict[str, str]:
 
 @cache
 def html(page: str) -> str:
-    """A page by its path from the root of the repository; `docs/index.md` and the like are those that are made."""
+    """Renders a page by its path from the repository's root; generated pages are `docs/index.md` and the like."""
     name = page.removeprefix("docs/")
     path = ROOT / page
     text = made()[name] if name in made() and page != "README.md" else path.read_text("utf-8")
@@ -58,7 +58,7 @@ def is_page(path: str) -> bool:
 
 
 def dead_links(page: str) -> list[str]:
-    """Links of a page to files that are not there, and to anchors that the other page does not have."""
+    """Lists links of a page to missing files and to missing anchors."""
     dead = []
     for link in re.findall(r'(?:href|src)="([^"]+)"', html(page)):
         parts = urlsplit(link.replace("&amp;", "&"))
@@ -83,10 +83,10 @@ def test_links_of_pages_that_are_made_lead_somewhere():
 
 
 def commands(text: str) -> list[str]:
-    """The `sbs ..` command lines in blocks of code, comments and what else is on the line left out."""
+    """Lists the `sbs ..` command lines in blocks of code, without comments and the rest of the line."""
     found = []
     for block in re.findall(r"^```[^\n]*\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
-        # A line that was printed begins with no command; comments of gin files have examples.
+        # Printed lines do not start with a command; comments of gin files hold examples.
         lines = re.sub(r"\\\n", " ", re.sub(r"^# +", "", block, flags=re.MULTILINE)).splitlines()
         for line in lines:
             match = re.search(r"(?:^|&& |-- |until |do |\$ )\s*(sbs [a-z]+(?: .*)?)$", line)
@@ -102,7 +102,7 @@ def parsers():
 
 
 def problem(line: str) -> str | None:
-    """What the parser of the command, or the gin files, do not know of a command line; None where all is known."""
+    """Returns what the command's parser or the gin files reject in a command line, else None."""
     line = re.sub(r"\[[A-Z .]+\]", "", line)
     words = shlex.split(line)[1:]
     parser, commands_of = parsers()
@@ -135,7 +135,7 @@ def problem(line: str) -> str | None:
 
 
 def gin_file(name: str) -> bool:
-    """Whether it is there; a part in capitals or in braces stands for a choice of names."""
+    """Returns whether a path exists; a part in capitals or braces stands for several names."""
     pattern = re.sub(r"\{[^}]*\}|\$\w+|\b[A-Z]+\b", "*", name)
     return name in READERS_OWN or any(ROOT.glob(pattern))
 
@@ -155,7 +155,7 @@ def test_commands_in_gin_files_and_in_help_are_those_that_the_parsers_know():
 
 
 def test_the_readme_and_the_tutorial_have_commands():
-    """Or the tests above would hold nothing."""
+    """Without commands, the tests above would check nothing."""
     assert len(commands((ROOT / "README.md").read_text("utf-8"))) >= 8
     assert len(commands((DOCS / "tutorial.md").read_text("utf-8"))) >= 8
 
@@ -192,14 +192,14 @@ def test_files_macros_and_make_targets_that_are_named_are_there(page):
 
 @cache
 def _tests_of(file: str) -> frozenset[str]:
-    """Names of the tests in a file of tests/; empty where the file does not exist."""
+    """Lists the tests of a file in tests/; empty if the file does not exist."""
     path = ROOT / "tests" / file
     nodes = ast.walk(ast.parse(path.read_text("utf-8"))) if path.is_file() else ()
     return frozenset(node.name for node in nodes if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"))
 
 
 def missing_tests(text: str) -> list[str]:
-    """Test files and tests that a page names and that do not exist.
+    """Lists test files and tests that a page names and that do not exist.
 
     `::test_x` belongs to the file named last on the page, a bare `test_x` to the file named before it on its line; on a
     line without a file, a bare name may stand in any file.
@@ -292,7 +292,7 @@ def test_a_notebook_was_run_from_top_to_bottom_and_uses_what_is_there(name):
 
 
 def defined(path):
-    """Names at the top level of a module, read and not imported, which would take seconds."""
+    """Lists the top-level names of a module without importing it, which would take seconds."""
     names = set()
     for node in ast.parse(path.read_text("utf-8")).body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):

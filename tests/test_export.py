@@ -31,7 +31,7 @@ def student(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def label_student(tmp_path_factory) -> Path:
-    """A student that is asked for labels only: one program."""
+    """Exports a student for labels only: one program."""
     return students.write(tmp_path_factory.mktemp("student") / "run", task="toy_label")
 
 

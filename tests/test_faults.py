@@ -1,4 +1,4 @@
-"""Real `sbs train` processes, killed and told to end at any moment, and resumed: they end where they would have.
+"""Real `sbs train` processes, killed or preempted at any moment and resumed, end as uninterrupted ones do.
 
 The short forms run in the suite, the long ones with `make test-faults`, which prints figures (docs/reliability.md).
 """
@@ -28,7 +28,7 @@ from sbs_jax.run import checkpoints, directory
 from sbs_jax.storage import checksums
 
 STEPS, EVALUATED = 40, 16
-# Almost always a checkpoint is being written; lines, evaluations and checkpoints come at different steps; 7 epochs.
+# A checkpoint is nearly always being written; log lines, evaluations and checkpoints fall on different steps; 7 epochs.
 MACROS = {
     "TRAIN_STEPS": STEPS,
     "LOG_PERIOD": 8,
@@ -44,7 +44,7 @@ LONG = (pytest.mark.faults, pytest.mark.timeout(3600))
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """What a command line needs to train on the toy dataset."""
+    """Folder with everything a command line needs to train on the toy dataset."""
     before = registry.options()
     yield toy.write_command(tmp_path_factory.mktemp("faults"), **MACROS)
     registry.configure(before)
@@ -52,7 +52,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def reference(starter, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that nothing interrupts, by the true entry (`python -m sbs_jax`), which compiles by itself."""
+    """An uninterrupted run by `python -m sbs_jax`, which compiles by itself."""
     folders = tmp_path_factory.mktemp("reference")
     run = folders / "run"
     with starter.alone(folders, toy.train_flags(folder, run), path=[folder], spawn=True) as process:
@@ -62,7 +62,7 @@ def reference(starter, folder: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 
 def being_written(run: Path) -> set[str]:
-    """Directories of checkpoints on their way in (or, by the other name, out)."""
+    """Lists directories of checkpoints that are being written (or, by the other name, removed)."""
     return {path.name for path in (run / "checkpoints").glob("*.writing")}
 
 
@@ -80,7 +80,7 @@ def assert_checkpoints_are_whole(run: Path) -> None:
 
 
 def waited_for(moment: str, process: Process, run: Path) -> bool:
-    """Returns when it has come; False where the process ended before."""
+    """Waits for a moment of the run; False if the process ended before it."""
     old, begun = being_written(run), last_line(run)
 
     def has_come() -> bool:
@@ -107,7 +107,7 @@ MOMENTS = {"start": 2.5, "steps": 0.4, "save": 0.05, "evaluation": 0.2, "end": 0
 
 
 def kill_once(starter: Any, folder: Path, run: Path, *, moment: str, after: float) -> str | None:
-    """Resumes the run and kills it; what it was about, None where it had ended before."""
+    """Resumes the run and kills it at a moment; returns whether it was saving then, None if it ended before."""
     with starter.alone(folder, toy.train_flags(folder, run), path=[folder]) as process:
         came = waited_for(moment, process, run)
         time.sleep(after if came else 0)
@@ -138,11 +138,11 @@ def test_killed_at_any_moment_and_resumed_a_run_ends_as_if_nothing_had_been(
     while moments:
         run, killed = tmp_path / f"run-{number}", 0
         while moments and killed < of_a_run:
-            # In the order in which they come about, so that a run is not over before its last kill.
+            # In order of time, so that the run has not ended before its last kill.
             moment = min(moments[: of_a_run - killed], key=[*MOMENTS].index)
             was = kill_once(starter, folder, run, moment=moment, after=chosen.uniform(0, MOMENTS[moment]))
             if was is None:
-                break  # what is left of its moments comes to the next run
+                break  # its remaining moments go to the next run
             moments.remove(moment)
             killed += 1
             count[moment, was] += 1
@@ -208,7 +208,7 @@ def two(starter: Any, folder: Path, run: Path, *bindings: str) -> Iterator[list[
 
 
 def steps_of(processes: list[Process], run: Path) -> int:
-    """The newest step that these processes, and not those before them, have logged."""
+    """Returns the newest step logged by these processes, not by earlier ones."""
     return last_line(run)["step"] if "loss" in processes[0].complained() else 0
 
 
@@ -257,7 +257,7 @@ def test_two_processes_told_to_end_or_killed_end_as_if_nothing_had_been(starter,
 
 @pytest.mark.parametrize(("pack", "rows_of_epoch"), [(False, 1_100_000), (True, 190_000)])
 def test_to_go_on_after_three_epochs_of_550_000_rows_takes_seconds(monkeypatch, pack, rows_of_epoch):
-    """e-SNLI has 549,367; nothing of what was seen is read, or made, again."""
+    """e-SNLI has 549,367 rows; those already seen are neither read nor built again."""
     registry.add(toy.DATASET)
     found = {}
     for task in ("toy_label", "toy_rationale"):
@@ -299,7 +299,7 @@ SOAK = {
     "KEEP_CHECKPOINTS": 3,
 }
 EVERY = 50  # steps from fault to fault
-# Within one process, so that what it holds can be seen to stay; then those that end it.
+# Faults within one process first, so that its memory can be watched; then those that end it.
 OUTAGES = ("full", "read-only")
 ENDING = ("killed", "told to end", "killed and damaged")
 FAULTS = ["full", "frozen", "read-only", "damaged", "no data"] * 5 + [*ENDING, "frozen"] * 3
@@ -319,7 +319,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def fault(name: str, *, process: Process, run: Path, folder: Path) -> Iterator[Callable[[], None]]:
-    """Something goes wrong while inside; what it gives is to be called from time to time."""
+    """Causes a fault inside the block; the yielded function must be called from time to time."""
 
     def nothing() -> None:
         pass
@@ -383,7 +383,7 @@ class Gauge:
         self.readings: list[tuple[int, float, int]] = []  # step, MB, files
 
     def read(self) -> int:
-        """Takes a reading; the step."""
+        """Takes a reading and returns its step."""
         step = steps_of([self._process], self._run)
         with contextlib.suppress(OSError):  # it has ended
             pages = int(Path(f"/proc/{self._process.pid}/statm").read_text().split()[1])
@@ -392,7 +392,7 @@ class Gauge:
         return step
 
     def slopes(self, *, after: int) -> tuple[float, float, float] | None:
-        """MB and open files per 1,000 steps, and over how many steps; None where there are too few."""
+        """Returns growth in MB and open files per 1,000 steps, and the number of steps; None if too few."""
         least: dict[int, tuple[float, int]] = {}  # of every 50 steps: between two saves
         first = next((step for step, _, _ in self.readings if step), 0)
         for step, memory, files in self.readings:

@@ -1,4 +1,4 @@
-"""Whatever a file of outside holds, reading it returns or says what is wrong and where: the readers of text.
+"""Readers of text from outside return or raise an error that says what is wrong and where, whatever the file holds.
 
 The same cases of each reader every time; how many says --fuzz-cases, and others are drawn with --fuzz-seed random.
 How cases are made, and what is watched meanwhile (hangs, memory, inputs that run): tests/fuzzing.py. Below them, each
@@ -155,7 +155,7 @@ def test_shards_of_the_release(fuzz: Fuzz, memory: Path) -> None:
 
 
 def test_teacher_text(fuzz: Fuzz) -> None:
-    """Every parser of every dataset, strict and official: none raises, and all say what became of the reply."""
+    """Every parser of every dataset, strict and official: none raises, and each returns an outcome."""
     rows = {
         name: Row(id="r", input="i", label=None, choices=("sand", "tea", "(", "", "Tea") if name == "cqa" else ())
         for name in INPUTS
@@ -214,7 +214,7 @@ def test_equations(fuzz: Fuzz) -> None:
 
 
 def check_entries(found: Any) -> None:
-    """Each is a question of texts that UTF-8 holds, or an error that a line can show."""
+    """Each row is a question of valid UTF-8, or an error of one line."""
     for entry in found if isinstance(found, list) else []:
         assert (entry.question is None) != (entry.error is None)
         if entry.question is None:
@@ -286,7 +286,7 @@ def test_prompt_files(fuzz: Fuzz, memory: Path) -> None:
 
 
 def test_results_of_batch_jobs(fuzz: Fuzz) -> None:
-    """Lines of a provider's result file: a reply, a reason, or nothing (it is asked again)."""
+    """Lines of a provider's result file give a reply, a failure, or nothing (asked again)."""
     chat = {
         "custom_id": "ab" * 32,
         "error": None,
@@ -358,7 +358,7 @@ def test_a_message_shows_the_beginning_of_what_was_got(tmp_path: Path) -> None:
 
 
 def test_json_nested_to_any_depth_is_refused_by_file_and_line(tmp_path: Path) -> None:
-    """Near Python's limit a value can be read and not be shown any more."""
+    """Near Python's recursion limit a value can be read but not shown."""
     path = tmp_path / "train.jsonl"
     for depth in (*range(850, 1000, 3), 100_000):
         path.write_text(f'{{"id": "a", "input": {"[" * depth}{"]" * depth}, "label": null}}\n')
@@ -424,7 +424,7 @@ def test_svamp_s_official_label_is_what_its_expression_finds(text: str) -> None:
 
 
 def test_parsing_takes_time_in_proportion_to_the_reply() -> None:
-    """A million opened parentheses took the official expression of SVAMP hours."""
+    """A million opening parentheses took SVAMP's official pattern hours."""
     reply = "The answer is " + "(" * 1_000_000
     for name in INPUTS:
         row = Row(id="r", input="i", label=None, choices=("a", "b"))
@@ -447,7 +447,7 @@ def test_a_line_of_a_batch_in_another_form_is_left_out(line: dict) -> None:
 
 
 def test_what_a_batch_answers_can_be_stored() -> None:
-    """Half a surrogate pair, tokens beyond 64 bits, and a key that is no hash were errors of the store."""
+    """An unpaired surrogate, token counts beyond 64 bits, and a key that is not a hash raised errors in the store."""
     body = {
         "model": "m\ud800",
         "choices": [{"finish_reason": "stop\udfff", "message": {"content": "Yes\ud800 \U0001f600"}}],

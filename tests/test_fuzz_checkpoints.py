@@ -1,4 +1,4 @@
-"""As test_fuzz.py, for configurations, checkpoints of others, and run directories that a report reads."""
+"""Readers of configurations, foreign checkpoints, and run directories of a report, tested as in test_fuzz.py."""
 
 import dataclasses
 import json
@@ -58,7 +58,7 @@ def prepared() -> None:
 
 
 def configured(name: str, files: list[str], bindings: list[str]) -> None:
-    """gin's messages name the line and its file, where there is one; ours the binding."""
+    """gin's messages name the line and the file, if any; ours name the binding."""
     fuzzing.read(
         lambda: gin_files.configure(name, gin_files=files, bindings=bindings), raises=gin_files.UsageError, names=[""]
     )
@@ -194,7 +194,7 @@ def test_headers_of_safetensors(fuzz: Fuzz, exported: Path) -> None:
 
 
 def t5x_tree(config: Any) -> dict[str, Any]:
-    """What T5X's older file holds, arrays and all."""
+    """Builds the content of T5X's older file, arrays included."""
     parameters = cases.parameters(config)
     tree: dict[str, Any] = {}
     for name in names.of(parameters):
@@ -207,7 +207,7 @@ def t5x_tree(config: Any) -> dict[str, Any]:
 
 
 def packed(node: Any) -> bytes:
-    """msgpack of a tree as `fuzzing.damaged` leaves it: fragments of JSON are values where they are any."""
+    """Packs a tree from `fuzzing.damaged` as msgpack; valid JSON fragments become their values."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, fuzzing.Fragment):
@@ -359,14 +359,14 @@ def test_npz(fuzz: Fuzz, memory: Path) -> None:
 
 
 class Canary:
-    """What a pickle can do."""
+    """A payload that a pickle could run."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (Path(fuzzing.CANARY).write_text, ("was run",))
 
 
 def test_the_valid_inputs_are_read(memory: Path, exported: Path) -> None:
-    """Else the tests above would only see one refusal."""
+    """Without damage these read, so the tests above do not see a single refusal only."""
     hugging_face.open_directory(exported)
     (memory / "checkpoint").write_bytes(packed(fuzzing.tree(t5x_tree(small()))))
     shutil.rmtree(exported)

@@ -33,7 +33,7 @@ def test_beam_search_gives_the_same_tokens(case):
     golden, answers = case
     np.testing.assert_array_equal(answers["beam"], golden["beam"])
     np.testing.assert_array_equal(answers["more_beam"], golden["more_beam"])
-    # If beam search found what greedy finds, or no row ended, this would test nothing.
+    # If beam search equaled greedy, or no row ended, this would test nothing.
     assert (golden["beam"] != golden["greedy"]).any()
     assert (golden["beam"] == 1).any()
     assert not (golden["beam"][:, -1] == 0).all()

@@ -1,4 +1,4 @@
-"""Steps that are not finite, and being told to end at any moment of a run."""
+"""Non-finite steps, and preemption at any moment of a run."""
 
 import dataclasses
 import functools
@@ -35,7 +35,7 @@ def records_dir(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, records_dir):
-    """A packed run over several epochs that nothing stopped; log, evaluation and checkpoints at different steps."""
+    """An uninterrupted packed run over several epochs; log, evaluation and checkpoints at different steps."""
     config = toy.config(
         tmp_path_factory.mktemp("whole") / "run", records_dir, train_steps=14, log_period=5, eval_period=7,
         checkpoint_period=3, eval_batch_size=8, **PACKED,
@@ -45,7 +45,7 @@ def whole(tmp_path_factory, records_dir):
 
 
 def told_at(monkeypatch: pytest.MonkeyPatch, call: int) -> None:
-    """A real SIGTERM just before the run asks, for the call-th time, whether there was one."""
+    """Sends a real SIGTERM just before the run's `call`-th check for one."""
     ask, calls = hosts.preemption_requested, []
 
     def preemption_requested() -> bool:
@@ -82,7 +82,7 @@ def test_a_run_that_was_told_to_end_ends_as_if_it_had_not(whole, tmp_path, monke
 
 
 def step_function(config: TrainConfig):
-    """A jitted step on one device, a fresh state, and a batch."""
+    """Makes a jitted step on one device, a fresh state, and a batch."""
     optimizer = config.gradient_transformation()
     structure, parameters = t5.init(config.model, seed=0)
     state = TrainState(jnp.int32(0), parameters, optimizer.init(parameters), jnp.int32(0))

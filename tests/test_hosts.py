@@ -1,4 +1,4 @@
-"""Several real processes as one run: the numbers and files of one process, and plain ends where something fails."""
+"""Several real processes as one run: numbers and files of a single process, and clear errors at failures."""
 
 import functools
 import json
@@ -30,14 +30,14 @@ MACROS = {"TRAIN_STEPS": 12, "LOG_PERIOD": 1, "EVAL_PERIOD": 6, "CHECKPOINT_PERI
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """What a command line needs to train on the toy dataset."""
+    """Folder with everything a command line needs to train on the toy dataset."""
     before = registry.options()
     yield toy.write_command(tmp_path_factory.mktemp("hosts"), **MACROS)
     registry.configure(before)
 
 
 def assert_same_run(run: Path, reference: Path) -> None:
-    """The same metrics to rounding, and the same predictions."""
+    """Requires equal metrics up to rounding, and equal predictions."""
     lines, expected = directory.read_metrics(run), directory.read_metrics(reference)
     assert [(line["kind"], line["step"]) for line in lines] == [(line["kind"], line["step"]) for line in expected]
     for line, wanted in zip(lines, expected, strict=True):
@@ -70,7 +70,7 @@ MESHES = [
 
 
 def partitioner_of(layout: partitioning.Layout, order: np.ndarray) -> partitioning.Partitioner:
-    """The layout on the devices in any order, which `jax.make_mesh` would choose by itself."""
+    """Makes a mesh with the devices in a given order, which `jax.make_mesh` would choose by itself."""
     chosen = layout.partitioner()
     devices = np.array(jax.devices())[order].reshape(tuple(chosen.sizes.values()))
     types = (jax.sharding.AxisType.Auto,) * devices.ndim
@@ -97,7 +97,7 @@ def third_batch(folder: Path) -> Iterator[Callable[..., dict[str, np.ndarray]]]:
 @pytest.mark.parametrize("count", [1, 2, 4, 8])
 @pytest.mark.parametrize("layout", MESHES, ids=lambda layout: "x".join(map(str, layout.shape.values())))
 def test_no_row_is_lost_and_none_is_there_twice(third_batch, layout, count, pack):
-    """What the devices of `count` hosts hold, put together, is the global batch, whatever the mesh and the order."""
+    """The rows of `count` hosts together are the global batch, for any mesh and order of devices."""
     whole = third_batch(pack)
     for seed in range(3):
         random = np.random.default_rng((seed, count))
@@ -195,7 +195,7 @@ def test_flags_that_do_not_go_together(flags, message):
 
 @pytest.fixture(scope="module")
 def reference(starter, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of one process with 8 devices that nothing interrupts."""
+    """An uninterrupted run of one process with 8 devices."""
     folders = tmp_path_factory.mktemp("reference")
     run = folders / "run"
     with starter.alone(folders, toy.train_flags(folder, run), devices=8, path=[folder]) as process:
@@ -205,7 +205,7 @@ def reference(starter, folder: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest.mark.slow
 def test_a_run_passes_from_one_process_to_two_to_four_and_back(starter, folder, reference, tmp_path):
-    """One process, killed; two with the matrices split between them, one of them killed; four, told to end; one."""
+    """One process, killed; two that share the matrices, one killed; four, preempted; then one."""
     run = tmp_path / "run"
     with starter.alone(tmp_path, toy.train_flags(folder, run), devices=8, path=[folder]) as process:
         until(lambda: 2 in checkpoints.steps(run), [process])
@@ -271,7 +271,7 @@ def test_two_processes_predict_like_one(starter, folder, reference, tmp_path):
     assert files.predict(predictor, input_path=tmp_path / "in.jsonl", output_path=here).rows == len(rows)
     flags = ["predict", "--model", str(reference), "--input", str(tmp_path / "in.jsonl"), "--batch_size", "8"]
 
-    def arguments(index: int) -> list[str]:  # only process 0 can write where it is told to
+    def arguments(index: int) -> list[str]:  # only process 0 can write to the given place
         return [*flags, "--output", str(there if index == 0 else tmp_path / "nowhere" / "there.jsonl")]
 
     # `sbs predict` itself knows the datasets of tasks/ alone.
@@ -338,7 +338,7 @@ def test_other_code_is_refused(starter, folder, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-# A process that joins, agrees, and meets a run directory which is not that of process 0.
+# A process that joins and agrees, but has another run directory than process 0.
 APART = """
 import argparse, pathlib, sys, time
 from sbs_jax import hosts

@@ -21,7 +21,7 @@ FILES = {
 
 
 def imports(path: Path) -> set[str]:
-    """Names of everything that a file imports; a submodule of ours by its own name, not by its package's."""
+    """Lists everything that a file imports; a submodule of ours under its own name, not its package's."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text("utf-8"))):
         if isinstance(node, ast.Import):
@@ -43,7 +43,7 @@ def unit(module: str) -> str:
 
 
 def cycle(node_of: Callable[[str], str]) -> list[str]:
-    """An import cycle, each node importing the next and the last the first; empty where there is none."""
+    """Returns an import cycle, each node importing the next and the last the first; empty if there is none."""
     graph: dict[str, set[str]] = {}
     for module, others in IMPORTS.items():
         if module != "sbs_jax":

@@ -104,7 +104,7 @@ EXAMPLES = [
 
 
 def batch_of(rows, *, packed, examples, lengths=(24, 20)):
-    """Model features of rows of example numbers, written here anew."""
+    """Builds model features of rows of example numbers, independently of the package."""
     names = ("encoder_input_tokens", "encoder_segment_ids")
     target_names = ("decoder_input_tokens", "decoder_target_tokens", "decoder_task_ids", "decoder_segment_ids")
     batch = {name: np.zeros((len(rows), lengths[0]), np.int32) for name in names}
@@ -128,7 +128,7 @@ def batch_of(rows, *, packed, examples, lengths=(24, 20)):
 
 
 ALONE = [[i] for i in range(16)]
-# Two or so to a row, in an order of its own, and as many rows as 8 devices times 1 can share.
+# About two to a row, in another order, in a number of rows that 8 devices can share.
 PACKED = [[0, 3], [2, 1], [5, 4], [6, 7], [9, 8], [10, 11], [13, 12], [14, 15]]
 
 
@@ -144,7 +144,7 @@ def compute(
     vocabulary_chunks=1,
     execution=t5.UNROLLED,
 ):
-    """Loss and gradients of the same 16 examples, cut and laid out as asked."""
+    """Computes loss and gradients of the same 16 examples, split and laid out as asked."""
     # No dropout: its masks are drawn for the rows as they lie.
     config = dataclasses.replace(toy.MODEL, dropout_rate=0.0)
     structure, shapes, axes = t5.abstract(config, execution=execution)

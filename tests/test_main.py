@@ -209,12 +209,12 @@ LISTED += [f"--gin.{binding}" for binding in ("SWEEP_DIR=runs", "RECORDS_DIR=rec
         ["--help"],
         ["records", "--help"],
         [*LISTED, "--index", "3"],  # written at the end
-        LISTED,  # more than is held until then
+        LISTED,  # more than the pipe's buffer holds
     ],
     ids=["help", "help of a command", "a line", "many lines"],
 )
 def test_where_nobody_reads_on_it_ends_as_the_pipe_did(sbs, tmp_path, arguments):
-    """As `sbs .. | head` once head has enough."""
+    """Closes the pipe early, as `sbs .. | head` does."""
     done = sbs(*arguments, command=("-c", CLOSED), check=False)
     assert (done.stdout, done.stderr) == ("", "")
     # argparse hides the error where output is not buffered.

@@ -91,7 +91,7 @@ def test_equations_are_the_same_by_value():
     assert grading.same_equation_value("( 84.0 / 2.0 )", "42")
     assert grading.same_equation_value("( 1.0 / 3.0 )", "2 / 6")
     assert not grading.same_equation_value("( 84.0 / 2.0 )", "43")
-    # Within one float of each other, and yet different.
+    # Different values that are equal as floats.
     assert not grading.same_equation_value("0.1 + 0.2", "0.30000000000000004")
     # What has no value equals nothing, not even itself.
     assert not grading.same_equation_value("(14, 21)", "(14, 21)")

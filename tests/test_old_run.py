@@ -1,4 +1,4 @@
-"""Runs begun before the modules moved into folders, resumed by this code, end as the code of then ended them.
+"""Runs begun before the modules moved into folders and resumed by this code end as the old code ended them.
 
 tests/goldens/run_of_before.tar.xz was written at revision 6ad40a3 and holds two runs of a student of 4,792 parameters
 on the built-in dataset: `whole`, preempted after step 11 of 32, and `lora`, which adapts step 8 of `whole`, preempted
@@ -34,14 +34,14 @@ ROUNDING = 1e-3
 
 @pytest.fixture
 def old(tmp_path: Path) -> Path:
-    """The archive, unpacked."""
+    """Folder of the unpacked archive."""
     with tarfile.open(ARCHIVE) as archive:
         archive.extractall(tmp_path, filter="data")
     return tmp_path
 
 
 def flags(run: str) -> list[str]:
-    """The command line of a run, from the folder of the archive."""
+    """Returns the command line of a run, for the archive's folder."""
     files = ["whole.gin"] if run == "whole" else ["whole.gin", "lora.gin"]
     return ["train", *(f"--gin_file={file}" for file in files), "--gin.RECORDS_DIR=records", f"--gin.MODEL_DIR={run}"]
 

@@ -1,4 +1,4 @@
-"""The package as others receive it: the wheel, the entry point, what may import what."""
+"""The package as users receive it: the wheel, the entry point, and allowed imports."""
 
 import ast
 import importlib.metadata
@@ -35,7 +35,7 @@ def name(path: Path) -> str:
 
 
 def imported(path: Path, *, inside_functions: bool = True) -> set[str]:
-    """Top-level names of what a file imports."""
+    """Lists the top-level packages that a file imports."""
     names: set[str] = set()
     nodes: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8"))]
     while nodes:

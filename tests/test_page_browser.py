@@ -40,7 +40,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def teacher_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of 120 rows one with texts that are hard to fit."""
+    """120 rows, one with texts that are hard to fit."""
     path = tmp_path_factory.mktemp("teacher") / "page.html"
     hard = teacher_rows.row(119, replies=("x" * 1400, "word " * 200), votes=(1, 2), id="i" * 300, input="y" * 900)
     write_page(path, title="t" * 200, facts={"prompt": "0" * 64}, rows=[*teacher_rows.some_rows(119), hard])
@@ -241,7 +241,7 @@ def test_hostile_texts_are_shown_as_text(tab: chromium.Page, tmp_path: Path) -> 
     path = write_run(tmp_path / "run", kind="step_by_step", right=some(1, rows=len(HOSTILE)))
     (file,) = (path / "predictions").iterdir()
     rows = [json.loads(line) for line in file.read_text().splitlines()]
-    texts = [text.encode("utf-8", "replace").decode() for text in HOSTILE]  # files hold no half characters
+    texts = [text.encode("utf-8", "replace").decode() for text in HOSTILE]  # files cannot hold unpaired surrogates
     for number, (row, text) in enumerate(zip(rows, texts, strict=True)):
         row |= {"input": text, "target": text, "prediction": text, "text": text, "id": f"{number}"}
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -48,7 +48,7 @@ def test_the_recordings_are_what_pytorch_says(case):
 
 
 def test_what_transformers_saves_is_imported_as_the_same_student(case, tmp_path):
-    """Its own `save_pretrained`, whose configuration says that every T5 is tied."""
+    """transformers' own `save_pretrained` writes a configuration that calls every T5 tied."""
     name, _, model = case
     model.save_pretrained(tmp_path / "saved")
     opened = hugging_face.open_directory(tmp_path / "saved")
@@ -67,7 +67,7 @@ def test_pytorch_s_own_format_is_read(case, tmp_path):
 
 
 def test_a_model_that_transformers_made_is_imported_with_its_own_tying(tmp_path):
-    """transformers 5 ties the three tables of a new v1.1, without the scaling: one more table says the same."""
+    """transformers 5 ties all three tables of a new v1.1 without scaling logits; one more equal table says the same."""
     theirs = transformers.T5Config(
         vocab_size=44,
         d_model=24,
@@ -109,7 +109,7 @@ def tokenizer(tmp_path_factory, real_vocab):
 
 @pytest.mark.parametrize("dataset", ["esnli", "anli1", "cqa", "svamp"])
 def test_every_real_text_has_the_same_tokens(dataset, tokenizer, real_vocab, real_data_dir):
-    """All inputs, labels and raw teacher texts, with the prefixes that go before them."""
+    """Returns all inputs, labels and raw teacher texts, with and without prefixes."""
     texts = {f"{prefix}{text}" for text in release_texts(real_data_dir / dataset) for prefix in ("", "explain: ")}
     assert len(texts) > 3_000
     listed = sorted(texts)

@@ -1,4 +1,4 @@
-"""What the TPU compiler makes of a partitioned training step: nothing large on every device, nothing moved for nothing.
+"""A partitioned training step compiled for TPU: no large array on every device, no needless transfers.
 
 Compiled for eight absent chips; the text of the compiled step and the compiler's warnings are read.
 """
@@ -80,7 +80,7 @@ def compiled(request):
 
 
 def test_the_compiler_warns_of_a_sharding_that_it_cannot_keep_to():
-    """That the warning which the next test looks for is heard."""
+    """Checks that the warning expected by the next test can be captured."""
     mesh = jax.make_mesh(
         (2, 4), ("a", "b"), (jax.sharding.AxisType.Auto,) * 2, devices=chips.topology("v5e:2x4").describe()
     )
@@ -102,7 +102,7 @@ def test_no_array_is_copied_to_every_device_on_the_way(compiled):
 @pytest.mark.slow
 def test_no_large_parameter_or_optimiser_array_lies_on_every_device(compiled):
     if compiled.mesh == "data":
-        return  # every device has all parameters; their optimiser state: see the next test
+        return  # every device has all parameters; their optimizer state: see the next test
     replicated = {
         jax.tree_util.keystr(path): leaf.shape
         for (path, leaf), sharding in zip(
@@ -123,7 +123,7 @@ def test_parameters_are_gathered_as_bfloat16(compiled):
 
 @pytest.mark.slow
 def test_all_gathers_move_each_parameter_twice_at_most(compiled):
-    """Once forward, once backward, in two bytes a number; of tensor parallelism also activations of a layer."""
+    """Weights are gathered once forward and once backward, in two bytes a number; tensor parallelism adds some."""
     tensor = compiled.trainer.partitioner.sizes["tensor"]
     numbers = sum(math.prod(leaf.shape) for leaf in compiled.trainer.abstract.parameters.values())
     allowed = 0.0 if compiled.mesh == "data" else 2 * 2 * numbers / tensor
@@ -133,7 +133,7 @@ def test_all_gathers_move_each_parameter_twice_at_most(compiled):
 
 @pytest.mark.slow
 def test_layers_are_gathered_one_at_a_time(compiled):
-    """Outside the loops over layers only what belongs to none of them: the tables of tokens and of logits."""
+    """Outside the loops over layers, only the token and logits tables are gathered."""
     parameters = compiled.trainer.abstract.parameters
     elsewhere = [math.prod(leaf.shape) for name, leaf in parameters.items() if "/layers/" not in name]
     allowed = 0.0 if compiled.mesh == "data" else 2 * 2 * sum(elsewhere)

@@ -106,7 +106,7 @@ def first_export(run) -> Path:
 
 @pytest.fixture
 def exported(tmp_path, first_export) -> Path:
-    """That run in PEFT's form, to be changed."""
+    """A copy of that run in PEFT's form, which tests may change."""
     return Path(shutil.copytree(first_export, tmp_path / "exported"))
 
 
@@ -276,7 +276,7 @@ def test_factors_on_the_other_side_than_the_settings_say_are_refused(tmp_path, b
 
 
 def test_a_pattern_from_outside_is_not_run(exported, base):
-    """This one would run for longer than the age of the sun."""
+    """A pattern with exponential backtracking must not hang."""
     edit(exported, target_modules=r"((\w+\.?)+)+!", feedforward_modules=r"((\w+\.?)+)+!")
     with pytest.raises(ValueError, match="'feedforward_modules' is"):
         imported(exported, base)
@@ -588,7 +588,7 @@ def test_adapters_of_the_command_line_have_names():
 
 
 def test_an_imported_run_predicts_as_the_one_it_was_exported_from(task, tmp_path):
-    """Its settings go along; without any in PEFT's directory, those of a base that is a run."""
+    """A run's settings are kept; if PEFT's directory has none, a base that is a run provides them."""
     rows = [{"id": "1", "input": "a b c"}, {"id": "2", "input": "d"}]
     expected = answered(tmp_path, rows, str(task / "own"))
     converted(task / "own", tmp_path / "out", "peft")

@@ -117,7 +117,7 @@ def test_model_flops_by_hand():
 
 
 def test_model_flops_are_those_of_the_matrices_in_the_model():
-    """Three times what XLA counts of a forward pass, whose norms, softmax and activations it counts too."""
+    """Compares with three times XLA's count of a forward pass, which includes norms, softmax and activations."""
     config = dataclasses.replace(toy.MODEL, emb_dim=256, mlp_dim=512, dropout_rate=0.0)
     structure, shapes, _ = t5.abstract(config)
     tokens = [jax.ShapeDtypeStruct((4, n), "int32") for n in (64, 48)]
@@ -218,7 +218,7 @@ TINY = (
 
 @pytest.fixture(scope="module")
 def planned(starter, tmp_path_factory):
-    """What the command prints, as JSON: in a process of its own, from an empty folder, with another that compiles."""
+    """Runs the command with JSON output from an empty folder, in a process that starts another to compile."""
     folder, empty = tmp_path_factory.mktemp("plan"), tmp_path_factory.mktemp("empty")
     command = ["plan", *TINY, "--topology=v5e:2x2", "--examples=720", "--json"]
     as_users_have_it = dict.fromkeys(("XLA_FLAGS", "JAX_NUM_CPU_DEVICES", "JAX_COMPILATION_CACHE_DIR"))
@@ -273,7 +273,7 @@ def test_generation_is_told_by_the_token(planned):
     # 8 tokens of an answer, 16 of a rationale.
     for step, length in ((evaluation, 8), (generation, 16)):
         assert (length - 1) * step["seconds_per_token"] < step["seconds"] < (length + 9) * step["seconds_per_token"]
-    # Evaluation happens beside the optimiser's state, generation does not.
+    # Evaluation happens beside the optimizer's state, generation does not.
     assert evaluation["memory"]["optimizer"] == steps["train"]["memory"]["optimizer"]
     assert "optimizer" not in generation["memory"]
 
@@ -359,7 +359,7 @@ def test_without_the_compiler_the_command_to_install_it_is_said(monkeypatch):
 
 
 class Recorded(compiler.Compiler):
-    """Answers as the compiler would, from a rule, without compiling."""
+    """Stands in for the compiler: figures from a rule, without compiling."""
 
     def __init__(self, rule):
         super().__init__([], time_limit=1.0)

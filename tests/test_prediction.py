@@ -1,4 +1,4 @@
-"""Questions to answers: what is asked, in which shapes, by which decoding, with which weights."""
+"""Answers to questions: shapes, decodings, precision of weights, errors."""
 
 import dataclasses
 import itertools
@@ -39,7 +39,7 @@ def predictor(student: students.Student, **settings: Any) -> Predictor:
 
 
 def questions(count: int, *, seed: int = 0) -> list[Question]:
-    """Of various lengths, in no order."""
+    """Makes questions of various lengths, in no order."""
     random = np.random.default_rng(seed)
     letters = np.array(list("abcdefgh "))
     return [
@@ -73,7 +73,7 @@ def test_a_fresh_process_knows_the_shipped_datasets():
 
 
 def test_answers_are_those_of_the_student_padded_to_its_limit_in_order(student, answers):
-    """As `sbs evaluate` and earlier versions generate: one batch, every row padded to the longest there may be."""
+    """Generates as `sbs evaluate` does: one batch, every row padded to the full length."""
     asked = questions(30)
     vocabulary = registry.vocabulary("byte")
     rows = np.zeros((30, LIMIT), np.int32)
@@ -288,7 +288,7 @@ def test_matrices_are_held_in_fewer_bits_and_answers_stay(student, answers, form
 
 
 def test_a_quantised_product_is_that_of_the_quantised_matrix(student):
-    """Inputs that bfloat16 holds come out exactly as the matrix that int8 stands for multiplies them."""
+    """For inputs that bfloat16 represents exactly, the product equals that of the unpacked int8 matrix."""
     structure, parameters = precision.held(student.structure, student.parameters, weights="int8")
     dense = getattr(t5.join(structure, parameters).encoder.layers[0].mlp, "wi_0")  # noqa: B009  (set by name)
     x = jnp.asarray(np.random.default_rng(0).integers(-8, 9, size=(3, 5, toy.MODEL.emb_dim)), jnp.float32)

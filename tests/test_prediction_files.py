@@ -161,7 +161,7 @@ def test_a_bad_row_is_an_error_with_its_line_and_the_rest_goes_on(predictor, tmp
         assert set(row) == {"id", "line", "error"}
         assert (row["line"], row["id"]) == (line, row_id)
         assert message in row["error"]
-    # Each stands where its row stood.
+    # Each answer is in its row's place.
     assert ["error" in row for row in found] == [False, *[True, False] * len(BAD_LINES)]
     assert [f"line {row['line']}: {row['error']}" for row in wrong[:5]] == caplog.messages
 
@@ -260,7 +260,7 @@ def whole(predictor: Predictor, tmp_path_factory: pytest.TempPathFactory) -> tup
 def interrupted(
     monkeypatch: pytest.MonkeyPatch, predictor: Predictor, source: Path, out: Path, *, windows: int
 ) -> None:
-    """Ends after so many windows."""
+    """Interrupts after so many windows."""
     answer, calls = predictor.answer, iter(range(1000))
 
     def answering(questions: Any) -> Any:
@@ -285,7 +285,7 @@ def test_an_interrupted_run_goes_on_and_ends_in_the_same_bytes(predictor, whole,
     written = partial.read_bytes()
     assert want.startswith(written)
     assert written.count(b"\n") == 256
-    # What a killed process, or a disk that lost its last blocks, may leave: a torn line, or one longer than all else.
+    # A killed process, or a disk that lost its last blocks, may leave a torn line or an overlong one.
     partial.write_bytes(written[: max(0, len(written) - lost)] if lost >= 0 else written + b"\0" * 10**5)
     done = files.predict(predictor, input_path=source, output_path=out)
     assert done == files.Summary(rows=448, errors=2, resumed={0: 256, -1: 256, 1: 128, 40: 128}.get(lost, 0))
@@ -374,7 +374,7 @@ def test_a_line_of_any_length_takes_little_memory(tmp_path):
 
 
 def peak_of(starter: Any, folder: Path, tmp_path: Path, count: int) -> tuple[float, float]:
-    """MiB that predicting so many rows took at most, and rows a second."""
+    """Measures predicting so many rows: peak MiB, and rows per second."""
     with (tmp_path / "in.jsonl").open("w") as file:
         for number in range(count):
             file.write(json.dumps({"id": f"row {number}", "input": f"{number} a b c"}) + "\n")
@@ -405,7 +405,7 @@ def test_memory_does_not_grow_with_the_file(starter, folder, tmp_path):
 
 
 def test_rows_are_read_as_they_are_needed(tmp_path):
-    """No reader has read more than a batch ahead of what was taken from it."""
+    """No reader reads more than one batch ahead of its consumer."""
     write(tmp_path / "in.jsonl", rows(2000))
     pq.write_table(pa.Table.from_pylist(rows(2000)), tmp_path / "in.parquet")
     for name, most in (("in.jsonl", 200), ("in.parquet", 256)):

@@ -1,4 +1,4 @@
-"""Signals noted while the main thread is busy, all processes stopping at one step, and who waits on whom."""
+"""Signals noticed while the main thread is busy, all processes stopping at one step, reports of who waits for whom."""
 
 import contextlib
 import logging
@@ -17,7 +17,7 @@ import pytest
 from sbs_jax import hosts
 from sbs_jax.hosts import api, link, preemption, roll, watchdog
 
-# Busy as a compiler is: in C, without the interpreter, for longer than the test waits.
+# Busy like a compiler: in C, without the interpreter, for longer than the test waits.
 BUSY = """
 import hashlib, sys
 from sbs_jax import hosts
@@ -86,7 +86,7 @@ def test_handlers_are_put_back():
 
 @contextlib.contextmanager
 def linked(count: int) -> Iterator[list[link.Link]]:
-    """The links of so many processes, all in this one, over real sockets."""
+    """Links so many processes, all in this one, over real sockets."""
     with contextlib.ExitStack() as stack:
         listener = stack.enter_context(socket.create_server(("localhost", 0)))
         pairs = []
@@ -99,7 +99,7 @@ def linked(count: int) -> Iterator[list[link.Link]]:
         links = [link.Link(place, of) for place, of in zip(places, wires, strict=True)]
         try:
             yield links
-        finally:  # a link that is cut without a word ends its process, which is this one
+        finally:  # a link that is cut without notice ends its process, which is this one
             for each in links:
                 for event in each._leaving.values():
                     event.set()
@@ -136,7 +136,7 @@ def test_all_processes_stop_at_the_same_step(told):
 
 
 def test_a_process_that_is_busy_delays_the_stop_and_changes_nothing():
-    """One has made no step yet (it compiles): the others wait at theirs, and it comes to the same one."""
+    """One process is still compiling: the others wait, and all stop at the same step."""
     with linked(2) as links:
         for _ in range(5):
             assert not links[0].preemption_requested()

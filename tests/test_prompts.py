@@ -56,7 +56,7 @@ def row_of(name: str, exemplar: Exemplar) -> Row:
 
 
 def label_of(name: str, exemplar: Exemplar) -> str:
-    """The label as a record has it."""
+    """Returns the label as a record has it."""
     return exemplar.label[4:] if name == "cqa" else exemplar.label
 
 
@@ -157,7 +157,7 @@ def test_built_in_exemplars_are_what_its_perfect_teacher_says() -> None:
 
 
 def test_exemplars_share_no_five_words_with_the_released_data(real_data_dir: Path) -> None:
-    """Neither with an input nor with a teacher's reply: what those invent next is taken from published prompts."""
+    """Exemplars overlap with no input and no teacher's reply, whose invented continuations repeat published prompts."""
 
     def grams(text: str) -> set[tuple[str, ...]]:
         words = re.findall(r"[a-z0-9]+", text.lower())

@@ -17,7 +17,7 @@ def kernel_of(rows: int, columns: int, *, seed: int = 0) -> np.ndarray:
 
 
 def test_the_values_are_the_quantiles_of_the_definition():
-    """QLoRA, appendix E, as bitsandbytes computes it: 8 quantiles above 0, 7 below, and 0, the largest scaled to 1."""
+    """QLoRA, appendix E, as in bitsandbytes: 8 quantiles above 0, 7 below, and 0, the largest scaled to 1."""
     offset = 0.9677083
     above = stats.norm.ppf(np.linspace(offset, 0.5, 9)[:-1])
     below = -stats.norm.ppf(np.linspace(offset, 0.5, 8)[:-1])
@@ -26,7 +26,7 @@ def test_the_values_are_the_quantiles_of_the_definition():
 
 
 def unpacked(codes: np.ndarray) -> np.ndarray:
-    """The code of each value of a kernel."""
+    """Returns the code of each value of a kernel."""
     blocks = codes.reshape(-1, quantized.BLOCK // 2, codes.shape[1])
     return np.concatenate([blocks & 15, blocks >> 4], axis=1).reshape(-1, codes.shape[1])
 
@@ -37,7 +37,7 @@ def test_codes_are_qwix_s_and_those_of_the_nearest_value():
     theirs = qwix.quantize(jnp.asarray(kernel), "nf4", channelwise_axes=(1,), tiled_axes={0: quantized.BLOCK})
     codes = unpacked(np.asarray(parts["codes"]))
     np.testing.assert_array_equal(codes, np.asarray(theirs.qvalue).astype(np.uint8))
-    # bitsandbytes' blocks are 64 neighbours in a row of a [out, in] matrix: 64 rows of a column of ours.
+    # bitsandbytes' blocks are 64 neighbors in a row of a [out, in] matrix: 64 rows of a column of ours.
     blocks = kernel.T.reshape(-1, quantized.BLOCK)
     unit = blocks / np.abs(blocks).max(axis=1, keepdims=True)
     nearest = np.abs(unit[..., None] - np.asarray(quantized.NF4_VALUES, np.float32)).argmin(axis=-1)
@@ -88,7 +88,7 @@ def test_bits_per_value(form, bits):
 
 
 def dense_of(kernel: np.ndarray, form: str) -> tuple[layers.Dense, jax.Array]:
-    """A layer that holds a kernel quantised, and the matrix that it multiplies with."""
+    """Makes a layer with a quantized kernel, and the matrix that it stands for."""
     from flax import nnx
 
     dense = layers.Dense(kernel.shape, axes=("embed", "mlp"), std=1.0, dtype="float32", rngs=nnx.Rngs(0))
@@ -118,7 +118,7 @@ def test_products_and_gradients_are_those_of_the_matrix(form):
 
 
 def test_the_backward_pass_keeps_no_matrix():
-    """Of 16 layers one after the other: 17 MB less than if each one's matrix were kept for the way back."""
+    """16 layers in a row take 17 MB less than with each unpacked matrix kept for the backward pass."""
     size, layers = 512, 16
     shape = jax.ShapeDtypeStruct((layers, size, size), jnp.float32)
     stacked = jax.eval_shape(jax.vmap(lambda x: quantized.quantize(x, form="nf4")), shape)

@@ -69,7 +69,7 @@ def test_the_relation_that_a_text_names(text: str, expected: str | None) -> None
 
 
 def test_every_usable_reply_of_the_scripted_teacher_argues_for_its_answer() -> None:
-    """Also where it errs: a claim has one answer, which no other question takes for another."""
+    """Holds also where the teacher errs: a claim names one answer, and no other question reads it as another."""
     random_ = random.Random(5)
     answers = []
     for _ in range(500):
@@ -176,7 +176,7 @@ def test_a_student_of_labels_alone_has_none(trained: Path, tmp_path: Path) -> No
 def test_the_teachers_own_texts_fit_its_answers(
     real_data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    """PaLM's on SVAMP and CQA: what docs/experiments.md records."""
+    """Repeats the figures of docs/rationales.md for PaLM on SVAMP and CQA."""
     assert tasks is not None
     for name, share, rows in (("svamp", 0.894, 188), ("cqa", 0.995, 1035)):
         release.import_release(

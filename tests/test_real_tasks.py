@@ -92,7 +92,7 @@ def test_valid_batches(name: str, kind: str, pack: bool):
 
 
 def test_texts_survive_the_vocabulary(name: str):
-    """What can be decoded is what is graded: labels come back as they are, but for one letter."""
+    """Labels survive encoding and decoding, except for one letter."""
     vocabulary = registry.vocabulary(registry.options().vocabulary)
     lost = set()
     for split in ("train", "validation", "test"):

@@ -18,7 +18,7 @@ from tasks import anli1, cqa, esnli, svamp
 
 @pytest.fixture(scope="module")
 def imported(real_data_dir, tmp_path_factory):
-    """(dataset, parser) to the manifest of its import and the directory it wrote."""
+    """Maps (dataset, parser) to the manifest of its import and the directory written."""
 
     def get(name, parser):
         made, folder = real_records.imported(name, parser, release_dir=real_data_dir, tmp_path_factory=tmp_path_factory)
@@ -338,7 +338,7 @@ def change_source(directory):
 
 
 def parse_otherwise(directory):
-    """As if the records had been made before a rule of the parser changed."""
+    """Changes records as if a rule of the parser had changed since."""
     folder = directory.parent / "records" / "svamp"
     rows = records.read_records(folder / "test.jsonl")
     manifest = records.read_manifest(folder)

@@ -1,4 +1,4 @@
-"""Runs to numbers, words and a page."""
+"""Reports: numbers, sentences and the page of runs."""
 
 import json
 import re

@@ -134,7 +134,7 @@ def test_what_holm_takes_back_is_said(tmp_path: Path) -> None:
 
 
 def _many(root: Path, count: int) -> list[report.Run]:
-    """Comparisons that show nothing, each on a dataset of its own."""
+    """Makes comparisons without a difference, each on its own dataset."""
     kinds = ("label", "step_by_step")
     return [
         report.identify(write_run(root / f"{n}-{kind}", kind=kind, dataset=f"other{n}", right=some(20, rows=40)))
@@ -202,12 +202,12 @@ def test_folders_are_searched_and_what_is_not_finished_is_left_out(sweep: Path, 
     assert found.left_out == (f"{sweep}/toy/unfinished: it has no test result yet.",)
     again = folders.find([*sorted(sweep.glob("*/*")), sweep / "sweep.log", sweep][1:])
     with pytest.raises(ValueError, match=r"unfinished has no test metrics"):
-        report.study(again.runs)  # one that is named itself has to be finished
+        report.study(again.runs)  # a run given by name must be finished
     assert {str(run.path) for run in again.runs} > {str(run.path) for run in found.runs}
     with pytest.raises(FileNotFoundError, match=r"has no manifest\.json"):
         folders.find([tmp_path])
     write_run(tmp_path / "whole")
-    write_run(tmp_path / "whole" / "checkpoints" / "copy")  # what a run holds is no run
+    write_run(tmp_path / "whole" / "checkpoints" / "copy")  # a folder inside a run is not a run
     assert [run.path for run in folders.find([tmp_path]).runs] == [tmp_path / "whole"]
     shutil.rmtree(tmp_path / "whole")
     write_run(tmp_path / "odd")

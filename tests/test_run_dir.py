@@ -1,4 +1,4 @@
-"""Run directories: one writer, nothing lost to a disk that fails, nothing resumed that has become something else."""
+"""Run directories: one writer, nothing lost when the disk fails, nothing resumed with other data or settings."""
 
 import contextlib
 import dataclasses
@@ -43,7 +43,7 @@ def opened(path: Path, config_text: str = CONFIG) -> directory.RunDir:
 
 
 class Python:
-    """A real process; it is killed at the end."""
+    """Starts a real process, which is killed at the end."""
 
     def __init__(self, code: str, *arguments: object) -> None:
         self.process = subprocess.Popen(
@@ -128,7 +128,7 @@ def test_of_processes_that_start_at_once_one_comes_in(tmp_path):
 
 @pytest.mark.parametrize("comes_back", ["stays", "removed", "given back"])
 def test_a_run_that_another_process_took_over_writes_nothing_more(tmp_path, comes_back):
-    """As on a network file system whose flock does not reach another host: the lock file has another token."""
+    """On a network file system whose flock does not reach another host, only the token in the lock file changes."""
     other = {"token": "x", "host": "elsewhere", "pid": 7, "since": "2026-11-21T00:00:00+00:00"}
     run = opened(tmp_path)
     with run:
@@ -288,7 +288,7 @@ def test_of_several_processes_the_first_locks_and_a_refusal_reaches_all(tmp_path
 
 @contextlib.contextmanager
 def full(disk: Path, run: Path, *, left: int = 0) -> Iterator[None]:
-    """The disk is full, but for `left` bytes."""
+    """Fills the disk up to `left` bytes."""
     filler = disk / "filler"
     with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
         while True:
@@ -310,7 +310,7 @@ def read_only(disk: Path, run: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def forbidden(disk: Path, run: Path) -> Iterator[None]:
-    """Another user, who may read: root's own permissions are never refused."""
+    """Runs as another user with read permission, since root is never refused."""
     for path in (run, *run.rglob("*")):
         path.chmod(path.stat().st_mode & ~0o222)
     root = os.geteuid() == 0
@@ -345,7 +345,7 @@ def write_step(run: directory.RunDir, step: int) -> None:
 
 
 def files(path: Path) -> dict[str, bytes]:
-    """What a run is read by; the events, which have times in them, are compared by what they say."""
+    """Reads a run's files; TensorBoard events, which contain times, are compared by their values."""
     return {
         file.relative_to(path).as_posix(): file.read_bytes()
         for file in path.rglob("*")
@@ -354,7 +354,7 @@ def files(path: Path) -> dict[str, bytes]:
 
 
 def scalars(path: Path) -> list[tuple[int, str, float]]:
-    """As TensorBoard itself reads them."""
+    """Reads events with TensorBoard's own reader."""
     from tensorboard.backend.event_processing import event_file_loader
     from tensorboard.util import tensor_util
 
@@ -390,7 +390,7 @@ def test_nothing_is_lost_or_doubled_when_the_disk_takes_nothing_for_a_while(disk
                 seen = files(run)
                 assert [line["step"] for line in directory.read_metrics(run)] == [1, 2, 3, 4]
                 assert seen["metrics.jsonl"].startswith(before["metrics.jsonl"])
-                assert not [name for name in seen if name.endswith(".tmp")]  # which would take the last room
+                assert not [name for name in seen if name.endswith(".tmp")]  # which would take the last free bytes
             assert [line["step"] for line in tried.metrics()] == list(range(1, 10))
         assert "can be written again" not in caplog.text
         for step in range(10, 13):
@@ -459,7 +459,7 @@ def test_what_is_missing_at_the_end_is_named(disk):
         text = str(error.value)
         for name in ("metrics.jsonl", "predictions/toy-2.jsonl"):
             assert f"{run / name}: No space left on device" in text
-        assert json.loads(text.splitlines()[-1])["step"] == 2  # so that nothing is lost for good
+        assert json.loads(text.splitlines()[-1])["step"] == 2  # so that nothing is lost
     # Leaving tries once more.
     assert [line["step"] for line in directory.read_metrics(run)] == [1, 2]
     assert (run / "predictions" / "toy-2.jsonl").exists()
@@ -532,7 +532,7 @@ def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 
 def truncated(path: Path, contents: bytes | None, *, lines: int) -> bytes | None:
-    """What is left of a metrics file, which a resumed run has touched and continued."""
+    """Truncates and continues a metrics file as a resumed run does; returns what was left."""
     file = path / "metrics.jsonl"
     if contents is not None:
         file.write_bytes(contents)
@@ -625,7 +625,7 @@ def test_events_of_a_later_start_stand_behind_the_earlier_ones(tmp_path, monkeyp
 
 @dataclasses.dataclass(frozen=True)
 class Terms:
-    """What a start begins with: configuration, its text, and the manifest's side of it."""
+    """Makes the terms of a start: configuration, its text, and the manifest's part."""
 
     config: TrainConfig
     text: str
@@ -704,7 +704,7 @@ def test_a_start_under_the_same_terms_goes_on_and_is_written_down(terms, tmp_pat
 
 
 def damage(path: Path) -> None:
-    """One bit of the last label, which stays a label."""
+    """Flips one bit of the last label, which stays a label."""
     data = bytearray(path.read_bytes())
     place = data.rindex(b"last is ") + len("last is ")
     data[place] ^= 1
@@ -712,7 +712,7 @@ def damage(path: Path) -> None:
 
 
 def longer(path: Path, target: Path) -> None:
-    """A vocabulary with a field more, which nothing reads."""
+    """Adds an unused field to a vocabulary."""
     target.write_bytes(path.read_bytes() + b"\xa2\x06\x00")
 
 
@@ -895,7 +895,7 @@ def test_a_manifest_that_is_missing_beside_checkpoints_is_refused(terms, tmp_pat
 
 
 def test_a_damaged_manifest_is_refused_or_shows_in_the_diff(terms, tmp_path):
-    """Cut at many places, and one bit of many bytes turned: never a start as if nothing were, never a traceback."""
+    """A manifest cut at many places or with one bit flipped never starts silently and never raises a traceback."""
     run = tmp_path / "run"
     start = terms()
     # Most of a manifest is the table of parameters: one is enough.

@@ -1,4 +1,4 @@
-"""What comes from outside is never run, leads to no other folder and becomes no markup; and keys stay secret."""
+"""Outside input is never executed, leads to no other folder and never becomes markup; keys stay secret."""
 
 import ast
 import html.parser
@@ -56,7 +56,7 @@ def name_of(node: ast.expr) -> str:
 
 
 def dangers(source: str) -> Iterator[str]:
-    """What in a module could run what it reads, by line."""
+    """Lists, by line, the calls in a module that could execute what it reads."""
     for node in ast.walk(ast.parse(source)):
         found = ""
         if isinstance(node, ast.Import):
@@ -129,7 +129,7 @@ def test_keys_are_read_from_the_environment_in_one_place_and_the_environment_is_
 
 
 class Canary:
-    """What a pickle can do."""
+    """A payload that a pickle could run."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (Path(fuzzing.CANARY).write_text, ("was run",))
@@ -322,7 +322,7 @@ def taught(tmp_path: Path, base_url: str, *more: str, provider: str = "openai") 
 def test_a_key_stands_in_no_output_and_no_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], provider: str, fault: object
 ) -> None:
-    """The command itself, with --traceback; whatever the server says, also where it repeats the key."""
+    """Runs the command with --traceback against every reply of the server, one that repeats the key included."""
     pytest.importorskip(
         "openai" if provider == "openai" else "google.genai", reason="the extra `teacher` is not installed"
     )

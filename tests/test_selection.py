@@ -1,4 +1,4 @@
-"""Which records become which examples, and what is counted of the others."""
+"""Selection of examples from records, and counts of the rest."""
 
 import dataclasses
 import math

@@ -154,7 +154,7 @@ def test_records_and_checkpoints_are_looked_for_before_the_first_starts(tmp_path
 
 
 def test_printed_commands_are_what_a_shell_passes_on(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """Whatever characters a path has: bash itself takes each line apart."""
+    """Paths may have any characters: bash itself splits each line."""
     hostile = f'{tmp_path}/it\'s a $HOME `x` "y"'
     file = tmp_path / "one.gin"
     file.write_text(
@@ -230,7 +230,7 @@ def test_a_cell_that_stands_in_several_of_the_papers_sweeps_is_one_run() -> None
 
 @pytest.mark.parametrize("name", ["table2", "figure_model_size_teacher", "smallest"])
 def test_the_papers_cells_can_be_configured(name: str) -> None:
-    """Each kind once; what methods change is as the paper has it."""
+    """Checks each kind of cell once; methods differ as in the paper."""
     kinds = sweep.check_configurations(paper_cells(PAPER / f"{name}.gin"))
     for cell, config in kinds:
         rows = {"base": 64, "large": 64, "xxl": 32, "cpu": 8}[cell.size]
@@ -250,7 +250,7 @@ STEPS = 30
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, starter: processes.Starter) -> Path:
-    """A folder with the toy's command, its sweep, and what that left in sweep/: two finished cells."""
+    """Folder with the toy's command, its sweep file, and sweep/ with two finished cells."""
     folder = toy.write_command(tmp_path_factory.mktemp("sweep"))
     bindings = {"TRAIN_STEPS": STEPS, "LOG_PERIOD": 2, "EVAL_PERIOD": 15, "CHECKPOINT_PERIOD": 15}
     (folder / "sweep.gin").write_text(
@@ -268,7 +268,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, starter: processes.Starter
 
 
 def flags(folder: Path, sweep_dir: Path, *more: str) -> list[str]:
-    """A command line. Two jobs on two cores compute on one each, which rounds otherwise than both for one job."""
+    """Returns a command line. Two jobs on two cores use one each, which rounds differently from one job on both."""
     given = [f"--gin_file={folder / 'sweep.gin'}", f"--gin.RECORDS_DIR={folder / 'records'}"]
     return ["sweep", *given, f"--gin.SWEEP_DIR={sweep_dir}", *more]
 
@@ -289,7 +289,7 @@ def test_finished_cells_are_skipped_and_not_touched(trained: Path, starter: proc
 
 
 def test_what_makes_a_finished_cell_another_one(trained: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Configuration and data, not where they are or how the run is computed."""
+    """Compares configuration and data, not their places or how the run is computed."""
 
     def states(*bindings: str) -> list[tuple[str, str]]:
         found = sweep.standings(cells_of(trained, monkeypatch, *bindings))
@@ -340,7 +340,7 @@ def test_changed_cells_are_refused_and_moved_aside_on_request(
 
 @pytest.fixture
 def broken(tmp_path: Path) -> Iterator[Path]:
-    """A sweep folder in which one cell cannot start: something else is in its place."""
+    """Folder of a sweep in which one cell cannot start, because its place is taken."""
     place = tmp_path / "sweep" / "runs" / "toy-tiny-standard_finetuning-1-0"
     place.mkdir(parents=True)
     (place / "notes.txt").write_text("mine")
@@ -357,7 +357,7 @@ def test_killed_in_the_middle_it_goes_on_and_a_failed_cell_does_not_end_the_othe
         processes.until(lambda: metrics.exists() and b"train" in metrics.read_bytes(), [process])
         process.send(signal.SIGKILL)
         process.wait()
-    # The cell is told to end as the sweep is gone, and gives its lock back.
+    # The cell is preempted because the sweep is gone, and releases its lock.
     processes.until(lambda: not (broken / "runs" / name / "lock").exists() or _is_free(broken / "runs" / name), [])
     assert b'"test"' not in metrics.read_bytes()
     again = starter.run(tmp_path, flags(trained, broken, "--jobs", "2"), path=[trained])
@@ -388,7 +388,7 @@ def _is_free(folder: Path) -> bool:
 
 
 def _numbers(path: Path, kind: str) -> list[dict[str, Any]]:
-    """Lines of metrics without what depends on the clock."""
+    """Returns lines of metrics without the fields that depend on the clock."""
     clocked = ("tokens_per_second", "seconds_per_step", "data_wait_share")
     found = [line for line in directory.read_metrics(path) if line["kind"] == kind]
     return [{name: value for name, value in line.items() if name not in clocked} for line in found]

@@ -24,7 +24,7 @@ def config_of(version, **changes):
 
 
 def student(config, seed=0):
-    """A model whose every weight comes from numpy, and those weights."""
+    """Makes a model with weights from numpy, and returns both."""
     structure, shapes, _ = t5.abstract(config)
     random = np.random.default_rng(seed)
     parameters = {name: random.normal(size=shapes[name].shape).astype(np.float32) * 0.3 for name in sorted(shapes)}

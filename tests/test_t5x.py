@@ -259,7 +259,7 @@ def builtin_options(folder: Path) -> selection.DataOptions:
 
 
 def call_t5x(module: str, gin_files: list[str], **macros) -> None:
-    """`python -m t5x.<module>` as docs/t5x.md has it."""
+    """Runs `python -m t5x.<module>` as docs/t5x.md describes it."""
     command = [sys.executable, "-m", f"t5x.{module}", *(f"--gin_file=gin_configs/t5x/{file}.gin" for file in gin_files)]
     command += [f"--gin.{name}={value!r}" for name, value in macros.items()]
     path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))

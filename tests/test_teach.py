@@ -107,7 +107,7 @@ def test_from_questions_to_records_that_are_those_of_the_import(sbs, inputs, ans
     assert manifest["teacher"]["model"] == "some-model"
     assert manifest["teacher"]["prompt"] == template.hash
     assert "<html" in page.read_text("utf-8")
-    # The key is nowhere that stays.
+    # The key is in no file.
     for file in tmp_path.rglob("*"):
         assert file.is_dir() or KEY.encode() not in file.read_bytes()
     assert KEY not in done.stdout + done.stderr
@@ -316,7 +316,7 @@ def test_the_real_teacher_s_replies_give_its_accuracy(dataset, official, strict,
 
 
 def test_a_dataset_of_one_s_own_needs_one_module(tmp_path, monkeypatch):
-    """What its file in `tasks/` would say: the dataset and its prompt. Rows are JSON lines."""
+    """Registers a dataset and its prompt as a file in `tasks/` would. Rows are JSON lines."""
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     monkeypatch.setattr(registry, "_DATASETS", dict(registry._DATASETS))
     monkeypatch.setattr(prompts, "_added", {})
@@ -349,7 +349,7 @@ def test_a_dataset_of_one_s_own_needs_one_module(tmp_path, monkeypatch):
 
 @pytest.fixture
 def batches(inputs, tmp_path, monkeypatch):
-    """Options of batch mode, by server."""
+    """Returns the options of batch mode for a server."""
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     monkeypatch.setattr(jobs, "POLL", 0.05)
     return lambda server, **more: options("builtin", server, inputs, tmp_path, batch=True, batch_size=25, **more)

@@ -54,7 +54,7 @@ def ask(provider: str, url: str, *requests: Request, timeout: float = 5.0) -> li
 
 
 def ask_through(provider: str, *faults: Fault | int | str, timeout: float = 5.0) -> list[Reply | Exception]:
-    """Sends one request per fault; each arrives once, whatever comes of it."""
+    """Sends one request per fault; each arrives exactly once, whatever its outcome."""
     with served(faults=faults) as server:
         found = ask(provider, server.url, *[request()] * len(faults), timeout=timeout)
         assert server.asked == len(faults)

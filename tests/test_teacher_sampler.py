@@ -1,4 +1,4 @@
-"""The sampler's decisions, against a teacher in this process whose every answer is scripted."""
+"""The sampler's decisions, against a scripted teacher in this process."""
 
 import asyncio
 import dataclasses
@@ -209,7 +209,7 @@ def test_retry_after_is_kept(tmp_path):
 
 
 def test_429_makes_everyone_wait_and_halves_what_is_in_flight_which_recovers(tmp_path):
-    """A teacher with 8 places, and 32 workers: nobody is given up, and most requests find a place."""
+    """A teacher with 8 places and 32 workers: no row fails, and most requests find a place."""
     flying = 0
 
     class Crowded(Teacher):

@@ -1,4 +1,4 @@
-"""The store: what is on disk, what is found again, and who may open it."""
+"""The store: replies on disk, found again, opened by one run at a time."""
 
 import asyncio
 import multiprocessing
@@ -63,7 +63,7 @@ def test_the_first_reply_stays_and_beats_a_failure(path):
 
 
 def test_many_replies_at_once_are_one_commit(path):
-    """And each `put` returns only after it: another connection sees the reply."""
+    """Each `put` returns after the commit: another connection then sees the reply."""
     with Store(path) as store:
         commits = []
         write = store._commit

@@ -50,7 +50,7 @@ def test_missing_vocabulary(tmp_path: Path):
 
 
 def test_vocabulary_out_of_reach(monkeypatch: pytest.MonkeyPatch):
-    """A gs:// path without a network: TensorFlow's own error, of another kind, is not what users see."""
+    """A gs:// path without a network raises our error, not TensorFlow's."""
 
     def unreachable(path: str) -> bool:
         raise tf.errors.FailedPreconditionError(None, None, "Could not resolve host")

@@ -1,4 +1,4 @@
-"""The decode loop as libtpu compiles it: what may not be in it."""
+"""The decode loop as libtpu compiles it: forbidden operations."""
 
 import dataclasses
 import re

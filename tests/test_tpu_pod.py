@@ -140,7 +140,7 @@ def write(path: Path, text: str) -> None:
 
 
 def ready(cloud: Cloud, mode: str = "wait") -> None:
-    """A slice with a run going on."""
+    """Returns a slice with a run in progress."""
     cloud.mode(mode)
     for words in (("create",), ("start", *TRAIN)):
         done = cloud.pod(*words)

@@ -1,4 +1,4 @@
-"""Training from records to a graded student, resuming, and what is refused."""
+"""Training from records to a graded student, resuming, and refusals."""
 
 import dataclasses
 import json
@@ -168,7 +168,7 @@ SCANNED = t5.Execution(layers="scanned", remat="attended")
 
 
 def five_steps(config, *, devices=None):
-    """The state after five updates as a checkpoint has it, and their losses."""
+    """Makes five updates: the state as a checkpoint has it, and the losses."""
     registry.configure(config.data)
     trainer = prepare(config, devices=devices)
     state = initial_state(config, trainer)
@@ -212,7 +212,7 @@ def on_one_device(tmp_path_factory, records_dir):
     ("optimizer", "mesh", "execution"),
     [
         ("adamw", "dp", SCANNED),
-        pytest.param("adafactor", "fsdp", SCANNED, marks=pytest.mark.faults),  # as "slices", cut in one way less
+        pytest.param("adafactor", "fsdp", SCANNED, marks=pytest.mark.faults),  # like "slices", with one axis fewer
         ("adafactor", "fsdp x tp", t5.UNROLLED),
         pytest.param("adamw", "fsdp x tp", SCANNED, marks=pytest.mark.faults),  # as the checkpoint's test below
         ("adafactor", "slices", SCANNED),

@@ -102,7 +102,7 @@ POISON = 3 + ord("!")  # a token of no example
 
 
 def poison(records_dir: Path, start: Path) -> tuple[Path, set[str]]:
-    """Gives two training inputs a token for which the parameters written to `start` are infinite; and their ids."""
+    """Gives two training inputs a token whose parameters in `start` are infinite; returns their ids."""
     file = records_dir / DATASET.name / "train.jsonl"
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     for number in (11, 30):
@@ -146,7 +146,7 @@ def config(model_dir: Path, records_dir: Path, **changes) -> TrainConfig:
 
 
 def write_command(folder: Path, **macros: Any) -> Path:
-    """What `sbs train` needs in a folder: records/, toy.gin, and the module by which it knows the dataset."""
+    """Writes the files that `sbs train` needs: records/, toy.gin, and the module that registers the dataset."""
     write_records(folder / "records")
     (folder / "toy.gin").write_text(_gin_text(macros))
     (folder / "toy_task.py").write_text("import toy\nfrom sbs_jax.data import registry\nregistry.add(toy.DATASET)\n")

@@ -116,7 +116,7 @@ class Canvas:
 
 
 def label_right(axes: Any, labels: Sequence[tuple[float, str, str]]) -> None:
-    """Labels lines, given as (height, text, colour), to the right of the axes; moves overlapping labels apart."""
+    """Labels lines, given as (height, text, color), to the right of the axes; moves overlapping labels apart."""
     low, high = axes.get_ylim()
     pixels = axes.get_position().height * axes.figure.get_figheight() * _DPI
     gap = 16 * (high - low) / pixels
@@ -138,7 +138,7 @@ def label_right(axes: Any, labels: Sequence[tuple[float, str, str]]) -> None:
 
 
 def standalone(svg: str) -> str:
-    """Turns an inline plot into a file: light colours by number, a font, a white ground.
+    """Turns an inline plot into a file: light colors by number, a font, a white ground.
 
     Programs that show or convert SVG files (for papers, slides) do not support CSS variables.
     """
@@ -158,6 +158,6 @@ def standalone(svg: str) -> str:
 
 @functools.cache
 def _light() -> Mapping[str, str]:
-    """Reads the light colours of page.css."""
+    """Reads the light colors of page.css."""
     style = (TEMPLATES / "page.css").read_text("utf-8")
     return dict(re.findall(r"--(\w+): (#[0-9a-f]{6})", style[: style.index("@media")]))

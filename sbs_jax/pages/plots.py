@@ -11,7 +11,7 @@ from sbs_jax.stats.results import DISTILLATION, FINE_TUNING, SINGLE_TASK, STEP_B
 from sbs_jax.stats.summary import Comparison, Group, Summary
 
 _NUMBERS = {FINE_TUNING: 0, DISTILLATION: 1, STEP_BY_STEP: 2, SINGLE_TASK: 3}
-_MARKERS = ("o", "s", "D", "^", "v", "P")  # methods differ without colour, too
+_MARKERS = ("o", "s", "D", "^", "v", "P")  # methods differ without color, too
 _DASHES = ((6, 4), (1.5, 3.5))  # of the reference lines
 
 
@@ -212,7 +212,7 @@ def learning_curves(
 
 
 def colour_number(methods: Sequence[str], method: str) -> int:
-    """Returns the number of a method's colour (`--m0` to `--m5`) and mark; known methods always have the same."""
+    """Returns the number of a method's color (`--m0` to `--m5`) and mark; known methods always have the same."""
     taken: dict[str, int] = {}
     for name in sorted(methods, key=lambda name: name not in _NUMBERS):
         free = [number for number in range(len(COLOURS)) if number not in taken.values()]

@@ -38,7 +38,7 @@ class Chip:
     flops_per_cycle: int  # per device, at that peak
     memory_gib: float
     available_gib: float  # per device, to a program
-    links: float  # bytes per second from one chip to its neighbours
+    links: float  # bytes per second from one chip to its neighbors
     network: float  # bytes per second to other slices
     on_demand: float  # USD per chip and hour
     three_years: float

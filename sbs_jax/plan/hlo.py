@@ -1,4 +1,4 @@
-"""Cost of one run of a compiled TPU program, read from its optimised HLO text.
+"""Cost of one run of a compiled TPU program, read from its optimized HLO text.
 
 The compiler writes `estimated_cycles` beside most operations. Their sum, with loops multiplied by their trip counts, is
 its estimate of one chip's computing time. It gives no estimate for communication or for opaque operations (a Pallas
@@ -61,7 +61,7 @@ class Collective:
     bytes: int
     moved: float
     group: int  # chips in one exchange
-    across_slices: bool  # over the data-centre network
+    across_slices: bool  # over the data-center network
     overlapped: bool  # with computation
     loop: str | None  # body of the outermost loop it runs in
     arrays: tuple[str, ...]  # result arrays: "bf16[768,2048]"
@@ -120,7 +120,7 @@ def array_bytes(shape: str) -> int:
 
 
 def read(text: str, *, slices: int = 1) -> Program:
-    """Reads the costs of an optimised module, `jitted.lower(..).compile().as_text()`, compiled for `slices`."""
+    """Reads the costs of an optimized module, `jitted.lower(..).compile().as_text()`, compiled for `slices`."""
     computations, entry = _computations(text)
     if entry is None:
         raise ValueError("Got a text without an ENTRY computation; expected an HLO module.")
@@ -295,7 +295,7 @@ def _collective(
     overlapped: bool,
     slices: int | None = None,
 ) -> Collective:
-    """Sizes one exchange; `slices` counts those on the data-centre network, None means within a slice."""
+    """Sizes one exchange; `slices` counts those on the data-center network, None means within a slice."""
     shape = _result_shape(one)
     size = array_bytes(shape)
     group = slices or _group_size(one.line)

@@ -2,7 +2,7 @@
 
 `sbs predict` and `sbs serve` use `Predictor`. It knows the prefixes, vocabulary and lengths that the student was
 trained with. Rows are grouped by length and padded to one of a few lengths (`buckets`), each compiled once. Except for
-rounding, an answer depends neither on its neighbours nor on the padding.
+rounding, an answer depends neither on its neighbors nor on the padding.
 """
 
 import dataclasses

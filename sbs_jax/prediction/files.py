@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 # A window ends after this many batches or characters.
 _BATCHES, _CHARACTERS = 16, 2**23
 _SHOWN = 5  # rows with errors to log
-_END = 2**20  # bytes hashed at either end of an input, to recognise it
+_END = 2**20  # bytes hashed at either end of an input, to recognize it
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -44,7 +44,7 @@ def configure(folder: Path, **changes: Any) -> None:
 
 
 def register(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Registers `cats`, whose records are in the folder, until the test ends."""
+    """Registers `cats` with records from the folder until the test ends."""
     monkeypatch.setattr(registry, "_DATASETS", dict(registry._DATASETS))
     monkeypatch.setattr(registry, "_options", registry._options)
     registry.add(dataset())

@@ -17,7 +17,7 @@ def mount(*arguments: object) -> None:
 
 @contextlib.contextmanager
 def small_disk(path: Path, options: str) -> Iterator[Path]:
-    """Mounts a disk with options of tmpfs: "size=4m,nr_inodes=20"."""
+    """Mounts a tmpfs with options such as "size=4m,nr_inodes=20"."""
     path.mkdir()
     mount("-t", "tmpfs", "-o", options, "tmpfs", path)
     try:

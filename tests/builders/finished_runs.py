@@ -34,13 +34,13 @@ def contents(run: str | Path) -> Contents:
     lines = [{k: v for k, v in line.items() if k not in SPEEDS} for line in directory.read_metrics(run)]
     predictions = {path.name: path.read_bytes() for path in (run / "predictions").iterdir()}
     metadata = checkpoints.read_metadata(run, step)
-    for name in ("lines", "evaluation_due"):  # of a run preempted in its last evaluation, which its end has made up for
+    for name in ("lines", "evaluation_due"):  # a run preempted in its last evaluation, which the resumed run repeated
         del metadata[name]
     return Contents(arrays, metadata, lines, predictions, checkpoints.best_step(run))
 
 
 def assert_same(run: str | Path, reference: str | Path) -> None:
-    """Bit for bit."""
+    """Requires equal runs, bit for bit."""
     got, want = contents(run), contents(reference)
     assert got.lines == want.lines
     assert got.predictions == want.predictions
@@ -51,7 +51,7 @@ def assert_same(run: str | Path, reference: str | Path) -> None:
 
 
 def assert_close(run: str | Path, reference: str | Path) -> None:
-    """To rounding."""
+    """Requires equal runs up to rounding."""
     got, want = contents(run), contents(reference)
     assert [(line["kind"], line["step"]) for line in got.lines] == [(line["kind"], line["step"]) for line in want.lines]
     for line, wanted in zip(got.lines, want.lines, strict=True):

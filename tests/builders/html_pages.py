@@ -1,4 +1,4 @@
-"""Checks of pages: well-formed, self-contained, hostile texts shown as text, colours."""
+"""Checks of pages: well-formed, self-contained, hostile texts shown as text, colors."""
 
 import html.parser
 import json
@@ -64,7 +64,7 @@ class Reader(html.parser.HTMLParser):
                 self.tables[-1][-1][-1] += data
 
     def table(self, first: str) -> dict[str, list[str]]:
-        """Returns the lines of the table whose first heading is this, by their names."""
+        """Returns the rows, by name, of the table with this first heading."""
         (found,) = [table for table in self.tables if table[0][0] == first]
         return {line[0]: [cell for cell in line[1:] if cell] for line in found}
 
@@ -74,7 +74,7 @@ class Reader(html.parser.HTMLParser):
 
 
 def check(page: Path) -> Reader:
-    """Reads a page that is well-formed and fetches nothing."""
+    """Parses a page; fails unless it is well-formed and fetches nothing."""
     text = page.read_bytes().decode("utf-8")
     reader = Reader(text)
     assert reader.open == []
@@ -100,7 +100,7 @@ HOSTILE = [
 
 
 def seen(text: str) -> str:
-    """A text as the page shows it: what cannot be seen by its number."""
+    """Returns a text as the page shows it, with invisible characters as their code points."""
     unseen = {*range(9), *range(0xB, 0x20), *range(0x7F, 0xA0), 0x200B, *range(0x2028, 0x202F), *range(0x2066, 0x206A)}
     unseen |= {0xFEFF, 0xFFFE, 0xFFFF, *range(0xD800, 0xE000)}
     return "".join(f"⟨U+{ord(c):04X}⟩" if ord(c) in unseen else c for c in text)

@@ -16,7 +16,7 @@ from sbs_jax.weights import names
 def old_form(
     folder: Path, config: t5.T5Config, *, scanned: bool, version: int = 3, axis: int = 1, heads_apart: bool = False
 ) -> None:
-    """A checkpoint as T5X wrote them before Orbax: msgpack, small arrays in it, the others beside it by gzip'd zarr."""
+    """Writes a checkpoint as T5X did before Orbax: msgpack with the small arrays, gzipped zarr for the others."""
     parameters = cases.parameters(config)
     heads = config.num_heads, config.head_dim
     for name, values in parameters.items():
@@ -47,7 +47,7 @@ def old_form(
         made = ts.open({**spec, "dtype": stored.dtype.name, "metadata": metadata}, create=True).result()
         made.write(stored).result()
         described = {"driver": "zarr", "dtype": stored.dtype.name, "metadata": {"shape": list(values.shape)}}
-        if version < 3:  # the path stood beside the store then
+        if version < 3:  # older versions named the path beside the store
             flat[f"target/{name}"] = described | {"kvstore": {"driver": "gfile"}, "path": place}
         else:
             flat[f"target/{name}"] = described | {"kvstore": {"driver": "gfile", "path": f"{place}/"}}

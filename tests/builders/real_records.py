@@ -13,7 +13,7 @@ _made: dict[tuple[str, str], tuple[Manifest, Path]] = {}
 def imported(
     name: str, parser: str, *, release_dir: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Manifest, Path]:
-    """Returns the manifest of a dataset's records and the records directory, which nobody may change."""
+    """Returns the manifest of a dataset's records and the records directory, which tests must not change."""
     if (name, parser) not in _made:
         folder = tmp_path_factory.mktemp(f"{name}-{parser}")
         dataset = registry.get(name)

@@ -75,14 +75,14 @@ def write_run(
 
 
 def answers(share: float, *, rows: int = 300, seed: int, difficulty: int = 0) -> list[bool]:
-    """Right and wrong answers; rows are easy or hard for every student alike."""
+    """Draws right and wrong answers; rows are easy or hard for all students alike."""
     hard = np.random.default_rng(difficulty).random(rows)
     noise = np.random.default_rng(seed).normal(0, 0.12, rows)
     return [bool(x) for x in hard + noise < share]
 
 
 def of(root: Path, **right_of_kind: list[bool]) -> list[Run]:
-    """One run of each kind with these answers."""
+    """Writes one run of each kind with these answers."""
     return [report.identify(write_run(root / kind, kind=kind, right=right)) for kind, right in right_of_kind.items()]
 
 

@@ -10,7 +10,7 @@ EXEMPLARS = "Does it follow?\n\n" + "\n".join(f"Q: exemplar {i}\nA: because {i}.
 
 
 def row(number: int, **changes: Any) -> Example:
-    """A row that the teacher has right."""
+    """Makes a row with a right reply."""
     fields: dict[str, Any] = {
         "id": f"row-{number}",
         "input": f"Does {number} follow?",
@@ -37,7 +37,7 @@ def unusable(number: int, **changes: Any) -> Example:
 
 
 def some_rows(count: int = 120) -> Iterator[Example]:
-    """Of every ten: one wrong, one unusable, one right after a hint."""
+    """Makes rows: of every ten one wrong, one unusable, one right after a hint, the rest right."""
     for number in range(count):
         kind = {3: wrong, 5: unusable}.get(number % 10, row)
         yield kind(number, **({"hinted": True} if number % 10 == 7 else {}))

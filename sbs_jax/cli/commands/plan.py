@@ -25,7 +25,7 @@ def add(command: Any) -> None:
     )
     plan.add_argument("--topology", required=True, metavar="LIST", help="such as v5e:4x4 or v5p:2x2x2; several: A,B")
     plan.add_argument(
-        "--slices", type=int, default=1, metavar="N", help="number of slices, joined by the data-centre network"
+        "--slices", type=int, default=1, metavar="N", help="number of slices, joined by the data-center network"
     )
     plan.add_argument(
         "--steps", default="train,evaluation,generation", metavar="LIST", help="steps to compile (default: %(default)s)"
