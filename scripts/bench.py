@@ -35,7 +35,7 @@ def main(argv: list[str]) -> int:
     arguments = parser.parse_args(argv[1:])
     harness.read(arguments.output)  # an unusable file is an error before the work, not after it
     rows = []
-    for row in suite.measure(arguments):  # appended one by one: an interrupted benchmark keeps what it has
+    for row in suite.measure(arguments):  # appended one by one: an interrupted benchmark keeps its rows
         harness.append(arguments.output, [row])
         rows.append(row)
     print(f"load: {' '.join(f'{load:.1f}' for load in os.getloadavg())}")

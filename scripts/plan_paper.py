@@ -23,7 +23,7 @@ from sbs_jax.training import gin_files
 
 PAPER = Path("gin_configs/experiments/paper")
 TOPOLOGIES = {"base": "v5e:2x4", "large": "v5e:2x4", "xxl": "v5p:2x4x4"}
-# Rows of validation (10 % of train where there is no file of its own) and of test: METHOD of the paper.
+# Rows of validation (10 % of train if it has no file) and of test: METHOD of the paper.
 VALIDATION = {"esnli": 9842, "anli1": 1000, "cqa": 975, "svamp": 80}
 TEST = {"esnli": 9824, "anli1": 1000, "cqa": 1221, "svamp": 200}
 TWO, ONE = "step_by_step", "standard_finetuning"

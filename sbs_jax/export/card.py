@@ -99,7 +99,7 @@ _FIELDS: dict[str, tuple[type, ...]] = {
 
 
 def write(folder: Path, card: Mapping[str, Any], *, usage: str, **more: Any) -> None:
-    """Writes `sbs_student.json`, `README.md`, and the functions that grade (`metrics.py`) if they stand alone.
+    """Writes `sbs_student.json`, `README.md`, and the functions that grade (`metrics.py`) if they need nothing else.
 
     `usage` is Markdown on how this form is used; `more` is added to the JSON.
     """

@@ -91,7 +91,7 @@ def _for_cpu() -> Iterator[None]:
         return forms.get("cpu", default)(*arguments)
 
     general = jax.lax.platform_dependent
-    jax.clear_caches()  # forget what was traced for all platforms
+    jax.clear_caches()  # forget programs traced for all platforms
     jax.lax.platform_dependent = chosen
     try:
         yield

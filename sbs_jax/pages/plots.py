@@ -47,7 +47,7 @@ def accuracy_against_data(summary: Summary, *, width: int = 660, height: int = 4
 
 
 def accuracy_of_methods(summary: Summary, *, width: int = 660) -> str:
-    """Draws each method's accuracy on a line of its own, for runs at one share of the data."""
+    """Draws each method's accuracy on a separate line, for runs at one share of the data."""
     with Canvas(width, 92 + 58 * len(summary.groups)) as canvas:
         axes = canvas.axes(left=20 + round(7 * max(map(len, summary.methods))), right=40, bottom=52, top=30)
         axes.grid(visible=False, axis="y")

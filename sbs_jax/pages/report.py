@@ -190,7 +190,7 @@ class _Figures:
                 caption = f"Each method minus {pairs[0][1]}"
             else:
                 caption = capital(listed([f"{method} minus {reference}" for method, reference in pairs]))
-            caption += ". Hollow: the interval holds 0."
+            caption += ". Hollow: the interval contains 0."
             plot = plots.differences(summary.comparisons, methods=summary.methods)
             file = slug("differences", _name(self.study, summary))
             name = "Difference, in points"

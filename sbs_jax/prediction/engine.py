@@ -47,7 +47,7 @@ class Settings:
       batch_size: rows at a time.
       smaller: further batch sizes to compile, for batches that are not full.
       weights: precision of the matrices (precision.py).
-      objective: "label", or "rationale" to answer with the rationale alone.
+      objective: "label", or "rationale" to answer with only the rationale.
       too_long: for an input longer than the training length: "error", or "cut" to truncate it.
     """
 
@@ -118,7 +118,7 @@ class Answer:
 
 
 def buckets(limit: int) -> tuple[int, ...]:
-    """Returns the lengths to pad to, up to the limit; they are closest where most real inputs lie.
+    """Returns the lengths to pad to, up to the limit; they are densest at the lengths of most real inputs.
 
     >>> buckets(112)
     (16, 24, 32, 40, 48, 56, 72, 88, 112)

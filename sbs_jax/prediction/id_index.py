@@ -8,7 +8,7 @@ from types import TracebackType
 
 
 class IdIndex:
-    """Maps digests of ids to the line of their first row, in an SQLite file that is deleted at the end.
+    """Map from digests of ids to the line of their first row, in an SQLite file that is deleted at the end.
 
     16 bytes of BLAKE2b stand for an id, so collisions do not occur in practice.
     """

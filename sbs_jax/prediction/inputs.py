@@ -33,7 +33,7 @@ class Entry:
 
 @runtime_checkable
 class Reader(Protocol):
-    """Iterates once over the entries of a file; `done` of `total` `unit`s have been read."""
+    """Iterator over the entries of a file, usable once; `done` of `total` `unit`s have been read."""
 
     total: int
     unit: str
@@ -88,7 +88,7 @@ def _wrong(row: Mapping[str, Any]) -> str | None:
 
 
 class _Lines:
-    """Yields (number, line) of a file of bytes; a line longer than `LONGEST_LINE` is None."""
+    """Iterator of (number, line) over a file of bytes; a line longer than `LONGEST_LINE` is None."""
 
     unit = "B"
 
@@ -134,7 +134,7 @@ class _JsonLines(_Lines):
 
 
 class _Csv(_Lines):
-    """Reads comma-separated rows with a header; quoted fields may hold line ends. `choices` is a JSON list of texts."""
+    """Reader of CSV with a header; quoted fields may hold line ends. `choices` is a JSON list of texts."""
 
     def __iter__(self) -> Iterator[Entry]:
         csv.field_size_limit(LONGEST_LINE)
@@ -217,7 +217,7 @@ def _checked_columns(names: Sequence[str], path: Path) -> list[str]:
 
 
 class _Parquet:
-    """Reads string columns `id`, `input`, optionally `adapter`, and a list-of-strings column `choices`."""
+    """Reader of string columns `id`, `input`, optionally `adapter`, and a list-of-strings column `choices`."""
 
     unit = "row"
 

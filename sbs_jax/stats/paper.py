@@ -18,7 +18,7 @@ def accuracy(results: Sequence[Result], *, teacher: str | None) -> float | None:
     """Returns the paper's accuracy, in percent, of the cell that these seeds of one method repeat, or None.
 
     A run repeats a cell with the same dataset, method and student (T5 v1.1 base, started from a checkpoint), all of
-    the training rows with human labels, as many test rows and the same `teacher`. Other files under the same name
+    the training rows with human labels, equally many test rows and the same `teacher`. Other files under the same name
     (e-SNLI's validation rows as its training rows, for instance) have other counts of rows, and are not compared.
     """
     dataset, method = results[0].manifest["data"]["dataset"], results[0].run.method

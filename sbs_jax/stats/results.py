@@ -170,7 +170,7 @@ def load(run: Run) -> Result:
     if not tests:
         raise ValueError(
             f"{path} has no test metrics; its last line is of step {metrics[-1]['step']}. Repeat its `sbs train` "
-            "command with evaluate_test on; it goes on from the last checkpoint."
+            "command with evaluate_test on; it resumes from the last checkpoint."
         )
     test, step = tests[-1], tests[-1]["step"]
     names = [name for name in test if name.rpartition("_")[2] == "accuracy"]

@@ -25,7 +25,7 @@ class Split:
 
     @property
     def other_label(self) -> float | None:
-        """Percent of the teacher's usable labels that differ from the human's; their rationales argue for them.
+        """Percent of the teacher's usable labels that differ from the human's; the rationales argue for the teacher's.
 
         None if some rows have no human label.
         """

@@ -16,7 +16,7 @@ def name_variants(results: Sequence[Result], *, size: Callable[[Result], str]) -
     """Adds settings to the names of methods where nothing else distinguishes their runs.
 
     Two runs of step-by-step with seed 0, with "alpha": 0.3 and 0.5 in the settings of their manifests, become
-    "step-by-step (alpha 0.3)" and "step-by-step (alpha 0.5)". Runs without any difference stay alike, which
+    "step-by-step (alpha 0.3)" and "step-by-step (alpha 0.5)". Runs that differ in no setting keep the same name, which
     `summarize` refuses.
     """
     alike: dict[tuple[Any, ...], list[Result]] = {}

@@ -428,7 +428,7 @@ def _is_trained(tuning: Tuning, name: str, config: t5.T5Config) -> bool:
 
 
 def _trained_stacks(unrolled: Mapping[str, Any], trained: Collection[str]) -> set[str]:
-    """Returns the trained names of stacked layers. ValueError if the layers of a stack are not tuned alike."""
+    """Returns the trained names of stacked layers. ValueError if a stack's layers are tuned differently."""
     groups = stacking.stacks(unrolled)
     layers: dict[str, int] = {}
     for name, of in groups.items():

@@ -151,7 +151,7 @@ class Dense(nnx.Module):
         return y
 
     def matrix(self) -> Float[Array, "I O"]:
-        """Returns the kernel alone: bfloat16 if it is stored so, otherwise float32."""
+        """Returns the kernel without adapters: in bfloat16 if it is stored in bfloat16, otherwise in float32."""
         return self.kernel[...] if isinstance(self.kernel, nnx.Param) else self.kernel.matrix()
 
     def merged(self) -> Float[Array, "I O"]:

@@ -18,7 +18,7 @@ _STACK = re.compile(r"^(encoder|decoder)/layers/(?!\d)")
 
 
 def stacks(names: Iterable[str]) -> dict[str, list[str]]:
-    """Maps each stacked name to its layers' names in order, and any other name to itself alone."""
+    """Maps each stacked name to its layers' names in order, and any other name to itself."""
     groups: dict[str, dict[int, str]] = {}
     for name in names:
         match = _LAYER.match(name)

@@ -44,7 +44,7 @@ REMAT: dict[str, Any] = {
     "none": None,  # everything is stored
     "minimal": _saved("projected", "residual", *attention.SAVED),  # matrix products, except attention scores
     "attended": _saved(*attention.SAVED),  # attention outputs
-    "full": jax.checkpoint_policies.nothing_saveable,  # the layer's input alone
+    "full": jax.checkpoint_policies.nothing_saveable,  # only the layer's input
 }
 LAYERS = ("scanned", "unrolled")
 

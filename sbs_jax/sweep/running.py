@@ -72,7 +72,7 @@ def _test_metrics(cell: Cell) -> Mapping[str, Any]:
 
 
 def main(sweep: Sweep, *, entry: Callable[[list[str]], int], jobs: int, redo_changed: bool) -> int:
-    """Trains what is not finished, prints the table, writes the page, and returns the exit status."""
+    """Trains unfinished cells, prints the table, writes the page, and returns the exit status."""
     cells = sweep.cells()
     busy = jobs > 1 and jobs >= (os.cpu_count() or 1)
     with Workers(entry=entry, one_thread=busy) as started:

@@ -25,7 +25,7 @@ def on_devices(config: TrainConfig, trainer: Trainer, *, skip: int) -> Iterator[
 
 
 def batch_examples(config: TrainConfig, *, step: int) -> tuple[list[batches.BatchExample], dict[str, np.ndarray]]:
-    """Returns the examples of a step's batch, and arrays with each example in a row of its own."""
+    """Returns the examples of a step's batch, and arrays with each example in a separate row."""
     return batches.batch_examples(config.mixture_or_task_name, **_options(config), batch=step - 1)
 
 

@@ -207,7 +207,7 @@ def _quoted(binding: str) -> str:
 def _refuse_foreign(config: Any) -> None:
     """Refuses a configuration that refers to a function of Python's standard library, which could do anything.
 
-    Dynamic registration lets a gin file name and call whatever can be imported, and reach the imports of a module
+    Dynamic registration lets a gin file name and call anything that can be imported, and reach the imports of a module
     (`@train.os.system()`). Configurations need only this project and other packages. `config` is gin's module; it has
     parsed the files and called nothing yet.
     """

@@ -182,7 +182,7 @@ class _Session:
         config, trainer = self.config, self.trainer
         step = hosts.from_first(lambda: checkpoints.best_step(self.run.path))
         checkpoint = self.run.path / "checkpoints" / str(step)
-        base = {} if config.tuning is None else trainer.parameters(self.state)  # checkpoints hold adapters alone
+        base = {} if config.tuning is None else trainer.parameters(self.state)  # checkpoints hold only adapters
         parameters = {**base, **opening.load_parameters(checkpoint, like=trainer.saved.parameters)}
         grader = evaluator(config, trainer, split=selection.TEST)
         try:

@@ -33,7 +33,7 @@ def replay(config: TrainConfig, run: str | Path, *, step: int | None) -> dict[st
 
     {"step": 12, "metrics": {"loss": .., ..}, "examples": [{"row", "segment", "task", "id", "loss", "alone"}, ..],
     "parameters": {name: {"not finite": n, "first at": [..]}}, "gradients": {name: norm}}. Losses are means per token in
-    nats: `loss` in the batch; `alone` in a row of its own without dropout, which separates examples that share a row.
+    nats: `loss` in the batch; `alone` in a separate row without dropout, which separates examples that share a row.
     Examples are sorted worst first, gradients by norm, largest first.
     """
     run = Path(run)
@@ -175,7 +175,7 @@ def _alone(
     parameters: t5.Parameters,
     rows: Mapping[str, np.ndarray],
 ) -> list[float]:
-    """Returns the mean loss per token of examples in rows of their own, without dropout, a batch at a time."""
+    """Returns the mean loss per token of examples in separate rows, without dropout, a batch at a time."""
 
     @jax.jit
     def token_losses(parameters: t5.Parameters, batch: Batch) -> jax.Array:

@@ -46,7 +46,7 @@ def loss_and_gradients(
 ) -> tuple[Float[Array, ""], dict[int, losses.TaskSums], t5.Parameters]:
     """Returns loss, sums per task and gradients of a global batch; the number of micro-batches does not change them.
 
-    `parameters` and `frozen` together are the whole model; gradients are of `parameters` alone.
+    `parameters` and `frozen` together are the whole model; gradients are of `parameters` only.
     """
     # Token weights depend on the whole batch, so they are computed before it is cut: see losses.py.
     weights = losses.token_weights(batch["decoder_task_ids"], alpha=alpha)

@@ -109,7 +109,7 @@ def _name(ours: str) -> Name:
 
 
 def check(path: object, found: Shapes, wanted: Shapes, *, kind: str) -> None:
-    """Requires equal names and shapes. ValueError lists what is missing, left over or of another shape."""
+    """Requires equal names and shapes. ValueError lists missing, left-over and differently shaped arrays."""
     missing = sorted(set(wanted) - set(found))
     extra = sorted(set(found) - set(wanted))
     reshaped = [

@@ -115,7 +115,7 @@ def contents(opened: Opened, *, owner: str) -> tuple[dict[str, Any], dict[str, L
         }, arrays
     inner = [module for module, found in ends.items() if "in_scale" in found]
     feedforward = _shortest(inner, theirs.values())
-    if not set(feedforward) <= set(targets):  # PEFT wants both lists to name modules alike
+    if not set(feedforward) <= set(targets):  # PEFT requires the same names in both lists
         targets, feedforward = list(ends), inner
     settings = {"peft_type": "IA3", "target_modules": targets, "feedforward_modules": feedforward}
     return {**settings, "init_ia3_weights": True, **common}, arrays

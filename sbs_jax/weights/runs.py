@@ -23,7 +23,7 @@ def is_run(path: str | Path) -> bool:
 def open_run(path: str | Path) -> Opened:
     """Opens the best step of a run, or the step that is named; every process must call it.
 
-    ValueError for a damaged step; FileNotFoundError where there is none, or its run removes it meanwhile.
+    ValueError for a damaged step; FileNotFoundError if it does not exist, or its run removes it meanwhile.
     """
     run, step = locate(path)
     checkpoint = run / "checkpoints" / str(step)

@@ -1,9 +1,9 @@
 """Rows of results, and sides: processes that are measured in turns.
 
-A side is a function that runs in a process of its own. Sides of a comparison take turns, A B A B, so that other load on
+A side is a function that runs in a separate process. Sides of a comparison take turns, A B A B, so that other load on
 the machine slows both alike.
 
-Standard library only: a side imports what it measures and nothing else, so that its peak memory is its own.
+Standard library only: a side imports what it measures and nothing else, so that its peak memory includes nothing else.
 """
 
 import argparse

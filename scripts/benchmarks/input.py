@@ -39,7 +39,7 @@ def measure(arguments: argparse.Namespace) -> Iterator[harness.Row]:
             raise SystemExit(f"{path} does not exist; name it with --release or --vocabulary.")
     core = min(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {core})
-    # Imported only now: libraries start as many threads as they see cores.
+    # Imported only now: libraries start one thread per visible core.
     from sbs_jax.cli import main as command
 
     command.import_tensorflow()

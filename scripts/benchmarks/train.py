@@ -95,7 +95,7 @@ def ours(
     Writes the model's shape and the examples of every batch to the file `work`, from which the peer does the same work.
 
     Args:
-      model: a file of gin_configs/models; `tuning`: one of gin_configs/adapters, whose parameters alone are trained.
+      model: a file of gin_configs/models; `tuning`: one of gin_configs/adapters; only its parameters are trained.
       batches: a file of packed batches, which is made if it does not exist.
       extra: more gin bindings.
       only_write: make both files.
@@ -285,7 +285,7 @@ def peer(
     Per step one forward pass for each task, padded to its own longest example, the two losses weighted by alpha, one
     backward pass, the gradient clipped, AdamW. Imports neither JAX nor TensorFlow, so the peak memory is PyTorch's.
 
-    On a GPU every block is compiled (`torch.compile`, by blocks as PyTorch advises for models of many alike), in
+    On a GPU every block is compiled (`torch.compile`, by blocks as PyTorch advises for models of many equal blocks), in
     bfloat16 (`autocast`: parameters and the optimizer's state are float32, as ours), and each task's batches have one
     shape, the longest of them all. `attention` is transformers' implementation, there only.
     """
@@ -386,7 +386,7 @@ def peer_model(job: dict[str, Any], *, attention: str | None) -> Any:
         decoder_start_token_id=0,
         use_cache=False,  # only generation needs it
     )
-    # transformers 5 ties all tables of every T5, and takes the argument for the scaling of logits alone. So they are
+    # transformers 5 ties all tables of every T5, and uses the argument only for the scaling of logits. So they are
     # untied here, and those of encoder and decoder tied again.
     config.tie_word_embeddings = shape["logits_via_embedding"]
     if attention:

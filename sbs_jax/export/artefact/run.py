@@ -49,7 +49,7 @@ def answer(texts: list[str], rationale: bool = False) -> list[tuple[str, float]]
         raise SystemExit("This student was not exported with rationales.")
     rows = [encode(asked["prefix"] + text) for text in texts]
     padded = np.full((len(rows), max(map(len, rows), default=1)), PAD, np.int32)
-    for row, ids in zip(padded, rows):  # noqa: B905  (as many, by construction)
+    for row, ids in zip(padded, rows):  # noqa: B905  (equally many, by construction)
         row[: len(ids)] = ids
     tokens, scores = model.generate(padded, "rationale" if rationale else "answer")
     found = [decode(ids.tolist()) for ids in tokens]

@@ -17,7 +17,7 @@ const element = (tag, kind, ...children) => {
   return made;
 };
 
-// A text of the data as a block of its own writing direction.
+// A text of the data as a block with its own writing direction.
 const said = (text, kind = "") => {
   const block = element("div", `said ${kind}`, text ? visible(text) : element("span", "none", "(nothing)"));
   block.dir = "auto";

@@ -1,4 +1,4 @@
-// The examples of a teacher's page, for browse(). Rows leave out what is empty; teacher/page.py describes the data.
+// The examples of a teacher's page, for browse(). Rows omit empty fields; teacher/page.py describes the data.
 const data = JSON.parse(at("data").textContent);
 const VERDICTS = { right: "right", wrong: "wrong", unusable: "unusable", unjudged: "not judged" };
 
