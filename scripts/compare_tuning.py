@@ -41,7 +41,7 @@ class Tuning:
 
 FULL_RATES, LORA_RATES = (1e-3, 2e-3, 4e-3, 8e-3), (2e-3, 5e-3, 1e-2, 2e-2)
 NO_DROPOUT, ALL_KERNELS = "LORA_DROPOUT=0.0", "LORA_MODULES=['.*']"
-# Sizes are for students of width 64 and 128 with 2 + 2 layers; those of the files are for ones ten times as wide.
+# Sizes are for students of width 64 and 128 with 2 + 2 layers; the files' sizes are for students ten times as wide.
 TUNINGS = {
     "full": Tuning("everything", FULL_RATES, 2e-3),
     "neftune": Tuning("everything, NEFTune", FULL_RATES, 4e-3, "neftune"),

@@ -320,7 +320,7 @@ watch() {
           ;;
         *failed*)
           cat "$scratch/status" >&2
-          complain "the run ended with an error of its own, and is not repeated. Its log: logs --all" && return 6
+          complain "the run itself failed, and is not repeated. Its log: logs --all" && return 6
           ;;
         *) complain "the run was ended by stop; start continues it." && return 4 ;;
       esac

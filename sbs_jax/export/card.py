@@ -119,7 +119,7 @@ def sample_inputs(source: str, card: Mapping[str, Any], *, form: str, rows: int)
 
 
 def read_samples(path: str | Path, card: Mapping[str, Any], *, rows: int) -> list[str]:
-    """Reads the texts "input" of a JSONL file; adds the prefix where it is missing."""
+    """Reads the texts "input" of a JSONL file; adds the prefix if it is missing."""
     texts: list[str] = []
     prefix = card["input"]["prefix"]
     with Path(path).open("rb") as file:

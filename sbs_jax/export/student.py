@@ -36,7 +36,7 @@ class Student:
 
     @classmethod
     def of(cls, opened: Opened, *, source: str, form: str, base: str | None) -> "Student":
-        """Makes the student of an opened checkpoint, whose adapters are merged unless they cannot be.
+        """Makes the student of an opened checkpoint. Adapters are merged if a plain T5 can hold them.
 
         ValueError if its task is unknown.
         """

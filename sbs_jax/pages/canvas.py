@@ -90,7 +90,7 @@ class Canvas:
         self._explanations.append(text)
 
     def svg(self, description: str) -> Markup:
-        """Writes the figure as SVG that a page may hold as it is: every text in it is escaped."""
+        """Writes the figure as SVG that a page can include unchanged: all text in it is escaped."""
         buffer = io.StringIO()
         self._figure.savefig(buffer, format="svg", metadata={"Date": None})
         text = buffer.getvalue()

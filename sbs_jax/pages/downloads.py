@@ -58,7 +58,7 @@ class Downloads:
         for name in index.read_text("utf-8").splitlines() if index.is_file() else ():
             if name not in self._contents and re.fullmatch(r"[a-z0-9][a-z0-9._-]*\.(svg|csv)", name):
                 (self._folder / name).unlink(missing_ok=True)
-        # The index goes first, so that a report that was stopped can be repeated.
+        # The index is written first, so that an interrupted report can be repeated.
         index.write_text("".join(f"{name}\n" for name in sorted(self._contents)), "utf-8")
         for name, content in self._contents.items():
             (self._folder / name).write_text(content, "utf-8", newline="")

@@ -149,7 +149,7 @@ def _round_numbers(low: float, high: float) -> list[float]:
 def differences(
     comparisons: Sequence[Comparison], *, methods: Sequence[str], width: int = 330, height: int = 400
 ) -> str:
-    """Draws the points by which a method is ahead of its reference, at each share of the data, over a line at 0."""
+    """Draws the difference of each method from its reference, in points, at each share of the data, and a line at 0."""
     fractions = sorted({comparison.fraction for comparison in comparisons})
     names = list(dict.fromkeys(comparison.method for comparison in comparisons))
     with Canvas(width, height) as canvas:

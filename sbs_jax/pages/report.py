@@ -110,7 +110,7 @@ def _size(summary: Summary) -> str:
 
 
 def _name(found: Study, summary: Summary) -> str:
-    """Names a summary by its dataset, and by the student's size where there are several."""
+    """Names a summary by its dataset, and by the student's size if there are several."""
     return f"{summary.dataset}, {_size(summary)}" if len(found.of(summary.dataset)) > 1 else summary.dataset
 
 
@@ -123,7 +123,7 @@ def _findings(found: Study, summary: Summary) -> list[str]:
 
 
 def _reproduction(found: Study, *, command: str | None) -> dict[str, Any]:
-    """Collects commands and versions; those of a single run belong to the first."""
+    """Collects commands and versions; facts about a single run are about the first."""
     first, manifest = found.results[0], found.results[0].manifest
     config = shlex.quote(str(Path(first.run.path) / "config.gin"))
     paths = " \\\n    ".join(shlex.quote(str(result.run.path)) for result in found.results)
@@ -154,7 +154,7 @@ class _Figures:
         return Figure(name=name, caption=caption, plot=plot, width=width, files=links)
 
     def by_size(self, dataset: str) -> list[Figure]:
-        """Draws accuracy over the student's size, where there are several sizes."""
+        """Draws accuracy over the student's size, if there are several sizes."""
         summaries = [s for s in self.study.of(dataset) if s.parameters]
         if len(summaries) < 2:
             return []
@@ -170,7 +170,7 @@ class _Figures:
         return [self._figure(name, caption, plot, file=slug("size", dataset), table="accuracy", width=660)]
 
     def of_summary(self, summary: Summary) -> list[Figure]:
-        """Draws accuracies, and differences where there are several shares of the data."""
+        """Draws accuracies, and differences if there are several shares of the data."""
         if len(summary.fractions) > 1:
             plot, name = plots.accuracy_against_data(summary), "Test accuracy against the share of the data"
         else:
@@ -202,7 +202,7 @@ class _Figures:
         results = [result for group in summary.groups for result in group.results]
         found = []
         if any(result.curve("validation", summary.metric) for result in results):
-            note = "Accuracy on validation rows, by which the checkpoint that is tested was chosen. "
+            note = "Accuracy on validation rows, which selects the checkpoint to test. "
             note += "Bold lines are means over the seeds."
             found.append(("Learning curves", note, self._panels(summary, "validation", {summary.metric: "-"})))
         losses = {

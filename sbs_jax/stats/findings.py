@@ -29,7 +29,7 @@ def headline_of_all(study: Study) -> str:
 
 
 def _not_by_holm(comparisons: Sequence[Comparison]) -> str:
-    """Adds that differences are lost when p is corrected for the number of comparisons; else ""."""
+    """Returns a note on differences that Holm's correction of p does not confirm; else ""."""
     lost = [c for c in comparisons if c.verdict != "no difference shown" and c.p_holm >= 0.05]
     if not lost:
         return ""
@@ -119,5 +119,5 @@ def _savings(summary: Summary) -> list[str]:
 
 
 def _one_seed(comparisons: Sequence[Comparison]) -> str:
-    """Adds that there is one seed, whose choice the interval does not cover; else ""."""
+    """Returns a note for a single seed, whose choice the interval does not cover; else ""."""
     return " (one seed)" if any(len(c.seeds) == 1 for c in comparisons) else ""

@@ -43,7 +43,7 @@ def signed_interval(low: float, high: float) -> str:
 
 
 def p_value(p: float) -> str:
-    """Writes a p value in two figures; "< 0.0001" where it is smaller.
+    """Writes a p value in two figures; "< 0.0001" if it is smaller.
 
     >>> p_value(0.0312), p_value(0.5), p_value(0.000004), p_value(1.0)
     ('0.031', '0.50', '< 0.0001', '1.00')

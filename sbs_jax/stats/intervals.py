@@ -66,7 +66,7 @@ def _difference(differences_SN: np.ndarray) -> tuple[float, float, float]:
 
 
 def mcnemar(differences_SN: np.ndarray) -> tuple[int, int, float]:
-    """Does McNemar's exact test: returns the rows that only the one method has right, only the other, and two-sided p.
+    """Does McNemar's exact test; returns rows only one method has right, rows only the other has right, two-sided p.
 
     `differences_SN` is right (1) or wrong (0) of one method minus that of the other, or a positive multiple of it.
     With several seeds, a row counts for the method that is right on it with more seeds, and for neither on a tie. So

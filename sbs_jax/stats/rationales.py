@@ -111,7 +111,7 @@ def quality(
     rationales: Sequence[str],
     predictions: Sequence[str],
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Computes the contents of rationales.json, without those of a student's run, and the lines of rationales.jsonl."""
+    """Computes the contents of rationales.json, except those of a student's run, and the lines of rationales.jsonl."""
     lines = []
     for row, written, prediction in zip(rows, rationales, predictions, strict=True):
         implied = _implied(dataset, row, written)
@@ -168,8 +168,7 @@ def _implied(dataset: Dataset, row: records.Record, text: str) -> str | None:
 
 
 def _alike(same: Callable[[str, str], bool]) -> Callable[[str, str], bool]:
-    """Compares by the dataset's grading, or character by character, since texts that are not labels can be equal
-    too."""
+    """Compares by the dataset's grading, or by characters, since texts that are not labels can be equal too."""
     return lambda a, b: a == b or same(a, b)
 
 

@@ -41,7 +41,7 @@ class Teacher:
     name: str | None  # None if the records do not say
     parameters: float | None  # None if not published
     parser: str | None
-    splits: Mapping[str, Split]  # those whose file is the one that the runs read
+    splits: Mapping[str, Split]  # splits whose file is the one that the runs read
 
 
 def read(manifest: Mapping[str, Any]) -> Teacher | None:

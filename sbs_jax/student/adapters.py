@@ -236,7 +236,7 @@ class PromptModule(nnx.Module):
 
 
 class PrefixModule(nnx.Module):
-    """Trained keys and values that precede those of one attention."""
+    """Trained keys and values that precede an attention's own."""
 
     def __init__(self, config: t5.T5Config, *, prefix: Prefix) -> None:
         shape = (prefix.length, config.num_heads * config.head_dim)
@@ -474,7 +474,7 @@ def init(
 
 
 def _initial_value(name: str, leaf: jax.ShapeDtypeStruct, *, seed: int) -> jax.Array:
-    """Initializes one parameter, with a key from its name, so that its values do not depend on other parts."""
+    """Initializes one parameter, with a key from its name, so that its values do not depend on other parameters."""
     key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
     end = name.rpartition("/")[2]
     if end == "a":  # like PEFT, which uses PyTorch's default for a linear layer

@@ -274,7 +274,7 @@ def constrain(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, partitioner.sharding(axes))
 
 
-# A parameter's logical axes where it is used: `tensor` still shards it, `fsdp` does not.
+# Logical axes of a parameter in use: `tensor` still shards it, `fsdp` does not.
 _IN_USE = {
     "vocab": "activation_vocab",
     "embed": "activation_embed",

@@ -395,5 +395,5 @@ def abstract(
         }
         shapes = jax.eval_shape(stacking.stack, shapes)
         for side in (model.encoder, model.decoder):
-            setattr(side, "layers", side.layers[0])  # noqa: B010  (one layer in the place of a list of them)
+            setattr(side, "layers", side.layers[0])  # noqa: B010  (one layer in place of a list)
     return nnx.split(model, nnx.Param)[0], shapes, axes

@@ -20,7 +20,7 @@ class Optimization:
     """Loss, optimizer, and the size of an update."""
 
     batch_size: int  # rows per update, over all devices and micro-batches (see `rows_per_update`)
-    micro_batches: int = 1  # sequential parts of a batch; gradients are those of the whole
+    micro_batches: int = 1  # sequential parts of a batch; gradients are those of the whole batch
     train_steps: int
     seed: int = 0
     alpha: float  # share of the label objective; the rationale's is 1 - alpha

@@ -91,7 +91,7 @@ def configure(
     prelude += "".join(f"include {file!r}\n" for file in gin_files)
     text = prelude + "\n".join(_quoted(binding) for binding in bindings) + "\n"
     with _usage_errors():
-        # An import applies to its own file only: those of the prelude serve the command line, not included files.
+        # An import applies to its own file only: the prelude's serve the command line, not included files.
         includes, _ = gin.parse_config(text)
         _refuse_foreign(importlib.import_module("gin.config"))
         missing = _REQUIRED.findall(gin.config_str())
@@ -129,7 +129,7 @@ def _usage_errors() -> Iterator[None]:
 
 
 def import_line(name: str) -> str:
-    """Returns the line by which a gin file imports a module that selectors call `name`.
+    """Returns the gin import of the module that selectors call `name`.
 
     >>> import_line("train")
     'from sbs_jax.training import config as train'

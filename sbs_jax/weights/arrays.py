@@ -96,7 +96,7 @@ class Opened:
 
     @property
     def config(self) -> t5.T5Config:
-        """Returns the architecture. ValueError where the form does not store it."""
+        """Returns the architecture. ValueError if the form does not store it."""
         if self.architecture is None:
             raise ValueError("These weights do not say their architecture. Give a run or another form of checkpoint.")
         return self.architecture

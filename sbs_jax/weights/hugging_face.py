@@ -40,7 +40,7 @@ _ACTIVATIONS = {
     "gated-gelu_new": ("gelu", "linear"),
     "gated-silu": ("silu", "linear"),
 }
-# Sizes and numbers of config.json: our field, and Hugging Face's default where it has one.
+# Sizes and numbers of config.json: our field, and Hugging Face's default if it has one.
 _SIZES = {
     "vocab_size": ("vocab_size", None),
     "d_model": ("emb_dim", None),

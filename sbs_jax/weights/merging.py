@@ -21,7 +21,7 @@ def check(opened: Opened, *, owner: str) -> None:
     if extra:
         raise ValueError(
             f"{owner} has {kinds(extra)} ({extra[0]}), which cannot be merged: a plain T5 has no place for them. "
-            "Predict and evaluate with the run as it is, and its base."
+            "Predict and evaluate with the run itself and its base."
         )
 
 

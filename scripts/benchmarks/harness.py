@@ -121,7 +121,7 @@ def listed(values: Sequence[float]) -> str:
 
 
 def versions(*distributions: str) -> dict[str, str]:
-    """Returns versions of Python, the machine and these distributions, without those not installed."""
+    """Returns versions of Python, the machine and these distributions, as far as they are installed."""
     from sbs_jax.prediction import compiled
 
     found = {"python": platform.python_version(), "machine": f"{compiled.processor()}, {os.cpu_count()} CPUs"}

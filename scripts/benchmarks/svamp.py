@@ -1,4 +1,4 @@
-"""Records of SVAMP to train on, or random text of the same lengths where the release or T5's vocabulary is missing."""
+"""Records of SVAMP to train on, or random text of the same lengths if the release or T5's vocabulary is missing."""
 
 import tempfile
 from collections.abc import Sequence
