@@ -1,4 +1,4 @@
-"""ANLI, round 1: does a hypothesis follow from a premise? 16,946 / 1,000 / 1,000 rows.
+"""ANLI, round 1: does a hypothesis follow from a premise? 16,946 / 1,000 / 1,000 train / validation / test rows.
 
 A teacher's reply and the next example that it invents:
 

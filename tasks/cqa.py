@@ -1,4 +1,4 @@
-"""CQA (CommonsenseQA 1): which of five choices answers the question? 9,741 / - / 1,221 rows.
+"""CQA (CommonsenseQA 1): which of five choices answers the question? 9,741 / - / 1,221 train / validation / test rows.
 
 The official validation split is the test split here. A teacher's reply and the next example that it invents:
 

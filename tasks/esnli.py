@@ -1,4 +1,4 @@
-"""e-SNLI: does a hypothesis follow from a premise? 549,367 / 9,842 / 9,824 rows.
+"""e-SNLI: does a hypothesis follow from a premise? 549,367 / 9,842 / 9,824 train / validation / test rows.
 
 A teacher's reply and the next example that it invents:
 

@@ -1,4 +1,4 @@
-"""SVAMP: the equation that solves a word problem of arithmetic. 800 / - / 200 rows.
+"""SVAMP: the equation that solves a word problem of arithmetic. 800 / - / 200 train / validation / test rows.
 
 A teacher's reply and the next example that it invents:
 

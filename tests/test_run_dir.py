@@ -889,7 +889,9 @@ def test_a_manifest_that_is_missing_beside_checkpoints_is_refused(terms, tmp_pat
     (run / "manifest.json").unlink()
     terms().begin(run, step=0)  # killed before it was written: nothing has been computed
     (run / "manifest.json").unlink()
-    with pytest.raises(FileNotFoundError, match=r"manifest.json is missing beside checkpoints up to step 3.*--accept"):
+    with pytest.raises(
+        FileNotFoundError, match=r"manifest.json is missing, although there are checkpoints up to step 3.*--accept"
+    ):
         terms().begin(run)
     assert "is missing" in terms().begin(run, accept_changes=True)["accepted_changes"][0]["diff"][0]
 

@@ -42,7 +42,7 @@ def test_accuracy_is_that_of_the_teacher_s_own_usable_answers(tmp_path: Path) ->
     assert whole[2:] == ["84", "12", "12", "12", "120"]  # right, after a hint, wrong, unusable, rows
     lines = page.table("human label")
     assert [sum(int(lines[label][i]) for label in LABELS) for i in range(2, 7)] == [84, 12, 12, 12, 120]
-    assert "The teacher's own label is the human's on 70.0 % of 120 rows" in page.text
+    assert "The teacher's own label equals the human label on 70.0 % of 120 rows" in page.text
     assert "12 more agree only after a hint" in page.text
 
 
@@ -136,7 +136,7 @@ def test_lengths_are_in_words(tmp_path: Path) -> None:
         ([unusable(i) for i in range(5)], "None of 5 rows got a reply that can be used"),
         ([unusable(i, label=None, replies=()) for i in range(5)], "None of 5 rows got a reply that can be used"),
         ([row(i, label=None, right=None) for i in range(5)], "100.0 % of 5 rows got a label from the teacher"),
-        ([row(0)], "The teacher's own label is the human's on 100.0 % of 1 row"),
+        ([row(0)], "The teacher's own label equals the human label on 100.0 % of 1 row"),
         ([row(i, rationale=None, replies=("",), prompt="") for i in range(3)], "on 100.0 % of 3 rows"),
     ],
     ids=["no rows", "all unusable", "unusable and unlabelled", "no human labels", "one row", "empty texts"],

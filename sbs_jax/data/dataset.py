@@ -41,8 +41,8 @@ class Dataset:
       parsers: parser name -> function of raw teacher text and its row that returns rationale, label and outcome.
       metric_fns: SeqIO metric functions, (targets, predictions) -> {name: value}.
       primary_metric: the metric that picks the best checkpoint; higher is better.
-      same_label: the metric's equality of one pair, (target, prediction) -> bool. Decides which rationales agree with
-        the label, and the teacher's accuracy.
+      same_label: the metric's equality of one pair, (target, prediction) -> bool. Defines agreeing rationales and the
+        teacher's accuracy.
       feature_lengths: {"inputs": .., "targets": ..} in tokens of the T5 vocabulary, prefix and EOS included; every row
         of the real data fits.
       is_label: recognizes a possible label by its form, if the set is open.

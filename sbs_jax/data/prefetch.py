@@ -14,7 +14,7 @@ _Item = TypeVar("_Item")
 class Prefetcher(Iterator[_Item]):
     """Iterator whose items a thread computes ahead; use it with `with`.
 
-    An error of the iterator is raised in place of its item.
+    An error of the iterator is raised instead of its item.
     """
 
     def __init__(self, items: Iterator[_Item], *, depth: int = 2) -> None:

@@ -201,7 +201,7 @@ def read_manifest(directory: str | Path) -> Manifest:
 def put_in_place(made: Path, target: Path, *, overwrite: bool) -> None:
     """Moves a new records directory into place, unless an equal one exists.
 
-    FileExistsError if the existing one differs and `overwrite` is False, or if it has files that are not records.
+    FileExistsError if a different one exists and `overwrite` is False, or it also holds files that are not records.
     """
     if not target.exists():
         made.rename(target)

@@ -298,8 +298,8 @@ def with_ids(rows: Iterable[Row], *, name: str, where: Callable[[int], str]) -> 
     """Gives every row a distinct id: the source's own, or one made from the input.
 
     A made id is `<name>-<first 12 hexadecimal digits of the input's SHA-1>`; the second row with the same input gets
-    `-2` at its end, the third `-3`. Rows with other inputs, and their order, do not change it.
-    ValueError if a source's own id occurs twice.
+    `-2` at its end, the third `-3`. Other inputs, and their order, do not change it. ValueError if a source's
+    own id occurs twice.
     """
     found = []
     place: dict[str, int] = {}

@@ -22,8 +22,8 @@ _FRAMES = 3
 class Watchdog:
     """Logger of stalls: reports when one activity has lasted `seconds`, then after each doubling; use it with `with`.
 
-    It never ends the run, because a first step may compile for long. With several processes, process 0 collects all
-    activities, so that its report names the process that the others wait for.
+    It never ends the run, because a first step may compile for a long time. With several processes, process 0 collects
+    all activities, so that its report names the process that the others wait for.
     """
 
     def __init__(self, seconds: float) -> None:

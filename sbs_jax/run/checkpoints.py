@@ -98,7 +98,7 @@ class Checkpoints:
         """Returns the newest step that passes its checksums, None in a new run; the same on every process.
 
         Newer ones that are damaged or incomplete are named in a warning and moved to `<run>/damaged`. ValueError if no
-        checkpoint is good: only the user decides to start over.
+        checkpoint is good: only the user may decide to start over.
         """
         found = hosts.from_first(self._find_newest_good)
         if found["problem"] is not None:

@@ -206,7 +206,7 @@ class RunDir:
         if not (self.path / MANIFEST).exists():
             if step == 0:
                 return None, []
-            damage = f"{self.path / MANIFEST} is missing beside checkpoints up to step {step}"
+            damage = f"{self.path / MANIFEST} is missing, although there are checkpoints up to step {step}"
             if not accept_changes:
                 raise FileNotFoundError(
                     f"{damage}, so data and settings cannot be compared. Restore it from a copy, or resume without the "

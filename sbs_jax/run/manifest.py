@@ -20,7 +20,7 @@ _REPORTED = (
     *("sbs-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "seqio", "tensorflow", "tensorflow-text"),
     *("tensorflow-datasets", "sentencepiece", "numpy"),
 )
-# Fields of TrainConfig that say where and how a run is computed.
+# Fields of TrainConfig that set where and how a run is computed.
 _WHERE_AND_HOW = (
     *("model_dir", "layout", "execution", "vocabulary_chunks", "checkpoint_period", "keep_checkpoints", "keep_best"),
     *("keep_period", "stall_seconds", "save_patience"),
@@ -35,7 +35,7 @@ _UNCOMPARED = (
 _MACRO = re.compile(r"%([A-Za-z_]\w*)")
 # Settings that are paths, absolute or not.
 _PATHS = ("records_dir", "model_dir", "initial_checkpoint_path", "vocabulary")
-_STEADY = 1e-6  # of the highest rate: tolerance for a schedule's rounding on another device
+_STEADY = 1e-6  # share of the highest rate: tolerance for a schedule's rounding on another device
 
 
 def read(run_dir: str | Path) -> dict[str, Any]:
@@ -156,7 +156,7 @@ def _bindings(text: str) -> dict[str, str]:
 
 
 def _config_changes(old: Mapping[str, str], new: Mapping[str, str], *, same_vocabulary: bool) -> list[str]:
-    """Compares the values of bindings; it does not matter if a macro, a binding or a default supplies them.
+    """Compares the values of bindings, whether set by a macro, directly or by default.
 
     A difference that comes from a macro alone is shown as that macro's.
     """

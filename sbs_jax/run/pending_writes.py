@@ -24,7 +24,7 @@ class PendingWrites:
         self._replaced: dict[Path, bytes] = {}
 
     def follow(self, path: Path, *, end: int) -> None:
-        """Starts appending to a file after its first `end` bytes; the first write truncates the file to them."""
+        """Starts appending to a file at byte `end`; the first write cuts off anything after it."""
         self._pieces[path], self._ends[path] = [], end
 
     def append(self, path: Path, piece: bytes) -> None:

@@ -28,7 +28,7 @@ from sbs_jax.storage import atomic, checksums
 log = logging.getLogger(__name__)
 
 PARAMETERS, OPTIMIZER, METADATA = "parameters", "optimizer", "metadata"
-WRITING = ".writing"  # suffix of the name before that
+WRITING = ".writing"  # suffix of the directory's name until then
 _STATUS = ".written"  # suffix of the file in which a process reports the end of its part
 _WORTH_COLLECTING = 32_000_000  # bytes of a failed save; a garbage collection takes half a second
 _SEEN_WITHIN = 60.0  # seconds in which a network file system shows a file to another host

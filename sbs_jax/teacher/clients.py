@@ -22,7 +22,7 @@ from typing import Any, Protocol, runtime_checkable
 from sbs_jax.teacher.prompts import Message, Prompt
 
 CHAT, COMPLETION = "chat", "completion"
-# Endings of a reply; any other word is the provider's own.
+# Values of `Reply.finish`; any other word is the provider's own.
 STOP, LENGTH = "stop", "length"
 CONTENT_FILTER, TOO_LONG = "content_filter", "too_long"
 

@@ -97,7 +97,7 @@ def teach(options: Options) -> Manifest | None:
         return None
     with Store(options.store) as store:
         if options.retry_failed:
-            log.info("%d failures forgotten.", store.forget_failures())
+            log.info("Cleared %d recorded failures.", store.forget_failures())
         if not options.export_only:
             _show_plan(plan, prompt=False)
             in_batches = options.batch or options.cancel_batches

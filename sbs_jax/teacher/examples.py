@@ -23,8 +23,8 @@ class Example:
       replies: raw, one per sample, in order.
       teacher_label: None if no reply can be used.
       outcome: a word of `OUTCOMES` or `FAILURES` in `data.parsing`; others are shown without an explanation.
-      hinted: the prompt held the human label. Its answer never counts as right.
-      right: whether teacher and human label are the same, by the dataset's rule; None without both.
+      hinted: the prompt contained the human label; its answer never counts as right.
+      right: whether teacher and human label are the same, by the dataset's rule; None if either is missing.
       votes: (replies with this label, replies requested) if there are several samples, as in a record; else None.
     """
 
@@ -71,7 +71,7 @@ class Score:
 
     rows: int = 0
     right: int = 0
-    after_hint: int = 0  # right, but the prompt held the label
+    after_hint: int = 0  # right, but the prompt contained the label
     unusable: int = 0
 
     def add(self, row: Example) -> None:

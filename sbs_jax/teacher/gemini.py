@@ -161,7 +161,7 @@ def read_gemini(data: Mapping[str, Any]) -> Reply:
             data=data,
         )
     except (AttributeError, TypeError, KeyError, IndexError):
-        raise refusals.no_reply("a body of another form", data) from None
+        raise refusals.no_reply("an unexpected form", data) from None
 
 
 # ------------------------------------------------------------------------------------------------ batch jobs
@@ -242,7 +242,7 @@ class GeminiBatches(_GoogleBatches):
             code = int(error.get("code") or 13)
             raise refusals.problem(code if code >= 100 else _HTTP.get(code, 500), {"message": error.get("message")})
         if not isinstance(response, dict):
-            raise Again("A line without a response.")
+            raise Again("The line has no response.")
         return read_gemini(response)
 
 

@@ -116,7 +116,7 @@ def read_openai(data: Mapping[str, Any]) -> Reply:
             data=data,
         )
     except (AttributeError, TypeError, KeyError, IndexError):
-        raise refusals.no_reply("a body of another form", data) from None
+        raise refusals.no_reply("an unexpected form", data) from None
 
 
 _STATES = {"completed": DONE, "failed": FAILED, "expired": FAILED, "cancelled": CANCELLED}
@@ -178,7 +178,7 @@ class OpenAIBatches(BatchClient):
         if error:  # expired or cancelled: it was never answered
             raise Again(str(error.get("message")))
         if not isinstance(response, dict):
-            raise Again("A line without a response.")
+            raise Again("The line has no response.")
         body = response.get("body") or {}
         if response.get("status_code") != 200:
             raise refusals.problem(int(response.get("status_code") or 500), body.get("error"))

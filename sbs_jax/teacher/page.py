@@ -94,7 +94,7 @@ def _with_shared_lines(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[
     """Stores each line of the prompts once, because prompts repeat their exemplars.
 
     The two prompts "a\\nb\\nc" and "a\\nb\\nd" are the lines ["a\\n", "b\\n", "c", "d"] and the ranges [0, 3] and
-    [0, 2, 3, 4]: from, to, from, to, without the last.
+    [0, 2, 3, 4]: start, end, start, end; ends are exclusive.
     """
     numbers: dict[str, int] = {}
     compact = []
@@ -118,7 +118,7 @@ def _headline(counts: Counts) -> str:
         return f"None of {_rows(counts.rows)} got a reply that can be used"
     if not score.rows:
         return f"{_share(counts.usable, counts.rows)} of {_rows(counts.rows)} got a label from the teacher"
-    return f"The teacher's own label is the human's on {_share(score.right, score.rows)} of {_rows(score.rows)}"
+    return f"The teacher's own label equals the human label on {_share(score.right, score.rows)} of {_rows(score.rows)}"
 
 
 class Bar(NamedTuple):
@@ -233,7 +233,7 @@ def _lengths(counts: Counts) -> list[Figure]:
                 f"{sum(lengths.values()):,} of them; half have up to {half:,} words, "
                 f"90\N{NO-BREAK SPACE}% up to {most:,}, 99\N{NO-BREAK SPACE}% up to {nearly_all:,}, "
                 f"the longest {longest:,}{' or more' * (longest == LONGEST_COUNTED)}."
-                f"{' The last bar holds all that are longer, too.' * (longest > upto)}"
+                f"{' The last bar also counts all longer ones.' * (longest > upto)}"
             )
             plot = _histogram(name, lengths, upto=upto)
             found.append(Figure(name=name, caption=caption, plot=plot, width=_HISTOGRAM_WIDTH))
@@ -241,7 +241,7 @@ def _lengths(counts: Counts) -> list[Figure]:
 
 
 def _histogram(name: str, lengths: Counter[int], *, upto: int) -> str:
-    """Draws bars of equal numbers of words; the last one has everything longer than `upto` as well."""
+    """Draws bars of equal numbers of words; the last one also counts everything longer than `upto`."""
     step = max(1, -(-(upto + 1) // _BARS))
     last = upto // step
     heights: Counter[int] = Counter()

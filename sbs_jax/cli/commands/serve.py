@@ -34,9 +34,7 @@ def add(command: Any) -> None:
         "SIGTERM or Ctrl-C finishes the requests in flight; a second one ends at once. See docs/serving.md.",
     )
     serve.add_argument("--model", required=True, metavar="DIR", help="run directory, or one of its checkpoints/<step>")
-    serve.add_argument(
-        "--base", metavar="PATH", help="new place of the base that a run's adapters were trained on, if it moved"
-    )
+    serve.add_argument("--base", metavar="PATH", help="new path of the base of a run's adapters, if it has moved")
     serve.add_argument(
         "--adapters",
         action="append",
