@@ -16,7 +16,7 @@ def served(folder: Path, *, bucket: str) -> Iterator[tuple[dict[str, str], list[
 
     class Handler(http.server.BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
-        disable_nagle_algorithm = True  # otherwise a body waits 40 ms for the acknowledgement of its headers
+        disable_nagle_algorithm = True  # otherwise a body waits 40 ms for the acknowledgment of its headers
 
         def do_GET(self) -> None:
             asked.append(self.path)

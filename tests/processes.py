@@ -402,7 +402,7 @@ def _serve(address: str) -> dict[str, Any]:
 
 def _fork() -> int:
     with warnings.catch_warnings():
-        # Of Python 3.12: NumPy's OpenBLAS has a thread, which it stops before and starts after a fork.
+        # Python 3.12 warns because of NumPy's OpenBLAS thread, which OpenBLAS itself stops and restarts around a fork.
         warnings.simplefilter("ignore", DeprecationWarning)
         return os.fork()
 

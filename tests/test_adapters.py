@@ -30,7 +30,7 @@ DEEP = dataclasses.replace(MODEL, num_encoder_layers=2, num_decoder_layers=2)
 TIED = dataclasses.replace(MODEL, mlp_activations=("relu",), logits_via_embedding=True)
 EVERY_LORA = LoRA(rank=4, alpha=8.0, modules=adapters.ALL)
 SOME_LORA = dataclasses.replace(EVERY_LORA, modules=("query", "value", "wo"))  # a third of them, sooner compiled
-# What leaves a student as it is until it is trained.
+# Tunings that leave a student unchanged until it is trained.
 SILENT = {
     "lora": Tuning(lora=EVERY_LORA),
     "bottleneck": Tuning(bottleneck=Bottleneck(width=8)),

@@ -59,7 +59,7 @@ def test_the_table_names_every_parameter_once_on_each_side(case):
     assert [name.ours for name in table] == list(parameters)
     assert len({name.hugging_face for name in table}) == len(table)
     assert len({name.t5x for name in table}) == len(table)
-    # What is scanned together differs in the layer alone.
+    # Arrays scanned together differ only in the layer.
     assert len({(name.scanned, name.layer) for name in table}) == len(table)
 
 
@@ -375,7 +375,7 @@ def test_a_half_written_export_does_not_look_complete(tmp_path):
     with pytest.raises(OSError, match="disk full"):
         hugging_face.write(tmp_path / "out", Opened(config, broken), dtype="float32")
     assert not (tmp_path / "out").exists()
-    # What is left of it is in nobody's way.
+    # Its remains do not block a second conversion.
     hugging_face.write(tmp_path / "out", opened, dtype="float32")
     same(hugging_face.open_directory(tmp_path / "out"), config)
     assert [file.name for file in tmp_path.iterdir()] == ["out"]

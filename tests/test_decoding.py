@@ -61,7 +61,7 @@ def slow_log_p(structure, parameters, source, *, length):
     model = jax.jit(lambda p, x, y: jax.nn.log_softmax(t5.join(structure, p)(x, y), axis=-1))
 
     def of(row, sequences):
-        # As many rows each time as ever are asked, so that it compiles once.
+        # Always the largest number of rows, so that it compiles once.
         target = np.zeros((16, length), np.int32)
         for i, sequence in enumerate(sequences):
             target[i, 1 : len(sequence) + 1] = sequence
@@ -141,7 +141,7 @@ def test_rows_that_have_ended_are_dropped_without_a_trace(way, monkeypatch):
     ended = tokens == decoding.EOS
     lengths = np.where(ended.any(axis=1), ended.argmax(axis=1) + 1, 40)
     lengths = np.sort(np.where(np.asarray(source).any(axis=1), lengths, 0))
-    # As long as more than 8 go on all are there, and so on.
+    # All rows stay while more than 8 continue, 8 while more than 4 do.
     until = (lengths[7], lengths[11], lengths[-1])
     assert 0 < until[0] < until[1] < until[2]
     assert whole == {16: until[2]}

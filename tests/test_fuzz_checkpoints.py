@@ -66,7 +66,7 @@ def configured(name: str, files: list[str], bindings: list[str]) -> None:
 
 def test_bindings_of_the_command_line(fuzz: Fuzz) -> None:
     prepared()
-    # What is bound has no annotations: to tell what is wrong with an argument takes the tests' type checker long.
+    # Bound functions have no annotations: describing a wrong argument takes the tests' type checker long.
     whole = [*(f"optax.linear_schedule.{name}={value}" for name, value in SCHEDULE.items()), "END=0.5"]
     gin_files.configure("optax.linear_schedule", gin_files=[], bindings=whole)
 

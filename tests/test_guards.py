@@ -159,7 +159,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_what_a_replay_needs(poison
     guilty = {row["id"] for row in found["examples"] if not math.isfinite(row["alone"])}
     assert guilty
     assert guilty <= ids
-    # Those that share a row with it are spoiled in the batch, and not by themselves.
+    # Examples that share a row with it are not finite in the batch, but finite by themselves.
     rows = {row["row"] for row in found["examples"] if row["id"] in guilty}
     assert all(math.isfinite(row["loss"]) == (row["row"] not in rows) for row in found["examples"])
     assert found["parameters"] == {

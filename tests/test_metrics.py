@@ -93,7 +93,7 @@ def test_equations_are_the_same_by_value():
     assert not grading.same_equation_value("( 84.0 / 2.0 )", "43")
     # Different values that are equal as floats.
     assert not grading.same_equation_value("0.1 + 0.2", "0.30000000000000004")
-    # What has no value equals nothing, not even itself.
+    # An expression without a value equals nothing, not even itself.
     assert not grading.same_equation_value("(14, 21)", "(14, 21)")
     assert not grading.same_equation_value("1", "(2 > 1)")
 

@@ -17,7 +17,7 @@ import sbs_jax
 REPOSITORY = Path(__file__).resolve().parents[1]
 SHIPPED = ("sbs_jax", "tasks", "gin_configs")
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-# Where the name to import is not the name to install.
+# Packages whose import name differs from the name to install.
 DISTRIBUTIONS = {
     "absl": "absl-py",
     "gin": "gin-config",

@@ -42,7 +42,7 @@ TUNINGS = {
     "ia3": adapters.Tuning(ia3=adapters.IA3()),
     "ia3 in one layer": adapters.Tuning(ia3=adapters.IA3(outputs=("decoder/layers/0/.*/key",), inputs=("wo",))),
 }
-# What PEFT's LoRA and IA3 have no place for, and what the error calls it.
+# Tunings that PEFT's LoRA and IA3 cannot hold, and their names in the error.
 WITHOUT_A_PLACE = {
     "bottlenecks": adapters.Tuning(lora=LORA, bottleneck=adapters.Bottleneck(width=3)),
     "a prompt": adapters.Tuning(prompt=adapters.Prompt(length=2)),
@@ -639,7 +639,7 @@ def test_an_export_answers_in_peft_as_our_run_does(name, theirs, tmp_path):
     found = torch_logits(reference, model)
     np.testing.assert_allclose(our_logits(config, TUNINGS[name], values), found, rtol=0, atol=2e-5)
     assert np.max(np.abs(found - torch_logits(reference, reference.load(base)))) > 0.1
-    # What PEFT saves of it again is the same.
+    # PEFT saves the same again.
     model.save_pretrained(tmp_path / "saved")
     first, again = (safetensors.numpy.load_file(tmp_path / each / peft.WEIGHTS) for each in ("out", "saved"))
     assert set(first) == set(again)

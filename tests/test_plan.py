@@ -24,7 +24,7 @@ MODULE = (Path(__file__).parent / "goldens" / "scheduled.hlo").read_text("utf-8"
 
 def test_cycles_are_summed_with_loops_as_often_as_they_run():
     program = hlo.read(MODULE)
-    # What fusions hold, conditions of loops and the compiler's "unknown" are not added.
+    # Insides of fusions, conditions of loops and the compiler's "unknown" are not added.
     assert program.cycles == 3 * (5 * 10 + 100) + 1000 + 20000 + 300000
     assert [(loop.body, loop.trips, loop.cycles) for loop in program.loops] == [
         *(("decode", None, 1000), ("body", 3, 150), ("inner_body", 5, 10))

@@ -165,7 +165,7 @@ def test_a_sampled_row_depends_on_its_id_and_the_seed_alone(student):
 def test_tokens_are_drawn_by_their_probability(temperature, top_k, top_p):
     logits = np.array([2.0, 1.0, 0.5, 0.0, -1.0, -3.0], np.float32)
     kept = np.asarray(decoding._filter(jnp.asarray(logits[None] / temperature), top_k=top_k, top_p=top_p))[0]
-    # As Hugging Face's warpers have it, written again on numbers.
+    # The rules of Hugging Face's warpers, written again with numbers.
     p = np.exp(logits / temperature) / np.exp(logits / temperature).sum()
     if top_k:
         p[np.argsort(-p)[top_k:]] = 0.0

@@ -148,7 +148,7 @@ def test_a_students_rationales(trained: Path, monkeypatch: pytest.MonkeyPatch) -
     shares = found["consistency"]
     assert 0 <= shares["by_label_task"] <= 1
     assert shares["by_label_task_other_rationale"] is not None
-    # What a student says decides what is found: the same run, saying the teacher's words.
+    # The figures follow the student's texts: the same run with the teacher's words.
     said = [line["teacher_rationale"] for line in lines]
 
     def as_the_teacher(

@@ -84,7 +84,7 @@ def test_mcnemar_is_that_of_an_independent_count() -> None:
     # Two-sided binomial of 6 coins: as far out as 5 or farther.
     assert p == pytest.approx(2 * sum(math.comb(6, k) for k in (5, 6)) / 2**6)
     assert intervals.mcnemar(np.zeros((2, 9))) == (0, 0, 1.0)
-    # Of three seeds, a row counts for who is right on it more often, and for nobody when it is even.
+    # With several seeds, a row counts for the method that has it right more often, and for neither in a tie.
     seeds = np.array([[1.0, 1.0, 0.0, -1.0], [1.0, -1.0, 0.0, -1.0], [-1.0, 0.0, 0.0, 0.0]])
     assert intervals.mcnemar(seeds)[:2] == (1, 1)
 

@@ -139,7 +139,7 @@ def test_a_run_that_another_process_took_over_writes_nothing_more(tmp_path, come
         (tmp_path / "new").replace(tmp_path / "lock")
         with pytest.raises(lock.TakenOverError, match=r"process 7 on elsewhere .*took over .*this one, process \d+"):
             run.log("train", 2, {})
-        # What happened in between nobody knows, so there is no way back.
+        # Events in between are unknown, so the first process cannot continue.
         if comes_back == "removed":
             (tmp_path / "lock").unlink()
         elif comes_back == "given back":

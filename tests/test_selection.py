@@ -177,7 +177,7 @@ def test_agreeing_rationales_are_graded_as_the_dataset_grades():
     assert ids(agreeing, "rationale_then_label") == ["row-1", "row-2"]
     assert ids(agreeing, "label") == ["row-1", "row-2", "row-3", "row-4"]
     assert agreeing.counts["rationale: not used, argues for another label"] == 2
-    # As text, not even "1.0" and "1" agree.
+    # Compared as text, even "1.0" and "1" differ.
     assert ids(select(found, rationales="agreeing", same_label=grading.same_text), "rationale") == []
     # The teacher's rationale always argues for the teacher's label.
     distilled = select(found, rationales="agreeing", label_source="teacher")

@@ -212,7 +212,7 @@ def test_the_papers_sweeps_hold_exactly_the_cells_of_its_tables_and_figures() ->
         assert found == set(itertools.product(DATASETS, sizes, methods, (labels,))), name
         assert {cell.seed for cell in cells} == {0, 1, 2, 3}, name
         fractions = {(cell.dataset, cell.fraction) for cell in cells}
-        # What the paper's text names is on every curve; tables and the figure of sizes have all of the data alone.
+        # Fractions named in the paper's text are on every curve; tables and the figure of sizes use all of the data.
         named = {("esnli", 0.125), ("anli1", 0.25), ("cqa", 0.75), ("svamp", 0.8)} if "table" not in name else set()
         named = set() if "model_size" in name else named
         assert fractions >= named | {(dataset, 1.0) for dataset in DATASETS}, name

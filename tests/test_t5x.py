@@ -127,7 +127,7 @@ def test_logits_are_t5x_s(records_dir, version, pack):
     )
     model = t5x_student(config, records_dir, alpha=0.5, z_loss=0.0)
     theirs = model._compute_logits(nested(parameters), batch)
-    # What padding sees differs, and counts nowhere.
+    # Values at padding differ, and count nowhere.
     real = batch["decoder_target_tokens"] > 0
     difference = np.abs(np.asarray(ours) - np.asarray(theirs))[real].max()
     print(f"logits {version} pack={pack}: max difference {difference:.2e}, std {np.asarray(ours)[real].std():.2f}")

@@ -199,7 +199,7 @@ def test_a_server_that_misbehaves_in_every_way(inputs, answer, tmp_path, monkeyp
         assert "not_asked" not in outcomes
         assert outcomes["ok"] > 20
         with Store(tmp_path / "store.sqlite") as store:
-            # What the content filter kept back has a text too, which the server counts.
+            # Replies withheld by the content filter have a text too, which the server counts.
             assert server.replied == store.counts()["replies"] + outcomes["content_filter"]
         # A second run has nothing left to do.
         asked = server.asked

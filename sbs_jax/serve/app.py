@@ -1,4 +1,4 @@
-"""Answer HTTP requests: paths, limits, errors and counters."""
+"""HTTP side of the server: paths, limits, errors and counters."""
 
 import asyncio
 import collections

@@ -1,4 +1,4 @@
-"""Batch the rows of many requests: one thread owns the model and takes the waiting rows, first come, first served.
+"""Batches of rows of many requests: one thread owns the model and takes the waiting rows, first come, first served.
 
 While a batch is computed the next one fills, so batches grow with the load: an idle server answers a single row after
 `max_wait`, a busy one takes up to `max_batch` rows at a time.

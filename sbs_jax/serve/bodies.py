@@ -1,4 +1,4 @@
-"""Define the bodies of the server's requests and responses, and read those of `POST /predict`.
+"""Bodies of the server's requests and responses, and a reader of those of `POST /predict`.
 
     {"inputs": [{"input": "Ann has 3 pens and buys 4. How many has she?"},
                 {"id": "b", "input": "..", "choices": ["yes", "no"], "rationale": true, "adapter": "esnli"}]}

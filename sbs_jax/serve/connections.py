@@ -1,4 +1,4 @@
-"""Limit what a client's connection may cost: connection limits that uvicorn lacks, with errors as JSON.
+"""Limits on a client's connection that uvicorn lacks, with errors as JSON.
 
 uvicorn waits forever for a request's headers and for a client that reads nothing (`Connection`), and reads the body of
 a request that is already answered without end (`Unread`).

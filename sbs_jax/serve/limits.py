@@ -1,4 +1,4 @@
-"""Limit what requests may cost."""
+"""Limits on requests, with their defaults."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""Describe the server as an OpenAPI 3.1 document."""
+"""OpenAPI 3.1 document of the server."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Serve one model on a port: bind, load, listen, warm up, answer, stop."""
+"""Server of one model on a port: bind, load, listen, warm up, answer, stop."""
 
 import asyncio
 import contextlib

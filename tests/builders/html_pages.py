@@ -84,7 +84,7 @@ def check(page: Path) -> Reader:
     return reader
 
 
-# What a teacher should not get away with.
+# Hostile replies of a teacher.
 HOSTILE = [
     "</script><script>window.pwned = 1</script>",
     "<img src=x onerror='window.pwned = 1'>",
