@@ -148,7 +148,7 @@ class Forked(Process):
 
 @contextlib.contextmanager
 def server(shared: Path) -> Iterator[str | None]:
-    """Address of the server, which ends with the last test run that uses it; None where processes cannot be forked.
+    """Yields the address of the server, which ends with its last test run; None if processes cannot be forked.
 
     Runs that give the same folder have the same server.
     """
@@ -214,7 +214,7 @@ class Starter:
         environment: Mapping[str, str | None] | None = None,
         cwd: Path | None = None,
     ) -> Process:
-        """`sbs` with these arguments, its output in a folder of its own under `folder`.
+        """Starts `sbs` with these arguments, its output in a folder of its own under `folder`.
 
         `path` is where modules are found too; variables of the environment that are None are not set.
         """
@@ -300,7 +300,7 @@ def until(condition: Callable[[], bool], processes: Sequence[Process], *, second
 
 
 def write_whole_entries() -> None:
-    """From here on, what this process adds to JAX's compilation cache appears whole, so that others may read meanwhile.
+    """Makes this process add entries to JAX's compilation cache atomically from now on, so others may read meanwhile.
 
     JAX itself writes in place.
     """

@@ -39,7 +39,7 @@ def label_student(tmp_path_factory) -> Path:
 
 
 def test_stablehlo_answers_without_this_package(student, tmp_path):
-    """Label and rationale; two more rows than a program takes; inputs that are truncated or have an end token."""
+    """Labels and rationales, two more rows than a program takes, inputs that are truncated or contain an end token."""
     summary = converted(student, tmp_path / "out", check=0)
     assert summary["check"] is None
     assert summary["platforms"] == ["cpu", "tpu", "cuda"]

@@ -154,7 +154,7 @@ def test_modules_that_stay_light(module: str, allowed: set[str]) -> None:
 
 @pytest.mark.parametrize("inside_functions", [False, True])
 def test_every_import_is_declared(inside_functions: bool) -> None:
-    """At the top of a module only runtime dependencies; an extra's where a function needs it.
+    """Modules import only runtime dependencies at the top; functions import the packages of an extra.
 
     The server extends classes of its extra's: its modules import that, and a function imports them.
     """

@@ -40,7 +40,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def teacher_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """120 rows, one with texts that are hard to fit."""
+    """Page of 120 rows, one with texts that are hard to fit."""
     path = tmp_path_factory.mktemp("teacher") / "page.html"
     hard = teacher_rows.row(119, replies=("x" * 1400, "word " * 200), votes=(1, 2), id="i" * 300, input="y" * 900)
     write_page(path, title="t" * 200, facts={"prompt": "0" * 64}, rows=[*teacher_rows.some_rows(119), hard])

@@ -99,7 +99,7 @@ def test_the_recorded_updates_are_what_pytorch_makes(name, tmp_path):
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory, real_vocab):
-    """transformers' tokenizer, of the files that an export carries."""
+    """Loads transformers' tokenizer from the files of an export."""
     opened = cases.opened(cases.config("v1_1"))
     opened = Opened(opened.config, opened.arrays, vocabulary=str(real_vocab))
     folder = tmp_path_factory.mktemp("tokenizer") / "exported"
@@ -119,7 +119,7 @@ def test_every_real_text_has_the_same_tokens(dataset, tokenizer, real_vocab, rea
 
 
 def release_texts(folder):
-    """Every text field of a dataset of the release but the ids."""
+    """Returns every text field, except ids, of a dataset of the release."""
     for file in folder.glob(f"{folder.name}_*.json"):
         for line in file.read_text("utf-8").splitlines():
             row = json.loads(line)

@@ -335,7 +335,7 @@ def test_a_compiler_that_aborts_or_hangs_loses_no_other_candidate():
 
 
 def test_two_processes_compile_at_once():
-    """libtpu locks a file against a second process, unless it is told that it is a compiler."""
+    """libtpu locks a file against a second process, unless a variable says that it only compiles."""
     code = (
         "import sys, time; from sbs_jax.plan import chips; chips.topology('v5e:2x2').describe();"
         "print('ready', flush=True); sys.stdin.read()"

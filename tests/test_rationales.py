@@ -98,7 +98,7 @@ def test_rouge_l(reference: str, text: str, expected: float) -> None:
 
 
 def test_quality_by_hand() -> None:
-    """Three rows: consistent, not, and one whose text names nothing and whose teacher said nothing."""
+    """Three rows: consistent, inconsistent, and one whose text names no label and that has no teacher's rationale."""
 
     def row(name: str, rationale: str | None) -> records.Record:
         return records.Record(

@@ -15,7 +15,7 @@ SPEEDS = {"tokens_per_second", "seconds_per_step", "data_wait_share"}
 
 @dataclasses.dataclass(frozen=True)
 class Contents:
-    """The result of a finished run."""
+    """Result of a finished run."""
 
     arrays: dict[str, np.ndarray]  # of its last step: parameters and optimizer
     metadata: dict[str, Any]

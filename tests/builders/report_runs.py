@@ -27,9 +27,9 @@ def write_run(
     manifest_of: dict | None = None,
     text: str = "",
 ) -> Path:
-    """A run directory as `sbs train` leaves it, with these answers on test right.
+    """Writes a run directory as `sbs train` leaves it, with these test answers right.
 
-    `manifest_of` is put over the manifest, and `text` at the end of every input.
+    `manifest_of` overrides fields of the manifest; `text` is appended to every input.
     """
     right = [i % 2 == 0 for i in range(40)] if right is None else right
     accuracy = 100.0 * sum(right) / len(right)
