@@ -173,8 +173,8 @@ def test_slurm_tells_the_place(monkeypatch):
     ("flags", "message"),
     [
         (["--multihost"], "--multihost found no Cloud TPU, GKE, Slurm or Open MPI environment"),
-        (["--multihost", "--process_count=2"], "--multihost finds out what --process_count would say"),
-        (["--process_count=2", "--process_index=1"], "--coordinator_address, --process_count and --process_index go"),
+        (["--multihost", "--process_count=2"], "--multihost detects --process_count"),
+        (["--process_count=2", "--process_index=1"], "got --process_count, --process_index alone"),
         (["--coordinator_address=here", "--process_count=2", "--process_index=1"], "'here'; expected HOST:PORT"),
         (["--coordinator_address=h:1", "--process_count=2", "--process_index=2"], "process_index 2 of process_count 2"),
         (
