@@ -13,13 +13,23 @@ from sbs_jax.training.step import Batch, TrainState, prepare
 
 def answers(config: t5.T5Config, parameters: t5.Parameters) -> dict[str, np.ndarray]:
     """Computes logits of given targets, and generates by greedy and beam search."""
+    return {"logits": logits(config, parameters), **generated(config, parameters)}
+
+
+def logits(config: t5.T5Config, parameters: t5.Parameters) -> np.ndarray:
+    """Computes logits of given targets."""
+    model = t5.join(t5.abstract(config)[0], parameters)
+    source, target = jnp.asarray(cases.source()), jnp.asarray(cases.shifted(cases.target()))
+    return np.asarray(jax.jit(model.__call__)(source, target))
+
+
+def generated(config: t5.T5Config, parameters: t5.Parameters) -> dict[str, np.ndarray]:
+    """Generates by greedy and beam search."""
     model = t5.join(t5.abstract(config)[0], parameters)
     source = jnp.asarray(cases.source())
-    logits = jax.jit(model.__call__)(source, jnp.asarray(cases.shifted(cases.target())))
     greedy, _ = jax.jit(lambda tokens: decoding.greedy(model, tokens, length=cases.LENGTH))(source)
     search = jax.jit(lambda tokens: decoding.beam_search(model, tokens, length=cases.LENGTH, beams=cases.BEAMS)[0])
-    found = {"logits": logits, "greedy": greedy, "beam": search(source)}
-    found["more_beam"] = search(jnp.asarray(cases.more_sources()))
+    found = {"greedy": greedy, "beam": search(source), "more_beam": search(jnp.asarray(cases.more_sources()))}
     return {name: np.asarray(values) for name, values in found.items()}
 
 

@@ -293,6 +293,7 @@ def test_what_is_trained_has_gradients_and_state_and_the_rest_stays(tmp_path, re
     assert losses[-1] < losses[0]
 
 
+QLORA_AND_PREFIX = Tuning(base="nf4", lora=SOME_LORA, prefix=Prefix(length=3))
 LAYOUTS = {
     "fsdp x tp": partitioning.Layout(slice=1, data=1, fsdp=4, tensor=2),
     "dp": partitioning.DATA_PARALLEL,
@@ -303,9 +304,9 @@ LAYOUTS = {
 @pytest.mark.parametrize(
     ("tuning", "mesh", "layers"),
     [
-        pytest.param(Tuning(base="nf4", lora=SOME_LORA), "fsdp x tp", "scanned", id="qlora"),
+        pytest.param(QLORA_AND_PREFIX, "fsdp x tp", "scanned", id="qlora and prefix"),
         pytest.param(SPOKEN["nf4"], "fsdp x tp", "scanned", id="nf4", marks=pytest.mark.faults),  # bottlenecks too
-        pytest.param(SPOKEN["prefix"], "dp", "scanned", id="prefix"),
+        pytest.param(SPOKEN["prefix"], "dp", "scanned", id="prefix", marks=pytest.mark.faults),
         pytest.param(SILENT["last layers"], "fsdp x tp", "unrolled", id="last layers"),
     ],
 )

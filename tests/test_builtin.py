@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -230,12 +231,17 @@ def test_shipped_student_knows_the_text_of_the_shipped_vocabulary() -> None:
     config = demo_config("step_by_step")
     structure, shapes, _ = t5.abstract(config.model)
     with np.load(builtin.student_path()) as arrays:
-        model = t5.join(structure, {name: jnp.asarray(arrays[name]) for name in shapes})
+        parameters = {name: jnp.asarray(arrays[name]) for name in shapes}
     vocabulary = tokens.vocabulary(builtin.vocabulary_path())
     corpus = list(itertools.islice(builtin_corpus.rows(seed=3), 64))
     source_BS, target_BT = (padded(tokens.encode([row[part] for row in corpus], vocabulary)) for part in (0, 1))
-    logits_BTV = model(source_BS, jnp.pad(target_BT, ((0, 0), (1, 0)))[:, :-1])
-    loss_BT = optax.softmax_cross_entropy_with_integer_labels(logits_BTV, target_BT)
+
+    @jax.jit
+    def loss_of(parameters):
+        logits_BTV = t5.join(structure, parameters)(source_BS, jnp.pad(target_BT, ((0, 0), (1, 0)))[:, :-1])
+        return optax.softmax_cross_entropy_with_integer_labels(logits_BTV, target_BT)
+
+    loss_BT = loss_of(parameters)
     assert float(loss_BT[target_BT > 0].mean()) < 1.0
 
 

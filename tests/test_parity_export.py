@@ -20,6 +20,22 @@ pytestmark = [
 VOCABULARIES = ("byte", "pieces")
 
 
+# What is not installed is seen before a student is made.
+@pytest.fixture(scope="module")
+def transformers():
+    return pytest.importorskip("transformers", reason="transformers is not installed; `make test-parity` installs it")
+
+
+@pytest.fixture(scope="module")
+def ctranslate2():
+    return pytest.importorskip("ctranslate2", reason="CTranslate2 is not installed; `make test-parity` installs it")
+
+
+@pytest.fixture(scope="module")
+def jax2onnx():
+    return pytest.importorskip("jax2onnx", reason="jax2onnx is not installed; `make test-parity` installs it")
+
+
 @pytest.fixture(scope="module", params=VOCABULARIES)
 def student(request, tmp_path_factory) -> tuple[Path, list[str]]:
     """Writes a run; returns it with the answers of `sbs predict` to `students.TEXTS`."""
@@ -40,9 +56,8 @@ def exported(student, tmp_path_factory) -> Path:
     return folder
 
 
-def test_the_card_s_program_answers_in_transformers(student, exported):
+def test_the_card_s_program_answers_in_transformers(transformers, student, exported):
     """Runs the README's text, with the directory and the questions filled in."""
-    pytest.importorskip("transformers", reason="transformers is not installed; `make test-parity` installs it")
     readme = (exported / cards.README).read_text("utf-8")
     (program,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
     program = program.replace('"DIRECTORY"', repr(str(exported))).replace('["..."]', repr(list(students.TEXTS)))
@@ -51,10 +66,8 @@ def test_the_card_s_program_answers_in_transformers(student, exported):
     assert found["answers"] == student[1]
 
 
-def test_what_ctranslate2_makes_of_the_directory_answers_alike(student, exported, tmp_path):
+def test_what_ctranslate2_makes_of_the_directory_answers_alike(ctranslate2, transformers, student, exported, tmp_path):
     """Follows docs/export.md: CTranslate2's command and the directory's tokenizer."""
-    ctranslate2 = pytest.importorskip("ctranslate2", reason="CTranslate2 is not installed; `make test-parity` does")
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed; `make test-parity` does")
     command = [str(Path(sys.executable).with_name("ct2-transformers-converter")), "--model", str(exported)]
     done = subprocess.run(
         [*command, "--output_dir", str(tmp_path / "ct2")], capture_output=True, text=True, check=False
@@ -71,9 +84,8 @@ def test_what_ctranslate2_makes_of_the_directory_answers_alike(student, exported
     assert [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)] == student[1]
 
 
-def test_onnx_answers_in_onnxruntime(student, tmp_path):
+def test_onnx_answers_in_onnxruntime(jax2onnx, student, tmp_path):
     """Without JAX; with fewer rows than a call takes, none of full length."""
-    pytest.importorskip("jax2onnx", reason="jax2onnx is not installed; `make test-parity` installs it")
     summary = converted(student[0], tmp_path / "out", "onnx", samples=str(students.questions(tmp_path)))
     assert summary["check"] == {"samples": 6, "same_answers": 6, "percent": 100.0}
     found = answered(tmp_path / "out", also_refused=("jax", "jaxlib", "onnx", "jax2onnx"))
@@ -81,6 +93,7 @@ def test_onnx_answers_in_onnxruntime(student, tmp_path):
     assert "rationale" not in found
 
 
+@pytest.mark.parametrize("student", ["pieces"], indirect=True)  # of bytes: test_export.py
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
 def test_stablehlo_reads_pieces(student, dtype, tmp_path):
     """Uses SentencePiece without TensorFlow; int8 answers agree as often as the export says."""
