@@ -141,7 +141,7 @@ def test_the_worked_example_has_the_real_ids(real_vocab: Path):
 
 def test_task_ids_need_the_targets_length():
     examples = [{"inputs": [5, 1], "targets": [6, 1], "task_ids": [1, 1]}]
-    with pytest.raises(ValueError, match="task_ids is 5 and that of targets 4"):
+    with pytest.raises(ValueError, match="task_ids has length 5 and targets has length 4"):
         converted(examples, lengths={"inputs": 4, "targets": 4, "task_ids": 5}, pack=False)
 
 

@@ -255,7 +255,7 @@ def test_weights_alone_are_no_student(tmp_path):
     converted(tmp_path / "run", tmp_path / "hf", "hf")
     assert not (tmp_path / "hf" / cards.FILE).exists()
     for source in (tmp_path / "run", tmp_path / "hf"):
-        with pytest.raises(ValueError, match=r"is not a run of ours or an export of one"):
+        with pytest.raises(ValueError, match=r"neither a run of ours nor an export of one"):
             converted(source, tmp_path / "out")
 
 

@@ -49,7 +49,7 @@ WITHOUT_A_PLACE = {
     "prefixes": adapters.Tuning(lora=LORA, prefix=adapters.Prefix(length=2)),
     "biases": adapters.Tuning(biases=adapters.Biases()),
     "trained parameters of the base": adapters.Tuning(lora=LORA, trained=(".*norm/scale",)),
-    "LoRA and IA3 at once": adapters.Tuning(lora=LORA, ia3=adapters.IA3()),
+    "both LoRA and IA3": adapters.Tuning(lora=LORA, ia3=adapters.IA3()),
     "factors on both sides": adapters.Tuning(ia3=adapters.IA3(outputs=("wo",), inputs=("wo",))),
 }
 # Two layers in one stack, so that an adapter can be in one of them.
