@@ -29,13 +29,13 @@ def sbs(starter, tmp_path):
 
 
 @pytest.mark.slow
-def test_eight_real_examples_are_learned_by_heart(sbs, tmp_path, real_data_dir, real_vocab):
-    """8 real SVAMP rows to 100 % by generation, through the commands that users type."""
+def test_four_real_examples_are_learned_by_heart(sbs, tmp_path, real_data_dir, real_vocab):
+    """4 real SVAMP rows to 100 % by generation, through the commands that users type."""
     records_dir = tmp_path / "records"
     release.import_release(registry.get("svamp"), release_dir=real_data_dir, records_dir=records_dir, parser="strict")
     lines = (records_dir / "svamp" / "train.jsonl").read_text().splitlines(keepends=True)
     for split in ("train", "validation", "test"):
-        (records_dir / "svamp" / f"{split}.jsonl").write_text("".join(lines[:8]))
+        (records_dir / "svamp" / f"{split}.jsonl").write_text("".join(lines[:4]))
     run = tmp_path / "run"
     done = sbs(
         "train",
@@ -43,7 +43,7 @@ def test_eight_real_examples_are_learned_by_heart(sbs, tmp_path, real_data_dir, 
         f"--gin.MODEL_DIR={run}",
         f"--gin.RECORDS_DIR={records_dir}",
         f"--gin.VOCABULARY={real_vocab}",
-        "--gin.EXAMPLES=8",
+        "--gin.EXAMPLES=4",
         "--gin.TRAIN_STEPS=60",
         "--gin.EVAL_PERIOD=60",
         "--gin.LOG_PERIOD=20",
@@ -57,10 +57,10 @@ def test_eight_real_examples_are_learned_by_heart(sbs, tmp_path, real_data_dir, 
     assert "tokens/s" in done.stderr
 
     # The saved configuration is the operative one, and says what was given.
-    assert "EXAMPLES = 8" in (run / "config.gin").read_text()
+    assert "EXAMPLES = 4" in (run / "config.gin").read_text()
     assert directory.read_manifest(run)["run"]["mixture_or_task_name"] == "svamp_step_by_step"
 
-    rows = [json.loads(line) for line in lines[:8]]
+    rows = [json.loads(line) for line in lines[:4]]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps({"id": r["id"], "input": r["input"]}) + "\n" for r in rows))
     sbs("predict", "--model", run, "--input", tmp_path / "in.jsonl", "--output", tmp_path / "labels.jsonl")
     answers = [json.loads(line) for line in (tmp_path / "labels.jsonl").read_text().splitlines()]

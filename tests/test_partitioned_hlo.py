@@ -64,7 +64,9 @@ class Compiled:
 
 
 # A compilation takes 16 s; "fsdp" is cut in one way less than "fsdp_tensor".
-@pytest.fixture(scope="module", params=["data", pytest.param("fsdp", marks=pytest.mark.faults), "fsdp_tensor"])
+@pytest.fixture(
+    scope="module", params=[*(pytest.param(mesh, marks=pytest.mark.faults) for mesh in ("data", "fsdp")), "fsdp_tensor"]
+)
 def compiled(request):
     """The step of a small student, 16 rows, AdamW."""
     registry.add(toy.DATASET)
