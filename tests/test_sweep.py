@@ -406,7 +406,7 @@ def test_told_to_end_it_passes_that_on_and_goes_on_later(
         processes.until(lambda: metrics.exists() and b"train" in metrics.read_bytes(), [process])
         process.send(signal.SIGTERM)
         assert process.wait() == 75
-        assert "Repeat the command to go on" in process.complained()
+        assert "Repeat the command to resume" in process.complained()
         assert f"{name}: preempted, and saved" in process.said()
     again = starter.run(tmp_path, flags(trained, folder, *one), path=[trained])
     assert again.returncode == 0, again.stderr
