@@ -244,11 +244,11 @@ def _object_reader(kind: Any, extra: bool) -> _Reader:
 
 
 def _missing(field: str, there: Mapping[str, Any]) -> ValueError:
-    return ValueError(f"the field {field!r} is missing; got the fields {brief(sorted(there))}.")
+    return ValueError(f"the field {brief(field)} is missing; got the fields {brief(sorted(there))}.")
 
 
 def _mismatch(kind: Any, value: Any, field: str) -> ValueError:
-    place = f"the field {field!r} is" if field else "got"
+    place = f"the field {brief(field)} is" if field else "got"
     return ValueError(f"{place} {shown(value)}; expected {_expected(kind)}.")
 
 
