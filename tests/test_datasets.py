@@ -1,6 +1,7 @@
 """Registered tasks: names, options in force, files and splits, and SeqIO's view of them."""
 
 import hashlib
+import json
 from pathlib import Path
 
 import numpy as np
@@ -8,8 +9,9 @@ import pytest
 import seqio
 from builders.cats import configure, dataset, register, row, write
 
-from sbs_jax.data import registry
+from sbs_jax.data import records, registry, release
 from sbs_jax.student import losses
+from tasks import builtin
 
 LENGTHS = {"inputs": 40, "targets": 40, "task_ids": 40}
 
@@ -96,6 +98,84 @@ def test_missing_records_name_the_command(records_dir: Path):
         registry.examples("dogs_label", "train")
     command = f"sbs records --dataset dogs --release DIR --records_dir {records_dir}"
     assert command in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("label", "shown"),
+    [("yes ", "'yes '"), ("YES", "'YES'"), ("maybe", "'maybe'"), ("", "''"), ("\u662f", "'\u662f'")],
+)
+def test_every_reader_refuses_the_same_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, label: str, shown: str):
+    """Training, evaluation, the import and the teacher: one check, one message."""
+    monkeypatch.setattr(registry, "_options", registry._options)
+    rows = [records.Record(id=f"{n}", input=f"q{n}", label="no") for n in range(3)]
+    rows.append(records.Record(id="3", input="q3", label=label))
+    builtin_dir = tmp_path / "builtin"
+    (builtin_dir / "llm").mkdir(parents=True)
+    for split in ("train", "test"):
+        records.write_records(builtin_dir / f"{split}.jsonl", rows)
+        lines = [json.dumps({"input": row.input, "label": row.label}) + "\n" for row in rows]
+        (builtin_dir / f"builtin_{split}.json").write_text("".join(lines))
+        (builtin_dir / "llm" / f"{split}_CoT_0.json").write_text(json.dumps(["It is so."] * 4))
+    configure(tmp_path)
+    where, folder = {"records": r"t\w+\.jsonl:4: ", "release": r"builtin_t\w+\.json:4: "}, tmp_path / "r"
+    readers = [
+        ("records", lambda: registry.examples("builtin_label", "train")),
+        ("records", lambda: registry.examples("builtin_label", "test")),
+        ("records", lambda: registry.read_split("builtin", "test")),
+        ("records", lambda: release.read_unanswered(builtin.DATASET, inputs_dir=tmp_path, inputs="records")),
+        ("release", lambda: release.read_unanswered(builtin.DATASET, inputs_dir=tmp_path, inputs="release")),
+        (
+            "release",
+            lambda: release.import_release(builtin.DATASET, release_dir=tmp_path, records_dir=folder, parser="strict"),
+        ),
+    ]
+    for form, read in readers:
+        message = where[form] + rf"the label {shown} is outside the label set \['yes', 'no'\]; correct it\."
+        with pytest.raises(ValueError, match=message) as error:
+            read()
+        assert ("Did you mean 'yes'" in str(error.value)) == (label == "yes ")
+    registry.configure(registry.options())
+
+
+def test_teacher_labels_that_cannot_be_one_are_counted_before_training_on_them(records_dir: Path, caplog):
+    rows = [row(number, choices=("0", f"{number}"), teacher_label="17" if number < 3 else "0") for number in range(9)]
+    write(records_dir, rows)
+    configure(records_dir)
+    registry.examples("cats_label", "train")
+    assert not caplog.records
+    configure(records_dir, label_source="teacher")
+    registry.examples("cats_label", "train")
+    assert "cats, train: 3 of 9 teacher labels are no possible label of their row, such as '17' of the row 'row-0'" in (
+        caplog.text
+    )
+
+
+def test_pieces_that_the_vocabulary_lacks_are_counted(records_dir: Path, caplog):
+    rows = [
+        row(number, **({"label": "\u662f", "teacher_label": "\u662f"} if number < 5 else {})) for number in range(20)
+    ]
+    rows[7] = row(7, input="7 c\u0103ts</s>a \u732b", rationale="</s>there are \u4e03")
+    write(records_dir, rows)
+    configure(records_dir, vocabulary=builtin.vocabulary_path(), validation_fraction=0)
+    tables = registry.token_tables("cats_label", "train")
+    registry.token_tables("cats_rationale", "train")
+    unknown = registry.vocabulary(builtin.vocabulary_path()).unk_id
+    assert unknown in tables["targets"].row(0, length=9)
+    said = [record.getMessage() for record in caplog.records]
+    assert [message.partition(" have")[0] for message in said] == [
+        "Warning: cats_label, train: 1 of 20 inputs (5 %)",
+        "Warning: cats_label, train: 5 of 20 targets (25 %)",
+        "Warning: cats_rationale, train: 1 of 20 targets (5 %)",
+    ]
+    assert "lacks, such as '\u662f'; the student cannot write them" in said[1]
+    assert "such as '\u4e03'" in said[2]
+    # Bytes are never unknown, and known text is no news.
+    caplog.clear()
+    configure(records_dir)
+    registry.token_tables("cats_label", "train")
+    configure(records_dir, vocabulary=builtin.vocabulary_path())
+    registry.token_tables("cats_label", "test")
+    assert not caplog.records
 
 
 def test_held_out_where_there_is_no_validation_file(records_dir: Path):

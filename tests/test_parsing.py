@@ -42,6 +42,14 @@ CASES = {
         ("A.\nAnswer: neutral\nAnswer: entailment", None, None, "several_answers"),
         ("Answer: neutral", None, "neutral", "no_rationale"),
         ("The Premise: it rains.\nAnswer: neutral", "The Premise: it rains.", "neutral", "ok"),
+        # The invented next example may go on in the same line, and in another case.
+        ("A.\nAnswer: neutral Premise: B\nAnswer: entailment", "A.", "neutral", "ok"),
+        ("A.\nAnswer: neutral.Premise: B\nAnswer: entailment", "A.", "neutral", "ok"),
+        ("A.\nAnswer: neutral\n\npremise: B\nanswer: entailment", "A.", "neutral", "ok"),
+        ("A.\nAnswer: neutral PREMISE: B\nAnswer: entailment", "A.", "neutral", "ok"),
+        ('A. "Premise: B\nAnswer: entailment', None, None, "no_answer"),
+        ("A.\nanswer: neutral", "A.", "neutral", "ok"),
+        ("My answer: neutral", None, None, "no_answer"),
     ],
     (anli1, "official"): [
         ("It opened. So the answer is neutral.\n\nPremise: B", "It opened.", "neutral", "ok"),
@@ -56,6 +64,14 @@ CASES = {
         ("It opened. So the answer is neutral.\n\nPremise: B", "It opened.", "neutral", "ok"),
         ("It opened. So the answer is neutral", "It opened.", "neutral", "ok"),
         ("It opened. So the answer is false.", None, None, "label_not_in_set"),
+        (
+            "It opened. So the answer is neutral. premise: B. So the answer is entailment.",
+            "It opened.",
+            "neutral",
+            "ok",
+        ),
+        ("It opened. so the answer is neutral.", "It opened.", "neutral", "ok"),
+        ("It opened, so the answer is neutral.", None, None, "no_answer"),
     ],
     (cqa, "official"): [
         ("Not sand. So the answer is (b) tea.\n\nQ: B", "Not sand.", "tea", "ok"),
@@ -87,6 +103,8 @@ CASES = {
         ("A. So the answer is", None, None, "no_label"),
         ("Q: B", None, None, "blank"),
         ("See the FAQ: tea. So the answer is (b) tea.", "See the FAQ: tea.", "tea", "ok"),
+        ("Not sand. So the answer is (b) tea. Q: B? A: So the answer is (a) ape.", "Not sand.", "tea", "ok"),
+        ("A. So the answer is the FAQ: tea.", None, None, "label_not_in_set"),
     ],
     (svamp, "official"): [
         ("3 + 4 = 7. The answer is (3 + 4).\n\nQ: B", "3 + 4 = 7.", "(3 + 4)", "ok"),
@@ -109,6 +127,13 @@ CASES = {
         ("A. The answer is (1 / 0).", None, None, "not_arithmetic"),
         ("A. The answer is __import__('os').getcwd().", None, None, "not_arithmetic"),
         ("\n\nQ: B", None, None, "blank"),
+        # As Llama 3 goes on.
+        (
+            "3 + 4 = 7. The answer is (3 + 4). Q: Bo has 2. A: 2 + 1 = 3. The answer is (2 + 1). Q: C",
+            *("3 + 4 = 7.", "(3 + 4)", "ok"),
+        ),
+        # The answer to an invented question is none to ours.
+        ("I cannot tell. Q: Bo has 2. A: The answer is (2 + 1).", None, None, "no_answer"),
     ],
 }
 

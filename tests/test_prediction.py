@@ -19,6 +19,7 @@ from sbs_jax.prediction import compiled, engine, precision
 from sbs_jax.prediction.engine import Answer, Predictor, Question, Settings
 from sbs_jax.student import decoding, partitioning, t5
 from sbs_jax.training import evaluate, students
+from tasks import builtin
 
 LIMIT = toy.UNTRAINED_LIMIT
 
@@ -250,6 +251,9 @@ def test_bad_choices_are_errors_of_their_rows(student, monkeypatch):
     assert ask("a", "b") is None
     monkeypatch.setattr(choosing._answerers[None], "_dataset", dataclasses.replace(toy.DATASET, labels=None))
     assert "toy has no label set that all rows share" in (choosing.check(Question(id="1", input="a")) or "")
+    pieces = registry.vocabulary(builtin.vocabulary_path())
+    monkeypatch.setattr(choosing._answerers[None], "_vocabulary", pieces)
+    assert "the choices '\u662f' and '\u5426' are the same tokens" in (ask("no", "\u662f", "\u5426") or "")
 
 
 def test_one_that_writes_a_rationale_first_gives_both_and_scores_no_choices(tmp_path):

@@ -13,6 +13,7 @@ import processes
 import pytest
 import teacher_server
 
+from sbs_jax.cli import main
 from sbs_jax.data import records, registry, release
 from sbs_jax.teacher import command, jobs, pacing, prompts, sampler
 from sbs_jax.teacher.clients import Parameters
@@ -172,6 +173,26 @@ def test_an_interruption_ends_it_softly_and_the_next_run_goes_on(starter, sbs, i
         done = sbs(flags(server, inputs, tmp_path))
         assert done.returncode == 0, done.stderr
         assert server.asked == sum(ROWS.values())
+
+
+def test_unreadable_replies_end_in_status_3_with_the_summary(inputs, tmp_path, monkeypatch, capsys):
+    """Before the last row after 50 replies; with fewer rows, when the records are written."""
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    with teacher_server.served(answer=lambda prompt: "So the answer is perhaps.") as server:
+        arguments = flags(server, inputs, tmp_path, "--concurrency", "8")
+        assert main.main(arguments) == 3
+        ended = capsys.readouterr()
+        assert "No label can be read from 50 of 50 replies (limit 30%, --unusable)" in ended.err
+        assert not (tmp_path / "records").exists()
+        assert main.main([*arguments, "--limit", "4"]) == 3
+        written = capsys.readouterr()
+        assert "builtin test: 4 of 4 asked rows (100.0 %) have no usable label" in written.err
+        assert records.read_manifest(tmp_path / "records" / "builtin")["splits"]["test"]["teacher_accuracy"] is None
+        for told in (ended, written):
+            assert "label_not_in_set, 3 of" in told.err
+            assert "The parser 'official' reads" in told.err
+        assert main.main([*arguments, "--limit", "4", "--unusable", "1"]) == 0
+        assert "label_not_in_set, 3 of 4:" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("seed", range(2))

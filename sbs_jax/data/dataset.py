@@ -2,13 +2,15 @@
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from sbs_jax import checks
 from sbs_jax.data.parsing import Parsed
+from sbs_jax.data.records import Record
 from sbs_jax.data.selection import TASKS
+from sbs_jax.storage.json_files import brief
 
 STEP_BY_STEP = "step_by_step"
 
@@ -78,6 +80,36 @@ class Dataset:
         check_lengths(self.feature_lengths)
         if not self.metric_fns:
             raise ValueError(f"Dataset {self.name!r} has no metric_fns; give at least one.")
+
+    def label_problem(self, label: str, choices: Sequence[str]) -> str | None:
+        """Says why a text is no label of a row with these choices; None if it is one, or nothing tells."""
+        possible = choices or self.labels
+        if possible:
+            if label in possible:
+                return None
+            near = checks.nearest(label, possible)
+            return f"the label {brief(label)} is outside the label set {brief(list(possible))}; correct it.{near}"
+        if self.is_label is None or self.is_label(label):
+            return None
+        checker = getattr(self.is_label, "__name__", "is_label")
+        return f"{brief(label)} is not a valid label: {checker}() rejects it; correct it."
+
+    def check_labels(self, rows: Iterable[Row | Record], *, where: Callable[[int], str]) -> None:
+        """Raises ValueError for the first impossible human label; `where` names row i (from 0), with file and line.
+
+        Every reader of rows with labels calls it.
+        """
+        for number, row in enumerate(rows):
+            if row.label is not None and (problem := self.label_problem(row.label, row.choices)) is not None:
+                raise ValueError(f"{where(number)}: {problem}")
+
+    def impossible_labels(self, rows: Iterable[Record]) -> list[Record]:
+        """Lists the rows whose teacher label cannot be one. The official parsers read such labels from real replies."""
+        return [
+            row
+            for row in rows
+            if row.teacher_label is not None and self.label_problem(row.teacher_label, row.choices) is not None
+        ]
 
 
 def check_lengths(lengths: Mapping[str, int]) -> None:

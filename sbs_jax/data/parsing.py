@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import types
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from sbs_jax.data.records import OK
 
@@ -101,27 +101,53 @@ def split_answer(text: str, marker: str) -> tuple[str, str] | Parsed:
     return unusable(NO_ANSWER if len(parts) == 1 else SEVERAL_ANSWERS)
 
 
-def before_line(text: str, *starts: str) -> str:
-    """Returns the text up to the first line that begins with one of `starts`.
+def before_stop(text: str, *stops: str, inline: bool = False) -> str:
+    """Returns the text up to the first stop string, in any case, that begins a line or follows the end of a sentence.
 
-    >>> before_line("See the FAQ: yes.\\nQ: Next", "Q:")
+    With `inline`, up to any stop string that is not the end of a longer word.
+
+    >>> before_stop("See the FAQ: yes.\\nQ: Next", "Q:")
     'See the FAQ: yes.\\n'
+    >>> before_stop("It is wet. premise: A dog", "Premise:")
+    'It is wet. '
+    >>> before_stop(" neutral Premise: A dog", "Premise:", inline=True)
+    ' neutral '
     """
-    pattern = "|".join(re.escape(start) for start in starts)
-    return re.split(rf"^(?:{pattern})", text, maxsplit=1, flags=re.MULTILINE)[0]
+    return text[: next(_places(text, *stops, inline=inline), len(text))]
+
+
+def _places(text: str, *words: str, inline: bool = False) -> Iterator[int]:
+    """Yields the places where `before_stop` finds these words."""
+    lowered = text.lower()
+    if len(lowered) != len(text):  # one letter, U+0130, becomes two
+        lowered = text
+    for match in re.finditer("|".join(re.escape(word.lower()) for word in words), lowered):
+        before = text[max(0, match.start() - 20) : match.start()]
+        if inline:
+            found = not before[-1:].isalnum()
+        else:
+            before = before.rstrip(" \t\"'")
+            found = not before or before[-1] in "\n.!?)]"
+        if found:
+            yield match.start()
 
 
 def strict_answer(text: str, *, stops: Collection[str], marker: str) -> tuple[str, str] | Parsed:
     """Returns (rationale, answer) of a reply, both stripped, or the unusable result.
 
-    The reply ends at the first line that begins with a stop string. The answer is the rest of the marker's line,
-    without one trailing full stop.
+    The reply ends at the first stop string that begins a line or follows a sentence; after the marker, at any stop
+    string. A marker in another case must begin a line or follow a sentence, too. The answer is the rest of the marker's
+    line, without one trailing full stop.
 
-    >>> strict_answer("Dogs are animals.\\nAnswer: yes.\\n\\nPremise: A", stops=("Premise:",),
+    >>> strict_answer("Dogs are animals.\\nAnswer: yes. premise: A\\nAnswer: no", stops=("Premise:",),
     ...               marker="Answer:")
     ('Dogs are animals.', 'yes')
     """
-    found = split_answer(before_line(text, *stops), marker)
+    reply = before_stop(text, *stops)
+    if marker not in reply:
+        marker = next((reply[start : start + len(marker)] for start in _places(reply, marker)), marker)
+    before, found_marker, after = reply.partition(marker)
+    found = split_answer(before + found_marker + before_stop(after, *stops, inline=True), marker)
     if isinstance(found, Parsed):
         return found
     rationale, answer = found

@@ -73,18 +73,23 @@ class Record:
 _ONLY_IF_SET = ("prompt", "hinted", "votes")
 
 
-class SplitSummary(TypedDict):
-    """Manifest entry of one `.jsonl` file."""
+class Counts(TypedDict):
+    """What became of the rows of one `.jsonl` file."""
 
     rows: int
-    sha256: str  # of <split>.jsonl
-    sources: dict[str, str]  # source file -> its sha256
     outcomes: dict[str, int]  # outcome -> rows; the counts sum to `rows`
     rationales: int  # rows with a usable rationale
     teacher_labels: int  # rows with a usable teacher label
     labelled: int  # rows with a human label
     teacher_right: int  # of these, rows whose teacher label the dataset's grading accepts
-    teacher_accuracy: float | None  # 100 * teacher_right / labelled; None if unlabelled or never asked
+    teacher_accuracy: float | None  # 100 * teacher_right / labelled; None without human labels or teacher labels
+
+
+class SplitSummary(Counts):
+    """Manifest entry of one `.jsonl` file."""
+
+    sha256: str  # of <split>.jsonl
+    sources: dict[str, str]  # source file -> its sha256
 
 
 class _Always(TypedDict):

@@ -19,6 +19,7 @@ import dataclasses
 import functools
 import hashlib
 import importlib
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,10 @@ from sbs_jax.data.selection import (
     Selection,
     select,
 )
+from sbs_jax.storage.json_files import brief
 from sbs_jax.student import losses
+
+log = logging.getLogger(__name__)
 
 MIXED = (LABEL, RATIONALE)  # the tasks that `step_by_step` alternates between
 # Values of the feature `task_ids`: the loss that a task's target tokens count towards.
@@ -231,7 +235,14 @@ def selected(name: str, split: str) -> Selection:
 
 def read_split(name: str, split: str) -> list[records.Record]:
     """Reads all records of a split's file, including those that belong to another split."""
-    return records.read_records(_records_file(name, _file_of_split(name, split)[0]))
+    return _read(name, _file_of_split(name, split)[0])
+
+
+def _read(name: str, file_split: str) -> list[records.Record]:
+    path = _records_file(name, file_split)
+    rows = records.read_records(path)
+    get(name).check_labels(rows, where=lambda number: f"{path}:{number + 1}")  # read_records refuses blank lines
+    return rows
 
 
 def manifest(name: str, splits: Sequence[str] = (TRAIN, VALIDATION, TEST)) -> dict[str, Any]:
@@ -319,7 +330,14 @@ def _check_records_exist(name: str) -> None:
 @functools.cache
 def _read_selections(name: str, file_split: str) -> dict[str, Selection]:
     """Selects the examples of all splits that come from one file, so that it is read once."""
-    rows = records.read_records(_records_file(name, file_split))
+    rows = _read(name, file_split)
+    if _options.label_source == "teacher" and (impossible := get(name).impossible_labels(rows)):
+        log.warning(
+            "Warning: %s, %s: %s of %s teacher labels are no possible label of their row, such as %s of the row %s. "
+            "Trained on them, the student answers so; records of the strict parser have none.",
+            *(name, file_split, f"{len(impossible):,}", f"{sum(row.teacher_label is not None for row in rows):,}"),
+            *(brief(impossible[0].teacher_label), brief(impossible[0].id)),
+        )
     found = {}
     for split in available_splits(name):
         source, shared = _file_of_split(name, split)
@@ -343,11 +361,24 @@ def examples(task_name: str, split: str) -> tuple[Example, ...]:
 def token_tables(task_name: str, split: str) -> Mapping[str, tokens.TokenTable]:
     """Encodes a task's examples: {"inputs": table, "targets": table}, nothing cut.
 
-    Runs once per `configure`, at about 100,000 short texts per second.
+    Runs once per `configure`, at about 100,000 short texts per second. Warns of pieces that the vocabulary lacks.
     """
     text_vocabulary = vocabulary(_options.vocabulary)
     rows = examples(task_name, split)
-    return {
-        feature: tokens.TokenTable.of([getattr(row, feature) for row in rows], text_vocabulary)
-        for feature in ("inputs", "targets")
-    }
+    kind = split_task(task_name)[1]
+    found = {}
+    for feature in ("inputs", "targets"):
+        texts = [getattr(row, feature) for row in rows]
+        table = found[feature] = tokens.TokenTable.of(texts, text_vocabulary)
+        if feature == "inputs" and kind == RATIONALE:
+            continue  # the label task has the same inputs
+        count, piece = tokens.unknown(texts, table, text_vocabulary)
+        if count:
+            log.warning(
+                "Warning: %s, %s: %s of %s %s (%.2g %%) have pieces that the vocabulary %s lacks, such as %r; the "
+                "student %s. Replace them in the records, or take a vocabulary and a student that have them.",
+                *(task_name, split, f"{count:,}", f"{len(table):,}", feature, 100 * count / len(table)),
+                *(_options.vocabulary, piece),
+                "reads <unk> in their place" if feature == "inputs" else "cannot write them",
+            )
+    return found

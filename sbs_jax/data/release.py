@@ -28,10 +28,11 @@ from typing import Any
 
 import sbs_jax
 from sbs_jax import checks
-from sbs_jax.data import records, tfds
+from sbs_jax.data import records, summary, tfds
 from sbs_jax.data.dataset import Dataset, Row
 from sbs_jax.data.parsing import Parsed
 from sbs_jax.data.records import Manifest, Record, SplitSummary
+from sbs_jax.data.summary import Summary
 from sbs_jax.storage import checksums
 from sbs_jax.storage.json_files import brief, read_json, read_json_lines, typed
 
@@ -74,6 +75,7 @@ def import_release(
     inputs: str = "release",
     overwrite: bool = False,
     tfds_data_dir: str | None = None,
+    tell: Summary | None = None,
 ) -> Manifest:
     """Imports inputs and parsed teacher replies into `<records_dir>/<dataset>/`.
 
@@ -90,6 +92,7 @@ def import_release(
       inputs: "release", or "tfds" for TensorFlow Datasets (downloads what `tfds_data_dir` does not have).
       overwrite: replace a directory made with another parser or from other sources.
       tfds_data_dir: folder of TensorFlow Datasets; None for its default.
+      tell: gets every split that was written.
 
     Raises:
       FileNotFoundError: no such folder, inputs or teacher shards.
@@ -118,6 +121,7 @@ def import_release(
         inputs=inputs,
         skipped=skipped,
         overwrite=overwrite,
+        tell=tell,
     )
 
 
@@ -132,6 +136,7 @@ def write_directory(
     skipped: Mapping[str, str],
     overwrite: bool,
     teacher: Mapping[str, Any] | None = None,
+    tell: Summary | None = None,
 ) -> Manifest:
     """Writes `<records_dir>/<dataset>/` with its manifest; treats an existing one as `import_release` does."""
     manifest = Manifest(
@@ -151,9 +156,14 @@ def write_directory(
         made = Path(scratch) / dataset.name
         for split, rows in found.items():
             sha256 = records.write_records(made / f"{split}.jsonl", rows)
-            manifest["splits"][split] = _summary(dataset, rows, sources=sources[split], sha256=sha256)
+            manifest["splits"][split] = SplitSummary(
+                **summary.count(dataset, rows), sha256=sha256, sources=dict(sorted(sources[split].items()))
+            )
         records.write_manifest(made, manifest)
         records.put_in_place(made, target, overwrite=overwrite)
+    if tell is not None:
+        for split, rows in found.items():
+            tell.add(dataset, split, rows, manifest["splits"][split], parser=parser)
     return manifest
 
 
@@ -180,12 +190,12 @@ def read_unanswered(
             expected = ", ".join(f"{split}.jsonl" for split in records.SPLITS)
             raise FileNotFoundError(f"There are no inputs of {dataset.name} in {folder}: expected some of {expected}.")
     for source in splits.values():
-        _check_labels(dataset, source)
+        dataset.check_labels(source.rows, where=source.where)
     return splits
 
 
 def _records(dataset: Dataset, parse: Callable[[str, Row], Parsed], source: Source) -> list[Record]:
-    _check_labels(dataset, source)
+    dataset.check_labels(source.rows, where=source.where)
     found = []
     for row in source.rows:
         assert row.id is not None  # with_ids gave every row one
@@ -202,41 +212,6 @@ def _records(dataset: Dataset, parse: Callable[[str, Row], Parsed], source: Sour
             )
         found.append(record)
     return found
-
-
-def _check_labels(dataset: Dataset, source: Source) -> None:
-    """Raises ValueError for the first impossible human label."""
-    for number, row in enumerate(source.rows):
-        possible = row.choices or dataset.labels
-        if row.label is None or row.label in (possible or ()):
-            continue
-        if possible:
-            problem = f"the label {brief(row.label)} is outside the label set {brief(list(possible))}"
-        elif dataset.is_label is not None and not dataset.is_label(row.label):
-            problem = f"{brief(row.label)} is not a valid label: {dataset.is_label.__name__}() rejects it"
-        else:
-            continue
-        raise ValueError(f"{source.where(number)}: {problem}.")
-
-
-def _summary(dataset: Dataset, rows: Sequence[Record], *, sources: Mapping[str, str], sha256: str) -> SplitSummary:
-    labelled = sum(row.label is not None for row in rows)
-    asked = any(row.teacher_text is not None for row in rows)
-    right = sum(
-        row.label is not None and row.teacher_label is not None and dataset.same_label(row.label, row.teacher_label)
-        for row in rows
-    )
-    return SplitSummary(
-        rows=len(rows),
-        sha256=sha256,
-        sources=dict(sorted(sources.items())),
-        outcomes=dict(sorted(Counter(row.outcome for row in rows).items())),
-        rationales=sum(row.rationale is not None for row in rows),
-        teacher_labels=sum(row.teacher_label is not None for row in rows),
-        labelled=labelled,
-        teacher_right=right,
-        teacher_accuracy=100.0 * right / labelled if labelled and asked else None,
-    )
 
 
 # ---------------------------------------------------------------------------- the release's files

@@ -86,6 +86,22 @@ def encode(texts: Sequence[str], text_vocabulary: seqio.Vocabulary) -> list[list
     return [[token for _ in row for token in (*next(ids), EOS_ID)] for row in parts]
 
 
+def unknown(texts: Sequence[str], table: TokenTable, text_vocabulary: seqio.Vocabulary) -> tuple[int, str]:
+    """Returns how many of the texts of a table have a piece that the vocabulary lacks, and the first such piece."""
+    if not isinstance(text_vocabulary, seqio.SentencePieceVocabulary):  # bytes are never unknown
+        return 0, ""
+    places = np.flatnonzero(table.ids == text_vocabulary.unk_id)
+    if not places.size:
+        return 0, ""
+    rows = np.unique(np.searchsorted(table.starts, places, side="right") - 1)
+    tokenizer = text_vocabulary.tokenizer
+    for part in texts[rows[0]].split(JOINT):
+        for piece, token in zip(tokenizer.EncodeAsPieces(part), tokenizer.EncodeAsIds(part), strict=True):
+            if token == text_vocabulary.unk_id:
+                return len(rows), piece
+    raise AssertionError("the table belongs to other texts")
+
+
 def cut(ids: np.ndarray, length: int) -> np.ndarray:
     """Truncates a row to `length` tokens, EOS last: [5, 6, 7, 1] at 3 is [5, 6, 1]."""
     if len(ids) <= length:

@@ -329,6 +329,15 @@ class _Answerer:
             return _Prepared(question.id, error=error)
         assert labels is not None
         choices = self._choice_tokens(tuple(labels))
+        if len(set(map(tuple, choices))) < len(choices):
+            first, second = next(
+                pair for pair in itertools.combinations(range(len(choices)), 2) if choices[pair[0]] == choices[pair[1]]
+            )
+            return _Prepared(
+                question.id,
+                error=f"the choices {json_files.brief(labels[first])} and {json_files.brief(labels[second])} are the "
+                "same tokens in this student's vocabulary; write them in characters that it has.",
+            )
         longest = max(map(len, choices))
         if longest > self._choice_limit:
             return _Prepared(

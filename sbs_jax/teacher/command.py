@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import gc
+import itertools
 import logging
 import signal
 import sys
@@ -19,9 +20,10 @@ from collections.abc import Iterator, Mapping
 
 import tqdm
 
-from sbs_jax.data import registry, release
+from sbs_jax.data import parsing, registry, release, summary
 from sbs_jax.data.dataset import Dataset
 from sbs_jax.data.records import Manifest
+from sbs_jax.data.summary import Summary
 from sbs_jax.teacher import clients, export, jobs, money, page, prompts, providers, sampler
 from sbs_jax.teacher.store import Store
 
@@ -79,11 +81,12 @@ class _Plan:
         return export.answers(self.questions(split), settings=self.settings, store=store)
 
 
-def teach(options: Options) -> Manifest | None:
+def teach(options: Options, *, tell: Summary | None = None) -> Manifest | None:
     """Sends missing requests, then writes records and page; returns the manifest, None after a dry run or early end.
 
     Received replies are stored, whatever ends the run. Records are written when every row has a reply or a failure
-    reason; `export_only` writes them at any time.
+    reason; `export_only` writes them at any time. `tell` gets every split that was written, or after
+    UnusableRepliesError the first answers.
     """
     dataset = registry.get(options.dataset)
     plan = _Plan(
@@ -105,6 +108,10 @@ def teach(options: Options) -> Manifest | None:
                 finished = asyncio.run(_in_batches(plan, store) if in_batches else _one_by_one(plan, store))
             except (clients.Fatal, clients.Again, ImportError) as error:
                 raise ValueError(f"{options.provider} {options.settings.model}: {error}") from error
+            except sampler.UnusableRepliesError:
+                if tell is not None:
+                    _tell_first(tell, plan, store)
+                raise
             if not finished:
                 return None
         manifest = release.write_directory(
@@ -117,10 +124,20 @@ def teach(options: Options) -> Manifest | None:
             skipped={},
             overwrite=options.overwrite,
             teacher=export.described(options.template, options.settings),
+            tell=tell,
         )
         if options.page is not None:
             _write_page(options.page, plan, store, manifest)
     return manifest
+
+
+def _tell_first(tell: Summary, plan: _Plan, store: Store) -> None:
+    """Summarizes the answers among the first rows of each split: rows are asked in order."""
+    for split in plan.splits:
+        first = (answered.record for answered in itertools.islice(plan.answers(split, store), 1000))
+        if rows := [record for record in first if record.outcome != parsing.NOT_ASKED]:
+            counts = summary.count(plan.dataset, rows)
+            tell.add(plan.dataset, split, rows, counts, parser=plan.options.parser)
 
 
 def _splits(dataset: Dataset, options: Options) -> dict[str, release.Source]:

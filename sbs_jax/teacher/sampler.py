@@ -17,6 +17,7 @@ from typing import Protocol, runtime_checkable
 
 from sbs_jax.checks import choice, number, whole_number
 from sbs_jax.data import parsing
+from sbs_jax.data.summary import UNUSABLE
 from sbs_jax.teacher import money
 from sbs_jax.teacher.clients import CHAT, COMPLETION, Again, Client, Failed, Fatal, Parameters, Reply, Request
 from sbs_jax.teacher.pacing import Budget, ConcurrencyLimit, RateLimit, Usage, backoff
@@ -59,7 +60,7 @@ class Settings:
     retries: int = 6
     max_requests: int | None = None
     max_cost: float | int | None = None
-    unusable: float = 0.3
+    unusable: float = UNUSABLE
 
     def __post_init__(self) -> None:
         choice("form", self.form, (CHAT, COMPLETION))
@@ -68,6 +69,7 @@ class Settings:
         for name in ("requests_per_minute", "tokens_per_minute", "max_requests", "max_cost"):
             if getattr(self, name) is not None:
                 number(name, getattr(self, name), above=0.0)
+        number("unusable", self.unusable, least=0, most=1)
         if self.samples > 1 and self.parameters.temperature == 0:
             raise ValueError(
                 f"{self.samples} samples at temperature 0 would be one reply paid {self.samples} times; set a "

@@ -4,21 +4,43 @@ import argparse
 import json
 from typing import Any
 
+from sbs_jax.data import summary
+
 
 def add(command: Any) -> None:
-    records = command("records", run, "Import existing teacher outputs (official release layout or TFDS) as records.")
+    records = command(
+        "records",
+        run,
+        "Import existing teacher outputs (official release layout or TFDS) as records.",
+        epilog="Prints the manifest, then a summary of the replies to standard error.\n"
+        "Exit status: 0 written; 1 error, nothing written; 2 wrong flags;\n"
+        f"{summary.SOME_UNUSABLE} written, but in some split more than --unusable of the replies have no usable label.",
+    )
     records.add_argument("--dataset", required=True, help="dataset name: esnli, anli1, cqa, svamp")
     records.add_argument("--release", required=True, metavar="DIR", help="folder of the release (has <dataset>/)")
     records.add_argument("--records_dir", required=True, metavar="DIR", help="where to write <dataset>/*.jsonl")
     records.add_argument("--parser", choices=("strict", "official"), default="strict", help="parser of the replies")
     records.add_argument("--inputs", choices=("release", "tfds"), default="release", help="source of the inputs")
+    add_unusable(records, "exit with status 3")
     records.add_argument("--overwrite", action="store_true", help="replace records of another parser or source")
+
+
+def add_unusable(parser: Any, consequence: str) -> None:
+    """Adds the flag --unusable."""
+    parser.add_argument(
+        "--unusable",
+        type=float,
+        default=summary.UNUSABLE,
+        metavar="SHARE",
+        help=f"{consequence} if a larger share of the replies has no usable label (default: {summary.UNUSABLE:g})",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
     import tasks  # noqa: F401  (registers the datasets)
     from sbs_jax.data import registry, release
 
+    told = summary.Summary(unusable=arguments.unusable)
     manifest = release.import_release(
         registry.get(arguments.dataset),
         release_dir=arguments.release,
@@ -26,6 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
         parser=arguments.parser,
         inputs=arguments.inputs,
         overwrite=arguments.overwrite,
+        tell=told,
     )
-    print(json.dumps(manifest, indent=1, default=str))
-    return 0
+    print(json.dumps(manifest, indent=1, default=str), flush=True)
+    return told.show()

@@ -3,8 +3,12 @@
 import argparse
 import dataclasses
 import json
+import sys
 from pathlib import Path
 from typing import Any
+
+from sbs_jax.cli.commands.records import add_unusable
+from sbs_jax.data import summary
 
 
 def add(command: Any) -> None:
@@ -15,7 +19,11 @@ def add(command: Any) -> None:
         epilog="example:\n  sbs teach --dataset svamp --inputs_dir dss --provider openai --model gpt-4o-mini \\\n"
         "      --store svamp.sqlite --records_dir records --dry_run\n\n"
         "Credentials come from the environment (OPENAI_API_KEY, GEMINI_API_KEY, or Google's default credentials).\n"
-        "Replies stay in the store and are never paid for twice; repeat the command to continue. See docs/teacher.md.",
+        "Replies stay in the store and are never paid for twice; repeat the command to continue. See docs/teacher.md.\n"
+        "Prints the manifest, then a summary of the replies to standard error.\n\n"
+        "Exit status: 0 written; 1 error; 2 wrong flags; "
+        f"{summary.SOME_UNUSABLE} ended before the last row (a limit, an interruption,\n"
+        "cancelled jobs), or in some split more than --unusable of the replies have no usable label.",
     )
     rows = teach.add_argument_group("rows")
     rows.add_argument("--dataset", required=True, help="name of a dataset")
@@ -58,9 +66,7 @@ def add(command: Any) -> None:
     pace.add_argument("--max_requests", type=int, metavar="N", help="maximum requests of this run")
     pace.add_argument("--max_cost", type=float, metavar="USD", help="maximum cost of this run")
     pace.add_argument("--price", metavar="IN,OUT", help="USD per million tokens, if the model's is unknown or outdated")
-    pace.add_argument(
-        "--unusable", type=float, default=0.3, help="share of replies without a readable label that ends the run"
-    )
+    add_unusable(pace, "end the run (after 50 replies), or exit with status 3,")
     pace.add_argument("--batch", action="store_true", help="batch jobs: half the price, within a day")
     pace.add_argument("--batch_size", type=int, default=20_000, metavar="N", help="requests in one job")
     pace.add_argument("--batch_folder", metavar="GS", help="gs:// folder for the files of Vertex AI's batch jobs")
@@ -93,8 +99,14 @@ def run(arguments: argparse.Namespace) -> int:
         page=arguments.page or str(Path(arguments.store).with_suffix(".html")),
         **fields(command.Options, "settings", "template", "splits", "page"),
     )
-    manifest = command.teach(options)
+    told = summary.Summary(unusable=arguments.unusable)
+    try:
+        manifest = command.teach(options, tell=told)
+    except sampler.UnusableRepliesError as error:
+        told.show()
+        print(f"sbs teach: {error}", file=sys.stderr)
+        return summary.SOME_UNUSABLE
     if manifest is None:
-        return 0 if arguments.dry_run else 3
-    print(json.dumps(manifest, indent=1))
-    return 0
+        return 0 if arguments.dry_run else summary.SOME_UNUSABLE
+    print(json.dumps(manifest, indent=1), flush=True)
+    return told.show()
