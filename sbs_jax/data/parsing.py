@@ -13,6 +13,7 @@ Neither raises. Standard library only.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 import types
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -121,7 +122,7 @@ def _places(text: str, *words: str, inline: bool = False) -> Iterator[int]:
     lowered = text.lower()
     if len(lowered) != len(text):  # one letter, U+0130, becomes two
         lowered = text
-    for match in re.finditer("|".join(re.escape(word.lower()) for word in words), lowered):
+    for match in _pattern(words).finditer(lowered):
         before = text[max(0, match.start() - 20) : match.start()]
         if inline:
             found = not before[-1:].isalnum()
@@ -130,6 +131,11 @@ def _places(text: str, *words: str, inline: bool = False) -> Iterator[int]:
             found = not before or before[-1] in "\n.!?)]"
         if found:
             yield match.start()
+
+
+@functools.cache
+def _pattern(words: tuple[str, ...]) -> re.Pattern[str]:
+    return re.compile("|".join(re.escape(word.lower()) for word in words))
 
 
 def strict_answer(text: str, *, stops: Collection[str], marker: str) -> tuple[str, str] | Parsed:

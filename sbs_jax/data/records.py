@@ -26,7 +26,7 @@ from typing import Any, TypedDict
 
 from sbs_jax.storage.atomic import replace, replacing
 from sbs_jax.storage.checksums import file_sha256
-from sbs_jax.storage.json_files import brief, check_encodes, read_json, read_json_lines, shown, typed
+from sbs_jax.storage.json_files import brief, encoded, read_json, read_json_lines, shown, typed
 
 OK = "ok"
 NO_TEACHER = "no_teacher"
@@ -165,13 +165,12 @@ def write_records(path: str | Path, records: Iterable[Record]) -> str:
         for number, record in enumerate(records, start=1):
             try:
                 fields = fields_of(_record(vars(record)))
-                check_encodes(fields)
+                data = encoded(fields) + b"\n"
                 if record.id in seen:
                     raise ValueError(f"the id {record.id!r} occurred before; ids must be distinct.")
             except ValueError as error:
                 raise ValueError(f"Record {number} for {path}: {error}") from None
             seen.add(record.id)
-            data = (json.dumps(fields, ensure_ascii=False) + "\n").encode()
             digest.update(data)
             file.write(data)
     return digest.hexdigest()

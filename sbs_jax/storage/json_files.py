@@ -60,8 +60,13 @@ def parse_json(text: str, where: str) -> Any:
 
 def check_encodes(value: Any) -> None:
     """Raises ValueError if a text in a JSON value cannot be encoded as UTF-8."""
+    encoded(value)
+
+
+def encoded(value: Any) -> bytes:
+    """Returns the JSON text of a value in UTF-8. ValueError if a text in it cannot be encoded."""
     try:
-        json.dumps(value, ensure_ascii=False).encode()
+        return json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         half = ascii(error.object[error.start])
         raise ValueError(f"unpaired surrogate {half} cannot be encoded as UTF-8; remove it.") from None
