@@ -78,8 +78,8 @@ def test_more_unusable_replies_than_the_limit_give_status_3_and_the_other_parser
 
 
 def test_a_share_that_is_none_is_refused():
-    with pytest.raises(ValueError, match="unusable is 30; expected a number of at least 0 and at most 1"):
-        summary.Summary(unusable=30)
+    with pytest.raises(ValueError, match=r"unusable is 30\.0; expected a number of at least 0 and at most 1"):
+        summary.Summary(unusable=30.0)
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,7 @@ def test_sbs_records_ends_with_the_summary(parser, tmp_path, capsys):
     assert main.main(words.format("a").split()) == 0
     told = capsys.readouterr()
     assert json.loads(told.out)["splits"]["train"]["teacher_right"] == 39
-    assert "  ok                40   80.0 %" in told.err
+    assert "  ok               40   80.0 %" in told.err
     assert "equals the human one: 39 of 50 rows (78.0 %)" in told.err
     assert "no_answer, 3 of 10:" in told.err
     assert "'I cannot solve number 40.'" in told.err

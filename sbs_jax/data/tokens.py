@@ -95,7 +95,8 @@ def unknown(texts: Sequence[str], table: TokenTable, text_vocabulary: seqio.Voca
         return 0, ""
     rows = np.unique(np.searchsorted(table.starts, places, side="right") - 1)
     tokenizer = text_vocabulary.tokenizer
-    for part in texts[rows[0]].split(JOINT):
+    text: str = texts[int(rows[0])]
+    for part in text.split(JOINT):
         for piece, token in zip(tokenizer.EncodeAsPieces(part), tokenizer.EncodeAsIds(part), strict=True):
             if token == text_vocabulary.unk_id:
                 return len(rows), piece
