@@ -264,10 +264,49 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(run):
         ):
             saver.newest_good()
         assert "checkpoints/1: metadata/metadata has been changed" in str(e.value)
-        assert f"move {run}/checkpoints away to start over" in str(e.value)
-    (run / "checkpoints").rename(run / "away")
+        assert f"move {run} away to start over" in str(e.value)
+    run.rename(run.parent / "away")
     with opened(run) as saver:
         assert saver.newest_good() is None
+
+
+MANIFEST = {"data": {}, "run": {"primary_metric": "accuracy"}}
+OLD = {**MANIFEST, "starts": [{"step": 0}]}  # of a version that did not note checkpoints
+NEW = {**OLD, "checkpointed": False}
+
+
+@pytest.mark.parametrize(
+    ("manifest", "lines", "had"),
+    [
+        (NEW, [("train", 2), ("validation", 3), ("train", 4)], False),  # all saves failed, then it was killed
+        ({**NEW, "checkpointed": True}, [], True),
+        ({**NEW, "starts": [{"step": 0}, {"step": 3}]}, [], True),
+        (NEW, [("train", 2), ("test", 3)], True),
+        (OLD, [("train", 2), ("validation", 3)], False),  # killed in its first save
+        (OLD, [("train", 2), ("validation", 3), ("train", 4)], True),
+        (OLD, [("train", 2), ("train", 4)], False),
+        (None, [], False),
+    ],
+)
+def test_a_run_whose_checkpoints_are_gone_begins_anew_only_if_it_never_had_one(tmp_path, manifest, lines, had):
+    if manifest is not None:
+        (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    text = "".join(json.dumps({"kind": kind, "step": step}) + "\n" for kind, step in lines)
+    (tmp_path / "metrics.jsonl").write_text(text)
+    with opened(tmp_path) as saver:
+        if not had:
+            assert saver.newest_good() is None
+            return
+        with pytest.raises(ValueError, match=f"This run had checkpoints, but {tmp_path}/checkpoints has none"):
+            saver.newest_good()
+
+
+def test_the_first_checkpoint_is_noted_in_the_manifest(tmp_path):
+    (tmp_path / "manifest.json").write_text(json.dumps(NEW))
+    run_with(tmp_path, 1)
+    shutil.rmtree(tmp_path / "checkpoints")
+    with opened(tmp_path) as saver, pytest.raises(ValueError, match="has none"):
+        saver.newest_good()
 
 
 def test_a_damaged_step_is_not_restored_without_asking(run):
@@ -374,6 +413,27 @@ def test_retention_follows_the_scores_as_they_come(tmp_path):
     assert checkpoints.locate(tmp_path) == (tmp_path, 6)
     shutil.rmtree(tmp_path / "checkpoints" / "6")
     assert checkpoints.best_step(tmp_path) == 7
+
+
+def test_scores_of_the_newest_good_checkpoint_count_before_those_of_the_metrics(tmp_path):
+    def saved(step: int, **more: object) -> dict:
+        return {**arrays(step), "metadata": {"step": step, **more}}
+
+    (tmp_path / "manifest.json").write_text(json.dumps(MANIFEST))
+    line = json.dumps({"kind": "validation", "step": 2, "accuracy": 9.0}) + "\n"
+    (tmp_path / "metrics.jsonl").write_text(line)
+    with opened(tmp_path, retention=Retention(newest=9, best=0, period=None)) as saver:
+        saver.save(1, **saved(1, scores={"1": 5.0}, evaluation_due=False))
+        saver.save(2, **saved(2, scores={"1": 5.0}, evaluation_due=True))
+        saver.wait()
+        assert checkpoints.best_step(tmp_path) == 2  # its evaluation came after its save
+        saver.save(3, **saved(3, scores={"1": 5.0, "2": 4.0, "3": float("nan")}, evaluation_due=False))
+    assert checkpoints.best_step(tmp_path) == 1
+    (tmp_path / "metrics.jsonl").write_text("damaged\n")
+    assert checkpoints.best_step(tmp_path) == 1
+    (tmp_path / "metrics.jsonl").unlink()
+    flip(tmp_path / "checkpoints" / "3" / "metadata" / "metadata")
+    assert checkpoints.best_step(tmp_path) == 1
 
 
 def test_the_best_is_the_earliest_of_equals_and_the_newest_where_nothing_was_evaluated(run):

@@ -583,6 +583,17 @@ def test_lines_that_never_came_to_disk_are_reported(tmp_path, contents, caplog):
     assert f"has {len(contents[:2])} lines, but the checkpoint was saved after 3 ({last})" in caplog.text
 
 
+def test_lines_after_the_checkpoint_go_even_if_earlier_ones_were_removed(tmp_path, caplog):
+    """By number alone, three lines would be kept: one of a later step, or the test."""
+    for later in (b'{"kind": "train", "step": 5}\n', TEST):
+        with opened(tmp_path) as run:
+            (tmp_path / "metrics.jsonl").write_bytes(LINES[1] + LINES[2] + later)
+            run.truncate_metrics(lines=3, step=4)
+        assert (tmp_path / "metrics.jsonl").read_bytes() == LINES[1] + LINES[2]
+        assert "has 2 lines, but the checkpoint was saved after 3 (the last is of step 4)" in caplog.text
+        caplog.clear()
+
+
 @pytest.mark.parametrize("line", [b"garbage", b"", b"3", b'{"kind": 1, "step": 2}', b'{"kind": "train"}', b"\xff\xfe"])
 def test_a_damaged_line_of_metrics_is_named(tmp_path, line):
     (tmp_path / "config.gin").write_text(CONFIG)
@@ -699,7 +710,8 @@ def test_a_start_under_the_same_terms_goes_on_and_is_written_down(terms, tmp_pat
     again = terms().begin(run)
     assert [start["step"] for start in again["starts"]] == [0, 3]
     assert again["accepted_changes"] == []
-    assert {**again, "starts": 0} == {**first, "starts": 0}
+    assert (first["checkpointed"], again["checkpointed"]) == (False, True)
+    assert {**again, "starts": 0, "checkpointed": 0} == {**first, "starts": 0, "checkpointed": 0}
     assert warnings_of(caplog) == []
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shutil
 from pathlib import Path
 
 import jax
@@ -85,6 +86,31 @@ def test_a_finished_run_is_not_repeated(finished):
     before = directory.read_metrics(config.model_dir)
     assert loop.train(config, config_text="SEED = 0\n") == result
     assert directory.read_metrics(config.model_dir) == before
+
+
+def test_scores_outlive_the_metrics_and_a_run_without_its_checkpoints_does_not_begin_anew(
+    recorded, tmp_path, monkeypatch
+):
+    """Loses the metrics and the last checkpoint of a finished run, then all checkpoints."""
+    config, result, trainer = recorded
+    assert result["test"]["step"] == 3  # the earlier of two equal scores
+    run = shutil.copytree(config.model_dir, tmp_path / "run")
+    config = dataclasses.replace(config, model_dir=str(run))
+    (run / "metrics.jsonl").write_bytes(b"")
+    assert checkpoints.best_step(run) == 3
+    shutil.rmtree(run / "checkpoints" / "6")
+    monkeypatch.setattr(loop, "prepare", lambda config: trainer)
+    again = loop.train(config, config_text="SEED = 0\n")
+    assert {kind: line["step"] for kind, line in again.items()} == {"train": 6, "validation": 6, "test": 3}
+    assert again["test"] == result["test"]
+
+    shutil.rmtree(run / "checkpoints")
+    before = (run / "metrics.jsonl").read_bytes()
+    said = rf"This run had checkpoints, but {run}/checkpoints has none\..* move {run} away to start over"
+    for _ in range(2):
+        with pytest.raises(ValueError, match=said):
+            loop.train(config, config_text="SEED = 0\n")
+    assert (run / "metrics.jsonl").read_bytes() == before
 
 
 def test_another_configuration_is_refused_with_the_difference(finished):

@@ -1,9 +1,10 @@
 """Checkpoints of a run: saving, retention, verification and restoring.
 
 A run directory holds `checkpoints/<step>/` with three items: `parameters` (a flat dictionary of float32 arrays) and
-`optimizer` in Orbax's form, `metadata` (JSON: architecture, step, progress of the training loop). Parameters are a
-separate item, so that prediction reads nothing else. `checksums.json` beside them has every file's size and SHA-256.
-The directory gets its name when all of this is on disk; until then it is `<step>.<n>.writing`.
+`optimizer` in Orbax's form, `metadata` (JSON: architecture, step, validation scores so far, progress of the training
+loop). Parameters are a separate item, so that prediction reads nothing else. `checksums.json` beside them has every
+file's size and SHA-256. The directory gets its name when all of this is on disk; until then it is
+`<step>.<n>.writing`.
 """
 
 import dataclasses
@@ -21,8 +22,8 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from sbs_jax import checks, hosts
-from sbs_jax.run import directory, saving
-from sbs_jax.storage import checksums
+from sbs_jax.run import directory, manifest, saving
+from sbs_jax.storage import checksums, json_files
 from sbs_jax.student import adapters, t5
 
 log = logging.getLogger(__name__)
@@ -91,6 +92,7 @@ class Checkpoints:
         self._saving: saving.Save | None = None
         self._attempts = 0
         self._good: set[int] = set()  # steps that this process has verified or written
+        self._noted = False  # the manifest says that there is a checkpoint
         self._missing: str | None = None  # why the last save is not on disk
         hosts.from_first(self._tidy)
 
@@ -98,7 +100,7 @@ class Checkpoints:
         """Returns the newest step that passes its checksums, None in a new run; the same on every process.
 
         Newer ones that are damaged or incomplete are named in a warning and moved to `<run>/damaged`. ValueError if no
-        checkpoint is good: only the user may decide to start over.
+        checkpoint is good or all are gone: only the user may decide to start over.
         """
         found = hosts.from_first(self._find_newest_good)
         if found["problem"] is not None:
@@ -124,7 +126,7 @@ class Checkpoints:
             scores = dict(self._scores)
             place = Path(answer["place"])
             save = saving.Save(step, place, handler=self._handler, arrays=arrays, metadata=dict(metadata))
-            save.start(lambda: self._remove_others(step, scores), lambda reason: self._warn(step, reason))
+            save.start(lambda: self._settle(step, scores), lambda reason: self._warn(step, reason))
             self._saving = save
 
     def finish(
@@ -154,6 +156,10 @@ class Checkpoints:
             f"({needed} needed, {'?' if free is None else saving.megabytes(free)} free). Free space there or make it "
             f"writable, and repeat the command: the run resumes at step {newest or 0}."
         )
+
+    def best_step(self) -> int | None:
+        """Returns the best step on disk by `scores`, or the newest if none was evaluated; the same on every process."""
+        return hosts.from_first(lambda: _best(steps(self._run_dir), scores=self._scores))
 
     def restore(self, step: int, *, parameters: Any, optimizer: Any) -> Restored:
         """Reads the arrays of a step, on the shardings of the given abstract trees. ValueError if it is damaged."""
@@ -200,14 +206,13 @@ class Checkpoints:
                     self._set_aside(bad, what)
                 return {"step": step, "problem": None}
             damaged[step] = problem
-        if not damaged:
-            return {"step": None, "problem": None}
-        listed = "\n".join(f"  {self.directory / str(step)}: {problem}." for step, problem in damaged.items())
-        return {
-            "step": None,
-            "problem": f"No checkpoint of this run is good:\n{listed}\nRestore one from a copy, or move "
-            f"{self.directory} away to start over from step 0.",
-        }
+        remedy = f"Restore one from a copy, or move {self._run_dir} away to start over from step 0."
+        if damaged:
+            listed = "\n".join(f"  {self.directory / str(step)}: {problem}." for step, problem in damaged.items())
+            return {"step": None, "problem": f"No checkpoint of this run is good:\n{listed}\n{remedy}"}
+        if directory.had_checkpoints(self._run_dir):
+            return {"step": None, "problem": f"This run had checkpoints, but {self.directory} has none. {remedy}"}
+        return {"step": None, "problem": None}
 
     def _set_aside(self, step: int, problem: str) -> None:
         """Moves a damaged step aside, for inspection."""
@@ -251,8 +256,14 @@ class Checkpoints:
             return (directory / checksums.FILE).is_file()
         return directory.is_dir() and checksums.problem(directory) is None
 
-    def _remove_others(self, step: int, scores: Mapping[int, float]) -> None:
-        """Removes checkpoints that retention does not keep; called when `step` is on disk."""
+    def _settle(self, step: int, scores: Mapping[int, float]) -> None:
+        """Notes that there is a checkpoint and removes those to drop; called when `step` is on disk."""
+        try:
+            if not self._noted:
+                manifest.note_checkpoint(self._run_dir)
+                self._noted = True
+        except (OSError, ValueError) as error:
+            log.warning("The manifest could not be written: %s.", checksums.reason(error))
         try:
             existing = steps(self._run_dir)
             for old in sorted(set(existing) - self._retention.kept(existing, scores=scores) - {step}):
@@ -336,9 +347,42 @@ def steps(run_dir: str | Path) -> list[int]:
 
 def best_step(path: str | Path) -> int | None:
     """Returns the best checkpoint by validation (ties go to the earliest); the newest if none was evaluated."""
-    existing, scores = steps(path), directory.read_scores(path)
+    return _best(steps(path), scores=read_scores(path))
+
+
+def _best(existing: Sequence[int], *, scores: Mapping[int, float]) -> int | None:
     ranked = _best_first(existing, scores=scores) or existing[::-1]
     return ranked[0] if ranked else None
+
+
+def read_scores(path: str | Path) -> dict[int, float]:
+    """Reads the validation scores by step, which select the best checkpoint; {} if there are none.
+
+    They are in the metadata of the newest checkpoint. metrics.jsonl has those that are not: of a run of an earlier
+    version, and of an evaluation after the last save.
+    """
+    existing = steps(path)
+    for step in reversed(existing):
+        place = Path(path) / "checkpoints" / str(step)
+        if checksums.problem(place, under=(METADATA,)) is not None:  # damaged, or removed by its run meanwhile
+            continue
+        try:
+            metadata = saving.read_json(place)
+        except FileNotFoundError:
+            continue
+        scores = scores_of(metadata, where=str(place))
+        if scores is not None and step == existing[-1] and not metadata.get("evaluation_due"):
+            return scores
+        return directory.read_scores(path) | (scores or {})
+    return directory.read_scores(path)
+
+
+def scores_of(metadata: Mapping[str, Any], *, where: str) -> dict[int, float] | None:
+    """Returns the validation scores by step in a checkpoint's metadata; None if an earlier version wrote it."""
+    if "scores" not in metadata:
+        return None
+    found = json_files.typed(metadata["scores"], dict[str, float], where=f"{where}: scores")
+    return {int(step): score for step, score in found.items()}
 
 
 def locate(path: str | Path) -> tuple[Path, int]:

@@ -13,8 +13,10 @@ All processes call the same methods; the first one writes.
 
 import contextlib
 import datetime
+import itertools
 import json
 import logging
+import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -108,12 +110,13 @@ class RunDir:
 
         return hosts.from_first(all_lines)
 
-    def truncate_metrics(self, *, lines: int) -> None:
-        """Drops the lines that a resumed run will repeat: keeps the first `lines`, byte for byte.
+    def truncate_metrics(self, *, lines: int, step: int | None = None) -> None:
+        """Drops the lines that a run resumed at `step` will repeat: keeps the first `lines`, byte for byte.
 
-        ValueError if a kept line is damaged; a warning if there are fewer.
+        ValueError if a kept line is damaged; a warning if there are fewer. If earlier lines were removed, fewer than
+        `lines` are kept: those up to `step`.
         """
-        self._count = hosts.from_first(lambda: self._truncate(lines))
+        self._count = hosts.from_first(lambda: self._truncate(lines, step))
 
     def write_predictions(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
         """Writes `predictions/<name>.jsonl`."""
@@ -194,12 +197,13 @@ class RunDir:
             log.warning("Resuming with changes:\n%s", "\n".join(changed))
             accepted.append({"step": step, "time": now, "diff": changed})
         new |= {"accepted_changes": accepted, "starts": [*(old or {}).get("starts", []), start]}
+        new[manifest.CHECKPOINTED] = step > 0 or (old or {}).get(manifest.CHECKPOINTED, False)
         if old is not None and (other := manifest.allowed_changes(old, new)):
             log.info("Changed since the last start: %s.", "; ".join(other))
         with _explaining_disk_errors(self.path):
             # In this order: config.gin marks the directory as a run's.
             atomic.replace(config, self._config_text.encode())
-            atomic.replace(self.path / MANIFEST, (json.dumps(new, indent=1, sort_keys=True) + "\n").encode())
+            manifest.write(self.path, new)
 
     def _manifest_before(self, *, step: int, accept_changes: bool) -> tuple[dict[str, Any] | None, list[str]]:
         """Returns the previous manifest, None in a new run; and, with `accept_changes`, why it cannot be read."""
@@ -229,12 +233,14 @@ class RunDir:
             f"the changes with --accept_changes, which writes them into {MANIFEST}."
         )
 
-    def _truncate(self, lines: int) -> int:
+    def _truncate(self, lines: int, step: int | None) -> int:
         self._check()
         path = self.path / "metrics.jsonl"
         whole = _whole_lines(path)
-        kept = whole[:lines]
-        parsed = [_parse(line, path=path, number=number) for number, line in enumerate(kept, start=1)]
+        parsed = [_parse(line, path=path, number=number) for number, line in enumerate(whole[:lines], start=1)]
+        if step is not None:
+            parsed = list(itertools.takewhile(lambda line: line["kind"] != "test" and line["step"] <= step, parsed))
+        kept = whole[: len(parsed)]
         if len(kept) < lines:
             last = f"the last is of step {parsed[-1]['step']}" if parsed else "there is none"
             log.warning(
@@ -302,8 +308,26 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     return [_parse(line, path=file, number=number) for number, line in enumerate(_whole_lines(file), start=1)]
 
 
+def had_checkpoints(path: Path) -> bool:
+    """Tells whether a run had a checkpoint, by its manifest, or by its metrics if an earlier version wrote it.
+
+    A test follows the last checkpoint; a line after an evaluation follows that one's.
+    """
+    lines, known = [], None
+    with contextlib.suppress(ValueError):  # a damaged line proves nothing
+        lines = read_metrics(path)
+    if (path / MANIFEST).exists():
+        with contextlib.suppress(ValueError):  # damaged: `begin` refuses it
+            known = manifest.had_checkpoint(read_manifest(path))
+    evaluated = [line["step"] for line in lines if line["kind"] == "validation"]
+    tested = any(line["kind"] == "test" for line in lines)
+    if known is None:
+        known = any(line["step"] > min(evaluated, default=math.inf) for line in lines)
+    return known or tested
+
+
 def read_scores(path: str | Path) -> dict[int, float]:
-    """Reads the validation scores by step, which select the best checkpoint; {} if there are none."""
+    """Reads the validation scores by step in metrics.jsonl; {} if there are none."""
     if not (Path(path) / "metrics.jsonl").exists() or not (Path(path) / MANIFEST).exists():
         return {}
     metric = manifest.read(path).get("run", {}).get("primary_metric")

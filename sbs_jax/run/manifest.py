@@ -15,7 +15,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from sbs_jax.storage import atomic
+
 NAME = "manifest.json"
+CHECKPOINTED = "checkpointed"  # true once the run's first checkpoint is on disk
 _REPORTED = (
     *("sbs-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "seqio", "tensorflow", "tensorflow-text"),
     *("tensorflow-datasets", "sentencepiece", "numpy"),
@@ -53,6 +56,24 @@ def read(run_dir: str | Path) -> dict[str, Any]:
             "--accept_changes, which writes a new one without comparing."
         ) from None
     return found
+
+
+def write(run_dir: str | Path, contents: Mapping[str, Any]) -> None:
+    """Writes the manifest of a run."""
+    atomic.replace(Path(run_dir) / NAME, (json.dumps(contents, indent=1, sort_keys=True) + "\n").encode())
+
+
+def note_checkpoint(run_dir: str | Path) -> None:
+    """Writes into the manifest, if there is one, that the run has a checkpoint."""
+    if (Path(run_dir) / NAME).exists() and not (found := read(run_dir)).get(CHECKPOINTED):
+        write(run_dir, {**found, CHECKPOINTED: True})
+
+
+def had_checkpoint(found: Mapping[str, Any]) -> bool | None:
+    """Tells whether a run ever had a checkpoint; None if an earlier version began it, which did not note this."""
+    if any(start.get("step") for start in found.get("starts", [])):
+        return True
+    return found.get(CHECKPOINTED)
 
 
 @functools.cache

@@ -22,7 +22,7 @@ from sbs_jax.weights import frozen, opening
 
 log = logging.getLogger(__name__)
 
-_NEW = {"lines": 0, "window": [], "evaluation_due": False}  # progress of a run without a checkpoint
+_NEW = {"lines": 0, "window": [], "evaluation_due": False, "scores": {}}  # progress of a run without a checkpoint
 
 
 def train(config: TrainConfig, *, config_text: str, accept_changes: bool = False) -> dict[str, dict[str, Any]]:
@@ -64,8 +64,11 @@ def train(config: TrainConfig, *, config_text: str, accept_changes: bool = False
         identity, base = (base.identity if base else None), None
         if start == config.train_steps and any(line["kind"] == "test" for line in run.metrics()):
             return _last_lines(run)
-        run.truncate_metrics(lines=progress["lines"])
-        scores |= dict(hosts.from_first(lambda: list(directory.read_scores(run.path).items())))
+        run.truncate_metrics(lines=progress["lines"], step=start)
+        saved = checkpoints.scores_of(progress, where=f"the checkpoint of step {start}")
+        if saved is None:
+            saved = dict(hosts.from_first(lambda: list(directory.read_scores(run.path).items())))
+        scores |= saved
         window = MetricsWindow(progress["window"])
         session = _Session(config, trainer, run, saver, watch, scores, identity, state, start, window)
         del state  # every step donates it
@@ -170,6 +173,7 @@ class _Session:
             "lines": self.run.lines,
             "window": self.window.rows(),
             "evaluation_due": evaluation_due,
+            "scores": dict(self.scores),
         }
         arrays = {"parameters": saved.parameters, "optimizer": saved.optimizer}
         if final:
@@ -180,7 +184,7 @@ class _Session:
     def test(self) -> bool:
         """Grades the best checkpoint on test; False if preempted meanwhile."""
         config, trainer = self.config, self.trainer
-        step = hosts.from_first(lambda: checkpoints.best_step(self.run.path))
+        step = self.saver.best_step()
         checkpoint = self.run.path / "checkpoints" / str(step)
         base = {} if config.tuning is None else trainer.parameters(self.state)  # checkpoints hold only adapters
         parameters = {**base, **opening.load_parameters(checkpoint, like=trainer.saved.parameters)}

@@ -34,7 +34,11 @@ def contents(run: str | Path) -> Contents:
     lines = [{k: v for k, v in line.items() if k not in SPEEDS} for line in directory.read_metrics(run)]
     predictions = {path.name: path.read_bytes() for path in (run / "predictions").iterdir()}
     metadata = checkpoints.read_metadata(run, step)
-    for name in ("lines", "evaluation_due"):  # a run preempted in its last evaluation, which the resumed run repeated
+    for name in (
+        "lines",
+        "evaluation_due",
+        "scores",
+    ):  # a run preempted in its last evaluation, which the resumed run repeated
         del metadata[name]
     return Contents(arrays, metadata, lines, predictions, checkpoints.best_step(run))
 
