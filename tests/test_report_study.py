@@ -125,11 +125,11 @@ def test_what_holm_takes_back_is_said(tmp_path: Path) -> None:
     runs = of(tmp_path, label=some(50), step_by_step=some(56))
     alone = report.summarize(runs)
     assert 0.01 < alone.comparisons[0].p < 0.05
-    assert tables.differences(alone).rows[0][-1] == "ahead"
+    assert tables.differences(alone).rows[0][-1] == "these two differ"
     assert "Holm" not in report.sentences(alone)[0]
     among_others = report.study(runs + _many(tmp_path / "more", 8)).summaries[0]
     assert among_others.comparisons[0].p == alone.comparisons[0].p
-    assert tables.differences(among_others).rows[0][-1] == "ahead, not by Holm"
+    assert tables.differences(among_others).rows[0][-1] == "these two differ, not by Holm"
     assert "(not by Holm's correction: p = 0." in report.sentences(among_others)[0]
 
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from sbs_jax.stats.formats import capital, interval, listed, of_data, p_value, percent, signed, signed_interval
 from sbs_jax.stats.study import Study
-from sbs_jax.stats.summary import Comparison, Summary
+from sbs_jax.stats.summary import DIFFER, Comparison, Group, Summary
 
 
 def headline_of_all(study: Study) -> str:
@@ -18,14 +18,18 @@ def headline_of_all(study: Study) -> str:
     method = min(found, key=lambda c: not c.method.startswith("step-by-step")).method
     reference = next(c.reference for c in found if c.method == method)
     these = [c for c in found if (c.method, c.reference) == (method, reference)]
-    ahead, behind = ([c for c in these if c.verdict == verdict] for verdict in ("ahead", "behind"))
+    ahead, behind, differ = ([c for c in these if c.verdict == verdict] for verdict in ("ahead", "behind", DIFFER))
     of = f"{len(these)} comparison{'s' * (len(these) != 1)} on {where}"
-    if not ahead and not behind:
-        return f"No difference shown between {method} and {reference} in any of {of}"
-    return (
-        f"{capital(method)} is ahead of {reference} in {len(ahead) or 'none'} of {of}{_not_by_holm(ahead)}, behind in "
-        f"{len(behind) or 'none'}{_not_by_holm(behind)}"
-    )
+    students = f"with one seed the two students differ in {len(differ)}{_not_by_holm(differ)}" if differ else ""
+    if ahead or behind:
+        text = (
+            f"{capital(method)} is ahead of {reference} in {len(ahead) or 'none'} of {of}{_not_by_holm(ahead)}, behind "
+            f"in {len(behind) or 'none'}{_not_by_holm(behind)}"
+        )
+        return "; ".join(filter(None, (text, students)))
+    if differ:
+        return f"{capital(method)} and {reference} in {of}: {students}, which says little of the methods"
+    return f"No difference shown between {method} and {reference} in any of {of}"
 
 
 def _not_by_holm(comparisons: Sequence[Comparison]) -> str:
@@ -57,18 +61,19 @@ def headline(summary: Summary) -> str:
             points = sorted(abs(c.difference) for c in found)
             return (
                 f"{winner} is ahead of {loser} at all {len(found)} amounts of data, by {points[0]:.1f} to "
-                f"{points[-1]:.1f} points{_one_seed(found)}"
+                f"{points[-1]:.1f} points"
             )
     phrases = []
     for verdict, phrase in (
         ("ahead", f"{method} is ahead of {theirs} at {{}} of the data"),
         ("behind", f"{theirs} is ahead of {method} at {{}} of the data"),
+        (DIFFER, f"with one seed, the students of {method} and {theirs} differ at {{}} of the data"),
         ("no difference shown", "no difference shown at {}"),
     ):
         shares = [percent(c.fraction) for c in found if c.verdict == verdict]
         if shares:
             phrases.append(phrase.format(listed(shares)))
-    return capital("; ".join(phrases)) + _one_seed(found)
+    return capital("; ".join(phrases))
 
 
 def sentences(summary: Summary) -> list[str]:
@@ -98,8 +103,13 @@ def _finding(c: Comparison) -> str:
             f"{signed_interval(c.low, c.high)}"
         )
     winner, loser, points, low, high = c.method, c.reference, c.difference, c.low, c.high
-    if c.verdict == "behind":
+    if c.high < 0:
         winner, loser, points, low, high = loser, winner, -points, -high, -low
+    if c.verdict == DIFFER:
+        return (
+            f"These two students differ {where}: that of {winner} has {points:.1f} points {interval(low, high)} more "
+            f"than that of {loser}, which says little of the methods"
+        )
     return f"{capital(winner)} is ahead of {loser} by {points:.1f} points {interval(low, high)} {where}"
 
 
@@ -113,11 +123,12 @@ def _savings(summary: Summary) -> list[str]:
         if enough and enough[0].fraction < goal.fraction:
             found.append(
                 f"{capital(one)} with {of_data(enough[0].fraction)} has {enough[0].accuracy:.1f} %, no "
-                f"less than {other} with {of_data(goal.fraction)} ({goal.accuracy:.1f} %)."
+                f"less than {other} with {of_data(goal.fraction)} ({goal.accuracy:.1f} %)"
+                f"{_one_seed([enough[0], goal])}."
             )
     return found
 
 
-def _one_seed(comparisons: Sequence[Comparison]) -> str:
+def _one_seed(found: Sequence[Comparison | Group]) -> str:
     """Returns a note for a single seed, whose choice the interval does not cover; else ""."""
-    return " (one seed)" if any(len(c.seeds) == 1 for c in comparisons) else ""
+    return " (one seed)" if any(len(each.seeds) == 1 for each in found) else ""

@@ -16,6 +16,9 @@ from sbs_jax.stats.formats import percent
 from sbs_jax.stats.intervals import accuracy_interval, difference_interval, difference_p, holm, mcnemar
 from sbs_jax.stats.results import DISTILLATION, FINE_TUNING, METHODS, TEACHER_LABELS, Result, Run, load
 
+# Verdict with one seed: two students differ. Seeds of one method differ as well, which the interval does not cover.
+DIFFER = "these two differ"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
@@ -79,10 +82,12 @@ class Comparison:
 
     @property
     def verdict(self) -> str:
-        """ "ahead" or "behind" if the interval leaves out 0, else "no difference shown"."""
-        if self.low > 0:
-            return "ahead"
-        return "behind" if self.high < 0 else "no difference shown"
+        """ "ahead" or "behind" if the interval leaves out 0 (DIFFER with one seed), else "no difference shown"."""
+        if self.low <= 0 <= self.high:
+            return "no difference shown"
+        if len(self.seeds) == 1:
+            return DIFFER
+        return "ahead" if self.low > 0 else "behind"
 
 
 @dataclass(frozen=True, kw_only=True)
