@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sbs_jax import checks
 from sbs_jax.checks import nearest
 from sbs_jax.training import gin_files
 from sbs_jax.training.gin_files import UsageError
@@ -126,11 +127,9 @@ class Sweep:
                 near = nearest(dataset, self.datasets)
                 raise ValueError(f"Sweep.fractions names {dataset!r}, which is not among datasets.{near}")
             for fraction in fractions:
-                if isinstance(fraction, bool) or not isinstance(fraction, int | float) or not 0 < fraction <= 1:
-                    raise ValueError(f"Sweep.fractions has {fraction!r}; expected numbers above 0, at most 1.")
+                checks.number("A fraction of Sweep.fractions", fraction, above=0, most=1)
         for seed in self.seeds:
-            if isinstance(seed, bool) or not isinstance(seed, int):
-                raise ValueError(f"Sweep.seeds has {seed!r}; expected whole numbers.")
+            checks.whole_number("A seed of Sweep.seeds", seed)
         for macro in (*self.axes, *self.bindings):
             if macro in _OWN:
                 raise ValueError(f"A sweep sets {macro} itself, by its own lists; leave it out of axes and bindings.")

@@ -8,9 +8,10 @@ from typing import Any
 import jax
 
 from sbs_jax.data import registry, selection
-from sbs_jax.run import checkpoints, directory
+from sbs_jax.run import directory
 from sbs_jax.student import adapters, partitioning, t5
-from sbs_jax.weights import frozen, identity, opening
+from sbs_jax.weights import frozen, identity, names, opening, runs
+from sbs_jax.weights.arrays import shapes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,16 +116,16 @@ def _options(trained: _Trained) -> selection.DataOptions:
 
 
 def _read_trained(path: str | Path, partitioner: partitioning.Partitioner) -> _Trained:
-    run, step = checkpoints.locate(path)
-    manifest = directory.read_manifest(run)
-    metadata = checkpoints.read_metadata(run, step)
-    config, tuning = t5.T5Config.of(metadata["model"]), adapters.Tuning.of(metadata.get("tuning"))
+    opened = runs.open_run(path)
+    if opened.origin is None:
+        raise FileNotFoundError(f"{path} is not a run directory: its {directory.MANIFEST} is missing.")
+    config, tuning = opened.config, opened.tuning
     adapted = adapters.abstract(config, tuning)
     like = partitioner.with_shardings(adapted.shapes, parameters=adapted.shapes, axes=adapted.axes)
-    checkpoint = run / "checkpoints" / str(step)
-    parameters = opening.load_parameters(checkpoint, like=adapted.split(like)[0])
-    base = metadata.get("base")
-    return _Trained(str(run), config, tuning, adapted, like, parameters, base, step, manifest)
+    wanted = adapted.split(like)[0]
+    names.check(path, shapes(opened.arrays), shapes(wanted), kind=opening.SBS)
+    parameters = {name: opened.arrays[name].onto(leaf) for name, leaf in wanted.items()}
+    return _Trained(*(str(path), config, tuning, adapted, like, parameters, opened.base, opened.step, opened.origin))
 
 
 def _check_shared(first: _Trained, other: _Trained) -> None:

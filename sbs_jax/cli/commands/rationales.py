@@ -34,7 +34,6 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError(f"got {got}; expected either a run directory or --teacher DATASET.")
     if arguments.limit is not None and arguments.limit < 1:
         raise UsageError(f"--limit is {arguments.limit}; expected at least 1.")
-    import tasks  # noqa: F401  (registers the datasets)
     from sbs_jax.stats import rationales
 
     if arguments.teacher is not None:

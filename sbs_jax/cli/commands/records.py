@@ -37,7 +37,6 @@ def add_unusable(parser: Any, consequence: str) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    import tasks  # noqa: F401  (registers the datasets)
     from sbs_jax.data import registry, release
 
     told = summary.Summary(unusable=arguments.unusable)

@@ -83,7 +83,6 @@ def add(command: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    import tasks  # noqa: F401  (registers the datasets)
     from sbs_jax.teacher import clients, command, prompts, sampler
 
     def fields(kind: Any, *others: str) -> dict[str, Any]:
