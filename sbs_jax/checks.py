@@ -5,8 +5,13 @@ Each check returns nothing and raises ValueError. `name` begins the message: "Tr
 
 import difflib
 import operator
+import re
 import sys
 from collections.abc import Collection, Iterable
+
+# Flags and fields that may name a place on Cloud Storage.
+ON_BUCKETS = ("base", "batch_folder", "initial_checkpoint_path", "source", "target", "vocabulary")
+_URL = re.compile(r"(gs|s3a?|hdfs|file|abfss?):/|[a-z][\w+.-]+://", re.ASCII | re.IGNORECASE)
 
 
 def whole_number(name: str, value: object, *, least: int | None = None) -> None:
@@ -58,6 +63,20 @@ def choice(name: str, value: object, known: Collection[str]) -> None:
     """Requires one of the known words."""
     if value not in known:
         raise ValueError(f"{name} is {value!r}; expected one of {', '.join(known)}.{nearest(str(value), known)}")
+
+
+def local_path(name: str, value: str, *, or_bucket: bool = False) -> None:
+    """Refuses a text that begins as the address of a file elsewhere: "gs://..", "s3://..", "file://..".
+
+    `Path` would take it for a folder below the current one. With `or_bucket`, "gs://.." is fine.
+
+    >>> local_path("--output", "gs://bucket/answers.jsonl")
+    Traceback (most recent call last):
+    ValueError: --output is 'gs://bucket/answers.jsonl'; expected a local path. A bucket can be mounted (docs/tpu.md).
+    """
+    if _URL.match(value) and not (or_bucket and value.startswith("gs://")):
+        expected = f"a local path{' or gs://' if or_bucket else ''}"
+        raise ValueError(f"{name} is {value[:200]!r}; expected {expected}. A bucket can be mounted (docs/tpu.md).")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -2,9 +2,13 @@
 
 import functools
 import json
+import os
 import re
 import shutil
 import signal
+import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -159,6 +163,41 @@ def test_differences_are_named_by_process():
         *("code: processes 1, 3 differ from process 0:", "--- process 0", "+++ processes 1, 3", "-b 2", "+b 3"),
         *("versions: process 2 differs from process 0:", "--- process 0", "+++ process 2", "-jax 1", "+jax 2"),
     ]
+
+
+# Process 0 of 2, which imports a TensorFlow that does what the test wants.
+IMPORTING = """
+import socket, sys
+from sbs_jax.cli import main
+from sbs_jax.hosts import link, roll
+wire = roll.Wire(socket.create_connection(("localhost", int(sys.argv[1]))))
+held = link.Link(roll.Place(coordinator="localhost:1", count=2, index=0), {1: wire})
+main.import_tensorflow()
+"""
+
+
+@pytest.mark.parametrize(
+    ("then", "status", "last_words"),
+    [
+        ("time.sleep(60)", 1, r"sbs, process 0 of 2: Lost contact with process 1 of 2 \(killed, or"),
+        ("os.abort()", -signal.SIGABRT, r"Fatal Python error: Aborted(?s:.*)tensorflow\.py"),
+    ],
+    ids=["another process is lost", "it crashes"],
+)
+def test_a_process_that_dies_in_the_silenced_import_says_why(tmp_path, then, status, last_words):
+    (tmp_path / "tensorflow.py").write_text(f"import os, time\nos.write(2, b'noise')\nopen('here', 'w')\n{then}\n")
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    with socket.create_server(("localhost", 0)) as listener:
+        command = [sys.executable, "-c", IMPORTING, str(listener.getsockname()[1])]
+        with subprocess.Popen(command, env=environment, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
+            connection, _ = listener.accept()
+            while process.poll() is None and not (tmp_path / "here").exists():
+                time.sleep(0.01)
+            connection.close()
+            said = process.communicate(timeout=30)[1]
+    assert process.returncode == status, said
+    assert re.search(last_words, said)
+    assert "noise" not in said
 
 
 def test_slurm_tells_the_place(monkeypatch):

@@ -1,17 +1,21 @@
 """The command line as its user meets it: real processes, real files, the shipped gin files."""
 
+import argparse
 import json
 import signal
+import typing
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import tasks  # noqa: F401  (registers the datasets)
+from sbs_jax import checks
 from sbs_jax.cli import main
 from sbs_jax.data import registry, release
+from sbs_jax.prediction import compiled
 from sbs_jax.run import directory
-from sbs_jax.training import gin_files
+from sbs_jax.training import config, declared, gin_files
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -154,6 +158,129 @@ def test_the_other_optimiser_replaces_the_first():
 def test_mistakes_in_bindings_are_explained(bindings, message):
     with pytest.raises(gin_files.UsageError, match=message):
         configure("experiments/svamp/base", bindings=bindings)
+
+
+@pytest.mark.parametrize(
+    ("binding", "message"),
+    [
+        ("train.TrainConfig.evaluate_test='false'", "TrainConfig.evaluate_test is 'false'; expected True or False."),
+        ("PACK=no", "PACK is 'no'; expected True or False (as TrainConfig.pack)."),
+        ("PACK=0", "PACK is 0; expected True or False"),
+        ("optax.adamw.nesterov=yes", "adamw.nesterov is 'yes'; expected True or False."),
+        ("LEARNING_RATE=1e-4x", "LEARNING_RATE is '1e-4x'; expected a number (as linear_schedule.init_value)."),
+        ("LEARNING_RATE=nan", "LEARNING_RATE is 'nan'; expected a number"),
+        ("optax.adamw.weight_decay=1%", "adamw.weight_decay is '1%'; expected a number or a reference, @..."),
+        ("TRAIN_STEPS='1000'", "TRAIN_STEPS is '1000'; expected a whole number (as "),
+        ("TRAIN_STEPS=1e3", "TRAIN_STEPS is 1000.0; expected a whole number (as "),
+        ("SEED=true", "SEED is True; expected a whole number (as "),
+        ("SEED=[[0]]", "SEED is [[0]]; expected a whole number (as "),
+        ("KEEP_PERIOD=none", "KEEP_PERIOD is 'none'; expected a whole number or None (as TrainConfig.keep_period)."),
+        ("CLIP_NORM=off", "CLIP_NORM is 'off'; expected a number or None (as TrainConfig.clip_norm)."),
+        ("FRACTION=half", "FRACTION is 'half'; expected a number (as DataOptions.fraction)."),
+        ("MODEL_DIR=2026", "MODEL_DIR is 2026; expected text in quotes (as TrainConfig.model_dir)."),
+        ("MODEL=t5", "MODEL is 't5'; expected a reference to a T5Config, @..() (as TrainConfig.model)."),
+        ("MODEL=@t5.T5Config", "; expected a reference to a T5Config, @..() (as TrainConfig.model)."),
+        ("OPTIMIZER=adamw", "OPTIMIZER is 'adamw'; expected a reference, @.. (as TrainConfig.optimizer)."),
+        ("t5.T5Config.mlp_activations=gelu", "T5Config.mlp_activations is 'gelu'; expected a list of texts in quotes."),
+        ("TASK_FEATURE_LENGTHS={inputs: 32}", "'TASK_FEATURE_LENGTHS={inputs: 32}'; expected brackets that close and"),
+        (
+            "TASK_FEATURE_LENGTHS={'inputs': '32'}",
+            "TASK_FEATURE_LENGTHS is {'inputs': '32'}; expected names with whole",
+        ),
+        (
+            "TASK_FEATURE_LENGTHS={'inputs': 32}",
+            "task_feature_lengths is {'inputs': 32}; expected tokens of inputs and",
+        ),
+        ("TASK_FEATURE_LENGTHS=32", "TASK_FEATURE_LENGTHS is 32; expected names with whole numbers, such as {'name':"),
+        ("TASK_FEATURE_LENGTHS={'inputs': 0, 'targets': 9}", "['inputs'] is 0; expected a whole number of at least 1."),
+    ],
+)
+def test_a_value_of_another_type_than_declared_is_refused_by_name(binding, message, tmp_path):
+    """On the command line and in a gin file, as a macro and as a parameter."""
+    with pytest.raises(gin_files.UsageError) as caught:
+        configure("experiments/svamp/base", bindings=[binding])
+    assert message in str(caught.value)
+
+
+def test_every_field_that_declares_a_number_or_a_truth_value_refuses_text(tmp_path):
+    refused = 0
+    for name, class_name in (("train.TrainConfig", "TrainConfig"), ("datasets.DataOptions", "DataOptions")):
+        types = declared.parameters(getattr({"train": config, "datasets": registry}[name.split(".")[0]], class_name))
+        for field, kind in types.items():
+            if any(each in (int, float, bool) for each in (kind, *typing.get_args(kind))):
+                with pytest.raises(gin_files.UsageError, match=rf"^{class_name}\.{field} is 'x'; expected "):
+                    configure("experiments/svamp/base", bindings=[f"{name}.{field}=x"])
+                refused += 1
+    assert refused > 20
+
+
+@pytest.mark.parametrize(("text", "value"), [("false", False), ("FALSE", False), ("true", True), ("True", True)])
+def test_truth_values_are_read_as_other_command_lines_write_them(text, value):
+    found, kept = configure("experiments/svamp/base", bindings=[f"PACK={text}", f"EVALUATE_TEST={text}"])
+    assert (found.pack, found.evaluate_test) == (value, value)
+    assert f"PACK = {value}" in kept
+
+
+def test_gin_files_are_utf_8_with_or_without_a_byte_order_mark(tmp_path):
+    mine = tmp_path / "mine.gin"
+    text = "include 'gin_configs/experiments/svamp/base.gin'\nLABEL_PREFIX = 'é: '\n"
+    bindings = ["MODEL_DIR=/m", "RECORDS_DIR=/r", "INITIAL_CHECKPOINT_PATH=/i"]
+
+    def read(contents: bytes) -> typing.Any:
+        mine.write_bytes(contents)
+        return gin_files.configure("train.TrainConfig", gin_files=[str(mine)], bindings=bindings)[0]
+
+    for contents in (text.encode("utf-8-sig"), text.encode(), text.replace("\n", "\r\n").encode("utf-8-sig")):
+        assert read(contents).data.label_prefix == "é: "
+    for contents, message in {
+        text.encode("utf-16"): "is not UTF-8; convert the file to UTF-8",
+        f"{text}PACK = 'false'\n".encode(): "PACK is 'false'; expected True or False",
+        f"{text}PACK = false\n".encode(): "'false' (mine.gin, line 3) is no value; expected True, False, None",
+        f"{text}train.TrainConfig.pack = 'false'\n".encode(): "TrainConfig.pack is 'false'; expected True or False.",
+    }.items():
+        with pytest.raises(gin_files.UsageError) as caught:
+            read(contents)
+        assert message in str(caught.value)
+    for file in ("nowhere.gin", str(tmp_path)):
+        with pytest.raises(gin_files.UsageError, match=f"Unable to open file: {file}.*The ready ones are in"):
+            gin_files.configure("train.TrainConfig", gin_files=[file], bindings=bindings)
+
+
+ADDRESSES = ("gs://bucket/x", "s3://bucket/x", "hdfs:///x", "file:///x", "GS://bucket/x", "gs:/bucket/x")
+
+
+@pytest.mark.parametrize("address", ADDRESSES)
+def test_addresses_of_object_storage_are_refused_by_name(address, monkeypatch, tmp_path, capsys):
+    """Flags of every command, fields of every configuration; some may be on Cloud Storage."""
+    monkeypatch.chdir(tmp_path)
+    seen = set()
+    for parser in main._parser()[1].values():
+        for action in parser._actions:
+            if action.type is None and action.choices is None and action.metavar and action.dest != "base_url":
+                seen.add(action.dest)
+                given = argparse.Namespace(**{action.dest: address})
+                if action.dest in checks.ON_BUCKETS and address.startswith("gs://"):
+                    main._refuse_urls(parser, given)
+                else:
+                    with pytest.raises(ValueError, match=rf"^(--)?\w+ is '{address}'; expected a local path"):
+                        main._refuse_urls(parser, given)
+    assert {"model", "input", "output", "records_dir", "store", "gin_file", "adapters", "assets", "run_dir"} <= seen
+    for name in ("train.TrainConfig.model_dir", "datasets.DataOptions.records_dir"):
+        owner = name.partition(".")[2]
+        with pytest.raises(gin_files.UsageError, match=rf"^{owner} is '{address}'; expected a local path"):
+            configure("experiments/svamp/base", bindings=[f"{name}={address}"])
+    assert main.main(["predict", "--model=m", "--input=i", "--output=o", f"--adapters=esnli={address}"]) == 1
+    assert f"sbs predict: --adapters is '{address}'" in capsys.readouterr().err
+    monkeypatch.setenv("SBS_COMPILED", address)
+    with pytest.raises(ValueError, match=r"^SBS_COMPILED is"):
+        compiled.default()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_vocabulary_and_first_checkpoint_may_be_on_cloud_storage():
+    where = "gs://t5-data/vocabs/cc_all.32000/sentencepiece.model"
+    found, _ = configure("experiments/svamp/base", bindings=["INITIAL_CHECKPOINT_PATH=gs://t5-data/x"])
+    assert (found.data.vocabulary, found.initial_checkpoint_path) == (where, "gs://t5-data/x")
 
 
 def test_what_is_required_is_named_with_its_flag():

@@ -57,7 +57,8 @@ def configurations() -> str:
         "# Configurations",
         "Repeat `--gin_file=FILE`; later files override earlier ones, and `--gin.NAME=VALUE` overrides them all. "
         "NAME is a macro below, or any parameter that a gin file binds: `--gin.train.TrainConfig.seed=1`. "
-        "Unknown bindings are rejected, with the nearest match.",
+        "Unknown bindings are rejected, with the nearest match; so are values of another type than declared. "
+        "`true` and `false` are True and False.",
     ]
     for path in sorted((ROOT / "gin_configs" / "runs").glob("*.gin")):
         tables = _macros(path.read_text("utf-8"))

@@ -4,6 +4,7 @@ Heavy imports are late, so `--help` answers at once.
 """
 
 import argparse
+import faulthandler
 import importlib
 import logging
 import os
@@ -18,7 +19,7 @@ from typing import Any
 
 import absl.logging
 
-from sbs_jax import hosts
+from sbs_jax import checks, hosts
 from sbs_jax.checks import nearest
 from sbs_jax.hosts import preemption
 from sbs_jax.training.gin_files import UsageError
@@ -71,6 +72,7 @@ def _main(argv: Sequence[str] | None) -> int:
         bindings.append(f"{match[1]}={match[2]}")
     _log_to_stderr()
     try:
+        _refuse_urls(commands[arguments.command], arguments)
         if hasattr(arguments, "multihost"):
             _join(arguments)
         import_tensorflow()
@@ -96,6 +98,17 @@ def _main(argv: Sequence[str] | None) -> int:
     except BaseException as error:
         _fail_others(f"{type(error).__name__}: {error}", show=True)
         raise
+
+
+def _refuse_urls(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    """Refuses flags that name a file of object storage; `gin_files` does so for configurations."""
+    for action in parser._actions:
+        value = getattr(arguments, action.dest, None)
+        name = (action.option_strings or [action.metavar])[0]
+        for each in value if isinstance(value, list) else [value]:
+            if isinstance(each, str) and action.dest != "base_url":
+                for part in re.split("[=,]", each):  # NAME=DIR, DIR,DIR
+                    checks.local_path(str(name), part, or_bucket=action.dest in checks.ON_BUCKETS)
 
 
 def _fail_others(text: str, *, show: bool) -> None:
@@ -146,13 +159,17 @@ def _log_to_stderr() -> None:
 
 
 def import_tensorflow() -> None:
-    """Imports TensorFlow, hides the GPUs from it (JAX uses them) and drops its messages, which no setting mutes."""
+    """Imports TensorFlow, hides the GPUs from it (JAX uses them) and drops its messages, which no setting mutes.
+
+    If the import crashes the process, the Python stack is printed.
+    """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     sys.stderr.flush()
-    stderr = os.dup(2)
+    stderr, told = os.dup(2), faulthandler.is_enabled()
     with tempfile.TemporaryFile() as output:
         os.dup2(output.fileno(), 2)
         try:
+            faulthandler.enable(stderr)
             import tensorflow as tf
             import tensorflow_text  # noqa: F401  (registers its operations)
 
@@ -163,6 +180,7 @@ def import_tensorflow() -> None:
             raise
         finally:
             os.dup2(stderr, 2)
+            faulthandler.enable(2) if told else faulthandler.disable()
             os.close(stderr)
 
 

@@ -23,6 +23,7 @@ class Link:
     def __init__(self, place: Place, wires: dict[int, Wire]) -> None:
         self.place = place
         self._wires = wires
+        self._stderr = os.dup(2)  # for `_end`, while descriptor 2 points elsewhere: TensorFlow's import is silenced
         self._inbox: dict[int, queue.SimpleQueue[Any]] = {index: queue.SimpleQueue() for index in wires}
         self._leaving = {index: threading.Event() for index in wires}
         self._ending = threading.Lock()
@@ -151,7 +152,9 @@ class Link:
         """Forwards the failure and exits at once: the main thread may hang in a collective."""
         if not self._ending.acquire(blocking=False):
             threading.Event().wait()  # another thread is ending the process
-        print(f"\nsbs, process {self.place.index} of {self.place.count}: {shown}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):
+            sys.stderr.flush()
+            os.write(self._stderr, f"\nsbs, process {self.place.index} of {self.place.count}: {shown}\n".encode())
         self._tell({"failed": text})
         for wire in self._wires.values():
             with contextlib.suppress(OSError):

@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from sbs_jax import checks
+
 OFF = "off"
 VARIABLE = "SBS_COMPILED"
 _SUFFIX = "-cache"  # of JAX's cache files
@@ -23,6 +25,7 @@ _SUFFIX = "-cache"  # of JAX's cache files
 def default() -> str:
     """Returns the default cache folder: SBS_COMPILED, else below the user's cache folder."""
     cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    checks.local_path(VARIABLE, os.environ.get(VARIABLE, ""))
     return os.environ.get(VARIABLE) or str(Path(cache).expanduser() / "sbs_jax" / "compiled")
 
 

@@ -13,6 +13,7 @@ from sbs_jax.data import registry, selection
 from sbs_jax.student import adapters, partitioning, stacking, t5
 
 MEMORIES = ("device", "pinned_host")
+_FEATURES = ("inputs", "targets")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -124,6 +125,14 @@ class TrainConfig(Optimization, Checkpointing, Evaluation, Compute, Guards):
         for part in TrainConfig.__bases__:
             part.__post_init__(self)
         _whole_numbers(self, "log_period", least=1)
+        lengths = self.task_feature_lengths
+        if set(lengths) != set(_FEATURES):
+            raise ValueError(
+                f"TrainConfig.task_feature_lengths is {dict(lengths)!r}; expected tokens of {' and '.join(_FEATURES)}: "
+                "{'inputs': 176, 'targets': 112}."
+            )
+        for name in _FEATURES:
+            checks.whole_number(f"TrainConfig.task_feature_lengths[{name!r}]", lengths[name], least=1)
         if self.pack and self.tuning is not None and self.tuning.prompt is not None:
             raise ValueError(
                 "A prompt precedes each example, but packed rows hold several examples. Set PACK = False, or use "

@@ -9,15 +9,19 @@ import ast
 import contextlib
 import dataclasses
 import importlib
+import io
+import os
 import re
 import sys
 import tokenize
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sbs_jax import hosts
+from sbs_jax import checks, hosts
 from sbs_jax.checks import nearest
+from sbs_jax.storage import json_files
+from sbs_jax.training import declared
 
 # First parts of gin selectors, and their modules.
 MODULES = {
@@ -52,6 +56,9 @@ _LONGEST = 3_000  # characters of an error; some of gin's quote the whole config
 _NAME = re.compile(r"[\w.]+(/[\w.]+)*", re.ASCII)
 _MISSING = re.compile(r"No module named 'sbs_jax\.(\w+)'")
 _OLD_IMPORT = re.compile(r"^from sbs_jax import (\w+)$", re.MULTILINE)
+# How gin begins its errors of a word without quotes, and of a missing file.
+_TOKEN = re.compile(r"^malformed node .*\n\s*Failed to parse token (.*)")
+_NO_FILE = "Unable to open file"
 _REFERENCE = re.compile(r"[@%](?:[\w.]+/)*([\w.]+)")
 _REQUIRED = re.compile(r"^([\w.]+) = %gin.REQUIRED$", re.MULTILINE)
 _LEFT_SIDE = re.compile(r"^([\w./]+) =", re.MULTILINE)
@@ -75,13 +82,17 @@ def configure(
     """Returns an instance of a configuration class (`"train.TrainConfig"`) and the operative configuration as text.
 
     `bindings` are `NAME=value`. Later files and bindings override earlier ones, and all override the defaults of the
-    class (`class_bindings`). Values that are not gin expressions are text, so `MODEL_DIR=/tmp/run` needs no quotes. A
-    binding that nothing uses, an unknown name, and a macro left at REQUIRED are errors, except for `unread` macros,
-    which the command does not read.
+    class (`class_bindings`). Values that are not gin expressions are text, so `MODEL_DIR=/tmp/run` needs no quotes;
+    `true` and `false` are True and False. A binding that nothing uses, an unknown name, a value of another type than
+    its parameter declares, and a macro left at REQUIRED are errors, except for `unread` macros, which the command does
+    not read.
     """
     import gin
 
     gin.clear_config()
+    config = importlib.import_module("gin.config")
+    if (_opened, os.path.isfile) not in config._FILE_READERS:
+        config._FILE_READERS.insert(0, (_opened, os.path.isfile))
     # gin finds gin_configs/.. from any folder, because gin_configs is a package.
     for path in search_paths:
         gin.add_config_file_search_path(path)
@@ -93,12 +104,14 @@ def configure(
     with _usage_errors():
         # An import applies to its own file only: the prelude's serve the command line, not included files.
         includes, _ = gin.parse_config(text)
-        _refuse_foreign(importlib.import_module("gin.config"))
+        _refuse_foreign(config)
         missing = _REQUIRED.findall(gin.config_str())
         gin.parse_config("".join(f"{macro} = 'none'\n" for macro in missing if macro in unread))
         if flags := " ".join(f"--gin.{macro}=.." for macro in missing if macro not in unread):
             raise UsageError(f"{name} needs values that no gin file gives: {flags}")
+        _refuse_other_types(config)
         instance = gin.get_configurable(name)()
+        _refuse_urls(name.rpartition(".")[2], instance)
     texts = [text, *(_read(file) for file in _file_names(includes))]
     unused = _unused(gin.config_str(), gin.operative_config_str(), texts)
     if unused:
@@ -125,7 +138,12 @@ def _usage_errors() -> Iterator[None]:
             raise UsageError(f"{error}\nsbs_jax.{moved[1]} has moved. Write: {import_line(moved[1])}") from error
         raise UsageError(f"The configuration cannot be read: {type(error).__name__}: {error}") from error
     except (ValueError, SyntaxError, OSError, NameError, AttributeError, TypeError, RuntimeError) as error:
-        raise UsageError(str(error) or f"The configuration cannot be read: {type(error).__name__}.") from error
+        text = str(error)
+        if token := _TOKEN.search(text):
+            text = f"{token[1]} is no value; expected True, False, None, a number, or text in quotes."
+        elif text.startswith(_NO_FILE):
+            text = f"{text.partition(chr(10))[0]} The ready ones are in gin_configs/experiments/."
+        raise UsageError(text or f"The configuration cannot be read: {type(error).__name__}.") from error
 
 
 def import_line(name: str) -> str:
@@ -194,14 +212,26 @@ def _quoted(binding: str) -> str:
     if not _NAME.fullmatch(name.strip()):
         raise UsageError(f"Got the binding {binding[:200]!r}; {name[:200]!r} is not a name of a macro or parameter.")
     value = value.strip()
+    if value.lower() in ("true", "false"):  # as other command lines write them
+        value = value.capitalize()
     if not value.startswith(("@", "%", "[", "(", "{")):
-        try:
-            ast.literal_eval(value)
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
-            value = repr(value)
+        value = value if _is_literal(value) else repr(value)
     elif "\n" in value or "\r" in value:  # a second line could hold another statement
         raise UsageError(f"Got the binding {binding[:200]!r}; expected a value of one line.")
+    elif not _REFERENCE.search(value) and not _is_literal(value):
+        raise UsageError(
+            f"Got the binding {binding[:200]!r}; expected brackets that close and texts in quotes, such as "
+            "{'inputs': 32} or ['a', 'b']."
+        )
     return f"{name.strip()} = {value}"
+
+
+def _is_literal(text: str) -> bool:
+    try:
+        ast.literal_eval(text)
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        return False
+    return True
 
 
 def _refuse_foreign(config: Any) -> None:
@@ -230,11 +260,63 @@ def _refuse_foreign(config: Any) -> None:
                 )
 
 
+def _refuse_other_types(config: Any) -> None:
+    """Refuses a bound value of another type than its parameter declares, which Python would take until it fails.
+
+    'false' is true, and '1000' is no number of steps.
+    """
+    for (_, selector), bound in config._CONFIG.items():
+        configurable = config._REGISTRY[selector]
+        types = declared.parameters(configurable.wrapped)
+        for parameter, value in bound.items():
+            found = _known(value, config)
+            expected = declared.expected(found, types[parameter]) if parameter in types else None
+            if expected is not None:
+                name, where = f"{configurable.name}.{parameter}", ""
+                if isinstance(value, config.ConfigurableReference):  # a macro
+                    name, where = "/".join(value.scopes), f" (as {name})"
+                raise UsageError(f"{name} is {json_files.brief(found)}; expected {expected}{where}.")
+
+
+def _known(value: Any, config: Any) -> Any:
+    """Returns a bound value with macros replaced by theirs, `@function` by it, and results by `declared.ANYTHING`."""
+    if isinstance(value, config.ConfigurableReference):
+        if not value.evaluate:
+            return value.configurable.wrapped
+        bound = config._CONFIG.get(value.config_key, {}) if value.configurable.wrapped is config.macro else {}
+        return _known(bound["value"], config) if "value" in bound else declared.ANYTHING
+    if isinstance(value, dict):
+        return {_known(name, config): _known(each, config) for name, each in value.items()}
+    return type(value)(_known(each, config) for each in value) if isinstance(value, list | tuple) else value
+
+
+def _refuse_urls(name: str, value: Any) -> None:
+    """Refuses addresses of object storage in a configuration, as `cli.main` does in flags."""
+    if isinstance(value, str):
+        checks.local_path(name, value, or_bucket=name.lower().rpartition(".")[2] in checks.ON_BUCKETS)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for field in dataclasses.fields(value):
+            _refuse_urls(f"{type(value).__name__}.{field.name}", getattr(value, field.name))
+    elif isinstance(value, Mapping):
+        for key, each in value.items():
+            _refuse_urls(f"{name}.{key}", each)
+    elif isinstance(value, list | tuple):
+        for each in value:
+            _refuse_urls(name, each)
+
+
+def _opened(file: str) -> io.StringIO:
+    """Opens a gin file as UTF-8 text, with or without a byte order mark. ValueError names the file."""
+    text = io.StringIO(json_files.decoded(Path(file).read_bytes(), file).removeprefix("\ufeff"), newline=None)
+    text.name = file  # for gin's messages
+    return text
+
+
 def _read(file: str) -> str:
     path = Path(file)
     if not path.exists():  # gin found it in the package gin_configs
         path = Path(__file__).parents[2] / file
-    return path.read_text("utf-8")
+    return path.read_text("utf-8-sig")
 
 
 def _file_names(includes: Iterable[Any]) -> list[str]:

@@ -185,6 +185,7 @@ class _Session:
         """Grades the best checkpoint on test; False if preempted meanwhile."""
         config, trainer = self.config, self.trainer
         step = self.saver.best_step()
+        assert step is not None  # the last save is on disk
         checkpoint = self.run.path / "checkpoints" / str(step)
         base = {} if config.tuning is None else trainer.parameters(self.state)  # checkpoints hold only adapters
         parameters = {**base, **opening.load_parameters(checkpoint, like=trainer.saved.parameters)}
