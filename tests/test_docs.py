@@ -1,4 +1,5 @@
 """The documentation names only what exists: links, commands, macros, files, tests, navigation; the notebook ran.
+Commands of training, evaluating, planning and sweeping have a configuration, so that they can start.
 
 Without MkDocs; `make docs` builds the site, and fails on what only the site can tell.
 """
@@ -19,6 +20,7 @@ import pytest
 import yaml
 
 from sbs_jax.cli import main
+from sbs_jax.training import gin_files
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -29,6 +31,12 @@ sys.path.pop(0)
 
 WRITTEN = sorted(path.relative_to(ROOT).as_posix() for path in [ROOT / "README.md", *DOCS.rglob("*.md")])
 NOTEBOOKS = sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.ipynb"))
+CONFIGURED = {
+    "train": "train.TrainConfig",
+    "plan": "train.TrainConfig",
+    "evaluate": "evaluate.EvaluateConfig",
+    "sweep": "sweep.Sweep",
+}
 # Files that the reader of a how-to page writes.
 READERS_OWN = {"gin_configs/experiments/tickets/base.gin", "tasks/tickets.py", "tasks/prompts/tickets.json"}
 MACROS = {
@@ -119,7 +127,7 @@ def problem(line: str) -> str | None:
     else:
         try:
             with contextlib.redirect_stderr(complaint):
-                _, rest = parser.parse_known_args(words)
+                arguments, rest = parser.parse_known_args(words)
         except SystemExit:
             return complaint.getvalue().splitlines()[-1]
     for word in rest:
@@ -129,15 +137,25 @@ def problem(line: str) -> str | None:
         if match[1] not in MACROS and "." not in match[1]:
             return f"no macro {match[1]}"
     for word in words:
-        if word.startswith("--gin_file=") and not gin_file(word.partition("=")[2]):
+        if word.startswith("--gin_file=") and not files(word.partition("=")[2]):
             return f"no gin file {word}"
+    if short or words[0] not in CONFIGURED or not READERS_OWN.isdisjoint(arguments.gin_file):
+        return None
+    arguments.gin_file = [files(name)[0] for name in arguments.gin_file]
+    # `sbs plan` needs no data and no weights.
+    unread = ("MODEL_DIR", "RECORDS_DIR", "INITIAL_CHECKPOINT_PATH") if words[0] == "plan" else ()
+    try:
+        bindings = [word.removeprefix("--gin.") for word in rest]
+        gin_files.configured(CONFIGURED[words[0]], arguments, bindings, unread=unread)
+    except gin_files.UsageError as error:
+        return str(error)
     return None
 
 
-def gin_file(name: str) -> bool:
-    """Returns whether a path exists; a part in capitals or braces stands for several names."""
+def files(name: str) -> list[str]:
+    """Lists the files of a path; a part in capitals or braces stands for several names."""
     pattern = re.sub(r"\{[^}]*\}|\$\w+|\b[A-Z]+\b", "*", name)
-    return name in READERS_OWN or any(ROOT.glob(pattern))
+    return [name] if name in READERS_OWN else sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob(pattern))
 
 
 @pytest.mark.parametrize("page", WRITTEN)
@@ -171,6 +189,14 @@ def test_the_readme_and_the_tutorial_have_commands():
         ("sbs records --dataset svamp --release DIR", "required: --records_dir"),
         ("sbs convert --to tf runs/svamp out", "invalid choice: 'tf'"),
         ("sbs demo --gin.ALPHA=1", "unknown argument"),
+        (
+            "sbs train --gin_file=gin_configs/experiments/svamp/base.gin --gin.RECORDS_DIR=r --gin.MODEL_DIR=m",
+            "needs values that no gin file gives: --gin.INITIAL_CHECKPOINT_PATH=..",
+        ),
+        (
+            "sbs plan --gin_file=gin_configs/experiments/svamp/base.gin --topology v5e:2x4 --gin.SLICES=2",
+            "Nothing uses",
+        ),
     ],
 )
 def test_a_wrong_command_would_be_seen(line, found):
@@ -184,7 +210,7 @@ def test_files_macros_and_make_targets_that_are_named_are_there(page):
     scripts = "\n".join(path.read_text("utf-8") for path in [ROOT / "Makefile", *ROOT.glob("scripts/*.sh")])
     assert sorted(name for name in macros - MACROS if not re.search(rf"\b{name}\b", scripts)) == []
     names = set(re.findall(r"(?<![\w/])(?:sbs_jax|tasks|tests|scripts|gin_configs|docs)/[\w/.{},*-]*\.[a-z]\w*", text))
-    assert sorted(name for name in names if not gin_file(name)) == []
+    assert sorted(name for name in names if not files(name)) == []
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE))
     named = set(re.findall(r"`make ([a-z-]+)|^make ([a-z-]+)", text, re.MULTILINE))
     assert {first or second for first, second in named} <= targets

@@ -354,7 +354,7 @@ def test_two_processes_compile_at_once():
 
 def test_without_the_compiler_the_command_to_install_it_is_said(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ModuleNotFoundError, match="pip install libtpu"):
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'sbs-jax\[plan\]'"):
         chips.check_compiler()
 
 

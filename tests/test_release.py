@@ -8,6 +8,7 @@ import shutil
 import pytest
 from builders import real_records
 
+from sbs_jax.cli import main
 from sbs_jax.data import grading, records, release, tfds
 from sbs_jax.data.dataset import Row
 from sbs_jax.storage import checksums
@@ -524,6 +525,31 @@ def test_reply_whose_id_has_another_input_is_refused(tmp_path, monkeypatch):
     example["context"] = "It opened in 2001."
     with pytest.raises(ValueError, match=r"'u1' answers 'It opened in 1901.* 'It opened in 2001"):
         import_anli(tmp_path / "other")
+
+
+def test_the_folder_of_tfds_is_that_of_the_flag(tmp_path, monkeypatch):
+    asked = []
+    example = {"uid": "u1", "context": "It opened in 1901.", "hypothesis": "It is old.", "label": 0}
+
+    def examples(name, splits, data_dir):
+        asked.append(data_dir)
+        return {"test": (f"tfds:{name}/test", [example])}
+
+    monkeypatch.setattr(tfds, "examples", examples)
+    release_row = {"uid": "u1", "premise": "It opened in 1901.", "hypothesis": "It is old.", "label": 0}
+    write_lines(tmp_path / "release/anli1/anli1_test.json", [release_row])
+    write_shards(tmp_path / "release/anli1/llm", "test", {0: ["It is. So the answer is entailment."]})
+    common = ["--dataset=anli1", "--inputs=tfds", "--tfds_data_dir=D", f"--records_dir={tmp_path / 'records'}"]
+    assert main.main(["records", f"--release={tmp_path / 'release'}", *common]) == 0
+    teach = ["teach", "--provider=openai", "--model=m", f"--store={tmp_path / 's'}", "--dry_run"]
+    assert main.main([*teach, *common]) == 0
+    assert asked == ["D", "D"]
+    for call in (
+        lambda: import_svamp(tmp_path, tfds_data_dir="D"),
+        lambda: release.read_unanswered(anli1.DATASET, inputs_dir=tmp_path, inputs="records", tfds_data_dir="D"),
+    ):
+        with pytest.raises(ValueError, match=r"tfds_data_dir is D .*belongs to inputs 'tfds'"):
+            call()
 
 
 def test_anli_columns_are_those_of_tfds():

@@ -101,7 +101,7 @@ def import_release(
       FileExistsError: the directory holds something else, and `overwrite` is False.
     """
     checks.choice(f"The parser for {dataset.name}", parser, dataset.parsers.keys())
-    checks.choice("The source of the inputs", inputs, INPUTS)
+    _check_source(inputs, INPUTS, tfds_data_dir)
     if inputs == "tfds":
         splits, skipped = _from_tfds(dataset, release_dir, tfds_data_dir)
     elif release_dir is None:
@@ -176,7 +176,7 @@ def read_unanswered(
     `{"id", "input", "label"}` and, where they differ, `"choices"`; use this form for your own dataset.
     FileNotFoundError if there are no inputs; ValueError with file and line for malformed rows and impossible labels.
     """
-    checks.choice("The source of the inputs", inputs, (*INPUTS, "records"))
+    _check_source(inputs, (*INPUTS, "records"), tfds_data_dir)
     if inputs == "tfds":
         splits, _ = _from_tfds(dataset, None, tfds_data_dir)
     elif inputs_dir is None:
@@ -378,6 +378,12 @@ def _from_records(folder: Path, splits: Iterable[str]) -> dict[str, Source]:
             where=_lines(path),
         )
     return found
+
+
+def _check_source(inputs: str, known: Sequence[str], tfds_data_dir: str | None) -> None:
+    checks.choice("The source of the inputs", inputs, known)
+    if tfds_data_dir is not None and inputs != "tfds":
+        raise ValueError(f"tfds_data_dir is {tfds_data_dir} and inputs {inputs!r}; it belongs to inputs 'tfds'.")
 
 
 def _from_tfds(

@@ -125,5 +125,5 @@ def check_compiler() -> None:
     if importlib.util.find_spec("libtpu") is None:
         raise ModuleNotFoundError(
             "sbs plan needs the TPU compiler, which is not installed. It needs Linux, 600 MB on disk and no TPU: "
-            "pip install libtpu"
+            "pip install 'sbs-jax[plan]'"
         )

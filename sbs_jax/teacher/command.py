@@ -37,6 +37,7 @@ class Options:
     dataset: str
     inputs_dir: str | None
     inputs: str = "release"
+    tfds_data_dir: str | None = None
     splits: tuple[str, ...] | None = None
     limit: int | None = None
     provider: str
@@ -141,7 +142,9 @@ def _tell_first(tell: Summary, plan: _Plan, store: Store) -> None:
 
 
 def _splits(dataset: Dataset, options: Options) -> dict[str, release.Source]:
-    found = release.read_unanswered(dataset, inputs_dir=options.inputs_dir, inputs=options.inputs)
+    found = release.read_unanswered(
+        dataset, inputs_dir=options.inputs_dir, inputs=options.inputs, tfds_data_dir=options.tfds_data_dir
+    )
     if options.splits is not None:
         missing = [split for split in options.splits if split not in found]
         if missing:

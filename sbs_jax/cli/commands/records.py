@@ -22,6 +22,7 @@ def add(command: Any) -> None:
     records.add_argument("--parser", choices=("strict", "official"), default="strict", help="parser of the replies")
     records.add_argument("--inputs", choices=("release", "tfds"), default="release", help="source of the inputs")
     add_unusable(records, "exit with status 3")
+    records.add_argument("--tfds_data_dir", metavar="DIR", help="folder of TensorFlow Datasets, with --inputs tfds")
     records.add_argument("--overwrite", action="store_true", help="replace records of another parser or source")
 
 
@@ -48,6 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
         inputs=arguments.inputs,
         overwrite=arguments.overwrite,
         tell=told,
+        tfds_data_dir=arguments.tfds_data_dir,
     )
     print(json.dumps(manifest, indent=1, default=str), flush=True)
     return told.show()

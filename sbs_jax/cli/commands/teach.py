@@ -34,6 +34,7 @@ def add(command: Any) -> None:
         default="release",
         help="form of the inputs: the official release, <dataset>/<split>.jsonl of id, input and label, or TFDS",
     )
+    rows.add_argument("--tfds_data_dir", metavar="DIR", help="folder of TensorFlow Datasets, with --inputs tfds")
     rows.add_argument(
         "--split", action="append", metavar="NAME", help="train, validation or test; repeatable (default: all)"
     )

@@ -17,7 +17,7 @@ def add(command: Any) -> None:
         "Train a student; evaluate on validation during training, and once on test at the end.",
         gin=True,
         multihost=True,
-        epilog="example:\n  sbs train --gin_file=gin_configs/experiments/svamp/base.gin \\\n"
+        epilog="example:\n  sbs train --gin_file=gin_configs/experiments/svamp/cpu.gin \\\n"
         "      --gin.RECORDS_DIR=records --gin.MODEL_DIR=runs/svamp\n\n"
         "Repeat the command to resume. SIGTERM or Ctrl-C saves and ends the run; a second one ends it at once.\n"
         f"Exit status: 0 finished, {preemption.EXIT_STATUS} preempted and saved (repeat the command), 1 error.",
