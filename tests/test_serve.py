@@ -6,6 +6,7 @@ import concurrent.futures
 import contextlib
 import json
 import re
+import resource
 import signal
 import socket
 import sys
@@ -32,18 +33,20 @@ import openapi_spec_validator
 from sbs_jax.cli.commands import serve as command
 from sbs_jax.data import registry
 from sbs_jax.prediction import engine
-from sbs_jax.serve import batching, bodies, server
+from sbs_jax.serve import batching, bodies, connections, server
 from sbs_jax.serve.limits import Limits
 from sbs_jax.student import adapters
 from sbs_jax.training import gin_files
 
-# Runs `sbs` with the toy dataset and a model that obeys its rows: "fail" raises, "hold FILE" waits for that file.
+# Runs `sbs` with the toy dataset and a model that obeys its rows: "fail" raises, "hold FILE" waits for that file. A
+# body with "break" breaks its handler and a callback of the event loop. Each compilation says "compiled".
 PROGRAM = """
-import dataclasses, pathlib, sys, time
-import toy
+import asyncio, dataclasses, pathlib, resource, sys, time
+import jax, toy
 from sbs_jax.cli import main
 from sbs_jax.data import registry
 from sbs_jax.prediction import engine
+from sbs_jax.serve import bodies
 
 def hold(path):
     pathlib.Path(f"{path}.held").touch()
@@ -62,12 +65,29 @@ def answered(self, questions):
     return answer(self, short)
 
 def warmed_up(self):
-    if path := FILE:
+    if path := GATE:
         hold(path)
     return warm_up(self)
 
+def broken(data):
+    raise RuntimeError(f"got {data} secret")
+
+def read_or_broken(data, **limits):
+    if b"break" in data:
+        asyncio.get_running_loop().call_soon(broken, data)
+        broken(data)
+    return read(data, **limits)
+
+def timed(name, *_, **__):
+    if name.endswith("backend_compile_duration"):
+        print("compiled", file=sys.stderr, flush=True)
+
+jax.monitoring.register_event_duration_secs_listener(timed)
 registry.add(toy.DATASET)
+read, bodies.read = bodies.read, read_or_broken
 engine.Predictor.answer, engine.Predictor.warm_up = answered, warmed_up
+if most := DESCRIPTORS:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 sys.exit(main.main(sys.argv[1:]))
 """
 JSON = {"content-type": "application/json"}
@@ -179,9 +199,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @contextlib.contextmanager
 def started(
-    starter: processes.Starter, folder: Path, run: Path, *flags: str, held: Path | None = None
+    starter: processes.Starter, folder: Path, run: Path, *flags: str, held: Path | None = None, most_files: int = 0
 ) -> Iterator[processes.Process]:
-    text = PROGRAM.replace("FILE", repr(None if held is None else str(held)))
+    text = PROGRAM.replace("GATE", repr(None if held is None else str(held))).replace("DESCRIPTORS", str(most_files))
     arguments = ["serve", "--model", str(run), "--port", "0", "--compiled", "off", *flags]
     with starter.alone(folder, arguments, command=("-c", text)) as process:
         yield process
@@ -227,6 +247,16 @@ def holding(gate: Path, client: Client, wires: contextlib.ExitStack) -> socket.s
     wire.sendall(posted([{"input": f"hold {gate}"}]))
     held = gate.with_name(f"{gate.name}.held")
     processes.until(held.exists, [client.process])
+    return wire
+
+
+def half_asked(client: Client, wires: contextlib.ExitStack) -> socket.socket:
+    """Opens a connection with a request that the server has begun to read; its last byte, }, is missing."""
+    wire = wires.enter_context(client.connected())
+    head, _, body = posted([{"input": "x"}], headers="Expect: 100-continue\r\n").partition(b"\r\n\r\n")
+    wire.sendall(head + b"\r\n\r\n")
+    assert wire.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"
+    wire.sendall(body[:-1])
     return wire
 
 
@@ -341,20 +371,40 @@ def test_two_hundred_clients_get_their_answers(client: Client) -> None:
     ask_much(client, clients=200, requests=50)
 
 
-def test_choices_and_adapters_are_answered_as_by_the_predictor(starter, run, tmp_path) -> None:
+def test_choices_and_adapters_are_answered_as_by_the_predictor(starter, run, tmp_path, monkeypatch) -> None:
+    """Whatever the number of choices and their lengths, nothing is compiled after the start."""
     lora, ia3 = adapters.Tuning(lora=adapters.LoRA(rank=2, alpha=4.0)), adapters.Tuning(ia3=adapters.IA3())
     one = students.write_adapters(tmp_path / "run", lora, base=run)
     other = students.write_adapters(tmp_path / "other", ia3, base=run)
     choices = ("a", "b d", "k")
     rows = [{"input": i, "choices": choices, "adapter": adapter} for i in ("a b c", "x") for adapter in (None, "other")]
-    flags = ["--decoding=choices", "--batch_size=1", f"--adapters=other={other}"]
+    texts = [f"{number}{'k' * (number % 7)}" for number in range(64)]
+    rows.append({"input": "x", "choices": tuple(texts), "adapter": "other"})
+    sizes = [(2, 1), (3, 3), (8, 2), (9, 1), (17, 2), (63, 3)]
+    various = [{"input": "k" * 3 * length, "choices": texts[64 - count :]} for count, length in sizes]
+    flags = ["--decoding=choices", "--batch_size=2", f"--adapters=other={other}", "--max_choices=200"]
     with started(starter, tmp_path, one, *flags) as process, contextlib.closing(ready(process)) as client:
+        compiled = process.complained().count("compiled\n")
+        assert compiled > 10
         answers = client.predict(*rows)
+        for row, answer in zip(various, client.predict(*various), strict=True):
+            assert list(answer["scores"]) == row["choices"]
+            assert sum(answer["scores"].values()) == pytest.approx(1.0)
+        assert client.predict({"input": "x"})[0]["prediction"] in toy.LETTERS
+        assert process.complained().count("compiled\n") == compiled
+        many = client.send("POST", "/predict", json={"inputs": [{"input": "x", "choices": texts}] * 4})
+        assert failure(many) == (422, "too_many_choices")
         bad = client.predict({"input": "x", "adapter": "nobody"}, {"input": "x", "choices": ["a"]}, status=422)
     before = registry.options()
     settings = engine.Settings(decoding="choices", batch_size=1)
     loaded = engine.Predictor.load(one, settings=settings, adapters={"other": other})
-    expected = loaded.answer([engine.Question(id=str(number), **row) for number, row in enumerate(rows)])
+    questions = [engine.Question(id=str(number), **row) for number, row in enumerate(rows)]
+    expected = loaded.answer(questions)
+    work = [loaded.work(question) for question in (*questions, engine.Question(id="", input=""))]
+    assert work == [1, 1, 1, 1, 8, 1]
+    monkeypatch.setattr(loaded._answerers[None], "_choice_limit", 64)
+    longer = [engine.Question(id="", input="", choices=("a", "k" * length)) for length in (17, 18, 65, 66, 1000)]
+    assert [loaded.work(question) for question in longer] == [1, 4, 4, 8, 8]
     registry.configure(before)
     assert len({answer["score"] for answer in answers}) == len(rows)
     for answer, wanted in zip(answers, expected, strict=True):
@@ -419,17 +469,56 @@ def test_other_requests_get_an_error_as_json(client: Client, method: str, path: 
 
 
 def test_invalid_http_gets_an_error_as_json(client: Client) -> None:
+    body = json.dumps(X).encode()
+    chunked = b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body)
+    length, encoding = b"Content-Length: %d\r\n" % len(body), b"Transfer-Encoding: chunked\r\n"
+    start = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
     for data in (
         b"\x16\x03\x01\x00\xff\r\n\r\n",
         b"GET\r\n\r\n",
         b"POST /predict HTTP/1.1\r\nContent-Length: -1\r\n\r\n",
+        # A length that two readers may read differently (RFC 9112, 6.1 and 6.3).
+        start + length + encoding + b"\r\n" + chunked,
+        start + encoding + length + b"\r\n" + chunked,
+        start.replace(b"1.1", b"1.0") + encoding + b"\r\n" + chunked,
+        start + length + length + b"\r\n" + body,
+        start + length + b"content-length: 1\r\n\r\n" + body,
+        start + b"Content-Length: %d, %d\r\n\r\n" % (len(body), len(body)) + body,
+        start + b"Content-Length: +%d\r\n\r\n" % len(body) + body,
+        start + b"Content-Length: 0x%x\r\n\r\n" % len(body) + body,
+        start + b"Content-Length : %d\r\n\r\n" % len(body) + body,
+        start + b"Transfer-Encoding: gzip, chunked\r\n\r\n" + chunked,
+        start + encoding + encoding + b"\r\n" + chunked,
+        start + encoding + b"\r\n" + b"x" + chunked,
+        start + encoding + b"\r\n" + b"-" + chunked,
+        start + encoding + b"\r\n" + b"0x" + chunked,
+        start + encoding + b"\r\n" + b"f" * 21 + b"\r\n",
+        # Headers on two lines, or with a bare CR.
+        start + b"X: a\r\n b\r\n" + length + b"\r\n" + body,
+        start + b"X: a\r\n\tTransfer-Encoding: chunked\r\n" + length + b"\r\n" + body,
+        start + b"X: a\rTransfer-Encoding: chunked\r\n" + length + b"\r\n" + body,
+        start + b"X: a\0b\r\n" + length + b"\r\n" + body,
+        # Whole heads that are too long: docs/serving.md says 16 KiB. And one that does not end.
+        start + b"X: %s\r\n" % (b"x" * 70_000) + length + b"\r\n" + body,
+        start + b"X: y\r\n" * 3_000 + length + b"\r\n" + body,
+        b"GET /health?%s HTTP/1.1\r\nHost: x\r\n\r\n" % (b"x" * 17_000),
+        b"GET /health HTTP/1.1\r\nHost: x\r\nX: " + b"x" * 100_000,
     ):
-        status, body = client.reply(data)
-        assert (status, body["error"]["code"]) == (400, "not_http")
-    status, body = client.reply(b"GET /health HTTP/1.1\r\nHost: x\r\nX: " + b"x" * 100_000)
-    assert status == 400
-    assert "16 KiB" in body["error"]["message"]
-    assert client.predict("x")
+        with client.connected() as wire:
+            wire.sendall(data)
+            status, told = answer_on(wire)
+            assert (status, told["error"]["code"]) == (400, "not_http"), data[:200]
+            assert "headers of at most 16 KiB" in told["error"]["message"]
+            with contextlib.suppress(ConnectionError):
+                assert wire.recv(100) == b"", data[:200]  # closed
+    # What is well formed passes: either length, and a head of 16 KiB.
+    space = 16 * 1024 - len(start + length + b"X: \r\n\r\n")
+    for data in (
+        start + encoding + b"\r\n" + chunked,
+        start + length + b"X: %s\r\n\r\n" % (b"x" * space) + body,
+    ):
+        assert client.reply(data)[0] == 200
+    assert client.reply(start + length + b"X: %s\r\n\r\n" % (b"x" * (space + 1)) + body)[0] == 400
 
 
 def test_a_body_that_is_too_large_is_read_no_further(client: Client) -> None:
@@ -482,7 +571,16 @@ def test_a_failing_model_fails_one_batch(client: Client) -> None:
     assert failure(response) == (500, "model_failed")
     assert client.predict("x")
     said = client.process.complained()
-    assert re.search(r"The model failed on a batch of \d+ rows: RuntimeError", said)
+    assert re.search(r"The model failed on a batch of \d+ rows: RuntimeError \(message hidden\)", said)
+    assert "secret" not in said
+
+
+def test_an_unexpected_error_is_logged_without_its_text(client: Client) -> None:
+    assert failure(client.send("POST", "/predict", content="break", headers=JSON)) == (500, "internal")
+    assert client.predict("x")
+    said = client.process.complained()
+    assert re.search(r"A request failed: RuntimeError \(message hidden\)\.\n +File .* in broken", said, re.DOTALL)
+    assert re.search(r"Exception in callback .*broken.*RuntimeError \(message hidden\)", said)
     assert "secret" not in said
 
 
@@ -540,10 +638,20 @@ def test_a_full_queue_a_late_answer_and_a_stop(starter, run: Path, tmp_path: Pat
         assert client.predict("x")
         assert client.metrics()["sbs_rows_dropped_total"] == 4
 
-        # A connection above the limit gets 503.
-        crowd = [wires.enter_context(client.connected()) for _ in range(12)]
+        # A connection above the limit takes the place of the one that is idle longest.
+        crowd = [wires.enter_context(client.connected()) for _ in range(13)]
         crowd[-1].sendall(posted([{"input": "x"}]))
-        assert failure_on(crowd[-1]) == (503, "too_many_connections")
+        assert answer_on(crowd[-1])[0] == 200
+        assert crowd[0].recv(100) == b""
+        # If none is idle, it gets 503 at once, whether or not it asks for anything.
+        crowd += [half_asked(client, wires) for _ in range(12)]
+        for late in (b"", posted([{"input": "x"}])):
+            with client.connected() as wire:
+                wire.sendall(late)
+                assert failure_on(wire) == (503, "too_many_connections")
+                assert wire.recv(100) == b""
+        crowd[-1].sendall(b"}")
+        assert answer_on(crowd[-1])[0] == 200
         for wire in crowd:
             wire.close()
 
@@ -584,9 +692,34 @@ def test_a_signal_during_warm_up_and_a_second_signal(starter, run: Path, tmp_pat
         # It does not wait for the compilation.
         assert process.wait() == 0
     second = tmp_path / "second"
-    with started(starter, tmp_path, run, "--batch_size=8") as process, contextlib.ExitStack() as wires:
+    with started(starter, tmp_path, run, "--batch_size=8", most_files=128) as process, contextlib.ExitStack() as wires:
         client = ready(process)
         wires.callback(client.close)
+        # More idle connections than the process can have files: the oldest are closed, and all else goes on.
+        said = re.search(r"max_connections is (\d+) instead of 1024: .* 128 files", process.complained())
+        assert said is not None
+        most = int(said[1])
+        assert 20 < most < 128
+        crowd = [wires.enter_context(client.connected()) for _ in range(200)]
+        began = time.monotonic()
+        assert client.send("GET", "/health").status_code == 200
+        assert client.predict("x")
+        assert time.monotonic() - began < 2
+        crowd[-1].sendall(posted([{"input": "x"}]))
+        assert answer_on(crowd[-1])[0] == 200
+        # As many busy ones: the rest gets 503 at once.
+        for wire in crowd[:most]:
+            wire.close()
+        busy = [half_asked(client, wires) for _ in range(most)]
+        began = time.monotonic()
+        for wire in [wires.enter_context(client.connected()) for _ in range(100)]:
+            with contextlib.suppress(ConnectionError):
+                assert failure_on(wire) == (503, "too_many_connections")
+        assert time.monotonic() - began < 2
+        assert "Too many open files" not in process.complained()
+        for wire in busy:
+            wire.sendall(b"}")
+            assert answer_on(wire)[0] == 200
         held = holding(second, client, wires)
         process.send(signal.SIGTERM)
         processes.until(lambda: "SIGTERM" in process.complained(), [process])
@@ -630,6 +763,26 @@ def test_an_unavailable_address_is_reported_before_the_model_loads(tmp_path: Pat
 def test_invalid_limits_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Limits(**changes)
+
+
+def test_connections_fit_the_files_that_the_process_may_open(monkeypatch: pytest.MonkeyPatch, caplog) -> None:
+    limits = [100, 10_000]
+    used = len(list(Path("/dev/fd").iterdir()))
+    monkeypatch.setattr(resource, "getrlimit", lambda _: tuple(limits))
+    monkeypatch.setattr(resource, "setrlimit", lambda _, new: limits.__setitem__(slice(None), new))
+    assert connections.fitting(1024) == 1024
+    assert (1024 + used < limits[0] < 1200 + used, limits[1]) == (True, 10_000)  # raised as far as needed
+    assert not caplog.messages
+    limits[:] = [100 + used, 300 + used]
+    fit = connections.fitting(1024)
+    assert limits == [300 + used] * 2
+    assert 200 < fit < 300
+    assert f"max_connections is {fit} instead of 1024" in caplog.text
+    limits[:] = [resource.RLIM_INFINITY] * 2
+    assert connections.fitting(1024) == 1024
+    limits[:] = [used + 10] * 2
+    with pytest.raises(OSError, match=rf"may open {used + 10} files \(ulimit -n\).*no connection fits. Allow \d+"):
+        connections.fitting(1024)
 
 
 def test_a_model_that_fails_to_warm_up_ends_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -711,7 +864,35 @@ def test_batches_fill_while_one_is_computed_and_a_queue_takes_all_rows_of_a_requ
         assert ["".join(answer.id for answer in each) for each in answers] == ["a", "bc", "d", "e", "fg", "hi"]
         assert (batcher.waiting, batcher.counts.answered, batcher.counts.batches) == (0, 9, 4)
 
-    assert queue_test(test).batches == [["a"], ["b", "c", "d"], ["e", "f", "g"], ["h", "i"]]
+    # One row of each request in turn.
+    assert queue_test(test).batches == [["a"], ["b", "d", "e"], ["f", "h", "c"], ["g", "i"]]
+
+
+def test_a_large_request_does_not_hold_small_ones_and_is_not_held_by_them() -> None:
+    """A row of capitals is the work of two rows."""
+
+    async def test(batcher: batching.Batcher, model: Model) -> None:
+        waiting = [asyncio.ensure_future(batcher.ask(asked("a")))]
+        await until(lambda: model.batches)
+        waiting += [asyncio.ensure_future(batcher.ask(asked(*names))) for names in ("BCDEFGHI", "JK")]
+        await until(lambda: batcher.waiting == 10)
+        for name in "pqrstu":
+            # It comes while a batch is computed, and is in the next one; the large requests get the rest.
+            before = len(model.batches)
+            waiting.append(asyncio.ensure_future(batcher.ask(asked(name))))
+            await asyncio.sleep(0.01)
+            model.go.release()
+            await until(lambda: len(model.batches) > before)  # noqa: B023
+            assert name in model.batches[-1]
+        model.go.release(100)
+        await asyncio.gather(*waiting)
+        assert batcher.waiting == 0
+
+    batches = queue_test(test, max_batch=4, max_queue=20, work=lambda row: 2 if row.id.isupper() else 1).batches
+    assert "".join(name for batch in batches for name in batch if name in "BCDEFGHI") == "BCDEFGHI"
+    assert all(sum(2 if name.isupper() else 1 for name in batch) <= 4 for batch in batches)
+    assert any("K" in batch for batch in batches[:5])  # the shorter of the two is done before the longer
+    assert len(batches) <= 9
 
 
 def test_an_idle_model_waits_max_wait_for_more_rows() -> None:
@@ -737,17 +918,16 @@ def test_cancelled_rows_are_not_computed_and_a_failure_fails_its_batch() -> None
         cancelled = asyncio.ensure_future(batcher.ask(asked(*"bcd")))
         failing = asyncio.ensure_future(batcher.ask(asked("e", input="fail")))
         beside = asyncio.ensure_future(batcher.ask(asked("f", "g", "h")))
-        after = asyncio.ensure_future(batcher.ask(asked("i")))
-        await until(lambda: batcher.waiting == 8)
+        await until(lambda: batcher.waiting == 7)
         cancelled.cancel()
         first.cancel()  # it is being computed already
-        await until(lambda: batcher.waiting == 5)
+        await until(lambda: batcher.waiting == 4)
         model.go.release(10)
         with pytest.raises(batching.FailedError):
             await failing
         with pytest.raises(batching.FailedError):
             await beside
-        assert (await after)[0].prediction == "y"
+        assert (await batcher.ask(asked("i")))[0].prediction == "y"
         # "h" waited when its request failed by "f" and "g": dropped, unless it was taken in the same moment.
         assert batcher.counts.dropped in (3, 4)
         assert batcher.counts.failed == 3
@@ -771,7 +951,9 @@ def test_bodies(fuzz: Callable[[Callable[[fuzzing.Tape], None]], None]) -> None:
 
     def case(tape: fuzzing.Tape) -> None:
         data = fuzzing.scratched(tape, fuzzing.encoded(fuzzing.written(fuzzing.damaged(tape, ROWS))))
-        found = fuzzing.read(lambda: bodies.read(data, most=4), raises=bodies.RequestError, names=["the body"])
+        found = fuzzing.read(
+            lambda: bodies.read(data, most=4, most_choices=3), raises=bodies.RequestError, names=["the body"]
+        )
         if isinstance(found, bodies.RequestError):
             json.loads(bodies.encoded(bodies.Error.of(found.code, str(found))))
             return
@@ -790,11 +972,14 @@ def test_bodies(fuzz: Callable[[Callable[[fuzzing.Tape], None]], None]) -> None:
 
 
 def test_a_valid_body_is_read() -> None:
-    assert bodies.read(json.dumps(ROWS).encode(), most=3) == [
+    assert bodies.read(json.dumps(ROWS).encode(), most=3, most_choices=2) == [
         engine.Question(id="a", input="Ann has 3 pens.", adapter="esnli", choices=("yes", "no"), rationale=True),
         engine.Question(id="b", input="\u00e9\u4e2d", rationale=False),
         engine.Question(id="2", input="A dog barks.", rationale=False),
     ]
+    with pytest.raises(bodies.RequestError, match="2 choices together; at most 1 per request") as caught:
+        bodies.read(json.dumps(ROWS).encode(), most=3, most_choices=1)
+    assert (caught.value.status, caught.value.code) == (422, "too_many_choices")
 
 
 def test_minus_infinity_is_null_in_json() -> None:

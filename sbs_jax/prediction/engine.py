@@ -33,6 +33,10 @@ OBJECTIVES = (selection.LABEL, selection.RATIONALE)
 TOO_LONG = ("error", "cut")
 # Choices per question; the limit bounds the cost of one row.
 MOST_CHOICES = 64
+# With fixed shapes: choices that are scored together, rows at a time, and lengths to pad choices to (and the longest).
+_TOGETHER, _FIXED_ROWS, _FIXED_LENGTHS = 8, 8, (8, 32)
+# Characters of choices whose tokens are kept, in case the next row has the same.
+_KEPT_CHOICES = 2000
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -140,11 +144,18 @@ class Predictor:
         *,
         settings: Settings,
         places: Mapping[str | None, str] | None = None,
+        fixed_shapes: bool = False,
     ) -> None:
-        """Takes students by adapter name; None names the one for questions without an adapter."""
+        """Takes students by adapter name; None names the one for questions without an adapter.
+
+        With `fixed_shapes`, `warm_up` compiles everything that `answer` will ever need, for a server. Otherwise rows
+        with choices of a new size compile a program of their size, which is faster for many rows.
+        """
         self.settings = settings
         self._answerers = {
-            name: _Answerer(student, settings=settings, owner=(places or {}).get(name, "this student"))
+            name: _Answerer(
+                student, settings=settings, owner=(places or {}).get(name, "this student"), fixed_shapes=fixed_shapes
+            )
             for name, student in students.items()
         }
 
@@ -156,12 +167,13 @@ class Predictor:
         settings: Settings,
         base: str | None = None,
         adapters: Mapping[str, str | Path] | None = None,
+        fixed_shapes: bool = False,
     ) -> "Predictor":
         """Loads the student of a run, and by adapter name those of other runs over the same base."""
         adapters = adapters or {}
         student, others = students.load_students(model, adapters, layout=partitioning.DATA_PARALLEL, base=base)
         places = {None: str(model), **{name: str(place) for name, place in adapters.items()}}
-        return cls({None: student, **others}, settings=settings, places=places)
+        return cls({None: student, **others}, settings=settings, places=places, fixed_shapes=fixed_shapes)
 
     def describe(self) -> dict[str, Any]:
         """Returns everything the answers depend on, as JSON: settings, and each student's step and checksum."""
@@ -172,6 +184,13 @@ class Predictor:
         """Returns the reason this question cannot be answered, or None."""
         error = self._misfit(question)
         return error or self._answerers[question.adapter].prepare([question])[0].error
+
+    def work(self, question: Question) -> int:
+        """Estimates a question's work in rows: with choices, one for every 8 of them of 8 tokens, else one."""
+        answerer = self._answerers.get(question.adapter)
+        if self.settings.decoding != CHOICES or answerer is None:
+            return 1
+        return answerer.work(question.choices)
 
     def answer(self, questions: Sequence[Question]) -> list[Answer]:
         """Answers the questions, in order."""
@@ -186,7 +205,7 @@ class Predictor:
         ]
 
     def warm_up(self) -> float:
-        """Compiles everything that does not depend on the questions, or loads it from disk; returns the seconds."""
+        """Compiles the programs that are known before the questions, or loads them from disk; returns the seconds."""
         start = time.monotonic()
         for answerer in self._answerers.values():
             answerer.warm_up()
@@ -231,10 +250,34 @@ class _Prepared:
     error: str | None = None
 
 
+@dataclasses.dataclass(frozen=True)
+class _Form:
+    """Shapes of a program: padded choices and their tokens (0: it generates), rows at a time, lengths of the source."""
+
+    choices: int
+    tokens: int
+    rows: int
+    buckets: tuple[int, ...]
+
+    @property
+    def size(self) -> tuple[int, int, int]:
+        return self.choices, self.tokens, self.rows
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """A row of a batch: a question's source, and with choices up to `form.choices` of them."""
+
+    id: str
+    source: list[int]
+    form: _Form
+    choices: tuple[list[int], ...] = ()
+
+
 class _Answerer:
     """One student with its vocabulary, objectives and compiled functions."""
 
-    def __init__(self, student: students.Student, *, settings: Settings, owner: str) -> None:
+    def __init__(self, student: students.Student, *, settings: Settings, owner: str, fixed_shapes: bool) -> None:
         self._settings, self._owner, self._student = settings, owner, student
         self._vocabulary = registry.vocabulary(student.options.vocabulary)
         run = student.manifest["run"]
@@ -247,6 +290,51 @@ class _Answerer:
             student.structure, student.parameters, weights=settings.weights
         )
         self._generators = [self._generator(objective) for objective in self._objectives]
+        self._fixed = fixed_shapes
+        self._rows = self._generators[0].sizes[-1]
+        self._generating = _Form(0, 0, self._rows, self._buckets)
+        self._scoring = self._make_forms() if settings.decoding == CHOICES else []
+
+    @property
+    def labels(self) -> Sequence[str] | None:
+        return self._dataset.labels
+
+    def _make_forms(self) -> list[_Form]:
+        """Returns the forms for choices that are compiled before the questions: of the labels, and the fixed ones."""
+        found = []
+        if self.labels is not None:
+            found.append(self._own_form(self._choice_tokens(tuple(self.labels))))
+        if self._fixed:
+            sizes = self._generators[0].sizes
+            rows = max((size for size in sizes if size <= _FIXED_ROWS), default=sizes[0])
+            # Fewer lengths of the source, for fewer programs to compile.
+            found += [_Form(_TOGETHER, length, rows, self._buckets[::-3][::-1]) for length in self._lengths()]
+        return found
+
+    def _lengths(self) -> list[int]:
+        return sorted({min(length, self._choice_limit) for length in (*_FIXED_LENGTHS, self._choice_limit)})
+
+    def work(self, choices: Sequence[str] | None) -> int:
+        if choices:
+            # A token has two characters or more in most texts; tokenizing here would take longer.
+            most = min(max(map(len, choices)) // 2, self._choice_limit)
+            length = next(each for each in self._lengths() if each >= most)
+        elif self.labels is not None:
+            choices, length = self.labels, self._scoring[0].tokens
+        else:
+            return 1  # an error
+        return -(-len(choices) // _TOGETHER) * max(1, length // _TOGETHER)
+
+    def _own_form(self, choices: Sequence[Sequence[int]]) -> _Form:
+        return _Form(*_choices_shape(choices), self._rows, self._buckets)
+
+    def _form(self, choices: Sequence[Sequence[int]], *, source: int) -> _Form:
+        """Chooses the form with the fewest tokens to compute; every part encodes the source again."""
+        if not self._fixed:
+            return self._own_form(choices)
+        longest = max(map(len, choices))
+        fitting = [form for form in self._scoring if form.tokens >= longest]
+        return min(fitting, key=lambda form: -(-len(choices) // form.choices) * (form.choices * form.tokens + source))
 
     def _make_objectives(self, kind: str, *, answer: int, rationale: int) -> list[_Objective]:
         settings, options = self._settings, self._student.options
@@ -323,7 +411,7 @@ class _Answerer:
             sources = [tokens.cut(np.asarray(ids, np.int32), self._limit).tolist() for ids in sources]
         if self._settings.decoding != CHOICES:
             return _Prepared(question.id, tuple(sources))
-        labels = question.choices if question.choices is not None else self._dataset.labels
+        labels = question.choices if question.choices is not None else self.labels
         error = self._misfit(labels)
         if error is not None:
             return _Prepared(question.id, error=error)
@@ -361,8 +449,13 @@ class _Answerer:
             )
         return None
 
-    @functools.lru_cache(maxsize=4096)  # noqa: B019  (lives as long as the student)
     def _choice_tokens(self, labels: tuple[str, ...]) -> tuple[list[int], ...]:
+        if sum(map(len, labels)) > _KEPT_CHOICES:  # they would fill the memory
+            return tuple(tokens.encode(labels, self._vocabulary))
+        return self._kept_tokens(labels)
+
+    @functools.lru_cache(maxsize=512)  # noqa: B019  (lives as long as the student)
+    def _kept_tokens(self, labels: tuple[str, ...]) -> tuple[list[int], ...]:
         return tuple(tokens.encode(labels, self._vocabulary))
 
     # --------------------------------------------------------------------------------- answers
@@ -394,59 +487,75 @@ class _Answerer:
 
     def _results(self, number: int, rows: Sequence[_Prepared]) -> list[tuple[str, float, dict[str, float] | None, str]]:
         """Returns per row: prediction, log probability, probabilities of the choices, and the generated text."""
-        objective, found = self._objectives[number], {}
-        by_choices = objective.decoding == CHOICES
-        shapes = {n: _choices_shape(row.choices) if by_choices else (0, 0) for n, row in enumerate(rows)}
-        order = sorted(range(len(rows)), key=lambda n: (shapes[n], len(rows[n].sources[number])), reverse=True)
-        size = self._settings.batch_size
-        start = 0
-        while start < len(order):
-            # A batch holds rows of one shape; its first row is the longest.
-            chunk = [n for n in order[start : start + size] if shapes[n] == shapes[order[start]]]
-            start += len(chunk)
-            found |= zip(chunk, self._batch(number, [rows[n] for n in chunk], shapes[chunk[0]]), strict=True)
-        return [found[n] for n in range(len(rows))]
-
-    def _batch(
-        self, number: int, rows: Sequence[_Prepared], shape: tuple[int, int]
-    ) -> list[tuple[str, float, dict[str, float] | None, str]]:
-        objective, sources = self._objectives[number], [row.sources[number] for row in rows]
-        longest = max(map(len, sources))
-        arrays: list[np.ndarray] = [_padded(sources, next(each for each in self._buckets if each >= longest))]
-        if objective.decoding == SAMPLE:
-            arrays.append(np.stack([_key(row.id, seed=self._settings.seed, kind=objective.kind) for row in rows]))
-        generator = self._generators[number]
-        if objective.decoding != CHOICES:
-            found = []
-            for ids, score in generator.run(self._parameters, *arrays):
-                text = self._vocabulary.decode(ids)
-                found.append((registry.graded_text(text, kind=objective.kind), score, None, text))
-            return found
-        count, length = shape
-        arrays.append(np.stack([_padded([*row.choices, *[[]] * (count - len(row.choices))], length) for row in rows]))
-        (log_p_BN,) = generator.batches(self._parameters, *arrays)
+        objective = self._objectives[number]
+        if objective.decoding == CHOICES:
+            return self._chosen(number, rows)
+        parts = [_Part(row.id, row.sources[number], self._generating) for row in rows]
         found = []
-        for row, log_p_N in zip(rows, log_p_BN[:, :].astype(np.float64), strict=True):
-            log_p_N = log_p_N[: len(row.labels)]
+        for ids, score in self._computed(number, parts):
+            text = self._vocabulary.decode(ids)
+            found.append((registry.graded_text(text, kind=objective.kind), score, None, text))
+        return found
+
+    def _chosen(self, number: int, rows: Sequence[_Prepared]) -> list[tuple[str, float, dict[str, float] | None, str]]:
+        parts = []
+        for row in rows:
+            form = self._form(row.choices, source=len(row.sources[number]))
+            parts += [
+                _Part(row.id, row.sources[number], form, row.choices[start : start + form.choices])
+                for start in range(0, len(row.choices), form.choices)
+            ]
+        scored = iter(zip(parts, self._computed(number, parts), strict=True))
+        found = []
+        for row in rows:
+            log_p: list[float] = []
+            while len(log_p) < len(row.labels):
+                part, (log_p_N,) = next(scored)
+                log_p += log_p_N[: len(part.choices)].tolist()
+            log_p_N = np.asarray(log_p, np.float64)
             p_N = np.exp(log_p_N - log_p_N.max())
             best = int(np.argmax(log_p_N))
             scores = dict(zip(row.labels, (p_N / p_N.sum()).tolist(), strict=True))
             found.append((row.labels[best], float(log_p_N[best]), scores, row.labels[best]))
         return found
 
+    def _computed(self, number: int, parts: Sequence[_Part]) -> list[tuple[Any, ...]]:
+        """Returns the results of each part, in order. A batch holds parts of one form; its first is the longest."""
+        order = sorted(range(len(parts)), key=lambda n: (*parts[n].form.size, len(parts[n].source)), reverse=True)
+        found: dict[int, tuple[Any, ...]] = {}
+        start = 0
+        while start < len(order):
+            form = parts[order[start]].form
+            chunk = [n for n in order[start : start + form.rows] if parts[n].form == form]
+            start += len(chunk)
+            found |= zip(chunk, self._batch(number, [parts[n] for n in chunk]), strict=True)
+        return [found[n] for n in range(len(parts))]
+
+    def _batch(self, number: int, parts: Sequence[_Part]) -> list[tuple[Any, ...]]:
+        objective, form = self._objectives[number], parts[0].form
+        length = next(each for each in form.buckets if each >= len(parts[0].source))
+        arrays = [_padded([part.source for part in parts], length)]
+        if objective.decoding == SAMPLE:
+            arrays.append(np.stack([_key(part.id, seed=self._settings.seed, kind=objective.kind) for part in parts]))
+        if objective.decoding == CHOICES:
+            filled = [[*part.choices, *[[]] * (form.choices - len(part.choices))] for part in parts]
+            arrays.append(np.stack([_padded(choices, form.tokens) for choices in filled]))
+            (log_p_BN,) = self._generators[number].batches(self._parameters, *arrays)
+            return [(log_p_N,) for log_p_N in log_p_BN]
+        return list(self._generators[number].run(self._parameters, *arrays))
+
     def warm_up(self) -> None:
         for objective, generator in zip(self._objectives, self._generators, strict=True):
-            for size, length in itertools.product(generator.sizes, self._buckets):
-                arrays: list[np.ndarray] = [np.zeros((size, length), np.int32)]  # padding rows end at once
-                if objective.decoding == SAMPLE:
-                    arrays.append(np.zeros((size, 2), np.uint32))
-                if objective.decoding == CHOICES:
-                    if self._dataset.labels is None:
-                        continue  # the shape depends on the rows
-                    shape = _choices_shape(self._choice_tokens(tuple(self._dataset.labels)))
-                    arrays.append(np.zeros((size, *shape), np.int32))
-                for _ in generator.batches(self._parameters, *arrays):
-                    pass
+            for form in self._scoring if objective.decoding == CHOICES else [self._generating]:
+                sizes = [size for size in generator.sizes if size <= form.rows]
+                for size, length in itertools.product(sizes, form.buckets):
+                    arrays: list[np.ndarray] = [np.zeros((size, length), np.int32)]  # padding rows end at once
+                    if objective.decoding == SAMPLE:
+                        arrays.append(np.zeros((size, 2), np.uint32))
+                    if objective.decoding == CHOICES:
+                        arrays.append(np.zeros((size, form.choices, form.tokens), np.int32))
+                    for _ in generator.batches(self._parameters, *arrays):
+                        pass
 
 
 def _padded(rows: Sequence[Sequence[int]], length: int) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 import asyncio
 import collections
+import contextlib
 import logging
 from collections.abc import Mapping
 from http import HTTPStatus
@@ -14,6 +15,7 @@ from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from sbs_jax.prediction.engine import Answer, Question
 from sbs_jax.serve import batching, bodies, openapi
@@ -36,8 +38,8 @@ class Service:
         self.give_up = asyncio.Event()  # set when requests in flight are no longer waited for
         self._responses: collections.Counter[int] = collections.Counter()  # by status
 
-    def app(self) -> Starlette:
-        return Starlette(
+    def app(self) -> ASGIApp:
+        app = Starlette(
             routes=[
                 Route("/predict", self.predict, methods=["POST"]),
                 Route("/health", self.health, methods=["GET"]),
@@ -52,6 +54,13 @@ class Service:
             },
         )
 
+        async def quiet(scope: Scope, receive: Receive, send: Send) -> None:
+            # Starlette raises what `_unexpected` has answered again, and uvicorn would log it with its text.
+            with contextlib.suppress(Exception):
+                await app(scope, receive, send)
+
+        return quiet
+
     # ------------------------------------------------------------------------------------------- /predict
 
     async def predict(self, request: Request) -> Response:
@@ -59,7 +68,8 @@ class Service:
             raise self._not_ready()
         self.in_flight += 1
         try:
-            rows = bodies.read(await self._body(request), most=self.limits.max_inputs)
+            limits = self.limits
+            rows = bodies.read(await self._body(request), most=limits.max_inputs, most_choices=limits.max_choices)
             questions = [row for row in rows if isinstance(row, Question)]
             answers = iter(await self._answers(questions, request) if questions else [])
         except _GoneError:
@@ -189,7 +199,7 @@ class Service:
         return _json(error.status_code, body, headers=error.headers)
 
     async def _unexpected(self, request: Request, error: Exception) -> Response:
-        log.error("A request ended with %s.", type(error).__name__)
+        log.error("A request failed: %s", batching.trace(error))
         return self._count(_json(500, bodies.Error.of("internal", "the server failed on this request.")))
 
 

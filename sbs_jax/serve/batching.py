@@ -1,12 +1,16 @@
-"""Batches of rows of many requests: one thread owns the model and takes the waiting rows, first come, first served.
+"""Batches of rows of many requests: one thread owns the model and takes the waiting rows, fairly among the requests.
 
 While a batch is computed the next one fills, so batches grow with the load: an idle server answers a single row after
 `max_wait`, a busy one takes up to `max_batch` rows at a time.
+
+The order is that of fair queueing (Demers, Keshav and Shenker 1989): rows are taken as if the model served all waiting
+requests at once, a bit of each in turn. So a request of few rows does not wait for one of many, and neither waits
+forever: after the batch in progress, a first row is taken with the first rows of the other requests.
 """
 
 import asyncio
-import collections
 import dataclasses
+import itertools
 import logging
 import math
 import threading
@@ -43,6 +47,9 @@ class _Waiting:
     question: Question
     answer: "asyncio.Future[Answer]"
     since: float
+    request: object
+    work: int  # in rows
+    turn: float  # when the row would be done if all requests were served at once; in rows of work per request
 
 
 @dataclasses.dataclass
@@ -69,9 +76,14 @@ class Batcher:
         max_batch: int,
         max_wait: float,
         max_queue: int,
+        work: Callable[[Question], int] = lambda _: 1,
     ) -> None:
+        """Takes a function that answers rows, and one that returns a row's work, of which a batch takes `max_batch`."""
         self._answer, self._max_batch, self._max_wait, self._max_queue = answer, max_batch, max_wait, max_queue
-        self._queue: collections.OrderedDict[_Waiting, None] = collections.OrderedDict()
+        self._work_of = work
+        self._queue: dict[_Waiting, None] = {}  # in the order of their arrival
+        self._queued_work = 0
+        self._turn = 0.0  # of a request whose rows all were taken in their turn so far
         self._changed = threading.Condition()
         self._closing = False
         self._began: float | None = None
@@ -122,18 +134,24 @@ class Batcher:
 
         FullError if the queue has no room for all of them; FailedError if the model failed on one.
         """
-        waiting = [_Waiting(row, self._loop.create_future(), time.monotonic()) for row in rows]
+        request, now = object(), time.monotonic()
+        work = [self._work_of(row) for row in rows]
         with self._changed:
             if self._closing:
                 raise ClosedError
             free = self._max_queue - len(self._queue)
-            if len(waiting) > free:
+            if len(rows) > free:
                 raise FullError(
-                    f"{len(self._queue)} rows wait and {self._max_queue} can: no room for {len(waiting)} more.",
+                    f"{len(self._queue)} rows wait and {self._max_queue} can: no room for {len(rows)} more.",
                     retry_after=self._retry_after(),
                 )
-            for each in waiting:
-                self._queue[each] = None
+            turns = [self._turn + done for done in itertools.accumulate(work)]
+            waiting = [
+                _Waiting(row, self._loop.create_future(), now, request, its_work, turn)
+                for row, its_work, turn in zip(rows, work, turns, strict=True)
+            ]
+            self._queue |= dict.fromkeys(waiting)
+            self._queued_work += sum(work)
             self._changed.notify()
         try:
             return await asyncio.gather(*(each.answer for each in waiting))
@@ -153,8 +171,12 @@ class Batcher:
         with self._changed:
             for each in rows:
                 if each in self._queue:
-                    del self._queue[each]
+                    self._leave(each)
                     self.counts.dropped += 1
+
+    def _leave(self, row: _Waiting) -> None:
+        del self._queue[row]
+        self._queued_work -= row.work
 
     # ------------------------------------------------------------------------------------- on the thread
 
@@ -176,15 +198,24 @@ class Batcher:
         """Waits for a first row and for more to fill its batch; returns [] when the thread must end."""
         with self._changed:
             self.computing = 0
-            while not self._closing and len(self._queue) < self._max_batch:
+            while not self._closing and self._queued_work < self._max_batch:
                 wait = None
                 if self._queue:
                     wait = next(iter(self._queue)).since + self._max_wait - time.monotonic()
                     if wait <= 0:
                         break
                 self._changed.wait(wait)
-            self.computing = min(self._max_batch, len(self._queue))
-            return [self._queue.popitem(last=False)[0] for _ in range(self.computing)]
+            requests = len({each.request for each in self._queue})
+            taken, work = [], 0
+            for each in sorted(self._queue, key=lambda each: each.turn):
+                work += each.work
+                if taken and work > self._max_batch:
+                    break
+                taken.append(each)
+                self._leave(each)
+                self._turn += each.work / requests
+            self.computing = len(taken)
+            return taken
 
     def _on_loop(self, call: Callable[..., None], *arguments: Any) -> None:
         try:
@@ -222,9 +253,14 @@ def _fail(rows: Sequence[_Waiting]) -> None:
 
 
 def _log_failure(error: Exception, count: int) -> None:
-    """Logs the stack, but the message only of errors of the runtime: others may quote a row."""
+    """Logs the stack, and the text of errors of the runtime, which quotes no row."""
     import jax
 
-    message = str(error) if isinstance(error, jax.errors.JaxRuntimeError | MemoryError) else "message hidden"
+    shown = isinstance(error, jax.errors.JaxRuntimeError | MemoryError)
+    log.error("The model failed on a batch of %d rows: %s", count, trace(error, text=str(error) if shown else None))
+
+
+def trace(error: BaseException, *, text: str | None = None) -> str:
+    """Describes an error by its type and stack. Its text is left out unless given, since it may quote a request."""
     where = "".join(traceback.format_tb(error.__traceback__))
-    log.error("The model failed on a batch of %d rows: %s (%s).\n%s", count, type(error).__name__, message, where)
+    return f"{type(error).__name__} ({'message hidden' if text is None else text}).\n{where}"

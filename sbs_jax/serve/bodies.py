@@ -145,10 +145,11 @@ _EXAMPLE = '{"inputs": [{"input": "a question"}]}'
 _EXPECTED = {"choices": "a list of texts", "rationale": "true or false"}
 
 
-def read(data: bytes, *, most: int) -> list[Question | RowError]:
+def read(data: bytes, *, most: int, most_choices: int) -> list[Question | RowError]:
     """Reads the rows of a body, at most `most`, in order. A row without an id gets its place, from "0".
 
-    RequestError if it is not UTF-8, not JSON, or not of the form above.
+    RequestError if it is not UTF-8, not JSON, or not of the form above, or if all rows together have more than
+    `most_choices` choices.
     """
     rows = _rows(_parsed(data))
     if len(rows) > most:
@@ -172,6 +173,10 @@ def read(data: bytes, *, most: int) -> list[Question | RowError]:
         found.append(
             Question(id=name, input=row.input, adapter=row.adapter, choices=row.choices, rationale=row.rationale)
         )
+    choices = sum(len(row.choices or ()) for row in found if isinstance(row, Question))
+    if choices > most_choices:
+        message = f"the rows have {choices} choices together; at most {most_choices} per request: send several."
+        raise RequestError(422, "too_many_choices", message)
     return found
 
 

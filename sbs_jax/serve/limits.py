@@ -10,10 +10,11 @@ class Limits:
     """Bounds requests and connections. Times are in seconds.
 
     Attributes:
-      max_batch: rows taken from the queue together.
+      max_batch: rows taken from the queue together; a row with choices counts as one for every 8 of them.
       max_wait: how long a first row waits for others while the model is idle.
       max_queue: waiting rows of all requests.
       max_inputs: rows of one request.
+      max_choices: choices of one request, those of all its rows together.
       max_body_bytes: size of one request's body.
       max_connections: open connections.
       request_timeout: from the end of a request's body to its answer.
@@ -26,6 +27,7 @@ class Limits:
     max_wait: float = 0.005
     max_queue: int = 1024
     max_inputs: int = 256
+    max_choices: int = 4096
     max_body_bytes: int = 2**20
     max_connections: int = 1024
     request_timeout: float = 60.0

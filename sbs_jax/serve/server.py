@@ -94,7 +94,7 @@ class Student:
     @classmethod
     def load(cls, model: str | Path, *, kept: str, **options: Any) -> "Student":
         directory, step = checkpoints.locate(model)
-        return cls(directory.resolve().name, step, Predictor.load(model, **options), kept)
+        return cls(directory.resolve().name, step, Predictor.load(model, fixed_shapes=True, **options), kept)
 
     def warm_up(self) -> float:
         """Compiles everything, or reads it from the cache; returns seconds."""
@@ -125,13 +125,21 @@ class _Server:
     ) -> None:
         self._student, self._limits, self._listener, self._say = student, limits, listener, say
         self._batcher = batching.Batcher(
-            student.answer, max_batch=limits.max_batch, max_wait=limits.max_wait, max_queue=limits.max_queue
+            student.answer,
+            max_batch=limits.max_batch,
+            max_wait=limits.max_wait,
+            max_queue=limits.max_queue,
+            work=student.predictor.work,
         )
         self._service = app.Service(self._batcher, limits=limits, model=student.name, step=student.step)
+        try:
+            most = connections.fitting(limits.max_connections)
+        except OSError as error:
+            raise ServeError(str(error)) from None
         self._uvicorn = _Uvicorn(
             uvicorn.Config(
                 self._service.app(),
-                http=connections.limited(max_connections=limits.max_connections, read_timeout=limits.read_timeout),
+                http=connections.limited(max_connections=most, read_timeout=limits.read_timeout),
                 ws="none",
                 lifespan="off",
                 loop="asyncio",
@@ -141,7 +149,7 @@ class _Server:
                 server_header=False,
                 timeout_keep_alive=max(1, round(limits.keep_alive)),
                 timeout_graceful_shutdown=2,
-                backlog=limits.max_connections,
+                backlog=connections.ACCEPTED_AT_ONCE,
             )
         )
         self._stop = asyncio.Event()
@@ -151,6 +159,7 @@ class _Server:
     async def run(self) -> int:
         """Runs until a signal; returns 0, or 1 if requests were left unanswered. ServeError if the model failed."""
         loop = asyncio.get_running_loop()
+        loop.set_exception_handler(_report)
         for number in _SIGNALS:
             loop.add_signal_handler(number, self._signalled, number)
         serving = asyncio.create_task(self._uvicorn.serve(sockets=[self._listener]))
@@ -200,8 +209,19 @@ class _Server:
         return left
 
 
+def _report(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """Logs an error that nothing caught, without its text: asyncio would log that, and it may quote a request."""
+    error = context.get("exception")
+    log.error("%s: %s", context["message"], "no exception" if error is None else batching.trace(error))
+
+
 class _Uvicorn(uvicorn.Server):
-    """Leaves signals to us."""
+    """Leaves signals to us. Lets more clients wait for a connection than it accepts at once."""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        for each in sockets or []:
+            each.listen(socket.SOMAXCONN)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -9,9 +9,10 @@ from sbs_jax.training.gin_files import UsageError
 # Batch sizes compiled beside --batch_size, for the small batches of an idle server.
 SMALLER = (1, 8)
 LIMITS = {
-    "max_batch": ("ROWS", "rows taken from the queue together"),
+    "max_batch": ("ROWS", "rows taken from the queue together; choices count as a row for every 8"),
     "max_queue": ("ROWS", "waiting rows of all requests"),
     "max_inputs": ("ROWS", "rows of one request"),
+    "max_choices": ("N", "choices of one request, those of all its rows together"),
     "max_body_bytes": ("BYTES", "size of one request's body"),
     "max_connections": ("N", "open connections"),
     "request_timeout": ("SECONDS", "from the end of a request's body to its answer"),
