@@ -36,7 +36,7 @@ from sbs_jax.data.parsing import (
     Parsed,
     member,
     split_answer,
-    strict_answer,
+    strict_reply,
     unusable,
     usable,
     without_full_stop,
@@ -289,14 +289,12 @@ def official(text: str, row: Row) -> Parsed:
 def strict(text: str, row: Row) -> Parsed:
     """Parses up to a line that begins with "Q:"; the label must be yes or no."""
     del row
-    found = strict_answer(text, stops=("Q:",), marker=MARKER)
-    if isinstance(found, Parsed):
-        return found
-    rationale, answer = found
-    if not answer:
-        return unusable(NO_LABEL)
-    label = member(answer, LABELS)
-    return unusable(LABEL_NOT_IN_SET) if label is None else usable(rationale, label)
+
+    def read(rationale: str, answer: str) -> Parsed:
+        label = member(answer, LABELS)
+        return unusable(LABEL_NOT_IN_SET if answer else NO_LABEL) if label is None else usable(rationale, label)
+
+    return strict_reply(text, stops=("Q:",), marker=MARKER, read=read)
 
 
 @functools.cache

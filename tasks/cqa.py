@@ -23,7 +23,7 @@ from sbs_jax.data.parsing import (
     Parsed,
     member,
     split_answer,
-    strict_answer,
+    strict_reply,
     unusable,
     usable,
 )
@@ -85,20 +85,20 @@ def strict(text: str, row: Row) -> Parsed:
     If letter and text disagree ("(b) coffee", or "(b) tea or (c) milk"), the letter decides and the outcome says so.
     "either (a) sand or (b) tea" is not an answer.
     """
-    found = strict_answer(text, stops=("Q:",), marker=MARKER)
-    if isinstance(found, Parsed):
-        return found
-    rationale, answer = found
-    lettered = re.match(r"\(([a-z])\)(.*)", answer, flags=re.DOTALL)
-    if lettered is None:
-        label = member(answer, row.choices)
-        return unusable(LABEL_NOT_IN_SET) if label is None else usable(rationale, label)
-    number = ascii_lowercase.index(lettered[1])
-    if number >= len(row.choices):
-        return unusable(LABEL_NOT_IN_SET)
-    label, written = row.choices[number], lettered[2].strip()
-    agree = written in (label, "")
-    return usable(rationale, label, outcome=OK if agree else LETTER_TEXT_DISAGREEMENT)
+
+    def read(rationale: str, answer: str) -> Parsed:
+        lettered = re.match(r"\(([A-Za-z])\)(.*)", answer, flags=re.DOTALL)
+        if lettered is None:
+            label = member(answer, row.choices)
+            return unusable(LABEL_NOT_IN_SET) if label is None else usable(rationale, label)
+        number = ascii_lowercase.index(lettered[1].lower())
+        if number >= len(row.choices):
+            return unusable(LABEL_NOT_IN_SET)
+        label, written = row.choices[number], lettered[2].strip()
+        agree = written in (label, "")
+        return usable(rationale, label, outcome=OK if agree else LETTER_TEXT_DISAGREEMENT)
+
+    return strict_reply(text, stops=("Q:",), marker=MARKER, read=read)
 
 
 DATASET = Dataset(

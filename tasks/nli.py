@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Sequence
 
-from sbs_jax.data.parsing import LABEL_NOT_IN_SET, Parsed, member, only_label_named, strict_answer, unusable, usable
+from sbs_jax.data.parsing import LABEL_NOT_IN_SET, Parsed, member, only_label_named, strict_reply, unusable, usable
 from sbs_jax.data.tokens import JOINT
 
 # In the order of the sources' label numbers.
@@ -36,12 +36,12 @@ def label_text(number: int) -> str:
 
 def strict(text: str, *, stops: Collection[str], marker: str) -> Parsed:
     """Parses a reply whose answer must be one of `LABELS`."""
-    found = strict_answer(text, stops=stops, marker=marker)
-    if isinstance(found, Parsed):
-        return found
-    rationale, answer = found
-    label = member(answer, LABELS)
-    return unusable(LABEL_NOT_IN_SET) if label is None else usable(rationale, label)
+
+    def read(rationale: str, answer: str) -> Parsed:
+        label = member(answer, LABELS)
+        return unusable(LABEL_NOT_IN_SET) if label is None else usable(rationale, label)
+
+    return strict_reply(text, stops=stops, marker=marker, read=read)
 
 
 # Words that name a label. "This does not entail .." names neutral; the longer match hides the "entail" in it.

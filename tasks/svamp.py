@@ -12,9 +12,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sbs_jax.data import markup
 from sbs_jax.data.dataset import Dataset, Row
 from sbs_jax.data.grading import MAX_CHARACTERS, equation_accuracy, equation_value, same_equation_value
-from sbs_jax.data.parsing import NOT_ARITHMETIC, Parsed, split_answer, strict_answer, unusable, usable
+from sbs_jax.data.parsing import NOT_ARITHMETIC, Parsed, split_answer, strict_reply, unusable, usable
 from sbs_jax.data.release import read_inputs
 from sbs_jax.storage.json_files import text_field
 
@@ -61,14 +62,17 @@ def _in_parentheses(text: str) -> str:
 def strict(text: str, row: Row) -> Parsed:
     """Takes the rest of the marker's line, as the teacher wrote it, if it has a value.
 
-    "(3 + 4) * 2." gives "(3 + 4) * 2". Words, unknowns and tuples such as "(14, 21)" have no value.
+    "(3 + 4) * 2." gives "(3 + 4) * 2", "(3 × 1,200)" gives "(3 * 1200)". Words, unknowns and tuples such as "(14, 21)"
+    have no value.
     """
     del row
-    found = strict_answer(text, stops=("Q:",), marker=MARKER)
-    if isinstance(found, Parsed):
-        return found
-    rationale, answer = found
-    return usable(rationale, answer) if is_arithmetic(answer) else unusable(NOT_ARITHMETIC)
+
+    def read(rationale: str, answer: str) -> Parsed:
+        forms = (answer, markup.arithmetic(answer))
+        label = next((form for form in forms if is_arithmetic(form)), None)
+        return unusable(NOT_ARITHMETIC) if label is None else usable(rationale, label)
+
+    return strict_reply(text, stops=("Q:",), marker=MARKER, read=read)
 
 
 _NUMBER = r"[0-9]+(?:\.[0-9]+)?"

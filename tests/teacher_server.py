@@ -71,15 +71,20 @@ class Fault:
         "empty": no choices; "null": a choice without text; "filter": stopped by the content filter;
         "prompt_filter": Gemini refuses the prompt (OpenAI: as "filter"); "length": cut short (half of the words);
         "quota": 429 because the money is gone; "too_long": 400, the prompt exceeds the context;
+        "endless": status 200 with a body that never ends;
         in a batch also "missing": no line at all.
       retry_after: the header's value, seconds or an HTTP date.
       message: of the error; made up where None.
+      body: sent instead of the reply or error: bytes as they are, anything else as JSON.
+      headers: more of them.
     """
 
     kind: int | str
     retry_after: str | None = None
     seconds: float = 0.1
     message: str | None = None
+    body: Any = None
+    headers: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 Faults = Sequence["Fault | int | str | None"] | Callable[[int, dict[str, Any]], "Fault | int | str | None"]
@@ -533,6 +538,7 @@ def _bucket(server: Server, method: str, path: str, query: dict[str, str], raw: 
     if match := re.fullmatch(r"/storage/v1/b/([^/]+)/o", path):
         start = f"gs://{match[1]}/"
         names = [name.removeprefix(start) for name in server.files if name.startswith(start + query.get("prefix", ""))]
+        names = [n for n in names if query.get("startOffset", "") <= n < query.get("endOffset", "\U0010ffff")]
         return 200, {"items": [{"name": name} for name in sorted(names)]}
     if match := re.fullmatch(r"/storage/v1/b/([^/]+)/o/(.+)", path):
         name = f"gs://{match[1]}/{urllib.parse.unquote(match[2])}"
@@ -668,6 +674,17 @@ class _Connection(asyncio.Protocol):
             status, reply = _google_reply(server, model, body, fault)
         more = {"Retry-After": fault.retry_after} if fault is not None and fault.retry_after is not None else {}
         content = json.dumps(reply).encode()
+        if fault is not None:
+            more |= fault.headers
+            if fault.body is not None:
+                content = fault.body if isinstance(fault.body, bytes) else json.dumps(fault.body).encode()
+        if kind == "endless":
+            self._transport.write(self._head(200, 1 << 50, more))
+            while not self._transport.is_closing():
+                if self._transport.get_write_buffer_size() < 1 << 20:
+                    self._transport.write(bytes(1 << 16))
+                await asyncio.sleep(0)
+            return
         if kind == "malformed":
             content = content[: len(content) // 2]
         elif kind == "html":

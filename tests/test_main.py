@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 import signal
 import typing
 from pathlib import Path
@@ -366,3 +367,10 @@ def test_unknown_flags_and_commands_exit_with_2(flags, capsys):
         main.main(flags)
     assert end.value.code == 2
     assert "usage" in capsys.readouterr().err
+
+
+def test_the_teacher_s_messages_name_flags_that_exist():
+    commands = main._parser()[1]
+    for file in (Path(main.__file__).parents[1] / "teacher").glob("*.py"):
+        for flag in re.findall(r"(?<![\w-])--[a-z][a-z_]*", file.read_text("utf-8")):
+            assert any(flag in command._option_string_actions for command in commands.values()), (file.name, flag)

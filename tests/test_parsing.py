@@ -1,13 +1,16 @@
 """The parsers: the official one bug for bug, the strict one by its rules, on invented replies."""
 
+# ruff: noqa: RUF001  (mathematical signs)
+
 import random
+import time
 
 import pytest
 
-from sbs_jax.data import parsing, registry
+from sbs_jax.data import markup, parsing, registry
 from sbs_jax.data.dataset import Row
 from sbs_jax.data.parsing import OUTCOMES, Parsed
-from tasks import anli1, cqa, esnli, svamp
+from tasks import anli1, builtin, cqa, esnli, svamp
 
 PLAIN = Row(input="x", label=None)
 DRINKS = Row(input="x", label="tea", choices=("sand", "tea", "milk", "oat milk.", "tea"))
@@ -136,6 +139,125 @@ CASES = {
         ("I cannot tell. Q: Bo has 2. A: The answer is (2 + 1).", None, None, "no_answer"),
     ],
 }
+
+
+# Decorated replies: (reply, rationale, label); the outcome is "ok". The official parsers read none of these like this.
+DECORATED = {
+    svamp: [
+        ("3 + 4 = 7. **The answer is (3 + 4).**", "3 + 4 = 7.", "(3 + 4)"),
+        ("**3 + 4 = 7. The answer is (3 + 4).**", "3 + 4 = 7.", "(3 + 4)"),
+        ("A. **The answer is** (3 + 4).", "A.", "(3 + 4)"),
+        ("A. The **answer** is: **(3 + 4)**.", "A.", "(3 + 4)"),
+        ("A. *The answer is (3 * 4).*", "A.", "(3 * 4)"),
+        ("A.\n\n### The answer is (3 + 4).", "A.", "(3 + 4)"),
+        ("A.\n- The answer is `(3 + 4)`.", "A.", "(3 + 4)"),
+        (r"A. The answer is \( (3 + 4) \).", "A.", "(3 + 4)"),
+        (r"A. The answer is \boxed{(3 + 4)}.", "A.", "(3 + 4)"),
+        (r"A. The answer is $\boxed{\text{(3 + 4)}}$.", "A.", "(3 + 4)"),
+        ("A. The answer is:\n\n\\[\n\\boxed{(3 + 4)}\n\\]", "A.", "(3 + 4)"),
+        ("A. The answer is:\n```text\n(3 + 4)\n```", "A.", "(3 + 4)"),
+        ("A. The answer is (**3** + **4**).", "A.", "(3 + 4)"),
+        ("A. The answer is “(3 + 4)”.", "A.", "(3 + 4)"),
+        ("A. The answer is (3 × 4).", "A.", "(3 * 4)"),
+        ("A. The answer is (3 · 4) − (8 ÷ 4).", "A.", "(3 * 4) - (8 / 4)"),
+        (r"A. The answer is $(3 \times 4) - (8 \div 4)$.", "A.", "(3 * 4) - (8 / 4)"),
+        (r"A. The answer is \(\frac{8}{4}\).", "A.", "((8) / (4))"),
+        ("A. The answer is (3 x 4).", "A.", "(3 * 4)"),
+        ("A. The answer is (1,200 + 34).", "A.", "(1200 + 34)"),
+        (r"A. The answer is \(1{,}200{,}000 - 34\).", "A.", "1200000 - 34"),
+        (r"A. The answer is ($3 + \$1,000).", "A.", "(3 + 1000)"),
+        ("A. The answer is （３ ＋ ４）。", "A.", "(3 + 4)"),
+        ("<think>A draft: The answer is (1).</think>\n\nA. The answer is (3 + 4).", "A.", "(3 + 4)"),
+    ],
+    esnli: [
+        ("A.\nAnswer: **entailment**", "A.", "entailment"),
+        ("A.\n**Answer: Entailment.**", "A.", "entailment"),
+        ("A.\n**Answer:** `neutral`.", "A.", "neutral"),
+        ("A.\n**Answer**: neutral\n\nPremise: B\n**Answer**: entailment", "A.", "neutral"),
+        ("A.\n### Answer: neutral", "A.", "neutral"),
+        ("A.\n> *Answer:* neutral", "A.", "neutral"),
+        (r"A. Answer: $\boxed{\text{neutral}}$", "A.", "neutral"),
+        ("Premise: hm.</think>A.\nAnswer: neutral", "A.", "neutral"),
+    ],
+    anli1: [("A. **So the answer is** “neutral”.", "A.", "neutral")],
+    builtin: [("Iron sinks. So the answer is **no**.", "Iron sinks.", "no")],
+    cqa: [
+        ("A. So the answer is **(b) tea**.", "A.", "tea"),
+        ("A. **So the answer is (b) tea.**", "A.", "tea"),
+        ("A. So the answer is **(b)** tea.", "A.", "tea"),
+        ("A. So the answer is (b) *tea*.", "A.", "tea"),
+        ("A. So the answer is (B) tea.", "A.", "tea"),
+        (r"A. So the answer is \boxed{(b)}.", "A.", "tea"),
+        ("A. So the answer is `tea`.", "A.", "tea"),
+    ],
+}
+
+
+def test_strict_reads_decorated_answers():
+    for module, cases in DECORATED.items():
+        row = DRINKS if module is cqa else PLAIN
+        for reply, rationale, label in cases:
+            found = module.DATASET.parsers["strict"](reply, row)
+            assert found == Parsed(rationale=rationale, label=label, outcome="ok"), reply
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "(3 + 4)*",
+        "(3 + 4) **",
+        "(3 ** -4)",
+        "*(3 + 4) *",
+        "(14, 21)",
+        "(3 + 4) pens",
+        "(3 + **4)",
+        "(2 *-3* x)",
+        "(1,20)",
+    ],
+)
+def test_removing_decoration_makes_no_value_of_other_text(answer):
+    assert svamp.strict(f"A. The answer is {answer}.", PLAIN).outcome == "not_arithmetic"
+
+
+@pytest.mark.parametrize(
+    ("reply", "expected"),
+    [
+        ("<think>a</think>b", "b"),
+        ("<think>\n\n</think>\n\nb", "b"),
+        ("a</think>\nb", "b"),
+        ("<think>a, all of it", ""),
+        ("<think>a <think> tag</think>b", "b"),
+        ("<think>a<think>b</think>c</think>d", "d"),
+        ("<THINKING>a</THINKING> b", "b"),
+        ("[THINK]a[/THINK]b", "b"),
+        ("<|START_THINKING|>a<|END_THINKING|>b", "b"),
+        ("<|begin_of_thought|>a<|end_of_thought|>b", "b"),
+        ("<seed:think>a</seed:think>b", "b"),
+        ("<|channel|>analysis<|message|>a<|end|><|start|>assistant<|channel|>final<|message|>b<|return|>", "b"),
+        # The second one closes the thinking of an invented example.
+        ("a</think>b\n\nQ: c\nd</think>e", "b\n\nQ: c\nde"),
+        (" I think <b>this</b>, [thinking] aloud ", " I think <b>this</b>, [thinking] aloud "),
+    ],
+)
+def test_thinking_is_removed(reply, expected):
+    assert markup.without_thinking(reply) == expected
+
+
+def test_every_parser_gets_the_reply_without_thinking():
+    reply = "<think>The answer is (9).</think>A. The answer is (3 + 4)."
+    for parser in ("strict", "official"):
+        parsed = svamp.DATASET.parse(reply, PLAIN, parser=parser)
+        assert parsed == Parsed(rationale="A.", label="(3 + 4)", outcome="ok")
+    assert svamp.official(reply, PLAIN).outcome == "several_answers"  # bug for bug
+
+
+@pytest.mark.parametrize(
+    "text", ["*" * 10**6, "**a " * 250_000, "<think>" * 150_000, "The answer is " + "**a" * 300_000, "$" * 10**6]
+)
+def test_a_long_reply_is_read_in_linear_time(text):
+    began = time.process_time()
+    assert svamp.strict(text, PLAIN).label is None
+    assert time.process_time() - began < 2  # 0.1 s; a square of the length would take hours
 
 
 @pytest.mark.parametrize(

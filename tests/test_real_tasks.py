@@ -15,7 +15,7 @@ from sbs_jax.student import losses
 # Used training rows of the label and the rationale task with the strict parser, and held-out rows.
 # e-SNLI and ANLI train on their validation files: their train inputs are not in the release folder.
 SIZES = {
-    "svamp": {"label": 720, "rationale": 688, "validation": 80, "test": 200},
+    "svamp": {"label": 720, "rationale": 689, "validation": 80, "test": 200},
     "cqa": {"label": 8766, "rationale": 8599, "validation": 975, "test": 1221},
     "esnli": {"label": 8857, "rationale": 8853, "validation": 985, "test": 9824},
     "anli1": {"label": 900, "rationale": 893, "validation": 100, "test": 1000},

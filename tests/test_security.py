@@ -318,7 +318,7 @@ def taught(tmp_path: Path, base_url: str, *more: str, provider: str = "openai") 
 
 
 @pytest.mark.parametrize("provider", ["openai", "gemini"])
-@pytest.mark.parametrize("fault", [None, 401, 403, 500, "html", "echo", "password", "bad_port", "no_server"])
+@pytest.mark.parametrize("fault", [None, 401, 403, 500, "html", "echo", "reply", "password", "bad_port", "no_server"])
 def test_a_key_stands_in_no_output_and_no_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], provider: str, fault: object
 ) -> None:
@@ -335,7 +335,8 @@ def test_a_key_stands_in_no_output_and_no_file(
         faults = [teacher_server.Fault(401, message=f"The key {KEY} (Bearer {KEY}) is wrong")] * 20
     elif isinstance(fault, int) or fault == "html":
         faults = [fault] * 20
-    with teacher_server.served(faults=faults) as server:
+    text = f"Authorization: Bearer {KEY}. So the answer is no." if fault == "reply" else teacher_server.REPLY
+    with teacher_server.served(answer=lambda prompt: text, faults=faults) as server:
         url = server.openai if provider == "openai" else server.gemini
         if fault == "password":
             url = url.replace("://", f"://user:{PASSWORD}@")
@@ -352,7 +353,7 @@ def test_a_key_stands_in_no_output_and_no_file(
             if not isinstance(error, Exception):
                 raise
         assert threading.active_count() < 100
-    if fault is None:
+    if fault in (None, "reply"):
         assert status == 0
     captured = capfd.readouterr()
     for secret in (KEY, PASSWORD):

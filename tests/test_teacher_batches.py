@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 from builders.teacher_requests import request
-from teacher_server import Server, served
+from teacher_server import Fault, Server, served
 
-from sbs_jax.teacher import batches, gemini, openai, pacing, providers
+from sbs_jax.teacher import batches, connections, gemini, openai, pacing, providers
 from sbs_jax.teacher.batches import BatchClient
 from sbs_jax.teacher.clients import Again, Failed, Fatal, Reply, Request
 
@@ -216,6 +216,40 @@ def test_a_job_is_cancelled_and_what_it_answered_is_kept(provider: str) -> None:
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)
+def test_lines_with_a_parameter_that_the_model_refuses_are_sent_again_without_it(
+    provider: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(number: int, body: dict[str, Any]) -> Fault | None:
+        message = 'Unknown name "seed": cannot find it.' if provider != "openai" else "Unsupported parameter: 'seed'"
+        return Fault(400, message=message) if "seed" in (body.get("generationConfig") or body) else None
+
+    requests = [request(str(number), temperature=0.7) for number in range(3)]
+    with prepared(line_faults=refuse) as server:
+
+        async def work(client: BatchClient) -> list[dict[str, Reply | Failed]]:
+            found = []
+            for name in ("sbs-1", "sbs-2"):
+                job = await client.submit(requests, name=name)
+                await ended(client, job)
+                found.append(await results(client.collect(job)))
+            return found
+
+        first, second = run(made(provider, server), work)
+    assert first == {}
+    assert all(isinstance(second[one.key], Reply) for one in requests)
+    (record,) = caplog.records
+    assert "The next job is sent without seed: " in record.getMessage()
+
+
+def test_a_file_of_replies_is_cut_at_its_limit_and_the_lines_before_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    with prepared(answer=lambda prompt: "word " * 100) as server:
+        monkeypatch.setattr(connections, "MOST_FILE_BYTES", 2500)
+        found = collected("openai", some(), server)
+    assert 0 < len(found) < 5
+    assert all(isinstance(reply, Reply) for reply in found.values())
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
 def test_a_lost_reply_to_the_submission_does_not_submit_twice(provider: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with prepared() as server:
         client = made(provider, server)
@@ -223,9 +257,9 @@ def test_a_lost_reply_to_the_submission_does_not_submit_twice(provider: str, mon
         send = inner.send
         lost = []
 
-        async def losing(call: Callable[[], Any], *, seconds: float | None = None) -> Any:
+        async def losing(call: Callable[[], Any], *, transfer: bool = False) -> Any:
             before = len(server.batches)
-            result = await send(call, seconds=seconds)
+            result = await send(call, transfer=transfer)
             if len(server.batches) > before and not lost:
                 lost.append(1)
                 raise Again("The connection failed after the job was made.")

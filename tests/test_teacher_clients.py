@@ -2,17 +2,21 @@
 
 import asyncio
 import email.utils
+import functools
 import gc
+import gzip
 import json
 import time
 import traceback
+import tracemalloc
+import zlib
 from collections.abc import Sequence
 
 import pytest
 from builders.teacher_requests import request
 from teacher_server import Fault, served
 
-from sbs_jax.teacher import clients, gemini, openai, providers
+from sbs_jax.teacher import clients, connections, gemini, openai, providers, refusals
 from sbs_jax.teacher.clients import Again, Client, Failed, Fatal, Reply, Request
 from sbs_jax.teacher.prompts import Prompt
 from tasks import builtin
@@ -306,7 +310,7 @@ FATAL: list[tuple[Fault | int | str, str]] = [
     (403, "refuses the credentials"),
     (404, "no such model"),
     (422, "refuses the request"),
-    (Fault(400, message="Unsupported value: 'temperature' does not support 0."), "'temperature' does not support 0"),
+    (Fault(400, message="Unsupported value: 'tools' does not support 0."), "'tools' does not support 0"),
 ]
 
 
@@ -316,6 +320,125 @@ def test_what_would_be_so_for_every_request_is_fatal(provider: str) -> None:
     for (fault, words), error in zip(FATAL, found, strict=True):
         assert isinstance(error, Fatal), (fault, error)
         assert words in str(error)
+
+
+# Bodies of errors, and what must stand in the message.
+BODIES: list[tuple[object, str]] = [
+    ({"object": "error", "message": {"detail": [{"loc": ["body", "n"], "msg": "Extra"}]}}, '"loc": ["body", "n"]'),
+    ({"message": ["first", "second"]}, '["first", "second"]'),
+    ({"detail": "Not allowed here"}, "(422: Not allowed here)"),
+    ({"detail": [{"msg": "a"}, {"msg": "b"}]}, '{"msg": "b"}'),
+    ({"error": "a text"}, "(422: a text)"),
+    ({"error": "Bad", "message": "the reason"}, "(422: Bad: the reason)"),
+    ({"error": {"error": {"message": "inner"}}}, "(422: inner)"),
+    ({"error": {"message": "Provider error", "metadata": {"raw": "the reason"}}}, "the reason"),
+    ([{"error": {"message": "in a list", "code": 5}}], "(422: in a list)"),
+    (["a", "b"], '["a", "b"]'),
+    ({"error": {"code": {"deep": 1}, "type": [2], "message": None}}, '"deep": 1'),
+    ({"error": None}, '{"error": null}'),
+    (b"plain text", "(422: plain text)"),
+    (b"<html>a page</html>", "<html>a page</html>"),
+    (b'"a JSON text"', "(422: a JSON text)"),
+    (b"\xff\xfe not UTF-8", "not UTF-8"),
+    (b'{"message": "\\ud800 \\u001b[31m red"}', "(422: \ufffd \ufffd[31m red)"),
+    (b"[" * 100_000, "[[["),
+    (b"9" * 10_000, "999"),
+    (b"", "(422: no reason given)"),
+    (b"x" * 1000, f"(422: {'x' * 300} ..)"),
+]
+
+
+@pytest.mark.parametrize("provider", HOSTED)
+def test_an_error_body_of_any_form_is_quoted(provider: str) -> None:
+    found = ask_through(provider, *[Fault(422, body=body) for body, _ in BODIES])
+    for (body, words), error in zip(BODIES, found, strict=True):
+        assert isinstance(error, Fatal), (body, error)
+        assert words in str(error), body
+        assert len(str(error)) < 400
+        str(error).encode()  # for logs and the store
+
+
+# What servers say about a parameter (OpenAI, Azure, Mistral, TGI, vLLM's forms, Groq, Fireworks, Anthropic, Gemini).
+REFUSED: list[tuple[str, str, object]] = [
+    ("openai", "temperature", {"error": {"param": "temperature", "code": "unsupported_value", "message":
+     "Unsupported value: 'temperature' does not support 0 with this model. Only the default (1) value is supported."}}),
+    ("openai", "max_tokens", {"error": {"param": "max_tokens", "code": "unsupported_parameter", "message":
+     "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead."}}),
+    ("openai", "max_tokens", {"error": {"message":
+     "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead."}}),
+    ("openai", "seed", {"object": "error", "message": {"detail": [
+     {"type": "extra_forbidden", "loc": ["body", "seed"], "msg": "Extra inputs are not permitted", "input": 0}]}}),
+    ("openai", "seed", {"error": {"message": "Unrecognized request argument supplied: seed", "param": None}}),
+    ("openai", "seed", {"error": {"message": "property 'seed' is unsupported"}}),
+    ("openai", "stop", {"error": {"message": "Unsupported parameter: 'stop' is not supported with this model."}}),
+    ("openai", "stop", {"error": {"message": "Stop sequences are not supported for this model."}}),
+    ("openai", "stop", {"error": {"param": "stop", "message": "Invalid 'stop': array too long. Expected at most 4."}}),
+    ("openai", "top_p", {"error": {"message": "`temperature` and `top_p` cannot both be specified for this model."}}),
+    ("openai", "top_p", {"detail": "top_p must be strictly between 0 and 1"}),
+    ("openai", "temperature", {"error": "Input validation error: `temperature` must be strictly positive"}),
+    ("gemini", "seed", {"error": {"code": 400, "message":
+     "Invalid JSON payload received. Unknown name \"seed\" at 'generation_config': Cannot find field."}}),
+    ("gemini", "stopSequences", {"error": {"code": 400, "message": "stop_sequences are not supported by this model."}}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("provider", "name", "body"), REFUSED)
+def test_a_parameter_that_a_model_refuses_is_left_out(
+    provider: str, name: str, body: object, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(number: int, sent: dict[str, object]) -> Fault | None:
+        given = sent.get("generationConfig") or sent
+        assert isinstance(given, dict)
+        return Fault(422 if number % 2 else 400, body=body) if name in given else None
+
+    # A temperature of 0 is our default; the seed is sent with another one only.
+    one = request(
+        temperature=0.0 if name == "temperature" else 0.7, stops=("answer",), top_p=0.0 if name == "top_p" else None
+    )
+    with served(faults=refuse) as server:
+        found = ask(provider, server.url, *[one] * 3)
+        assert server.asked == 4  # refused once only
+        sent = server.bodies[-1].get("generationConfig") or server.bodies[-1]
+        assert name not in sent
+        assert name != "max_tokens" or sent["max_completion_tokens"] == 100
+    # The reply ends at the stop string, whoever sees to that.
+    assert [(reply.text, reply.finish) for reply in found if isinstance(reply, Reply)] == [
+        ("Iron sinks. So the ", "stop")
+    ] * 3
+    (record,) = caplog.records
+    assert f"some-model is asked without {name}, which it refuses: " in record.getMessage()
+
+
+def test_another_refusal_is_not_about_a_parameter() -> None:
+    for body in (
+        {"error": {"message": "temperature: 2.5 is invalid, expected at most 2", "param": "temperature"}},
+        {"error": {"message": "max_tokens is too large: 256. This model supports at most 16.", "param": "max_tokens"}},
+        {"error": {"message": "Unsupported content: please stop asking about the seed.", "param": None}},
+        {"error": {"message": "Unknown model 'seed-1'.", "param": "model"}},
+    ):
+        with served(faults=[Fault(400, body=body)]) as server:
+            (error,) = ask("openai", server.url, request(temperature=2.5, stops=("Q:",)))
+            assert isinstance(error, Fatal), body
+            assert server.asked == 1
+
+
+def test_more_parameters_are_merged_into_the_body_and_change_the_key() -> None:
+    more = request(temperature=0.7, more='{"seed": null, "reasoning_effort": "low"}')
+    assert openai.openai_body(more, official=False) == {
+        **{k: v for k, v in openai.openai_body(request(temperature=0.7), official=False).items() if k != "seed"},
+        "reasoning_effort": "low",
+    }
+    thinking = request(more='{"generationConfig": {"thinkingConfig": {"thinkingBudget": 0}}}')
+    assert gemini.gemini_body(thinking)["generationConfig"] == {
+        "temperature": 0.0,
+        "maxOutputTokens": 100,
+        "thinkingConfig": {"thinkingBudget": 0},
+    }
+    assert len({more.key, request(temperature=0.7).key, request(more='{"a": 1, "b": 2}').key}) == 3
+    assert request(more='{"a": 1, "b": 2}').key == request(more='{"b":2,"a":1}').key
+    for wrong in ("{", "[]", '{"max_tokens": 9}', '{"generationConfig": {"maxOutputTokens": 9}}', '{"model": "x"}'):
+        with pytest.raises(ValueError, match="The parameters are"):
+            request(more=wrong)
 
 
 def test_no_money_is_fatal_and_gemini_s_limits_per_minute_are_not() -> None:
@@ -368,9 +491,53 @@ def test_a_reply_that_was_all_thought_is_cut_short_and_not_empty() -> None:
 
 def test_gemini_s_thoughts_are_no_part_of_the_reply() -> None:
     parts = [{"text": "Hm.", "thought": True}, {"text": "Iron "}, {"text": "sinks."}]
-    data = {"candidates": [{"finishReason": "OTHER", "content": {"parts": parts}}]}
+    data = {"candidates": [{"finishReason": "STOP", "content": {"parts": parts}}]}
     reply = gemini.read_gemini(data)
-    assert (reply.text, reply.finish) == ("Iron sinks.", "other")
+    assert (reply.text, reply.finish) == ("Iron sinks.", "stop")
+
+
+# The words of OpenAI, Gemini, Mistral, Cohere, Anthropic, TGI, vLLM, SGLang, llama.cpp, DeepSeek and GLM.
+ENDS = {
+    "stop": "stop STOP eos eos_token stop_sequence end_turn COMPLETE completed FINISH_REASON_STOP {'type':'stop'}",
+    "length": "length max_tokens MAX_TOKENS maxTokens model_length limit max_output_tokens truncated "
+    "incomplete ERROR_LIMIT",
+    "content_filter": "content_filter SAFETY RECITATION BLOCKLIST PROHIBITED_CONTENT SPII IMAGE_SAFETY MODEL_ARMOR "
+    "guardrail_intervened sensitive ERROR_TOXIC refusal",
+    "again": "error ERROR abort cancelled USER_CANCEL tool_calls function_call MALFORMED_FUNCTION_CALL OTHER LANGUAGE "
+    "insufficient_system_resource network_error timeout timed_out",
+}
+
+
+@pytest.mark.parametrize("provider", HOSTED)
+@pytest.mark.parametrize(("meaning", "words"), ENDS.items())
+def test_every_provider_s_words_for_the_end_of_a_reply_have_one_meaning(
+    provider: str, meaning: str, words: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    for word in words.split():
+        if provider == "openai":
+            read, data = openai.read_openai, {"choices": [{"message": {"content": "A."}, "finish_reason": word}]}
+        else:
+            parts = {"parts": [{"text": "A."}]}
+            read, data = gemini.read_gemini, {"candidates": [{"content": parts, "finishReason": word}]}
+        try:
+            found = read(data).finish
+        except Failed as error:
+            found = error.reason
+        except Again:
+            found = "again"
+        assert found == meaning, word
+    assert not caplog.records
+
+
+def test_an_unknown_word_for_the_end_counts_as_whole_and_is_reported_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(refusals, "_unknown_ends", set())
+    data = {"choices": [{"message": {"content": "A."}, "finish_reason": "zapped"}]}
+    assert [openai.read_openai(data).finish for _ in range(3)] == ["zapped"] * 3
+    assert [record.getMessage() for record in caplog.records] == [
+        "The teacher ended a reply with 'zapped', a word we do not know; such replies count as whole."
+    ]
 
 
 @pytest.mark.parametrize(
@@ -443,6 +610,82 @@ def test_the_key_is_in_no_message_no_repr_and_no_traceback(provider: str, caplog
     client = providers.make(provider, base_url=None, timeout=1.0, connections=1)
     assert KEY not in repr(client)
     asyncio.run(client.close())
+
+
+@pytest.mark.parametrize("provider", HOSTED)
+def test_a_key_that_a_reply_repeats_is_masked(provider: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    escaped = "".join(f"\\u{ord(each):04X}" for each in KEY).encode()
+    with served(answer=lambda prompt: f"Authorization: Bearer {KEY}. So the answer is no.") as server:
+        (reply,) = ask(provider, server.url, request())
+        assert isinstance(reply, Reply)
+        assert reply.text == "Authorization: Bearer [key]. So the answer is no."
+    assert connections.masked(b'{"a": "' + escaped + b'"}', KEY) == b'{"a": "[key]"}'
+    assert connections.masked(rb'"key/of+base64\u003d" "key\/of+base64="', "key/of+base64=") == b'"[key]" "[key]"'
+    # What a server without keys is given may be a word of a reply.
+    assert connections.masked(b"EMPTY none anything", "EMPTY", "none", "anything", "") == b"EMPTY none anything"
+
+
+def test_a_token_or_password_that_a_reply_repeats_is_masked(monkeypatch: pytest.MonkeyPatch) -> None:
+    from google.oauth2.credentials import Credentials
+
+    with served(answer=lambda prompt: "ya29-token-1 hunter2-9") as server:
+        reply = ask_vertex(server.gemini, Credentials("ya29-token-1"), monkeypatch)
+        assert isinstance(reply, Reply)
+        assert reply.text == "[key] hunter2-9"
+        (reply,) = ask("openai", server.url.replace("://", "://user:hunter2-9@"), request())
+        assert isinstance(reply, Reply)
+        assert reply.text == "ya29-token-1 [key]"
+
+
+# ---------------------------------------------------------------------------------------- the size of a reply
+
+
+@functools.cache
+def bomb(*, window: int, megabytes: int) -> bytes:
+    """Packs zeros: window 31 is gzip, 15 is zlib's form of deflate, -15 the raw one."""
+    packer = zlib.compressobj(9, zlib.DEFLATED, window)
+    return b"".join([*(packer.compress(bytes(1 << 20)) for _ in range(megabytes)), packer.flush()])
+
+
+@pytest.mark.parametrize("provider", HOSTED)
+def test_a_reply_of_any_size_takes_little_memory(provider: str) -> None:
+    faults = [
+        Fault(200, body=bomb(window=31, megabytes=64), headers={"Content-Encoding": "gzip"}),
+        Fault(500, body=bomb(window=31, megabytes=64), headers={"Content-Encoding": "gzip"}),
+        Fault(200, body=bomb(window=15, megabytes=64), headers={"Content-Encoding": "deflate"}),
+        Fault(200, body=gzip.compress(bomb(window=31, megabytes=64)), headers={"Content-Encoding": "gzip, gzip"}),
+        Fault(200, body=gzip.compress(b"{}") + bytes(1 << 20), headers={"Content-Encoding": "gzip"}),
+        Fault(200, body=gzip.compress(b"{}" * 1000)[:-9], headers={"Content-Encoding": "gzip"}),
+        Fault(200, body=b"no gzip", headers={"Content-Encoding": "gzip"}),
+        Fault(200, body=b"\x8b" * 100, headers={"Content-Encoding": "br"}),
+        Fault(200, body=b"[" + b" " * (5 << 20) + b"]"),
+        Fault("endless"),
+    ]
+    words = ["4 MiB"] * 3 + ["packed as 'gzip, gzip'"] + ["unpacked"] * 3 + ["packed as 'br'"] + ["4 MiB"] * 2
+    tracemalloc.start()
+    try:
+        found = ask_through(provider, *faults, timeout=20.0)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    for expected, error in zip(words, found, strict=True):
+        assert isinstance(error, Again), error
+        assert expected in str(error)
+    assert peak < 40 << 20  # the test's server shares the process
+
+
+@pytest.mark.parametrize("provider", HOSTED)
+def test_a_reply_may_be_packed(provider: str) -> None:
+    with served() as server:
+        (plain,) = ask(provider, server.url, request())
+        assert server.headers[0]["accept-encoding"] == "gzip"
+    openai_s = {"choices": [{"message": {"content": "Iron sinks."}, "finish_reason": "stop"}]}
+    gemini_s = {"candidates": [{"content": {"parts": [{"text": "Iron sinks."}]}}]}
+    body = gzip.compress(json.dumps(openai_s if provider == "openai" else gemini_s).encode())
+    (reply,) = ask_through(provider, Fault(200, body=body, headers={"Content-Encoding": "gzip"}))
+    assert isinstance(plain, Reply)
+    assert isinstance(reply, Reply)
+    assert reply.text == "Iron sinks."
 
 
 # ------------------------------------------------------------------------------------------------ making one

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sbs_jax import checks
+from sbs_jax.data.markup import without_thinking
 from sbs_jax.data.parsing import Parsed
 from sbs_jax.data.records import Record
 from sbs_jax.data.selection import TASKS
@@ -110,6 +111,10 @@ class Dataset:
             for row in rows
             if row.teacher_label is not None and self.label_problem(row.teacher_label, row.choices) is not None
         ]
+
+    def parse(self, text: str, row: Row, *, parser: str) -> Parsed:
+        """Parses a teacher's reply, without its thinking (`<think>..</think>`), by the parser of this name."""
+        return self.parsers[parser](without_thinking(text), row)
 
 
 def check_lengths(lengths: Mapping[str, int]) -> None:

@@ -16,8 +16,9 @@ import dataclasses
 import functools
 import re
 import types
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
+from sbs_jax.data import markup
 from sbs_jax.data.records import OK
 
 NO_RATIONALE = "no_rationale"
@@ -127,7 +128,7 @@ def _places(text: str, *words: str, inline: bool = False) -> Iterator[int]:
         if inline:
             found = not before[-1:].isalnum()
         else:
-            before = before.rstrip(" \t\"'")
+            before = before.rstrip(" \t\"'*_#>`")
             found = not before or before[-1] in "\n.!?)]"
         if found:
             yield match.start()
@@ -138,8 +139,17 @@ def _pattern(words: tuple[str, ...]) -> re.Pattern[str]:
     return re.compile("|".join(re.escape(word.lower()) for word in words))
 
 
+def _before_stops(text: str, stops: Collection[str], marker: str) -> tuple[str, str]:
+    """Returns a reply up to its stop strings, and the marker in the case that it has there."""
+    reply = before_stop(text, *stops)
+    if marker not in reply:
+        marker = next((reply[start : start + len(marker)] for start in _places(reply, marker)), marker)
+    before, found, after = reply.partition(marker)
+    return before + found + before_stop(after, *stops, inline=True), marker
+
+
 def strict_answer(text: str, *, stops: Collection[str], marker: str) -> tuple[str, str] | Parsed:
-    """Returns (rationale, answer) of a reply, both stripped, or the unusable result.
+    """Returns (rationale, answer) of a reply, both stripped, or the unusable result. `strict_reply` is built on it.
 
     The reply ends at the first stop string that begins a line or follows a sentence; after the marker, at any stop
     string. A marker in another case must begin a line or follow a sentence, too. The answer is the rest of the marker's
@@ -149,18 +159,37 @@ def strict_answer(text: str, *, stops: Collection[str], marker: str) -> tuple[st
     ...               marker="Answer:")
     ('Dogs are animals.', 'yes')
     """
-    reply = before_stop(text, *stops)
-    if marker not in reply:
-        marker = next((reply[start : start + len(marker)] for start in _places(reply, marker)), marker)
-    before, found_marker, after = reply.partition(marker)
-    found = split_answer(before + found_marker + before_stop(after, *stops, inline=True), marker)
+    found = split_answer(*_before_stops(text, stops, marker))
     if isinstance(found, Parsed):
         return found
     rationale, answer = found
     lines = answer.strip().splitlines()
     if not lines:
         return unusable(NO_LABEL)
-    return rationale.strip(), without_full_stop(lines[0])
+    return markup.without_end_marks(rationale), without_full_stop(lines[0])
+
+
+def strict_reply(text: str, *, stops: Collection[str], marker: str, read: Callable[[str, str], Parsed]) -> Parsed:
+    """Parses a reply by `strict_answer` and `read(rationale, answer)`, without the teacher's thinking.
+
+    If `read` finds no label, or one that its text contradicts, markdown and LaTeX around marker and answer are removed.
+
+    >>> read = lambda rationale, answer: usable(rationale, answer) if answer == "yes" else unusable(LABEL_NOT_IN_SET)
+    >>> strict_reply("<think>Iron?</think>It floats. **So the answer is yes.**", stops=(), marker="So the answer is",
+    ...              read=read)
+    Parsed(rationale='It floats.', label='yes', outcome='ok')
+    """
+    text = markup.without_thinking(text)
+    found = strict_answer(text, stops=stops, marker=marker)
+    first = found if isinstance(found, Parsed) else read(*found)
+    if first.outcome in (OK, NO_RATIONALE):
+        return first
+    before, after = markup.split_decorated(*_before_stops(text, stops, marker)) or ("", "")
+    lines = before_stop(after, *stops, inline=True).strip().splitlines()
+    if not lines:
+        return first
+    second = read(before, markup.plain(lines[0]))
+    return second if second.outcome in (OK, NO_RATIONALE) or first.label is None else first
 
 
 def without_full_stop(text: str) -> str:

@@ -16,6 +16,7 @@ their inputs by id.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 import logging
@@ -111,7 +112,7 @@ def import_release(
     for split, reason in skipped.items():
         logging.warning("%s: the %s split is left out: %s", dataset.name, split, reason)
     # Parse everything before the first file is written: most errors show up here.
-    parse = dataset.parsers[parser]
+    parse = functools.partial(dataset.parse, parser=parser)
     return write_directory(
         dataset,
         {split: _records(dataset, parse, source) for split, source in splits.items()},

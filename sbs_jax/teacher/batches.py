@@ -21,13 +21,17 @@ import abc
 import dataclasses
 import io
 import json
+import logging
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
+from sbs_jax.teacher import parameters, refusals
 from sbs_jax.teacher.clients import Again, Failed, Fatal, Reply, Request
 from sbs_jax.teacher.connections import HostedClient
 from sbs_jax.teacher.pacing import retried
+
+log = logging.getLogger(__name__)
 
 RUNNING, DONE, FAILED, CANCELLED = "running", "done", "failed", "cancelled"
 # OpenAI's limits per file. Gemini takes 2 GB, Vertex AI 200,000 requests.
@@ -35,9 +39,23 @@ MOST_REQUESTS = 50_000
 MOST_BYTES = 200_000_000
 REFUSED = "refused"
 
-_TRANSFER = 1800.0  # seconds for a file, up or down
 _KEY = re.compile(r"[0-9a-f]{64}")  # `Request.key`
 _T = TypeVar("_T")
+
+
+class NotTaken(Again):
+    """Send the line again without a parameter, which the model does not take."""
+
+    def __init__(self, message: str, *, parameter: str) -> None:
+        super().__init__(message)
+        self.parameter = parameter
+
+
+def refused_line(status: int, body: object) -> Exception:
+    """Describes the error in a line of answers: `NotTaken`, or as `refusals.problem` does."""
+    problem = refusals.problem(status, body)
+    name = parameters.refused(status, body, parameters.ANY)
+    return problem if name is None else NotTaken(str(problem), parameter=name)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,10 +74,11 @@ class BatchClient(abc.ABC):
 
     def __init__(self, client: HostedClient) -> None:
         self.client = client
+        self.left_out: set[str] = set()  # parameters that the model refused in a job
 
     async def submit(self, requests: Sequence[Request], *, name: str) -> str:
         """Submits requests of one model and form with distinct keys; returns the provider's name of the job."""
-        source = await self.upload(lines_of(requests, self.line), name=name)
+        source = await self.upload(lines_of(requests, self._accepted_line), name=name)
 
         async def create() -> str:
             try:
@@ -74,8 +93,21 @@ class BatchClient(abc.ABC):
 
     async def collect(self, job: str) -> AsyncIterator[tuple[str, Reply | Failed]]:
         """Yields (request key, answer) of a job that has ended."""
+        known = set(self.left_out)
+
+        def reply_of(line: Mapping[str, Any]) -> Reply:
+            try:
+                return self.reply_of(line)
+            except NotTaken as refusal:
+                if refusal.parameter in known:
+                    raise Failed(str(refusal), reason=REFUSED) from None
+                if refusal.parameter not in self.left_out:
+                    self.left_out.add(refusal.parameter)
+                    log.warning("The next job is sent without %s: %s", refusal.parameter, refusal)
+                raise
+
         async for data in self.outputs(job):
-            for answer in answers(data, self.key_of, self.reply_of):
+            for answer in answers(data, self.key_of, reply_of):
                 yield answer
 
     async def find(self, name: str) -> str | None:
@@ -91,7 +123,7 @@ class BatchClient(abc.ABC):
 
     async def call(self, call: Callable[[], Awaitable[_T]], *, transfer: bool = False) -> _T:
         """Awaits an SDK call that is safe to repeat, with retries; a file transfer has a longer timeout."""
-        return await retried(lambda: self.client.send(call, seconds=_TRANSFER if transfer else None))
+        return await retried(lambda: self.client.send(call, transfer=transfer))
 
     @abc.abstractmethod
     async def poll(self, job: str) -> BatchState: ...
@@ -102,6 +134,11 @@ class BatchClient(abc.ABC):
 
     async def close(self) -> None:
         await self.client.close()
+
+    def _accepted_line(self, request: Request) -> Mapping[str, Any]:
+        line = dict(self.line(request))
+        place = "body" if "body" in line else "request"  # OpenAI's name, and Google's
+        return line | {place: parameters.without(line[place], self.left_out)}
 
     @abc.abstractmethod
     def line(self, request: Request) -> Mapping[str, Any]:

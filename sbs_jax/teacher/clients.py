@@ -22,19 +22,43 @@ from typing import Any, Protocol, runtime_checkable
 from sbs_jax.teacher.prompts import Message, Prompt
 
 CHAT, COMPLETION = "chat", "completion"
-# Values of `Reply.finish`; any other word is the provider's own.
+# Values of `Reply.finish`.
 STOP, LENGTH = "stop", "length"
 CONTENT_FILTER, TOO_LONG = "content_filter", "too_long"
+# Names in a body that the sampler sets: what is asked, how often, and how much a reply may cost.
+_ASKED = {"model", "messages", "prompt", "contents", "systemInstruction"}
+_LIMITS = {"stream", "n", "candidateCount", "max_tokens", "max_completion_tokens", "maxOutputTokens"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Parameters:
-    """Sampling parameters. `stops` replace the stop strings of a completion's prompt."""
+    """Sampling parameters.
+
+    `stops` replace the stop strings of a completion's prompt. `more` is a JSON object that is merged into the body of
+    each request (null removes a name), or "".
+    """
 
     temperature: float
     max_tokens: int
     stops: tuple[str, ...] = ()
     top_p: float | None = None
+    more: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.more:
+            return
+        try:
+            value = json.loads(self.more)
+        except (ValueError, RecursionError):
+            value = None
+        inner = value.get("generationConfig") if isinstance(value, dict) else None
+        names = {*(value or ()), *(inner if isinstance(inner, dict) else ())} & (_ASKED | _LIMITS)
+        if not isinstance(value, dict) or names:
+            raise ValueError(
+                f"The parameters are {self.more[:200]!r}; expected a JSON object such as "
+                f'{{"reasoning_effort": "low", "seed": null}}, without {" or ".join(sorted(names or _LIMITS))}.'
+            )
+        object.__setattr__(self, "more", json.dumps(value, sort_keys=True))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,6 +98,7 @@ class Request:
         if known is None or known[0] != head:
             drawn = self.parameters
             shared = [self.form, self.model, float(drawn.temperature), drawn.max_tokens, drawn.top_p, self.stops]
+            shared += [drawn.more] if drawn.more else []  # not without, so that replies of older versions are found
             texts = [(message.role, message.content) for message in head]
             known = _heads[which] = head, hashlib.sha256(json.dumps([shared, texts]).encode())
         return known[1].copy()
@@ -84,7 +109,7 @@ _heads: dict[Any, tuple[tuple[Message, ...], Any]] = {}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Reply:
-    """A reply. `finish` is "stop", "length" (truncated) or the provider's word.
+    """A reply. `finish` is "stop", "length" (truncated), or a word of the provider that we do not know.
 
     Token counts are the provider's; thinking tokens count as output, because they are billed so.
     """

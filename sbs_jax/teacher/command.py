@@ -294,6 +294,8 @@ def _drawn(parameters: clients.Parameters) -> str:
     parts = [f"temperature {parameters.temperature:g}", f"at most {parameters.max_tokens} tokens"]
     if parameters.top_p is not None:
         parts.append(f"top p {parameters.top_p:g}")
+    if parameters.more:
+        parts.append(parameters.more)
     if parameters.stops:
         parts.append(f"ended by {', '.join(map(repr, parameters.stops))}")
     return ", ".join(parts)

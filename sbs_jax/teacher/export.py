@@ -45,7 +45,7 @@ class Question:
         return prompts.render(self.template, self.row.input, hint=hint)
 
     def parse(self, text: str) -> parsing.Parsed:
-        return self.dataset.parsers[self.parser](text, self.row)
+        return self.dataset.parse(text, self.row, parser=self.parser)
 
     def read(self, text: str) -> tuple[str | None, str | None]:
         parsed = self.parse(text)
@@ -133,7 +133,7 @@ def described(template: prompts.Template, settings: sampler.Settings) -> dict[st
     return {
         "model": settings.model,
         "form": settings.form,
-        "parameters": dataclasses.asdict(settings.parameters),
+        "parameters": {k: v for k, v in dataclasses.asdict(settings.parameters).items() if k != "more" or v},
         "samples": settings.samples,
         "hint": settings.hint,
         "prompt": template.hash,

@@ -12,15 +12,13 @@ import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any, TypeVar
 
-from sbs_jax.teacher import refusals
-from sbs_jax.teacher.batches import CANCELLED, DONE, FAILED, RUNNING, BatchClient, BatchState
-from sbs_jax.teacher.clients import CHAT, CONTENT_FILTER, LENGTH, STOP, Again, Failed, Fatal, Reply, Request
+from sbs_jax.teacher import parameters, refusals
+from sbs_jax.teacher.batches import CANCELLED, DONE, FAILED, RUNNING, BatchClient, BatchState, refused_line
+from sbs_jax.teacher.clients import CHAT, CONTENT_FILTER, Again, Failed, Fatal, Reply, Request
 from sbs_jax.teacher.connections import HostedClient, environment_key, environment_value, http_client, sdk_module
 from sbs_jax.teacher.prompts import SYSTEM, USER
 
 _MOST_STOPS = 5  # with a key and on Vertex AI
-_FINISHES = {"STOP": STOP, "MAX_TOKENS": LENGTH}
-_FILTERED = {"SAFETY", "RECITATION", "BLOCKLIST", "PROHIBITED_CONTENT", "SPII", "IMAGE_SAFETY", "MODEL_ARMOR"}
 _T = TypeVar("_T")
 
 
@@ -30,6 +28,7 @@ class Gemini(HostedClient):
     def __init__(
         self, *, vertex: bool, base_url: str | None, timeout: float, connections: int, credentials: Any = None
     ) -> None:
+        super().__init__()
         self._provider, self.timeout = "vertex" if vertex else "gemini", timeout
         self._types, self._http_errors = sdk_module("google.genai.types"), sdk_module("httpx2")
         self._api_errors, self._auth_errors = sdk_module("google.genai.errors"), sdk_module("google.auth.exceptions")
@@ -45,18 +44,20 @@ class Gemini(HostedClient):
 
     async def ask(self, request: Request) -> Reply:
         body = gemini_body(request, provider=self._provider)
-        options = self._types.HttpOptions(extra_body=body)
-        config = self._types.GenerateContentConfig(http_options=options, should_return_http_response=True)
-        # The body's own `contents` replace the blank one.
-        models = self.sdk.aio.models
-        response = await self.send(lambda: models.generate_content(model=request.model, contents=" ", config=config))
-        return read_gemini(refusals.json_object(response.sdk_http_response.body or ""))
+
+        def post(body: Mapping[str, Any]) -> Awaitable[Any]:
+            options = self._types.HttpOptions(extra_body=dict(body))
+            config = self._types.GenerateContentConfig(http_options=options, should_return_http_response=True)
+            # The body's own `contents` replace the blank one.
+            return self.sdk.aio.models.generate_content(model=request.model, contents=" ", config=config)
+
+        response = await self.send_accepted(request, body, post)
+        reply = read_gemini(refusals.json_object(response.sdk_http_response.body or ""))
+        return parameters.cut(reply, request.stops) if "stopSequences" in self.left_out[request.model] else reply
 
     def problem(self, error: Any) -> Exception:
         http, auth = self._http_errors, self._auth_errors
         text = refusals.short(str(error), self.secret)
-        if isinstance(error, self._api_errors.APIError):
-            return self._status_problem(error)
         if isinstance(error, auth.TransportError):
             return Again(f"Google's credentials server cannot be reached: {text}")
         if isinstance(error, auth.GoogleAuthError):
@@ -71,17 +72,6 @@ class Gemini(HostedClient):
         if isinstance(error, http.HTTPError):
             return refusals.disconnected(error, secrets=(self.secret,))
         return Again(f"The reply has an unexpected form: {text}")
-
-    def _status_problem(self, error: Any) -> Exception:
-        details = json.dumps(error.details, default=str)
-        wait = refusals.retry_after(getattr(error.response, "headers", {}))
-        if wait is None and (delay := re.search(r'"retryDelay": "([\d.]+)s"', details)):
-            wait = float(delay[1])
-        # Gemini's 429 mentions "quota" for every limit; only these two last longer than a minute.
-        gone = re.search(r"PerDay|credits are depleted", details)
-        code = "insufficient_quota" if gone else "api_key" if "API_KEY_INVALID" in details else ""
-        fields = {"code": code, "message": error.message or str(error)}
-        return refusals.problem(error.code, fields, retry_after=wait, secrets=(self.secret,))
 
     async def close(self) -> None:
         await self._http.aclose()
@@ -133,7 +123,7 @@ def gemini_body(request: Request, *, provider: str = "gemini") -> dict[str, Any]
         for one in request.prompt.messages
         if one.role != SYSTEM
     ]
-    return body
+    return parameters.with_more(body, drawn.more)
 
 
 def read_gemini(data: Mapping[str, Any]) -> Reply:
@@ -146,15 +136,12 @@ def read_gemini(data: Mapping[str, Any]) -> Reply:
         if not candidates:
             raise refusals.no_reply("no candidates", data)
         candidate = candidates[0]
-        finish = candidate.get("finishReason")
-        if finish in _FILTERED:
-            raise Failed(f"The provider's content filter stopped the reply: {finish}.", reason=CONTENT_FILTER)
         parts = (candidate.get("content") or {}).get("parts") or ()
         usage = data.get("usageMetadata") or {}
         counts = [usage.get(name) for name in ("candidatesTokenCount", "thoughtsTokenCount")]
         return refusals.reply(
             "".join(part.get("text") or "" for part in parts if not part.get("thought")),
-            finish=_FINISHES.get(finish, finish and str(finish).lower()),
+            finish=candidate.get("finishReason"),
             input_tokens=usage.get("promptTokenCount"),
             output_tokens=None if counts == [None, None] else sum(count or 0 for count in counts),
             model=data.get("modelVersion"),
@@ -240,7 +227,7 @@ class GeminiBatches(_GoogleBatches):
         error, response = line.get("error"), line.get("response")
         if error:
             code = int(error.get("code") or 13)
-            raise refusals.problem(code if code >= 100 else _HTTP.get(code, 500), {"message": error.get("message")})
+            raise refused_line(code if code >= 100 else _HTTP.get(code, 500), error)
         if not isinstance(response, dict):
             raise Again("The line has no response.")
         return read_gemini(response)
@@ -299,7 +286,7 @@ class VertexBatches(_GoogleBatches):
         if status := line.get("status"):  # "Error: INVALID_ARGUMENT: ..", or the same as an object
             text = status if isinstance(status, str) else json.dumps(status)
             code = next((code for word, code in _HTTP_NAMES.items() if word in text), 500)
-            raise refusals.problem(code, {"message": text})
+            raise refused_line(code, {"message": text})
         return read_gemini(line.get("response") or {})
 
 

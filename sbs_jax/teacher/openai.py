@@ -11,11 +11,12 @@ import urllib.parse
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
-from sbs_jax.teacher import refusals
-from sbs_jax.teacher.batches import CANCELLED, DONE, FAILED, RUNNING, BatchClient, BatchState
-from sbs_jax.teacher.clients import CHAT, CONTENT_FILTER, Again, Failed, Fatal, Reply, Request
+from sbs_jax.teacher import parameters, refusals
+from sbs_jax.teacher.batches import CANCELLED, DONE, FAILED, RUNNING, BatchClient, BatchState, refused_line
+from sbs_jax.teacher.clients import CHAT, Again, Failed, Fatal, Reply, Request
 from sbs_jax.teacher.connections import HostedClient, environment_key, http_client, sdk_module
 
+NO_KEY = "none"
 _MOST_STOPS = 4  # of OpenAI's own API
 
 
@@ -23,29 +24,26 @@ class OpenAI(HostedClient):
     """OpenAI's API, or a compatible server."""
 
     def __init__(self, *, base_url: str | None, timeout: float, connections: int) -> None:
+        super().__init__()
         sdk, httpx2 = sdk_module("openai"), sdk_module("httpx2")
         base_url = base_url or os.environ.get("OPENAI_BASE_URL") or None
-        self.official, self.timeout, self.secret = is_official(base_url), timeout, openai_key(base_url)
+        key = openai_key(base_url)
+        self.official, self.timeout, self.secret = is_official(base_url), timeout, "" if key == NO_KEY else key
         self.errors, self._response = (sdk.OpenAIError, httpx2.HTTPError), httpx2.Response
         http = http_client(base_url or "https://api.openai.com/v1", connections)
         # `send` applies the timeout.
-        self.sdk = sdk.AsyncOpenAI(
-            api_key=self.secret, base_url=base_url, max_retries=0, timeout=None, http_client=http
-        )
+        self.sdk = sdk.AsyncOpenAI(api_key=key, base_url=base_url, max_retries=0, timeout=None, http_client=http)
 
     async def ask(self, request: Request) -> Reply:
         body = openai_body(request, official=self.official)
         path = "/chat/completions" if request.form == CHAT else "/completions"
-        response = await self.send(lambda: self.sdk.post(path, cast_to=self._response, body=body))
-        return read_openai(refusals.json_object(response.content))
+        post, kind = self.sdk.post, self._response
+        response = await self.send_accepted(request, body, lambda body: post(path, cast_to=kind, body=body))
+        reply = read_openai(refusals.json_object(response.content))
+        return parameters.cut(reply, request.stops) if "stop" in self.left_out[request.model] else reply
 
     def problem(self, error: Any) -> Exception:
         sdk, secrets = sdk_module("openai"), (self.secret,)
-        if isinstance(error, sdk.APIStatusError):
-            wait = refusals.retry_after(error.response.headers)
-            return refusals.problem(
-                error.status_code, error.body, default=error.message, retry_after=wait, secrets=secrets
-            )
         if isinstance(error, sdk.APITimeoutError):
             return Again("The teacher did not answer in time.")
         if isinstance(error, sdk.APIConnectionError):
@@ -66,9 +64,9 @@ def is_official(base_url: str | None) -> bool:
 
 
 def openai_key(base_url: str | None) -> str:
-    """Returns the key in the environment; "none" for another server, which rejects it if it needs a key."""
+    """Returns the key in the environment; `NO_KEY` for another server, which rejects it if it needs a key."""
     if not os.environ.get("OPENAI_API_KEY") and not is_official(base_url):
-        return "none"
+        return NO_KEY
     return environment_key("OPENAI_API_KEY")
 
 
@@ -89,7 +87,7 @@ def openai_body(request: Request, *, official: bool) -> dict[str, Any]:
         body["top_p"] = drawn.top_p
     if drawn.temperature > 0:
         body["seed"] = request.sample
-    return body
+    return parameters.with_more(body, drawn.more)
 
 
 def read_openai(data: Mapping[str, Any]) -> Reply:
@@ -103,8 +101,6 @@ def read_openai(data: Mapping[str, Any]) -> Reply:
         message = choice.get("message") or {}
         text = message.get("content") if "message" in choice else choice.get("text")
         usage = data.get("usage") or {}
-        if finish == CONTENT_FILTER:
-            raise Failed("The provider's content filter stopped the reply.", reason=CONTENT_FILTER)
         if not text and message.get("refusal"):
             raise Failed(f"The teacher refuses: {refusals.short(message['refusal'])}", reason="refusal")
         return refusals.reply(
@@ -181,7 +177,7 @@ class OpenAIBatches(BatchClient):
             raise Again("The line has no response.")
         body = response.get("body") or {}
         if response.get("status_code") != 200:
-            raise refusals.problem(int(response.get("status_code") or 500), body.get("error"))
+            raise refused_line(int(response.get("status_code") or 500), body)
         return read_openai(body)
 
 

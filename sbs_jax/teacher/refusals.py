@@ -9,9 +9,11 @@ from __future__ import annotations
 import contextlib
 import email.utils
 import json
+import logging
 import math
 import re
 import time
+import types
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import Any
@@ -25,9 +27,13 @@ _LONGER = re.compile(
 )
 _FILTER = re.compile(r"content_filter|content_policy|content management policy|content filter", re.IGNORECASE)
 _NO_KEY = re.compile(r"api_key|api key (not valid|expired)", re.IGNORECASE)
-_NO_MONEY = re.compile(r"insufficient_quota|billing_hard_limit|billing_not_active|credits are depleted", re.IGNORECASE)
+# Gemini's 429 mentions "quota" for every limit; only "PerDay" and depleted credits last longer than a minute.
+_NO_MONEY = re.compile(
+    r"insufficient_quota|billing_hard_limit|billing_not_active|credits are depleted|PerDay", re.IGNORECASE
+)
 _LOOKS_SECRET = re.compile(r"\b(?:sk|pk|rk)-[\w*.-]{6,}|\bAIza[\w*-]{6,}|\bya29\.[\w.-]+|\bBearer\s+\S+")
 
+log = logging.getLogger(__name__)
 _PAST_CONTEXT, _FILTERED = partial(Failed, reason=TOO_LONG), partial(Failed, reason=CONTENT_FILTER)
 _LIMITED = partial(Again, limited=True)
 _ANY = re.compile("")
@@ -46,24 +52,72 @@ _OUTCOMES: tuple[tuple[Collection[int], re.Pattern[str], Callable[[str], Excepti
     ((400, 422), _FILTER, _FILTERED, "The provider's content filter refuses the prompt ({said})."),
 )
 
+BROKEN = "broken"
+# Words for the end of a reply, of OpenAI, Gemini, Mistral, Cohere, Anthropic, TGI, vLLM, llama.cpp and others
+# ("MAX_TOKENS", "eos_token", "ERROR_TOXIC", "model_length", "tool_calls"); the first match counts.
+_ENDS = tuple(
+    (meaning, re.compile(words, re.IGNORECASE))
+    for meaning, words in (
+        (CONTENT_FILTER, "filter|safety|recitation|block|prohibit|spii|armor|guardrail|sensitiv|toxic|moderat|refus"),
+        (LENGTH, "length|max|limit|truncat|context|incomplete|unfinished"),
+        (BROKEN, "error|fail|abort|cancel|interrupt|time_?d?_?out|malformed|tool|function|resource|unexpected"
+         "|other|language|unspecified|missing|load|image"),
+        (STOP, "stop|eos|end|complete|finish|done|success"),
+    )
+)  # fmt: skip
+_unknown_ends: set[str] = set()
+
+
+class RefusedError(Exception):
+    """An answer with a status of 400 or more, as it came; `problem` describes it."""
+
+    def __init__(self, status: int, body: bytes, headers: Mapping[str, str]) -> None:
+        super().__init__(str(status))
+        self.status, self.body, self.headers = status, body, headers
+
 
 def problem(
-    status: int, error: object, *, default: str = "", retry_after: float | None = None, secrets: tuple[str, ...] = ()
+    status: int, body: object, *, headers: Mapping[str, str] = types.MappingProxyType({}), secrets: tuple[str, ...] = ()
 ) -> Exception:
-    """Returns Fatal, Again or Failed for an HTTP status other than 200.
+    """Returns Fatal, Again or Failed for a status of 400 or more and the body that came with it, of any form.
 
-    `error` is the body's error object, with "message" and "code" or "type"; `default` replaces a missing message.
+    The body is bytes, or what they hold already read from JSON.
     """
-    fields = error if isinstance(error, Mapping) else {}
-    code, message = str(fields.get("code") or fields.get("type") or ""), str(fields.get("message") or default)
-    said = f"{status}: {short(message, *secrets)}"
+    fields, message = described(body)
+    details = written(fields.get("details") or "")  # Google's
+    said = f"{status}: {short(message, *secrets) or 'no reason given'}"
+    named = " ".join(
+        f"{fields[name]}" for name in ("code", "type", "status") if isinstance(fields.get(name), str | int)
+    )
     for statuses, words, outcome, text in _OUTCOMES:
-        if min(status, 599) in statuses and words.search(f"{code} {message}"):
+        if min(status, 599) in statuses and words.search(f"{named} {message} {details}"):
             found = outcome(text.format(said=said))
             if isinstance(found, Again):
-                found.retry_after = retry_after
+                found.retry_after = retry_after(headers)
+                if found.retry_after is None and (delay := re.search(r'"retryDelay": "(\d+(?:\.\d+)?)s"', details)):
+                    found.retry_after = _seconds(float(delay[1]))
             return found
     return Fatal(f"The teacher refuses the request ({said}).")
+
+
+def described(body: object) -> tuple[Mapping[str, Any], str]:
+    """Returns the fields of an error (code, type, ..) and its message: a text if one is found, else all of the body."""
+    whole = ""
+    if isinstance(body, bytes):
+        whole = written(body)
+        try:
+            body = json.loads(body)
+        except (ValueError, RecursionError):
+            return {}, whole
+    at = body[0] if isinstance(body, list) and len(body) == 1 else body
+    while isinstance(at, Mapping) and isinstance(at.get("error"), Mapping):
+        at = at["error"]
+    if not isinstance(at, Mapping):
+        return {}, at if isinstance(at, str) else whole or written(at)
+    texts = [at[name] for name in ("error", "message", "detail", "msg") if at.get(name)]
+    # OpenRouter's metadata hold the words of the server behind it.
+    plain = texts and all(isinstance(text, str) for text in texts) and not at.get("metadata")
+    return at, ": ".join(dict.fromkeys(texts)) if plain else whole or written(at)
 
 
 def disconnected(error: BaseException, *, secrets: tuple[str, ...]) -> Again:
@@ -72,8 +126,10 @@ def disconnected(error: BaseException, *, secrets: tuple[str, ...]) -> Again:
     return Again(f"The connection failed: {type(error).__name__}{detail and f' ({detail})'}.")
 
 
-def not_read(error: ValueError, *, secrets: tuple[str, ...]) -> Exception:
-    """Describes an SDK's ValueError: a body that is not JSON, or an argument that it rejects."""
+def not_read(error: ValueError | RecursionError, *, secrets: tuple[str, ...]) -> Exception:
+    """Describes an SDK's exception: a body that is not JSON or nests too deeply, or an argument that it rejects."""
+    if isinstance(error, RecursionError):
+        return Again("The reply is JSON that nests too deeply.")
     if isinstance(error, json.JSONDecodeError):
         return Again(f"The reply is not JSON: {short(error.doc, *secrets)!r}")
     return Fatal(f"The SDK refuses the request: {short(str(error), *secrets)}")
@@ -81,11 +137,17 @@ def not_read(error: ValueError, *, secrets: tuple[str, ...]) -> Exception:
 
 def no_reply(what: str, data: object) -> Again:
     """Describes a body of status 200 without a reply; `what` describes its contents."""
+    return Again(f"The reply has {what}: {short(written(data))}")
+
+
+def written(value: object) -> str:
+    """Writes an answer, bytes or read from JSON, as text."""
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "replace")
     try:
-        body = json.dumps(data)
+        return json.dumps(value, ensure_ascii=False, default=str) if value else ""
     except RecursionError:
-        body = "nested too deeply to show"
-    return Again(f"The reply has {what}: {short(body)}")
+        return "nested too deeply to show"
 
 
 def check_stops(provider: str, stops: tuple[str, ...], *, most: int) -> None:
@@ -96,14 +158,36 @@ def check_stops(provider: str, stops: tuple[str, ...], *, most: int) -> None:
         )
 
 
+def ended(word: object) -> str:
+    """Returns the meaning of a provider's word for the end of a reply: `STOP`, `LENGTH`, `CONTENT_FILTER` or `BROKEN`.
+
+    A reply with an unknown word counts as whole, and the log says so once; the word itself is returned.
+    """
+    if not word:
+        return STOP
+    said = str(word)[:100]
+    for meaning, words in _ENDS:
+        if words.search(said):
+            return meaning
+    said = short(said)
+    if said not in _unknown_ends and len(_unknown_ends) < 20:
+        _unknown_ends.add(said)
+        log.warning("The teacher ended a reply with %r, a word we do not know; such replies count as whole.", said)
+    return said
+
+
 def reply(text: Any, *, finish: Any, data: object, model: Any, input_tokens: Any, output_tokens: Any) -> Reply:
-    """Makes a reply; an empty one raises Again, unless it was truncated before its first word (while thinking)."""
-    finish = STOP if finish is None else _storable(str(finish))
-    if finish != LENGTH and not (text and text.strip()):
+    """Makes a reply, if it is whole or truncated; a truncated one may be empty (all of it was thinking)."""
+    end = ended(finish)
+    if end == CONTENT_FILTER:
+        raise Failed(f"The provider's content filter stopped the reply ({short(str(finish))}).", reason=CONTENT_FILTER)
+    if end == BROKEN:
+        raise Again(f"The teacher broke the reply off ({short(str(finish))}).")
+    if end != LENGTH and not (text and text.strip()):
         raise no_reply("no text", data)
     return Reply(
         text=_storable(text or ""),
-        finish=finish,
+        finish=end,
         input_tokens=_tokens(input_tokens),
         output_tokens=_tokens(output_tokens),
         model=_storable(model) if isinstance(model, str) else "",
@@ -156,4 +240,6 @@ def short(text: str, *secrets: str) -> str:
         if secret:
             text = text.replace(secret, "[key]")
     text = " ".join(_LOOKS_SECRET.sub("[key]", text).split())
+    # Without control characters, for terminals, and unpaired surrogates, for files.
+    text = "".join(each if each.isprintable() else "\ufffd" for each in text[:302])
     return text if len(text) <= 300 else f"{text[:300]} .."

@@ -54,6 +54,12 @@ def add(command: Any) -> None:
         default=256,
         help="maximum reply tokens; truncated replies are retried with 2x and 4x",
     )
+    ask.add_argument(
+        "--parameters",
+        metavar="JSON",
+        default="",
+        help='more parameters of each request, such as \'{"reasoning_effort": "low"}\'; null leaves one out',
+    )
     ask.add_argument("--samples", type=int, default=1, help="replies per row; the most frequent label wins")
     ask.add_argument(
         "--hint", action="store_true", help="ask again with the human label as a hint if the reply differs"
@@ -91,7 +97,9 @@ def run(arguments: argparse.Namespace) -> int:
         names = (field.name for field in dataclasses.fields(kind) if field.name not in others)
         return {name: getattr(arguments, name) for name in names}
 
-    parameters = clients.Parameters(temperature=arguments.temperature, max_tokens=arguments.max_tokens)
+    parameters = clients.Parameters(
+        temperature=arguments.temperature, max_tokens=arguments.max_tokens, more=arguments.parameters
+    )
     options = command.Options(
         settings=sampler.Settings(parameters=parameters, **fields(sampler.Settings, "parameters")),
         template=prompts.read(arguments.prompt or arguments.dataset),
