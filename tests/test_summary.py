@@ -12,7 +12,7 @@ from sbs_jax.cli import main
 from sbs_jax.data import records, summary
 from sbs_jax.data.dataset import Row
 from sbs_jax.data.records import Record
-from tasks import builtin, cqa
+from tasks import builtin, cqa, svamp
 
 MISALIGNED = "Do the replies belong to other rows?"
 
@@ -114,26 +114,41 @@ def test_no_accuracy_without_labels_of_either_kind():
     assert summary.count(builtin.DATASET, [wrong(0)])["teacher_accuracy"] == 0.0
 
 
-@pytest.mark.parametrize("parser", ["official", "strict"])
-def test_replies_shifted_by_a_row_are_noticed(parser, real_data_dir, tmp_path_factory):
-    """CQA's real replies, as they are and each one row too late."""
-    folder = real_records.imported("cqa", parser, release_dir=real_data_dir, tmp_path_factory=tmp_path_factory)[1]
-    rows = records.read_records(folder / "cqa" / "test.jsonl")
-    aligned = summarized(rows, dataset=cqa.DATASET, parser=parser)
+@pytest.mark.parametrize(
+    ("dataset", "parser", "status", "doubts"),
+    [
+        (
+            *(cqa.DATASET, "official", 3),
+            ["1,205 of 1,221 teacher labels are no possible label of their row", "not above a guess among the choices"],
+        ),
+        (
+            *(cqa.DATASET, "strict", 0),
+            ["in 1,202 of 1,221 replies the text after the choice's letter is not", "above a guess among the choices"],
+        ),
+        (svamp.DATASET, "official", 0, ["right for their own row, and 147 for the row before or after it"]),
+    ],
+    ids=["cqa-official", "cqa-strict", "svamp-official"],
+)
+def test_replies_shifted_by_a_row_are_noticed(dataset, parser, status, doubts, real_data_dir, tmp_path_factory):
+    """Real replies, as they are and each one row too late."""
+    name = dataset.name
+    folder = real_records.imported(name, parser, release_dir=real_data_dir, tmp_path_factory=tmp_path_factory)[1]
+    rows = records.read_records(folder / name / "test.jsonl")
+    aligned = summarized(rows, dataset=dataset, parser=parser)
     assert aligned.status == 0
     assert all(MISALIGNED not in warning for warning in aligned.warnings)
-    parse = cqa.DATASET.parsers[parser]
+    parse = dataset.parsers[parser]
     shifted = []
     for here, before in zip(rows, [rows[-1], *rows], strict=False):
         parsed = parse(before.teacher_text or "", Row(input=here.input, label=here.label, choices=here.choices))
         fields = {"rationale": parsed.rationale, "teacher_label": parsed.label, "outcome": parsed.outcome}
         shifted.append(dataclasses.replace(here, teacher_text=before.teacher_text, **fields))
-    found = summarized(shifted, dataset=cqa.DATASET, parser=parser)
-    assert found.status == (3 if parser == "official" else 0)
-    doubts = "\n".join(warning for warning in found.warnings if MISALIGNED in warning)
-    expected = {"official": "teacher labels are no possible label of their row", "strict": "is not that choice's text"}
-    assert expected[parser] in doubts
-    assert "which is not above a guess among the choices (20" in doubts
+    found = summarized(shifted, dataset=dataset, parser=parser)
+    assert found.status == status
+    said = [warning for warning in found.warnings if MISALIGNED in warning]
+    assert len(said) == len(doubts)
+    for warning, doubt in zip(said, doubts, strict=True):
+        assert doubt in warning
 
 
 @pytest.mark.parametrize("parser", ["official", "strict"])

@@ -31,10 +31,7 @@ def count(dataset: Dataset, rows: Sequence[Record]) -> Counts:
     """Counts outcomes and right labels."""
     labelled = sum(row.label is not None for row in rows)
     teacher_labels = sum(row.teacher_label is not None for row in rows)
-    right = sum(
-        row.label is not None and row.teacher_label is not None and dataset.same_label(row.label, row.teacher_label)
-        for row in rows
-    )
+    right = _right(dataset, rows, rows)
     return Counts(
         rows=len(rows),
         outcomes=dict(sorted(Counter(row.outcome for row in rows).items())),
@@ -94,7 +91,7 @@ class Summary:
                 f"in {disagreeing:,} of {asked:,} replies the text after the choice's letter is not that choice's "
                 f"text.{_MISALIGNED}"
             )
-        found += _doubts(counts, rows, chance)
+        found += _doubts(dataset, counts, rows, chance)
         self.warnings += [f"{dataset.name} {split}: {warning}" for warning in found]
 
     def show(self) -> int:
@@ -129,8 +126,8 @@ def _accuracy(counts: Counts, rows: Sequence[Record], chance: tuple[float, str])
     ]
 
 
-def _doubts(counts: Counts, rows: Sequence[Record], chance: tuple[float, str]) -> list[str]:
-    """Warns of an accuracy that is not above chance, or is perfect, among rows with both labels."""
+def _doubts(dataset: Dataset, counts: Counts, rows: Sequence[Record], chance: tuple[float, str]) -> list[str]:
+    """Warns if labels are right no more often than by chance, or more often for the next row, or always."""
     judged = sum(row.label is not None and row.teacher_label is not None for row in rows)
     share, guess = chance
     if judged < _ENOUGH_ROWS or share == 1:
@@ -141,12 +138,24 @@ def _doubts(counts: Counts, rows: Sequence[Record], chance: tuple[float, str]) -
             f"where the teacher gives a label, it is right in {100 * right:.1f} %, which is not above {guess} "
             f"({100 * share:.1f} %).{_MISALIGNED}"
         ]
+    fitting = max(_right(dataset, rows, rows[1:]), _right(dataset, rows[1:], rows)) if right < 0.5 else 0
+    if fitting > 2 * counts["teacher_right"]:
+        return [
+            f"{counts['teacher_right']:,} teacher labels are right for their own row, and {fitting:,} for the row "
+            f"before or after it.{_MISALIGNED}"
+        ]
     if right == 1 and not any(row.hinted for row in rows):
         return [
             f"all {judged:,} teacher labels equal the human ones. Were they made from them? Real teachers err, so a "
             "comparison with human labels says nothing here."
         ]
     return []
+
+
+def _right(dataset: Dataset, rows: Sequence[Record], answered: Sequence[Record]) -> int:
+    """Counts pairs of rows in which the label of one is the teacher's of the other."""
+    pairs = ((row.label, other.teacher_label) for row, other in zip(rows, answered, strict=False))
+    return sum(a is not None and b is not None and dataset.same_label(a, b) for a, b in pairs)
 
 
 def _failures(rows: Sequence[Record]) -> list[str]:
