@@ -9,7 +9,7 @@ import dataclasses
 import logging
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from sbs_jax import checks
 from sbs_jax.data.dataset import Dataset, Row
@@ -174,14 +174,14 @@ def _failures(rows: Sequence[Record]) -> list[str]:
 
 def _others(dataset: Dataset, rows: Sequence[Record], parser: str) -> str:
     """Says how many labels the other parsers read: "The parser 'official' reads 990. ", or "" if there are none."""
-    counts: Mapping[str, int] = {
-        name: sum(
-            parse(row.teacher_text, Row(id=row.id, input=row.input, label=row.label, choices=row.choices)).label
-            is not None
-            for row in rows
-            if row.teacher_text is not None
-        )
-        for name, parse in dataset.parsers.items()
+    asked = [
+        (row.teacher_text, Row(id=row.id, input=row.input, label=row.label, choices=row.choices))
+        for row in rows
+        if row.teacher_text is not None
+    ]
+    counts = {
+        name: sum(dataset.parse(text, row, parser=name).label is not None for text, row in asked)
+        for name in dataset.parsers
         if name != parser
     }
     return "".join(f"The parser {name!r} reads {number:,} labels. " for name, number in counts.items())
