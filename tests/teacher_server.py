@@ -103,10 +103,19 @@ class Server:
     key: str | None = None  # the only one accepted
     models: Sequence[str] | None = None  # the only ones known
     batch_polls: int = 1  # polls that find a batch still running
+    batch_case: Callable[[str], str] = lambda word: word  # of a batch's status
+    moves: str | None = None  # requests whose "METHOD /path" contains a match of this pattern are sent on ..
+    moved_to: str = ""  # .. to this origin
+    moved_status: int = 307
+    uploads_to: str | None = None  # origin that Gemini's upload of a file is sent to
+    thinking: int = 0  # tokens of thought per reply: billed as output, whatever max_tokens is
+    thinking_in_total: bool = False  # they are counted in OpenAI's total_tokens alone, as some servers do
+    prompt_factor: int = 1  # tokens per word of a prompt
 
     url: str = ""
     asked: int = 0  # generation requests that arrived
-    replied: int = 0  # whole replies with a text that were sent: what a provider bills
+    replied: int = 0  # whole replies with a text that were sent
+    billed: tuple[int, int] = (0, 0)  # tokens (sent, received) that a provider bills, whatever arrives of the replies
     in_flight: int = 0
     most_in_flight: int = 0
     connections: int = 0  # opened so far
@@ -134,6 +143,9 @@ class Server:
     def gemini(self) -> str:
         """base_url for Google's SDK (Gemini and Vertex AI)."""
         return self.url
+
+    def bill(self, sent: int, received: int) -> None:
+        self.billed = self.billed[0] + sent, self.billed[1] + received
 
     def text(self, prompt: list[dict[str, str]] | str, body: dict[str, Any]) -> str:
         return self.answer(prompt, body) if self._two else self.answer(prompt)
@@ -196,18 +208,21 @@ def _openai_reply(server: Server, path: str, body: dict[str, Any], fault: Fault 
     most = body.get("max_completion_tokens") or body.get("max_tokens")
     text, finish, tokens = _finished(server.text(prompt, body), stops=stops, most=most, halve=kind == "length")
     if kind in ("filter", "prompt_filter"):
-        text, finish, tokens = "", "content_filter", 0
+        text, finish = "", "content_filter"
     content = None if kind == "null" else text
     choice: dict[str, Any] = {"index": 0, "finish_reason": finish, "logprobs": None}
     choice |= {"message": {"role": "assistant", "content": content, "refusal": None}} if chat else {"text": content}
-    sent = sum(len(_words(text)) for text in given)
+    sent = server.prompt_factor * sum(len(_words(text)) for text in given)
+    received = tokens + server.thinking
+    server.bill(sent, received)
+    usage = {"prompt_tokens": sent, "completion_tokens": tokens if server.thinking_in_total else received}
     return 200, {
         "id": f"chatcmpl-{server.new_id()}",
         "object": "chat.completion" if chat else "text_completion",
         "created": int(time.time()),
         "model": f"{model}-2026-01-01",
         "choices": [] if kind == "empty" else [choice],
-        "usage": {"prompt_tokens": sent, "completion_tokens": tokens, "total_tokens": sent + tokens},
+        "usage": usage | {"total_tokens": sent + received},
     }
 
 
@@ -304,7 +319,7 @@ def _openai_other(
             batch["status"] = "in_progress"
             if batch["polls"] > server.batch_polls:
                 _openai_batch(server, batch)
-        return 200, batch
+        return 200, batch | {"status": server.batch_case(batch["status"])}
     return 404, _openai_error(404, f"Unknown request URL: {method} {url.path}", "unknown_url")
 
 
@@ -367,13 +382,17 @@ def _google_reply(server: Server, model: str, body: dict[str, Any], fault: Fault
         most=config.get("maxOutputTokens"),
         halve=kind == "length",
     )
-    sent = sum(len(_words(message["content"])) for message in messages)
+    sent = server.prompt_factor * sum(len(_words(message["content"])) for message in messages)
     reply: dict[str, Any] = {"modelVersion": f"{model}-001", "responseId": f"r{server.new_id()}"}
-    usage = {"promptTokenCount": sent, "totalTokenCount": sent + tokens + 3}
     if kind == "prompt_filter":
+        server.bill(sent, 0)
+        usage = {"promptTokenCount": sent, "totalTokenCount": sent}
         return 200, reply | {"promptFeedback": {"blockReason": "PROHIBITED_CONTENT"}, "usageMetadata": usage}
-    # Three tokens of thought, which are billed as output.
-    usage |= {"candidatesTokenCount": tokens, "thoughtsTokenCount": 3}
+    # At least three tokens of thought, which are billed as output.
+    thoughts = 3 + server.thinking
+    server.bill(sent, tokens + thoughts)
+    usage = {"promptTokenCount": sent, "candidatesTokenCount": tokens, "thoughtsTokenCount": thoughts}
+    usage |= {"totalTokenCount": sent + tokens + thoughts}
     candidate: dict[str, Any] = {"index": 0, "finishReason": {"stop": "STOP", "length": "MAX_TOKENS"}[finish]}
     if kind == "filter":
         candidate["finishReason"] = "SAFETY"
@@ -410,7 +429,7 @@ def _google_other(
     path = re.sub(r"^(/upload|/download)?/v1(beta1?)?", r"\1", url.path)
     query = dict(urllib.parse.parse_qsl(url.query))
     if path == "/upload/files" and headers.get("x-goog-upload-command", "start") == "start":
-        place = f"{server.url}/upload/v1beta/files?upload_id={server.new_id()}"
+        place = f"{server.uploads_to or server.url}/upload/v1beta/files?upload_id={server.new_id()}"
         return 200, {}, {"x-goog-upload-url": place, "x-goog-upload-status": "active"}
     if path == "/upload/files":
         name = f"files/{query['upload_id']}"
@@ -619,6 +638,9 @@ class _Connection(asyncio.Protocol):
         server = self._server
         url = urllib.parse.urlsplit(target)
         server.paths[f"{method} {url.path}"] += 1
+        if server.moves is not None and re.search(server.moves, f"{method} {url.path}"):
+            self._send(server.moved_status, b"", {"Location": f"{server.moved_to}{target}"})
+            return
         google = "x-goog-api-client" in headers or not url.path.startswith("/v1/")
         if refusal := self._refusal(headers, google=google):
             self._send(*refusal)
@@ -658,6 +680,11 @@ class _Connection(asyncio.Protocol):
         server = self._server
         fault = _fault(server.faults, number, body)
         kind = fault.kind if fault else None
+        # What is generated is billed, whether it arrives or not.
+        if model is None:
+            status, reply = _openai_reply(server, path, body, fault)
+        else:
+            status, reply = _google_reply(server, model, body, fault)
         if kind == "hang":
             await asyncio.sleep(3600)
         if kind == "close":
@@ -668,10 +695,6 @@ class _Connection(asyncio.Protocol):
             wait += fault.seconds if fault is not None and kind == "late" else 0
             if wait:
                 await asyncio.sleep(wait)
-        if model is None:
-            status, reply = _openai_reply(server, path, body, fault)
-        else:
-            status, reply = _google_reply(server, model, body, fault)
         more = {"Retry-After": fault.retry_after} if fault is not None and fault.retry_after is not None else {}
         content = json.dumps(reply).encode()
         if fault is not None:

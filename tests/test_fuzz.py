@@ -327,7 +327,7 @@ def test_results_of_batch_jobs(fuzz: Fuzz) -> None:
             lambda: list(batches.answers(data, kind.key_of, kind.reply_of)), raises=(), names=()
         ):
             assert len(bytes.fromhex(key)) == 32
-            assert isinstance(outcome, clients.Reply | clients.Failed)
+            assert isinstance(outcome, clients.Reply | clients.Problem)
             if isinstance(outcome, clients.Reply):
                 f"{outcome.text} {outcome.finish} {outcome.model}".encode()  # a store takes it
                 for tokens in (outcome.input_tokens, outcome.output_tokens):
@@ -440,9 +440,10 @@ def test_a_blank_choice_is_no_label() -> None:
 @pytest.mark.parametrize(
     "line", [{"response": True}, {"response": {"body": 1}}, {"error": 5}, {"response": {"status_code": []}}]
 )
-def test_a_line_of_a_batch_in_another_form_is_left_out(line: dict) -> None:
+def test_a_line_of_a_batch_in_another_form_has_no_answer(line: dict) -> None:
     data = json.dumps({"custom_id": "ab" * 32, **line}).encode()
-    assert list(batches.answers(data, openai.OpenAIBatches.key_of, openai.OpenAIBatches.reply_of)) == []
+    ((key, outcome),) = batches.answers(data, openai.OpenAIBatches.key_of, openai.OpenAIBatches.reply_of)
+    assert (key, type(outcome)) == ("ab" * 32, clients.Again)
     assert list(batches.answers(b"[" * 100_000, openai.OpenAIBatches.key_of, openai.OpenAIBatches.reply_of)) == []
 
 
@@ -458,5 +459,5 @@ def test_what_a_batch_answers_can_be_stored() -> None:
     ((key, reply),) = batches.answers(text.encode(), openai.OpenAIBatches.key_of, openai.OpenAIBatches.reply_of)
     assert key == "ab" * 32
     assert isinstance(reply, clients.Reply)
-    assert (reply.text, reply.finish, reply.model) == ("Yes\ufffd \U0001f600", "stop\ufffd", "m\ufffd")
+    assert (reply.text, reply.finish, reply.model) == ("Yes\ufffd \U0001f600", "stop", "m\ufffd")
     assert (reply.input_tokens, reply.output_tokens) == (None, None)

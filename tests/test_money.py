@@ -1,13 +1,18 @@
-"""Prices, costs, and the rough count of tokens."""
+"""Prices, costs, the rough count of tokens, and the account of a run against a teacher that bills as real ones do."""
 
+import asyncio
 import datetime
 import json
 
 import pytest
 import sentencepiece
+from builders.teacher_requests import Row
+from teacher_server import Server, served
 
-from sbs_jax.teacher import money, prompts
+from sbs_jax.teacher import money, prompts, providers, sampler
+from sbs_jax.teacher.clients import Parameters
 from sbs_jax.teacher.money import Price
+from sbs_jax.teacher.store import Store
 
 LISTED = json.loads(money.PRICES.read_text("utf-8"))
 
@@ -107,3 +112,87 @@ def test_estimate_is_as_rough_as_it_says(real_vocab, real_data_dir) -> None:
         for texts in (replies, shown):
             counted = sum(len(tokenizer.encode(text)) for text in texts)
             assert 0.86 <= sum(map(money.estimate_tokens, texts)) / counted <= 1.06, name
+
+
+# ------------------------------------------------------------------------------------------------ the account
+
+PRICE = Price(input=2.5, output=10.0, batch=0.5)
+
+
+def billed(server: Server) -> float:
+    return money.cost(PRICE, input_tokens=server.billed[0], output_tokens=server.billed[1], batch=False)
+
+
+def account(
+    server: Server, path, monkeypatch, *, provider: str = "openai", count: int = 60, **changes
+) -> sampler.Totals:
+    """Runs the sampler with the real SDK, and returns what it has counted."""
+    pytest.importorskip("openai" if provider == "openai" else "google.genai", reason="the extra `teacher` is missing")
+    for name in ("OPENAI_API_KEY", "GEMINI_API_KEY"):
+        monkeypatch.setenv(name, "a-key")
+    base_url = server.openai if provider == "openai" else server.gemini
+    plain = {"parameters": Parameters(temperature=0.0, max_tokens=50), "concurrency": 16, "unusable": 1.0}
+    settings = sampler.Settings(model="m", form="chat", **{**plain, **changes})
+
+    async def run() -> sampler.Totals:
+        client = providers.make(provider, base_url=base_url, timeout=0.5, connections=settings.concurrency)
+        with Store(path / "store.sqlite") as store:
+            made = sampler.Sampler(settings=settings, client=client, store=store, price=PRICE)
+            totals = await made.run(Row(f"Row {number} of many rows") for number in range(count))
+        await client.close()
+        return totals
+
+    return asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("provider", "bills"),
+    [
+        ("openai", {"thinking": 3000}),
+        ("openai", {"thinking": 3000, "thinking_in_total": True}),
+        ("gemini", {"thinking": 3000}),
+        ("openai", {"prompt_factor": 1000}),
+    ],
+)
+def test_max_cost_is_kept_if_replies_bill_more_than_max_tokens_and_prompts_more_than_estimated(
+    provider, bills, tmp_path, monkeypatch
+) -> None:
+    with served(latency=0.01, **bills) as server:
+        totals = account(server, tmp_path, monkeypatch, provider=provider, max_cost=0.5)
+        assert totals.stopped is not None
+        assert "max_cost $0.5 reached" in totals.stopped
+        assert totals.spent == pytest.approx(billed(server))
+        assert 0.5 - 2 * billed(server) / server.asked < billed(server) <= 0.5
+        assert server.most_in_flight > 2
+
+
+def test_one_reply_that_costs_more_than_the_limit_is_the_only_one(tmp_path, monkeypatch) -> None:
+    with served(latency=0.01, thinking=30_000) as server:
+        totals = account(server, tmp_path, monkeypatch, max_cost=0.1)
+        assert (server.asked, totals.spent) == (1, pytest.approx(billed(server)))
+
+
+@pytest.mark.parametrize("provider", ["openai", "gemini"])
+def test_every_reply_is_booked_whatever_becomes_of_it(provider, tmp_path, monkeypatch) -> None:
+    counted = ["filter", "prompt_filter", "empty", "null", "length"]
+    with served(faults=counted * 4, thinking=100) as server:
+        totals = account(server, tmp_path, monkeypatch, provider=provider, count=20, retries=0)
+        assert totals.spent == pytest.approx(billed(server))
+        assert (totals.input_tokens, totals.output_tokens) == server.billed
+        assert totals.presumed == 0
+    lost = ["malformed", "reset", "close", "hang", 504]
+    with served(faults=[*lost, None, 500, 429, "too_long"]) as server:
+        totals = account(server, tmp_path / "lost", monkeypatch, provider=provider, count=9, retries=0, concurrency=1)
+        assert totals.spent >= billed(server) > 0
+        assert totals.presumed > 0
+        # An answer without a bill costs nothing: five were lost, one came.
+        est = 5 * money.cost(PRICE, input_tokens=9, output_tokens=50, batch=False)
+        assert totals.presumed == pytest.approx(est, rel=0.1)
+
+
+def test_a_connection_that_is_refused_costs_nothing(tmp_path, monkeypatch) -> None:
+    with served() as server:
+        pass
+    totals = account(server, tmp_path, monkeypatch, count=3, retries=0, max_cost=1.0)
+    assert (totals.spent, totals.failures) == (0.0, {"gave_up": 3})
+    assert "connection failed" in next(iter(totals.given_up))

@@ -3,7 +3,9 @@
 import collections
 import dataclasses
 import json
+import os
 import random
+import re
 import signal
 import threading
 import time
@@ -228,6 +230,48 @@ def test_a_server_that_misbehaves_in_every_way(inputs, answer, tmp_path, monkeyp
         assert server.asked == asked
 
 
+def test_requests_that_are_given_up_are_told_with_their_reason_and_the_run_is_not_done(
+    inputs, answer, tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    caplog.set_level("INFO", logger="sbs_jax")
+    faults = [*["empty"] * 3, 502, *[None] * 56]
+    with teacher_server.served(answer=answer, faults=faults) as server:
+        chosen = options("builtin", server, inputs, tmp_path, settings=settings(retries=0))
+        assert command.teach(chosen) is None
+        assert "4 requests were given up, 3 of them because: The reply has no choices" in caplog.text
+        assert not (tmp_path / "records").exists()
+        assert command.teach(chosen) is not None
+        assert server.asked == 64
+    # Nobody listens there any more.
+    gone = options("builtin", server, inputs, tmp_path / "2", settings=settings(retries=0))
+    assert command.teach(gone) is None
+    assert "because: The connection failed: ConnectError" in caplog.text
+    assert "10 requests one after the other were given up" in caplog.text
+
+
+def test_sigterm_ends_a_wait_that_the_provider_asks_for(inputs, tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setattr(sampler, "QUIET", 0.1)
+    fault = teacher_server.Fault(429, retry_after="1000000000", message="The day's requests are used.")
+    with teacher_server.served(faults=lambda number, body: fault) as server:
+
+        def terminate():
+            while "Asking again in 600 s" not in caplog.text:
+                time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        thread = threading.Thread(target=terminate)
+        thread.start()
+        begin = time.monotonic()
+        assert command.teach(options("builtin", server, inputs, tmp_path)) is None
+        thread.join()
+    assert time.monotonic() - begin < 10
+    assert "0 requests at the teacher, 60 waiting" in caplog.text
+    assert "The day's requests are used.). Asking again in 600 s." in caplog.text
+    assert "interrupted" in caplog.text
+
+
 DRIVER = """
 import asyncio, json, sys
 from sbs_jax.teacher import clients, providers, sampler
@@ -383,8 +427,8 @@ def teach_until(chosen, *, submissions: int) -> list[int]:
     """Ends the run after so many jobs; returns their sizes."""
     submit, sizes = jobs._submit, []
 
-    async def submit_and_die(requests, client, store):
-        await submit(requests, client, store)
+    async def submit_and_die(requests, this):
+        await submit(requests, this)
         sizes.append(len(requests))
         if len(sizes) == submissions:
             raise KeyboardInterrupt
@@ -406,6 +450,57 @@ def test_batch_jobs_answer_everything_and_a_killed_run_finds_them_again(answer, 
         # 60 lines in all: what the killed run had submitted was collected, not submitted again.
         assert server.lines == 60
         assert server.asked == 0
+
+
+def test_a_job_in_upper_case_is_done_and_one_in_an_unknown_state_ends_the_run(
+    answer, batches, tmp_path, monkeypatch, caplog
+):
+    caplog.set_level("INFO", logger="sbs_jax")
+    monkeypatch.setattr(jobs, "_PATIENCE", 0.2)
+    with teacher_server.served(answer=answer, batch_polls=0, batch_case=str.upper) as server:
+        assert command.teach(batches(server)) is not None
+        assert server.lines == 60
+    unknown = pytest.raises(ValueError, match=r"'resting', which is no state known here.*--cancel_batches")
+    with teacher_server.served(answer=answer, batch_case=lambda word: "resting") as server, unknown:
+        command.teach(batches(server, store=str(tmp_path / "2.sqlite")))
+    assert re.search(r"Waiting for the job batch_\d+: resting, 0 of 25 requests done; looking every", caplog.text)
+
+
+@pytest.mark.parametrize("refusal", [400, 422, 403])
+def test_a_job_of_refusals_is_at_fault_and_single_refusals_are_the_rows(answer, batches, tmp_path, refusal):
+    with teacher_server.served(answer=answer, batch_polls=0, line_faults=lambda number, body: refusal) as server:
+        with pytest.raises(ValueError, match=f"{refusal}: made up.*has 25 refusals and no reply"):
+            command.teach(batches(server))
+        assert server.lines <= 75
+        with Store(tmp_path / "store.sqlite") as store:
+            assert store.counts()["failures"] == 0
+        server.line_faults = lambda number, body: refusal if number % 25 < 3 else None
+        while not isinstance(made := taught(batches(server)), dict):
+            assert "refusals and no reply" in str(made)  # the other jobs of the first run
+        assert made["splits"]["train"]["outcomes"]["refused"] == 6
+        assert made["splits"]["test"]["outcomes"]["refused"] == 3
+
+
+def taught(chosen):
+    try:
+        return command.teach(chosen)
+    except ValueError as error:
+        return error
+
+
+def test_the_limit_of_cost_counts_all_rounds_of_jobs(answer, batches, caplog):
+    """Replies that are cut short are asked again in further rounds; thinking costs more than was estimated."""
+    caplog.set_level("INFO", logger="sbs_jax")
+    limited = settings(max_cost=0.2)
+    with teacher_server.served(
+        answer=answer, batch_polls=0, thinking=200, line_faults=lambda number, body: "length"
+    ) as server:
+        assert command.teach(batches(server, settings=limited, price="2.5,10")) is None
+        cost = (2.5 * server.billed[0] + 10 * server.billed[1]) / 1e6 / 2
+        assert cost <= 0.2
+        assert f"${cost:.4f}" in caplog.text
+        assert server.lines == 60
+        assert "after $0." in caplog.text
 
 
 def test_batch_jobs_are_cancelled_and_what_they_answered_is_kept(answer, batches, tmp_path):

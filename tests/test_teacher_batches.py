@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import re
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from teacher_server import Fault, Server, served
 
 from sbs_jax.teacher import batches, connections, gemini, openai, pacing, providers
 from sbs_jax.teacher.batches import BatchClient
-from sbs_jax.teacher.clients import Again, Failed, Fatal, Reply, Request
+from sbs_jax.teacher.clients import Again, Failed, Fatal, Problem, Reply, Request
 
 for _name in ("openai", "google.genai"):
     pytest.importorskip(_name, reason="the SDKs of hosted teachers are not installed (pip install 'sbs-jax[teacher]')")
@@ -64,11 +65,14 @@ def run(client: BatchClient, work: Callable[[BatchClient], Coroutine[Any, Any, A
     return asyncio.run(inside())
 
 
-async def results(items: AsyncIterator[tuple[str, Reply | Failed]]) -> dict[str, Reply | Failed]:
+async def results(items: AsyncIterator[tuple[str, Reply | Problem]]) -> dict[str, Reply | Failed]:
+    """Returns the replies and final failures; requests with Again are unanswered."""
     found: dict[str, Reply | Failed] = {}
     async for key, outcome in items:
         assert key not in found
-        found[key] = outcome
+        assert isinstance(outcome, Reply | Failed | Again)
+        if not isinstance(outcome, Again):
+            found[key] = outcome
     return found
 
 
@@ -174,6 +178,20 @@ def test_requests_that_openai_had_no_time_for_are_left_out() -> None:
             return await results(client.collect(job))
 
         assert list(run(made("openai", server), work)) == [some(2)[1].key]
+
+
+@pytest.mark.parametrize(
+    ("word", "state"),
+    [
+        *[(word, "done") for word in ("completed", "COMPLETED", "Succeeded", "JOB_STATE_SUCCEEDED", "SUCCESS")],
+        *[(word, "failed") for word in ("FAILED", "Expired", "JOB_STATE_EXPIRED", "TIMEOUT_EXCEEDED")],
+        *[(word, "cancelled") for word in ("CANCELLED", "canceled", "BATCH_STATE_CANCELLED")],
+        *[(word, "running") for word in ("in progress", "In-Progress", "IN_PROGRESS", "JOB_STATE_QUEUED", "RUNNING")],
+        *[("resting", "resting"), (None, "no state"), ("", "no state")],
+    ],
+)
+def test_the_state_of_a_job_is_read_in_any_case(word: str | None, state: str) -> None:
+    assert batches.state_of(word) == state
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)
@@ -326,6 +344,29 @@ def test_what_does_not_fit_into_one_job_is_refused(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(batches, "MOST_REQUESTS", 1)
     with pytest.raises(ValueError, match="expected 1 to 1"):
         batches.lines_of(some(2), line)
+
+
+@pytest.mark.parametrize(
+    ("provider", "moves"),
+    [
+        *[("openai", moves) for moves in ("POST .*/files", "POST .*/batches", "GET .*/batches", "/content")],
+        *[("gemini", moves) for moves in ("POST .*/files", "POST .*:batchG", "GET .*/batches", ":download")],
+        *[("vertex", moves) for moves in ("POST .*Jobs", "GET .*Jobs")],
+    ],
+)
+def test_batch_jobs_follow_no_redirect(provider: str, moves: str) -> None:
+    with served() as elsewhere, prepared(moves=moves, moved_to=elsewhere.url, batch_polls=0) as server:
+        with pytest.raises(Fatal):
+            collected(provider, some(2), server)
+        assert any(re.search(moves, path) for path in server.paths)
+        assert elsewhere.paths.total() == 0
+
+
+def test_files_are_uploaded_to_no_other_server() -> None:
+    with served() as elsewhere, prepared(uploads_to=elsewhere.url) as server:
+        with pytest.raises(Fatal, match=f"another server, {elsewhere.url}"):
+            collected("gemini", some(2), server)
+        assert elsewhere.connections == 0
 
 
 def test_bad_arguments_are_told() -> None:

@@ -17,7 +17,7 @@ from builders.teacher_requests import request
 from teacher_server import Fault, served
 
 from sbs_jax.teacher import clients, connections, gemini, openai, providers, refusals
-from sbs_jax.teacher.clients import Again, Client, Failed, Fatal, Reply, Request
+from sbs_jax.teacher.clients import Again, Client, Failed, Fatal, Refused, Reply, Request
 from sbs_jax.teacher.prompts import Prompt
 from tasks import builtin
 
@@ -304,13 +304,12 @@ def test_gemini_s_own_delay_is_read() -> None:
 
 
 FATAL: list[tuple[Fault | int | str, str]] = [
-    (400, "refuses the request (400: made up: status 400)"),
     (401, "refuses the credentials"),
     (402, "used up"),
-    (403, "refuses the credentials"),
     (404, "no such model"),
-    (422, "refuses the request"),
-    (Fault(400, message="Unsupported value: 'tools' does not support 0."), "'tools' does not support 0"),
+    (Fault(403, message="You do not have access to this project."), "refuses the credentials"),
+    (Fault(403, message="Key limit exceeded."), "used up"),
+    (Fault(400, message="Your credit balance is too low."), "used up"),
 ]
 
 
@@ -320,6 +319,40 @@ def test_what_would_be_so_for_every_request_is_fatal(provider: str) -> None:
     for (fault, words), error in zip(FATAL, found, strict=True):
         assert isinstance(error, Fatal), (fault, error)
         assert words in str(error)
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+@pytest.mark.parametrize("provider", HOSTED)
+def test_no_redirect_is_followed_and_it_is_fatal(provider: str, status: int) -> None:
+    with served() as elsewhere, served(moves="POST", moved_to=elsewhere.url, moved_status=status) as server:
+        (error,) = ask(provider, server.url, request())
+        assert isinstance(error, Fatal), repr(error)
+        assert f"moved to {elsewhere.url}/v1" in str(error)
+        assert f"({status})" in str(error)
+        assert "--base_url" in str(error)
+        assert server.paths.total() == 1
+        assert elsewhere.connections == 0
+
+
+@pytest.mark.parametrize("location", [f"http://elsewhere/?key={KEY}", f"/{KEY}", "http://[", ""])
+def test_an_address_that_moved_is_shown_without_the_key(location: str) -> None:
+    with served(moves="POST", moved_to=location + "#") as server:
+        (error,) = ask("openai", server.url, request())
+    assert isinstance(error, Fatal)
+    assert "moved to" in str(error)
+    assert KEY not in str(error)
+
+
+def test_credentials_are_refreshed_at_no_other_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    from google.oauth2.credentials import Credentials
+
+    with served() as elsewhere, served(moves="token", moved_to=elsewhere.url) as server:
+        token_uri = f"{server.url}/token"
+        credentials = Credentials(None, token_uri=token_uri, client_id="i", client_secret="s", refresh_token="r")
+        error = ask_vertex(server.gemini, credentials, monkeypatch)
+        assert isinstance(error, Fatal), repr(error)
+        assert f"moved to {elsewhere.url}/token" in str(error)
+        assert (server.paths, elsewhere.connections) == ({"POST /token": 1}, 0)
 
 
 # Bodies of errors, and what must stand in the message.
@@ -352,7 +385,7 @@ BODIES: list[tuple[object, str]] = [
 def test_an_error_body_of_any_form_is_quoted(provider: str) -> None:
     found = ask_through(provider, *[Fault(422, body=body) for body, _ in BODIES])
     for (body, words), error in zip(BODIES, found, strict=True):
-        assert isinstance(error, Fatal), (body, error)
+        assert isinstance(error, Refused), (body, error)
         assert words in str(error), body
         assert len(str(error)) < 400
         str(error).encode()  # for logs and the store
@@ -418,7 +451,7 @@ def test_another_refusal_is_not_about_a_parameter() -> None:
     ):
         with served(faults=[Fault(400, body=body)]) as server:
             (error,) = ask("openai", server.url, request(temperature=2.5, stops=("Q:",)))
-            assert isinstance(error, Fatal), body
+            assert isinstance(error, Refused), body
             assert server.asked == 1
 
 
@@ -463,21 +496,114 @@ def test_an_unknown_model_is_fatal_with_the_provider_s_words(provider: str) -> N
 HOPELESS: list[tuple[Fault | int | str, str]] = [
     ("filter", "content_filter"),
     ("prompt_filter", "content_filter"),
+    # From here on refusals: the row's fault if another row is answered.
     ("too_long", "too_long"),
     (413, "too_long"),
+    (400, "refused"),
+    (422, "refused"),
+    (Fault(400, message="Unsupported value: 'tools' does not support 0."), "refused"),
     (Fault(400, message="The response was filtered by our content management policy."), "content_filter"),
+    (Fault(400, message="Invalid prompt: it was flagged as potentially violating our usage policy."), "content_filter"),
+    (Fault(403, message="Your input was flagged."), "content_filter"),
     (Fault(400, message="The decoder prompt is longer than the maximum model length of 9."), "too_long"),
+    (Fault(400, message="request (82 tokens) exceeds the available context size (40 tokens)"), "too_long"),
+    (Fault(422, message="`inputs` tokens + `max_new_tokens` must be <= 40. Given: 82."), "too_long"),
 ]
 
 
 @pytest.mark.parametrize("provider", HOSTED)
 def test_a_hopeless_request_says_why_and_a_truncated_one_is_a_reply(provider: str) -> None:
     *found, reply = ask_through(provider, *[fault for fault, _ in HOPELESS], "length")
-    for (fault, reason), error in zip(HOPELESS, found, strict=True):
+    for number, ((fault, reason), error) in enumerate(zip(HOPELESS, found, strict=True)):
         assert isinstance(error, Failed), (fault, error)
-        assert error.reason == reason
+        assert error.reason == reason, fault
+        assert isinstance(error, Refused) == (number > 1), fault
     assert isinstance(reply, Reply)
     assert (reply.text, reply.finish) == ("Iron sinks. So", "length")
+
+
+def test_a_403_without_a_reason_may_be_the_row_s_fault_at_openai_and_is_a_missing_permission_at_google() -> None:
+    (error,) = ask_through("openai", 403)
+    assert isinstance(error, Refused)
+    assert (error.status, error.reason) == (403, "refused")
+    (error,) = ask_through("gemini", 403)
+    assert isinstance(error, Fatal)
+    assert "check the key and its permissions" in str(error)
+
+
+USAGE = {"prompt_tokens": 30, "completion_tokens": 7, "total_tokens": 37}
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "words"),
+    [
+        ({"code": 402, "message": "Insufficient credits."}, Fatal, "used up (402: Insufficient credits.)"),
+        ({"code": 429, "message": "Slow down."}, Again, "too often (429: Slow down.)"),
+        ({"code": "502", "message": "Provider returned error"}, Again, "Provider returned error"),
+        ({"code": "insufficient_quota", "message": "No."}, Fatal, "used up"),
+        ({"code": 403, "message": "Your input was flagged."}, Refused, "flagged"),
+        ({"message": "Out of order."}, Again, "Out of order."),
+        ("Out of order.", Again, "Out of order."),
+    ],
+)
+def test_an_error_in_a_body_of_status_200_is_that_error(error: object, kind: type[Exception], words: str) -> None:
+    for read in (openai.read_openai, gemini.read_gemini):
+        with pytest.raises(kind) as found:
+            read({"error": error})
+        assert words in str(found.value)
+        assert not getattr(found.value, "lost", None)
+    with pytest.raises(Again, match="Out of order") as found:
+        openai.read_openai({"object": "error", "message": "Out of order.", "code": 500, "usage": USAGE})
+    assert found.value.billed == (30, 7)
+
+
+def test_a_text_in_parts_is_joined() -> None:
+    parts = [{"type": "thinking", "thinking": [{"type": "text", "text": "Hm."}]}, {"type": "text", "text": "Iron "}]
+    parts += [{"type": "text", "text": "sinks."}]
+    reply = openai.read_openai({"choices": [{"message": {"content": parts}, "finish_reason": "stop"}], "usage": USAGE})
+    assert (reply.text, reply.output_tokens) == ("Iron sinks.", 7)
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning"])
+def test_reasoning_without_a_text_says_so_and_what_it_cost(name: str) -> None:
+    choice = {"message": {"content": None, name: "Hm."}, "finish_reason": "stop"}
+    with pytest.raises(Again, match="reasoning and no text") as error:
+        openai.read_openai({"choices": [choice], "usage": USAGE})
+    assert (error.value.billed, error.value.lost) == ((30, 7), False)
+    choice["finish_reason"] = "length"
+    assert openai.read_openai({"choices": [choice], "usage": USAGE}).finish == "length"
+
+
+def test_a_reply_without_a_bill_may_have_been_billed() -> None:
+    with pytest.raises(Again) as error:
+        openai.read_openai({"choices": [{"message": {"content": ""}}]})
+    assert (error.value.billed, error.value.lost) == (None, True)
+
+
+def test_thinking_that_only_the_total_counts_is_output() -> None:
+    choice = {"message": {"content": "Yes."}, "finish_reason": "stop"}
+    usage = {"prompt_tokens": 30, "completion_tokens": 7, "total_tokens": 237}
+    assert openai.read_openai({"choices": [choice], "usage": usage}).output_tokens == 207
+    strange = openai.read_openai({"choices": [choice], "usage": [1]})
+    assert (strange.text, strange.input_tokens, strange.output_tokens) == ("Yes.", None, None)
+
+
+def stream(*chunks: dict[str, object]) -> bytes:
+    return "".join(f"event: x\r\ndata: {json.dumps(chunk)}\r\n\r\n" for chunk in chunks).encode()
+
+
+def test_an_event_stream_that_nobody_asked_for_is_joined() -> None:
+    first = {"model": "m", "choices": [{"delta": {"role": "assistant", "content": "Iron "}, "finish_reason": None}]}
+    last = {"choices": [{"delta": {"content": "sinks."}, "finish_reason": "stop"}], "usage": None}
+    whole = stream(first, last, {"choices": [], "usage": USAGE}) + b"data: [DONE]\n\n"
+    reply = openai.read_openai(openai.body_of(whole))
+    assert reply == Reply(text="Iron sinks.", finish="stop", input_tokens=30, output_tokens=7, model="m")
+    with pytest.raises(Again, match="no end"):
+        openai.body_of(stream(first))
+    with pytest.raises(Again, match="not a JSON object"):
+        openai.body_of(whole[:80])
+    with pytest.raises(Fatal, match="used up"):
+        openai.read_openai(openai.body_of(stream(first, {"error": {"code": 402, "message": "No credits."}})))
 
 
 def test_a_reply_that_was_all_thought_is_cut_short_and_not_empty() -> None:
@@ -548,18 +674,12 @@ def test_an_unknown_word_for_the_end_counts_as_whole_and_is_reported_once(
         {"choices": [{"message": "x"}]},
         {"choices": [{"message": {"content": 3}}]},
         {"choices": {"a": 1}},
-        {"choices": [{"text": "a", "finish_reason": "stop"}], "usage": [1]},
     ],
 )
 def test_a_body_of_another_form_may_be_asked_again(data: dict[str, object]) -> None:
     with pytest.raises(Again):
         openai.read_openai(data)
-    text = (
-        json.dumps(data)
-        .replace("choices", "candidates")
-        .replace("message", "content")
-        .replace('"usage"', '"usageMetadata"')
-    )
+    text = json.dumps(data).replace("choices", "candidates").replace("message", "content")
     with pytest.raises(Again):
         gemini.read_gemini(json.loads(text))
 
@@ -737,6 +857,21 @@ def test_a_key_that_cannot_be_one_is_refused_and_not_shown(key: str, monkeypatch
     with pytest.raises(ValueError, match="OPENAI_API_KEY") as error:
         providers.make("openai", base_url=None, timeout=1.0, connections=1)
     assert key not in "".join(traceback.format_exception(error.value))
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        *("localhost:8000/v1", "127.0.0.1:8000", "//host/v1", "http://", "http:///v1", "ftp://host/v1", "host"),
+        *("http://host:99999/v1", "http://host:port/v1", "http://[::1/v1", "http://ho st/v1", "http://host/v1\n"),
+        *("http://a..b/v1", "http://user:hidden@", "file:///etc/passwd", "http://:8000/v1", "http://ho\\st/v1"),
+    ],
+)
+@pytest.mark.parametrize("provider", HOSTED)
+def test_an_address_that_cannot_be_used_is_refused_before_the_first_request(provider: str, address: str) -> None:
+    with pytest.raises(ValueError, match="expected http:// or https:// and a host") as error:
+        providers.make(provider, base_url=address, timeout=1.0, connections=1)
+    assert "hidden" not in str(error.value)
 
 
 def test_an_unknown_provider_is_named_with_near_ones() -> None:

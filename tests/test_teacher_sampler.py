@@ -1,37 +1,17 @@
 """The sampler's decisions, against a scripted teacher in this process."""
 
 import asyncio
-import dataclasses
 import random
 import time
 from collections import Counter
 from typing import Any
 
 import pytest
+from builders.teacher_requests import Row
 
 from sbs_jax.teacher import money, pacing, sampler
-from sbs_jax.teacher.clients import Again, Failed, Fatal, Parameters, Reply, Request
-from sbs_jax.teacher.prompts import Message, Prompt
+from sbs_jax.teacher.clients import REFUSED, Again, Failed, Fatal, Parameters, Refused, Reply, Request
 from sbs_jax.teacher.store import Failure, Store
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """A row whose reply is read as "rationale:label"."""
-
-    id: str
-    label: str | None = "yes"
-
-    def prompt(self, *, hint: str | None) -> Prompt:
-        text = f"{self.id}?" if hint is None else f"{self.id}? It is {hint}."
-        return Prompt(messages=(Message("user", text),), text=text, stops=(), template="t")
-
-    def read(self, text: str) -> tuple[str | None, str | None]:
-        rationale, _, label = text.partition(":")
-        return rationale, label or None
-
-    def agrees(self, label: str) -> bool:
-        return label == self.label
 
 
 class Teacher:
@@ -231,6 +211,150 @@ def test_429_makes_everyone_wait_and_halves_what_is_in_flight_which_recovers(tmp
     assert not totals.failures
     assert teacher.paid == 600
     assert totals.retried < 600
+
+
+def refused(status: int = 400, reason: str = REFUSED) -> Refused:
+    error = Refused(f"The teacher refuses the request ({status}: in its words).", reason=reason)
+    error.status = status
+    return error
+
+
+@pytest.mark.parametrize("status", [400, 403, 413, 422])
+@pytest.mark.parametrize("bad", [{"r0?"}, {"r0?", "r1?", "r2?"}, {"r5?"}, {"r18?", "r19?"}])
+def test_a_refusal_is_the_row_s_fault_once_another_row_is_answered(tmp_path, status, bad):
+    teacher = Teacher(lambda request, before: refused(status) if request.prompt.text in bad else "so:yes")
+    totals = run(tmp_path, teacher, rows(20))
+    assert (totals.replies, totals.failures) == (20 - len(bad), {"refused": len(bad)})
+    assert set(teacher.asked.values()) == {1}
+    again = Teacher(always("so:yes"))
+    run(tmp_path, again, rows(20))
+    assert not again.asked
+
+
+def test_a_long_row_of_refusals_after_a_reply_is_recorded(tmp_path):
+    """Also in the next run, which finds the reply in the store, and is asked about other rows."""
+    teacher = Teacher(lambda request, before: "so:yes" if request.prompt.text == "r0?" else refused())
+    assert run(tmp_path, teacher, rows(60)).failures == {"refused": 59}
+    assert run(tmp_path, Teacher(lambda request, before: refused(422)), rows(63)).failures == {"refused": 3}
+
+
+@pytest.mark.parametrize("reason", ["refused", "too_long", "content_filter"])
+def test_a_refusal_of_all_the_first_rows_ends_the_run(tmp_path, reason):
+    teacher = Teacher(lambda request, before: refused(422, reason))
+    with pytest.raises(Fatal, match=r"422: in its words.*10 rows were refused in a row"):
+        run(tmp_path, teacher, rows(1000), samples=2, parameters=Parameters(temperature=1.0, max_tokens=100))
+    assert sum(teacher.asked.values()) < 2 * (10 + 4)
+    with Store(tmp_path / "store.sqlite") as store:
+        assert store.counts()["failures"] == 0
+
+
+def test_fewer_rows_that_are_all_refused_are_at_fault_only_if_the_provider_says_so(tmp_path):
+    with pytest.raises(Fatal, match=r"400: in its words.*No row was answered"):
+        run(tmp_path, Teacher(lambda request, before: refused()), rows(3))
+    totals = run(tmp_path, Teacher(lambda request, before: refused(413, "too_long")), rows(3))
+    assert totals.failures == {"too_long": 3}
+
+
+def test_permissions_that_are_lost_in_the_middle_end_the_run(tmp_path):
+    teacher = Teacher(lambda request, before: "so:yes" if len(teacher.asked) <= 30 else refused(403))
+    with pytest.raises(Fatal, match="403: in its words"):
+        run(tmp_path, teacher, rows(1000))
+    assert sum(teacher.asked.values()) < 50
+    with Store(tmp_path / "store.sqlite") as store:
+        assert store.counts()["failures"] == 0
+
+
+@pytest.mark.parametrize("reason", ["refused", "too_long"])
+def test_more_room_that_is_refused_leaves_a_truncated_reply(tmp_path, reason):
+    def answer(request, before):
+        return refused(400, reason) if request.parameters.max_tokens > 200 else reply("so", finish="length")
+
+    assert run(tmp_path, Teacher(answer), rows(12)).failures == {"length": 12}
+    again = Teacher(answer)
+    assert run(tmp_path, again, rows(12)).failures == {"length": 12}
+    assert not again.asked
+
+
+def test_what_is_given_up_is_counted_with_the_provider_s_words(tmp_path):
+    words = {"r0?": Again("The connection failed."), "r1?": Again("No text."), "r2?": Again("No text.")}
+    totals = run(
+        tmp_path, Teacher(lambda request, before: words.get(request.prompt.text, "so:yes")), rows(9), retries=0
+    )
+    assert totals.given_up == {"The connection failed.": 1, "No text.": 2}
+    assert (totals.failures, totals.stopped, totals.replies) == ({"gave_up": 3}, None, 6)
+
+
+def test_a_teacher_that_never_answers_is_not_asked_about_every_row(tmp_path):
+    teacher = Teacher(lambda request, before: Again("The connection failed."))
+    totals = run(tmp_path, teacher, rows(1000), retries=0)
+    assert sum(teacher.asked.values()) <= 10 + 4
+    assert totals.stopped is not None
+    assert "10 requests one after the other were given up" in totals.stopped
+
+
+@pytest.mark.parametrize(
+    ("error", "changes"),
+    [
+        (Again("429", limited=True, retry_after=1e9), {}),
+        (Again("502", retry_after=1e9), {}),
+        (None, {"requests_per_minute": 0.5}),
+        (None, {"tokens_per_minute": 0.5}),
+    ],
+)
+def test_stop_ends_all_waiting_at_once_and_the_run_says_what_it_waits_for(
+    tmp_path, caplog, monkeypatch, error, changes
+):
+    monkeypatch.setattr(sampler, "QUIET", 0.05)
+    teacher = Teacher(lambda request, before: error or "so:yes")
+
+    async def stopped(made):
+        ask = asyncio.create_task(made.run(rows(100)))
+        await asyncio.sleep(0.2)
+        made.stop()
+        return await ask
+
+    begin = time.monotonic()
+    with Store(tmp_path / "store.sqlite") as store:
+        made = sampler.Sampler(settings=settings(**changes), client=teacher, store=store, price=None)
+        totals = asyncio.run(stopped(made))
+    assert time.monotonic() - begin < 2
+    assert totals.stopped == "interrupted"
+    assert totals.asked == sum(teacher.asked.values())
+    said = caplog.text
+    assert "No reply for 0 s: 0 requests at the teacher" in said
+    assert ("4 held by the rate limits" if error is None else f"{error} Asking again in 600 s") in said
+
+
+def test_nothing_is_asked_again_after_a_stop(tmp_path):
+    """The requests in flight are turned away after it."""
+    teacher = Teacher(lambda request, before: Again("429", limited=True, retry_after=1e9), latency=0.2)
+
+    async def stopped(made):
+        ask = asyncio.create_task(made.run(rows(100)))
+        await asyncio.sleep(0.05)
+        made.stop()
+        async with asyncio.timeout(2):
+            return await ask
+
+    with Store(tmp_path / "store.sqlite") as store:
+        made = sampler.Sampler(settings=settings(), client=teacher, store=store, price=None)
+        assert asyncio.run(stopped(made)).asked == 4
+
+
+def test_refusals_are_judged_when_the_slower_replies_have_come(tmp_path):
+    class Slow(Teacher):
+        async def ask(self, request):
+            self.latency = 0.2 if request.prompt.text == "r0?" else 0.0
+            return await super().ask(request)
+
+    teacher = Slow(lambda request, before: "so:yes" if request.prompt.text in ("r0?", "r49?") else refused())
+    totals = run(tmp_path, teacher, rows(50), concurrency=16)
+    assert (totals.replies, totals.failures) == (2, {"refused": 48})
+
+
+def test_a_wait_that_the_provider_asks_for_has_an_end():
+    assert pacing.backoff(0, Again("429", retry_after=1e9)) == 600.0
+    assert pacing.backoff(0, Again("429", retry_after=599.0)) == 599.0
 
 
 def test_a_teacher_that_always_turns_away_does_not_hold_the_run_for_ever(tmp_path, monkeypatch):

@@ -3,12 +3,12 @@
     job = await client.submit(requests, name="sbs-1")     # at most MOST_REQUESTS, in MOST_BYTES
     while (await client.poll(job)).state == RUNNING:
         await asyncio.sleep(30)
-    async for key, reply in client.collect(job):          # Reply, or Failed for a final failure
+    async for key, reply in client.collect(job):          # Reply, or Failed for a final failure, or another Problem
         ...
 
-Lines return in any order and carry the key of their request. A missing or unreadable line, or one that reports a
-provider error, is skipped: its request is unanswered and may be sent again. Collect "failed" and "cancelled" jobs too:
-their replies have been paid for.
+Lines return in any order and carry the key of their request. A line that is missing, or without a readable key, is
+skipped. A line with Again or Fatal has no answer: its request may be sent again. Collect "failed" and "cancelled" jobs
+too: their replies have been paid for.
 
 Calls are retried when the connection fails. A submission whose reply was lost is not repeated blindly: the job is
 looked up by its name first. Exceptions are those of `sbs_jax.teacher.clients`. Subclasses are in their providers'
@@ -27,17 +27,25 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mappin
 from typing import Any, TypeVar
 
 from sbs_jax.teacher import parameters, refusals
-from sbs_jax.teacher.clients import Again, Failed, Fatal, Reply, Request
+from sbs_jax.teacher.clients import REFUSED, Again, Problem, Refused, Reply, Request
 from sbs_jax.teacher.connections import HostedClient
 from sbs_jax.teacher.pacing import retried
 
 log = logging.getLogger(__name__)
 
 RUNNING, DONE, FAILED, CANCELLED = "running", "done", "failed", "cancelled"
+ENDED = (DONE, FAILED, CANCELLED)
+# Providers' words for the state of a job, without "job_state_" and the like.
+_STATES = {
+    **dict.fromkeys(("validating", "in_progress", "finalizing", "cancelling", "pending", "queued"), RUNNING),
+    **dict.fromkeys(("running", "paused", "updating", "created", "submitted", "cancellation_requested"), RUNNING),
+    **dict.fromkeys(("completed", "succeeded", "partially_succeeded", "success", "ended"), DONE),
+    **dict.fromkeys(("failed", "expired", "timeout_exceeded"), FAILED),
+    **dict.fromkeys(("cancelled", "canceled"), CANCELLED),
+}
 # OpenAI's limits per file. Gemini takes 2 GB, Vertex AI 200,000 requests.
 MOST_REQUESTS = 50_000
 MOST_BYTES = 200_000_000
-REFUSED = "refused"
 
 _KEY = re.compile(r"[0-9a-f]{64}")  # `Request.key`
 _T = TypeVar("_T")
@@ -51,7 +59,7 @@ class NotTaken(Again):
         self.parameter = parameter
 
 
-def refused_line(status: int, body: object) -> Exception:
+def refused_line(status: int, body: object) -> Problem:
     """Describes the error in a line of answers: `NotTaken`, or as `refusals.problem` does."""
     problem = refusals.problem(status, body)
     name = parameters.refused(status, body, parameters.ANY)
@@ -62,7 +70,7 @@ def refused_line(status: int, body: object) -> Exception:
 class BatchState:
     """Progress of a job. Counts are None if the provider reports none; `message` is the reason of a failure."""
 
-    state: str
+    state: str  # a constant above, or the provider's word if it is another one
     total: int | None = None
     done: int | None = None
     failed: int | None = None
@@ -91,7 +99,7 @@ class BatchClient(abc.ABC):
 
         return await retried(create)
 
-    async def collect(self, job: str) -> AsyncIterator[tuple[str, Reply | Failed]]:
+    async def collect(self, job: str) -> AsyncIterator[tuple[str, Reply | Problem]]:
         """Yields (request key, answer) of a job that has ended."""
         known = set(self.left_out)
 
@@ -100,7 +108,7 @@ class BatchClient(abc.ABC):
                 return self.reply_of(line)
             except NotTaken as refusal:
                 if refusal.parameter in known:
-                    raise Failed(str(refusal), reason=REFUSED) from None
+                    raise Refused(str(refusal), reason=REFUSED) from None
                 if refusal.parameter not in self.left_out:
                     self.left_out.add(refusal.parameter)
                     log.warning("The next job is sent without %s: %s", refusal.parameter, refusal)
@@ -171,6 +179,16 @@ class BatchClient(abc.ABC):
         """Reads a line of answers. Raises Fatal, Again or Failed if it has no reply."""
 
 
+def state_of(word: str | None) -> str:
+    """Returns the state that a provider's word means, in any case; the word itself if it is unknown.
+
+    >>> state_of("JOB_STATE_SUCCEEDED"), state_of("Completed"), state_of("resting")
+    ('done', 'done', 'resting')
+    """
+    plain = re.sub(r"^(job_state|batch_state)_|^state_", "", re.sub(r"[ -]", "_", (word or "").strip().lower()))
+    return _STATES.get(plain, word or "no state")
+
+
 def lines_of(requests: Sequence[Request], line: Callable[[Request], Mapping[str, Any]]) -> bytes:
     """Encodes a job's file. ValueError if the requests do not fit into one job."""
     if not requests or len(requests) > MOST_REQUESTS:
@@ -189,28 +207,22 @@ def lines_of(requests: Sequence[Request], line: Callable[[Request], Mapping[str,
 
 def answers(
     data: bytes, key_of: Callable[[Mapping[str, Any]], str], reply_of: Callable[[Mapping[str, Any]], Reply]
-) -> Iterator[tuple[str, Reply | Failed]]:
-    """Yields (key, answer) of each line that has both, and skips all others."""
+) -> Iterator[tuple[str, Reply | Problem]]:
+    """Yields (key, answer) of each line that has a readable key, and skips all others."""
     for text in io.BytesIO(data):
         try:
             line = json.loads(text)
             key = key_of(line)
         except (KeyError, TypeError, ValueError, RecursionError):
             continue
-        outcome = _outcome(reply_of, line)
-        if outcome is not None and isinstance(key, str) and _KEY.fullmatch(key):
-            yield key, outcome
+        if isinstance(key, str) and _KEY.fullmatch(key):
+            yield key, _outcome(reply_of, line)
 
 
-def _outcome(reply_of: Callable[[Mapping[str, Any]], Reply], line: Mapping[str, Any]) -> Reply | Failed | None:
-    """Reads a line: a reply, a final failure, or None if the request may be sent again."""
+def _outcome(reply_of: Callable[[Mapping[str, Any]], Reply], line: Mapping[str, Any]) -> Reply | Problem:
     try:
         return reply_of(line)
-    except Failed as error:
-        return error
-    except Again:
-        return None
-    except Fatal as error:
-        return Failed(str(error), reason=REFUSED)
+    except Problem as problem:
+        return problem
     except (AttributeError, TypeError, KeyError, IndexError, ValueError, ArithmeticError):
-        return None  # a line of an unknown form
+        return Again("The line of answers has an unknown form.", lost=True)

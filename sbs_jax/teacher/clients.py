@@ -5,7 +5,7 @@ what to do next:
 
     Fatal   stop the run: wrong key, wrong model, no money
     Again   wait and retry: 429, 5xx, timeout, reset connection, malformed or empty reply
-    Failed  record the reason and go on: content filter, prompt longer than the context
+    Failed  record the reason and go on: content filter, prompt longer than the context, other refusals of a request
 
 Clients and their SDKs never retry: the caller does, because it counts requests and money. Credentials come from the
 environment or the platform and appear in no message.
@@ -24,7 +24,7 @@ from sbs_jax.teacher.prompts import Message, Prompt
 CHAT, COMPLETION = "chat", "completion"
 # Values of `Reply.finish`.
 STOP, LENGTH = "stop", "length"
-CONTENT_FILTER, TOO_LONG = "content_filter", "too_long"
+CONTENT_FILTER, TOO_LONG, REFUSED = "content_filter", "too_long", "refused"
 # Names in a body that the sampler sets: what is asked, how often, and how much a reply may cost.
 _ASKED = {"model", "messages", "prompt", "contents", "systemInstruction"}
 _LIMITS = {"stream", "n", "candidateCount", "max_tokens", "max_completion_tokens", "maxOutputTokens"}
@@ -121,24 +121,46 @@ class Reply:
     model: str
 
 
-class Fatal(Exception):  # noqa: N818  # says what to do, not what happened
+class Problem(Exception):  # noqa: N818  # its kinds say what to do, not what happened
+    """A request without a usable reply, which may have been billed all the same.
+
+    `billed` is (tokens sent, tokens received) where the provider gives them. `lost`: it gives none and may have billed
+    the request, because an answer was begun or the connection was lost.
+    """
+
+    billed: tuple[int | None, int | None] | None = None
+    lost = False
+
+
+class Fatal(Problem):
     """Stop: every request would fail like this one (key, model, permission, money)."""
 
 
-class Again(Exception):  # noqa: N818  # says what to do, not what happened
+class Again(Problem):
     """Retry later. `limited`: the provider asks us to slow down; `retry_after`: seconds to wait."""
 
-    def __init__(self, message: str, *, retry_after: float | None = None, limited: bool = False) -> None:
+    def __init__(
+        self, message: str, *, retry_after: float | None = None, limited: bool = False, lost: bool = False
+    ) -> None:
         super().__init__(message)
-        self.retry_after, self.limited = retry_after, limited
+        self.retry_after, self.limited, self.lost = retry_after, limited, lost
 
 
-class Failed(Exception):  # noqa: N818  # says what to do, not what happened
+class Failed(Problem):
     """Give this request up; `reason` is a word such as "content_filter" or "too_long"."""
 
     def __init__(self, message: str, *, reason: str) -> None:
         super().__init__(message)
         self.reason = reason
+
+
+class Refused(Failed):
+    """Give this request up, if any other is answered: if none is, the model, the account or a parameter is at fault.
+
+    `status` is 400, 403, 413 or 422.
+    """
+
+    status = 400
 
 
 @runtime_checkable

@@ -86,8 +86,8 @@ def teach(options: Options, *, tell: Summary | None = None) -> Manifest | None:
     """Sends missing requests, then writes records and page; returns the manifest, None after a dry run or early end.
 
     Received replies are stored, whatever ends the run. Records are written when every row has a reply or a failure
-    reason; `export_only` writes them at any time. `tell` gets every split that was written, or after
-    UnusableRepliesError the first answers.
+    reason, so not if requests were given up; `export_only` writes them at any time. `tell` gets every split that was
+    written, or after UnusableRepliesError the first answers.
     """
     dataset = registry.get(options.dataset)
     plan = _Plan(
@@ -179,7 +179,12 @@ async def _one_by_one(plan: _Plan, store: Store) -> bool:
 
         # The first interruption waits for requests in flight; the second has Python's default effect.
         def interrupted() -> None:
-            print("\nEnding: waiting for requests in flight (interrupt again to drop them).", file=sys.stderr)
+            count, most = run.in_flight
+            cost = "" if price is None else f", which may cost ${most:.4f},"
+            print(
+                f"\nEnding: waiting for {count} requests in flight{cost} (interrupt again to drop them).",
+                file=sys.stderr,
+            )
             run.stop()
             for number in (signal.SIGINT, signal.SIGTERM):
                 loop.remove_signal_handler(number)
@@ -198,16 +203,18 @@ async def _one_by_one(plan: _Plan, store: Store) -> bool:
             bar.close()
             log.info("%s", _account(run.totals, price))
     totals = run.totals
+    if totals.given_up:
+        reason, count = totals.given_up.most_common(1)[0]
+        log.warning(
+            "%d requests were given up, %d of them because: %s Repeat the command to ask them again, or write records "
+            "without them (--export_only).",
+            totals.given_up.total(),
+            count,
+            reason,
+        )
     if totals.stopped is not None:
         log.warning("Ended before the last row: %s. Repeat the command to continue.", totals.stopped)
-        return False
-    if totals.failures[sampler.GAVE_UP]:
-        log.warning(
-            "%d requests failed %d times and were given up; repeat the command to ask them again.",
-            totals.failures[sampler.GAVE_UP],
-            settings.retries + 1,
-        )
-    return True
+    return totals.stopped is None and not totals.given_up
 
 
 async def _in_batches(plan: _Plan, store: Store) -> bool:
@@ -234,6 +241,8 @@ async def _in_batches(plan: _Plan, store: Store) -> bool:
 
 def _account(totals: sampler.Totals, price: money.Price | None) -> str:
     cost = "price unknown" if price is None else f"${totals.spent:.4f}"
+    if totals.presumed:
+        cost += f" (${totals.presumed:.4f} of it for requests without an answer, at most)"
     failures = ", ".join(f"{count} {reason}" for reason, count in sorted(totals.failures.items())) or "none"
     return (
         f"{totals.rows} rows; {totals.found} replies were stored before, {totals.asked} requests gave {totals.replies} "

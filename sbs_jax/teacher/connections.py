@@ -24,7 +24,7 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 from sbs_jax.teacher import parameters, refusals
-from sbs_jax.teacher.clients import Again, Failed, Request
+from sbs_jax.teacher.clients import Again, Failed, Fatal, Request
 
 log = logging.getLogger(__name__)
 
@@ -64,9 +64,11 @@ class HostedClient:
             async with asyncio.timeout(seconds):
                 return await call()
         except TimeoutError:
-            trouble = Again(f"No whole reply within {seconds:g} s (--timeout).")
+            trouble = Again(f"No whole reply within {seconds:g} s (--timeout).", lost=True)
         except UnicodeError:
             trouble = Failed("The prompt has an unpaired surrogate, which UTF-8 cannot encode.", reason="not_text")
+        except Fatal as error:  # from `http_client`, with an address that the server gave
+            trouble = Fatal(refusals.short(str(error), self.secret))
         except refusals.RefusedError as answer:
             trouble = refusals.problem(answer.status, answer.body, headers=answer.headers, secrets=(self.secret,))
         except self.errors as error:
@@ -145,11 +147,46 @@ def _certificates() -> Any:
     return sdk_module("httpx2").create_ssl_context()
 
 
+def checked_address(base_url: str | None) -> str | None:
+    """Returns an address that requests can be sent to, or None. ValueError for any other text."""
+    if base_url is None:
+        return None
+    try:
+        parts = urllib.parse.urlsplit(base_url)
+        host = (parts.hostname or "").encode("idna")  # raises UnicodeError, a ValueError
+        usable = parts.scheme in ("http", "https") and host and parts.port != 0
+        usable = usable and base_url.isprintable() and not re.search(r"[\s\\]", base_url)
+    except ValueError:
+        usable = False
+    if not usable:
+        shown = re.sub(r"^(.*//)?.*@", r"\1..@", base_url)  # without a password
+        raise ValueError(
+            f"The address of the teacher is {shown[:200]!r}; expected http:// or https:// and a host. Check --base_url "
+            "(such as http://localhost:8000/v1) and the variables that replace it."
+        )
+    return base_url
+
+
+def moved(status: int, url: str, location: str | None) -> Fatal:
+    """Describes an answer that sends the request on to another address: key and rows go nowhere else."""
+    try:
+        parts = urllib.parse.urlsplit(urllib.parse.urljoin(url, location or ""))
+        place = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+    except ValueError:
+        place = repr(location)
+    return Fatal(
+        f"The teacher's address moved to {refusals.short(place)} ({status}); nothing was sent there. If you trust it, "
+        "give it as --base_url."
+    )
+
+
 async def _read(response: Any) -> bytes:
     """Reads an answer and unpacks gzip, at most `MOST_BYTES`. A file is cut, so that the replies before are kept."""
     coding = response.headers.get("content-encoding", "identity").strip().lower()
     if coding not in ("", "identity", "gzip", "x-gzip", "deflate"):
-        raise Again(f"The reply is packed as {refusals.short(coding)!r}; expected gzip, which was asked for.")
+        raise Again(
+            f"The reply is packed as {refusals.short(coding)!r}; expected gzip, which was asked for.", lost=True
+        )
     unpack = zlib.decompressobj(zlib.MAX_WBITS | 32) if coding not in ("", "identity") else None
     most = MOST_FILE_BYTES if _of_file.get() else MOST_BYTES
     whole, received = io.BytesIO(), 0
@@ -158,16 +195,16 @@ async def _read(response: Any) -> bytes:
         try:
             whole.write(part if unpack is None else unpack.decompress(part, most + 1 - whole.tell()))
         except zlib.error as error:
-            raise Again(f"The reply cannot be unpacked ({error}).") from None
+            raise Again(f"The reply cannot be unpacked ({error}).", lost=True) from None
         if max(received, whole.tell()) > most:
             if not _of_file.get():
-                raise Again(f"The reply has more than {most >> 20} MiB and was not read.")
+                raise Again(f"The reply has more than {most >> 20} MiB and was not read.", lost=True)
             log.warning("A file of replies has more than %d MiB; the replies behind are asked again.", most >> 20)
             whole.truncate(most)
             break
     else:
         if unpack is not None and (unpack.unused_data or not unpack.eof):
-            raise Again("The reply cannot be unpacked: its packed data end too early or too late.")
+            raise Again("The reply cannot be unpacked: its packed data end too early or too late.", lost=True)
     return whole.getvalue()
 
 
@@ -205,7 +242,8 @@ def http_client(url: str, connections: int) -> Any:
     """Makes a client that keeps up to `connections` requests in flight; further ones wait.
 
     It reads at most `MOST_BYTES` of an answer, decoded, without the keys that were sent. Raises `RefusedError` for a
-    status of 400 or more, and Again for an answer that is longer.
+    status of 400 or more, Again for an answer that is longer, and Fatal for a status 3xx and for a request to another
+    server than the first request's.
     """
     httpx2 = sdk_module("httpx2")
     for name in ("httpx2", "httpcore2", "google_genai"):
@@ -220,14 +258,27 @@ def http_client(url: str, connections: int) -> Any:
     free = list(pools)
     slots = asyncio.Semaphore(connections)
 
+    home: Any = None
+
     class Pools(httpx2.AsyncBaseTransport):
         async def handle_async_request(self, request: Any) -> Any:
+            nonlocal home
+            # SDKs also go where an answer tells them, to upload and to download files.
+            here = request.url.scheme, request.url.host, request.url.port
+            home = home or here
+            if here != home:
+                raise Fatal(
+                    f"The teacher names another server, {request.url.copy_with(raw_path=b'/')}, for its files; nothing "
+                    "was sent there. Check --base_url."
+                )
             request.headers["accept-encoding"] = "gzip"
             async with slots:
                 pool = free.pop()
                 try:
                     response = await pool.handle_async_request(request)
                     try:
+                        if 300 <= response.status_code < 400:
+                            raise moved(response.status_code, str(request.url), response.headers.get("location"))
                         body = await _read(response)
                     finally:
                         await response.aclose()  # frees the connection before the slot
@@ -246,4 +297,4 @@ def http_client(url: str, connections: int) -> Any:
                 await pool.aclose()
 
     # No timeout here: `send` has one for the whole reply, which a server that trickles bytes cannot extend.
-    return httpx2.AsyncClient(transport=Pools(), timeout=None, follow_redirects=True, trust_env=False)
+    return httpx2.AsyncClient(transport=Pools(), timeout=None, follow_redirects=False, trust_env=False)

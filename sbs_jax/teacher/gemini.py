@@ -13,9 +13,17 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any, TypeVar
 
 from sbs_jax.teacher import parameters, refusals
-from sbs_jax.teacher.batches import CANCELLED, DONE, FAILED, RUNNING, BatchClient, BatchState, refused_line
+from sbs_jax.teacher.batches import ENDED, BatchClient, BatchState, refused_line, state_of
 from sbs_jax.teacher.clients import CHAT, CONTENT_FILTER, Again, Failed, Fatal, Reply, Request
-from sbs_jax.teacher.connections import HostedClient, environment_key, environment_value, http_client, sdk_module
+from sbs_jax.teacher.connections import (
+    HostedClient,
+    checked_address,
+    environment_key,
+    environment_value,
+    http_client,
+    moved,
+    sdk_module,
+)
 from sbs_jax.teacher.prompts import SYSTEM, USER
 
 _MOST_STOPS = 5  # with a key and on Vertex AI
@@ -37,7 +45,7 @@ class Gemini(HostedClient):
             *(self._http_errors.HTTPError, self._http_errors.InvalidURL),
         )
         # With its default client, aiohttp, the SDK sends a request twice.
-        self._http = http_client(base_url or "https://aiplatform.googleapis.com", connections)
+        self._http = http_client(checked_address(base_url) or "https://aiplatform.googleapis.com", connections)
         self.sdk, self.secret = google_client(
             vertex=vertex, base_url=base_url, http=self._http, credentials=credentials
         )
@@ -66,12 +74,12 @@ class Gemini(HostedClient):
                 "`gcloud auth application-default login`."
             )
         if isinstance(error, http.TimeoutException):
-            return Again("The teacher did not answer in time.")
+            return Again("The teacher did not answer in time.", lost=True)
         if isinstance(error, http.InvalidURL | http.UnsupportedProtocol):
             return Fatal(f"The address cannot be used ({text}); check --base_url.")
         if isinstance(error, http.HTTPError):
             return refusals.disconnected(error, secrets=(self.secret,))
-        return Again(f"The reply has an unexpected form: {text}")
+        return Again(f"The reply has an unexpected form: {text}", lost=True)
 
     async def close(self) -> None:
         await self._http.aclose()
@@ -95,10 +103,30 @@ def google_client(*, vertex: bool, base_url: str | None, http: Any, credentials:
                 "There are no application default credentials for Vertex AI. Run `gcloud auth application-default "
                 "login`, or set GOOGLE_APPLICATION_CREDENTIALS to the file of a service account."
             ) from None
+    _stay(credentials)
     client = genai.Client(
         vertexai=True, project=project, location=location, credentials=credentials, http_options=options
     )
     return client, ""
+
+
+def _stay(credentials: Any) -> None:
+    """Lets credentials be refreshed at their own server only; the SDK's way of doing it follows redirects."""
+    session = sdk_module("requests").Session()
+
+    def check(response: Any, *_: object, **__: object) -> None:
+        if 300 <= response.status_code < 400:
+            response.close()
+            raise moved(response.status_code, response.url, response.headers.get("location"))
+
+    session.hooks["response"] = [check]
+    request, plain_refresh = sdk_module("google.auth.transport.requests").Request(session), credentials.refresh
+
+    def refresh(_: object) -> None:
+        with session:
+            plain_refresh(request)
+
+    credentials.refresh = refresh
 
 
 def gemini_body(request: Request, *, provider: str = "gemini") -> dict[str, Any]:
@@ -126,24 +154,29 @@ def gemini_body(request: Request, *, provider: str = "gemini") -> dict[str, Any]
     return parameters.with_more(body, drawn.more)
 
 
+def _usage(data: Mapping[str, Any]) -> tuple[int | None, int | None]:
+    usage = data.get("usageMetadata")
+    found = usage if isinstance(usage, Mapping) else {}
+    received = [found.get(name) for name in ("candidatesTokenCount", "thoughtsTokenCount")]
+    return refusals.billed(found.get("promptTokenCount"), *received, total=found.get("totalTokenCount"))
+
+
+@refusals.counted(_usage)
 def read_gemini(data: Mapping[str, Any]) -> Reply:
-    """Reads the reply in a body of status 200. Raises Again or Failed if it has none."""
+    """Reads the reply in a body of status 200. Raises Fatal, Again or Failed if it has none."""
     try:
         blocked = (data.get("promptFeedback") or {}).get("blockReason")
         if blocked:
             raise Failed(f"The provider's content filter refuses the prompt: {blocked}.", reason=CONTENT_FILTER)
         candidates = data.get("candidates")
         if not candidates:
-            raise refusals.no_reply("no candidates", data)
+            raise refusals.in_body(data) or refusals.no_reply("no candidates", data)
         candidate = candidates[0]
         parts = (candidate.get("content") or {}).get("parts") or ()
-        usage = data.get("usageMetadata") or {}
-        counts = [usage.get(name) for name in ("candidatesTokenCount", "thoughtsTokenCount")]
         return refusals.reply(
             "".join(part.get("text") or "" for part in parts if not part.get("thought")),
             finish=candidate.get("finishReason"),
-            input_tokens=usage.get("promptTokenCount"),
-            output_tokens=None if counts == [None, None] else sum(count or 0 for count in counts),
+            tokens=_usage(data),
             model=data.get("modelVersion"),
             data=data,
         )
@@ -153,13 +186,6 @@ def read_gemini(data: Mapping[str, Any]) -> Reply:
 
 # ------------------------------------------------------------------------------------------------ batch jobs
 
-_STATES = {
-    "JOB_STATE_SUCCEEDED": DONE,
-    "JOB_STATE_PARTIALLY_SUCCEEDED": DONE,
-    "JOB_STATE_FAILED": FAILED,
-    "JOB_STATE_EXPIRED": FAILED,
-    "JOB_STATE_CANCELLED": CANCELLED,
-}
 # gRPC's error numbers as HTTP statuses; any other number is a provider error.
 _HTTP = {3: 400, 5: 404, 7: 403, 8: 429, 9: 400, 11: 400, 16: 401}
 _HTTP_NAMES = {"INVALID_ARGUMENT": 400, "FAILED_PRECONDITION": 400, "NOT_FOUND": 404, "PERMISSION_DENIED": 403}
@@ -178,7 +204,7 @@ class _GoogleBatches(BatchClient):
         counts = found.completion_stats
         good, bad = (counts.successful_count, counts.failed_count) if counts is not None else (None, None)
         return BatchState(
-            state=_STATES.get(found.state.name if found.state is not None else "", RUNNING),
+            state=state_of(found.state and found.state.name),
             total=None if good is None else good + (bad or 0),
             done=good,
             failed=bad,
@@ -192,7 +218,7 @@ class _GoogleBatches(BatchClient):
         return {"display_name": name}
 
     async def cancel(self, job: str) -> None:
-        if (await self.poll(job)).state == RUNNING:
+        if (await self.poll(job)).state not in ENDED:
             await self.call(lambda: self._api.batches.cancel(name=job))
 
     async def listed(self) -> AsyncIterator[tuple[str, str | None]]:

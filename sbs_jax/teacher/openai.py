@@ -12,9 +12,9 @@ from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 from sbs_jax.teacher import parameters, refusals
-from sbs_jax.teacher.batches import CANCELLED, DONE, FAILED, RUNNING, BatchClient, BatchState, refused_line
-from sbs_jax.teacher.clients import CHAT, Again, Failed, Fatal, Reply, Request
-from sbs_jax.teacher.connections import HostedClient, environment_key, http_client, sdk_module
+from sbs_jax.teacher.batches import ENDED, BatchClient, BatchState, refused_line, state_of
+from sbs_jax.teacher.clients import CHAT, STOP, Again, Failed, Fatal, Reply, Request
+from sbs_jax.teacher.connections import HostedClient, checked_address, environment_key, http_client, sdk_module
 
 NO_KEY = "none"
 _MOST_STOPS = 4  # of OpenAI's own API
@@ -26,7 +26,7 @@ class OpenAI(HostedClient):
     def __init__(self, *, base_url: str | None, timeout: float, connections: int) -> None:
         super().__init__()
         sdk, httpx2 = sdk_module("openai"), sdk_module("httpx2")
-        base_url = base_url or os.environ.get("OPENAI_BASE_URL") or None
+        base_url = checked_address(base_url or os.environ.get("OPENAI_BASE_URL") or None)
         key = openai_key(base_url)
         self.official, self.timeout, self.secret = is_official(base_url), timeout, "" if key == NO_KEY else key
         self.errors, self._response = (sdk.OpenAIError, httpx2.HTTPError), httpx2.Response
@@ -39,17 +39,17 @@ class OpenAI(HostedClient):
         path = "/chat/completions" if request.form == CHAT else "/completions"
         post, kind = self.sdk.post, self._response
         response = await self.send_accepted(request, body, lambda body: post(path, cast_to=kind, body=body))
-        reply = read_openai(refusals.json_object(response.content))
+        reply = read_openai(body_of(response.content))
         return parameters.cut(reply, request.stops) if "stop" in self.left_out[request.model] else reply
 
     def problem(self, error: Any) -> Exception:
         sdk, secrets = sdk_module("openai"), (self.secret,)
         if isinstance(error, sdk.APITimeoutError):
-            return Again("The teacher did not answer in time.")
+            return Again("The teacher did not answer in time.", lost=True)
         if isinstance(error, sdk.APIConnectionError):
             return refusals.disconnected(error.__cause__ or error, secrets=secrets)
         if isinstance(error, sdk.APIResponseValidationError):
-            return Again(f"The reply has an unexpected form: {refusals.short(str(error), *secrets)}")
+            return Again(f"The reply has an unexpected form: {refusals.short(str(error), *secrets)}", lost=True)
         if isinstance(error, sdk.OpenAIError):
             return Fatal(f"{type(error).__name__}: {refusals.short(str(error), *secrets)}")
         return refusals.disconnected(error, secrets=secrets)
@@ -90,32 +90,52 @@ def openai_body(request: Request, *, official: bool) -> dict[str, Any]:
     return parameters.with_more(body, drawn.more)
 
 
+def body_of(content: bytes) -> Mapping[str, Any]:
+    """Parses a body of status 200; joins the chunks of an event stream, which some servers send unasked."""
+    lines = content.split(b"\n")
+    if not content.lstrip().startswith((b"data:", b"event:", b":")):
+        return refusals.json_object(content)
+    data = [line[5:].strip() for line in lines if line.startswith(b"data:")]
+    chunks = [refusals.json_object(line) for line in data if line != b"[DONE]"]
+    whole: dict[str, Any] = {}
+    for chunk in chunks:
+        whole |= {name: value for name, value in chunk.items() if value and name != "choices"}
+    try:
+        choices = [chunk["choices"][0] for chunk in chunks if chunk.get("choices")]
+        parts = [(choice.get("delta") or {}).get("content") or choice.get("text") or "" for choice in choices]
+        ends = [choice["finish_reason"] for choice in choices if choice.get("finish_reason")]
+        if not ends and "error" not in whole:
+            raise refusals.no_reply("no end", whole)
+        return whole | {"choices": [{"text": "".join(parts), "finish_reason": ends[-1]}] if ends else []}
+    except (AttributeError, TypeError, KeyError, IndexError):
+        raise refusals.no_reply("an unexpected form", whole) from None
+
+
+def _usage(data: Mapping[str, Any]) -> tuple[int | None, int | None]:
+    usage = data.get("usage")
+    found = usage if isinstance(usage, Mapping) else {}
+    return refusals.billed(found.get("prompt_tokens"), found.get("completion_tokens"), total=found.get("total_tokens"))
+
+
+@refusals.counted(_usage)
 def read_openai(data: Mapping[str, Any]) -> Reply:
-    """Reads the reply in a body of status 200. Raises Again or Failed if it has none."""
+    """Reads the reply in a body of status 200. Raises Fatal, Again or Failed if it has none."""
     try:
         choices = data.get("choices")
         if not choices:
-            raise refusals.no_reply("no choices", data)
+            raise refusals.in_body(data) or refusals.no_reply("no choices", data)
         choice = choices[0]
         finish = choice.get("finish_reason")
         message = choice.get("message") or {}
-        text = message.get("content") if "message" in choice else choice.get("text")
-        usage = data.get("usage") or {}
+        text = refusals.text_of(message.get("content") if "message" in choice else choice.get("text"))
         if not text and message.get("refusal"):
             raise Failed(f"The teacher refuses: {refusals.short(message['refusal'])}", reason="refusal")
-        return refusals.reply(
-            text,
-            finish=finish,
-            input_tokens=usage.get("prompt_tokens"),
-            output_tokens=usage.get("completion_tokens"),
-            model=data.get("model"),
-            data=data,
-        )
+        thought = message.get("reasoning_content") or message.get("reasoning")
+        if not text and thought and refusals.ended(finish) == STOP:
+            raise refusals.no_reply("reasoning and no text", data)
+        return refusals.reply(text, finish=finish, tokens=_usage(data), model=data.get("model"), data=data)
     except (AttributeError, TypeError, KeyError, IndexError):
         raise refusals.no_reply("an unexpected form", data) from None
-
-
-_STATES = {"completed": DONE, "failed": FAILED, "expired": FAILED, "cancelled": CANCELLED}
 
 
 class OpenAIBatches(BatchClient):
@@ -143,7 +163,7 @@ class OpenAIBatches(BatchClient):
         counts = batch.request_counts
         errors = [error.message or error.code for error in (batch.errors and batch.errors.data) or ()]
         return BatchState(
-            state=_STATES.get(batch.status, RUNNING),
+            state=state_of(batch.status),
             total=counts and counts.total,
             done=counts and counts.completed,
             failed=counts and counts.failed,
@@ -157,7 +177,7 @@ class OpenAIBatches(BatchClient):
                 yield (await self.call(lambda name=name: self._sdk.files.content(name), transfer=True)).content
 
     async def cancel(self, job: str) -> None:
-        if (await self.poll(job)).state == RUNNING:
+        if (await self.poll(job)).state not in ENDED:
             await self.call(lambda: self._sdk.batches.cancel(job))
 
     async def listed(self) -> AsyncIterator[tuple[str, str | None]]:

@@ -15,41 +15,70 @@ import re
 import time
 import types
 from collections.abc import Callable, Collection, Mapping
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
-from sbs_jax.teacher.clients import CONTENT_FILTER, LENGTH, STOP, TOO_LONG, Again, Failed, Fatal, Reply
+from sbs_jax.teacher.clients import (
+    CONTENT_FILTER,
+    LENGTH,
+    REFUSED,
+    STOP,
+    TOO_LONG,
+    Again,
+    Failed,
+    Fatal,
+    Problem,
+    Refused,
+    Reply,
+)
 
+# These wordings only name a refusal of a row; that it is one, shows in the rows that are answered (`Refused`).
 _LONGER = re.compile(
-    r"context[ _]length|maximum context|maximum model length|input token count|number of tokens allowed"
-    r"|prompt is too long|too many (input )?tokens|input is too long",
+    r"context[ _](length|size|window)|maximum context|maximum model length|input token count|number of tokens allowed"
+    r"|(prompt|input) is too long|too many (input )?tokens|tokens?\b.{0,40} must be <",
     re.IGNORECASE,
 )
-_FILTER = re.compile(r"content_filter|content_policy|content management policy|content filter", re.IGNORECASE)
+_FILTER = re.compile(
+    r"content_filter|content[ _]policy|content management policy|content filter|flagged|moderation|usage polic",
+    re.IGNORECASE,
+)
 _NO_KEY = re.compile(r"api_key|api key (not valid|expired)", re.IGNORECASE)
 # Gemini's 429 mentions "quota" for every limit; only "PerDay" and depleted credits last longer than a minute.
 _NO_MONEY = re.compile(
-    r"insufficient_quota|billing_hard_limit|billing_not_active|credits are depleted|PerDay", re.IGNORECASE
+    r"insufficient_quota|insufficient (funds|balance|credits)|billing_hard_limit|billing_not_active"
+    r"|credits are depleted|PerDay|credit balance|key limit exceeded",
+    re.IGNORECASE,
+)
+_NO_ACCESS = re.compile(
+    r"permission|api[ _]key|credential|not have access|unsupported_country|not been used|is disabled", re.IGNORECASE
 )
 _LOOKS_SECRET = re.compile(r"\b(?:sk|pk|rk)-[\w*.-]{6,}|\bAIza[\w*-]{6,}|\bya29\.[\w.-]+|\bBearer\s+\S+")
 
 log = logging.getLogger(__name__)
-_PAST_CONTEXT, _FILTERED = partial(Failed, reason=TOO_LONG), partial(Failed, reason=CONTENT_FILTER)
-_LIMITED = partial(Again, limited=True)
+_PAST_CONTEXT, _FILTERED = partial(Refused, reason=TOO_LONG), partial(Refused, reason=CONTENT_FILTER)
+_LIMITED, _TIMED_OUT = partial(Again, limited=True), partial(Again, lost=True)
 _ANY = re.compile("")
+_Reader = Callable[[Mapping[str, Any]], Reply]
+_OF_A_ROW = (400, 403, 413, 422)
+_MONEY = "The account's money or quota is used up ({said})."
+_KEY = "The teacher refuses the credentials ({said}); check the key and its permissions."
 # Statuses, a pattern of the provider's code and message, the exception, and its text; the first match counts.
-_OUTCOMES: tuple[tuple[Collection[int], re.Pattern[str], Callable[[str], Exception], str], ...] = (
-    ((402,), _ANY, Fatal, "The account's money or quota is used up ({said})."),
-    ((429,), _NO_MONEY, Fatal, "The account's money or quota is used up ({said})."),
+_OUTCOMES: tuple[tuple[Collection[int], re.Pattern[str], Callable[[str], Problem], str], ...] = (
+    ((402,), _ANY, Fatal, _MONEY),
+    ((400, 403, 429), _NO_MONEY, Fatal, _MONEY),
     ((429,), _ANY, _LIMITED, "Asked too often ({said})."),
     ((503, 529), _ANY, _LIMITED, "The teacher has a temporary error ({said})."),  # some providers send 529 for 503
-    ((408, 409, 425, *range(500, 600)), _ANY, Again, "The teacher has a temporary error ({said})."),
-    ((401, 403), _ANY, Fatal, "The teacher refuses the credentials ({said}); check the key and its permissions."),
-    ((400,), _NO_KEY, Fatal, "The teacher refuses the credentials ({said}); check the key and its permissions."),
+    # A proxy's time-out: the teacher behind it may have replied.
+    ((408, 504, 524), _ANY, _TIMED_OUT, "The teacher has a temporary error ({said})."),
+    ((409, 425, *range(500, 600)), _ANY, Again, "The teacher has a temporary error ({said})."),
+    ((401,), _ANY, Fatal, _KEY),
+    ((400,), _NO_KEY, Fatal, _KEY),
     ((404,), _ANY, Fatal, "There is no such model or address ({said}); check --model and --base_url."),
     ((413,), _ANY, _PAST_CONTEXT, "The prompt is longer than the model's context ({said})."),
-    ((400, 422), _LONGER, _PAST_CONTEXT, "The prompt is longer than the model's context ({said})."),
-    ((400, 422), _FILTER, _FILTERED, "The provider's content filter refuses the prompt ({said})."),
+    (_OF_A_ROW, _LONGER, _PAST_CONTEXT, "The prompt is longer than the model's context ({said})."),
+    (_OF_A_ROW, _FILTER, _FILTERED, "The provider's content filter refuses the prompt ({said})."),
+    ((403,), _NO_ACCESS, Fatal, _KEY),
+    (_OF_A_ROW, _ANY, partial(Refused, reason=REFUSED), "The teacher refuses the request ({said})."),
 )
 
 BROKEN = "broken"
@@ -78,8 +107,8 @@ class RefusedError(Exception):
 
 def problem(
     status: int, body: object, *, headers: Mapping[str, str] = types.MappingProxyType({}), secrets: tuple[str, ...] = ()
-) -> Exception:
-    """Returns Fatal, Again or Failed for a status of 400 or more and the body that came with it, of any form.
+) -> Problem:
+    """Returns Fatal, Again or Refused for a status of 400 or more and the body that came with it, of any form.
 
     The body is bytes, or what they hold already read from JSON.
     """
@@ -96,8 +125,22 @@ def problem(
                 found.retry_after = retry_after(headers)
                 if found.retry_after is None and (delay := re.search(r'"retryDelay": "(\d+(?:\.\d+)?)s"', details)):
                     found.retry_after = _seconds(float(delay[1]))
+            elif isinstance(found, Refused):
+                found.status = status
             return found
     return Fatal(f"The teacher refuses the request ({said}).")
+
+
+def in_body(data: Mapping[str, Any]) -> Problem | None:
+    """Returns the error in a body of status 200, or None."""
+    error = data.get("error") or (data if data.get("object") == "error" else None)
+    if not error:
+        return None
+    fields = error if isinstance(error, Mapping) else {"message": str(error)}
+    words = " ".join(str(fields.get(name)) for name in ("code", "type", "message"))
+    given = (fields.get("code"), fields.get("status"), data.get("code"), data.get("status"))
+    codes = (int(code) for code in map(str, given) if re.fullmatch(r"[45]\d\d", code))
+    return problem(next(codes, 402 if _NO_MONEY.search(words) else 500), fields)
 
 
 def described(body: object) -> tuple[Mapping[str, Any], str]:
@@ -120,24 +163,27 @@ def described(body: object) -> tuple[Mapping[str, Any], str]:
     return at, ": ".join(dict.fromkeys(texts)) if plain else whole or written(at)
 
 
+_NOT_SENT = ("ConnectError", "ConnectTimeout", "PoolTimeout", "ProxyError", "UnsupportedProtocol")
+
+
 def disconnected(error: BaseException, *, secrets: tuple[str, ...]) -> Again:
     """Describes a connection that was refused, reset, or closed before the reply was complete."""
-    detail = short(str(error), *secrets)
-    return Again(f"The connection failed: {type(error).__name__}{detail and f' ({detail})'}.")
+    detail, name = short(str(error), *secrets), type(error).__name__
+    return Again(f"The connection failed: {name}{detail and f' ({detail})'}.", lost=name not in _NOT_SENT)
 
 
-def not_read(error: ValueError | RecursionError, *, secrets: tuple[str, ...]) -> Exception:
+def not_read(error: ValueError | RecursionError, *, secrets: tuple[str, ...]) -> Problem:
     """Describes an SDK's exception: a body that is not JSON or nests too deeply, or an argument that it rejects."""
     if isinstance(error, RecursionError):
-        return Again("The reply is JSON that nests too deeply.")
+        return Again("The reply is JSON that nests too deeply.", lost=True)
     if isinstance(error, json.JSONDecodeError):
-        return Again(f"The reply is not JSON: {short(error.doc, *secrets)!r}")
+        return Again(f"The reply is not JSON: {short(error.doc, *secrets)!r}", lost=True)
     return Fatal(f"The SDK refuses the request: {short(str(error), *secrets)}")
 
 
 def no_reply(what: str, data: object) -> Again:
     """Describes a body of status 200 without a reply; `what` describes its contents."""
-    return Again(f"The reply has {what}: {short(written(data))}")
+    return Again(f"The reply has {what}: {short(written(data))}", lost=True)
 
 
 def written(value: object) -> str:
@@ -150,12 +196,50 @@ def written(value: object) -> str:
         return "nested too deeply to show"
 
 
+def billed(sent: Any, *received: Any, total: Any) -> tuple[int | None, int | None]:
+    """Returns the tokens (sent, received) of a body, None where it has no plausible number.
+
+    Some servers count thinking in `total` alone.
+    """
+    sent, total = _tokens(sent), _tokens(total)
+    known = [count for count in map(_tokens, received) if count is not None]
+    got = sum(known) if known else None
+    return sent, got if sent is None or total is None else max(got or 0, total - sent)
+
+
+def counted(usage: Callable[[Mapping[str, Any]], tuple[int | None, int | None]]) -> Callable[[_Reader], _Reader]:
+    """Makes a reader of bodies of status 200 say what a body without a reply has cost, by its `usage`."""
+
+    def decorate(read: _Reader) -> _Reader:
+        @wraps(read)
+        def reader(data: Mapping[str, Any]) -> Reply:
+            try:
+                return read(data)
+            except Problem as problem:
+                tokens = usage(data)
+                if tokens != (None, None):
+                    problem.billed, problem.lost = tokens, False
+                raise
+
+        return reader
+
+    return decorate
+
+
 def check_stops(provider: str, stops: tuple[str, ...], *, most: int) -> None:
     """Raises Fatal for more stop strings than the provider takes."""
     if len(stops) > most:
         raise Fatal(
             f"There are {len(stops)} stop strings; {provider} takes at most {most}. Shorten `stops` of the prompt."
         )
+
+
+def text_of(content: Any) -> Any:
+    """Joins the text parts of a list; returns anything else as it is."""
+    if not isinstance(content, list):
+        return content
+    kept = [part for part in content if part.get("type") not in ("thinking", "reasoning")]
+    return "".join(part.get("text") or "" for part in kept)
 
 
 def ended(word: object) -> str:
@@ -176,7 +260,7 @@ def ended(word: object) -> str:
     return said
 
 
-def reply(text: Any, *, finish: Any, data: object, model: Any, input_tokens: Any, output_tokens: Any) -> Reply:
+def reply(text: Any, *, finish: Any, data: object, model: Any, tokens: tuple[int | None, int | None]) -> Reply:
     """Makes a reply, if it is whole or truncated; a truncated one may be empty (all of it was thinking)."""
     end = ended(finish)
     if end == CONTENT_FILTER:
@@ -188,8 +272,8 @@ def reply(text: Any, *, finish: Any, data: object, model: Any, input_tokens: Any
     return Reply(
         text=_storable(text or ""),
         finish=end,
-        input_tokens=_tokens(input_tokens),
-        output_tokens=_tokens(output_tokens),
+        input_tokens=tokens[0],
+        output_tokens=tokens[1],
         model=_storable(model) if isinstance(model, str) else "",
     )
 
@@ -212,7 +296,7 @@ def json_object(content: str | bytes) -> Mapping[str, Any]:
         value = None
     if not isinstance(value, dict):
         text = content.decode("utf-8", "replace") if isinstance(content, bytes) else content
-        raise Again(f"The reply is not a JSON object: {short(text)!r}")
+        raise Again(f"The reply is not a JSON object: {short(text)!r}", lost=True)
     return value
 
 

@@ -8,8 +8,10 @@ optionally a second request with the label as a hint. Limits of concurrency, rat
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import itertools
+import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,10 +21,26 @@ from sbs_jax.checks import choice, number, whole_number
 from sbs_jax.data import parsing
 from sbs_jax.data.summary import UNUSABLE
 from sbs_jax.teacher import money
-from sbs_jax.teacher.clients import CHAT, COMPLETION, Again, Client, Failed, Fatal, Parameters, Reply, Request
-from sbs_jax.teacher.pacing import Budget, ConcurrencyLimit, RateLimit, Usage, backoff
+from sbs_jax.teacher.clients import (
+    CHAT,
+    COMPLETION,
+    REFUSED,
+    TOO_LONG,
+    Again,
+    Client,
+    Failed,
+    Fatal,
+    Parameters,
+    Problem,
+    Refused,
+    Reply,
+    Request,
+)
+from sbs_jax.teacher.pacing import LONGEST_DELAY, Budget, ConcurrencyLimit, RateLimit, Reasons, Usage, backoff
 from sbs_jax.teacher.prompts import Prompt
 from sbs_jax.teacher.store import Failure, Store
+
+log = logging.getLogger(__name__)
 
 LENGTH = parsing.CUT_SHORT
 GAVE_UP = "gave_up"
@@ -30,6 +48,12 @@ GAVE_UP = "gave_up"
 ROOM_FACTOR, ROOM_STEPS = 2, 2
 _CHUNK = 256  # rows whose keys are looked up together
 _MOST_TURNS = 100  # refusals for speed (429) before a request is left for the next run
+# So many first rows refused, or requests given up one after the other, are no fault of single rows.
+HOPELESS = 10
+_OUTAGE = 1800.0  # seconds without a reply after which such requests end a run that had replies before
+QUIET = 5.0  # seconds without a reply after which the run says what it waits for
+# What a worker does: it may be ended while it waits, by `stop` also with a reservation, never while it asks.
+_WAITS, _RESERVED, _ASKS = range(3)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -109,6 +133,7 @@ class Totals(Usage):
     replies: int = 0  # stored in this run
     retried: int = 0
     failures: Counter[str] = dataclasses.field(default_factory=Counter)
+    given_up: Reasons = dataclasses.field(default_factory=Reasons)  # why, in the provider's words
     unusable: int = 0
     stopped: str | None = None  # why the run ended before its last row
     examples: list[tuple[str, str]] = dataclasses.field(default_factory=list)  # (id, reply) without a label
@@ -137,6 +162,8 @@ def answer_of(
         stored = look_up(request.key)
         if stored is None:
             return request
+        if isinstance(stored, Failure) and room and stored.reason in (REFUSED, TOO_LONG):
+            break  # the teacher has no more room
         if isinstance(stored, Failure) or stored.finish != LENGTH:
             return stored
     return Failure(LENGTH, "")
@@ -193,8 +220,13 @@ class Sampler:
             max_cost=settings.max_cost,
         )
         self._mean_output = settings.parameters.max_tokens / 2
-        self._error: BaseException | None = None
-        self._cancelled = False
+        self._error: Exception | None = None
+        self._states: dict[asyncio.Task[None], int] = {}
+        self._refused: dict[str, tuple[str, Failure]] = {}  # request key -> (row id, ..), until another is answered
+        self._replied, self._suspended = False, 0  # any reply has come; workers in `_verdict`
+        self._in_a_row = 0  # requests given up since the last reply
+        self._replied_at = time.monotonic()
+        self._trouble = ""
 
     async def run(self, rows: Iterable[Asked]) -> Totals:
         """Runs until every row has its replies or a failure, or the run is ended; completes the requests in flight.
@@ -202,19 +234,53 @@ class Sampler:
         Then raises `Fatal` (the teacher refuses us), `UnusableRepliesError`, or OSError (the disk) if one ended it.
         """
         todo = self._missing(rows)
+        self._replied_at = time.monotonic()
         workers = [asyncio.create_task(self._work(todo)) for _ in range(self._settings.concurrency)]
-        await asyncio.gather(*workers)
+        self._states = dict.fromkeys(workers, _WAITS)
+        reporter = asyncio.create_task(self._report())
+        try:
+            for ended in await asyncio.gather(*workers, return_exceptions=True):
+                if isinstance(ended, BaseException) and not isinstance(ended, asyncio.CancelledError):
+                    raise ended
+        finally:
+            reporter.cancel()
+        if self._error is None:
+            await self._judge_refusals()
         if self._error is not None:
             raise self._error
         return self.totals
 
     def stop(self) -> None:
-        """Sends nothing more; `run` ends when the requests in flight are answered."""
-        self._stop("interrupted")
+        """Sends nothing more and ends all waiting; `run` ends when the requests in flight are answered."""
+        self._end("interrupted")
 
-    def _stop(self, why: str) -> None:
-        self._cancelled = True
+    @property
+    def in_flight(self) -> tuple[int, float]:
+        """Returns the number of requests in flight and what they may cost, in USD."""
+        return self._budget.in_flight, self._budget.reserved
+
+    def _end(self, why: str, *, below: int = _ASKS) -> None:
         self.totals.stopped = self.totals.stopped or why
+        here = asyncio.current_task()
+        for worker, state in self._states.items():
+            if state < below and worker is not here:
+                worker.cancel()
+
+    async def _report(self) -> None:
+        """Logs what the run waits for while no reply comes: after 5 seconds, then after twice as long each time."""
+        said = 0.0
+        while True:
+            await asyncio.sleep(QUIET / 5)
+            quiet = time.monotonic() - self._replied_at
+            said = 0.0 if quiet < QUIET else said
+            if quiet >= max(QUIET, min(2 * said, said + LONGEST_DELAY)):
+                said = quiet
+                states = Counter(state for worker, state in self._states.items() if not worker.done())
+                log.warning(
+                    "No reply for %.0f s: %d requests at the teacher, %d waiting, %d held by the rate limits.%s",
+                    *(quiet, states[_ASKS], states[_WAITS], states[_RESERVED]),
+                    self._trouble and f" {self._trouble}",
+                )
 
     def _done(self) -> bool:
         return self.totals.stopped is not None
@@ -238,9 +304,13 @@ class Sampler:
                 return
             try:
                 await self._row(row)
-            except (Fatal, UnusableRepliesError, OSError) as error:
+            except asyncio.CancelledError:
+                if not self._done():
+                    raise
+                return
+            except Exception as error:
                 self._error = self._error or error
-                self._stop(str(error))
+                self._end(str(error))
                 return
             if not self._done():
                 self.totals.rows += 1
@@ -263,9 +333,11 @@ class Sampler:
             if isinstance(answer, Reply):
                 self.totals.found += 1
                 return answer
-            reply = None if self._done() else await self._ask(answer)
+            reply = None if self._done() else await self._ask(answer, row)
             if reply is None:
                 return None
+            if isinstance(reply, Failure):
+                continue
             self._judge(row, reply)
             if reply.finish != LENGTH:
                 return reply
@@ -285,27 +357,31 @@ class Sampler:
                 "Compare them with the prompt (--dry_run shows it) and with the parser of the dataset."
             )
 
-    async def _ask(self, request: Request) -> Reply | None:
+    async def _ask(self, request: Request, row: Asked) -> Reply | Failure | None:
         """Asks until there is a reply, a failure, or no retry left. Replies and failures are on disk at return."""
         sent = money.estimate_tokens(request.prompt.sent(request.form))
         tries = turned = 0
         while True:
-            async with self._in_flight:
-                outcome, began = await self._send(request, sent)
-                if isinstance(outcome, Reply):
-                    await self._store.put(request.key, outcome)
-                    self._came(outcome, sent)
-                    return outcome
+            with self._state():
+                async with self._in_flight:
+                    outcome, began = await self._send(request, sent)
+                    if isinstance(outcome, Reply):
+                        self._replied = True
+                        await self._store.put(request.key, outcome)
+                        self._came(outcome, sent)
+                        await self._judge_refusals()
+                        return outcome
+                if isinstance(outcome, Failed):
+                    return await self._failed(request, row, outcome)
             if outcome is None:
                 return None
-            if isinstance(outcome, Fatal):
+            if not isinstance(outcome, Again):
                 raise outcome
-            if isinstance(outcome, Failed):
-                await self._store.put(request.key, Failure(outcome.reason, str(outcome)))
-                self.totals.failures[outcome.reason] += 1
+            if self._done():
                 return None
             self.totals.retried += 1
             delay = backoff(tries, outcome)
+            self._trouble = f"{outcome} Asking again in {delay:.0f} s."
             if outcome.limited:
                 # All requests pause, then fewer are in flight. The request is not at fault, so this costs no retry.
                 self._in_flight.shrink(delay, since=began)
@@ -316,35 +392,105 @@ class Sampler:
             else:
                 tries += 1
             if turned > _MOST_TURNS or tries > self._settings.retries:
-                self.totals.failures[GAVE_UP] += 1  # not stored: the next run asks again
+                self._give_up(str(outcome))
                 return None
             await asyncio.sleep(delay)
 
-    async def _send(self, request: Request, sent: int) -> tuple[Reply | Again | Failed | Fatal | None, float]:
+    @contextlib.contextmanager
+    def _state(self) -> Iterator[None]:
+        """Lets the worker be ended again after a request, its reply stored."""
+        try:
+            yield
+        finally:
+            self._now(_WAITS)
+
+    def _now(self, state: int) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._states[task] = state
+
+    def _give_up(self, why: str) -> None:
+        """Counts a request that the next run asks again: nothing is stored."""
+        self.totals.failures[GAVE_UP] += 1
+        self.totals.given_up.add(why)
+        self._in_a_row += 1
+        answered = self.totals.replies and time.monotonic() - self._replied_at < _OUTAGE
+        if self._in_a_row >= HOPELESS and not answered:
+            self._end(f"{self._in_a_row} requests one after the other were given up")
+
+    async def _failed(self, request: Request, row: Asked, failed: Failed) -> Failure | None:
+        """Stores a failure, or holds a refusal back until another request is answered."""
+        failure = Failure(failed.reason, str(failed))
+        more_room = request.parameters.max_tokens > self._settings.parameters.max_tokens
+        if isinstance(failed, Refused) and not more_room and self._doubtful(failed):
+            self._refused[request.key] = row.id, failure
+            if len({row_id for row_id, _ in self._refused.values()}) >= HOPELESS:
+                await self._verdict(request.key, failed)
+            return None
+        await self._store.put(request.key, failure)
+        return failure
+
+    async def _verdict(self, key: str, failed: Failed) -> None:
+        """Waits until another request is answered. Raises Fatal if no worker is left that could be: all wait here."""
+        self._now(_WAITS)
+        self._suspended += 1
+        try:
+            while key in self._refused:
+                if self._suspended == sum(not worker.done() for worker in self._states):
+                    raise Fatal(f"{failed} {HOPELESS} rows were refused in a row, so the rows are not at fault.")
+                await asyncio.sleep(0.02)
+        finally:
+            self._suspended -= 1
+
+    def _doubtful(self, refused: Refused) -> bool:
+        # Permissions may also be lost in the middle of a run.
+        return not self._answered() or (refused.status == 403 and refused.reason == REFUSED)
+
+    def _answered(self) -> bool:
+        return self._replied or self.totals.found > 0
+
+    async def _judge_refusals(self) -> None:
+        """Records the refusals held back: another row is answered, or the provider's words are about the row."""
+        if not self._refused or not (self._answered() or self.totals.stopped is None):
+            return
+        held, self._refused = self._refused, {}
+        unexplained = next((failure for _, failure in held.values() if failure.reason == REFUSED), None)
+        if unexplained is not None and not self._answered():
+            self._error = Fatal(f"{unexplained.detail} No row was answered, so the rows are not at fault.")
+            return
+        for key, (_, failure) in held.items():
+            await self._store.put(key, failure)
+            self.totals.failures[failure.reason] += 1
+
+    async def _send(self, request: Request, sent: int) -> tuple[Reply | Problem | None, float]:
         """Sends a request once, within budget and rate; returns (outcome, time of sending), None if the run ends."""
         if self._done():
             return None, 0.0
         reserved = await self._budget.reserve(request)
         if reserved is None:
-            self.totals.stopped = self.totals.stopped or self._budget.exhausted
+            self._end(self._budget.exhausted or "", below=_RESERVED)
             return None, 0.0
-        await self._requests.take(1)
-        await self._tokens.take(sent + self._mean_output)
-        reply, began = None, time.monotonic()
+        self._now(_RESERVED)
         try:
-            if self._cancelled:  # unlike a reached limit, a stop also drops requests that were reserved before it
-                self.totals.asked -= 1
-                return None, began
-            reply = await self._client.ask(request)
-            return reply, began
-        except (Again, Failed, Fatal) as problem:
-            return problem, began
+            await self._requests.take(1)
+            await self._tokens.take(sent + self._mean_output)
+        except asyncio.CancelledError:
+            self._budget.cancel(reserved)
+            raise
+        outcome, began = None, time.monotonic()
+        self._now(_ASKS)
+        try:
+            outcome = await self._client.ask(request)
+        except Problem as problem:
+            outcome = problem
         finally:
-            self._budget.settle(reserved, reply, estimated_input=sent)
+            self._budget.settle(reserved, outcome)
+        return outcome, began
 
     def _came(self, reply: Reply, sent: int) -> None:
         self._in_flight.grow()
         self.totals.replies += 1
+        self._replied_at, self._in_a_row, self._trouble = time.monotonic(), 0, ""
         tokens = (reply.input_tokens or sent) + (reply.output_tokens or 0)
         self._tokens.correct(tokens - sent - self._mean_output)
         if reply.output_tokens is not None:
