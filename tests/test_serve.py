@@ -382,10 +382,10 @@ def test_choices_and_adapters_are_answered_as_by_the_predictor(starter, run, tmp
     rows.append({"input": "x", "choices": tuple(texts), "adapter": "other"})
     sizes = [(2, 1), (3, 3), (8, 2), (9, 1), (17, 2), (63, 3)]
     various = [{"input": "k" * 3 * length, "choices": texts[64 - count :]} for count, length in sizes]
-    flags = ["--decoding=choices", "--batch_size=2", f"--adapters=other={other}", "--max_choices=200"]
+    flags = ["--decoding=choices", "--batch_size=1", f"--adapters=other={other}", "--max_choices=200"]
     with started(starter, tmp_path, one, *flags) as process, contextlib.closing(ready(process)) as client:
         compiled = process.complained().count("compiled\n")
-        assert compiled > 10
+        assert compiled >= 8  # two students, two lengths of the source or of choices
         answers = client.predict(*rows)
         for row, answer in zip(various, client.predict(*various), strict=True):
             assert list(answer["scores"]) == row["choices"]
@@ -704,7 +704,7 @@ def test_a_signal_during_warm_up_and_a_second_signal(starter, run: Path, tmp_pat
         began = time.monotonic()
         assert client.send("GET", "/health").status_code == 200
         assert client.predict("x")
-        assert time.monotonic() - began < 2
+        assert time.monotonic() - began < 10
         crowd[-1].sendall(posted([{"input": "x"}]))
         assert answer_on(crowd[-1])[0] == 200
         # As many busy ones: the rest gets 503 at once.
@@ -715,7 +715,7 @@ def test_a_signal_during_warm_up_and_a_second_signal(starter, run: Path, tmp_pat
         for wire in [wires.enter_context(client.connected()) for _ in range(100)]:
             with contextlib.suppress(ConnectionError):
                 assert failure_on(wire) == (503, "too_many_connections")
-        assert time.monotonic() - began < 2
+        assert time.monotonic() - began < 10
         assert "Too many open files" not in process.complained()
         for wire in busy:
             wire.sendall(b"}")
