@@ -635,7 +635,7 @@ ENDS = {
 
 
 @pytest.mark.parametrize("provider", HOSTED)
-@pytest.mark.parametrize(("meaning", "words"), ENDS.items())
+@pytest.mark.parametrize(("meaning", "words"), ENDS.items(), ids=list(ENDS))
 def test_every_provider_s_words_for_the_end_of_a_reply_have_one_meaning(
     provider: str, meaning: str, words: str, caplog: pytest.LogCaptureFixture
 ) -> None:
