@@ -20,7 +20,7 @@ def add(command: Any) -> None:
         gin=True,
         epilog="examples:\n  sbs plan --gin_file=gin_configs/experiments/esnli/base.gin --topology v5e:2x4\n"
         "  sbs plan --gin_file=gin_configs/experiments/esnli/xxl.gin --topology v5e:16x16,v5p:4x4x4 --search\n\n"
-        "Needs no data, weights or TPU, only the TPU compiler: pip install libtpu. All figures are estimates.\n"
+        "Needs no data, weights or TPU, only the compiler: pip install 'sbs-jax[plan]'. All figures are estimates.\n"
         "Exit status: 0 if something fits, 3 if nothing does, 1 after an error.",
     )
     plan.add_argument("--topology", required=True, metavar="LIST", help="such as v5e:4x4 or v5p:2x2x2; several: A,B")
