@@ -369,6 +369,8 @@ def test_a_half_written_export_does_not_look_complete(tmp_path):
     def fails(index):
         raise OSError("disk full")
 
+    mine = tmp_path / "out.incomplete"
+    mine.mkdir()
     broken = dict(opened.arrays)
     name = sorted(broken)[-1]
     broken[name] = LazyArray(broken[name].shape, broken[name].dtype, fails)
@@ -378,7 +380,7 @@ def test_a_half_written_export_does_not_look_complete(tmp_path):
     # Its remains do not block a second conversion.
     hugging_face.write(tmp_path / "out", opened, dtype="float32")
     same(hugging_face.open_directory(tmp_path / "out"), config)
-    assert [file.name for file in tmp_path.iterdir()] == ["out"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["out", mine.name]
 
 
 def test_what_is_no_checkpoint_says_what_is_expected(tmp_path):

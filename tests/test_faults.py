@@ -106,19 +106,12 @@ def waited_for(moment: str, process: Process, run: Path) -> bool:
 MOMENTS = {"start": 2.5, "steps": 0.4, "save": 0.05, "evaluation": 0.2, "end": 0.7}
 
 
-def is_stopped(process: Process) -> bool:
-    try:
-        return Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
-    except FileNotFoundError:  # it has ended
-        return False
-
-
 def stop_while_saving(process: Process, run: Path, *, after: float) -> None:
     """Stops the process (SIGSTOP) `after` some seconds of a save; sooner in a later one if this is on disk by then."""
     while waited_for("save", process, run):
         time.sleep(after)
         process.send(signal.SIGSTOP)
-        while process.running() and not is_stopped(process):
+        while process.running() and Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] != "T":
             time.sleep(0.001)
         if being_written(run):
             return

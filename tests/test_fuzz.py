@@ -5,6 +5,7 @@ How cases are made, and what is watched meanwhile (hangs, memory, inputs that ru
 fault that they found in its smallest form. Checkpoints and configurations: test_fuzz_checkpoints.py.
 """
 
+import gzip
 import json
 import re
 from collections.abc import Callable
@@ -233,8 +234,13 @@ def test_inputs_of_predict(fuzz: Fuzz, memory: Path) -> None:
     path = memory / "questions.jsonl"
 
     def case(tape: Tape) -> None:
-        path.write_bytes(fuzzing.lines(tape, QUESTIONS))
-        check_entries(fuzzing.read(lambda: list(inputs.read(path)), raises=(), names=()))
+        data = (
+            fuzzing.lines(tape, QUESTIONS)
+            if tape.chance(2)
+            else fuzzing.scratched(tape, json.dumps(QUESTIONS).encode())
+        )
+        path.write_bytes(fuzzing.scratched(tape, gzip.compress(data, 1), most=1) if tape.chance(8) else data)
+        check_entries(fuzzing.read(lambda: list(inputs.read(path)), raises=ValueError, names=[path]))
 
     fuzz(case)
 

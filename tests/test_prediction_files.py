@@ -1,6 +1,7 @@
 """Files of questions to files of answers: formats, bad rows, order, interruption, memory."""
 
 import csv
+import gzip
 import json
 import random
 import signal
@@ -18,8 +19,8 @@ import toy
 
 from sbs_jax.cli.commands import predict as command
 from sbs_jax.prediction import files, id_index, inputs
-from sbs_jax.prediction.engine import Predictor, Settings
-from sbs_jax.storage import lock
+from sbs_jax.prediction.engine import Answer, Predictor, Settings
+from sbs_jax.storage import lock, tables
 
 COMMAND = ["-c", "import sys, toy_task; from sbs_jax.cli import main; sys.exit(main.main())"]
 TEXTS = ["a b", 'é "x", y', "one\ntwo", "", "\u2028z\r\nw", "名", " c "]
@@ -80,7 +81,8 @@ def test_every_format_asks_the_same_and_says_the_same(predictor, tmp_path):
                 got[out.name] = lines(out)
             elif target == "csv":
                 with out.open(encoding="utf-8", newline="") as file:
-                    got[out.name] = [row | {"score": float(row["score"])} for row in csv.DictReader(file)]
+                    rows = [{name: tables.read(cell) for name, cell in row.items()} for row in csv.DictReader(file)]
+                    got[out.name] = [row | {"score": float(row["score"])} for row in rows]
             else:
                 got[out.name] = pq.read_table(out).to_pylist()
     want = got["jsonl.jsonl"]
@@ -278,9 +280,10 @@ def interrupted(
 def test_an_interrupted_run_goes_on_and_ends_in_the_same_bytes(predictor, whole, tmp_path, monkeypatch, lost):
     source, want = whole
     out = tmp_path / "out.jsonl"
-    out.write_text("of an earlier run\n")
+    earlier = json.dumps({"id": "of an earlier run", "prediction": "", "score": 0.0}) + "\n"
+    out.write_text(earlier)
     interrupted(monkeypatch, predictor, source, out, windows=2)
-    assert out.read_text() == "of an earlier run\n"
+    assert out.read_text() == earlier
     partial = Path(f"{out}.partial")
     written = partial.read_bytes()
     assert want.startswith(written)
@@ -291,6 +294,68 @@ def test_an_interrupted_run_goes_on_and_ends_in_the_same_bytes(predictor, whole,
     assert done == files.Summary(rows=448, errors=2, resumed={0: 256, -1: 256, 1: 128, 40: 128}.get(lost, 0))
     assert out.read_bytes() == want
     assert [path.name for path in tmp_path.iterdir()] == ["out.jsonl"]
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "csv", "jsonl.gz", "parquet"])
+def test_an_edited_input_is_refused(predictor, tmp_path, monkeypatch, ending):
+    """The middle of a long input is changed, with the size, the ids and both ends as they were."""
+    questions = rows(448)
+    for row in questions:
+        row["input"] = row["input"].ljust(38)
+
+    def written(asked: list[dict[str, Any]]) -> Path:
+        path = tmp_path / f"in.{ending}"
+        if ending == "parquet":
+            pq.write_table(pa.Table.from_pylist(asked), path, compression="none", use_dictionary=False)
+        elif ending == "csv":
+            path.write_text("id,input\n" + "".join(f"{row['id']},{row['input']}\n" for row in asked))
+        else:
+            write(path, asked)
+            if ending.endswith("gz"):
+                path.write_bytes(gzip.compress(path.read_bytes(), 0, mtime=0))
+        return path
+
+    path, out = written(questions), tmp_path / "out.jsonl"
+    size, interrupted_at = path.stat().st_size, 2
+    monkeypatch.setattr(files, "_END", 8, raising=False)  # as if the input had megabytes
+    interrupted(monkeypatch, predictor, path, out, windows=interrupted_at)
+    before = Path(f"{out}.partial").read_bytes()
+    questions[100]["input"] = questions[100]["input"][::-1]
+    assert written(questions).stat().st_size == size
+    with pytest.raises(ValueError, match=r"with another input sha256 \('\w{64}', now '\w{64}'\)\. Repeat that command"):
+        files.predict(predictor, input_path=path, output_path=out)
+    assert Path(f"{out}.partial").read_bytes() == before
+
+
+def test_an_input_that_changes_while_it_is_read_is_refused(predictor, tmp_path, monkeypatch):
+    path, out = write(tmp_path / "in.jsonl", rows(448)), tmp_path / "out.jsonl"
+    answer, seen = predictor.answer, []
+
+    def answering(questions: Any) -> Any:
+        seen.append(len(questions))
+        if len(seen) == 2:
+            write(path, [*rows(447), {"id": "q447", "input": "edited"}])
+        return answer(questions)
+
+    monkeypatch.setattr(predictor, "answer", answering)
+    with pytest.raises(ValueError, match=r"in\.jsonl was changed while it was being answered"):
+        files.predict(predictor, input_path=path, output_path=out)
+    assert Path(f"{out}.partial").read_bytes().count(b"\n") == seen[0]  # the window before
+    assert not out.exists()
+
+
+def test_a_journal_of_an_earlier_version_is_refused(predictor, whole, tmp_path, monkeypatch):
+    """It has a hash of both ends of the input, and its answers may belong to other questions."""
+    out = tmp_path / "out.jsonl"
+    interrupted(monkeypatch, predictor, whole[0], out, windows=2)
+    about = Path(f"{out}.partial.json")
+    found = json.loads(about.read_text())
+    found["input"] = {"bytes": found["input"]["bytes"], "sha256 of both ends": "ab" * 32}
+    about.write_text(json.dumps(found))
+    with pytest.raises(
+        ValueError, match=r"of an earlier version, which did not record the whole input.*Remove .*partial"
+    ):
+        files.predict(predictor, input_path=whole[0], output_path=out)
 
 
 def test_what_belongs_to_another_run_is_refused(predictor, whole, folder, tmp_path, monkeypatch):
@@ -352,6 +417,101 @@ def test_killed_anywhere_it_ends_as_if_it_had_not_been(starter, folder, tmp_path
         assert "of these rows were resumed" in process.said()
     assert out.read_bytes() == (tmp_path / "want.jsonl").read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith("out")) == ["out.jsonl"]
+
+
+# ------------------------------------------------------------------------------------ other files
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def test_the_input_is_never_the_output(predictor, tmp_path, monkeypatch):
+    """Also by another name, and where it has a name of the files that lie beside the output."""
+    monkeypatch.chdir(tmp_path)
+    path = write(tmp_path / "in.jsonl", rows(3))
+    (tmp_path / "linked.jsonl").symlink_to("in.jsonl")
+    (tmp_path / "again.jsonl").hardlink_to(path)
+    (tmp_path / "out.jsonl.partial").hardlink_to(path)
+    (tmp_path / "other.csv.partial.ids").symlink_to(path)
+    before = contents(tmp_path)
+    for name in ("in.jsonl", "./in.jsonl", "linked.jsonl", "again.jsonl", "out.jsonl", "other.csv"):
+        with pytest.raises(
+            ValueError, match=r"is the input, and would be written for the output .*; choose another name"
+        ):
+            files.predict(predictor, input_path=path, output_path=name)
+    with pytest.raises(ValueError, match="is the input"):
+        files.predict(predictor, input_path="linked.jsonl", output_path="in.jsonl")
+    assert contents(tmp_path) == before
+
+
+OF_OTHERS = {
+    "notes.txt": b"do not lose me\n",
+    "rows.jsonl": b'{"id": "a", "input": "b"}\n',
+    "graded.jsonl": b'{"id": "a", "input": "b", "target": "c", "prediction": "d", "correct": true, "score": 0.0}\n',
+    "rows.csv": b"id,input\na,b\n",
+    "out.tsv": b"id,prediction,score\n",
+    "out.parquet": b"PAR1 not really",
+    "new.jsonl.partial": b'{"id": "a", "input": "b"}\n',
+    "other.jsonl.partial.json": b'{"mine": 1}',
+}
+
+
+@pytest.mark.parametrize("name", OF_OTHERS)
+def test_a_file_of_others_is_never_replaced(predictor, tmp_path, name):
+    path = write(tmp_path / "in.jsonl", rows(3))
+    (tmp_path / name).write_bytes(OF_OTHERS[name])
+    before = contents(tmp_path)
+    with pytest.raises(FileExistsError, match=rf"{name} exists, and is not what|{name} exists and is no output"):
+        files.predict(predictor, input_path=path, output_path=tmp_path / name.partition(".partial")[0])
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["out.jsonl", "out.csv", "out.tsv", "out.parquet"])
+def test_an_earlier_output_is_replaced(predictor, tmp_path, name):
+    path, out = write(tmp_path / "in.jsonl", [{"id": "a"}, *rows(3)]), tmp_path / name
+    (tmp_path / f"{name}.tmp").write_text("mine")
+    out.touch()
+    for _ in range(2):
+        assert files.predict(predictor, input_path=path, output_path=out).errors == 1
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["in.jsonl", name, f"{name}.tmp"]
+    with pytest.raises(FileExistsError, match="is no output of sbs predict"):
+        files.predict(predictor, input_path=path, output_path=tmp_path)
+    with pytest.raises(ValueError, match="an output is not packed"):
+        files.predict(predictor, input_path=path, output_path=tmp_path / f"{name}.gz")
+
+
+@pytest.mark.parametrize("ending", ["csv", "tsv"])
+def test_no_answer_becomes_a_formula_and_every_text_comes_back(predictor, tmp_path, monkeypatch, ending):
+    texts = [
+        "=HYPERLINK(1)",
+        "'=1",
+        "+1",
+        "-1",
+        "@a",
+        "\tb",
+        "\rc",
+        "\nd",
+        "\uff1d1",
+        "it's",
+        "'quoted'",
+        "",
+        "( 1 - 2 )",
+    ]
+    asked = [{"id": text, "input": "a"} for text in texts if text]
+
+    def answering(questions: Any) -> list[Answer]:
+        return [Answer(id=each.id, prediction=each.id, score=-1.5) for each in questions]
+
+    monkeypatch.setattr(predictor, "answer", answering)
+    out = tmp_path / f"out.{ending}"
+    files.predict(predictor, input_path=write(tmp_path / "in.jsonl", asked), output_path=out)
+    with out.open(encoding="utf-8", newline="") as file:
+        found = list(csv.DictReader(file, delimiter="," if ending == "csv" else "\t"))
+    assert not [row for row in found for name in ("id", "prediction") if row[name][:1] in tuple("=+-@\t\r\n\uff1d")]
+    assert [tables.read(row["id"]) for row in found] == [tables.read(row["prediction"]) for row in found]
+    assert [tables.read(row["id"]) for row in found] == [row["id"] for row in asked]
+    assert {row["score"] for row in found} == {"-1.5"}
 
 
 # ------------------------------------------------------------------------------------ size

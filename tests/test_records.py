@@ -61,7 +61,6 @@ GOOD = '{"id": "a", "input": "x", "label": null}'
         (GOOD[:-1] + ', "choices": ["tea", 2]}', r":1: the field 'choices\[1\]' is 2"),
         (GOOD[:-1] + ', "rational": "r"}', r":1: unknown field 'rational'.* mean 'rationale'"),
         ('{"id": "\\ud83d", "input": "x", "label": null}', r":1: .*unpaired surrogate '\\ud83d'"),
-        ("\ufeff" + GOOD, r":1: not valid JSON: Unexpected UTF-8 BOM"),
         ("[" * 100_000, r":1: unreadable JSON"),
         ("", r"is empty"),
     ],

@@ -400,6 +400,13 @@ def test_overwriting_never_deletes_foreign_files(made_release):
     assert import_svamp(made_release)["parser"] == "strict"
 
 
+def test_records_do_not_replace_the_folder_they_are_made_from(made_release):
+    before = {path: path.read_bytes() for path in made_release.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match=r"is the folder of the inputs, which the records would replace"):
+        import_svamp(made_release, records_dir=made_release, overwrite=True)
+    assert {path: path.read_bytes() for path in made_release.rglob("*") if path.is_file()} == before
+
+
 def test_dataset_outside_the_release_is_refused(made_release):
     dataset = dataclasses.replace(svamp.DATASET, read_release=None)
     with pytest.raises(ValueError, match="svamp is not part of the release"):

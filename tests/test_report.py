@@ -396,6 +396,36 @@ def test_main_names_the_runs_itself(tmp_path: Path, capsys: pytest.CaptureFixtur
 # Bad input
 
 
+def test_no_file_of_others_is_replaced(tmp_path: Path, mixed: list[Run]) -> None:
+    """Only an earlier report is: its page, and in its folder the files that its index names."""
+    page, folder = tmp_path / "page.html", tmp_path / "files"
+
+    def written(**places: Path) -> None:
+        report.write_page(**{"path": page, "assets": folder, **places}, runs=mixed, title=None, notes=())
+
+    written()
+    first = page.read_bytes()
+    written()
+    assert page.read_bytes() == first
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "files.txt").write_text("data.csv\n")  # a name of the index, but no report's
+    (mine / "data.csv").write_text("mine")
+    (tmp_path / "notes.html").write_text("<!DOCTYPE html>mine")
+    manifest = Path(mixed[0].path) / "manifest.json"
+    before = {path: path.read_bytes() for path in (*mine.iterdir(), tmp_path / "notes.html", manifest)}
+    for places in ({"path": tmp_path / "notes.html"}, {"path": manifest}, {"path": tmp_path}, {"assets": mine}):
+        with pytest.raises(FileExistsError, match=r"is no page of ours; choose|holds files that no report wrote"):
+            written(**places)
+    index = folder / "files.txt"
+    index.write_text(index.read_text().replace("runs.csv\n", ""))
+    (folder / "runs.csv").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"runs\.csv was written by no report; move it elsewhere"):
+        written()
+    assert (folder / "runs.csv").read_text() == "mine"
+    assert {path: path.read_bytes() for path in before} == before
+
+
 def test_a_directory_that_is_no_run(tmp_path: Path) -> None:
     write_run(tmp_path / "standard-0")
     with pytest.raises(FileNotFoundError, match=r"does not exist.*Did you mean .*standard-0"):

@@ -6,9 +6,11 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import threading
 import time
+import types
 from pathlib import Path
 
 import processes
@@ -125,6 +127,27 @@ def test_a_dry_run_shows_prompt_tokens_price_and_time_and_asks_nothing(sbs, inpu
     for told in ("requests: 60 at most", "tokens (estimated)", "cost (estimated): $", "time (estimated)"):
         assert told in done.stdout
     assert not (tmp_path / "store.sqlite").exists()
+
+
+def test_no_input_and_no_file_of_others_is_written_over(inputs, tmp_path):
+    """Refused before anything is asked: there is no server."""
+    server = types.SimpleNamespace(openai="http://127.0.0.1:9/v1")
+    mine, store = tmp_path / "mine.html", tmp_path / "store.html"
+    mine.write_text("<html>mine</html>")
+    shutil.copytree(inputs, tmp_path / "inputs")
+    (tmp_path / "linked").symlink_to(tmp_path / "inputs")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for changes, message in (
+        ({"page": str(mine)}, r"mine\.html exists and is no page of ours"),
+        ({"page": str(tmp_path / "inputs" / "builtin" / "builtin_train.json")}, "is no page of ours"),
+        ({"store": str(store), "page": str(store)}, "would be written over the store"),
+        ({"page": str(tmp_path / "." / "store.sqlite-wal")}, "would be written over the store"),
+        ({"store": "/dev/zero"}, "/dev/zero is a device"),
+        ({"records_dir": str(tmp_path / "linked"), "overwrite": True}, "is the folder of the inputs"),
+    ):
+        with pytest.raises((ValueError, FileExistsError), match=message):
+            command.teach(options("builtin", server, tmp_path / "inputs", tmp_path, **changes))
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
 @pytest.mark.parametrize(

@@ -299,18 +299,22 @@ def test_an_evaluation_that_scores_nothing_and_never_says_a_label_raises_an_alar
 def test_evaluate_and_predict_use_the_saved_configuration(finished, tmp_path, records_dir):
     config, result = finished
     out = tmp_path / "out"
-    metrics = evaluate.evaluate(
-        evaluate.EvaluateConfig(
-            checkpoint_path=config.model_dir,
-            split="test",
-            mixture_or_task_name=None,
-            records_dir=None,
-            batch_size=3,
-            max_decode_length=None,
-            output_dir=str(out),
-            layout=config.layout,
-        )
+    evaluation = evaluate.EvaluateConfig(
+        checkpoint_path=config.model_dir,
+        split="test",
+        mixture_or_task_name=None,
+        records_dir=None,
+        batch_size=3,
+        max_decode_length=None,
+        output_dir=str(out),
+        layout=config.layout,
     )
+    out.mkdir()
+    (out / "metrics.json").write_text('{"mine": 1}')
+    with pytest.raises(FileExistsError, match="was written by no evaluation; choose another OUTPUT_DIR"):
+        evaluate.evaluate(evaluation)
+    (out / "metrics.json").unlink()
+    metrics = evaluate.evaluate(evaluation)
     assert metrics["accuracy"] == result["test"]["accuracy"]
     best = checkpoints.best_step(config.model_dir)
     graded = [json.loads(line) for line in (out / f"toy_label-test-{best}.jsonl").read_text().splitlines()]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sbs_jax import sweep
+from sbs_jax.pages import rendering
 
 ROWS: Mapping[str, int] = {"train": 800, "validation": 300, "test": 1000}
 DATA_SEED = 20261122
@@ -43,6 +44,8 @@ def main(output: str | Path, *, entry: Callable[[list[str]], int]) -> int:
     """
     begin = time.monotonic()
     folder = Path(output).absolute()
+    for page in ("index.html", "teacher.html"):
+        rendering.check_place(folder / page)
     folder.mkdir(parents=True, exist_ok=True)
     with sweep.Workers(entry=entry, one_thread=True) as started:
         accuracy = _make_records(folder)

@@ -24,6 +24,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypedDict
 
+from sbs_jax.storage import user_files
 from sbs_jax.storage.atomic import replace, replacing
 from sbs_jax.storage.checksums import file_sha256
 from sbs_jax.storage.json_files import brief, encoded, read_json, read_json_lines, shown, typed
@@ -111,8 +112,13 @@ class Manifest(_Always, total=False):
 # ------------------------------------------------------------------------------------ reading
 
 
+def file_of(directory: Path, split: str) -> Path:
+    """Returns the path of a split's records, `<split>.jsonl` or `<split>.jsonl.gz`, whether it exists or not."""
+    return user_files.find(directory / f"{split}.jsonl")
+
+
 def read_records(path: str | Path) -> list[Record]:
-    """Reads all records of a file, in its order.
+    """Reads all records of a file, in its order; also of one JSON array, or packed with gzip.
 
     ValueError names file and line: bytes that are not UTF-8, a blank or malformed line, missing or unknown fields, a
     field of the wrong type, a repeated id.

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import importlib
 import logging
 from collections.abc import Mapping, Sequence
@@ -44,6 +43,7 @@ from sbs_jax.data.selection import (
     Selection,
     select,
 )
+from sbs_jax.storage import checksums
 from sbs_jax.storage.json_files import brief
 from sbs_jax.student import losses
 
@@ -278,7 +278,7 @@ def sources(name: str, splits: Sequence[str] = (TRAIN, VALIDATION, TEST)) -> dic
 def _sha256(path: Path, changed: int, size: int) -> str:
     """Hashes a file once per change, because every cell of a sweep asks for the same files."""
     del changed, size
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    return checksums.file_sha256(path)
 
 
 def available_splits(name: str) -> tuple[str, ...]:
@@ -311,7 +311,7 @@ def _file_of_split(name: str, split: str) -> tuple[str, bool]:
 
 
 def _records_file(name: str, split: str) -> Path:
-    return Path(_options.records_dir) / name / f"{split}.jsonl"
+    return records.file_of(Path(_options.records_dir) / name, split)
 
 
 def _check_records_exist(name: str) -> None:

@@ -34,8 +34,8 @@ from sbs_jax.data.dataset import Dataset, Row
 from sbs_jax.data.parsing import Parsed
 from sbs_jax.data.records import Manifest, Record, SplitSummary
 from sbs_jax.data.summary import Summary
-from sbs_jax.storage import checksums
-from sbs_jax.storage.json_files import brief, read_json, read_json_lines, typed
+from sbs_jax.storage import checksums, user_files
+from sbs_jax.storage.json_files import brief, read_json_lines, read_texts
 
 # Our split names (also TensorFlow Datasets') and the release's.
 SPLITS: Mapping[str, str] = {"train": "train", "validation": "valid", "test": "test"}
@@ -109,6 +109,8 @@ def import_release(
         raise ValueError("release_dir is None; inputs='release' needs the release's folder.")
     else:
         splits, skipped = _from_release(dataset, Path(release_dir), replies="required")
+    if release_dir is not None:
+        check_target(Path(release_dir) / dataset.name, Path(records_dir) / dataset.name)
     for split, reason in skipped.items():
         logging.warning("%s: the %s split is left out: %s", dataset.name, split, reason)
     # Parse everything before the first file is written: most errors show up here.
@@ -124,6 +126,12 @@ def import_release(
         overwrite=overwrite,
         tell=tell,
     )
+
+
+def check_target(source: Path, target: Path) -> None:
+    """Refuses records in the folder that they are made from: replaced, it would lack what records do not hold."""
+    if source.exists() and target.exists() and source.samefile(target):
+        raise ValueError(f"{target} is the folder of the inputs, which the records would replace; choose another one.")
 
 
 def write_directory(
@@ -186,10 +194,13 @@ def read_unanswered(
         splits, _ = _from_release(dataset, Path(inputs_dir), replies="ignored")
     else:
         folder = Path(inputs_dir) / dataset.name
-        splits = _from_records(folder, [s for s in records.SPLITS if (folder / f"{s}.jsonl").is_file()])
+        splits = _from_records(folder, [s for s in records.SPLITS if records.file_of(folder, s).exists()])
         if not splits:
             expected = ", ".join(f"{split}.jsonl" for split in records.SPLITS)
-            raise FileNotFoundError(f"There are no inputs of {dataset.name} in {folder}: expected some of {expected}.")
+            held = f" It has {sorted(path.name for path in folder.iterdir())[:10]}." if folder.is_dir() else ""
+            raise FileNotFoundError(
+                f"There are no inputs of {dataset.name} in {folder}: expected some of {expected} (or .jsonl.gz).{held}"
+            )
     for source in splits.values():
         dataset.check_labels(source.rows, where=source.where)
     return splits
@@ -249,8 +260,8 @@ def read_replies(release_dir: str | Path, name: str, split: str) -> dict[Path, l
     short = SPLITS[split]
     folder = Path(release_dir) / name / "llm"
     numbered: dict[int, Path] = {}
-    for path in sorted(folder.glob(f"{short}_CoT_*.json")):
-        match = re.fullmatch(rf"{short}_CoT_([0-9]+)\.json", path.name)
+    for path in sorted([*folder.glob(f"{short}_CoT_*.json"), *folder.glob(f"{short}_CoT_*.json.gz")]):
+        match = re.fullmatch(rf"{short}_CoT_([0-9]+)\.json(\.gz)?", path.name)
         if match is None:
             raise ValueError(f"{path}: expected a number in its name, as in {short}_CoT_0.json.")
         number = int(match[1])
@@ -264,10 +275,7 @@ def read_replies(release_dir: str | Path, name: str, split: str) -> dict[Path, l
             f"{folder}: {short}_CoT_{gap}.json is missing, and {short}_CoT_{max(numbered)}.json is there. Replies "
             "belong to inputs by position, so get all shards from 0 on."
         )
-    return {
-        numbered[number]: typed(read_json(numbered[number]), list[str], where=str(numbered[number]))
-        for number in sorted(numbered)
-    }
+    return {numbered[number]: read_texts(numbered[number]) for number in sorted(numbered)}
 
 
 def with_ids(rows: Iterable[Row], *, name: str, where: Callable[[int], str]) -> list[Row]:
@@ -301,7 +309,7 @@ def with_ids(rows: Iterable[Row], *, name: str, where: Callable[[int], str]) -> 
 
 
 def _inputs_file(release_dir: Path, name: str, split: str) -> Path:
-    return release_dir / name / f"{name}_{SPLITS[split]}.json"
+    return user_files.find(release_dir / name / f"{name}_{SPLITS[split]}.json")
 
 
 def _no_inputs(release_dir: Path, name: str) -> str:
@@ -370,7 +378,7 @@ def _from_release(dataset: Dataset, release_dir: Path, *, replies: str) -> tuple
 def _from_records(folder: Path, splits: Iterable[str]) -> dict[str, Source]:
     found = {}
     for split in splits:
-        path = folder / f"{split}.jsonl"
+        path = records.file_of(folder, split)
         rows = records.read_records(path)
         found[split] = Source(
             rows=[Row(id=r.id, input=r.input, label=r.label, choices=r.choices) for r in rows],

@@ -122,16 +122,13 @@ def read_samples(path: str | Path, card: Mapping[str, Any], *, rows: int) -> lis
     """Reads the texts "input" of a JSONL file; adds the prefix if it is missing."""
     texts: list[str] = []
     prefix = card["input"]["prefix"]
-    with Path(path).open("rb") as file:
-        for number, data in enumerate(file, start=1):
-            if len(texts) == rows:
-                break
-            where = f"{path}:{number}"
-            row = json_files.parse_json(json_files.decoded(data, where), where)
-            text = row.get("input") if isinstance(row, dict) else None
-            if not isinstance(text, str):
-                raise ValueError(f'{where}: expected {{"input": text}}, got {json_files.brief(row)}.')
-            texts.append(text if text.startswith(prefix) else prefix + text)
+    for number, row in json_files.read_json_lines(path):
+        if len(texts) == rows:
+            break
+        text = row.get("input")
+        if not isinstance(text, str):
+            raise ValueError(f'{path}:{number}: expected {{"input": text}}, got {json_files.brief(row)}.')
+        texts.append(text if text.startswith(prefix) else prefix + text)
     return texts
 
 

@@ -1,6 +1,5 @@
 """Files beside a page: its plots as SVG, and every number that it shows, in full, as CSV."""
 
-import csv
 import io
 import os
 import re
@@ -13,8 +12,10 @@ from sbs_jax.pages.canvas import standalone
 from sbs_jax.stats import quality
 from sbs_jax.stats.costs import cost
 from sbs_jax.stats.study import Study, paper_accuracy, teacher_of
+from sbs_jax.storage import atomic, tables, user_files
 
 _INDEX = "files.txt"  # names the files of a report, so that the next report can remove them
+_ALWAYS = "accuracy.csv"  # every report has it
 
 
 class Downloads:
@@ -23,11 +24,7 @@ class Downloads:
     def __init__(self, folder: Path | None, *, page: Path) -> None:
         self._folder, self._page = folder, page
         self._contents: dict[str, str] = {}
-        if folder is not None and folder.is_dir() and any(folder.iterdir()) and not (folder / _INDEX).is_file():
-            raise FileExistsError(
-                f"{folder} holds files that no report wrote (it has no {_INDEX}); expected a folder for the plots and "
-                "tables of this page alone. Choose another one with --assets."
-            )
+        self._before = [] if folder is None or not folder.is_dir() else _listed(folder)
 
     def plot(self, name: str, svg: str) -> None:
         """Adds `<name>.svg`, given a plot as the page holds it."""
@@ -37,9 +34,7 @@ class Downloads:
     def table(self, name: str, header: str, rows: Iterable[Sequence[Any]], *, more_columns: Iterable[str] = ()) -> None:
         """Adds `<name>.csv`; `header` names its columns, None is an empty cell, numbers are written in full."""
         buffer = io.StringIO()
-        writer = csv.writer(buffer, lineterminator="\n")
-        writer.writerow([*header.split(), *more_columns])
-        writer.writerows([_cell(cell) for cell in row] for row in rows)
+        tables.write(buffer, [[*header.split(), *more_columns], *rows], end="\n")
         self._contents[f"{name}.csv"] = buffer.getvalue()
 
     def links(self, *names: str) -> list[tuple[str, str]]:
@@ -53,20 +48,31 @@ class Downloads:
         """Writes all files, and removes those of an earlier report that this one does not have."""
         if self._folder is None:
             return
+        foreign = [name for name in self._contents if (self._folder / name).exists() and name not in self._before]
+        if foreign:
+            raise FileExistsError(f"{self._folder / foreign[0]} was written by no report; move it elsewhere.")
         self._folder.mkdir(parents=True, exist_ok=True)
-        index = self._folder / _INDEX
-        for name in index.read_text("utf-8").splitlines() if index.is_file() else ():
-            if name not in self._contents and re.fullmatch(r"[a-z0-9][a-z0-9._-]*\.(svg|csv)", name):
+        for name in self._before:
+            if name not in self._contents:
                 (self._folder / name).unlink(missing_ok=True)
         # The index is written first, so that an interrupted report can be repeated.
-        index.write_text("".join(f"{name}\n" for name in sorted(self._contents)), "utf-8")
+        index = "".join(f"{name}\n" for name in sorted(self._contents))
+        atomic.replace(self._folder / _INDEX, index.encode(), ours=False)
         for name, content in self._contents.items():
-            (self._folder / name).write_text(content, "utf-8", newline="")
+            atomic.replace(self._folder / name, content.encode(), ours=False)
 
 
-def _cell(value: Any) -> Any:
-    # A spreadsheet would evaluate a text that begins with these as a formula.
-    return f"'{value}" if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r") else value
+def _listed(folder: Path) -> list[str]:
+    """Returns the files of the report that a folder holds. FileExistsError if it holds anything else."""
+    index = folder / _INDEX
+    names = user_files.whole(index).decode("utf-8", "replace").splitlines() if index.is_file() else []
+    ours = _ALWAYS in names and all(re.fullmatch(r"[a-z0-9][a-z0-9._-]*\.(svg|csv)", name) for name in names)
+    if not ours and any(folder.iterdir()):
+        raise FileExistsError(
+            f"{folder} holds files that no report wrote (it has no {_INDEX} of a report); expected a folder for the "
+            "plots and tables of this page alone. Choose another one with --assets."
+        )
+    return names
 
 
 def add_tables(downloads: Downloads, study: Study) -> None:

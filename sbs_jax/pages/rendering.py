@@ -12,6 +12,10 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from sbs_jax.storage import atomic, user_files
+
+# Every page has it in its head.
+_POLICY = b'http-equiv="Content-Security-Policy" content="default-src \'none\'; '
 TEMPLATES = Path(__file__).with_name("templates")
 # Characters that are invisible or change how others are shown; browser.js has the same.
 _UNSEEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff\ufffe\uffff]")
@@ -31,6 +35,25 @@ class Figure:
 def render(template: str, **values: Any) -> str:
     """Renders one of the templates."""
     return _environment().get_template(template).render(values)
+
+
+def check_place(path: Path) -> None:
+    """Refuses a path for a page where anything but an earlier page lies. FileExistsError."""
+    if not path.exists():
+        return
+    beginning = b""
+    if path.is_file():
+        with user_files.opened(path) as file:
+            beginning = file.peek(1024)[:1024]
+    if not path.is_file() or (beginning and _POLICY not in beginning):
+        raise FileExistsError(f"{path} exists and is no page of ours; choose another name, or remove it.")
+
+
+def write(path: Path, page: str) -> None:
+    """Writes a page where nothing or an earlier page lies."""
+    check_place(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic.replace(path, page.encode(), ours=False)
 
 
 def slug(*parts: str | None) -> str:

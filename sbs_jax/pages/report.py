@@ -14,7 +14,7 @@ from typing import Any
 
 from sbs_jax.pages import answers, plots, tables
 from sbs_jax.pages.downloads import Downloads, add_tables
-from sbs_jax.pages.rendering import Figure, render, slug
+from sbs_jax.pages.rendering import Figure, check_place, render, slug, write
 from sbs_jax.pages.tables import markdown, table
 from sbs_jax.stats import paper
 from sbs_jax.stats.costs import cost
@@ -67,6 +67,7 @@ def write_page(
     page links; `left_out` names the runs that are left out, each with its reason.
     """
     path = Path(path)
+    check_place(path)
     found = study(runs, teacher_accuracy=teacher_accuracy, left_out=left_out)
     downloads = Downloads(None if assets is None else Path(assets), page=path)
     add_tables(downloads, found)
@@ -93,9 +94,8 @@ def write_page(
         filters=answers.filters(data),
         data=data,
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
     downloads.write()
-    path.write_text(page, "utf-8")
+    write(path, page)
     return found
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sbs_jax import checks
+from sbs_jax.storage import atomic
 
 OFF = "off"
 VARIABLE = "SBS_COMPILED"
@@ -108,12 +109,4 @@ def add(own: Path, place: Path) -> None:
     for entry in own.glob(f"*{_SUFFIX}"):
         if entry.is_symlink() or (place / entry.name).exists():
             continue
-        with tempfile.NamedTemporaryFile(dir=place, prefix=".new-", delete=False) as file:
-            try:
-                file.write(entry.read_bytes())
-                file.flush()
-                Path(file.name).chmod(0o644)
-                Path(file.name).replace(place / entry.name)
-            except BaseException:
-                Path(file.name).unlink(missing_ok=True)
-                raise
+        atomic.replace(place / entry.name, entry.read_bytes(), ours=False)

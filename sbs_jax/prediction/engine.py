@@ -387,7 +387,12 @@ class _Answerer:
         checksum = 0
         for name, array in sorted(self._student.parameters.items()):
             checksum = zlib.crc32(np.asarray(array).tobytes(), zlib.crc32(name.encode(), checksum))
-        return {"step": self._student.step, "checksum": f"{checksum:08x}"}
+        return {
+            "step": self._student.step,
+            "checksum": f"{checksum:08x}",
+            "vocabulary": tokens.vocabulary_sha256(self._student.options.vocabulary),
+            "prefixes": [objective.prefix for objective in self._objectives],
+        }
 
     # ------------------------------------------------------------------------------- questions
 

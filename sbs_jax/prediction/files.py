@@ -6,7 +6,6 @@ answers.
 """
 
 import dataclasses
-import hashlib
 import itertools
 import json
 import logging
@@ -20,14 +19,13 @@ from tqdm import tqdm
 from sbs_jax import hosts
 from sbs_jax.prediction import id_index, inputs, outputs
 from sbs_jax.prediction.engine import CHOICES, Answer, Predictor
-from sbs_jax.storage import json_files
+from sbs_jax.storage import checksums, json_files
 
 log = logging.getLogger(__name__)
 
 # A window ends after this many batches or characters.
 _BATCHES, _CHARACTERS = 16, 2**23
 _SHOWN = 5  # rows with errors to log
-_END = 2**20  # bytes hashed at either end of an input, to recognize it
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,9 +45,12 @@ def predict(predictor: Predictor, *, input_path: str | Path, output_path: str | 
     first one writes.
     """
     input_path, output_path = Path(input_path), Path(output_path)
+    if hosts.is_first():
+        outputs.check(output_path, input_path=input_path)
     reader = inputs.read(input_path)
     settings = predictor.settings
-    about = {"input": _identity(input_path), **predictor.describe()}
+    source = _Source(input_path)
+    about = {"input": source.identity, **predictor.describe()}
     hosts.agree({"inputs and model": json.dumps(about, sort_keys=True)})
     journal = outputs.Journal(output_path, about=about) if hosts.is_first() else None
     there = hosts.from_first(lambda: journal.rows if journal else 0)
@@ -70,6 +71,7 @@ def predict(predictor: Predictor, *, input_path: str | Path, output_path: str | 
                     if rows == resumed and journal is not None:
                         journal.cut()
                     answered = _answered(predictor, entries)
+                    source.check_unchanged()
                     errors += _log_errors(answered, before=errors)
                     if journal is not None:
                         journal.add(answered)
@@ -79,6 +81,7 @@ def predict(predictor: Predictor, *, input_path: str | Path, output_path: str | 
         if journal is not None:
             if rows == resumed:
                 journal.cut()
+            source.check_unchanged()
             journal.finish(columns=_columns(settings))
     except BaseException:
         if journal is not None:
@@ -171,11 +174,22 @@ def _log_errors(rows: list[outputs.Row], *, before: int) -> int:
     return len(wrong)
 
 
-def _identity(path: Path) -> dict[str, Any]:
-    """Identifies an input without reading all of it: its size and a hash of both ends."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        ends = file.read(_END)
-        file.seek(max(0, size - _END))
-        ends += file.read(_END)
-    return {"bytes": size, "sha256 of both ends": hashlib.sha256(ends).hexdigest()}
+class _Source:
+    """The input as it is at the start: `identity` has its size and a hash of all of it."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._status = path, _status(path)
+        self.identity = {"bytes": self._status[0], "sha256": checksums.file_sha256(path)}
+
+    def check_unchanged(self) -> None:
+        """Raises ValueError if the file was written since: answers would join questions that nobody asked."""
+        if _status(self._path) != self._status:
+            raise ValueError(
+                f"{self._path} was changed while it was being answered; the answers of rows that were read since are "
+                "not kept. Leave it as it is and repeat the command."
+            )
+
+
+def _status(path: Path) -> tuple[int, ...]:
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns, status.st_ino, status.st_dev

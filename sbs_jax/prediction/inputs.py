@@ -1,24 +1,24 @@
-"""Readers of questions, one by one: JSON lines, CSV or Parquet, by the file's ending.
+"""Readers of questions, one by one: JSON lines or one JSON array, CSV, TSV or Parquet, by the file's ending.
 
 A malformed row becomes an `Entry` with its error, and reading continues. Only faults of the whole file are raised
-(missing columns, not Parquet). Memory holds one row (JSON lines, CSV; at most `LONGEST_LINE` bytes) or one batch of
-rows (Parquet, plus pyarrow's row group).
+(missing columns, another form, a JSON array that breaks off). Memory holds one row (at most `LONGEST_LINE` bytes) or
+one batch of rows (Parquet, plus pyarrow's row group).
 """
 
 import csv
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from sbs_jax.prediction.engine import Question
-from sbs_jax.storage import json_files
+from sbs_jax.storage import json_files, parquet_footer, user_files
 
 # Bytes of a JSON or CSV line, or characters of a Parquet row.
 LONGEST_LINE = 2**20
 COLUMNS = ("id", "input", "adapter", "choices")
 REQUIRED = COLUMNS[:2]
-_ROWS = 256  # Parquet rows read at a time
+_ROWS, _DELTA = 256, 2**24  # Parquet rows read at a time, and bytes of them in a delta encoding
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,9 +45,13 @@ class Reader(Protocol):
 
 
 def read(path: str | Path) -> Reader:
-    """Returns a reader by the file's ending: .csv, .parquet, else JSON lines."""
-    kinds = {".csv": _Csv, ".parquet": _Parquet}
-    return kinds.get(Path(path).suffix.lower(), _JsonLines)(Path(path))
+    """Returns a reader by the file's ending: .csv, .tsv, .parquet, else JSON; all but Parquet may end in .gz."""
+    path = Path(path)
+    packed = path.suffix.lower() == ".gz"
+    ending = (path.with_suffix("") if packed else path).suffix.lower()
+    if ending == ".parquet":
+        return _Parquet(path)
+    return _Csv(path, "\t" if ending == ".tsv" else ",") if ending in (".csv", ".tsv") else _Json(path)
 
 
 def entry(row: Any, *, line: int) -> Entry:
@@ -87,41 +91,30 @@ def _wrong(row: Mapping[str, Any]) -> str | None:
 # ------------------------------------------------------------------------------------ lines
 
 
-class _Lines:
-    """Iterator of (number, line) over a file of bytes; a line longer than `LONGEST_LINE` is None."""
+class _Text:
+    """A file of text; `done` of `total` bytes have been read."""
 
     unit = "B"
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.total, self.done = path, path.stat().st_size, 0
+    def __init__(self, path: Path, *, as_json: bool) -> None:
+        self.path = path
+        self._file = user_files.TextFile(path, longest=LONGEST_LINE, as_json=as_json)
+        self.total = self._file.total
 
-    def lines(self) -> Iterator[tuple[int, bytes | None]]:
-        # Split at "\n" only: texts may hold other line-ending characters.
-        with self.path.open("rb") as file:
-            number = 0
-            while line := file.readline(LONGEST_LINE + 1):
-                number += 1
-                self.done += len(line)
-                if len(line) <= LONGEST_LINE or line.endswith(b"\n"):
-                    yield number, line
-                    continue
-                self._skip(file)
-                yield number, None
-
-    def _skip(self, file: IO[bytes]) -> None:
-        """Reads to the end of a line and discards it."""
-        while part := file.readline(LONGEST_LINE):
-            self.done += len(part)
-            if part.endswith(b"\n"):
-                return
+    @property
+    def done(self) -> int:
+        return self._file.done
 
 
 _TOO_LONG = f"the line is longer than {LONGEST_LINE} bytes and was skipped; shorten it."
 
 
-class _JsonLines(_Lines):
+class _Json(_Text):
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, as_json=True)
+
     def __iter__(self) -> Iterator[Entry]:
-        for number, line in self.lines():
+        for number, line in self._file.json_texts():
             if line is None:
                 yield Entry(line=number, error=_TOO_LONG)
                 continue
@@ -133,58 +126,47 @@ class _JsonLines(_Lines):
                 yield Entry(line=number, error=str(error))
 
 
-class _Csv(_Lines):
+class _Csv(_Text):
     """Reader of CSV with a header; quoted fields may hold line ends. `choices` is a JSON list of texts."""
+
+    def __init__(self, path: Path, delimiter: str) -> None:
+        super().__init__(path, as_json=False)
+        self._delimiter = delimiter
 
     def __iter__(self) -> Iterator[Entry]:
         csv.field_size_limit(LONGEST_LINE)
-        self._number = self._first = 0
-        self._wrong: str | None = None
-        rows = csv.reader(self._texts(), strict=True)
+        texts = _RowTexts(self._file)
+        rows = csv.reader(texts, strict=True, delimiter=self._delimiter)
         header: list[str] | None = None
         while True:
-            self._first, self._wrong = self._number + 1, None
+            texts.begin()
             try:
                 fields = next(rows)
             except StopIteration:
                 return
             except csv.Error as error:
                 # csv.reader restarts with the next line.
-                found = Entry(line=self._first, error=f"not valid CSV: {error}.")
+                found = Entry(line=texts.first, error=f"not valid CSV: {error}.")
             else:
-                if not fields and self._wrong is None:
+                if not fields and texts.wrong is None:
                     continue
                 if header is None:
-                    header = self._header(fields)
+                    header = self._header(fields, texts.wrong)
                     continue
-                found = self._entry(fields, header)
+                if texts.wrong is not None:
+                    found = Entry(line=texts.first, error=texts.wrong)
+                else:
+                    found = self._entry(fields, header, line=texts.first)
             if header is None:
                 raise ValueError(f"{self.path}:{found.line}: the header cannot be read: {found.error}")
             yield found
 
-    def _texts(self) -> Iterator[str]:
-        for number, line in self.lines():
-            self._number = number
-            if line is None:
-                self._wrong = _TOO_LONG
-                yield "\n"
-                continue
-            try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                self._wrong = f"byte {error.start} (0x{line[error.start]:02x}) of line {number} is not UTF-8."
-                text = line.decode("utf-8", "replace")
-            yield text
-
-    def _header(self, fields: Sequence[str]) -> list[str]:
-        if self._wrong is not None:
-            raise ValueError(f"{self.path}:1: the header cannot be read: {self._wrong}")
+    def _header(self, fields: Sequence[str], wrong: str | None) -> list[str]:
+        if wrong is not None:
+            raise ValueError(f"{self.path}:1: the header cannot be read: {wrong}")
         return _checked_columns([name.strip() for name in fields], self.path)
 
-    def _entry(self, fields: Sequence[str], header: Sequence[str]) -> Entry:
-        line = self._first
-        if self._wrong is not None:
-            return Entry(line=line, error=self._wrong)
+    def _entry(self, fields: Sequence[str], header: Sequence[str], *, line: int) -> Entry:
         if len(fields) != len(header):
             return Entry(line=line, error=f"got {len(fields)} fields; expected {len(header)}, as in the header.")
         row: dict[str, Any] = {name: text for name, text in zip(header, fields, strict=True) if name in COLUMNS}
@@ -197,6 +179,35 @@ class _Csv(_Lines):
                 shown = json_files.brief(row["choices"])
                 return Entry(line=line, id=row.get("id"), error=f"'choices' is {shown}; expected a JSON list of texts.")
         return entry(row, line=line)
+
+
+class _RowTexts:
+    """The lines of a file for csv.reader: `first` is the row's first line, `wrong` its error."""
+
+    def __init__(self, file: user_files.TextFile) -> None:
+        self._lines = file.lines()
+        self._number = self._held = self.first = 0
+        self.wrong: str | None = None
+
+    def begin(self) -> None:
+        self.first, self.wrong, self._held = self._number + 1, None, 0
+
+    def __iter__(self) -> "_RowTexts":
+        return self
+
+    def __next__(self) -> str:
+        self._number, line = next(self._lines)
+        if line is None:
+            self.wrong = _TOO_LONG
+            return "\n"
+        self._held += len(line)
+        if self._held > LONGEST_LINE and self._number > self.first:
+            raise csv.Error(f"the row is longer than {LONGEST_LINE} bytes")
+        try:
+            return line.decode()
+        except UnicodeDecodeError as error:
+            self.wrong = f"byte {error.start} (0x{line[error.start]:02x}) of line {self._number} is not UTF-8."
+            return line.decode("utf-8", "replace")
 
 
 def _checked_columns(names: Sequence[str], path: Path) -> list[str]:
@@ -226,15 +237,27 @@ class _Parquet:
         import pyarrow.parquet as pq
 
         self.path, self.done = path, 0
-        if path.stat().st_size == 0:
+        size = user_files.check(path).st_size
+        if size == 0:
             self.total, self._file = 0, None
             return
+        chunks = [chunk for chunk in parquet_footer.read(path) if chunk.path.partition(".")[0] in COLUMNS]
+        # A value takes at least a byte.
+        unfolded = sum(max(chunk.unfolded, chunk.values) for chunk in chunks)
+        user_files.check_unfolded(path, packed=size, unfolded=unfolded)
+        # pyarrow has no dictionaries for delta encodings. There a text can be as long as its chunk, so few rows are
+        # read at a time.
+        delta = {chunk.path: chunk.unfolded for chunk in chunks if chunk.is_delta}
+        self._rows = min(_ROWS, max(1, _DELTA // max(1, *delta.values(), 1)))
+        texts = {chunk.path for chunk in chunks if chunk.is_text}
+        repeating = sorted(texts - delta.keys() - {"choices"})  # choices of the wrong type
         try:
-            self._file = pq.ParquetFile(path)
+            # Texts that repeat stay in a dictionary: unfolded, a few kilobytes of them could take gigabytes.
+            self._file = pq.ParquetFile(path, read_dictionary=repeating)
             self.total = self._file.metadata.num_rows
             schema = self._file.schema_arrow
             names = schema.names
-        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        except (pa.ArrowException, OSError, UnicodeDecodeError, KeyError) as error:
             raise ValueError(f"{path} cannot be read as Parquet: {json_files.part(str(error))}") from None
         _checked_columns(names, path)
         self._columns = [name for name in COLUMNS if name in names]
@@ -261,7 +284,7 @@ class _Parquet:
 
         if self._file is None:
             return
-        batches = self._file.iter_batches(batch_size=_ROWS, columns=self._columns)
+        batches = self._file.iter_batches(batch_size=self._rows, columns=self._columns)
         while True:
             try:
                 batch = next(batches, None)

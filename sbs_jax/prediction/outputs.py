@@ -10,18 +10,75 @@ During a run these files are beside OUTPUT:
 A process that ends early leaves them behind, and the same command resumes from them.
 """
 
-import csv
+import functools
+import io
 import json
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from sbs_jax.storage import atomic, json_files, lock
+from sbs_jax.storage import atomic, json_files, lock, tables, user_files
 
 _ROWS = 8_192  # per Parquet row group
+_OLD_HASH = "sha256 of both ends"  # of an input, in journals of earlier versions
 
 Row = dict[str, Any]
+
+
+# Columns of every output, and those of some.
+_ALWAYS, _SOMETIMES = ("id", "prediction", "score"), ("rationale", "scores", "line", "error")
+
+
+def check(output: str | Path, *, input_path: str | Path) -> None:
+    """Refuses an output that is the input, or a file that `sbs predict` did not write, before anything is touched."""
+    output = Path(output)
+    if output.suffix.lower() == ".gz":
+        raise ValueError(f"{output}: an output is not packed; give it the ending .csv, .tsv, .parquet or .jsonl.")
+    partial = Path(f"{output}.partial")
+    about = Path(f"{partial}.json")
+    for path in (output, *(Path(f"{partial}{ending}") for ending in ("", ".json", ".ids", ".lock"))):
+        if path.exists() and path.samefile(input_path):
+            raise ValueError(f"{path} is the input, and would be written for the output {output}; choose another name.")
+    if output.exists() and not _is_output(output):
+        raise FileExistsError(f"{output} exists and is no output of sbs predict; choose another name, or remove it.")
+    if partial.exists() != about.exists() and not (about.exists() and _is_about(about)):
+        there = about if about.exists() else partial
+        raise FileExistsError(
+            f"{there} exists, and is not what an interrupted sbs predict leaves beside {output}; choose another name, "
+            "or remove it."
+        )
+
+
+def _is_output(path: Path) -> bool:
+    """Tells whether a file begins as the output of that ending does; an empty one has nothing to lose."""
+    if not path.is_file():
+        return False
+    with user_files.opened(path) as file:
+        line = file.readline(user_files.LONGEST_LINE)
+    if not line:
+        return True
+    ending = path.suffix.lower()
+    try:
+        if ending == ".parquet":
+            import pyarrow.parquet as pq
+
+            names = pq.read_schema(path).names
+        elif ending in _DELIMITERS:
+            names = line.decode().rstrip("\r\n").split(_DELIMITERS[ending])
+        else:
+            row = json.loads(line)
+            names = list(row) if "error" not in row else [*_ALWAYS, *(set(row) - {"id"})]
+    except (ValueError, TypeError, OSError, RecursionError):  # pyarrow's errors are of these
+        return False
+    return set(_ALWAYS) <= set(names) <= {*_ALWAYS, *_SOMETIMES}
+
+
+def _is_about(path: Path) -> bool:
+    try:
+        found = json_files.read_json(path)
+    except (ValueError, OSError):
+        return False
+    return isinstance(found, dict) and {"input", "settings", "students"} <= found.keys()
 
 
 class Journal:
@@ -50,7 +107,12 @@ class Journal:
 
     def _begin(self, about: Mapping[str, Any]) -> None:
         if self.path.exists() and self._about.exists():
-            before = json_files.parse_json(self._about.read_text("utf-8"), str(self._about))
+            before = json_files.read_json(self._about)
+            if isinstance(before, dict) and _OLD_HASH in str(before.get("input")):
+                raise ValueError(
+                    f"{self.path} is of an earlier version, which did not record the whole input: its answers may "
+                    f"belong to other questions. Remove {self.path} to start again."
+                )
             differences = _differences(before, about)
             if differences:
                 raise ValueError(
@@ -83,16 +145,13 @@ class Journal:
     def finish(self, *, columns: Sequence[str]) -> None:
         """Writes the output in its format and moves it into place; `columns` applies to CSV and Parquet."""
         self._lock.check()
-        made = self.path
         write = _WRITERS.get(self.output.suffix.lower())
-        if write is not None:
-            made = Path(f"{self.path}.made")
+        if write is None:
+            atomic.move(self.path, self.output)
+        else:
             self._file.seek(0)
-            write(made, map(json.loads, self._file), columns)
-        with made.open("rb") as file:
-            os.fsync(file.fileno())
-        made.replace(self.output)
-        atomic.sync_directory(self.output.parent)
+            with atomic.replacing(self.output, ours=False) as file:
+                write(file, map(json.loads, self._file), columns)
         self._file.close()
         for path in (self.path, self._about, self._lock.path):
             path.unlink(missing_ok=True)
@@ -113,22 +172,25 @@ def _differences(before: Any, now: Any, name: str = "") -> list[str]:
     return [] if before == now else [f"{name} ({json_files.brief(before)}, now {json_files.brief(now)})"]
 
 
-def _write_csv(path: Path, rows: Iterator[Row], columns: Sequence[str]) -> None:
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(columns)
+def _write_text(file: BinaryIO, rows: Iterable[Row], columns: Sequence[str], *, delimiter: str) -> None:
+    def cells() -> Iterator[list[Any]]:
+        yield list(columns)
         for row in rows:
             values = [row.get(name) for name in columns]
-            writer.writerow(json.dumps(x, ensure_ascii=False) if isinstance(x, dict) else x for x in values)
+            yield [json.dumps(x, ensure_ascii=False) if isinstance(x, dict) else x for x in values]
+
+    text = io.TextIOWrapper(file, "utf-8", newline="")
+    tables.write(text, cells(), delimiter=delimiter)
+    text.detach()  # flushes, and leaves the file open
 
 
-def _write_parquet(path: Path, rows: Iterator[Row], columns: Sequence[str]) -> None:
+def _write_parquet(file: BinaryIO, rows: Iterator[Row], columns: Sequence[str]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     kinds = {"score": pa.float64(), "line": pa.int64(), "scores": pa.map_(pa.string(), pa.float64())}
     schema = pa.schema([(name, kinds.get(name, pa.string())) for name in columns])
-    with pq.ParquetWriter(path, schema) as writer:
+    with pq.ParquetWriter(file, schema) as writer:
         while group := [row for _, row in zip(range(_ROWS), rows, strict=False)]:
             for row in group:
                 if row.get("scores") is not None:
@@ -136,7 +198,8 @@ def _write_parquet(path: Path, rows: Iterator[Row], columns: Sequence[str]) -> N
             writer.write_table(pa.Table.from_pylist(group, schema=schema))
 
 
-_WRITERS: dict[str, Callable[[Path, Iterator[Row], Sequence[str]], None]] = {
-    ".csv": _write_csv,
+_DELIMITERS = {".csv": ",", ".tsv": "\t"}
+_WRITERS: dict[str, Callable[[BinaryIO, Iterator[Row], Sequence[str]], None]] = {
     ".parquet": _write_parquet,
+    **{ending: functools.partial(_write_text, delimiter=mark) for ending, mark in _DELIMITERS.items()},
 }

@@ -24,7 +24,7 @@ from typing import Any
 
 from sbs_jax import hosts
 from sbs_jax.run import events, manifest, pending_writes
-from sbs_jax.storage import atomic, json_files, lock
+from sbs_jax.storage import atomic, json_files, lock, user_files
 
 MANIFEST = manifest.NAME
 read_manifest = manifest.read
@@ -339,8 +339,16 @@ def _whole_lines(path: Path) -> list[bytes]:
     """Reads the complete lines, without a truncated last one."""
     if not path.exists():
         return []
-    data = path.read_bytes()
-    return [line + b"\n" for line in data.split(b"\n")[:-1]]
+    most = user_files.LONGEST_LINE
+    found = []
+    with user_files.opened(path) as file:
+        while (line := file.readline(most + 1)).endswith(b"\n"):
+            found.append(line)
+    if len(line) > most:
+        raise ValueError(
+            f"{path}:{len(found) + 1}: the line is longer than {most} bytes; restore the file from a copy."
+        )
+    return found
 
 
 def _parse(line: bytes, *, path: Path, number: int) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from sbs_jax.storage import atomic
+from sbs_jax.storage import atomic, json_files
 
 NAME = "manifest.json"
 CHECKPOINTED = "checkpointed"  # true once the run's first checkpoint is on disk
@@ -47,10 +47,10 @@ def read(run_dir: str | Path) -> dict[str, Any]:
     if not path.exists():
         raise FileNotFoundError(f"{run_dir} is not a run directory: it has no {NAME}.")
     try:
-        found = json.loads(path.read_bytes())
+        found = json_files.read_json(path)
         if not isinstance(found, dict) or not isinstance(found.get("data"), dict):
             raise ValueError("not a manifest of `sbs train`")
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ValueError(
             f"{path} is damaged ({error}). Restore it from a copy, or repeat the run's `sbs train` command with "
             "--accept_changes, which writes a new one without comparing."

@@ -10,7 +10,7 @@ from sbs_jax.checks import nearest, whole_number
 from sbs_jax.run import directory
 from sbs_jax.stats.quality import Quality
 from sbs_jax.stats.quality import read as read_quality
-from sbs_jax.storage import json_files
+from sbs_jax.storage import json_files, user_files
 
 FINE_TUNING = "standard fine-tuning"
 DISTILLATION = "standard distillation"
@@ -248,7 +248,7 @@ def _test_rows(path: Path, *, step: int) -> dict[str, dict[str, Any]]:
 def _examples_per_update(path: Path) -> int | None:
     """Reads EXAMPLES from the configuration, if rows per update follow from it (not with packing)."""
     config = path / "config.gin"
-    text = json_files.decoded(config.read_bytes(), str(config)) if config.is_file() else ""
+    text = json_files.decoded(user_files.whole(config), str(config)) if config.is_file() else ""
     found = re.search(r"^EXAMPLES = ([0-9]{1,12})$", text, flags=re.MULTILINE)
     derived = re.search(r"^BATCH_SIZE = @(\w+\.)?rows_per_update\(\)$", text, flags=re.MULTILINE)
     packed = re.search(r"^PACK = True$", text, flags=re.MULTILINE)

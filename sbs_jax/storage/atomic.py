@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,13 +11,14 @@ from typing import BinaryIO
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
+def replacing(path: Path, *, ours: bool = True) -> Iterator[BinaryIO]:
     """Opens `<path>.tmp`, which takes the place of `path` when the block ends without an error.
 
     Readers see the old file or the whole new one. Contents and name are on disk when the block has ended. After an
-    error the temporary file is removed. Only one process at a time may write a path.
+    error the temporary file is removed. Only one process at a time may write a path. In a folder that is not `ours`
+    alone the temporary file has a name that nobody else uses, so several processes may write, the last one wins.
     """
-    temporary = path.with_name(f"{path.name}.tmp")
+    temporary = path.with_name(f"{path.name}.tmp" if ours else f".{secrets.token_hex(8)}.tmp")
     try:
         with temporary.open("wb") as file:
             yield file
@@ -32,14 +34,14 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Makes `<path>.incomplete`, which becomes `path` when the block ends without an error and is removed otherwise.
+    """Makes a folder beside `path`, which becomes `path` when the block ends without an error and is removed otherwise.
 
     FileExistsError if `path` exists.
     """
     if path.exists():
         raise FileExistsError(f"{path} exists already; choose another name, or remove it.")
-    folder = path.with_name(f"{path.name}.incomplete")
-    shutil.rmtree(folder, ignore_errors=True)  # left by an interrupted block
+    # A name that nobody else uses: an older folder could be the user's, or that of another process.
+    folder = path.with_name(f".{path.name[:200]}.{secrets.token_hex(4)}.incomplete")
     folder.mkdir(parents=True)
     try:
         yield folder
@@ -49,10 +51,18 @@ def new_folder(path: Path) -> Iterator[Path]:
     folder.rename(path)
 
 
-def replace(path: Path, contents: bytes) -> None:
+def replace(path: Path, contents: bytes, *, ours: bool = True) -> None:
     """Writes a whole file with `replacing`."""
-    with replacing(path) as file:
+    with replacing(path, ours=ours) as file:
         file.write(contents)
+
+
+def move(path: Path, target: Path) -> None:
+    """Moves a whole file to its place on the same file system; contents and name are on disk afterwards."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+    path.replace(target)
+    sync_directory(target.parent)
 
 
 def write_all(descriptor: int, data: bytes, *, offset: int) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from sbs_jax.storage import user_files
 from sbs_jax.storage.atomic import sync_directory
 
 FILE = "checksums.json"
@@ -107,6 +108,6 @@ def _problem_of_contents(path: Path, name: str, listed: dict[str, Any]) -> str |
 
 
 def file_sha256(path: str | Path) -> str:
-    """Returns the SHA-256 of a file's bytes, in hexadecimal."""
-    with Path(path).open("rb") as file:
+    """Returns the SHA-256 of a regular file's bytes, in hexadecimal."""
+    with user_files.opened(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -13,32 +13,50 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from sbs_jax.checks import nearest
+from sbs_jax.storage import user_files
 
 _T = TypeVar("_T")
 _NESTED = "a value nested too deeply to show"
 
 
 def read_json_lines(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yields (line number from 1, JSON object) of each line. ValueError names file and line."""
+    """Yields (line number from 1, JSON object) of each line, or of each item if the file is one JSON array.
+
+    The file may be packed with gzip. ValueError names file and line.
+    """
     line = 0
-    with Path(path).open("rb") as file:
-        # Split bytes at "\n" only: str.splitlines() would also split at characters inside texts.
-        for line, data in enumerate(file, start=1):
-            where = f"{path}:{line}"
-            text = decoded(data, where)
-            if not text.strip():
-                raise ValueError(f"{where}: the line is blank; expected one JSON object per line.")
-            value = parse_json(text, where)
-            if not isinstance(value, dict):
-                raise ValueError(f"{where}: got {shown(value)}; expected a JSON object, {{..}}, on every line.")
-            yield line, value
+    for line, data in user_files.TextFile(path).json_texts():
+        where = f"{path}:{line}"
+        if data is None:
+            raise ValueError(f"{where}: the line is longer than {user_files.LONGEST_LINE} bytes; shorten it.")
+        text = decoded(data, where)
+        if not text.strip():
+            raise ValueError(f"{where}: the line is blank; expected one JSON object per line.")
+        value = parse_json(text, where)
+        if not isinstance(value, dict):
+            raise ValueError(f"{where}: got {shown(value)}; expected a JSON object, {{..}}, on every line.")
+        yield line, value
     if line == 0:
         raise ValueError(f"{path} is empty; expected one JSON object per line.")
 
 
+def read_texts(path: str | Path) -> list[str]:
+    """Reads a JSON list of texts, item by item. ValueError names file and item."""
+    file = user_files.TextFile(path)
+    if not file.is_array:
+        return typed(read_json(path), list[str], where=str(path))
+    found = []
+    for number, item in file.json_texts():
+        value = None if item is None else parse_json(item.decode(), f"{path}: item {number}")
+        if not isinstance(value, str):
+            raise ValueError(f"{path}: the field '[{number - 1}]' is {shown(value)}; expected text.")
+        found.append(value)
+    return found
+
+
 def read_json(path: str | Path) -> Any:
-    """Reads the one JSON value of a file. ValueError names file and line."""
-    return parse_json(decoded(Path(path).read_bytes(), str(path)), str(path))
+    """Reads the one JSON value of a file of at most `user_files.LARGEST` bytes. ValueError names file and line."""
+    return parse_json(decoded(user_files.whole(path), str(path)), str(path))
 
 
 def parse_json(text: str, where: str) -> Any:

@@ -17,6 +17,7 @@ import logging
 import signal
 import sys
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import tqdm
 
@@ -24,6 +25,8 @@ from sbs_jax.data import parsing, registry, release, summary
 from sbs_jax.data.dataset import Dataset
 from sbs_jax.data.records import Manifest
 from sbs_jax.data.summary import Summary
+from sbs_jax.pages import rendering
+from sbs_jax.storage import user_files
 from sbs_jax.teacher import clients, export, jobs, money, page, prompts, providers, sampler
 from sbs_jax.teacher.store import Store
 
@@ -90,6 +93,7 @@ def teach(options: Options, *, tell: Summary | None = None) -> Manifest | None:
     written, or after UnusableRepliesError the first answers.
     """
     dataset = registry.get(options.dataset)
+    _check_outputs(dataset, options)
     plan = _Plan(
         options=options,
         dataset=dataset,
@@ -139,6 +143,20 @@ def _tell_first(tell: Summary, plan: _Plan, store: Store) -> None:
         if rows := [record for record in first if record.outcome != parsing.NOT_ASKED]:
             counts = summary.count(plan.dataset, rows)
             tell.add(plan.dataset, split, rows, counts, parser=plan.options.parser)
+
+
+def _check_outputs(dataset: Dataset, options: Options) -> None:
+    """Refuses outputs that are inputs, or that would replace a file of others, before anything is asked."""
+    store = Path(options.store)
+    if store.exists():
+        user_files.check(store)
+    if options.page is not None:
+        page = Path(options.page)
+        if page.resolve() in {Path(f"{store}{ending}").resolve() for ending in ("", "-wal", "-shm", ".lock")}:
+            raise ValueError(f"The page {page} would be written over the store {store}; choose another --page.")
+        rendering.check_place(page)
+    if options.inputs_dir is not None:
+        release.check_target(Path(options.inputs_dir) / dataset.name, Path(options.records_dir) / dataset.name)
 
 
 def _splits(dataset: Dataset, options: Options) -> dict[str, release.Source]:

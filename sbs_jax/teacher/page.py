@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from sbs_jax.checks import whole_number
 from sbs_jax.data.parsing import FAILURES, OUTCOMES
 from sbs_jax.pages.canvas import COLOURS, Canvas
-from sbs_jax.pages.rendering import Figure, render
+from sbs_jax.pages.rendering import Figure, render, write
 from sbs_jax.stats.formats import interval
 from sbs_jax.stats.intervals import wilson_interval
 from sbs_jax.teacher.examples import (
@@ -57,9 +57,7 @@ def write_page(
     for row in rows:
         counts.add(row)
         chosen.offer(row)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(_page(title, facts, counts, chosen.rows()).encode("utf-8"))
+    write(Path(path), _page(title, facts, counts, chosen.rows()))
 
 
 def _page(title: str, facts: Mapping[str, str], counts: Counts, rows: Sequence[dict[str, Any]]) -> str:

@@ -1,5 +1,6 @@
 """Grading of a student on a split of a task: metrics and predictions. For other inputs see prediction/."""
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -15,7 +16,7 @@ import numpy as np
 
 from sbs_jax import hosts
 from sbs_jax.data import batches, grading, registry
-from sbs_jax.storage import atomic
+from sbs_jax.storage import atomic, json_files
 from sbs_jax.student import decoding, partitioning, t5
 from sbs_jax.training.students import load_student
 
@@ -171,6 +172,8 @@ class EvaluateConfig:
 
 def evaluate(config: EvaluateConfig) -> dict[str, float]:
     """Grades a checkpoint on a split; writes predictions and `metrics.json` to `output_dir`, if given."""
+    if config.output_dir is not None and hosts.is_first():
+        _refuse_others(Path(config.output_dir) / "metrics.json")
     student = load_student(
         config.checkpoint_path, layout=config.layout, records_dir=config.records_dir, base=config.base
     )
@@ -195,8 +198,19 @@ def evaluate(config: EvaluateConfig) -> dict[str, float]:
         directory.mkdir(parents=True, exist_ok=True)
         write_rows(directory / f"{task}-{config.split}-{student.step}.jsonl", result.rows)
         summary = {"task": task, "split": config.split, "step": student.step, **result.metrics}
-        (directory / "metrics.json").write_text(json.dumps(summary, indent=1) + "\n", "utf-8")
+        atomic.replace(directory / "metrics.json", (json.dumps(summary, indent=1) + "\n").encode(), ours=False)
     return result.metrics
+
+
+def _refuse_others(path: Path) -> None:
+    """Raises FileExistsError for a file that no evaluation wrote."""
+    if not path.exists():
+        return
+    with contextlib.suppress(ValueError):
+        found = json_files.read_json(path)
+        if isinstance(found, dict) and {"task", "split", "step"} <= found.keys():
+            return
+    raise FileExistsError(f"{path} exists and was written by no evaluation; choose another OUTPUT_DIR.")
 
 
 def write_rows(path: Path, rows: Any) -> None:

@@ -30,7 +30,12 @@ def add(command: Any) -> None:
     predict.add_argument(
         "--model", required=True, metavar="DIR", help="run directory, or one of its checkpoints/<step>"
     )
-    predict.add_argument("--input", required=True, metavar="FILE", help="input file: .csv, .parquet, else JSON lines")
+    predict.add_argument(
+        "--input",
+        required=True,
+        metavar="FILE",
+        help="input file: .csv, .tsv, .parquet, else JSON lines or one JSON array; .gz unpacked",
+    )
     predict.add_argument(
         "--output", required=True, metavar="FILE", help="output file; the extension sets the format, as for --input"
     )
@@ -105,10 +110,13 @@ def settings(arguments: argparse.Namespace, **more: Any) -> Any:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from sbs_jax.prediction import compiled, engine, files, inputs
+    from sbs_jax.prediction import compiled, engine, files, inputs, outputs
 
     asked = settings(arguments)
-    inputs.read(arguments.input)  # fails early: loading the student takes longer
+    # Both fail early: loading the student takes longer.
+    inputs.read(arguments.input)
+    if hosts.is_first():
+        outputs.check(arguments.output, input_path=arguments.input)
     with compiled.kept(arguments.compiled or compiled.default()):
         predictor = engine.Predictor.load(
             arguments.model, settings=asked, base=arguments.base, adapters=named(arguments.adapters)
