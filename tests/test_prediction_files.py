@@ -245,6 +245,13 @@ def test_ids_are_known_again_wherever_they_stood(tmp_path):
 # ------------------------------------------------------------------------------------ interrupted
 
 
+def test_an_index_that_the_disk_refuses_is_told(tmp_path):
+    with id_index.IdIndex(tmp_path / "ids") as known:
+        known._connection.execute("PRAGMA max_page_count=2")  # as a disk that is full after so many pages
+        with pytest.raises(OSError, match=r"index of ids in .*ids fails: .*full"):
+            known.first_lines([(f"q{number}", number) for number in range(1000)])
+
+
 @pytest.fixture(scope="module")
 def whole(predictor: Predictor, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes]:
     """Three windows and a half of rows, bad ones among them, and their answers."""
@@ -382,12 +389,16 @@ def test_what_belongs_to_another_run_is_refused(predictor, whole, folder, tmp_pa
 
 
 def test_two_processes_do_not_write_one_output(predictor, whole, tmp_path):
-    out = tmp_path / "out.jsonl"
-    held = lock.Lock(Path(f"{out}.partial.lock"))
-    held.take()
-    with pytest.raises(lock.HeldError, match=r"Another process answers into .*out\.jsonl: process \d+"):
-        files.predict(predictor, input_path=whole[0], output_path=out)
-    held.release()
+    """Nor by another name; a link stays one, and its file gets the answers."""
+    out, link = tmp_path / "out.jsonl", tmp_path / "link.jsonl"
+    link.symlink_to(out)
+    with lock.Lock(Path(f"{out}.partial.lock"), of=out):
+        for name in (out, link):
+            with pytest.raises(lock.HeldError, match=rf"{name} is in use: process \d+"):
+                files.predict(predictor, input_path=whole[0], output_path=name)
+    files.predict(predictor, input_path=whole[0], output_path=link)
+    assert link.is_symlink()
+    assert out.read_bytes() == whole[1]
 
 
 @pytest.mark.slow

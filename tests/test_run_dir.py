@@ -113,9 +113,12 @@ def test_a_second_process_is_refused_and_a_killed_one_frees_the_directory(tmp_pa
 
 
 def test_the_same_process_cannot_enter_twice_either(tmp_path):
-    with opened(tmp_path), pytest.raises(lock.HeldError, match=f"process {os.getpid()} "):
-        opened(tmp_path).__enter__()
-    with opened(tmp_path):  # refused once, and free again
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "run")
+    for name in (tmp_path / "run", link):
+        with opened(tmp_path / "run"), pytest.raises(lock.HeldError, match=f"process {os.getpid()} "):
+            opened(name).__enter__()
+    with opened(tmp_path / "run"):  # refused once, and free again
         pass
 
 

@@ -1,5 +1,6 @@
 """`sbs sweep`: its cells, what it refuses, its processes; and the cells of the paper's tables and figures."""
 
+import contextlib
 import itertools
 import json
 import re
@@ -17,6 +18,8 @@ import toy
 from sbs_jax import sweep
 from sbs_jax.cli import main
 from sbs_jax.run import directory
+from sbs_jax.storage import lock
+from sbs_jax.sweep import running
 from sbs_jax.training import gin_files
 
 PAPER = Path("gin_configs/experiments/paper")
@@ -350,6 +353,21 @@ def broken(tmp_path: Path) -> Iterator[Path]:
     assert (place / "notes.txt").read_text() == "mine"
 
 
+def test_a_second_sweep_of_one_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also by another name: it would start the same cells, append to their logs and move changed runs aside."""
+    folder, link = tmp_path / "sweep", tmp_path / "link"
+    folder.mkdir()
+    link.symlink_to(folder)
+    for name in ("Workers", "check_inputs", "check_configurations"):
+        monkeypatch.setattr(running, name, lambda *_, **__: contextlib.nullcontext())
+    monkeypatch.setattr(running, "unfinished", lambda *_, **__: [])
+    with (
+        lock.Lock(folder / "lock", of=folder),
+        pytest.raises(lock.HeldError, match=rf"{folder} is in use: process \d+"),
+    ):
+        sweep.main(a_sweep(sweep_dir=str(link)), entry=lambda _: 0, jobs=1, redo_changed=True)
+
+
 def test_killed_in_the_middle_it_goes_on_and_a_failed_cell_does_not_end_the_others(
     trained: Path, starter: processes.Starter, tmp_path: Path, broken: Path
 ) -> None:
@@ -378,9 +396,7 @@ def test_killed_in_the_middle_it_goes_on_and_a_failed_cell_does_not_end_the_othe
 
 
 def _is_free(folder: Path) -> bool:
-    from sbs_jax.storage import lock
-
-    own = lock.Lock(folder / "lock")
+    own = lock.Lock(folder / "lock", of=folder)
     try:
         own.take()
     except lock.HeldError:

@@ -24,7 +24,16 @@ class IdIndex:
         self._connection.execute("CREATE TABLE ids (digest BLOB PRIMARY KEY, line INTEGER) WITHOUT ROWID")
 
     def first_lines(self, rows: Sequence[tuple[str, int]]) -> list[int]:
-        """Adds (id, line) rows; returns per row the line of the first row with its id."""
+        """Adds (id, line) rows; returns per row the line of the first row with its id. OSError if the disk fails."""
+        try:
+            return self._first_lines(rows)
+        except sqlite3.Error as error:
+            place = self._path or "a temporary file"
+            raise OSError(
+                f"The index of ids in {place} fails: {error}. Repeat the command when it can be written."
+            ) from error
+
+    def _first_lines(self, rows: Sequence[tuple[str, int]]) -> list[int]:
         digests = [
             hashlib.blake2b(row_id.encode(errors="surrogatepass"), digest_size=16).digest() for row_id, _ in rows
         ]

@@ -34,7 +34,7 @@ def check(output: str | Path, *, input_path: str | Path) -> None:
     output = Path(output)
     if output.suffix.lower() == ".gz":
         raise ValueError(f"{output}: an output is not packed; give it the ending .csv, .tsv, .parquet or .jsonl.")
-    partial = Path(f"{output}.partial")
+    partial = Path(f"{lock.real(output)}.partial")
     about = Path(f"{partial}.json")
     for path in (output, *(Path(f"{partial}{ending}") for ending in ("", ".json", ".ids", ".lock"))):
         if path.exists() and path.samefile(input_path):
@@ -88,14 +88,13 @@ class Journal:
     """
 
     def __init__(self, output: Path, *, about: Mapping[str, Any]) -> None:
-        self.output, self.path = output, Path(f"{output}.partial")
+        self.output = lock.real(output)  # a link stays, and its file has one journal under all its names
+        self._write = _WRITERS.get(output.suffix.lower())
+        self.path = Path(f"{self.output}.partial")
         self.ids = Path(f"{self.path}.ids")
         self._about = Path(f"{self.path}.json")
-        self._lock = lock.Lock(Path(f"{self.path}.lock"))
-        try:
-            self._lock.take()
-        except lock.HeldError as error:
-            raise lock.HeldError(f"Another process answers into {output}: {lock.read(self._lock.path)}.") from error
+        self._lock = lock.Lock(Path(f"{self.path}.lock"), of=output, instead="another --output")
+        self._lock.take()
         try:
             self._begin(json.loads(json.dumps(about)))
         except BaseException:
@@ -145,13 +144,12 @@ class Journal:
     def finish(self, *, columns: Sequence[str]) -> None:
         """Writes the output in its format and moves it into place; `columns` applies to CSV and Parquet."""
         self._lock.check()
-        write = _WRITERS.get(self.output.suffix.lower())
-        if write is None:
+        if self._write is None:
             atomic.move(self.path, self.output)
         else:
             self._file.seek(0)
             with atomic.replacing(self.output, ours=False) as file:
-                write(file, map(json.loads, self._file), columns)
+                self._write(file, map(json.loads, self._file), columns)
         self._file.close()
         for path in (self.path, self._about, self._lock.path):
             path.unlink(missing_ok=True)

@@ -48,7 +48,7 @@ class RunDir:
     def __init__(self, path: str | Path, *, config_text: str) -> None:
         self.path = Path(path).absolute()
         self._config_text = config_text
-        self._lock = lock.Lock(self.path / "lock")
+        self._lock = lock.Lock(self.path / "lock", of=self.path, instead="another MODEL_DIR")
         self._pending = pending_writes.PendingWrites()
         self._failing = False  # during an outage of the disk that was logged
         self._given_up: lock.TakenOverError | None = None  # set when another process writes here

@@ -1,6 +1,6 @@
-"""Lock of a directory for one process at a time.
+"""Lock of a file or a folder for one process at a time.
 
-The file is held with flock, which the kernel releases however the process ends (kill -9 included), and names its
+The lock file is held with flock, which the kernel releases however the process ends (kill -9 included), and names its
 holder in JSON. On some network file systems flock does not exclude other hosts, or does not exist. There the
 latest process owns the file, and the earlier one finds another token in it before its next write (`check`).
 """
@@ -46,11 +46,21 @@ class Holder:
         return f"process {self.pid} on {self.host} (since {self.since})"
 
 
-class Lock:
-    """Lock of one directory: `take`, then `check` before every write, then `release`."""
+def real(path: str | Path) -> Path:
+    """Returns the path without links: what is locked or written under two names must be one path."""
+    return Path(os.path.realpath(path))
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+
+class Lock:
+    """Lock file at `path`, which guards `of`: `take`, then `check` before every write, then `release`; or `with`.
+
+    `of` has to be `real`, so that one thing has one lock under all its names. `instead` ends the errors' advice, such
+    as "another MODEL_DIR".
+    """
+
+    def __init__(self, path: Path, *, of: Path, instead: str | None = None) -> None:
+        self.path, self._of = path, of
+        self._instead = f", or choose {instead}" if instead else ""
         self.holder = Holder(
             token=secrets.token_hex(16),
             host=socket.gethostname(),
@@ -58,6 +68,13 @@ class Lock:
             since=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         )
         self._descriptor: int | None = None
+
+    def __enter__(self) -> "Lock":
+        self.take()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
 
     def take(self) -> None:
         """Takes the lock. HeldError names the process that holds it; OSError if the file cannot be written."""
@@ -87,8 +104,8 @@ class Lock:
             return
         if holder is None or holder.token != self.holder.token:
             raise TakenOverError(
-                f"{holder or 'An unnamed process'} took over {self.path.parent}, so this one, {self.holder}, stops "
-                "writing. Two processes cannot train in one directory: give each its own MODEL_DIR."
+                f"{holder or 'An unnamed process'} took over {self._of}, so this one, {self.holder}, stops writing. "
+                f"Two processes cannot write there at once: let one end first{self._instead}."
             )
 
     def release(self) -> None:
@@ -111,16 +128,16 @@ class Lock:
             time.sleep(_WRITTEN_WITHIN)
             holder = _parse(os.pread(descriptor, 4096, 0))
             raise HeldError(
-                f"{self.path.parent} is in use: {holder or 'an unnamed process'} writes to it. Wait until it ends or "
-                "end it, or choose another MODEL_DIR."
+                f"{self._of} is in use: {holder or 'an unnamed process'} writes to it. Wait until it ends or end it"
+                f"{self._instead}."
             ) from None
         except OSError as error:
             if error.errno not in _NO_FLOCK:
                 raise
             log.warning(
-                "The file system of %s has no locks (%s). A second process would not be refused: it would take over "
-                "the directory, and this one would stop.",
-                self.path.parent,
+                "The file system of %s has no locks (%s). A second process would not be refused: it would take over, "
+                "and this one would stop.",
+                self._of,
                 error.strerror,
             )
 

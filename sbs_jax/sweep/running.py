@@ -12,7 +12,8 @@ from typing import Any
 from sbs_jax import hosts
 from sbs_jax.hosts import preemption
 from sbs_jax.run import directory
-from sbs_jax.sweep.cells import Cell, Sweep
+from sbs_jax.storage import lock
+from sbs_jax.sweep.cells import Cell, Sweep, check_configurations, check_inputs
 from sbs_jax.sweep.standings import graded, unfinished
 from sbs_jax.sweep.workers import Workers
 
@@ -75,7 +76,10 @@ def main(sweep: Sweep, *, entry: Callable[[list[str]], int], jobs: int, redo_cha
     """Trains unfinished cells, prints the table, writes the page, and returns the exit status."""
     cells = sweep.cells()
     busy = jobs > 1 and jobs >= (os.cpu_count() or 1)
-    with Workers(entry=entry, one_thread=busy) as started:
+    with Workers(entry=entry, one_thread=busy) as started, contextlib.ExitStack() as stack:
+        check_inputs(check_configurations(cells))
+        # Not before the workers' server is forked: a copy of the descriptor there would hold the lock after our end.
+        stack.enter_context(_locked(lock.real(sweep.sweep_dir)))
         left = unfinished(cells, redo_changed=redo_changed)
         failed = []
         for ended in run(left, started, jobs=jobs):
@@ -87,6 +91,11 @@ def main(sweep: Sweep, *, entry: Callable[[list[str]], int], jobs: int, redo_cha
         lines = [f"  {ended.cell.name}: {ended.last_words()}" for ended in failed]
         print("\n".join([f"{len(failed)} of {len(cells)} cells failed; repeat the command to try them again:", *lines]))
     return 1 if failed else 0
+
+
+def _locked(folder: Path) -> lock.Lock:
+    folder.mkdir(parents=True, exist_ok=True)
+    return lock.Lock(folder / "lock", of=folder, instead="another SWEEP_DIR")
 
 
 def _report(sweep: Sweep, cells: Sequence[Cell], *, leaving_out: set[str]) -> None:

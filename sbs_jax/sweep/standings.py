@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sbs_jax.run import directory
-from sbs_jax.sweep.cells import Cell, check_configurations, check_inputs
+from sbs_jax.sweep.cells import Cell
 from sbs_jax.training.gin_files import UsageError
 
 log = logging.getLogger(__name__)
@@ -102,11 +102,10 @@ def graded(metrics: Mapping[str, Any]) -> str:
 
 
 def unfinished(cells: Sequence[Cell], *, redo_changed: bool = False) -> list[Cell]:
-    """Returns the cells left to train, after every check, and prints the state of all.
+    """Returns the cells left to train and prints the state of all.
 
     UsageError with the differences if runs are of another configuration, unless `redo_changed`.
     """
-    check_inputs(check_configurations(cells))
     found = standings(cells)
     found = [_redone(each) if redo_changed and each.state == CHANGED else each for each in found]
     _refuse_changed(found)
