@@ -299,22 +299,20 @@ class Sampler:
                     yield row
 
     async def _work(self, rows: Iterator[Asked]) -> None:
-        for row in rows:
-            if self._done():
-                return
-            try:
+        try:
+            for row in rows:
+                if self._done():
+                    return
                 await self._row(row)
-            except asyncio.CancelledError:
                 if not self._done():
-                    raise
-                return
-            except Exception as error:
-                self._error = self._error or error
-                self._end(str(error))
-                return
+                    self.totals.rows += 1
+                self._on_progress(self.totals)
+        except asyncio.CancelledError:
             if not self._done():
-                self.totals.rows += 1
-            self._on_progress(self.totals)
+                raise
+        except Exception as error:  # also of `rows`, which reads the store
+            self._error = self._error or error
+            self._end(str(error))
 
     async def _row(self, row: Asked) -> None:
         replies = [await self._reply(row, sample=sample, hint=None) for sample in range(self._settings.samples)]
