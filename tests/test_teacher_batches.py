@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import re
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,10 @@ import pytest
 from builders.teacher_requests import request
 from teacher_server import Fault, Server, served
 
-from sbs_jax.teacher import batches, connections, gemini, openai, pacing, providers
+from sbs_jax.teacher import batches, connections, gemini, jobs, openai, pacing, providers, refusals
 from sbs_jax.teacher.batches import BatchClient
-from sbs_jax.teacher.clients import Again, Failed, Fatal, Problem, Reply, Request
+from sbs_jax.teacher.clients import Again, Failed, Fatal, Gone, Reply, Request
+from sbs_jax.teacher.store import Failure, Store
 
 for _name in ("openai", "google.genai"):
     pytest.importorskip(_name, reason="the SDKs of hosted teachers are not installed (pip install 'sbs-jax[teacher]')")
@@ -65,13 +66,16 @@ def run(client: BatchClient, work: Callable[[BatchClient], Coroutine[Any, Any, A
     return asyncio.run(inside())
 
 
-async def results(items: AsyncIterator[tuple[str, Reply | Problem]]) -> dict[str, Reply | Failed]:
+async def results(client: BatchClient, job: str) -> dict[str, Reply | Failed]:
     """Returns the replies and final failures; requests with Again are unanswered."""
     found: dict[str, Reply | Failed] = {}
-    async for key, outcome in items:
-        assert key not in found
-        assert isinstance(outcome, Reply | Failed | Again)
-        if not isinstance(outcome, Again):
+    read = client.reader()
+    for file in await client.files(job):
+        for key, outcome in read(await client.download(file)):
+            assert key not in found
+            assert isinstance(outcome, Reply | Failed | Again)
+            if isinstance(outcome, Again):
+                continue
             found[key] = outcome
     return found
 
@@ -92,7 +96,7 @@ def collected(provider: str, requests: list[Request], server: Server) -> dict[st
     async def work(client: BatchClient) -> dict[str, Reply | Failed]:
         job = await client.submit(requests, name="sbs-1")
         assert await ended(client, job) == "done"
-        return await results(client.collect(job))
+        return await results(client, job)
 
     return run(made(provider, server), work)
 
@@ -108,7 +112,7 @@ def test_a_job_is_submitted_polled_and_collected(provider: str) -> None:
         async def work(client: BatchClient) -> tuple[list[str], dict[str, Reply | Failed]]:
             job = await client.submit(some(), name="sbs-1")
             states = [(await client.poll(job)).state for _ in range(3)]
-            return states, await results(client.collect(job))
+            return states, await results(client, job)
 
         states, found = run(made(provider, server), work)
         assert states == ["running", "running", "done"]
@@ -175,7 +179,7 @@ def test_requests_that_openai_had_no_time_for_are_left_out() -> None:
             server.batches[job]["status"] = "expired"
             state = await client.poll(job)
             assert (state.state, state.message, state.total, state.done) == ("failed", "expired", 2, 1)
-            return await results(client.collect(job))
+            return await results(client, job)
 
         assert list(run(made("openai", server), work)) == [some(2)[1].key]
 
@@ -227,7 +231,7 @@ def test_a_job_is_cancelled_and_what_it_answered_is_kept(provider: str) -> None:
             assert await ended(client, job) == "cancelled"
             await client.cancel(job)  # nothing happens
             assert await ended(client, job) == "cancelled"
-            return await results(client.collect(job))
+            return await results(client, job)
 
         found = run(made(provider, server), work)
     assert len(found) == (2 if provider == "openai" else 0)
@@ -249,7 +253,7 @@ def test_lines_with_a_parameter_that_the_model_refuses_are_sent_again_without_it
             for name in ("sbs-1", "sbs-2"):
                 job = await client.submit(requests, name=name)
                 await ended(client, job)
-                found.append(await results(client.collect(job)))
+                found.append(await results(client, job))
             return found
 
         first, second = run(made(provider, server), work)
@@ -375,3 +379,175 @@ def test_bad_arguments_are_told() -> None:
     for folder in (None, "/local", "gs://"):
         with pytest.raises(ValueError, match="gs://<bucket>/<folder>"):
             providers.make_batch("vertex", base_url=None, timeout=1.0, folder=folder)
+
+
+def running(client: BatchClient, store: Store) -> jobs._Run:
+    usage = pacing.Usage()
+    budget = pacing.Budget(usage, model="", price=None, max_requests=None, max_cost=None)
+    return jobs._Run(client, store, budget, usage, answered=True)
+
+
+def outcomes(store: Store, requests: list[Request]) -> list[str | None]:
+    found = store.find([one.key for one in requests])
+    values = [found.get(one.key) for one in requests]
+    return [value.reason if isinstance(value, Failure) else value and value.finish for value in values]
+
+
+def collected_after(
+    provider: str, change: Callable[[Server], None], tmp_path: Path, *, line_faults: list[str | int | None]
+) -> list[str | None]:
+    """Submits a job, changes what the provider has of it at its end, and collects it; returns the rows' outcomes."""
+    requests = some(len(line_faults))
+    with prepared(line_faults=line_faults, batch_polls=0) as server, Store(tmp_path / "store.sqlite") as store:
+
+        async def work(client: BatchClient) -> None:
+            await jobs._submit(requests, running(client, store))
+            ((_, job, _),) = store.jobs("running")
+            assert job is not None
+            assert await ended(client, job) == "done"
+            change(server)
+            await jobs._finish(running(client, store))
+
+        run(made(provider, server), work)
+        assert not list(store.jobs(*jobs._OPEN))
+        return outcomes(store, requests)
+
+
+def set_openai(**fields: object) -> Callable[[Server], None]:
+    return lambda server: next(iter(server.batches.values())).update(fields)
+
+
+def remove_openai(field: str) -> Callable[[Server], None]:
+    return lambda server: server.files.__delitem__(next(iter(server.batches.values()))[field])
+
+
+def rewrite(old: bytes, new: bytes) -> Callable[[Server], None]:
+    def change(server: Server) -> None:
+        assert any(old in data for data in server.files.values())
+        server.files.update({name: data.replace(old, new) for name, data in server.files.items()})
+
+    return change
+
+
+@pytest.mark.parametrize("value", ["", " ", None, 0, []], ids=repr)
+def test_an_id_of_a_file_that_is_no_id_loses_nothing(value: object, tmp_path: Path) -> None:
+    change = set_openai(error_file_id=value)
+    assert collected_after("openai", change, tmp_path, line_faults=[None] * 3) == ["stop"] * 3
+
+
+@pytest.mark.parametrize(
+    ("provider", "change", "expected"),
+    [
+        ("openai", remove_openai("output_file_id"), ["lost", "lost", "refused"]),
+        ("openai", remove_openai("error_file_id"), ["stop", "stop", "lost"]),
+        ("openai", set_openai(output_file_id="", error_file_id=""), ["lost"] * 3),
+        ("gemini", lambda server: server.files.clear(), ["lost"] * 3),
+        ("vertex", lambda server: server.files.clear(), ["lost"] * 3),
+    ],
+    ids=["replies gone", "errors gone", "no ids", "gemini", "vertex"],
+)
+def test_rows_of_a_lost_file_fail_and_the_others_are_kept(
+    provider: str, change: Callable[[Server], None], expected: list[str], tmp_path: Path
+) -> None:
+    """Asked again they would be paid for again, so that needs --retry_failed."""
+    assert collected_after(provider, change, tmp_path, line_faults=[None, None, 400]) == expected
+
+
+def test_a_folder_that_vertex_does_not_name_is_the_one_that_it_was_given(tmp_path: Path) -> None:
+    def change(server: Server) -> None:
+        (job,) = server.batches.values()
+        job["outputInfo"] = {"gcsOutputDirectory": ""}
+        job["outputConfig"] = {}
+
+    assert collected_after("vertex", change, tmp_path, line_faults=[None] * 3) == ["stop"] * 3
+
+
+@pytest.mark.parametrize(
+    ("provider", "change"),
+    [
+        ("openai", rewrite(b'"status_code": 200', b'"status_code": "200"')),
+        ("openai", rewrite(b'"status_code": 200', b'"status_code": null')),
+        ("openai", rewrite(b'"error": null', b'"error": {"code": null, "message": null}')),
+        ("gemini", rewrite(b'"response":', b'"error": {"code": 0}, "response":')),
+        ("vertex", rewrite(b'"status": ""', b'"status": "OK"')),
+        ("vertex", rewrite(b'"status": ""', b'"status": {"code": 0}')),
+    ],
+    ids=["text", "null", "empty error", "gemini, code 0", "vertex, OK", "vertex, code 0"],
+)
+def test_a_line_with_a_reply_is_a_reply_whatever_its_status(
+    provider: str, change: Callable[[Server], None], tmp_path: Path
+) -> None:
+    assert collected_after(provider, change, tmp_path, line_faults=[None] * 3) == ["stop"] * 3
+
+
+@pytest.mark.parametrize(
+    ("provider", "line", "reason"),
+    [
+        ("openai", {"response": {"status_code": "413", "body": {"error": {"message": "so"}}}}, "too_long"),
+        ("openai", {"response": {"status_code": "500", "body": "no JSON"}}, None),
+        ("gemini", {"error": {"code": "3", "message": "so"}}, "refused"),
+        ("gemini", {"error": {"code": "INVALID_ARGUMENT", "message": "so"}}, "refused"),
+        ("gemini", {"error": {"status": "INVALID_ARGUMENT"}}, "refused"),
+        ("gemini", {"error": "INVALID_ARGUMENT: so"}, "refused"),
+        ("gemini", {"error": {"code": 13}}, None),
+        ("vertex", {"status": {"code": 3, "message": "so"}}, "refused"),
+        ("vertex", {"status": "Error: UNAVAILABLE"}, None),
+    ],
+)  # fmt: skip
+def test_errors_of_lines_are_read_in_every_form(provider: str, line: dict[str, Any], reason: str | None) -> None:
+    kinds = {"openai": openai.OpenAIBatches, "gemini": gemini.GeminiBatches, "vertex": gemini.VertexBatches}
+    outcome = batches._outcome(kinds[provider].reply_of, line)
+    assert (outcome.reason if isinstance(outcome, Failed) else None) == reason
+
+
+def test_what_cannot_be_read_now_keeps_no_other_job_from_being_collected(tmp_path: Path) -> None:
+    """One file cannot be read now, one job is unknown: all else is stored, and cancelling gives the two up."""
+    requests = some(9)
+    with prepared(line_faults=[400], batch_polls=0) as server, Store(tmp_path / "store.sqlite") as store:
+        client = made("openai", server)
+        downloaded = client.download
+
+        async def broken(file: str) -> bytes:
+            if file == next(iter(server.batches.values()))["error_file_id"]:
+                raise Again("The connection failed.")
+            return await downloaded(file)
+
+        async def work(client: BatchClient) -> None:
+            for start in (0, 3, 6):
+                await jobs._submit(requests[start : start + 3], running(client, store))
+            gone = list(server.batches)[1]
+            del server.batches[gone]
+            client.download = broken
+            with pytest.raises((Again, Fatal), match=rf"A file of the job batch_\d+ .*|does not know the job {gone}"):
+                await jobs._finish(running(client, store))
+            assert outcomes(store, requests) == [None, "stop", "stop", None, None, None, "refused", "stop", "stop"]
+            client.download = downloaded
+            with pytest.raises(Fatal, match=f"does not know the job {gone}.*--cancel_batches"):
+                await jobs._finish(running(client, store))
+            assert outcomes(store, requests)[:4] == ["refused", "stop", "stop", None]
+            assert await jobs.cancel(client, store) == 1
+            await jobs._finish(running(client, store))
+
+        run(client, work)
+
+
+def test_a_job_or_file_without_a_name_is_looked_up_or_told() -> None:
+    with prepared() as server:
+        client = made("openai", server)
+        create = client.create
+
+        async def nameless(source: str, first: Request, *, name: str) -> str:
+            await create(source, first, name=name)
+            return ""
+
+        client.create = nameless
+        job = run(client, lambda client: client.submit(some(), name="sbs-1"))
+        assert list(server.batches) == [job]
+    with pytest.raises(Again, match="gives the uploaded file no name: None"):
+        batches.identifier(None, "the uploaded file")
+
+
+def test_a_file_that_gemini_has_removed_is_gone() -> None:
+    said = "You do not have permission to access the File abc or it may not exist."
+    assert isinstance(refusals.problem(403, {"message": said}), Gone)
+    assert not isinstance(refusals.problem(403, {"message": "Permission denied on the project."}), Gone)

@@ -34,6 +34,7 @@ CUT_SHORT = "length"
 CONTENT_FILTER = "content_filter"
 TOO_LONG = "too_long"
 REFUSED = "refused"
+LOST = "lost"
 
 # Every outcome of a parsed reply. With the first three the label is still used.
 OUTCOMES: Mapping[str, str] = types.MappingProxyType(
@@ -58,6 +59,7 @@ FAILURES: Mapping[str, str] = types.MappingProxyType(
         CONTENT_FILTER: "the provider's content filter withheld the reply",
         TOO_LONG: "the prompt is longer than the teacher's context",
         REFUSED: "the teacher's provider refused this request",
+        LOST: "the provider lost the answer, which may have been paid for: --retry_failed asks again",
     }
 )
 

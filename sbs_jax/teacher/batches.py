@@ -3,12 +3,14 @@
     job = await client.submit(requests, name="sbs-1")     # at most MOST_REQUESTS, in MOST_BYTES
     while (await client.poll(job)).state == RUNNING:
         await asyncio.sleep(30)
-    async for key, reply in client.collect(job):          # Reply, or Failed for a final failure, or another Problem
-        ...
+    read = client.reader()
+    for file in await client.files(job):                  # keep what each holds before the next is read
+        for key, reply in read(await client.download(file)):   # Reply, Failed for a final failure, or another Problem
+            ...
 
 Lines return in any order and carry the key of their request. A line that is missing, or without a readable key, is
-skipped. A line with Again or Fatal has no answer: its request may be sent again. Collect "failed" and "cancelled" jobs
-too: their replies have been paid for.
+skipped. A line with a reply is a reply, whatever else it reports; one with Again or Fatal has no answer: its request
+may be sent again. Collect "failed" and "cancelled" jobs too: their replies have been paid for.
 
 Calls are retried when the connection fails. A submission whose reply was lost is not repeated blindly: the job is
 looked up by its name first. Exceptions are those of `sbs_jax.teacher.clients`. Subclasses are in their providers'
@@ -86,11 +88,12 @@ class BatchClient(abc.ABC):
 
     async def submit(self, requests: Sequence[Request], *, name: str) -> str:
         """Submits requests of one model and form with distinct keys; returns the provider's name of the job."""
-        source = await self.upload(lines_of(requests, self._accepted_line), name=name)
+        source = identifier(await self.upload(lines_of(requests, self._accepted_line), name=name), "the uploaded file")
 
         async def create() -> str:
             try:
-                return await self.client.send(lambda: self.create(source, requests[0], name=name))
+                job = await self.client.send(lambda: self.create(source, requests[0], name=name))
+                return identifier(job, "the job")
             except Again:  # the job may exist although its reply was lost
                 found = await self.find(name)
                 if found is None:
@@ -99,8 +102,8 @@ class BatchClient(abc.ABC):
 
         return await retried(create)
 
-    async def collect(self, job: str) -> AsyncIterator[tuple[str, Reply | Problem]]:
-        """Yields (request key, answer) of a job that has ended."""
+    def reader(self) -> Callable[[bytes], Iterator[tuple[str, Reply | Problem]]]:
+        """Returns a function that yields (request key, answer) of each file of answers of one job."""
         known = set(self.left_out)
 
         def reply_of(line: Mapping[str, Any]) -> Reply:
@@ -114,9 +117,7 @@ class BatchClient(abc.ABC):
                     log.warning("The next job is sent without %s: %s", refusal.parameter, refusal)
                 raise
 
-        async for data in self.outputs(job):
-            for answer in answers(data, self.key_of, reply_of):
-                yield answer
+        return lambda data: answers(data, self.key_of, reply_of)
 
     async def find(self, name: str) -> str | None:
         """Returns the latest job that was submitted under this name, or None."""
@@ -161,8 +162,12 @@ class BatchClient(abc.ABC):
         """Creates a job from an uploaded file and its first request; sent once."""
 
     @abc.abstractmethod
-    def outputs(self, job: str) -> AsyncIterator[bytes]:
-        """Yields the job's files of answers."""
+    async def files(self, job: str) -> list[str]:
+        """Returns the names of the answer files of a job that has ended."""
+
+    @abc.abstractmethod
+    async def download(self, file: str) -> bytes:
+        """Returns a file of answers. Raises Gone if the provider no longer has it."""
 
     @abc.abstractmethod
     def listed(self) -> AsyncIterator[tuple[str, str | None]]:
@@ -187,6 +192,19 @@ def state_of(word: str | None) -> str:
     """
     plain = re.sub(r"^(job_state|batch_state)_|^state_", "", re.sub(r"[ -]", "_", (word or "").strip().lower()))
     return _STATES.get(plain, word or "no state")
+
+
+def identifier(value: object, what: str) -> str:
+    """Returns a provider's name of a thing. Raises Again for what is none (null, "", a number)."""
+    if isinstance(value, str) and value.strip():
+        return value
+    raise Again(f"The provider gives {what} no name: {value!r}.")
+
+
+def status_of(value: object) -> int | None:
+    """Reads a status, a number or its text ("200", "200 OK"); None for anything else."""
+    found = re.match(r"\s*(\d+)\b", str(value))
+    return int(found[1]) if found and len(found[1]) < 6 else None
 
 
 def lines_of(requests: Sequence[Request], line: Callable[[Request], Mapping[str, Any]]) -> bytes:

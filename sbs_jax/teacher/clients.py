@@ -136,6 +136,10 @@ class Fatal(Problem):
     """Stop: every request would fail like this one (key, model, permission, money)."""
 
 
+class Gone(Fatal):
+    """What was named is not there: a model, an address, a job, a file."""
+
+
 class Again(Problem):
     """Retry later. `limited`: the provider asks us to slow down; `retry_after`: seconds to wait."""
 

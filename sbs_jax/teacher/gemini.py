@@ -13,8 +13,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any, TypeVar
 
 from sbs_jax.teacher import parameters, refusals
-from sbs_jax.teacher.batches import ENDED, BatchClient, BatchState, refused_line, state_of
-from sbs_jax.teacher.clients import CHAT, CONTENT_FILTER, Again, Failed, Fatal, Reply, Request
+from sbs_jax.teacher.batches import ENDED, BatchClient, BatchState, refused_line, state_of, status_of
+from sbs_jax.teacher.clients import CHAT, CONTENT_FILTER, Again, Failed, Fatal, Gone, Reply, Request
 from sbs_jax.teacher.connections import (
     HostedClient,
     checked_address,
@@ -239,10 +239,13 @@ class GeminiBatches(_GoogleBatches):
         config, upload = {"display_name": name, "mime_type": "jsonl"}, self._api.files.upload
         return (await self.call(lambda: upload(file=io.BytesIO(text), config=config), transfer=True)).name
 
-    async def outputs(self, job: str) -> AsyncIterator[bytes]:
+    async def files(self, job: str) -> list[str]:
         found = await self.call(lambda: self._api.batches.get(name=job))
-        if found.dest is not None and (name := found.dest.file_name) is not None:
-            yield await self.call(lambda: self._api.files.download(file=name), transfer=True)
+        name = found.dest and found.dest.file_name
+        return [name] if isinstance(name, str) and name.strip() else []
+
+    async def download(self, file: str) -> bytes:
+        return await self.call(lambda: self._api.files.download(file=file), transfer=True)
 
     @staticmethod
     def key_of(line: Mapping[str, Any]) -> str:
@@ -250,13 +253,7 @@ class GeminiBatches(_GoogleBatches):
 
     @staticmethod
     def reply_of(line: Mapping[str, Any]) -> Reply:
-        error, response = line.get("error"), line.get("response")
-        if error:
-            code = int(error.get("code") or 13)
-            raise refused_line(code if code >= 100 else _HTTP.get(code, 500), error)
-        if not isinstance(response, dict):
-            raise Again("The line has no response.")
-        return read_gemini(response)
+        return _line_reply(line.get("response"), line.get("error"))
 
 
 class VertexBatches(_GoogleBatches):
@@ -286,14 +283,20 @@ class VertexBatches(_GoogleBatches):
     def _config(self, name: str) -> dict[str, Any]:
         return {"display_name": name, "dest": f"{self._folder}/{name}/"}
 
-    async def outputs(self, job: str) -> AsyncIterator[bytes]:
+    async def files(self, job: str) -> list[str]:
         found = await self.call(lambda: self._api.batches.get(name=job))
-        if found.dest is None or found.dest.gcs_uri is None:
-            return
-        folder = _folder(found.dest.gcs_uri.rstrip("/"))
-        for name in sorted(name.decode() for name in await self._storage(folder.list)):
-            if name.endswith(".jsonl"):
-                yield (await self._storage(lambda name=name: folder.read(name))).value
+        place = found.dest and found.dest.gcs_uri
+        folder = place if isinstance(place, str) and place.strip() else f"{self._folder}/{found.display_name}"
+        folder = folder.rstrip("/")
+        names = sorted(name.decode() for name in await self._storage(lambda: _folder(folder).list()))
+        return [f"{folder}/{name}" for name in names if name.endswith(".jsonl")]
+
+    async def download(self, file: str) -> bytes:
+        folder, _, name = file.rpartition("/")
+        found = await self._storage(lambda: _folder(folder).read(name))
+        if found.state == "missing":
+            raise Gone(f"There is no such file ({file}).")
+        return found.value
 
     async def _storage(self, call: Callable[[], Awaitable[_T]]) -> _T:
         try:
@@ -309,11 +312,20 @@ class VertexBatches(_GoogleBatches):
 
     @staticmethod
     def reply_of(line: Mapping[str, Any]) -> Reply:
-        if status := line.get("status"):  # "Error: INVALID_ARGUMENT: ..", or the same as an object
-            text = status if isinstance(status, str) else json.dumps(status)
-            code = next((code for word, code in _HTTP_NAMES.items() if word in text), 500)
-            raise refused_line(code, {"message": text})
-        return read_gemini(line.get("response") or {})
+        return _line_reply(line.get("response"), line.get("status"))
+
+
+def _line_reply(response: object, error: object) -> Reply:
+    """Reads a line's response; without a reply in it, its error: text or an object of Google's, with either's codes."""
+    response = response if isinstance(response, dict) else {}
+    if response.get("candidates") or not error:
+        return read_gemini(response)
+    fields = error if isinstance(error, dict) else {"message": str(error)}
+    # gRPC's number, an HTTP status, or a name: "INVALID_ARGUMENT" in the object or the text.
+    number = status_of(fields.get("code"))
+    if number is None:
+        number = next((code for word, code in _HTTP_NAMES.items() if word in json.dumps(error)), 500)
+    raise refused_line(number if number >= 100 else _HTTP.get(number, 500), fields)
 
 
 def _folder(url: str) -> Any:

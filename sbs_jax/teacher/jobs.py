@@ -1,8 +1,9 @@
 """Batch mode: requests go to the provider in files, at half the price, and return within a day.
 
 A job is recorded in the store before it is submitted, under a name that the provider gets too. If a run is killed in
-between, the next run finds the job by that name. Replies are stored as they are collected; unanswered requests of a job
-go into the next one.
+between, the next run finds the job by that name. Replies are stored file by file; unanswered requests of a job go into
+the next one, except where a file of answers is gone: those were paid for, so they fail as "lost" and are asked again
+only with `--retry_failed`. A job that cannot be read does not keep the others from being collected.
 """
 
 from __future__ import annotations
@@ -10,19 +11,22 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import hashlib
+import itertools
 import logging
 import time
 from collections.abc import Iterable, Iterator, Sequence
 
+from sbs_jax.data.parsing import LOST
 from sbs_jax.teacher import money, sampler
 from sbs_jax.teacher.batches import CANCELLED, DONE, ENDED, FAILED, RUNNING, BatchClient, BatchState
-from sbs_jax.teacher.clients import REFUSED, Failed, Fatal, Problem, Refused, Reply, Request
+from sbs_jax.teacher.clients import REFUSED, Again, Failed, Fatal, Gone, Refused, Reply, Request
 from sbs_jax.teacher.pacing import Budget, Reasons, Reservation, Usage
 from sbs_jax.teacher.store import Failure, Store
 
 log = logging.getLogger(__name__)
 
-NEW, COLLECTED = "new", "collected"
+NEW, COLLECTED, UNREAD = "new", "collected", "unread"  # UNREAD: ended, but a file of answers could not be read
+_OPEN = (NEW, RUNNING, UNREAD)
 POLL = 30.0  # seconds between polls
 _NEWS = 600.0  # seconds after which a job that is waited for is named again
 _OBSERVED = 1000  # replies whose bills are looked at for the estimate
@@ -42,6 +46,7 @@ class _Run:
     submitted: dict[str, Reservation] = dataclasses.field(default_factory=dict)  # by request key
     unanswered: Reasons = dataclasses.field(default_factory=Reasons)
     answered: bool = False
+    watched: dict[str, _Watch] = dataclasses.field(default_factory=dict)  # by the provider's name of the job
 
 
 async def run(
@@ -92,22 +97,33 @@ async def run(
 
 
 async def cancel(client: BatchClient, store: Store) -> int:
-    """Cancels every unfinished job, stores the replies it has (they were paid for), and returns the number of jobs."""
-    found = list(store.jobs(NEW, RUNNING))
-    usage = Usage()
+    """Cancels every unfinished job, stores the replies it has (they were paid for), and returns the number of jobs.
+
+    Gives up jobs that an earlier run could not read, if they cannot be read now.
+    """
+    found, unread = list(store.jobs(*_OPEN)), {name for name, _, _ in store.jobs(UNREAD)}
+    usage, problems = Usage(), []
     budget = Budget(usage, model="", price=None, max_requests=None, max_cost=None)
     this = _Run(client, store, budget, usage, answered=True)
-    for name, job, _ in found:
-        job = job or await client.find(name)
-        if job is None:
-            store.set_job(name, job=None, state=CANCELLED)
-            continue
-        await client.cancel(job)
-        # Cancelling takes a while; the replies come after that.
-        watch = _Watch(job)
-        while (state := await client.poll(job)).state == RUNNING and watch.runs(state):
-            await asyncio.sleep(POLL)
-        await _collect(name, job, this, end=CANCELLED)
+    for name, job, keys in found:
+        try:
+            job = job or await client.find(name)
+            if job is not None:
+                if (await _polled(name, job, this)).state not in ENDED:
+                    await client.cancel(job)
+                # Cancelling takes a while; the replies come after that.
+                watch = _Watch(job)
+                while (state := await _polled(name, job, this)).state == RUNNING and watch.runs(state):
+                    await asyncio.sleep(POLL)
+                await _collect(name, job, keys, this, state=state, end=CANCELLED)
+        except (Again, Fatal) as problem:
+            if name not in unread:
+                problems.append(problem)
+                continue
+            log.warning("Job %s is given up, and its unread rows are asked again: %s", job, problem)
+        store.set_job(name, job=job, state=CANCELLED)
+    if problems:
+        raise problems[0]
     return len(found)
 
 
@@ -155,7 +171,7 @@ async def _submit(requests: Sequence[Request], this: _Run) -> None:
     keys = [request.key for request in requests]
     store = this.store
     # A retry has the same requests in the same order, so the name includes the number of tries.
-    tries = sum(1 for _ in store.jobs(NEW, RUNNING, COLLECTED, FAILED, CANCELLED))
+    tries = sum(1 for _ in store.jobs(*_OPEN, COLLECTED, FAILED, CANCELLED))
     name = "sbs-" + hashlib.sha256(f"{tries} {' '.join(keys)}".encode()).hexdigest()[:24]
     store.add_job(name, keys)
     this.submitted |= {request.key: this.budget.estimate(request) for request in requests}
@@ -166,30 +182,59 @@ async def _submit(requests: Sequence[Request], this: _Run) -> None:
 
 
 async def _finish(this: _Run) -> None:
-    """Waits for all unfinished jobs, including those of earlier runs, and stores their answers."""
-    client, store = this.client, this.store
-    for name, job, keys in list(store.jobs(NEW)):
+    """Waits for all unfinished jobs, including those of earlier runs, and stores their answers.
+
+    Raises the problem of a job that cannot be read or that the provider failed, after the others are collected.
+    """
+    problems: dict[str, Exception] = {}
+    listed = list(this.store.jobs(*_OPEN))
+    while True:
+        waiting = False
+        for name, job, keys in listed:
+            try:
+                waiting |= not await _ended(name, job, keys, this)
+                problems.pop(name, None)
+            except (Again, Fatal, ValueError) as problem:
+                if name not in problems:
+                    log.warning("Job %s: %s", job or name, problem)
+                problems[name] = problem
+        if not waiting:
+            break
+        await asyncio.sleep(POLL)
+        listed = list(this.store.jobs(NEW, RUNNING))  # what is unread now is left for the next run
+    for problem in problems.values():
+        raise problem
+
+
+async def _ended(name: str, job: str | None, keys: Sequence[str], this: _Run) -> bool:
+    """Collects a job if it has ended, and returns whether it has."""
+    if job is None:
         # An earlier process recorded it and died, perhaps after submitting it.
-        job = job or await client.find(name)
+        job = await this.client.find(name)
+        this.store.set_job(name, job=job, state=FAILED if job is None else RUNNING)
         if job is None:
-            store.set_job(name, job=None, state=FAILED)
             log.info("Job %s with %d requests was never submitted.", name, len(keys))
-        else:
-            store.set_job(name, job=job, state=RUNNING)
-    watched: dict[str, _Watch] = {}
-    while waiting := list(store.jobs(RUNNING)):
-        for name, job, _ in waiting:
-            assert job is not None  # a running job has the provider's name
-            found = await client.poll(job)
-            if watched.setdefault(job, _Watch(job)).runs(found):
-                continue
-            ends = {DONE: COLLECTED, CANCELLED: CANCELLED}
-            count = await _collect(name, job, this, end=ends.get(found.state, FAILED))
-            if found.state == FAILED and not count:
-                # The next job would fail too: a wrong model, a full queue.
-                raise ValueError(f"The provider failed the job {job}: {found.message or 'it gives no reason'}.")
-        if list(store.jobs(RUNNING)):
-            await asyncio.sleep(POLL)
+            return True
+    found = await _polled(name, job, this)
+    if this.watched.setdefault(job, _Watch(job)).runs(found):
+        return False
+    end = {DONE: COLLECTED, CANCELLED: CANCELLED}.get(found.state, FAILED)
+    count = await _collect(name, job, keys, this, state=found, end=end)
+    if found.state == FAILED and not count:
+        # The next job would fail too: a wrong model, a full queue.
+        raise ValueError(f"The provider failed the job {job}: {found.message or 'it gives no reason'}.")
+    return True
+
+
+async def _polled(name: str, job: str, this: _Run) -> BatchState:
+    try:
+        return await this.client.poll(job)
+    except Gone as error:
+        this.store.set_job(name, job=job, state=UNREAD)
+        raise Fatal(
+            f"The provider does not know the job {job}, which was submitted from here. Use the key and project of that "
+            "time, or give the job up with --cancel_batches."
+        ) from error
 
 
 class _Watch:
@@ -217,31 +262,52 @@ class _Watch:
         return True
 
 
-async def _collect(name: str, job: str, this: _Run, *, end: str) -> int:
-    """Stores the answers of a job and returns their number."""
+async def _collect(name: str, job: str, keys: Sequence[str], this: _Run, *, state: BatchState, end: str) -> int:
+    """Stores the answers of a job, each file before the next one is read, and returns their number.
+
+    If a file cannot be read now, raises its problem after the last one. If one is gone, requests without a line fail as
+    LOST.
+    """
     store, count = this.store, 0
-    values: dict[str, Reply | Failure] = {}
     refused: dict[str, Failure] = {}
-    unanswered: Problem | None = None
-    async for key, outcome in this.client.collect(job):
-        if (estimate := this.submitted.pop(key, None)) is not None:
-            this.budget.book(estimate, outcome)
-        if isinstance(outcome, Reply):
-            values[key] = outcome
-            this.answered = True
-        elif isinstance(outcome, Refused):
-            refused[key] = Failure(outcome.reason, str(outcome))
-        elif isinstance(outcome, Failed):
-            values[key] = Failure(outcome.reason, str(outcome))
-        else:
-            unanswered = outcome if unanswered is None or isinstance(outcome, Fatal) else unanswered
-            this.unanswered.add(str(outcome))
+    open_keys, unanswered = set(), None
+    gone, problem, read = [], None, this.client.reader()
+    for file in await this.client.files(job):
+        try:
+            found = read(await this.client.download(file))
+        except Gone:
+            gone.append(file)
             continue
-        count += 1
-        if len(values) == 1000:
+        except (Again, Fatal) as error:
+            problem = problem or error
+            continue
+        while some := list(itertools.islice(found, 1000)):
+            values: dict[str, Reply | Failure] = {}
+            for key, outcome in some:
+                if (estimate := this.submitted.pop(key, None)) is not None:
+                    this.budget.book(estimate, outcome)
+                if isinstance(outcome, Reply):
+                    values[key] = outcome
+                    this.answered = True
+                elif isinstance(outcome, Refused):
+                    refused[key] = Failure(outcome.reason, str(outcome))
+                elif isinstance(outcome, Failed):
+                    values[key] = Failure(outcome.reason, str(outcome))
+                else:
+                    unanswered = outcome if unanswered is None or isinstance(outcome, Fatal) else unanswered
+                    this.unanswered.add(str(outcome))
+                    open_keys.add(key)
+                    continue
+                count += 1
             store.put_all(values)
-            values = {}
-    store.put_all(values)
+    if problem is not None:
+        store.set_job(name, job=job, state=UNREAD)
+        raise type(problem)(
+            f"A file of the job {job} cannot be read now: {problem} Repeat the command later; --cancel_batches gives "
+            "it up."
+        ) from problem
+    if gone or (state.done and not count and not open_keys):
+        _lose(job, gone, [key for key in keys if key not in open_keys and key not in refused], store)
     store.set_job(name, job=job, state=end)
     unexplained = next((failure.detail for failure in refused.values() if failure.reason == REFUSED), None)
     if refused and not this.answered and (unexplained or len(refused) >= sampler.HOPELESS):
@@ -252,3 +318,16 @@ async def _collect(name: str, job: str, this: _Run, *, end: str) -> int:
     store.put_all(refused)
     log.info("Job %s: %d answers, %d of them refusals.", name, count, len(refused))
     return count
+
+
+def _lose(job: str, gone: Sequence[str], keys: Sequence[str], store: Store) -> None:
+    """Records that the answers to these requests are gone, unless they are stored."""
+    what = f"the provider no longer has {' and '.join(gone) or 'a file of its answers'}"
+    settled = store.settled(keys, but="")
+    lost = [key for key in keys if key not in settled]
+    store.put_all(dict.fromkeys(lost, Failure(LOST, f"Answers of the job {job} are lost: {what}.")))
+    log.warning(
+        "Job %s: %s. Its %d requests without an answer may have been paid for, so they fail as %r; --retry_failed asks "
+        "them again.",
+        *(job, what, len(lost), LOST),
+    )

@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 from sbs_jax.teacher import parameters, refusals
-from sbs_jax.teacher.batches import ENDED, BatchClient, BatchState, refused_line, state_of
+from sbs_jax.teacher.batches import ENDED, BatchClient, BatchState, refused_line, state_of, status_of
 from sbs_jax.teacher.clients import CHAT, STOP, Again, Failed, Fatal, Reply, Request
 from sbs_jax.teacher.connections import HostedClient, checked_address, environment_key, http_client, sdk_module
 
@@ -170,11 +170,12 @@ class OpenAIBatches(BatchClient):
             message="; ".join(str(error) for error in errors[:3]) or ("expired" if batch.status == "expired" else ""),
         )
 
-    async def outputs(self, job: str) -> AsyncIterator[bytes]:
+    async def files(self, job: str) -> list[str]:
         batch = await self.call(lambda: self._sdk.batches.retrieve(job))
-        for name in (batch.output_file_id, batch.error_file_id):
-            if name is not None:
-                yield (await self.call(lambda name=name: self._sdk.files.content(name), transfer=True)).content
+        return [name for name in (batch.output_file_id, batch.error_file_id) if isinstance(name, str) and name.strip()]
+
+    async def download(self, file: str) -> bytes:
+        return (await self.call(lambda: self._sdk.files.content(file), transfer=True)).content
 
     async def cancel(self, job: str) -> None:
         if (await self.poll(job)).state not in ENDED:
@@ -191,14 +192,16 @@ class OpenAIBatches(BatchClient):
     @staticmethod
     def reply_of(line: Mapping[str, Any]) -> Reply:
         error, response = line.get("error"), line.get("response")
-        if error:  # expired or cancelled: it was never answered
-            raise Again(str(error.get("message")))
-        if not isinstance(response, dict):
-            raise Again("The line has no response.")
-        body = response.get("body") or {}
-        if response.get("status_code") != 200:
-            raise refused_line(int(response.get("status_code") or 500), body)
-        return read_openai(body)
+        response = response if isinstance(response, dict) else {}
+        body = response.get("body")
+        if isinstance(body, str) and body.lstrip().startswith("{"):
+            body = refusals.json_object(body)
+        if isinstance(body, dict) and body.get("choices"):
+            return read_openai(body)
+        status = status_of(response.get("status_code"))
+        if error or status is None:  # expired or cancelled: it was never answered
+            raise Again(f"The line has no response: {error!r}")
+        raise refused_line(500 if status == 200 else status, body)
 
 
 def _endpoint(request: Request) -> str:

@@ -27,6 +27,7 @@ from sbs_jax.teacher.clients import (
     Again,
     Failed,
     Fatal,
+    Gone,
     Problem,
     Refused,
     Reply,
@@ -43,6 +44,7 @@ _FILTER = re.compile(
     re.IGNORECASE,
 )
 _NO_KEY = re.compile(r"api_key|api key (not valid|expired)", re.IGNORECASE)
+_NO_FILE = re.compile(r"\bfile\b.*\bmay not exist", re.IGNORECASE)  # Gemini's words for a file that it has removed
 # Gemini's 429 mentions "quota" for every limit; only "PerDay" and depleted credits last longer than a minute.
 _NO_MONEY = re.compile(
     r"insufficient_quota|insufficient (funds|balance|credits)|billing_hard_limit|billing_not_active"
@@ -73,7 +75,8 @@ _OUTCOMES: tuple[tuple[Collection[int], re.Pattern[str], Callable[[str], Problem
     ((409, 425, *range(500, 600)), _ANY, Again, "The teacher has a temporary error ({said})."),
     ((401,), _ANY, Fatal, _KEY),
     ((400,), _NO_KEY, Fatal, _KEY),
-    ((404,), _ANY, Fatal, "There is no such model or address ({said}); check --model and --base_url."),
+    ((403,), _NO_FILE, Gone, "There is no such file ({said})."),
+    ((404, 410), _ANY, Gone, "There is no such model or address ({said}); check --model and --base_url."),
     ((413,), _ANY, _PAST_CONTEXT, "The prompt is longer than the model's context ({said})."),
     (_OF_A_ROW, _LONGER, _PAST_CONTEXT, "The prompt is longer than the model's context ({said})."),
     (_OF_A_ROW, _FILTER, _FILTERED, "The provider's content filter refuses the prompt ({said})."),
