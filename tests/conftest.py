@@ -53,11 +53,11 @@ SHARED = REPOSITORY.parent / "shared"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselects the long forms of the fault tests unless `-m` names them (`make test-faults`)."""
-    if "faults" not in config.option.markexpr:
-        chosen = [item for item in items if item.get_closest_marker("faults") is None]
-        config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
-        items[:] = chosen
+    """Deselects what only `-m` chooses: `make test-faults` and `make test-teacher`."""
+    hidden = [name for name in ("faults", "teacher") if name not in config.option.markexpr]
+    chosen = [item for item in items if not any(map(item.get_closest_marker, hidden))]
+    config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+    items[:] = chosen
 
 
 def pytest_collection_finish() -> None:

@@ -200,7 +200,7 @@ def test_every_dependency_is_pinned_once_and_explained() -> None:
 
 def test_makefile_targets_are_explained() -> None:
     done = subprocess.run(["make", "help"], cwd=REPOSITORY, capture_output=True, text=True, check=True)
-    for target in ("demo", "test", "test-faults", "check", "bench", "test-parity", "clean"):
+    for target in ("demo", "test", "test-faults", "test-teacher", "check", "bench", "test-parity", "clean"):
         assert re.search(rf"^  make {target} +\w", done.stdout, flags=re.MULTILINE)
 
 
