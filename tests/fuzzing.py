@@ -27,8 +27,11 @@ set_hypothesis_home_dir(Path(tempfile.gettempdir()) / "hypothesis-of-sbs")
 CASES = 400
 # Processor seconds of one case, after which it counts as a hang. The longest takes 0.1 s here.
 PATIENCE = 20.0
+# Seconds after which a case that takes no processor time counts as one.
+_WAITING = 60.0
 # Bytes of address space that a reader may take beyond what the process has.
 ROOM = 3 * 2**30
+_LINE = ROOM + 2**27  # bytes of one line, more than fits
 # Characters of a message: only a part of the value is shown.
 LONGEST_MESSAGE = 4_000
 # One drawing serves so many cases, which read it from different places: drawing takes longer than most readers.
@@ -244,6 +247,42 @@ def lines(tape: Tape, rows: Sequence[Any], *, most: int = 3) -> bytes:
     return scratched(tape, encoded(between.join(parts) + ("" if tape.chance(4) else "\n")))
 
 
+# ----------------------------------------------------------------------------------------- files
+
+OTHERS = ("pipe", "zeros", "null", "folder", "line")
+
+
+def put(tape: Tape, path: Path, data: bytes) -> None:
+    """Writes the file of a case; in one of a hundred, something else stands there (`OTHERS`)."""
+    replace(path, data)
+    if not tape.chance(100):
+        return
+    stand(path, tape.one_of(OTHERS))
+
+
+def stand(path: Path, other: str) -> None:
+    """Puts one of `OTHERS` in the place of a file."""
+    path.unlink(missing_ok=True)
+    if other == "pipe":
+        os.mkfifo(path)
+    elif other in ("zeros", "null"):
+        path.symlink_to(f"/dev/{other.removesuffix('s')}")
+    elif other == "folder":
+        path.mkdir()
+    else:
+        path.touch()
+        os.truncate(path, _LINE)
+
+
+def replace(path: Path, data: bytes) -> None:
+    """Writes a file in the place of whatever `put` left there."""
+    if path.is_dir() and not path.is_symlink():
+        path.rmdir()
+    elif path.is_symlink() or (path.exists() and not path.is_file()):
+        path.unlink()
+    path.write_bytes(data)
+
+
 # ---------------------------------------------------------------------------------------- guards
 
 
@@ -266,12 +305,13 @@ _FORBIDDEN = frozenset(
 # These generate functions from text when they first meet a class or a signature.
 _WRITERS_OF_CODE = frozenset({"beartype", "collections", "dataclasses", "jaxtyping", "typing"})
 _watching = False
+_may_write: tuple[str, ...] = ()  # beginnings of paths
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 
 
 def _audit(event: str, arguments: tuple[Any, ...]) -> None:
     """Watches Python's audit events (PEP 578) while a case is read."""
-    if not _watching:
+    if not _watching or (arguments and str(arguments[0]).startswith(_may_write)):
         return
     if event in _FORBIDDEN:
         raise ExecutedError(f"reading an input did {event}{arguments!r:.300}")
@@ -286,7 +326,7 @@ def _audit(event: str, arguments: tuple[Any, ...]) -> None:
 
 
 def _out_of_patience(*_: object) -> None:
-    raise HangError(f"not read within {PATIENCE:g} s of processor time")
+    raise HangError(f"not read within {PATIENCE:g} s of processor time, or {_WAITING:g} s of waiting")
 
 
 @contextlib.contextmanager
@@ -300,28 +340,37 @@ def guarded() -> Iterator[None]:
     with contextlib.suppress(OSError, ValueError):  # only Linux reports and enforces it
         taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (taken + ROOM, before[1]))
-    handler = signal.signal(signal.SIGVTALRM, _out_of_patience)
+    handlers = {each: signal.signal(each, _out_of_patience) for each in (signal.SIGVTALRM, signal.SIGALRM)}
     try:
         yield
         assert not CANARY.exists(), "an input was run"
     finally:
-        signal.signal(signal.SIGVTALRM, handler)
+        for each, handler in handlers.items():
+            signal.signal(each, handler)
         resource.setrlimit(resource.RLIMIT_AS, before)
         CANARY.unlink(missing_ok=True)
 
 
-def read(reader: Callable[[], Any], *, raises: type[Exception] | tuple[type[Exception], ...], names: Any) -> Any:
+def read(
+    reader: Callable[[], Any],
+    *,
+    raises: type[Exception] | tuple[type[Exception], ...],
+    names: Any,
+    writes: Path | None = None,
+) -> Any:
     """Returns the reader's result or its declared error, whose message has one of `names` and is not too long.
 
-    Everything else (another error, a hang, an input that runs) is a failure.
+    Everything else (another error, a hang, an input that runs) is a failure. Files below `writes` may be changed.
     """
-    global _watching
+    global _watching, _may_write
     # hypothesis raises the recursion limit above a command's.
     levels, depth, frame = sys.getrecursionlimit(), 0, sys._getframe()
     while frame is not None:
         depth, frame = depth + 1, frame.f_back
     sys.setrecursionlimit(depth + 960)
     signal.setitimer(signal.ITIMER_VIRTUAL, PATIENCE)
+    signal.setitimer(signal.ITIMER_REAL, _WAITING)
+    _may_write = () if writes is None else (f"{writes}/",)
     _watching = True
     try:
         return reader()
@@ -337,6 +386,7 @@ def read(reader: Callable[[], Any], *, raises: type[Exception] | tuple[type[Exce
     finally:
         _watching = False
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.setitimer(signal.ITIMER_REAL, 0)
         sys.setrecursionlimit(levels)
 
 

@@ -1,6 +1,7 @@
 """Checkpoints: saved completely or not at all, damage detected, a full disk does not end a run."""
 
 import contextlib
+import hashlib
 import itertools
 import json
 import logging
@@ -17,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import fuzzing
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -198,6 +200,65 @@ def test_damage_to_the_list_itself_is_seen_wherever_it_is(run):
     for nonsense in (b"[]", b"{}", b'{"files": {}, "sha256": ""}', b"null", b"[" * 100_000, b"\xff\xfe"):
         (directory / "checksums.json").write_bytes(nonsense)
         assert checksums.problem(directory) == "checksums.json is damaged"
+
+
+def listing(folder: Path, files: object) -> None:
+    """Writes a list of checksums whose own hash is right."""
+    (folder / checksums.FILE).write_text(json.dumps({"files": files, "sha256": checksums._of_list(files)}))
+
+
+NOTHING = {"bytes": 0, "sha256": hashlib.sha256(b"").hexdigest()}
+
+
+@pytest.mark.parametrize("name", ["../secret", "a/../../secret", "/etc/passwd", "/dev/zero", ".", "", "a//b", "a/"])
+def test_a_list_of_checksums_leads_to_no_other_folder(tmp_path, name):
+    (tmp_path / "1").mkdir()
+    (tmp_path / "secret").write_bytes(b"")
+    listing(tmp_path / "1", {name: NOTHING})
+    assert checksums.problem(tmp_path / "1") == f"checksums.json lists {name!r}; expected files of its own folder"
+
+
+@pytest.mark.parametrize("other", fuzzing.OTHERS[:-1])
+@pytest.mark.parametrize("place", ["a", checksums.FILE])
+def test_what_is_no_file_is_refused_where_a_checkpoint_names_it(tmp_path, other, place):
+    """A pipe would wait, and a device never end."""
+    listing(tmp_path, {"a": NOTHING})
+    fuzzing.stand(tmp_path / place, other)
+    problem = checksums.problem(tmp_path)
+    assert problem is not None
+    assert problem.startswith(place)
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        *([], 1, None, {"a": 1}, {"a": None}, {"a": []}, {"a": {"bytes": 0}}, {"a": {**NOTHING, "bytes": "0"}}),
+        *({"a": {**NOTHING, "bytes": 0.0}}, {"a": {**NOTHING, "bytes": False}}, {"a": {**NOTHING, "sha256": 1}}),
+    ],
+)
+def test_a_list_of_checksums_of_other_types_is_damaged(tmp_path, files):
+    (tmp_path / "a").write_bytes(b"")
+    listing(tmp_path, files)
+    assert checksums.problem(tmp_path) == "checksums.json is damaged"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"model": 1}, "'model' is 1; expected an object"),
+        ({"model": {"vocab_size": "5"}}, "'vocab_size' is \"5\"; expected a whole number"),
+        ({"base": {"path": 7, "seed": None, "fingerprint": ""}}, "'base.path' is 7; expected text or null"),
+        ({"tuning": {"lora": 1}}, "'tuning' is {'lora': 1}; expected a run's"),
+        ({"step": "2"}, "'step' is \"2\"; expected a whole number"),
+    ],
+)
+def test_metadata_of_other_types_name_their_file(run, change, said):
+    """Their checksums are right: somebody else wrote them."""
+    folder = run / "checkpoints" / "2"
+    (folder / "metadata" / "metadata").write_text(json.dumps({"step": 2} | change))
+    checksums.write(folder)
+    with pytest.raises(ValueError, match=r"checkpoints/2/metadata/metadata: .*" + re.escape(said)):
+        checkpoints.read_metadata(run, 2)
 
 
 def test_strangers_in_the_directory_change_nothing(run, caplog):

@@ -1,6 +1,9 @@
 """Conversions: names, round trips, T5X's forms, buckets, memory, and refusals."""
 
+import dataclasses
 import json
+import logging
+import math
 import re
 from pathlib import Path
 
@@ -19,7 +22,7 @@ from flax import serialization, traverse_util
 
 from sbs_jax.prediction import engine, files
 from sbs_jax.run import checkpoints
-from sbs_jax.student import t5
+from sbs_jax.student import layers, t5
 from sbs_jax.training import students
 from sbs_jax.training.state import initial_state
 from sbs_jax.training.step import prepare
@@ -226,6 +229,130 @@ def test_a_step_that_its_run_removed_is_not_read_as_zeros(tmp_path):
             array.whole()
 
 
+# What is said about weights that convert.
+
+
+def rewritten(folder: Path, change) -> None:
+    """Rewrites the weights of a Hugging Face directory: `change` takes and returns {name: array}."""
+    weights = folder / hugging_face.WEIGHTS
+    safetensors.numpy.save_file(change(safetensors.numpy.load_file(weights)), weights)
+
+
+NORM, QUERY = "decoder.final_layer_norm.weight", "encoder.block.0.layer.0.SelfAttention.q.weight"
+OUR_NORM, OUR_QUERY = "decoder/decoder_norm/scale", "encoder/layers/0/attention/query/kernel"
+
+
+@pytest.mark.parametrize("to_form", ["hf", "sbs", "t5x"])
+def test_numbers_that_are_not_finite_are_counted_by_name(exported, tmp_path, caplog, to_form):
+    def broken(arrays):
+        arrays[NORM][:3] = np.nan
+        arrays[QUERY][0, :2] = np.inf, -np.inf
+        return arrays
+
+    rewritten(exported, broken)
+    summary = converted(exported, tmp_path / "out", to_form)
+    assert summary["not_finite"] == {OUR_NORM: 3, OUR_QUERY: 2}
+    assert re.search(rf"NaN or infinite, in 2 of \d+ arrays: {OUR_NORM} \(3 of 24\), {OUR_QUERY} \(2 of", caplog.text)
+    # Training, prediction and service read weights here.
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    like = {
+        name: jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=place)
+        for name, leaf in names.parameters(cases.config("v1_1")).items()
+    }
+    caplog.clear()
+    opening.load_parameters(tmp_path / "out", like=like)
+    assert f"{OUR_NORM} (3 of 24)" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("stored", "value", "dtype"), [(np.float64, 1e39, "float32"), (np.float32, 3.4e38, "bfloat16")]
+)
+def test_numbers_that_become_infinite_are_counted(exported, tmp_path, caplog, stored, value, dtype):
+    def broken(arrays):
+        arrays[NORM] = arrays[NORM].astype(stored)
+        arrays[NORM][:2] = value
+        return arrays
+
+    rewritten(exported, broken)
+    assert converted(exported, tmp_path / "out", "hf", dtype=dtype)["too_large"] == {OUR_NORM: 2}
+    assert f"too large for {dtype}, in 1 of" in caplog.text
+
+
+def test_float16_weights_that_overflowed_are_counted(exported, tmp_path):
+    with np.errstate(over="ignore"):
+        rewritten(exported, lambda arrays: {name: (x * 1e6).astype(np.float16) for name, x in arrays.items()})
+    assert len(converted(exported, tmp_path / "out", "sbs")["not_finite"]) > 5
+
+
+def test_finite_weights_are_converted_without_a_word(exported, tmp_path, caplog):
+    assert converted(exported, tmp_path / "out", "hf").keys().isdisjoint({"not_finite", "too_large"})
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+@pytest.mark.parametrize(
+    ("file", "contents"),
+    [
+        ("added_tokens.json", {"<step>": 32100, "<extra_id_0>": 32099}),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"1": {"content": "</s>"}, "9": {"content": "<step>"}}}),
+        ("tokenizer_config.json", {"additional_special_tokens": ["<extra_id_1>", "<step>"]}),
+        ("special_tokens_map.json", {"additional_special_tokens": [{"content": "<step>"}]}),
+        ("tokenizer.json", {"added_tokens": [{"id": 0, "content": "<pad>"}, {"id": 9, "content": "<step>"}]}),
+    ],
+)
+def test_tokens_that_are_not_read_are_named(exported, caplog, file, contents):
+    (exported / file).write_text(json.dumps(contents))
+    (exported / hugging_face.SENTENCEPIECE).write_bytes(b"")
+    hugging_face.open_directory(exported)
+    assert "adds 1 tokens to its SentencePiece model (<step>), which are not read" in caplog.text
+
+
+def test_a_tokenizer_without_a_sentencepiece_model_is_named(exported, caplog):
+    (exported / "tokenizer.json").write_text("{}")
+    hugging_face.open_directory(exported)
+    assert "has tokenizer.json and no spiece.model, so its tokenizer is not read" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "wrapped",
+    [
+        *("module.", "_orig_mod.", "module._orig_mod.", "model.", "net.t5.", "module.model."),
+        "_fsdp_wrapped_module.",
+    ],
+)
+def test_a_model_that_was_saved_wrapped_is_opened_and_said(exported, caplog, wrapped):
+    def renamed(name):
+        return wrapped + name.replace("block.0.", "block.0._fsdp_wrapped_module._checkpoint_wrapped_module.")
+
+    caplog.set_level(logging.INFO)
+    rewritten(exported, lambda arrays: {renamed(name): x for name, x in arrays.items()})
+    same(hugging_face.open_directory(exported), cases.config("v1_1"))
+    assert wrapped.rstrip(".").rpartition(".")[2] in caplog.text
+
+
+def test_two_models_in_one_file_are_refused(exported):
+    rewritten(exported, lambda arrays: {f"{at}.{name}": x for name, x in arrays.items() for at in ("ema", "model")})
+    with pytest.raises(ValueError, match=r"holds more than one model: 'model\..*Save the one to convert by itself"):
+        hugging_face.open_directory(exported)
+
+
+def test_the_exact_gelu_is_computed_as_such(tmp_path):
+    config = dataclasses.replace(cases.config("v1_0"), mlp_activations=("gelu_exact",))
+    hugging_face.write(tmp_path / "out", cases.opened(config), dtype="float32")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["feed_forward_proj"] == "gelu"
+    assert hugging_face.open_directory(tmp_path / "out").config == config
+    x = jnp.linspace(-4.0, 4.0, 33)
+    exact = [value * (1 + math.erf(value / math.sqrt(2))) / 2 for value in x.tolist()]
+    np.testing.assert_allclose(layers.ACTIVATIONS["gelu_exact"](x), exact, atol=2e-7)
+    assert np.abs(layers.ACTIVATIONS["gelu"](x) - np.array(exact)).max() > 1e-4
+
+
+def test_a_head_that_is_missing_is_said(tmp_path, caplog):
+    hugging_face.write(tmp_path / "out", cases.opened(cases.config("v1_0")), dtype="float32")
+    edit(tmp_path / "out", tie_word_embeddings=False)
+    hugging_face.open_directory(tmp_path / "out")
+    assert "has no lm_head.weight, although its config.json says tie_word_embeddings false" in caplog.text
+
+
 @pytest.fixture(scope="module")
 def run(toy_run):
     return toy_run
@@ -318,7 +445,7 @@ def test_a_wrong_shape_names_the_array_and_both_shapes(exported):
         ({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}, r"'gpt2' \(GPT2LMHeadModel\)"),
         ({"model_type": "longt5"}, "'longt5'"),
         ({"architectures": ["T5EncoderModel"]}, "holds a T5EncoderModel"),
-        ({"feed_forward_proj": "gated-gelo"}, r"'gated-gelo'.*Did you mean 'gated-gelu'"),
+        ({"feed_forward_proj": "quick_gelu"}, r"'quick_gelu', which is not computed here; expected one of relu, "),
         ({"tie_word_embeddings": True}, "'lm_head.weight' differs from 'shared.weight'"),
     ],
 )
@@ -390,6 +517,36 @@ def test_what_is_no_checkpoint_says_what_is_expected(tmp_path):
     with pytest.raises(FileNotFoundError) as error:
         opening.form_of(tmp_path)
     assert all(form.described in str(error.value) for form in opening.FORMS.values())
+
+
+@pytest.mark.parametrize("form", ["orbax", "older"])
+def test_a_file_or_folder_of_a_t5x_checkpoint_says_what_is_expected(tmp_path, form):
+    config, folder = cases.config("v1_0"), tmp_path / "checkpoint_5"
+    if form == "orbax":
+        t5x.write(tmp_path, cases.model(config)[1], step=5)
+    else:
+        folder.mkdir()
+        old_form(folder, config, scanned=False)
+    opening.form_of(folder)
+    inside = [path for path in folder.rglob("*") if path.is_file() or not (path / "manifest.ocdbt").is_file()]
+    assert len(inside) > 5
+    for path in inside:
+        with pytest.raises(FileNotFoundError, match=r"(holds no|is a file and no) checkpoint.*expected one of: .*T5X"):
+            opening.form_of(path)
+
+
+def test_weights_without_their_configuration_are_named(exported):
+    (exported / hugging_face.CONFIG).unlink()
+    with pytest.raises(FileNotFoundError, match=r"has weights and no config\.json"):
+        opening.open_any(exported)
+
+
+@pytest.mark.parametrize("to_form", ["hf", "sbs"])
+def test_a_damaged_vocabulary_is_not_converted(exported, tmp_path, to_form):
+    (exported / hugging_face.SENTENCEPIECE).write_bytes(b"garbage")
+    with pytest.raises(ValueError, match=r"spiece\.model is not a SentencePiece model"):
+        converted(exported, tmp_path / "out", to_form)
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_stated_form_must_be_the_form(exported, tmp_path):

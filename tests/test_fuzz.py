@@ -17,17 +17,21 @@ import fuzzing
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import seqio
 from fuzzing import Tape
+from sentencepiece import sentencepiece_model_pb2
+from seqio import vocabularies
 
 import tasks  # noqa: F401  (registers the datasets)
-from sbs_jax.data import grading, parsing, records, registry, release
+from sbs_jax.data import grading, parsing, records, registry, release, tokens
 from sbs_jax.data.dataset import Row
 from sbs_jax.prediction import inputs
 from sbs_jax.storage import json_files
 from sbs_jax.teacher import batches, clients, gemini, openai, prompts
-from tasks import svamp
+from tasks import builtin, svamp
 
 Fuzz = Callable[[Callable[[Tape], None]], None]
+PROTO = sentencepiece_model_pb2.ModelProto  # pyright: ignore[reportAttributeAccessIssue]
 
 RECORDS = (
     {
@@ -67,7 +71,7 @@ def test_records(fuzz: Fuzz, memory: Path) -> None:
     path = memory / "train.jsonl"
 
     def case(tape: Tape) -> None:
-        path.write_bytes(fuzzing.lines(tape, RECORDS))
+        fuzzing.put(tape, path, fuzzing.lines(tape, RECORDS))
         found = fuzzing.read(lambda: records.read_records(path), raises=ValueError, names=[path])
         if isinstance(found, list):
             for record in found:
@@ -105,8 +109,11 @@ def test_manifest_of_records(fuzz: Fuzz, memory: Path) -> None:
         (other / f"{split}.jsonl").write_text("")
 
     def case(tape: Tape) -> None:
-        path.write_bytes(fuzzing.scratched(tape, fuzzing.encoded(fuzzing.written(fuzzing.damaged(tape, manifest)))))
-        found = fuzzing.read(lambda: records.read_manifest(memory), raises=ValueError, names=[path])
+        fuzzing.put(
+            tape, path, fuzzing.scratched(tape, fuzzing.encoded(fuzzing.written(fuzzing.damaged(tape, manifest))))
+        )
+        damage = (ValueError, FileNotFoundError)
+        found = fuzzing.read(lambda: records.read_manifest(memory), raises=damage, names=[memory])
         if isinstance(found, dict):
             fuzzing.read(lambda: records._differences(other, memory), raises=ValueError, names=[path])
 
@@ -121,11 +128,11 @@ def test_inputs_of_the_release(fuzz: Fuzz, memory: Path) -> None:
 
     def case(tape: Tape) -> None:
         name = tape.one_of(list(INPUTS))
-        paths[name].write_bytes(fuzzing.lines(tape, [INPUTS[name]]))
+        fuzzing.put(tape, paths[name], fuzzing.lines(tape, [INPUTS[name]]))
         fuzzing.read(
             lambda: release.read_unanswered(registry.get(name), inputs_dir=memory, inputs="release"),
             raises=(ValueError, FileNotFoundError),
-            names=[paths[name]],
+            names=[memory],
         )
 
     fuzz(case)
@@ -141,7 +148,7 @@ def test_shards_of_the_release(fuzz: Fuzz, memory: Path) -> None:
         names = {f"test_CoT_{tape.one_of(ends) if tape.chance(3) else number}.json" for number in range(2)}
         for name in names:
             text = fuzzing.encoded(fuzzing.written(fuzzing.damaged(tape, replies, most=1)))
-            (shards / name).write_bytes(fuzzing.scratched(tape, text, most=1))
+            fuzzing.put(tape, shards / name, fuzzing.scratched(tape, text, most=1))
         found = fuzzing.read(
             lambda: release.read_replies(memory, "svamp", "test"),
             raises=(ValueError, FileNotFoundError),
@@ -150,6 +157,7 @@ def test_shards_of_the_release(fuzz: Fuzz, memory: Path) -> None:
         if isinstance(found, dict):
             assert all(isinstance(text, str) for texts in found.values() for text in texts)
         for name in names:
+            fuzzing.replace(shards / name, b"")
             (shards / name).unlink()
 
     fuzz(case)
@@ -239,7 +247,8 @@ def test_inputs_of_predict(fuzz: Fuzz, memory: Path) -> None:
             if tape.chance(2)
             else fuzzing.scratched(tape, json.dumps(QUESTIONS).encode())
         )
-        path.write_bytes(fuzzing.scratched(tape, gzip.compress(data, 1), most=1) if tape.chance(8) else data)
+        packed = tape.chance(8)
+        fuzzing.put(tape, path, fuzzing.scratched(tape, gzip.compress(data, 1), most=1) if packed else data)
         check_entries(fuzzing.read(lambda: list(inputs.read(path)), raises=ValueError, names=[path]))
 
     fuzz(case)
@@ -250,7 +259,7 @@ def test_csv_inputs_of_predict(fuzz: Fuzz, memory: Path) -> None:
     valid = 'id,input,adapter,choices\r\na,"Is it, or\nnot?",,\r\nb,"\u00e9 ""quoted""",x,"[""p"", ""q""]"\r\n'.encode()
 
     def case(tape: Tape) -> None:
-        path.write_bytes(fuzzing.scratched(tape, valid, most=3))
+        fuzzing.put(tape, path, fuzzing.scratched(tape, valid, most=3))
         check_entries(fuzzing.read(lambda: list(inputs.read(path)), raises=ValueError, names=[path]))
 
     fuzz(case)
@@ -262,7 +271,7 @@ def test_parquet_inputs_of_predict(fuzz: Fuzz, memory: Path) -> None:
     valid = path.read_bytes()
 
     def case(tape: Tape) -> None:
-        path.write_bytes(fuzzing.scratched(tape, valid, most=3))
+        fuzzing.put(tape, path, fuzzing.scratched(tape, valid, most=3))
         check_entries(fuzzing.read(lambda: list(inputs.read(path)), raises=ValueError, names=[path]))
 
     fuzz(case)
@@ -277,8 +286,8 @@ def test_prompt_files(fuzz: Fuzz, memory: Path) -> None:
 
     def case(tape: Tape) -> None:
         node = fuzzing.damaged(tape, tape.one_of(seeds), fragments=fragments)
-        path.write_bytes(fuzzing.scratched(tape, fuzzing.encoded(fuzzing.written(node)), most=1))
-        found = fuzzing.read(lambda: prompts.read(path), raises=ValueError, names=[path])
+        fuzzing.put(tape, path, fuzzing.scratched(tape, fuzzing.encoded(fuzzing.written(node)), most=1))
+        found = fuzzing.read(lambda: prompts.read(path), raises=(ValueError, FileNotFoundError), names=[path])
         if isinstance(found, prompts.Template):
             assert len(found.hash) == 12
             asked = tape.one_of(("Ann has 3 pens.", "A dog barks.</s>An animal is heard.", tape.text()))
@@ -287,6 +296,47 @@ def test_prompt_files(fuzz: Fuzz, memory: Path) -> None:
             )
             if isinstance(made, prompts.Prompt):
                 made.text.encode("utf-8", "surrogatepass")
+
+    fuzz(case)
+
+
+def test_vocabularies(fuzz: Fuzz, memory: Path) -> None:
+    """A SentencePiece model with 40 pieces, damaged as bytes and as what they mean."""
+    path = memory / "sentencepiece.model"
+    whole = PROTO.FromString(Path(builtin.vocabulary_path()).read_bytes())
+    del whole.pieces[40:]
+    path.write_bytes(whole.SerializeToString())
+    assert tokens.encode(["a</s>b"], registry.vocabulary(str(path)))[0].count(tokens.EOS_ID) == 2
+    texts = (*fuzzing.TEXTS[:40], "\u2581", "<s>", "a" * 300)
+
+    def case(tape: Tape) -> None:
+        model = PROTO()
+        model.CopyFrom(whole)
+        for _ in range(tape.below(3)):
+            at = tape.below(len(model.pieces))
+            kind = tape.below(6)
+            if kind == 0:
+                del model.pieces[at:]
+            elif kind == 1:
+                model.pieces[at].piece = tape.one_of(texts).encode("utf-8", "replace").decode()
+            elif kind == 2:
+                model.pieces[at].type = 1 + tape.below(6)
+            elif kind == 3:
+                model.pieces[at].score = tape.one_of((0.0, -1e30, float("nan"), float("inf")))
+            elif kind == 4:
+                model.trainer_spec.model_type = 1 + tape.below(4)
+            else:
+                model.normalizer_spec.precompiled_charsmap = tape.text().encode("utf-8", "replace")
+            if not model.pieces:
+                break
+        fuzzing.put(tape, path, fuzzing.scratched(tape, model.SerializeToString()))
+        vocabularies._load_model_internal.cache_clear()
+        tokens.vocabulary.cache_clear()
+        found = fuzzing.read(lambda: registry.vocabulary(str(path)), raises=ValueError, names=[path])
+        if isinstance(found, seqio.Vocabulary):
+            ids = fuzzing.read(lambda: tokens.encode(["Is it a</s>b\u4e2d?", ""], found), raises=(), names=())
+            assert all(row[-1] == tokens.EOS_ID for row in ids)
+            fuzzing.read(lambda: found.decode(ids[0]), raises=(), names=())
 
     fuzz(case)
 

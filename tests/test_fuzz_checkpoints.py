@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import fuzzing
+import jaxtyping
 import ml_dtypes
 import numpy as np
 import parity_cases as cases
@@ -20,7 +21,10 @@ from flax import serialization
 from fuzzing import Tape
 
 from sbs_jax.cli import main
+from sbs_jax.run import saving
 from sbs_jax.stats import results
+from sbs_jax.storage import checksums
+from sbs_jax.student import adapters, t5
 from sbs_jax.training import gin_files
 from sbs_jax.weights import hugging_face, names, opening, t5x
 
@@ -113,7 +117,7 @@ def test_gin_files(fuzz: Fuzz, memory: Path) -> None:
                 text[at] = tape.text()
             if not text:
                 break
-        path.write_bytes(fuzzing.scratched(tape, fuzzing.encoded("\n".join(text) + "\n"), most=1))
+        fuzzing.put(tape, path, fuzzing.scratched(tape, fuzzing.encoded("\n".join(text) + "\n"), most=1))
         configured("partitioning.Layout", [str(path)], [])
 
     fuzz(case)
@@ -155,11 +159,11 @@ def test_settings_of_hugging_face(fuzz: Fuzz, exported: Path) -> None:
     def case(tape: Tape) -> None:
         name = tape.one_of(list(valid))
         node = fuzzing.damaged(tape, json.loads(valid[name]), fragments=fragments, most=2)
-        (exported / name).write_bytes(fuzzing.scratched(tape, fuzzing.encoded(fuzzing.written(node)), most=1))
+        fuzzing.put(tape, exported / name, fuzzing.scratched(tape, fuzzing.encoded(fuzzing.written(node)), most=1))
         fuzzing.read(
             lambda: hugging_face.open_directory(exported), raises=(ValueError, FileNotFoundError), names=[exported]
         )
-        (exported / name).write_bytes(valid[name])
+        fuzzing.replace(exported / name, valid[name])
 
     fuzz(case)
 
@@ -182,7 +186,7 @@ def test_headers_of_safetensors(fuzz: Fuzz, exported: Path) -> None:
     def case(tape: Tape) -> None:
         text = fuzzing.encoded(fuzzing.written(fuzzing.damaged(tape, header, fragments=fragments, most=2)))
         size = len(text) if not tape.chance(6) else tape.one_of((0, 1, 2**60, 2**64 - 1, len(text) + 1, 10**8, 7))
-        file.write_bytes(fuzzing.scratched(tape, struct.pack("<Q", size) + text + values, most=1))
+        fuzzing.put(tape, file, fuzzing.scratched(tape, struct.pack("<Q", size) + text + values, most=1))
         fuzzing.read(
             lambda: hugging_face.open_directory(exported), raises=(ValueError, FileNotFoundError), names=[exported]
         )
@@ -253,7 +257,7 @@ def test_files_of_t5x(fuzz: Fuzz, memory: Path) -> None:
                 holder, index = tape.one_of(slots)
                 holder[index] = tape.one_of(leaves)
             data = packed(node)
-        file.write_bytes(data)
+        fuzzing.put(tape, file, data)
         if tape.chance(8):
             node = fuzzing.damaged(tape, {"data": {"options": {"vocabulary": "byte"}}, "model": {"vocab_size": 44}})
             origin.write_bytes(fuzzing.encoded(fuzzing.written(node)))
@@ -298,12 +302,12 @@ def test_arrays_of_t5x(fuzz: Fuzz, memory: Path) -> None:
     def case(tape: Tape) -> None:
         if tape.chance(4):
             path = tape.one_of(list(files))
-            path.write_bytes(fuzzing.scratched(tape, files[path]))
+            fuzzing.put(tape, path, fuzzing.scratched(tape, files[path]))
             fuzzing.read(lambda: t5x.open_checkpoint(newer), raises=(ValueError, FileNotFoundError), names=[newer])
-            path.write_bytes(files[path])
+            fuzzing.replace(path, files[path])
         else:
             node = fuzzing.damaged(tape, metadata, fragments=fragments, most=2)
-            zarr.write_bytes(fuzzing.scratched(tape, fuzzing.encoded(fuzzing.written(node)), most=1))
+            fuzzing.put(tape, zarr, fuzzing.scratched(tape, fuzzing.encoded(fuzzing.written(node)), most=1))
             fuzzing.read(lambda: t5x.open_checkpoint(older), raises=(ValueError, FileNotFoundError), names=[older])
 
     fuzz(case)
@@ -334,7 +338,7 @@ def test_npz(fuzz: Fuzz, memory: Path) -> None:
     def case(tape: Tape) -> None:
         if tape.chance(2):
             data = tape.one_of((whole, whole, whole, pickled.read_bytes()))
-            path.write_bytes(fuzzing.scratched(tape, data))
+            fuzzing.put(tape, path, fuzzing.scratched(tape, data))
         else:
             text = tape.one_of(headers).encode()
             member = (
@@ -343,6 +347,7 @@ def test_npz(fuzz: Fuzz, memory: Path) -> None:
                 + struct.pack("<H", len(text))
                 + text
             )
+            fuzzing.replace(path, b"")
             with zipfile.ZipFile(path, "w") as archive:
                 for name in (tape.one_of(("a/kernel", "../../x", "b", "/etc/x", "a")), "b"):
                     if f"{name}.npy" not in archive.namelist():
@@ -376,6 +381,82 @@ def test_the_valid_inputs_are_read(memory: Path, exported: Path) -> None:
 # ------------------------------------------------------------------------------------------ runs
 
 
+def test_checksums(fuzz: Fuzz, memory: Path) -> None:
+    """Lists of files with names that lead elsewhere, sizes and hashes of other types, and a hash that is right."""
+    folder = memory / "1"
+    (folder / "parameters").mkdir(parents=True)
+    contents = {"parameters/a": b"weights", "metadata": b"{}", "empty": b""}
+    for name, data in contents.items():
+        (folder / name).write_bytes(data)
+    (memory / "secret").write_bytes(b"secret")
+    checksums.write(folder)
+    listed = folder / checksums.FILE
+    whole = listed.read_bytes()
+    files = json.loads(whole)["files"]
+    secret = {"bytes": 6, "sha256": checksums.file_sha256(memory / "secret")}
+    nothing = {"bytes": 0, "sha256": checksums.file_sha256(folder / "empty")}
+    elsewhere = {"../secret": secret, str(memory / "secret"): secret, "parameters/../../secret": secret}
+    elsewhere |= dict.fromkeys(
+        ("/dev/zero", "/dev/null", ".", "", "parameters", "parameters/", "//a", "a\x00"), nothing
+    )
+    assert checksums.problem(folder) is None
+
+    def case(tape: Tape) -> None:
+        node = fuzzing.damaged(tape, files, most=1 + tape.below(2))
+        if isinstance(node, fuzzing.Pairs) and tape.chance(3):
+            name = tape.one_of(list(elsewhere))
+            node.append([name, fuzzing.tree(elsewhere[name])])
+        text = fuzzing.written(node)
+        try:
+            right = checksums._of_list(json.loads(text))
+        except (ValueError, RecursionError):
+            right = ""
+        outer = fuzzing.damaged(tape, {"files": 0, "sha256": right}, most=tape.below(2))
+        data = fuzzing.encoded(fuzzing.written(outer).replace("0", text, 1))
+        fuzzing.put(tape, listed, fuzzing.scratched(tape, data, most=1))
+        other = tape.one_of(list(contents))
+        fuzzing.put(tape, folder / other, contents[other])
+        problem = fuzzing.read(lambda: checksums.problem(folder), raises=(), names=())
+        assert problem is None or (isinstance(problem, str) and len(problem) < fuzzing.LONGEST_MESSAGE)
+        if problem is None:
+            for name, entry in json.loads(listed.read_bytes())["files"].items():
+                assert (name, entry) in [*files.items()], "a file outside the folder was accepted"
+        fuzzing.replace(folder / other, contents[other])
+
+    fuzz(case)
+
+
+def test_metadata_of_a_checkpoint(fuzz: Fuzz, memory: Path) -> None:
+    (memory / "metadata").mkdir()
+    path = memory / "metadata" / "metadata"
+    tuning = adapters.Tuning(lora=adapters.LoRA(rank=2, alpha=4.0))
+    valid = {
+        "step": 3,
+        "model": dataclasses.asdict(small()),
+        "tuning": dataclasses.asdict(tuning),
+        "base": {"path": "/some/where", "seed": None, "fingerprint": "ab" * 32},
+        "skipped": 0,
+        "lines": 4,
+        "window": [[1.0, 2]],
+        "evaluation_due": False,
+    }
+    path.write_text(json.dumps(valid))
+    assert saving.read_json(memory)["step"] == 3
+
+    def case(tape: Tape) -> None:
+        text = fuzzing.encoded(fuzzing.written(fuzzing.damaged(tape, valid)))
+        fuzzing.put(tape, path, fuzzing.scratched(tape, text, most=1))
+        try:
+            found = fuzzing.read(lambda: saving.read_json(memory), raises=ValueError, names=[path])
+        except jaxtyping.TypeCheckError:  # a whole number for a float: only these tests' own checks refuse it
+            return
+        if isinstance(found, dict) and "model" in found:
+            t5.T5Config.of(found["model"])
+            adapters.Tuning.of(found.get("tuning"))
+
+    fuzz(case)
+
+
 def test_run_directories_of_a_report(fuzz: Fuzz, memory: Path) -> None:
     path = report_runs.write_run(memory / "run", right=[True, False, True, True])
     (predictions,) = (path / "predictions").iterdir()
@@ -395,14 +476,14 @@ def test_run_directories_of_a_report(fuzz: Fuzz, memory: Path) -> None:
             at = tape.below(len(lines))
             lines[at] = fuzzing.damaged(tape, lines[at])
             data = fuzzing.encoded("".join(fuzzing.written(line) + "\n" for line in lines))
-        file.write_bytes(fuzzing.scratched(tape, data, most=1))
+        fuzzing.put(tape, file, fuzzing.scratched(tape, data, most=1))
 
         def opened() -> None:
             result = results.load(results.identify(path))
             _ = result.accuracy, result.updates, result.label_rows, result.kind, result.train_seconds
 
         fuzzing.read(opened, raises=(ValueError, FileNotFoundError), names=[path])
-        file.write_bytes(valid[file])
+        fuzzing.replace(file, valid[file])
 
     fuzz(case)
 

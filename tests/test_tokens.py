@@ -1,13 +1,16 @@
 """Vocabularies, the joint of premise and hypothesis, and tables of tokens."""
 
+import re
 from pathlib import Path
 
+import fuzzing
 import numpy as np
 import pytest
 import seqio
 import tensorflow as tf
 
-from sbs_jax.data import tokens
+from sbs_jax.data import registry, tokens
+from tasks import builtin
 
 BYTES = tokens.vocabulary("byte")
 
@@ -29,6 +32,24 @@ def test_real_vocabulary(real_vocab: Path):
     assert vocabulary.vocab_size == 32_100
     assert vocabulary.encode("<extra_id_0>") == [32_099]
     assert vocabulary.encode("<extra_id_99>") == [32_000]
+
+
+@pytest.mark.parametrize("data", [b"", b"<!DOCTYPE html>", b"\x0a\x05", bytes(range(256)) * 9, None])
+def test_what_is_no_sentencepiece_model_is_named(tmp_path: Path, data: bytes | None):
+    path = tmp_path / "sentencepiece.model"
+    whole = Path(builtin.vocabulary_path()).read_bytes()
+    path.write_bytes(whole[: len(whole) // 2] if data is None else data)
+    for read in (registry.vocabulary, tokens.vocabulary_sha256, tokens.check_vocabulary):
+        with pytest.raises(ValueError, match=re.escape(f"{path} is not a SentencePiece model (")):
+            read(str(path))
+
+
+@pytest.mark.parametrize("other", fuzzing.OTHERS)
+def test_what_is_no_file_is_no_vocabulary(tmp_path: Path, other: str):
+    path = tmp_path / "sentencepiece.model"
+    fuzzing.stand(path, other)
+    with pytest.raises(ValueError, match=rf"{re.escape(str(path))} (is a|has \d+ bytes)"):
+        tokens.check_vocabulary(str(path))
 
 
 def test_the_joint_with_the_real_vocabulary(real_vocab: Path):

@@ -12,6 +12,8 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
+from sbs_jax.storage import json_files, user_files
+
 PAD_ID, EOS_ID = 0, 1
 # Joins premise and hypothesis in the text of records; becomes the vocabulary's EOS id.
 JOINT = "</s>"
@@ -19,6 +21,7 @@ JOINT = "</s>"
 EXTRA_IDS = 100
 BYTE_VOCABULARY = "byte"
 
+_LARGEST = 2**28  # bytes of a SentencePiece model; mT5's, of 250,000 pieces, has 4 MB
 # Texts encoded at a time; limits the Python lists in memory to about 20 MB.
 _CHUNK = 10_000
 
@@ -47,14 +50,20 @@ def check_vocabulary(name: str) -> None:
         raise FileNotFoundError(f"Cannot reach {name!r} ({error.message}); try again later, or {remedy}") from error
     if not found:
         raise FileNotFoundError(f"There is no SentencePiece model at {name!r}; {remedy}")
+    if name != BYTE_VOCABULARY and "://" not in name:
+        user_files.check(name, most=_LARGEST)
     text_vocabulary = vocabulary(name)
-    pad_id = text_vocabulary.pad_id
-    if isinstance(text_vocabulary, seqio.SentencePieceVocabulary):
-        pad_id = text_vocabulary.tokenizer.pad_id()  # SeqIO's own pad_id is 0 whatever the file
-    if (pad_id, text_vocabulary.eos_id) != (PAD_ID, EOS_ID):
+    try:
+        pad_id, eos_id = text_vocabulary.pad_id, text_vocabulary.eos_id
+        if isinstance(text_vocabulary, seqio.SentencePieceVocabulary):
+            pad_id = text_vocabulary.tokenizer.pad_id()  # SeqIO's own pad_id is 0 whatever the file
+    except Exception as error:  # of protobuf, SentencePiece and TensorFlow
+        reason = json_files.part(str(error)) or type(error).__name__
+        raise ValueError(f"{name} is not a SentencePiece model ({reason}). Get it again, or {remedy}") from None
+    if (pad_id, eos_id) != (PAD_ID, EOS_ID):
         raise ValueError(
-            f"The vocabulary {name!r} has pad id {pad_id} and EOS id {text_vocabulary.eos_id}; "
-            f"expected {PAD_ID} and {EOS_ID}, as in T5's."
+            f"The vocabulary {name!r} has pad id {pad_id} and EOS id {eos_id}; expected {PAD_ID} and {EOS_ID}, as in "
+            "T5's."
         )
 
 

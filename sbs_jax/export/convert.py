@@ -19,7 +19,7 @@ from sbs_jax.run import checkpoints, directory
 from sbs_jax.storage import atomic
 from sbs_jax.student import t5
 from sbs_jax.weights import hugging_face, merging, names, opening, peft, t5x
-from sbs_jax.weights.arrays import Opened
+from sbs_jax.weights.arrays import Opened, Watched
 
 log = logging.getLogger(__name__)
 
@@ -93,12 +93,15 @@ def convert(source: str, target: str, options: Options) -> dict[str, Any]:
     elif opened.tuning is not None and (to_form != STABLEHLO or merging.can_merge(opened)):
         opened, more = _merged(opened, source, base=base)
         summary |= more
+    arrays = Watched(opened.arrays, dtype="float32" if options.dtype == "int8" else options.dtype)
+    opened = dataclasses.replace(opened, arrays=arrays)
     summary |= {
         "arrays": len(opened.arrays),
         "parameters": names.size(names.parameters(opened.config)),
         "model": dataclasses.asdict(opened.config),
     }
-    return summary | (_WRITERS[to_form](_Job(source, form.name, place, opened, options)) or {})
+    summary |= _WRITERS[to_form](_Job(source, form.name, place, opened, options)) or {}
+    return summary | arrays.warn(source)
 
 
 # ------------------------------------------------------------------------------------ writing, form by form
@@ -133,7 +136,8 @@ def _write_run(job: _Job) -> None:
             tuning=opened.tuning,
             base=opened.base,
         )
-        if vocabulary not in (None, tokens.BYTE_VOCABULARY) and Path(vocabulary).is_file():
+        if vocabulary not in (None, tokens.BYTE_VOCABULARY) and Path(vocabulary).exists():
+            tokens.check_vocabulary(vocabulary)
             shutil.copyfile(vocabulary, folder / VOCABULARY)
             vocabulary = str(target / VOCABULARY)
         if manifest is not None and vocabulary is not None:

@@ -16,14 +16,15 @@ import threading
 import time
 from collections.abc import Callable, Coroutine, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
 from sbs_jax import hosts
-from sbs_jax.storage import atomic, checksums
+from sbs_jax.storage import atomic, checksums, json_files
+from sbs_jax.student import adapters, t5
 
 log = logging.getLogger(__name__)
 
@@ -227,8 +228,38 @@ def megabytes(count: int) -> str:
     return f"{count / 1e6:,.1f} MB"
 
 
+class _Base(TypedDict):
+    path: str | None
+    seed: int | None
+    fingerprint: str
+
+
+class _Metadata(TypedDict, total=False):
+    step: int
+    model: dict
+    tuning: dict | None
+    base: _Base | None
+    skipped: int
+    lines: int
+    window: list
+    evaluation_due: bool
+
+
 def read_json(directory: Path) -> dict[str, Any]:
-    return json.loads((directory / METADATA / "metadata").read_text("utf-8"))
+    """Reads the metadata of a step. ValueError for fields of another type than those that are written."""
+    file = directory / METADATA / "metadata"
+    value = json_files.read_json(file)
+    try:
+        json_files.typed(value, _Metadata, extra=True)
+        if "model" in value:
+            json_files.typed(value["model"], t5.T5Config)
+        try:
+            adapters.Tuning.of(value.get("tuning"))
+        except (TypeError, KeyError):
+            raise ValueError(f"the field 'tuning' is {json_files.brief(value['tuning'])}; expected a run's.") from None
+    except ValueError as error:
+        raise ValueError(f"{file}: {json_files.part(str(error))} Restore the checkpoint from a copy.") from None
+    return value
 
 
 # ------------------------------------------------------------------------------------ Orbax after a failed write

@@ -5,19 +5,33 @@ added later are ignored.
 """
 
 import concurrent.futures
+import dataclasses
 import errno
 import hashlib
 import json
 import os
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-from sbs_jax.storage import user_files
+from sbs_jax.storage import json_files, user_files
 from sbs_jax.storage.atomic import sync_directory
 
 FILE = "checksums.json"
+_LARGEST = 2**26  # bytes of the list: 400,000 files
 _THREADS = 8  # hashing releases the GIL
+
+
+@dataclasses.dataclass(frozen=True)
+class _Entry:
+    bytes: int
+    sha256: str
+
+
+@dataclasses.dataclass(frozen=True)
+class _List:
+    files: dict[str, _Entry]
+    sha256: str
 
 
 def write(directory: Path) -> int:
@@ -42,19 +56,20 @@ def problem(directory: Path, *, under: Sequence[str] | None = None) -> str | Non
     With `under`, checks only files in these folders.
     """
     try:
-        text = (directory / FILE).read_bytes()
+        data = user_files.whole(directory / FILE, most=_LARGEST)
+        value = json_files.parse_json(json_files.decoded(data, FILE), FILE)
+        files = json_files.typed(value, _List).files
     except FileNotFoundError:
         return f"it is incomplete: {FILE} is missing"
     except OSError as error:
         return f"{FILE} cannot be read: {reason(error)}"
-    try:
-        whole = json.loads(text)
-        files: dict[str, dict[str, Any]] = whole["files"]
-        good = whole["sha256"] == _of_list(files) and len(files) > 0
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        good, files = False, {}
-    if not good:
+    except ValueError:
         return f"{FILE} is damaged"
+    if value["sha256"] != _of_list(value["files"]) or not files:
+        return f"{FILE} is damaged"
+    for name in files:
+        if not _is_inside(name):
+            return f"{FILE} lists {json_files.brief(name)}; expected files of its own folder"
     names = [name for name in files if under is None or name.split("/")[0] in under]
     if not names:
         return f"{FILE} lists no file of {', '.join(under or ())}"
@@ -63,7 +78,7 @@ def problem(directory: Path, *, under: Sequence[str] | None = None) -> str | Non
         with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
             for found in pool.map(lambda name, look=looked_at: look(directory / name, name, files[name]), names):
                 if found is not None:
-                    return found
+                    return json_files.part(found)
     return None
 
 
@@ -86,25 +101,29 @@ def _of_list(files: Any) -> str:
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 
-def _problem_of_size(path: Path, name: str, listed: dict[str, Any]) -> str | None:
+def _is_inside(name: str) -> bool:
+    """Returns True for a relative path, in its shortest form, that stays in the folder."""
+    path = PurePosixPath(name)
+    return path.as_posix() == name and name != "." and not path.is_absolute() and ".." not in path.parts
+
+
+def _problem_of_size(path: Path, name: str, listed: _Entry) -> str | None:
     try:
-        if path.is_dir():
-            return f"{name} is a directory; expected a file"
-        size = path.stat().st_size
+        size = user_files.check(path).st_size
     except (FileNotFoundError, NotADirectoryError):
         return f"{name} is missing"
-    except OSError as error:
+    except (OSError, ValueError) as error:
         return f"{name} cannot be read: {reason(error)}"
-    return None if size == listed["bytes"] else f"{name} has {size} bytes; expected {listed['bytes']}"
+    return None if size == listed.bytes else f"{name} has {size} bytes; expected {listed.bytes}"
 
 
-def _problem_of_contents(path: Path, name: str, listed: dict[str, Any]) -> str | None:
+def _problem_of_contents(path: Path, name: str, listed: _Entry) -> str | None:
     try:
-        with path.open("rb") as file:
+        with user_files.opened(path) as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
+    except (OSError, ValueError) as error:
         return f"{name} cannot be read: {reason(error)}"
-    return None if digest == listed["sha256"] else f"{name} has been changed: its SHA-256 is not the recorded one"
+    return None if digest == listed.sha256 else f"{name} has been changed: its SHA-256 is not the recorded one"
 
 
 def file_sha256(path: str | Path) -> str:

@@ -1,13 +1,18 @@
 """Arrays that are still on disk, read by slices, and the opened checkpoint that holds them."""
 
 import dataclasses
+import logging
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from sbs_jax.student import adapters, t5
+
+log = logging.getLogger(__name__)
 
 # Selects part of an array: `(slice(0, 8), slice(None))`.
 Index = tuple[slice, ...]
@@ -60,10 +65,14 @@ class LazyArray:
         if like.sharding is None:
             raise ValueError("Got `like` without a sharding; expected the sharding of the array to fill.")
         dtype = like.dtype
-        # Copied, because a CPU device may keep the memory that it gets, which may be a mapped file.
-        return jax.make_array_from_callback(
-            like.shape, like.sharding, lambda index: np.array(self.read(_filled(index or (), self.shape)), dtype)
-        )
+
+        def read(index: Any) -> np.ndarray:
+            values = self.read(_filled(index or (), self.shape))
+            with np.errstate(over="ignore"):  # `Watched` names what becomes infinite
+                # Copied, because a CPU device may keep the memory that it gets, which may be a mapped file.
+                return np.array(values, dtype)
+
+        return jax.make_array_from_callback(like.shape, like.sharding, read)
 
 
 def _filled(index: Index, shape: tuple[int, ...]) -> Index:
@@ -74,6 +83,59 @@ def _filled(index: Index, shape: tuple[int, ...]) -> Index:
 def shapes(arrays: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """Returns the shape of each array, by name."""
     return {name: tuple(array.shape) for name, array in arrays.items()}
+
+
+class Watched(dict[str, LazyArray]):
+    """Arrays whose NaN and infinite numbers are counted when they are read, and those that `dtype` cannot hold."""
+
+    def __init__(self, arrays: Mapping[str, LazyArray], *, dtype: str = "float32") -> None:
+        super().__init__({name: self._watched(name, array) for name, array in arrays.items()})
+        self.dtype = dtype
+        # By name and part: a part may be read more than once.
+        self._not_finite: dict[str, dict[Any, int]] = {}
+        self._too_large: dict[str, dict[Any, int]] = {}
+
+    def _watched(self, name: str, array: LazyArray) -> LazyArray:
+        def read(index: Index) -> np.ndarray:
+            values = array.read(index)
+            part = tuple(bounds.indices(size) for bounds, size in zip(index, array.shape, strict=True))
+            not_finite, too_large = _outside(values, np.dtype(self.dtype))
+            for counts, count in ((self._not_finite, not_finite), (self._too_large, too_large)):
+                if count:
+                    counts.setdefault(name, {})[part] = count
+            return values
+
+        return LazyArray(array.shape, array.dtype, read)
+
+    def warn(self, owner: object) -> dict[str, dict[str, int]]:
+        """Warns of the arrays with such numbers; returns the counts by array, {} if there are none."""
+        found = {}
+        for key, counts, what, remedy in (
+            ("not_finite", self._not_finite, "NaN or infinite", "The model cannot answer: get the weights again"),
+            ("too_large", self._too_large, f"too large for {self.dtype}", "They become infinite: write a wider type"),
+        ):
+            if counts:
+                found[key] = {name: sum(parts.values()) for name, parts in sorted(counts.items())}
+                shown = [f"{name} ({count:,} of {math.prod(self[name].shape):,})" for name, count in found[key].items()]
+                shown = f"{', '.join(shown[:5])}{' ..' if len(shown) > 5 else ''}"
+                log.warning(
+                    "%s holds numbers that are %s, in %d of %d arrays: %s. %s.",
+                    *(owner, what, len(counts), len(self), shown, remedy),
+                )
+        return found
+
+
+def _outside(values: np.ndarray, dtype: np.dtype) -> tuple[int, int]:
+    """Counts the numbers that are not finite, and those that `dtype` makes infinite."""
+    if values.dtype.kind in "iub" or not values.size:
+        return 0, 0
+    ends, most = np.array([values.min(), values.max()], np.float64), float(jnp.finfo(dtype).max)
+    if np.isfinite(ends).all() and np.abs(ends).max() <= most:  # NaN and infinity show in them
+        return 0, 0
+    finite = np.isfinite(values)
+    with np.errstate(over="ignore", invalid="ignore"):
+        held = np.isfinite(values.astype(dtype))
+    return int((~finite).sum()), int((finite & ~held).sum())
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ import numpy as np
 
 from sbs_jax.student import adapters, partitioning, t5
 from sbs_jax.weights import identity, opening
-from sbs_jax.weights.arrays import shapes
+from sbs_jax.weights.arrays import Watched, shapes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,12 +42,13 @@ def load(
     plain_like = partitioner.with_shardings(plain, parameters=plain, axes=axes)
     if path is None and seed is None:
         raise ValueError("These adapters name neither the path of their base nor a seed; give the base.")
-    read = _from_seed(config, seed or 0, plain_like) if path is None else _from_checkpoint(path, plain_like)
+    stored = Watched({} if path is None else opening.arrays_of(path, wanted=shapes(plain_like)))
+    fresh = _from_seed(config, seed or 0, plain_like) if path is None else {}
     parameters: t5.Parameters = {}
     fingerprints: dict[str, list[int]] = {}
     compiled: dict[Any, Callable[[jax.Array], tuple[jax.Array, ...]]] = {}  # one program per kind of array
     for name in plain:
-        array = read(name)
+        array = fresh.pop(name) if path is None else stored[name].onto(plain_like[name])
         fingerprints[name] = [int(x) for x in np.asarray(identity.fingerprint(array))]
         parts = [each for each in like if each == name or each.rpartition("/")[0] == name]
 
@@ -61,17 +62,13 @@ def load(
             compiled[alike] = jax.jit(frozen, out_shardings=shardings)
         parameters |= zip(parts, compiled[alike](array), strict=True)
         del array
+    stored.warn(path)
     trained, rest = adapted.split(parameters)
     place = None if path is None else identity.absolute(path)
     origin = {"path": place, "seed": None if path else seed, "fingerprint": identity.digest(fingerprints)}
     return Base(rest, trained, origin)
 
 
-def _from_seed(config: t5.T5Config, seed: int, like: Mapping[str, jax.ShapeDtypeStruct]) -> Callable[[str], jax.Array]:
+def _from_seed(config: t5.T5Config, seed: int, like: Mapping[str, jax.ShapeDtypeStruct]) -> t5.Parameters:
     shardings = {name: leaf.sharding for name, leaf in like.items()}
-    return jax.jit(lambda: t5.init(config, seed=seed)[1], out_shardings=shardings)().pop
-
-
-def _from_checkpoint(path: str, like: Mapping[str, jax.ShapeDtypeStruct]) -> Callable[[str], jax.Array]:
-    arrays = opening.arrays_of(path, wanted=shapes(like))
-    return lambda name: arrays[name].onto(like[name])
+    return jax.jit(lambda: t5.init(config, seed=seed)[1], out_shardings=shardings)()

@@ -5,6 +5,7 @@ renamed when complete.
 """
 
 import json
+import logging
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,18 +17,22 @@ import tensorflow as tf
 from sbs_jax.checks import nearest
 from sbs_jax.data import tokens
 from sbs_jax.run import manifest
-from sbs_jax.storage import atomic
-from sbs_jax.storage.json_files import brief, decoded, parse_json, part, read_json
+from sbs_jax.storage import atomic, user_files
+from sbs_jax.storage.json_files import brief, decoded, parse_json, part
 from sbs_jax.student import t5
 from sbs_jax.weights import names, tensor_files
 from sbs_jax.weights.arrays import LazyArray, Opened, shapes
 
+log = logging.getLogger(__name__)
+
+TOKENIZER_CONFIG = "tokenizer_config.json"
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 TORCH_WEIGHTS, TORCH_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 SENTENCEPIECE = "spiece.model"
 # Manifest of the exported run; with it an import becomes a run again. Hugging Face ignores the file.
 ORIGIN = "sbs_run.json"
 SHARD_BYTES = 5 * 10**9
+_LARGEST = 2**26  # bytes of a tokenizer's file; mT5's has 16 MB
 
 # ByT5 is "t5" with a table of bytes; mT5 and Flan-T5 are v1.1 with other weights.
 MODEL_TYPES = {"t5": "shared", "mt5": "shared", "umt5": "per_layer"}
@@ -39,6 +44,14 @@ _ACTIVATIONS = {
     "gated-gelu": ("gelu", "linear"),
     "gated-gelu_new": ("gelu", "linear"),
     "gated-silu": ("silu", "linear"),
+    # Further names that transformers has for these, and the exact GELU: "gated-gelu" is its approximation by tanh.
+    "gelu": ("gelu_exact",),
+    "gelu_python": ("gelu_exact",),
+    "gated-gelu_python": ("gelu_exact", "linear"),
+    "gelu_pytorch_tanh": ("gelu",),
+    "gated-gelu_pytorch_tanh": ("gelu", "linear"),
+    "swish": ("silu",),
+    "gated-swish": ("silu", "linear"),
 }
 # Sizes and numbers of config.json: our field, and Hugging Face's default if it has one.
 _SIZES = {
@@ -62,13 +75,26 @@ _UNUSED = ("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weig
 # Their names to ours.
 _OURS = {theirs: (ours, transposed) for ours, (theirs, transposed) in names.TABLE.items()}
 _LAYER = re.compile(r"(encoder|decoder)\.block\.(\d+)\.")
+# What torch.compile, DistributedDataParallel and FSDP add to names, in front or between.
+_WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+# The prefix of a model inside another ("model."), and the part of the name that is a T5's.
+_INSIDE = re.compile(r"((?:[^.]+\.)*?)((?:shared|lm_head|encoder|decoder)\..*)", re.DOTALL)
+# Files and fields that name tokens beside a SentencePiece model; () where the whole file does.
+_TOKENS = {
+    "added_tokens.json": (),
+    TOKENIZER_CONFIG: ("added_tokens_decoder", "additional_special_tokens", "extra_special_tokens"),
+    "special_tokens_map.json": ("additional_special_tokens",),
+    "tokenizer.json": ("added_tokens",),
+}
+# Tokens of T5's own tokenizer.
+_OWN_TOKEN = re.compile(r"\u2581?<(pad|/s|unk|extra_id_\d\d?)>")
 # Name of a file of weights beside its index.
 _SHARD = re.compile(r"[\w.-]{1,200}\.(safetensors|bin)", re.ASCII)
 
 
 def is_directory(path: str | Path) -> bool:
-    """Detects a Hugging Face directory."""
-    return (Path(path) / CONFIG).is_file()
+    """Detects a Hugging Face directory, also one whose configuration is missing."""
+    return any((Path(path) / name).is_file() for name in (CONFIG, WEIGHTS, INDEX, TORCH_WEIGHTS, TORCH_INDEX))
 
 
 def open_directory(path: str | Path) -> Opened:
@@ -78,8 +104,13 @@ def open_directory(path: str | Path) -> Opened:
     configuration; FileNotFoundError for a missing shard.
     """
     path = Path(path)
+    if not (path / CONFIG).is_file():
+        raise FileNotFoundError(
+            f"{path} has weights and no {CONFIG}, which says their architecture. Get it from the same model; an export "
+            "to StableHLO is not read."
+        )
     settings = read_object(path / CONFIG)
-    stored = _stored(path)
+    stored = _unwrapped(path, _stored(path))
     tied = "lm_head.weight" not in stored
     config = _config(path, settings, tied=tied)
     for name in _COPIES:
@@ -88,6 +119,12 @@ def open_directory(path: str | Path) -> Opened:
             _expect_copy(path, stored.setdefault("shared.weight", copy), copy, name=name)
     if "shared.weight" not in stored:
         raise ValueError(f"{path} has no 'shared.weight', the token table; it holds {brief(sorted(stored))}.")
+    if tied and settings.get("tie_word_embeddings") is False:
+        log.warning(
+            "%s has no lm_head.weight, although its config.json says tie_word_embeddings false: the token table is "
+            "used in its place. If the model had two tables, get the whole checkpoint.",
+            path,
+        )
     if not tied and config.logits_via_embedding:
         _expect_copy(path, stored["shared.weight"], stored.pop("lm_head.weight"), name="lm_head.weight")
     for name in _UNUSED:
@@ -110,6 +147,7 @@ def open_directory(path: str | Path) -> Opened:
         )
     names.check(path, shapes(arrays), shapes(wanted), kind="Hugging Face")
     vocabulary = str(path / SENTENCEPIECE) if (path / SENTENCEPIECE).is_file() else None
+    _warn_of_tokenizer(path, vocabulary)
     return Opened(config, arrays, vocabulary=vocabulary, origin=origin_beside(path))
 
 
@@ -203,6 +241,56 @@ def _sharded(path: Path, index: str, read: Any) -> dict[str, LazyArray]:
     return stored
 
 
+def _unwrapped(path: Path, stored: Mapping[str, LazyArray]) -> dict[str, LazyArray]:
+    """Removes what wrappers of the model added to its names. ValueError if there are several models."""
+    found: dict[str, LazyArray] = {}
+    removed: dict[str, None] = {}
+    for name, array in stored.items():
+        bare = ".".join(each for each in name.split(".") if each not in _WRAPPERS)
+        match = _INSIDE.fullmatch(bare)
+        inside, bare = (match[1], match[2]) if match else ("", bare)
+        if bare in found:
+            raise ValueError(
+                f"{path} holds more than one model: {part(name)!r} is a second {part(bare)!r}. Save the one to convert "
+                "by itself."
+            )
+        found[bare] = array
+        if bare != name:
+            removed[".".join(each for each in name.split(".") if each in _WRAPPERS) or inside.rstrip(".")] = None
+    if removed:
+        log.info("%s: left out of its names, as the model was saved wrapped: %s.", path, part(", ".join(removed)))
+    return found
+
+
+def _warn_of_tokenizer(path: Path, vocabulary: str | None) -> None:
+    """Warns of tokens that a directory adds to its SentencePiece model, and of a tokenizer that is not read."""
+    if vocabulary is None and (path / "tokenizer.json").is_file():
+        log.warning(
+            "%s has tokenizer.json and no %s, so its tokenizer is not read. Name its SentencePiece model where one is "
+            "needed (--vocabulary, --gin.VOCABULARY).",
+            *(path, SENTENCEPIECE),
+        )
+    found = {name: read_object(path / name, most=_LARGEST) for name in _TOKENS if (path / name).is_file()}
+    lists = [each for name, each in found.items() if not _TOKENS[name]]
+    lists += [each.get(field) for name, each in found.items() for field in _TOKENS[name]]
+    added = list(dict.fromkeys(text for each in lists for text in _texts(each) if not _OWN_TOKEN.fullmatch(text)))
+    if added:
+        log.warning(
+            "%s adds %d tokens to its SentencePiece model (%s), which are not read: texts with them are encoded in "
+            "pieces, and an export has them no more.",
+            *(path, len(added), part(", ".join(added))),
+        )
+
+
+def _texts(tokens: Any) -> list[str]:
+    """Lists the texts of tokens: {text: id}, {id: {"content": text}}, or a list of either."""
+    if isinstance(tokens, dict):
+        tokens = [value if isinstance(value, dict) else name for name, value in tokens.items()]
+    each = tokens if isinstance(tokens, list) else []
+    each = [token.get("content") if isinstance(token, dict) else token for token in each]
+    return [text for text in each if isinstance(text, str)]
+
+
 def _expect_copy(path: Path, table: LazyArray, copy: LazyArray, *, name: str) -> None:
     """Requires a bit-identical copy of the shared table (tied models may store several)."""
     if copy is table:
@@ -235,9 +323,9 @@ def _config(path: Path, settings: Mapping[str, Any], *, tied: bool) -> t5.T5Conf
             )
     activation = settings.get("feed_forward_proj", "relu")
     if not isinstance(activation, str) or activation not in _ACTIVATIONS:
-        raise ValueError(
-            f"{path}: feed_forward_proj is {brief(activation)}; expected one of {', '.join(_ACTIVATIONS)}."
-            f"{nearest(str(activation)[:200], _ACTIVATIONS)}"
+        raise ValueError(  # without a nearest name, which would be another function
+            f"{path}: feed_forward_proj is {brief(activation)}, which is not computed here; expected one of "
+            f"{', '.join(_ACTIVATIONS)}. Take a model that has one of them."
         )
     # transformers 5 writes `tie_word_embeddings: true` for every T5; scale_decoder_outputs has the old meaning.
     scaled = settings.get("scale_decoder_outputs", settings.get("tie_word_embeddings", True))
@@ -299,12 +387,12 @@ def _write_tokenizer(folder: Path, opened: Opened) -> None:
     else:
         settings["tokenizer_class"] = "T5Tokenizer"
         tf.io.gfile.copy(str(opened.vocabulary), str(folder / SENTENCEPIECE))
-    write_json(folder / "tokenizer_config.json", settings)
+    write_json(folder / TOKENIZER_CONFIG, settings)
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """Reads a JSON object. ValueError for any other value."""
-    value = read_json(path)
+def read_object(path: Path, *, most: int = user_files.LARGEST) -> dict[str, Any]:
+    """Reads a JSON object from a file of at most `most` bytes. ValueError for any other value."""
+    value = parse_json(decoded(user_files.whole(path, most=most), str(path)), str(path))
     if not isinstance(value, dict):
         raise ValueError(f"{path}: got {brief(value)}; expected a JSON object, {{..}}.")
     return value
@@ -313,7 +401,7 @@ def read_object(path: Path) -> dict[str, Any]:
 def origin_beside(folder: Path) -> dict[str, Any] | None:
     """Reads the manifest of the run that a directory was exported from; None if there is none."""
     file = folder / ORIGIN
-    return read_origin(file.read_bytes(), file) if file.is_file() else None
+    return read_origin(user_files.whole(file), file) if file.is_file() else None
 
 
 def read_origin(data: bytes, where: object) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from sbs_jax.storage import user_files
 from sbs_jax.storage.json_files import part
 from sbs_jax.student import t5
 from sbs_jax.weights.arrays import LazyArray, Opened
@@ -33,6 +34,7 @@ def open_file(path: str | Path) -> Opened:
     ValueError, before an array is read, for any member that is not an array of numbers (objects are pickles, which run
     code when read) or whose size contradicts its header. Reading a damaged array raises ValueError too.
     """
+    user_files.check(path)
     try:
         archive = zipfile.ZipFile(path)
         members = {info.filename.removesuffix(_END): info for info in archive.infolist()}

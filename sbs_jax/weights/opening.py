@@ -13,7 +13,7 @@ import numpy as np
 
 from sbs_jax.student import t5
 from sbs_jax.weights import hugging_face, identity, merging, names, npz, peft, runs, t5x
-from sbs_jax.weights.arrays import LazyArray, Opened, Shapes, shapes
+from sbs_jax.weights.arrays import LazyArray, Opened, Shapes, Watched, shapes
 
 # Names of forms, as `sbs convert` spells them.
 NPZ, PEFT, HUGGING_FACE, SBS, T5X = "npz", "peft", "hf", "sbs", "t5x"
@@ -45,17 +45,20 @@ def form_of(path: str | Path) -> Form:
         if (form.remote or not remote) and form.detects(text):
             return form
     expected = ", ".join(form.described for form in FORMS.values())
-    raise FileNotFoundError(f"{path} holds no checkpoint; expected one of: {expected}.")
+    what = "holds no checkpoint" if remote or Path(text).is_dir() else "is a file and no checkpoint; give the folder"
+    raise FileNotFoundError(f"{path} {what}; expected one of: {expected}.")
 
 
 def load_parameters(path: str | Path, *, like: Mapping[str, jax.ShapeDtypeStruct]) -> t5.Parameters:
     """Loads parameters from a checkpoint of any form, on the shardings and in the types of `like`.
 
-    A host reads what its own devices hold, one array after the other. ValueError lists parameters that are missing,
-    left over or of another shape.
+    A host reads what its own devices hold, one array after the other, and warns of numbers that are not finite.
+    ValueError lists parameters that are missing, left over or of another shape.
     """
-    arrays = arrays_of(path, wanted=shapes(like))
-    return {name: arrays[name].onto(leaf) for name, leaf in like.items()}
+    arrays = Watched(arrays_of(path, wanted=shapes(like)))
+    loaded = {name: arrays[name].onto(leaf) for name, leaf in like.items()}
+    arrays.warn(path)
+    return loaded
 
 
 def arrays_of(path: str | Path, *, wanted: Shapes) -> dict[str, LazyArray]:

@@ -45,7 +45,7 @@ _TASK = "SEQ_2_SEQ_LM"
 def is_directory(path: str | Path) -> bool:
     """Detects a PEFT directory that does not also hold a whole model."""
     path = Path(path)
-    return (path / CONFIG).is_file() and not hugging_face.is_directory(path)
+    return (path / CONFIG).is_file() and not (path / hugging_face.CONFIG).is_file()
 
 
 # ------------------------------------------------------------------------------------ writing

@@ -20,6 +20,7 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 from flax import serialization
 
+from sbs_jax.storage import user_files
 from sbs_jax.storage.json_files import brief, part
 from sbs_jax.student import t5
 from sbs_jax.weights import hugging_face, names, tensor_store
@@ -52,6 +53,7 @@ def open_checkpoint(path: str | Path) -> Opened:
     a T5's.
     """
     url, form = _expect(str(path))
+    tensor_store.check_files(url.removeprefix(tensor_store.LOCAL))
     stored = _from_orbax(url) if form == _OCDBT else _from_msgpack(url)
     scanned = any(name.startswith(("encoder/encoder/", "decoder/decoder/")) for name in stored)
     config, axis, layers = _config(path, stored, scanned=scanned)
@@ -114,6 +116,12 @@ def write(path: str | Path, parameters: t5.Parameters, *, step: int) -> str:
 
 def _find(path: str) -> tuple[str, str] | None:
     """Finds the directory that holds the arrays: (its URL, which of the two forms it has)."""
+    if "://" not in path:
+        if not Path(path).is_dir():
+            return None
+        for name in (_OCDBT, _STATE + _OCDBT, _MSGPACK):
+            if (Path(path) / name).exists():
+                user_files.check(Path(path) / name)
     url = tensor_store.url_of(path)
     store = ts.KvStore.open(url).result()
     for folder in ("", _STATE):
@@ -121,10 +129,9 @@ def _find(path: str) -> tuple[str, str] | None:
             return (url + folder, _OCDBT) if folder or _is_target(url) else None
     if tensor_store.has(store, _MSGPACK):
         return url, _MSGPACK
-    # A large model has tens of thousands of files: list them last.
-    steps = sorted(
-        {int(match[1]) for match in map(_STEP.match, map(tensor_store.text, store.list().result())) if match}
-    )
+    # A large model has tens of thousands of files, and a home folder more: list these last, and no others.
+    named = store.list(ts.KvStore.KeyRange("checkpoint_", "checkpoint`")).result()
+    steps = sorted({int(match[1]) for match in map(_STEP.match, map(tensor_store.text, named)) if match})
     return _find(f"{url}checkpoint_{steps[-1]}") if steps else None
 
 
@@ -146,6 +153,8 @@ def _expect(path: str) -> tuple[str, str]:
 def _origin(url: str) -> dict[str, Any] | None:
     """Reads the manifest of the exported run, which is in the model directory."""
     parent = re.sub(r"checkpoint_\d+/(state/)?$", "", url)
+    if parent.startswith(tensor_store.LOCAL):
+        return hugging_face.origin_beside(Path(parent.removeprefix(tensor_store.LOCAL)))
     found = ts.KvStore.open(parent).result().read(hugging_face.ORIGIN).result()
     return hugging_face.read_origin(found.value, parent + hugging_face.ORIGIN) if found.state == "value" else None
 

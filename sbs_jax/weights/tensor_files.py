@@ -35,7 +35,10 @@ def write_safetensors(file: Path, arrays: Mapping[str, LazyArray], *, dtype: np.
     with file.open("wb") as out:
         out.write(struct.pack("<Q", len(text)) + text)
         for array in arrays.values():
-            out.write(np.ascontiguousarray(array.whole().astype(dtype or array.dtype)).reshape(-1).view(np.uint8).data)
+            with np.errstate(over="ignore"):  # `Watched` names what becomes infinite
+                values = array.whole().astype(dtype or array.dtype)
+            out.write(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)
+            del values  # before the next one is read
 
 
 def read_safetensors(file: Path) -> dict[str, LazyArray]:

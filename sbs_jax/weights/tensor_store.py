@@ -1,6 +1,8 @@
 """Arrays in TensorStore (zarr, Orbax's OCDBT) by URL: buckets are read like folders, by slices."""
 
+import contextlib
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,9 +10,11 @@ from typing import Any
 import ml_dtypes
 import tensorstore as ts
 
+from sbs_jax.storage import user_files
 from sbs_jax.storage.json_files import part
 from sbs_jax.weights.arrays import LazyArray
 
+LOCAL = "file://"
 # A chunk is read whole. T5X's chunks have a few million numbers.
 _MOST_IN_CHUNK = 2**32
 
@@ -21,12 +25,21 @@ def orbax_arrays(path: str | Path) -> dict[str, LazyArray]:
     A missing chunk is an error. (Orbax stores chunks of zeros too; other writers leave them out.)
     """
     url = url_of(path)
+    check_files(path)
     store = ts.KvStore.open({"driver": "ocdbt", "base": url}).result()
     return opened({"driver": "ocdbt", "base": url}, zarr_names(store), fill_missing_data_reads=False)
 
 
+def check_files(path: str | Path) -> None:
+    """Requires that a local folder holds regular files only: TensorStore would wait for a pipe. ValueError names it."""
+    for folder, _, files in os.walk(path) if "://" not in str(path) else ():
+        for file in files:
+            with contextlib.suppress(FileNotFoundError):  # removed meanwhile, or a link to nothing
+                user_files.check(Path(folder) / file)
+
+
 def url_of(path: str | Path) -> str:
-    url = str(path) if "://" in str(path) else f"file://{Path(path).absolute()}"
+    url = str(path) if "://" in str(path) else f"{LOCAL}{Path(path).absolute()}"
     return url.rstrip("/") + "/"
 
 
