@@ -27,6 +27,7 @@ from sbs_jax.weights import identity, npz
 
 MODEL = dataclasses.replace(toy.MODEL, emb_dim=64, num_heads=4, mlp_dim=128, dropout_rate=0.0)
 DEEP = dataclasses.replace(MODEL, num_encoder_layers=2, num_decoder_layers=2)
+STACKED = dataclasses.replace(DEEP, num_decoder_layers=1)  # what is scanned is more than one layer, sooner compiled
 TIED = dataclasses.replace(MODEL, mlp_activations=("relu",), logits_via_embedding=True)
 EVERY_LORA = LoRA(rank=4, alpha=8.0, modules=adapters.ALL)
 SOME_LORA = dataclasses.replace(EVERY_LORA, modules=("query", "value", "wo"))  # a third of them, sooner compiled
@@ -243,7 +244,7 @@ def test_dropout_draws_the_same_masks_with_and_without_lora():
     of, parameters = adapted(config, Tuning(lora=LoRA(rank=2, alpha=2.0, dropout=0.5, modules=adapters.ALL)))
     key = jax.random.key(1)
     with_lora, without = (
-        t5.join(s, p)(jnp.asarray(SOURCE), jnp.asarray(TARGET), dropout_key=key)
+        jax.jit(lambda p, s=s: t5.join(s, p)(jnp.asarray(SOURCE), jnp.asarray(TARGET), dropout_key=key))(p)
         for s, p in ((of.structure, parameters), (t5.abstract(config)[0], base_of(MODEL)))
     )
     np.testing.assert_array_equal(with_lora, without)
@@ -275,7 +276,13 @@ def updates(config, *, count=3, devices=None):
     return trainer, before, state, losses
 
 
-@pytest.mark.parametrize(("name", "model"), [("nf4", MODEL), ("last layers", DEEP)], ids=["nf4", "last layers"])
+@pytest.mark.parametrize(
+    ("name", "model"),
+    [
+        pytest.param("nf4", MODEL, id="nf4"),
+        pytest.param("last layers", DEEP, id="last layers", marks=pytest.mark.faults),
+    ],
+)
 def test_what_is_trained_has_gradients_and_state_and_the_rest_stays(tmp_path, records_dir, name, model):
     tuning = (SILENT | SPOKEN)[name]
     trainer, before, state, losses = updates(
@@ -312,7 +319,7 @@ LAYOUTS = {
 )
 def test_sharded_and_scanned_training_is_that_of_one_device(tmp_path, records_dir, tuning, mesh, layers):
     alone = partitioning.Layout(slice=1, data=1, fsdp=1, tensor=1)
-    one = config_of(tmp_path, records_dir, tuning, model=DEEP, layout=alone, optimizer=optax.sgd)
+    one = config_of(tmp_path, records_dir, tuning, model=STACKED, layout=alone, optimizer=optax.sgd)
     execution = t5.Execution(layers=layers, remat="full" if layers == "scanned" else "none")
     many = dataclasses.replace(one, layout=LAYOUTS[mesh], execution=execution)
     trainer, _, state, losses = updates(one, count=2, devices=jax.devices()[:1])

@@ -51,7 +51,7 @@ def test_beam_search_gives_the_same_tokens(case):
     assert not (golden["beam"][:, -1] == 0).all()
 
 
-@pytest.mark.parametrize("name", cases.TRAINED)
+@pytest.mark.parametrize("name", [pytest.param("v1_0", marks=pytest.mark.faults), "v1_1"])
 def test_ten_updates_stay_together(name, tmp_path):
     config, golden = cases.config(name), golden_of(name)
     losses, weights = ours.training(config, cases.model(config)[1], tmp_path)

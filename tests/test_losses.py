@@ -132,19 +132,8 @@ ALONE = [[i] for i in range(16)]
 PACKED = [[0, 3], [2, 1], [5, 4], [6, 7], [9, 8], [10, 11], [13, 12], [14, 15]]
 
 
-def compute(
-    rows,
-    *,
-    packed,
-    devices,
-    micro_batches,
-    alpha=0.5,
-    mesh=None,
-    examples=EXAMPLES,
-    vocabulary_chunks=1,
-    execution=t5.UNROLLED,
-):
-    """Computes loss and gradients of the same 16 examples, split and laid out as asked."""
+def prepared(*, packed, devices, micro_batches, alpha=0.5, mesh=None, vocabulary_chunks=1, execution=t5.UNROLLED):
+    """Makes the function of (rows, examples) that computes loss and gradients, split and laid out as asked."""
     # No dropout: its masks are drawn for the rows as they lie.
     config = dataclasses.replace(toy.MODEL, dropout_rate=0.0)
     structure, shapes, axes = t5.abstract(config, execution=execution)
@@ -163,19 +152,23 @@ def compute(
         vocabulary_chunks=vocabulary_chunks,
         dropout_key=jax.random.key(0),
     )
-    batch = partitioner.put_batch(batch_of(rows, packed=packed, examples=examples))
 
+    @jax.jit
     def constrained(parameters, batch):
         with partitioner.active():
             return run(parameters, batch)
 
-    loss, _, gradients = jax.device_get(jax.jit(constrained)(parameters, batch))
-    return float(loss), stacking.unstack(gradients) if scanned else gradients
+    def compute(rows, examples=EXAMPLES):
+        batch = partitioner.put_batch(batch_of(rows, packed=packed, examples=examples))
+        loss, _, gradients = jax.device_get(constrained(parameters, batch))
+        return float(loss), stacking.unstack(gradients) if scanned else gradients
+
+    return compute
 
 
 @pytest.fixture(scope="module")
 def reference():
-    return compute(ALONE, packed=False, devices=1, micro_batches=1)
+    return prepared(packed=False, devices=1, micro_batches=1)(ALONE)
 
 
 SLICES = {"slice": 2, "data": 1, "fsdp": 2, "tensor": 2}
@@ -216,8 +209,9 @@ LONG = {
     ],
 )
 def test_loss_and_gradients_do_not_depend_on_how_the_batch_lies(reference, how):
-    rows = how.get("rows", ALONE)
-    loss, gradients = compute(**{"rows": rows, "packed": rows is PACKED, "devices": 1, "micro_batches": 1, **how})
+    options = dict(how)
+    rows = options.pop("rows", ALONE)
+    loss, gradients = prepared(**{"packed": rows is PACKED, "devices": 1, "micro_batches": 1, **options})(rows)
     assert loss == pytest.approx(reference[0], rel=1e-5)
     for name, want in reference[1].items():
         scale = np.abs(want).max()
@@ -226,14 +220,14 @@ def test_loss_and_gradients_do_not_depend_on_how_the_batch_lies(reference, how):
 
 
 @pytest.mark.parametrize(("alpha", "silent"), [(0.0, LABEL), (1.0, RATIONALE)])
-def test_an_extreme_alpha_silences_the_other_task_exactly(alpha, silent):
-    _, gradients = compute(ALONE, packed=False, devices=1, micro_batches=1, alpha=alpha)
+def test_an_extreme_alpha_silences_the_other_task_exactly(reference, alpha, silent):
+    compute = prepared(packed=False, devices=1, micro_batches=1, alpha=alpha)
+    _, gradients = compute(ALONE)
     # Other targets for the silent task must change not one bit.
     changed = [
         (source, target if task != silent else (target + 5) % 380 + 2, task) for source, target, task in EXAMPLES
     ]
-    _, again = compute(ALONE, packed=False, devices=1, micro_batches=1, alpha=alpha, examples=changed)
+    _, again = compute(ALONE, changed)
     for name, want in gradients.items():
         np.testing.assert_array_equal(again[name], want, err_msg=name)
-    _, mixed = compute(ALONE, packed=False, devices=1, micro_batches=1, alpha=0.5)
-    assert not np.array_equal(mixed["logits_dense/kernel"], gradients["logits_dense/kernel"])
+    assert not np.array_equal(reference[1]["logits_dense/kernel"], gradients["logits_dense/kernel"])

@@ -94,7 +94,7 @@ def test_onnx_answers_in_onnxruntime(jax2onnx, student, tmp_path):
 
 
 @pytest.mark.parametrize("student", ["pieces"], indirect=True)  # of bytes: test_export.py
-@pytest.mark.parametrize("dtype", ["float32", "int8"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("int8", marks=pytest.mark.faults)])  # int8: test_export.py
 def test_stablehlo_reads_pieces(student, dtype, tmp_path):
     """Uses SentencePiece without TensorFlow; int8 answers agree as often as the export says."""
     samples = str(students.questions(tmp_path))
