@@ -400,8 +400,8 @@ def test_no_file_of_others_is_replaced(tmp_path: Path, mixed: list[Run]) -> None
     """Only an earlier report is: its page, and in its folder the files that its index names."""
     page, folder = tmp_path / "page.html", tmp_path / "files"
 
-    def written(**places: Path) -> None:
-        report.write_page(**{"path": page, "assets": folder, **places}, runs=mixed, title=None, notes=())
+    def written(path: Path = page, assets: Path = folder) -> None:
+        report.write_page(path, assets=assets, runs=mixed, title=None, notes=())
 
     written()
     first = page.read_bytes()
