@@ -16,15 +16,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from sbs_jax.data import records, release
+from sbs_jax.data import records, release, tokens
 from sbs_jax.data.dataset import Row
 from sbs_jax.export import card
 from sbs_jax.prediction import inputs
 from sbs_jax.run import directory
 from sbs_jax.run import manifest as run_manifest
 from sbs_jax.stats import results
-from sbs_jax.storage import json_files
+from sbs_jax.storage import checksums, json_files
 from sbs_jax.teacher import prompts
+from sbs_jax.teacher.store import Store
+from sbs_jax.training import gin_files
+from sbs_jax.weights import hugging_face, npz
 
 PEAK, SECONDS = 160, 20  # MiB and seconds that a reader may take for any file
 ROWS = [{"id": "a", "input": "é"}, {"id": "b", "input": "[{"}]
@@ -36,6 +39,11 @@ def errors(path: Path) -> list[str | None]:
 
 def release_inputs(path: Path) -> Any:
     return release.read_inputs(path.parents[1], "svamp", lambda row: Row(id=None, input=str(row), label=None))
+
+
+def refused(path: Path, problem: str | None) -> None:
+    if problem:
+        raise ValueError(f"{path}: {problem}")
 
 
 # Every reader of a file that a user gives, with the name under which it looks for the file.
@@ -58,22 +66,30 @@ READERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "metrics of a run": ("metrics.jsonl", lambda path: directory.read_metrics(path.parent)),
     "predictions of a run": ("predictions/x-test-1.jsonl", lambda path: results._test_rows(path.parents[1], step=1)),
     "any JSON": ("x.json", json_files.read_json),
+    "gin files": (
+        "mine.gin",
+        lambda path: gin_files.configure("evaluate.EvaluateConfig", gin_files=[str(path)], bindings=[]),
+    ),
+    "vocabularies": ("sentencepiece.model", lambda path: tokens.check_vocabulary(str(path))),
+    "lists of checksums": (checksums.FILE, lambda path: refused(path, checksums.problem(path.parent))),
+    "stores of replies": ("store.sqlite", lambda path: Store(path).__enter__()),
+    "arrays of NumPy": ("student.npz", npz.open_file),
+    "settings of Hugging Face": (hugging_face.CONFIG, lambda path: hugging_face.open_directory(path.parent)),
 }
 
 
 def parquet_bombs(path: Path) -> Iterator[Path]:
     """Makes small files of texts that repeat, of zeros, of a list without end, of shared beginnings, of empty rows."""
     half = "x" * 2**19
-    pq.write_table(pa.table({"id": ["a"] * 600, "input": [half] * 600}), path, compression="zstd", store_schema=False)
+    pq.write_table(pa.table({"id": ["a"] * 400, "input": [half] * 400}), path, compression="zstd", store_schema=False)
     yield path
     rows = pa.table({"id": ["a"] * 300, "input": [half] * 300})
     pq.write_table(rows, path, compression="zstd", use_dictionary=False)
     yield path
-    endless = pa.ListArray.from_arrays([0, 20_000_000], pa.array([""]).take(pa.array([0] * 1).cast("int32")).take(
-        pa.repeat(pa.scalar(0, pa.int32()), 20_000_000)))  # fmt: skip
+    endless = pa.ListArray.from_arrays([0, 18_000_000], pa.repeat("", 18_000_000))
     pq.write_table(pa.table({"id": ["a"], "input": ["a"], "choices": endless}), path)
     yield path
-    shared = pa.table({"id": ["a"] * 60, "input": ["x" * 6 * 2**20] * 60})  # each is "the one before it"
+    shared = pa.table({"id": ["a"] * 40, "input": ["x" * 6 * 2**20] * 40})  # each is "the one before it"
     delta = {"id": "PLAIN", "input": "DELTA_BYTE_ARRAY"}
     pq.write_table(shared, path, compression="zstd", use_dictionary=False, column_encoding=delta)
     yield path
@@ -136,12 +152,12 @@ def test_no_file_makes_a_reader_hang_or_take_the_memory(name: str, tmp_path: Pat
         try:
             found = read(path)
             told = ""
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, gin_files.UsageError) as error:
             found, told = [], str(error)
         finally:
             signal.alarm(0)
         if told:
-            assert str(tmp_path) in told, kind
+            assert str(tmp_path) in told or "/dev/zero is" in told, kind
             assert len(told) < 1000, kind
         else:  # rows with errors; metrics without a whole line are none
             assert name.endswith("of predict") or (name == "metrics of a run" and not found), kind

@@ -21,7 +21,7 @@ JOINT = "</s>"
 EXTRA_IDS = 100
 BYTE_VOCABULARY = "byte"
 
-_LARGEST = 2**28  # bytes of a SentencePiece model; mT5's, of 250,000 pieces, has 4 MB
+_LARGEST = 2**26  # bytes of a SentencePiece model; mT5's, of 250,000 pieces, has 4 MB
 # Texts encoded at a time; limits the Python lists in memory to about 20 MB.
 _CHUNK = 10_000
 

@@ -182,7 +182,7 @@ class RunDir:
         new = json.loads(json.dumps(contents))
         old, damage = self._manifest_before(step=step, accept_changes=accept_changes)
         changed, notes = manifest.changes(
-            old, new, old_config=config.read_text("utf-8", "replace"), new_config=self._config_text
+            old, new, old_config=user_files.whole(config).decode("utf-8", "replace"), new_config=self._config_text
         )
         changed = damage + changed
         if changed and not accept_changes:

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sbs_jax.run import directory
+from sbs_jax.storage import user_files
 from sbs_jax.sweep.cells import Cell
 from sbs_jax.training.gin_files import UsageError
 
@@ -76,7 +77,7 @@ def _changes(cell: Cell) -> list[str]:
         "primary_metric": registry.get(cell.dataset).primary_metric,
     }
     new = {**old, "data": data, "run": run, "settings": settings.describe(config)}
-    kept = (cell.model_dir / "config.gin").read_text("utf-8", "replace")
+    kept = user_files.whole(cell.model_dir / "config.gin").decode("utf-8", "replace")
     return manifest.changes(old, json.loads(json.dumps(new)), old_config=kept, new_config=text)[0]
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from sbs_jax import checks, hosts
 from sbs_jax.checks import nearest
-from sbs_jax.storage import json_files
+from sbs_jax.storage import json_files, user_files
 from sbs_jax.training import declared
 
 # First parts of gin selectors, and their modules.
@@ -307,7 +307,7 @@ def _refuse_urls(name: str, value: Any) -> None:
 
 def _opened(file: str) -> io.StringIO:
     """Opens a gin file as UTF-8 text, with or without a byte order mark. ValueError names the file."""
-    text = io.StringIO(json_files.decoded(Path(file).read_bytes(), file).removeprefix("\ufeff"), newline=None)
+    text = io.StringIO(json_files.decoded(user_files.whole(file), file), newline=None)
     text.name = file  # for gin's messages
     return text
 
@@ -316,7 +316,7 @@ def _read(file: str) -> str:
     path = Path(file)
     if not path.exists():  # gin found it in the package gin_configs
         path = Path(__file__).parents[2] / file
-    return path.read_text("utf-8-sig")
+    return user_files.whole(path).decode()
 
 
 def _file_names(includes: Iterable[Any]) -> list[str]:

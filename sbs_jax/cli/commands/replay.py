@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from sbs_jax.storage import user_files
 from sbs_jax.training import gin_files
 
 
@@ -28,7 +29,7 @@ def run(arguments: argparse.Namespace, bindings: Sequence[str]) -> int:
     from sbs_jax.training import failures, replay
 
     directory.read_manifest(arguments.run_dir)  # fails if this is not a run directory
-    saved = (Path(arguments.run_dir) / "config.gin").read_text("utf-8")
+    saved = user_files.whole(Path(arguments.run_dir) / "config.gin").decode()
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "config.gin"
         file.write_text(gin_files.with_new_imports(saved), "utf-8")
