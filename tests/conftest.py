@@ -128,12 +128,12 @@ def memory() -> Iterator[Path]:
 
 
 @pytest.fixture
-def fuzz(request: pytest.FixtureRequest) -> Callable[[Callable], None]:
-    """Runs a case of a fuzz test (tests/fuzzing.py) as often as the options say."""
+def fuzz(request: pytest.FixtureRequest) -> Callable[..., None]:
+    """Runs a case of a fuzz test (tests/fuzzing.py) as often as the options say, or `one_in` so many times."""
     import fuzzing
 
     chosen = request.config.getoption("--fuzz-seed") or "0"
     start = random.SystemRandom().randrange(2**32) if chosen == "random" else int(chosen)
     print(f"--fuzz-seed {start}")  # shown where the test fails
     cases = request.config.getoption("--fuzz-cases") or fuzzing.CASES
-    return lambda case: fuzzing.run(case, name=request.node.name, cases=cases, start=start)
+    return lambda case, one_in=1: fuzzing.run(case, name=request.node.name, cases=-(-cases // one_in), start=start)

@@ -311,7 +311,10 @@ _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 
 def _audit(event: str, arguments: tuple[Any, ...]) -> None:
     """Watches Python's audit events (PEP 578) while a case is read."""
-    if not _watching or (arguments and str(arguments[0]).startswith(_may_write)):
+    if not _watching:
+        return
+    # A descriptor is of a file that was opened here.
+    if _may_write and arguments and (isinstance(arguments[0], int) or str(arguments[0]).startswith(_may_write)):
         return
     if event in _FORBIDDEN:
         raise ExecutedError(f"reading an input did {event}{arguments!r:.300}")

@@ -27,10 +27,10 @@ from sbs_jax.data import grading, parsing, records, registry, release, tokens
 from sbs_jax.data.dataset import Row
 from sbs_jax.prediction import inputs
 from sbs_jax.storage import json_files
-from sbs_jax.teacher import batches, clients, gemini, openai, prompts
+from sbs_jax.teacher import batches, clients, gemini, openai, prompts, store
 from tasks import builtin, svamp
 
-Fuzz = Callable[[Callable[[Tape], None]], None]
+Fuzz = Callable[..., None]
 PROTO = sentencepiece_model_pb2.ModelProto  # pyright: ignore[reportAttributeAccessIssue]
 
 RECORDS = (
@@ -339,6 +339,43 @@ def test_vocabularies(fuzz: Fuzz, memory: Path) -> None:
             fuzzing.read(lambda: found.decode(ids[0]), raises=(), names=())
 
     fuzz(case)
+
+
+def test_stores(fuzz: Fuzz, memory: Path) -> None:
+    """A teacher's SQLite file and its log, damaged as bytes: every reply that is found is one that was stored."""
+    folder = memory / "store"
+    folder.mkdir()
+    path, log = folder / "store.sqlite", folder / "store.sqlite-wal"
+    stored = {
+        f"{number:064x}": clients.Reply(
+            text=f"Reply {number}. " * 9, finish="stop", input_tokens=5, output_tokens=number, model="m"
+        )
+        for number in range(40)
+    }
+    with store.Store(path) as made:
+        made.put_all({key: stored[key] for key in list(stored)[:20]})
+        made._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        made.put_all({key: stored[key] for key in list(stored)[20:]})
+        whole, rest = path.read_bytes(), log.read_bytes()
+
+    def opened() -> dict[str, Any]:
+        with store.Store(path) as found:
+            assert isinstance(found.counts(), dict)
+            list(found.jobs("new", "running"))
+            return found.find(list(stored))
+
+    def case(tape: Tape) -> None:
+        for other in folder.iterdir():
+            fuzzing.replace(other, b"")
+            other.unlink()
+        fuzzing.put(tape, path, fuzzing.scratched(tape, whole, most=3))
+        if tape.chance(2):
+            log.write_bytes(fuzzing.scratched(tape, rest))
+        found = fuzzing.read(opened, raises=(ValueError, OSError), names=[path, "/dev/"], writes=folder)
+        if isinstance(found, dict):
+            assert all(isinstance(reply, clients.Reply | store.Failure) for reply in found.values())
+
+    fuzz(case, one_in=10)  # a case takes 50 ms
 
 
 def test_results_of_batch_jobs(fuzz: Fuzz) -> None:

@@ -24,6 +24,7 @@ _PAGE = 4096  # SQLite's default, where the file's own head is damaged
 # Bytes before the row in a cell of the two kinds of pages of a table WITHOUT ROWID: leaves, and those above them.
 _CHILD = {b"\x0a": 0, b"\x02": 4}
 _KEY = 32  # bytes of a request's key
+_MOST_COLUMNS = 7
 # Tables by the types of their columns: key, text, integer, real, NULL. A whole number is stored as an integer.
 _TABLES = {"kttt[in][in][ri]": "replies", "ktt[ri]": "failures", "t[tn]t[ri]": "jobs", "tk": "job_keys"}
 
@@ -106,7 +107,8 @@ def _of_page(data: bytes, page: Callable[[int], bytes], *, size: int) -> Iterato
     if kind not in _CHILD:
         return
     first = 8 + _CHILD[kind]
-    for pointer in range(first, first + 2 * int.from_bytes(data[3:5], "big"), 2):
+    claimed = first + 2 * int.from_bytes(data[3:5], "big")
+    for pointer in range(first, min(claimed, len(data)), 2):
         start = int.from_bytes(data[pointer : pointer + 2], "big") + _CHILD[kind]
         with contextlib.suppress(IndexError, struct.error, UnicodeDecodeError):  # a damaged cell
             found = _row(data, start, page, size=size)
@@ -123,6 +125,8 @@ def _row(data: bytes, start: int, page: Callable[[int], bytes], *, size: int) ->
     while place < end:
         kind, place = _varint(data, place)
         kinds.append(kind)
+        if len(kinds) > _MOST_COLUMNS:  # or every damaged cell would be read to the end of its page
+            return None
     shape = "".join(map(_letter, kinds))
     table = next((table for pattern, table in _TABLES.items() if re.fullmatch(pattern, shape)), None)
     if table is None or length != end - at + sum(map(_width, kinds)):

@@ -74,6 +74,9 @@ class Store:
 
     def __enter__(self) -> Store:
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        for path in (self.path, self._log):  # before a lock is made beside a device, and a pipe is waited for
+            if path.exists() and not path.is_file():
+                raise ValueError(f"{path} is not a file; expected a store of replies. Check --store.")
         with contextlib.ExitStack() as stack:
             stack.enter_context(self._lock)
             self._begin()
@@ -103,8 +106,6 @@ class Store:
             with contextlib.closing(sqlite3.connect(":memory:")) as made:
                 made.executescript(_CREATE)
                 atomic.replace(self.path, made.serialize())
-        if not self.path.is_file():
-            raise ValueError(f"{self.path} is not a file; expected a store of replies. Check --store.")
         if self.path.stat().st_size == 0:
             raise DamagedStoreError(
                 f"{self.path} is empty, so what it held is gone. Restore it from a copy; if it never held anything, "
