@@ -86,7 +86,8 @@ def test_a_save_has_the_values_of_its_moment(tmp_path):
             saver.save(number, parameters=state, optimizer={"count": jnp.asarray([number])}, metadata={})
             for _ in range(3):
                 state = jax.tree.map(lambda x: x - 1, step(state))
-        shapes = like(state)
+    shapes = like(state)
+    with opened(tmp_path) as saver:  # the last save has ended
         for number in range(1, 7):
             got = saver.restore(number, parameters=shapes, optimizer=like({"count": jnp.asarray([number])}))
             assert {float(bound) for x in got.parameters.values() for bound in (x.min(), x.max())} == {float(number)}

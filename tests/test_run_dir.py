@@ -503,7 +503,7 @@ def test_a_file_in_place_of_the_directory_is_refused(tmp_path):
         opened(tmp_path / "run" / "deeper").__enter__()
     (tmp_path / "other" / "metrics.jsonl").mkdir(parents=True)
     (tmp_path / "other" / "config.gin").write_text(CONFIG)
-    with pytest.raises(OSError, match="Is a directory"):
+    with pytest.raises(ValueError, match=r"metrics\.jsonl is a folder; expected a regular file"):
         opened(tmp_path / "other").__enter__()
     (tmp_path / "other" / "metrics.jsonl").rmdir()
     with opened(tmp_path / "other"):  # the lock was given back

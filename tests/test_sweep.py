@@ -93,7 +93,6 @@ def test_fractions_may_differ_between_datasets() -> None:
         ({"methods": "step_by_step"}, "expected a tuple"),
         ({"datasets": ()}, "expected a tuple of one or more"),
         ({"fractions": (0.5, 1.5)}, "Sweep.fractions is 1.5; expected a number above 0 and at most 1"),
-        ({"fractions": (0.5, "all")}, "Sweep.fractions is 'all'; expected a number above 0"),
         ({"seeds": (0, True)}, "Sweep.seeds is True; expected a whole number"),
         ({"fractions": {"svamp": (1.0,)}}, "has none for 'cqa'"),
         ({"fractions": {"svamp": (1.0,), "cqa": (1.0,), "cqq": (1.0,)}}, "'cqq'.*Did you mean 'cqa'"),
