@@ -19,6 +19,7 @@ import tensorflow as tf
 from sbs_jax import checks
 from sbs_jax.data import registry, tokens
 from sbs_jax.data.dataset import check_lengths
+from sbs_jax.data.slots import Numbers
 
 # Examples assigned to rows at a time.
 _PLACES = 65_536
@@ -351,14 +352,15 @@ class _Side:
 class EvalExample:
     """One row to evaluate.
 
-    `inputs` (prefix included) and `targets` are texts; predictions are graded against `label`. `features` are the
-    unpacked model features, each int32 [length], keyed as in `train_dataset`.
+    `inputs` (prefix included) and `targets` are texts, in which slots stand for `numbers`; predictions are graded
+    against `label`. `features` are the unpacked model features, each int32 [length], keyed as in `train_dataset`.
     """
 
     id: str
     label: str
     inputs: str
     targets: str
+    numbers: Numbers
     features: Mapping[str, np.ndarray]
 
 
@@ -385,6 +387,7 @@ def eval_examples(task: str, *, split: str, lengths: Mapping[str, int]) -> list[
             label=row.label,
             inputs=row.inputs,
             targets=row.targets,
+            numbers=row.numbers,
             features={name: array[index] for name, array in model_features.items()},
         )
         for index, row in enumerate(rows)

@@ -32,6 +32,7 @@ from sbs_jax.storage.json_files import brief, encoded, read_json, read_json_line
 OK = "ok"
 NO_TEACHER = "no_teacher"
 MANIFEST = "manifest.json"
+BASELINES = "baselines.json"  # of `sbs baseline`
 SPLITS = ("train", "validation", "test")
 # Increased when the meaning of a field changes, so that old files are refused instead of misread.
 FORMAT = 1
@@ -224,7 +225,7 @@ def put_in_place(made: Path, target: Path, *, overwrite: bool) -> None:
             f"{target} holds other records: {'; '.join(differences)}. Choose another "
             "records_dir, or pass overwrite (--overwrite) to replace them."
         )
-    ours = {MANIFEST, *(f"{split}.jsonl" for split in SPLITS)}
+    ours = {MANIFEST, BASELINES, *(f"{split}.jsonl" for split in SPLITS)}
     foreign = sorted(path.name for path in target.iterdir() if path.name not in ours)
     if foreign:
         raise FileExistsError(

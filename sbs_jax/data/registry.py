@@ -245,6 +245,24 @@ def _read(name: str, file_split: str) -> list[records.Record]:
     return rows
 
 
+def texts(names: Sequence[str], split: str) -> list[str]:
+    """Returns all that a student may read or write about a split's rows: inputs with each prefix, labels, rationales.
+
+    [] if no dataset has the split. Labels of closed sets, and each row's choices, are included.
+    """
+    found: dict[str, None] = {}
+    for name in names:
+        if split not in available_splits(name):
+            continue
+        found |= dict.fromkeys(get(name).labels or ())
+        for kind in TASKS:
+            chosen = selected(name, split).examples[kind]
+            found |= dict.fromkeys(text for each in chosen for text in (each.inputs, each.targets))
+        for record in read_split(name, split):
+            found |= dict.fromkeys(filter(None, (record.label, record.teacher_label, *record.choices)))
+    return list(found)
+
+
 def manifest(name: str, splits: Sequence[str] = (TRAIN, VALIDATION, TEST)) -> dict[str, Any]:
     """Describes a run's data for its log and manifest: options, counts, hashes of the files.
 

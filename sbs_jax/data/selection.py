@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from sbs_jax import checks
 from sbs_jax.data import records
+from sbs_jax.data.slots import NO_NUMBERS, Numbers
 
 LABEL, RATIONALE, RATIONALE_THEN_LABEL = "label", "rationale", "rationale_then_label"
 TASKS = (LABEL, RATIONALE, RATIONALE_THEN_LABEL)
@@ -45,6 +46,7 @@ class DataOptions:
       label_prefix: prefix of the inputs of `<dataset>_label` and `<dataset>_rationale_then_label`. The default is the
         official code's; the paper prints "[label] "; a single task needs none.
       rationale_prefix: prefix of the inputs of `<dataset>_rationale`; the paper's is "[rationale] ".
+      number_slots: replace the numbers of a row by slots in all its texts (slots.py); predictions get them back.
     """
 
     records_dir: str
@@ -57,6 +59,7 @@ class DataOptions:
     validation_fraction: int | float = 0.1
     label_prefix: str = "predict: "
     rationale_prefix: str = "explain: "
+    number_slots: bool = False
 
     def __post_init__(self) -> None:
         for name in ("records_dir", "vocabulary"):
@@ -66,6 +69,8 @@ class DataOptions:
         for name in ("label_prefix", "rationale_prefix"):
             if not isinstance(getattr(self, name), str):
                 raise ValueError(f"DataOptions.{name} is {getattr(self, name)!r}; expected text.")
+        if not isinstance(self.number_slots, bool):
+            raise ValueError(f"DataOptions.number_slots is {self.number_slots!r}; expected True or False.")
         checks.choice("DataOptions.label_source", self.label_source, ("human", "teacher"))
         checks.choice("DataOptions.rationales", self.rationales, ("all", "agreeing"))
         checks.choice("DataOptions.train_split", self.train_split, (TRAIN, VALIDATION))
@@ -75,12 +80,22 @@ class DataOptions:
 
 
 class Example(NamedTuple):
-    """One row of one task. `label` is the label to train on or, in evaluation, to grade against."""
+    """One row of one task.
+
+    `label` is the label to train on or, in evaluation, to grade against. `numbers` are those that slots stand for in
+    `inputs` and `targets`.
+    """
 
     id: str
     label: str
     inputs: str
     targets: str
+    numbers: Numbers = NO_NUMBERS
+
+
+def numbers_of(text: str, options: DataOptions) -> Numbers:
+    """Lists the numbers of an input that become slots; none without `number_slots`."""
+    return Numbers.of(text) if options.number_slots else NO_NUMBERS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -169,21 +184,26 @@ def _examples_of(
         elif row.teacher_label is None or not same_label(label, row.teacher_label):
             rationale, no_rationale = None, "argues for another label"
 
-    label_inputs = options.label_prefix + row.input
+    try:
+        numbers = numbers_of(row.input, options)
+    except ValueError as error:
+        raise ValueError(f"Row {row.id!r}: {error}") from None
+    hidden = numbers.hide(row.input)
+    label_inputs = options.label_prefix + hidden
     if label is None:
         yield LABEL, no_label
     else:
-        yield LABEL, Example(row.id, label, label_inputs, label)
+        yield LABEL, Example(row.id, label, label_inputs, numbers.hide(label), numbers)
     if rationale is None:
         yield RATIONALE, no_rationale
     else:
-        inputs = options.rationale_prefix + row.input
-        yield RATIONALE, Example(row.id, label or "", inputs, rationale)
+        inputs = options.rationale_prefix + hidden
+        yield RATIONALE, Example(row.id, label or "", inputs, numbers.hide(rationale), numbers)
     if label is None or (rationale is None and training):
         yield RATIONALE_THEN_LABEL, no_label if label is None else no_rationale
     else:
         targets = f"{rationale or ''} {ANSWER_MARKER} {label}".strip()
-        yield RATIONALE_THEN_LABEL, Example(row.id, label, label_inputs, targets)
+        yield RATIONALE_THEN_LABEL, Example(row.id, label, label_inputs, numbers.hide(targets), numbers)
 
 
 def _label_of(row: records.Record, source: str) -> tuple[str | None, str]:

@@ -72,8 +72,13 @@ def vocabulary_sha256(name: str) -> str | None:
     if name == BYTE_VOCABULARY:
         return None
     check_vocabulary(name)
+    return hashlib.sha256(read_vocabulary(name)).hexdigest()
+
+
+def read_vocabulary(name: str) -> bytes:
+    """Reads the file of a SentencePiece model, local or gs://."""
     with tf.io.gfile.GFile(name, "rb") as file:
-        return hashlib.sha256(file.read()).hexdigest()
+        return file.read()
 
 
 def encode(texts: Sequence[str], text_vocabulary: seqio.Vocabulary) -> list[list[int]]:

@@ -17,7 +17,7 @@ from typing import Any
 
 import jinja2
 
-from sbs_jax.data import grading, registry, selection, tokens
+from sbs_jax.data import grading, registry, selection, slots, tokens
 from sbs_jax.data.dataset import STEP_BY_STEP, Dataset
 from sbs_jax.run import checkpoints, directory
 from sbs_jax.run.manifest import last_name
@@ -30,6 +30,7 @@ from sbs_jax.weights.arrays import Opened
 log = logging.getLogger(__name__)
 
 FILE, README, GRADING = "sbs_student.json", "README.md", "metrics.py"
+SLOTS = "slots.py"  # data/slots.py, for students trained with number slots
 FORMAT = 1
 # Folder of a run's answers; every row has its input.
 _PREDICTIONS = "predictions"
@@ -107,6 +108,8 @@ def write(folder: Path, card: Mapping[str, Any], *, usage: str, **more: Any) -> 
     (folder / README).write_text(_readme(card, usage=usage, more=more), "utf-8")
     if card["grading"]["file"] is not None:
         shutil.copyfile(grading.__file__, folder / GRADING)
+    if card["input"].get("number_slots"):
+        shutil.copyfile(slots.__file__, folder / SLOTS)
 
 
 def sample_inputs(source: str, card: Mapping[str, Any], *, form: str, rows: int) -> list[str]:
@@ -119,7 +122,7 @@ def sample_inputs(source: str, card: Mapping[str, Any], *, form: str, rows: int)
 
 
 def read_samples(path: str | Path, card: Mapping[str, Any], *, rows: int) -> list[str]:
-    """Reads the texts "input" of a JSONL file; adds the prefix if it is missing."""
+    """Reads the texts "input" of a JSONL file, with the prefix (added if it is missing) and slots for numbers."""
     texts: list[str] = []
     prefix = card["input"]["prefix"]
     for number, row in json_files.read_json_lines(path):
@@ -128,7 +131,9 @@ def read_samples(path: str | Path, card: Mapping[str, Any], *, rows: int) -> lis
         text = row.get("input")
         if not isinstance(text, str):
             raise ValueError(f'{path}:{number}: expected {{"input": text}}, got {json_files.brief(row)}.')
-        texts.append(text if text.startswith(prefix) else prefix + text)
+        text = text.removeprefix(prefix)
+        numbers = slots.Numbers.of(text) if card["input"].get("number_slots") else slots.NO_NUMBERS
+        texts.append(prefix + numbers.hide(text))
     return texts
 
 
@@ -166,6 +171,7 @@ def _of_settings(opened: Opened) -> dict[str, Any]:
             "max_tokens": lengths["inputs"],
             "longer": "cut to max_tokens, of which the last is EOS",
             "joint": tokens.JOINT,
+            "number_slots": options.get("number_slots", False),
         },
         "answer": {
             "is": {selection.RATIONALE: "rationale", selection.RATIONALE_THEN_LABEL: "rationale, then label"}.get(

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sbs_jax.data import tokens
+from sbs_jax.data import tokens, vocabulary_cut
 from sbs_jax.export import card as cards
 from sbs_jax.export import transformers
 from sbs_jax.run import checkpoints, directory
@@ -46,6 +46,7 @@ class Options:
     shard_bytes: int = hugging_face.SHARD_BYTES
     base: str | None = None
     vocabulary: str | None = None
+    cut: str | None = None
     platforms: Sequence[str] = ()
     shapes: Sequence[tuple[int, int]] = ()
     samples: str | None = None
@@ -93,6 +94,8 @@ def convert(source: str, target: str, options: Options) -> dict[str, Any]:
     elif opened.tuning is not None and (to_form != STABLEHLO or merging.can_merge(opened)):
         opened, more = _merged(opened, source, base=base)
         summary |= more
+    if options.cut is not None:
+        opened = _cut(opened, options.cut, owner=source)
     arrays = Watched(opened.arrays, dtype="float32" if options.dtype == "int8" else options.dtype)
     opened = dataclasses.replace(opened, arrays=arrays)
     summary |= {
@@ -229,6 +232,30 @@ def _with_vocabulary(opened: Opened, vocabulary: str, *, owner: str) -> Opened:
             f"{vocabulary} is another vocabulary than that of {owner}: SHA-256 {found}; expected {expected}."
         )
     return dataclasses.replace(opened, vocabulary=vocabulary)
+
+
+def _cut(opened: Opened, folder: str, *, owner: str) -> Opened:
+    """Cuts the tables of embeddings and logits to the rows of a cut vocabulary. ValueError for another vocabulary."""
+    if opened.tuning is not None:
+        raise ValueError(f"{owner} has adapters that are not merged; cut its base, then train adapters on that.")
+    cut, vocabulary = vocabulary_cut.read(folder), str((Path(folder) / vocabulary_cut.MODEL).absolute())
+    known = opened.vocabulary not in (None, tokens.BYTE_VOCABULARY)
+    if known and (found := tokens.vocabulary_sha256(str(opened.vocabulary))) != cut.sha256:
+        raise ValueError(
+            f"{folder} was cut from another vocabulary than that of {owner}: SHA-256 {cut.sha256}; expected {found}."
+        )
+    config = dataclasses.replace(opened.config, vocab_size=cut.vocab_size)
+    rows = cut.rows(opened.config.vocab_size)
+    axes = {"token_embedder/embedding": 0, "logits_dense/kernel": 1}
+    arrays = opened.arrays | {
+        name: opened.arrays[name].picked(rows, axis=axis) for name, axis in axes.items() if name in opened.arrays
+    }
+    origin = opened.origin
+    if origin is not None:
+        data = origin["data"] | {"vocabulary_sha256": tokens.vocabulary_sha256(vocabulary)}
+        data["options"] = data["options"] | {"vocabulary": vocabulary}
+        origin = origin | {"data": data, "model": dataclasses.asdict(config)}
+    return dataclasses.replace(opened, architecture=config, arrays=arrays, vocabulary=vocabulary, origin=origin)
 
 
 def _samples(job: _Job, card: Mapping[str, Any]) -> list[str]:

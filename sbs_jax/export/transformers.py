@@ -29,14 +29,20 @@ def _add(file: Path, settings: Mapping[str, Any]) -> None:
 def _usage(card: Mapping[str, Any]) -> str:
     prefix, marker = card["input"]["prefix"], card["answer"]["parser"]["after_last"]
     parsed = ".strip()" if marker is None else f".rpartition({marker!r})[2].strip()"
+    slots = card["input"].get("number_slots", False)
+    hide = "numbers = [slots.Numbers.of(text) for text in texts]\n" if slots else ""
+    hide += "texts = [n.hide(text) for n, text in zip(numbers, texts)]\n" if slots else ""
+    ends = 'texts = [text.replace("<pad>", "").replace("</s>", "") for text in texts]\n' if slots else ""
+    fill = "answers = [n.fill(text) for n, text in zip(numbers, answers)]\n" if slots else ""
     return (
-        "```python\nimport transformers\n\n"
+        f"```python\n{'import slots  # slots.py of this folder' + chr(10) if slots else ''}import transformers\n\n"
         'tokenizer = transformers.AutoTokenizer.from_pretrained("DIRECTORY")\n'
         'model = transformers.AutoModelForSeq2SeqLM.from_pretrained("DIRECTORY")\n'
-        f'texts = [{prefix!r} + text for text in ["..."]]\n'
+        f'texts = ["..."]\n{hide}'
+        f"texts = [{prefix!r} + text for text in texts]\n"
         'rows = tokenizer(texts, return_tensors="pt", padding=True, truncation=True)\n'
-        "texts = tokenizer.batch_decode(model.generate(**rows), skip_special_tokens=True)\n"
-        f"answers = [text{parsed} for text in texts]\n```\n\n"
+        f"texts = tokenizer.batch_decode(model.generate(**rows), skip_special_tokens={not slots})\n{ends}"
+        f"answers = [text{parsed} for text in texts]\n{fill}```\n\n"
         "`generation_config.json` has greedy search and the length of an answer, `tokenizer_config.json` that of an "
         f"input. `{hugging_face.ORIGIN}` describes the run itself and names its folders; only sbs_jax reads it.\n"
     )

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from sbs_jax.pages.canvas import COLOURS, INK, MUTED, PAPER, Canvas, label_right
+from sbs_jax.stats import baselines
 from sbs_jax.stats.costs import cost
 from sbs_jax.stats.formats import MINUS, compact, interval, percent, signed
 from sbs_jax.stats.results import DISTILLATION, FINE_TUNING, SINGLE_TASK, STEP_BY_STEP
@@ -12,7 +13,7 @@ from sbs_jax.stats.summary import Comparison, Group, Summary
 
 _NUMBERS = {FINE_TUNING: 0, DISTILLATION: 1, STEP_BY_STEP: 2, SINGLE_TASK: 3}
 _MARKERS = ("o", "s", "D", "^", "v", "P")  # methods differ without color, too
-_DASHES = ((6, 4), (1.5, 3.5))  # of the reference lines
+_DASHES = ((6, 4), (1.5, 3.5), (8, 3, 2, 3))  # of the reference lines
 
 
 def accuracy_against_data(summary: Summary, *, width: int = 660, height: int = 400) -> str:
@@ -273,7 +274,12 @@ def _label_room(names: Sequence[str]) -> int:
 
 def _references(summary: Summary) -> list[tuple[str, float]]:
     """Names the reference lines and their heights."""
-    lines = (("teacher", summary.teacher_accuracy), ("most frequent label", summary.majority_accuracy))
+    linear = summary.baselines.get(baselines.LINEAR)
+    lines = (
+        ("teacher", summary.teacher_accuracy),
+        ("most frequent label", summary.majority_accuracy),
+        ("linear model", linear["accuracy"] if linear else None),
+    )
     return [(name, value) for name, value in lines if value is not None]
 
 

@@ -21,6 +21,7 @@ import numpy as np
 
 from sbs_jax import checks
 from sbs_jax.data import registry, selection, tokens
+from sbs_jax.data.slots import NO_NUMBERS, Numbers
 from sbs_jax.prediction import precision
 from sbs_jax.storage import json_files
 from sbs_jax.student import decoding, partitioning
@@ -241,9 +242,10 @@ class _Objective:
 
 @dataclasses.dataclass(frozen=True)
 class _Prepared:
-    """A question in tokens: its source per objective and its choices; or its error."""
+    """A question in tokens: its source per objective, its choices and the numbers in slots; or its error."""
 
     id: str
+    numbers: Numbers = NO_NUMBERS
     sources: tuple[list[int], ...] = ()
     labels: tuple[str, ...] = ()
     choices: tuple[list[int], ...] = ()
@@ -398,13 +400,28 @@ class _Answerer:
 
     def prepare(self, questions: Sequence[Question]) -> list[_Prepared]:
         """Encodes the questions, each with its error if it has one."""
+        numbers = [self._numbers(question) for question in questions]
+        texts = [
+            "" if isinstance(found, str) else found.hide(question.input)
+            for question, found in zip(questions, numbers, strict=True)
+        ]
         encoded = [
-            tokens.encode([objective.prefix + question.input for question in questions], self._vocabulary)
+            tokens.encode([objective.prefix + text for text in texts], self._vocabulary)
             for objective in self._objectives
         ]
-        return [self._prepared(q, sources) for q, *sources in zip(questions, *encoded, strict=True)]
+        return [
+            _Prepared(q.id, error=found) if isinstance(found, str) else self._prepared(q, found, sources)
+            for q, found, *sources in zip(questions, numbers, *encoded, strict=True)
+        ]
 
-    def _prepared(self, question: Question, sources: list[list[int]]) -> _Prepared:
+    def _numbers(self, question: Question) -> Numbers | str:
+        """Returns the numbers of a question that become slots, or the reason why it cannot be read."""
+        try:
+            return selection.numbers_of(question.input, self._student.options)
+        except ValueError as error:
+            return str(error)
+
+    def _prepared(self, question: Question, numbers: Numbers, sources: list[list[int]]) -> _Prepared:
         most = max(map(len, sources))
         if most > self._limit:
             if self._settings.too_long == "error":
@@ -415,13 +432,13 @@ class _Answerer:
                 )
             sources = [tokens.cut(np.asarray(ids, np.int32), self._limit).tolist() for ids in sources]
         if self._settings.decoding != CHOICES:
-            return _Prepared(question.id, tuple(sources))
+            return _Prepared(question.id, numbers, tuple(sources))
         labels = question.choices if question.choices is not None else self.labels
         error = self._misfit(labels)
         if error is not None:
             return _Prepared(question.id, error=error)
         assert labels is not None
-        choices = self._choice_tokens(tuple(labels))
+        choices = self._choice_tokens(tuple(map(numbers.hide, labels)))
         if len(set(map(tuple, choices))) < len(choices):
             first, second = next(
                 pair for pair in itertools.combinations(range(len(choices)), 2) if choices[pair[0]] == choices[pair[1]]
@@ -438,7 +455,7 @@ class _Answerer:
                 error=f"a choice has {longest} tokens (with its end); this student was trained with at most "
                 f"{self._choice_limit}. Shorten it.",
             )
-        return _Prepared(question.id, tuple(sources), tuple(labels), choices)
+        return _Prepared(question.id, numbers, tuple(sources), tuple(labels), choices)
 
     def _misfit(self, labels: Sequence[str] | None) -> str | None:
         if labels is None:
@@ -497,8 +514,8 @@ class _Answerer:
             return self._chosen(number, rows)
         parts = [_Part(row.id, row.sources[number], self._generating) for row in rows]
         found = []
-        for ids, score in self._computed(number, parts):
-            text = self._vocabulary.decode(ids)
+        for row, (ids, score) in zip(rows, self._computed(number, parts), strict=True):
+            text = row.numbers.fill(self._vocabulary.decode(ids))
             found.append((registry.graded_text(text, kind=objective.kind), score, None, text))
         return found
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from sbs_jax.stats import baselines
 from sbs_jax.stats.formats import capital, interval, listed, of_data, p_value, percent, signed, signed_interval
 from sbs_jax.stats.study import Study
 from sbs_jax.stats.summary import DIFFER, Comparison, Group, Summary
@@ -91,7 +92,25 @@ def sentences(summary: Summary) -> list[str]:
             f"Always answering “{summary.majority_label}”, the most frequent label of the test rows, would have "
             f"{summary.majority_accuracy:.1f} %."
         )
-    return found
+    return found + _against_baselines(summary)
+
+
+def _against_baselines(summary: Summary) -> list[str]:
+    """Compares the students with the best model that needs none, if those were measured."""
+    if not summary.baselines:
+        return []
+    name, best = max(summary.baselines.items(), key=lambda item: item[1]["accuracy"])
+    below = [group for group in summary.groups if group.accuracy < best["accuracy"]]
+    every = len(below) == len(summary.groups)
+    verdict = {0: "every student here is above it", 1: "one result here is below it"}.get(
+        len(below), f"{len(below)} of {len(summary.groups)} results here are below it"
+    )
+    if every:
+        verdict = "every student here is below it, so their differences say little about the methods"
+    return [
+        f"{capital(baselines.TITLES[name])}, trained on all rows, has {best['accuracy']:.1f} % "
+        f"{interval(best['low'], best['high'])}: {verdict}."
+    ]
 
 
 def _finding(c: Comparison) -> str:

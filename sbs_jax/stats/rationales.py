@@ -196,7 +196,9 @@ class _Generator:
         student = self._student
         vocabulary = registry.vocabulary(student.options.vocabulary)
         length = self._lengths["inputs"] + (self._lengths["targets"] if wide else 0)
-        rows = tokens.TokenTable.of([prefix + text for text in texts], vocabulary).padded(length)
+        numbers = [selection.numbers_of(text, student.options) for text in texts]
+        hidden = [prefix + found.hide(text) for found, text in zip(numbers, texts, strict=True)]
+        rows = tokens.TokenTable.of(hidden, vocabulary).padded(length)
         if answer not in self._generators:
             self._generators[answer] = evaluate.Generator(
                 student.structure,
@@ -205,4 +207,4 @@ class _Generator:
                 length=self._answers[answer],
             )
         found = self._generators[answer].run(student.parameters, rows)
-        return [vocabulary.decode(ids).strip() for ids, _ in found]
+        return [each.fill(vocabulary.decode(ids)).strip() for each, (ids, _) in zip(numbers, found, strict=True)]

@@ -6,12 +6,13 @@ Accuracies are percentages and differences are points.
 import dataclasses
 import itertools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from sbs_jax.stats import teacher
+from sbs_jax.stats import baselines, teacher
+from sbs_jax.stats.baselines import Baseline
 from sbs_jax.stats.formats import percent
 from sbs_jax.stats.intervals import accuracy_interval, difference_interval, difference_p, holm, mcnemar
 from sbs_jax.stats.results import DISTILLATION, FINE_TUNING, METHODS, TEACHER_LABELS, Result, Run, load
@@ -103,6 +104,7 @@ class Summary:
     teacher_accuracy: float | None  # on the test rows; None without the records
     majority_accuracy: float | None  # of always giving the most frequent label of the test rows
     majority_label: str | None
+    baselines: Mapping[str, Baseline]  # of models without a student (baselines.py), if they were measured
     cautions: tuple[str, ...]  # differences between the runs besides the method
 
     @property
@@ -145,7 +147,8 @@ def of_results(results: Sequence[Result], *, teacher_accuracy: float | None = No
         cells.setdefault((result.run.method, result.run.fraction), []).append(result)
     ordered = sorted(cells, key=lambda cell: (methods.index(cell[0]), cell[1]))
     groups = [_group(method, fraction, cells[method, fraction]) for method, fraction in ordered]
-    label, majority = _majority(first) or (None, None)
+    label, majority = most_frequent(first) or (None, None)
+    measured = baselines.read(first.manifest)
     sizes = {result.manifest.get("parameter_count") for result in results}
     return Summary(
         dataset=first.manifest["data"]["dataset"],
@@ -157,6 +160,7 @@ def of_results(results: Sequence[Result], *, teacher_accuracy: float | None = No
         teacher_accuracy=_teacher_accuracy(first) if teacher_accuracy is None else teacher_accuracy,
         majority_accuracy=majority,
         majority_label=label,
+        baselines=measured["models"] if measured else {},
         cautions=tuple(_cautions(groups, results)),
     )
 
@@ -282,7 +286,7 @@ def check_comparable(results: Sequence[Result]) -> None:
             )
 
 
-def _majority(result: Result) -> tuple[str, float] | None:
+def most_frequent(result: Result) -> tuple[str, float] | None:
     """Returns the most frequent label and its accuracy; None if labels are open (over a tenth distinct).
 
     The frequencies are those of the test rows, so no constant answer can score more.

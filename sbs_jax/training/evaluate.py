@@ -63,9 +63,11 @@ class Evaluator:
         rows, predictions = [], []
         for example, (ids, score) in zip(self._examples, generated, strict=True):
             text = self._vocabulary.decode(ids)
+            fill = example.numbers.fill
+            text = fill(text)
             prediction = registry.graded_text(text, kind=self._kind)
             predictions.append(prediction)
-            row = {"id": example.id, "input": example.inputs, "target": example.label}
+            row = {"id": example.id, "input": fill(example.inputs), "target": example.label}
             row |= {"prediction": prediction, "correct": self._dataset.same_label(example.label, prediction)}
             if text != prediction:
                 row["text"] = text

@@ -50,6 +50,10 @@ class StepByStepModel(models.EncoderDecoderModel):
             raise ValueError(f"Got alpha {alpha!r} and z_loss {z_loss!r}; expected 0 <= alpha <= 1 and z_loss >= 0.")
         registry.configure(data)
         vocabulary = registry.vocabulary(data.vocabulary)
+        if data.number_slots:
+            raise ValueError(
+                "NUMBER_SLOTS is True, but T5X grades answers without putting the numbers back; train with sbs train."
+            )
         if vocabulary.vocab_size > module.config.vocab_size:
             raise ValueError(
                 f"The vocabulary {data.vocabulary} has {vocabulary.vocab_size} ids, and the network's table "

@@ -60,6 +60,18 @@ class LazyArray:
 
         return LazyArray((*start, self.shape[axis] * self.shape[axis + 1], *end), self.dtype, read)
 
+    def picked(self, positions: np.ndarray, *, axis: int) -> "LazyArray":
+        """Selects positions of an axis, in this order; -1 gives zeros. The axis is read whole, then cut."""
+
+        def read(index: Index) -> np.ndarray:
+            wanted = positions[index[axis]]
+            part = np.take(self.read((*index[:axis], slice(None), *index[axis + 1 :])), wanted, axis=axis)
+            part[(*(slice(None),) * axis, wanted < 0)] = 0
+            return part
+
+        shape = (*self.shape[:axis], len(positions), *self.shape[axis + 1 :])
+        return LazyArray(shape, self.dtype, read)
+
     def onto(self, like: jax.ShapeDtypeStruct) -> jax.Array:
         """Puts the array on devices, in the sharding and type of `like`; each shard is read separately."""
         if like.sharding is None:

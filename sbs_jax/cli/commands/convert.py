@@ -41,6 +41,7 @@ def add(command: Any) -> None:
         "--base", metavar="PATH", help="base of PEFT adapters; or of a run's adapters, if their base has moved"
     )
     convert.add_argument("--vocabulary", metavar="FILE", help="the run's vocabulary, if it has moved")
+    convert.add_argument("--cut", metavar="DIR", help="cut the tables to this vocabulary, which sbs vocabulary made")
     convert.add_argument(
         "--platforms",
         default="",
@@ -78,6 +79,7 @@ def run(arguments: argparse.Namespace) -> int:
         shard_bytes=int(arguments.shard_gb * 1e9),
         base=arguments.base,
         vocabulary=arguments.vocabulary,
+        cut=arguments.cut,
         platforms=platforms,
         shapes=shapes,
         samples=arguments.samples,

@@ -2,12 +2,15 @@
 
 import argparse
 import json
+import logging
 from collections.abc import Sequence
 from typing import Any
 
 from sbs_jax import hosts
 from sbs_jax.hosts import preemption
 from sbs_jax.training import gin_files
+
+log = logging.getLogger(__name__)
 
 
 def add(command: Any) -> None:
@@ -30,10 +33,13 @@ def add(command: Any) -> None:
 
 
 def run(arguments: argparse.Namespace, bindings: Sequence[str]) -> int:
+    from sbs_jax.stats import verdict
     from sbs_jax.training import loop
 
     config, text = gin_files.configured("train.TrainConfig", arguments, bindings)
     result = loop.train(config, config_text=text, accept_changes=arguments.accept_changes)
     if hosts.is_first():
         print(json.dumps(result, indent=1))
+        if config.evaluate_test and (below := verdict.verdict(config.model_dir)) is not None:
+            log.warning("%s", below)
     return 0

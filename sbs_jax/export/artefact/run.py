@@ -18,6 +18,9 @@ import model  # noqa: E402  (model.py of this folder)
 CARD = json.loads((HERE / "sbs_student.json").read_text("utf-8"))
 GIVEN, TOKENIZER, MARKER = CARD["input"], CARD["tokenizer"], CARD["answer"]["parser"]["after_last"]
 PAD, EOS = TOKENIZER["pad_id"], TOKENIZER["eos_id"]
+SLOTS = GIVEN.get("number_slots", False)
+if SLOTS:
+    import slots  # slots.py of this folder
 if TOKENIZER["kind"] == "sentencepiece":
     import sentencepiece
 
@@ -34,11 +37,11 @@ def encode(text: str) -> list[int]:
 
 
 def decode(ids: list[int]) -> str:
-    """Decodes token ids; sentinels, numbered after the pieces, count as unknown."""
+    """Decodes token ids; sentinels, numbered after the pieces, stand for numbers or count as unknown."""
     ids = [i for i in ids if i not in (PAD, EOS)]
     if TOKENIZER["kind"] == "byte":
         return bytes(i - 3 for i in ids if 3 <= i < 259).decode("utf-8", errors="ignore")
-    known = PIECES.GetPieceSize() - TOKENIZER["extra_ids"]
+    known = PIECES.GetPieceSize() - (0 if SLOTS else TOKENIZER["extra_ids"])
     return PIECES.DecodeIds([i if i < known else PIECES.unk_id() for i in ids])
 
 
@@ -47,12 +50,17 @@ def answer(texts: list[str], rationale: bool = False) -> list[tuple[str, float]]
     asked = CARD["rationale"] if rationale else GIVEN
     if asked is None or (rationale and "rationale" not in model.TASKS):
         raise SystemExit("This student was not exported with rationales.")
+    if SLOTS:
+        numbers = [slots.Numbers.of(text) for text in texts]
+        texts = [found.hide(text) for found, text in zip(numbers, texts)]  # noqa: B905
     rows = [encode(asked["prefix"] + text) for text in texts]
     padded = np.full((len(rows), max(map(len, rows), default=1)), PAD, np.int32)
     for row, ids in zip(padded, rows):  # noqa: B905  (equally many, by construction)
         row[: len(ids)] = ids
     tokens, scores = model.generate(padded, "rationale" if rationale else "answer")
     found = [decode(ids.tolist()) for ids in tokens]
+    if SLOTS:
+        found = [each.fill(text) for each, text in zip(numbers, found)]  # noqa: B905
     if MARKER is not None and not rationale:
         found = [text.rpartition(MARKER)[2] if MARKER in text else "" for text in found]
     return [(text.strip(), float(score)) for text, score in zip(found, scores)]  # noqa: B905

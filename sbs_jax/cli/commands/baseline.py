@@ -1,0 +1,45 @@
+"""`sbs baseline`: measure the answers of models that need no student."""
+
+import argparse
+from typing import Any
+
+from sbs_jax.data.selection import TRAIN, VALIDATION
+
+
+def add(command: Any) -> None:
+    baseline = command(
+        "baseline",
+        run,
+        "Measure what simple models answer: the most frequent label, and linear models of words.",
+        epilog="example:\n  sbs baseline --dataset svamp --records_dir records\n\n"
+        "Writes baselines.json beside the records, where sbs train and sbs report find it: a student below a baseline\n"
+        "is said to be so. The models: docs/report.md.",
+    )
+    baseline.add_argument("--dataset", required=True, help="dataset name")
+    baseline.add_argument("--records_dir", required=True, metavar="DIR", help="records of the dataset")
+    baseline.add_argument(
+        "--train",
+        nargs="+",
+        choices=(TRAIN, VALIDATION),
+        default=[TRAIN],
+        help="splits to learn from (default: %(default)s)",
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from sbs_jax.data import registry, selection, tokens
+    from sbs_jax.stats import baselines, linear
+
+    train_split = arguments.train[0]
+    registry.configure(
+        selection.DataOptions(
+            records_dir=arguments.records_dir, vocabulary=tokens.BYTE_VOCABULARY, train_split=train_split
+        )
+    )
+    found = linear.measure(arguments.dataset, train=arguments.train)
+    path = baselines.write(arguments.records_dir, arguments.dataset, found)
+    print(f"{arguments.dataset}: {found['train_rows']:,} rows to learn from, {found['test_rows']:,} test rows")
+    for name, model in found["models"].items():
+        print(f"{baselines.TITLES[name]:40} {model['accuracy']:5.1f} %  [{model['low']:.1f}, {model['high']:.1f}]")
+    print(f"Baselines: {path}")
+    return 0

@@ -1,0 +1,173 @@
+"""Cut vocabularies: a SentencePiece model with only the pieces that some texts need, and the rows of tables to keep.
+
+A published T5 has 32,100 rows in its embedding table and in its logits, and a task uses a few thousand of them. A cut
+model keeps
+
+- every piece in the segmentation of the given texts,
+- every piece of one character, so that other words can still be spelled,
+- a reserve: the first unused pieces in the order of the file, which are the most frequent ones of its training.
+
+The given texts are segmented as before: a unigram model picks the segmentation with the highest total score, and the
+old one is still among those left.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+from sentencepiece import sentencepiece_model_pb2
+
+from sbs_jax import checks
+from sbs_jax.data import tokens
+from sbs_jax.storage import atomic, json_files
+
+MODEL, CUT = "sentencepiece.model", "cut.json"
+_SPACE = "▁"
+_MULTIPLE = 128  # of table rows, as TPUs tile them
+_CHUNK = 10_000  # texts
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cut:
+    """Contents of cut.json.
+
+    Attributes:
+      kept: ids in the original vocabulary of the kept pieces, ascending; the new id is the position.
+      pieces: number of pieces of the original file.
+      sha256: hash of the original file.
+      needed, characters, reserve: kept pieces that the texts need, further single characters, further frequent pieces.
+    """
+
+    kept: tuple[int, ...]
+    pieces: int
+    sha256: str
+    needed: int
+    characters: int
+    reserve: int
+
+    def __post_init__(self) -> None:
+        ascending = all(a < b for a, b in zip(self.kept, self.kept[1:], strict=False))
+        if self.kept[:2] != (tokens.PAD_ID, tokens.EOS_ID) or not ascending or self.kept[-1] >= self.pieces:
+            raise ValueError(
+                f"'kept' has {json_files.brief(list(self.kept))}; expected ascending ids from 0 and 1 to less than "
+                f"{self.pieces}."
+            )
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the cut tables: pieces and sentinels, padded to a multiple of 128."""
+        return -(-(len(self.kept) + tokens.EXTRA_IDS) // _MULTIPLE) * _MULTIPLE
+
+    def rows(self, table_rows: int) -> np.ndarray:
+        """Returns for each row of a cut table, int64 [vocab_size], its row in the original one; -1 for a row of zeros.
+
+        ValueError if the original table is too small for its vocabulary.
+        """
+        last = self.pieces + tokens.EXTRA_IDS
+        if table_rows < last:
+            raise ValueError(f"The table has {table_rows} rows; expected at least {last}, as in the cut vocabulary.")
+        found = np.concatenate([self.kept, np.arange(self.pieces, table_rows)])[: self.vocab_size]
+        return np.pad(found, (0, self.vocab_size - len(found)), constant_values=-1)
+
+
+def read(folder: str | Path) -> Cut:
+    """Reads cut.json of a folder that `write` made. ValueError names the file."""
+    path = Path(folder) / CUT
+    return json_files.typed(json_files.read_json(path), Cut, where=str(path))
+
+
+def write(folder: str | Path, vocabulary: str, texts: Iterable[str], *, reserve: int) -> Cut:
+    """Cuts a SentencePiece model to the pieces of `texts` and a reserve, and writes it with cut.json to a new folder.
+
+    Every text is then segmented by both models; ValueError if one differs, FileExistsError if the folder exists.
+    """
+    checks.whole_number("reserve", reserve, least=0)
+    if vocabulary == tokens.BYTE_VOCABULARY:
+        raise ValueError("The vocabulary 'byte' has no pieces to cut; give the path of a SentencePiece model.")
+    tokens.check_vocabulary(vocabulary)
+    texts = list(dict.fromkeys(part for text in texts for part in text.split(tokens.JOINT)))
+    data = tokens.read_vocabulary(vocabulary)
+    original = sentencepiece_model_pb2.ModelProto.FromString(data)
+    old = _processor(data)
+    used = _used(old, texts)
+    plain = sentencepiece_model_pb2.ModelProto.SentencePiece.NORMAL
+    needed = {k for k, piece in enumerate(original.pieces) if k in used or piece.type != plain}
+    characters = {k for k, p in enumerate(original.pieces) if len(p.piece.removeprefix(_SPACE)) <= 1} - needed
+    rest = [k for k in range(len(original.pieces)) if k not in needed and k not in characters]
+    kept = sorted({*needed, *characters, *rest[:reserve]})
+    cut = Cut(
+        kept=tuple(kept),
+        pieces=len(original.pieces),
+        sha256=hashlib.sha256(data).hexdigest(),
+        needed=len(needed),
+        characters=len(characters),
+        reserve=len(rest[:reserve]),
+    )
+    pieces = [original.pieces[k] for k in kept]
+    del original.pieces[:]
+    original.pieces.extend(pieces)
+    original.trainer_spec.vocab_size = len(kept)
+    written = original.SerializeToString(deterministic=True)
+    _check_same(old, _processor(written), texts)
+    with atomic.new_folder(Path(folder)) as made:
+        (made / MODEL).write_bytes(written)
+        (made / CUT).write_text(json.dumps(dataclasses.asdict(cut)) + "\n", "utf-8")
+    return cut
+
+
+@dataclasses.dataclass(frozen=True)
+class Coverage:
+    """Counts of some texts under a cut vocabulary."""
+
+    texts: int
+    tokens: int
+    unknown: int  # tokens that became <unk>
+    changed: int  # texts with another segmentation than before
+
+
+def coverage(folder: str | Path, vocabulary: str, texts: Iterable[str]) -> Coverage:
+    """Counts what a cut changes for texts that it was not made for."""
+    parts = [part for text in texts for part in text.split(tokens.JOINT)]
+    old, new = _processor(tokens.read_vocabulary(vocabulary)), _processor((Path(folder) / MODEL).read_bytes())
+    counts: Counter[str] = Counter()
+    for before, after in zip(_pieces(old, parts), _ids(new, parts), strict=True):
+        counts["tokens"] += len(after)
+        counts["unknown"] += after.count(new.unk_id())
+        counts["changed"] += before != [new.IdToPiece(k) for k in after]
+    return Coverage(len(parts), counts["tokens"], counts["unknown"], counts["changed"])
+
+
+def _processor(data: bytes) -> sentencepiece.SentencePieceProcessor:
+    return sentencepiece.SentencePieceProcessor(model_proto=data)
+
+
+def _ids(model: sentencepiece.SentencePieceProcessor, texts: Sequence[str]) -> Iterable[list[int]]:
+    for start in range(0, len(texts), _CHUNK):
+        yield from model.EncodeAsIds(texts[start : start + _CHUNK])
+
+
+def _pieces(model: sentencepiece.SentencePieceProcessor, texts: Sequence[str]) -> Iterable[list[str]]:
+    for ids in _ids(model, texts):
+        yield [model.IdToPiece(k) for k in ids]
+
+
+def _used(model: sentencepiece.SentencePieceProcessor, texts: Sequence[str]) -> set[int]:
+    return {k for ids in _ids(model, texts) for k in ids}
+
+
+def _check_same(
+    old: sentencepiece.SentencePieceProcessor, new: sentencepiece.SentencePieceProcessor, texts: Sequence[str]
+) -> None:
+    for text, before, after in zip(texts, _pieces(old, texts), _pieces(new, texts), strict=True):
+        if before != after:
+            raise ValueError(
+                f"{json_files.brief(text)} is segmented as {after} by the cut vocabulary and as {before} by the whole "
+                "one; only unigram models can be cut."
+            )

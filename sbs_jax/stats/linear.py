@@ -1,0 +1,239 @@
+"""Models of words that answer a dataset's questions without a student: the measuring of baselines.
+
+Every row has candidates: the labels of a closed set, the row's own choices, or the templates of the training labels,
+in which slots stand for numbers (slots.py). Three models pick one:
+
+- majority: the candidate that is right most often in training, whatever the row says;
+- partial: a linear model of the hypothesis without its premise, or of the choices without their question;
+- linear: a linear model of all words, and of pairs of words: one of the premise (question) with one of the hypothesis
+  (choice), or neighbours where rows have one part only.
+
+A linear model is a softmax over the candidates' scores, fitted by L-BFGS with an L2 penalty chosen on validation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from sbs_jax.data import registry, selection
+from sbs_jax.data.dataset import Dataset
+from sbs_jax.data.slots import Numbers
+from sbs_jax.data.tokens import JOINT
+from sbs_jax.stats import intervals
+from sbs_jax.stats.baselines import FORMAT, LINEAR, MAJORITY, PARTIAL, Baseline, Baselines
+
+if TYPE_CHECKING:
+    from scipy import sparse
+
+PENALTIES = (0.1, 1.0, 10.0)  # factors of half the squared norm; the summed log-likelihood has factor 1
+_WORD = re.compile(r"<extra_id_[0-9]+>|[^\W_]+(?:'[a-z]+)?")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Row:
+    """A labelled row as words.
+
+    Attributes:
+      context: words of the premise or question.
+      focus: words of the hypothesis, or of each choice.
+      right: for each candidate, whether it is right. In training only the row's own template is: others may have the
+        same value by chance.
+    """
+
+    context: tuple[str, ...]
+    focus: tuple[tuple[str, ...], ...]
+    right: tuple[bool, ...]
+
+
+def measure(name: str, *, train: Sequence[str] = (selection.TRAIN,), split: str = selection.TEST) -> Baselines:
+    """Fits the baselines of a dataset on the splits `train` under the current options, and grades them on `split`.
+
+    Labels are graded as a student's are. Takes seconds for 10,000 rows. ValueError if no training row has a label.
+    """
+    dataset = registry.get(name)
+    learned = [row for each in train for row in _labelled(name, each)]
+    if not learned:
+        raise ValueError(f"{name} has no labelled rows in {', '.join(train)}; baselines learn from labels.")
+    read, exact = _readers(dataset, learned)
+    rows, test = [exact(*row) for row in learned], [read(*row) for row in _labelled(name, split)]
+    held_out = [] if selection.VALIDATION in train else [read(*row) for row in _labelled(name, selection.VALIDATION)]
+    models = {MAJORITY: _majority(rows, test)}
+    if any(row.context and any(row.focus) for row in rows):
+        models[PARTIAL] = _linear(rows, held_out, test, _words_of_focus)
+    models[LINEAR] = _linear(rows, held_out, test, _words_and_pairs)
+    hashes = {each: facts["sha256"] for each, facts in registry.sources(name)["splits"].items()}
+    return Baselines(
+        format=FORMAT,
+        train=list(train),
+        train_rows=len(rows),
+        test_rows=len(test),
+        sha256={each: hashes[each] for each in (*train, split)},
+        models={model: _graded(right) for model, right in models.items()},
+    )
+
+
+def _graded(right: Sequence[bool]) -> Baseline:
+    accuracy, low, high = intervals.accuracy_interval(np.array([right], float))
+    return Baseline(accuracy=accuracy, low=low, high=high)
+
+
+# --------------------------------------------------------------------------------------- rows
+
+
+def _labelled(name: str, split: str) -> list[tuple[str, str, tuple[str, ...]]]:
+    """Returns (input without prefix, label, choices) of a split's labelled rows; [] if there is no such split."""
+    if split not in registry.available_splits(name):
+        return []
+    choices = {record.id: record.choices for record in registry.read_split(name, split)}
+    prefix = registry.options().label_prefix
+    chosen = registry.selected(name, split).examples[selection.LABEL]
+    return [(each.inputs.removeprefix(prefix), each.label, choices[each.id]) for each in chosen]
+
+
+_Reader = Callable[[str, str, tuple[str, ...]], _Row]
+
+
+def _readers(dataset: Dataset, learned: Sequence[tuple[str, str, tuple[str, ...]]]) -> tuple[_Reader, _Reader]:
+    """Returns two functions that make a row of (input, label, choices): one to grade it, one to learn from it."""
+    same = dataset.same_label
+
+    def with_choices(text: str, label: str, choices: tuple[str, ...]) -> _Row:
+        question = functools.reduce(lambda rest, choice: rest.replace(choice, " "), choices, text)
+        right = tuple(same(label, choice) for choice in choices)
+        return _Row(context=_words(question), focus=tuple(map(_words, choices)), right=right)
+
+    def with_labels(text: str, label: str, choices: tuple[str, ...]) -> _Row:
+        del choices
+        context, _, judged = text.rpartition(JOINT)
+        right = tuple(same(label, each) for each in labels)
+        return _Row(context=_words(context), focus=(_words(judged),), right=right)
+
+    def with_templates(text: str, label: str, choices: tuple[str, ...], *, exact: bool) -> _Row:
+        del choices
+        numbers = Numbers.of(text)
+        right = tuple(numbers.fill(t) == label if exact else same(label, numbers.fill(t)) for t in templates)
+        words = _WORD.findall(numbers.hide(text).lower())
+        pairs = [f"{a} {b}" for a, b in itertools.pairwise(words)]
+        return _Row(context=(), focus=(tuple(dict.fromkeys(words + pairs)),), right=right)
+
+    if any(choices for _, _, choices in learned):
+        return with_choices, with_choices
+    labels = dataset.labels or ()
+    if labels:
+        return with_labels, with_labels
+    templates = tuple(dict.fromkeys(Numbers.of(text).hide(label) for text, label, _ in learned))
+    return functools.partial(with_templates, exact=False), functools.partial(with_templates, exact=True)
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(_WORD.findall(text.lower())))
+
+
+# ------------------------------------------------------------------------------------- models
+
+
+def _majority(rows: Sequence[_Row], test: Sequence[_Row]) -> list[bool]:
+    counts = Counter(k for row in rows for k, right in enumerate(row.right) if right)
+    best = max(sorted(counts), key=counts.__getitem__)
+    return [best < len(row.right) and row.right[best] for row in test]
+
+
+def _words_of_focus(context: tuple[str, ...], focus: tuple[str, ...]) -> Iterator[str]:
+    del context
+    yield from focus
+
+
+def _words_and_pairs(context: tuple[str, ...], focus: tuple[str, ...]) -> Iterator[str]:
+    yield from focus
+    for word in context:
+        yield f"{word} "
+        for other in focus:
+            yield f"{word} {other}"
+
+
+_Features = Callable[[tuple[str, ...], tuple[str, ...]], Iterator[str]]
+
+
+def _linear(rows: Sequence[_Row], held_out: Sequence[_Row], test: Sequence[_Row], features: _Features) -> list[bool]:
+    """Fits a linear model for each penalty, keeps the best on the held-out rows, and returns its grades on test."""
+    columns: dict[str, int] = {}
+    rows = [row for row in rows if any(row.right)]  # others have no candidate to learn
+    design = _Design.of(rows, features, columns, grow=True)
+    penalties = PENALTIES if held_out else (1.0,)
+    held_out_design = _Design.of(held_out, features, columns) if held_out else design
+    weights, best, best_share = np.zeros(design.pairs.shape[1]), np.zeros(0), -1.0
+    for penalty in sorted(penalties, reverse=True):  # each starts from the last, which is near
+        weights = design.fit(penalty, start=weights)
+        share = float(np.mean(held_out_design.grades(weights)))
+        if share > best_share:
+            best, best_share = weights, share
+    return list(_Design.of(test, features, columns).grades(best))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Design:
+    """Features of all pairs of a row and a candidate.
+
+    Attributes:
+      pairs: [P, D] features, the candidates of a row together.
+      starts: [R] index of each row's first pair.
+      right: [P] whether the candidate is right.
+    """
+
+    pairs: sparse.csr_array
+    starts: np.ndarray
+    right: np.ndarray
+
+    @classmethod
+    def of(cls, rows: Sequence[_Row], features: _Features, columns: dict[str, int], *, grow: bool = False) -> _Design:
+        """Makes the features of rows, in the `columns` seen in training; `grow` adds columns for new ones."""
+        from scipy import sparse
+
+        indices: list[int] = []
+        ends = [0]
+        for row in rows:
+            for focus in row.focus:
+                for name in features(row.context, focus):
+                    column = columns.setdefault(name, len(columns)) if grow else columns.get(name)
+                    if column is not None:
+                        indices.append(column)
+                ends.append(len(indices))
+        found = sparse.csr_array((np.ones(len(indices)), indices, ends), shape=(len(ends) - 1, len(columns)))
+        if all(len(row.focus) == 1 for row in rows):  # the same candidates for all rows, each with weights of its own
+            found = sparse.csr_array(sparse.kron(found, sparse.eye_array(len(rows[0].right)), format="csr"))
+        sizes = [len(row.right) for row in rows]
+        right = np.array([right for row in rows for right in row.right])
+        return cls(found, np.concatenate([[0], np.cumsum(sizes)[:-1]]), right)
+
+    def fit(self, penalty: float, *, start: np.ndarray) -> np.ndarray:
+        """Returns the weights [D] that minimize -log P(right) summed over rows, plus penalty / 2 times their square."""
+        from scipy import optimize
+
+        transposed = self.pairs.T.tocsr()
+        sizes = np.diff(np.append(self.starts, len(self.right)))
+
+        def loss(weights: np.ndarray) -> tuple[float, np.ndarray]:
+            scores = self.pairs @ weights
+            scores -= np.repeat(np.maximum.reduceat(scores, self.starts), sizes)
+            shares = np.exp(scores)
+            total = np.add.reduceat(shares, self.starts)
+            hit = np.maximum(np.add.reduceat(shares * self.right, self.starts), 1e-300)
+            slope = shares / np.repeat(total, sizes) - shares * self.right / np.repeat(hit, sizes)
+            value = float(np.sum(np.log(total) - np.log(hit))) + penalty / 2 * float(weights @ weights)
+            return value, transposed @ slope + penalty * weights
+
+        return optimize.minimize(loss, start, jac=True, method="L-BFGS-B", options={"maxiter": 200}).x
+
+    def grades(self, weights: np.ndarray) -> np.ndarray:
+        """Returns for each row [R] whether its candidate with the highest score is right."""
+        scores = self.pairs @ weights
+        sizes = np.diff(np.append(self.starts, len(self.right)))
+        return np.array([self.right[s + np.argmax(scores[s : s + n])] for s, n in zip(self.starts, sizes, strict=True)])

@@ -1,0 +1,84 @@
+"""Cut vocabularies: the same segmentation, renumbered; tables with the right rows; a student that answers as before."""
+
+import json
+
+import numpy as np
+import pytest
+import sentencepiece
+
+from sbs_jax.data import tokens, vocabulary_cut
+from tasks import builtin
+
+TEXTS = ["A tiny red iron lamp.</s>Will it float?", "Iron sinks. So the answer is no."]
+
+
+@pytest.fixture(scope="module")
+def cut(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cut") / "made"
+    return folder, vocabulary_cut.write(folder, builtin.vocabulary_path(), TEXTS, reserve=3)
+
+
+def models(folder):
+    old = sentencepiece.SentencePieceProcessor(model_file=builtin.vocabulary_path())
+    return old, sentencepiece.SentencePieceProcessor(model_file=str(folder / vocabulary_cut.MODEL))
+
+
+def test_texts_are_segmented_as_before_with_fewer_pieces(cut):
+    folder, made = cut
+    old, new = models(folder)
+    assert new.GetPieceSize() == len(made.kept) == made.needed + made.characters + 3 < old.GetPieceSize()
+    for text in TEXTS:
+        for part in text.split(tokens.JOINT):
+            ids = new.EncodeAsIds(part)
+            assert [made.kept[i] for i in ids] == old.EncodeAsIds(part)
+            assert new.DecodeIds(ids) == old.DecodeIds(old.EncodeAsIds(part))
+    assert vocabulary_cut.read(folder) == made
+    tokens.check_vocabulary(str(folder / vocabulary_cut.MODEL))
+
+
+def test_coverage_counts_what_is_lost(cut):
+    folder, _ = cut
+    same = vocabulary_cut.coverage(folder, builtin.vocabulary_path(), TEXTS)
+    assert (same.unknown, same.changed, same.texts) == (0, 0, 3)
+    other = vocabulary_cut.coverage(folder, builtin.vocabulary_path(), ["A huge white wool bell.", "是"])
+    assert other.changed >= 1
+    assert other.unknown == 1
+
+
+def test_rows_of_tables_are_pieces_sentinels_and_padding(cut):
+    _, made = cut
+    rows = made.rows(made.pieces + 128)
+    assert len(rows) == made.vocab_size
+    assert made.vocab_size % 128 == 0
+    assert rows[: len(made.kept)].tolist() == list(made.kept)
+    sentinels = rows[len(made.kept) : len(made.kept) + tokens.EXTRA_IDS]
+    assert sentinels.tolist() == list(range(made.pieces, made.pieces + tokens.EXTRA_IDS))
+    with pytest.raises(ValueError, match="expected at least"):
+        made.rows(made.pieces)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [({"kept": [0, 1, 5, 4]}, "ascending"), ({"kept": [1, 2]}, "ascending"), ({"kept": [0, 1, 10**9]}, "less than")],
+)
+def test_a_damaged_list_is_refused(cut, tmp_path, change, match):
+    folder, _ = cut
+    found = json.loads((folder / vocabulary_cut.CUT).read_text()) | change
+    (tmp_path / vocabulary_cut.CUT).write_text(json.dumps(found))
+    with pytest.raises(ValueError, match=match):
+        vocabulary_cut.read(tmp_path)
+
+
+def test_bytes_have_no_pieces_and_a_folder_is_not_overwritten(tmp_path):
+    with pytest.raises(ValueError, match="'byte'"):
+        vocabulary_cut.write(tmp_path / "new", tokens.BYTE_VOCABULARY, TEXTS, reserve=0)
+    with pytest.raises(FileExistsError):
+        vocabulary_cut.write(tmp_path, builtin.vocabulary_path(), TEXTS, reserve=0)
+
+
+def test_all_real_texts_keep_their_segmentation(real_vocab, real_data_dir, tmp_path):
+    files = sorted(real_data_dir.glob("*/*_test.json"))
+    texts = [line for file in files for line in file.read_text("utf-8").split("\n")[:1000]]
+    made = vocabulary_cut.write(tmp_path / "cut", str(real_vocab), texts, reserve=0)  # compares every text
+    assert len(made.kept) < made.pieces
+    assert np.all(np.diff(made.kept) > 0)
