@@ -5,8 +5,9 @@ numbers become one. `Numbers.of(input)` lists a row's numbers; `hide` replaces t
 puts them back:
 
     numbers = Numbers.of("Ann has 3 pens and buys 84.")
-    numbers.hide("(84 - 3) is ( 84.0 - 3.0 )")      -> "( <extra_id_50> - <extra_id_1>) is ( <extra_id_0>.0 - <extra_id_1>.0 )"
-    numbers.fill("( <extra_id_0>.0 - <extra_id_1>.0 )")     -> "( 84.0 - 3.0 )"
+    numbers.hide("(84 + 3)")                                "( <extra_id_50> + <extra_id_1>)"
+    numbers.hide("( 84.0 + 3.0 )")                          "( <extra_id_0>.0 + <extra_id_1>.0 )"
+    numbers.fill("( <extra_id_0>.0 + <extra_id_1>.0 )")     "( 84.0 + 3.0 )"
 
 Slot 0 is the largest number, slot 1 the next. So a student that sees no values still knows which is larger, and whether
 to subtract one from the other (docs/experiments.md).
