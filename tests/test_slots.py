@@ -1,6 +1,10 @@
 """Number slots: inverse on any text, the same numbers in all texts of a row, and back in answers."""
 
+import dataclasses
+import itertools
+
 import hypothesis
+import optax
 import pytest
 import toy
 from hypothesis import strategies
@@ -8,6 +12,9 @@ from hypothesis import strategies
 from sbs_jax.data import records, registry, selection
 from sbs_jax.data.slots import Numbers
 from sbs_jax.data.tokens import JOINT
+from sbs_jax.prediction import engine
+from sbs_jax.training import loop
+from tasks import builtin
 
 WORDS = strategies.sampled_from(
     ["84", "84.0", "2", "0.5", "1,200", " ", "  ", "(", ")", "+", ".", JOINT, "\n", "a", "5th"]
@@ -62,3 +69,34 @@ def test_all_texts_of_a_row_have_its_slots_and_answers_are_graded_with_its_numbe
         assert sum(i >= 32_000 for i in ids) == 2  # one token a slot
         assert vocabulary.decode(ids) == text
     assert rationale.numbers.fill(vocabulary.decode(vocabulary.encode(rationale.targets))) == "9-4 is 5."
+
+
+def test_a_student_that_has_learned_a_template_answers_with_each_row_s_numbers(tmp_path):
+    dataset = dataclasses.replace(toy.DATASET, name="slotted", labels=None)
+    registry.add(dataset)
+    pairs = list(itertools.permutations(range(11, 99, 7), 2))
+    rows = [
+        records.Record(id=f"{a}-{b}", input=f"red {a} and blue {b}", label=f"{max(a, b)} over {min(a, b)}")
+        for a, b in pairs
+    ]
+    for number, split in enumerate(("train", "validation", "test")):
+        records.write_records(tmp_path / "records" / "slotted" / f"{split}.jsonl", rows[number::3])
+    vocabulary = registry.vocabulary(builtin.vocabulary_path())
+    config = toy.config(
+        tmp_path / "run",
+        tmp_path / "records",
+        data=selection.DataOptions(
+            records_dir=str(tmp_path / "records"), vocabulary=builtin.vocabulary_path(), number_slots=True
+        ),
+        model=dataclasses.replace(toy.MODEL, vocab_size=vocabulary.vocab_size, dropout_rate=0.0),
+        mixture_or_task_name="slotted_label",
+        train_steps=30,
+        learning_rate=optax.constant_schedule(1e-2),
+        max_decode_length=12,
+    )
+    assert loop.train(config, config_text="")["test"]["accuracy"] == 100.0
+    predictor = engine.Predictor.load(tmp_path / "run", settings=engine.Settings())
+    asked = [("blue 5 and red 1,200", "1,200 over 5"), ("red 7.5 blue 88", "88 over 7.5"), ("red <extra_id_0>", None)]
+    answers = predictor.answer([engine.Question(id=text, input=text) for text, _ in asked])
+    assert [answer.prediction for answer in answers] == [label for _, label in asked]
+    assert "'<extra_id_0>'" in str(answers[2].error)

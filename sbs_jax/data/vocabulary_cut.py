@@ -19,15 +19,17 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import sentencepiece
-from sentencepiece import sentencepiece_model_pb2
+from sentencepiece import sentencepiece_model_pb2 as _pb2
 
 from sbs_jax import checks
 from sbs_jax.data import tokens
 from sbs_jax.storage import atomic, json_files
 
+_MODEL: Any = _pb2.ModelProto  # pyright: ignore[reportAttributeAccessIssue]  # made when it is imported
 MODEL, CUT = "sentencepiece.model", "cut.json"
 _SPACE = "▁"
 _MULTIPLE = 128  # of table rows, as TPUs tile them
@@ -94,10 +96,10 @@ def write(folder: str | Path, vocabulary: str, texts: Iterable[str], *, reserve:
     tokens.check_vocabulary(vocabulary)
     texts = list(dict.fromkeys(part for text in texts for part in text.split(tokens.JOINT)))
     data = tokens.read_vocabulary(vocabulary)
-    original = sentencepiece_model_pb2.ModelProto.FromString(data)
+    original = _MODEL.FromString(data)
     old = _processor(data)
     used = _used(old, texts)
-    plain = sentencepiece_model_pb2.ModelProto.SentencePiece.NORMAL
+    plain = _MODEL.SentencePiece.NORMAL
     needed = {k for k, piece in enumerate(original.pieces) if k in used or piece.type != plain}
     characters = {k for k, p in enumerate(original.pieces) if len(p.piece.removeprefix(_SPACE)) <= 1} - needed
     rest = [k for k in range(len(original.pieces)) if k not in needed and k not in characters]

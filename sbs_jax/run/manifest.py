@@ -76,6 +76,10 @@ def had_checkpoint(found: Mapping[str, Any]) -> bool | None:
     return found.get(CHECKPOINTED)
 
 
+# Options that a run of an earlier version lacks: (name in config.gin, name in the manifest) -> what that version did.
+_LATER = {("datasets.DataOptions.number_slots", "data.options.number_slots"): False}
+
+
 @functools.cache
 def git_revision() -> str:
     """Returns the revision of this code's checkout, with `-dirty` if it is changed; or why there is none."""
@@ -130,10 +134,14 @@ def changes(
     same_vocabulary = (
         old is not None and _vocabulary_hash(old) is not None and _vocabulary_hash(old) == _vocabulary_hash(new)
     )
-    found = _config_changes(_bindings(old_config), _bindings(new_config), same_vocabulary=same_vocabulary)
+    later = {name: repr(value) for (name, _), value in _LATER.items()}
+    found = _config_changes(
+        later | _bindings(old_config), later | _bindings(new_config), same_vocabulary=same_vocabulary
+    )
     if old is None:
         return found, []
-    before, after = (dict(_flat(_decisive(one, same_vocabulary=same_vocabulary))) for one in (old, new))
+    later = {name: value for (_, name), value in _LATER.items()}
+    before, after = (later | dict(_flat(_decisive(one, same_vocabulary=same_vocabulary))) for one in (old, new))
     _settle_schedule(before, after)
     texts = ({name: json.dumps(value) for name, value in one.items()} for one in (before, after))
     return [*found, *_diff(*texts, name=NAME)], _gone(old, new)

@@ -106,7 +106,9 @@ def _readers(dataset: Dataset, learned: Sequence[tuple[str, str, tuple[str, ...]
     same = dataset.same_label
 
     def with_choices(text: str, label: str, choices: tuple[str, ...]) -> _Row:
-        question = functools.reduce(lambda rest, choice: rest.replace(choice, " "), choices, text)
+        question = text
+        for choice in reversed(choices):  # they are listed after the question
+            question = " ".join(question.rpartition(choice)[::2])
         right = tuple(same(label, choice) for choice in choices)
         return _Row(context=_words(question), focus=tuple(map(_words, choices)), right=right)
 
@@ -169,13 +171,13 @@ def _linear(rows: Sequence[_Row], held_out: Sequence[_Row], test: Sequence[_Row]
     design = _Design.of(rows, features, columns, grow=True)
     penalties = PENALTIES if held_out else (1.0,)
     held_out_design = _Design.of(held_out, features, columns) if held_out else design
-    weights, best, best_share = np.zeros(design.pairs.shape[1]), np.zeros(0), -1.0
+    weights, best, best_share = np.zeros(design.width), np.zeros(0), -1.0
     for penalty in sorted(penalties, reverse=True):  # each starts from the last, which is near
         weights = design.fit(penalty, start=weights)
         share = float(np.mean(held_out_design.grades(weights)))
         if share > best_share:
             best, best_share = weights, share
-    return list(_Design.of(test, features, columns).grades(best))
+    return _Design.of(test, features, columns).grades(best).tolist()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,11 +188,13 @@ class _Design:
       pairs: [P, D] features, the candidates of a row together.
       starts: [R] index of each row's first pair.
       right: [P] whether the candidate is right.
+      width: D, the number of features.
     """
 
     pairs: sparse.csr_array
     starts: np.ndarray
     right: np.ndarray
+    width: int
 
     @classmethod
     def of(cls, rows: Sequence[_Row], features: _Features, columns: dict[str, int], *, grow: bool = False) -> _Design:
@@ -206,12 +210,15 @@ class _Design:
                     if column is not None:
                         indices.append(column)
                 ends.append(len(indices))
-        found = sparse.csr_array((np.ones(len(indices)), indices, ends), shape=(len(ends) - 1, len(columns)))
+        width = len(columns)
+        found = sparse.csr_array((np.ones(len(indices)), indices, ends), shape=(len(ends) - 1, width))
         if all(len(row.focus) == 1 for row in rows):  # the same candidates for all rows, each with weights of its own
-            found = sparse.csr_array(sparse.kron(found, sparse.eye_array(len(rows[0].right)), format="csr"))
+            candidates = len(rows[0].right)
+            width *= candidates
+            found = sparse.csr_array(sparse.kron(found, sparse.eye_array(candidates), format="csr"))
         sizes = [len(row.right) for row in rows]
         right = np.array([right for row in rows for right in row.right])
-        return cls(found, np.concatenate([[0], np.cumsum(sizes)[:-1]]), right)
+        return cls(found, np.concatenate([[0], np.cumsum(sizes)[:-1]]), right, width)
 
     def fit(self, penalty: float, *, start: np.ndarray) -> np.ndarray:
         """Returns the weights [D] that minimize -log P(right) summed over rows, plus penalty / 2 times their square."""

@@ -1,0 +1,82 @@
+"""Baselines: models without a student find what is there to find, and students below them are told so."""
+
+import dataclasses
+import itertools
+import json
+import random
+from pathlib import Path
+
+import pytest
+import toy
+
+from sbs_jax.data import records, registry, selection
+from sbs_jax.data.tokens import JOINT
+from sbs_jax.stats import baselines, linear, verdict
+
+COLOURS = ("red", "green", "blue", "black")
+
+
+def measured(folder: Path, name: str, rows: list[records.Record], **changes) -> dict[str, float]:
+    registry.add(dataclasses.replace(toy.DATASET, name=name, **changes))
+    random.Random(0).shuffle(rows)
+    for number, split in enumerate(("train", "validation", "test")):
+        records.write_records(folder / name / f"{split}.jsonl", rows[number::3])
+    registry.configure(selection.DataOptions(records_dir=str(folder), vocabulary="byte"))
+    found = linear.measure(name)
+    assert found["train_rows"] == len(rows[0::3])
+    assert found["test_rows"] == len(rows[2::3])
+    return {model: value["accuracy"] for model, value in found["models"].items()}
+
+
+def test_pairs_of_words_are_learned_where_single_words_say_nothing(tmp_path):
+    rows = [
+        records.Record(id=f"{n}-{a}-{b}", input=f"A {a} thing {n}.{JOINT}It is {b}.", label="yes" if a == b else "no")
+        for n, a, b in itertools.product(range(30), COLOURS, COLOURS)
+    ]
+    found = measured(tmp_path, "pairs", rows, labels=("yes", "no"))
+    assert found["linear"] > 98
+    assert found["majority"] == pytest.approx(75.0, abs=8)
+    assert found["partial"] == pytest.approx(75.0, abs=8)
+
+
+def test_choices_are_scored_one_by_one(tmp_path):
+    rows = []
+    for n, right in itertools.product(range(30), COLOURS):
+        choices = random.Random(f"{n}{right}").sample(COLOURS, 3)
+        label = right if right in choices else choices[0]
+        text = "\n".join((f"Which is {label}-ish {n}?", *choices))
+        rows.append(records.Record(id=f"{n}-{right}", input=text, label=label, choices=(*choices,)))
+    found = measured(tmp_path, "choosing", rows, labels=None)
+    assert found["linear"] > 95
+    assert found["majority"] < 70
+
+
+def test_templates_take_the_numbers_of_their_row(tmp_path):
+    words = {"more": "+", "less": "-"}
+    rows = [
+        records.Record(id=f"{a}-{b}-{word}", input=f"{a} and {b} {word}.", label=f"{max(a, b)} {sign} {min(a, b)}")
+        for (a, b), (word, sign) in itertools.product(itertools.permutations(range(2, 99, 11), 2), words.items())
+    ]
+    found = measured(tmp_path, "templates", rows, labels=None)
+    assert found["linear"] == 100.0
+    assert found["majority"] == pytest.approx(50.0, abs=15)
+    assert "partial" not in found
+
+
+def test_a_run_finds_its_baselines_and_is_told_that_it_is_below(toy_run):
+    name, folder = toy.DATASET.name, Path(toy_run.data.records_dir)
+    manifest = json.loads((Path(toy_run.model_dir) / "manifest.json").read_text())
+    run = Path(toy_run.model_dir)
+    assert baselines.read(manifest) is None
+    sha256 = {"test": manifest["data"]["splits"]["test"]["sha256"]}
+    for accuracy, said in ((100.0, "below a baseline"), (0.0, None)):
+        found = {"format": 1, "train": ["train"], "train_rows": 48, "test_rows": 16, "sha256": sha256}
+        model = baselines.Baseline(accuracy=accuracy, low=accuracy, high=accuracy)
+        path = baselines.write(folder, name, baselines.Baselines(**found, models={"linear": model}))
+        assert baselines.read(manifest) is not None
+        text = verdict.verdict(run)
+        assert text is None if said is None else said in (text or "") and "100.0 %" in (text or "")
+    changed = json.loads(path.read_text()) | {"sha256": {"test": "0" * 64}}
+    path.write_text(json.dumps(changed))
+    assert baselines.read(manifest) is None  # of other rows
+    path.unlink()
