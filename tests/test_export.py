@@ -156,6 +156,7 @@ def test_a_run_s_export_tells_all_there_is_to_know(toy_run, tmp_path):
         "max_tokens": 20,
         "longer": "cut to max_tokens, of which the last is EOS",
         "joint": "</s>",
+        "number_slots": False,
     }
     assert card["answer"]["labels"] == list(toy.LETTERS)
     assert (card["answer"]["max_new_tokens"], card["answer"]["parser"]["after_last"]) == (4, None)

@@ -91,6 +91,8 @@ def test_a_student_that_has_learned_a_template_answers_with_each_row_s_numbers(t
         model=dataclasses.replace(toy.MODEL, vocab_size=vocabulary.vocab_size, dropout_rate=0.0),
         mixture_or_task_name="slotted_label",
         train_steps=30,
+        eval_period=30,
+        checkpoint_period=30,
         learning_rate=optax.constant_schedule(1e-2),
         max_decode_length=12,
     )
