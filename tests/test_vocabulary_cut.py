@@ -1,12 +1,18 @@
 """Cut vocabularies: the same segmentation, renumbered; tables with the right rows; a student that answers as before."""
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 import sentencepiece
+import toy
 
 from sbs_jax.data import tokens, vocabulary_cut
+from sbs_jax.export import convert
+from sbs_jax.student import t5
+from sbs_jax.weights import hugging_face, opening
+from sbs_jax.weights.arrays import LazyArray, Opened
 from tasks import builtin
 
 TEXTS = ["A tiny red iron lamp.</s>Will it float?", "Iron sinks. So the answer is no."]
@@ -82,3 +88,25 @@ def test_all_real_texts_keep_their_segmentation(real_vocab, real_data_dir, tmp_p
     made = vocabulary_cut.write(tmp_path / "cut", str(real_vocab), texts, reserve=0)  # compares every text
     assert len(made.kept) < made.pieces
     assert np.all(np.diff(made.kept) > 0)
+
+
+def test_a_checkpoint_is_cut_to_the_rows_of_its_pieces(cut, tmp_path):
+    folder, made = cut
+    size = made.pieces + tokens.EXTRA_IDS
+    config = dataclasses.replace(toy.MODEL, vocab_size=size)
+    arrays = {name: LazyArray.of(np.asarray(x)) for name, x in t5.init(config, seed=0)[1].items()}
+    whole = Opened(architecture=config, arrays=arrays, vocabulary=builtin.vocabulary_path())
+    hugging_face.write(tmp_path / "whole", whole, dtype="float32", shard_bytes=10**9)
+    options = convert.Options(to_form=opening.HUGGING_FACE, cut=str(folder))
+    convert.convert(str(tmp_path / "whole"), str(tmp_path / "small"), options)
+    small = opening.open_any(tmp_path / "small")
+    assert small.config == dataclasses.replace(config, vocab_size=made.vocab_size)
+    rows = made.rows(size)
+    for name, axis in (("token_embedder/embedding", 0), ("logits_dense/kernel", 1)):
+        before, after = arrays[name].whole(), small.arrays[name].whole()
+        np.testing.assert_array_equal(after.take(range(len(rows[rows >= 0])), axis), before.take(rows[rows >= 0], axis))
+        assert not after.take(np.flatnonzero(rows < 0), axis).any()
+    kept = "encoder/layers/0/attention/query/kernel"
+    np.testing.assert_array_equal(small.arrays[kept].whole(), arrays[kept].whole())
+    with pytest.raises(ValueError, match="cut from another vocabulary"):
+        convert.convert(str(tmp_path / "small"), str(tmp_path / "again"), options)
