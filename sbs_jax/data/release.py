@@ -211,18 +211,13 @@ def _records(dataset: Dataset, parse: Callable[[str, Row], Parsed], source: Sour
     found = []
     for row in source.rows:
         assert row.id is not None  # with_ids gave every row one
-        record = Record(id=row.id, input=row.input, label=row.label, choices=row.choices)
+        given: dict[str, Any] = {"id": row.id, "input": row.input, "label": row.label, "choices": row.choices}
         answer = source.answers.get(row.id)
         if answer is not None:
             parsed = parse(answer.text, row)
-            record = dataclasses.replace(
-                record,
-                teacher_text=answer.text,
-                rationale=parsed.rationale,
-                teacher_label=parsed.label,
-                outcome=parsed.outcome,
-            )
-        found.append(record)
+            given |= {"teacher_text": answer.text, "rationale": parsed.rationale}
+            given |= {"teacher_label": parsed.label, "outcome": parsed.outcome}
+        found.append(Record(**given))
     return found
 
 
