@@ -76,7 +76,7 @@ _ONLY_IF_SET = ("prompt", "hinted", "votes")
 
 
 class Counts(TypedDict):
-    """What became of the rows of one `.jsonl` file."""
+    """Counts of the rows of one `.jsonl` file, by outcome of the teacher's replies."""
 
     rows: int
     outcomes: dict[str, int]  # outcome -> rows; the counts sum to `rows`

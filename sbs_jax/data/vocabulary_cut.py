@@ -98,7 +98,7 @@ def write(folder: str | Path, vocabulary: str, texts: Iterable[str], *, reserve:
     data = tokens.read_vocabulary(vocabulary)
     original = _MODEL.FromString(data)
     old = _processor(data)
-    used = _used(old, texts)
+    used = {k for ids in _ids(old, texts) for k in ids}
     plain = _MODEL.SentencePiece.NORMAL
     needed = {k for k, piece in enumerate(original.pieces) if k in used or piece.type != plain}
     characters = {k for k, p in enumerate(original.pieces) if len(p.piece.removeprefix(_SPACE)) <= 1} - needed
@@ -117,7 +117,12 @@ def write(folder: str | Path, vocabulary: str, texts: Iterable[str], *, reserve:
     original.pieces.extend(pieces)
     original.trainer_spec.vocab_size = len(kept)
     written = original.SerializeToString(deterministic=True)
-    _check_same(old, _processor(written), texts)
+    for text, (before, after) in zip(texts, _segmented(old, _processor(written), texts, kept=kept), strict=True):
+        if before != after:
+            raise ValueError(
+                f"{json_files.brief(text)} is segmented as {old.IdToPiece(after)} by the cut vocabulary and as "
+                f"{old.IdToPiece(before)} by the whole one; only unigram models can be cut."
+            )
     with atomic.new_folder(Path(folder)) as made:
         (made / MODEL).write_bytes(written)
         (made / CUT).write_text(json.dumps(dataclasses.asdict(cut)) + "\n", "utf-8")
@@ -139,10 +144,10 @@ def coverage(folder: str | Path, vocabulary: str, texts: Iterable[str]) -> Cover
     parts = [part for text in texts for part in text.split(tokens.JOINT)]
     old, new = _processor(tokens.read_vocabulary(vocabulary)), _processor((Path(folder) / MODEL).read_bytes())
     counts: Counter[str] = Counter()
-    for before, after in zip(_pieces(old, parts), _ids(new, parts), strict=True):
+    for before, after in _segmented(old, new, parts, kept=read(folder).kept):
         counts["tokens"] += len(after)
-        counts["unknown"] += after.count(new.unk_id())
-        counts["changed"] += before != [new.IdToPiece(k) for k in after]
+        counts["unknown"] += after.count(old.unk_id())
+        counts["changed"] += before != after
     return Coverage(len(parts), counts["tokens"], counts["unknown"], counts["changed"])
 
 
@@ -155,21 +160,13 @@ def _ids(model: sentencepiece.SentencePieceProcessor, texts: Sequence[str]) -> I
         yield from model.EncodeAsIds(texts[start : start + _CHUNK])
 
 
-def _pieces(model: sentencepiece.SentencePieceProcessor, texts: Sequence[str]) -> Iterable[list[str]]:
-    for ids in _ids(model, texts):
-        yield [model.IdToPiece(k) for k in ids]
-
-
-def _used(model: sentencepiece.SentencePieceProcessor, texts: Sequence[str]) -> set[int]:
-    return {k for ids in _ids(model, texts) for k in ids}
-
-
-def _check_same(
-    old: sentencepiece.SentencePieceProcessor, new: sentencepiece.SentencePieceProcessor, texts: Sequence[str]
-) -> None:
-    for text, before, after in zip(texts, _pieces(old, texts), _pieces(new, texts), strict=True):
-        if before != after:
-            raise ValueError(
-                f"{json_files.brief(text)} is segmented as {after} by the cut vocabulary and as {before} by the whole "
-                "one; only unigram models can be cut."
-            )
+def _segmented(
+    old: sentencepiece.SentencePieceProcessor,
+    new: sentencepiece.SentencePieceProcessor,
+    texts: Sequence[str],
+    *,
+    kept: Sequence[int],
+) -> Iterable[tuple[list[int], list[int]]]:
+    """Yields for each text its segmentation by the whole and by the cut model, both as ids of the whole one."""
+    for before, after in zip(_ids(old, texts), _ids(new, texts), strict=True):
+        yield before, [kept[k] for k in after]

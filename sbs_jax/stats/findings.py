@@ -100,13 +100,12 @@ def _against_baselines(summary: Summary) -> list[str]:
     if not summary.baselines:
         return []
     name, best = max(summary.baselines.items(), key=lambda item: item[1]["accuracy"])
-    below = [group for group in summary.groups if group.accuracy < best["accuracy"]]
-    every = len(below) == len(summary.groups)
-    verdict = {0: "every student here is above it", 1: "one result here is below it"}.get(
-        len(below), f"{len(below)} of {len(summary.groups)} results here are below it"
-    )
-    if every:
+    below = sum(group.accuracy < best["accuracy"] for group in summary.groups)
+    verdict = f"{below} of {len(summary.groups)} results here are below it"
+    if below == len(summary.groups):
         verdict = "every student here is below it, so their differences say little about the methods"
+    elif below < 2:
+        verdict = "one result here is below it" if below else "every student here is above it"
     return [
         f"{capital(baselines.TITLES[name])}, trained on all rows, has {best['accuracy']:.1f} % "
         f"{interval(best['low'], best['high'])}: {verdict}."

@@ -220,12 +220,17 @@ class _Design:
         right = np.array([right for row in rows for right in row.right])
         return cls(found, np.concatenate([[0], np.cumsum(sizes)[:-1]]), right, width)
 
+    @property
+    def sizes(self) -> np.ndarray:
+        """Number of candidates of each row, [R]."""
+        return np.diff(np.append(self.starts, len(self.right)))
+
     def fit(self, penalty: float, *, start: np.ndarray) -> np.ndarray:
         """Returns the weights [D] that minimize -log P(right) summed over rows, plus penalty / 2 times their square."""
         from scipy import optimize
 
         transposed = self.pairs.T.tocsr()
-        sizes = np.diff(np.append(self.starts, len(self.right)))
+        sizes = self.sizes
 
         def loss(weights: np.ndarray) -> tuple[float, np.ndarray]:
             scores = self.pairs @ weights
@@ -242,5 +247,5 @@ class _Design:
     def grades(self, weights: np.ndarray) -> np.ndarray:
         """Returns for each row [R] whether its candidate with the highest score is right."""
         scores = self.pairs @ weights
-        sizes = np.diff(np.append(self.starts, len(self.right)))
-        return np.array([self.right[s + np.argmax(scores[s : s + n])] for s, n in zip(self.starts, sizes, strict=True)])
+        rows = zip(self.starts, self.sizes, strict=True)
+        return np.array([self.right[start + np.argmax(scores[start : start + size])] for start, size in rows])

@@ -137,7 +137,7 @@ class Fatal(Problem):
 
 
 class Gone(Fatal):
-    """What was named is not there: a model, an address, a job, a file."""
+    """Stop: a model, an address, a job or a file that was named is not there."""
 
 
 class Again(Problem):

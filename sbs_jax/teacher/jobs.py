@@ -37,7 +37,7 @@ _ROUNDS = 6
 
 @dataclasses.dataclass
 class _Run:
-    """What jobs share: the store, the account, and what this run has submitted."""
+    """Store, account and submitted requests of a run, shared by its jobs."""
 
     client: BatchClient
     store: Store
