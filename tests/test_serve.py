@@ -952,7 +952,9 @@ def test_bodies(fuzz: Callable[[Callable[[fuzzing.Tape], None]], None]) -> None:
     def case(tape: fuzzing.Tape) -> None:
         data = fuzzing.scratched(tape, fuzzing.encoded(fuzzing.written(fuzzing.damaged(tape, ROWS))))
         found = fuzzing.read(
-            lambda: bodies.read(data, most=4, most_choices=3), raises=bodies.RequestError, names=["the body"]
+            lambda: bodies.read(data, most=4, most_choices=3),
+            raises=bodies.RequestError,
+            names=["the body", "the rows have"],
         )
         if isinstance(found, bodies.RequestError):
             json.loads(bodies.encoded(bodies.Error.of(found.code, str(found))))

@@ -72,8 +72,6 @@ class _Thrift:
         self._data, self._at = data, 0
 
     def struct(self, *, depth: int = 0) -> dict[int, Any]:
-        if depth > _DEEPEST:
-            raise ValueError("nested too deeply")
         found: dict[int, Any] = {}
         number = 0
         while head := self._byte():
@@ -83,6 +81,8 @@ class _Thrift:
         return found
 
     def _value(self, kind: int, depth: int) -> Any:
+        if depth > _DEEPEST:
+            raise ValueError("nested too deeply")
         if kind in (_TRUE, _FALSE, _BYTE):
             return self._byte()
         if kind < _DOUBLE:
@@ -97,13 +97,15 @@ class _Thrift:
         if kind == _MAP:
             count = self._unsigned()
             kinds = self._byte() if count else 0
-            return [(self._value(kinds >> 4, depth), self._value(kinds & 15, depth)) for _ in self._counted(count)]
+            return [
+                (self._value(kinds >> 4, depth + 1), self._value(kinds & 15, depth + 1)) for _ in self._counted(count)
+            ]
         if kind == _STRUCT:
             return self.struct(depth=depth)
         raise ValueError(f"a value of type {kind}")
 
     def _values(self, kind: int, count: int, depth: int) -> list[Any]:
-        return [self._value(kind, depth) for _ in self._counted(count)]
+        return [self._value(kind, depth + 1) for _ in self._counted(count)]
 
     def _counted(self, count: int) -> range:
         if count > len(self._data) - self._at:  # each takes at least a byte

@@ -248,11 +248,12 @@ def text_of(content: Any) -> Any:
 def ended(word: object) -> str:
     """Returns the meaning of a provider's word for the end of a reply: `STOP`, `LENGTH`, `CONTENT_FILTER` or `BROKEN`.
 
-    A reply with an unknown word counts as whole, and the log says so once; the word itself is returned.
+    A reply with an unknown word counts as whole, and the log says so once; the word itself is returned, or for a list
+    or an object its type: as text it may be nested too deeply.
     """
     if not word:
         return STOP
-    said = str(word)[:100]
+    said = str(word)[:100] if isinstance(word, str | int | float) else type(word).__name__
     for meaning, words in _ENDS:
         if words.search(said):
             return meaning

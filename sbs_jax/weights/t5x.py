@@ -20,7 +20,6 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 from flax import serialization
 
-from sbs_jax.storage import user_files
 from sbs_jax.storage.json_files import brief, part
 from sbs_jax.student import t5
 from sbs_jax.weights import hugging_face, names, tensor_store
@@ -121,7 +120,7 @@ def _find(path: str) -> tuple[str, str] | None:
             return None
         for name in (_OCDBT, _STATE + _OCDBT, _MSGPACK):
             if (Path(path) / name).exists():
-                user_files.check(Path(path) / name)
+                tensor_store.check_file(Path(path) / name)
     url = tensor_store.url_of(path)
     store = ts.KvStore.open(url).result()
     for folder in ("", _STATE):

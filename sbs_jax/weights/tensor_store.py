@@ -15,6 +15,9 @@ from sbs_jax.storage.json_files import part
 from sbs_jax.weights.arrays import LazyArray
 
 LOCAL = "file://"
+# TensorStore reads these whole; those of real checkpoints have kilobytes.
+_DESCRIPTIONS = (".zarray", "zarr.json", "manifest.ocdbt")
+_LONGEST_DESCRIPTION = 2**26
 # A chunk is read whole. T5X's chunks have a few million numbers.
 _MOST_IN_CHUNK = 2**32
 
@@ -31,11 +34,24 @@ def orbax_arrays(path: str | Path) -> dict[str, LazyArray]:
 
 
 def check_files(path: str | Path) -> None:
-    """Requires that a local folder holds regular files only: TensorStore would wait for a pipe. ValueError names it."""
+    """Checks every file of a local folder as `check_file` does."""
     for folder, _, files in os.walk(path) if "://" not in str(path) else ():
         for file in files:
             with contextlib.suppress(FileNotFoundError):  # removed meanwhile, or a link to nothing
-                user_files.check(Path(folder) / file)
+                check_file(Path(folder) / file)
+
+
+def check_file(path: Path) -> None:
+    """Requires a regular file, and of a description at most 64 MiB. ValueError names it.
+
+    TensorStore would wait for a pipe, and reads descriptions whole.
+    """
+    user_files.check(path)
+    if path.name in _DESCRIPTIONS and (size := path.stat().st_size) > _LONGEST_DESCRIPTION:
+        raise ValueError(
+            f"{path} has {size} bytes; a description of arrays has at most {_LONGEST_DESCRIPTION}. "
+            "Copy the checkpoint again."
+        )
 
 
 def url_of(path: str | Path) -> str:
@@ -44,7 +60,8 @@ def url_of(path: str | Path) -> str:
 
 
 def has(store: ts.KvStore, key: str) -> bool:
-    return store.read(key).result().state == "value"
+    """Looks for a key without reading its value, which may be gigabytes."""
+    return bool(store.list(ts.KvStore.KeyRange(key, f"{key}\0")).result())
 
 
 def text(key: bytes) -> str:
