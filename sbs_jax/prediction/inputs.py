@@ -299,10 +299,14 @@ class _Parquet:
                 yield self._entry({name: batch.column(name)[number] for name in self._columns})
 
     def _entry(self, cells: Mapping[str, Any]) -> Entry:
+        import pyarrow as pa
+
         try:
             row = {name: cell.as_py() for name, cell in cells.items()}
         except UnicodeDecodeError as error:
             return Entry(line=self.done, error=f"byte {error.start} of a text is not UTF-8.")
+        except pa.ArrowException as error:  # an index outside the dictionary of texts
+            return Entry(line=self.done, error=f"the row cannot be read: {json_files.part(str(error))}")
         texts = [each for value in row.values() for each in (value if isinstance(value, list) else [value]) if each]
         if sum(map(len, texts)) > LONGEST_LINE:
             return Entry(line=self.done, error=f"the row has more than {LONGEST_LINE} characters; shorten it.")
