@@ -580,6 +580,16 @@ def test_a_reply_without_a_bill_may_have_been_billed() -> None:
     assert (error.value.billed, error.value.lost) == (None, True)
 
 
+def test_an_end_that_is_no_word_is_named_by_its_type() -> None:
+    end: list[object] = []
+    for _ in range(1500):
+        end = [end]
+    choice = {"message": {"content": "Yes."}, "finish_reason": end}
+    reply = openai.read_openai({"choices": [choice], "usage": USAGE})
+    assert isinstance(reply, clients.Reply)
+    assert (reply.text, reply.finish) == ("Yes.", "list")
+
+
 def test_thinking_that_only_the_total_counts_is_output() -> None:
     choice = {"message": {"content": "Yes."}, "finish_reason": "stop"}
     usage = {"prompt_tokens": 30, "completion_tokens": 7, "total_tokens": 237}

@@ -27,7 +27,7 @@ from sbs_jax.storage import checksums, json_files
 from sbs_jax.teacher import prompts
 from sbs_jax.teacher.store import Store
 from sbs_jax.training import gin_files
-from sbs_jax.weights import hugging_face, npz
+from sbs_jax.weights import hugging_face, npz, tensor_store
 
 PEAK, SECONDS = 160, 20  # MiB and seconds that a reader may take for any file
 ROWS = [{"id": "a", "input": "é"}, {"id": "b", "input": "[{"}]
@@ -278,3 +278,26 @@ def test_a_row_of_csv_without_end_is_cut_off(tmp_path: Path, monkeypatch: pytest
     first, *_, last = inputs.read(path)
     assert first.error == "not valid CSV: the row is longer than 4096 bytes."
     assert last.id == "b"
+
+
+def test_a_footer_of_lists_in_lists_is_refused(tmp_path: Path) -> None:
+    """Parquet's own footer nests six deep; recursion would end in an error that names no file."""
+    path = tmp_path / "questions.parquet"
+    pq.write_table(pa.table({"id": ["a"], "input": ["Is it?"]}), path)
+    deep = bytes([0x19]) + bytes([0x19]) * 5000 + b"\0"  # field 1: a list of one list of one list ...
+    path.write_bytes(path.read_bytes() + deep + len(deep).to_bytes(4, "little") + b"PAR1")
+    with pytest.raises(ValueError, match=r"questions\.parquet cannot be read as Parquet: .*footer is damaged.*deeply"):
+        inputs.read(path)
+
+
+def test_a_description_of_arrays_larger_than_any_real_one_is_refused(tmp_path: Path) -> None:
+    """TensorStore reads it whole, in a thread whose lack of memory ends the process."""
+    folder = tmp_path / "target.embedding"
+    folder.mkdir()
+    (folder / "0.0").touch()
+    os.truncate(folder / "0.0", 2**33)  # values may be of any size
+    (folder / ".zarray").touch()
+    tensor_store.check_files(tmp_path)
+    os.truncate(folder / ".zarray", 2**26 + 1)
+    with pytest.raises(ValueError, match=r"\.zarray has 67108865 bytes.*Copy the checkpoint again"):
+        tensor_store.check_files(tmp_path)
