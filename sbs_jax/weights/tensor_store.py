@@ -60,8 +60,10 @@ def url_of(path: str | Path) -> str:
 
 
 def has(store: ts.KvStore, key: str) -> bool:
-    """Looks for a key without reading its value, which may be gigabytes."""
-    return bool(store.list(ts.KvStore.KeyRange(key, f"{key}\0")).result())
+    """Looks for a key; a local file, which may be gigabytes, is not read for it."""
+    if store.url.startswith(LOCAL):
+        return bool(store.list(ts.KvStore.KeyRange(key, f"{key}\0")).result())
+    return store.read(key).result().state == "value"
 
 
 def text(key: bytes) -> str:
