@@ -46,8 +46,8 @@ def check_file(path: Path) -> None:
 
     TensorStore would wait for a pipe, and reads descriptions whole.
     """
-    user_files.check(path)
-    if path.name in _DESCRIPTIONS and (size := path.stat().st_size) > _LONGEST_DESCRIPTION:
+    size = user_files.check(path).st_size
+    if path.name in _DESCRIPTIONS and size > _LONGEST_DESCRIPTION:
         raise ValueError(
             f"{path} has {size} bytes; a description of arrays has at most {_LONGEST_DESCRIPTION}. "
             "Copy the checkpoint again."
