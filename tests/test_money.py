@@ -157,7 +157,7 @@ def account(
 def test_max_cost_is_kept_if_replies_bill_more_than_max_tokens_and_prompts_more_than_estimated(
     provider, bills, tmp_path, monkeypatch
 ) -> None:
-    with served(latency=0.01, **bills) as server:
+    with served(latency=0.05, **bills) as server:
         totals = account(server, tmp_path, monkeypatch, provider=provider, max_cost=0.5)
         assert totals.stopped is not None
         assert "max_cost $0.5 reached" in totals.stopped
