@@ -17,7 +17,7 @@ import seqio
 import tensorflow as tf
 
 from sbs_jax import checks
-from sbs_jax.data import registry, tokens
+from sbs_jax.data import corpus, registry, tokens
 from sbs_jax.data.dataset import check_lengths
 from sbs_jax.data.slots import Numbers
 
@@ -163,19 +163,50 @@ def batch_examples(
     found = []
     for (row, segment), task, index in zip(
         ((row, place - first + 1) for row, (first, end) in enumerate(rows) for place in range(first, end)),
-        *stream.locate(places),
+        *stream.locate(places)[::2],
         strict=True,
     ):
-        example = registry.examples(names[task], split)[index]
-        found.append(BatchExample(row=row, segment=segment, task=names[task], id=example.id))
+        found.append(BatchExample(row=row, segment=segment, task=names[task], id=stream.id(task, index)))
     return found, stream.model_features(places, places + 1, pack=pack)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Records:
+    """Rows of records, which are the same in every epoch; with the methods of `corpus.Rows`."""
+
+    task: str
+    split: str
+
+    @property
+    def _tables(self) -> Mapping[str, tokens.TokenTable]:
+        return registry.token_tables(self.task, self.split)
+
+    def __len__(self) -> int:
+        return len(self._tables["inputs"])
+
+    def id(self, index: int) -> str:
+        return registry.examples(self.task, self.split)[index].id
+
+    def sizes(self, feature: str) -> np.ndarray:
+        return self._tables[feature].sizes
+
+    def tables(self, epochs: np.ndarray, indices: np.ndarray) -> tuple[Mapping[str, tokens.TokenTable], np.ndarray]:
+        del epochs
+        return self._tables, indices
+
+
+def _source(task: str, split: str, *, lengths: Mapping[str, int], seed: int = 0) -> _Records | corpus.Rows:
+    if registry.split_task(task)[1] != corpus.SPAN_CORRUPTION:
+        return _Records(task, split)
+    table = registry.token_tables(task, split)["text"]
+    return corpus.Rows(table, split=split, lengths=lengths, seed=seed, options=registry.options())
 
 
 class _Stream:
     """Endless sequence of a mixture's examples; place p belongs to task p mod number of tasks."""
 
     def __init__(self, task_names: Sequence[str], *, split: str, lengths: Mapping[str, int], seed: int):
-        self._tables = [registry.token_tables(name, split) for name in task_names]
+        self._sources = [_source(name, split, lengths=lengths, seed=seed) for name in task_names]
         self._task_ids = [registry.TASK_IDS[registry.split_task(name)[1]] for name in task_names]
         self._lengths, self._seed = lengths, seed
         # Two epochs for each of two tasks: batches run across the end of an epoch.
@@ -185,13 +216,22 @@ class _Stream:
         """Builds rows; row i holds the places `first[i]` to `end[i] - 1`."""
         counts = end - first
         rows, within = _ranges(counts)
-        tasks, indices = self.locate(first[rows] + within)
+        tasks, epochs, indices = self.locate(first[rows] + within)
+        tables = []
+        for task, source in enumerate(self._sources):
+            mine = tasks == task
+            of_task, indices[mine] = source.tables(epochs[mine], indices[mine])
+            tables.append(of_task)
         return _model_features(
-            _Examples(self._tables, self._task_ids, tasks=tasks, indices=indices, rows=rows, segments=within + 1),
+            _Examples(tables, self._task_ids, tasks=tasks, indices=indices, rows=rows, segments=within + 1),
             row_count=len(first),
             lengths=self._lengths,
             pack=pack,
         )
+
+    def id(self, task: int, index: int) -> str:
+        """Returns the id of a task's row."""
+        return self._sources[task].id(index)
 
     def rows(self, *, pack: bool, skip: int) -> Iterator[tuple[int, int]]:
         """Yields (first place, place after the last) of each row, after `skip` rows."""
@@ -212,29 +252,29 @@ class _Stream:
 
     def _ends(self, start: int, count: int) -> list[int]:
         """Returns, for each of `count` places, the end of a row that begins there; both relative to `start`."""
-        tasks, indices = self.locate(np.arange(start, start + count))
+        tasks, _, indices = self.locate(np.arange(start, start + count))
         ends = []
         for feature, length in self._lengths.items():
             sizes = np.empty(count, np.int64)
-            for task, table in enumerate(self._tables):
+            for task, source in enumerate(self._sources):
                 mine = tasks == task
-                sizes[mine] = np.minimum(table[feature].sizes[indices[mine]], length)
+                sizes[mine] = np.minimum(source.sizes(feature)[indices[mine]], length)
             total = np.concatenate([[0], np.cumsum(sizes)])
             ends.append(np.searchsorted(total, total[:-1] + length, side="right") - 1)
         return np.minimum(*ends).tolist()
 
-    def locate(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the task and the row number of each place."""
-        turns, tasks = np.divmod(places, len(self._tables))
-        indices = np.empty_like(places)
-        for task, table in enumerate(self._tables):
+    def locate(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Returns the task, the epoch and the row number of each place."""
+        turns, tasks = np.divmod(places, len(self._sources))
+        indices, epochs = np.empty_like(places), np.empty_like(places)
+        for task, source in enumerate(self._sources):
             mine = np.flatnonzero(tasks == task)
-            count = len(table["inputs"])
-            epochs, positions = np.divmod(turns[mine], count)
-            for epoch in np.unique(epochs).tolist():
-                of_epoch = epochs == epoch
+            count = len(source)
+            epochs[mine], positions = np.divmod(turns[mine], count)
+            for epoch in np.unique(epochs[mine]).tolist():
+                of_epoch = epochs[mine] == epoch
                 indices[mine[of_epoch]] = self._order(count, epoch)[positions[of_epoch]]
-        return tasks, indices
+        return tasks, epochs, indices
 
     def _compute_order(self, count: int, epoch: int) -> np.ndarray:
         return np.random.default_rng((self._seed, epoch)).permutation(count)
@@ -369,18 +409,7 @@ def eval_examples(task: str, *, split: str, lengths: Mapping[str, int]) -> list[
 
     A mixture is evaluated by one of its tasks: see `registry.graded_task`.
     """
-    check_lengths(lengths)
-    rows, tables = registry.examples(task, split), registry.token_tables(task, split)
-    task_id = registry.TASK_IDS[registry.split_task(task)[1]]
-    number = np.arange(len(rows))
-    model_features = _model_features(
-        _Examples(
-            [tables], [task_id], tasks=np.zeros_like(number), indices=number, rows=number, segments=number * 0 + 1
-        ),
-        row_count=len(rows),
-        lengths=lengths,
-        pack=False,
-    )
+    rows, model_features = registry.examples(task, split), eval_features(task, split=split, lengths=lengths)
     return [
         EvalExample(
             id=row.id,
@@ -394,6 +423,22 @@ def eval_examples(task: str, *, split: str, lengths: Mapping[str, int]) -> list[
     ]
 
 
+def eval_features(task: str, *, split: str, lengths: Mapping[str, int]) -> dict[str, np.ndarray]:
+    """Returns the unpacked model features of every row of a split, int32 [n, length], in the order of the rows."""
+    check_lengths(lengths)
+    source = _source(task, split, lengths=lengths)
+    number = np.arange(len(source))
+    none = np.zeros_like(number)
+    tables, indices = source.tables(none, number)
+    task_id = registry.TASK_IDS[registry.split_task(task)[1]]
+    return _model_features(
+        _Examples([tables], [task_id], tasks=none, indices=indices, rows=number, segments=none + 1),
+        row_count=len(source),
+        lengths=lengths,
+        pack=False,
+    )
+
+
 def count_truncated(mixture_or_task: str, split: str, lengths: Mapping[str, int]) -> dict[str, dict[str, int]]:
     """Counts rows and truncated rows, and finds the longest, per task and feature.
 
@@ -403,11 +448,12 @@ def count_truncated(mixture_or_task: str, split: str, lengths: Mapping[str, int]
     check_lengths(lengths)
     counts = {}
     for task in registry.subtasks(mixture_or_task):
-        tables = registry.token_tables(task, split)
-        counts[task] = {"rows": len(tables["inputs"])}
-        for feature, table in tables.items():
-            counts[task][f"{feature} cut"] = int(np.sum(table.sizes > lengths[feature]))
-            counts[task][f"{feature} longest"] = int(np.max(table.sizes))
+        source = _source(task, split, lengths=lengths)
+        counts[task] = {"rows": len(source)}
+        for feature, length in lengths.items():
+            sizes = source.sizes(feature)
+            counts[task][f"{feature} cut"] = int(np.sum(sizes > length))
+            counts[task][f"{feature} longest"] = int(np.max(sizes))
     return counts
 
 

@@ -14,6 +14,7 @@ from sbs_jax.data.selection import TASKS
 from sbs_jax.storage.json_files import brief
 
 STEP_BY_STEP = "step_by_step"
+BY_LOSS = "token_accuracy"  # primary metric of a dataset without metric functions
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,7 +43,8 @@ class Dataset:
       labels: the closed set of labels; None if it is open (SVAMP) or differs per row (CQA).
       read_release: folder of the official release -> rows in file order, per split; None if it is not in the release.
       parsers: parser name -> function of raw teacher text and its row that returns rationale, label and outcome.
-      metric_fns: SeqIO metric functions, (targets, predictions) -> {name: value}.
+      metric_fns: SeqIO metric functions, (targets, predictions) -> {name: value}. Without any, loss and token accuracy
+        in teacher forcing grade the student, which generates nothing.
       primary_metric: the metric that picks the best checkpoint; higher is better.
       same_label: the metric's equality of one pair, (target, prediction) -> bool. Defines agreeing rationales and the
         teacher's accuracy.
@@ -79,8 +81,10 @@ class Dataset:
                 f"letter and not ending in one of {suffixes}."
             )
         check_lengths(self.feature_lengths)
-        if not self.metric_fns:
-            raise ValueError(f"Dataset {self.name!r} has no metric_fns; give at least one.")
+        if not self.metric_fns and self.primary_metric != BY_LOSS:
+            raise ValueError(
+                f"Dataset {self.name!r} has no metric_fns; give at least one, or {BY_LOSS!r} as primary_metric."
+            )
 
     def label_problem(self, label: str, choices: Sequence[str]) -> str | None:
         """Says why a text is no label of a row with these choices; None if it is one, or nothing tells."""

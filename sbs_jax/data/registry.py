@@ -9,6 +9,8 @@ Each dataset has four names, for example svamp:
 | `svamp_rationale_then_label` | label prefix + x     | rationale + " Answer: " + label | 1       |
 | `svamp_step_by_step`         | a mixture: `svamp_label` and `svamp_rationale` in strict turns   |
 
+and plain text has `corpus_span_corruption` (corpus.py), with task id 1.
+
 `add` and `configure` register the tasks. `<records_dir>/<dataset>/<split>.jsonl` is read when a task is first used.
 Importing this module imports TensorFlow, which takes seconds.
 """
@@ -27,7 +29,7 @@ import seqio
 import tensorflow as tf
 
 from sbs_jax import checks
-from sbs_jax.data import records, seqio_tasks, tokens
+from sbs_jax.data import corpus, records, seqio_tasks, tokens
 from sbs_jax.data.dataset import STEP_BY_STEP, Dataset
 from sbs_jax.data.selection import (
     ANSWER_MARKER,
@@ -52,6 +54,7 @@ log = logging.getLogger(__name__)
 MIXED = (LABEL, RATIONALE)  # the tasks that `step_by_step` alternates between
 # Values of the feature `task_ids`: the loss that a task's target tokens count towards.
 TASK_IDS = {LABEL: losses.LABEL, RATIONALE: losses.RATIONALE, RATIONALE_THEN_LABEL: losses.LABEL}
+TASK_IDS[corpus.SPAN_CORRUPTION] = losses.LABEL
 
 
 # ------------------------------------------------------------------------------- registration
@@ -84,8 +87,10 @@ def configure(options: DataOptions) -> None:
     _options = options
     _read_selections.cache_clear()
     token_tables.cache_clear()
+    _corpus.cache_clear()
     for dataset in _DATASETS.values():
         _register(dataset)
+    _register_corpus()
 
 
 def options() -> DataOptions:
@@ -106,6 +111,8 @@ def names() -> tuple[str, ...]:
 
 def get(name: str) -> Dataset:
     """Returns the dataset with this name; ValueError with near matches if there is none."""
+    if name == corpus.DATASET.name:
+        return corpus.DATASET
     if name not in _registered():
         raise ValueError(f"Unknown dataset {name!r}; known are {list(names())}.{checks.nearest(name, names())}")
     return _DATASETS[name]
@@ -122,7 +129,7 @@ def scripted_reply(asked: str, *, sample: int) -> str | None:
 def task_names() -> tuple[str, ...]:
     """Returns the SeqIO names of all tasks and mixtures."""
     kinds = (*TASKS, STEP_BY_STEP)
-    return tuple(f"{dataset}_{kind}" for dataset in names() for kind in kinds)
+    return (*(f"{dataset}_{kind}" for dataset in names() for kind in kinds), corpus.TASK)
 
 
 def task_name(*, dataset: str, kind: str) -> str:
@@ -141,6 +148,8 @@ def split_task(task_name: str) -> tuple[Dataset, str]:
 
     ValueError with near matches if no dataset has such a task or mixture.
     """
+    if task_name == corpus.TASK:
+        return corpus.DATASET, corpus.SPAN_CORRUPTION
     for dataset in _registered().values():
         for kind in (*TASKS, STEP_BY_STEP):
             if task_name == f"{dataset.name}_{kind}":
@@ -148,8 +157,19 @@ def split_task(task_name: str) -> tuple[Dataset, str]:
     known = task_names()
     raise ValueError(
         f"Unknown task or mixture {task_name!r}.{checks.nearest(task_name, known)} Known are "
-        f"<dataset>_<{'|'.join((*TASKS, STEP_BY_STEP))}> for the datasets {list(names())}."
+        f"<dataset>_<{'|'.join((*TASKS, STEP_BY_STEP))}> for the datasets {list(names())}, and {corpus.TASK}."
     )
+
+
+def answering_task(task_name: str) -> tuple[Dataset, str]:
+    """Splits as `split_task`; ValueError for a task whose student answers nothing."""
+    dataset, kind = split_task(task_name)
+    if kind == corpus.SPAN_CORRUPTION:
+        raise ValueError(
+            f"This student was pre-trained on text ({task_name}) and answers no questions. Fine-tune it first: its run "
+            "is the INITIAL_CHECKPOINT_PATH of an experiment."
+        )
+    return dataset, kind
 
 
 def dataset_of_task(task_name: str) -> Dataset:
@@ -158,7 +178,7 @@ def dataset_of_task(task_name: str) -> Dataset:
 
 
 def graded_task(task_name: str) -> str | None:
-    """Returns the task whose generated answers grade this one; None for a rationale task.
+    """Returns the task that grades this one, by answers or by loss; None for a rationale task.
 
     A step-by-step mixture is graded by its label task: rationales cost nothing at inference.
     """
@@ -174,13 +194,34 @@ def subtasks(task_name: str) -> tuple[str, ...]:
     return tuple(f"{dataset.name}_{task}" for task in MIXED) if kind == STEP_BY_STEP else (task_name,)
 
 
-def _register(dataset: Dataset) -> None:
+def _features() -> dict[str, Any]:
     text = tokens.vocabulary(_options.vocabulary)
-    features = {
+    return {
         "inputs": seqio.Feature(vocabulary=text, add_eos=True, dtype=tf.int32),
         "targets": seqio.Feature(vocabulary=text, add_eos=True, dtype=tf.int32),
         "task_ids": seqio.Feature(vocabulary=seqio.PassThroughVocabulary(size=3), add_eos=False, dtype=tf.int32),
     }
+
+
+def _register_corpus() -> None:
+    seqio.TaskRegistry.remove(corpus.TASK)
+    seqio.TaskRegistry.add(
+        corpus.TASK,
+        source=seqio_tasks.CorpusSource(  # pyright: ignore[reportArgumentType]  # as SeqIO's own sources
+            splits=functools.partial(available_splits, corpus.DATASET.name),
+            table=lambda split: token_tables(corpus.TASK, split)["text"],
+        ),
+        preprocessors=[
+            functools.partial(seqio_tasks.corrupt, options=_options),
+            functools.partial(seqio_tasks.cut_and_number, task_id=TASK_IDS[corpus.SPAN_CORRUPTION]),
+        ],
+        output_features=_features(),
+        metric_fns=[],
+    )
+
+
+def _register(dataset: Dataset) -> None:
+    features = _features()
     for kind in TASKS:
         name = f"{dataset.name}_{kind}"
         seqio.TaskRegistry.remove(name)
@@ -254,10 +295,19 @@ def texts(names: Sequence[str], split: str) -> list[str]:
     for name in names:
         if split not in available_splits(name):
             continue
-        found |= dict.fromkeys(get(name).labels or ())
         for kind in TASKS:
             chosen = selected(name, split).examples[kind]
             found |= dict.fromkeys(text for each in chosen for text in (each.inputs, each.targets))
+    return list(found | dict.fromkeys(labels(names, split)))
+
+
+def labels(names: Sequence[str], split: str) -> list[str]:
+    """Returns the labels of closed sets, and labels and choices of a split's rows; [] if no dataset has the split."""
+    found: dict[str, None] = {}
+    for name in names:
+        if split not in available_splits(name):
+            continue
+        found |= dict.fromkeys(get(name).labels or ())
         for record in read_split(name, split):
             found |= dict.fromkeys(filter(None, (record.label, record.teacher_label, *record.choices)))
     return list(found)
@@ -272,7 +322,10 @@ def manifest(name: str, splits: Sequence[str] = (TRAIN, VALIDATION, TEST)) -> di
     """
     found = sources(name, splits)
     for split, facts in found["splits"].items():
-        facts["counts"] = dict(selected(name, split).counts)
+        if name == corpus.DATASET.name:
+            facts["counts"] = corpus.counts(_corpus()[split], vocabulary(_options.vocabulary))
+        else:
+            facts["counts"] = dict(selected(name, split).counts)
     return found
 
 
@@ -281,9 +334,11 @@ def sources(name: str, splits: Sequence[str] = (TRAIN, VALIDATION, TEST)) -> dic
     found = {}
     for split in splits:
         if split in available_splits(name):
-            path = _records_file(name, _file_of_split(name, split)[0])
-            status = path.stat()
-            found[split] = {"file": path.name, "sha256": _sha256(path, status.st_mtime_ns, status.st_size)}
+            paths = _options.corpus
+            if name != corpus.DATASET.name:
+                paths = [_records_file(name, _file_of_split(name, split)[0])]
+            hashes = [_sha256(path, (status := path.stat()).st_mtime_ns, status.st_size) for path in map(Path, paths)]
+            found[split] = {"file": " ".join(Path(path).name for path in paths), "sha256": " ".join(hashes)}
     return {
         "dataset": name,
         "options": dataclasses.asdict(_options),
@@ -300,7 +355,9 @@ def _sha256(path: Path, changed: int, size: int) -> str:
 
 
 def available_splits(name: str) -> tuple[str, ...]:
-    """Returns the splits that the dataset's records provide under the current options."""
+    """Returns the splits that the dataset's records, or the corpus, provide under the current options."""
+    if name == corpus.DATASET.name:
+        return corpus.splits(_options)
     found = []
     for split in (TRAIN, VALIDATION, TEST):
         try:
@@ -379,11 +436,16 @@ def examples(task_name: str, split: str) -> tuple[Example, ...]:
 def token_tables(task_name: str, split: str) -> Mapping[str, tokens.TokenTable]:
     """Encodes a task's examples: {"inputs": table, "targets": table}, nothing cut.
 
-    Runs once per `configure`, at about 100,000 short texts per second. Warns of pieces that the vocabulary lacks.
+    Runs once per `configure`, at about 100,000 short texts per second. Warns of pieces that the vocabulary lacks. The
+    texts of a corpus are {"text": table}, whose rows `corpus.Rows` makes.
     """
     text_vocabulary = vocabulary(_options.vocabulary)
-    rows = examples(task_name, split)
     kind = split_task(task_name)[1]
+    if kind == corpus.SPAN_CORRUPTION:
+        if split not in available_splits(corpus.DATASET.name):
+            raise ValueError(f"A corpus has no {split} split; it has {' and '.join(corpus.splits(_options))}.")
+        return {"text": _corpus()[split]}
+    rows = examples(task_name, split)
     found = {}
     for feature in ("inputs", "targets"):
         texts = [getattr(row, feature) for row in rows]
@@ -400,3 +462,8 @@ def token_tables(task_name: str, split: str) -> Mapping[str, tokens.TokenTable]:
                 "reads <unk> in their place" if feature == "inputs" else "cannot write them",
             )
     return found
+
+
+@functools.cache
+def _corpus() -> Mapping[str, tokens.TokenTable]:
+    return corpus.read(_options, vocabulary(_options.vocabulary))

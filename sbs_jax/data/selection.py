@@ -47,6 +47,9 @@ class DataOptions:
         official code's; the paper prints "[label] "; a single task needs none.
       rationale_prefix: prefix of the inputs of `<dataset>_rationale`; the paper's is "[rationale] ".
       number_slots: replace the numbers of a row by slots in all its texts (slots.py); predictions get them back.
+      corpus: files of plain text for `corpus_span_corruption` (corpus.py), one path or several.
+      noise_density: share of a row's tokens that span corruption masks.
+      mean_span: their average number in a span.
     """
 
     records_dir: str
@@ -60,8 +63,15 @@ class DataOptions:
     label_prefix: str = "predict: "
     rationale_prefix: str = "explain: "
     number_slots: bool = False
+    corpus: str | Sequence[str] = ()
+    noise_density: int | float = 0.15
+    mean_span: int | float = 3.0
 
     def __post_init__(self) -> None:
+        files = (self.corpus,) if isinstance(self.corpus, str) else tuple(self.corpus)
+        if not all(isinstance(file, str) and file for file in files):
+            raise ValueError(f"DataOptions.corpus is {self.corpus!r}; expected paths of text files.")
+        object.__setattr__(self, "corpus", files)
         for name in ("records_dir", "vocabulary"):
             value = getattr(self, name)
             if not isinstance(value, str) or not value:
@@ -76,6 +86,8 @@ class DataOptions:
         checks.choice("DataOptions.train_split", self.train_split, (TRAIN, VALIDATION))
         checks.number("DataOptions.fraction", self.fraction, above=0, most=1)
         checks.number("DataOptions.validation_fraction", self.validation_fraction, least=0, below=1)
+        checks.number("DataOptions.noise_density", self.noise_density, above=0, below=1)
+        checks.number("DataOptions.mean_span", self.mean_span, least=1)
         checks.whole_number("DataOptions.seed", self.seed)
 
 

@@ -1,4 +1,4 @@
-"""Parts of SeqIO tasks and mixtures: the source of rows, a preprocessor, strict alternation."""
+"""Parts of SeqIO tasks and mixtures: sources of rows and of text, preprocessors, strict alternation."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import seqio
 import tensorflow as tf
 
-from sbs_jax.data import selection, tokens
+from sbs_jax.data import corpus, selection, tokens
 
 try:
     # TensorFlow only feeds data here; by default it would take the memory of every GPU it sees.
@@ -93,6 +94,81 @@ class RecordsSource(seqio.DataSource):
         if shard_info:
             order = order.shard(shard_info.num_shards, shard_info.index)
         return order.map(read, num_parallel_calls=tf.data.AUTOTUNE)
+
+
+class CorpusSource(seqio.DataSource):
+    """SeqIO source of a corpus: one element with all tokens of a split, which `corrupt` cuts into rows."""
+
+    def __init__(self, *, splits: Callable[[], Sequence[str]], table: Callable[[str], tokens.TokenTable]):
+        """Reads nothing yet. `table` takes a split."""
+        self._splits_now, self._table = splits, table
+        super().__init__(splits=())
+
+    @property
+    def splits(self) -> Sequence[str]:
+        """Splits of the corpus under the current options."""
+        return self._splits_now()
+
+    @property
+    def supports_arbitrary_sharding(self) -> bool:
+        """True: any number of hosts can share the tokens."""
+        return True
+
+    def list_shards(self, split: str) -> Sequence[str]:
+        """Returns one shard per split; unused by SeqIO, because arbitrary sharding is supported."""
+        return [split]
+
+    def get_dataset(
+        self,
+        split: str = selection.TRAIN,
+        shuffle: bool = True,
+        seed: int | None = None,
+        shard_info: seqio.ShardInfo | None = None,
+        **unused: Any,
+    ) -> tf.data.Dataset:
+        """Returns {"ids": this host's part of the tokens}."""
+        del shuffle, seed  # SeqIO shuffles the rows, with a buffer, as for T5's own tasks
+        ids = self._table(split).ids
+        if shard_info:
+            part = len(ids) // shard_info.num_shards
+            ids = ids[shard_info.index * part : (shard_info.index + 1) * part]
+        return tf.data.Dataset.from_tensors({"ids": tf.constant(ids)})
+
+
+def corrupt(
+    dataset: tf.data.Dataset,
+    sequence_length: Mapping[str, int] | None = None,
+    *,
+    options: selection.DataOptions,
+) -> tf.data.Dataset:
+    """Cuts tokens into rows and masks spans as `corpus.Rows`, with SeqIO's seeds; a SeqIO preprocessor.
+
+    {"ids": tokens} -> {"inputs": tokens with sentinels, "targets": the masked spans}
+    """
+    lengths = sequence_length or corpus.DATASET.feature_lengths
+    lengths = {feature: lengths[feature] for feature in ("inputs", "targets")}
+    spans = corpus.Spans.fitting(lengths, density=options.noise_density, mean=options.mean_span)
+    sentinel = tokens.vocabulary(options.vocabulary).vocab_size - 1
+
+    def rows(split: Mapping[str, tf.Tensor]) -> tf.data.Dataset:
+        count = tf.size(split["ids"], tf.int64) // spans.tokens
+        ids = tf.reshape(split["ids"][: count * spans.tokens], [count, spans.tokens])
+        return tf.data.Dataset.from_tensor_slices(ids)
+
+    def masked(ids: np.ndarray, seed: np.ndarray) -> list[np.ndarray]:
+        keys = np.random.default_rng(seed.view(np.uint32)).random((1, spans.tokens - 2))
+        found = spans.corrupt(ids[None], keys, sentinel=sentinel)
+        return [found[feature][0] for feature in lengths]
+
+    def convert(ids: tf.Tensor, seed: Any) -> dict[str, tf.Tensor]:
+        found = tf.numpy_function(masked, [ids, tf.stack(seed)], [tf.int32] * len(lengths))
+        return {
+            feature: tf.ensure_shape(each, [spans.lengths[feature]])
+            for feature, each in zip(lengths, found, strict=True)
+        }
+
+    with_seeds: Any = seqio.map_over_dataset(convert, num_seeds=1)
+    return with_seeds(dataset.flat_map(rows))
 
 
 def cut_and_number(

@@ -3,18 +3,20 @@
 A published T5 has 32,100 rows in its embedding table and in its logits, and a task uses a few thousand of them. A cut
 model keeps
 
-- every piece in the segmentation of the given texts,
+- every piece in the segmentation of the given texts, or under a limit those of the labels,
+- the pieces of a corpus, if one is given; under a limit the most frequent ones of texts and corpus,
 - every piece of one character, so that other words can still be spelled,
 - a reserve: the first unused pieces in the order of the file, which are the most frequent ones of its training.
 
-The given texts are segmented as before: a unigram model picks the segmentation with the highest total score, and the
-old one is still among those left.
+Texts whose pieces are all kept are segmented as before: a unigram model picks the segmentation with the highest total
+score, and the old one is still among those left.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -44,7 +46,8 @@ class Cut:
       kept: ids in the original vocabulary of the kept pieces, ascending; the new id is the position.
       pieces: number of pieces of the original file.
       sha256: hash of the original file.
-      needed, characters, reserve: kept pieces that the texts need, further single characters, further frequent pieces.
+      needed, characters, reserve: kept pieces that the texts need, further single characters, further pieces of a
+        corpus or of the reserve.
     """
 
     kept: tuple[int, ...]
@@ -85,39 +88,62 @@ def read(folder: str | Path) -> Cut:
     return json_files.typed(json_files.read_json(path), Cut, where=str(path))
 
 
-def write(folder: str | Path, vocabulary: str, texts: Iterable[str], *, reserve: int) -> Cut:
+def write(
+    folder: str | Path,
+    vocabulary: str,
+    texts: Iterable[str],
+    *,
+    reserve: int,
+    labels: Iterable[str] = (),
+    corpus: Iterable[str] = (),
+    pieces: int | None = None,
+) -> Cut:
     """Cuts a SentencePiece model to the pieces of `texts` and a reserve, and writes it with cut.json to a new folder.
 
-    Every text is then segmented by both models; ValueError if one differs, FileExistsError if the folder exists.
+    The pieces of `corpus` are kept too. At most `pieces` are kept if that is given: those of the `labels`, and the most
+    frequent ones of texts and corpus. Every text (under a limit, every label) is then segmented by both models;
+    ValueError if one differs or the labels need more pieces, FileExistsError if the folder exists.
     """
     checks.whole_number("reserve", reserve, least=0)
+    if pieces is not None:
+        checks.whole_number("pieces", pieces, least=1)
     if vocabulary == tokens.BYTE_VOCABULARY:
         raise ValueError("The vocabulary 'byte' has no pieces to cut; give the path of a SentencePiece model.")
     tokens.check_vocabulary(vocabulary)
-    texts = list(dict.fromkeys(part for text in texts for part in text.split(tokens.JOINT)))
+    texts = _parts(texts)
+    whole = texts if pieces is None else _parts(labels)
     data = tokens.read_vocabulary(vocabulary)
     original = _MODEL.FromString(data)
     old = _processor(data)
-    used = {k for ids in _ids(old, texts) for k in ids}
+    used = {k for ids in _ids(old, whole) for k in ids}
     plain = _MODEL.SentencePiece.NORMAL
     needed = {k for k, piece in enumerate(original.pieces) if k in used or piece.type != plain}
     characters = {k for k, p in enumerate(original.pieces) if len(p.piece.removeprefix(_SPACE)) <= 1} - needed
-    rest = [k for k in range(len(original.pieces)) if k not in needed and k not in characters]
-    kept = sorted({*needed, *characters, *rest[:reserve]})
+    kept = needed | characters
+    room = len(original.pieces) if pieces is None else pieces - len(kept)
+    if room < 0:
+        raise ValueError(
+            f"Labels and single characters need {len(kept)} pieces, more than --pieces {pieces}; expected at least as "
+            "many, since a student cannot write a label without its pieces."
+        )
+    counted = corpus if pieces is None else itertools.chain(texts, corpus)
+    frequent = [k for k, _ in _counts(old, counted).most_common() if k not in kept][:room]
+    rest = [k for k in range(len(original.pieces)) if k not in {*kept, *frequent}][: min(reserve, room - len(frequent))]
+    kept = sorted({*kept, *frequent, *rest})
     cut = Cut(
         kept=tuple(kept),
         pieces=len(original.pieces),
         sha256=hashlib.sha256(data).hexdigest(),
         needed=len(needed),
         characters=len(characters),
-        reserve=len(rest[:reserve]),
+        reserve=len(frequent) + len(rest),
     )
-    pieces = [original.pieces[k] for k in kept]
+    kept_pieces = [original.pieces[k] for k in kept]
     del original.pieces[:]
-    original.pieces.extend(pieces)
+    original.pieces.extend(kept_pieces)
     original.trainer_spec.vocab_size = len(kept)
     written = original.SerializeToString(deterministic=True)
-    for text, (before, after) in zip(texts, _segmented(old, _processor(written), texts, kept=kept), strict=True):
+    for text, (before, after) in zip(whole, _segmented(old, _processor(written), whole, kept=kept), strict=True):
         if before != after:
             raise ValueError(
                 f"{json_files.brief(text)} is segmented as {old.IdToPiece(after)} by the cut vocabulary and as "
@@ -153,6 +179,21 @@ def coverage(folder: str | Path, vocabulary: str, texts: Iterable[str]) -> Cover
 
 def _processor(data: bytes) -> sentencepiece.SentencePieceProcessor:
     return sentencepiece.SentencePieceProcessor(model_proto=data)
+
+
+def _parts(texts: Iterable[str]) -> list[str]:
+    """Lists the distinct parts of texts that are encoded on their own."""
+    return list(dict.fromkeys(part for text in texts for part in text.split(tokens.JOINT)))
+
+
+def _counts(model: sentencepiece.SentencePieceProcessor, texts: Iterable[str]) -> Counter[int]:
+    """Counts each piece of the texts, ties in the order of the model's file."""
+    counts = np.zeros(model.GetPieceSize(), np.int64)
+    texts = iter(texts)
+    while chunk := list(itertools.islice(texts, _CHUNK)):
+        ids = [k for part in model.EncodeAsIds(chunk) for k in part]
+        counts += np.bincount(np.array(ids, np.int64), minlength=len(counts))
+    return Counter({int(k): int(counts[k]) for k in np.flatnonzero(counts)})
 
 
 def _ids(model: sentencepiece.SentencePieceProcessor, texts: Sequence[str]) -> Iterable[list[int]]:

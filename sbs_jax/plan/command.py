@@ -203,6 +203,8 @@ def _epoch(config: TrainConfig, options: Options) -> dict[str, Any]:
         registry.configure(config.data)
         examples = sum(len(registry.examples(task, selection.TRAIN)) for task in tasks)
         source = f"counted in {records}"
+    elif config.data.corpus:
+        return {"updates": None, "source": "unknown: give the rows of the corpus as --examples N"}
     else:
         return {"updates": None, "source": "unknown: give --gin.RECORDS_DIR=.. (sbs records) or --examples N"}
     per_row = 1.0 if not config.pack else options.examples_per_row

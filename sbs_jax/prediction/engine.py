@@ -283,7 +283,7 @@ class _Answerer:
         self._settings, self._owner, self._student = settings, owner, student
         self._vocabulary = registry.vocabulary(student.options.vocabulary)
         run = student.manifest["run"]
-        self._dataset, kind = registry.split_task(run["mixture_or_task_name"])
+        self._dataset, kind = registry.answering_task(run["mixture_or_task_name"])
         lengths = run["task_feature_lengths"]
         self._limit, self._choice_limit = lengths["inputs"], max(lengths["targets"], run["max_decode_length"])
         self._buckets = buckets(self._limit)

@@ -33,11 +33,12 @@ _WHERE_AND_HOW = (
 _KEEPING = ("checkpoint_period", "keep_checkpoints", "keep_best", "keep_period")
 _UNCOMPARED = (
     *(f"train.TrainConfig.{field}" for field in _WHERE_AND_HOW),
-    *("datasets.DataOptions.records_dir", "partitioning.Layout.", "t5.Execution."),
+    # The files of records and corpora are compared by their hashes.
+    *("datasets.DataOptions.records_dir", "datasets.DataOptions.corpus", "partitioning.Layout.", "t5.Execution."),
 )
 _MACRO = re.compile(r"%([A-Za-z_]\w*)")
 # Settings that are paths, absolute or not.
-_PATHS = ("records_dir", "model_dir", "initial_checkpoint_path", "vocabulary")
+_PATHS = ("records_dir", "model_dir", "initial_checkpoint_path", "vocabulary", "corpus")
 _STEADY = 1e-6  # share of the highest rate: tolerance for a schedule's rounding on another device
 
 
@@ -77,7 +78,10 @@ def had_checkpoint(found: Mapping[str, Any]) -> bool | None:
 
 
 # Options that a run of an earlier version lacks: (name in config.gin, name in the manifest) -> what that version did.
-_LATER = {("datasets.DataOptions.number_slots", "data.options.number_slots"): False}
+_LATER = {
+    (f"datasets.DataOptions.{name}", f"data.options.{name}"): value
+    for name, value in {"number_slots": False, "noise_density": 0.15, "mean_span": 3.0}.items()
+}
 
 
 @functools.cache
@@ -110,7 +114,7 @@ def without_paths(manifest: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(value, Mapping):
             return {name: named(each, is_path=name in _PATHS) for name, each in value.items()}
         if isinstance(value, list | tuple):
-            return [named(each) for each in value]
+            return [named(each, is_path=is_path) for each in value]
         return last_name(value) if isinstance(value, str) and (is_path or value.startswith("/")) else value
 
     return named(manifest)
@@ -218,7 +222,7 @@ def _resolved(name: str, bindings: Mapping[str, str]) -> str | None:
 def _decisive(manifest: Mapping[str, Any], *, same_vocabulary: bool) -> dict[str, Any]:
     """Returns the part of a manifest that may not change, each fact once."""
     data = manifest.get("data", {})
-    paths = {"records_dir", "vocabulary"} if same_vocabulary else {"records_dir"}
+    paths = {"records_dir", "corpus", *(("vocabulary",) if same_vocabulary else ())}
     run, settings = manifest.get("run", {}), manifest.get("settings", {})
     dropped = {*run, *_WHERE_AND_HOW, "data"}
     if settings.get("keep_best", 1) == 0:
@@ -260,6 +264,8 @@ def _vocabulary_hash(manifest: Mapping[str, Any]) -> str | None:
 def _gone(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Describes each file of records that the run was begun with and that is gone."""
     folder = Path(new["data"]["options"]["records_dir"]) / new["data"]["dataset"]
+    if new["data"]["options"].get("corpus"):  # read already, wherever it is now
+        return []
     files = {split.get("file", ""): split.get("sha256") for split in old["data"].get("splits", {}).values()}
     return [
         f"{folder / file} is gone (SHA-256 {sha256}); restore it, or write it again with `sbs records`."

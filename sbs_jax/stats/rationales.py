@@ -46,7 +46,7 @@ def measure(
     text is rationale and answer in one. ValueError if the run was trained on labels alone.
     """
     student = students.load_student(run, layout=partitioning.DATA_PARALLEL, records_dir=records_dir, base=base)
-    name, kind = registry.split_task(student.manifest["run"]["mixture_or_task_name"])
+    name, kind = registry.answering_task(student.manifest["run"]["mixture_or_task_name"])
     if kind == selection.LABEL:
         raise ValueError(
             f"{run} was trained on labels alone ({name.name}_{kind}); expected a student that writes rationales."

@@ -16,8 +16,9 @@ import numpy as np
 
 from sbs_jax import hosts
 from sbs_jax.data import batches, grading, registry
+from sbs_jax.data.dataset import BY_LOSS
 from sbs_jax.storage import atomic, json_files
-from sbs_jax.student import decoding, partitioning, t5
+from sbs_jax.student import decoding, losses, partitioning, t5
 from sbs_jax.training.students import load_student
 
 log = logging.getLogger(__name__)
@@ -29,6 +30,12 @@ class Result:
 
     metrics: dict[str, float]
     rows: list[dict[str, Any]]
+
+
+def evaluator(*, task_name: str, split: str, **options: Any) -> "Evaluator | LossEvaluator":
+    """Makes the grader of a task: by its metric functions, or by loss if it has none."""
+    by_loss = not registry.dataset_of_task(task_name).metric_fns
+    return (LossEvaluator if by_loss else Evaluator)(task_name=task_name, split=split, **options)
 
 
 class Evaluator:
@@ -85,6 +92,46 @@ class Evaluator:
         alarm = grading.label_format_alarm(predictions, possible)
         if alarm:
             log.warning("%s, %s: %s", self._task_name, self._split, alarm)
+
+
+class LossEvaluator:
+    """Grader of parameters on one split of a task, by the loss in teacher forcing. Compiles once, tokenizes once."""
+
+    primary_metric = BY_LOSS
+
+    def __init__(
+        self,
+        *,
+        task_name: str,
+        split: str,
+        structure: t5.Structure,
+        partitioner: partitioning.Partitioner,
+        task_feature_lengths: Mapping[str, int],
+        batch_size: int,
+        max_decode_length: int,
+    ) -> None:
+        del max_decode_length  # nothing is generated
+        features = batches.eval_features(task_name, split=split, lengths=task_feature_lengths)
+        names = ("encoder_input_tokens", "decoder_input_tokens", "decoder_target_tokens")
+        self._rows = [features[name] for name in names]
+        hosts.agree({f"{task_name} {split}": hashlib.sha256(self._rows[0].data).hexdigest()})
+        self._generator = Generator(
+            structure, partitioner=partitioner, batch_size=batch_size, length=0, compute=_token_sums
+        )
+
+    def run(self, parameters: t5.Parameters, *, before_batch: Callable[[], None] = lambda: None) -> Result:
+        """Returns "loss" (nats per target token) and "token_accuracy" (percent). `before_batch` may end it."""
+        sums = list(self._generator.batches(parameters, *self._rows, before_batch=before_batch))
+        loss, correct, count = np.concatenate(sums).astype(np.float64).sum(axis=0)
+        return Result({"loss": float(loss / count), BY_LOSS: float(100.0 * correct / count)}, [])
+
+
+def _token_sums(model: t5.T5, inputs_BS: jax.Array, shifted_BT: jax.Array, targets_BT: jax.Array) -> jax.Array:
+    """Returns cross-entropy, correct tokens and tokens of each row, [B, 3]."""
+    statistics = losses.token_statistics(model.logits(model.states(inputs_BS, shifted_BT)), targets_BT)
+    real_BT = (targets_BT != decoding.PAD).astype(jnp.float32)
+    of_token = (statistics.log_z - statistics.target, statistics.correct, 1.0)
+    return jnp.stack([jnp.sum(each * real_BT, axis=1) for each in of_token], axis=1)
 
 
 class Generator:
@@ -185,7 +232,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, float]:
         raise ValueError(
             f"{config.mixture_or_task_name} generates rationales, which cannot be graded; choose a label task."
         )
-    evaluator = Evaluator(
+    grader = evaluator(
         task_name=task,
         split=config.split,
         structure=student.structure,
@@ -194,11 +241,12 @@ def evaluate(config: EvaluateConfig) -> dict[str, float]:
         batch_size=config.batch_size,
         max_decode_length=config.max_decode_length or run["max_decode_length"],
     )
-    result = evaluator.run(student.parameters)
+    result = grader.run(student.parameters)
     if config.output_dir is not None and hosts.is_first():
         directory = Path(config.output_dir)
         directory.mkdir(parents=True, exist_ok=True)
-        write_rows(directory / f"{task}-{config.split}-{student.step}.jsonl", result.rows)
+        if result.rows:
+            write_rows(directory / f"{task}-{config.split}-{student.step}.jsonl", result.rows)
         summary = {"task": task, "split": config.split, "step": student.step, **result.metrics}
         atomic.replace(directory / "metrics.json", (json.dumps(summary, indent=1) + "\n").encode(), ours=False)
     return result.metrics

@@ -10,7 +10,7 @@ import numpy as np
 import tqdm
 
 from sbs_jax import hosts
-from sbs_jax.data import prefetch, registry, selection
+from sbs_jax.data import corpus, prefetch, registry, selection
 from sbs_jax.hosts import preemption, watchdog
 from sbs_jax.run import checkpoints, directory
 from sbs_jax.training import contents, evaluate, failures, feed
@@ -38,9 +38,14 @@ def train(config: TrainConfig, *, config_text: str, accept_changes: bool = False
     dataset = registry.dataset_of_task(config.mixture_or_task_name)
     _ = config.eval_task_name  # refuses a run that nothing can grade
     data = registry.manifest(dataset.name)
+    if config.evaluate_test and dataset == corpus.DATASET:
+        raise ValueError(
+            "A corpus has no test split; set EVALUATE_TEST = False, as gin_configs/runs/pretrain.gin does."
+        )
     _check_vocabulary(config)
     hosts.agree({"data": feed.fingerprint(config, data)})
     trainer = prepare(config)
+    validator = evaluator(config, trainer, split=selection.VALIDATION)
     base = None if config.tuning is None else load_base(config, trainer)
     manifest = contents.manifest(config, data=data, trainer=trainer)
 
@@ -70,7 +75,7 @@ def train(config: TrainConfig, *, config_text: str, accept_changes: bool = False
             saved = dict(hosts.from_first(lambda: list(directory.read_scores(run.path).items())))
         scores |= saved
         window = MetricsWindow(progress["window"])
-        session = _Session(config, trainer, run, saver, watch, scores, identity, state, start, window)
+        session = _Session(config, trainer, validator, run, saver, watch, scores, identity, state, start, window)
         del state  # every step donates it
         if progress["evaluation_due"] and not session.validate():
             session.leave()
@@ -110,6 +115,7 @@ class _Session:
 
     config: TrainConfig
     trainer: Trainer
+    evaluator: evaluate.Evaluator | evaluate.LossEvaluator  # of validation
     run: directory.RunDir
     saver: checkpoints.Checkpoints
     watch: watchdog.Watchdog
@@ -119,9 +125,6 @@ class _Session:
     step: int  # of the last update
     window: MetricsWindow
     skipped: int = 0
-
-    def __post_init__(self) -> None:
-        self.evaluator = evaluator(self.config, self.trainer, split=selection.VALIDATION)
 
     def advance(self, batches: prefetch.Prefetcher[Any], *, step: int) -> None:
         """Makes one update; returns before the devices have finished it."""
@@ -156,7 +159,8 @@ class _Session:
                 result = self.evaluator.run(self.trainer.parameters(self.state), before_batch=self._before_batch)
         except preemption.PreemptedError:
             return False
-        self.run.write_predictions(f"{self.config.eval_task_name}-{self.step}", result.rows)
+        if result.rows:
+            self.run.write_predictions(f"{self.config.eval_task_name}-{self.step}", result.rows)
         self.run.log("validation", self.step, result.metrics)
         self.scores[self.step] = result.metrics[self.evaluator.primary_metric]
         return True
@@ -221,9 +225,9 @@ def _restore(
     return restored_state(found, trainer, base=base), found.metadata
 
 
-def evaluator(config: TrainConfig, trainer: Trainer, *, split: str) -> evaluate.Evaluator:
+def evaluator(config: TrainConfig, trainer: Trainer, *, split: str) -> evaluate.Evaluator | evaluate.LossEvaluator:
     """Makes the evaluator of a run's validation or test split."""
-    return evaluate.Evaluator(
+    return evaluate.evaluator(
         task_name=config.eval_task_name,
         split=split,
         structure=trainer.structure,

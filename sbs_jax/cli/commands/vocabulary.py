@@ -1,6 +1,8 @@
 """`sbs vocabulary`: cut a vocabulary to the pieces that a task needs."""
 
 import argparse
+import itertools
+from collections.abc import Iterator
 from typing import Any
 
 
@@ -12,12 +14,17 @@ def add(command: Any) -> None:
         epilog="example:\n  sbs vocabulary --vocabulary t5/sentencepiece.model --dataset esnli \\\n"
         "      --records_dir records --output vocabularies/esnli\n"
         "  sbs convert --to sbs --cut vocabularies/esnli t5-v1_1-small t5-v1_1-small-esnli\n\n"
-        "Kept are all pieces of the training and validation rows, every single character, and --reserve frequent\n"
-        "pieces. The texts of these rows are segmented as before; what changes in the test rows is counted.",
+        "Kept are all pieces of the training and validation rows, every single character, the pieces of the --text\n"
+        "for pre-training, and --reserve frequent pieces; these rows are segmented as before. With --pieces, only the\n"
+        "most frequent pieces are kept beside those of the labels. Segmentations that change are counted.",
     )
     vocabulary.add_argument("--vocabulary", required=True, metavar="FILE", help="SentencePiece model to cut")
     vocabulary.add_argument("--dataset", required=True, nargs="+", metavar="NAME", help="datasets whose texts to cover")
     vocabulary.add_argument("--records_dir", required=True, metavar="DIR", help="records of the datasets")
+    vocabulary.add_argument(
+        "--text", nargs="+", default=[], metavar="FILE", help="text for pre-training to cover: .txt or .jsonl, or .gz"
+    )
+    vocabulary.add_argument("--pieces", type=int, metavar="N", help="most pieces to keep (default: no limit)")
     vocabulary.add_argument(
         "--reserve", type=int, default=1000, metavar="N", help="further frequent pieces to keep (default: %(default)s)"
     )
@@ -25,27 +32,40 @@ def add(command: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from sbs_jax.data import registry, selection, tokens, vocabulary_cut
+    from sbs_jax.data import corpus, registry, selection, tokens, vocabulary_cut
+
+    def read() -> Iterator[str]:
+        return itertools.chain.from_iterable(map(corpus.texts, arguments.text))
 
     registry.configure(selection.DataOptions(records_dir=arguments.records_dir, vocabulary=tokens.BYTE_VOCABULARY))
-    texts = {split: registry.texts(arguments.dataset, split) for split in (selection.TRAIN, selection.VALIDATION)}
+    limit = arguments.pieces
+    learned, datasets = (selection.TRAIN, selection.VALIDATION), arguments.dataset
+    texts = [text for split in learned for text in registry.texts(datasets, split)]
     cut = vocabulary_cut.write(
         arguments.output,
         arguments.vocabulary,
-        [text for found in texts.values() for text in found],
+        texts,
         reserve=arguments.reserve,
+        labels=[label for split in learned for label in registry.labels(datasets, split)],
+        corpus=read(),
+        pieces=limit,
     )
+    need = "texts" if limit is None else "labels"
     print(
-        f"Pieces: {len(cut.kept):,} of {cut.pieces:,} ({cut.needed:,} that the texts need, {cut.characters:,} further "
-        f"characters, {cut.reserve:,} in reserve)"
+        f"Pieces: {len(cut.kept):,} of {cut.pieces:,} ({cut.needed:,} that the {need} need, {cut.characters:,} further "
+        f"characters, {cut.reserve:,} further frequent pieces)"
     )
-    test = registry.texts(arguments.dataset, selection.TEST)
-    if test:
-        found = vocabulary_cut.coverage(arguments.output, arguments.vocabulary, test)
-        print(
-            f"Test rows: {found.unknown:,} of {found.tokens:,} tokens unknown; {found.changed:,} of {found.texts:,} "
-            "texts segmented differently"
-        )
+    for name, rows in (
+        ("Train and validation rows", () if limit is None else texts),
+        ("Test rows", registry.texts(datasets, selection.TEST)),
+        ("Text", read() if arguments.text else ()),
+    ):
+        if rows:
+            found = vocabulary_cut.coverage(arguments.output, arguments.vocabulary, rows)
+            print(
+                f"{name}: {found.unknown:,} of {found.tokens:,} tokens unknown; {found.changed:,} of {found.texts:,} "
+                "texts segmented differently"
+            )
     print(
         f"Train with --gin.VOCABULARY={arguments.output}/{vocabulary_cut.MODEL} and "
         f"--gin.t5.T5Config.vocab_size={cut.vocab_size}; cut a checkpoint with "
