@@ -255,3 +255,12 @@ def test_impossible_pretrainings_fail_before_a_directory_is_made(text, tmp_path,
     with pytest.raises((ValueError, OSError, gin_files.UsageError), match=match):
         run_of(text, tmp_path / "run", **changes)
     assert not (tmp_path / "run").exists()
+
+
+def test_the_examples_of_a_batch_have_names(text):
+    registry.configure(options(text))
+    given = {"lengths": LENGTHS, "split": "train", "batch_size": 4, "pack": False, "seed": 0}
+    found, features = batches.batch_examples(corpus.TASK, batch=3, **given)
+    assert all(example.id.startswith("train-") for example in found)
+    batch = next(batches.train_dataset(corpus.TASK, skip_batches=3, **given))
+    assert all(np.array_equal(features[name], batch[name]) for name in batch)

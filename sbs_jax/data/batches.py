@@ -163,7 +163,7 @@ def batch_examples(
     found = []
     for (row, segment), task, index in zip(
         ((row, place - first + 1) for row, (first, end) in enumerate(rows) for place in range(first, end)),
-        *stream.locate(places)[::2],
+        *(each.tolist() for each in stream.locate(places)[::2]),
         strict=True,
     ):
         found.append(BatchExample(row=row, segment=segment, task=names[task], id=stream.id(task, index)))
