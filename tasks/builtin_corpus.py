@@ -26,8 +26,8 @@ from collections.abc import Iterator, Sequence
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
-from sbs_jax.data.dataset import Dataset
-from sbs_jax.data.grading import accuracy, same_text
+from sbs_jax.data.dataset import BY_LOSS, Dataset
+from sbs_jax.data.grading import same_text
 from tasks.builtin import PROPERTIES, QUESTIONS, description, random_problem, random_thing
 
 NAME = "builtin_corpus"
@@ -148,8 +148,8 @@ DATASET = Dataset(
     labels=None,
     read_release=None,
     parsers={},
-    metric_fns=(accuracy,),
-    primary_metric="accuracy",
+    metric_fns=(),
+    primary_metric=BY_LOSS,
     same_label=same_text,
     feature_lengths={"inputs": 40, "targets": 24},
 )

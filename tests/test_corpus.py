@@ -2,12 +2,14 @@
 
 import dataclasses
 import gzip
+import json
 
 import numpy as np
 import pytest
 import seqio
 import toy
 
+from sbs_jax.cli import main
 from sbs_jax.data import batches, corpus, registry, selection, tokens
 from sbs_jax.hosts import preemption
 from sbs_jax.run import directory
@@ -158,8 +160,8 @@ def test_corruption_is_new_each_epoch_and_fixed_by_seed_epoch_and_row(text):
     assert all(np.array_equal(held_out[name], again[name]) for name in held_out)
 
 
-def test_seqio_has_the_task_with_the_same_features(text):
-    registry.configure(options(text))
+def test_seqio_has_the_task_with_the_same_features(tmp_path):
+    registry.configure(options(write(tmp_path, lines=60)))
     task = seqio.get_mixture_or_task(corpus.TASK)
     spans = corpus.Spans.fitting(LENGTHS, **DENSITY)
     lengths = {**LENGTHS, "task_ids": LENGTHS["targets"]}
@@ -264,3 +266,44 @@ def test_the_examples_of_a_batch_have_names(text):
     assert all(example.id.startswith("train-") for example in found)
     batch = next(batches.train_dataset(corpus.TASK, skip_batches=3, **given))
     assert all(np.array_equal(features[name], batch[name]) for name in batch)
+
+
+# ---------------------------------------------------------------------------------- afterwards
+
+
+def test_evaluate_grades_it_by_loss_as_its_run_did(pretrained, tmp_path, capsys):
+    run, result = pretrained
+    flags = ["evaluate", "--gin_file=gin_configs/runs/evaluate.gin", f"--gin.CHECKPOINT_PATH={run}/checkpoints/20"]
+    assert main.main([*flags, "--gin.SPLIT=validation", f"--gin.EVAL_OUTPUT_DIR={tmp_path / 'out'}"]) == 0
+    found = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert found["loss"] == pytest.approx(result["validation"]["loss"], rel=1e-6)
+    assert found["token_accuracy"] == result["validation"]["token_accuracy"]
+    assert [each.name for each in (tmp_path / "out").iterdir()] == ["metrics.json"]
+    capsys.readouterr()
+    assert main.main(flags) == 1
+    assert "A corpus has no test split" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["predict", "--model", "RUN", "--input", "IN", "--output", "OUT"], "answers no questions"),
+        (["rationales", "RUN"], "answers no questions"),
+        (["serve", "--model", "RUN"], "answers no questions"),
+        (["report", "RUN", "--output", "OUT"], "not a known method"),
+    ],
+)
+def test_commands_that_need_answers_say_so_in_a_sentence(pretrained, tmp_path, capsys, flags, said):
+    names = {"RUN": str(pretrained[0]), "IN": str(tmp_path / "in.jsonl"), "OUT": str(tmp_path / "out.jsonl")}
+    (tmp_path / "in.jsonl").write_text('{"id": "1", "input": "a"}\n')
+    assert main.main([names.get(flag, flag) for flag in flags]) == 1
+    error = capsys.readouterr().err
+    assert said in error
+    assert "Traceback" not in error
+
+
+def test_a_pretrained_checkpoint_is_converted_with_a_card_that_says_what_it_writes(pretrained, tmp_path):
+    run, _ = pretrained
+    assert main.main(["convert", "--to", "hf", str(run), str(tmp_path / "hf")]) == 0
+    card = json.loads((tmp_path / "hf" / "sbs_student.json").read_text())
+    assert (card["dataset"], card["answer"]["is"], card["input"]["prefix"]) == ("corpus", "masked spans", "")

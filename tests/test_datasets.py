@@ -1,5 +1,6 @@
 """Registered tasks: names, options in force, files and splits, and SeqIO's view of them."""
 
+import dataclasses
 import hashlib
 import json
 from pathlib import Path
@@ -148,6 +149,16 @@ def test_teacher_labels_that_cannot_be_one_are_counted_before_training_on_them(r
     assert "cats, train: 3 of 9 teacher labels are no possible label of their row, such as '17' of the row 'row-0'" in (
         caplog.text
     )
+
+
+def test_a_label_of_a_closed_set_that_the_vocabulary_cannot_write_is_an_error(records_dir: Path, monkeypatch):
+    closed = dataclasses.replace(dataset("cats"), labels=("\u662f", *map(str, range(200))))
+    monkeypatch.setitem(registry._DATASETS, "cats", closed)
+    configure(records_dir, vocabulary=builtin.vocabulary_path())
+    with pytest.raises(ValueError, match=r"lacks '\u662f', a piece of 1 of the labels of cats"):
+        registry.token_tables("cats_label", "train")
+    configure(records_dir)
+    registry.token_tables("cats_label", "train")
 
 
 def test_pieces_that_the_vocabulary_lacks_are_counted(records_dir: Path, caplog):

@@ -8,6 +8,7 @@ import pytest
 import sentencepiece
 import toy
 
+from sbs_jax.cli import main
 from sbs_jax.data import tokens, vocabulary_cut
 from sbs_jax.export import convert
 from sbs_jax.student import t5
@@ -49,6 +50,38 @@ def test_coverage_counts_what_is_lost(cut):
     other = vocabulary_cut.coverage(folder, builtin.vocabulary_path(), ["A huge white wool bell.", "是"])
     assert other.changed >= 1
     assert other.unknown == 1
+
+
+def test_under_a_limit_the_most_frequent_pieces_and_those_of_labels_are_kept(tmp_path):
+    corpus = ["Copper sinks."] * 9 + ["Paper floats."] * 5 + ["Wool."]
+    name, labels = builtin.vocabulary_path(), ["no"]
+    given = {"reserve": 5, "labels": labels, "corpus": corpus}
+    whole = vocabulary_cut.write(tmp_path / "all", name, [], **given | {"labels": []})
+    assert vocabulary_cut.coverage(tmp_path / "all", name, corpus).changed == 0
+    fixed = vocabulary_cut.write(tmp_path / "none", name, [], reserve=0, labels=labels, pieces=len(whole.kept))
+    least = fixed.needed + fixed.characters
+    limited = vocabulary_cut.write(tmp_path / "few", name, ["Iron"] * 7, **given, pieces=least + 3)
+    assert (len(limited.kept), limited.reserve) == (least + 3, 3)
+    old, new = models(tmp_path / "few")
+    pieces = [new.IdToPiece(k) for k in range(new.GetPieceSize())]
+    assert {"▁copper", "▁sinks", "▁no"} <= set(pieces)
+    assert "▁wool" not in pieces
+    assert [limited.kept[i] for i in new.EncodeAsIds("no")] == old.EncodeAsIds("no")
+    with pytest.raises(ValueError, match=f"need {least} pieces, more than --pieces {least - 1}"):
+        vocabulary_cut.write(tmp_path / "fewer", name, [], **given, pieces=least - 1)
+    assert not (tmp_path / "fewer").exists()
+
+
+def test_the_command_covers_records_and_text(tmp_path, capsys):
+    toy.write_records(tmp_path / "records")
+    text = tmp_path / "text.jsonl"
+    text.write_text('"Copper sinks."\n' * 3 + '"Wool floats."\n')
+    flags = ["vocabulary", "--vocabulary", builtin.vocabulary_path(), "--dataset", "toy", "--reserve", "0"]
+    flags += ["--records_dir", str(tmp_path / "records"), "--text", str(text)]
+    assert main.main([*flags, "--output", str(tmp_path / "all")]) == 0
+    assert "Text: 0 of 12 tokens unknown; 0 of 4 texts segmented differently" in capsys.readouterr().out
+    assert main.main([*flags, "--output", str(tmp_path / "few"), "--pieces", "9"]) == 1
+    assert "more than --pieces 9" in capsys.readouterr().err
 
 
 def test_rows_of_tables_are_pieces_sentinels_and_padding(cut):

@@ -436,8 +436,9 @@ def examples(task_name: str, split: str) -> tuple[Example, ...]:
 def token_tables(task_name: str, split: str) -> Mapping[str, tokens.TokenTable]:
     """Encodes a task's examples: {"inputs": table, "targets": table}, nothing cut.
 
-    Runs once per `configure`, at about 100,000 short texts per second. Warns of pieces that the vocabulary lacks. The
-    texts of a corpus are {"text": table}, whose rows `corpus.Rows` makes.
+    Runs once per `configure`, at about 100,000 short texts per second. Warns of pieces that the vocabulary lacks;
+    ValueError if a label of a closed set has one. The texts of a corpus are {"text": table}, whose rows `corpus.Rows`
+    makes.
     """
     text_vocabulary = vocabulary(_options.vocabulary)
     kind = split_task(task_name)[1]
@@ -446,6 +447,7 @@ def token_tables(task_name: str, split: str) -> Mapping[str, tokens.TokenTable]:
             raise ValueError(f"A corpus has no {split} split; it has {' and '.join(corpus.splits(_options))}.")
         return {"text": _corpus()[split]}
     rows = examples(task_name, split)
+    _check_labels_can_be_written(split_task(task_name)[0], text_vocabulary)
     found = {}
     for feature in ("inputs", "targets"):
         texts = [getattr(row, feature) for row in rows]
@@ -462,6 +464,17 @@ def token_tables(task_name: str, split: str) -> Mapping[str, tokens.TokenTable]:
                 "reads <unk> in their place" if feature == "inputs" else "cannot write them",
             )
     return found
+
+
+def _check_labels_can_be_written(dataset: Dataset, text_vocabulary: seqio.Vocabulary) -> None:
+    labels = dataset.labels or ()
+    count, piece = tokens.unknown(labels, tokens.TokenTable.of(labels, text_vocabulary), text_vocabulary)
+    if count:
+        raise ValueError(
+            f"The vocabulary {_options.vocabulary} lacks {piece!r}, a piece of {count} of the labels of "
+            f"{dataset.name}, {brief(list(labels))}: no student can write them. Cut the vocabulary with this dataset's "
+            "records (sbs vocabulary), or take the whole one."
+        )
 
 
 @functools.cache

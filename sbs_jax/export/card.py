@@ -17,7 +17,7 @@ from typing import Any
 
 import jinja2
 
-from sbs_jax.data import grading, registry, selection, slots, tokens
+from sbs_jax.data import corpus, grading, registry, selection, slots, tokens
 from sbs_jax.data.dataset import STEP_BY_STEP, Dataset
 from sbs_jax.run import checkpoints, directory
 from sbs_jax.run.manifest import last_name
@@ -32,6 +32,12 @@ log = logging.getLogger(__name__)
 FILE, README, GRADING = "sbs_student.json", "README.md", "metrics.py"
 SLOTS = "slots.py"  # data/slots.py, for students trained with number slots
 FORMAT = 1
+# What a student writes, by the kind of its task; else a label.
+_ANSWERS = {
+    selection.RATIONALE: "rationale",
+    selection.RATIONALE_THEN_LABEL: "rationale, then label",
+    corpus.SPAN_CORRUPTION: "masked spans",
+}
 # Folder of a run's answers; every row has its input.
 _PREDICTIONS = "predictions"
 
@@ -154,13 +160,13 @@ def _of_settings(opened: Opened) -> dict[str, Any]:
     run, options = manifest["run"], manifest["data"]["options"]
     task, name = run["mixture_or_task_name"], manifest["data"]["dataset"]
     kind = task.removeprefix(f"{name}_")
-    dataset = registry.get(name) if name in registry.names() else None
+    dataset = registry.get(name) if name in (*registry.names(), corpus.DATASET.name) else None
     if dataset is None:
         log.warning("The dataset %r is not known here: the card lacks its labels and how it is graded.", name)
     lengths = run["task_feature_lengths"]
     rationale = {"prefix": options["rationale_prefix"], "max_new_tokens": lengths["targets"]}
     label = {"prefix": options["label_prefix"], "max_new_tokens": run["max_decode_length"]}
-    asked = rationale if kind == selection.RATIONALE else label
+    asked = rationale if kind in (selection.RATIONALE, corpus.SPAN_CORRUPTION) else label
     marker = selection.ANSWER_MARKER if kind == selection.RATIONALE_THEN_LABEL else None
     return {
         "format": FORMAT,
@@ -174,9 +180,7 @@ def _of_settings(opened: Opened) -> dict[str, Any]:
             "number_slots": options.get("number_slots", False),
         },
         "answer": {
-            "is": {selection.RATIONALE: "rationale", selection.RATIONALE_THEN_LABEL: "rationale, then label"}.get(
-                kind, "label"
-            ),
+            "is": _ANSWERS.get(kind, "label"),
             "max_new_tokens": asked["max_new_tokens"],
             "decoding": "greedy",
             "labels": list(dataset.labels) if dataset is not None and dataset.labels is not None else None,

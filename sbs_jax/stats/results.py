@@ -220,6 +220,8 @@ def _manifest(path: Path) -> dict[str, Any]:
 def _check_values(manifest: _Manifest) -> None:
     """Raises ValueError for values that no run of `sbs train` has."""
     data = manifest["data"]
+    if _kind(manifest) not in _METHOD_OF_KIND:  # such as pre-training, which has no test; `identify` says so
+        return
     if not 0 < data["options"]["fraction"] <= 1:
         raise ValueError(f"data.options.fraction is {data['options']['fraction']}; expected more than 0, at most 1.")
     for name in ("train", "test"):

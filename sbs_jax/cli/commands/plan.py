@@ -49,7 +49,7 @@ def run(arguments: argparse.Namespace, bindings: Sequence[str]) -> int:
     os.environ["JAX_PLATFORMS"] = "cpu"
     from sbs_jax.plan import chips, compiler
 
-    unread = ("MODEL_DIR", "RECORDS_DIR", "INITIAL_CHECKPOINT_PATH")
+    unread = ("MODEL_DIR", "RECORDS_DIR", "CORPUS", "INITIAL_CHECKPOINT_PATH")
     if arguments.serve:
         from sbs_jax.plan import worker
 
