@@ -55,12 +55,13 @@ def test_coverage_counts_what_is_lost(cut):
 def test_under_a_limit_the_most_frequent_pieces_and_those_of_labels_are_kept(tmp_path):
     corpus = ["Copper sinks."] * 9 + ["Paper floats."] * 5 + ["Wool."]
     name, labels = builtin.vocabulary_path(), ["no"]
-    given = {"reserve": 5, "labels": labels, "corpus": corpus}
-    whole = vocabulary_cut.write(tmp_path / "all", name, [], **given | {"labels": []})
+    whole = vocabulary_cut.write(tmp_path / "all", name, [], reserve=5, corpus=corpus)
     assert vocabulary_cut.coverage(tmp_path / "all", name, corpus).changed == 0
     fixed = vocabulary_cut.write(tmp_path / "none", name, [], reserve=0, labels=labels, pieces=len(whole.kept))
     least = fixed.needed + fixed.characters
-    limited = vocabulary_cut.write(tmp_path / "few", name, ["Iron"] * 7, **given, pieces=least + 3)
+    limited = vocabulary_cut.write(
+        tmp_path / "few", name, ["Iron"] * 7, reserve=5, labels=labels, corpus=corpus, pieces=least + 3
+    )
     assert (len(limited.kept), limited.reserve) == (least + 3, 3)
     old, new = models(tmp_path / "few")
     pieces = [new.IdToPiece(k) for k in range(new.GetPieceSize())]
@@ -68,7 +69,7 @@ def test_under_a_limit_the_most_frequent_pieces_and_those_of_labels_are_kept(tmp
     assert "▁wool" not in pieces
     assert [limited.kept[i] for i in new.EncodeAsIds("no")] == old.EncodeAsIds("no")
     with pytest.raises(ValueError, match=f"need {least} pieces, more than --pieces {least - 1}"):
-        vocabulary_cut.write(tmp_path / "fewer", name, [], **given, pieces=least - 1)
+        vocabulary_cut.write(tmp_path / "fewer", name, [], reserve=5, labels=labels, pieces=least - 1)
     assert not (tmp_path / "fewer").exists()
 
 
