@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip install --quiet --no-input --disable-pip-version-che
 INSTALL_INPUTS := pyproject.toml scripts/constraints.txt sbs_jax/__init__.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-faults test-teacher check format docs docs-serve notebook bench bench-serve bench-gpu bench-tpu bench-faults test-parity audit clean
+.PHONY: help demo test test-faults test-teacher check format docs docs-serve notebook bench bench-serve bench-gpu bench-tpu bench-faults bench-seeds test-parity audit clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -64,6 +64,9 @@ bench-tpu: $(VENV)/.test ## Measure training and generation on absent TPUs by th
 
 bench-faults: $(VENV)/.test ## Measure what checkpoints and restarts cost (15 minutes); appends to bench.json
 	$(BIN)/python scripts/bench.py faults $(ARGS)
+
+bench-seeds: $(VENV)/.test ## Measure many small students with shared and with own programs, and the demo; appends to bench.json
+	$(BIN)/python scripts/bench.py seeds $(ARGS)
 
 test-parity: $(VENV)/.parity ## Add PyTorch and Hugging Face to the set-up, then compare with them
 	$(BIN)/python -m pytest -m parity $(ARGS)

@@ -5,7 +5,8 @@
 
 Suites: train (a training step against PyTorch's), tuning (LoRA and QLoRA against PEFT), predict (greedy answers),
 teacher (asking a hosted model), serve (`sbs serve` under load), gpu (a training step on a GPU), tpu (cycles and memory
-by the TPU compiler), faults (checkpoints and restarts), input (batches per second). Results: docs/speed.md.
+by the TPU compiler), faults (checkpoints and restarts), input (batches per second),
+seeds (many small students, and the demo). Results: docs/speed.md.
 """
 
 import argparse
@@ -16,7 +17,7 @@ from pathlib import Path
 
 from benchmarks import harness
 
-SUITES = ("train", "tuning", "predict", "teacher", "serve", "gpu", "tpu", "faults", "input")
+SUITES = ("train", "tuning", "predict", "teacher", "serve", "gpu", "tpu", "faults", "input", "seeds")
 ROOT = Path(__file__).resolve().parents[1]
 
 

@@ -8,7 +8,7 @@ import parity_cases as cases
 import toy
 
 from sbs_jax.student import decoding, losses, t5
-from sbs_jax.training.step import Batch, TrainState, prepare
+from sbs_jax.training.step import Batch, TrainState, prepare, root_key
 
 
 def answers(config: t5.T5Config, parameters: t5.Parameters) -> dict[str, np.ndarray]:
@@ -62,7 +62,7 @@ def training(config: t5.T5Config, parameters: t5.Parameters, folder) -> tuple[li
     )
     trainer = prepare(settings)
     optimizer = settings.gradient_transformation().init(parameters)
-    state = TrainState(jnp.int32(0), parameters, optimizer, jnp.int32(0))
+    state = TrainState(jnp.int32(0), parameters, optimizer, jnp.int32(0), root_key(0))
     found, weights = [], {}
     for step in range(1, cases.STEPS + 1):
         state, metrics = trainer.step(jax.tree.map(jnp.array, state), batch())

@@ -23,7 +23,7 @@ from sbs_jax.run import checkpoints, directory
 from sbs_jax.student import t5
 from sbs_jax.training import failures, loop, replay
 from sbs_jax.training.config import TrainConfig
-from sbs_jax.training.step import TrainState, train_step
+from sbs_jax.training.step import TrainState, root_key, train_step
 
 PACKED = {"pack": True, "task_feature_lengths": {"inputs": 40, "targets": 32}, "batch_size": 16, "micro_batches": 2}
 
@@ -84,7 +84,7 @@ def step_function(config: TrainConfig):
     """Makes a jitted step on one device, a fresh state, and a batch."""
     optimizer = config.gradient_transformation()
     structure, parameters = t5.init(config.model, seed=0)
-    state = TrainState(jnp.int32(0), parameters, optimizer.init(parameters), jnp.int32(0))
+    state = TrainState(jnp.int32(0), parameters, optimizer.init(parameters), jnp.int32(0), root_key(0))
     found = batches.train_dataset(
         config.mixture_or_task_name, lengths=config.task_feature_lengths, split="train", batch_size=8,
         pack=config.pack, seed=0, skip_batches=0,

@@ -15,8 +15,9 @@ from sbs_jax import checks
 from sbs_jax.cli import main
 from sbs_jax.data import registry, release
 from sbs_jax.prediction import compiled
-from sbs_jax.run import directory
-from sbs_jax.training import config, declared, gin_files
+from sbs_jax.run import directory, settings
+from sbs_jax.stats import verdict
+from sbs_jax.training import config, declared, gin_files, loop
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -374,3 +375,42 @@ def test_the_teacher_s_messages_name_flags_that_exist():
     for file in (Path(main.__file__).parents[1] / "teacher").glob("*.py"):
         for flag in re.findall(r"(?<![\w-])--[a-z][a-z_]*", file.read_text("utf-8")):
             assert any(flag in command._option_string_actions for command in commands.values()), (file.name, flag)
+
+
+SEEDS = [
+    "train",
+    "--gin_file=gin_configs/experiments/builtin/demo.gin",
+    "--gin_file=gin_configs/methods/step_by_step.gin",
+]
+SEEDS += ["--gin.RECORDS_DIR=records", "--gin.FRACTION=0.5"]
+
+
+def test_each_seed_trains_the_run_of_its_own_command(monkeypatch, capsys):
+    trained, made = [], []
+    monkeypatch.setattr(loop.Programs, "of", lambda config: made.append(config) or "shared")
+    monkeypatch.setattr(loop, "train", lambda config, **given: trained.append((config, given)) or {})
+    monkeypatch.setattr(verdict, "verdict", lambda run: None)
+    assert main.main([*SEEDS, "--seeds=3,1", "--gin.MODEL_DIR=runs/x-{seed}"]) == 0
+    assert main.main([*SEEDS, "--gin.SEED=3", "--gin.MODEL_DIR=runs/x-3"]) == 0
+    (third, given), (first, _), (alone, alone_given) = trained
+    assert (third.seed, third.data.seed, third.model_dir) == (3, 3, "runs/x-3")
+    assert (first.seed, first.data.seed, first.model_dir) == (1, 1, "runs/x-1")
+    assert (given["config_text"], given["programs"]) == (alone_given["config_text"], "shared")
+    assert len(made) == 1
+    assert alone_given["programs"] is None
+    assert settings.describe(third) == settings.describe(alone)
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--seeds=0,1", "--gin.MODEL_DIR=runs/x"], "put {seed} into it"),
+        (["--seeds=0,0", "--gin.MODEL_DIR=runs/{seed}"], "different whole numbers"),
+        (["--seeds=0,x", "--gin.MODEL_DIR=runs/{seed}"], "--seeds is '0,x'"),
+        (["--seeds=0,1", "--gin.SEED=2", "--gin.MODEL_DIR=runs/{seed}"], "both --seeds and SEED"),
+    ],
+)
+def test_seeds_without_runs_of_their_own_are_refused(flags, message, capsys):
+    assert main.main([*SEEDS, *flags]) == 1
+    assert message in capsys.readouterr().err

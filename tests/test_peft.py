@@ -26,7 +26,7 @@ from sbs_jax.run import checkpoints
 from sbs_jax.student import adapters, partitioning, quantized, t5
 from sbs_jax.training import evaluate, gin_files, students
 from sbs_jax.training.state import load_base
-from sbs_jax.training.step import TrainState, prepare
+from sbs_jax.training.step import TrainState, prepare, root_key
 from sbs_jax.weights import frozen, hugging_face, identity, names, npz, opening, peft, runs
 from sbs_jax.weights.arrays import LazyArray, Opened
 
@@ -684,7 +684,9 @@ def test_an_update_is_the_one_that_pytorch_makes_with_peft(theirs, tmp_path):
     )
     trainer = prepare(settings)
     held = load_base(settings, trainer).frozen
-    state = TrainState(jnp.int32(0), values, settings.gradient_transformation().init(values), jnp.int32(0), held)
+    state = TrainState(
+        jnp.int32(0), values, settings.gradient_transformation().init(values), jnp.int32(0), root_key(0), held
+    )
     found = []
     for step in range(2):
         state, metrics = trainer.step(jax.tree.map(jnp.array, state), ours.batch())

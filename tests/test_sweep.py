@@ -81,6 +81,70 @@ def test_a_cell_is_configured_as_its_name_says() -> None:
     assert "adafactor" in str(config.optimizer)
 
 
+def test_cells_that_differ_only_in_seed_share_processes() -> None:
+    cells = a_sweep(datasets=("svamp",), seeds=tuple(range(5)), fractions=(0.5,)).cells()
+    names = [group.name for group in sweep.groups(cells, jobs=2, together=None)]
+    kinds = [f"svamp-cpu-{method}-0.5" for method in METHODS]
+    assert names == [f"{kind}-{seeds}" for kind in kinds for seeds in ("0,1,2", "3,4")]
+    assert [len(group.cells) for group in sweep.groups(cells, jobs=1, together=4)] == [4, 1, 4, 1]
+    single = sweep.groups(cells, jobs=8, together=None)
+    assert [group.arguments() for group in single] == [group.cells[0].arguments() for group in single]
+    assert sorted(group.name for group in single) == sorted(cell.name for cell in cells)
+    first = sweep.groups(cells, jobs=2, together=None)[0]
+    assert f"--gin.MODEL_DIR='runs/runs/{kinds[0]}-{{seed}}'" in first.arguments()
+    assert first.arguments()[-1] == "--seeds=0,1,2"
+    assert not any(argument.startswith("--gin.SEED") for argument in first.arguments())
+    assert sweep.listed([first]) == f"3 seeds in one process: {kinds[0]}-0,1,2\n"
+
+
+class Processes(sweep.Workers):
+    """In the place of Workers: each process trains its seeds up to one that fails, or none."""
+
+    def __init__(self, failing: dict[str, tuple[int, int]]) -> None:
+        self.failing, self.started, self._ended = failing, [], []  # failing: seed and status, by group
+
+    def start(self, name: str, arguments: list[str], *, log: Path) -> None:
+        self.started.append(name)
+        seed, status = self.failing.get(name, (None, 0))
+        kind, _, seeds = name.rpartition("-")
+        for number in seeds.split(","):
+            if number == str(seed):
+                break
+            run = log.parents[1] / "runs" / f"{kind}-{number}"
+            run.mkdir(parents=True)
+            (run / "metrics.jsonl").write_text('{"kind": "test", "step": 1, "accuracy": 50.0}\n')
+        self._ended.append((name, status))
+
+    def ended(self, *, timeout: float) -> Iterator[tuple[str, int]]:
+        while self._ended:
+            yield self._ended.pop()
+
+
+def test_a_seed_that_fails_does_not_end_the_others_of_its_process(tmp_path: Path) -> None:
+    cells = a_sweep(
+        sweep_dir=str(tmp_path), datasets=("svamp",), methods=METHODS[:1], fractions=(1.0,), seeds=(0, 1, 2, 3)
+    ).cells()
+    kind = "svamp-cpu-standard_finetuning-1"
+    started: Any = Processes({f"{kind}-0,1,2,3": (1, -9)})
+    found = list(sweep.run(sweep.groups(cells, jobs=1, together=None), started, jobs=1))
+    assert started.started == [f"{kind}-0,1,2,3", f"{kind}-2,3"]
+    assert [(each.cell.seed, each.status, each.number) for each in found] == [
+        (0, 0, 1),
+        (1, -9, 2),
+        (2, 0, 3),
+        (3, 0, 4),
+    ]
+    assert found[3].result == "accuracy 50.0"
+    assert f"{kind}-0,1,2,3.log" in found[1].last_words()
+    # Preempted: all that were not trained have saved or not begun.
+    shutil.rmtree(tmp_path)
+    started = Processes({f"{kind}-0,1,2,3": (1, 75)})
+    found = list(sweep.run(sweep.groups(cells, jobs=1, together=None), started, jobs=1))
+    assert [(each.cell.seed, each.result) for each in found][1:] == [
+        (seed, "preempted, and saved") for seed in (1, 2, 3)
+    ]
+
+
 def test_fractions_may_differ_between_datasets() -> None:
     cells = a_sweep(fractions={"svamp": (0.2, 1.0), "cqa": (1.0,)}, seeds=(0,), methods=("step_by_step",)).cells()
     assert [(cell.dataset, cell.fraction) for cell in cells] == [("svamp", 1.0), ("svamp", 0.2), ("cqa", 1.0)]
@@ -364,7 +428,7 @@ def test_a_second_sweep_of_one_folder_is_refused(tmp_path: Path, monkeypatch: py
         lock.Lock(folder / "lock", of=folder),
         pytest.raises(lock.HeldError, match=rf"{folder} is in use: process \d+"),
     ):
-        sweep.main(a_sweep(sweep_dir=str(link)), entry=lambda _: 0, jobs=1, redo_changed=True)
+        sweep.main(a_sweep(sweep_dir=str(link)), entry=lambda _: 0, jobs=1, together=None, redo_changed=True)
 
 
 def test_killed_in_the_middle_it_goes_on_and_a_failed_cell_does_not_end_the_others(

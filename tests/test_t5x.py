@@ -384,11 +384,14 @@ def test_t5x_eval_and_infer_answer_and_grade_as_we_do(t5x_run):
         result = evaluate.Evaluator(
             task_name=task,
             split="test",
-            structure=t5.abstract(BUILTIN)[0],
-            partitioner=partitioning.DATA_PARALLEL.partitioner(),
             task_feature_lengths={"inputs": 64, "targets": 32},
-            batch_size=8,
-            max_decode_length=32,
+            generator=evaluate.generator(
+                task,
+                structure=t5.abstract(BUILTIN)[0],
+                partitioner=partitioning.DATA_PARALLEL.partitioner(),
+                batch_size=8,
+                max_decode_length=32,
+            ),
         ).run(parameters)
         if task == "builtin_label":
             assert json.loads(graded.read_text()) == {"step": STEPS, **result.metrics}

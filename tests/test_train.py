@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -86,6 +87,34 @@ def test_a_finished_run_is_not_repeated(finished):
     before = directory.read_metrics(config.model_dir)
     assert loop.train(config, config_text="SEED = 0\n") == result
     assert directory.read_metrics(config.model_dir) == before
+
+
+def test_runs_that_share_programs_end_as_runs_of_their_own(recorded, tmp_path):
+    """Bit for bit, with other rows, another order and other dropout than the run that compiled the programs."""
+    config, _, trainer = recorded
+    programs = dataclasses.replace(loop.Programs.of(config), trainer=trainer)
+    data = dataclasses.replace(config.data, fraction=0.5, seed=5)
+    alone, shared = (
+        dataclasses.replace(config, model_dir=str(tmp_path / name), seed=5, data=data) for name in ("alone", "shared")
+    )
+    loop.train(alone, config_text="")
+    loop.train(shared, config_text="", programs=programs)
+    assert trainer.step._cache_size() == 1
+    ours, theirs, first = (
+        [
+            {name: value for name, value in line.items() if not re.search("second|wait", name)}
+            for line in directory.read_metrics(each.model_dir)
+        ]
+        for each in (shared, alone, config)
+    )
+    assert ours == theirs
+    assert ours[0] != first[0]
+    for file in (tmp_path / "alone" / "predictions").iterdir():
+        assert (tmp_path / "shared" / "predictions" / file.name).read_bytes() == file.read_bytes()
+    arrays = [opening.load_parameters(str(tmp_path / name / "checkpoints" / "6")) for name in ("alone", "shared")]
+    assert all((arrays[0][name] == arrays[1][name]).all() for name in arrays[0])
+    with pytest.raises(ValueError, match="shared has another alpha"):
+        programs.check(dataclasses.replace(shared, alpha=0.25))
 
 
 def test_scores_outlive_the_metrics_and_a_run_without_its_checkpoints_does_not_begin_anew(
@@ -288,10 +317,11 @@ def test_rows_per_update_counts_examples_of_every_task(records_dir):
 def test_an_evaluation_that_scores_nothing_and_never_says_a_label_raises_an_alarm(tmp_path, records_dir, caplog):
     config = toy.config(tmp_path / "run", records_dir)
     registry.configure(config.data)
-    trainer = prepare(config)
+    programs = loop.Programs.of(config)
     # All logits are 0, so every answer is empty.
-    zero = {name: jax.numpy.zeros(leaf.shape, leaf.dtype) for name, leaf in trainer.abstract.parameters.items()}
-    result = loop.evaluator(config, trainer, split="validation").run(zero)
+    abstract = programs.trainer.abstract.parameters
+    zero = {name: jax.numpy.zeros(leaf.shape, leaf.dtype) for name, leaf in abstract.items()}
+    result = loop.evaluator(config, programs, split="validation").run(zero)
     assert result.metrics["accuracy"] == 0.0
     assert "none of 16 predictions is a possible label" in caplog.text
 

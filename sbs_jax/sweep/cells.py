@@ -39,6 +39,11 @@ class Cell:
         return "-".join(parts)
 
     @property
+    def kind(self) -> tuple[Any, ...]:
+        """Identifies all that a cell is but fraction and seed."""
+        return self.dataset, self.size, self.method, repr(self.axes)
+
+    @property
     def model_dir(self) -> Path:
         return self.sweep_dir / "runs" / self.name
 
@@ -72,6 +77,55 @@ class Cell:
             )
         except UsageError as error:
             raise UsageError(f"The cell {self.name} cannot be configured: {error}") from error
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Cells that differ only in seed, trained one after the other by one process that compiles once."""
+
+    cells: tuple[Cell, ...]
+
+    @property
+    def name(self) -> str:
+        """Returns "svamp-base-step_by_step-0.25-0,1,2"."""
+        return f"{self._kind}-{self._seeds}"
+
+    @property
+    def log(self) -> Path:
+        return self.cells[0].log.with_name(f"{self.name}.log")
+
+    def arguments(self) -> list[str]:
+        """Returns the arguments of `sbs`."""
+        first = self.cells[0]
+        if len(self.cells) == 1:
+            return first.arguments()
+        own = ("--gin.SEED=", "--gin.MODEL_DIR=")
+        folder = binding("MODEL_DIR", str(first.model_dir.with_name(f"{self._kind}-{{seed}}")))
+        found = [argument for argument in first.arguments() if not argument.startswith(own)]
+        return [*found, f"--gin.{folder}", f"--seeds={self._seeds}"]
+
+    @property
+    def _kind(self) -> str:
+        return self.cells[0].name.rpartition("-")[0]
+
+    @property
+    def _seeds(self) -> str:
+        return ",".join(str(cell.seed) for cell in self.cells)
+
+
+def groups(cells: Sequence[Cell], *, jobs: int, together: int | None) -> list[Group]:
+    """Groups cells that differ only in seed, at most `together` in one; None shares those of a kind among the jobs.
+
+    Seeds in one process share compiled programs, but only one of them trains at a time.
+    """
+    kinds: dict[Any, list[Cell]] = {}
+    for cell in cells:
+        kinds.setdefault((*cell.kind, cell.fraction), []).append(cell)
+    found = []
+    for same in kinds.values():
+        most = together or -(-len(same) // jobs)
+        found += [Group(tuple(same[start : start + most])) for start in range(0, len(same), most)]
+    return found
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -223,7 +277,7 @@ def check_configurations(cells: Sequence[Cell]) -> list[tuple[Cell, Any]]:
 
     kinds: dict[Any, Cell] = {}
     for cell in cells:
-        kinds.setdefault((cell.dataset, cell.size, cell.method, repr(cell.axes)), cell)
+        kinds.setdefault(cell.kind, cell)
     found, seen = [], {}
     for cell in kinds.values():
         config, text = cell.configured()

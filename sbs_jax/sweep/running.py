@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import os
 import signal
 import time
@@ -13,7 +14,7 @@ from sbs_jax import hosts
 from sbs_jax.hosts import preemption
 from sbs_jax.run import directory
 from sbs_jax.storage import lock
-from sbs_jax.sweep.cells import Cell, Sweep, check_configurations, check_inputs
+from sbs_jax.sweep.cells import Cell, Group, Sweep, check_configurations, check_inputs, groups
 from sbs_jax.sweep.standings import graded, unfinished
 from sbs_jax.sweep.workers import Workers
 
@@ -27,6 +28,7 @@ class Ended:
     seconds: float
     metrics: Mapping[str, Any]
     number: int  # in order of completion, from 1
+    log: Path
 
     @property
     def result(self) -> str:
@@ -36,31 +38,40 @@ class Ended:
         return f"failed, status {self.status}" if self.status else graded(self.metrics)
 
     def last_words(self) -> str:
-        """Returns the last line of a cell's log, and the log's path."""
+        """Returns the last line of the log, and its path."""
         with contextlib.suppress(OSError):
-            lines = self.cell.log.read_text("utf-8", "replace").strip().splitlines()
+            lines = self.log.read_text("utf-8", "replace").strip().splitlines()
             said = next((line for line in reversed(lines) if line.startswith("sbs train:")), lines[-1] if lines else "")
-            return f"{said[:300]} (status {self.status}; {self.cell.log})"
-        return f"status {self.status}; {self.cell.log} cannot be read"
+            return f"{said[:300]} (status {self.status}; {self.log})"
+        return f"status {self.status}; {self.log} cannot be read"
 
 
-def run(cells: Sequence[Cell], started: Workers, *, jobs: int) -> Iterator[Ended]:
-    """Trains cells, `jobs` at a time, and yields each one when it ends.
+def run(groups: Sequence[Group], started: Workers, *, jobs: int) -> Iterator[Ended]:
+    """Trains groups of cells, `jobs` at a time, and yields each cell when it ends.
 
+    If a process fails, the cell that it was training has failed, and the rest of its group is started again.
     preemption.PreemptedError if this process is preempted; the running cells have saved by then.
     """
-    waiting, running, number, preempted = list(cells), {}, 0, False
+    waiting, running, preempted = list(groups), {}, False
+    numbers = itertools.count(1)
     with preemption.listening():
         while running or (waiting and not preempted):
             while waiting and len(running) < jobs and not preempted:
-                cell = waiting.pop(0)
-                started.start(cell.name, cell.arguments(), log=cell.log)
-                running[cell.name] = cell, time.monotonic()
-            for name, status in started.ended(timeout=0.2):
-                cell, begin = running.pop(name)
-                number += 1
-                metrics = _test_metrics(cell) if status == 0 else {}
-                yield Ended(cell=cell, status=status, seconds=time.monotonic() - begin, metrics=metrics, number=number)
+                group = waiting.pop(0)
+                started.start(group.name, group.arguments(), log=group.log)
+                running[group.name] = _Running(group)
+            ended = dict(started.ended(timeout=0.2))
+            for name, each in list(running.items()):
+                yield from each.finished(numbers)
+                if name not in ended:
+                    continue
+                del running[name]
+                status = ended[name]
+                if status == preemption.EXIT_STATUS:
+                    yield from each.failed(len(each.left), status, numbers)
+                elif each.left:
+                    yield from each.failed(1, status, numbers)
+                    waiting[:0] = [Group(tuple(each.left))] if each.left else []
             if hosts.preemption_requested() and not preempted:
                 preempted = True
                 started.send(signal.SIGTERM)
@@ -68,11 +79,42 @@ def run(cells: Sequence[Cell], started: Workers, *, jobs: int) -> Iterator[Ended
         raise preemption.PreemptedError("This sweep was preempted; its cells are saved. Repeat the command to resume.")
 
 
-def _test_metrics(cell: Cell) -> Mapping[str, Any]:
-    return [line for line in directory.read_metrics(cell.model_dir) if line["kind"] == "test"][-1]
+class _Running:
+    """A group in training: the cells that have not ended, the first of which is being trained."""
+
+    def __init__(self, group: Group) -> None:
+        self.left = list(group.cells)
+        self._log, self._begin = group.log, time.monotonic()
+
+    def finished(self, numbers: Iterator[int]) -> Iterator[Ended]:
+        """Yields the cells that have test metrics since the last call."""
+        while self.left and (metrics := _test_metrics(self.left[0])):
+            yield self._end(0, metrics, numbers)
+
+    def failed(self, count: int, status: int, numbers: Iterator[int]) -> Iterator[Ended]:
+        """Yields the first `count` cells left, which end without test metrics."""
+        for _ in range(count):
+            yield self._end(status, {}, numbers)
+
+    def _end(self, status: int, metrics: Mapping[str, Any], numbers: Iterator[int]) -> Ended:
+        begin, self._begin = self._begin, time.monotonic()
+        seconds, cell = self._begin - begin, self.left.pop(0)
+        return Ended(cell=cell, status=status, seconds=seconds, metrics=metrics, number=next(numbers), log=self._log)
 
 
-def main(sweep: Sweep, *, entry: Callable[[list[str]], int], jobs: int, redo_changed: bool) -> int:
+def _test_metrics(cell: Cell) -> Mapping[str, Any] | None:
+    lines = directory.read_metrics(cell.model_dir)
+    return next((line for line in reversed(lines) if line["kind"] == "test"), None)
+
+
+def listed(parts: Sequence[Group]) -> str:
+    """Formats a line per group of several cells, for the list of a sweep."""
+    return "".join(f"{len(part.cells)} seeds in one process: {part.name}\n" for part in parts if len(part.cells) > 1)
+
+
+def main(
+    sweep: Sweep, *, entry: Callable[[list[str]], int], jobs: int, together: int | None, redo_changed: bool
+) -> int:
     """Trains unfinished cells, prints the table, writes the page, and returns the exit status."""
     cells = sweep.cells()
     busy = jobs > 1 and jobs >= (os.cpu_count() or 1)
@@ -81,8 +123,9 @@ def main(sweep: Sweep, *, entry: Callable[[list[str]], int], jobs: int, redo_cha
         # Not before the workers' server is forked: a copy of the descriptor there would hold the lock after our end.
         stack.enter_context(_locked(lock.real(sweep.sweep_dir)))
         left = unfinished(cells, redo_changed=redo_changed)
-        failed = []
-        for ended in run(left, started, jobs=jobs):
+        failed, parts = [], groups(left, jobs=jobs, together=together)
+        print(listed(parts), end="", flush=True)
+        for ended in run(parts, started, jobs=jobs):
             print(f"[{ended.number}/{len(left)}] {ended.cell.name}: {ended.result} ({ended.seconds:.0f} s)", flush=True)
             if ended.status:
                 failed.append(ended)

@@ -32,25 +32,44 @@ class Result:
     rows: list[dict[str, Any]]
 
 
-def evaluator(*, task_name: str, split: str, **options: Any) -> "Evaluator | LossEvaluator":
+def evaluator(*, task_name: str, **options: Any) -> "Evaluator | LossEvaluator":
     """Makes the grader of a task: by its metric functions, or by loss if it has none."""
-    by_loss = not registry.dataset_of_task(task_name).metric_fns
-    return (LossEvaluator if by_loss else Evaluator)(task_name=task_name, split=split, **options)
+    return (LossEvaluator if _by_loss(task_name) else Evaluator)(task_name=task_name, **options)
+
+
+def generator(
+    task_name: str,
+    *,
+    structure: t5.Structure,
+    partitioner: partitioning.Partitioner,
+    batch_size: int,
+    max_decode_length: int,
+) -> "Generator":
+    """Makes the program that `evaluator` of a task needs; compiled once, for all splits and rows."""
+    by_loss = _by_loss(task_name)
+    return Generator(
+        structure,
+        partitioner=partitioner,
+        batch_size=batch_size,
+        length=0 if by_loss else max_decode_length,
+        compute=_token_sums if by_loss else None,
+    )
+
+
+def _by_loss(task_name: str) -> bool:
+    return not registry.dataset_of_task(task_name).metric_fns
 
 
 class Evaluator:
-    """Grader of parameters on one split of a task, by greedy generation. Compiles once, tokenizes once."""
+    """Grader of parameters on one split of a task, by greedy generation. Tokenizes once."""
 
     def __init__(
         self,
         *,
         task_name: str,
         split: str,
-        structure: t5.Structure,
-        partitioner: partitioning.Partitioner,
         task_feature_lengths: Mapping[str, int],
-        batch_size: int,
-        max_decode_length: int,
+        generator: "Generator",
     ) -> None:
         self._dataset, self._kind = registry.split_task(task_name)
         self.primary_metric = self._dataset.primary_metric
@@ -61,7 +80,7 @@ class Evaluator:
         tokens = np.stack([e.features["encoder_input_tokens"] for e in self._examples])
         hosts.agree({f"{task_name} {split}": hashlib.sha256(tokens.data).hexdigest()})
         self._tokens_NS = tokens
-        self._generator = Generator(structure, partitioner=partitioner, batch_size=batch_size, length=max_decode_length)
+        self._generator = generator
         self._vocabulary = registry.vocabulary(registry.options().vocabulary)
 
     def run(self, parameters: t5.Parameters, *, before_batch: Callable[[], None] = lambda: None) -> Result:
@@ -95,7 +114,7 @@ class Evaluator:
 
 
 class LossEvaluator:
-    """Grader of parameters on one split of a task, by the loss in teacher forcing. Compiles once, tokenizes once."""
+    """Grader of parameters on one split of a task, by the loss in teacher forcing. Tokenizes once."""
 
     primary_metric = BY_LOSS
 
@@ -104,20 +123,14 @@ class LossEvaluator:
         *,
         task_name: str,
         split: str,
-        structure: t5.Structure,
-        partitioner: partitioning.Partitioner,
         task_feature_lengths: Mapping[str, int],
-        batch_size: int,
-        max_decode_length: int,
+        generator: "Generator",
     ) -> None:
-        del max_decode_length  # nothing is generated
         features = batches.eval_features(task_name, split=split, lengths=task_feature_lengths)
         names = ("encoder_input_tokens", "decoder_input_tokens", "decoder_target_tokens")
         self._rows = [features[name] for name in names]
         hosts.agree({f"{task_name} {split}": hashlib.sha256(self._rows[0].data).hexdigest()})
-        self._generator = Generator(
-            structure, partitioner=partitioner, batch_size=batch_size, length=0, compute=_token_sums
-        )
+        self._generator = generator
 
     def run(self, parameters: t5.Parameters, *, before_batch: Callable[[], None] = lambda: None) -> Result:
         """Returns "loss" (nats per target token) and "token_accuracy" (percent). `before_batch` may end it."""
@@ -235,11 +248,14 @@ def evaluate(config: EvaluateConfig) -> dict[str, float]:
     grader = evaluator(
         task_name=task,
         split=config.split,
-        structure=student.structure,
-        partitioner=student.partitioner,
         task_feature_lengths=run["task_feature_lengths"],
-        batch_size=config.batch_size,
-        max_decode_length=config.max_decode_length or run["max_decode_length"],
+        generator=generator(
+            task,
+            structure=student.structure,
+            partitioner=student.partitioner,
+            batch_size=config.batch_size,
+            max_decode_length=config.max_decode_length or run["max_decode_length"],
+        ),
     )
     result = grader.run(student.parameters)
     if config.output_dir is not None and hosts.is_first():

@@ -12,7 +12,7 @@ import tqdm
 from sbs_jax import hosts
 from sbs_jax.data import corpus, prefetch, registry, selection
 from sbs_jax.hosts import preemption, watchdog
-from sbs_jax.run import checkpoints, directory
+from sbs_jax.run import checkpoints, directory, settings
 from sbs_jax.training import contents, evaluate, failures, feed
 from sbs_jax.training.config import Checkpointing, TrainConfig
 from sbs_jax.training.metrics_window import MetricsWindow
@@ -22,16 +22,59 @@ from sbs_jax.weights import frozen, opening
 
 log = logging.getLogger(__name__)
 
+# Fields that no compiled program depends on.
+_NOT_COMPILED = ("model_dir", "seed", "data")
 _NEW = {"lines": 0, "window": [], "evaluation_due": False, "scores": {}}  # progress of a run without a checkpoint
 
 
-def train(config: TrainConfig, *, config_text: str, accept_changes: bool = False) -> dict[str, dict[str, Any]]:
+@dataclasses.dataclass(frozen=True)
+class Programs:
+    """Compiled programs of a configuration, for all runs that differ only in seed, records, and folder.
+
+    Compiling takes longer than training a tiny student: 2 cores train the demo's 2 to 3 times as fast with shared
+    programs (docs/speed.md). A step of all seeds at once by `vmap` takes twice as long there as their steps in turn.
+    """
+
+    config: TrainConfig
+    trainer: Trainer
+    generator: evaluate.Generator  # of validation and test
+
+    @classmethod
+    def of(cls, config: TrainConfig) -> "Programs":
+        """Prepares the programs; each compiles at its first use."""
+        trainer = prepare(config)
+        generator = evaluate.generator(
+            config.eval_task_name,
+            structure=trainer.structure,
+            partitioner=trainer.partitioner,
+            batch_size=config.eval_batch_size,
+            max_decode_length=config.max_decode_length,
+        )
+        return cls(config, trainer, generator)
+
+    def check(self, config: TrainConfig) -> None:
+        """Raises ValueError if a run needs other programs."""
+        mine, other = (
+            {name: value for name, value in settings.describe(each).items() if name not in _NOT_COMPILED}
+            for each in (self.config, config)
+        )
+        if different := [name for name in mine if mine[name] != other[name]]:
+            raise ValueError(
+                f"{config.model_dir} has another {different[0]} than {self.config.model_dir}, so they cannot share "
+                "compiled programs. Train them by separate commands."
+            )
+
+
+def train(
+    config: TrainConfig, *, config_text: str, accept_changes: bool = False, programs: Programs | None = None
+) -> dict[str, dict[str, Any]]:
     """Runs or resumes one training; returns the last metrics line of each kind (train, validation, test).
 
     `config_text` is the operative configuration, kept in the run directory. A directory that holds a run of another
     configuration, other data or other defaults is refused with the difference, unless `accept_changes`. The best
     checkpoint by validation is tested once, at the end. preemption.PreemptedError after a preempted run is saved;
-    repeating the call resumes it, and the result is bit-identical to an uninterrupted run.
+    repeating the call resumes it, and the result is bit-identical to an uninterrupted run. `programs` are those of
+    another run to share; its results are the same.
     """
     # ------------------------------------------------------------------ set up: data, mesh, compiled step
     registry.configure(config.data)
@@ -44,8 +87,10 @@ def train(config: TrainConfig, *, config_text: str, accept_changes: bool = False
         )
     _check_vocabulary(config)
     hosts.agree({"data": feed.fingerprint(config, data)})
-    trainer = prepare(config)
-    validator = evaluator(config, trainer, split=selection.VALIDATION)
+    programs = programs or Programs.of(config)
+    programs.check(config)
+    trainer = programs.trainer
+    validator = evaluator(config, programs, split=selection.VALIDATION)
     base = None if config.tuning is None else load_base(config, trainer)
     manifest = contents.manifest(config, data=data, trainer=trainer)
 
@@ -62,7 +107,7 @@ def train(config: TrainConfig, *, config_text: str, accept_changes: bool = False
         # -------------------------------------------------------------- restore the newest checkpoint, or initialize
         if start:
             log.info("Resuming at step %d of %d.", start, config.train_steps)
-            state, progress = _restore(saver, trainer, step=start, base=base)
+            state, progress = _restore(config, saver, trainer, step=start, base=base)
         else:
             state, progress = initial_state(config, trainer, base=base), _NEW
         # The state holds the base's arrays now, stacked if layers are scanned; a second reference would keep a copy.
@@ -75,7 +120,7 @@ def train(config: TrainConfig, *, config_text: str, accept_changes: bool = False
             saved = dict(hosts.from_first(lambda: list(directory.read_scores(run.path).items())))
         scores |= saved
         window = MetricsWindow(progress["window"])
-        session = _Session(config, trainer, validator, run, saver, watch, scores, identity, state, start, window)
+        session = _Session(config, programs, validator, run, saver, watch, scores, identity, state, start, window)
         del state  # every step donates it
         if progress["evaluation_due"] and not session.validate():
             session.leave()
@@ -114,7 +159,7 @@ class _Session:
     """A training in progress: its state, and the writers of metrics, predictions and checkpoints."""
 
     config: TrainConfig
-    trainer: Trainer
+    programs: Programs
     evaluator: evaluate.Evaluator | evaluate.LossEvaluator  # of validation
     run: directory.RunDir
     saver: checkpoints.Checkpoints
@@ -125,6 +170,11 @@ class _Session:
     step: int  # of the last update
     window: MetricsWindow
     skipped: int = 0
+
+    @property
+    def trainer(self) -> Trainer:
+        """Returns the compiled step and its shardings."""
+        return self.programs.trainer
 
     def advance(self, batches: prefetch.Prefetcher[Any], *, step: int) -> None:
         """Makes one update; returns before the devices have finished it."""
@@ -193,7 +243,7 @@ class _Session:
         checkpoint = self.run.path / "checkpoints" / str(step)
         base = {} if config.tuning is None else trainer.parameters(self.state)  # checkpoints hold only adapters
         parameters = {**base, **opening.load_parameters(checkpoint, like=trainer.saved.parameters)}
-        grader = evaluator(config, trainer, split=selection.TEST)
+        grader = evaluator(config, self.programs, split=selection.TEST)
         try:
             result = grader.run(parameters, before_batch=self._before_batch)
         except preemption.PreemptedError:
@@ -218,23 +268,25 @@ class _Session:
 
 
 def _restore(
-    saver: checkpoints.Checkpoints, trainer: Trainer, *, step: int, base: frozen.Base | None
+    config: TrainConfig,
+    saver: checkpoints.Checkpoints,
+    trainer: Trainer,
+    *,
+    step: int,
+    base: frozen.Base | None,
 ) -> tuple[TrainState, dict[str, Any]]:
     """Returns the state and metadata of a checkpoint. Its arrays in the layout of the disk are released."""
     found = saver.restore(step, parameters=trainer.saved.parameters, optimizer=trainer.saved.optimizer)
-    return restored_state(found, trainer, base=base), found.metadata
+    return restored_state(config, found, trainer, base=base), found.metadata
 
 
-def evaluator(config: TrainConfig, trainer: Trainer, *, split: str) -> evaluate.Evaluator | evaluate.LossEvaluator:
+def evaluator(config: TrainConfig, programs: Programs, *, split: str) -> evaluate.Evaluator | evaluate.LossEvaluator:
     """Makes the evaluator of a run's validation or test split."""
     return evaluate.evaluator(
         task_name=config.eval_task_name,
         split=split,
-        structure=trainer.structure,
-        partitioner=trainer.partitioner,
         task_feature_lengths=config.task_feature_lengths,
-        batch_size=config.eval_batch_size,
-        max_decode_length=config.max_decode_length,
+        generator=programs.generator,
     )
 
 

@@ -124,7 +124,7 @@ def _state_before(config: TrainConfig, trainer: Trainer, run: Path, *, step: int
 
     def restored(directory: Path, number: int) -> TrainState:
         like = {"parameters": trainer.saved.parameters, "optimizer": trainer.saved.optimizer}
-        return restored_state(checkpoints.restore(directory, number, **like), trainer, base=base)
+        return restored_state(config, checkpoints.restore(directory, number, **like), trainer, base=base)
 
     kept = failures.folder(run, step)
     if checkpoints.steps(kept) == [step - 1]:

@@ -10,7 +10,7 @@ import numpy as np
 from sbs_jax.run import checkpoints
 from sbs_jax.student import adapters, t5
 from sbs_jax.training.config import TrainConfig
-from sbs_jax.training.step import Trainer, TrainState, shardings
+from sbs_jax.training.step import Trainer, TrainState, root_key, shardings
 from sbs_jax.weights import frozen, identity, opening
 
 log = logging.getLogger(__name__)
@@ -33,8 +33,9 @@ def initial_state(config: TrainConfig, trainer: Trainer, *, base: frozen.Base | 
         parameters = opening.load_parameters(config.initial_checkpoint_path, like=trainer.saved.parameters)
     optimizer = config.optimizer(learning_rate=config.learning_rate)
     state = jax.jit(optimizer.init, out_shardings=saved.optimizer)(parameters)
-    zero = _number(0, saved.step)
-    return trainer.stacked(TrainState(zero, parameters, state, _number(0, saved.skipped), base.frozen if base else {}))
+    zero, key = _number(0, saved.step), _key(config, trainer)
+    frozen_parameters = base.frozen if base else {}
+    return trainer.stacked(TrainState(zero, parameters, state, _number(0, saved.skipped), key, frozen_parameters))
 
 
 def load_base(config: TrainConfig, trainer: Trainer) -> frozen.Base:
@@ -54,7 +55,14 @@ def _number(value: int, sharding: Any) -> jax.Array:
     return jax.make_array_from_callback((), sharding, lambda _: np.asarray(value, np.int32))
 
 
-def restored_state(restored: checkpoints.Restored, trainer: Trainer, *, base: frozen.Base | None = None) -> TrainState:
+def _key(config: TrainConfig, trainer: Trainer) -> jax.Array:
+    data = np.asarray(root_key(config.seed))
+    return jax.make_array_from_callback(data.shape, trainer.saved.root_key.sharding, lambda _: data)
+
+
+def restored_state(
+    config: TrainConfig, restored: checkpoints.Restored, trainer: Trainer, *, base: frozen.Base | None = None
+) -> TrainState:
     """Makes the state from a restored checkpoint. ValueError if its adapters belong to another base."""
     saved = trainer.saved
     if base is not None:
@@ -65,6 +73,7 @@ def restored_state(restored: checkpoints.Restored, trainer: Trainer, *, base: fr
             restored.parameters,
             restored.optimizer,
             _number(restored.metadata["skipped"], saved.skipped.sharding),
+            _key(config, trainer),
             base.frozen if base else {},
         )
     )

@@ -26,6 +26,7 @@ class TrainState:
     parameters: Any  # the trained t5.Parameters
     optimizer: Any
     skipped: Any  # int32 scalar, updates skipped because they were not finite
+    root_key: Any  # uint32 data of the key of all dropout: no constant, so that runs of other seeds share the program
     frozen: Any = dataclasses.field(default_factory=dict)  # the other t5.Parameters; no step changes them
 
 
@@ -110,7 +111,7 @@ def train_step(
         z_loss=config.z_loss,
         micro_batches=config.micro_batches,
         vocabulary_chunks=config.vocabulary_chunks,
-        dropout_key=jax.random.fold_in(jax.random.key(config.seed), state.step),
+        dropout_key=jax.random.fold_in(jax.random.wrap_key_data(state.root_key), state.step),
         frozen=state.frozen,
     )
     norm, gradients = _clipped(gradients, norm=config.clip_norm)
@@ -126,7 +127,12 @@ def train_step(
     for task, name in losses.TASK_NAMES.items():
         metrics |= sums[task].means(name)
     step = state.step + (skipped <= config.skip_non_finite)
-    return TrainState(step, parameters, optimizer_state, skipped, state.frozen), metrics
+    return TrainState(step, parameters, optimizer_state, skipped, state.root_key, state.frozen), metrics
+
+
+def root_key(seed: int) -> jax.Array:
+    """Returns `TrainState.root_key` of a run's seed."""
+    return jax.random.key_data(jax.random.key(seed))
 
 
 def _clipped(gradients: t5.Parameters, *, norm: float | None) -> tuple[Float[Array, ""], t5.Parameters]:
@@ -171,7 +177,8 @@ def prepare(config: TrainConfig, *, devices: Sequence[Any] | None = None) -> Tra
         adapted = adapters.abstract(config.model, config.tuning, execution=execution)
         trained, rest = adapted.split(adapted.shapes)
         number = jax.ShapeDtypeStruct((), jnp.int32)
-        state = TrainState(number, trained, jax.eval_shape(optimizer.init, trained), number, rest)
+        key = jax.eval_shape(lambda: root_key(0))
+        state = TrainState(number, trained, jax.eval_shape(optimizer.init, trained), number, key, rest)
         state = partitioner.with_shardings(state, parameters=adapted.shapes, axes=adapted.axes)
         return adapted.structure, dataclasses.replace(state, optimizer=_in_memory(state.optimizer, config))
 

@@ -186,11 +186,11 @@ def drawn_by_array(config: Any, trainer: Any) -> Any:
     import jax.numpy as jnp
 
     from sbs_jax.student import t5
-    from sbs_jax.training.step import TrainState
+    from sbs_jax.training.step import TrainState, root_key
 
     _, parameters = t5.init(config.model, seed=config.seed)
     optimizer = config.optimizer(learning_rate=config.learning_rate).init(parameters)
-    state = TrainState(jnp.int32(0), parameters, optimizer, jnp.int32(0))
+    state = TrainState(jnp.int32(0), parameters, optimizer, jnp.int32(0), root_key(config.seed))
     return trainer.stacked(jax.device_put(state, jax.tree.map(lambda leaf: leaf.sharding, trainer.saved)))
 
 

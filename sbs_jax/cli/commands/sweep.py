@@ -27,6 +27,13 @@ def add(command: Any) -> None:
     sweep.add_argument(
         "--jobs", type=int, default=1, metavar="N", help="cells to train at a time (default: %(default)s)"
     )
+    sweep.add_argument(
+        "--together",
+        type=int,
+        metavar="N",
+        help="cells that differ only in seed, at most N, train one after the other in one process, which compiles once "
+        "(default: the seeds of a kind are shared among the --jobs; 1: each cell in its own process)",
+    )
     sweep.add_argument("--dry_run", action="store_true", help="show the cells and their state; train nothing")
     sweep.add_argument("--print", action="store_true", help="print one command per cell, for a cluster; train nothing")
     sweep.add_argument("--index", type=int, metavar="I", help="with --print: only the command of cell I, from 0")
@@ -43,6 +50,8 @@ def run(arguments: argparse.Namespace, bindings: Sequence[str]) -> int:
         raise UsageError("--index and --json go with --print.")
     if arguments.jobs < 1:
         raise UsageError(f"--jobs is {arguments.jobs}; expected at least 1.")
+    if arguments.together is not None and arguments.together < 1:
+        raise UsageError(f"--together is {arguments.together}; expected at least 1 seed.")
     from sbs_jax import sweep
     from sbs_jax.cli import main
 
@@ -54,9 +63,18 @@ def run(arguments: argparse.Namespace, bindings: Sequence[str]) -> int:
         return 0
     if arguments.dry_run:
         sweep.check_configurations(plan.cells())
-        print(sweep.overview(sweep.standings(plan.cells())))
+        found = sweep.standings(plan.cells())
+        left = [each.cell for each in found if each.state != sweep.FINISHED]
+        print(sweep.overview(found))
+        print(sweep.listed(sweep.groups(left, jobs=arguments.jobs, together=arguments.together)), end="")
         return 0
-    return sweep.main(plan, entry=main.main, jobs=arguments.jobs, redo_changed=arguments.redo_changed)
+    return sweep.main(
+        plan,
+        entry=main.main,
+        jobs=arguments.jobs,
+        together=arguments.together,
+        redo_changed=arguments.redo_changed,
+    )
 
 
 def _commands(cells: Sequence[Any], *, index: int | None, as_json: bool) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 from sbs_jax import hosts
 from sbs_jax.hosts import preemption
 from sbs_jax.training import gin_files
+from sbs_jax.training.gin_files import UsageError
 
 log = logging.getLogger(__name__)
 
@@ -21,7 +22,8 @@ def add(command: Any) -> None:
         gin=True,
         multihost=True,
         epilog="example:\n  sbs train --gin_file=gin_configs/experiments/svamp/cpu.gin \\\n"
-        "      --gin.RECORDS_DIR=records --gin.MODEL_DIR=runs/svamp\n\n"
+        "      --gin.RECORDS_DIR=records --gin.MODEL_DIR=runs/svamp\n"
+        "  sbs train .. --seeds 0,1,2 --gin.MODEL_DIR=runs/svamp-{seed}\n\n"
         "Repeat the command to resume. SIGTERM or Ctrl-C saves and ends the run; a second one ends it at once.\n"
         f"Exit status: 0 finished, {preemption.EXIT_STATUS} preempted and saved (repeat the command), 1 error.",
     )
@@ -30,16 +32,39 @@ def add(command: Any) -> None:
         action="store_true",
         help="resume even if data, vocabulary, defaults or configuration differ from those the run began with",
     )
+    train.add_argument(
+        "--seeds",
+        metavar="N,N,..",
+        help="train a run per seed, one after the other with programs compiled once; {seed} in MODEL_DIR is the seed",
+    )
 
 
 def run(arguments: argparse.Namespace, bindings: Sequence[str]) -> int:
     from sbs_jax.stats import verdict
     from sbs_jax.training import loop
 
-    config, text = gin_files.configured("train.TrainConfig", arguments, bindings)
-    result = loop.train(config, config_text=text, accept_changes=arguments.accept_changes)
-    if hosts.is_first():
-        print(json.dumps(result, indent=1))
-        if config.evaluate_test and (below := verdict.verdict(config.model_dir)) is not None:
-            log.warning("%s", below)
+    each = [list(bindings)] if arguments.seeds is None else _of_seeds(arguments.seeds, bindings)
+    configured = [gin_files.configured("train.TrainConfig", arguments, found) for found in each]
+    programs = loop.Programs.of(configured[0][0]) if len(each) > 1 else None
+    for config, text in configured:
+        result = loop.train(config, config_text=text, accept_changes=arguments.accept_changes, programs=programs)
+        if hosts.is_first():
+            print(json.dumps(result, indent=1))
+            if config.evaluate_test and (below := verdict.verdict(config.model_dir)) is not None:
+                log.warning("%s", below)
     return 0
+
+
+def _of_seeds(seeds: str, bindings: Sequence[str]) -> list[list[str]]:
+    """Returns the bindings of each seed's run. UsageError if seeds repeat or runs would share a directory."""
+    numbers = seeds.split(",")
+    if not all(number.isdecimal() and number.isascii() for number in numbers) or len(set(numbers)) < len(numbers):
+        raise UsageError(f"--seeds is {seeds!r}; expected different whole numbers: 0,1,2.")
+    names = {binding.partition("=")[0].strip(): binding for binding in bindings}
+    if "SEED" in names:
+        raise UsageError("Got both --seeds and SEED; keep one.")
+    if "{seed}" not in names.get("MODEL_DIR", ""):
+        raise UsageError("--seeds needs a directory per run; put {seed} into it: --gin.MODEL_DIR=runs/svamp-{seed}.")
+    own = names["MODEL_DIR"]
+    others = [binding for binding in bindings if binding != own]
+    return [[*others, own.replace("{seed}", number), f"SEED={number}"] for number in numbers]
