@@ -128,4 +128,5 @@ def _report(folder: Path, cells: Sequence[sweep.Cell], *, teacher_accuracy: floa
         command="sbs demo",
         teacher_accuracy=teacher_accuracy,
     )
-    print(f"\n{report.table(study.summaries[0])}\n\nPage: {page}")
+    summary = study.summaries[0]
+    print(f"\n{report.headline(summary)}.\n\n{report.table(summary)}\n\nPage: {page}")

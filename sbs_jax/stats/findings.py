@@ -56,14 +56,12 @@ def headline(summary: Summary) -> str:
         return _finding(found[0])
     if all(c.verdict == "no difference shown" for c in found):
         amounts = f"at any of {len(found)} amounts of data"
-        return f"No difference shown between {method} and {theirs}, {amounts}{_one_seed(found)}"
+        return f"No difference shown between {method} and {theirs}, {amounts}{_one_seed(found)}{_by_amount(found)}"
     for verdict, winner, loser in (("ahead", ours, theirs), ("behind", capital(theirs), method)):
         if all(c.verdict == verdict for c in found):
             points = sorted(abs(c.difference) for c in found)
-            return (
-                f"{winner} is ahead of {loser} at all {len(found)} amounts of data, by {points[0]:.1f} to "
-                f"{points[-1]:.1f} points"
-            )
+            sizes = _by_amount(found) or f", by {points[0]:.1f} to {points[-1]:.1f} points"
+            return f"{winner} is ahead of {loser} at all {len(found)} amounts of data{sizes}"
     phrases = []
     for verdict, phrase in (
         ("ahead", f"{method} is ahead of {theirs} at {{}} of the data"),
@@ -74,7 +72,19 @@ def headline(summary: Summary) -> str:
         shares = [percent(c.fraction) for c in found if c.verdict == verdict]
         if shares:
             phrases.append(phrase.format(listed(shares)))
-    return capital("; ".join(phrases))
+    return capital("; ".join(phrases)) + _by_amount(found)
+
+
+def _by_amount(found: Sequence[Comparison]) -> str:
+    """Lists differences, intervals and seeds of at most three amounts of data; "" for one seed."""
+    if len(found) > 3 or _one_seed(found):
+        return ""
+    parts = [
+        f"{signed(c.difference)} points {signed_interval(c.low, c.high)} with {of_data(c.fraction)}" for c in found
+    ]
+    counts = listed([str(count) for count in sorted({len(c.seeds) for c in found})])
+    minus = f"{found[0].method} minus {found[0].reference}"
+    return f": {listed(parts)} ({minus}, 95 % intervals, {counts} seeds)"
 
 
 def sentences(summary: Summary) -> list[str]:
