@@ -111,7 +111,8 @@ def test_runs_that_share_programs_end_as_runs_of_their_own(recorded, tmp_path):
     assert ours[0] != first[0]
     for file in (tmp_path / "alone" / "predictions").iterdir():
         assert (tmp_path / "shared" / "predictions" / file.name).read_bytes() == file.read_bytes()
-    arrays = [opening.load_parameters(str(tmp_path / name / "checkpoints" / "6")) for name in ("alone", "shared")]
+    paths = [tmp_path / name / "checkpoints" / "6" for name in ("alone", "shared")]
+    arrays = [opening.load_parameters(str(path), like=trainer.saved.parameters) for path in paths]
     assert all((arrays[0][name] == arrays[1][name]).all() for name in arrays[0])
     with pytest.raises(ValueError, match="shared has another alpha"):
         programs.check(dataclasses.replace(shared, alpha=0.25))

@@ -17,7 +17,7 @@ ROWS: Mapping[str, int] = {"train": 800, "validation": 300, "test": 1000}
 DATA_SEED = 20261122
 METHODS = ("standard_finetuning", "step_by_step")
 FRACTIONS = (0.25, 0.5)
-SEEDS = tuple(range(12))
+SEEDS = tuple(range(10))
 BINDINGS: Mapping[str, Any] = {}  # tests shorten the demo with these
 JOBS = 2
 

@@ -29,10 +29,9 @@ _NEW = {"lines": 0, "window": [], "evaluation_due": False, "scores": {}}  # prog
 
 @dataclasses.dataclass(frozen=True)
 class Programs:
-    """Compiled programs of a configuration, for all runs that differ only in seed, records, and folder.
+    """Compiled programs of a configuration, for all runs that differ only in seed, records and folder.
 
-    Compiling takes longer than training a tiny student: 2 cores train the demo's 2 to 3 times as fast with shared
-    programs (docs/speed.md). A step of all seeds at once by `vmap` takes twice as long there as their steps in turn.
+    On a CPU, steps of a tiny student in turn are faster than a step of all seeds by `vmap` (docs/experiments.md).
     """
 
     config: TrainConfig
