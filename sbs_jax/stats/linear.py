@@ -5,8 +5,8 @@ in which slots stand for numbers (slots.py). Three models pick one:
 
 - majority: the candidate that is right most often in training, whatever the row says;
 - partial: a linear model of the hypothesis without its premise, or of the choices without their question;
-- linear: a linear model of all words, and of pairs of words: one of the premise (question) with one of the hypothesis
-  (choice), or neighbours where rows have one part only.
+- linear: a linear model of all words and neighbours, of which words of the hypothesis (choice) the premise (question)
+  has too, and of their share. (Pairs of a word of each part cost points and minutes: docs/experiments.md.)
 
 A linear model is a softmax over the candidates' scores, fitted by L-BFGS with an L2 penalty chosen on validation.
 """
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from scipy import sparse
 
 PENALTIES = (0.1, 1.0, 10.0)  # factors of half the squared norm; the summed log-likelihood has factor 1
+_LONG = 15  # words of a hypothesis or choice that are not counted further
 _WORD = re.compile(r"<extra_id_[0-9]+>|[^\W_]+(?:'[a-z]+)?")
 
 
@@ -43,7 +44,7 @@ class _Row:
 
     Attributes:
       context: words of the premise or question.
-      focus: words of the hypothesis, or of each choice.
+      focus: words of the hypothesis, or of each choice, in the order of the text.
       right: for each candidate, whether it is right. In training only the row's own template is: others may have the
         same value by chance.
     """
@@ -67,8 +68,8 @@ def measure(name: str, *, train: Sequence[str] = (selection.TRAIN,), split: str 
     held_out = [] if selection.VALIDATION in train else [read(*row) for row in _labelled(name, selection.VALIDATION)]
     models = {MAJORITY: _majority(rows, test)}
     if any(row.context and any(row.focus) for row in rows):
-        models[PARTIAL] = _linear(rows, held_out, test, _words_of_focus)
-    models[LINEAR] = _linear(rows, held_out, test, _words_and_pairs)
+        models[PARTIAL] = _linear(rows, held_out, test, lambda context, focus: _features((), focus))
+    models[LINEAR] = _linear(rows, held_out, test, _features)
     hashes = {each: facts["sha256"] for each, facts in registry.sources(name)["splits"].items()}
     return Baselines(
         format=FORMAT,
@@ -122,9 +123,7 @@ def _readers(dataset: Dataset, learned: Sequence[tuple[str, str, tuple[str, ...]
         del choices
         numbers = Numbers.of(text)
         right = tuple(numbers.fill(t) == label if exact else same(label, numbers.fill(t)) for t in templates)
-        words = _WORD.findall(numbers.hide(text).lower())
-        pairs = [f"{a} {b}" for a, b in itertools.pairwise(words)]
-        return _Row(context=(), focus=(tuple(dict.fromkeys(words + pairs)),), right=right)
+        return _Row(context=(), focus=(_words(numbers.hide(text)),), right=right)
 
     if any(choices for _, _, choices in learned):
         return with_choices, with_choices
@@ -136,7 +135,7 @@ def _readers(dataset: Dataset, learned: Sequence[tuple[str, str, tuple[str, ...]
 
 
 def _words(text: str) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(_WORD.findall(text.lower())))
+    return tuple(_WORD.findall(text.lower()))
 
 
 # ------------------------------------------------------------------------------------- models
@@ -148,17 +147,15 @@ def _majority(rows: Sequence[_Row], test: Sequence[_Row]) -> list[bool]:
     return [best < len(row.right) and row.right[best] for row in test]
 
 
-def _words_of_focus(context: tuple[str, ...], focus: tuple[str, ...]) -> Iterator[str]:
-    del context
-    yield from focus
-
-
-def _words_and_pairs(context: tuple[str, ...], focus: tuple[str, ...]) -> Iterator[str]:
-    yield from focus
-    for word in context:
-        yield f"{word} "
-        for other in focus:
-            yield f"{word} {other}"
+def _features(context: tuple[str, ...], focus: tuple[str, ...]) -> Iterator[str]:
+    words = dict.fromkeys(focus)
+    yield from words
+    yield from dict.fromkeys(f"{a} {b}" for a, b in itertools.pairwise(("", *focus, "")))
+    if context:
+        known = words.keys() & set(context)
+        yield from (f"{word} {'too' if word in known else 'new'} " for word in words)
+        yield f"{5 * len(known) // max(len(words), 1)} of 5 known "
+        yield f"{min(len(focus), _LONG)} words "
 
 
 _Features = Callable[[tuple[str, ...], tuple[str, ...]], Iterator[str]]
@@ -185,16 +182,16 @@ class _Design:
     """Features of all pairs of a row and a candidate.
 
     Attributes:
-      pairs: [P, D] features, the candidates of a row together.
+      given: [G, D] features: of each pair, the candidates of a row together, or of each row.
       starts: [R] index of each row's first pair.
       right: [P] whether the candidate is right.
-      width: D, the number of features.
+      outputs: P / G, the scores that a row of `given` has, each with weights of its own: its candidates, or 1.
     """
 
-    pairs: sparse.csr_array
+    given: sparse.csr_array
     starts: np.ndarray
     right: np.ndarray
-    width: int
+    outputs: int
 
     @classmethod
     def of(cls, rows: Sequence[_Row], features: _Features, columns: dict[str, int], *, grow: bool = False) -> _Design:
@@ -210,15 +207,20 @@ class _Design:
                     if column is not None:
                         indices.append(column)
                 ends.append(len(indices))
-        width = len(columns)
-        found = sparse.csr_array((np.ones(len(indices)), indices, ends), shape=(len(ends) - 1, width))
-        if all(len(row.focus) == 1 for row in rows):  # the same candidates for all rows, each with weights of its own
-            candidates = len(rows[0].right)
-            width *= candidates
-            found = sparse.csr_array(sparse.kron(found, sparse.eye_array(candidates), format="csr"))
+        found = sparse.csr_array((np.ones(len(indices)), indices, ends), shape=(len(ends) - 1, len(columns)))
+        same = all(len(row.focus) == 1 for row in rows)  # the same candidates for all rows
         sizes = [len(row.right) for row in rows]
         right = np.array([right for row in rows for right in row.right])
-        return cls(found, np.concatenate([[0], np.cumsum(sizes)[:-1]]), right, width)
+        return cls(found, np.concatenate([[0], np.cumsum(sizes)[:-1]]), right, len(rows[0].right) if same else 1)
+
+    @property
+    def width(self) -> int:
+        """Number of weights."""
+        return self.given.shape[1] * self.outputs
+
+    def _scores(self, weights: np.ndarray) -> np.ndarray:
+        """Returns the score of each pair, [P]."""
+        return (self.given @ weights.reshape(-1, self.outputs)).ravel()
 
     @property
     def sizes(self) -> np.ndarray:
@@ -226,26 +228,26 @@ class _Design:
         return np.diff(np.append(self.starts, len(self.right)))
 
     def fit(self, penalty: float, *, start: np.ndarray) -> np.ndarray:
-        """Returns the weights [D] that minimize -log P(right) summed over rows, plus penalty / 2 times their square."""
+        """Returns weights [width] that minimize the rows' sum of -log P(right), plus penalty / 2 times their square."""
         from scipy import optimize
 
-        transposed = self.pairs.T.tocsr()
+        transposed = self.given.T.tocsr()
         sizes = self.sizes
 
         def loss(weights: np.ndarray) -> tuple[float, np.ndarray]:
-            scores = self.pairs @ weights
+            scores = self._scores(weights)
             scores -= np.repeat(np.maximum.reduceat(scores, self.starts), sizes)
             shares = np.exp(scores)
             total = np.add.reduceat(shares, self.starts)
             hit = np.maximum(np.add.reduceat(shares * self.right, self.starts), 1e-300)
             slope = shares / np.repeat(total, sizes) - shares * self.right / np.repeat(hit, sizes)
             value = float(np.sum(np.log(total) - np.log(hit))) + penalty / 2 * float(weights @ weights)
-            return value, transposed @ slope + penalty * weights
+            return value, (transposed @ slope.reshape(-1, self.outputs)).ravel() + penalty * weights
 
         return optimize.minimize(loss, start, jac=True, method="L-BFGS-B", options={"maxiter": 200}).x
 
     def grades(self, weights: np.ndarray) -> np.ndarray:
         """Returns for each row [R] whether its candidate with the highest score is right."""
-        scores = self.pairs @ weights
+        scores = self._scores(weights)
         rows = zip(self.starts, self.sizes, strict=True)
         return np.array([self.right[start + np.argmax(scores[start : start + size])] for start, size in rows])
