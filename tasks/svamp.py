@@ -18,6 +18,7 @@ from sbs_jax.data.grading import MAX_CHARACTERS, equation_accuracy, equation_val
 from sbs_jax.data.parsing import NOT_ARITHMETIC, Parsed, split_answer, strict_reply, unusable, usable
 from sbs_jax.data.release import read_inputs
 from sbs_jax.storage.json_files import text_field
+from tasks import svamp_further
 
 MARKER = "The answer is"
 
@@ -102,4 +103,5 @@ DATASET = Dataset(
     feature_lengths={"inputs": 88, "targets": 112},
     is_label=is_arithmetic,
     implied_label=implied_label,
+    read_further=svamp_further.read,
 )

@@ -70,13 +70,38 @@ def test_a_run_finds_its_baselines_and_is_told_that_it_is_below(toy_run):
     assert baselines.read(manifest) is None
     sha256 = {"test": manifest["data"]["splits"]["test"]["sha256"]}
     for accuracy, said in ((100.0, "below a baseline"), (0.0, None)):
-        found = {"format": 1, "train": ["train"], "train_rows": 48, "test_rows": 16, "sha256": sha256}
+        found = {"train": ["train"], "train_rows": 48, "test_rows": 16, "sha256": sha256}
         model = baselines.Baseline(accuracy=accuracy, low=accuracy, high=accuracy)
         path = baselines.write(folder, name, baselines.Baselines(**found, models={"linear": model}))
         assert baselines.read(manifest) is not None
         text = verdict.verdict(run)
         assert text is None if said is None else said in (text or "") and "100.0 %" in (text or "")
-    changed = json.loads(path.read_text()) | {"sha256": {"test": "0" * 64}}
-    path.write_text(json.dumps(changed))
+    (written,) = json.loads(path.read_text())["measured"]
+    path.write_text(json.dumps({"format": 1, **written}))  # as earlier versions wrote it
+    assert baselines.read(manifest) == written
+    path.write_text(json.dumps({"format": 1, **written, "sha256": {"test": "0" * 64}}))
     assert baselines.read(manifest) is None  # of other rows
     path.unlink()
+
+
+def test_baselines_of_folds_are_over_all_rows_and_stand_beside_the_plain_ones(tmp_path):
+    registry.add(dataclasses.replace(toy.DATASET, name="folded", labels=("yes", "no")))
+    rows = [
+        records.Record(id=f"{n}", input=f"It is {colour}.", label="yes" if colour in ("red", "blue") else "no")
+        for n, colour in enumerate(COLOURS * 10)
+    ]
+    for split, part in (("train", rows[:30]), ("test", rows[30:])):
+        records.write_records(tmp_path / "folded" / f"{split}.jsonl", part)
+    further = tmp_path / "further.jsonl"
+    records.write_records(further, [records.Record(id="more", input="It is grey.", label="no")])
+    entries = []
+    for changes in ({}, {"folds": 4}, {"folds": 4, "augmentation": str(further)}):
+        registry.configure(toy.options(tmp_path, **changes))
+        entries.append(linear.measure("folded"))
+        baselines.write(tmp_path, "folded", entries[-1])
+        assert baselines.read({"data": registry.sources("folded")}) == entries[-1]
+    assert [each["test_rows"] for each in entries] == [10, 40, 40]
+    assert [each["train_rows"] for each in entries] == [27, 27, 28]  # 30 less 3 held out; 30 less 3; and 1 more
+    assert entries[1]["models"]["linear"]["accuracy"] == 100.0
+    registry.configure(toy.options(tmp_path))
+    assert baselines.read({"data": registry.sources("folded")}) == entries[0]

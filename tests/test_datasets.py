@@ -349,3 +349,47 @@ def test_same_seed_same_order(records_dir: Path):
 
     assert order(5) == order(5)
     assert order(5) != order(6)
+
+
+# ------------------------------------------------------------------------------- folds and further rows
+
+
+def test_folds_pool_the_rows_of_all_files(records_dir: Path):
+    tested = []
+    for fold in range(3):
+        configure(records_dir, folds=3, fold=fold)
+        of_split = {split: ids("cats_label", split) for split in ("train", "validation", "test")}
+        assert {name: len(found) for name, found in of_split.items()} == {"train": 14, "validation": 2, "test": 8}
+        assert len({one for found in of_split.values() for one in found}) == 24
+        assert [record.id for record in registry.read_split("cats", "test")] == of_split["test"]
+        tested += of_split["test"]
+    assert sorted(tested) == sorted(f"row-{number}" for number in (*range(20), *range(100, 104)))
+    sources = registry.manifest("cats")["splits"]
+    assert {facts["file"] for facts in sources.values()} == {"train.jsonl test.jsonl"}
+    write(records_dir, [row(3)], split="validation")
+    configure(records_dir, folds=3)
+    with pytest.raises(ValueError, match=r"'row-3' is in .*train.jsonl and in .*validation.jsonl; folds"):
+        registry.manifest("cats")
+
+
+def test_augmentation_is_for_training_alone(records_dir: Path, tmp_path: Path):
+    further = tmp_path / "further.jsonl"
+    records.write_records(further, [row(200, rationale=None), row(201, label=None, teacher_label=None)])
+    before = registry.manifest("cats")
+    configure(records_dir, augmentation=str(further), fraction=0.5)
+    found = registry.manifest("cats")
+    assert found["splits"]["train"]["counts"]["added by augmentation"] == 2
+    assert found["splits"]["train"]["file"] == "train.jsonl further.jsonl"
+    assert ids("cats_label", "train")[-1] == "row-200"
+    assert ids("cats_rationale", "train")[-1] == "row-201"
+    assert [record.id for record in registry.read_split("cats", "train")][-2:] == ["row-200", "row-201"]
+    for split in ("validation", "test"):
+        assert found["splits"][split] == before["splits"][split]
+    records.write_records(further, [row(200), row(102)])
+    configure(records_dir, augmentation=str(further))
+    assert registry.sources("cats")["splits"]["train"]["sha256"] != found["splits"]["train"]["sha256"]
+    with pytest.raises(ValueError, match=r"further.jsonl has the id 'row-102', which .*test.jsonl has too"):
+        registry.manifest("cats")
+    configure(records_dir, augmentation="no/such.jsonl")
+    with pytest.raises(FileNotFoundError, match="There is no augmentation no/such"):
+        registry.manifest("cats")

@@ -74,6 +74,68 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+# Folds
+
+
+def folded(root: Path, *, kind: str, seed: int, rights: list[list[bool]], updates: int = 200) -> None:
+    """Writes a run per fold, whose test rows are its own."""
+    start = 0
+    for fold, right in enumerate(rights):
+        path = write_run(root / f"{kind}-{seed}-fold{fold}", kind=kind, seed=seed, right=right, updates=updates)
+        manifest = json.loads((path / "manifest.json").read_text())
+        manifest["data"]["options"] |= {"folds": len(rights), "fold": fold}
+        manifest["settings"] = {"data": {"folds": len(rights), "fold": fold}}
+        (path / "manifest.json").write_text(json.dumps(manifest))
+        (file,) = (path / "predictions").iterdir()
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        for number, row in enumerate(rows):
+            row["id"] = f"toy-{start + number}"
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        start += len(right)
+
+
+def test_the_folds_of_a_seed_are_one_result_on_all_rows(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        folded(tmp_path, kind="label", seed=seed, rights=[some(10, 50), some(20, 50), some(5, 20)])
+        folded(tmp_path, kind="step_by_step", seed=seed, rights=[some(30, 50), some(30, 50), some(15, 20)])
+    runs = folders.find([tmp_path]).runs
+    study = report.study(runs)
+    (summary,) = study.summaries
+    assert (summary.test_rows, summary.folds, len(study.results), len(study.runs)) == (120, 3, 4, 12)
+    assert summary.methods == (FINE_TUNING, STEP_BY_STEP)
+    label, _ = summary.groups
+    assert label.accuracies == (pytest.approx(100 * 35 / 120),) * 2
+    # The same numbers as of runs that test all rows at once.
+    correct = np.array([[*some(10, 50), *some(20, 50), *some(5, 20)]] * 2, float)
+    assert (label.accuracy, label.low, label.high) == pytest.approx(intervals.accuracy_interval(correct))
+    assert summary.comparisons[0].difference == pytest.approx(100 * 40 / 120)
+    assert label.label_rows == 720
+    text = report.table(summary)
+    assert "on 120 test rows in 3 folds" in text
+    assert "2 x 3 folds" in text
+    assert tables.runs(study).rows[1][3] == "0, fold 1"
+
+
+def test_a_seed_without_all_its_folds_is_left_out_and_said_to_be(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        folded(tmp_path, kind="label", seed=seed, rights=[some(10, 50), some(20, 50), some(5, 20)])
+    shutil.rmtree(tmp_path / "label-1-fold1")
+    study = report.study(folders.find([tmp_path]).runs)
+    assert study.summaries[0].groups[0].seeds == (0,)
+    assert study.left_out == (
+        "standard fine-tuning at fraction 1 with seed 1 lacks fold 1 of 3, so its other folds are not counted.",
+    )
+    shutil.rmtree(tmp_path / "label-0-fold0")
+    with pytest.raises(ValueError, match="lacks fold 0 of 3"):
+        report.study(folders.find([tmp_path]).runs)
+    folded(tmp_path / "more", kind="label", seed=2, rights=[some(10, 50), some(20, 50)])
+    folded(tmp_path / "short", kind="label", seed=2, rights=[some(10, 50), some(20, 50)], updates=100)
+    shutil.rmtree(tmp_path / "more" / "label-2-fold0")
+    shutil.rmtree(tmp_path / "short" / "label-2-fold1")
+    with pytest.raises(ValueError, match=r"folds differ in their number of updates \(100 in .*200 in"):
+        report.study(folders.find([tmp_path / "more", tmp_path / "short"]).runs)
+
+
 # Tests between methods
 
 

@@ -220,8 +220,46 @@ def test_repeated_ids_are_refused():
         ({"seed": True}, "seed is True"),
         ({"records_dir": ""}, "expected a path"),
         ({"vocabulary": ""}, "expected a path"),
+        ({"folds": 1}, "folds is 1, which leaves no rows"),
+        ({"folds": 3, "fold": 3}, "fold is 3 with 3 folds"),
+        ({"fold": 1}, "fold is 1 with 0 folds"),
+        ({"folds": 2, "train_split": "validation"}, "'validation' with 2 folds"),
+        ({"augmentation": ""}, "augmentation is ''"),
     ],
 )
 def test_bad_options_are_refused(changes: dict, message: str):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(OPTIONS, **changes)
+
+
+def test_folds_cut_the_rows_into_equal_parts_that_depend_on_ids_alone():
+    found = rows(23)
+    tested = [ids(select(found, split="test", folds=5, fold=fold), "label") for fold in range(5)]
+    assert sorted(map(len, tested)) == [4, 4, 5, 5, 5]
+    assert sorted(one for part in tested for one in part) == sorted(row.id for row in found)
+    options: dict[str, Any] = {"folds": 5, "fold": 2, "hold_out": True, "validation_fraction": 0.2}
+    train, validation = (select(found, split=split, **options) for split in ("train", "validation"))
+    parts = [set(ids(train, "label")), set(ids(validation, "label")), set(tested[2])]
+    assert sum(map(len, parts)) == len(set.union(*parts)) == 23
+    assert len(parts[1]) == 4  # of 18
+    assert train.counts["tested in this fold"] == 5
+    other = select(found[::-1], split="test", folds=5, fold=2, seed=9, fraction=0.5, label_source="teacher")
+    assert set(ids(other, "label")) == parts[2]
+    with pytest.raises(ValueError, match="folds is 24, but there are 23 rows"):
+        select(found, split="test", folds=24, fold=0)
+
+
+def test_further_rows_join_the_tasks_that_they_have_a_target_for():
+    more = [record(100, rationale=None, teacher_label=None), record(101, label=None, teacher_label=None)]
+    train = selection.select(
+        rows(10),
+        dataclasses.replace(OPTIONS, fraction=0.5),
+        same_label=grading.same_equation_value,
+        split="train",
+        hold_out=False,
+        further=more,
+    )
+    assert (len(train.examples["label"]), len(train.examples["rationale"])) == (6, 6)
+    assert ids(train, "label")[-1] == "row-100"
+    assert ids(train, "rationale")[-1] == "row-101"
+    assert (train.counts["added by augmentation"], train.counts["used"]) == (2, 7)

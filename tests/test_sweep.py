@@ -57,6 +57,23 @@ def test_cells_are_every_combination_and_comparable_ones_stand_together() -> Non
     ]
 
 
+def test_folds_are_cells_of_their_own() -> None:
+    cells = a_sweep(datasets=("svamp",), seeds=(0,), fractions=(1.0,), folds=3).cells()
+    assert [cell.name for cell in cells[:4]] == [
+        "svamp-cpu-standard_finetuning-1-0-fold0",
+        "svamp-cpu-standard_finetuning-1-0-fold1",
+        "svamp-cpu-standard_finetuning-1-0-fold2",
+        "svamp-cpu-step_by_step-1-0-fold0",
+    ]
+    options = cells[1].configured()[0].data
+    assert (options.folds, options.fold) == (3, 1)
+    assert len(sweep.check_configurations(cells)) == 2  # one of each method
+    with pytest.raises(ValueError, match=r"Sweep\.folds is 1"):
+        a_sweep(folds=1)
+    with pytest.raises(ValueError, match="A sweep sets FOLDS itself"):
+        a_sweep(bindings={"FOLDS": 3})
+
+
 def test_a_cell_is_configured_as_its_name_says() -> None:
     """Texts keep their type, placeholders are filled, references stay gin's."""
     bindings = {"RATIONALES": "agreeing", "OPTIMIZER": "@optax.adafactor", "TRAIN_STEPS": 7, "LABEL_PREFIX": "(1)"}

@@ -43,7 +43,8 @@ TASK = f"{DATASET.name}_{SPAN_CORRUPTION}"
 _CHUNK = 10_000  # texts encoded at a time
 _BLOCK = 100  # neighbouring texts that are held out together, because they often share a subject
 _FIXED = 2**32  # epoch that corrupts the held-out rows; training never gets there
-_ROWS_ONLY = ("label_source", "rationales", "fraction", "train_split", "number_slots")  # options of records
+# Options of records.
+_ROWS_ONLY = ("label_source", "rationales", "fraction", "train_split", "number_slots", "folds", "augmentation")
 
 
 # ------------------------------------------------------------------------------------- files

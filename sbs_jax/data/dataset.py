@@ -55,6 +55,7 @@ class Dataset:
         choice or label named by the last sentence that names any (`parsing.only_label_named`).
       scripted_reply: (prompt, sample number) -> a reply, or None if the prompt contains no input of this dataset. The
         offline teacher of `sbs teach --provider scripted`.
+      read_further: file of another collection -> rows for `augmentation`, or for each problem that is none, the reason.
       tfds: name in TensorFlow Datasets, if the rows can come from there.
       tfds_row: makes a row from one TFDS example (bytes decoded to text).
     """
@@ -70,6 +71,7 @@ class Dataset:
     is_label: Callable[[str], bool] | None = None
     implied_label: Callable[[str, Sequence[str]], str | None] | None = None
     scripted_reply: Callable[[str, int], str | None] | None = None
+    read_further: Callable[[Path], Iterable["Row | str"]] | None = None
     tfds: str | None = None
     tfds_row: Callable[[Mapping[str, Any]], Row] | None = None
 

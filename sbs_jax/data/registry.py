@@ -43,6 +43,7 @@ from sbs_jax.data.selection import (
     DataOptions,
     Example,
     Selection,
+    rows_of,
     select,
 )
 from sbs_jax.storage import checksums
@@ -86,6 +87,7 @@ def configure(options: DataOptions) -> None:
     global _options
     _options = options
     _read_selections.cache_clear()
+    _augmentation.cache_clear()
     token_tables.cache_clear()
     _corpus.cache_clear()
     for dataset in _DATASETS.values():
@@ -270,20 +272,62 @@ def selected(name: str, split: str) -> Selection:
 
     FileNotFoundError names the command that writes the records; ValueError if the dataset has no such split.
     """
-    file_split, _ = _file_of_split(name, split)
-    return _read_selections(name, file_split)[split]
+    return _read_selections(name, _files_of_split(name, split)[0])[split]
 
 
 def read_split(name: str, split: str) -> list[records.Record]:
-    """Reads all records of a split's file, including those that belong to another split."""
-    return _read(name, _file_of_split(name, split)[0])
+    """Reads the records of a split, whatever the fraction; those of training with the augmentation."""
+    files, shared = _files_of_split(name, split)
+    hold_out = shared and VALIDATION in available_splits(name)
+    found, _ = rows_of(_read(name, files), _options, split=split, hold_out=hold_out)
+    return [*found, *(_augmentation(name) if split == TRAIN else ())]
 
 
-def _read(name: str, file_split: str) -> list[records.Record]:
-    path = _records_file(name, file_split)
+def _read(name: str, files: Sequence[str]) -> list[records.Record]:
+    """Reads the records of some of a dataset's files, whose ids must be distinct."""
+    found: list[records.Record] = []
+    file_of_id: dict[str, Path] = {}
+    for path in (_records_file(name, file) for file in files):
+        found += (rows := _read_file(name, path))
+        for row in rows if len(files) > 1 else ():
+            if file_of_id.setdefault(row.id, path) != path:
+                raise ValueError(
+                    f"The id {brief(row.id)} is in {file_of_id[row.id]} and in {path}; folds join the rows of all "
+                    "files, so make ids distinct."
+                )
+    return found
+
+
+def _read_file(name: str, path: str | Path) -> list[records.Record]:
     rows = records.read_records(path)
     get(name).check_labels(rows, where=lambda number: f"{path}:{number + 1}")  # read_records refuses blank lines
     return rows
+
+
+def _augmentation_file(name: str) -> Path:
+    if not Path(name).exists():
+        raise FileNotFoundError(
+            f"There is no augmentation {name}; write it with `sbs records --augmentation`, or set it to None."
+        )
+    return Path(name)
+
+
+@functools.cache
+def _augmentation(name: str) -> tuple[records.Record, ...]:
+    """Reads the rows of `augmentation`. ValueError if one has the id of a row of the dataset."""
+    if _options.augmentation is None:
+        return ()
+    path = _augmentation_file(_options.augmentation)
+    found = _read_file(name, path)
+    ids = {row.id for row in found}
+    for file in map(functools.partial(_records_file, name), (TRAIN, VALIDATION, TEST)):
+        own = records.read_records(file) if file.exists() else []
+        if taken := next((row.id for row in own if row.id in ids), None):
+            raise ValueError(
+                f"{path} has the id {brief(taken)}, which {file} has too; augmentation adds other rows, so leave it "
+                "out or give it another id."
+            )
+    return tuple(found)
 
 
 def texts(names: Sequence[str], split: str) -> list[str]:
@@ -334,9 +378,11 @@ def sources(name: str, splits: Sequence[str] = (TRAIN, VALIDATION, TEST)) -> dic
     found = {}
     for split in splits:
         if split in available_splits(name):
-            paths = _options.corpus
+            paths = [*_options.corpus]
             if name != corpus.DATASET.name:
-                paths = [_records_file(name, _file_of_split(name, split)[0])]
+                paths = [_records_file(name, file) for file in _files_of_split(name, split)[0]]
+                if split == TRAIN and _options.augmentation is not None:
+                    paths.append(_augmentation_file(_options.augmentation))
             hashes = [_sha256(path, (status := path.stat()).st_mtime_ns, status.st_size) for path in map(Path, paths)]
             found[split] = {"file": " ".join(Path(path).name for path in paths), "sha256": " ".join(hashes)}
     return {
@@ -361,28 +407,31 @@ def available_splits(name: str) -> tuple[str, ...]:
     found = []
     for split in (TRAIN, VALIDATION, TEST):
         try:
-            _file_of_split(name, split)
+            _files_of_split(name, split)
         except ValueError:
             continue
         found.append(split)
     return tuple(found)
 
 
-def _file_of_split(name: str, split: str) -> tuple[str, bool]:
-    """Returns the file a split comes from, and whether train and validation share that file."""
+def _files_of_split(name: str, split: str) -> tuple[tuple[str, ...], bool]:
+    """Returns the files a split's rows come from, by their own split, and whether train and validation share them."""
     checks.choice(f"The split of {name}", split, (TRAIN, VALIDATION, TEST))
     _check_records_exist(name)
-    shared = _options.train_split == VALIDATION or not _records_file(name, VALIDATION).exists()
-    file_split = split if split == TEST or not shared else _options.train_split
-    missing = not _records_file(name, file_split).exists()
+    existing = tuple(file for file in (TRAIN, VALIDATION, TEST) if _records_file(name, file).exists())
+    shared = bool(_options.folds) or _options.train_split == VALIDATION or VALIDATION not in existing
+    files = (split if split == TEST or not shared else _options.train_split,)
+    if _options.folds:
+        files = existing
+    missing = next((file for file in files if file not in existing), None)
     if missing or (split == VALIDATION and shared and _options.validation_fraction == 0):
         why = (
-            f"there is no {_records_file(name, file_split)} (put it back, or write it with `sbs records`)"
+            f"there is no {_records_file(name, missing)} (put it back, or write it with `sbs records`)"
             if missing
             else "validation_fraction is 0 and there is no validation file"
         )
         raise ValueError(f"{name} has no {split} split: {why}.")
-    return file_split, shared and split != TEST
+    return files, shared and split != TEST
 
 
 def _records_file(name: str, split: str) -> Path:
@@ -403,22 +452,29 @@ def _check_records_exist(name: str) -> None:
 
 
 @functools.cache
-def _read_selections(name: str, file_split: str) -> dict[str, Selection]:
-    """Selects the examples of all splits that come from one file, so that it is read once."""
-    rows = _read(name, file_split)
+def _read_selections(name: str, files: tuple[str, ...]) -> dict[str, Selection]:
+    """Selects the examples of all splits that come from the same files, so that these are read once."""
+    rows = _read(name, files)
     if _options.label_source == "teacher" and (impossible := get(name).impossible_labels(rows)):
         log.warning(
             "Warning: %s, %s: %s of %s teacher labels are no possible label of their row, such as %s of the row %s. "
             "Trained on them, the student answers so; records of the strict parser have none.",
-            *(name, file_split, f"{len(impossible):,}", f"{sum(row.teacher_label is not None for row in rows):,}"),
+            *(
+                name,
+                ", ".join(files),
+                f"{len(impossible):,}",
+                f"{sum(row.teacher_label is not None for row in rows):,}",
+            ),
             *(brief(impossible[0].teacher_label), brief(impossible[0].id)),
         )
     found = {}
     for split in available_splits(name):
-        source, shared = _file_of_split(name, split)
-        if source == file_split:
+        source, shared = _files_of_split(name, split)
+        if source == files:
             hold_out = shared and VALIDATION in available_splits(name)
-            found[split] = select(rows, _options, same_label=get(name).same_label, split=split, hold_out=hold_out)
+            further = _augmentation(name) if split == TRAIN else ()
+            same = get(name).same_label
+            found[split] = select(rows, _options, same_label=same, split=split, hold_out=hold_out, further=further)
     return found
 
 

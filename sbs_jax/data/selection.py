@@ -50,6 +50,11 @@ class DataOptions:
       corpus: files of plain text for `corpus_span_corruption` (corpus.py), one path or several.
       noise_density: share of a row's tokens that span corruption masks.
       mean_span: their average number in a span.
+      folds: cross-validation: the rows of all files are cut by a hash of their ids into this many parts of equal size;
+        part `fold` is the test split, and training and validation share the rest. 0 keeps the files' own splits.
+      fold: the part to test, from 0. The parts depend on ids only: every seed, fraction and label source has the same.
+      augmentation: records of further rows to train on, each in the tasks that it has a target for; None for none.
+        `fraction` does not apply to them, and validation and test never have them.
     """
 
     records_dir: str
@@ -66,6 +71,9 @@ class DataOptions:
     corpus: str | Sequence[str] = ()
     noise_density: int | float = 0.15
     mean_span: int | float = 3.0
+    folds: int = 0
+    fold: int = 0
+    augmentation: str | None = None
 
     def __post_init__(self) -> None:
         files = (self.corpus,) if isinstance(self.corpus, str) else tuple(self.corpus)
@@ -89,6 +97,19 @@ class DataOptions:
         checks.number("DataOptions.noise_density", self.noise_density, above=0, below=1)
         checks.number("DataOptions.mean_span", self.mean_span, least=1)
         checks.whole_number("DataOptions.seed", self.seed)
+        if self.augmentation is not None and (not isinstance(self.augmentation, str) or not self.augmentation):
+            raise ValueError(f"DataOptions.augmentation is {self.augmentation!r}; expected a path or None.")
+        checks.whole_number("DataOptions.folds", self.folds)
+        checks.whole_number("DataOptions.fold", self.fold)
+        if self.folds == 1:
+            raise ValueError("DataOptions.folds is 1, which leaves no rows to train on; expected 0 or at least 2.")
+        if self.fold >= max(1, self.folds):
+            raise ValueError(f"DataOptions.fold is {self.fold} with {self.folds} folds; expected a smaller number.")
+        if self.folds and self.train_split != TRAIN:
+            raise ValueError(
+                f"DataOptions.train_split is {self.train_split!r} with {self.folds} folds, which use the rows of all "
+                "files; leave one of the two out."
+            )
 
 
 class Example(NamedTuple):
@@ -124,6 +145,39 @@ class Selection:
     counts: Mapping[str, int]
 
 
+def rows_of(
+    rows: Sequence[records.Record], options: DataOptions, *, split: str, hold_out: bool
+) -> tuple[list[records.Record], Counter[str]]:
+    """Returns the rows of files that belong to a split, before `fraction`, and counts all rows and the others.
+
+    Args:
+      rows: all records of the split's files, with distinct ids.
+      options: folds and the share of validation.
+      split: "train", "validation" or "test".
+      hold_out: the files provide both train and validation; validation gets the held-out rows, train the others.
+    """
+    checks.choice("The split", split, (TRAIN, VALIDATION, TEST))
+    counts: Counter[str] = Counter()
+    counts["rows"] = len(rows)
+    _check_distinct_ids(rows)
+
+    def keep(mine: frozenset[str], *, others: bool, reason: str) -> None:
+        nonlocal rows
+        kept = [row for row in rows if (row.id in mine) != others]
+        counts[reason] = len(rows) - len(kept)
+        rows = kept
+
+    if options.folds:
+        tested = split == TEST
+        reason = "tested in other folds" if tested else "tested in this fold"
+        keep(fold_ids(rows, options.folds, fold=options.fold), others=not tested, reason=reason)
+    if hold_out:
+        held_out = held_out_ids(rows, options.validation_fraction)
+        reason = "kept for training" if split == VALIDATION else "held out for validation"
+        keep(held_out, others=split != VALIDATION, reason=reason)
+    return list(rows), counts
+
+
 def select(
     rows: Sequence[records.Record],
     options: DataOptions,
@@ -131,37 +185,30 @@ def select(
     same_label: Callable[[str, str], bool],
     split: str,
     hold_out: bool,
+    further: Sequence[records.Record] = (),
 ) -> Selection:
-    """Selects the examples that one records file gives to one split, and counts the other rows.
+    """Selects the examples that records files give to one split, and counts the other rows.
 
-    Training drops the rows held out for validation, then those outside the fraction; the rest is the same for all
-    tasks. Each task then drops rows it cannot use: no or blank label, no or blank rationale, and with
-    `rationales="agreeing"` a rationale for another label. The order of the file is kept.
+    Training drops the rows held out for validation, then those outside the fraction, and adds the further ones; the
+    rest is the same for all tasks. Each task then drops rows it cannot use: no or blank label, no or blank rationale,
+    and with `rationales="agreeing"` a rationale for another label. The order of the file is kept.
 
     Validation and test keep every row with any label (the human's before the teacher's). Fraction and agreement do not
     apply, and `rationale_then_label` keeps rows without a rationale, since only its label is graded.
 
     Args:
-      rows: all records of the file, with distinct ids.
-      options: label source, rationale filter, fraction, prefixes.
+      rows, split, hold_out: as for `rows_of`.
+      options: label source, rationale filter, fraction, prefixes, folds.
       same_label: (label, teacher's label) -> whether they agree.
-      split: "train", "validation" or "test".
-      hold_out: the file provides both train and validation; validation gets the held-out rows, train the others.
+      further: records of `augmentation`; only training takes them.
     """
-    checks.choice("The split", split, (TRAIN, VALIDATION, TEST))
-    counts: Counter[str] = Counter()
-    counts["rows"] = len(rows)
-    _check_distinct_ids(rows)
-    if hold_out:
-        held_out = held_out_ids(rows, options.validation_fraction)
-        mine = [row for row in rows if (row.id in held_out) == (split == VALIDATION)]
-        reason = "kept for training" if split == VALIDATION else "held out for validation"
-        counts[reason] = len(rows) - len(mine)
-        rows = mine
+    rows, counts = rows_of(rows, options, split=split, hold_out=hold_out)
     if split == TRAIN:
         subset = subset_ids(rows, options.fraction, seed=options.seed)
         counts["outside the fraction"] = len(rows) - len(subset)
-        rows = [row for row in rows if row.id in subset]
+        rows = [*(row for row in rows if row.id in subset), *further]
+        if further:
+            counts["added by augmentation"] = len(further)
     counts["used"] = len(rows)
     examples: dict[str, list[Example]] = {task: [] for task in TASKS}
     for row in rows:
@@ -247,14 +294,24 @@ def subset_ids(rows: Sequence[records.Record], fraction: int | float, *, seed: i
     return _first_by_hash(rows, fraction, salt=f"seed {seed}")
 
 
+def fold_ids(rows: Sequence[records.Record], folds: int, *, fold: int) -> frozenset[str]:
+    """Returns the ids of one of `folds` parts whose sizes differ by at most 1; ValueError if a part would be empty."""
+    if folds > len(rows):
+        raise ValueError(f"DataOptions.folds is {folds}, but there are {len(rows)} rows; expected at most one per row.")
+    return frozenset(_by_hash(rows, salt="fold")[fold::folds])
+
+
 def _first_by_hash(rows: Sequence[records.Record], fraction: int | float, *, salt: str) -> frozenset[str]:
     # Uses the decimal text: in floats 0.07 * 100 is 7.000000000000001, whose ceiling is 8.
     count = math.ceil(Fraction(str(fraction)) * len(rows))
-    order = sorted(
+    return frozenset(_by_hash(rows, salt=salt)[:count])
+
+
+def _by_hash(rows: Sequence[records.Record], *, salt: str) -> list[str]:
+    return sorted(
         (row.id for row in rows),
         key=lambda row_id: (hashlib.sha256(f"{salt}:{row_id}".encode()).digest(), row_id),
     )
-    return frozenset(order[:count])
 
 
 def _check_distinct_ids(rows: Sequence[records.Record]) -> None:

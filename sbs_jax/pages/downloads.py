@@ -118,7 +118,11 @@ def add_tables(downloads: Downloads, study: Study) -> None:
     downloads.table(
         "runs",
         f"{of_run} accuracy tested_step updates train_seconds directory",
-        ([*run, r.accuracy, r.test_step, r.updates, r.train_seconds, str(r.run.path)] for run, _, r in runs),
+        (
+            [*run, r.accuracy, r.test_step, r.updates, r.train_seconds, str(r.run.path)]
+            for run, _, joined in runs
+            for r in joined.runs
+        ),
     )
     downloads.table(
         "curves",

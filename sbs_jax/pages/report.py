@@ -43,7 +43,7 @@ def main(paths: Sequence[str | Path], output: str | Path, *, assets: str | Path 
     written = write_page(page, found.runs, title=None, notes=(), assets=folder, left_out=found.left_out)
     for summary in written.summaries:
         print(f"{table(summary)}\n")
-    for reason in found.left_out:
+    for reason in written.left_out:
         print(f"Left out: {reason}")
     print(f"Page: {page}\nPlots and numbers: {folder}")
     return 0
@@ -126,12 +126,12 @@ def _reproduction(found: Study, *, command: str | None) -> dict[str, Any]:
     """Collects commands and versions; facts about a single run are about the first."""
     first, manifest = found.results[0], found.results[0].manifest
     config = shlex.quote(str(Path(first.run.path) / "config.gin"))
-    paths = " \\\n    ".join(shlex.quote(str(result.run.path)) for result in found.results)
+    paths = " \\\n    ".join(shlex.quote(str(result.run.path)) for result in found.runs)
     return {
         "command": command,
         "train": f"sbs train --gin_file={config} --gin.MODEL_DIR=NEW_DIRECTORY",
         "report": f"sbs report {paths} \\\n    --output page.html",
-        "revisions": ", ".join(sorted({str(result.manifest.get("git_revision")) for result in found.results})),
+        "revisions": ", ".join(sorted({str(result.manifest.get("git_revision")) for result in found.runs})),
         "facts": [
             *sorted(manifest.get("versions", {}).items()),
             ("devices", ", ".join(manifest.get("devices", []))),

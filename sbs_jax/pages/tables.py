@@ -38,7 +38,7 @@ def table(summary: Summary) -> str:
     """Writes a summary for a terminal, in columns."""
     size = f", {compact(summary.parameters)} parameters" if summary.parameters else ""
     lines = [
-        f"{summary.dataset}{size}: {summary.metric} on {summary.test_rows:,} test rows, in percent, with 95 % interval",
+        f"{summary.dataset}{size}: {summary.metric} on {_tested(summary)}, in percent, with 95 % interval",
         "",
         *_aligned(accuracies(summary)),
     ]
@@ -66,7 +66,7 @@ def accuracies(summary: Summary) -> Table:
         Column("label rows", lambda g: f"{g.label_rows:,}"),
         Column("accuracy", lambda g: f"{g.accuracy:.1f}", "number strong"),
         Column("95 % interval", lambda g: interval(g.low, g.high)),
-        Column("seeds", lambda g: f"{len(g.seeds)}"),
+        Column("seeds", lambda g: f"{len(g.seeds)}" + f" x {summary.folds} folds" * bool(summary.folds)),
         Column("each seed", lambda g: " ".join(f"{value:.1f}" for value in g.accuracies)),
         Column("updates", lambda g: f"{g.updates:,}"),
         Column("labels seen", lambda g: _or_dash("{:,}", g.label_examples_seen)),
@@ -213,7 +213,7 @@ def rationales(study: Study) -> Table:
         Column("words", mean("student_words", "{:.1f}")),
         Column("teacher's words", mean("teacher_words", "{:.1f}")),
     ]
-    found = ((s, g, [r.quality for r in g.results if r.quality]) for s, g in study.groups())
+    found = ((s, g, [run.quality for r in g.results for run in r.runs if run.quality]) for s, g in study.groups())
     return _table(columns, (item for item in found if item[2]))
 
 
@@ -223,12 +223,16 @@ def runs(study: Study) -> Table:
         Column("run", lambda r: r.run.method, "text"),
         Column("dataset", lambda r: r.manifest["data"]["dataset"], "text"),
         Column("data", lambda r: percent(r.run.fraction)),
-        Column("seed", lambda r: f"{r.run.seed}"),
+        Column("seed", lambda r: f"{r.run.seed}" + (f", fold {r.fold[0]}" if r.fold else "")),
         Column("accuracy", lambda r: f"{r.accuracy:.1f}", "number strong"),
         Column("tested checkpoint", lambda r: f"{r.test_step:,} of {r.updates:,}"),
         Column("directory", lambda r: str(r.run.path)),
     ]
-    return _table(columns, ((result,) for result in study.results))
+    return _table(columns, ((run,) for run in study.runs))
+
+
+def _tested(summary: Summary) -> str:
+    return f"{summary.test_rows:,} test rows" + f" in {summary.folds} folds" * bool(summary.folds)
 
 
 def _or_dash(form: str, value: Any) -> str:

@@ -34,11 +34,12 @@ _KEEPING = ("checkpoint_period", "keep_checkpoints", "keep_best", "keep_period")
 _UNCOMPARED = (
     *(f"train.TrainConfig.{field}" for field in _WHERE_AND_HOW),
     # The files of records and corpora are compared by their hashes.
-    *("datasets.DataOptions.records_dir", "datasets.DataOptions.corpus", "partitioning.Layout.", "t5.Execution."),
+    *(f"datasets.DataOptions.{name}" for name in ("records_dir", "corpus", "augmentation")),
+    *("partitioning.Layout.", "t5.Execution."),
 )
 _MACRO = re.compile(r"%([A-Za-z_]\w*)")
 # Settings that are paths, absolute or not.
-_PATHS = ("records_dir", "model_dir", "initial_checkpoint_path", "vocabulary", "corpus")
+_PATHS = ("records_dir", "model_dir", "initial_checkpoint_path", "vocabulary", "corpus", "augmentation")
 _STEADY = 1e-6  # share of the highest rate: tolerance for a schedule's rounding on another device
 
 
@@ -80,7 +81,14 @@ def had_checkpoint(found: Mapping[str, Any]) -> bool | None:
 # Options that a run of an earlier version lacks: (name in config.gin, name in the manifest) -> what that version did.
 _LATER = {
     (f"datasets.DataOptions.{name}", f"data.options.{name}"): value
-    for name, value in {"number_slots": False, "noise_density": 0.15, "mean_span": 3.0}.items()
+    for name, value in {
+        "number_slots": False,
+        "noise_density": 0.15,
+        "mean_span": 3.0,
+        "folds": 0,
+        "fold": 0,
+        "augmentation": None,
+    }.items()
 }
 
 
@@ -222,7 +230,7 @@ def _resolved(name: str, bindings: Mapping[str, str]) -> str | None:
 def _decisive(manifest: Mapping[str, Any], *, same_vocabulary: bool) -> dict[str, Any]:
     """Returns the part of a manifest that may not change, each fact once."""
     data = manifest.get("data", {})
-    paths = {"records_dir", "corpus", *(("vocabulary",) if same_vocabulary else ())}
+    paths = {"records_dir", "corpus", "augmentation", *(("vocabulary",) if same_vocabulary else ())}
     run, settings = manifest.get("run", {}), manifest.get("settings", {})
     dropped = {*run, *_WHERE_AND_HOW, "data"}
     if settings.get("keep_best", 1) == 0:
@@ -266,7 +274,12 @@ def _gone(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     folder = Path(new["data"]["options"]["records_dir"]) / new["data"]["dataset"]
     if new["data"]["options"].get("corpus"):  # read already, wherever it is now
         return []
-    files = {split.get("file", ""): split.get("sha256") for split in old["data"].get("splits", {}).values()}
+    files = {
+        file: sha256
+        for split in old["data"].get("splits", {}).values()
+        for file, sha256 in zip(split.get("file", "").split(), split.get("sha256", "").split(), strict=False)
+        if file.startswith(("train.", "validation.", "test."))  # not of the augmentation, which was read already
+    }
     return [
         f"{folder / file} is gone (SHA-256 {sha256}); restore it, or write it again with `sbs records`."
         for file, sha256 in files.items()

@@ -19,6 +19,7 @@ import itertools
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -28,7 +29,7 @@ from sbs_jax.data.dataset import Dataset
 from sbs_jax.data.slots import Numbers
 from sbs_jax.data.tokens import JOINT
 from sbs_jax.stats import intervals
-from sbs_jax.stats.baselines import FORMAT, LINEAR, MAJORITY, PARTIAL, Baseline, Baselines
+from sbs_jax.stats.baselines import LINEAR, MAJORITY, PARTIAL, Baseline, Baselines
 
 if TYPE_CHECKING:
     from scipy import sparse
@@ -57,8 +58,34 @@ class _Row:
 def measure(name: str, *, train: Sequence[str] = (selection.TRAIN,), split: str = selection.TEST) -> Baselines:
     """Fits the baselines of a dataset on the splits `train` under the current options, and grades them on `split`.
 
-    Labels are graded as a student's are. Takes seconds for 10,000 rows. ValueError if no training row has a label.
+    With folds, each is fitted and graded once, and accuracies are over all their rows. Labels are graded as a student's
+    are. Takes seconds for 10,000 rows. ValueError if no training row has a label.
     """
+    options = registry.options()
+    rows, right = 0, dict[str, list[bool]]()
+    for fold in range(max(1, options.folds)):
+        registry.configure(dataclasses.replace(options, fold=fold))
+        learned, of_fold = _measure(name, train=train, split=split)
+        rows += learned
+        for model, graded in of_fold.items():
+            right.setdefault(model, []).extend(graded)
+    hashes = {each: facts["sha256"] for each, facts in registry.sources(name)["splits"].items()}
+    found = Baselines(
+        train=list(train),
+        train_rows=round(rows / max(1, options.folds)),
+        test_rows=len(right[MAJORITY]),
+        sha256={each: hashes[each] for each in (*train, split)},
+        models={model: _graded(of_model) for model, of_model in right.items()},
+    )
+    if options.folds:
+        found["folds"] = options.folds
+    if options.augmentation is not None:
+        found["augmentation"] = Path(options.augmentation).name
+    return found
+
+
+def _measure(name: str, *, train: Sequence[str], split: str) -> tuple[int, dict[str, list[bool]]]:
+    """Returns the number of training rows and, by model, whether it is right on each row of `split`."""
     dataset = registry.get(name)
     learned = [row for each in train for row in _labelled(name, each)]
     if not learned:
@@ -70,15 +97,7 @@ def measure(name: str, *, train: Sequence[str] = (selection.TRAIN,), split: str 
     if any(row.context and any(row.focus) for row in rows):
         models[PARTIAL] = _linear(rows, held_out, test, lambda context, focus: _features((), focus))
     models[LINEAR] = _linear(rows, held_out, test, _features)
-    hashes = {each: facts["sha256"] for each, facts in registry.sources(name)["splits"].items()}
-    return Baselines(
-        format=FORMAT,
-        train=list(train),
-        train_rows=len(rows),
-        test_rows=len(test),
-        sha256={each: hashes[each] for each in (*train, split)},
-        models={model: _graded(right) for model, right in models.items()},
-    )
+    return len(rows), models
 
 
 def _graded(right: Sequence[bool]) -> Baseline:

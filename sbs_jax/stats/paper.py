@@ -41,6 +41,7 @@ def _repeats(result: Result, dataset: str) -> bool:
         and result.run.fraction == 1
         and options["label_source"] == "human"
         and options.get("train_split", "train") == "train"
+        and not (options.get("folds") or options.get("augmentation"))
         and counts.get("rows") == _TABLE["rows"][dataset]["train"]
         and len(result.test_rows) == _TABLE["rows"][dataset]["test"]
     )

@@ -1,8 +1,9 @@
 """Run directories, read for a report: method, fraction and seed of each run, and its files."""
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NotRequired, TypedDict
 
@@ -29,6 +30,8 @@ class _Options(TypedDict):
     seed: int
     records_dir: str
     label_prefix: NotRequired[str]
+    folds: NotRequired[int]
+    fold: NotRequired[int]
 
 
 class _Split(TypedDict):
@@ -79,9 +82,9 @@ class Run:
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """A finished run."""
+    """A finished run, or those of all folds of a cross-validation, joined (`join_folds`)."""
 
-    run: Run
+    run: Run  # with folds, the first one
     manifest: Mapping[str, Any]
     metrics: Sequence[Mapping[str, Any]]  # lines of metrics.jsonl
     metric: str  # "accuracy", "equation_accuracy", ..
@@ -89,6 +92,18 @@ class Result:
     test_rows: Mapping[str, Mapping[str, Any]]  # id to row of the predictions file
     examples_per_update: int | None  # None if config.gin does not say
     quality: Quality | None  # of its rationales, if measured
+    folds: tuple["Result", ...] = ()  # the runs that were joined
+
+    @property
+    def runs(self) -> tuple["Result", ...]:
+        """Single runs: those of the folds, or this one."""
+        return self.folds or (self,)
+
+    @property
+    def fold(self) -> tuple[int, int] | None:
+        """Number of a fold and how many there are; None if it has no folds, or they are joined."""
+        options = self.manifest["data"]["options"]
+        return (options["fold"], options["folds"]) if options.get("folds") and not self.folds else None
 
     @property
     def accuracy(self) -> float:
@@ -102,7 +117,9 @@ class Result:
 
     @property
     def label_rows(self) -> int:
-        """Distinct training rows whose label was trained on."""
+        """Distinct training rows whose label was trained on; a mean over folds."""
+        if self.folds:
+            return round(statistics.fmean(one.label_rows for one in self.folds))
         counts = self.manifest["data"]["splits"]["train"]["counts"]
         return counts[self.kind if self.kind == _SINGLE_TASK_KIND else "label"]
 
@@ -113,14 +130,26 @@ class Result:
 
     @property
     def train_seconds(self) -> float:
-        """Time of the training steps, with compilation (it is in the first log window) and without evaluation."""
+        """Time of the training steps, with compilation (it is in the first log window) and without evaluation.
+
+        A mean over folds.
+        """
+        if self.folds:
+            return statistics.fmean(one.train_seconds for one in self.folds)
         seconds, previous = 0.0, 0
         for step, per_step in self.curve("train", "seconds_per_step"):
             seconds, previous = seconds + per_step * (step - previous), step
         return seconds
 
     def curve(self, kind: str, name: str) -> list[tuple[int, float]]:
-        """Lists (step, value) of the lines of this kind ("train", "validation") that have the value."""
+        """Lists (step, value) of the lines of this kind ("train", "validation") that have the value.
+
+        With folds, means over the folds at the steps that all of them have.
+        """
+        if self.folds:
+            first, *others = [dict(one.curve(kind, name)) for one in self.folds]
+            steps = sorted(set(first).intersection(*others))
+            return [(step, statistics.fmean(each[step] for each in (first, *others))) for step in steps]
         return [(line["step"], float(line[name])) for line in self.metrics if line["kind"] == kind and name in line]
 
 
@@ -193,6 +222,50 @@ def load(run: Run) -> Result:
             f"{result.accuracy:.2f}; expected the same. Train this run again."
         )
     return result
+
+
+def join_folds(
+    results: Sequence[Result], *, size: Callable[[Result], str] = lambda _: ""
+) -> tuple[list[Result], list[str]]:
+    """Joins the folds of each method, fraction and seed to one result on all rows, each row graded once.
+
+    Also returns a sentence for each that lacks folds; its other folds are left out. `size` tells students apart.
+    """
+    joined: list[Result] = []
+    alike: dict[tuple[Any, ...], list[Result]] = {}
+    for result in results:
+        if result.fold is None:
+            joined.append(result)
+        else:
+            key = (size(result), result.run.method, result.run.fraction, result.run.seed, result.fold[1])
+            alike.setdefault(key, []).append(result)
+    left_out = []
+    for (_, method, fraction, seed, count), of_seed in alike.items():
+        parts = sorted(of_seed, key=lambda result: result.manifest["data"]["options"]["fold"])
+        numbers = [part.manifest["data"]["options"]["fold"] for part in parts]
+        missing = [str(number) for number in range(count) if number not in numbers]
+        if missing:
+            left_out.append(
+                f"{method} at fraction {fraction:g} with seed {seed} lacks fold {', '.join(missing)} of {count}, so "
+                "its other folds are not counted."
+            )
+            continue
+        _check_folds(parts, count)
+        rows = {row_id: row for part in parts for row_id, row in part.test_rows.items()}
+        joined.append(replace(parts[0], test_rows=rows, quality=None, folds=tuple(parts)))
+    return joined, left_out
+
+
+def _check_folds(parts: Sequence[Result], count: int) -> None:
+    """Raises ValueError unless the runs are the folds of one cross-validation, equally long."""
+    paths = ", ".join(str(part.run.path) for part in parts)
+    if len(parts) > count:
+        raise ValueError(f"{paths} are {len(parts)} runs of {count} folds; give one run of each fold.")
+    if len({part.manifest["data"]["splits"]["test"]["sha256"] for part in parts}) > 1:
+        raise ValueError(f"{paths} are folds of different records; train them on the same files.")
+    if len({part.updates for part in parts}) > 1:
+        found = ", ".join(f"{part.updates} in {part.run.path}" for part in parts)
+        raise ValueError(f"The folds differ in their number of updates ({found}). Finish or leave out the short ones.")
 
 
 def _kind(manifest: Mapping[str, Any]) -> str:

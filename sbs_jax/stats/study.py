@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from sbs_jax.stats import paper, teacher
-from sbs_jax.stats.results import Result, Run, load
+from sbs_jax.stats.results import Result, Run, join_folds, load
 from sbs_jax.stats.summary import Group, Summary, check_comparable, corrected, of_results
 from sbs_jax.stats.variants import name_variants
 
@@ -29,7 +29,13 @@ class Study:
 
     @property
     def results(self) -> tuple[Result, ...]:
+        """Results of all seeds; those of folds are joined."""
         return tuple(r for summary in self.summaries for group in summary.groups for r in group.results)
+
+    @property
+    def runs(self) -> tuple[Result, ...]:
+        """Results of single runs."""
+        return tuple(run for result in self.results for run in result.runs)
 
     @property
     def comparisons(self) -> int:
@@ -49,9 +55,10 @@ class Study:
 def study(runs: Sequence[Run], *, teacher_accuracy: float | None = None, left_out: Sequence[str] = ()) -> Study:
     """Summarizes runs by dataset and size; p values are corrected for all comparisons together.
 
-    Runs of one dataset must answer the same test rows, whatever their size. Sizes differ by the configuration of the
-    model, without adapters; runs that differ only in a setting have it in the name of their method. `teacher_accuracy`
-    as in `summarize`; it must be left out with several datasets.
+    The folds of a seed are joined; a seed without all its folds is left out, and said to be. Runs of one dataset must
+    answer the same test rows, whatever their size. Sizes differ by the configuration of the model, without adapters;
+    runs that differ only in a setting have it in the name of their method. `teacher_accuracy` as in `summarize`; leave
+    it out with several datasets.
     """
     results = [load(run) for run in runs]
     by_dataset: dict[str, list[Result]] = {}
@@ -60,22 +67,26 @@ def study(runs: Sequence[Run], *, teacher_accuracy: float | None = None, left_ou
     if teacher_accuracy is not None and len(by_dataset) > 1:
         raise ValueError(f"Got one teacher_accuracy and {len(by_dataset)} datasets; leave it out.")
     summaries = []
+    incomplete: list[str] = []
     for of_dataset in by_dataset.values():
-        check_comparable(of_dataset)
+        joined, reasons = join_folds(name_variants(of_dataset, size=_size), size=_size)
+        incomplete += reasons
+        if joined:
+            check_comparable(joined)
         sizes: dict[str, list[Result]] = {}
-        for result in name_variants(of_dataset, size=_size):
+        for result in joined:
             sizes.setdefault(_size(result), []).append(result)
         found = [of_results(of_size, teacher_accuracy=teacher_accuracy) for of_size in sizes.values()]
         summaries += sorted(found, key=lambda summary: summary.parameters or 0)
     if not summaries:
-        raise ValueError("Got no runs to report on; name at least one run directory.")
+        raise ValueError(" ".join(("Got no runs to report on; name at least one run directory.", *incomplete)))
     together = iter(corrected([c for summary in summaries for c in summary.comparisons]))
     return Study(
         summaries=tuple(
             dataclasses.replace(summary, comparisons=tuple(next(together) for _ in summary.comparisons))
             for summary in summaries
         ),
-        left_out=tuple(left_out),
+        left_out=(*left_out, *incomplete),
     )
 
 

@@ -15,7 +15,7 @@ from sbs_jax.stats import baselines, teacher
 from sbs_jax.stats.baselines import Baseline
 from sbs_jax.stats.formats import percent
 from sbs_jax.stats.intervals import accuracy_interval, difference_interval, difference_p, holm, mcnemar
-from sbs_jax.stats.results import DISTILLATION, FINE_TUNING, METHODS, TEACHER_LABELS, Result, Run, load
+from sbs_jax.stats.results import DISTILLATION, FINE_TUNING, METHODS, TEACHER_LABELS, Result, Run, join_folds, load
 
 # Verdict with one seed: two students differ. Seeds of one method differ as well, which the interval does not cover.
 DIFFER = "these two differ"
@@ -99,6 +99,7 @@ class Summary:
     parameters: int | None  # of the student; None if the runs do not say, or differ
     metric: str
     test_rows: int
+    folds: int  # in which they were tested; 0: by one student
     groups: tuple[Group, ...]  # by method, then fraction
     comparisons: tuple[Comparison, ...]
     teacher_accuracy: float | None  # on the test rows; None without the records
@@ -133,7 +134,9 @@ def summarize(runs: Sequence[Run], *, teacher_accuracy: float | None = None) -> 
     All runs must be of one dataset and answer the same test rows; the seeds of one group must have made equally many
     updates. Other differences are listed under `cautions`.
     """
-    return of_results([load(run) for run in runs], teacher_accuracy=teacher_accuracy)
+    joined, incomplete = join_folds([load(run) for run in runs])
+    found = of_results(joined, teacher_accuracy=teacher_accuracy)
+    return dataclasses.replace(found, cautions=(*found.cautions, *incomplete))
 
 
 def of_results(results: Sequence[Result], *, teacher_accuracy: float | None = None) -> Summary:
@@ -155,6 +158,7 @@ def of_results(results: Sequence[Result], *, teacher_accuracy: float | None = No
         parameters=next(iter(sizes)) if len(sizes) == 1 else None,
         metric=first.metric,
         test_rows=len(first.test_rows),
+        folds=len(first.folds),
         groups=tuple(groups),
         comparisons=tuple(corrected(_comparisons(groups, methods))),
         teacher_accuracy=_teacher_accuracy(first) if teacher_accuracy is None else teacher_accuracy,
@@ -277,7 +281,7 @@ def check_comparable(results: Sequence[Result]) -> None:
             raise ValueError(
                 f"{first.run.path} was tested on {len(first.test_rows)} rows and {other.run.path} on "
                 f"{len(other.test_rows)}, of which {len(first.test_rows.keys() & other.test_rows.keys())} are the "
-                "same; expected the same rows. Train them on the same records."
+                "same; expected the same rows. Train them on the same records, with the same FOLDS."
             )
         if first.metric != other.metric:
             raise ValueError(
@@ -301,7 +305,10 @@ def most_frequent(result: Result) -> tuple[str, float] | None:
 def _teacher_accuracy(result: Result) -> float | None:
     """Reads the teacher's accuracy on the test rows from the records' manifest, if it is of the same file."""
     found = teacher.read(result.manifest)
-    return None if found is None or "test" not in found.splits else found.splits["test"].teacher_accuracy
+    splits = [each for name, each in found.splits.items() if result.folds or name == "test"] if found else []
+    if not splits or any(each.teacher_accuracy is None for each in splits):
+        return None
+    return 100.0 * sum(each.teacher_right for each in splits) / sum(each.labelled for each in splits)
 
 
 def _cautions(groups: Sequence[Group], results: Sequence[Result]) -> list[str]:
@@ -316,16 +323,22 @@ def _cautions(groups: Sequence[Group], results: Sequence[Result]) -> list[str]:
             if len(set(values.values())) > 1:
                 numbers = ", ".join(f"{method} {_count(value)}" for method, value in values.items())
                 found.append(f"At {percent(fraction)} of the data the methods differ in {name}: {numbers}.")
-    splits = [result.manifest["data"]["splits"] for result in results]
+    runs = [run for result in results for run in result.runs]
+    splits = [run.manifest["data"]["splits"] for run in runs]
     for name, values in (
-        ("students of different sizes", {_count(r.manifest.get("parameter_count")) for r in results}),
-        ("code of different revisions", {str(r.manifest.get("git_revision")) for r in results}),
-        ("different test files", {split["test"]["sha256"][:12] for split in splits}),
-        ("different training files", {split["train"]["sha256"][:12] for split in splits}),
+        ("students of different sizes", {_count(r.manifest.get("parameter_count")) for r in runs}),
+        ("code of different revisions", {str(r.manifest.get("git_revision")) for r in runs}),
+        ("different test files", {_short(split["test"]["sha256"]) for split in splits}),
+        ("different training files", {_short(split["train"]["sha256"]) for split in splits}),
     ):
         if len(values) > 1:
             found.append(f"The runs used {name}: {', '.join(sorted(values))}.")
     return found
+
+
+def _short(sha256: str) -> str:
+    """Shortens the hashes of one or several files."""
+    return " ".join(each[:12] for each in sha256.split())
 
 
 def _count(value: int | None) -> str:

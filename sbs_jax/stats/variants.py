@@ -8,7 +8,7 @@ from typing import Any
 from sbs_jax.stats.results import Result
 
 # Settings that differ between runs of one method.
-_NO_VARIANT = {"model_dir", "seed", "data.seed", "data.fraction", "data.label_source", "data.rationales"}
+_NO_VARIANT = {"model_dir", "seed", "data.seed", "data.fraction", "data.label_source", "data.rationales", "data.fold"}
 _LONGEST = 40  # characters of a value in a method's name
 
 
@@ -21,7 +21,7 @@ def name_variants(results: Sequence[Result], *, size: Callable[[Result], str]) -
     """
     alike: dict[tuple[Any, ...], list[Result]] = {}
     for result in results:
-        key = (size(result), result.run.method, result.run.fraction, result.run.seed)
+        key = (size(result), result.run.method, result.run.fraction, result.run.seed, result.fold)
         alike.setdefault(key, []).append(result)
     settings = {id(result): _flat(result.manifest.get("settings")) for result in results}
     names: dict[str, None] = {}

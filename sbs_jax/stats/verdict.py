@@ -8,11 +8,15 @@ from sbs_jax.stats import baselines, results, summary
 def verdict(run: str | Path) -> str | None:
     """Returns a sentence if the student is below a baseline; None if it is not, or the run is no known method.
 
+    None also for a fold, which is compared with the others in a report.
+
     The baselines are those of `sbs baseline` if it was run, else the most frequent label of the test rows.
     """
     try:
         result = results.load(results.identify(run))
     except (ValueError, OSError):
+        return None
+    if result.fold is not None:
         return None
     measured = baselines.read(result.manifest)
     found = {name: model["accuracy"] for name, model in measured["models"].items()} if measured else {}

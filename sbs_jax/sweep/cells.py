@@ -13,7 +13,7 @@ from sbs_jax.training import gin_files
 from sbs_jax.training.gin_files import UsageError
 
 _ROOT = Path(__file__).parents[2]  # holds gin_configs/
-_OWN = ("MODEL_DIR", "RECORDS_DIR", "FRACTION", "SEED")  # macros set by the sweep itself
+_OWN = ("MODEL_DIR", "RECORDS_DIR", "FRACTION", "SEED", "FOLDS", "FOLD")  # macros set by the sweep itself
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,15 +27,18 @@ class Cell:
     fraction: float
     seed: int
     gin_files: tuple[str, ...]
-    bindings: tuple[str, ...]  # without MODEL_DIR, FRACTION and SEED
+    bindings: tuple[str, ...]  # without MODEL_DIR, FRACTION, SEED, FOLDS and FOLD
     sweep_dir: Path
+    folds: int = 0
+    fold: int = 0
     search_paths: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
-        """Returns "svamp-base-step_by_step-0.25-0"; free axes ("ALPHA=0.3") come before the fraction."""
+        """Returns "svamp-base-step_by_step-0.25-0"; free axes ("ALPHA=0.3") come before the fraction, "fold2" last."""
         axes = [f"{macro}={str(value).replace('/', '_')}" for macro, value in self.axes.items()]
         parts = [self.dataset, self.size, Path(self.method).stem, *axes, f"{self.fraction:g}", str(self.seed)]
+        parts += [f"fold{self.fold}"] if self.folds else []
         return "-".join(parts)
 
     @property
@@ -54,6 +57,7 @@ class Cell:
     def all_bindings(self) -> list[str]:
         axes = [binding(macro, value) for macro, value in self.axes.items()]
         own = {"MODEL_DIR": str(self.model_dir), "FRACTION": self.fraction, "SEED": self.seed}
+        own |= {"FOLDS": self.folds, "FOLD": self.fold} if self.folds else {}
         return [*self.bindings, *axes, *(binding(macro, value) for macro, value in own.items())]
 
     def arguments(self) -> list[str]:
@@ -140,6 +144,7 @@ class Sweep:
       methods: names in gin_configs/methods/, or paths ending in .gin.
       fractions: shares of the training rows, in (0, 1]; or a list per dataset.
       seeds: seeds of the row subset, the parameters, the order and the dropout.
+      folds: parts of a cross-validation, each a run of its own; 0 for the files' own splits.
       axes: other macros with their values; they become part of a cell's name.
       experiment: gin file of a cell, with {dataset} and {size}.
       initial_checkpoint_path, vocabulary: for every cell, with {dataset} and {size}; None keeps the experiment's.
@@ -154,6 +159,7 @@ class Sweep:
     methods: Sequence[str]
     fractions: Sequence[float] | Mapping[str, Sequence[float]]
     seeds: Sequence[int]
+    folds: int = 0
     experiment: str = "gin_configs/experiments/{dataset}/{size}.gin"
     axes: Mapping[str, Sequence[Any]] = dataclasses.field(default_factory=dict)
     initial_checkpoint_path: str | None = None
@@ -184,6 +190,9 @@ class Sweep:
                 checks.number("A fraction of Sweep.fractions", fraction, above=0, most=1)
         for seed in self.seeds:
             checks.whole_number("A seed of Sweep.seeds", seed)
+        checks.whole_number("Sweep.folds", self.folds)
+        if self.folds == 1:
+            raise ValueError("Sweep.folds is 1, which leaves no rows to train on; expected 0 or at least 2.")
         for macro in (*self.axes, *self.bindings):
             if macro in _OWN:
                 raise ValueError(f"A sweep sets {macro} itself, by its own lists; leave it out of axes and bindings.")
@@ -191,7 +200,7 @@ class Sweep:
                 raise ValueError(f"{macro} is among axes and among bindings; keep one.")
 
     def cells(self) -> list[Cell]:
-        """Lists all cells by dataset, size, fraction (large first), seed and method, so comparable ones are adjacent.
+        """Lists all cells by dataset, size, fraction (large first), seed, method and fold; comparable are adjacent.
 
         ValueError with near matches if the gin file of an experiment or a method is missing.
         """
@@ -199,8 +208,9 @@ class Sweep:
         for dataset, size in itertools.product(self.datasets, self.sizes):
             fractions = self.fractions[dataset] if isinstance(self.fractions, Mapping) else self.fractions
             experiment = self._file(self.experiment.format(dataset=dataset, size=size), f"{dataset}, {size}")
-            for fraction, seed, method, values in itertools.product(
-                sorted(fractions, reverse=True), self.seeds, self.methods, itertools.product(*self.axes.values())
+            for fraction, seed, method, values, fold in itertools.product(
+                *(sorted(fractions, reverse=True), self.seeds, self.methods, itertools.product(*self.axes.values())),
+                range(max(1, self.folds)),
             ):
                 found.append(
                     Cell(
@@ -210,6 +220,8 @@ class Sweep:
                         axes=dict(zip(self.axes, values, strict=True)),
                         fraction=float(fraction),
                         seed=seed,
+                        folds=self.folds,
+                        fold=fold,
                         gin_files=(experiment, self._method_file(method), *self.gin_files),
                         bindings=self._bindings(dataset, size),
                         sweep_dir=Path(self.sweep_dir),
@@ -268,7 +280,7 @@ def _check_list(name: str, values: Any) -> None:
 
 
 def check_configurations(cells: Sequence[Cell]) -> list[tuple[Cell, Any]]:
-    """Configures one cell per kind (all but fraction and seed) and returns these with their train.TrainConfig.
+    """Configures one cell per kind (all but fraction, seed and fold) and returns these with their train.TrainConfig.
 
     ValueError if a cell cannot be configured, trains on another dataset, grades nothing on test, or equals another
     cell under a second name.

@@ -112,7 +112,8 @@ def _load_sharing(
 
 
 def _options(trained: _Trained) -> selection.DataOptions:
-    return selection.DataOptions(**trained.manifest["data"]["options"])
+    """Returns the options of the run without its further training rows, which no answer depends on."""
+    return selection.DataOptions(**trained.manifest["data"]["options"] | {"augmentation": None})
 
 
 def _read_trained(path: str | Path, partitioner: partitioning.Partitioner) -> _Trained:

@@ -24,6 +24,10 @@ def add(command: Any) -> None:
         default=[TRAIN],
         help="splits to learn from (default: %(default)s)",
     )
+    baseline.add_argument(
+        "--folds", type=int, default=0, metavar="N", help="cross-validate in N folds (default: the files' own splits)"
+    )
+    baseline.add_argument("--augmentation", metavar="FILE", help="records to learn from too, as a run's AUGMENTATION")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -33,12 +37,19 @@ def run(arguments: argparse.Namespace) -> int:
     train_split = arguments.train[0]
     registry.configure(
         selection.DataOptions(
-            records_dir=arguments.records_dir, vocabulary=tokens.BYTE_VOCABULARY, train_split=train_split
+            records_dir=arguments.records_dir,
+            vocabulary=tokens.BYTE_VOCABULARY,
+            train_split=train_split,
+            folds=arguments.folds,
+            augmentation=arguments.augmentation,
         )
     )
     found = linear.measure(arguments.dataset, train=arguments.train)
     path = baselines.write(arguments.records_dir, arguments.dataset, found)
-    print(f"{arguments.dataset}: {found['train_rows']:,} rows to learn from, {found['test_rows']:,} test rows")
+    in_folds = f" in {arguments.folds} folds" if arguments.folds else ""
+    print(
+        f"{arguments.dataset}: {found['train_rows']:,} rows to learn from, {found['test_rows']:,} test rows{in_folds}"
+    )
     for name, model in found["models"].items():
         print(f"{baselines.TITLES[name]:40} {model['accuracy']:5.1f} %  [{model['low']:.1f}, {model['high']:.1f}]")
     print(f"Baselines: {path}")

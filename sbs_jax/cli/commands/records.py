@@ -5,6 +5,7 @@ import json
 from typing import Any
 
 from sbs_jax.data import summary
+from sbs_jax.training.gin_files import UsageError
 
 
 def add(command: Any) -> None:
@@ -12,12 +13,23 @@ def add(command: Any) -> None:
         "records",
         run,
         "Import existing teacher outputs (official release layout or TFDS) as records.",
-        epilog="Prints the manifest, then a summary of the replies to standard error.\n"
+        epilog="examples:\n  sbs records --dataset svamp --release dss --records_dir records\n"
+        "  sbs records --dataset svamp --augmentation ASDiv.xml.gz --records_dir records --output asdiv.jsonl\n\n"
+        "The second writes further training rows for --gin.AUGMENTATION (docs/data.md).\n"
+        "Prints the manifest, then a summary of the replies to standard error.\n"
         "Exit status: 0 written; 1 error, nothing written; 2 wrong flags;\n"
         f"{summary.SOME_UNUSABLE} written, but in some split more than --unusable of the replies have no usable label.",
     )
     records.add_argument("--dataset", required=True, help="dataset name: esnli, anli1, cqa, svamp")
-    records.add_argument("--release", required=True, metavar="DIR", help="folder of the release (has <dataset>/)")
+    source = records.add_mutually_exclusive_group(required=True)
+    source.add_argument("--release", metavar="DIR", help="folder of the release (has <dataset>/)")
+    source.add_argument(
+        "--augmentation",
+        metavar="FILE",
+        help="further training rows: JSON lines with input and label or rationale; svamp also takes its repository's "
+        ".csv and ASDiv.xml; with --output",
+    )
+    records.add_argument("--output", metavar="FILE", help="with --augmentation: .jsonl to write")
     records.add_argument("--records_dir", required=True, metavar="DIR", help="where to write <dataset>/*.jsonl")
     records.add_argument("--parser", choices=("strict", "official"), default="strict", help="parser of the replies")
     records.add_argument("--inputs", choices=("release", "tfds"), default="release", help="source of the inputs")
@@ -38,8 +50,15 @@ def add_unusable(parser: Any, consequence: str) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from sbs_jax.data import registry, release
+    from sbs_jax.data import augmentation, registry, release
 
+    if (arguments.augmentation is None) != (arguments.output is None):
+        raise UsageError("--augmentation and --output go together.")
+    if arguments.augmentation is not None:
+        given = {"records_dir": arguments.records_dir, "output": arguments.output}
+        counts = augmentation.write(registry.get(arguments.dataset), arguments.augmentation, **given)
+        print(augmentation.shown(counts.items()))
+        return 0
     told = summary.Summary(unusable=arguments.unusable)
     manifest = release.import_release(
         registry.get(arguments.dataset),

@@ -24,6 +24,7 @@ def add(command: Any) -> None:
     vocabulary.add_argument(
         "--text", nargs="+", default=[], metavar="FILE", help="text for pre-training to cover: .txt or .jsonl, or .gz"
     )
+    vocabulary.add_argument("--augmentation", metavar="FILE", help="records to cover too, as a run's AUGMENTATION")
     vocabulary.add_argument("--pieces", type=int, metavar="N", help="most pieces to keep (default: no limit)")
     vocabulary.add_argument(
         "--reserve", type=int, default=1000, metavar="N", help="further frequent pieces to keep (default: %(default)s)"
@@ -37,7 +38,13 @@ def run(arguments: argparse.Namespace) -> int:
     def read() -> Iterator[str]:
         return itertools.chain.from_iterable(map(corpus.texts, arguments.text))
 
-    registry.configure(selection.DataOptions(records_dir=arguments.records_dir, vocabulary=tokens.BYTE_VOCABULARY))
+    registry.configure(
+        selection.DataOptions(
+            records_dir=arguments.records_dir,
+            vocabulary=tokens.BYTE_VOCABULARY,
+            augmentation=arguments.augmentation,
+        )
+    )
     limit = arguments.pieces
     learned, datasets = (selection.TRAIN, selection.VALIDATION), arguments.dataset
     texts = [text for split in learned for text in registry.texts(datasets, split)]
