@@ -305,8 +305,10 @@ def most_frequent(result: Result) -> tuple[str, float] | None:
 def _teacher_accuracy(result: Result) -> float | None:
     """Reads the teacher's accuracy on the test rows from the records' manifest, if it is of the same file."""
     found = teacher.read(result.manifest)
-    splits = [each for name, each in found.splits.items() if result.folds or name == "test"] if found else []
-    if not splits or any(each.teacher_accuracy is None for each in splits):
+    if not result.folds:
+        return found.splits["test"].teacher_accuracy if found and "test" in found.splits else None
+    splits = found.splits.values() if found else ()
+    if not splits or any(each.teacher_accuracy is None or not each.labelled for each in splits):
         return None
     return 100.0 * sum(each.teacher_right for each in splits) / sum(each.labelled for each in splits)
 
