@@ -68,6 +68,11 @@ def test_folds_are_cells_of_their_own() -> None:
     options = cells[1].configured()[0].data
     assert (options.folds, options.fold) == (3, 1)
     assert len(sweep.check_configurations(cells)) == 2  # one of each method
+    both = a_sweep(datasets=("svamp",), fractions=(1.0,), folds=2).cells()
+    both = sweep.groups(both, jobs=1, together=None)
+    assert both[1].name == "svamp-cpu-standard_finetuning-1-0,1-fold1"
+    assert "--gin.MODEL_DIR='runs/runs/svamp-cpu-standard_finetuning-1-{seed}-fold1'" in both[1].arguments()
+    assert "--gin.FOLD=1" in both[1].arguments()
     with pytest.raises(ValueError, match=r"Sweep\.folds is 1"):
         a_sweep(folds=1)
     with pytest.raises(ValueError, match="A sweep sets FOLDS itself"):

@@ -36,14 +36,18 @@ class Cell:
     @property
     def name(self) -> str:
         """Returns "svamp-base-step_by_step-0.25-0"; free axes ("ALPHA=0.3") come before the fraction, "fold2" last."""
+        return self.named(self.seed)
+
+    def named(self, seed: int | str) -> str:
+        """Returns the name with another text in the place of the seed."""
         axes = [f"{macro}={str(value).replace('/', '_')}" for macro, value in self.axes.items()]
-        parts = [self.dataset, self.size, Path(self.method).stem, *axes, f"{self.fraction:g}", str(self.seed)]
+        parts = [self.dataset, self.size, Path(self.method).stem, *axes, f"{self.fraction:g}", str(seed)]
         parts += [f"fold{self.fold}"] if self.folds else []
         return "-".join(parts)
 
     @property
     def kind(self) -> tuple[Any, ...]:
-        """Identifies all that a cell is but fraction and seed."""
+        """Identifies all that a cell is but fraction, seed and fold."""
         return self.dataset, self.size, self.method, repr(self.axes)
 
     @property
@@ -92,7 +96,7 @@ class Group:
     @property
     def name(self) -> str:
         """Returns "svamp-base-step_by_step-0.25-0,1,2"."""
-        return f"{self._kind}-{self._seeds}"
+        return self.cells[0].named(self._seeds)
 
     @property
     def log(self) -> Path:
@@ -104,13 +108,9 @@ class Group:
         if len(self.cells) == 1:
             return first.arguments()
         own = ("--gin.SEED=", "--gin.MODEL_DIR=")
-        folder = binding("MODEL_DIR", str(first.model_dir.with_name(f"{self._kind}-{{seed}}")))
+        folder = binding("MODEL_DIR", str(first.model_dir.with_name(first.named("{seed}"))))
         found = [argument for argument in first.arguments() if not argument.startswith(own)]
         return [*found, f"--gin.{folder}", f"--seeds={self._seeds}"]
-
-    @property
-    def _kind(self) -> str:
-        return self.cells[0].name.rpartition("-")[0]
 
     @property
     def _seeds(self) -> str:
@@ -124,7 +124,7 @@ def groups(cells: Sequence[Cell], *, jobs: int, together: int | None) -> list[Gr
     """
     kinds: dict[Any, list[Cell]] = {}
     for cell in cells:
-        kinds.setdefault((*cell.kind, cell.fraction), []).append(cell)
+        kinds.setdefault((*cell.kind, cell.fraction, cell.fold), []).append(cell)
     found = []
     for same in kinds.values():
         most = together or -(-len(same) // jobs)
