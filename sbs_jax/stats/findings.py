@@ -60,7 +60,7 @@ def headline(summary: Summary) -> str:
     for verdict, winner, loser in (("ahead", ours, theirs), ("behind", capital(theirs), method)):
         if all(c.verdict == verdict for c in found):
             points = sorted(abs(c.difference) for c in found)
-            sizes = _by_amount(found) or f", by {points[0]:.1f} to {points[-1]:.1f} points"
+            sizes = _by_amount(found, verdict=verdict) or f", by {points[0]:.1f} to {points[-1]:.1f} points"
             return f"{winner} is ahead of {loser} at all {len(found)} amounts of data{sizes}"
     phrases = []
     for verdict, phrase in (
@@ -75,16 +75,22 @@ def headline(summary: Summary) -> str:
     return capital("; ".join(phrases)) + _by_amount(found)
 
 
-def _by_amount(found: Sequence[Comparison]) -> str:
-    """Lists differences, intervals and seeds of at most three amounts of data; "" for one seed."""
+def _by_amount(found: Sequence[Comparison], *, verdict: str | None = None) -> str:
+    """Lists differences, intervals and seeds of at most three amounts of data; "" for one seed.
+
+    With the verdict of all, differences are the winner's; else they are the method minus its reference.
+    """
     if len(found) > 3 or _one_seed(found):
         return ""
+    sign = -1 if verdict == "behind" else 1
     parts = [
-        f"{signed(c.difference)} points {signed_interval(c.low, c.high)} with {of_data(c.fraction)}" for c in found
+        f"{signed(sign * c.difference)} points {signed_interval(*sorted((sign * c.low, sign * c.high)))} with "
+        f"{percent(c.fraction)}"
+        for c in found
     ]
     counts = listed([str(count) for count in sorted({len(c.seeds) for c in found})])
-    minus = f"{found[0].method} minus {found[0].reference}"
-    return f": {listed(parts)} ({minus}, 95 % intervals, {counts} seeds)"
+    minus = "" if verdict else f"{found[0].method} minus {found[0].reference}, "
+    return f": {listed(parts)} ({minus}95 % intervals, {counts} seeds)"
 
 
 def sentences(summary: Summary) -> list[str]:
