@@ -187,7 +187,7 @@ def _linear(rows: Sequence[_Row], held_out: Sequence[_Row], test: Sequence[_Row]
     design = _Design.of(rows, features, columns, grow=True)
     penalties = PENALTIES if held_out else (1.0,)
     held_out_design = _Design.of(held_out, features, columns) if held_out else design
-    weights, best, best_share = np.zeros(design.width), np.zeros(0), -1.0
+    weights, best, best_share = np.zeros(len(columns) * design.outputs), np.zeros(0), -1.0
     for penalty in sorted(penalties, reverse=True):  # each starts from the last, which is near
         weights = design.fit(penalty, start=weights)
         share = float(np.mean(held_out_design.grades(weights)))
@@ -232,11 +232,6 @@ class _Design:
         right = np.array([right for row in rows for right in row.right])
         return cls(found, np.concatenate([[0], np.cumsum(sizes)[:-1]]), right, len(rows[0].right) if same else 1)
 
-    @property
-    def width(self) -> int:
-        """Number of weights."""
-        return self.given.shape[1] * self.outputs
-
     def _scores(self, weights: np.ndarray) -> np.ndarray:
         """Returns the score of each pair, [P]."""
         return (self.given @ weights.reshape(-1, self.outputs)).ravel()
@@ -247,7 +242,7 @@ class _Design:
         return np.diff(np.append(self.starts, len(self.right)))
 
     def fit(self, penalty: float, *, start: np.ndarray) -> np.ndarray:
-        """Returns weights [width] that minimize the rows' sum of -log P(right), plus penalty / 2 times their square."""
+        """Returns weights [D * outputs] that minimize the sum of -log P(right), plus penalty / 2 times their square."""
         from scipy import optimize
 
         transposed = self.given.T.tocsr()
