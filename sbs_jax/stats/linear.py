@@ -69,6 +69,7 @@ def measure(name: str, *, train: Sequence[str] = (selection.TRAIN,), split: str 
         rows += learned
         for model, graded in of_fold.items():
             right.setdefault(model, []).extend(graded)
+    registry.configure(options)
     hashes = {each: facts["sha256"] for each, facts in registry.sources(name)["splits"].items()}
     found = Baselines(
         train=list(train),
