@@ -91,7 +91,7 @@ def run_one(name: str, *, rate: float, seed: int, common: dict[str, Any], folder
 def builtin(folder: Path, steps: int) -> dict[str, Any]:
     """Writes the records of the demo; returns the settings of every run."""
     if not (folder / "records" / "builtin").is_dir():
-        demo._make_records(folder)
+        demo.make_records(folder)
     files = ["gin_configs/experiments/builtin/demo.gin", "gin_configs/methods/step_by_step.gin"]
     bindings = [f"RECORDS_DIR={folder / 'records'}", f"TRAIN_STEPS={steps}", f"CHECKPOINT_PERIOD={steps}"]
     return {"files": files, "bindings": [*bindings, f"EVAL_PERIOD={steps // 5}"]}
