@@ -293,10 +293,12 @@ def test_evaluate_grades_it_by_loss_as_its_run_did(pretrained, tmp_path, capsys)
         (["report", "RUN", "--output", "OUT"], "not a known method"),
     ],
 )
-def test_commands_that_need_answers_say_so_in_a_sentence(pretrained, tmp_path, capsys, flags, said):
+def test_commands_that_need_answers_say_so_in_a_sentence(
+    pretrained, tmp_path, capsys, flags: list[str], said: str
+) -> None:
     names = {"RUN": str(pretrained[0]), "IN": str(tmp_path / "in.jsonl"), "OUT": str(tmp_path / "out.jsonl")}
     (tmp_path / "in.jsonl").write_text('{"id": "1", "input": "a"}\n')
-    assert main.main([names[flag] if flag in names else flag for flag in flags]) == 1
+    assert main.main([names.get(flag, flag) for flag in flags]) == 1
     error = capsys.readouterr().err
     assert said in error
     assert "Traceback" not in error
