@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import ast
 import csv
+import html
 import io
 import re
 from collections.abc import Iterator, Mapping
 from fractions import Fraction
 from pathlib import Path
-from xml.etree import ElementTree
 
 from sbs_jax.data.dataset import Row
 from sbs_jax.data.grading import MAX_CHARACTERS, equation_value
@@ -26,6 +26,8 @@ OTHER_VALUE = "the equation has another value than the answer"
 _LARGEST = 2**25  # bytes of a file, unpacked; each of the published ones has about 1 MB
 _SLOT = re.compile(r"number([0-9]+)", re.ASCII)
 _FORMULA = re.compile(r"([-+*/(). 0-9]+)=([-. 0-9]+)", re.ASCII)
+# Read without a parser of XML, whose entities could unpack to any size.
+_FIELD = re.compile(r"<(Body|Question|Formula)>([^<]*)</")
 _OPERATORS: Mapping[type, str] = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/"}
 
 
@@ -78,12 +80,12 @@ def _infix_of_prefix(tokens: list[str], numbers: list[str]) -> str | None:
 
 
 def _asdiv(path: Path, text: str) -> Iterator[Row | str]:
-    try:
-        problems = list(ElementTree.fromstring(text).iter("Problem"))
-    except ElementTree.ParseError as error:
-        raise ValueError(f"{path} is no XML: {error}; expected ASDiv.xml as published.") from None
+    _, *problems = re.split(r"<Problem\b", text)
+    if not problems or not text.rstrip().endswith(">") or text.count("</Problem>") != len(problems):
+        raise ValueError(f"{path} has no whole <Problem ..>..</Problem>; expected ASDiv.xml as published.")
     for problem in problems:
-        body, question, formula = (problem.findtext(name, "").strip() for name in ("Body", "Question", "Formula"))
+        fields = {name: html.unescape(value).strip() for name, value in _FIELD.findall(problem)}
+        body, question, formula = (fields.get(name, "") for name in ("Body", "Question", "Formula"))
         parts = _FORMULA.fullmatch(formula)
         label = _infix(parts[1].strip()) if parts and len(formula) <= MAX_CHARACTERS else None
         try:

@@ -52,7 +52,7 @@ def test_formulas_become_labels_of_svamp(tmp_path: Path):
     assert (first.input, first.label) == ("Nine plums and 8 figs, twice.\nHow many?", "( ( 9.0 + 8.0 ) * 2.0 )")
     assert others == [svamp_further.NOT_ONE, svamp_further.OTHER_VALUE, svamp_further.NOT_ONE, svamp_further.NOT_ONE]
     file.write_text(XML[:-9])
-    with pytest.raises(ValueError, match=r"ASDiv.xml is no XML: .*expected ASDiv.xml as published"):
+    with pytest.raises(ValueError, match=r"ASDiv.xml has no whole <Problem .*expected ASDiv.xml as published"):
         list(svamp_further.read(file))
 
 

