@@ -54,8 +54,12 @@ log = logging.getLogger(__name__)
 
 MIXED = (LABEL, RATIONALE)  # the tasks that `step_by_step` alternates between
 # Values of the feature `task_ids`: the loss that a task's target tokens count towards.
-TASK_IDS = {LABEL: losses.LABEL, RATIONALE: losses.RATIONALE, RATIONALE_THEN_LABEL: losses.LABEL}
-TASK_IDS[corpus.SPAN_CORRUPTION] = losses.LABEL
+TASK_IDS = {
+    LABEL: losses.LABEL,
+    RATIONALE: losses.RATIONALE,
+    RATIONALE_THEN_LABEL: losses.LABEL,
+    corpus.SPAN_CORRUPTION: losses.LABEL,
+}
 
 
 # ------------------------------------------------------------------------------- registration

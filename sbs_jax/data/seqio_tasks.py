@@ -19,7 +19,29 @@ except RuntimeError:
     logging.warning("TensorFlow was already initialized, so it may take GPU memory from JAX.")
 
 
-class RecordsSource(seqio.DataSource):
+class _Source(seqio.DataSource):
+    """SeqIO source whose splits depend on the current options, and which any number of hosts can share."""
+
+    def __init__(self, *, splits: Callable[[], Sequence[str]], performs_internal_shuffling: bool = False):
+        self._splits_now = splits
+        super().__init__(splits=(), performs_internal_shuffling=performs_internal_shuffling)
+
+    @property
+    def splits(self) -> Sequence[str]:
+        """Splits that there are under the current options."""
+        return self._splits_now()
+
+    @property
+    def supports_arbitrary_sharding(self) -> bool:
+        """True: any number of hosts can share a split."""
+        return True
+
+    def list_shards(self, split: str) -> Sequence[str]:
+        """Returns one shard per split; unused by SeqIO, because arbitrary sharding is supported."""
+        return [split]
+
+
+class RecordsSource(_Source):
     """SeqIO source of one task's rows: texts and their tokens.
 
     Shuffles row numbers instead of rows: the whole split gets a new order each epoch, for a few bytes per row. (SeqIO's
@@ -40,23 +62,8 @@ class RecordsSource(seqio.DataSource):
         token_tables: Callable[[str, str], Mapping[str, tokens.TokenTable]],
     ):
         """Reads nothing yet. `examples` and `token_tables` take the task's name and a split."""
-        self._task_name, self._splits_now = task_name, splits
-        self._examples, self._token_tables = examples, token_tables
-        super().__init__(splits=(), performs_internal_shuffling=True)
-
-    @property
-    def splits(self) -> Sequence[str]:
-        """Splits that the records directory has now."""
-        return self._splits_now()
-
-    @property
-    def supports_arbitrary_sharding(self) -> bool:
-        """True: any number of hosts can share the rows."""
-        return True
-
-    def list_shards(self, split: str) -> Sequence[str]:
-        """Returns one shard per split; unused by SeqIO, because arbitrary sharding is supported."""
-        return [split]
+        self._task_name, self._examples, self._token_tables = task_name, examples, token_tables
+        super().__init__(splits=splits, performs_internal_shuffling=True)
 
     def get_dataset(
         self,
@@ -96,27 +103,13 @@ class RecordsSource(seqio.DataSource):
         return order.map(read, num_parallel_calls=tf.data.AUTOTUNE)
 
 
-class CorpusSource(seqio.DataSource):
+class CorpusSource(_Source):
     """SeqIO source of a corpus: one element with all tokens of a split, which `corrupt` cuts into rows."""
 
     def __init__(self, *, splits: Callable[[], Sequence[str]], table: Callable[[str], tokens.TokenTable]):
         """Reads nothing yet. `table` takes a split."""
-        self._splits_now, self._table = splits, table
-        super().__init__(splits=())
-
-    @property
-    def splits(self) -> Sequence[str]:
-        """Splits of the corpus under the current options."""
-        return self._splits_now()
-
-    @property
-    def supports_arbitrary_sharding(self) -> bool:
-        """True: any number of hosts can share the tokens."""
-        return True
-
-    def list_shards(self, split: str) -> Sequence[str]:
-        """Returns one shard per split; unused by SeqIO, because arbitrary sharding is supported."""
-        return [split]
+        self._table = table
+        super().__init__(splits=splits)
 
     def get_dataset(
         self,

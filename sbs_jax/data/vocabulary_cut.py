@@ -188,17 +188,14 @@ def _parts(texts: Iterable[str]) -> list[str]:
 
 def _counts(model: sentencepiece.SentencePieceProcessor, texts: Iterable[str]) -> Counter[int]:
     """Counts each piece of the texts, ties in the order of the model's file."""
-    counts = np.zeros(model.GetPieceSize(), np.int64)
+    counts = Counter(itertools.chain.from_iterable(_ids(model, texts)))
+    return Counter(dict(sorted(counts.items())))
+
+
+def _ids(model: sentencepiece.SentencePieceProcessor, texts: Iterable[str]) -> Iterable[list[int]]:
     texts = iter(texts)
     while chunk := list(itertools.islice(texts, _CHUNK)):
-        ids = [k for part in model.EncodeAsIds(chunk) for k in part]
-        counts += np.bincount(np.array(ids, np.int64), minlength=len(counts))
-    return Counter({int(k): int(counts[k]) for k in np.flatnonzero(counts)})
-
-
-def _ids(model: sentencepiece.SentencePieceProcessor, texts: Sequence[str]) -> Iterable[list[int]]:
-    for start in range(0, len(texts), _CHUNK):
-        yield from model.EncodeAsIds(texts[start : start + _CHUNK])
+        yield from model.EncodeAsIds(chunk)
 
 
 def _segmented(
