@@ -174,6 +174,26 @@ def test_killed_at_any_moment_and_resumed_a_run_ends_as_if_nothing_had_been(
     assert count["save", WHILE_SAVING] == sum(times for (moment, _), times in count.items() if moment == "save") > 0
 
 
+@pytest.mark.faults
+@pytest.mark.timeout(3600)
+def test_seeds_that_share_a_process_end_after_kills_as_runs_of_their_own(starter, folder, reference, tmp_path):
+    def command() -> Any:
+        flags = [*toy.train_flags(folder, tmp_path / "run-{seed}"), "--seeds=1,0"]
+        return starter.alone(folder, flags, path=[folder])
+
+    first, second = tmp_path / "run-1", tmp_path / "run-0"
+    for run in (first, second):  # killed within the first run, then within the second
+        with command() as process:
+            until(lambda run=run: bool(checkpoints.steps(run)), [process])
+            process.send(signal.SIGKILL)
+            assert process.wait() == -signal.SIGKILL, process.complained()
+        assert_checkpoints_are_whole(run)
+    with command() as process:
+        assert process.wait() == 0, process.complained()
+    assert_same(second, reference)
+    assert last_line(first)["kind"] == "test"
+
+
 # ------------------------------------------------------------------------------------------ SIGTERM
 
 

@@ -6,6 +6,7 @@ import math
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -13,7 +14,7 @@ import optax
 import pytest
 import toy
 
-from sbs_jax.data import batches, registry, tokens
+from sbs_jax.data import batches, records, registry, tokens
 from sbs_jax.prediction import engine, files
 from sbs_jax.run import checkpoints, directory
 from sbs_jax.student import partitioning, t5
@@ -325,6 +326,34 @@ def test_an_evaluation_that_scores_nothing_and_never_says_a_label_raises_an_alar
     result = loop.evaluator(config, programs, split="validation").run(zero)
     assert result.metrics["accuracy"] == 0.0
     assert "none of 16 predictions is a possible label" in caplog.text
+
+
+def test_short_rows_are_evaluated_without_the_padding_of_long_ones(tmp_path, monkeypatch):
+    file = toy.write_records(tmp_path / "records") / "toy" / "validation.jsonl"
+    rows = [
+        dataclasses.replace(row, input=row.input + " and so on" * (number % 3 == 1))
+        for number, row in enumerate(records.read_records(file))
+    ]
+    records.write_records(file, rows)
+    config = toy.config(tmp_path / "run", tmp_path / "records")
+    registry.configure(config.data)
+    programs = loop.Programs.of(config)
+    parameters = t5.init(config.model, seed=1)[1]
+
+    def result() -> list[dict[str, Any]]:
+        grader = loop.evaluator(config, programs, split="validation")
+        seen.append([len(rows) for _, rows in grader._groups])
+        return grader.run(parameters).rows
+
+    seen: list[list[int]] = []
+    monkeypatch.setattr(evaluate, "_LEAST_BATCHES", 1)
+    grouped = result()
+    monkeypatch.setattr(evaluate, "_LEAST_BATCHES", 17)
+    padded = result()
+    assert seen == [[11, 5], [16]]
+    scores = [[row.pop("score") for row in rows] for rows in (grouped, padded)]
+    assert grouped == padded
+    np.testing.assert_allclose(*scores, rtol=1e-5)
 
 
 def test_evaluate_and_predict_use_the_saved_configuration(finished, tmp_path, records_dir):

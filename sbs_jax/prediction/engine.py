@@ -1,8 +1,8 @@
 """Answers to questions by a trained student; an unanswerable question gets an answer with its error.
 
 `sbs predict` and `sbs serve` use `Predictor`. It knows the prefixes, vocabulary and lengths that the student was
-trained with. Rows are grouped by length and padded to one of a few lengths (`buckets`), each compiled once. Except for
-rounding, an answer depends neither on its neighbors nor on the padding.
+trained with. Rows are grouped by length and padded to one of a few lengths (`evaluate.buckets`), each compiled once.
+Except for rounding, an answer depends neither on its neighbors nor on the padding.
 """
 
 import dataclasses
@@ -120,20 +120,6 @@ class Answer:
     rationale: str | None = None
     scores: Mapping[str, float] | None = None
     error: str | None = None
-
-
-def buckets(limit: int) -> tuple[int, ...]:
-    """Returns the lengths to pad to, up to the limit; they are densest at the lengths of most real inputs.
-
-    >>> buckets(112)
-    (16, 24, 32, 40, 48, 56, 72, 88, 112)
-    """
-    found = [limit]
-    while True:
-        shorter = int(found[-1] * (0.6 if found[-1] > 128 else 0.8) / 8 + 0.5) * 8
-        if shorter < 16 or shorter >= found[-1]:
-            return tuple(reversed(found))
-        found.append(shorter)
 
 
 class Predictor:
@@ -286,7 +272,7 @@ class _Answerer:
         self._dataset, kind = registry.answering_task(run["mixture_or_task_name"])
         lengths = run["task_feature_lengths"]
         self._limit, self._choice_limit = lengths["inputs"], max(lengths["targets"], run["max_decode_length"])
-        self._buckets = buckets(self._limit)
+        self._buckets = evaluate.buckets(self._limit)
         self._objectives = self._make_objectives(kind, answer=run["max_decode_length"], rationale=lengths["targets"])
         self._structure, self._parameters = precision.held(
             student.structure, student.parameters, weights=settings.weights

@@ -60,6 +60,37 @@ def _by_loss(task_name: str) -> bool:
     return not registry.dataset_of_task(task_name).metric_fns
 
 
+def buckets(limit: int) -> tuple[int, ...]:
+    """Returns lengths to pad inputs to, up to the limit; they are densest at the lengths of most real inputs.
+
+    >>> buckets(112)
+    (16, 24, 32, 40, 48, 56, 72, 88, 112)
+    """
+    found = [limit]
+    while True:
+        shorter = int(found[-1] * (0.6 if found[-1] > 128 else 0.8) / 8 + 0.5) * 8
+        if shorter < 16 or shorter >= found[-1]:
+            return tuple(reversed(found))
+        found.append(shorter)
+
+
+# Splits of fewer batches are padded to one length, because a second one compiles a second program.
+_LEAST_BATCHES = 16
+
+
+def grouped(lengths_N: np.ndarray, *, limit: int, batch_size: int) -> list[tuple[int, np.ndarray]]:
+    """Groups rows by their lengths: returns (padded length, indices of rows); one group, or short and long rows.
+
+    >>> grouped(np.array([9, 80, 12, 16]), limit=112, batch_size=64)
+    [(112, array([0, 1, 2, 3]))]
+    """
+    if len(lengths_N) < _LEAST_BATCHES * batch_size:
+        return [(limit, np.arange(len(lengths_N)))]
+    cut = min(buckets(limit), key=lambda cut: np.where(lengths_N <= cut, cut, limit).sum())
+    groups = ((cut, np.flatnonzero(lengths_N <= cut)), (limit, np.flatnonzero(lengths_N > cut)))
+    return [(length, rows) for length, rows in groups if len(rows)]
+
+
 class Evaluator:
     """Grader of parameters on one split of a task, by greedy generation. Tokenizes once."""
 
@@ -80,14 +111,21 @@ class Evaluator:
         tokens = np.stack([e.features["encoder_input_tokens"] for e in self._examples])
         hosts.agree({f"{task_name} {split}": hashlib.sha256(tokens.data).hexdigest()})
         self._tokens_NS = tokens
+        lengths_N = tokens.shape[1] - np.argmax(tokens[:, ::-1] != decoding.PAD, axis=1)
+        self._groups = grouped(lengths_N, limit=tokens.shape[1], batch_size=generator.sizes[-1])
         self._generator = generator
         self._vocabulary = registry.vocabulary(registry.options().vocabulary)
 
     def run(self, parameters: t5.Parameters, *, before_batch: Callable[[], None] = lambda: None) -> Result:
         """Generates an answer to every example and grades it. An exception of `before_batch` ends it."""
-        generated = self._generator.run(parameters, self._tokens_NS, before_batch=before_batch)
+        generated: dict[int, tuple[list[int], float]] = {}
+        for length, indices in self._groups:
+            tokens = self._tokens_NS[indices, :length]
+            answers = self._generator.run(parameters, tokens, before_batch=before_batch)
+            generated |= zip(indices.tolist(), answers, strict=True)
         rows, predictions = [], []
-        for example, (ids, score) in zip(self._examples, generated, strict=True):
+        for number, example in enumerate(self._examples):
+            ids, score = generated[number]
             text = self._vocabulary.decode(ids)
             fill = example.numbers.fill
             text = fill(text)
