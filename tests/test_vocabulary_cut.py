@@ -27,7 +27,7 @@ def cut(tmp_path_factory):
 
 def models(folder):
     old = sentencepiece.SentencePieceProcessor(model_file=builtin.vocabulary_path())
-    return old, sentencepiece.SentencePieceProcessor(model_file=str(folder / vocabulary_cut.MODEL))
+    return old, sentencepiece.SentencePieceProcessor(model_file=str(folder / "sentencepiece.model"))
 
 
 def test_texts_are_segmented_as_before_with_fewer_pieces(cut):
@@ -40,7 +40,7 @@ def test_texts_are_segmented_as_before_with_fewer_pieces(cut):
             assert [made.kept[i] for i in ids] == old.EncodeAsIds(part)
             assert new.DecodeIds(ids) == old.DecodeIds(old.EncodeAsIds(part))
     assert vocabulary_cut.read(folder) == made
-    tokens.check_vocabulary(str(folder / vocabulary_cut.MODEL))
+    tokens.check_vocabulary(str(folder / "sentencepiece.model"))
 
 
 def test_coverage_counts_what_is_lost(cut):

@@ -297,19 +297,19 @@ class _Examples:
 
     def ids(self, feature: str, *, length: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns the concatenated tokens of all examples, each truncated to `length`, and their sizes."""
-        starts, sizes = np.empty_like(self.indices), np.empty_like(self.indices)
+        starts, sizes, last = (np.empty_like(self.indices) for _ in range(3))
         for task, tables in enumerate(self.tables):
-            mine = self.tasks == task
-            table_starts = tables[feature].starts
-            starts[mine] = table_starts[self.indices[mine]]
-            sizes[mine] = np.minimum(table_starts[self.indices[mine] + 1] - starts[mine], length)
+            mine, table = self.tasks == task, tables[feature]
+            starts[mine], ends = table.starts[self.indices[mine]], table.starts[self.indices[mine] + 1]
+            sizes[mine] = np.minimum(ends - starts[mine], length)
+            last[mine] = table.ids[ends - 1]
         example, within = _ranges(sizes)
         source, task_of = starts[example] + within, self.tasks[example]
         ids = np.empty(len(example), np.int32)
         for task, tables in enumerate(self.tables):
             mine = task_of == task
             ids[mine] = tables[feature].ids[source[mine]]
-        ids[np.cumsum(sizes) - 1] = tokens.EOS_ID  # as in `tokens.cut`; other rows end in EOS anyway
+        ids[np.cumsum(sizes) - 1] = last  # EOS, as in `tokens.cut`
         return ids, sizes
 
 
@@ -354,7 +354,7 @@ def _model_features(
         "encoder_input_tokens": inputs,
         "decoder_input_tokens": decoder_inputs,
         "decoder_target_tokens": targets,
-        "decoder_loss_weights": (targets != tokens.PAD_ID).astype(np.int32),
+        "decoder_loss_weights": (task_ids > 0).astype(np.int32),
         "decoder_task_ids": task_ids,
     }
     if pack:

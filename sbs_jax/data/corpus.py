@@ -19,9 +19,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
-import seqio
 
-from sbs_jax.data import tokens
+from sbs_jax.data import tokens, vocabularies
 from sbs_jax.data.dataset import BY_LOSS, Dataset
 from sbs_jax.data.grading import same_text
 from sbs_jax.data.selection import TRAIN, VALIDATION, DataOptions
@@ -72,7 +71,7 @@ def texts(path: str | Path) -> Iterator[str]:
             yield text.strip()
 
 
-def read(options: DataOptions, vocabulary: seqio.Vocabulary) -> dict[str, tokens.TokenTable]:
+def read(options: DataOptions, vocabulary: vocabularies.Vocabulary) -> dict[str, tokens.TokenTable]:
     """Reads and encodes the texts of all files, per split; rows of a table are texts without EOS.
 
     Every `1 / validation_fraction`-th block of neighbouring texts is held out for validation.
@@ -105,9 +104,9 @@ def splits(options: DataOptions) -> tuple[str, ...]:
     return (TRAIN, VALIDATION) if options.validation_fraction else (TRAIN,)
 
 
-def counts(table: tokens.TokenTable, vocabulary: seqio.Vocabulary) -> dict[str, int]:
+def counts(table: tokens.TokenTable, vocabulary: vocabularies.Vocabulary) -> dict[str, int]:
     """Counts texts, tokens and tokens that are unknown to the vocabulary."""
-    unknown = int(np.sum(table.ids == vocabulary.unk_id)) if vocabulary.unk_id is not None else 0
+    unknown = int(np.sum(table.ids == vocabulary.unknown_id)) if vocabulary.unknown_id is not None else 0
     return {"texts": len(table), "tokens": len(table.ids), "unknown": unknown}
 
 

@@ -29,7 +29,7 @@ import seqio
 import tensorflow as tf
 
 from sbs_jax import checks
-from sbs_jax.data import corpus, records, seqio_tasks, tokens
+from sbs_jax.data import corpus, records, seqio_tasks, tokens, vocabularies
 from sbs_jax.data.dataset import STEP_BY_STEP, Dataset
 from sbs_jax.data.selection import (
     ANSWER_MARKER,
@@ -89,6 +89,9 @@ def add(dataset: Dataset) -> None:
 def configure(options: DataOptions) -> None:
     """Registers all tasks and mixtures again under these options, and clears the cached files."""
     global _options
+    for name, value in (("NUMBER_SLOTS", options.number_slots), ("CORPUS", options.corpus)):
+        if value:
+            tokens.check_sentinels(options.vocabulary, owner=name)
     _options = options
     _read_selections.cache_clear()
     _augmentation.cache_clear()
@@ -104,7 +107,7 @@ def options() -> DataOptions:
     return _options
 
 
-def vocabulary(name: str) -> seqio.Vocabulary:
+def vocabulary(name: str) -> vocabularies.Vocabulary:
     """Checks a vocabulary, then returns it."""
     tokens.check_vocabulary(name)
     return tokens.vocabulary(name)
@@ -526,7 +529,7 @@ def token_tables(task_name: str, split: str) -> Mapping[str, tokens.TokenTable]:
     return found
 
 
-def _check_labels_can_be_written(dataset: Dataset, text_vocabulary: seqio.Vocabulary) -> None:
+def _check_labels_can_be_written(dataset: Dataset, text_vocabulary: vocabularies.Vocabulary) -> None:
     labels = dataset.labels or ()
     count, piece = tokens.unknown(labels, tokens.TokenTable.of(labels, text_vocabulary), text_vocabulary)
     if count:

@@ -30,7 +30,7 @@ class DataOptions:
     Attributes:
       records_dir: folder with `<dataset>/<split>.jsonl`, as `sbs records` writes them.
       vocabulary: path of a SentencePiece model (local or gs://; 100 sentinels are added, as T5 does: T5's 32,000 pieces
-        become 32,100 ids), or "byte" (259 + 100 ids).
+        become 32,100 ids), or of a tokenizer.json with BPE, or "byte" (259 + 100 ids).
       label_source: train on the labels of "human" or "teacher". Validation and test are always graded against the
         human label, or the teacher's for rows without one.
       rationales: "all", or "agreeing": only those whose teacher label equals the label trained on.

@@ -181,8 +181,8 @@ def cut_and_number(
             length = (sequence_length or {}).get(feature)
             if length is not None:
                 kept = row[feature][: length - 1]
-                # The last token is EOS: the row's own, or one in place of the truncated tokens.
-                last = tf.fill([tf.minimum(tf.size(row[feature]) - tf.size(kept), 1)], tokens.EOS_ID)
+                # The last token is EOS, also in place of truncated ones.
+                last = row[feature][tf.size(kept) :][-1:]
                 converted[feature] = tf.concat([kept, last], axis=0)
         converted["task_ids"] = tf.fill(tf.shape(converted["targets"]), task_id)
         return converted

@@ -9,61 +9,62 @@ import itertools
 from collections.abc import Sequence
 
 import numpy as np
-import seqio
 import tensorflow as tf
 
+from sbs_jax.data import vocabularies
 from sbs_jax.storage import json_files, user_files
 
-PAD_ID, EOS_ID = 0, 1
+PAD_ID, EOS_ID, EXTRA_IDS = vocabularies.PAD_ID, vocabularies.EOS_ID, vocabularies.EXTRA_IDS
+BYTE_VOCABULARY = vocabularies.BYTE
 # Joins premise and hypothesis in the text of records; becomes the vocabulary's EOS id.
 JOINT = "</s>"
-# Sentinels of span corruption, above the pieces of the vocabulary's file, as in T5.
-EXTRA_IDS = 100
-BYTE_VOCABULARY = "byte"
 
-_LARGEST = 2**26  # bytes of a SentencePiece model; mT5's, of 250,000 pieces, has 4 MB
 # Texts encoded at a time; limits the Python lists in memory to about 20 MB.
 _CHUNK = 10_000
 
 
 @functools.cache
-def vocabulary(name: str) -> seqio.Vocabulary:
-    """Returns the vocabulary of a SentencePiece model (local or gs:// path), or of "byte".
+def vocabulary(name: str) -> vocabularies.Vocabulary:
+    """Returns the vocabulary at a local or gs:// path, of a kind in `vocabularies.KINDS`, or that of "byte".
 
-    Adds 100 sentinels, as T5 does: T5's 32,000 pieces become 32,100 ids, the 259 of "byte" become 359. Pad is 0 and
-    EOS is 1. The file is read at first use (`check_vocabulary`).
+    SentencePiece models and "byte" get 100 sentinels, as in T5, whose 32,000 pieces become 32,100 ids; pad is 0 and EOS
+    is 1. A tokenizer.json keeps its ids. The file is read at first use (`check_vocabulary`).
     """
-    if name == BYTE_VOCABULARY:
-        return seqio.ByteVocabulary(extra_ids=EXTRA_IDS)
-    return seqio.SentencePieceVocabulary(name, extra_ids=EXTRA_IDS)
+    return vocabularies.kind_of(name).open(name)
 
 
 def check_vocabulary(name: str) -> None:
-    """Checks a vocabulary: FileNotFoundError if it cannot be read, ValueError unless pad is 0 and EOS is 1."""
+    """Checks a vocabulary: FileNotFoundError if it cannot be read, ValueError if it cannot be used."""
+    kind = vocabularies.kind_of(name)
     remedy = (
-        "set DataOptions.vocabulary (--gin.VOCABULARY) to the path of one, for example of T5's sentencepiece.model, "
-        f"or to {BYTE_VOCABULARY!r}."
+        "set DataOptions.vocabulary (--gin.VOCABULARY) to the path of one, for example of T5's sentencepiece.model or "
+        f"of a tokenizer.json, or to {BYTE_VOCABULARY!r}."
     )
     try:
-        found = name == BYTE_VOCABULARY or tf.io.gfile.exists(name)
+        found = kind.file is None or tf.io.gfile.exists(name)
     except tf.errors.OpError as error:  # no network, no permission
         raise FileNotFoundError(f"Cannot reach {name!r} ({error.message}); try again later, or {remedy}") from error
     if not found:
-        raise FileNotFoundError(f"There is no SentencePiece model at {name!r}; {remedy}")
-    if name != BYTE_VOCABULARY and "://" not in name:
-        user_files.check(name, most=_LARGEST)
-    text_vocabulary = vocabulary(name)
+        raise FileNotFoundError(f"There is no {kind.described} at {name!r}; {remedy}")
+    if kind.file is not None and "://" not in name:
+        user_files.check(name, most=kind.most)
     try:
-        pad_id, eos_id = text_vocabulary.pad_id, text_vocabulary.eos_id
-        if isinstance(text_vocabulary, seqio.SentencePieceVocabulary):
-            pad_id = text_vocabulary.tokenizer.pad_id()  # SeqIO's own pad_id is 0 whatever the file
-    except Exception as error:  # of protobuf, SentencePiece and TensorFlow
+        vocabulary(name).check()
+    except vocabularies.MismatchError as error:
+        raise ValueError(f"The vocabulary {name!r} {error}") from None
+    except ModuleNotFoundError:
+        raise
+    except Exception as error:  # of protobuf, SentencePiece, tokenizers and TensorFlow
         reason = json_files.part(str(error)) or type(error).__name__
-        raise ValueError(f"{name} is not a SentencePiece model ({reason}). Get it again, or {remedy}") from None
-    if (pad_id, eos_id) != (PAD_ID, EOS_ID):
+        raise ValueError(f"{name} is not a {kind.described} ({reason}). Get it again, or {remedy}") from None
+
+
+def check_sentinels(name: str, *, owner: str) -> None:
+    """Requires a vocabulary with sentinels (`<extra_id_0>`, ..). ValueError names who needs them."""
+    if not vocabularies.kind_of(name).extra_ids:
         raise ValueError(
-            f"The vocabulary {name!r} has pad id {pad_id} and EOS id {eos_id}; expected {PAD_ID} and {EOS_ID}, as in "
-            "T5's."
+            f"{owner} needs a vocabulary with {EXTRA_IDS} sentinels; the {vocabularies.kind_of(name).described} "
+            f"{name!r} has none. Leave {owner} out, or give a SentencePiece model."
         )
 
 
@@ -76,12 +77,11 @@ def vocabulary_sha256(name: str) -> str | None:
 
 
 def read_vocabulary(name: str) -> bytes:
-    """Reads the file of a SentencePiece model, local or gs://."""
-    with tf.io.gfile.GFile(name, "rb") as file:
-        return file.read()
+    """Reads a vocabulary's file, local or gs://, as an export has it: a GGUF file's tokenizer as tokenizer.json."""
+    return vocabularies.read(name)
 
 
-def encode(texts: Sequence[str], text_vocabulary: seqio.Vocabulary) -> list[list[int]]:
+def encode(texts: Sequence[str], text_vocabulary: vocabularies.Vocabulary) -> list[list[int]]:
     """Encodes texts as the model reads them: every "</s>" becomes EOS, and EOS ends each text.
 
     With T5's vocabulary,
@@ -93,35 +93,32 @@ def encode(texts: Sequence[str], text_vocabulary: seqio.Vocabulary) -> list[list
     """
     parts = [text.split(JOINT) for text in texts]
     flat = [part for row in parts for part in row]
-    if isinstance(text_vocabulary, seqio.SentencePieceVocabulary):
-        ids = iter(text_vocabulary.tokenizer.EncodeAsIds(flat))
-    else:
-        ids = iter([text_vocabulary.encode(part) for part in flat])
-    return [[token for _ in row for token in (*next(ids), EOS_ID)] for row in parts]
+    ids, eos_id = iter(text_vocabulary.encode_all(flat)), text_vocabulary.eos_id
+    assert eos_id is not None
+    return [[token for _ in row for token in (*next(ids), eos_id)] for row in parts]
 
 
-def unknown(texts: Sequence[str], table: TokenTable, text_vocabulary: seqio.Vocabulary) -> tuple[int, str]:
+def unknown(texts: Sequence[str], table: TokenTable, text_vocabulary: vocabularies.Vocabulary) -> tuple[int, str]:
     """Returns how many of the texts of a table have a piece that the vocabulary lacks, and the first such piece."""
-    if not isinstance(text_vocabulary, seqio.SentencePieceVocabulary):  # bytes are never unknown
+    if text_vocabulary.unknown_id is None:
         return 0, ""
-    places = np.flatnonzero(table.ids == text_vocabulary.unk_id)
+    places = np.flatnonzero(table.ids == text_vocabulary.unknown_id)
     if not places.size:
         return 0, ""
     rows = np.unique(np.searchsorted(table.starts, places, side="right") - 1)
-    tokenizer = text_vocabulary.tokenizer
     text: str = texts[int(rows[0])]
     for part in text.split(JOINT):
-        for piece, token in zip(tokenizer.EncodeAsPieces(part), tokenizer.EncodeAsIds(part), strict=True):
-            if token == text_vocabulary.unk_id:
+        for piece, token in text_vocabulary.pieces(part):
+            if token == text_vocabulary.unknown_id:
                 return len(rows), piece
     raise AssertionError("the table belongs to other texts")
 
 
 def cut(ids: np.ndarray, length: int) -> np.ndarray:
-    """Truncates a row to `length` tokens, EOS last: [5, 6, 7, 1] at 3 is [5, 6, 1]."""
+    """Truncates a row to `length` tokens and keeps its last, EOS: [5, 6, 7, 1] at 3 is [5, 6, 1]."""
     if len(ids) <= length:
         return ids
-    return np.append(ids[: length - 1], np.int32(EOS_ID))
+    return np.append(ids[: length - 1], ids[-1:])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -135,7 +132,7 @@ class TokenTable:
     starts: np.ndarray
 
     @classmethod
-    def of(cls, texts: Sequence[str], text_vocabulary: seqio.Vocabulary) -> TokenTable:
+    def of(cls, texts: Sequence[str], text_vocabulary: vocabularies.Vocabulary) -> TokenTable:
         """Encodes texts; duplicates within a chunk (labels) are encoded once."""
         ids, sizes = [np.zeros(0, np.int32)], [np.zeros(1, np.int64)]
         for start in range(0, len(texts), _CHUNK):

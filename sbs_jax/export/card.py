@@ -17,7 +17,7 @@ from typing import Any
 
 import jinja2
 
-from sbs_jax.data import corpus, grading, registry, selection, slots, tokens
+from sbs_jax.data import corpus, grading, registry, selection, slots, tokens, vocabularies
 from sbs_jax.data.dataset import STEP_BY_STEP, Dataset
 from sbs_jax.run import checkpoints, directory
 from sbs_jax.run.manifest import last_name
@@ -192,18 +192,19 @@ def _of_settings(opened: Opened) -> dict[str, Any]:
         "training": _training(manifest, opened),
         "model": dataclasses.asdict(opened.config),
         "parameters": names.size(names.parameters(opened.config)),
-        "tokenizer": _tokenizer(manifest),
+        "tokenizer": _tokenizer(manifest, opened),
     }
 
 
-def _tokenizer(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    is_bytes = manifest["data"]["options"]["vocabulary"] == tokens.BYTE_VOCABULARY
+def _tokenizer(manifest: Mapping[str, Any], opened: Opened) -> dict[str, Any]:
+    name = opened.vocabulary or manifest["data"]["options"]["vocabulary"]
+    kind = vocabularies.kind_of(vocabularies.kind_of(name).file or name)  # that of its file in an export
     return {
-        "kind": "byte" if is_bytes else "sentencepiece",
+        "kind": kind.name,
         "sha256": manifest["data"].get("vocabulary_sha256"),
-        "extra_ids": tokens.EXTRA_IDS,
+        "extra_ids": kind.extra_ids,
         "pad_id": tokens.PAD_ID,
-        "eos_id": tokens.EOS_ID,
+        "eos_id": tokens.EOS_ID if kind.extra_ids else registry.vocabulary(name).eos_id,
     }
 
 

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import json
 import logging
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sbs_jax.data import tokens, vocabulary_cut
+from sbs_jax.data import tokens, vocabularies, vocabulary_cut
 from sbs_jax.export import card as cards
 from sbs_jax.export import transformers
 from sbs_jax.run import checkpoints, directory
@@ -25,7 +24,6 @@ log = logging.getLogger(__name__)
 
 # Forms for other runtimes: written, never read.
 STABLEHLO, ONNX = "stablehlo", "onnx"
-VOCABULARY = "sentencepiece.model"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -139,10 +137,10 @@ def _write_run(job: _Job) -> None:
             tuning=opened.tuning,
             base=opened.base,
         )
-        if vocabulary not in (None, tokens.BYTE_VOCABULARY) and Path(vocabulary).exists():
+        if vocabulary is not None and Path(vocabulary).exists() and (name := vocabularies.kind_of(vocabulary).file):
             tokens.check_vocabulary(vocabulary)
-            shutil.copyfile(vocabulary, folder / VOCABULARY)
-            vocabulary = str(target / VOCABULARY)
+            (folder / name).write_bytes(tokens.read_vocabulary(vocabulary))
+            vocabulary = str(target / name)
         if manifest is not None and vocabulary is not None:
             data = manifest["data"] | {"options": manifest["data"]["options"] | {"vocabulary": vocabulary}}
             manifest = manifest | {"data": data}
@@ -238,7 +236,8 @@ def _cut(opened: Opened, folder: str, *, owner: str) -> Opened:
     """Cuts the tables of embeddings and logits to the rows of a cut vocabulary. ValueError for another vocabulary."""
     if opened.tuning is not None:
         raise ValueError(f"{owner} has adapters that are not merged; cut its base, then train adapters on that.")
-    cut, vocabulary = vocabulary_cut.read(folder), str((Path(folder) / vocabulary_cut.MODEL).absolute())
+    cut = vocabulary_cut.read(folder)
+    vocabulary = str((Path(folder) / cut.file).absolute())
     known = opened.vocabulary not in (None, tokens.BYTE_VOCABULARY)
     if known and (found := tokens.vocabulary_sha256(str(opened.vocabulary))) != cut.sha256:
         raise ValueError(

@@ -2,7 +2,7 @@
 
     run.py  model.py             answer lines of JSON with onnxruntime and numpy, without this package, JAX or PyTorch
     model.onnx  model.onnx.data  tokens [8, 88] to (tokens, scores); large weights are in the second file
-    sentencepiece.model  sbs_student.json  README.md
+    sentencepiece.model or tokenizer.json  sbs_student.json  README.md
 
 Needs the extra `onnx` (jax2onnx, onnxruntime).
 """
@@ -71,7 +71,9 @@ def write(
     }
     facts["check"] = check(student, _answering(folder), shape=shape, samples=samples)
     warn_of_difference(facts["check"])
-    cards.write(folder, student.card, usage=_usage(facts), runtime="onnx", **facts)
+    cards.write(
+        folder, student.card, usage=_usage(facts, student.packages("onnxruntime", "numpy")), runtime="onnx", **facts
+    )
     return facts
 
 
@@ -100,10 +102,10 @@ def _for_cpu() -> Iterator[None]:
         jax.clear_caches()
 
 
-def _usage(facts: dict[str, Any]) -> str:
+def _usage(facts: dict[str, Any], packages: Sequence[str]) -> str:
     return (
-        "```\npip install onnxruntime numpy sentencepiece\npython run.py < questions.jsonl > answers.jsonl\n```\n\n"
-        "`run.py` needs only onnxruntime, numpy and sentencepiece, and answers lines of "
+        f"```\npip install {' '.join(packages)}\npython run.py < questions.jsonl > answers.jsonl\n```\n\n"
+        f"`run.py` needs only {', '.join(packages)}, and answers lines of "
         f'`{{"id", "input"}}`. `{MODEL}` takes source rows of {facts["shapes"][0]} tokens, padded with 0, and gives '
         f"tokens and their log probabilities: the search is part of the graph.\n{agreed(facts['check'])}"
     )

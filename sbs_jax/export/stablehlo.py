@@ -3,7 +3,7 @@
     run.py  model.py             answer lines of JSON without this package
     answer_32x88.jax_export      the program: (weights, tokens [32, 88]) to (tokens, scores); serialized jax.export
     model.safetensors            the weights, an argument of every program
-    sentencepiece.model          with the sentinels
+    sentencepiece.model          with the sentinels; or tokenizer.json
     sbs_student.json  README.md  the card
 
 Shapes are static: a TPU needs that, and attention chooses its algorithm by them. `jax.export` refuses operations that
@@ -84,7 +84,13 @@ def write(
     facts["check"] = check(student, lambda batch: program.call(arrays, batch)[0], shape=(rows, tokens), samples=samples)
     if form == weights.FLOAT32:
         warn_of_difference(facts["check"])
-    cards.write(folder, student.card, usage=_usage(facts), runtime="jax", **facts)
+    cards.write(
+        folder,
+        student.card,
+        usage=_usage(facts, student.packages("jax", "numpy", "safetensors")),
+        runtime="jax",
+        **facts,
+    )
     return facts
 
 
@@ -94,11 +100,11 @@ def _program(
     return student.greedy(weights.parameters(stored, student.shapes, form=form), rows, length=length)
 
 
-def _usage(facts: dict[str, Any]) -> str:
+def _usage(facts: dict[str, Any], packages: Sequence[str]) -> str:
     return (
-        f"```\npip install 'jax=={facts['jax']}' numpy safetensors sentencepiece\n"
+        f"```\npip install 'jax=={facts['jax']}' {' '.join(packages[1:])}\n"
         "python run.py < questions.jsonl > answers.jsonl\n```\n\n"
-        "`run.py` needs only jax, numpy, safetensors and sentencepiece, and answers lines of "
+        f"`run.py` needs only {', '.join(packages)}, and answers lines of "
         f'`{{"id", "input"}}`. Each `*{SUFFIX}` is a program of `jax.export` ({", ".join(facts["platforms"])}) for as '
         "many rows of as many tokens as its name says; `model.py` calls them. They were written by jax "
         f"{facts['jax']}: later versions read them for at least six months, and so do versions that are up to three "

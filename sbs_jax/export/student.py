@@ -10,9 +10,8 @@ from typing import Any
 
 import jax
 import numpy as np
-import seqio
 
-from sbs_jax.data import registry, tokens
+from sbs_jax.data import registry, tokens, vocabularies
 from sbs_jax.export import card as cards
 from sbs_jax.student import decoding, partitioning, t5
 from sbs_jax.training import students
@@ -32,7 +31,7 @@ class Student:
     arrays: Mapping[str, LazyArray]
     shapes: Mapping[str, jax.ShapeDtypeStruct]
     card: Mapping[str, Any]
-    vocabulary: seqio.Vocabulary
+    vocabulary: vocabularies.Vocabulary
 
     @classmethod
     def of(cls, opened: Opened, *, source: str, form: str, base: str | None) -> "Student":
@@ -54,6 +53,15 @@ class Student:
         arrays = {name: LazyArray.of(np.asarray(x)) for name, x in student.parameters.items()}
         shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in student.parameters.items()}
         return cls(student.structure, arrays, shapes, card, vocabulary)
+
+    @property
+    def kind(self) -> vocabularies.Kind:
+        """The kind of its vocabulary."""
+        return vocabularies.KINDS[self.card["tokenizer"]["kind"]]
+
+    def packages(self, *others: str) -> tuple[str, ...]:
+        """Lists the packages that its `run.py` needs beside `others`."""
+        return (*others, *((self.kind.library,) if self.kind.library else ()))
 
     @property
     def tasks(self) -> dict[str, int]:
@@ -84,17 +92,19 @@ def vocabulary_of(opened: Opened, source: str) -> str:
     """Returns the vocabulary. ValueError if there is none."""
     if opened.vocabulary is None:
         raise ValueError(
-            f"{source} has no tokenizer: no run's vocabulary and no spiece.model. Name one with --vocabulary."
+            f"{source} has no tokenizer: no run's vocabulary, no spiece.model and no tokenizer.json. Name one "
+            "with --vocabulary."
         )
     return opened.vocabulary
 
 
 def write_runner(folder: Path, student: Student, *, model: str) -> None:
-    """Writes a runnable artefact's `run.py`, `model.py`, and SentencePiece model with its 100 sentinels."""
+    """Writes a runnable artefact's `run.py`, `model.py`, and the vocabulary's file, with its sentinels."""
     for source, name in (("run.py", "run.py"), (model, "model.py")):
         shutil.copyfile(ARTEFACT / source, folder / name)
-    if isinstance(student.vocabulary, seqio.SentencePieceVocabulary):
-        (folder / "sentencepiece.model").write_bytes(student.vocabulary.sp_model or b"")
+    file = student.kind.file
+    if file is not None:
+        (folder / file).write_bytes(student.vocabulary.contents)
 
 
 def check_shapes(shapes: Sequence[tuple[int, int]], *, longest: int) -> None:

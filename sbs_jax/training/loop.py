@@ -13,6 +13,7 @@ from sbs_jax import hosts
 from sbs_jax.data import corpus, prefetch, registry, selection
 from sbs_jax.hosts import preemption, watchdog
 from sbs_jax.run import checkpoints, directory, settings
+from sbs_jax.student import decoding
 from sbs_jax.training import contents, evaluate, failures, feed
 from sbs_jax.training.config import Checkpointing, TrainConfig
 from sbs_jax.training.metrics_window import MetricsWindow
@@ -290,8 +291,14 @@ def evaluator(config: TrainConfig, programs: Programs, *, split: str) -> evaluat
 
 
 def _check_vocabulary(config: TrainConfig) -> None:
-    """Refuses a vocabulary larger than the model's table: jit clamps indices and reports no error."""
-    tokens = registry.vocabulary(config.data.vocabulary).vocab_size
+    """Refuses a vocabulary of another EOS, or larger than the table: jit clamps indices and reports no error."""
+    vocabulary = registry.vocabulary(config.data.vocabulary)
+    if vocabulary.eos_id != decoding.EOS:
+        raise ValueError(
+            f"The vocabulary {config.data.vocabulary} ends texts with the id {vocabulary.eos_id}, and the model with "
+            f"{decoding.EOS}: its answers would not end. Give the model's own vocabulary."
+        )
+    tokens = vocabulary.vocab_size
     if tokens > config.model.vocab_size:
         raise ValueError(
             f"The vocabulary {config.data.vocabulary} has {tokens} ids, and the model's table "

@@ -10,7 +10,7 @@ def add(command: Any) -> None:
     vocabulary = command(
         "vocabulary",
         run,
-        "Cut a SentencePiece model to the pieces that the records need, so that a student's tables get small.",
+        "Cut a vocabulary to the pieces that the records need, so that a student's tables get small.",
         epilog="example:\n  sbs vocabulary --vocabulary t5/sentencepiece.model --dataset esnli \\\n"
         "      --records_dir records --output vocabularies/esnli\n"
         "  sbs convert --to sbs --cut vocabularies/esnli t5-v1_1-small t5-v1_1-small-esnli\n\n"
@@ -18,7 +18,12 @@ def add(command: Any) -> None:
         "for pre-training, and --reserve frequent pieces; these rows are segmented as before. With --pieces, only the\n"
         "most frequent pieces are kept beside those of the labels. Segmentations that change are counted.",
     )
-    vocabulary.add_argument("--vocabulary", required=True, metavar="FILE", help="SentencePiece model to cut")
+    vocabulary.add_argument(
+        "--vocabulary",
+        required=True,
+        metavar="FILE",
+        help="SentencePiece model, tokenizer.json (BPE) or GGUF file to cut",
+    )
     vocabulary.add_argument("--dataset", required=True, nargs="+", metavar="NAME", help="datasets whose texts to cover")
     vocabulary.add_argument("--records_dir", required=True, metavar="DIR", help="records of the datasets")
     vocabulary.add_argument(
@@ -74,7 +79,7 @@ def run(arguments: argparse.Namespace) -> int:
                 "texts segmented differently"
             )
     print(
-        f"Train with --gin.VOCABULARY={arguments.output}/{vocabulary_cut.MODEL} and "
+        f"Train with --gin.VOCABULARY={arguments.output}/{cut.file} and "
         f"--gin.t5.T5Config.vocab_size={cut.vocab_size}; cut a checkpoint with "
         f"sbs convert --cut {arguments.output}"
     )

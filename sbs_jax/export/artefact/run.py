@@ -25,22 +25,38 @@ if TOKENIZER["kind"] == "sentencepiece":
     import sentencepiece
 
     PIECES = sentencepiece.SentencePieceProcessor(model_file=str(HERE / "sentencepiece.model"))
+elif TOKENIZER["kind"] == "bpe":
+    import tokenizers
+
+    PIECES = tokenizers.Tokenizer.from_file(str(HERE / "tokenizer.json"))
+    PIECES.no_padding()
+    PIECES.no_truncation()
+
+
+def pieces(text: str) -> list[int]:
+    """Encodes a part of a text."""
+    if TOKENIZER["kind"] == "byte":
+        return [byte + 3 for byte in text.encode()]
+    if TOKENIZER["kind"] == "sentencepiece":
+        return PIECES.EncodeAsIds(text)
+    return PIECES.encode(text, add_special_tokens=False).ids
 
 
 def encode(text: str) -> list[int]:
     """Encodes a text: "</s>" becomes the end token, one more is appended; truncated to the length of training."""
     ids = []
     for part in text.split(GIVEN["joint"]):
-        ids += [byte + 3 for byte in part.encode()] if TOKENIZER["kind"] == "byte" else PIECES.EncodeAsIds(part)
-        ids.append(EOS)
+        ids += [*pieces(part), EOS]
     return ids if len(ids) <= GIVEN["max_tokens"] else [*ids[: GIVEN["max_tokens"] - 1], EOS]
 
 
 def decode(ids: list[int]) -> str:
     """Decodes token ids; sentinels, numbered after the pieces, stand for numbers or count as unknown."""
-    ids = [i for i in ids if i not in (PAD, EOS)]
+    ids = ids[: ids.index(EOS)] if EOS in ids else ids
     if TOKENIZER["kind"] == "byte":
         return bytes(i - 3 for i in ids if 3 <= i < 259).decode("utf-8", errors="ignore")
+    if TOKENIZER["kind"] == "bpe":
+        return PIECES.decode(ids, skip_special_tokens=True)
     known = PIECES.GetPieceSize() - (0 if SLOTS else TOKENIZER["extra_ids"])
     return PIECES.DecodeIds([i if i < known else PIECES.unk_id() for i in ids])
 
