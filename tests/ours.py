@@ -7,25 +7,25 @@ import optax
 import parity_cases as cases
 import toy
 
-from sbs_jax.student import decoding, losses, t5
+from sbs_jax.student import decoding, families, losses
 from sbs_jax.training.step import Batch, TrainState, prepare, root_key
 
 
-def answers(config: t5.T5Config, parameters: t5.Parameters) -> dict[str, np.ndarray]:
+def answers(config: families.ModelConfig, parameters: families.Parameters) -> dict[str, np.ndarray]:
     """Computes logits of given targets, and generates by greedy and beam search."""
     return {"logits": logits(config, parameters), **generated(config, parameters)}
 
 
-def logits(config: t5.T5Config, parameters: t5.Parameters) -> np.ndarray:
+def logits(config: families.ModelConfig, parameters: families.Parameters) -> np.ndarray:
     """Computes logits of given targets."""
-    model = t5.join(t5.abstract(config)[0], parameters)
+    model = families.join(families.abstract(config)[0], parameters)
     source, target = jnp.asarray(cases.source()), jnp.asarray(cases.shifted(cases.target()))
     return np.asarray(jax.jit(model.__call__)(source, target))
 
 
-def generated(config: t5.T5Config, parameters: t5.Parameters) -> dict[str, np.ndarray]:
+def generated(config: families.ModelConfig, parameters: families.Parameters) -> dict[str, np.ndarray]:
     """Generates by greedy and beam search."""
-    model = t5.join(t5.abstract(config)[0], parameters)
+    model = families.join(families.abstract(config)[0], parameters)
     source = jnp.asarray(cases.source())
     greedy, _ = jax.jit(lambda tokens: decoding.greedy(model, tokens, length=cases.LENGTH))(source)
     search = jax.jit(lambda tokens: decoding.beam_search(model, tokens, length=cases.LENGTH, beams=cases.BEAMS)[0])
@@ -49,7 +49,9 @@ def batch() -> Batch:
     return {name: jnp.asarray(rows) for name, rows in whole.items()}
 
 
-def training(config: t5.T5Config, parameters: t5.Parameters, folder) -> tuple[list[float], dict[int, t5.Parameters]]:
+def training(
+    config: families.ModelConfig, parameters: families.Parameters, folder
+) -> tuple[list[float], dict[int, families.Parameters]]:
     """Makes ten updates with our training step: losses, and the weights after the first and the last."""
     settings = toy.config(
         folder / "run",

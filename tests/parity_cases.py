@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from sbs_jax.student import t5
+from sbs_jax.student import families, t5
 from sbs_jax.weights import names
 from sbs_jax.weights.arrays import LazyArray, Opened
 
@@ -51,7 +51,7 @@ def config(case: str) -> t5.T5Config:
     return t5.T5Config(**SHAPE, **CASES[case])
 
 
-def parameters(config: t5.T5Config) -> dict[str, np.ndarray]:
+def parameters(config: families.ModelConfig) -> dict[str, np.ndarray]:
     """Makes float32 weights from numpy alone, one stream per name."""
     return {name: _weights(name, leaf.shape) for name, leaf in names.parameters(config).items()}
 
@@ -75,7 +75,7 @@ def _weights(name: str, shape: tuple[int, ...]) -> np.ndarray:
     return kernel.astype(np.float32)
 
 
-def opened(config: t5.T5Config) -> Opened:
+def opened(config: families.ModelConfig) -> Opened:
     """Returns the same weights as an opened checkpoint."""
     arrays = {
         name: LazyArray(values.shape, values.dtype, values.__getitem__) for name, values in parameters(config).items()
@@ -130,8 +130,8 @@ def fitted(tokens: np.ndarray, length: int = LENGTH) -> np.ndarray:
     return np.pad(tokens, ((0, 0), (0, length - tokens.shape[1])))
 
 
-def model(config: t5.T5Config) -> tuple[t5.Structure, t5.Parameters]:
-    structure, _, _ = t5.abstract(config)
+def model(config: families.ModelConfig) -> tuple[families.Structure, families.Parameters]:
+    structure, _, _ = families.abstract(config)
     return structure, {name: jax.numpy.asarray(values) for name, values in parameters(config).items()}
 
 

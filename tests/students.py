@@ -14,7 +14,7 @@ import toy
 from sbs_jax.data import registry, tokens
 from sbs_jax.prediction import engine
 from sbs_jax.run import checkpoints, directory
-from sbs_jax.student import adapters, partitioning, t5
+from sbs_jax.student import adapters, families, partitioning
 from sbs_jax.training import students
 from sbs_jax.weights import frozen
 
@@ -85,6 +85,6 @@ def answers(run: Path, *, objective: str = "label") -> list[engine.Answer]:
     return found
 
 
-def parameters(run: Path) -> tuple[t5.Structure, t5.Parameters]:
+def parameters(run: Path) -> tuple[families.Structure, families.Parameters]:
     student = students.load_student(run, layout=partitioning.DATA_PARALLEL)
     return student.structure, {name: jnp.asarray(np.asarray(x)) for name, x in student.parameters.items()}

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +14,13 @@ import numpy as np
 import optax
 import pytest
 import toy
+from builders import decoders
 from conftest import REPOSITORY
 from etils import epath
 
 from sbs_jax.data import registry
 from sbs_jax.run import checkpoints, saving
-from sbs_jax.student import adapters, decoding, partitioning, quantized, t5
+from sbs_jax.student import adapters, decoding, families, partitioning, quantized, stacks
 from sbs_jax.student.adapters import IA3, Biases, Bottleneck, LoRA, Prefix, Prompt, Tuning
 from sbs_jax.training import feed, loop, students
 from sbs_jax.training.state import initial_state
@@ -29,6 +31,10 @@ MODEL = dataclasses.replace(toy.MODEL, emb_dim=64, num_heads=4, mlp_dim=128, dro
 DEEP = dataclasses.replace(MODEL, num_encoder_layers=2, num_decoder_layers=2)
 STACKED = dataclasses.replace(DEEP, num_decoder_layers=1)  # what is scanned is more than one layer, sooner compiled
 TIED = dataclasses.replace(MODEL, mlp_activations=("relu",), logits_via_embedding=True)
+DECODER = decoders.config(
+    "gemma3", vocab_size=MODEL.vocab_size, emb_dim=64, head_dim=16, mlp_dim=128, num_layers=2, global_every=2
+)
+EOS = MODEL.eos_id
 EVERY_LORA = LoRA(rank=4, alpha=8.0, modules=adapters.ALL)
 SOME_LORA = dataclasses.replace(EVERY_LORA, modules=("query", "value", "wo"))  # a third of them, sooner compiled
 # Tunings that leave a student unchanged until it is trained.
@@ -63,12 +69,12 @@ SPOKEN = {
 
 
 @functools.cache
-def base_of(config: t5.T5Config):
-    return jax.jit(lambda: t5.init(config, seed=0)[1])()
+def base_of(config: families.ModelConfig):
+    return jax.jit(lambda: families.init(config, seed=0)[1])()
 
 
 @functools.cache
-def begun(config: t5.T5Config, tuning: Tuning):
+def begun(config: families.ModelConfig, tuning: Tuning):
     """Makes a student with a tuning, untrained: structure and parameters."""
     of = adapters.abstract(config, tuning)
 
@@ -85,7 +91,7 @@ def begun(config: t5.T5Config, tuning: Tuning):
     return of, parameters
 
 
-def adapted(config: t5.T5Config, tuning: Tuning, *, changed: float = 0.0):
+def adapted(config: families.ModelConfig, tuning: Tuning, *, changed: float = 0.0):
     """Makes `begun` and adds random values to the trained parameters."""
     of, parameters = begun(config, tuning)
     parameters = dict(parameters)
@@ -102,69 +108,72 @@ SOURCE[1, 6:] = 0
 TARGET = np.random.default_rng(1).integers(3, 380, (4, 7)).astype(np.int32)
 
 
-def logits_of(structure: t5.Structure):
-    return jax.jit(lambda p: t5.join(structure, p)(jnp.asarray(SOURCE), jnp.asarray(TARGET)))
+def logits_of(structure: families.Structure):
+    return jax.jit(lambda p: families.join(structure, p)(jnp.asarray(SOURCE), jnp.asarray(TARGET)))
 
 
 @functools.cache
-def plain_logits(config: t5.T5Config) -> np.ndarray:
-    return np.asarray(logits_of(t5.abstract(config)[0])(base_of(config)))
+def plain_logits(config: families.ModelConfig) -> np.ndarray:
+    return np.asarray(logits_of(families.abstract(config)[0])(base_of(config)))
 
 
 @pytest.mark.parametrize(
-    ("name", "config"), [*((name, MODEL) for name in SILENT), ("lora", TIED)], ids=lambda value: str(value)[:20]
+    ("name", "config"),
+    [*((name, MODEL) for name in SILENT), ("lora", TIED), ("last layers", DECODER)],
+    ids=lambda value: str(value)[:20],
 )
 def test_at_first_a_student_answers_as_without_it(name, config):
     of, parameters = adapted(config, SILENT[name])
     np.testing.assert_array_equal(logits_of(of.structure)(parameters), plain_logits(config))
 
 
-def forced(model: t5.T5, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+def forced(model: families.Model, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Scores generated rows in one teacher-forced call: the best tokens, and the log probability up to EOS."""
     shifted = jnp.pad(tokens, ((0, 0), (1, 0)))[:, :-1]
     source = jnp.tile(jnp.asarray(SOURCE), (len(tokens) // len(SOURCE), 1))
     log_p = jax.nn.log_softmax(model(source, shifted), axis=-1)
     chosen = jnp.take_along_axis(log_p, tokens[..., None], axis=-1)[..., 0]
-    ended = jnp.cumsum(tokens == decoding.EOS, axis=1) - (tokens == decoding.EOS)
+    ended = jnp.cumsum(tokens == EOS, axis=1) - (tokens == EOS)
     return jnp.argmax(log_p, axis=-1), jnp.sum(jnp.where(ended == 0, chosen, 0.0), axis=1)
 
 
 @pytest.mark.parametrize(
-    ("name", "whole"),
+    ("name", "whole", "config"),
     [
-        ("everything", True),
-        ("everything", False),
-        pytest.param("lora", False, marks=pytest.mark.faults),  # part of "everything"
-        ("decoder prefix", True),
-        ("int8", True),
+        ("everything", True, MODEL),
+        ("everything", False, MODEL),
+        pytest.param("lora", False, MODEL, marks=pytest.mark.faults),  # part of "everything"
+        ("decoder prefix", True, MODEL),
+        ("int8", True, MODEL),
+        ("everything", True, DECODER),
     ],
 )
-def test_generation_is_that_of_the_teacher_forced_student(name, whole, monkeypatch):
+def test_generation_is_that_of_the_teacher_forced_student(name, whole, config, monkeypatch):
     """Greedy and beam search use the stepping decoder; their scores must equal those of the whole model."""
     if not whole:  # too large to be merged and unpacked before the loop: that is done at every position
         monkeypatch.setattr("sbs_jax.student.stepping.MAX_GATHERED_BYTES", 0)
     tuning = (SILENT | SPOKEN)[name]
-    of, parameters = adapted(MODEL, tuning, changed=0.02)
+    of, parameters = adapted(config, tuning, changed=0.02)
 
     @jax.jit
     def run(parameters):
-        model = t5.join(of.structure, parameters)
+        model = families.join(of.structure, parameters)
         tokens, scores = decoding.greedy(model, jnp.asarray(SOURCE), length=7)
         beams, beam_scores = decoding.beam_search(model, jnp.asarray(SOURCE), length=7, beams=3)
         return tokens, jnp.concatenate([scores, beam_scores]), forced(model, jnp.concatenate([tokens, beams]))
 
     tokens, scores, (best, wanted) = jax.device_get(run(parameters))
     np.testing.assert_allclose(scores, wanted, rtol=1e-5, atol=1e-4)
-    before_end = np.cumsum(tokens == decoding.EOS, axis=1) - (tokens == decoding.EOS) == 0
+    before_end = np.cumsum(tokens == EOS, axis=1) - (tokens == EOS) == 0
     np.testing.assert_array_equal(tokens[before_end], best[: len(tokens)][before_end])
 
 
 @pytest.mark.parametrize("name", ["lora", "int8", "nf4"])
 def test_a_merged_kernel_is_what_a_layer_computes(name):
     of, parameters = adapted(MODEL, (SILENT | SPOKEN)[name], changed=0.05)
-    model = t5.join(of.structure, parameters)
+    model: Any = families.join(of.structure, parameters)
     x = jnp.asarray(np.random.default_rng(2).normal(size=(2, 3, 128)).astype(np.float32))
-    for dense in (model.decoder.layers[0].mlp.wo, model.encoder.layers[0].attention.value):
+    for dense in (model.decoder.layers[0].mlp.wo, model.stacks["encoder"].layers[0].attention.value):
         mine = x[..., : dense.matrix().shape[0]]
         np.testing.assert_allclose(dense(mine), mine @ dense.merged(), rtol=1e-4, atol=1e-4)
 
@@ -174,7 +183,7 @@ def test_packed_rows_with_a_prefix_are_rows_of_their_own():
 
     @jax.jit
     def model(source, target, **segments):
-        return t5.join(of.structure, parameters)(source, target, **segments)
+        return families.join(of.structure, parameters)(source, target, **segments)
 
     alone = [model(jnp.asarray(SOURCE[i : i + 1, :5]), jnp.asarray(TARGET[i : i + 1, :4])) for i in (0, 2)]
     segments = [jnp.asarray([[1] * n + [2] * n + [0]]) for n in (5, 4)]
@@ -207,7 +216,7 @@ def test_neftune_s_noise_is_uniform_within_its_bound_and_not_on_padding():
     segments = np.zeros((2, 300), np.int32)
     segments[0], segments[1, :100], segments[1, 100:150] = 1, 1, 2
     x = jnp.zeros((2, 300, 64))
-    noise = np.asarray(t5.add_noise(x, jnp.asarray(segments), alpha=5.0, key=jax.random.key(0)))
+    noise = np.asarray(stacks.add_noise(x, jnp.asarray(segments), alpha=5.0, key=jax.random.key(0)))
     assert np.all(noise[1, 150:] == 0)
     for part, length in ((noise[0], 300), (noise[1, :100], 100), (noise[1, 100:150], 50)):
         bound = 5.0 / np.sqrt(length * 64)
@@ -223,7 +232,7 @@ def test_neftune_is_for_training_alone_and_off_by_default():
     def logits(config, key=None):
         @jax.jit
         def run(parameters):
-            model = t5.join(t5.abstract(config)[0], parameters)
+            model = families.join(families.abstract(config)[0], parameters)
             return model(jnp.asarray(SOURCE), jnp.asarray(TARGET), dropout_key=key)
 
         return np.asarray(run(base_of(MODEL)))
@@ -244,8 +253,8 @@ def test_dropout_draws_the_same_masks_with_and_without_lora():
     of, parameters = adapted(config, Tuning(lora=LoRA(rank=2, alpha=2.0, dropout=0.5, modules=adapters.ALL)))
     key = jax.random.key(1)
     with_lora, without = (
-        jax.jit(lambda p, s=s: t5.join(s, p)(jnp.asarray(SOURCE), jnp.asarray(TARGET), dropout_key=key))(p)
-        for s, p in ((of.structure, parameters), (t5.abstract(config)[0], base_of(MODEL)))
+        jax.jit(lambda p, s=s: families.join(s, p)(jnp.asarray(SOURCE), jnp.asarray(TARGET), dropout_key=key))(p)
+        for s, p in ((of.structure, parameters), (families.abstract(config)[0], base_of(MODEL)))
     )
     np.testing.assert_array_equal(with_lora, without)
 
@@ -320,7 +329,7 @@ LAYOUTS = {
 def test_sharded_and_scanned_training_is_that_of_one_device(tmp_path, records_dir, tuning, mesh, layers):
     alone = partitioning.Layout(slice=1, data=1, fsdp=1, tensor=1)
     one = config_of(tmp_path, records_dir, tuning, model=STACKED, layout=alone, optimizer=optax.sgd)
-    execution = t5.Execution(layers=layers, remat="full" if layers == "scanned" else "none")
+    execution = stacks.Execution(layers=layers, remat="full" if layers == "scanned" else "none")
     many = dataclasses.replace(one, layout=LAYOUTS[mesh], execution=execution)
     trainer, _, state, losses = updates(one, count=2, devices=jax.devices()[:1])
     sharded_trainer, _, sharded, losses_too = updates(many, count=2)
@@ -346,14 +355,14 @@ def test_the_optimiser_s_state_may_live_in_host_memory(tmp_path, records_dir):
 def test_a_run_keeps_its_adapters_alone_and_goes_on_where_it_was(tmp_path, records_dir, caplog):
     tuning = SPOKEN["nf4"]
     base = tmp_path / "base.npz"
-    npz.save_npz(base, t5.init(MODEL, seed=7)[1], dtype="float32")
+    npz.save_npz(base, families.init(MODEL, seed=7)[1], dtype="float32")
     whole = config_of(tmp_path / "whole", records_dir, tuning, initial_checkpoint_path=str(base))
     with caplog.at_level(logging.INFO, "sbs_jax"):
         loop.train(whole, config_text="")
     said = next(message for message in caplog.messages if message.startswith("Trained: "))
     share = sum(x.size for n, x in adapters.abstract(MODEL, tuning).shapes.items() if "lora" in n or "adapter" in n)
     assert said.startswith(f"Trained: {share:,} parameters")
-    assert f"frozen: {sum(math.prod(x.shape) for x in t5.abstract(MODEL)[1].values()):,}, " in said
+    assert f"frozen: {sum(math.prod(x.shape) for x in families.abstract(MODEL)[1].values()):,}, " in said
     stopped = dataclasses.replace(whole, model_dir=str(tmp_path / "stopped"), train_steps=3, evaluate_test=False)
     loop.train(stopped, config_text="")
     resumed = dataclasses.replace(whole, model_dir=stopped.model_dir)
@@ -369,7 +378,7 @@ def test_a_run_keeps_its_adapters_alone_and_goes_on_where_it_was(tmp_path, recor
     stored = saving.array_handler().metadata(epath.Path(place / "parameters")).tree
     assert set(stored) == adapters.abstract(MODEL, tuning).trained
 
-    npz.save_npz(base, t5.init(MODEL, seed=8)[1], dtype="float32")
+    npz.save_npz(base, families.init(MODEL, seed=8)[1], dtype="float32")
     with pytest.raises(ValueError, match=r"adapters of another base.*Give the base they were trained on"):
         students.load_student(tmp_path / "whole", layout=partitioning.DATA_PARALLEL)
     with pytest.raises(ValueError, match="adapters of another base"):
@@ -396,8 +405,8 @@ def test_prompts_and_prefixes_begin_as_words(records_dir):
     words = [int(index[0]) for index in found]
     assert len(set(words)) == 5
     assert min(words) >= 3
-    model = t5.join(of.structure, parameters)
-    layer = model.encoder.layers[0]
+    model: Any = families.join(of.structure, parameters)
+    layer = model.stacks["encoder"].layers[0]
     x = jnp.asarray(table[words[:4]])[None]
     want = layer.attention.key(layer.pre_attention_layer_norm(x))[0]
     np.testing.assert_allclose(parameters["encoder/layers/0/attention/prefix/key"], want, rtol=1e-5, atol=1e-5)
@@ -452,7 +461,7 @@ def test_rows_that_do_not_divide_into_blocks_are_not_held_in_nf4():
 
 
 def test_scanned_layers_are_alike_or_refused(tmp_path, records_dir):
-    scanned = t5.Execution(layers="scanned", remat="none")
+    scanned = stacks.Execution(layers="scanned", remat="none")
     for tuning in (SILENT["last layers"], Tuning(lora=LoRA(rank=2, alpha=2.0, modules=("encoder/layers/0/.*query",)))):
         with pytest.raises(ValueError, match='LAYERS = "unrolled"'):
             adapters.abstract(DEEP, tuning, execution=scanned)

@@ -19,7 +19,7 @@ import sentencepiece
 from sbs_jax.cli import demo
 from sbs_jax.data import records, release, tokens
 from sbs_jax.data.dataset import Row
-from sbs_jax.student import t5
+from sbs_jax.student import families
 from sbs_jax.training.config import TrainConfig
 from sbs_jax.training.step import prepare
 from sbs_jax.weights import opening
@@ -223,13 +223,13 @@ def test_shipped_student_fits_its_gin_file_and_is_small() -> None:
     assert config.model.vocab_size >= tokens.vocabulary(config.data.vocabulary).vocab_size
     shapes = prepare(config).abstract.parameters
     parameters = opening.load_parameters(str(path), like=shapes)
-    assert set(parameters) == set(t5.abstract(config.model)[1])
+    assert set(parameters) == set(families.abstract(config.model)[1])
 
 
 def test_shipped_student_knows_the_text_of_the_shipped_vocabulary() -> None:
     """Mean cross-entropy of masked words; 0.7 after the recorded training, 6 for a student of another vocabulary."""
     config = demo_config("step_by_step")
-    structure, shapes, _ = t5.abstract(config.model)
+    structure, shapes, _ = families.abstract(config.model)
     with np.load(builtin.student_path()) as arrays:
         parameters = {name: jnp.asarray(arrays[name]) for name in shapes}
     vocabulary = tokens.vocabulary(builtin.vocabulary_path())
@@ -238,7 +238,7 @@ def test_shipped_student_knows_the_text_of_the_shipped_vocabulary() -> None:
 
     @jax.jit
     def loss_of(parameters):
-        logits_BTV = t5.join(structure, parameters)(source_BS, jnp.pad(target_BT, ((0, 0), (1, 0)))[:, :-1])
+        logits_BTV = families.join(structure, parameters)(source_BS, jnp.pad(target_BT, ((0, 0), (1, 0)))[:, :-1])
         return optax.softmax_cross_entropy_with_integer_labels(logits_BTV, target_BT)
 
     loss_BT = loss_of(parameters)

@@ -30,7 +30,7 @@ from saver import NEWEST_TWO, arrays, assert_restores, fill, like
 from sbs_jax.run import checkpoints
 from sbs_jax.run.checkpoints import Checkpoints, Retention
 from sbs_jax.storage import checksums
-from sbs_jax.student import t5
+from sbs_jax.student import families
 from sbs_jax.weights import opening
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -382,12 +382,12 @@ def test_a_damaged_step_is_not_restored_without_asking(run):
 
 
 def test_converted_weights_have_checksums_too(tmp_path):
-    parameters = t5.init(toy.MODEL, seed=3)[1]
+    parameters = families.init(toy.MODEL, seed=3)[1]
     checkpoints.save_parameters(tmp_path, parameters, config=toy.MODEL, step=5)
     assert names(tmp_path) == {"5"}
     assert checksums.problem(tmp_path / "checkpoints" / "5") is None
     assert checkpoints.locate(tmp_path) == (tmp_path, 5)
-    assert t5.T5Config.of(checkpoints.read_metadata(tmp_path, 5)["model"]) == toy.MODEL
+    assert families.config_of(checkpoints.read_metadata(tmp_path, 5)["model"]) == toy.MODEL
     got = opening.load_parameters(tmp_path, like=like(parameters))
     for name, value in parameters.items():
         np.testing.assert_array_equal(got[name], value)

@@ -32,7 +32,7 @@ from sbs_jax.weights.arrays import LazyArray, Opened
 ALL = list(cases.CASES)
 
 
-def same(opened: Opened, config: t5.T5Config) -> None:
+def same(opened: Opened, config: families.ModelConfig) -> None:
     """Requires the case's weights, bit for bit."""
     expected = cases.parameters(config)
     assert set(opened.arrays) == set(expected)

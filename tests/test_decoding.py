@@ -7,14 +7,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from builders import decoders
 
-from sbs_jax.student import decoding, partitioning, stepping, t5
+from sbs_jax.student import decoding, families, partitioning, stacks, stepping, t5
 
+EOS = 1
 SHAPE = {"emb_dim": 24, "num_heads": 4, "head_dim": 6, "mlp_dim": 20, "num_encoder_layers": 1, "num_decoder_layers": 2}
 V1_0 = {"mlp_activations": ("relu",), "logits_via_embedding": True}
 V1_1 = {"mlp_activations": ("gelu", "linear"), "logits_via_embedding": False}
 UMT5 = {**V1_1, "relative_attention_bias": "per_layer"}
-KINDS = pytest.mark.parametrize("kind", [V1_0, UMT5], ids=["v1.0", "umt5"])  # every other test has v1.1
+# Every other test has v1.1.
+KINDS = pytest.mark.parametrize(
+    "kind", [V1_0, UMT5, decoders.LLAMA, decoders.GEMMA3], ids=["v1.0", "umt5", "llama", "gemma3"]
+)
 LONG = pytest.mark.faults  # more of the same, which takes long to compile
 # Searched by blocks, on TPU: divides by the 128 tokens of a block.
 BLOCKS = 256
@@ -22,8 +27,9 @@ BLOCKS = 256
 
 def student(*, seed=0, eos=1.0, vocabulary=40, **changes):
     """Makes structure and parameters from numpy; a greater `eos` ends more sequences early."""
-    config = t5.T5Config(**{**SHAPE, **V1_1, "vocab_size": vocabulary, "dropout_rate": 0.0, **changes})
-    structure, shapes, _ = t5.abstract(config)
+    shape = {} if "num_layers" in changes else {**SHAPE, **V1_1, "dropout_rate": 0.0}
+    config = families.config_of({**shape, **changes, "vocab_size": vocabulary})
+    structure, shapes, _ = families.abstract(config)
     random = np.random.default_rng(seed)
     parameters = {}
     for name in sorted(shapes):
@@ -45,20 +51,20 @@ def sources(rows, *, seed=0, length=7, vocabulary=40, padding=()):
 
 
 def greedy(structure, parameters, source, *, length):
-    search = jax.jit(lambda p, x: decoding.greedy(t5.join(structure, p), x, length=length))
+    search = jax.jit(lambda p, x: decoding.greedy(families.join(structure, p), x, length=length))
     return jax.device_get(search(parameters, source))
 
 
 def beam(structure, parameters, source, *, length, beams, penalty=1.0):
     def search(p, x):
-        return decoding.beam_search(t5.join(structure, p), x, length=length, beams=beams, length_penalty=penalty)
+        return decoding.beam_search(families.join(structure, p), x, length=length, beams=beams, length_penalty=penalty)
 
     return jax.device_get(jax.jit(search)(parameters, source))
 
 
 def slow_log_p(structure, parameters, source, *, length):
     """Computes log probabilities of a row's next token after given ones, by the whole model without a cache."""
-    model = jax.jit(lambda p, x, y: jax.nn.log_softmax(t5.join(structure, p)(x, y), axis=-1))
+    model = jax.jit(lambda p, x, y: jax.nn.log_softmax(families.join(structure, p)(x, y), axis=-1))
 
     def of(row, sequences):
         # Always the largest number of rows, so that it compiles once.
@@ -82,7 +88,7 @@ def slow_beam(log_p_of, row, *, length, beams, penalty):
             extended += [(-(np.float32(before) + log_p[v]), number, v, (*tokens, v)) for v in range(len(log_p))]
         live = []
         for rank, (cost, _, token, tokens) in enumerate(sorted(extended)[: 2 * beams]):
-            if token != decoding.EOS and position + 1 < length:
+            if token != EOS and position + 1 < length:
                 live.append((tokens, -cost))
             elif rank < beams:
                 ended.append((-cost / (position + 1) ** penalty, -cost, tokens))
@@ -124,7 +130,7 @@ def test_rows_that_have_ended_are_dropped_without_a_trace(way, monkeypatch):
 
     def search(*, drop_ended):
         def run(p, x, keys):
-            model, options = t5.join(structure, p), {"length": 40, "drop_ended": drop_ended}
+            model, options = families.join(structure, p), {"length": 40, "drop_ended": drop_ended}
             if way == "greedy":
                 return decoding.greedy(model, x, **options)
             return decoding.sample(model, x, keys, temperature=0.9, top_k=0, top_p=1.0, **options)
@@ -138,7 +144,7 @@ def test_rows_that_have_ended_are_dropped_without_a_trace(way, monkeypatch):
     fewer_tokens, fewer_score, fewer = search(drop_ended=True)
     np.testing.assert_array_equal(fewer_tokens, tokens)
     np.testing.assert_allclose(fewer_score, score, rtol=1e-5)
-    ended = tokens == decoding.EOS
+    ended = tokens == EOS
     lengths = np.where(ended.any(axis=1), ended.argmax(axis=1) + 1, 40)
     lengths = np.sort(np.where(np.asarray(source).any(axis=1), lengths, 0))
     # All rows stay while more than 8 continue, 8 while more than 4 do.
@@ -171,19 +177,19 @@ def test_steps_give_the_logits_of_the_whole_decoder_at_every_position(kind):
 
     @jax.jit
     def forced(parameters):
-        model = t5.join(structure, parameters)
+        model = families.join(structure, parameters)
         shifted = jnp.pad(target.reshape(-1, length), ((0, 0), (1, 0)))[:, :-1]
         return model(jnp.repeat(source, beams, axis=0), shifted).reshape(2, beams, length, -1)
 
     @jax.jit
     def stepped(parameters):
-        model, segments = t5.join(structure, parameters), t5.source_segments(source)
+        model, segments = families.join(structure, parameters), stacks.source_segments(source)
         encoded = model.encode(source, segment_ids=segments)
         stepper = stepping.Stepper(model, encoded, segments, length=length, beams=beams)
         cache, logits = stepper.empty_cache(), []
         mine = (jnp.arange(length * beams)[None, :] % beams == jnp.arange(beams)[:, None])[None]
         for position in range(length):
-            before = target[:, :, position - 1] if position else jnp.zeros((2, beams), jnp.int32)
+            before = target[:, :, position - 1] if position else jnp.full((2, beams), model.config.decoder_start)
             states, cache = stepper.step(before, cache, position=jnp.int32(position), visible_BNP=mine)
             logits.append(states @ stepper.table_DV)
         return jnp.stack(logits, axis=2)
@@ -199,7 +205,7 @@ def test_greedy_gives_the_argmax_of_its_own_teacher_forced_logits(kind):
 
     @jax.jit
     def forced(parameters, tokens):
-        model = t5.join(structure, parameters)
+        model = families.join(structure, parameters)
         logits = model(source, jnp.pad(tokens, ((0, 0), (1, 0)))[:, :-1])
         return logits.argmax(-1), decoding.score(model, source, tokens)
 
@@ -289,7 +295,7 @@ def test_bfloat16_searches_stay_near_slow_ones(platform, request):
     assert sum(same) >= 8
     np.testing.assert_allclose(got[1], [log_p for _, log_p in want], rtol=0.02, atol=0.05)
     tokens, _ = greedy(structure, parameters, source, length=6)
-    model = t5.join(structure, parameters)
+    model = families.join(structure, parameters)
     best = np.asarray(jax.jit(model.__call__)(source, jnp.pad(tokens, ((0, 0), (1, 0)))[:, :-1]).argmax(-1))
     written = tokens != 0
     assert (tokens == best)[written].mean() > 0.9
@@ -300,7 +306,7 @@ def test_a_model_in_float32_computes_in_float32_throughout(as_on_tpu):
     for beams in (1, 4):
 
         def search(p, x, beams=beams):
-            model = t5.join(structure, p)
+            model = families.join(structure, p)
             if beams == 1:
                 return decoding.greedy(model, x, length=4)
             return decoding.beam_search(model, x, length=4, beams=beams)
@@ -324,7 +330,7 @@ def test_sharded_generation_finds_the_same(shape, platform, request):
     source = sources(16, seed=1, vocabulary=BLOCKS, padding=(5,))
     layout = partitioning.Layout(**dict(zip(partitioning.AXES, shape, strict=True)))
     partitioner = layout.partitioner()
-    _, shapes, axes = t5.abstract(t5.join(structure, parameters).config)
+    _, shapes, axes = families.abstract(families.join(structure, parameters).config)
     placed = jax.device_put(parameters, partitioner.shardings(shapes, parameters=shapes, axes=axes))
     rows = partitioner.put_batch({"tokens": np.asarray(source)})["tokens"]
     with partitioner.active():

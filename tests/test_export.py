@@ -18,7 +18,7 @@ from jax import export
 
 from sbs_jax.data import grading
 from sbs_jax.export import card as cards
-from sbs_jax.student import decoding, quantized, t5
+from sbs_jax.student import decoding, families, quantized
 from sbs_jax.student.adapters import Prompt, Tuning
 from sbs_jax.weights import hugging_face
 from sbs_jax.weights.arrays import Opened
@@ -66,7 +66,7 @@ def test_a_program_holds_no_weights_and_nothing_that_may_change(label_student, t
     text = exported.mlir_module()
     largest = max(math.prod(shape) for shape in _constants(text))
     assert largest <= 20 * 20, "a constant larger than a table of positions"
-    assert len(exported.in_avals) == len(t5.abstract(toy.MODEL)[1]) + 1
+    assert len(exported.in_avals) == len(families.abstract(toy.MODEL)[1]) + 1
 
 
 def _constants(text: str) -> list[list[int]]:
@@ -111,7 +111,7 @@ def test_int8_weights_are_a_quarter_and_say_what_they_lose(label_student, tmp_pa
 
 
 def greedy(structure, parameters, rows):
-    return jax.jit(lambda parameters: decoding.greedy(t5.join(structure, parameters), rows, length=6))(parameters)
+    return jax.jit(lambda parameters: decoding.greedy(families.join(structure, parameters), rows, length=6))(parameters)
 
 
 def _program(folder: Path):

@@ -24,7 +24,7 @@ from sbs_jax.cli import main
 from sbs_jax.run import saving
 from sbs_jax.stats import results
 from sbs_jax.storage import checksums
-from sbs_jax.student import adapters, t5
+from sbs_jax.student import adapters, families
 from sbs_jax.training import gin_files
 from sbs_jax.weights import hugging_face, names, opening, t5x
 
@@ -451,7 +451,7 @@ def test_metadata_of_a_checkpoint(fuzz: Fuzz, memory: Path) -> None:
         except jaxtyping.TypeCheckError:  # a whole number for a float: only these tests' own checks refuse it
             return
         if isinstance(found, dict) and "model" in found:
-            t5.T5Config.of(found["model"])
+            families.config_of(found["model"])
             adapters.Tuning.of(found.get("tuning"))
 
     fuzz(case)

@@ -20,7 +20,7 @@ from sbs_jax import hosts
 from sbs_jax.data import batches, registry
 from sbs_jax.hosts import api, preemption
 from sbs_jax.run import checkpoints, directory
-from sbs_jax.student import t5
+from sbs_jax.student import families
 from sbs_jax.training import failures, loop, replay
 from sbs_jax.training.config import TrainConfig
 from sbs_jax.training.step import TrainState, root_key, train_step
@@ -83,7 +83,7 @@ def test_a_run_that_was_told_to_end_ends_as_if_it_had_not(whole, tmp_path, monke
 def step_function(config: TrainConfig):
     """Makes a jitted step on one device, a fresh state, and a batch."""
     optimizer = config.gradient_transformation()
-    structure, parameters = t5.init(config.model, seed=0)
+    structure, parameters = families.init(config.model, seed=0)
     state = TrainState(jnp.int32(0), parameters, optimizer.init(parameters), jnp.int32(0), root_key(0))
     found = batches.train_dataset(
         config.mixture_or_task_name, lengths=config.task_feature_lengths, split="train", batch_size=8,

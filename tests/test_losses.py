@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import toy
 
-from sbs_jax.student import losses, partitioning, stacking, t5
+from sbs_jax.student import families, losses, partitioning, stacking, stacks
 from sbs_jax.student.losses import LABEL, RATIONALE
 from sbs_jax.training.step import loss_and_gradients
 
@@ -132,12 +132,12 @@ ALONE = [[i] for i in range(16)]
 PACKED = [[0, 3], [2, 1], [5, 4], [6, 7], [9, 8], [10, 11], [13, 12], [14, 15]]
 
 
-def prepared(*, packed, devices, micro_batches, alpha=0.5, mesh=None, vocabulary_chunks=1, execution=t5.UNROLLED):
+def prepared(*, packed, devices, micro_batches, alpha=0.5, mesh=None, vocabulary_chunks=1, execution=stacks.UNROLLED):
     """Makes the function of (rows, examples) that computes loss and gradients, split and laid out as asked."""
     # No dropout: its masks are drawn for the rows as they lie.
     config = dataclasses.replace(toy.MODEL, dropout_rate=0.0)
-    structure, shapes, axes = t5.abstract(config, execution=execution)
-    parameters = t5.init(config, seed=0)[1]
+    structure, shapes, axes = families.abstract(config, execution=execution)
+    parameters = families.init(config, seed=0)[1]
     scanned = execution.layers == "scanned"
     parameters = stacking.stack(parameters) if scanned else parameters
     layout = partitioning.DATA_PARALLEL if mesh is None else partitioning.Layout(**mesh)
@@ -183,13 +183,13 @@ QUICK = {
         "devices": 8,
         "mesh": SLICES,
         "vocabulary_chunks": 4,
-        "execution": t5.Execution(layers="scanned", remat="attended"),
+        "execution": stacks.Execution(layers="scanned", remat="attended"),
     },
-    "minimal remat": {"execution": t5.Execution(layers="unrolled", remat="minimal")},
+    "minimal remat": {"execution": stacks.Execution(layers="unrolled", remat="minimal")},
     "scanned, full remat": {
         "devices": 4,
         "micro_batches": 2,
-        "execution": t5.Execution(layers="scanned", remat="full"),
+        "execution": stacks.Execution(layers="scanned", remat="full"),
     },
 }
 # Each is part of one above.

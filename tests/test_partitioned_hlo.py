@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from sbs_jax.data import registry
 from sbs_jax.plan import chips, hlo, worker
-from sbs_jax.student import partitioning, t5
+from sbs_jax.student import partitioning, stacks
 from sbs_jax.training.step import Trainer, TrainState, prepare
 
 pytest.importorskip("libtpu", reason="libtpu, the TPU compiler, is not installed: pip install libtpu")
@@ -73,7 +73,7 @@ def compiled(request):
     """The step of a small student, 16 rows, AdamW."""
     registry.add(toy.DATASET)
     changes = {"model": MODEL, "layout": MESHES[request.param], "batch_size": 16}
-    changes["execution"] = t5.Execution(layers="scanned", remat="attended")
+    changes["execution"] = stacks.Execution(layers="scanned", remat="attended")
     config = toy.config(Path("none"), Path("none"), task_feature_lengths={"inputs": 64, "targets": 32}, **changes)
     trainer = prepare(config, devices=chips.topology("v5e:2x4").describe())
     step = getattr(trainer.step, "lower")  # noqa: B009  (jitted)

@@ -23,7 +23,7 @@ from sbs_jax.cli import main
 from sbs_jax.cli.commands import predict
 from sbs_jax.prediction import engine, files
 from sbs_jax.run import checkpoints
-from sbs_jax.student import adapters, partitioning, quantized, t5
+from sbs_jax.student import adapters, families, partitioning, quantized, t5
 from sbs_jax.training import evaluate, gin_files, students
 from sbs_jax.training.state import load_base
 from sbs_jax.training.step import TrainState, prepare, root_key
@@ -56,7 +56,7 @@ WITHOUT_A_PLACE = {
 CONFIG = t5.T5Config(**{**cases.SHAPE, "num_encoder_layers": 2, "num_decoder_layers": 1}, **cases.CASES["v1_1"])
 
 
-def trained_values(config: t5.T5Config, tuning: adapters.Tuning) -> t5.Parameters:
+def trained_values(config: t5.T5Config, tuning: adapters.Tuning) -> families.Parameters:
     """Makes trained values far from the initial ones."""
     adapted = adapters.abstract(config, tuning)
     found = {}
@@ -76,7 +76,7 @@ def identity_of(config: t5.T5Config, path: Path) -> dict[str, Any]:
     return {"path": str(path), "seed": None, "fingerprint": fingerprint_of(config)}
 
 
-def write_run(folder: Path, config: t5.T5Config, tuning: adapters.Tuning, *, base: Path) -> t5.Parameters:
+def write_run(folder: Path, config: t5.T5Config, tuning: adapters.Tuning, *, base: Path) -> families.Parameters:
     """Writes a run's checkpoint of adapters over the case's weights."""
     values = trained_values(config, tuning)
     checkpoints.save_parameters(folder, values, config=config, step=3, tuning=tuning, base=identity_of(config, base))
@@ -333,7 +333,9 @@ MERGED = {
 }
 
 
-def held_parameters(config: t5.T5Config, tuning: adapters.Tuning, base: Path) -> tuple[adapters.Adapted, t5.Parameters]:
+def held_parameters(
+    config: t5.T5Config, tuning: adapters.Tuning, base: Path
+) -> tuple[adapters.Adapted, families.Parameters]:
     """Loads the base as a run does."""
     adapted = adapters.abstract(config, tuning)
     partitioner = partitioning.DATA_PARALLEL.partitioner()
@@ -342,9 +344,9 @@ def held_parameters(config: t5.T5Config, tuning: adapters.Tuning, base: Path) ->
     return adapted, found.frozen
 
 
-def logits(structure: t5.Structure, parameters: t5.Parameters) -> np.ndarray:
+def logits(structure: families.Structure, parameters: families.Parameters) -> np.ndarray:
     source, target = jnp.asarray(cases.source()), jnp.asarray(cases.shifted(cases.target()))
-    return np.asarray(jax.jit(lambda parameters: t5.join(structure, parameters)(source, target))(parameters))
+    return np.asarray(jax.jit(lambda parameters: families.join(structure, parameters)(source, target))(parameters))
 
 
 @pytest.mark.parametrize("name", MERGED)
@@ -358,7 +360,7 @@ def test_merged_answers_as_base_and_adapters_do(name, tmp_path, caplog):
     assert (opened.tuning, opened.base) == (None, None)
     separate = logits(adapted.structure, jax.device_get({**held, **values}))
     plain = {each: jnp.asarray(array.whole()) for each, array in opened.arrays.items()}
-    together = logits(t5.abstract(WIDE)[0], plain)
+    together = logits(families.abstract(WIDE)[0], plain)
     np.testing.assert_allclose(together, separate, rtol=0, atol=1e-5)
     weights = cases.parameters(WIDE)
     assert np.max(np.abs(plain["decoder/layers/0/mlp/wo/kernel"] - weights["decoder/layers/0/mlp/wo/kernel"])) > 0.01
@@ -624,7 +626,7 @@ def torch_logits(reference: Any, model: Any) -> np.ndarray:
         return model(input_ids=source, attention_mask=(source != 0).long(), decoder_input_ids=inputs).logits.numpy()
 
 
-def our_logits(config: t5.T5Config, tuning: adapters.Tuning, values: t5.Parameters) -> np.ndarray:
+def our_logits(config: t5.T5Config, tuning: adapters.Tuning, values: families.Parameters) -> np.ndarray:
     return logits(adapters.abstract(config, tuning).structure, {**cases.model(config)[1], **values})
 
 

@@ -13,7 +13,7 @@ import toy
 
 from sbs_jax.cli import main
 from sbs_jax.plan import chips, command, compiler, hlo, table, worker
-from sbs_jax.student import flops, t5
+from sbs_jax.student import families, flops
 
 pytest.importorskip("libtpu", reason="libtpu, the TPU compiler, is not installed: pip install libtpu")
 
@@ -119,9 +119,9 @@ def test_model_flops_by_hand():
 def test_model_flops_are_those_of_the_matrices_in_the_model():
     """Compares with three times XLA's count of a forward pass, which includes norms, softmax and activations."""
     config = dataclasses.replace(toy.MODEL, emb_dim=256, mlp_dim=512, dropout_rate=0.0)
-    structure, shapes, _ = t5.abstract(config)
+    structure, shapes, _ = families.abstract(config)
     tokens = [jax.ShapeDtypeStruct((4, n), "int32") for n in (64, 48)]
-    lowered = jax.jit(lambda p, s, t: t5.join(structure, p)(s, t)).lower(shapes, *tokens)
+    lowered = jax.jit(lambda p, s, t: families.join(structure, p)(s, t)).lower(shapes, *tokens)
     counted = (lowered.cost_analysis() or {})["flops"]
     mine = flops.training_flops(config, rows=4, inputs=64, targets=48) / 3
     assert mine < counted < 1.1 * mine
@@ -248,7 +248,7 @@ def test_memory_is_told_apart_by_what_it_holds(planned):
     assert (one["chips"], one["hosts"], one["mesh"]["fsdp"]) == (4, 1, 4)
     training = one["steps"]["train"]
     memory = training["memory"]
-    shapes, axes = t5.abstract(toy.MODEL)[1:]
+    shapes, axes = families.abstract(toy.MODEL)[1:]
     assert planned["configuration"]["parameters"] == sum(leaf.size for leaf in shapes.values())
     cut = sum(leaf.size * 4 // (4 if "embed" in axes[name] else 1) for name, leaf in shapes.items())
     assert memory["parameters"] == cut

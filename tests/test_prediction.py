@@ -17,7 +17,7 @@ import toy
 from sbs_jax.data import registry, tokens
 from sbs_jax.prediction import compiled, engine, precision
 from sbs_jax.prediction.engine import Answer, Predictor, Question, Settings
-from sbs_jax.student import decoding, partitioning, t5
+from sbs_jax.student import decoding, families, partitioning
 from sbs_jax.training import evaluate, students
 from tasks import builtin
 
@@ -83,6 +83,7 @@ def test_answers_are_those_of_the_student_padded_to_its_limit_in_order(student, 
         row[: len(ids)] = ids
     generator = evaluate.Generator(
         student.structure,
+        eos_id=student.config.eos_id,
         partitioner=student.partitioner,
         batch_size=32,
         length=student.manifest["run"]["max_decode_length"],
@@ -180,7 +181,7 @@ def test_the_first_token_is_drawn_as_often_as_it_is_likely(student):
     """2,000 draws against the student's own distribution, by a chi-squared statistic."""
     source = jnp.asarray([[40, 50, 60, 1]], jnp.int32)
     draws, per_call = 2000, 500
-    model = t5.join(student.structure, student.parameters)
+    model = families.join(student.structure, student.parameters)
     logits = np.asarray(model(source, jnp.zeros((1, 1), jnp.int32)))[0, 0]
     want = np.exp(logits / 3.0) / np.exp(logits / 3.0).sum()
 
@@ -188,7 +189,7 @@ def test_the_first_token_is_drawn_as_often_as_it_is_likely(student):
     def draw(parameters, keys):
         rows = jnp.broadcast_to(source, (per_call, 4))
         found, _ = decoding.sample(
-            t5.join(student.structure, parameters), rows, keys, length=1, temperature=3.0, top_k=0, top_p=1.0
+            families.join(student.structure, parameters), rows, keys, length=1, temperature=3.0, top_k=0, top_p=1.0
         )
         return found[:, 0]
 
@@ -218,7 +219,7 @@ def test_choices_are_scored_as_given_targets_are(student):
     ]
     got = choosing.answer(rows)
     vocabulary = registry.vocabulary("byte")
-    score = jax.jit(lambda parameters, *rows: decoding.score(t5.join(student.structure, parameters), *rows))
+    score = jax.jit(lambda parameters, *rows: decoding.score(families.join(student.structure, parameters), *rows))
     for question, answer in zip(rows, got, strict=True):
         labels = question.choices or tuple(toy.LETTERS)
         sources = tokens.encode([f"predict: {question.input}"] * len(labels), vocabulary)
@@ -294,7 +295,7 @@ def test_matrices_are_held_in_fewer_bits_and_answers_stay(student, answers, form
 def test_a_quantised_product_is_that_of_the_quantised_matrix(student):
     """For inputs that bfloat16 represents exactly, the product equals that of the unpacked int8 matrix."""
     structure, parameters = precision.held(student.structure, student.parameters, weights="int8")
-    dense = getattr(t5.join(structure, parameters).encoder.layers[0].mlp, "wi_0")  # noqa: B009  (set by name)
+    dense = getattr(families.join(structure, parameters).stacks["encoder"].layers[0].mlp, "wi_0")  # noqa: B009  (set by name)
     x = jnp.asarray(np.random.default_rng(0).integers(-8, 9, size=(3, 5, toy.MODEL.emb_dim)), jnp.float32)
     np.testing.assert_allclose(dense(x), x @ dense.kernel.matrix(), rtol=1e-5, atol=1e-5)
     original = student.parameters["encoder/layers/0/mlp/wi_0/kernel"]

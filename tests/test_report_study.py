@@ -325,7 +325,7 @@ def test_what_is_not_the_paper_s_is_held_against_nothing(tmp_path: Path, change:
 
 
 def test_the_cost_of_a_run_is_that_of_its_manifest(tmp_path: Path) -> None:
-    from sbs_jax.student import flops, t5
+    from sbs_jax.student import families, flops
 
     records_dir = str(write_records(tmp_path / "records", "svamp"))
     path = paper_run(tmp_path / "run", records_dir=records_dir)
@@ -336,7 +336,7 @@ def test_the_cost_of_a_run_is_that_of_its_manifest(tmp_path: Path) -> None:
     cost = costs.cost(study.summaries[0].groups[0])
     assert cost.devices == "4 x TPU"
     assert cost.device_hours == pytest.approx(4 * 200 * 0.5 / 3600)
-    one = flops.training_flops(t5.T5Config.of(manifest["model"]), rows=64, inputs=256, targets=128)
+    one = flops.training_flops(families.config_of(manifest["model"]), rows=64, inputs=256, targets=128)
     assert cost.training_flops == 200 * one
     row = tables.costs(study).rows[0]
     assert row[4] == "2,181 x"  # 540e9 / 247,577,856

@@ -6,9 +6,9 @@ import optax
 import pytest
 import toy
 
-from sbs_jax.student import stacking, t5
+from sbs_jax.student import families, stacking, stacks
 
-PARAMETERS = t5.init(toy.MODEL, seed=0)[1]
+PARAMETERS = families.init(toy.MODEL, seed=0)[1]
 
 
 def same(left, right):
@@ -25,7 +25,7 @@ def test_stacks_are_in_the_order_of_layers_not_of_names():
 
 def test_unstack_inverts_stack():
     stacked = stacking.stack(PARAMETERS)
-    shapes = t5.abstract(toy.MODEL, execution=t5.Execution(layers="scanned", remat="none"))[1]
+    shapes = families.abstract(toy.MODEL, execution=stacks.Execution(layers="scanned", remat="none"))[1]
     assert {name: x.shape for name, x in stacked.items()} == {name: x.shape for name, x in shapes.items()}
     apart = stacking.unstack(stacked)
     assert set(apart) == set(PARAMETERS)
@@ -47,8 +47,8 @@ def test_unstack_inverts_stack():
 )
 def test_layerwise_is_the_optimiser_of_layers_apart(optimizer):
     layerwise = stacking.layerwise(optimizer)
-    apart: t5.Parameters = PARAMETERS
-    together: t5.Parameters = stacking.stack(PARAMETERS)
+    apart: families.Parameters = PARAMETERS
+    together: families.Parameters = stacking.stack(PARAMETERS)
     state, stacked_state = optimizer.init(apart), layerwise.init(together)
     same(stacking.unstack(stacked_state), state)
     for step in range(3):
@@ -74,6 +74,6 @@ def test_an_optimiser_that_mixes_layers_is_refused():
 
 def test_unknown_ways_to_compute_are_refused():
     with pytest.raises(ValueError, match="Did you mean 'scanned'"):
-        t5.Execution(layers="scaned", remat="none")
+        stacks.Execution(layers="scaned", remat="none")
     with pytest.raises(ValueError, match="expected one of none, minimal, attended, full"):
-        t5.Execution(layers="scanned", remat="all")
+        stacks.Execution(layers="scanned", remat="all")

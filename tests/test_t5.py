@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from sbs_jax.student import layers, t5, t5_layers
+from sbs_jax.student import families, layers, stacks, t5, t5_layers
 
 V1_0 = {"mlp_activations": ("relu",), "logits_via_embedding": True}
 V1_1 = {"mlp_activations": ("gelu", "linear"), "logits_via_embedding": False}
@@ -23,12 +24,12 @@ def config_of(version, **changes):
     return t5.T5Config(**{**shape, **layers, **version, **changes})
 
 
-def student(config, seed=0):
+def student(config, seed=0) -> tuple[Any, dict[str, np.ndarray]]:
     """Makes a model with weights from numpy, and returns both."""
-    structure, shapes, _ = t5.abstract(config)
+    structure, shapes, _ = families.abstract(config)
     random = np.random.default_rng(seed)
     parameters = {name: random.normal(size=shapes[name].shape).astype(np.float32) * 0.3 for name in sorted(shapes)}
-    return t5.join(structure, {name: jnp.asarray(x) for name, x in parameters.items()}), parameters
+    return families.join(structure, {name: jnp.asarray(x) for name, x in parameters.items()}), parameters
 
 
 def tokens(*shape, seed=0, vocabulary=40):
@@ -183,7 +184,7 @@ def test_every_size_has_its_published_number_of_parameters(name):
 
     def count(layers):
         cut = dataclasses.replace(config, num_encoder_layers=layers, num_decoder_layers=layers)
-        shapes = jax.eval_shape(lambda: t5.init(cut, seed=0)[1])
+        shapes = jax.eval_shape(lambda: families.init(cut, seed=0)[1])
         assert {leaf.dtype for leaf in shapes.values()} == {jnp.dtype("float32")}
         return sum(math.prod(leaf.shape) for leaf in shapes.values())
 
@@ -195,7 +196,7 @@ def test_every_size_has_its_published_number_of_parameters(name):
 def test_causality_no_gradient_flows_from_later_positions():
     model, _ = student(config_of(V1_1))
     source, target = tokens(1, 7), tokens(1, 6, seed=1)
-    segments = t5.source_segments(source)
+    segments = stacks.source_segments(source)
     encoded = encode(model, source, segments)
 
     def states(x):
@@ -277,19 +278,19 @@ def test_dropout_needs_a_key_keeps_the_mean_and_repeats_with_the_key():
 
 def test_bfloat16_computes_near_float32_from_float32_parameters():
     model, parameters = student(config_of(V1_1))
-    half = t5.join(t5.abstract(config_of(V1_1, dtype="bfloat16"))[0], t5.split(model)[1])
+    half = families.join(families.abstract(config_of(V1_1, dtype="bfloat16"))[0], families.split(model)[1])
     source, target = tokens(2, 9), tokens(2, 8, seed=1)
     exact, rounded = forward(model, source, target), forward(half, source, target)
     assert rounded.dtype == jnp.float32
     assert np.abs(rounded - exact).max() < 0.1 * np.abs(exact).max()
     assert not np.array_equal(rounded, exact)
-    assert set(parameters) == set(t5.split(half)[1])
+    assert set(parameters) == set(families.split(half)[1])
 
 
 def test_split_and_join_are_inverse_and_names_are_t5x_s():
     model, parameters = student(config_of(V1_1))
-    structure, flat = t5.split(model)
-    again = t5.split(t5.join(structure, flat))
+    structure, flat = families.split(model)
+    again = families.split(families.join(structure, flat))
     assert again[0] == structure
     for name, x in parameters.items():
         np.testing.assert_array_equal(again[1][name], x)
@@ -310,7 +311,7 @@ def test_split_and_join_are_inverse_and_names_are_t5x_s():
 
 def test_initial_scales_are_t5x_s():
     config = config_of(V1_1, emb_dim=256, head_dim=32, num_heads=8, mlp_dim=512, vocab_size=500)
-    _, flat = t5.init(config, seed=0)
+    _, flat = families.init(config, seed=0)
     for name, std in {
         "token_embedder/embedding": 1.0,
         "encoder/layers/0/attention/query/kernel": (256 * 32) ** -0.5,

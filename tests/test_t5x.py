@@ -32,7 +32,7 @@ except ImportError as error:
 
 import tasks
 from sbs_jax.data import batches, registry, release, selection
-from sbs_jax.student import losses, partitioning, t5
+from sbs_jax.student import families, losses, partitioning, t5
 from sbs_jax.training import evaluate, gin_files
 from sbs_jax.training.state import initial_state
 from sbs_jax.training.step import TrainState, loss_and_gradients, prepare
@@ -61,7 +61,7 @@ def records_dir(tmp_path_factory):
     return toy.write_records(tmp_path_factory.mktemp("records"))
 
 
-def seeded(config: t5.T5Config, *, seed: int = 0) -> t5.Parameters:
+def seeded(config: t5.T5Config, *, seed: int = 0) -> families.Parameters:
     """Parameters from NumPy's generator, of the size that T5's own have at the start; norms vary around 1.
 
     Others (0.2 everywhere) make Adam's first steps depend on rounding: our trainer then differs by 2e-3 from itself
@@ -69,7 +69,7 @@ def seeded(config: t5.T5Config, *, seed: int = 0) -> t5.Parameters:
     """
     random = np.random.default_rng(seed)
     parameters = {}
-    for name, shape in sorted(t5.abstract(config)[1].items()):
+    for name, shape in sorted(families.abstract(config)[1].items()):
         values = random.standard_normal(shape.shape)
         if name.endswith("scale"):
             values = 1.0 + 0.1 * values
@@ -81,7 +81,7 @@ def seeded(config: t5.T5Config, *, seed: int = 0) -> t5.Parameters:
     return parameters
 
 
-def nested(parameters: t5.Parameters) -> dict:
+def nested(parameters: families.Parameters) -> dict:
     """The tree that T5X's network takes."""
     return traverse_util.unflatten_dict({name.t5x: parameters[name.ours] for name in names.of(parameters)}, sep="/")
 
@@ -119,7 +119,7 @@ def test_logits_are_t5x_s(records_dir, version, pack):
     config, batch = VERSIONS[version], toy_batch(records_dir, pack=pack)
     assert ("decoder_segment_ids" in batch) == pack
     parameters = seeded(config)
-    ours = t5.join(t5.abstract(config)[0], parameters)(
+    ours = families.join(families.abstract(config)[0], parameters)(
         batch["encoder_input_tokens"],
         batch["decoder_input_tokens"],
         encoder_segment_ids=batch.get("encoder_segment_ids"),
@@ -157,7 +157,7 @@ def test_loss_gradients_and_metrics_are_ours(records_dir, pack, alpha):
     loss, sums, gradients = loss_and_gradients(
         parameters,
         batch,
-        structure=t5.abstract(config)[0],
+        structure=families.abstract(config)[0],
         alpha=alpha,
         z_loss=1e-3,
         micro_batches=1,
@@ -248,7 +248,7 @@ BUILTIN = t5.T5Config(
 )
 
 
-def student() -> t5.Parameters:
+def student() -> families.Parameters:
     """The embedded student's pre-trained parameters."""
     with np.load(builtin.student_path()) as arrays:
         return {name: jnp.asarray(arrays[name], jnp.float32) for name in arrays}
@@ -387,7 +387,8 @@ def test_t5x_eval_and_infer_answer_and_grade_as_we_do(t5x_run):
             task_feature_lengths={"inputs": 64, "targets": 32},
             generator=evaluate.generator(
                 task,
-                structure=t5.abstract(BUILTIN)[0],
+                structure=families.abstract(BUILTIN)[0],
+                eos_id=BUILTIN.eos_id,
                 partitioner=partitioning.DATA_PARALLEL.partitioner(),
                 batch_size=8,
                 max_decode_length=32,

@@ -11,7 +11,7 @@ import toy
 from sbs_jax.cli import main
 from sbs_jax.data import tokens, vocabulary_cut
 from sbs_jax.export import convert
-from sbs_jax.student import t5
+from sbs_jax.student import families
 from sbs_jax.weights import hugging_face, opening
 from sbs_jax.weights.arrays import LazyArray, Opened
 from tasks import builtin
@@ -128,7 +128,7 @@ def test_a_checkpoint_is_cut_to_the_rows_of_its_pieces(cut, tmp_path):
     folder, made = cut
     size = made.pieces + tokens.EXTRA_IDS
     config = dataclasses.replace(toy.MODEL, vocab_size=size)
-    arrays = {name: LazyArray.of(np.asarray(x)) for name, x in t5.init(config, seed=0)[1].items()}
+    arrays = {name: LazyArray.of(np.asarray(x)) for name, x in families.init(config, seed=0)[1].items()}
     whole = Opened(architecture=config, arrays=arrays, vocabulary=builtin.vocabulary_path())
     hugging_face.write(tmp_path / "whole", whole, dtype="float32", shard_bytes=10**9)
     options = convert.Options(to_form=opening.HUGGING_FACE, cut=str(folder))

@@ -15,7 +15,7 @@ from sbs_jax.data import records, registry, selection
 from sbs_jax.data.dataset import Dataset
 from sbs_jax.data.grading import accuracy, same_text
 from sbs_jax.run import checkpoints
-from sbs_jax.student import partitioning, t5
+from sbs_jax.student import families, partitioning, stacks, t5
 from sbs_jax.training import gin_files
 from sbs_jax.training.config import TrainConfig
 from sbs_jax.weights import npz
@@ -81,7 +81,7 @@ def write_untrained(folder: Path, *, task: str = "toy_step_by_step") -> Path:
     """A run of one checkpoint with random parameters, whose answers differ; returns its directory."""
     registry.add(DATASET)
     model = dataclasses.replace(MODEL, dropout_rate=0.0)
-    parameters = t5.init(model, seed=0)[1]
+    parameters = families.init(model, seed=0)[1]
     # Logits far enough apart that rounding does not decide between tokens, and EOS often among the first.
     kernel = np.random.default_rng(0).normal(size=(model.emb_dim, model.vocab_size)).astype(np.float32)
     kernel[:, 1] *= 2.0
@@ -108,7 +108,7 @@ def poison(records_dir: Path, start: Path) -> tuple[Path, set[str]]:
     for number in (11, 30):
         rows[number]["input"] += f" {chr(POISON - 3)}"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    parameters, name = dict(t5.init(MODEL, seed=0)[1]), "token_embedder/embedding"
+    parameters, name = dict(families.init(MODEL, seed=0)[1]), "token_embedder/embedding"
     parameters[name] = parameters[name].at[POISON].set(np.inf)
     npz.save_npz(start, parameters, dtype="float32")
     return start, {rows[number]["id"] for number in (11, 30)}
@@ -132,7 +132,7 @@ def config(model_dir: Path, records_dir: Path, **changes) -> TrainConfig:
         "alpha": 0.5,
         "optimizer": optax.adamw,
         "learning_rate": optax.constant_schedule(1e-3),
-        "execution": t5.UNROLLED,
+        "execution": stacks.UNROLLED,
         "layout": partitioning.DATA_PARALLEL,
         "log_period": 2,
         "eval_period": 3,

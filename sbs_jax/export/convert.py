@@ -16,7 +16,7 @@ from sbs_jax.export import card as cards
 from sbs_jax.export import transformers
 from sbs_jax.run import checkpoints, directory
 from sbs_jax.storage import atomic
-from sbs_jax.student import t5
+from sbs_jax.student import families
 from sbs_jax.weights import hugging_face, merging, names, opening, peft, t5x
 from sbs_jax.weights.arrays import Opened, Watched
 
@@ -116,6 +116,7 @@ def _write_hugging_face(job: _Job) -> None:
 
 
 def _write_t5x(job: _Job) -> None:
+    job.opened.t5("T5X's form")
     parameters = _parameters(job.opened)
     if isinstance(job.target, str):
         t5x.write(job.target, parameters, step=job.opened.step)
@@ -183,7 +184,7 @@ _WRITERS: Mapping[str, Callable[[_Job], dict[str, Any] | None]] = {
 }
 
 
-def _parameters(opened: Opened) -> t5.Parameters:
+def _parameters(opened: Opened) -> families.Parameters:
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     shapes: Mapping[str, Any] = opened.arrays if opened.tuning is not None else names.parameters(opened.config)
     return {

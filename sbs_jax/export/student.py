@@ -13,7 +13,7 @@ import numpy as np
 
 from sbs_jax.data import registry, tokens, vocabularies
 from sbs_jax.export import card as cards
-from sbs_jax.student import decoding, partitioning, t5
+from sbs_jax.student import decoding, families, partitioning
 from sbs_jax.training import students
 from sbs_jax.weights.arrays import LazyArray, Opened
 
@@ -27,7 +27,7 @@ ARTEFACT = Path(__file__).parent / "artefact"
 class Student:
     """A student to export. Adapters that cannot be merged are part of `structure` and `arrays`."""
 
-    structure: t5.Structure
+    structure: families.Structure
     arrays: Mapping[str, LazyArray]
     shapes: Mapping[str, jax.ShapeDtypeStruct]
     card: Mapping[str, Any]
@@ -47,7 +47,7 @@ class Student:
             )
         vocabulary = registry.vocabulary(vocabulary_of(opened, source))
         if opened.tuning is None:
-            structure, shapes, _ = t5.abstract(opened.config)
+            structure, shapes, _ = families.abstract(opened.config)
             return cls(structure, opened.arrays, shapes, card, vocabulary)
         student = students.load_student(source, layout=partitioning.DATA_PARALLEL, base=base)
         arrays = {name: LazyArray.of(np.asarray(x)) for name, x in student.parameters.items()}
@@ -71,15 +71,15 @@ class Student:
             found[RATIONALE] = self.card["rationale"]["max_new_tokens"]
         return found
 
-    def greedy(self, parameters: t5.Parameters, rows: jax.Array, *, length: int) -> tuple[jax.Array, jax.Array]:
+    def greedy(self, parameters: families.Parameters, rows: jax.Array, *, length: int) -> tuple[jax.Array, jax.Array]:
         """Runs `decoding.greedy`. Traceable."""
-        return decoding.greedy(t5.join(self.structure, parameters), rows, length=length)
+        return decoding.greedy(families.join(self.structure, parameters), rows, length=length)
 
     def encoded(self, texts: Sequence[str]) -> np.ndarray:
         """Encodes texts that carry their prefix: int32 [N, S]."""
         return tokens.TokenTable.of(texts, self.vocabulary).padded(self.card["input"]["max_tokens"])
 
-    def on_device(self) -> t5.Parameters:
+    def on_device(self) -> families.Parameters:
         """Loads all parameters, in the types of training."""
         place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         return {

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from sbs_jax.student import quantized, t5
+from sbs_jax.student import families, quantized
 from sbs_jax.weights.arrays import LazyArray
 
 FLOAT32, BFLOAT16, INT8 = "float32", "bfloat16", "int8"
@@ -51,9 +51,9 @@ def _packed(part: str, by_row: bool, matrix: np.ndarray) -> np.ndarray:
     return np.asarray(found.T if by_row and part == "codes" else found)
 
 
-def parameters(stored: Mapping[str, jax.Array], names: Mapping[str, Any], *, form: str) -> t5.Parameters:
+def parameters(stored: Mapping[str, jax.Array], names: Mapping[str, Any], *, form: str) -> families.Parameters:
     """Computes the student's parameters, in the given names and types, from the stored arrays. Traceable."""
-    found: t5.Parameters = {}
+    found: families.Parameters = {}
     for name, like in names.items():
         if name in stored:
             found[name] = stored[name].astype(like.dtype)

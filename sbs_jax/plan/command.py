@@ -9,7 +9,7 @@ from typing import Any
 
 from sbs_jax.data import registry, selection
 from sbs_jax.plan import chips, compiler, worker
-from sbs_jax.student import adapters, flops, t5
+from sbs_jax.student import adapters, families, flops
 from sbs_jax.training.config import TrainConfig
 
 MESHES = (
@@ -114,7 +114,7 @@ def _parameters(config: TrainConfig) -> tuple[int, int]:
     adapted = adapters.abstract(config.model, config.tuning)
     counts = [
         sum(math.prod(leaf.shape) for leaf in shapes.values())
-        for shapes in (t5.abstract(config.model)[1], adapted.split(adapted.shapes)[0])
+        for shapes in (families.abstract(config.model)[1], adapted.split(adapted.shapes)[0])
     ]
     return counts[0], counts[1]
 

@@ -78,6 +78,7 @@ def _lowerings(config: TrainConfig, trainer: Trainer) -> dict[str, Callable[[], 
     def generation(length: int) -> Callable[[], jax.stages.Lowered]:
         generator = evaluate.Generator(
             trainer.structure,
+            eos_id=config.model.eos_id,
             partitioner=trainer.partitioner,
             batch_size=config.eval_batch_size,
             length=length,

@@ -364,6 +364,7 @@ class _Answerer:
         }
         return evaluate.Generator(
             self._structure,
+            eos_id=self._student.config.eos_id,
             partitioner=self._student.partitioner,
             batch_size=s.batch_size,
             length=objective.length,

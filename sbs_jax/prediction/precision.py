@@ -16,27 +16,29 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from sbs_jax.student import layers, quantized, t5
+from sbs_jax.student import families, layers, quantized
 
 FLOAT32, BFLOAT16, INT8 = "float32", "bfloat16", "int8"
 WEIGHTS = (FLOAT32, BFLOAT16, INT8)
 
 
-def held(structure: t5.Structure, parameters: t5.Parameters, *, weights: str) -> tuple[t5.Structure, t5.Parameters]:
-    """Converts a student's weights to a precision; structure and parameters are those of `t5.split`.
+def held(
+    structure: families.Structure, parameters: families.Parameters, *, weights: str
+) -> tuple[families.Structure, families.Parameters]:
+    """Converts a student's weights to a precision; structure and parameters are those of `families.split`.
 
     Layers must be unrolled, as they are for prediction.
     """
     if weights == FLOAT32:
         return structure, parameters
-    model = t5.join(structure, parameters)
+    model = families.join(structure, parameters)
     for path, module in nnx.iter_modules(model):
         if isinstance(module, layers.Dense):
             is_logits = path[-1] == "logits_dense"
             _hold(module, form=BFLOAT16 if is_logits else weights)
     if model.config.logits_via_embedding:
         model.token_embedder.product_dtype = BFLOAT16
-    return t5.split(model)
+    return families.split(model)
 
 
 # Compiled once per shape.

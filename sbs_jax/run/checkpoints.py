@@ -24,7 +24,7 @@ from etils import epath
 from sbs_jax import checks, hosts
 from sbs_jax.run import directory, manifest, saving
 from sbs_jax.storage import checksums, json_files
-from sbs_jax.student import adapters, t5
+from sbs_jax.student import adapters, families
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ class Restored:
     """Contents of a checkpoint, its arrays on the requested shardings."""
 
     step: int
-    parameters: t5.Parameters
+    parameters: families.Parameters
     optimizer: Any
     metadata: dict[str, Any]
 
@@ -109,7 +109,7 @@ class Checkpoints:
             self._good.add(found["step"])
         return found["step"]
 
-    def save(self, step: int, *, parameters: t5.Parameters, optimizer: Any, metadata: Mapping[str, Any]) -> None:
+    def save(self, step: int, *, parameters: families.Parameters, optimizer: Any, metadata: Mapping[str, Any]) -> None:
         """Copies the arrays to the host and returns; they are written in the background.
 
         Waits for a previous save that is still being written, and logs how long. If the storage fails (full, read-only,
@@ -130,7 +130,13 @@ class Checkpoints:
             self._saving = save
 
     def finish(
-        self, step: int, *, parameters: t5.Parameters, optimizer: Any, metadata: Mapping[str, Any], patience: float
+        self,
+        step: int,
+        *,
+        parameters: families.Parameters,
+        optimizer: Any,
+        metadata: Mapping[str, Any],
+        patience: float,
     ) -> None:
         """Makes the last save and returns when `step` is on disk (at once if it already is).
 
@@ -406,9 +412,9 @@ def locate(path: str | Path) -> tuple[Path, int]:
 
 def save_parameters(
     path: str | Path,
-    parameters: t5.Parameters,
+    parameters: families.Parameters,
     *,
-    config: t5.T5Config,
+    config: families.ModelConfig,
     step: int,
     tuning: adapters.Tuning | None = None,
     base: Mapping[str, Any] | None = None,

@@ -24,7 +24,7 @@ from etils import epath
 
 from sbs_jax import hosts
 from sbs_jax.storage import atomic, checksums, json_files
-from sbs_jax.student import adapters, t5
+from sbs_jax.student import adapters, families
 
 log = logging.getLogger(__name__)
 
@@ -252,7 +252,7 @@ def read_json(directory: Path) -> dict[str, Any]:
     try:
         json_files.typed(value, _Metadata, extra=True)
         if "model" in value:
-            json_files.typed(value["model"], t5.T5Config)
+            json_files.typed(value["model"], families.config_type(value["model"]))
         try:
             adapters.Tuning.of(value.get("tuning"))
         except (TypeError, KeyError):

@@ -58,11 +58,11 @@ def _training_flops(result: Result) -> int | None:
     model = result.manifest.get("model")
     if not isinstance(settings, dict) or settings.get("tuning") is not None or not isinstance(model, dict):
         return None
-    from sbs_jax.student import flops, t5  # a second to import
+    from sbs_jax.student import families, flops  # a second to import
 
     try:
         of_one = flops.training_flops(
-            t5.T5Config.of(model), rows=settings["batch_size"], inputs=lengths["inputs"], targets=lengths["targets"]
+            families.config_of(model), rows=settings["batch_size"], inputs=lengths["inputs"], targets=lengths["targets"]
         )
     except (TypeError, ValueError, KeyError):  # a manifest of another version
         return None

@@ -202,6 +202,7 @@ class _Generator:
         if answer not in self._generators:
             self._generators[answer] = evaluate.Generator(
                 student.structure,
+                eos_id=student.config.eos_id,
                 partitioner=student.partitioner,
                 batch_size=self._batch_size,
                 length=self._answers[answer],

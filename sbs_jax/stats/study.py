@@ -107,4 +107,5 @@ def _size(result: Result) -> str:
     if not isinstance(model, dict):
         return ""
     names = ("emb_dim", "mlp_dim", "num_heads", "head_dim", "num_encoder_layers", "num_decoder_layers", "vocab_size")
-    return json.dumps([model.get(name) for name in names])
+    of_decoder_only = ("num_layers", "num_kv_heads")
+    return json.dumps([model.get(name) for name in (*names, *of_decoder_only)])

@@ -22,10 +22,11 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from sbs_jax import checks
-from sbs_jax.student import layers, quantized, stacking, t5, t5_layers
+from sbs_jax.student import families, layers, quantized, stacking, stacks
 from sbs_jax.student.partitioning import gather
 
 BASES = ("float32", "bfloat16", *quantized.FORMS)
+_ATTENTIONS = ("attention", "self_attention", "encoder_decoder_attention")
 ALL = (".*",)  # kernels of the layers: query, key, value, out, wi or wi_0 and wi_1, wo
 # Prompts and prefixes start as random words from the 5,000 most frequent vocabulary pieces (Lester et al., 2021),
 # which follow padding, end and unknown.
@@ -59,7 +60,7 @@ class LoRA:
 class Bottleneck:
     """Bottleneck after every sub-layer, before the residual sum: `y + up(act(down(y)))` (Houlsby et al., 2019).
 
-    `up` [W, D] starts as zeros. Both matrices have no bias, like every matrix of a T5.
+    `up` [W, D] starts as zeros. Both matrices have no bias, like every matrix of a student.
     """
 
     width: int
@@ -89,7 +90,7 @@ class Prefix:
     """
 
     length: int
-    attentions: Sequence[str] = ("attention", "self_attention", "encoder_decoder_attention")
+    attentions: Sequence[str] = _ATTENTIONS
 
     def __post_init__(self) -> None:
         checks.whole_number("Prefix.length", self.length, least=0)
@@ -212,7 +213,7 @@ _DOWN, _UP = ("embed", "adapter"), ("adapter", "embed")
 class BottleneckModule(nnx.Module):
     """Bottleneck `y + up(act(down(y)))` after a sub-layer."""
 
-    def __init__(self, config: t5.T5Config, *, bottleneck: Bottleneck) -> None:
+    def __init__(self, config: families.ModelConfig, *, bottleneck: Bottleneck) -> None:
         width, narrow = config.emb_dim, bottleneck.width
         self.down = nnx.Param(jnp.zeros((width, narrow), jnp.float32), axes=_DOWN)
         self.up = nnx.Param(jnp.zeros((narrow, width), jnp.float32), axes=_UP)
@@ -227,19 +228,19 @@ class BottleneckModule(nnx.Module):
 class PromptModule(nnx.Module):
     """Trained vectors before the embedded source."""
 
-    def __init__(self, config: t5.T5Config, *, prompt: Prompt) -> None:
+    def __init__(self, config: families.ModelConfig, *, prompt: Prompt) -> None:
         self.embedding = nnx.Param(jnp.zeros((prompt.length, config.emb_dim), jnp.float32), axes=("adapter", "embed"))
         self.length = prompt.length
 
     def prepend_to(self, x_BSD: Float[Array, "B S D"]) -> Float[Array, "B P D"]:
-        return t5.prepend(self.embedding[...], x_BSD)
+        return stacks.prepend(self.embedding[...], x_BSD)
 
 
 class PrefixModule(nnx.Module):
     """Trained keys and values that precede an attention's own."""
 
-    def __init__(self, config: t5.T5Config, *, prefix: Prefix) -> None:
-        shape = (prefix.length, config.num_heads * config.head_dim)
+    def __init__(self, config: families.ModelConfig, *, prefix: Prefix) -> None:
+        shape = (prefix.length, config.num_kv_heads * config.head_dim)
         self.key = nnx.Param(jnp.zeros(shape, jnp.float32), axes=("adapter", "joined_kv"))
         self.value = nnx.Param(jnp.zeros(shape, jnp.float32), axes=("adapter", "joined_kv"))
 
@@ -247,7 +248,7 @@ class PrefixModule(nnx.Module):
         self, k_BSHK: Float[Array, "B S H K"], v_BSHK: Float[Array, "B S H K"]
     ) -> tuple[Float[Array, "B P H K"], Float[Array, "B P H K"]]:
         def one(prefix: nnx.Param, x_BSHK: Array) -> Array:
-            return t5.prepend(prefix[...].reshape(-1, *x_BSHK.shape[2:]), x_BSHK)
+            return stacks.prepend(prefix[...].reshape(-1, *x_BSHK.shape[2:]), x_BSHK)
 
         return one(self.key, k_BSHK), one(self.value, v_BSHK)
 
@@ -255,12 +256,12 @@ class PrefixModule(nnx.Module):
 # ------------------------------------------------------------------------------------ attaching
 
 
-def attach(model: t5.T5, tuning: Tuning) -> None:
+def attach(model: families.Model, tuning: Tuning) -> None:
     """Adds the tuning's modules to a model and replaces kernels by quantized ones. `init` computes their values.
 
     ValueError if a pattern matches nothing, a rank exceeds a kernel's dimensions, or a kernel cannot be quantized.
     """
-    kernels, attentions = _layer_modules(model, layers.Dense), _layer_modules(model, t5_layers.Attention)
+    kernels, attentions = _layer_modules(model, layers.Dense), _layer_modules(model, layers.Attention)
     if tuning.base in quantized.FORMS:
         _quantize(model, kernels, tuning)
     if tuning.lora is not None:
@@ -282,20 +283,23 @@ def attach(model: t5.T5, tuning: Tuning) -> None:
             zeros = jnp.zeros((_shape(kernels[name])[1],), jnp.float32)
             kernels[name].bias = nnx.Param(zeros, axes=(kernels[name].axes[1],))
     if tuning.bottleneck is not None:
-        for layer in (*model.encoder.layers, *model.decoder.layers):
+        for layer in (layer for stack in model.stacks.values() for layer in stack.layers):
             for attribute in ("attention", "self_attention", "encoder_decoder_attention", "mlp"):
                 if hasattr(layer, attribute):
                     module = BottleneckModule(model.config, bottleneck=tuning.bottleneck)
                     setattr(layer, f"{attribute}_adapter", module)
     if tuning.prefix is not None:
-        for name in matching(tuning.prefix.attentions, attentions, what="Prefix.attentions"):
+        chosen = tuning.prefix.attentions
+        # A decoder-only student has but one of the three kinds.
+        names = attentions if chosen == _ATTENTIONS else matching(chosen, attentions, what="Prefix.attentions")
+        for name in names:
             if tuning.prefix.length:
                 attentions[name].prefix = PrefixModule(model.config, prefix=tuning.prefix)
     if tuning.prompt is not None and tuning.prompt.length:
         model.prompt = PromptModule(model.config, prompt=tuning.prompt)
 
 
-def _quantize(model: t5.T5, kernels: Mapping[str, layers.Dense], tuning: Tuning) -> None:
+def _quantize(model: families.Model, kernels: Mapping[str, layers.Dense], tuning: Tuning) -> None:
     table = "token_embedder"
     own = [
         pattern
@@ -329,7 +333,7 @@ def _shape(dense: layers.Dense) -> tuple[int, int]:
     return rows, columns
 
 
-def _layer_modules(model: t5.T5, kind: type[nnx.Module]) -> dict[str, Any]:
+def _layer_modules(model: families.Model, kind: type[nnx.Module]) -> dict[str, Any]:
     """Returns the modules of this class in the layers of both stacks, by name."""
     modules = ((path, module) for path, module in nnx.iter_modules(model) if isinstance(module, kind))
     return {"/".join(map(str, path)): module for path, module in modules if "layers" in path}
@@ -362,7 +366,7 @@ def _short_names(names: Iterable[str]) -> list[str]:
 class Adapted:
     """Student with its tuning: structure, shapes and logical axes of all parameters, and names of the trained ones."""
 
-    structure: t5.Structure
+    structure: families.Structure
     shapes: dict[str, jax.ShapeDtypeStruct]
     axes: dict[str, tuple[str, ...]]
     trained: frozenset[str]
@@ -373,30 +377,32 @@ class Adapted:
         return trained, {name: value for name, value in parameters.items() if name not in self.trained}
 
 
-def abstract(config: t5.T5Config, tuning: Tuning | None, *, execution: t5.Execution = t5.UNROLLED) -> Adapted:
-    """Describes the student like `t5.abstract`, with the tuning attached; without one everything is trained."""
+def abstract(
+    config: families.ModelConfig, tuning: Tuning | None, *, execution: stacks.Execution = stacks.UNROLLED
+) -> Adapted:
+    """Describes the student like `families.abstract`, with the tuning attached; without one everything is trained."""
     adapted = _abstract(config, tuning, execution)  # cached: building a model of shapes takes a second
     return dataclasses.replace(adapted, shapes=dict(adapted.shapes), axes=dict(adapted.axes))
 
 
 @functools.lru_cache(maxsize=64)
-def _abstract(config: t5.T5Config, tuning: Tuning | None, execution: t5.Execution) -> Adapted:
+def _abstract(config: families.ModelConfig, tuning: Tuning | None, execution: stacks.Execution) -> Adapted:
     if tuning is None:
-        structure, shapes, axes = t5.abstract(config, execution=execution)
+        structure, shapes, axes = families.abstract(config, execution=execution)
         return Adapted(structure, shapes, axes, frozenset(shapes))
-    _, base, _ = t5.abstract(config)
-    if tuning.last_layers > min(config.num_encoder_layers, config.num_decoder_layers):
+    _, base, _ = families.abstract(config)
+    if tuning.last_layers > min(config.stack_layers.values()):
         raise ValueError(
             f"Tuning.last_layers is {tuning.last_layers}; expected at most the layers of each stack, "
-            f"{config.num_encoder_layers} and {config.num_decoder_layers}."
+            f"{' and '.join(map(str, config.stack_layers.values()))}."
         )
     matching(tuning.trained, base, what="Tuning.trained")
     change = functools.partial(attach, tuning=tuning)
-    _, unrolled, _ = t5.abstract(config, change=change)
+    _, unrolled, _ = families.abstract(config, change=change)
     trained = {name for name in unrolled if _is_new(name, base) or _is_trained(tuning, name, config)}
     if execution.layers == "scanned":
         trained = _trained_stacks(unrolled, trained)
-    structure, shapes, axes = t5.abstract(config, execution=execution, change=change)
+    structure, shapes, axes = families.abstract(config, execution=execution, change=change)
     for name, leaf in shapes.items():
         if name not in trained:
             shapes[name] = jax.ShapeDtypeStruct(leaf.shape, _frozen_dtype(name, leaf, tuning))
@@ -415,14 +421,14 @@ def _is_new(name: str, base: Collection[str]) -> bool:
     return name not in base and name.rpartition("/")[0] not in base
 
 
-def _is_trained(tuning: Tuning, name: str, config: t5.T5Config) -> bool:
+def _is_trained(tuning: Tuning, name: str, config: families.ModelConfig) -> bool:
     """Returns True if this parameter of the base is trained."""
     if any(_matches(pattern, name) for pattern in tuning.trained):
         return True
     if not tuning.last_layers:
         return False
     side, _, rest = name.partition("/")
-    layers = {"encoder": config.num_encoder_layers, "decoder": config.num_decoder_layers}.get(side, 0)
+    layers = config.stack_layers.get(side, 0)
     match = re.match(r"layers/(\d+)/", rest)
     return rest == f"{side}_norm/scale" or (match is not None and int(match[1]) >= layers - tuning.last_layers)
 
@@ -451,20 +457,26 @@ def _trained_stacks(unrolled: Mapping[str, Any], trained: Collection[str]) -> se
 
 
 def init(
-    config: t5.T5Config, tuning: Tuning, base: Mapping[str, jax.Array], *, structure: t5.Structure, seed: int
+    config: families.ModelConfig,
+    tuning: Tuning,
+    base: Mapping[str, jax.Array],
+    *,
+    structure: families.Structure,
+    seed: int,
 ) -> dict[str, jax.Array]:
     """Initializes all attached parameters, by name; `base` holds the others by unrolled names. Traceable."""
     shapes = abstract(config, tuning).shapes
     new = {name: leaf for name, leaf in shapes.items() if name not in base}
     zeros = {name: jnp.zeros(leaf.shape, leaf.dtype) for name, leaf in new.items()}
-    model = t5.join(structure, {**base, **zeros})
+    model = families.join(structure, {**base, **zeros})
     length = max((each.length for each in (tuning.prompt, tuning.prefix) if each is not None), default=0)
     words_XD = jnp.take(model.token_embedder.embedding[...], _random_words(length, config, seed=seed), axis=0)
+    words_XD = words_XD if config.embedding_scale == 1.0 else words_XD * config.embedding_scale
     values = {name: _initial_value(name, leaf, seed=seed) for name, leaf in new.items()}
     if tuning.prompt is not None and tuning.prompt.length:
         values["prompt/embedding"] = words_XD[: tuning.prompt.length].astype(jnp.float32)
     if tuning.prefix is not None and tuning.prefix.length:
-        for name, attention in _layer_modules(model, t5_layers.Attention).items():
+        for name, attention in _layer_modules(model, layers.Attention).items():
             if attention.prefix is not None:
                 normed_BXD = _norm_before(model, name)(words_XD[None, : tuning.prefix.length])
                 for side, kernel in (("key", attention.key), ("value", attention.value)):
@@ -485,17 +497,17 @@ def _initial_value(name: str, leaf: jax.ShapeDtypeStruct, *, seed: int) -> jax.A
     return jnp.ones(leaf.shape, leaf.dtype) if end in ("in_scale", "out_scale") else jnp.zeros(leaf.shape, leaf.dtype)
 
 
-def _random_words(count: int, config: t5.T5Config, *, seed: int) -> np.ndarray:
+def _random_words(count: int, config: families.ModelConfig, *, seed: int) -> np.ndarray:
     pieces = np.arange(_WORD_IDS.start, min(_WORD_IDS.stop, config.vocab_size))
     return np.random.default_rng(seed).choice(pieces, count, replace=count > len(pieces))
 
 
-def _norm_before(model: t5.T5, attention: str) -> Any:
+def _norm_before(model: families.Model, attention: str) -> Any:
     """Returns the norm whose output feeds an attention's keys and values."""
     side, _, index, kind = attention.split("/")
     if kind == "encoder_decoder_attention":
-        return model.encoder.encoder_norm
-    return getattr(getattr(model, side).layers[int(index)], f"pre_{kind}_layer_norm")
+        return getattr(model.stacks["encoder"], "encoder_norm")  # noqa: B009  (one family's stack has no such norm)
+    return getattr(model.stacks[side].layers[int(index)], f"pre_{kind}_layer_norm")
 
 
 def freeze(
@@ -508,9 +520,9 @@ def freeze(
 
 
 @functools.cache
-def base_names(config: t5.T5Config) -> tuple[str, ...]:
+def base_names(config: families.ModelConfig) -> tuple[str, ...]:
     """Returns the names of a student's parameters without any tuning."""
-    return tuple(t5.abstract(config)[1])
+    return tuple(families.abstract(config)[1])
 
 
 # ------------------------------------------------------------------------------------ descriptions
@@ -532,9 +544,9 @@ def title(tuning: Tuning) -> str:
     return f"{', '.join(part for part in parts if part)}; base in {tuning.base}"
 
 
-def summary(config: t5.T5Config, trained: Mapping[str, Any], frozen: Mapping[str, Any]) -> str:
+def summary(config: families.ModelConfig, trained: Mapping[str, Any], frozen: Mapping[str, Any]) -> str:
     """Formats the line that a run logs at its start: counts and bytes of trained and frozen parameters."""
-    own = t5.abstract(config)[1]
+    own = families.abstract(config)[1]
     total = sum(math.prod(leaf.shape) for leaf in own.values())
 
     def size(tree: Mapping[str, Any]) -> int:

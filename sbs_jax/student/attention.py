@@ -20,7 +20,7 @@ from sbs_jax.student import partitioning
 
 # Score of a masked pair. Finite, so that a query without any key gives no NaN.
 MASKED = -1e10
-# Names of values that the backward pass needs besides queries, keys and values (see `t5.REMAT`).
+# Names of values that the backward pass needs besides queries, keys and values (see `stacks.REMAT`).
 SAVED = ("attended", "attention_normalizer")
 # Bytes of float32 scores that one chip computes at a time. A v5e has 128 MiB of vector memory; scores that do not fit
 # into it cost two to three times as much.
@@ -36,18 +36,49 @@ def attend(
     *,
     causal: bool,
     prefix: int = 0,
+    order: "Order | None" = None,
 ) -> Float[Array, "B T H K"]:
     """Computes `softmax(q k + bias) v` over keys of the query's segment; with `causal`, not over later keys.
+
+    `order` may hide further keys, if queries and keys are of the same row.
 
     Every query also sees the first `prefix` of the P keys, without bias; bias and segments cover the S keys after them.
 
     Scores and the softmax's normalizer are float32; weights are rounded to the dtype of the values. There is no factor
-    1/sqrt(K): T5 folds it into the query's initial scale. A query without any key takes the mean of all values.
+    1/sqrt(K): T5 folds it into the query's initial scale, other families multiply their queries by it. A query without
+    any key takes the mean of all values.
     """
     if prefix:
         bias_HTS = None if bias_HTS is None else jnp.pad(bias_HTS, ((0, 0), (0, 0), (prefix, 0)))
         segments = segments[0], jnp.pad(segments[1], ((0, 0), (prefix, 0)))
-    return _attend(q_BTHK, k_BPHK, v_BPHK, bias_HTS, segments, _Mask(causal, prefix))
+    return _attend(q_BTHK, k_BPHK, v_BPHK, bias_HTS, segments, order, _Mask(causal, prefix))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Order:
+    """Order of a row's tokens: a query sees keys of no later rank and, with a window, of less than that distance.
+
+    Positions count within an example, so packing does not change a window.
+    """
+
+    # Typed Any because JAX transformations replace the arrays.
+    ranks: Any  # int32 [B, S]
+    positions: Any  # int32 [B, S]
+    window: Any = None  # int32 scalar
+
+    def hides(self, *, prefix: int) -> Array:
+        """Returns True for each query and hidden key, [B, 1, S, P]; keys of a prefix come first and are not hidden."""
+
+        def pairs(of_row: Array) -> tuple[Array, Array]:
+            return of_row[:, None, :, None], jnp.pad(of_row, ((0, 0), (prefix, 0)))[:, None, None, :]
+
+        query, key = pairs(self.ranks)
+        hidden = key > query
+        if self.window is not None:
+            query, key = pairs(self.positions)
+            hidden |= jnp.abs(query - key) >= self.window
+        return hidden
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,14 +89,27 @@ class _Mask:
     prefix: int
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
 def _attend(
-    q_BTHK: Array, k_BSHK: Array, v_BSHK: Array, bias_HTS: Array | None, segments: tuple[Array, Array], mask: _Mask
+    q_BTHK: Array,
+    k_BSHK: Array,
+    v_BSHK: Array,
+    bias_HTS: Array | None,
+    segments: tuple[Array, Array],
+    order: Order | None,
+    mask: _Mask,
 ) -> Array:
-    return _forward(q_BTHK, k_BSHK, v_BSHK, bias_HTS, segments, mask)[0]
+    return _forward(q_BTHK, k_BSHK, v_BSHK, bias_HTS, segments, order, mask)[0]
 
 
-def _scores(q_BTHK: Array, k_BSHK: Array, bias_HTS: Array | None, segments: tuple[Array, Array], mask: _Mask) -> Array:
+def _scores(
+    q_BTHK: Array,
+    k_BSHK: Array,
+    bias_HTS: Array | None,
+    segments: tuple[Array, Array],
+    order: Order | None,
+    mask: _Mask,
+) -> Array:
     scores_BHTS = jnp.einsum("bthk,bshk->bhts", q_BTHK, k_BSHK, preferred_element_type=jnp.float32)
     if bias_HTS is not None:
         scores_BHTS += bias_HTS[None]
@@ -74,22 +118,30 @@ def _scores(q_BTHK: Array, k_BSHK: Array, bias_HTS: Array | None, segments: tupl
     place = jnp.arange(keys.shape[1]) - mask.prefix
     if mask.causal:
         visible &= (jnp.arange(queries.shape[1])[:, None] >= place[None, :])[None, None]
+    if order is not None:
+        visible &= ~order.hides(prefix=mask.prefix)
     if mask.prefix:
         visible |= (place < 0)[None, None, None, :]
     return jnp.where(visible, scores_BHTS, MASKED)
 
 
 def _forward(
-    q_BTHK: Array, k_BSHK: Array, v_BSHK: Array, bias_HTS: Array | None, segments: tuple[Array, Array], mask: _Mask
+    q_BTHK: Array,
+    k_BSHK: Array,
+    v_BSHK: Array,
+    bias_HTS: Array | None,
+    segments: tuple[Array, Array],
+    order: Order | None,
+    mask: _Mask,
 ) -> tuple[Array, tuple[Any, ...]]:
     groups = _Groups.of(q_BTHK, k_BSHK)
     parts = zip(*(groups.split(x, axis=2) for x in (q_BTHK, k_BSHK, v_BSHK)), groups.split_bias(bias_HTS), strict=True)
-    found = _in_turn(functools.partial(_forward_of_group, segments=segments, mask=mask), parts)
+    found = _in_turn(functools.partial(_forward_of_group, segments=segments, order=order, mask=mask), parts)
     y_BTHK, largest_BHT, total_BHT = (groups.join(each, axis=axis) for each, axis in zip(found, (2, 1, 1), strict=True))
     y_BTHK = checkpoint_name(y_BTHK, SAVED[0])
     # Two arrays instead of largest + log(total): beside MASKED the logarithm would be lost to rounding.
     largest_BHT, total_BHT = checkpoint_name(largest_BHT, SAVED[1]), checkpoint_name(total_BHT, SAVED[1])
-    return y_BTHK, (q_BTHK, k_BSHK, v_BSHK, bias_HTS, segments, y_BTHK, largest_BHT, total_BHT)
+    return y_BTHK, (q_BTHK, k_BSHK, v_BSHK, bias_HTS, segments, order, y_BTHK, largest_BHT, total_BHT)
 
 
 def _in_turn(
@@ -115,10 +167,11 @@ def _forward_of_group(
     bias_HTS: Array | None,
     *,
     segments: tuple[Array, Array],
+    order: Order | None,
     mask: _Mask,
 ) -> tuple[Array, Array, Array]:
     """Returns attended values, each query's largest score, and its sum of exp(score - largest)."""
-    scores_BHTS = _scores(q_BTHK, k_BSHK, bias_HTS, segments, mask)
+    scores_BHTS = _scores(q_BTHK, k_BSHK, bias_HTS, segments, order, mask)
     largest_BHT = jnp.max(scores_BHTS, axis=-1)
     # Without this barrier the maximum needs a separate pass over the scores, after the product that computes them.
     scores_BHTS, largest_BHT = jax.lax.optimization_barrier((scores_BHTS, largest_BHT))
@@ -136,7 +189,7 @@ def _forward_of_group(
 
 
 def _backward(mask: _Mask, kept: tuple[Any, ...], dy_BTHK: Array) -> tuple[Any, ...]:
-    q_BTHK, k_BSHK, v_BSHK, bias_HTS, segments, y_BTHK, largest_BHT, total_BHT = kept
+    q_BTHK, k_BSHK, v_BSHK, bias_HTS, segments, order, y_BTHK, largest_BHT, total_BHT = kept
     # Without this barrier the compiler fuses the producers of these arrays into the passes over the scores: slower.
     q_BTHK, k_BSHK, v_BSHK, dy_BTHK = jax.lax.optimization_barrier((q_BTHK, k_BSHK, v_BSHK, dy_BTHK))
     # The softmax's gradient subtracts sum_s weights * dweights, which equals dy . y: no pass over the scores.
@@ -150,11 +203,11 @@ def _backward(mask: _Mask, kept: tuple[Any, ...], dy_BTHK: Array) -> tuple[Any, 
         groups.split(dy_BTHK, axis=2),
         strict=True,
     )
-    found = _in_turn(functools.partial(_backward_of_group, segments=segments, mask=mask), parts)
+    found = _in_turn(functools.partial(_backward_of_group, segments=segments, order=order, mask=mask), parts)
     dq_BTHK, dk_BSHK, dv_BSHK, *dbias = (
         groups.join(each, axis=axis) for each, axis in zip(found, (2, 2, 2, 0), strict=False)
     )
-    return dq_BTHK, dk_BSHK, dv_BSHK, dbias[0] if dbias else None, None
+    return dq_BTHK, dk_BSHK, dv_BSHK, dbias[0] if dbias else None, None, None
 
 
 def _backward_of_group(
@@ -168,10 +221,11 @@ def _backward_of_group(
     dy_BTHK: Array,
     *,
     segments: tuple[Array, Array],
+    order: Order | None,
     mask: _Mask,
 ) -> tuple[Array, ...]:
     """Returns the gradients of queries, keys, values and, if there is one, of the bias."""
-    scores_BHTS = _scores(q_BTHK, k_BSHK, bias_HTS, segments, mask)
+    scores_BHTS = _scores(q_BTHK, k_BSHK, bias_HTS, segments, order, mask)
     weights_BHTS = jnp.exp(scores_BHTS - largest_BHT[..., None]) / total_BHT[..., None]
     dv_BSHK = jnp.einsum("bhts,bthk->bshk", weights_BHTS.astype(v_BSHK.dtype), dy_BTHK)
     dweights_BHTS = jnp.einsum("bthk,bshk->bhts", dy_BTHK, v_BSHK, preferred_element_type=jnp.float32)

@@ -11,19 +11,19 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt32
 
-from sbs_jax.student import partitioning, stepping, t5
+from sbs_jax.student import families, partitioning, stacks, stepping
 from sbs_jax.student.partitioning import constrain
 
-EOS, PAD = 1, 0
+PAD = 0  # after the end of a sequence; EOS and the first decoder input are the model's
 
 
 def greedy(
-    model: t5.T5, encoder_input_tokens: Int[Array, "B S"], *, length: int, drop_ended: bool = False
+    model: families.Model, encoder_input_tokens: Int[Array, "B S"], *, length: int, drop_ended: bool = False
 ) -> tuple[Int[Array, "B T"], Float[Array, "B"]]:
     """Generates the most likely token at each position, until EOS or `length` tokens.
 
     Returns tokens (EOS included, 0 after it) and the natural log probability of each row's tokens, EOS included.
-    The loop stops when every row has ended. Decoding starts from token 0, as in T5's training.
+    The loop stops when every row has ended. Decoding starts from the model's `decoder_start`, as in training.
 
     `drop_ended` drops ended rows whenever half of the rows have ended, down to `LEAST_ROWS`. It pays where the time of
     a step is proportional to its rows (a CPU); rows must not be sharded.
@@ -37,7 +37,7 @@ def greedy(
 
 
 def sample(
-    model: t5.T5,
+    model: families.Model,
     encoder_input_tokens: Int[Array, "B S"],
     keys_B2: UInt32[Array, "B 2"],
     *,
@@ -102,7 +102,7 @@ LEAST_ROWS = 4
 
 
 def _generate(
-    model: t5.T5,
+    model: families.Model,
     encoder_input_tokens: Int[Array, "B S"],
     *,
     length: int,
@@ -114,7 +114,7 @@ def _generate(
     stepper = _stepper(model, encoder_input_tokens, length=length)
     loop = (
         jnp.int32(0),
-        jnp.zeros((batch,), jnp.int32),
+        jnp.full((batch,), model.config.decoder_start, jnp.int32),
         # All-padding rows, which fill up a batch, are done from the start.
         ~jnp.any(encoder_input_tokens > 0, axis=1),
         jnp.zeros((batch, length), jnp.int32),
@@ -131,7 +131,7 @@ def _generate(
             left = jnp.argsort(loop[2], stable=True)[:size]  # unfinished rows come first
             rows, stepper = rows[left], stepper.take_rows(left)
             loop = (loop[0], *jax.tree.map(lambda each, left=left: each[left], loop[1:]))
-        loop = _advance(stepper, loop, rows=rows, choose=choose, length=length, until=fewer)
+        loop = _advance(stepper, loop, rows=rows, choose=choose, length=length, until=fewer, eos=model.config.eos_id)
         tokens, score = loop[3], loop[4]
         found = (tokens, score) if found is None else (found[0].at[rows].set(tokens), found[1].at[rows].set(score))
     assert found is not None
@@ -146,6 +146,7 @@ def _advance(
     choose: Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]],
     length: int,
     until: int,
+    eos: int,
 ) -> tuple[Any, ...]:
     """Decodes until at most `until` of these rows are unfinished, or `length` tokens are generated.
 
@@ -165,33 +166,33 @@ def _advance(
         chosen = jnp.where(done, PAD, token)
         score = score + jnp.where(done, 0.0, its_logit - jax.nn.logsumexp(logits, axis=-1))
         tokens = jax.lax.dynamic_update_slice_in_dim(tokens, chosen[:, None], position, axis=1)
-        return position + 1, chosen, done | (chosen == EOS), tokens, score, caches
+        return position + 1, chosen, done | (chosen == eos), tokens, score, caches
 
     return jax.lax.while_loop(unfinished, advance, loop)
 
 
-def _stepper(model: t5.T5, tokens_BS: Int[Array, "B S"], *, length: int, beams: int = 1) -> stepping.Stepper:
+def _stepper(model: families.Model, tokens_BS: Int[Array, "B S"], *, length: int, beams: int = 1) -> stepping.Stepper:
     """Encodes the source and returns its stepper; the rest of this module only takes steps."""
-    segments_BS, encoded_BPD = t5.source_segments(tokens_BS), _encode(model, tokens_BS)
-    return stepping.Stepper(model, encoded_BPD, segments_BS, length=length, beams=beams)
+    segments_BS, encoded = stacks.source_segments(tokens_BS), _encode(model, tokens_BS)
+    return stepping.Stepper(model, encoded, segments_BS, length=length, beams=beams)
 
 
 # Tokens that a CPU encodes at once, so that activations stay in its cache.
 _ENCODED_AT_ONCE = 2048
 
 
-def _encode(model: t5.T5, tokens_BS: Int[Array, "B S"]) -> Float[Array, "B P D"]:
-    """Encodes the source; on a CPU, a large batch is encoded a few rows at a time."""
+def _encode(model: families.Model, tokens_BS: Int[Array, "B S"]) -> Any:
+    """Encodes the source: arrays of B rows. On a CPU, a large batch is encoded a few rows at a time."""
 
-    def encode(tokens_RS: jax.Array) -> jax.Array:
-        return model.encode(tokens_RS, segment_ids=t5.source_segments(tokens_RS))
+    def encode(tokens_RS: jax.Array) -> Any:
+        return model.encode(tokens_RS, segment_ids=stacks.source_segments(tokens_RS))
 
     batch, length = tokens_BS.shape
     rows = partitioning.nearest_divisor(batch, max(_ENCODED_AT_ONCE // length, 1))
     if rows == batch or partitioning.platform() != "cpu" or partitioning.shard_count("batch") > 1:
         return encode(tokens_BS)
     encoded = jax.lax.map(encode, tokens_BS.reshape(-1, rows, length))
-    return encoded.reshape(batch, *encoded.shape[2:])
+    return jax.tree.map(lambda x: x.reshape(batch, *x.shape[2:]), encoded)
 
 
 # Log probability of an excluded choice.
@@ -199,7 +200,7 @@ _NEVER = -1e9
 
 
 def beam_search(
-    model: t5.T5,
+    model: families.Model,
     encoder_input_tokens: Int[Array, "B S"],
     *,
     length: int,
@@ -231,7 +232,7 @@ def beam_search(
         jnp.full((batch, beams), _NEVER),  # their divided log probabilities
         jnp.zeros((batch, beams)),  # their log probabilities
         jnp.any(encoder_input_tokens > 0, axis=1),  # rows that can still improve; all-padding rows cannot
-        jnp.zeros((batch, beams), jnp.int32),  # previous tokens
+        jnp.full((batch, beams), model.config.decoder_start, jnp.int32),  # previous tokens
         jnp.zeros((batch, beams, length * beams), bool),  # keys that each beam may see
         stepper.empty_cache(),
     )
@@ -250,7 +251,7 @@ def beam_search(
         parent, token = flat // per_beam, _pick(each_token.reshape(batch, -1), flat)
         here = jnp.arange(length)[None, None, :] == position
         candidates = jnp.where(here, token[:, :, None], _pick(tokens, parent))
-        ends = (token == EOS) | (position + 1 == length)
+        ends = (token == model.config.eos_id) | (position + 1 == length)
         # Only the first `beams` candidates may finish; the others make sure that enough remain to continue.
         keeps = ends & (jnp.arange(2 * beams) < beams)[None, :] & improvable[:, None]
         count = (position + 1).astype(jnp.float32)
@@ -366,19 +367,25 @@ def _first_largest(
 
 
 def score(
-    model: t5.T5,
+    model: families.Model,
     encoder_input_tokens: Int[Array, "B S"],
     decoder_target_tokens: Int[Array, "B T"],
 ) -> Float[Array, "B"]:
     """Computes the natural log probability of each target: the sum over its non-padding tokens, with EOS if present."""
-    shifted = jnp.pad(decoder_target_tokens, ((0, 0), (1, 0)))[:, :-1]
+    shifted = _shifted(decoder_target_tokens, start=model.config.decoder_start)
     log_p = jax.nn.log_softmax(model(encoder_input_tokens, shifted), axis=-1)
     chosen = jnp.take_along_axis(log_p, decoder_target_tokens[..., None], axis=-1)[..., 0]
-    return jnp.sum(jnp.where(decoder_target_tokens > 0, chosen, 0.0), axis=-1)
+    return jnp.sum(jnp.where(stacks.is_token(decoder_target_tokens), chosen, 0.0), axis=-1)
+
+
+def _shifted(targets: Int[Array, "*rows T"], *, start: int) -> Int[Array, "*rows T"]:
+    """Returns the decoder's inputs for given targets: each token's predecessor, first `start`."""
+    edges = [(0, 0)] * (targets.ndim - 1) + [(1, 0)]
+    return jnp.pad(targets, edges, constant_values=start)[..., :-1]
 
 
 def score_choices(
-    model: t5.T5, encoder_input_tokens: Int[Array, "B S"], choices_BNT: Int[Array, "B N T"]
+    model: families.Model, encoder_input_tokens: Int[Array, "B S"], choices_BNT: Int[Array, "B N T"]
 ) -> Float[Array, "B N"]:
     """Computes the natural log probability of each of a row's N targets, like `score` (0 for an all-padding target).
 
@@ -388,17 +395,18 @@ def score_choices(
     stepper = _stepper(model, encoder_input_tokens, length=length, beams=count)
     # The key of target n at position t has index t * N + n; the stepper masks later positions.
     own_1NP = (jnp.arange(length * count)[None, :] % count == jnp.arange(count)[:, None])[None]
-    before_BNT = jnp.pad(choices_BNT, ((0, 0), (0, 0), (1, 0)))[:, :, :-1]
+    before_BNT = _shifted(choices_BNT, start=model.config.decoder_start)
+    real_BNT = stacks.is_token(choices_BNT.reshape(-1, length)).reshape(choices_BNT.shape)
 
     def advance(carry, at):
         caches, log_p_BN = carry
-        position, previous_BN, token_BN = at
+        position, previous_BN, token_BN, real_BN = at
         states, caches = stepper.step(previous_BN, caches, position=position, visible_BNP=own_1NP)
         logits = jnp.matmul(states, stepper.table_DV, preferred_element_type=jnp.float32)
         its_logit = jnp.take_along_axis(logits, token_BN[:, :, None], axis=-1)[:, :, 0]
-        added = jnp.where(token_BN > 0, its_logit - jax.nn.logsumexp(logits, axis=-1), 0.0)
+        added = jnp.where(real_BN, its_logit - jax.nn.logsumexp(logits, axis=-1), 0.0)
         return (caches, log_p_BN + added), None
 
-    steps = jnp.arange(length), jnp.moveaxis(before_BNT, 2, 0), jnp.moveaxis(choices_BNT, 2, 0)
+    steps = jnp.arange(length), *(jnp.moveaxis(each, 2, 0) for each in (before_BNT, choices_BNT, real_BNT))
     (_, log_p_BN), _ = jax.lax.scan(advance, (stepper.empty_cache(), jnp.zeros((batch, count))), steps)
     return log_p_BN

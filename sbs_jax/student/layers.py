@@ -1,6 +1,6 @@
 """Building blocks of a transformer: dropout, norm, dense, MLP, residual sum.
 
-Letters of array names as in t5.py. Values named by `checkpoint_name` are those that `t5.REMAT` may store.
+Letters of array names as in t5.py. Values named by `checkpoint_name` are those that `stacks.REMAT` may store.
 """
 
 import functools
@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int, Key
 
 from sbs_jax.student.partitioning import constrain, gather
 
@@ -79,26 +79,50 @@ def _dropped(x: jax.Array, key: Key[Array, ""], *, rate: float, shape: tuple[int
     return jnp.where(keep, x / (1.0 - rate), jnp.zeros((), x.dtype))
 
 
-class RMSNorm(nnx.Module):
-    """Root-mean-square norm (`rms_norm`) with a learned scale."""
+class TokenEmbedder(nnx.Module):
+    """Table of token embeddings `[V, D]`; where it is tied, also the matrix of the logits."""
 
-    def __init__(self, width: int, *, epsilon: float, dtype: str) -> None:
-        self.scale = nnx.Param(jnp.ones((width,), jnp.float32), axes=("embed",))
-        self.epsilon = epsilon
+    product_dtype: str | None = None  # like `Dense.product_dtype`, for the logits
+
+    def __init__(self, vocab_size: int, width: int, *, std: float, dtype: str, rngs: nnx.Rngs) -> None:
+        value = jax.random.normal(rngs.params(), (vocab_size, width), jnp.float32) * std
+        self.embedding = nnx.Param(value, axes=("vocab", "embed"))
         self.dtype = dtype
 
-    def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        return rms_norm(x_BTD, self.scale[...], epsilon=self.epsilon, dtype=self.dtype)
+    def __call__(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        x_BTD = jnp.take(self.table(self.dtype), tokens_BT, axis=0)
+        return constrain(x_BTD, ("batch", "length", "activation_embed"))
+
+    def table(self, dtype: Any) -> Float[Array, "V D"]:
+        """Returns the table for use, in this dtype."""
+        return gather(self.embedding[...].astype(dtype), ("vocab", "embed"))
 
 
-def rms_norm(
-    x_BTD: Float[Array, "B T D"], scale_D: Float[Array, "D"], *, epsilon: float, dtype: str
-) -> Float[Array, "B T D"]:
-    """Divides by the root mean square in float32, then scales; there is no bias."""
-    x_BTD = x_BTD.astype(jnp.float32)
-    mean_square = jnp.mean(jnp.square(x_BTD), axis=-1, keepdims=True)
-    y_BTD = x_BTD * jax.lax.rsqrt(mean_square + epsilon)
-    return (y_BTD * scale_D[None, None, :]).astype(dtype)
+class RMSNorm(nnx.Module):
+    """Root-mean-square norm over the last axis, with a learned scale and no bias; computed in float32.
+
+    The scale's parameter is the factor itself (initially 1), or, with `plus_one`, what is added to 1 (initially 0).
+    """
+
+    def __init__(
+        self, width: int, *, epsilon: float, dtype: str, plus_one: bool = False, axis: str | None = "embed"
+    ) -> None:
+        self.scale = nnx.Param(jnp.full((width,), 0.0 if plus_one else 1.0, jnp.float32), axes=(axis,))
+        self.epsilon = epsilon
+        self.dtype = dtype
+        self.plus_one = plus_one
+
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        return self.by(self.scale[...], x)
+
+    def by(self, scale_D: Float[Array, "D"], x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        """Norms `x` with a scale that the caller has placed."""
+        x = x.astype(jnp.float32)
+        mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
+        y = x * jax.lax.rsqrt(mean_square + self.epsilon)
+        if self.plus_one:
+            scale_D = 1.0 + scale_D
+        return (y * scale_D.reshape((1,) * (x.ndim - 1) + scale_D.shape)).astype(self.dtype)
 
 
 class Dense(nnx.Module):
@@ -187,6 +211,16 @@ def matmul(
         return y.reshape(*rows, *columns)
 
     return jax.lax.platform_dependent(x, kernel, cpu=in_one, default=as_they_are)
+
+
+class Attention(nnx.Module):
+    """Base of the families' attentions: what adapters and cached decoding need of each."""
+
+    query: Dense
+    key: Dense
+    value: Dense
+    out: Dense
+    prefix: Any = None  # adapter slot: keys and values placed before all others
 
 
 class MLP(nnx.Module):

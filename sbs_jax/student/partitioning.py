@@ -30,6 +30,7 @@ RULES: Rules = {
     "mlp": "tensor",
     "joined_kv": "tensor",
     "heads": None,
+    "kv": None,  # within a head
     "relpos_buckets": None,
     "layers": None,
     "adapter": None,  # the narrow side of a LoRA or adapter, and the length of a prompt or prefix

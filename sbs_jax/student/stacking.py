@@ -1,6 +1,6 @@
 """Stacked layers: `encoder/layers/0/mlp/wo/kernel`, `encoder/layers/1/..` as one array `encoder/layers/mlp/wo/kernel`.
 
-Scanned layers (`t5.Execution`) are stacked in memory, with the layer as first axis; on disk every layer has its own
+Scanned layers (`stacks.Execution`) are stacked in memory, with the layer as first axis; on disk every layer has its own
 arrays. `stack` and `unstack` convert parameters and trees that mirror them. `layerwise` shows an optimizer one layer at
 a time, so that its per-array results (Adafactor's clipping, scaling and factors) do not depend on stacking.
 """

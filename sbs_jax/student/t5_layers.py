@@ -5,7 +5,6 @@ Names and shapes as in t5.py.
 
 import dataclasses
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -68,10 +67,42 @@ class T5Config:
         for name in self.mlp_activations:
             checks.choice("One of T5Config.mlp_activations", name, layers.ACTIVATIONS)
 
-    @classmethod
-    def of(cls, saved: Mapping[str, Any]) -> "T5Config":
-        """Inverts `dataclasses.asdict`, also after a JSON round trip, which turns tuples into lists."""
-        return cls(**{**saved, "mlp_activations": tuple(saved["mlp_activations"])})
+    # What all families say of themselves (families.py). T5's vocabularies and its decoder's first input are fixed.
+    @property
+    def eos_id(self) -> int:
+        """Returns the id of the token that ends a sequence."""
+        return 1
+
+    @property
+    def decoder_start(self) -> int:
+        """Returns the first decoder input."""
+        return 0
+
+    @property
+    def num_kv_heads(self) -> int:
+        """Returns the number of heads of keys and values."""
+        return self.num_heads
+
+    @property
+    def logits_scale(self) -> float | None:
+        """Returns the factor on states before the logits: D^-0.5 with a tied table, as in Mesh TensorFlow."""
+        return self.emb_dim**-0.5 if self.logits_via_embedding else None
+
+    @property
+    def embedding_scale(self) -> float:
+        """Returns the factor on embedded tokens: none."""
+        return 1.0
+
+    @property
+    def stack_layers(self) -> dict[str, int]:
+        """Returns the number of layers of each stack."""
+        return {"encoder": self.num_encoder_layers, "decoder": self.num_decoder_layers}
+
+    @property
+    def decoder_weights(self) -> int:
+        """Counts the numbers in the matrices of the decoder's layers, those over the source not left out."""
+        projection, branches = self.emb_dim * self.num_heads * self.head_dim, len(self.mlp_activations) + 1
+        return self.num_decoder_layers * (6 * projection + branches * self.emb_dim * self.mlp_dim)
 
 
 class RelativePositionBias(nnx.Module):
@@ -121,7 +152,7 @@ def relative_position_bucket(
     return offset + jnp.where(distance < exact, distance, logarithmic)
 
 
-class Attention(nnx.Module):
+class Attention(layers.Attention):
     """Multi-head attention without biases and without the factor 1/sqrt(K).
 
     T5 folds that factor into the initial scale of the query kernel.
@@ -141,8 +172,6 @@ class Attention(nnx.Module):
             (joined, width), axes=("joined_kv", "embed"), std=joined**-0.5, dtype=config.dtype, rngs=rngs
         )
         self.heads = (config.num_heads, config.head_dim)
-
-    prefix: Any = None  # adapter slot: keys and values placed before those of the source
 
     def __call__(
         self,

@@ -10,7 +10,7 @@ import optax
 
 from sbs_jax import checks
 from sbs_jax.data import registry, selection
-from sbs_jax.student import adapters, partitioning, stacking, t5
+from sbs_jax.student import adapters, families, partitioning, stacking, stacks
 
 MEMORIES = ("device", "pinned_host")
 _FEATURES = ("inputs", "targets")
@@ -87,7 +87,7 @@ class Evaluation:
 class Compute:
     """Devices and memory; they change speed, and results only by rounding."""
 
-    execution: t5.Execution
+    execution: stacks.Execution
     layout: partitioning.Layout
     vocabulary_chunks: int = 1  # chunks of the vocabulary for the loss; one chunk of logits exists at a time
     optimizer_memory: str = "device"  # or "pinned_host": optimizer state in host memory between updates
@@ -114,7 +114,7 @@ class TrainConfig(Optimization, Checkpointing, Evaluation, Compute, Guards):
     """A training run: model, data and five parts. A field's default is that of its macro; see gin_files.py."""
 
     model_dir: str
-    model: t5.T5Config
+    model: families.ModelConfig
     data: selection.DataOptions
     mixture_or_task_name: str
     task_feature_lengths: Mapping[str, int]  # tokens per row, {"inputs": .., "targets": ..}

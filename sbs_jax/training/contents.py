@@ -7,7 +7,7 @@ from typing import Any
 
 from sbs_jax.data import batches, registry, selection
 from sbs_jax.run import settings
-from sbs_jax.student import adapters, t5
+from sbs_jax.student import adapters, families
 from sbs_jax.training.config import TrainConfig
 from sbs_jax.training.step import Trainer
 
@@ -21,7 +21,7 @@ def manifest(config: TrainConfig, *, data: dict[str, Any], trainer: Trainer) -> 
         name: {"shape": leaf.shape, "dtype": str(leaf.dtype), "spec": str(leaf.sharding.spec)}
         for name, leaf in {**trainer.saved.frozen, **trainer.saved.parameters}.items()
     }
-    total = sum(math.prod(leaf.shape) for leaf in t5.abstract(config.model)[1].values())
+    total = sum(math.prod(leaf.shape) for leaf in families.abstract(config.model)[1].values())
     devices = [str(device) for device in trainer.partitioner.mesh.devices.flat]
     log.info("Devices: %s; mesh %s.", ", ".join(devices), trainer.partitioner.sizes)
     log.info("Parameters: %s in %d arrays.", f"{total:,}", len(parameters))

@@ -18,7 +18,7 @@ from sbs_jax import hosts
 from sbs_jax.data import batches, grading, registry
 from sbs_jax.data.dataset import BY_LOSS
 from sbs_jax.storage import atomic, json_files
-from sbs_jax.student import decoding, losses, partitioning, t5
+from sbs_jax.student import decoding, families, losses, partitioning, stacks
 from sbs_jax.training.students import load_student
 
 log = logging.getLogger(__name__)
@@ -40,7 +40,8 @@ def evaluator(*, task_name: str, **options: Any) -> "Evaluator | LossEvaluator":
 def generator(
     task_name: str,
     *,
-    structure: t5.Structure,
+    structure: families.Structure,
+    eos_id: int,
     partitioner: partitioning.Partitioner,
     batch_size: int,
     max_decode_length: int,
@@ -49,6 +50,7 @@ def generator(
     by_loss = _by_loss(task_name)
     return Generator(
         structure,
+        eos_id=eos_id,
         partitioner=partitioner,
         batch_size=batch_size,
         length=0 if by_loss else max_decode_length,
@@ -116,7 +118,7 @@ class Evaluator:
         self._generator = generator
         self._vocabulary = registry.vocabulary(registry.options().vocabulary)
 
-    def run(self, parameters: t5.Parameters, *, before_batch: Callable[[], None] = lambda: None) -> Result:
+    def run(self, parameters: families.Parameters, *, before_batch: Callable[[], None] = lambda: None) -> Result:
         """Generates an answer to every example and grades it. An exception of `before_batch` ends it."""
         generated: dict[int, tuple[list[int], float]] = {}
         for length, indices in self._groups:
@@ -170,17 +172,17 @@ class LossEvaluator:
         hosts.agree({f"{task_name} {split}": hashlib.sha256(self._rows[0].data).hexdigest()})
         self._generator = generator
 
-    def run(self, parameters: t5.Parameters, *, before_batch: Callable[[], None] = lambda: None) -> Result:
+    def run(self, parameters: families.Parameters, *, before_batch: Callable[[], None] = lambda: None) -> Result:
         """Returns "loss" (nats per target token) and "token_accuracy" (percent). `before_batch` may end it."""
         sums = list(self._generator.batches(parameters, *self._rows, before_batch=before_batch))
         loss, correct, count = np.concatenate(sums).astype(np.float64).sum(axis=0)
         return Result({"loss": float(loss / count), BY_LOSS: float(100.0 * correct / count)}, [])
 
 
-def _token_sums(model: t5.T5, inputs_BS: jax.Array, shifted_BT: jax.Array, targets_BT: jax.Array) -> jax.Array:
+def _token_sums(model: families.Model, inputs_BS: jax.Array, shifted_BT: jax.Array, targets_BT: jax.Array) -> jax.Array:
     """Returns cross-entropy, correct tokens and tokens of each row, [B, 3]."""
     statistics = losses.token_statistics(model.logits(model.states(inputs_BS, shifted_BT)), targets_BT)
-    real_BT = (targets_BT != decoding.PAD).astype(jnp.float32)
+    real_BT = stacks.is_token(targets_BT).astype(jnp.float32)
     of_token = (statistics.log_z - statistics.target, statistics.correct, 1.0)
     return jnp.stack([jnp.sum(each * real_BT, axis=1) for each in of_token], axis=1)
 
@@ -194,8 +196,9 @@ class Generator:
 
     def __init__(
         self,
-        structure: t5.Structure,
+        structure: families.Structure,
         *,
+        eos_id: int,
         partitioner: partitioning.Partitioner,
         batch_size: int,
         length: int,
@@ -208,12 +211,12 @@ class Generator:
         self._batch_size = -(-batch_size // pieces) * pieces
         rounded = {-(-size // pieces) * pieces for size in smaller if size < batch_size}
         self.sizes = sorted({*rounded, self._batch_size})
-        self._partitioner = partitioner
+        self._partitioner, self._eos_id = partitioner, eos_id
         compute = compute or functools.partial(decoding.greedy, length=length)
 
-        def generate(parameters: t5.Parameters, *rows: jax.Array):
+        def generate(parameters: families.Parameters, *rows: jax.Array):
             with partitioner.active():
-                return compute(t5.join(structure, parameters), *rows)
+                return compute(families.join(structure, parameters), *rows)
 
         self._generate = jax.jit(generate, out_shardings=partitioner.replicated)
 
@@ -226,15 +229,15 @@ class Generator:
         return self._generate.lower(parameters, tokens)
 
     def run(
-        self, parameters: t5.Parameters, *rows: np.ndarray, before_batch: Callable[[], None] = lambda: None
+        self, parameters: families.Parameters, *rows: np.ndarray, before_batch: Callable[[], None] = lambda: None
     ) -> Iterator[tuple[list[int], float]]:
         """Yields (token ids without EOS and padding, natural log probability) of each source row, in order."""
         for tokens, scores in self.batches(parameters, *rows, before_batch=before_batch):
             for ids, score in zip(tokens, scores, strict=True):
-                yield [int(i) for i in ids if i not in (decoding.PAD, decoding.EOS)], float(score)
+                yield _answer(ids, eos_id=self._eos_id), float(score)
 
     def batches(
-        self, parameters: t5.Parameters, *rows: np.ndarray, before_batch: Callable[[], None] = lambda: None
+        self, parameters: families.Parameters, *rows: np.ndarray, before_batch: Callable[[], None] = lambda: None
     ) -> Iterator[Any]:
         """Yields the result of each batch, an array or a tuple of arrays, without padding rows.
 
@@ -253,6 +256,12 @@ class Generator:
             found = jax.device_get(self._generate(parameters, *placed.values()))
             there = len(part[0])
             yield found[:there] if isinstance(found, np.ndarray) else tuple(each[:there] for each in found)
+
+
+def _answer(ids: np.ndarray, *, eos_id: int) -> list[int]:
+    """Returns a row's tokens before its EOS, or all of them if it has none."""
+    ends = np.flatnonzero(ids == eos_id)
+    return ids[: ends[0] if len(ends) else None].tolist()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -290,6 +299,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, float]:
         generator=generator(
             task,
             structure=student.structure,
+            eos_id=student.config.eos_id,
             partitioner=student.partitioner,
             batch_size=config.batch_size,
             max_decode_length=config.max_decode_length or run["max_decode_length"],

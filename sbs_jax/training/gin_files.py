@@ -27,6 +27,7 @@ from sbs_jax.training import declared
 MODULES = {
     "adapters": "sbs_jax.student.adapters",
     "datasets": "sbs_jax.data.registry",
+    "decoder_only": "sbs_jax.student.decoder_only",
     "evaluate": "sbs_jax.training.evaluate",
     "partitioning": "sbs_jax.student.partitioning",
     "selection": "sbs_jax.data.selection",
@@ -35,7 +36,7 @@ MODULES = {
     "train": "sbs_jax.training.config",
 }
 # Imported for the command line, because bindings cannot contain imports.
-_PRELUDE = ("adapters", "datasets", "evaluate", "partitioning", "t5", "train")
+_PRELUDE = ("adapters", "datasets", "decoder_only", "evaluate", "partitioning", "t5", "train")
 # Configuration classes. Each field is bound to the macro of its upper-case name, except for these.
 _CLASSES: dict[str, dict[str, str]] = {
     "train.TrainConfig": {

@@ -46,6 +46,7 @@ class Programs:
         generator = evaluate.generator(
             config.eval_task_name,
             structure=trainer.structure,
+            eos_id=config.model.eos_id,
             partitioner=trainer.partitioner,
             batch_size=config.eval_batch_size,
             max_decode_length=config.max_decode_length,
@@ -302,7 +303,7 @@ def _check_vocabulary(config: TrainConfig) -> None:
     if tokens > config.model.vocab_size:
         raise ValueError(
             f"The vocabulary {config.data.vocabulary} has {tokens} ids, and the model's table "
-            f"{config.model.vocab_size} rows. Set t5.T5Config.vocab_size to at least {tokens}, or "
+            f"{config.model.vocab_size} rows. Set {type(config.model).__name__}.vocab_size to at least {tokens}, or "
             "give the model's own vocabulary."
         )
 

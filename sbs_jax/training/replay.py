@@ -17,7 +17,7 @@ import tqdm
 
 from sbs_jax.data import registry
 from sbs_jax.run import checkpoints
-from sbs_jax.student import losses, t5
+from sbs_jax.student import families, losses
 from sbs_jax.training import failures, feed
 from sbs_jax.training.config import TrainConfig
 from sbs_jax.training.state import initial_state, load_base, restored_state
@@ -50,7 +50,7 @@ def replay(config: TrainConfig, run: str | Path, *, step: int | None) -> dict[st
     trained = {name: parameters[name] for name in trainer.saved.parameters}
     others = {name: x for name, x in parameters.items() if name not in trained}
 
-    def diagnose(trained: t5.Parameters, others: t5.Parameters, batch: Batch) -> tuple[Any, Any]:
+    def diagnose(trained: families.Parameters, others: families.Parameters, batch: Batch) -> tuple[Any, Any]:
         with trainer.partitioner.active():
             key = jax.random.fold_in(jax.random.key(config.seed), step - 1)
             _, _, gradients = loss_and_gradients(
@@ -65,7 +65,7 @@ def replay(config: TrainConfig, run: str | Path, *, step: int | None) -> dict[st
                 dropout_key=key,
             )
             norms = jax.tree.map(lambda x: jnp.sqrt(jnp.sum(jnp.square(x.astype(jnp.float32)))), gradients)
-            model = t5.join(structure, {**others, **trained})
+            model = families.join(structure, {**others, **trained})
             return _token_losses(model, batch, dropout_key=jax.random.fold_in(key, 0)), norms
 
     tokens_BT, norms = jax.device_get(jax.jit(diagnose)(trained, others, batch))
@@ -145,7 +145,7 @@ def _batches(config: TrainConfig, trainer: Trainer, *, first: int, count: int) -
         yield trainer.partitioner.put_batch(next(found))
 
 
-def _token_losses(model: t5.T5, batch: Batch, *, dropout_key: jax.Array | None) -> jax.Array:
+def _token_losses(model: families.Model, batch: Batch, *, dropout_key: jax.Array | None) -> jax.Array:
     """Returns the cross-entropy of each target token in nats, [B, T]; 0 for padding."""
     states = model.states(
         batch["encoder_input_tokens"],
@@ -171,16 +171,16 @@ def _example_losses(tokens_BT: np.ndarray, batch: Mapping[str, np.ndarray]) -> d
 def _alone(
     config: TrainConfig,
     trainer: Trainer,
-    structure: t5.Structure,
-    parameters: t5.Parameters,
+    structure: families.Structure,
+    parameters: families.Parameters,
     rows: Mapping[str, np.ndarray],
 ) -> list[float]:
     """Returns the mean loss per token of examples in separate rows, without dropout, a batch at a time."""
 
     @jax.jit
-    def token_losses(parameters: t5.Parameters, batch: Batch) -> jax.Array:
+    def token_losses(parameters: families.Parameters, batch: Batch) -> jax.Array:
         with trainer.partitioner.active():
-            return _token_losses(t5.join(structure, parameters), batch, dropout_key=None)
+            return _token_losses(families.join(structure, parameters), batch, dropout_key=None)
 
     size, found = config.batch_size, []
     count = len(rows["decoder_task_ids"])

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from sbs_jax.run import checkpoints
-from sbs_jax.student import adapters, t5
+from sbs_jax.student import adapters, families
 from sbs_jax.training.config import TrainConfig
 from sbs_jax.training.step import Trainer, TrainState, root_key, shardings
 from sbs_jax.weights import frozen, identity, opening
@@ -28,7 +28,7 @@ def initial_state(config: TrainConfig, trainer: Trainer, *, base: frozen.Base | 
         )
         parameters = base.trained | jax.jit(lambda base: initialize(base=base), out_shardings=new)(model)
     elif config.initial_checkpoint_path is None:
-        parameters = jax.jit(lambda: t5.init(config.model, seed=config.seed)[1], out_shardings=saved.parameters)()
+        parameters = jax.jit(lambda: families.init(config.model, seed=config.seed)[1], out_shardings=saved.parameters)()
     else:
         parameters = opening.load_parameters(config.initial_checkpoint_path, like=trainer.saved.parameters)
     optimizer = config.optimizer(learning_rate=config.learning_rate)

@@ -11,7 +11,7 @@ import optax
 from jaxtyping import Array, Float
 
 from sbs_jax.data import batches
-from sbs_jax.student import adapters, losses, partitioning, stacking, t5
+from sbs_jax.student import adapters, families, losses, partitioning, stacking, stacks
 from sbs_jax.training.config import Compute, TrainConfig
 
 log = logging.getLogger(__name__)
@@ -23,28 +23,28 @@ class TrainState:
     """Everything that a step reads and writes; or the same tree of shapes or shardings."""
 
     step: Any  # int32 scalar, updates made or skipped
-    parameters: Any  # the trained t5.Parameters
+    parameters: Any  # the trained families.Parameters
     optimizer: Any
     skipped: Any  # int32 scalar, updates skipped because they were not finite
     root_key: Any  # uint32 data of the key of all dropout: no constant, so that runs of other seeds share the program
-    frozen: Any = dataclasses.field(default_factory=dict)  # the other t5.Parameters; no step changes them
+    frozen: Any = dataclasses.field(default_factory=dict)  # the other families.Parameters; no step changes them
 
 
 Batch = dict[str, Any]  # arrays, or their shapes
 
 
 def loss_and_gradients(
-    parameters: t5.Parameters,
+    parameters: families.Parameters,
     batch: Batch,
     *,
-    structure: t5.Structure,
+    structure: families.Structure,
     alpha: float,
     z_loss: float,
     micro_batches: int,
     vocabulary_chunks: int,
     dropout_key: jax.Array,
-    frozen: t5.Parameters | None = None,
-) -> tuple[Float[Array, ""], dict[int, losses.TaskSums], t5.Parameters]:
+    frozen: families.Parameters | None = None,
+) -> tuple[Float[Array, ""], dict[int, losses.TaskSums], families.Parameters]:
     """Returns loss, sums per task and gradients of a global batch; the number of micro-batches does not change them.
 
     `parameters` and `frozen` together are the whole model; gradients are of `parameters` only.
@@ -52,8 +52,8 @@ def loss_and_gradients(
     # Token weights depend on the whole batch, so they are computed before it is cut: see losses.py.
     weights = losses.token_weights(batch["decoder_task_ids"], alpha=alpha)
 
-    def loss_of(parameters: t5.Parameters, rows: Batch, index: jax.Array):
-        model = t5.join(structure, {**(frozen or {}), **parameters})
+    def loss_of(parameters: families.Parameters, rows: Batch, index: jax.Array):
+        model = families.join(structure, {**(frozen or {}), **parameters})
         states = model.states(
             rows["encoder_input_tokens"],
             rows["decoder_input_tokens"],
@@ -93,7 +93,7 @@ def train_step(
     state: TrainState,
     batch: Batch,
     *,
-    structure: t5.Structure,
+    structure: families.Structure,
     config: TrainConfig,
     optimizer: optax.GradientTransformation,
 ) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
@@ -135,7 +135,7 @@ def root_key(seed: int) -> jax.Array:
     return jax.random.key_data(jax.random.key(seed))
 
 
-def _clipped(gradients: t5.Parameters, *, norm: float | None) -> tuple[Float[Array, ""], t5.Parameters]:
+def _clipped(gradients: families.Parameters, *, norm: float | None) -> tuple[Float[Array, ""], families.Parameters]:
     """Returns the global norm of the gradients, and the gradients scaled down to at most `norm` (None: unchanged)."""
     found = optax.tree.norm(gradients)
     if norm is None:
@@ -160,8 +160,8 @@ class Trainer:
     step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
     unstacked: Callable[[TrainState], TrainState]  # from memory to disk, without `frozen`
     stacked: Callable[[TrainState], TrainState]  # from disk to memory, with `frozen`
-    parameters: Callable[[TrainState], t5.Parameters]  # trained and frozen, with separate arrays for every layer
-    structure: t5.Structure  # of a model with these parameters
+    parameters: Callable[[TrainState], families.Parameters]  # trained and frozen, with separate arrays for every layer
+    structure: families.Structure  # of a model with these parameters
 
 
 def prepare(config: TrainConfig, *, devices: Sequence[Any] | None = None) -> Trainer:
@@ -173,7 +173,9 @@ def prepare(config: TrainConfig, *, devices: Sequence[Any] | None = None) -> Tra
     _check_divisible(config, partitioner)
     optimizer = config.gradient_transformation()
 
-    def placed(execution: t5.Execution, optimizer: optax.GradientTransformation) -> tuple[t5.Structure, TrainState]:
+    def placed(
+        execution: stacks.Execution, optimizer: optax.GradientTransformation
+    ) -> tuple[families.Structure, TrainState]:
         adapted = adapters.abstract(config.model, config.tuning, execution=execution)
         trained, rest = adapted.split(adapted.shapes)
         number = jax.ShapeDtypeStruct((), jnp.int32)
@@ -184,7 +186,7 @@ def prepare(config: TrainConfig, *, devices: Sequence[Any] | None = None) -> Tra
 
     structure, abstract = placed(config.execution, optimizer)
     if config.execution.layers == "scanned":
-        saved_structure, saved = placed(t5.UNROLLED, config.optimizer(learning_rate=config.learning_rate))
+        saved_structure, saved = placed(stacks.UNROLLED, config.optimizer(learning_rate=config.learning_rate))
         unstack = jax.jit(stacking.unstack, out_shardings=shardings(dataclasses.replace(saved, frozen={})))
         unstack_all = jax.jit(stacking.unstack, out_shardings=shardings({**saved.frozen, **saved.parameters}))
         stacked = jax.jit(stacking.stack, out_shardings=shardings(abstract))
@@ -195,7 +197,7 @@ def prepare(config: TrainConfig, *, devices: Sequence[Any] | None = None) -> Tra
     def unstacked(state: TrainState) -> TrainState:
         return unstack(dataclasses.replace(state, frozen={}))
 
-    def parameters(state: TrainState) -> t5.Parameters:
+    def parameters(state: TrainState) -> families.Parameters:
         return unstack_all({**state.frozen, **state.parameters})
 
     on_device = jax.tree.map(lambda leaf: leaf.sharding.with_memory_kind("device"), abstract.optimizer)

@@ -9,7 +9,7 @@ import jax
 
 from sbs_jax.data import registry, selection
 from sbs_jax.run import directory
-from sbs_jax.student import adapters, partitioning, t5
+from sbs_jax.student import adapters, families, partitioning
 from sbs_jax.weights import frozen, identity, names, opening, runs
 from sbs_jax.weights.arrays import shapes
 
@@ -18,9 +18,9 @@ from sbs_jax.weights.arrays import shapes
 class Student:
     """A trained model of a run directory, with the options of its training."""
 
-    config: t5.T5Config
-    structure: t5.Structure
-    parameters: t5.Parameters
+    config: families.ModelConfig
+    structure: families.Structure
+    parameters: families.Parameters
     partitioner: partitioning.Partitioner
     step: int
     manifest: dict[str, Any]
@@ -53,11 +53,11 @@ class _Trained:
     """The trained parameters of a run, and the shapes of its whole student."""
 
     owner: str
-    config: t5.T5Config
+    config: families.ModelConfig
     tuning: adapters.Tuning | None
     adapted: adapters.Adapted
     like: dict[str, jax.ShapeDtypeStruct]
-    parameters: t5.Parameters
+    parameters: families.Parameters
     base: dict[str, Any] | None
     step: int
     manifest: dict[str, Any]
@@ -82,7 +82,7 @@ def _load_sharing(
     partitioner = layout.partitioner()
     first = _read_trained(path, partitioner)
     named = {name: _read_trained(place, partitioner) for name, place in others.items()}
-    held: t5.Parameters = {}
+    held: families.Parameters = {}
     for each in (first, *named.values()):
         if each.tuning is None and (named or base is not None):
             raise ValueError(

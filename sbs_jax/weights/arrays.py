@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sbs_jax.student import adapters, t5
+from sbs_jax.student import adapters, families, t5
 
 log = logging.getLogger(__name__)
 
@@ -160,7 +160,7 @@ class Opened:
     `base` the identity of their base: {"path", "seed", "fingerprint"}.
     """
 
-    architecture: t5.T5Config | None
+    architecture: families.ModelConfig | None
     arrays: dict[str, LazyArray]
     step: int = 0
     vocabulary: str | None = None
@@ -169,8 +169,17 @@ class Opened:
     base: dict[str, Any] | None = None
 
     @property
-    def config(self) -> t5.T5Config:
+    def config(self) -> families.ModelConfig:
         """Returns the architecture. ValueError if the form does not store it."""
         if self.architecture is None:
             raise ValueError("These weights do not say their architecture. Give a run or another form of checkpoint.")
         return self.architecture
+
+    def t5(self, form: str) -> t5.T5Config:
+        """Returns the architecture of a T5. ValueError for another family, which this form does not hold."""
+        if not isinstance(self.config, t5.T5Config):
+            raise ValueError(
+                f"These weights are of a {type(self.config).__name__}; {form} is written for T5 only. Keep the run, or "
+                "convert it --to stablehlo."
+            )
+        return self.config

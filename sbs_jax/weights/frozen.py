@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from sbs_jax.student import adapters, partitioning, t5
+from sbs_jax.student import adapters, families, partitioning
 from sbs_jax.weights import identity, opening
 from sbs_jax.weights.arrays import Watched, shapes
 
@@ -19,13 +19,13 @@ class Base:
     `identity` is stored in every checkpoint of adapters: {"path", "seed", "fingerprint"}.
     """
 
-    frozen: t5.Parameters
-    trained: t5.Parameters
+    frozen: families.Parameters
+    trained: families.Parameters
     identity: dict[str, Any]
 
 
 def load(
-    config: t5.T5Config,
+    config: families.ModelConfig,
     tuning: adapters.Tuning,
     *,
     path: str | None,
@@ -38,13 +38,13 @@ def load(
     Only one array at a time is in float32: the base of a quantized run may not fit into memory at full precision.
     """
     adapted = adapters.abstract(config, tuning)
-    _, plain, axes = t5.abstract(config)
+    _, plain, axes = families.abstract(config)
     plain_like = partitioner.with_shardings(plain, parameters=plain, axes=axes)
     if path is None and seed is None:
         raise ValueError("These adapters name neither the path of their base nor a seed; give the base.")
     stored = Watched({} if path is None else opening.arrays_of(path, wanted=shapes(plain_like)))
     fresh = _from_seed(config, seed or 0, plain_like) if path is None else {}
-    parameters: t5.Parameters = {}
+    parameters: families.Parameters = {}
     fingerprints: dict[str, list[int]] = {}
     compiled: dict[Any, Callable[[jax.Array], tuple[jax.Array, ...]]] = {}  # one program per kind of array
     for name in plain:
@@ -69,6 +69,8 @@ def load(
     return Base(rest, trained, origin)
 
 
-def _from_seed(config: t5.T5Config, seed: int, like: Mapping[str, jax.ShapeDtypeStruct]) -> t5.Parameters:
+def _from_seed(
+    config: families.ModelConfig, seed: int, like: Mapping[str, jax.ShapeDtypeStruct]
+) -> families.Parameters:
     shardings = {name: leaf.sharding for name, leaf in like.items()}
-    return jax.jit(lambda: t5.init(config, seed=seed)[1], out_shardings=shardings)()
+    return jax.jit(lambda: families.init(config, seed=seed)[1], out_shardings=shardings)()

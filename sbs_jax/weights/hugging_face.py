@@ -163,12 +163,12 @@ def write(
 
     `finish` may add files. The directory appears when it is complete; FileExistsError if there is one already.
     """
-    path = Path(path)
+    path, config = Path(path), opened.t5("a directory of Hugging Face")
     if opened.vocabulary is not None:
         tokens.check_vocabulary(opened.vocabulary)  # fail before gigabytes of weights are written
     with atomic.new_folder(path) as folder:
         _write_weights(folder, opened, dtype=np.dtype(dtype), shard_bytes=shard_bytes)
-        write_json(folder / CONFIG, _settings(opened.config, dtype=dtype))
+        write_json(folder / CONFIG, _settings(config, dtype=dtype))
         generation = {"decoder_start_token_id": 0, "eos_token_id": 1, "pad_token_id": 0}
         write_json(folder / "generation_config.json", generation)
         if opened.vocabulary is not None:

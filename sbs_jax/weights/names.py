@@ -16,7 +16,7 @@ import jax
 
 from sbs_jax.checks import nearest
 from sbs_jax.storage.json_files import part
-from sbs_jax.student import t5
+from sbs_jax.student import families, t5
 from sbs_jax.weights.arrays import Shapes
 
 _LAYER = "{layer}"
@@ -168,9 +168,9 @@ def check_sizes(path: object, found: Shapes, config: t5.T5Config, *, layers: Map
 
 
 @functools.lru_cache(maxsize=64)
-def parameters(config: t5.T5Config) -> Mapping[str, jax.ShapeDtypeStruct]:
+def parameters(config: families.ModelConfig) -> Mapping[str, jax.ShapeDtypeStruct]:
     """Computes the shapes of an architecture's parameters."""
-    return types.MappingProxyType(t5.abstract(config)[1])
+    return types.MappingProxyType(families.abstract(config)[1])
 
 
 def size(shapes: Mapping[str, jax.ShapeDtypeStruct]) -> int:

@@ -12,7 +12,7 @@ import numpy as np
 
 from sbs_jax.storage import user_files
 from sbs_jax.storage.json_files import part
-from sbs_jax.student import t5
+from sbs_jax.student import families
 from sbs_jax.weights.arrays import LazyArray, Opened
 
 _END = ".npy"
@@ -75,7 +75,7 @@ def _header(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> tuple[tuple[int,
     return shape, dtype
 
 
-def save_npz(path: str | Path, parameters: t5.Parameters, *, dtype: str) -> None:
+def save_npz(path: str | Path, parameters: families.Parameters, *, dtype: str) -> None:
     """Writes parameters as one `.npz` file in the given float type."""
     arrays = {name: np.asarray(x).astype(dtype) for name, x in sorted(parameters.items())}
     np.savez_compressed(path, allow_pickle=False, **arrays)

@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from sbs_jax.student import t5
+from sbs_jax.student import families
 from sbs_jax.weights import hugging_face, identity, merging, names, npz, peft, runs, t5x
 from sbs_jax.weights.arrays import LazyArray, Opened, Shapes, Watched, shapes
 
@@ -49,7 +49,7 @@ def form_of(path: str | Path) -> Form:
     raise FileNotFoundError(f"{path} {what}; expected one of: {expected}.")
 
 
-def load_parameters(path: str | Path, *, like: Mapping[str, jax.ShapeDtypeStruct]) -> t5.Parameters:
+def load_parameters(path: str | Path, *, like: Mapping[str, jax.ShapeDtypeStruct]) -> families.Parameters:
     """Loads parameters from a checkpoint of any form, on the shardings and in the types of `like`.
 
     A host reads what its own devices hold, one array after the other, and warns of numbers that are not finite.
@@ -94,7 +94,7 @@ def base_arrays(opened: Opened, *, given: str | None, owner: str) -> dict[str, L
     assert opened.base is not None
     path = identity.base_path(opened.base, given, owner=owner)
     if path is None:
-        made = t5.init(opened.config, seed=opened.base["seed"])[1]
+        made = families.init(opened.config, seed=opened.base["seed"])[1]
         arrays = {name: LazyArray.of(np.asarray(x)) for name, x in made.items()}
     else:
         arrays = arrays_of(path, wanted=shapes(names.parameters(opened.config)))

@@ -60,7 +60,7 @@ def write(path: str | Path, opened: Opened, *, base: str | None) -> None:
     tuning = opened.tuning
     assert tuning is not None
     kept = adapters.abstract(opened.config, tuning).shapes
-    quantized_modules = [ours for ours in _modules(opened.config).values() if f"{ours}/kernel" not in kept]
+    quantized_modules = [ours for ours in _modules(opened.t5("PEFT's form")).values() if f"{ours}/kernel" not in kept]
     with atomic.new_folder(Path(path)) as folder:
         hugging_face.write_json(folder / CONFIG, {"base_model_name_or_path": base, **settings})
         tensor_files.write_safetensors(folder / WEIGHTS, arrays, dtype=np.dtype(np.float32))
@@ -87,7 +87,7 @@ def contents(opened: Opened, *, owner: str) -> tuple[dict[str, Any], dict[str, L
         )
     if tuning.lora is not None and tuning.ia3 is not None:
         raise ValueError(f"{owner} has both LoRA and IA3; a PEFT directory holds one kind.")
-    theirs = {ours: module for module, ours in _modules(opened.config).items()}
+    theirs = {ours: module for module, ours in _modules(opened.t5("PEFT's form")).items()}
     ends: dict[str, set[str]] = {}
     arrays: dict[str, LazyArray] = {}
     for name, array in opened.arrays.items():
@@ -161,7 +161,7 @@ def open_directory(path: str | Path, *, base: Opened, base_identity: Mapping[str
     known = _known_base(path)
     if known is not None:
         identity.check(base_identity, known, owner=str(path))
-    modules = _modules(base.config)
+    modules = _modules(base.t5("PEFT's form"))
     arrays: dict[str, LazyArray] = {}
     found: dict[str, set[str]] = {}
     for key, array in _stored(path).items():

@@ -8,7 +8,7 @@ import numpy as np
 
 from sbs_jax.run import directory, saving
 from sbs_jax.run.checkpoints import METADATA, PARAMETERS, locate, refuse_damaged
-from sbs_jax.student import adapters, t5
+from sbs_jax.student import adapters, families
 from sbs_jax.weights import tensor_store
 from sbs_jax.weights.arrays import Index, LazyArray, Opened
 
@@ -53,7 +53,7 @@ def open_run(path: str | Path) -> Opened:
         arrays = tensor_store.orbax_arrays(checkpoint / PARAMETERS)
     origin = directory.read_manifest(run) if (run / directory.MANIFEST).is_file() else None
     return Opened(
-        t5.T5Config.of(metadata["model"]) if "model" in metadata else None,
+        families.config_of(metadata["model"]) if "model" in metadata else None,
         {name: guarded(array) for name, array in arrays.items()},
         step=step,
         vocabulary=None if origin is None else origin["data"]["options"]["vocabulary"],

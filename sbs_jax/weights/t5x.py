@@ -21,7 +21,7 @@ import tensorstore as ts
 from flax import serialization
 
 from sbs_jax.storage.json_files import brief, part
-from sbs_jax.student import t5
+from sbs_jax.student import families, t5
 from sbs_jax.weights import hugging_face, names, tensor_store
 from sbs_jax.weights.arrays import LazyArray, Opened, shapes
 
@@ -60,7 +60,7 @@ def open_checkpoint(path: str | Path) -> Opened:
     step = int(match[1]) if (match := _STEP.search(url)) else 0
     if origin is not None:
         try:
-            config = t5.T5Config.of(origin["model"])
+            config = t5.T5Config(**{**origin["model"], "mlp_activations": tuple(origin["model"]["mlp_activations"])})
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{path}: {hugging_face.ORIGIN} beside it has no valid 'model' ({part(repr(error))}). Remove that file."
@@ -91,7 +91,7 @@ def open_checkpoint(path: str | Path) -> Opened:
     return Opened(config, arrays, step=step, vocabulary=vocabulary, origin=origin)
 
 
-def write(path: str | Path, parameters: t5.Parameters, *, step: int) -> str:
+def write(path: str | Path, parameters: families.Parameters, *, step: int) -> str:
     """Writes `<path>/checkpoint_<step>` in Orbax's form, layers unscanned, and returns that directory.
 
     It has no optimizer state: T5X starts from it with `utils.CheckpointConfig.restore.fallback_to_scratch = True`.

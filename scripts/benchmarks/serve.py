@@ -69,7 +69,7 @@ def write_student(folder: Path, name: str) -> None:
 
     from sbs_jax.data import registry
     from sbs_jax.run import checkpoints
-    from sbs_jax.student import t5
+    from sbs_jax.student import families
     from sbs_jax.training import gin_files
     from sbs_jax.weights import opening
     from tasks import builtin
@@ -91,7 +91,7 @@ def write_student(folder: Path, name: str) -> None:
     config, _ = gin_files.configure(
         "train.TrainConfig", gin_files=files, bindings=[f"{key}={value!r}" for key, value in bindings.items()]
     )
-    _, parameters = t5.init(config.model, seed=0)
+    _, parameters = families.init(config.model, seed=0)
     if name == "builtin":
         like = {key: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for key, x in parameters.items()}
         parameters = opening.load_parameters(builtin.student_path(), like=like)

@@ -33,7 +33,7 @@ import jax.numpy as jnp
 from benchmarks import harness
 from sbs_jax.cli import main
 from sbs_jax.plan import chips, hlo, worker
-from sbs_jax.student import decoding, flops, partitioning, t5
+from sbs_jax.student import decoding, families, flops, partitioning, t5
 from sbs_jax.training import evaluate, gin_files
 from sbs_jax.training.config import TrainConfig
 
@@ -199,15 +199,17 @@ def lowered(beams: int, *, config: t5.T5Config = BASE) -> jax.stages.Lowered:
     Every chip has a copy of the weights; the rows are divided over all chips.
     """
     partitioner = partitioning.DATA_PARALLEL.partitioner(chips.topology(TOPOLOGY).describe())
-    structure, shapes, axes = t5.abstract(config)
+    structure, shapes, axes = families.abstract(config)
     parameters = partitioner.with_shardings(shapes, parameters=shapes, axes=axes)
     if beams == 1:
-        generator = evaluate.Generator(structure, partitioner=partitioner, batch_size=BATCH, length=LENGTH)
+        generator = evaluate.Generator(
+            structure, eos_id=config.eos_id, partitioner=partitioner, batch_size=BATCH, length=LENGTH
+        )
         return generator.lower(parameters, inputs=INPUTS)
 
-    def search(parameters: t5.Parameters, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def search(parameters: families.Parameters, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
         with partitioner.active():
-            return decoding.beam_search(t5.join(structure, parameters), tokens, length=LENGTH, beams=beams)
+            return decoding.beam_search(families.join(structure, parameters), tokens, length=LENGTH, beams=beams)
 
     tokens = jax.ShapeDtypeStruct((BATCH, INPUTS), jnp.int32, sharding=partitioner.batch)
     return jax.jit(search, out_shardings=partitioner.replicated).lower(parameters, tokens)

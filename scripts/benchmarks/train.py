@@ -106,7 +106,7 @@ def ours(
     import jax
 
     from sbs_jax.data.batches import count_tokens
-    from sbs_jax.student import t5
+    from sbs_jax.student import families
     from sbs_jax.training import gin_files
     from sbs_jax.training.state import initial_state
     from sbs_jax.training.step import prepare
@@ -125,7 +125,7 @@ def ours(
             if batches:
                 write_batches(Path(batches), source, packed)
     tokens = [count_tokens(batch) for batch in packed]
-    parameters = sum(math.prod(leaf.shape) for leaf in t5.abstract(config.model)[1].values())
+    parameters = sum(math.prod(leaf.shape) for leaf in families.abstract(config.model)[1].values())
     if only_write or not Path(work).exists():  # the peer may be reading one that exists
         lora = config.tuning.lora if config.tuning else None
         job = {
@@ -185,10 +185,10 @@ def drawn_by_array(config: Any, trainer: Any) -> Any:
     import jax
     import jax.numpy as jnp
 
-    from sbs_jax.student import t5
+    from sbs_jax.student import families
     from sbs_jax.training.step import TrainState, root_key
 
-    _, parameters = t5.init(config.model, seed=config.seed)
+    _, parameters = families.init(config.model, seed=config.seed)
     optimizer = config.optimizer(learning_rate=config.learning_rate).init(parameters)
     state = TrainState(jnp.int32(0), parameters, optimizer, jnp.int32(0), root_key(config.seed))
     return trainer.stacked(jax.device_put(state, jax.tree.map(lambda leaf: leaf.sharding, trainer.saved)))

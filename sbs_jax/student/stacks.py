@@ -1,0 +1,177 @@
+"""What all families share: how stacks of layers are run and recomputed, their inputs, and the logits of their states.
+
+Letters as in t5.py.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int, Key
+
+from sbs_jax import checks
+from sbs_jax.student import attention
+from sbs_jax.student.layers import NOISE_KEY, Dense, Dropout, TokenEmbedder, matmul
+from sbs_jax.student.partitioning import constrain, gather
+
+_saved = jax.checkpoint_policies.save_only_these_names
+# Values that a layer's forward pass stores for the backward pass; the backward pass recomputes all others.
+REMAT: dict[str, Any] = {
+    "none": None,  # everything is stored
+    "minimal": _saved("projected", "residual", *attention.SAVED),  # matrix products, except attention scores
+    "attended": _saved(*attention.SAVED),  # attention outputs
+    "full": jax.checkpoint_policies.nothing_saveable,  # only the layer's input
+}
+LAYERS = ("scanned", "unrolled")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Execution:
+    """Options of a student's computation; files, results and gradients stay the same.
+
+    `layers` "scanned" compiles one layer of a stack and loops over it, with parameters stacked in memory (stacking.py);
+    "unrolled" compiles every layer. `remat` names how much the backward pass recomputes, a key of `REMAT`.
+    """
+
+    layers: str
+    remat: str
+
+    def __post_init__(self) -> None:
+        checks.choice("Execution.layers", self.layers, LAYERS)
+        checks.choice("Execution.remat", self.remat, REMAT)
+
+
+UNROLLED = Execution(layers="unrolled", remat="none")
+
+
+def run_layers(
+    stack: Any,
+    x: Float[Array, "B T D"],
+    call: Callable[[Any, Array, Dropout, Any], Any],
+    *,
+    dropout_key: Key[Array, ""] | None,
+    each: Any = None,
+) -> tuple[Float[Array, "B T D"], Any]:
+    """Runs `x` through a stack's `layers`, unrolled or scanned, by `call(layer, x, dropout, of_layer) -> (x, found)`.
+
+    `each` is a pytree of arrays whose first axis is the layer; `of_layer` is the layer's part. Returns the last `x`,
+    and what the layers found: a list of it, or stacked if scanned.
+    """
+
+    def runner(structure: Any) -> Callable[[Array, tuple[Any, Any, Any]], tuple[Array, Any]]:
+        def run(x: Array, layer: tuple[Any, Any, Any]) -> tuple[Array, Any]:
+            parameters, key, of_layer = layer
+            return call(nnx.merge(structure, parameters), x, Dropout(stack.dropout_rate, key), of_layer)
+
+        if stack.remat == "none":
+            return run
+        # Inside a scan's loop the compiler cannot merge the recomputation with the forward pass anyway.
+        return jax.checkpoint(run, policy=REMAT[stack.remat], prevent_cse=not stacked)
+
+    stacked = not isinstance(stack.layers, nnx.List)
+    layers = [nnx.split(layer, nnx.Param) for layer in ([stack.layers] if stacked else stack.layers)]
+    count = jax.tree.leaves(layers[0][1])[0].shape[0] if stacked else len(layers)
+    keys = None if dropout_key is None else jax.random.split(jax.random.fold_in(dropout_key, 0), count)
+    if stacked:
+        ((structure, parameters),) = layers
+        return jax.lax.scan(runner(structure), x, (parameters, keys, each))
+    found = []
+    for index, (structure, parameters) in enumerate(layers):
+        of_layer = jax.tree.map(lambda values, index=index: values[index], each)
+        x, of_this = runner(structure)(x, (parameters, None if keys is None else keys[index], of_layer))
+        found.append(of_this)
+    return x, found
+
+
+def prepend(prefix: Float[Array, "X *each"], rows: Float[Array, "B P *each"]) -> Float[Array, "B Q *each"]:
+    """Puts the same prefix before every row, in the rows' dtype; Q = X + P."""
+    repeated = jnp.broadcast_to(prefix[None].astype(rows.dtype), (len(rows), *prefix.shape))
+    return jnp.concatenate([repeated, rows], axis=1)
+
+
+def add_noise(
+    x_BTD: Float[Array, "B T D"], segments_BT: Int[Array, "B T"], *, alpha: float, key: Key[Array, ""]
+) -> Float[Array, "B T D"]:
+    """Adds NEFTune's noise (arXiv 2310.05914): uniform within `alpha / sqrt(L * D)`, none on padding (segment 0).
+
+    L counts the tokens of a token's example, not of its row. So packing and padding do not change the distribution of
+    an example's noise. (Hugging Face takes the padded length.)
+    """
+    same_BTT = segments_BT[:, :, None] == segments_BT[:, None, :]
+    length_BT = jnp.sum(same_BTT, axis=-1).astype(jnp.float32)
+    bound_BT = jnp.where(segments_BT > 0, alpha / jnp.sqrt(length_BT * x_BTD.shape[-1]), 0.0)
+    noise_BTD = jax.random.uniform(jax.random.fold_in(key, NOISE_KEY), x_BTD.shape, jnp.float32, -1.0, 1.0)
+    return x_BTD + (noise_BTD * bound_BT[..., None]).astype(x_BTD.dtype)
+
+
+def fold(key: Key[Array, ""] | None, number: int) -> Key[Array, ""] | None:
+    """Folds a number into a dropout key, if there is one."""
+    return None if key is None else jax.random.fold_in(key, number)
+
+
+def is_token(tokens_BT: Int[Array, "B T"]) -> Any:
+    """Returns True on tokens and False on padding, bool [B, T]: the zeros after the last other token of a row.
+
+    Every row of ours ends in EOS, which is not 0. So a vocabulary may use id 0 for a piece of text (Qwen3's is "!").
+    """
+    return jax.lax.cummax(tokens_BT, axis=1, reverse=True) > 0
+
+
+def source_segments(tokens_BS: Int[Array, "B S"]) -> Int[Array, "B S"]:
+    """Makes segment ids of unpacked source rows: 1 on tokens, 0 on padding."""
+    return is_token(tokens_BS).astype(jnp.int32)
+
+
+class Student(nnx.Module):
+    """What the models of all families share: the way from states to logits, and the place of a prompt."""
+
+    config: Any
+    token_embedder: TokenEmbedder
+    logits_dense: Dense  # only without a tied table
+    prompt: Any = None  # adapter slot: vectors placed before the embedded source
+
+    def states(self, *tokens: Any, **options: Any) -> Float[Array, "B T D"]:
+        """Computes teacher-forced states; each family has its own."""
+        raise NotImplementedError
+
+    def __call__(
+        self,
+        encoder_input_tokens: Int[Array, "B S"],
+        decoder_input_tokens: Int[Array, "B T"],
+        *,
+        encoder_segment_ids: Int[Array, "B S"] | None = None,
+        decoder_segment_ids: Int[Array, "B T"] | None = None,
+        dropout_key: Key[Array, ""] | None = None,
+    ) -> Float[Array, "B T V"]:
+        """Computes teacher-forced float32 logits: `logits` of the `states`."""
+        return self.logits(
+            self.states(
+                encoder_input_tokens,
+                decoder_input_tokens,
+                encoder_segment_ids=encoder_segment_ids,
+                decoder_segment_ids=decoder_segment_ids,
+                dropout_key=dropout_key,
+            )
+        )
+
+    def attended_segments(self, segment_ids: Int[Array, "B S"]) -> Int[Array, "B P"]:
+        """Returns the segment ids of the encoder output: 1 for a prompt's vectors, then those of the source."""
+        if self.prompt is None:
+            return segment_ids
+        return jnp.pad(segment_ids, ((0, 0), (self.prompt.length, 0)), constant_values=1)
+
+    def logits(self, y_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """Computes float32 logits from decoder states."""
+        y_BTD, kernel_DV = self.projection(y_BTD)
+        return constrain(matmul(y_BTD, kernel_DV, dtype=jnp.float32), ("batch", "length", "activation_vocab"))
+
+    def projection(self, y_BTD: Float[Array, "B T D"]) -> tuple[Float[Array, "B T D"], Float[Array, "D V"]]:
+        """Returns the two factors of the logits: states, times the family's scale if it has one, and the matrix."""
+        if self.config.logits_scale is not None:
+            y_BTD = y_BTD * self.config.logits_scale
+        if self.config.logits_via_embedding:
+            return y_BTD, self.token_embedder.table(y_BTD.dtype).T
+        return y_BTD, gather(self.logits_dense.kernel[...].astype(y_BTD.dtype), ("embed", "vocab"))
