@@ -22,7 +22,7 @@ from flax import serialization, traverse_util
 
 from sbs_jax.prediction import engine, files
 from sbs_jax.run import checkpoints
-from sbs_jax.student import layers, t5
+from sbs_jax.student import families, layers, t5
 from sbs_jax.training import students
 from sbs_jax.training.state import initial_state
 from sbs_jax.training.step import prepare

@@ -237,6 +237,15 @@ def tokens_of(texts):
     return data_tokens.encode(texts, data_tokens.vocabulary("byte"))
 
 
+def test_a_vocabulary_with_another_end_is_refused(trained, tmp_path):
+    config, _ = trained
+    other = dataclasses.replace(
+        config, model=dataclasses.replace(config.model, eos_id=2), model_dir=str(tmp_path / "run")
+    )
+    with pytest.raises(ValueError, match="ends texts with id 1, and the model with id 2"):
+        loop.train(other, config_text="")
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -1,1 +1,1 @@
-"""The student: T5, its loss, adapters, quantized kernels, decoding and partitioning."""
+"""The student: T5 or a decoder-only model, its loss, adapters, quantized kernels, decoding and partitioning."""

@@ -294,12 +294,13 @@ def evaluator(config: TrainConfig, programs: Programs, *, split: str) -> evaluat
 def _check_vocabulary(config: TrainConfig) -> None:
     """Refuses a vocabulary of another EOS, or larger than the table: jit clamps indices and reports no error."""
     vocabulary = registry.vocabulary(config.data.vocabulary)
-    if vocabulary.eos_id != decoding.EOS:
-        raise ValueError(
-            f"The vocabulary {config.data.vocabulary} ends texts with the id {vocabulary.eos_id}, and the model with "
-            f"{decoding.EOS}: its answers would not end. Give the model's own vocabulary."
-        )
     tokens = vocabulary.vocab_size
+    if vocabulary.eos_id != config.model.eos_id:
+        raise ValueError(
+            f"The vocabulary {config.data.vocabulary} ends texts with id {vocabulary.eos_id}, and the model with id "
+            f"{config.model.eos_id}. Set {type(config.model).__name__}.eos_id to {vocabulary.eos_id}, or give the "
+            "model's own vocabulary."
+        )
     if tokens > config.model.vocab_size:
         raise ValueError(
             f"The vocabulary {config.data.vocabulary} has {tokens} ids, and the model's table "
