@@ -51,6 +51,36 @@ def test_values_and_gradients(causal, biased, groups, monkeypatch):
         np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
+def test_an_order_hides_later_ranks_and_positions_outside_a_window():
+    """Values and gradients equal autodiff's of a mask that is written out; a prefix is never hidden."""
+    random = np.random.default_rng(0)
+    q, k, v = (jnp.float32(random.normal(size=(2, size, 2, 4))) for size in (9, 11, 11))  # two keys of a prefix
+    segments = jnp.array([[1] * 5 + [2] * 4, [1] * 9])
+    positions = jnp.array([[0, 1, 2, 3, 4, 0, 1, 2, 3], range(9)])
+    ranks = jnp.where(positions < 3, 0, positions)  # the first three see one another
+    order = attention.Order(ranks, positions, jnp.int32(3))
+    visible = np.zeros((2, 9, 11), bool)
+    visible[:, :, :2] = True
+    for b, i, j in np.ndindex(2, 9, 9):
+        near = abs(int(positions[b, i] - positions[b, j])) < 3
+        visible[b, i, 2 + j] = segments[b, i] == segments[b, j] and ranks[b, j] <= ranks[b, i] and near
+
+    def ours(q, k, v):
+        return attention.attend(q, k, v, None, (segments, segments), causal=False, prefix=2, order=order)
+
+    def written_out(q, k, v):
+        scores = jnp.where(visible[:, None], jnp.einsum("bthk,bshk->bhts", q, k), -1e10)
+        return jnp.einsum("bhts,bshk->bthk", jax.nn.softmax(scores, axis=-1), v)
+
+    np.testing.assert_allclose(ours(q, k, v), written_out(q, k, v), atol=2e-6)
+    weights = jnp.float32(random.normal(size=q.shape))
+    for got, want in zip(
+        *(jax.grad(lambda *x, f=f: jnp.sum(weights * f(*x)), (0, 1, 2))(q, k, v) for f in (ours, written_out)),
+        strict=True,
+    ):
+        np.testing.assert_allclose(got, want, atol=1e-5)
+
+
 def test_large_scores_neither_overflow_nor_lose_a_query_without_keys():
     q = jnp.full((1, 2, 1, 2), 200.0)
     k = jnp.array([[[[200.0, 200.0]], [[-200.0, -200.0]]]])

@@ -70,7 +70,7 @@ def theirs(config):
                 **sizes,
                 sliding_window=c.window,
                 layer_types=layers,
-                query_pre_attn_scalar=c.query_scale**-2,
+                query_pre_attn_scalar=round(c.query_scale**-2),
                 rope_parameters={"full_attention": full, "sliding_attention": sliding},
             )
         )

@@ -99,16 +99,16 @@ def test_answers_are_those_of_the_student_padded_to_its_limit_in_order(student, 
 def test_each_length_is_compiled_once(greedy, answers):
     generator = greedy._answerers[None]._generators[0]
     compiled_before = generator._generate._cache_size()
-    assert compiled_before <= len(engine.buckets(LIMIT))
+    assert compiled_before <= len(evaluate.buckets(LIMIT))
     close(greedy.answer(questions(30)[::-1]), answers[::-1])
     greedy.answer(questions(50, seed=1))
     greedy.warm_up()
-    assert generator._generate._cache_size() == len(engine.buckets(LIMIT))
+    assert generator._generate._cache_size() == len(evaluate.buckets(LIMIT))
 
 
 def test_lengths_are_a_handful_and_reach_the_limit():
     for limit in (2, 16, 20, 112, 1024):
-        lengths = engine.buckets(limit)
+        lengths = evaluate.buckets(limit)
         assert lengths[-1] == limit
         assert list(lengths) == sorted(set(lengths))
         assert len(lengths) <= 13

@@ -344,10 +344,10 @@ def test_short_rows_are_evaluated_without_the_padding_of_long_ones(tmp_path, mon
     config = toy.config(tmp_path / "run", tmp_path / "records")
     registry.configure(config.data)
     programs = loop.Programs.of(config)
-    parameters = t5.init(config.model, seed=1)[1]
+    parameters = families.init(config.model, seed=1)[1]
 
     def result() -> list[dict[str, Any]]:
-        grader = loop.evaluator(config, programs, split="validation")
+        grader: Any = loop.evaluator(config, programs, split="validation")
         seen.append([len(rows) for _, rows in grader._groups])
         return grader.run(parameters).rows
 
