@@ -109,7 +109,7 @@ def test_there_is_an_experiment_for_each_dataset_and_size():
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 @pytest.mark.parametrize("method", METHODS)
 def test_every_experiment_runs_every_method(experiment, method):
-    config, text = configure(experiment, f"methods/{method}")
+    config, text = configure(experiment, f"methods/{method}", bindings=["VOCABULARY=/nowhere/tokenizer.json"])
     kind, source, alpha, prefix = METHODS[method]
     assert config.mixture_or_task_name == f"{experiment.split('/')[1]}_{kind}"
     assert (config.data.label_source, config.alpha, config.data.label_prefix) == (source, alpha, prefix)
