@@ -13,7 +13,6 @@ from sbs_jax import hosts
 from sbs_jax.data import corpus, prefetch, registry, selection
 from sbs_jax.hosts import preemption, watchdog
 from sbs_jax.run import checkpoints, directory, settings
-from sbs_jax.student import decoding
 from sbs_jax.training import contents, evaluate, failures, feed
 from sbs_jax.training.config import Checkpointing, TrainConfig
 from sbs_jax.training.metrics_window import MetricsWindow
