@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import toy
 from builders import decoders
+from builders.exported import converted
 from flax import nnx
 
 from sbs_jax.data import tokens as data_tokens
@@ -235,6 +237,14 @@ def test_labels_are_scored_as_by_the_whole_model(trained):
 
 def tokens_of(texts):
     return data_tokens.encode(texts, data_tokens.vocabulary("byte"))
+
+
+def test_a_run_is_exported_as_a_program_and_not_in_t5_s_forms(trained, tmp_path):
+    run = Path(trained[0].model_dir)
+    summary = converted(run, tmp_path / "program", platforms=("cpu",), check=4)
+    assert summary["check"] == {"samples": 4, "same_answers": 4, "percent": 100.0}
+    with pytest.raises(ValueError, match="T5X's form is written for T5 only"):
+        converted(run, tmp_path / "t5x", "t5x")
 
 
 def test_a_vocabulary_with_another_end_is_refused(trained, tmp_path):

@@ -180,8 +180,11 @@ def test_mistakes_in_bindings_are_explained(bindings, message):
         ("CLIP_NORM=off", "CLIP_NORM is 'off'; expected a number or None (as TrainConfig.clip_norm)."),
         ("FRACTION=half", "FRACTION is 'half'; expected a number (as DataOptions.fraction)."),
         ("MODEL_DIR=2026", "MODEL_DIR is 2026; expected text in quotes (as TrainConfig.model_dir)."),
-        ("MODEL=t5", "MODEL is 't5'; expected a reference to a T5Config, @..() (as TrainConfig.model)."),
-        ("MODEL=@t5.T5Config", "; expected a reference to a T5Config, @..() (as TrainConfig.model)."),
+        (
+            "MODEL=t5",
+            "MODEL is 't5'; expected a reference to a T5Config, @..() or a reference to a DecoderConfig",
+        ),
+        ("MODEL=@t5.T5Config", "; expected a reference to a T5Config, @..() or a reference to a DecoderConfig, @..()"),
         ("OPTIMIZER=adamw", "OPTIMIZER is 'adamw'; expected a reference, @.. (as TrainConfig.optimizer)."),
         ("t5.T5Config.mlp_activations=gelu", "T5Config.mlp_activations is 'gelu'; expected a list of texts in quotes."),
         ("TASK_FEATURE_LENGTHS={inputs: 32}", "'TASK_FEATURE_LENGTHS={inputs: 32}'; expected brackets that close and"),
