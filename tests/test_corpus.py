@@ -43,9 +43,9 @@ def options(*files, **changes):
 def test_texts_of_lines_and_of_json_packed_or_not(tmp_path):
     (tmp_path / "a.txt").write_text("One.\n\n  Two \r\n")
     with gzip.open(tmp_path / "b.jsonl.gz", "wt") as file:
-        file.write('"Three\\nfour."\n\n{"text": "Five."}\n')
+        file.write('"Three\\nfour."\n\n{"text": "Five."}\n{"id": "x", "input": "Six?", "label": "6"}\n')
     found = [list(corpus.texts(tmp_path / name)) for name in ("a.txt", "b.jsonl.gz")]
-    assert found == [["One.", "Two"], ["Three\nfour.", "Five."]]
+    assert found == [["One.", "Two"], ["Three\nfour.", "Five.", "Six?"]]
 
 
 def test_every_token_is_in_one_split_once_and_neighbours_are_held_out_together(text):

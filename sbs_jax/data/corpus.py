@@ -50,9 +50,10 @@ _ROWS_ONLY = ("label_source", "rationales", "fraction", "train_split", "number_s
 
 
 def texts(path: str | Path) -> Iterator[str]:
-    """Yields the texts of a file: its lines, or with the ending .jsonl a JSON text (or {"text": ..}) per line.
+    """Yields the texts of a file: its lines, or with the ending .jsonl a JSON text, {"text": ..} or a record per line.
 
-    The file may be packed with gzip. Blank texts are left out. ValueError names file and line.
+    Of a record only the input is taken. The file may be packed with gzip. Blank texts are left out. ValueError names
+    file and line.
     """
     as_json = Path(path).name.removesuffix(".gz").endswith(".jsonl")
     for number, line in user_files.TextFile(path, as_json=False).lines():
@@ -64,9 +65,11 @@ def texts(path: str | Path) -> Iterator[str]:
             raise ValueError(f"{where}: the line has a zero byte, so this is no text; give files of UTF-8 text.")
         if as_json and text.strip():
             value = json_files.parse_json(text, where)
-            text = value.get("text") if isinstance(value, dict) else value
+            text = value.get("text", value.get("input")) if isinstance(value, dict) else value
             if not isinstance(text, str):
-                raise ValueError(f"{where}: got {json.dumps(value)[:60]}; expected a JSON text, or one as 'text'.")
+                raise ValueError(
+                    f"{where}: got {json.dumps(value)[:60]}; expected a JSON text, or one as 'text' or 'input'."
+                )
         if text.strip():
             yield text.strip()
 
