@@ -32,7 +32,7 @@ class BpePieces:
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         self._ranks = {pair: rank for rank, pair in reversed(list(enumerate(model["merges"])))}
-        self._ids = {**model["vocab"], **{token["content"]: token["id"] for token in parsed["added_tokens"]}}
+        self._ids = vocabularies.pieces(parsed)
         self._pieces = {id_: piece for piece, id_ in self._ids.items()}
         self.size = max(self._pieces) + 1
         added = {token["id"] for token in parsed["added_tokens"] if not _UNUSED.fullmatch(token["content"])}

@@ -27,8 +27,8 @@ BYTE = "byte"
 LARGEST = 2**26  # bytes of a file; Gemma 3's tokenizer.json, of 262,144 pieces, has 33 MB
 # Special tokens that end a text, in order of preference: a chat model's end of turn comes before the end of a document.
 _ENDS = ("<|im_end|>", "<eos>", "</s>", "<|eot_id|>", "<|end_of_text|>", "<|endoftext|>")
-# Special tokens that can separate a source from its target.
-_STARTS = ("<|im_start|>", "<start_of_turn>", "<|start_header_id|>", "<bos>", "<s>", "<|begin_of_text|>")
+# Tokens that separate a source from its target: a line feed as a BPE of bytes spells it, or one of the others.
+_LINE_FEED, _STARTS = "Ċ", ("<bos>", "<s>", "<|begin_of_text|>")
 
 
 class Bytes(seqio.ByteVocabulary):
@@ -321,6 +321,11 @@ def specials(parsed: Mapping[str, Any]) -> dict[str, int]:
     return {token["content"]: token["id"] for token in parsed["added_tokens"] if token.get("special")}
 
 
+def pieces(parsed: Mapping[str, Any]) -> dict[str, int]:
+    """Returns all pieces of a parsed tokenizer.json and their ids."""
+    return {**parsed["model"]["vocab"], **{token["content"]: token["id"] for token in parsed["added_tokens"]}}
+
+
 def end_of(parsed: Mapping[str, Any]) -> str:
     """Returns the special token that ends a text. `MismatchError` if there is none of the known ones."""
     found = specials(parsed)
@@ -336,7 +341,8 @@ def end_of(parsed: Mapping[str, Any]) -> str:
 def marks(tokens: Mapping[str, int], *, eos_id: Any, bos_id: Any) -> dict[str, int]:
     """Returns the tokens of a decoder-only model that end its texts and begin a target: "eos_id", "decoder_start".
 
-    `tokens` are the special ones; the given ids serve where no known name is among them.
+    `tokens` are all pieces, or none; the given ids serve where no known name is among them. After an end of turn, chat
+    models have a line feed; others begin with BOS.
     """
 
     def whole(value: Any) -> int | None:
@@ -344,7 +350,8 @@ def marks(tokens: Mapping[str, int], *, eos_id: Any, bos_id: Any) -> dict[str, i
         return value if type(value) is int and value >= 0 else None
 
     end = next((tokens[name] for name in _ENDS if tokens.get(name, PAD_ID) != PAD_ID), whole(eos_id))
-    start = next((tokens[name] for name in _STARTS if name in tokens), whole(bos_id))
+    feed = tokens.get(_LINE_FEED) if end is not None and end == tokens.get(_ENDS[0]) else None
+    start = next((id_ for id_ in (feed, *map(tokens.get, _STARTS), whole(bos_id)) if id_ is not None), None)
     if not end:
         raise ValueError(f"no known token ends a text; expected one of {', '.join(_ENDS)}, or an EOS id above 0.")
     return {"eos_id": end, "decoder_start": PAD_ID if start is None else start}

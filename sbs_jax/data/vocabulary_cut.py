@@ -86,6 +86,13 @@ class Cut:
         """Rows of the cut tables: pieces and sentinels, padded to a multiple of 128."""
         return -(-(len(self.kept) + self.extra_ids) // _MULTIPLE) * _MULTIPLE
 
+    def renumbered(self, **ids: int) -> dict[str, int]:
+        """Returns the new ids of pieces, by name. ValueError for one that was not kept."""
+        for name, id_ in ids.items():
+            if id_ not in self.kept:
+                raise ValueError(f"The piece {id_}, the model's {name}, was not kept; cut the vocabulary anew.")
+        return {name: self.kept.index(id_) for name, id_ in ids.items()}
+
     def rows(self, table_rows: int) -> np.ndarray:
         """Returns for each row of a cut table, int64 [vocab_size], its row in the original one; -1 for a row of zeros.
 

@@ -7,7 +7,7 @@ renamed when complete.
 import json
 import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +15,22 @@ import numpy as np
 import tensorflow as tf
 
 from sbs_jax.checks import nearest
-from sbs_jax.data import tokens
+from sbs_jax.data import tokens, vocabularies
 from sbs_jax.run import manifest
 from sbs_jax.storage import atomic, user_files
 from sbs_jax.storage.json_files import brief, decoded, parse_json, part
-from sbs_jax.student import t5
-from sbs_jax.weights import names, tensor_files
+from sbs_jax.student import families, t5
+from sbs_jax.weights import decoder_settings, names, tensor_files
 from sbs_jax.weights.arrays import LazyArray, Opened, shapes
 
 log = logging.getLogger(__name__)
 
-TOKENIZER_CONFIG = "tokenizer_config.json"
+TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 TORCH_WEIGHTS, TORCH_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 SENTENCEPIECE = "spiece.model"
+GENERATION = "generation_config.json"
+_GENERATION = ("decoder_start_token_id", "eos_token_id", "pad_token_id")
 # Manifest of the exported run; with it an import becomes a run again. Hugging Face ignores the file.
 ORIGIN = "sbs_run.json"
 SHARD_BYTES = 5 * 10**9
@@ -79,6 +81,7 @@ _LAYER = re.compile(r"(encoder|decoder)\.block\.(\d+)\.")
 _WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 # The prefix of a model inside another ("model."), and the part of the name that is a T5's.
 _INSIDE = re.compile(r"((?:[^.]+\.)*?)((?:shared|lm_head|encoder|decoder)\..*)", re.DOTALL)
+_INSIDE_DECODER = re.compile(r"((?:[^.]+\.)*?)((?:model\.(?:embed_tokens|layers|norm)|lm_head)\..*)", re.DOTALL)
 # Files and fields that name tokens beside a SentencePiece model; () where the whole file does.
 _TOKENS = {
     "added_tokens.json": (),
@@ -110,7 +113,9 @@ def open_directory(path: str | Path) -> Opened:
             "to StableHLO is not read."
         )
     settings = read_object(path / CONFIG)
-    stored = _unwrapped(path, _stored(path))
+    if settings.get("model_type") in decoder_settings.MODEL_TYPES:
+        return _open_decoder(path, settings)
+    stored = _unwrapped(path, _stored(path), inside=_INSIDE)
     tied = "lm_head.weight" not in stored
     config = _config(path, settings, tied=tied)
     for name in _COPIES:
@@ -138,17 +143,50 @@ def open_directory(path: str | Path) -> Opened:
     }
     names.check_sizes(path, shapes(arrays), config, layers=layers, kind="Hugging Face")
     wanted = names.parameters(config)
-    if unknown:
-        known = [name.hugging_face for name in names.of(wanted)]
-        lines = [f"  {part(name)}{nearest(name[:200], known)}" for name in unknown[:5]]
-        raise ValueError(
-            "\n".join([f"{path} holds {len(unknown)} arrays that this architecture does not have:", *lines])
-            + ("\n  .." if len(unknown) > 5 else "")
-        )
+    _refuse_unknown(path, unknown, [name.hugging_face for name in names.of(wanted)])
     names.check(path, shapes(arrays), shapes(wanted), kind="Hugging Face")
     vocabulary = str(path / SENTENCEPIECE) if (path / SENTENCEPIECE).is_file() else None
     _warn_of_tokenizer(path, vocabulary)
     return Opened(config, arrays, vocabulary=vocabulary, origin=origin_beside(path))
+
+
+def _open_decoder(path: Path, settings: Mapping[str, Any]) -> Opened:
+    """Opens a decoder-only model. Its tokenizer.json, if there is one, says which tokens end and begin a target."""
+    _check_architectures(path, settings, ends=("ForCausalLM",), expected="a ..ForCausalLM")
+    stored = _unwrapped(path, _stored(path), inside=_INSIDE_DECODER)
+    tied = "lm_head.weight" not in stored or bool(settings.get("tie_word_embeddings", False))
+    table = stored.get("model.embed_tokens.weight")
+    if table is None:
+        raise ValueError(
+            f"{path} has no 'model.embed_tokens.weight', the token table; it holds {brief(sorted(stored))}."
+        )
+    if tied and "lm_head.weight" in stored:
+        _expect_copy(path, table, stored.pop("lm_head.weight"), name="lm_head.weight")
+    generation = read_object(path / GENERATION) if (path / GENERATION).is_file() else {}
+    tokenizer, ids = path / TOKENIZER, {**generation, **settings}
+    try:
+        pieces: dict[str, int] = {}
+        if tokenizer.is_file():
+            pieces = vocabularies.pieces(vocabularies.parse_bpe(user_files.whole(tokenizer, most=_LARGEST)))
+        marks = vocabularies.marks(pieces, eos_id=ids.get("eos_token_id"), bos_id=ids.get("bos_token_id"))
+    except ValueError as error:
+        raise ValueError(f"{tokenizer}: {error}") from None
+    given = {"eos_id": "eos_token_id", "decoder_start": "decoder_start_token_id"}
+    marks |= {ours: ids[name] for ours, name in given.items() if _ours(settings) and type(ids.get(name)) is int}
+    config = decoder_settings.read(path / CONFIG, settings, tied=tied, **marks)
+    rows = names.table_of(config)
+    arrays, unknown = names.renamed(stored, rows)
+    names.check_sizes(path, shapes(arrays), config, layers={"decoder": names.layers_of(arrays)}, kind="Hugging Face")
+    wanted = names.parameters(config)
+    _refuse_unknown(path, unknown, [name.hugging_face for name in names.of(wanted, rows)])
+    names.check(path, shapes(arrays), shapes(wanted), kind="Hugging Face")
+    vocabulary = str(tokenizer) if tokenizer.is_file() else None
+    return Opened(config, arrays, vocabulary=vocabulary, origin=origin_beside(path))
+
+
+def _ours(settings: Mapping[str, Any]) -> bool:
+    """True for settings that `write` made."""
+    return type(settings.get("decoder_start_token_id")) is int
 
 
 def write(
@@ -163,14 +201,14 @@ def write(
 
     `finish` may add files. The directory appears when it is complete; FileExistsError if there is one already.
     """
-    path, config = Path(path), opened.t5("a directory of Hugging Face")
+    path = Path(path)
     if opened.vocabulary is not None:
         tokens.check_vocabulary(opened.vocabulary)  # fail before gigabytes of weights are written
     with atomic.new_folder(path) as folder:
         _write_weights(folder, opened, dtype=np.dtype(dtype), shard_bytes=shard_bytes)
-        write_json(folder / CONFIG, _settings(config, dtype=dtype))
-        generation = {"decoder_start_token_id": 0, "eos_token_id": 1, "pad_token_id": 0}
-        write_json(folder / "generation_config.json", generation)
+        settings = _settings(opened.config, dtype=dtype)
+        write_json(folder / CONFIG, settings)
+        write_json(folder / GENERATION, {name: settings[name] for name in _GENERATION})
         if opened.vocabulary is not None:
             _write_tokenizer(folder, opened)
         if opened.origin is not None:
@@ -178,10 +216,19 @@ def write(
         finish(folder)
 
 
+def _refuse_unknown(path: Path, unknown: Sequence[str], known: Sequence[str]) -> None:
+    if unknown:
+        lines = [f"  {part(name)}{nearest(name[:200], known)}" for name in unknown[:5]]
+        raise ValueError(
+            "\n".join([f"{path} holds {len(unknown)} arrays that this architecture does not have:", *lines])
+            + ("\n  .." if len(unknown) > 5 else "")
+        )
+
+
 def _write_weights(folder: Path, opened: Opened, *, dtype: np.dtype, shard_bytes: int) -> None:
     stored = {
         name.hugging_face: opened.arrays[name.ours].transposed() if name.transposed else opened.arrays[name.ours]
-        for name in names.of(opened.arrays)
+        for name in names.of(opened.arrays, names.table_of(opened.config))
     }
     sizes = {name: int(np.prod(array.shape)) * dtype.itemsize for name, array in stored.items()}
     shards: list[list[str]] = [[]]
@@ -241,14 +288,14 @@ def _sharded(path: Path, index: str, read: Any) -> dict[str, LazyArray]:
     return stored
 
 
-def _unwrapped(path: Path, stored: Mapping[str, LazyArray]) -> dict[str, LazyArray]:
+def _unwrapped(path: Path, stored: Mapping[str, LazyArray], *, inside: re.Pattern[str]) -> dict[str, LazyArray]:
     """Removes what wrappers of the model added to its names. ValueError if there are several models."""
     found: dict[str, LazyArray] = {}
     removed: dict[str, None] = {}
     for name, array in stored.items():
         bare = ".".join(each for each in name.split(".") if each not in _WRAPPERS)
-        match = _INSIDE.fullmatch(bare)
-        inside, bare = (match[1], match[2]) if match else ("", bare)
+        match = inside.fullmatch(bare)
+        outer, bare = (match[1], match[2]) if match else ("", bare)
         if bare in found:
             raise ValueError(
                 f"{path} holds more than one model: {part(name)!r} is a second {part(bare)!r}. Save the one to convert "
@@ -256,7 +303,7 @@ def _unwrapped(path: Path, stored: Mapping[str, LazyArray]) -> dict[str, LazyArr
             )
         found[bare] = array
         if bare != name:
-            removed[".".join(each for each in name.split(".") if each in _WRAPPERS) or inside.rstrip(".")] = None
+            removed[".".join(each for each in name.split(".") if each in _WRAPPERS) or outer.rstrip(".")] = None
     if removed:
         log.info("%s: left out of its names, as the model was saved wrapped: %s.", path, part(", ".join(removed)))
     return found
@@ -307,20 +354,25 @@ def _expect_copy(path: Path, table: LazyArray, copy: LazyArray, *, name: str) ->
         )
 
 
-def _config(path: Path, settings: Mapping[str, Any], *, tied: bool) -> t5.T5Config:
+def _check_architectures(path: Path, settings: Mapping[str, Any], *, ends: tuple[str, ...], expected: str) -> None:
     kind, architectures = settings.get("model_type"), settings.get("architectures") or []
     if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
         raise ValueError(f"{path / CONFIG}: 'architectures' is {brief(architectures)}; expected a list of names.")
-    if not isinstance(kind, str) or kind not in MODEL_TYPES:
+    known = (*MODEL_TYPES, *decoder_settings.MODEL_TYPES)
+    if not isinstance(kind, str) or kind not in known:
         raise ValueError(
             f"{path} holds a model of type {brief(kind)} ({part(', '.join(architectures) or 'no architecture')}); "
-            f"expected an encoder-decoder of type {', '.join(MODEL_TYPES)}."
+            f"expected an encoder-decoder or decoder for text of type {', '.join(known)}."
         )
     for architecture in architectures:
-        if "Encoder" in architecture or not architecture.endswith(("ForConditionalGeneration", "WithLMHeadModel")):
-            raise ValueError(
-                f"{path} holds a {part(architecture)}; expected a ..ForConditionalGeneration, which has a decoder."
-            )
+        if "Encoder" in architecture or not architecture.endswith(ends):
+            raise ValueError(f"{path} holds a {part(architecture)}; expected {expected}.")
+
+
+def _config(path: Path, settings: Mapping[str, Any], *, tied: bool) -> t5.T5Config:
+    ends = ("ForConditionalGeneration", "WithLMHeadModel")
+    _check_architectures(path, settings, ends=ends, expected="a ..ForConditionalGeneration, which has a decoder")
+    kind = settings["model_type"]
     activation = settings.get("feed_forward_proj", "relu")
     if not isinstance(activation, str) or activation not in _ACTIVATIONS:
         raise ValueError(  # without a nearest name, which would be another function
@@ -352,8 +404,10 @@ def _config(path: Path, settings: Mapping[str, Any], *, tied: bool) -> t5.T5Conf
     )
 
 
-def _settings(config: t5.T5Config, *, dtype: str) -> dict[str, Any]:
+def _settings(config: families.ModelConfig, *, dtype: str) -> dict[str, Any]:
     """Builds `config.json`."""
+    if not isinstance(config, t5.T5Config):
+        return decoder_settings.write(config, dtype=dtype)
     per_layer = config.relative_attention_bias == "per_layer"
     activation = next((name for name, ours in _ACTIVATIONS.items() if ours == config.mlp_activations), None)
     if activation is None:
@@ -375,19 +429,34 @@ def _settings(config: t5.T5Config, *, dtype: str) -> dict[str, Any]:
 
 
 def _write_tokenizer(folder: Path, opened: Opened) -> None:
-    extra_ids = 100  # as tokens.vocabulary adds
+    assert opened.vocabulary is not None
+    kind = vocabularies.kind_of(opened.vocabulary)
+    if kind.library == "tokenizers":
+        _write_bpe(folder, opened.vocabulary)
+        return
     settings: dict[str, Any] = {
         "eos_token": "</s>",
         "pad_token": "<pad>",
         "unk_token": "<unk>",
-        "extra_ids": extra_ids,
+        "extra_ids": kind.extra_ids,
     }
-    if opened.vocabulary == "byte":
+    if kind.file is None:
         settings["tokenizer_class"] = "ByT5Tokenizer"
     else:
         settings["tokenizer_class"] = "T5Tokenizer"
         tf.io.gfile.copy(str(opened.vocabulary), str(folder / SENTENCEPIECE))
     write_json(folder / TOKENIZER_CONFIG, settings)
+
+
+def _write_bpe(folder: Path, vocabulary: str) -> None:
+    contents = tokens.read_vocabulary(vocabulary)
+    (folder / TOKENIZER).write_bytes(contents)
+    parsed = vocabularies.parse_bpe(contents)
+    end = vocabularies.end_of(parsed)
+    padding = next((token for token, id_ in vocabularies.specials(parsed).items() if id_ == tokens.PAD_ID), end)
+    # Questions are written without a template and without BOS, as in training.
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end, "pad_token": padding}
+    write_json(folder / TOKENIZER_CONFIG, {**settings, "padding_side": "left", "clean_up_tokenization_spaces": False})
 
 
 def read_object(path: Path, *, most: int = user_files.LARGEST) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""One table of parameter names: ours, Hugging Face's and T5X's.
+"""Tables of parameter names: ours and Hugging Face's, one per family; T5X's; GGUF's.
 
 Our kernels and T5X's are `[in, out]`, Hugging Face's `[out, in]`; embedding tables are `[V, D]` everywhere. T5X's names
 are ours with `layers_0` for `layers/0`. Where T5X scans over layers, one array holds all layers of a stack, the layer
@@ -9,17 +9,19 @@ apart: `encoder/encoder/attention/query/kernel`, `[D, L, H, K]`; ours has the la
 import dataclasses
 import functools
 import math
+import re
 import types
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import jax
 
 from sbs_jax.checks import nearest
 from sbs_jax.storage.json_files import part
 from sbs_jax.student import families, t5
-from sbs_jax.weights.arrays import Shapes
+from sbs_jax.weights.arrays import LazyArray, Shapes
 
 _LAYER = "{layer}"
+_NUMBER = re.compile(r"\.(\d{1,4})\.", re.ASCII)  # of a layer
 _DENSE, _AS_IS = True, False
 
 _SELF, _CROSS, _MLP = "SelfAttention", "EncDecAttention", "DenseReluDense"
@@ -61,6 +63,86 @@ TABLE: dict[str, tuple[str, bool]] = {
 }
 
 
+def _decoder(layer: str, *, inner: Mapping[str, str], norms: Mapping[str, str]) -> dict[str, tuple[str, bool]]:
+    """Builds the rows of a decoder-only model's layers, called `layer` elsewhere."""
+    return {
+        **{f"{_DECODER}/{ours}/kernel": (f"{layer}.{theirs}.weight", _DENSE) for ours, theirs in inner.items()},
+        **{f"{_DECODER}/{ours}/scale": (f"{layer}.{theirs}.weight", _AS_IS) for ours, theirs in norms.items()},
+    }
+
+
+_QUERY_NORM, _KEY_NORM = "self_attention/query_norm", "self_attention/key_norm"
+_TO_HUGGING_FACE = {
+    **{f"self_attention/{long}": f"self_attn.{long[0]}_proj" for long in ("query", "key", "value", "out")},
+    "mlp/wi_0": "mlp.gate_proj",
+    "mlp/wi_1": "mlp.up_proj",
+    "mlp/wo": "mlp.down_proj",
+}
+_TO_GGUF = {
+    **{f"self_attention/{long}": f"attn_{long[0]}" for long in ("query", "key", "value")},
+    "self_attention/out": "attn_output",
+    "mlp/wi_0": "ffn_gate",
+    "mlp/wi_1": "ffn_up",
+    "mlp/wo": "ffn_down",
+}
+_QK_NORMS = {_QUERY_NORM: "self_attn.q_norm", _KEY_NORM: "self_attn.k_norm"}
+_OUTSIDE: dict[str, tuple[str, bool]] = {
+    "token_embedder/embedding": ("model.embed_tokens.weight", _AS_IS),
+    "logits_dense/kernel": ("lm_head.weight", _DENSE),
+    "decoder/decoder_norm/scale": ("model.norm.weight", _AS_IS),
+}
+_BEFORE, _BEFORE_MLP = "pre_self_attention_layer_norm", "pre_mlp_layer_norm"
+_AFTER, _AFTER_MLP = "post_self_attention_layer_norm", "post_mlp_layer_norm"
+# Llama and Qwen3 call the norm before the MLP what Gemma 3 calls the one after attention.
+LLAMA: dict[str, tuple[str, bool]] = {
+    **_OUTSIDE,
+    **_decoder(
+        "model.layers.{layer}",
+        inner=_TO_HUGGING_FACE,
+        norms={**_QK_NORMS, _BEFORE: "input_layernorm", _BEFORE_MLP: "post_attention_layernorm"},
+    ),
+}
+GEMMA3: dict[str, tuple[str, bool]] = {
+    **_OUTSIDE,
+    **_decoder(
+        "model.layers.{layer}",
+        inner=_TO_HUGGING_FACE,
+        norms={
+            **_QK_NORMS,
+            _BEFORE: "input_layernorm",
+            _AFTER: "post_attention_layernorm",
+            _BEFORE_MLP: "pre_feedforward_layernorm",
+            _AFTER_MLP: "post_feedforward_layernorm",
+        },
+    ),
+}
+GGUF: dict[str, tuple[str, bool]] = {
+    "token_embedder/embedding": ("token_embd.weight", _AS_IS),
+    "logits_dense/kernel": ("output.weight", _DENSE),
+    "decoder/decoder_norm/scale": ("output_norm.weight", _AS_IS),
+    **_decoder(
+        "blk.{layer}",
+        inner=_TO_GGUF,
+        norms={
+            _QUERY_NORM: "attn_q_norm",
+            _KEY_NORM: "attn_k_norm",
+            _BEFORE: "attn_norm",
+            _BEFORE_MLP: "ffn_norm",
+            _AFTER: "post_attention_norm",
+            _AFTER_MLP: "post_ffw_norm",
+        },
+    ),
+}
+Table = Mapping[str, tuple[str, bool]]
+
+
+def table_of(config: families.ModelConfig) -> Table:
+    """Returns the table of Hugging Face's names of an architecture."""
+    if isinstance(config, t5.T5Config):
+        return TABLE
+    return GEMMA3 if config.post_norms else LLAMA
+
+
 # T5X's logits are part of the decoder.
 _ELSEWHERE = {"logits_dense/kernel": "decoder/logits_dense/kernel"}
 
@@ -81,19 +163,38 @@ class Name:
     layer: int | None
 
 
-def of(parameters: Collection[str]) -> list[Name]:
-    """Looks up parameters by our names. ValueError for one without a row."""
-    return [_name(ours) for ours in parameters]
+def of(parameters: Collection[str], table: Table = TABLE) -> list[Name]:
+    """Looks up parameters by our names, in a T5 or by another family's table. ValueError for one without a row."""
+    return [_name(ours, table) for ours in parameters]
 
 
-@functools.lru_cache(maxsize=10_000)
-def _name(ours: str) -> Name:
+def renamed(arrays: Mapping[str, LazyArray], table: Table) -> tuple[dict[str, LazyArray], list[str]]:
+    """Renames a decoder-only model's arrays to our names and layout; returns the names without a row too."""
+    rows = {theirs: (ours, transposed) for ours, (theirs, transposed) in table.items()}
+    found, unknown = {}, []
+    for theirs, array in sorted(arrays.items()):
+        layer = _NUMBER.search(theirs)
+        row = rows.get(theirs if layer is None else f"{theirs[: layer.start(1)]}{_LAYER}{theirs[layer.end(1) :]}")
+        if row is None:
+            unknown.append(theirs)
+            continue
+        ours, transposed = row
+        found[ours if layer is None else ours.replace(_LAYER, layer[1])] = array.transposed() if transposed else array
+    return found, unknown
+
+
+def layers_of(names: Iterable[str], *, stack: str = "decoder") -> int:
+    """Counts the layers of a stack that have arrays."""
+    return len({name.split("/")[2] for name in names if name.startswith(f"{stack}/layers/")})
+
+
+def _name(ours: str, table: Table) -> Name:
     parts = ours.split("/")
     layer = int(parts[2]) if len(parts) > 3 and parts[1] == "layers" else None
     pattern = ours if layer is None else "/".join([parts[0], parts[1], _LAYER, *parts[3:]])
-    if pattern not in TABLE:
-        raise ValueError(f"The table of names has no row for {pattern!r}.{nearest(pattern, TABLE)}")
-    theirs, transposed = TABLE[pattern]
+    if pattern not in table:
+        raise ValueError(f"The table of names has no row for {pattern!r}.{nearest(pattern, table)}")
+    theirs, transposed = table[pattern]
     if layer is None:
         name = _ELSEWHERE.get(ours, ours)
         return Name(ours, theirs, transposed, name, name, None)
@@ -137,7 +238,9 @@ MOST_NUMBERS = 2**40
 STACKS = ("encoder", "decoder")
 
 
-def check_sizes(path: object, found: Shapes, config: t5.T5Config, *, layers: Mapping[str, int], kind: str) -> None:
+def check_sizes(
+    path: object, found: Shapes, config: families.ModelConfig, *, layers: Mapping[str, int], kind: str
+) -> None:
     """Requires plausible sizes that match the architecture, as far as one layer shows them.
 
     Call it before `parameters`, whose time and memory grow with sizes that a file from outside claims. `found` is by
@@ -149,7 +252,7 @@ def check_sizes(path: object, found: Shapes, config: t5.T5Config, *, layers: Map
                 f"{path} ({kind}): {part(name)} has the shape {shape}; expected at most {MOST_NUMBERS:,} numbers. The "
                 "file is damaged: get it again."
             )
-    for stack, count in zip(STACKS, (config.num_encoder_layers, config.num_decoder_layers), strict=True):
+    for stack, count in config.stack_layers.items():
         if count > min(layers[stack], MOST_LAYERS):
             raise ValueError(
                 f"{path} ({kind}) claims {count} layers in its {stack} and has arrays of {layers[stack]}; expected "
@@ -158,11 +261,18 @@ def check_sizes(path: object, found: Shapes, config: t5.T5Config, *, layers: Map
     joined, inner = config.num_heads * config.head_dim, "wi" if len(config.mlp_activations) == 1 else "wi_0"
     like = {
         "token_embedder/embedding": (config.vocab_size, config.emb_dim),
-        "encoder/relpos_bias/rel_embedding": (config.num_heads, config.relative_attention_num_buckets),
-        "encoder/layers/0/relpos_bias/rel_embedding": (config.num_heads, config.relative_attention_num_buckets),
         "encoder/layers/0/attention/query/kernel": (config.emb_dim, joined),
+        "decoder/layers/0/self_attention/query/kernel": (config.emb_dim, joined),
         f"encoder/layers/0/mlp/{inner}/kernel": (config.emb_dim, config.mlp_dim),
+        f"decoder/layers/0/mlp/{inner}/kernel": (config.emb_dim, config.mlp_dim),
     }
+    if isinstance(config, t5.T5Config):
+        biases = (config.num_heads, config.relative_attention_num_buckets)
+        like |= dict.fromkeys(
+            ("encoder/relpos_bias/rel_embedding", "encoder/layers/0/relpos_bias/rel_embedding"), biases
+        )
+    else:
+        like["decoder/layers/0/self_attention/key/kernel"] = (config.emb_dim, config.num_kv_heads * config.head_dim)
     like = {name: shape for name, shape in like.items() if name in found}
     check(path, {name: found[name] for name in like}, like, kind=kind)
 

@@ -12,11 +12,11 @@ import jax
 import numpy as np
 
 from sbs_jax.student import families
-from sbs_jax.weights import hugging_face, identity, merging, names, npz, peft, runs, t5x
+from sbs_jax.weights import gguf, hugging_face, identity, merging, names, npz, peft, runs, t5x
 from sbs_jax.weights.arrays import LazyArray, Opened, Shapes, Watched, shapes
 
 # Names of forms, as `sbs convert` spells them.
-NPZ, PEFT, HUGGING_FACE, SBS, T5X = "npz", "peft", "hf", "sbs", "t5x"
+NPZ, GGUF, PEFT, HUGGING_FACE, SBS, T5X = "npz", "gguf", "peft", "hf", "sbs", "t5x"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,6 +120,7 @@ FORMS: Mapping[str, Form] = {
     form.name: form
     for form in (
         Form(NPZ, npz.is_file, lambda path, _: npz.open_file(path), "an .npz file"),
+        Form(GGUF, gguf.is_file, lambda path, _: gguf.open_file(path), "a GGUF file"),
         Form(PEFT, peft.is_directory, _open_peft, f"adapters of PEFT ({peft.CONFIG})"),
         Form(
             HUGGING_FACE,

@@ -3,6 +3,7 @@
 import argparse
 import itertools
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 
@@ -35,6 +36,17 @@ def add(command: Any) -> None:
         "--reserve", type=int, default=1000, metavar="N", help="further frequent pieces to keep (default: %(default)s)"
     )
     vocabulary.add_argument("--output", required=True, metavar="DIR", help="folder to make")
+
+
+def _bindings(folder: str, cut: Any) -> str:
+    """Returns the bindings of a model with a cut vocabulary; those of a decoder-only one are in its new ids."""
+    from sbs_jax.data import vocabularies
+
+    if cut.extra_ids:
+        return f"t5.T5Config.vocab_size={cut.vocab_size}"
+    pieces = vocabularies.pieces(vocabularies.parse_bpe((Path(folder) / cut.file).read_bytes()))
+    found = {"vocab_size": cut.vocab_size, **vocabularies.marks(pieces, eos_id=None, bos_id=None)}
+    return " --gin.".join(f"decoder_only.DecoderConfig.{name}={value}" for name, value in found.items())
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -80,7 +92,6 @@ def run(arguments: argparse.Namespace) -> int:
             )
     print(
         f"Train with --gin.VOCABULARY={arguments.output}/{cut.file} and "
-        f"--gin.t5.T5Config.vocab_size={cut.vocab_size}; cut a checkpoint with "
-        f"sbs convert --cut {arguments.output}"
+        f"--gin.{_bindings(arguments.output, cut)}; cut a checkpoint with sbs convert --cut {arguments.output}"
     )
     return 0
