@@ -9,12 +9,15 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+import students
+import toy
 from builders import bpe, gguf_files
 
-from sbs_jax.data import vocabularies, vocabulary_cut
+from sbs_jax.data import selection, vocabularies, vocabulary_cut
 from sbs_jax.export import convert
 from sbs_jax.student import families
 from sbs_jax.student.decoder_layers import DecoderConfig
+from sbs_jax.training import loop
 from sbs_jax.weights import decoder_settings, hugging_face, names, opening
 from sbs_jax.weights.arrays import LazyArray, Opened, shapes
 
@@ -269,3 +272,43 @@ def test_transformers_computes_the_same_and_writes_what_is_read(kind: str, tmp_p
     assert again.config == dataclasses.replace(config, **ends)
     for name, value in parameters(config).items():
         np.testing.assert_array_equal(again.arrays[name].whole(), value)
+
+
+# ------------------------------------------------------------------------------------ the whole path
+
+
+@pytest.fixture(scope="module")
+def path_of_a_file(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A run that began with a GGUF file's weights and reads its tokenizer, and its export to Hugging Face's form."""
+    folder = tmp_path_factory.mktemp("path")
+    model = plain(LLAMA)
+    file = str(gguf_of(folder / "x.gguf", model, architecture="llama"))
+    records = toy.write_records(folder / "records")
+    data = selection.DataOptions(records_dir=str(records), vocabulary=file)
+    changes: dict[str, Any] = {"model": model, "data": data, "initial_checkpoint_path": file, "pack": True}
+    loop.train(toy.config(folder / "run", records, **changes), config_text="")
+    convert.convert(str(folder / "run"), str(folder / "hf"), convert.Options(to_form=opening.HUGGING_FACE))
+    return folder / "run", folder / "hf"
+
+
+def test_a_run_from_a_file_goes_out_and_comes_back(path_of_a_file: tuple[Path, Path], tmp_path: Path) -> None:
+    run, exported = path_of_a_file
+    before = parameters(plain(LLAMA))
+    trained = opening.open_any(run)
+    changes = [np.abs(trained.arrays[name].whole() - value).max() for name, value in before.items()]
+    assert all(0 < change < 0.1 for change in changes)  # six small steps from the file's numbers
+    convert.convert(str(exported), str(tmp_path / "again"), convert.Options(to_form=opening.SBS))
+    answers, again = (students.answers(each) for each in (run, tmp_path / "again"))
+    assert [answer.prediction for answer in again] == [answer.prediction for answer in answers]
+    assert len({answer.prediction for answer in answers}) > 1
+
+
+@pytest.mark.parity
+def test_transformers_answers_as_the_readme_says(path_of_a_file: tuple[Path, Path]) -> None:
+    run, exported = path_of_a_file
+    text = (exported / "README.md").read_text("utf-8")
+    code = text[text.index("```python\n") + len("```python\n") :]
+    made: dict[str, Any] = {}
+    exec(code[: code.index("```")].replace("DIRECTORY", str(exported)), made)
+    found = [made["answer"](each) for each in students.TEXTS]
+    assert found == [answer.prediction for answer in students.answers(run)]
