@@ -23,6 +23,9 @@ TEXTS = [
     "naïve 中文 🙂\t\n",
 ]
 
+ADDED = {"content": "<eos>", "id": 9_999, "special": True}
+ADDED |= dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+
 
 @pytest.fixture(scope="module", params=["byte_level", "with_byte_pieces"])
 def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Any]:
@@ -84,6 +87,8 @@ def test_seqio_encodes_within_tensorflow(written: tuple[str, Any]) -> None:
         ({"added_tokens": []}, "expected one that ends a text"),
         ({"added_tokens": [{"content": "<eos>"}]}, "a text and its id"),
         ({"pre_tokenizer": {"type": "Unknown"}}, "is not a BPE tokenizer"),
+        ({"model": {"type": "BPE", "vocab": {}, "merges": [], "dropout": 0.1}}, "drops merges at random"),
+        ({"added_tokens": [ADDED]}, "added token '<eos>' has the id of"),
     ],
 )
 def test_other_files_are_named(written: tuple[str, Any], tmp_path: Path, change: dict[str, Any], match: str) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from sbs_jax.data import vocabularies
+from sbs_jax.storage import json_files
 
 _SPACE = "▁"
 _UNUSED = re.compile(r"<unused\d+>")  # special tokens of Gemma without a meaning; 3 has 6,242
@@ -27,7 +28,9 @@ class BpePieces:
         self._parsed, model = parsed, parsed["model"]
         for name in ("continuing_subword_prefix", "end_of_word_suffix"):
             if model.get(name):
-                raise ValueError(f"The tokenizer has {name} {model[name]!r}; only BPE without it can be cut.")
+                raise ValueError(
+                    f"The tokenizer has {name} {json_files.brief(model[name])}; only BPE without it can be cut."
+                )
         self._tokenizer = vocabularies.library().Tokenizer.from_str(data.decode())
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()

@@ -291,7 +291,7 @@ def parse_bpe(data: bytes) -> dict[str, Any]:
         )
     model["type"] = kind
     if model.get("dropout"):
-        raise MismatchError(f"drops merges at random ('dropout' {model['dropout']}); expected null.")
+        raise MismatchError(f"drops merges at random ('dropout' {json_files.brief(model['dropout'])}); expected null.")
     vocab, merges = model.get("vocab"), model.get("merges")
     if not isinstance(vocab, dict) or not all(type(id_) is int and 0 <= id_ < 2**31 for id_ in vocab.values()):
         raise ValueError(f"its 'vocab' is {json_files.brief(vocab)}; expected pieces and their ids")
@@ -369,11 +369,15 @@ def _open_bpe(data: bytes) -> _Model:
     tokenizer.no_padding()
     tokenizer.no_truncation()
     unknown = parsed["model"].get("unk_token")
-    ids = [*parsed["model"]["vocab"].values(), *(token["id"] for token in parsed["added_tokens"])]
+    moved = [
+        token["content"] for token in parsed["added_tokens"] if tokenizer.token_to_id(token["content"]) != token["id"]
+    ]
+    if moved:
+        raise ValueError(f"its added token {json_files.brief(moved[0])} has the id of another, or leaves a gap")
     return _Model(
         tokenizer,
         contents=data,
-        size=max(ids) + 1,
+        size=max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1,
         eos_id=eos_id,
         unknown_id=None if falls_back_on_bytes(parsed) or unknown is None else tokenizer.token_to_id(unknown),
     )

@@ -110,8 +110,8 @@ def _config(path: str | Path, header: gguf.Header, kind: str) -> DecoderConfig:
     if kind == decoder_settings.GEMMA3:
         positions |= {"window": size("attention.sliding_window"), "global_every": _GLOBAL_EVERY}
         positions["local_rope_base"] = _LOCAL_BASE
-    marks: dict[str, Any] = {**decoder_settings.MODEL_TYPES[kind], **_tokens(found)}
     try:
+        marks: dict[str, Any] = {**decoder_settings.MODEL_TYPES[kind], **_tokens(found)}
         return DecoderConfig(
             **marks,
             **positions,

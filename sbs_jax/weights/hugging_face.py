@@ -113,7 +113,8 @@ def open_directory(path: str | Path) -> Opened:
             "to StableHLO is not read."
         )
     settings = read_object(path / CONFIG)
-    if settings.get("model_type") in decoder_settings.MODEL_TYPES:
+    kind = settings.get("model_type")
+    if isinstance(kind, str) and kind in decoder_settings.MODEL_TYPES:
         return _open_decoder(path, settings)
     stored = _unwrapped(path, _stored(path), inside=_INSIDE)
     tied = "lm_head.weight" not in stored
