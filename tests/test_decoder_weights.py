@@ -12,60 +12,14 @@ import pytest
 import students
 import toy
 from builders import bpe, gguf_files
+from builders.decoder_files import CONFIGS, GEMMA3, LLAMA, QWEN3, TEXTS, gguf_of, opened, parameters, plain
 
 from sbs_jax.data import selection, vocabularies, vocabulary_cut
 from sbs_jax.export import convert
 from sbs_jax.student import families
-from sbs_jax.student.decoder_layers import DecoderConfig
 from sbs_jax.training import loop
-from sbs_jax.weights import decoder_settings, hugging_face, names, opening
-from sbs_jax.weights.arrays import LazyArray, Opened, shapes
-
-LLAMA = DecoderConfig(
-    vocab_size=400,
-    emb_dim=32,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=16,
-    mlp_dim=64,
-    num_layers=3,
-    mlp_activations=("silu", "linear"),
-    logits_via_embedding=True,
-    dropout_rate=0.0,
-    rope_base=1e5,
-    layer_norm_epsilon=1e-5,
-    eos_id=2,
-    decoder_start=198,
-)
-QWEN3 = dataclasses.replace(LLAMA, qk_norm=True, logits_via_embedding=False, layer_norm_epsilon=1e-6)
-GEMMA3 = dataclasses.replace(
-    LLAMA,
-    qk_norm=True,
-    post_norms=True,
-    norm_plus_one=True,
-    scale_embeddings=True,
-    query_scale=24.0**-0.5,
-    mlp_activations=("gelu", "linear"),
-    global_every=2,
-    window=3,
-    local_rope_base=1e4,
-    rope_base=1e6,
-    rope_factor=8.0,
-    decoder_start=2,
-    eos_id=1,
-)
-CONFIGS = {"llama": LLAMA, "qwen3": QWEN3, "gemma3_text": GEMMA3}
-TEXTS = ["A tiny red iron lamp, 12 cm.", "Iron sinks. So the answer is no."]
-
-
-def parameters(config: DecoderConfig, seed: int = 0) -> dict[str, np.ndarray]:
-    random = np.random.default_rng(seed)
-    shapes = names.parameters(config)
-    return {name: random.normal(size=leaf.shape).astype(np.float32) * 0.3 for name, leaf in shapes.items()}
-
-
-def opened(config: DecoderConfig, **changes: Any) -> Opened:
-    return Opened(config, {name: LazyArray.of(x) for name, x in parameters(config).items()}, **changes)
+from sbs_jax.weights import decoder_settings, hugging_face, opening
+from sbs_jax.weights.arrays import shapes
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
@@ -149,45 +103,6 @@ def test_a_cut_renumbers_the_ends_of_a_model(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------ GGUF
 
 
-def gguf_of(
-    path: Path, config: DecoderConfig, *, architecture: str, quantized: str | None = None, **values: Any
-) -> Path:
-    """Writes a GGUF file as llama.cpp's converter does."""
-    tensors, kinds = {}, {}
-    for name in names.of(names.parameters(config), names.GGUF):
-        array = parameters(config)[name.ours]
-        array = np.ascontiguousarray(array.T) if name.transposed else array
-        if architecture == "llama" and ("attn_q." in name.hugging_face or "attn_k." in name.hugging_face):
-            rows, width = array.shape
-            halves = array.reshape(rows // config.head_dim, 2, config.head_dim // 2, width)
-            array = np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(rows, width)
-        if config.norm_plus_one and name.ours.endswith("norm/scale"):
-            array = array + 1
-        tensors[name.hugging_face] = array
-        if quantized is not None and array.ndim == 2:
-            kinds[name.hugging_face] = quantized
-    found = {
-        "block_count": config.num_layers,
-        "embedding_length": config.emb_dim,
-        "feed_forward_length": config.mlp_dim,
-        "attention.head_count": config.num_heads,
-        "attention.head_count_kv": config.num_kv_heads,
-        "attention.key_length": config.head_dim,
-        "rope.freq_base": config.rope_base,
-        "attention.layer_norm_rms_epsilon": config.layer_norm_epsilon,
-    }
-    library = bpe.byte_level(TEXTS * 9, size=config.vocab_size)
-    return gguf_files.write(
-        path, tensors, architecture=architecture, values=found | values, tokenizer=library, quantized=kinds
-    )
-
-
-def plain(config: DecoderConfig) -> DecoderConfig:
-    library = bpe.byte_level(TEXTS * 9, size=400)
-    ends = {"eos_id": library.token_to_id("<|im_end|>"), "decoder_start": library.token_to_id("Ċ")}
-    return dataclasses.replace(config, vocab_size=library.get_vocab_size(), **ends)
-
-
 def test_a_file_becomes_the_weights_that_it_was_made_of(tmp_path: Path) -> None:
     for architecture, config in (("llama", plain(LLAMA)), ("qwen3", plain(QWEN3))):
         file = gguf_of(tmp_path / f"{architecture}.gguf", config, architecture=architecture)
@@ -248,12 +163,20 @@ def test_what_a_file_cannot_be_is_named(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------ transformers
 
 
+_NOT_INSTALLED = "PyTorch or transformers is not installed; `make test-parity` installs them"
+
+
+@pytest.fixture
+def torch() -> Any:
+    """PyTorch, with transformers beside it."""
+    pytest.importorskip("transformers", reason=_NOT_INSTALLED)
+    return pytest.importorskip("torch", reason=_NOT_INSTALLED)
+
+
 @pytest.mark.parity
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_transformers_computes_the_same_and_writes_what_is_read(kind: str, tmp_path: Path) -> None:
-    import torch
-    import transformers
-
+def test_transformers_computes_the_same_and_writes_what_is_read(torch: Any, kind: str, tmp_path: Path) -> None:
+    transformers: Any = pytest.importorskip("transformers", reason=_NOT_INSTALLED)
     config = CONFIGS[kind]
     hugging_face.write(tmp_path / "ours", opened(config), dtype="float32")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours").eval()
@@ -304,6 +227,7 @@ def test_a_run_from_a_file_goes_out_and_comes_back(path_of_a_file: tuple[Path, P
 
 
 @pytest.mark.parity
+@pytest.mark.usefixtures("torch")
 def test_transformers_answers_as_the_readme_says(path_of_a_file: tuple[Path, Path]) -> None:
     run, exported = path_of_a_file
     text = (exported / "README.md").read_text("utf-8")

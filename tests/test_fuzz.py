@@ -17,7 +17,6 @@ import fuzzing
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import seqio
 from fuzzing import Tape
 from sentencepiece import sentencepiece_model_pb2
 from seqio import vocabularies
@@ -25,6 +24,7 @@ from seqio import vocabularies
 import tasks  # noqa: F401  (registers the datasets)
 from sbs_jax.data import grading, parsing, records, registry, release, tokens
 from sbs_jax.data.dataset import Row
+from sbs_jax.data.vocabularies import SentencePiece
 from sbs_jax.prediction import inputs
 from sbs_jax.storage import json_files
 from sbs_jax.teacher import batches, clients, gemini, openai, prompts, store
@@ -333,7 +333,7 @@ def test_vocabularies(fuzz: Fuzz, memory: Path) -> None:
         vocabularies._load_model_internal.cache_clear()
         tokens.vocabulary.cache_clear()
         found = fuzzing.read(lambda: registry.vocabulary(str(path)), raises=ValueError, names=[path])
-        if isinstance(found, seqio.Vocabulary):
+        if isinstance(found, SentencePiece):
             ids = fuzzing.read(lambda: tokens.encode(["Is it a</s>b\u4e2d?", ""], found), raises=(), names=())
             assert all(row[-1] == tokens.EOS_ID for row in ids)
             fuzzing.read(lambda: found.decode(ids[0]), raises=(), names=())

@@ -5,8 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import fuzzing
-import test_decoder_weights as weights
-from builders import bpe
+from builders import bpe, decoder_files
 from fuzzing import Tape
 
 from sbs_jax.data import registry, tokens, vocabularies
@@ -39,8 +38,8 @@ def test_tokenizers(fuzz: Fuzz, memory: Path) -> None:
 def test_gguf_files(fuzz: Fuzz, memory: Path) -> None:
     """A small model as GGUF: bytes damaged, and numbers of the header replaced by others."""
     path = memory / "x.gguf"
-    config = weights.plain(weights.LLAMA)
-    whole = weights.gguf_of(path, config, architecture="llama").read_bytes()
+    config = decoder_files.plain(decoder_files.LLAMA)
+    whole = decoder_files.gguf_of(path, config, architecture="llama").read_bytes()
     header = len(whole) - 200_000
 
     def case(tape: Tape) -> None:
@@ -65,7 +64,7 @@ def test_settings_of_decoders(fuzz: Fuzz, memory: Path) -> None:
     """config.json, generation_config.json and the tokenizer of a directory."""
     folder = memory / "model"
     path = bpe.write(memory, bpe.byte_level(["Is it a b?"] * 3, size=265))
-    hugging_face.write(folder, weights.opened(weights.GEMMA3, vocabulary=path), dtype="float32")
+    hugging_face.write(folder, decoder_files.opened(decoder_files.GEMMA3, vocabulary=path), dtype="float32")
     names = ("config.json", "generation_config.json", "tokenizer.json")
     whole = {name: json.loads((folder / name).read_text("utf-8")) for name in names}
 
