@@ -97,7 +97,7 @@ class DecoderOnly(stacks.Student):
             encoder_segment_ids = stacks.source_segments(encoder_input_tokens)
         if decoder_segment_ids is None:
             decoder_segment_ids = jnp.ones_like(decoder_input_tokens)
-        x_BPD = self._embed_source(encoder_input_tokens, encoder_segment_ids, dropout_key=dropout_key)
+        x_BPD = self.embed_source(encoder_input_tokens, encoder_segment_ids, dropout_key=dropout_key)
         segments_BP = self.attended_segments(encoder_segment_ids)
         within_BP, within_BT = within(segments_BP), within(decoder_segment_ids)
         started_BT = jnp.where(within_BT == 0, self.config.decoder_start, decoder_input_tokens)
@@ -112,23 +112,9 @@ class DecoderOnly(stacks.Student):
         y_BTD = self.decoder.decoder_norm(x_BLD[:, x_BPD.shape[1] :])
         return Dropout(self.config.dropout_rate, stacks.fold(dropout_key, 1))(y_BTD)
 
-    def _embed_source(
-        self, tokens_BS: Int[Array, "B S"], segments_BS: Int[Array, "B S"], *, dropout_key: Key[Array, ""] | None
-    ) -> Float[Array, "B P D"]:
-        x_BSD = self.embed(tokens_BS)
-        if self.config.neftune_alpha and dropout_key is not None:
-            x_BSD = stacks.add_noise(x_BSD, segments_BS, alpha=self.config.neftune_alpha, key=dropout_key)
-        return x_BSD if self.prompt is None else self.prompt.prepend_to(x_BSD)
-
     def _source_ranks(self, within_BP: Int[Array, "B P"]) -> Int[Array, "B P"]:
         """Returns the ranks of source tokens: their positions, or all the same if they see one another."""
         return within_BP if self.config.source_attention == "causal" else jnp.zeros_like(within_BP)
-
-    def embed(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        """Embeds tokens, with Gemma times sqrt(D) in the dtype of the computation."""
-        x_BTD = self.token_embedder(tokens_BT)
-        scale = self.config.embedding_scale
-        return x_BTD if scale == 1.0 else x_BTD * jnp.asarray(scale, x_BTD.dtype)
 
     def encode(
         self,
@@ -138,7 +124,7 @@ class DecoderOnly(stacks.Student):
         dropout_key: Key[Array, ""] | None = None,
     ) -> list[tuple[Float[Array, "B P G K"], Float[Array, "B P G K"]]]:
         """Runs the source alone and returns each layer's keys and values, which all decoding steps read."""
-        x_BPD = self._embed_source(encoder_input_tokens, segment_ids, dropout_key=dropout_key)
+        x_BPD = self.embed_source(encoder_input_tokens, segment_ids, dropout_key=dropout_key)
         segments_BP = self.attended_segments(segment_ids)
         within_BP = within(segments_BP)
         _, found = self.decoder(

@@ -1,4 +1,4 @@
-"""What all families share: how stacks of layers are run and recomputed, their inputs, and the logits of their states.
+"""Runs and recomputes stacks of layers, for all families; embeds their inputs and computes logits of their states.
 
 Letters as in t5.py.
 """
@@ -126,7 +126,7 @@ def source_segments(tokens_BS: Int[Array, "B S"]) -> Int[Array, "B S"]:
 
 
 class Student(nnx.Module):
-    """What the models of all families share: the way from states to logits, and the place of a prompt."""
+    """Base of the families' models: from tokens to inputs, from states to logits, and the place of a prompt."""
 
     config: Any
     token_embedder: TokenEmbedder
@@ -156,6 +156,21 @@ class Student(nnx.Module):
                 dropout_key=dropout_key,
             )
         )
+
+    def embed(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """Embeds tokens, with Gemma times sqrt(D) in the dtype of the computation."""
+        x_BTD = self.token_embedder(tokens_BT)
+        scale = self.config.embedding_scale
+        return x_BTD if scale == 1.0 else x_BTD * jnp.asarray(scale, x_BTD.dtype)
+
+    def embed_source(
+        self, tokens_BS: Int[Array, "B S"], segments_BS: Int[Array, "B S"], *, dropout_key: Key[Array, ""] | None
+    ) -> Float[Array, "B P D"]:
+        """Embeds the source, in training with NEFTune's noise; a prompt's vectors come first (P = X + S)."""
+        x_BSD = self.embed(tokens_BS)
+        if self.config.neftune_alpha and dropout_key is not None:
+            x_BSD = add_noise(x_BSD, segments_BS, alpha=self.config.neftune_alpha, key=dropout_key)
+        return x_BSD if self.prompt is None else self.prompt.prepend_to(x_BSD)
 
     def attended_segments(self, segment_ids: Int[Array, "B S"]) -> Int[Array, "B P"]:
         """Returns the segment ids of the encoder output: 1 for a prompt's vectors, then those of the source."""

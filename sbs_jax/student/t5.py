@@ -156,12 +156,8 @@ class T5(stacks.Student):
         dropout_key: Key[Array, ""] | None = None,
     ) -> Float[Array, "B P D"]:
         """Encodes the source. With a prompt, the prompt's encoded vectors come first (P = X + S)."""
-        x_BSD = self.token_embedder(encoder_input_tokens)
-        if self.config.neftune_alpha and dropout_key is not None:
-            x_BSD = stacks.add_noise(x_BSD, segment_ids, alpha=self.config.neftune_alpha, key=dropout_key)
-        if self.prompt is not None:
-            x_BSD = self.prompt.prepend_to(x_BSD)
-        return self.encoder(x_BSD, self.attended_segments(segment_ids), dropout_key=dropout_key)
+        x_BPD = self.embed_source(encoder_input_tokens, segment_ids, dropout_key=dropout_key)
+        return self.encoder(x_BPD, self.attended_segments(segment_ids), dropout_key=dropout_key)
 
     def decode(
         self,
@@ -194,10 +190,6 @@ class T5(stacks.Student):
     def stacks(self) -> dict[str, Encoder | Decoder]:
         """Returns the stacks of layers by name."""
         return {"encoder": self.encoder, "decoder": self.decoder}
-
-    def embed(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        """Embeds decoder inputs of cached decoding."""
-        return self.token_embedder(tokens_BT)
 
     def step_layers(
         self, encoded_BPD: Float[Array, "B P D"], segments_BP: Int[Array, "B P"], *, length: int, beams: int
