@@ -58,7 +58,7 @@ def test_an_order_hides_later_ranks_and_positions_outside_a_window():
     segments = jnp.array([[1] * 5 + [2] * 4, [1] * 9])
     positions = jnp.array([[0, 1, 2, 3, 4, 0, 1, 2, 3], range(9)])
     ranks = jnp.where(positions < 3, 0, positions)  # the first three see one another
-    order = attention.Order(ranks, positions, jnp.int32(3))
+    order = attention.Order.of_row(ranks, positions, jnp.int32([3, 3]))
     visible = np.zeros((2, 9, 11), bool)
     visible[:, :, :2] = True
     for b, i, j in np.ndindex(2, 9, 9):

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from sbs_jax.student import partitioning
+from sbs_jax.student import layers, partitioning
 
 # Score of a masked pair. Finite, so that a query without any key gives no NaN.
 MASKED = -1e10
@@ -37,10 +37,11 @@ def attend(
     causal: bool,
     prefix: int = 0,
     order: "Order | None" = None,
+    cap: float | None = None,
 ) -> Float[Array, "B T H K"]:
     """Computes `softmax(q k + bias) v` over keys of the query's segment; with `causal`, not over later keys.
 
-    `order` may hide further keys, if queries and keys are of the same row.
+    `order` may hide further keys. A `cap` turns scores into `cap * tanh(scores / cap)` (Gemma 2); not with a bias.
 
     Every query also sees the first `prefix` of the P keys, without bias; bias and segments cover the S keys after them.
 
@@ -51,78 +52,93 @@ def attend(
     if prefix:
         bias_HTS = None if bias_HTS is None else jnp.pad(bias_HTS, ((0, 0), (0, 0), (prefix, 0)))
         segments = segments[0], jnp.pad(segments[1], ((0, 0), (prefix, 0)))
-    return _attend(q_BTHK, k_BPHK, v_BPHK, bias_HTS, segments, order, _Mask(causal, prefix))
+    return _attend(q_BTHK, k_BPHK, v_BPHK, bias_HTS, _Mask(*segments, order, causal=causal, prefix=prefix), cap)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Order:
-    """Order of a row's tokens: a query sees keys of no later rank and, with a window, of less than that distance.
+    """Order of tokens: a query sees keys of no later rank and, with a window, of no greater distance.
 
-    Positions count within an example, so packing does not change a window.
+    Positions count within an example, so packing does not change a window. Keys of rank -1 are in no order: every query
+    sees them, as those of a source in one softmax with a target's own.
     """
 
     # Typed Any because JAX transformations replace the arrays.
-    ranks: Any  # int32 [B, S]
-    positions: Any  # int32 [B, S]
-    window: Any = None  # int32 scalar
+    query_ranks: Any  # int32 [B, T]
+    key_ranks: Any  # int32 [B, S]
+    query_positions: Any  # int32 [B, T]
+    key_positions: Any  # int32 [B, S]
+    window: Any = None  # int32 [2]: a query sees keys less than this far behind and less than this far ahead
+
+    @classmethod
+    def of_row(cls, ranks: Any, positions: Any, window: Any = None) -> "Order":
+        """Orders the tokens of a row that attends to itself."""
+        return cls(ranks, ranks, positions, positions, window)
 
     def hides(self, *, prefix: int) -> Array:
-        """Returns True for each query and hidden key, [B, 1, S, P]; keys of a prefix come first and are not hidden."""
+        """Returns True for each query and hidden key, [B, 1, T, S]; keys of a prefix come first and are not hidden."""
 
-        def pairs(of_row: Array) -> tuple[Array, Array]:
-            return of_row[:, None, :, None], jnp.pad(of_row, ((0, 0), (prefix, 0)))[:, None, None, :]
+        def pairs(queries: Array, keys: Array) -> tuple[Array, Array]:
+            return queries[:, None, :, None], jnp.pad(keys, ((0, 0), (prefix, 0)))[:, None, None, :]
 
-        query, key = pairs(self.ranks)
-        hidden = key > query
+        query, key = pairs(self.query_ranks, self.key_ranks)
+        hidden, ordered = key > query, key >= 0
         if self.window is not None:
-            query, key = pairs(self.positions)
-            hidden |= jnp.abs(query - key) >= self.window
+            query, key = pairs(self.query_positions, self.key_positions)
+            behind, ahead = self.window
+            hidden |= ((query - key >= behind) | (key - query >= ahead)) & ordered
         return hidden
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Mask:
-    """Mask of the keys that a query sees; all queries see the first `prefix` keys."""
+    """Mask of the keys that each query sees; all queries see the first `prefix` keys."""
 
-    causal: bool
-    prefix: int
+    queries: Any  # segments, int32 [B, T]
+    keys: Any  # segments, int32 [B, S]; those of the prefix count
+    order: Order | None
+    causal: bool = dataclasses.field(metadata={"static": True})
+    prefix: int = dataclasses.field(metadata={"static": True})
+
+    def visible(self) -> Array:
+        """Returns True for each query and key that it sees, [B, 1, T, S]."""
+        visible = self.queries[:, None, :, None] == self.keys[:, None, None, :]
+        place = jnp.arange(self.keys.shape[1]) - self.prefix
+        if self.causal:
+            visible &= (jnp.arange(self.queries.shape[1])[:, None] >= place[None, :])[None, None]
+        if self.order is not None:
+            visible &= ~self.order.hides(prefix=self.prefix)
+        if self.prefix:
+            visible |= (place < 0)[None, None, None, :]
+        return visible
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _attend(
     q_BTHK: Array,
     k_BSHK: Array,
     v_BSHK: Array,
     bias_HTS: Array | None,
-    segments: tuple[Array, Array],
-    order: Order | None,
     mask: _Mask,
+    cap: float | None,
 ) -> Array:
-    return _forward(q_BTHK, k_BSHK, v_BSHK, bias_HTS, segments, order, mask)[0]
+    return _forward(q_BTHK, k_BSHK, v_BSHK, bias_HTS, mask, cap)[0]
 
 
 def _scores(
     q_BTHK: Array,
     k_BSHK: Array,
     bias_HTS: Array | None,
-    segments: tuple[Array, Array],
-    order: Order | None,
     mask: _Mask,
+    cap: float | None,
 ) -> Array:
     scores_BHTS = jnp.einsum("bthk,bshk->bhts", q_BTHK, k_BSHK, preferred_element_type=jnp.float32)
+    scores_BHTS = layers.capped(scores_BHTS, cap)
     if bias_HTS is not None:
         scores_BHTS += bias_HTS[None]
-    queries, keys = segments
-    visible = queries[:, None, :, None] == keys[:, None, None, :]
-    place = jnp.arange(keys.shape[1]) - mask.prefix
-    if mask.causal:
-        visible &= (jnp.arange(queries.shape[1])[:, None] >= place[None, :])[None, None]
-    if order is not None:
-        visible &= ~order.hides(prefix=mask.prefix)
-    if mask.prefix:
-        visible |= (place < 0)[None, None, None, :]
-    return jnp.where(visible, scores_BHTS, MASKED)
+    return jnp.where(mask.visible(), scores_BHTS, MASKED)
 
 
 def _forward(
@@ -130,18 +146,17 @@ def _forward(
     k_BSHK: Array,
     v_BSHK: Array,
     bias_HTS: Array | None,
-    segments: tuple[Array, Array],
-    order: Order | None,
     mask: _Mask,
+    cap: float | None,
 ) -> tuple[Array, tuple[Any, ...]]:
     groups = _Groups.of(q_BTHK, k_BSHK)
     parts = zip(*(groups.split(x, axis=2) for x in (q_BTHK, k_BSHK, v_BSHK)), groups.split_bias(bias_HTS), strict=True)
-    found = _in_turn(functools.partial(_forward_of_group, segments=segments, order=order, mask=mask), parts)
+    found = _in_turn(functools.partial(_forward_of_group, mask=mask, cap=cap), parts)
     y_BTHK, largest_BHT, total_BHT = (groups.join(each, axis=axis) for each, axis in zip(found, (2, 1, 1), strict=True))
     y_BTHK = checkpoint_name(y_BTHK, SAVED[0])
     # Two arrays instead of largest + log(total): beside MASKED the logarithm would be lost to rounding.
     largest_BHT, total_BHT = checkpoint_name(largest_BHT, SAVED[1]), checkpoint_name(total_BHT, SAVED[1])
-    return y_BTHK, (q_BTHK, k_BSHK, v_BSHK, bias_HTS, segments, order, y_BTHK, largest_BHT, total_BHT)
+    return y_BTHK, (q_BTHK, k_BSHK, v_BSHK, bias_HTS, mask, y_BTHK, largest_BHT, total_BHT)
 
 
 def _in_turn(
@@ -166,12 +181,11 @@ def _forward_of_group(
     v_BSHK: Array,
     bias_HTS: Array | None,
     *,
-    segments: tuple[Array, Array],
-    order: Order | None,
     mask: _Mask,
+    cap: float | None,
 ) -> tuple[Array, Array, Array]:
     """Returns attended values, each query's largest score, and its sum of exp(score - largest)."""
-    scores_BHTS = _scores(q_BTHK, k_BSHK, bias_HTS, segments, order, mask)
+    scores_BHTS = _scores(q_BTHK, k_BSHK, bias_HTS, mask, cap)
     largest_BHT = jnp.max(scores_BHTS, axis=-1)
     # Without this barrier the maximum needs a separate pass over the scores, after the product that computes them.
     scores_BHTS, largest_BHT = jax.lax.optimization_barrier((scores_BHTS, largest_BHT))
@@ -188,8 +202,8 @@ def _forward_of_group(
     return y_BTHK, largest_BHT, jnp.moveaxis(total_BTH1[..., 0], 1, 2)
 
 
-def _backward(mask: _Mask, kept: tuple[Any, ...], dy_BTHK: Array) -> tuple[Any, ...]:
-    q_BTHK, k_BSHK, v_BSHK, bias_HTS, segments, order, y_BTHK, largest_BHT, total_BHT = kept
+def _backward(cap: float | None, kept: tuple[Any, ...], dy_BTHK: Array) -> tuple[Any, ...]:
+    q_BTHK, k_BSHK, v_BSHK, bias_HTS, mask, y_BTHK, largest_BHT, total_BHT = kept
     # Without this barrier the compiler fuses the producers of these arrays into the passes over the scores: slower.
     q_BTHK, k_BSHK, v_BSHK, dy_BTHK = jax.lax.optimization_barrier((q_BTHK, k_BSHK, v_BSHK, dy_BTHK))
     # The softmax's gradient subtracts sum_s weights * dweights, which equals dy . y: no pass over the scores.
@@ -203,11 +217,11 @@ def _backward(mask: _Mask, kept: tuple[Any, ...], dy_BTHK: Array) -> tuple[Any, 
         groups.split(dy_BTHK, axis=2),
         strict=True,
     )
-    found = _in_turn(functools.partial(_backward_of_group, segments=segments, order=order, mask=mask), parts)
+    found = _in_turn(functools.partial(_backward_of_group, mask=mask, cap=cap), parts)
     dq_BTHK, dk_BSHK, dv_BSHK, *dbias = (
         groups.join(each, axis=axis) for each, axis in zip(found, (2, 2, 2, 0), strict=False)
     )
-    return dq_BTHK, dk_BSHK, dv_BSHK, dbias[0] if dbias else None, None, None
+    return dq_BTHK, dk_BSHK, dv_BSHK, dbias[0] if dbias else None, None
 
 
 def _backward_of_group(
@@ -220,16 +234,18 @@ def _backward_of_group(
     mean_BHT: Array,
     dy_BTHK: Array,
     *,
-    segments: tuple[Array, Array],
-    order: Order | None,
     mask: _Mask,
+    cap: float | None,
 ) -> tuple[Array, ...]:
     """Returns the gradients of queries, keys, values and, if there is one, of the bias."""
-    scores_BHTS = _scores(q_BTHK, k_BSHK, bias_HTS, segments, order, mask)
+    scores_BHTS = _scores(q_BTHK, k_BSHK, bias_HTS, mask, cap)
     weights_BHTS = jnp.exp(scores_BHTS - largest_BHT[..., None]) / total_BHT[..., None]
     dv_BSHK = jnp.einsum("bhts,bthk->bshk", weights_BHTS.astype(v_BSHK.dtype), dy_BTHK)
     dweights_BHTS = jnp.einsum("bthk,bshk->bhts", dy_BTHK, v_BSHK, preferred_element_type=jnp.float32)
     dscores_BHTS = weights_BHTS * (dweights_BHTS - mean_BHT[..., None])
+    if cap is not None:
+        assert bias_HTS is None  # no family has both; scores hold no bias
+        dscores_BHTS *= jnp.where(mask.visible(), 1 - jnp.square(scores_BHTS / cap), 0.0)
     dbias = () if bias_HTS is None else (jnp.sum(dscores_BHTS, axis=0),)
     dscores_BHTS = dscores_BHTS.astype(q_BTHK.dtype)
     dq_BTHK = jnp.einsum("bhts,bshk->bthk", dscores_BHTS, k_BSHK)

@@ -8,28 +8,59 @@ earlier source tokens of its example, or all of them (`source_attention`); a tar
 target tokens. Positions count within an example, across source and target, so packing and padding change nothing.
 """
 
+import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
-from sbs_jax.student import attention, stacks, stepping
-from sbs_jax.student.decoder_layers import DecoderConfig, DecoderLayer, Rotation, norm_of, rotation
+from sbs_jax import checks
+from sbs_jax.student import attention, rotary, stacks, stepping
 from sbs_jax.student.layers import Dense, Dropout, TokenEmbedder
 
+# How source tokens see one another: only earlier ones, or all of their example (a prefix language model).
+SOURCE_ATTENTIONS = ("causal", "bidirectional")
 
-class Decoder(nnx.Module):
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecoderConfig(rotary.RotaryConfig):
+    """Architecture of a decoder-only student: Llama (SmolLM2), Qwen3, Gemma 3.
+
+    `decoder_start` separates source and target.
+    """
+
+    num_layers: int
+    source_attention: str = "causal"  # a key of SOURCE_ATTENTIONS
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        checks.choice("DecoderConfig.source_attention", self.source_attention, SOURCE_ATTENTIONS)
+
+    @property
+    def _layer_counts(self) -> Sequence[str]:
+        return ("num_layers",)
+
+    @property
+    def stack_layers(self) -> dict[str, int]:
+        """Returns the number of layers of each stack."""
+        return {"decoder": self.num_layers}
+
+    @property
+    def decoder_weights(self) -> int:
+        """Counts the numbers in the matrices of the layers."""
+        return self.num_layers * (self.attention_weights + self.mlp_weights)
+
+
+class Decoder(rotary.Stack):
     """Stack of layers over a row of embedded source and target."""
 
+    name = "decoder"
+
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs) -> None:
-        self.layers = nnx.List([DecoderLayer(config, rngs=rngs) for _ in range(config.num_layers)])
-        self.decoder_norm = norm_of(config)
-        self.config = config
-        self.dropout_rate = config.dropout_rate
-        self.remat = "none"
+        super().__init__(config, [rotary.Layer(config, rngs=rngs) for _ in range(config.num_layers)])
+        self.decoder_norm = rotary.norm_of(config)
 
     def __call__(
         self,
@@ -42,23 +73,16 @@ class Decoder(nnx.Module):
         keep: bool = False,
     ) -> tuple[Float[Array, "B L D"], Any]:
         """Runs the layers, before the final norm; with `keep`, also returns each layer's keys and values."""
-        c = self.config
-        # One kind of layer, or the two kinds (local, global) in this order.
-        kinds = (True,) if c.window is None else (False, True)
-        tables = jax.tree.map(
-            lambda *each: jnp.stack(each), *(rotation(c, positions_BL, is_global=kind) for kind in kinds)
+        window = self.config.window or 0
+        return self.run(
+            x_BLD,
+            positions_BL=positions_BL,
+            reach=(window, window),
+            order=attention.Order.of_row(ranks_BL, positions_BL),
+            segments=(segments_BL, segments_BL),
+            dropout_key=dropout_key,
+            keep=keep,
         )
-        kind_of = np.array([kinds.index(c.is_global(layer)) for layer in range(c.num_layers)], np.int32)
-
-        def call(layer: DecoderLayer, x_BLD: Array, dropout: Dropout, kind: Any) -> tuple[Array, Any]:
-            by: Rotation = jax.tree.map(lambda table: table[kind], tables)
-            window = None if c.window is None else jnp.asarray((c.window, jnp.iinfo(jnp.int32).max))[kind]
-            order = attention.Order(ranks_BL, positions_BL, window)
-            x_BLD, found = layer(x_BLD, by=by, order=order, segments_BL=segments_BL, dropout=dropout)
-            return x_BLD, found if keep else None
-
-        dropout = Dropout(self.dropout_rate, dropout_key)
-        return stacks.run_layers(self, dropout(x_BLD), call, dropout_key=dropout_key, each=kind_of)
 
 
 class DecoderOnly(stacks.Student):
@@ -99,7 +123,7 @@ class DecoderOnly(stacks.Student):
             decoder_segment_ids = jnp.ones_like(decoder_input_tokens)
         x_BPD = self.embed_source(encoder_input_tokens, encoder_segment_ids, dropout_key=dropout_key)
         segments_BP = self.attended_segments(encoder_segment_ids)
-        within_BP, within_BT = within(segments_BP), within(decoder_segment_ids)
+        within_BP, within_BT = rotary.within(segments_BP), rotary.within(decoder_segment_ids)
         started_BT = jnp.where(within_BT == 0, self.config.decoder_start, decoder_input_tokens)
         source_BT = jnp.sum(segments_BP[:, None, :] == decoder_segment_ids[:, :, None], axis=-1, dtype=jnp.int32)
         x_BLD, _ = self.decoder(
@@ -126,7 +150,7 @@ class DecoderOnly(stacks.Student):
         """Runs the source alone and returns each layer's keys and values, which all decoding steps read."""
         x_BPD = self.embed_source(encoder_input_tokens, segment_ids, dropout_key=dropout_key)
         segments_BP = self.attended_segments(segment_ids)
-        within_BP = within(segments_BP)
+        within_BP = rotary.within(segments_BP)
         _, found = self.decoder(
             x_BPD,
             segments_BL=segments_BP,
@@ -141,53 +165,15 @@ class DecoderOnly(stacks.Student):
         self, encoded: list[tuple[Array, Array]], segments_BP: Int[Array, "B P"], *, length: int, beams: int
     ) -> list[stepping.Layer]:
         """Computes everything of the layers that does not depend on the position, for `stepping.Stepper`."""
-        c = self.config
-        source_bias = stepping.source_bias(segments_BP)
-        found = []
+        c, found = self.config, []
         for number, (layer, pair) in enumerate(zip(self.decoder.layers, encoded, strict=True)):
-            own, prefix = layer.self_attention, stepping.prefix_of(layer.self_attention)
+            joined = [each_BPGK.reshape(*each_BPGK.shape[:2], -1) for each_BPGK in pair]
+            source = rotary.source_of(layer.self_attention, joined, segments_BP, c=c)
             window = None if c.is_global(number) else c.window
-            source = [each_BPGK.reshape(*each_BPGK.shape[:2], -1) for each_BPGK in pair]
-            if prefix is not None:
-                source = [stacks.prepend(first, rest) for first, rest in zip(prefix, source, strict=True)]
-            keys, values = (stepping.layout(each_BPJ, c.num_kv_heads) for each_BPJ in source)
-            bias_TP = jnp.repeat(stepping.causal(length, window=window), beams, axis=-1)
-            attending = stepping.Attending(
-                norm=stepping.norm(layer.pre_self_attention_layer_norm),
-                query=self._placed(layer, number, "query"),
-                out=stepping.outward(
-                    *(own.out, c), after=[layer.post_self_attention_layer_norm, layer.self_attention_adapter]
-                ),
-                own=stepping.Own(
-                    key=self._placed(layer, number, "key"),
-                    value=stepping.inward(own.value, c),
-                    bias=bias_TP[:, None, :],
-                ),
-                source=stepping.Source(keys, values, stepping.pad_bias(source_bias, prefix)),
-                window=window,
-            )
-            after = [layer.post_mlp_layer_norm, layer.mlp_adapter]
-            mlp = stepping.mlp(layer.mlp, c, before=layer.pre_mlp_layer_norm, after=after)
-            found.append(stepping.Layer((attending,), mlp))
+            attending = layer.step_attention(c, number, source, length=length, beams=beams, window=window)
+            found.append(stepping.Layer((attending,), layer.step_mlp(c)))
         return found
 
-    def _placed(self, layer: DecoderLayer, number: int, kind: str) -> stepping.Placed:
-        """Returns the product of a position's queries or keys, which it norms and rotates."""
-        c, module = self.config, layer.self_attention
-        product = stepping.inward(getattr(module, kind), c)
-
-        def project(y_BND: Array, places_B: Array) -> Array:
-            x_BNJ = product(y_BND)
-            x_BNHK = x_BNJ.reshape(*x_BNJ.shape[:2], -1, c.head_dim)
-            by = rotation(c, places_B[:, None], is_global=c.is_global(number))
-            x_BNHK = module.finished(x_BNHK, kind, by)
-            return (x_BNHK * c.scale if kind == "query" else x_BNHK).reshape(x_BNJ.shape)
-
-        return project
-
-
-def within(segments_BL: Int[Array, "B L"]) -> Int[Array, "B L"]:
-    """Numbers the tokens of each segment from 0: segments [1, 1, 2, 2, 2, 0] give [0, 1, 0, 1, 2, 0]."""
-    index_BL = jnp.broadcast_to(jnp.arange(segments_BL.shape[1])[None], segments_BL.shape)
-    begins_BL = jnp.pad(segments_BL[:, 1:] != segments_BL[:, :-1], ((0, 0), (1, 0)), constant_values=True)
-    return index_BL - jax.lax.cummax(jnp.where(begins_BL, index_BL, 0), axis=1)
+    def places_before(self, segments_BP: Int[Array, "B P"]) -> Int[Array, "B"]:
+        """Counts the positions before a target's first: its source's."""
+        return jnp.sum(segments_BP == 1, axis=1)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt32
 
 from sbs_jax.student import families, partitioning, stacks, stepping
+from sbs_jax.student.layers import capped
 from sbs_jax.student.partitioning import constrain
 
 PAD = 0  # after the end of a sequence; EOS and the first decoder input are the model's
@@ -161,7 +162,7 @@ def _advance(
     def advance(loop):
         position, previous, done, tokens, score, caches = loop
         states, caches = stepper.step(previous[:, None], caches, position=position)
-        logits = jnp.matmul(states[:, 0], stepper.table_DV, preferred_element_type=jnp.float32)
+        logits = stepper.logits(states[:, 0])
         token, its_logit = choose(logits, position, rows)
         chosen = jnp.where(done, PAD, token)
         score = score + jnp.where(done, 0.0, its_logit - jax.nn.logsumexp(logits, axis=-1))
@@ -245,7 +246,9 @@ def beam_search(
         position, tokens, log_p, ended, ended_score, ended_log_p, improvable, previous, visible, caches = loop
         visible |= (written_at == position) & own
         states, caches = stepper.step(previous, caches, position=position, visible_BNP=visible)
-        each_log_p, each_token = continuations(states, stepper.table_DV, log_p, count=2 * beams)
+        each_log_p, each_token = continuations(
+            *(states, stepper.table_DV, log_p), count=2 * beams, cap=model.config.logits_cap
+        )
         per_beam = each_token.shape[-1]
         candidate_log_p, flat = largest(each_log_p.reshape(batch, -1), 2 * beams)
         parent, token = flat // per_beam, _pick(each_token.reshape(batch, -1), flat)
@@ -307,18 +310,24 @@ _BLOCK = 128
 
 
 def continuations(
-    states_BND: Float[Array, "B N D"], table_DV: Float[Array, "D V"], log_p_BN: Float[Array, "B N"], *, count: int
+    states_BND: Float[Array, "B N D"],
+    table_DV: Float[Array, "D V"],
+    log_p_BN: Float[Array, "B N"],
+    *,
+    count: int,
+    cap: float | None = None,
 ) -> tuple[Float[Array, "B N count"], Int[Array, "B N count"]]:
     """Returns each beam's `count` best continuations: total log probabilities (`log_p` included) and tokens.
 
-    Largest first; ties go to the first token. A vocabulary smaller than `count` gives all its tokens.
+    Largest first; ties go to the first token. A vocabulary smaller than `count` gives all its tokens. `cap` is the soft
+    cap of the logits.
     """
     batch, beams, width = states_BND.shape
     count = min(count, table_DV.shape[1])
 
     def by_sorting(states_BND: jax.Array, table_DV: jax.Array, log_p_BN: jax.Array) -> tuple[jax.Array, jax.Array]:
         logits_BNV = jnp.matmul(states_BND, table_DV, preferred_element_type=jnp.float32)
-        log_p_BNV = jax.nn.log_softmax(logits_BNV, axis=-1) + log_p_BN[:, :, None]
+        log_p_BNV = jax.nn.log_softmax(capped(logits_BNV, cap), axis=-1) + log_p_BN[:, :, None]
         found, token = jax.lax.top_k(log_p_BNV, count)
         return found, token
 
@@ -330,7 +339,7 @@ def continuations(
         """
         states_MD, log_p_M = states_BND.reshape(-1, width), log_p_BN.reshape(-1)
         logits_VM = jnp.einsum("md,dv->vm", states_MD, table_DV, preferred_element_type=jnp.float32)
-        logits_GCM = constrain(logits_VM, (None, "batch")).reshape(-1, _BLOCK, batch * beams)
+        logits_GCM = constrain(capped(logits_VM, cap), (None, "batch")).reshape(-1, _BLOCK, batch * beams)
         most_GM = jnp.max(logits_GCM, axis=1)
         most_M = jnp.max(most_GM, axis=0)
         log_sum_M = jnp.log(jnp.sum(jnp.exp(logits_GCM - most_M[None, None]), axis=(0, 1)))
@@ -402,7 +411,7 @@ def score_choices(
         caches, log_p_BN = carry
         position, previous_BN, token_BN, real_BN = at
         states, caches = stepper.step(previous_BN, caches, position=position, visible_BNP=own_1NP)
-        logits = jnp.matmul(states, stepper.table_DV, preferred_element_type=jnp.float32)
+        logits = stepper.logits(states)
         its_logit = jnp.take_along_axis(logits, token_BN[:, :, None], axis=-1)[:, :, 0]
         added = jnp.where(real_BN, its_logit - jax.nn.logsumexp(logits, axis=-1), 0.0)
         return (caches, log_p_BN + added), None

@@ -13,14 +13,17 @@ from typing import Any
 import jax
 from flax import nnx
 
-from sbs_jax.student import decoder_only, stacking, stacks, t5
+from sbs_jax.student import decoder_only, stacking, stacks, t5, t5gemma
 
-ModelConfig = t5.T5Config | decoder_only.DecoderConfig
-Model = t5.T5 | decoder_only.DecoderOnly
+ModelConfig = t5.T5Config | decoder_only.DecoderConfig | t5gemma.T5GemmaConfig
+Model = t5.T5 | decoder_only.DecoderOnly | t5gemma.T5Gemma
 _MODELS: dict[type, Callable[..., Model]] = {
     t5.T5Config: t5.T5,
     decoder_only.DecoderConfig: decoder_only.DecoderOnly,
+    t5gemma.T5GemmaConfig: t5gemma.T5Gemma,
 }
+# A field that only this family's configuration has; T5 is the one without.
+_MARKS: dict[str, type] = {"num_layers": decoder_only.DecoderConfig, "merged_attention": t5gemma.T5GemmaConfig}
 
 # A model outside a call: the static `Structure`, and the pytree of `Parameters` that is trained, sharded and saved.
 Structure = Any
@@ -35,7 +38,7 @@ def config_of(saved: Mapping[str, Any]) -> ModelConfig:
 
 def config_type(saved: Mapping[str, Any]) -> type[ModelConfig]:
     """Tells the family of a saved configuration by a field that only it has."""
-    return decoder_only.DecoderConfig if "num_layers" in saved else t5.T5Config
+    return next((kind for mark, kind in _MARKS.items() if mark in saved), t5.T5Config)
 
 
 def build(config: ModelConfig, *, rngs: nnx.Rngs) -> Model:

@@ -1,6 +1,9 @@
 """Floating-point operations of the model's definition, for model FLOP utilization."""
 
-from sbs_jax.student import decoder_only, families, t5
+from collections.abc import Callable
+from typing import Any
+
+from sbs_jax.student import decoder_only, families, t5, t5gemma
 
 
 def training_flops(config: families.ModelConfig, *, rows: int, inputs: int, targets: int, trained: float = 1.0) -> int:
@@ -13,10 +16,8 @@ def training_flops(config: families.ModelConfig, *, rows: int, inputs: int, targ
     parameters: a frozen matrix has no gradient, so 4 instead of 6.
     """
     width = config.num_heads * config.head_dim
-    if isinstance(config, t5.T5Config):
-        matrices, pairs = _of_t5(config, inputs=inputs, targets=targets)
-    else:
-        matrices, pairs = _of_decoder_only(config, inputs=inputs, targets=targets)
+    count: Any = _COUNTS[type(config)]
+    matrices, pairs = count(config, inputs=inputs, targets=targets)
     matrices = rows * (matrices + config.emb_dim * config.vocab_size * targets)
     return round((4 + 2 * min(trained, 1.0)) * matrices) + 12 * rows * width * pairs
 
@@ -34,3 +35,21 @@ def _of_t5(config: t5.T5Config, *, inputs: int, targets: int) -> tuple[int, int]
 def _of_decoder_only(config: decoder_only.DecoderConfig, *, inputs: int, targets: int) -> tuple[int, int]:
     length = inputs + targets
     return config.decoder_weights * length, config.num_layers * length * length
+
+
+def _of_t5gemma(config: t5gemma.T5GemmaConfig, *, inputs: int, targets: int) -> tuple[int, int]:
+    matrices = config.num_encoder_layers * (config.attention_weights + config.mlp_weights) * inputs
+    matrices += config.decoder_weights * targets
+    over_source = 2 * config.emb_dim * config.num_kv_heads * config.head_dim
+    # Keys and values of the source: with merged attention by the target's matrices, otherwise by their own.
+    extra = inputs if config.merged_attention else inputs - targets
+    matrices += config.num_decoder_layers * over_source * extra
+    pairs = config.num_encoder_layers * inputs * inputs
+    return matrices, pairs + config.num_decoder_layers * (targets * targets + targets * inputs)
+
+
+_COUNTS: dict[type, Callable[..., tuple[int, int]]] = {
+    t5.T5Config: _of_t5,
+    decoder_only.DecoderConfig: _of_decoder_only,
+    t5gemma.T5GemmaConfig: _of_t5gemma,
+}

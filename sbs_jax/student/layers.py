@@ -26,6 +26,11 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 DTYPES = ("float32", "bfloat16")
 
 
+def capped(x: jax.Array, cap: float | None) -> jax.Array:
+    """Computes `cap * tanh(x / cap)`, which lies within +-cap (Gemma 2's soft caps); without a cap, returns `x`."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
+
+
 @functools.partial(jax.jit, static_argnames=("shape", "std"))
 def truncated_normal(key: Key[Array, ""], shape: tuple[int, ...], *, std: float) -> Float[Array, "..."]:
     """Draws float32 normal values truncated at two standard deviations, like `truncated_normal` of T5X and Flax.

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from sbs_jax.student import partitioning
+from sbs_jax.student import layers, partitioning
 
 # Values of the `task_ids` feature; 0 is padding.
 LABEL, RATIONALE = 1, 2
@@ -81,12 +81,18 @@ def token_statistics(logits_BTV: Float[Array, "B T V"], targets_BT: Int[Array, "
 
 
 def projected_token_statistics(
-    y_BTD: Float[Array, "B T D"], kernel_DV: Float[Array, "D V"], targets_BT: Int[Array, "B T"], *, chunks: int
+    y_BTD: Float[Array, "B T D"],
+    kernel_DV: Float[Array, "D V"],
+    targets_BT: Int[Array, "B T"],
+    *,
+    chunks: int,
+    cap: float | None = None,
 ) -> TokenStatistics:
     """Computes per-token statistics of the logits `y kernel`, one of `chunks` parts of the vocabulary at a time.
 
     The float32 logits of a batch are the largest array of a training step. Here they never exist as a whole; the
-    backward pass computes each chunk again. ValueError if `chunks` does not divide the vocabulary.
+    backward pass computes each chunk again. `cap` is the logits' soft cap. ValueError if `chunks` does not divide the
+    vocabulary.
     """
     if kernel_DV.shape[1] % chunks:
         near = partitioning.nearest_divisor(kernel_DV.shape[1], chunks)
@@ -94,13 +100,15 @@ def projected_token_statistics(
             f"A vocabulary of {kernel_DV.shape[1]} does not divide into {chunks} chunks; the nearest number that "
             f"divides it is {near}."
         )
-    statistics: Any = _projected(y_BTD, kernel_DV, targets_BT, chunks)
+    statistics: Any = _projected(y_BTD, kernel_DV, targets_BT, chunks, cap)
     return TokenStatistics(*statistics)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _projected(y_BTD: Array, kernel_DV: Array, targets_BT: Array, chunks: int) -> tuple[Array, Array, Array]:
-    return _projected_forward(y_BTD, kernel_DV, targets_BT, chunks)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _projected(
+    y_BTD: Array, kernel_DV: Array, targets_BT: Array, chunks: int, cap: float | None
+) -> tuple[Array, Array, Array]:
+    return _projected_forward(y_BTD, kernel_DV, targets_BT, chunks, cap)[0]
 
 
 def _chunked(kernel_DV: Array, chunks: int) -> tuple[Array, Array]:
@@ -109,17 +117,19 @@ def _chunked(kernel_DV: Array, chunks: int) -> tuple[Array, Array]:
     return kernels, jnp.arange(kernel_DV.shape[1]).reshape(chunks, 1, 1, -1)
 
 
-def _logits(y_BTD: Array, kernel_DC: Array) -> Array:
+def _logits(y_BTD: Array, kernel_DC: Array, cap: float | None) -> Array:
     logits_BTC = jnp.einsum("btd,dc->btc", y_BTD, kernel_DC, preferred_element_type=jnp.float32)
-    return partitioning.constrain(logits_BTC, ("batch", "length", "activation_vocab"))
+    return layers.capped(partitioning.constrain(logits_BTC, ("batch", "length", "activation_vocab")), cap)
 
 
-def _projected_forward(y_BTD: Array, kernel_DV: Array, targets_BT: Array, chunks: int) -> tuple[Any, Any]:
+def _projected_forward(
+    y_BTD: Array, kernel_DV: Array, targets_BT: Array, chunks: int, cap: float | None
+) -> tuple[Any, Any]:
     def add(carry: tuple[Array, ...], chunk: tuple[Array, Array]) -> tuple[tuple[Array, ...], None]:
         # So far: the largest logit, its first token id, the sum of exp(logit - largest), the target's logit.
         largest_BT, first_BT, total_BT, target_BT = carry
         kernel_DC, ids_11C = chunk
-        logits_BTC = _logits(y_BTD, kernel_DC)
+        logits_BTC = _logits(y_BTD, kernel_DC, cap)
         of_chunk_BT = jnp.max(logits_BTC, axis=-1)
         now_BT = jnp.maximum(largest_BT, of_chunk_BT)
         total_BT = total_BT * jnp.exp(largest_BT - now_BT) + jnp.sum(jnp.exp(logits_BTC - now_BT[..., None]), axis=-1)
@@ -138,15 +148,20 @@ def _projected_forward(y_BTD: Array, kernel_DV: Array, targets_BT: Array, chunks
     return (log_z_BT, target_BT, correct_BT), (y_BTD, kernel_DV, targets_BT, log_z_BT)
 
 
-def _projected_backward(chunks: int, kept: Any, gradients: tuple[Array, Array, Array]) -> tuple[Any, ...]:
+def _projected_backward(
+    chunks: int, cap: float | None, kept: Any, gradients: tuple[Array, Array, Array]
+) -> tuple[Any, ...]:
     y_BTD, kernel_DV, targets_BT, log_z_BT = kept
     dlog_z_BT, dtarget_BT, _ = gradients
 
     def add(dy_BTD: Array, chunk: tuple[Array, Array]) -> tuple[Array, Array]:
         kernel_DC, ids_11C = chunk
         # d log_z / d logits is the softmax; d target / d logits is 1 at the target.
-        dlogits_BTC = dlog_z_BT[..., None] * jnp.exp(_logits(y_BTD, kernel_DC) - log_z_BT[..., None])
+        logits_BTC = _logits(y_BTD, kernel_DC, cap)
+        dlogits_BTC = dlog_z_BT[..., None] * jnp.exp(logits_BTC - log_z_BT[..., None])
         dlogits_BTC += jnp.where(ids_11C == targets_BT[..., None], dtarget_BT[..., None], 0.0)
+        if cap is not None:
+            dlogits_BTC *= 1 - jnp.square(logits_BTC / cap)
         dlogits_BTC = dlogits_BTC.astype(y_BTD.dtype)
         dkernel_DC = partitioning.constrain(jnp.einsum("btd,btc->dc", y_BTD, dlogits_BTC), ("embed", "vocab"))
         dy_BTD += jnp.einsum("btc,dc->btd", dlogits_BTC, kernel_DC, preferred_element_type=jnp.float32)

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from sbs_jax import checks
 from sbs_jax.student import attention
-from sbs_jax.student.layers import NOISE_KEY, Dense, Dropout, TokenEmbedder, matmul
+from sbs_jax.student.layers import NOISE_KEY, Dense, Dropout, TokenEmbedder, capped, matmul
 from sbs_jax.student.partitioning import constrain, gather
 
 _saved = jax.checkpoint_policies.save_only_these_names
@@ -117,7 +117,8 @@ def is_token(tokens_BT: Int[Array, "B T"]) -> Any:
 
     Every row of ours ends in EOS, which is not 0. So a vocabulary may use id 0 for a piece of text (Qwen3's is "!").
     """
-    return jax.lax.cummax(tokens_BT, axis=1, reverse=True) > 0
+    # Counts the tokens from here on. A cumulative maximum of integers has no form in ONNX.
+    return jax.lax.cumsum((tokens_BT > 0).astype(jnp.int32), axis=1, reverse=True) > 0
 
 
 def source_segments(tokens_BS: Int[Array, "B S"]) -> Int[Array, "B S"]:
@@ -130,6 +131,7 @@ class Student(nnx.Module):
 
     config: Any
     token_embedder: TokenEmbedder
+    target_embedder: TokenEmbedder | None = None  # a decoder's own table; None: the same
     logits_dense: Dense  # only without a tied table
     prompt: Any = None  # adapter slot: vectors placed before the embedded source
 
@@ -157,11 +159,26 @@ class Student(nnx.Module):
             )
         )
 
-    def embed(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        """Embeds tokens, with Gemma times sqrt(D) in the dtype of the computation."""
-        x_BTD = self.token_embedder(tokens_BT)
+    def embed(self, tokens_BS: Int[Array, "B S"]) -> Float[Array, "B S D"]:
+        """Embeds tokens of the source, with Gemma times sqrt(D) in the dtype of the computation."""
+        return self._scaled(self.token_embedder(tokens_BS))
+
+    def embed_target(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """Embeds decoder inputs."""
+        return self._scaled(self.output_embedder(tokens_BT))
+
+    def _scaled(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         scale = self.config.embedding_scale
         return x_BTD if scale == 1.0 else x_BTD * jnp.asarray(scale, x_BTD.dtype)
+
+    @property
+    def output_embedder(self) -> TokenEmbedder:
+        """Returns the decoder's table, which is also the matrix of tied logits."""
+        return self.token_embedder if self.target_embedder is None else self.target_embedder
+
+    def places_before(self, segments_BP: Int[Array, "B P"]) -> Int[Array, "B"]:
+        """Counts the positions before a target's first: none, if a target counts for itself."""
+        return jnp.zeros(len(segments_BP), jnp.int32)
 
     def embed_source(
         self, tokens_BS: Int[Array, "B S"], segments_BS: Int[Array, "B S"], *, dropout_key: Key[Array, ""] | None
@@ -181,12 +198,13 @@ class Student(nnx.Module):
     def logits(self, y_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Computes float32 logits from decoder states."""
         y_BTD, kernel_DV = self.projection(y_BTD)
-        return constrain(matmul(y_BTD, kernel_DV, dtype=jnp.float32), ("batch", "length", "activation_vocab"))
+        logits_BTV = constrain(matmul(y_BTD, kernel_DV, dtype=jnp.float32), ("batch", "length", "activation_vocab"))
+        return capped(logits_BTV, self.config.logits_cap)
 
     def projection(self, y_BTD: Float[Array, "B T D"]) -> tuple[Float[Array, "B T D"], Float[Array, "D V"]]:
-        """Returns the two factors of the logits: states, times the family's scale if it has one, and the matrix."""
+        """Returns the factors of the logits before a cap: states, times the family's scale if any, and the matrix."""
         if self.config.logits_scale is not None:
             y_BTD = y_BTD * self.config.logits_scale
         if self.config.logits_via_embedding:
-            return y_BTD, self.token_embedder.table(y_BTD.dtype).T
+            return y_BTD, self.output_embedder.table(y_BTD.dtype).T
         return y_BTD, gather(self.logits_dense.kernel[...].astype(y_BTD.dtype), ("embed", "vocab"))

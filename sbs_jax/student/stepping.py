@@ -100,16 +100,16 @@ class Stepper:
     ) -> None:
         """Prepares a model of any family; `encoded` is what its `encode` returned for the source."""
         c = self._config = model.config
-        self._embed = model.embed
+        self._embed = model.embed_target
         self._length, self._beams = length, beams
         self._final_norm = norm(model.decoder.decoder_norm)
         segments_BP = model.attended_segments(encoder_segment_ids_BS)
         self._source_length = segments_BP.shape[1]  # keys of a source after a prefix's, which every position sees
-        self._before_B = jnp.sum(segments_BP == 1, axis=1)  # positions before the target, for families that count them
+        self._before_B = model.places_before(segments_BP)
         self._layers: Sequence[Layer] = model.step_layers(encoded, segments_BP, length=length, beams=beams)
         tied = c.logits_via_embedding
-        table_DV = model.token_embedder.embedding[...].T if tied else model.logits_dense.kernel[...]
-        product_dtype = (model.token_embedder if tied else model.logits_dense).product_dtype
+        table_DV = model.output_embedder.embedding[...].T if tied else model.logits_dense.kernel[...]
+        product_dtype = (model.output_embedder if tied else model.logits_dense).product_dtype
         self.table_DV = _prepare(table_DV, (None, "vocab"), c, product_dtype=product_dtype)
 
     def empty_cache(self) -> Cache:
@@ -145,7 +145,7 @@ class Stepper:
     ) -> tuple[Float[Array, "B N D"], Cache]:
         """Decodes `tokens` at `position`: returns states and the updated cache.
 
-        The next token's logits are `states @ table_DV`; states have the table's dtype. The key of beam n at position t
+        `logits` gives the next token's from the states, which have the table's dtype. The key of beam n at position t
         has index `t * N + n`. Without `visible`, a query sees all keys up to its position.
         """
         c = self._config
@@ -173,11 +173,17 @@ class Stepper:
                     if hidden_BNP is not None:
                         bias_BNHP = bias_BNHP + jnp.pad(hidden_BNP, ((0, 0), (0, 0), (before, 0)))[:, :, None]
                     seen.append((keys, values, bias_BNHP))
-                x_BND += a.out(attend(a.query(y_BND, places_B), seen, heads=c.num_heads, kv_heads=c.num_kv_heads))
+                how = {"heads": c.num_heads, "kv_heads": c.num_kv_heads, "cap": c.attention_cap}
+                x_BND += a.out(attend(a.query(y_BND, places_B), seen, **how))
             x_BND = constrain(x_BND + w.mlp(x_BND), _STATE_AXES)
         y_BND = self._final_norm(x_BND)
         y_BND = y_BND if c.logits_scale is None else y_BND * c.logits_scale
         return y_BND.astype(self.table_DV.dtype), tuple(updated)
+
+    def logits(self, states_BND: Float[Array, "B *N D"]) -> Float[Array, "B *N V"]:
+        """Computes float32 logits from the states of a step."""
+        logits = jnp.matmul(states_BND, self.table_DV, preferred_element_type=jnp.float32)
+        return layers.capped(logits, self._config.logits_cap)
 
     def _source_bias(self, a: Attending, position: Int[Array, ""]) -> Float[Array, "B 1 1 S"]:
         """Returns the bias of the source's keys, MASKED on those outside the window of a query at this position."""
@@ -335,6 +341,7 @@ def attend(
     *,
     heads: int,
     kv_heads: int,
+    cap: float | None,
 ) -> Float[Array, "B N J"]:
     """Attends with a few queries per row, in one softmax over all that is seen; the softmax is in float32.
 
@@ -345,7 +352,7 @@ def attend(
     shards = partitioning.shard_count("joined_kv") if by_shards else 1
     form = _Joint if by_shards else _PerHead
     form_of = form(q_BNJ, heads, kv_heads, shards if heads % shards == 0 and kv_heads % shards == 0 else 1)
-    scores = [form_of.scores(keys) + form_of.bias(bias_BNHP, keys) for keys, _, bias_BNHP in seen]
+    scores = [layers.capped(form_of.scores(keys), cap) + form_of.bias(bias_BNHP, keys) for keys, _, bias_BNHP in seen]
     weights = jax.nn.softmax(_joined(scores), axis=-1).astype(q_BNJ.dtype)
     parts = _split(weights, [each.shape[-1] for each in scores])
     sums = [form_of.values(part, values) for part, (_, values, _) in zip(parts, seen, strict=True)]

@@ -89,6 +89,16 @@ class T5Config:
         return self.emb_dim**-0.5 if self.logits_via_embedding else None
 
     @property
+    def attention_cap(self) -> None:
+        """Returns the soft cap of attention scores: none."""
+        return None
+
+    @property
+    def logits_cap(self) -> None:
+        """Returns the soft cap of logits: none."""
+        return None
+
+    @property
     def embedding_scale(self) -> float:
         """Returns the factor on embedded tokens: none."""
         return 1.0

@@ -65,7 +65,9 @@ def loss_and_gradients(
         if vocabulary_chunks == 1:
             statistics = losses.token_statistics(model.logits(states), targets)
         else:
-            statistics = losses.projected_token_statistics(*model.projection(states), targets, chunks=vocabulary_chunks)
+            statistics = losses.projected_token_statistics(
+                *(*model.projection(states), targets), chunks=vocabulary_chunks, cap=model.config.logits_cap
+            )
         return losses.weighted_cross_entropy(
             statistics,
             task_ids_BT=rows["decoder_task_ids"],

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from sbs_jax.storage.json_files import brief, part
-from sbs_jax.student.decoder_layers import DecoderConfig
+from sbs_jax.student.decoder_only import DecoderConfig
 
 LLAMA, QWEN3, GEMMA3 = "llama", "qwen3", "gemma3_text"
 # Model types, and what sets them apart.

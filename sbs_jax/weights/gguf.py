@@ -17,7 +17,7 @@ import numpy as np
 from sbs_jax.data import vocabularies
 from sbs_jax.storage import gguf
 from sbs_jax.storage.json_files import brief, part
-from sbs_jax.student.decoder_layers import DecoderConfig
+from sbs_jax.student.decoder_only import DecoderConfig
 from sbs_jax.weights import decoder_settings, names
 from sbs_jax.weights.arrays import Index, LazyArray, Opened, shapes
 

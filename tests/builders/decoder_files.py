@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from builders import bpe, gguf_files
-from sbs_jax.student.decoder_layers import DecoderConfig
+from sbs_jax.student.decoder_only import DecoderConfig
 from sbs_jax.weights import names
 from sbs_jax.weights.arrays import LazyArray, Opened
 
