@@ -8,8 +8,9 @@ import pytest
 from sbs_jax.student import attention
 
 
-def textbook(q, k, v, bias, segments, *, causal):
+def textbook(q, k, v, bias, segments, *, causal, cap=None):
     scores = jnp.einsum("bthk,bshk->bhts", q, k)
+    scores = scores if cap is None else cap * jnp.tanh(scores / cap)
     if bias is not None:
         scores = scores + bias[None]
     visible = segments[0][:, None, :, None] == segments[1][:, None, None, :]
@@ -20,8 +21,8 @@ def textbook(q, k, v, bias, segments, *, causal):
 
 @pytest.mark.parametrize("groups", [1, 3])
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("biased", [False, True])
-def test_values_and_gradients(causal, biased, groups, monkeypatch):
+@pytest.mark.parametrize(("biased", "cap"), [(False, None), (True, None), (False, 2.0)])
+def test_values_and_gradients(causal, biased, cap, groups, monkeypatch):
     monkeypatch.setattr(attention, "FAST_BYTES", 4 * 2 * 3 * 10 * 10 / groups)
     random = np.random.default_rng(int(causal) * 2 + int(biased))
 
@@ -40,10 +41,11 @@ def test_values_and_gradients(causal, biased, groups, monkeypatch):
     weights = normal(2, length, 3, 4).at[1, -1].set(0.0)  # as a loss treats such a query
 
     def loss(attend):
-        return lambda *arguments: jnp.sum(weights * attend(*arguments, segments, causal=causal))
+        return lambda *arguments: jnp.sum(weights * attend(*arguments, segments, **how))
 
-    want = textbook(q, k, v, bias, segments, causal=causal)
-    np.testing.assert_allclose(attention.attend(q, k, v, bias, segments, causal=causal), want, atol=2e-6)
+    how = {"causal": causal, "cap": cap}
+    want = textbook(q, k, v, bias, segments, **how)
+    np.testing.assert_allclose(attention.attend(q, k, v, bias, segments, **how), want, atol=2e-6)
     which = (0, 1, 2, 3) if biased else (0, 1, 2)
     ours = jax.grad(loss(attention.attend), which)(q, k, v, bias)
     theirs = jax.grad(loss(textbook), which)(q, k, v, bias)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import toy
 
-from sbs_jax.student import families, losses, partitioning, stacking, stacks
+from sbs_jax.student import families, layers, losses, partitioning, stacking, stacks
 from sbs_jax.student.losses import LABEL, RATIONALE
 from sbs_jax.training.step import loss_and_gradients
 
@@ -65,8 +65,8 @@ def test_z_loss_is_the_square_of_the_log_normaliser():
     assert float(with_z - plain) == pytest.approx(0.5 * 0.1 * (3 + np.log(8)) ** 2, rel=1e-5)
 
 
-@pytest.mark.parametrize("chunks", [2, 3, 4])
-def test_statistics_in_chunks_are_those_of_the_logits(chunks):
+@pytest.mark.parametrize(("chunks", "cap"), [(2, None), (3, None), (4, None), (3, 60.0)])
+def test_statistics_in_chunks_are_those_of_the_logits(chunks, cap):
     random = np.random.default_rng(chunks)
     y, kernel = random.normal(size=(2, 6, 8)), random.normal(size=(8, 12))
     # The largest logit of every token, twice: only the first of the two is right.
@@ -75,12 +75,24 @@ def test_statistics_in_chunks_are_those_of_the_logits(chunks):
     y[..., 0] = np.abs(y[..., 0]) + 1.0
     y, kernel = jnp.float32(y), jnp.float32(kernel)
     targets = jnp.array([[4, 9, 0, 4, 9, 11], [4, 4, 4, 9, 1, 2]])
-    want = losses.token_statistics(jnp.einsum("btd,dv->btv", y, kernel), targets)
-    got = losses.projected_token_statistics(y, kernel, targets, chunks=chunks)
+
+    def whole(y, kernel):
+        return losses.token_statistics(layers.capped(jnp.einsum("btd,dv->btv", y, kernel), cap), targets)
+
+    def in_chunks(y, kernel):
+        return losses.projected_token_statistics(y, kernel, targets, chunks=chunks, cap=cap)
+
+    want, got = whole(y, kernel), in_chunks(y, kernel)
     np.testing.assert_array_equal(got.correct, targets == 4)
     np.testing.assert_array_equal(got.correct, want.correct)
     np.testing.assert_allclose(got.log_z, want.log_z, rtol=1e-6)
     np.testing.assert_allclose(got.target, want.target, rtol=1e-5, atol=1e-5)
+
+    def loss(of):
+        return lambda *arguments: jnp.sum(jnp.sin(of(*arguments).log_z) - of(*arguments).target)
+
+    for ours, theirs in zip(*(jax.grad(loss(of), (0, 1))(y, kernel) for of in (in_chunks, whole)), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
 def test_chunks_that_do_not_divide_the_vocabulary_are_refused():

@@ -135,7 +135,7 @@ class RotaryConfig:
 
 
 Rotation = tuple[Any, Any]  # cosines and sines, float32 [.., K / 2]
-Pair = tuple[Float[Array, "B L G K"], Float[Array, "B L G K"]]  # keys and values
+Pair = tuple[Float[Array, "B S G K"], Float[Array, "B S G K"]]  # keys and values
 
 
 def rotation(c: RotaryConfig, positions: Int[Array, "..."], *, is_global: bool) -> Rotation:
@@ -191,7 +191,7 @@ class Attention(layers.Attention):
         x_BLD: Float[Array, "B L D"],
         *,
         by: Rotation | None,
-        keys_of: Sequence[tuple[Float[Array, "B S D"], Rotation | None]],
+        keys_of: Sequence[tuple[Float[Array, "B _ D"], Rotation | None]],
         order: attention.Order | None,
         segments: tuple[Int[Array, "B L"], Int[Array, "B S"]],
         dropout: layers.Dropout,

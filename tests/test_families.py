@@ -1,13 +1,16 @@
-"""Decoder-only students against an independent implementation, and by their invariants."""
+"""Families whose layers rotate against an independent implementation, and by their invariants."""
 
 import dataclasses
 import json
 import math
+import re
 from pathlib import Path
 
+import httpx2
 import jax
 import jax.numpy as jnp
 import numpy as np
+import processes
 import pytest
 import toy
 from builders import decoders
@@ -15,86 +18,18 @@ from builders.exported import converted
 from flax import nnx
 
 from sbs_jax.data import tokens as data_tokens
+from sbs_jax.pages import report
 from sbs_jax.prediction import engine
 from sbs_jax.run import checkpoints
 from sbs_jax.student import adapters, decoder_only, decoding, families, stacking, stacks
 from sbs_jax.training import evaluate, gin_files, loop, students
 
-TYPES = pytest.mark.parametrize("kind", list(decoders.TYPES))
+KINDS = pytest.mark.parametrize("kind", list(decoders.ALL))
 
 
 @nnx.jit
 def forward(model, source, target, **options):
     return model(source, target, **options)
-
-
-class Reference:
-    """The decoder written again: numpy, float64, one example without padding, loops where they are clearest."""
-
-    def __init__(self, config, parameters):
-        self.c = config
-        self.p = {name: np.asarray(x).astype(np.float64) for name, x in parameters.items()}
-
-    def norm(self, name, x):
-        scale = self.p[f"{name}/scale"] + (1.0 if self.c.norm_plus_one else 0.0)
-        return x / np.sqrt((x**2).mean(-1, keepdims=True) + self.c.layer_norm_epsilon) * scale
-
-    def turned(self, x, layer):
-        """Rotates [L, heads, K] as complex numbers."""
-        is_global = (layer + 1) % self.c.global_every == 0
-        half = self.c.head_dim // 2
-        base = self.c.rope_base if is_global else self.c.local_rope_base
-        angles = np.arange(len(x))[:, None] / base ** (np.arange(half) / half)
-        if is_global:
-            angles = angles / self.c.rope_factor
-        turned = (x[..., :half] + 1j * x[..., half:]) * np.exp(1j * angles)[:, None]
-        return np.concatenate([turned.real, turned.imag], axis=-1)
-
-    def sees(self, query, key, layer, source):
-        both_in_source = self.c.source_attention == "bidirectional" and query < source and key < source
-        if key > query and not both_in_source:
-            return False
-        return (layer + 1) % self.c.global_every == 0 or abs(query - key) < self.c.window
-
-    def attention(self, name, x, layer, source):
-        c, length = self.c, len(x)
-        q, k, v = (
-            (x @ self.p[f"{name}/{each}/kernel"]).reshape(length, -1, c.head_dim) for each in ("query", "key", "value")
-        )
-        if c.qk_norm:
-            q, k = self.norm(f"{name}/query_norm", q), self.norm(f"{name}/key_norm", k)
-        q, k = self.turned(q, layer), self.turned(k, layer)
-        scale = c.head_dim**-0.5 if c.query_scale is None else c.query_scale
-        out = np.zeros_like(q)
-        for h in range(c.num_heads):
-            g = h // (c.num_heads // c.num_kv_heads)
-            for i in range(length):
-                seen = [j for j in range(length) if self.sees(i, j, layer, source)]
-                weights = np.exp(scale * k[seen, g] @ q[i, h])
-                out[i, h] = weights / weights.sum() @ v[seen, g]
-        return out.reshape(length, -1) @ self.p[f"{name}/out/kernel"]
-
-    def mlp(self, name, x):
-        gate = x @ self.p[f"{name}/wi_0/kernel"]
-        if self.c.mlp_activations[0] == "silu":
-            gate = gate / (1 + np.exp(-gate))
-        else:
-            gate = 0.5 * gate * (1 + np.tanh(math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3)))
-        return gate * (x @ self.p[f"{name}/wi_1/kernel"]) @ self.p[f"{name}/wo/kernel"]
-
-    def logits(self, source, target):
-        table = self.p["token_embedder/embedding"]
-        x = table[[*source, self.c.decoder_start, *target[:-1]]]
-        x = x * math.sqrt(self.c.emb_dim) if self.c.scale_embeddings else x
-        for layer in range(self.c.num_layers):
-            at = f"decoder/layers/{layer}"
-            y = self.norm(f"{at}/pre_self_attention_layer_norm", x)
-            y = self.attention(f"{at}/self_attention", y, layer, len(source))
-            x = x + (self.norm(f"{at}/post_self_attention_layer_norm", y) if self.c.post_norms else y)
-            y = self.mlp(f"{at}/mlp", self.norm(f"{at}/pre_mlp_layer_norm", x))
-            x = x + (self.norm(f"{at}/post_mlp_layer_norm", y) if self.c.post_norms else y)
-        x = self.norm("decoder/decoder_norm", x)[len(source) :]
-        return x @ (table.T if self.c.logits_via_embedding else self.p["logits_dense/kernel"])
 
 
 def tokens(*shape, seed=0):
@@ -105,17 +40,17 @@ def shifted(target):
     return np.pad(target, ((0, 0), (1, 0)))[:, :-1]
 
 
-@TYPES
+@KINDS
 def test_logits_equal_an_independent_implementation(kind):
     config = decoders.config(kind)
     source, target = tokens(2, 9), tokens(2, 6, seed=1)
     got = forward(decoders.model(config), source, shifted(target))
-    reference = Reference(config, decoders.parameters(config))
+    reference = decoders.Reference(config, decoders.parameters(config))
     want = np.stack([reference.logits(s, t) for s, t in zip(source, target, strict=True)])
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
 
 
-@TYPES
+@KINDS
 def test_packing_and_padding_change_nothing(kind):
     """Two examples of other lengths: alone, padded, and in one row, where windows and positions count their own."""
     model = decoders.model(decoders.config(kind))
@@ -140,15 +75,41 @@ def test_a_token_of_id_0_within_a_source_is_read():
     model = decoders.model(decoders.config("qwen3"))
     source, target = tokens(1, 6), tokens(1, 3, seed=1)
     source[0, 2] = 0
-    want = Reference(model.config, decoders.parameters(model.config)).logits(source[0], target[0])
+    want = decoders.Reference(model.config, decoders.parameters(model.config)).logits(source[0], target[0])
     got = forward(model, np.pad(source, ((0, 0), (0, 3))), shifted(target))[0]
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("remat", ["none", "full"])
-def test_scanned_layers_give_the_same_gradients(remat):
+@pytest.mark.parametrize(
+    ("kind", "prefix"),
+    [*((kind, 0) for kind in decoders.ALL), ("gemma3", 2), *((k, 2) for k in decoders.ENCODER_DECODERS)],
+)
+def test_cached_steps_equal_teacher_forcing(kind, prefix):
+    """Each step reads its source's keys and its own earlier ones, with a prefix in every attention or without."""
+    config = decoders.config(kind)
+    model = decoders.model(config)
+    if prefix:
+        tuning = adapters.Tuning(prefix=adapters.Prefix(length=prefix))
+        shapes = adapters.abstract(config, tuning).shapes
+        random = np.random.default_rng(5)
+        added = {
+            name: jnp.asarray(random.normal(size=leaf.shape), jnp.float32)
+            for name, leaf in sorted(shapes.items())
+            if "/prefix/" in name
+        }
+        assert added
+        model = families.join(adapters.abstract(config, tuning).structure, {**decoders.parameters(config), **added})
+    source, target = jnp.pad(tokens(2, 6), ((0, 0), (0, 2))), jnp.asarray(tokens(2, 3, 5, seed=1))
+    score = nnx.jit(decoding.score)
+    want = [score(model, source, target[:, n]) for n in range(3)]
+    got = nnx.jit(decoding.score_choices)(model, source, target)
+    np.testing.assert_allclose(got, np.stack(want, axis=1), rtol=1e-4)
+
+
+@pytest.mark.parametrize(("kind", "remat"), [("gemma3", "none"), ("gemma3", "full"), ("t5gemma2", "full")])
+def test_scanned_layers_give_the_same_gradients(kind, remat):
     """Scanning takes layers of both kinds, whose windows and rotations differ, through one program."""
-    config = dataclasses.replace(decoders.config("gemma3"), num_layers=6)
+    config = decoders.config(kind, **({"num_layers": 6} if kind == "gemma3" else {}))
     source, target = jnp.asarray(tokens(2, 9)), jnp.asarray(tokens(2, 6, seed=1))
     parameters = decoders.parameters(config)
 
@@ -170,9 +131,10 @@ def test_scanned_layers_give_the_same_gradients(remat):
         assert np.abs(want[name]).max() > 0, name
 
 
-def test_a_prompt_stands_before_the_source():
+@pytest.mark.parametrize("kind", ["gemma3", "t5gemma2"])
+def test_a_prompt_stands_before_the_source(kind):
     """Adapters that begin as words: a prompt of the words 5 and 6 is a source that begins with them."""
-    config = decoders.config("gemma3", num_layers=3)
+    config = decoders.config(kind)
     tuning = adapters.Tuning(prompt=adapters.Prompt(length=2))
     base = decoders.parameters(config)
     prompt = {"prompt/embedding": math.sqrt(config.emb_dim) * base["token_embedder/embedding"][jnp.array([5, 6])]}
@@ -187,15 +149,15 @@ def test_a_prompt_stands_before_the_source():
     np.testing.assert_array_equal(decoding.greedy(model, jnp.asarray(source), length=5)[0], want[0])
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+@pytest.fixture(scope="module", params=["prefix-lm", "t5gemma2"])
+def trained(request, tmp_path_factory):
     """A run of six steps on packed rows, with scanned layers and logits in chunks: its configuration and result."""
-    folder = tmp_path_factory.mktemp("decoder")
+    folder = tmp_path_factory.mktemp(request.param)
     sizes = {"vocab_size": 384, "emb_dim": 32, "head_dim": 16, "mlp_dim": 64, "decoder_start": 13}
     config = toy.config(
         folder / "run",
         toy.write_records(folder / "records"),
-        model=decoders.config("prefix-lm", **sizes, dropout_rate=0.1),
+        model=decoders.config(request.param, **sizes, dropout_rate=0.1),
         pack=True,
         vocabulary_chunks=4,
         execution=stacks.Execution(layers="scanned", remat="attended"),
@@ -245,6 +207,23 @@ def test_a_run_is_exported_as_a_program_and_not_in_t5_s_forms(trained, tmp_path)
     assert summary["check"] == {"samples": 4, "same_answers": 4, "percent": 100.0}
     with pytest.raises(ValueError, match="T5X's form is written for T5 only"):
         converted(run, tmp_path / "t5x", "t5x")
+
+
+def test_a_run_is_served_and_reported(trained, starter, tmp_path):
+    config, result = trained
+    arguments = ["serve", "--model", config.model_dir, "--port", "0", "--compiled", "off", "--batch_size", "2"]
+    program = "from sbs_jax.data import registry; import toy; registry.add(toy.DATASET)"
+    command = ("-c", f"{program}; import sys; from sbs_jax.cli import main; sys.exit(main.main(sys.argv[1:]))")
+    with starter.alone(tmp_path, arguments, command=command) as process:
+        processes.until(lambda: "\n" in process.said(), [process])
+        address = re.search(r"ready: (http://[\d.:]+) ", process.said())[1]
+        answers = httpx2.post(f"{address}/predict", json={"inputs": [{"input": "a b c"}]}, timeout=60).json()["answers"]
+    predictor = engine.Predictor.load(config.model_dir, settings=engine.Settings(batch_size=2))
+    (want,) = predictor.answer([engine.Question(id="1", input="a b c")])
+    assert [each["prediction"] for each in answers] == [want.prediction]
+    report.write_page(tmp_path / "page.html", [report.identify(config.model_dir)], title=None, notes=())
+    accuracy = f"{result['test']['accuracy']:.1f}"
+    assert accuracy in (tmp_path / "page.html").read_text()
 
 
 def test_a_vocabulary_with_another_end_is_refused(trained, tmp_path):
