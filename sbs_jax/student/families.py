@@ -7,6 +7,8 @@ name and `config`. A configuration has the properties of `ModelConfig`.
 all code around the model is plain `jax` on a plain pytree.
 """
 
+import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -39,6 +41,35 @@ def config_of(saved: Mapping[str, Any]) -> ModelConfig:
 def config_type(saved: Mapping[str, Any]) -> type[ModelConfig]:
     """Tells the family of a saved configuration by a field that only it has."""
     return next((kind for mark, kind in _MARKS.items() if mark in saved), t5.T5Config)
+
+
+# What a run chooses for itself; all else belongs to the weights.
+_CHOICES = {
+    *("dtype", "dropout_rate", "neftune_alpha", "neftune_decoder_alpha", "source_attention"),
+    *("vocab_size", "eos_id", "decoder_start"),
+}
+
+
+def differences(ours: ModelConfig, theirs: ModelConfig) -> list[str]:
+    """Names the settings by which the same weights compute something else: `["rope_base 1e4, not 1e5", ..]`."""
+    if type(ours) is not type(theirs):
+        return [f"a {type(ours).__name__}, not a {type(theirs).__name__}"]
+
+    def value(config: ModelConfig, name: str) -> Any:
+        if name == "query_scale":
+            return getattr(config, "scale")  # noqa: B009  (of the families that have the field)
+        if name == "local_rope_base":
+            return getattr(config, name) or getattr(config, "rope_base")  # noqa: B009
+        return getattr(config, name)
+
+    found = []
+    for field in dataclasses.fields(ours):
+        mine, other = value(ours, field.name), value(theirs, field.name)
+        numbers = isinstance(mine, int | float) and isinstance(other, int | float)
+        same = math.isclose(mine, other, rel_tol=1e-5) if numbers else mine == other
+        if field.name not in _CHOICES and not same:
+            found.append(f"{field.name} {mine}, not {other}")
+    return found
 
 
 def build(config: ModelConfig, *, rngs: nnx.Rngs) -> Model:

@@ -32,11 +32,12 @@ MODULES = {
     "partitioning": "sbs_jax.student.partitioning",
     "selection": "sbs_jax.data.selection",
     "t5": "sbs_jax.student.t5",
+    "t5gemma": "sbs_jax.student.t5gemma",
     "t5x_model": "sbs_jax.training.t5x_model",
     "train": "sbs_jax.training.config",
 }
 # Imported for the command line, because bindings cannot contain imports.
-_PRELUDE = ("adapters", "datasets", "decoder_only", "evaluate", "partitioning", "t5", "train")
+_PRELUDE = ("adapters", "datasets", "decoder_only", "evaluate", "partitioning", "t5", "t5gemma", "train")
 # Configuration classes. Each field is bound to the macro of its upper-case name, except for these.
 _CLASSES: dict[str, dict[str, str]] = {
     "train.TrainConfig": {

@@ -30,7 +30,9 @@ def initial_state(config: TrainConfig, trainer: Trainer, *, base: frozen.Base | 
     elif config.initial_checkpoint_path is None:
         parameters = jax.jit(lambda: families.init(config.model, seed=config.seed)[1], out_shardings=saved.parameters)()
     else:
-        parameters = opening.load_parameters(config.initial_checkpoint_path, like=trainer.saved.parameters)
+        parameters = opening.load_parameters(
+            config.initial_checkpoint_path, like=trainer.saved.parameters, config=config.model
+        )
     optimizer = config.optimizer(learning_rate=config.learning_rate)
     state = jax.jit(optimizer.init, out_shardings=saved.optimizer)(parameters)
     zero, key = _number(0, saved.step), _key(config, trainer)

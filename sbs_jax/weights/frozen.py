@@ -42,7 +42,7 @@ def load(
     plain_like = partitioner.with_shardings(plain, parameters=plain, axes=axes)
     if path is None and seed is None:
         raise ValueError("These adapters name neither the path of their base nor a seed; give the base.")
-    stored = Watched({} if path is None else opening.arrays_of(path, wanted=shapes(plain_like)))
+    stored = Watched({} if path is None else opening.arrays_of(path, wanted=shapes(plain_like), config=config))
     fresh = _from_seed(config, seed or 0, plain_like) if path is None else {}
     parameters: families.Parameters = {}
     fingerprints: dict[str, list[int]] = {}

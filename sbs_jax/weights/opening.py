@@ -49,28 +49,41 @@ def form_of(path: str | Path) -> Form:
     raise FileNotFoundError(f"{path} {what}; expected one of: {expected}.")
 
 
-def load_parameters(path: str | Path, *, like: Mapping[str, jax.ShapeDtypeStruct]) -> families.Parameters:
+def load_parameters(
+    path: str | Path, *, like: Mapping[str, jax.ShapeDtypeStruct], config: families.ModelConfig | None = None
+) -> families.Parameters:
     """Loads parameters from a checkpoint of any form, on the shardings and in the types of `like`.
 
     A host reads what its own devices hold, one array after the other, and warns of numbers that are not finite.
-    ValueError lists parameters that are missing, left over or of another shape.
+    ValueError lists parameters that are missing, left over or of another shape, and settings of the architecture that
+    are not those of `config`.
     """
-    arrays = Watched(arrays_of(path, wanted=shapes(like)))
+    arrays = Watched(arrays_of(path, wanted=shapes(like), config=config))
     loaded = {name: arrays[name].onto(leaf) for name, leaf in like.items()}
     arrays.warn(path)
     return loaded
 
 
-def arrays_of(path: str | Path, *, wanted: Shapes) -> dict[str, LazyArray]:
+def arrays_of(path: str | Path, *, wanted: Shapes, config: families.ModelConfig | None = None) -> dict[str, LazyArray]:
     """Opens the arrays of a checkpoint of any form. ValueError unless they have the wanted names and shapes.
 
-    Adapters are merged into their base, unless the wanted names are exactly those of the adapters.
+    With `config`, it must also be what the checkpoint says of its architecture. Adapters are merged into their base,
+    unless the wanted names are exactly those of the adapters.
     """
     form = form_of(path)
     opened = form.open(str(path), None)
     if opened.tuning is not None and set(opened.arrays) != set(wanted):
         opened = merged(opened, base=None, owner=str(path))
     names.check(path, shapes(opened.arrays), wanted, kind=form.name)
+    # T5X's checkpoints say nothing but shapes, from which the rest is guessed.
+    if config is not None and opened.architecture is not None and form.name != T5X:
+        found = families.differences(config, opened.architecture)
+        if found:
+            raise ValueError(
+                f"{path} ({form.name}) has the shapes of the configured model and computes something else: the model "
+                f"has {'; '.join(found)}. Include the gin file of the model that the checkpoint was trained with, or "
+                "correct these settings."
+            )
     return opened.arrays
 
 
