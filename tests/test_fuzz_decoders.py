@@ -5,10 +5,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import fuzzing
-from builders import bpe, decoder_files
+import pytest
+from builders import bpe, decoder_files, decoders
 from fuzzing import Tape
 
 from sbs_jax.data import registry, tokens, vocabularies
+from sbs_jax.student import families
 from sbs_jax.weights import hugging_face, opening
 from sbs_jax.weights.arrays import Opened
 
@@ -60,11 +62,12 @@ def test_gguf_files(fuzz: Fuzz, memory: Path) -> None:
     fuzz(case)
 
 
-def test_settings_of_decoders(fuzz: Fuzz, memory: Path) -> None:
+@pytest.mark.parametrize("config", [decoder_files.GEMMA3, *map(decoders.config, decoders.ENCODER_DECODERS)])
+def test_settings_of_models_that_rotate(fuzz: Fuzz, memory: Path, config: families.ModelConfig) -> None:
     """config.json, generation_config.json and the tokenizer of a directory."""
     folder = memory / "model"
     path = bpe.write(memory, bpe.byte_level(["Is it a b?"] * 3, size=265))
-    hugging_face.write(folder, decoder_files.opened(decoder_files.GEMMA3, vocabulary=path), dtype="float32")
+    hugging_face.write(folder, decoder_files.opened(config, vocabulary=path), dtype="float32")
     names = ("config.json", "generation_config.json", "tokenizer.json")
     whole = {name: json.loads((folder / name).read_text("utf-8")) for name in names}
 

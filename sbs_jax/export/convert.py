@@ -16,7 +16,7 @@ from sbs_jax.export import card as cards
 from sbs_jax.export import transformers
 from sbs_jax.run import checkpoints, directory
 from sbs_jax.storage import atomic
-from sbs_jax.student import decoder_only, families
+from sbs_jax.student import families, t5
 from sbs_jax.weights import hugging_face, merging, names, opening, peft, t5x
 from sbs_jax.weights.arrays import Opened, Watched
 
@@ -245,10 +245,10 @@ def _cut(opened: Opened, folder: str, *, owner: str) -> Opened:
             f"{folder} was cut from another vocabulary than that of {owner}: SHA-256 {cut.sha256}; expected {found}."
         )
     config = dataclasses.replace(opened.config, vocab_size=cut.vocab_size)
-    if isinstance(config, decoder_only.DecoderConfig):
+    if not isinstance(config, t5.T5Config):
         config = dataclasses.replace(config, **cut.renumbered(eos_id=config.eos_id, decoder_start=config.decoder_start))
     rows = cut.rows(opened.config.vocab_size)
-    axes = {"token_embedder/embedding": 0, "logits_dense/kernel": 1}
+    axes = {**dict.fromkeys(names.TABLES, 0), "logits_dense/kernel": 1}
     arrays = opened.arrays | {
         name: opened.arrays[name].picked(rows, axis=axis) for name, axis in axes.items() if name in opened.arrays
     }

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sbs_jax.export import card as cards
+from sbs_jax.student import decoder_only, families, t5
 from sbs_jax.weights import hugging_face
 
 
@@ -21,23 +22,27 @@ def finish(folder: Path, *, card: Mapping[str, Any] | None, dtype: str) -> None:
     cards.write(folder, card, usage=_usage(card), runtime="transformers", weights=weights)
 
 
-def _decoder_usage(card: Mapping[str, Any], *, prefix: str, parsed: str) -> str:
-    """Describes the use of a decoder-only model: its prompt is the source, EOS and the first decoder input."""
+def _rotary_usage(card: Mapping[str, Any], *, prefix: str, parsed: str) -> str:
+    """Describes the use of a model that reads texts without BOS; a decoder-only one continues its prompt."""
+    is_decoder = families.config_type(card["model"]) is decoder_only.DecoderConfig
+    kind, start, skipped = ("CausalLM", ", START", "len(ids) :") if is_decoder else ("Seq2SeqLM", "", "1:")
+    starts = f"END, START = tokenizer.eos_token_id, {card['model']['decoder_start']}"
+    ends = "A prompt is the text, the token that ends it, and one that begins the answer."
     return (
         "```python\nimport torch, transformers\n\n"
         'tokenizer = transformers.AutoTokenizer.from_pretrained("DIRECTORY")\n'
-        'model = transformers.AutoModelForCausalLM.from_pretrained("DIRECTORY")\n'
-        f"END, START = tokenizer.eos_token_id, {card['model']['decoder_start']}\n"
+        f'model = transformers.AutoModelFor{kind}.from_pretrained("DIRECTORY")\n'
+        f"{starts if is_decoder else 'END = tokenizer.eos_token_id'}\n"
         f"MOST = {card['input']['max_tokens']}\n\n"
         "def answer(text):\n"
         f"    parts = ({prefix!r} + text).split({card['input']['joint']!r})\n"
         "    ids = [i for part in parts for i in [*tokenizer.encode(part, add_special_tokens=False), END]]\n"
-        "    ids = [*(ids if len(ids) <= MOST else [*ids[: MOST - 1], END]), START]\n"
-        "    text = tokenizer.decode(model.generate(torch.tensor([ids]))[0, len(ids) :], skip_special_tokens=True)\n"
+        f"    ids = [*(ids if len(ids) <= MOST else [*ids[: MOST - 1], END]){start}]\n"
+        f"    text = tokenizer.decode(model.generate(torch.tensor([ids]))[0, {skipped}], skip_special_tokens=True)\n"
         f"    return text{parsed}\n```\n\n"
-        "`generation_config.json` has greedy search and the length of an answer. A prompt is the text, the token that "
-        f"ends it, and one that begins the answer. `{hugging_face.ORIGIN}` describes the run itself and names its "
-        "folders; only sbs_jax reads it.\n"
+        "`generation_config.json` has greedy search and the length of an answer. "
+        f"{ends if is_decoder else 'An input is the text, without BOS, and the token that ends it.'} "
+        f"`{hugging_face.ORIGIN}` describes the run itself and names its folders; only sbs_jax reads it.\n"
     )
 
 
@@ -54,8 +59,8 @@ def _usage(card: Mapping[str, Any]) -> str:
     hide += "texts = [n.hide(text) for n, text in zip(numbers, texts)]\n" if slots else ""
     ends = 'texts = [text.replace("<pad>", "").replace("</s>", "") for text in texts]\n' if slots else ""
     fill = "answers = [n.fill(text) for n, text in zip(numbers, answers)]\n" if slots else ""
-    if "num_layers" in card["model"]:
-        return _decoder_usage(card, prefix=prefix, parsed=parsed)
+    if families.config_type(card["model"]) is not t5.T5Config:
+        return _rotary_usage(card, prefix=prefix, parsed=parsed)
     return (
         f"```python\n{'import slots  # slots.py of this folder' + chr(10) if slots else ''}import transformers\n\n"
         'tokenizer = transformers.AutoTokenizer.from_pretrained("DIRECTORY")\n'

@@ -10,22 +10,25 @@ import ml_dtypes
 import numpy as np
 
 from sbs_jax.student import families, quantized
+from sbs_jax.weights import names
 from sbs_jax.weights.arrays import LazyArray
 
 FLOAT32, BFLOAT16, INT8 = "float32", "bfloat16", "int8"
 FORMS = (FLOAT32, BFLOAT16, INT8)
-_TABLE = "token_embedder/embedding"
 
 
 def is_matrix(name: str, array: LazyArray) -> bool:
-    """Returns True for kernels and the table, which are nearly all bytes of a student."""
-    return (name.endswith("/kernel") or name == _TABLE) and np.dtype(array.dtype) in (np.float32, ml_dtypes.bfloat16)
+    """Returns True for kernels and tables, which are nearly all bytes of a student."""
+    return (name.endswith("/kernel") or name in names.TABLES) and np.dtype(array.dtype) in (
+        np.float32,
+        ml_dtypes.bfloat16,
+    )
 
 
 def stored(arrays: Mapping[str, LazyArray], *, form: str) -> dict[str, LazyArray]:
     """Returns the arrays of an export's file. In int8 a matrix is two: `.../codes` and `.../scale` (float32).
 
-    A scale belongs to a column of a kernel, or to a row of the token table.
+    A scale belongs to a column of a kernel, or to a row of a table.
     """
     found: dict[str, LazyArray] = {}
     for name, array in arrays.items():
@@ -34,7 +37,7 @@ def stored(arrays: Mapping[str, LazyArray], *, form: str) -> dict[str, LazyArray
         elif form == BFLOAT16:
             found[name] = _made(array, lambda x: x.astype(ml_dtypes.bfloat16), array.shape, ml_dtypes.bfloat16)
         else:
-            by_row = name == _TABLE
+            by_row = name in names.TABLES
             found[f"{name}/codes"] = _made(array, functools.partial(_packed, "codes", by_row), array.shape, np.int8)
             scales = array.shape[:1] if by_row else array.shape[1:]
             found[f"{name}/scale"] = _made(array, functools.partial(_packed, "scale", by_row), scales, np.float32)
@@ -51,22 +54,22 @@ def _packed(part: str, by_row: bool, matrix: np.ndarray) -> np.ndarray:
     return np.asarray(found.T if by_row and part == "codes" else found)
 
 
-def parameters(stored: Mapping[str, jax.Array], names: Mapping[str, Any], *, form: str) -> families.Parameters:
+def parameters(stored: Mapping[str, jax.Array], shapes: Mapping[str, Any], *, form: str) -> families.Parameters:
     """Computes the student's parameters, in the given names and types, from the stored arrays. Traceable."""
     found: families.Parameters = {}
-    for name, like in names.items():
+    for name, like in shapes.items():
         if name in stored:
             found[name] = stored[name].astype(like.dtype)
             continue
         codes, scale = stored[f"{name}/codes"].astype(jnp.float32), stored[f"{name}/scale"]
-        found[name] = (codes * (scale[:, None] if name == _TABLE else scale[None, :])).astype(like.dtype)
+        found[name] = (codes * (scale[:, None] if name in names.TABLES else scale[None, :])).astype(like.dtype)
     return found
 
 
 def error(arrays: Mapping[str, LazyArray]) -> dict[str, Any]:
     """Measures the error of int8 in the matrices (`quantized.error`): the mean, the largest and its name."""
     errors = {
-        name: quantized.error(matrix.T if name == _TABLE else matrix, form=quantized.INT8)
+        name: quantized.error(matrix.T if name in names.TABLES else matrix, form=quantized.INT8)
         for name, array in arrays.items()
         if is_matrix(name, array)
         for matrix in [array.whole().astype(np.float32)]

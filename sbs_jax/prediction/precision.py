@@ -37,7 +37,7 @@ def held(
             is_logits = path[-1] == "logits_dense"
             _hold(module, form=BFLOAT16 if is_logits else weights)
     if model.config.logits_via_embedding:
-        model.token_embedder.product_dtype = BFLOAT16
+        model.output_embedder.product_dtype = BFLOAT16
     return families.split(model)
 
 

@@ -19,8 +19,8 @@ from sbs_jax.data import tokens, vocabularies
 from sbs_jax.run import manifest
 from sbs_jax.storage import atomic, user_files
 from sbs_jax.storage.json_files import brief, decoded, parse_json, part
-from sbs_jax.student import families, t5
-from sbs_jax.weights import decoder_settings, names, tensor_files
+from sbs_jax.student import families, t5, t5gemma
+from sbs_jax.weights import decoder_settings, names, t5gemma_settings, tensor_files
 from sbs_jax.weights.arrays import LazyArray, Opened, shapes
 
 log = logging.getLogger(__name__)
@@ -71,9 +71,12 @@ _NUMBERS = {
     "relative_attention_max_distance": ("relative_attention_max_distance", 128),
     "layer_norm_epsilon": ("layer_norm_epsilon", 1e-6),
 }
+_TABLE = "shared.weight"
 # Copies of the table that older versions wrote, and a bias that no version ever used.
 _COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
 _UNUSED = ("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",)
+# A decoder-only model's table, and the copy of it that a tied one may have.
+_TIED = ("model.embed_tokens.weight", ("lm_head.weight",))
 # Their names to ours.
 _OURS = {theirs: (ours, transposed) for ours, (theirs, transposed) in names.TABLE.items()}
 _LAYER = re.compile(r"(encoder|decoder)\.block\.(\d+)\.")
@@ -81,6 +84,7 @@ _LAYER = re.compile(r"(encoder|decoder)\.block\.(\d+)\.")
 _WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 # The prefix of a model inside another ("model."), and the part of the name that is a T5's.
 _INSIDE = re.compile(r"((?:[^.]+\.)*?)((?:shared|lm_head|encoder|decoder)\..*)", re.DOTALL)
+_INSIDE_T5GEMMA = re.compile(r"((?:[^.]+\.)*?)((?:model\.(?:encoder|decoder)|lm_head)\..*)", re.DOTALL)
 _INSIDE_DECODER = re.compile(r"((?:[^.]+\.)*?)((?:model\.(?:embed_tokens|layers|norm)|lm_head)\..*)", re.DOTALL)
 # Files and fields that name tokens beside a SentencePiece model; () where the whole file does.
 _TOKENS = {
@@ -114,17 +118,17 @@ def open_directory(path: str | Path) -> Opened:
         )
     settings = read_object(path / CONFIG)
     kind = settings.get("model_type")
-    if isinstance(kind, str) and kind in decoder_settings.MODEL_TYPES:
-        return _open_decoder(path, settings)
+    if isinstance(kind, str) and kind in {**decoder_settings.MODEL_TYPES, **t5gemma_settings.MODEL_TYPES}:
+        return _open_rotary(path, settings)
     stored = _unwrapped(path, _stored(path), inside=_INSIDE)
     tied = "lm_head.weight" not in stored
     config = _config(path, settings, tied=tied)
     for name in _COPIES:
         if name in stored:
             copy = stored.pop(name)
-            _expect_copy(path, stored.setdefault("shared.weight", copy), copy, name=name)
-    if "shared.weight" not in stored:
-        raise ValueError(f"{path} has no 'shared.weight', the token table; it holds {brief(sorted(stored))}.")
+            _expect_copy(path, stored.setdefault(_TABLE, copy), copy, name=name, of=_TABLE)
+    if _TABLE not in stored:
+        raise ValueError(f"{path} has no {_TABLE!r}, the token table; it holds {brief(sorted(stored))}.")
     if tied and settings.get("tie_word_embeddings") is False:
         log.warning(
             "%s has no lm_head.weight, although its config.json says tie_word_embeddings false: the token table is "
@@ -132,62 +136,97 @@ def open_directory(path: str | Path) -> Opened:
             path,
         )
     if not tied and config.logits_via_embedding:
-        _expect_copy(path, stored["shared.weight"], stored.pop("lm_head.weight"), name="lm_head.weight")
+        _expect_copy(path, stored[_TABLE], stored.pop("lm_head.weight"), name="lm_head.weight", of=_TABLE)
     for name in _UNUSED:
         stored.pop(name, None)
     if tied and not config.logits_via_embedding:
         # Tied but not scaled, as transformers 5 writes new v1.1 models: the same as an untied copy.
-        stored["lm_head.weight"] = stored["shared.weight"]
+        stored["lm_head.weight"] = stored[_TABLE]
     arrays, unknown = _renamed(stored, shared_bias=config.relative_attention_bias == "shared")
-    layers = {
-        stack: len({n.split("/")[2] for n in arrays if n.startswith(f"{stack}/layers/")}) for stack in names.STACKS
-    }
-    names.check_sizes(path, shapes(arrays), config, layers=layers, kind="Hugging Face")
-    wanted = names.parameters(config)
-    _refuse_unknown(path, unknown, [name.hugging_face for name in names.of(wanted)])
-    names.check(path, shapes(arrays), shapes(wanted), kind="Hugging Face")
+    _check(path, arrays, config, unknown=unknown, rows=names.TABLE)
     vocabulary = str(path / SENTENCEPIECE) if (path / SENTENCEPIECE).is_file() else None
     _warn_of_tokenizer(path, vocabulary)
     return Opened(config, arrays, vocabulary=vocabulary, origin=origin_beside(path))
 
 
-def _open_decoder(path: Path, settings: Mapping[str, Any]) -> Opened:
-    """Opens a decoder-only model. Its tokenizer.json, if there is one, says which tokens end and begin a target."""
-    _check_architectures(path, settings, ends=("ForCausalLM",), expected="a ..ForCausalLM")
-    stored = _unwrapped(path, _stored(path), inside=_INSIDE_DECODER)
-    tied = "lm_head.weight" not in stored or bool(settings.get("tie_word_embeddings", False))
-    table = stored.get("model.embed_tokens.weight")
-    if table is None:
-        raise ValueError(
-            f"{path} has no 'model.embed_tokens.weight', the token table; it holds {brief(sorted(stored))}."
-        )
-    if tied and "lm_head.weight" in stored:
-        _expect_copy(path, table, stored.pop("lm_head.weight"), name="lm_head.weight")
-    generation = read_object(path / GENERATION) if (path / GENERATION).is_file() else {}
-    tokenizer, ids = path / TOKENIZER, {**generation, **settings}
+def _open_rotary(path: Path, settings: Mapping[str, Any]) -> Opened:
+    """Opens a decoder-only model or a T5Gemma. Its tokenizer.json, if there is one, says which token ends a target."""
+    kind = settings["model_type"]
+    images = kind in t5gemma_settings.MODEL_TYPES
+    end = "ForConditionalGeneration" if images else "ForCausalLM"
+    _check_architectures(path, settings, ends=(end,), expected=f"a ..{end}")
+    stored = _unwrapped(path, _stored(path), inside=_INSIDE_T5GEMMA if images else _INSIDE_DECODER)
+    if images:
+        stored = _without_images(path, stored, expected=kind == t5gemma_settings.T5GEMMA2)
+    table, copies = t5gemma_settings.TIED.get(kind, _TIED)
+    tied = copies[-1] not in stored or bool(settings.get("tie_word_embeddings", images))
+    for name in copies if tied else ():
+        if name in stored:
+            copy = stored.pop(name)
+            _expect_copy(path, stored.setdefault(table, copy), copy, name=name, of=table)
+    if table not in stored:
+        raise ValueError(f"{path} has no {table!r}, the token table; it holds {brief(sorted(stored))}.")
+    config = _rotary_config(path, settings, stored, tied=tied)
+    rows = names.table_of(config)
+    arrays, unknown = names.renamed(stored, rows)
+    _check(path, arrays, config, unknown=unknown, rows=rows)
+    vocabulary = next((path / name for name in (TOKENIZER, SENTENCEPIECE) if (path / name).is_file()), None)
+    return Opened(
+        config, arrays, vocabulary=None if vocabulary is None else str(vocabulary), origin=origin_beside(path)
+    )
+
+
+def _rotary_config(
+    path: Path, settings: Mapping[str, Any], stored: Mapping[str, LazyArray], *, tied: bool
+) -> families.ModelConfig:
+    """Reads the architecture, and the tokens that end and begin a target."""
+    is_decoder = settings["model_type"] in decoder_settings.MODEL_TYPES
+    ids = read_object(path / GENERATION) if (path / GENERATION).is_file() else {}
+    ids |= settings if is_decoder else t5gemma_settings.ids(path / CONFIG, settings)
+    tokenizer, pieces = path / TOKENIZER, {}
     try:
-        pieces: dict[str, int] = {}
         if tokenizer.is_file():
             pieces = vocabularies.pieces(vocabularies.parse_bpe(user_files.whole(tokenizer, most=_LARGEST)))
         marks = vocabularies.marks(pieces, eos_id=ids.get("eos_token_id"), bos_id=ids.get("bos_token_id"))
     except ValueError as error:
         raise ValueError(f"{tokenizer}: {error}") from None
-    given = {"eos_id": "eos_token_id", "decoder_start": "decoder_start_token_id"}
-    marks |= {ours: ids[name] for ours, name in given.items() if _ours(settings) and type(ids.get(name)) is int}
-    config = decoder_settings.read(path / CONFIG, settings, tied=tied, **marks)
-    rows = names.table_of(config)
-    arrays, unknown = names.renamed(stored, rows)
-    names.check_sizes(path, shapes(arrays), config, layers={"decoder": names.layers_of(arrays)}, kind="Hugging Face")
+    # Decoder inputs of a T5Gemma begin with BOS, whatever the tokenizer has.
+    given = {} if is_decoder else {"decoder_start": "bos_token_id"}
+    if type(settings.get("decoder_start_token_id")) is int:  # `write` made these settings
+        given = {"eos_id": "eos_token_id", "decoder_start": "decoder_start_token_id"}
+    marks |= {ours: ids[name] for ours, name in given.items() if type(ids.get(name)) is int}
+    if is_decoder:
+        return decoder_settings.read(path / CONFIG, settings, tied=tied, **marks)
+    target = names.T5GEMMA["target_embedder/embedding"][0]
+    is_shared = settings["model_type"] == t5gemma_settings.T5GEMMA2 and target not in stored
+    return t5gemma_settings.read(path / CONFIG, settings, tied=tied, shared_table=is_shared, **marks)
+
+
+def _without_images(path: Path, stored: Mapping[str, LazyArray], *, expected: bool) -> dict[str, LazyArray]:
+    """Leaves out the arrays of images, and says so."""
+    found, left_out = t5gemma_settings.text_only(stored)
+    if any(left_out.values()):
+        counts = ", ".join(f"{name} ({count} arrays)" for name, count in left_out.items() if count)
+        log.info("%s: only text is read; left out are %s.", path, counts)
+    if expected and not left_out["eoi_embedding"]:
+        log.info("%s has no eoi_embedding, the vector of the end of an image, which texts do not need.", path)
+    return found
+
+
+def _check(
+    path: Path,
+    arrays: Mapping[str, LazyArray],
+    config: families.ModelConfig,
+    *,
+    unknown: Sequence[str],
+    rows: names.Table,
+) -> None:
+    """Requires the arrays of the architecture and no others."""
+    layers = {stack: names.layers_of(arrays, stack=stack) for stack in names.STACKS}
+    names.check_sizes(path, shapes(arrays), config, layers=layers, kind="Hugging Face")
     wanted = names.parameters(config)
     _refuse_unknown(path, unknown, [name.hugging_face for name in names.of(wanted, rows)])
     names.check(path, shapes(arrays), shapes(wanted), kind="Hugging Face")
-    vocabulary = str(tokenizer) if tokenizer.is_file() else None
-    return Opened(config, arrays, vocabulary=vocabulary, origin=origin_beside(path))
-
-
-def _ours(settings: Mapping[str, Any]) -> bool:
-    """True for settings that `write` made."""
-    return type(settings.get("decoder_start_token_id")) is int
 
 
 def write(
@@ -205,9 +244,9 @@ def write(
     path = Path(path)
     if opened.vocabulary is not None:
         tokens.check_vocabulary(opened.vocabulary)  # fail before gigabytes of weights are written
+    settings = _settings(opened.config, dtype=dtype)
     with atomic.new_folder(path) as folder:
         _write_weights(folder, opened, dtype=np.dtype(dtype), shard_bytes=shard_bytes)
-        settings = _settings(opened.config, dtype=dtype)
         write_json(folder / CONFIG, settings)
         write_json(folder / GENERATION, {name: settings[name] for name in _GENERATION})
         if opened.vocabulary is not None:
@@ -231,6 +270,8 @@ def _write_weights(folder: Path, opened: Opened, *, dtype: np.dtype, shard_bytes
         name.hugging_face: opened.arrays[name.ours].transposed() if name.transposed else opened.arrays[name.ours]
         for name in names.of(opened.arrays, names.table_of(opened.config))
     }
+    if isinstance(opened.config, t5gemma.T5GemmaConfig):
+        stored |= t5gemma_settings.of_images(opened.config)
     sizes = {name: int(np.prod(array.shape)) * dtype.itemsize for name, array in stored.items()}
     shards: list[list[str]] = [[]]
     filled = 0
@@ -339,18 +380,18 @@ def _texts(tokens: Any) -> list[str]:
     return [text for text in each if isinstance(text, str)]
 
 
-def _expect_copy(path: Path, table: LazyArray, copy: LazyArray, *, name: str) -> None:
-    """Requires a bit-identical copy of the shared table (tied models may store several)."""
+def _expect_copy(path: Path, table: LazyArray, copy: LazyArray, *, name: str, of: str) -> None:
+    """Requires a bit-identical copy of the table `of` (tied models may store several)."""
     if copy is table:
         return
     if len(table.shape) != 2 or 0 in table.shape:
-        raise ValueError(f"{path}: 'shared.weight' has the shape {table.shape}; expected a table of two dimensions.")
+        raise ValueError(f"{path}: {of!r} has the shape {table.shape}; expected a table of two dimensions.")
     size, step = table.shape[0], max(1, 2**24 // table.shape[1])
     pieces = [(slice(start, min(start + step, size)), slice(None)) for start in range(0, size, step)]
     same = copy.shape == table.shape and all(np.array_equal(table.read(piece), copy.read(piece)) for piece in pieces)
     if not same:
         raise ValueError(
-            f"{path}: {name!r} differs from 'shared.weight', although the configuration ties them. If the model has "
+            f"{path}: {name!r} differs from {of!r}, although the configuration ties them. If the model has "
             "two tables, correct tie_word_embeddings in config.json."
         )
 
@@ -359,7 +400,7 @@ def _check_architectures(path: Path, settings: Mapping[str, Any], *, ends: tuple
     kind, architectures = settings.get("model_type"), settings.get("architectures") or []
     if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
         raise ValueError(f"{path / CONFIG}: 'architectures' is {brief(architectures)}; expected a list of names.")
-    known = (*MODEL_TYPES, *decoder_settings.MODEL_TYPES)
+    known = (*MODEL_TYPES, *decoder_settings.MODEL_TYPES, *t5gemma_settings.MODEL_TYPES)
     if not isinstance(kind, str) or kind not in known:
         raise ValueError(
             f"{path} holds a model of type {brief(kind)} ({part(', '.join(architectures) or 'no architecture')}); "
@@ -407,6 +448,8 @@ def _config(path: Path, settings: Mapping[str, Any], *, tied: bool) -> t5.T5Conf
 
 def _settings(config: families.ModelConfig, *, dtype: str) -> dict[str, Any]:
     """Builds `config.json`."""
+    if isinstance(config, t5gemma.T5GemmaConfig):
+        return t5gemma_settings.write(config, dtype=dtype)
     if not isinstance(config, t5.T5Config):
         return decoder_settings.write(config, dtype=dtype)
     per_layer = config.relative_attention_bias == "per_layer"
@@ -433,7 +476,9 @@ def _write_tokenizer(folder: Path, opened: Opened) -> None:
     assert opened.vocabulary is not None
     kind = vocabularies.kind_of(opened.vocabulary)
     if kind.library == "tokenizers":
-        _write_bpe(folder, opened.vocabulary)
+        # A decoder-only model continues its prompt, so padding comes before that.
+        decoder_only = len(opened.config.stack_layers) == 1
+        _write_bpe(folder, opened.vocabulary, padding_side="left" if decoder_only else "right")
         return
     settings: dict[str, Any] = {
         "eos_token": "</s>",
@@ -449,7 +494,7 @@ def _write_tokenizer(folder: Path, opened: Opened) -> None:
     write_json(folder / TOKENIZER_CONFIG, settings)
 
 
-def _write_bpe(folder: Path, vocabulary: str) -> None:
+def _write_bpe(folder: Path, vocabulary: str, *, padding_side: str) -> None:
     contents = tokens.read_vocabulary(vocabulary)
     (folder / TOKENIZER).write_bytes(contents)
     parsed = vocabularies.parse_bpe(contents)
@@ -457,7 +502,8 @@ def _write_bpe(folder: Path, vocabulary: str) -> None:
     padding = next((token for token, id_ in vocabularies.specials(parsed).items() if id_ == tokens.PAD_ID), end)
     # Questions are written without a template and without BOS, as in training.
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end, "pad_token": padding}
-    write_json(folder / TOKENIZER_CONFIG, {**settings, "padding_side": "left", "clean_up_tokenization_spaces": False})
+    settings |= {"padding_side": padding_side, "clean_up_tokenization_spaces": False}
+    write_json(folder / TOKENIZER_CONFIG, settings)
 
 
 def read_object(path: Path, *, most: int = user_files.LARGEST) -> dict[str, Any]:

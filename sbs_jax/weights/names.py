@@ -17,12 +17,14 @@ import jax
 
 from sbs_jax.checks import nearest
 from sbs_jax.storage.json_files import part
-from sbs_jax.student import families, t5
+from sbs_jax.student import families, t5, t5gemma
 from sbs_jax.weights.arrays import LazyArray, Shapes
 
 _LAYER = "{layer}"
 _NUMBER = re.compile(r"\.(\d{1,4})\.", re.ASCII)  # of a layer
 _DENSE, _AS_IS = True, False
+
+TABLES = ("token_embedder/embedding", "target_embedder/embedding")  # a row for each token
 
 _SELF, _CROSS, _MLP = "SelfAttention", "EncDecAttention", "DenseReluDense"
 
@@ -63,11 +65,13 @@ TABLE: dict[str, tuple[str, bool]] = {
 }
 
 
-def _decoder(layer: str, *, inner: Mapping[str, str], norms: Mapping[str, str]) -> dict[str, tuple[str, bool]]:
-    """Builds the rows of a decoder-only model's layers, called `layer` elsewhere."""
+def _layers(
+    layer: str, *, inner: Mapping[str, str], norms: Mapping[str, str], own: str = _DECODER
+) -> dict[str, tuple[str, bool]]:
+    """Builds the rows of a stack's layers that rotate, called `layer` elsewhere."""
     return {
-        **{f"{_DECODER}/{ours}/kernel": (f"{layer}.{theirs}.weight", _DENSE) for ours, theirs in inner.items()},
-        **{f"{_DECODER}/{ours}/scale": (f"{layer}.{theirs}.weight", _AS_IS) for ours, theirs in norms.items()},
+        **{f"{own}/{ours}/kernel": (f"{layer}.{theirs}.weight", _DENSE) for ours, theirs in inner.items()},
+        **{f"{own}/{ours}/scale": (f"{layer}.{theirs}.weight", _AS_IS) for ours, theirs in norms.items()},
     }
 
 
@@ -96,7 +100,7 @@ _AFTER, _AFTER_MLP = "post_self_attention_layer_norm", "post_mlp_layer_norm"
 # Llama and Qwen3 call the norm before the MLP what Gemma 3 calls the one after attention.
 LLAMA: dict[str, tuple[str, bool]] = {
     **_OUTSIDE,
-    **_decoder(
+    **_layers(
         "model.layers.{layer}",
         inner=_TO_HUGGING_FACE,
         norms={**_QK_NORMS, _BEFORE: "input_layernorm", _BEFORE_MLP: "post_attention_layernorm"},
@@ -104,7 +108,7 @@ LLAMA: dict[str, tuple[str, bool]] = {
 }
 GEMMA3: dict[str, tuple[str, bool]] = {
     **_OUTSIDE,
-    **_decoder(
+    **_layers(
         "model.layers.{layer}",
         inner=_TO_HUGGING_FACE,
         norms={
@@ -116,11 +120,39 @@ GEMMA3: dict[str, tuple[str, bool]] = {
         },
     ),
 }
+_T5GEMMA_NORMS = {
+    **_QK_NORMS,
+    _BEFORE: "pre_self_attn_layernorm",
+    _AFTER: "post_self_attn_layernorm",
+    _BEFORE_MLP: "pre_feedforward_layernorm",
+    _AFTER_MLP: "post_feedforward_layernorm",
+}
+_CROSS_NORMS = {f"{side}_cross_attention_layer_norm": f"{side}_cross_attn_layernorm" for side in ("pre", "post")}
+# T5Gemma 2 as on the Hub, and T5Gemma.
+T5GEMMA: dict[str, tuple[str, bool]] = {
+    "token_embedder/embedding": ("model.encoder.embed_tokens.weight", _AS_IS),
+    "target_embedder/embedding": ("model.decoder.embed_tokens.weight", _AS_IS),
+    "logits_dense/kernel": ("lm_head.out_proj.weight", _DENSE),
+    "encoder/encoder_norm/scale": ("model.encoder.norm.weight", _AS_IS),
+    "decoder/decoder_norm/scale": ("model.decoder.norm.weight", _AS_IS),
+    **_layers("model.encoder.layers.{layer}", inner=_TO_HUGGING_FACE, norms=_T5GEMMA_NORMS, own=_ENCODER),
+    **_layers(
+        "model.decoder.layers.{layer}",
+        inner={
+            **_TO_HUGGING_FACE,
+            **{
+                f"encoder_decoder_attention/{long}": f"cross_attn.{long[0]}_proj"
+                for long in ("query", "key", "value", "out")
+            },
+        },
+        norms={**_T5GEMMA_NORMS, **_CROSS_NORMS},
+    ),
+}
 GGUF: dict[str, tuple[str, bool]] = {
     "token_embedder/embedding": ("token_embd.weight", _AS_IS),
     "logits_dense/kernel": ("output.weight", _DENSE),
     "decoder/decoder_norm/scale": ("output_norm.weight", _AS_IS),
-    **_decoder(
+    **_layers(
         "blk.{layer}",
         inner=_TO_GGUF,
         norms={
@@ -140,6 +172,8 @@ def table_of(config: families.ModelConfig) -> Table:
     """Returns the table of Hugging Face's names of an architecture."""
     if isinstance(config, t5.T5Config):
         return TABLE
+    if isinstance(config, t5gemma.T5GemmaConfig):
+        return T5GEMMA
     return GEMMA3 if config.post_norms else LLAMA
 
 
@@ -169,7 +203,7 @@ def of(parameters: Collection[str], table: Table = TABLE) -> list[Name]:
 
 
 def renamed(arrays: Mapping[str, LazyArray], table: Table) -> tuple[dict[str, LazyArray], list[str]]:
-    """Renames a decoder-only model's arrays to our names and layout; returns the names without a row too."""
+    """Renames arrays of a model that rotates to our names and layout; returns the names without a row too."""
     rows = {theirs: (ours, transposed) for ours, (theirs, transposed) in table.items()}
     found, unknown = {}, []
     for theirs, array in sorted(arrays.items()):
@@ -260,7 +294,7 @@ def check_sizes(
             )
     joined, inner = config.num_heads * config.head_dim, "wi" if len(config.mlp_activations) == 1 else "wi_0"
     like = {
-        "token_embedder/embedding": (config.vocab_size, config.emb_dim),
+        **dict.fromkeys(TABLES, (config.vocab_size, config.emb_dim)),
         "encoder/layers/0/attention/query/kernel": (config.emb_dim, joined),
         "decoder/layers/0/self_attention/query/kernel": (config.emb_dim, joined),
         f"encoder/layers/0/mlp/{inner}/kernel": (config.emb_dim, config.mlp_dim),
@@ -272,7 +306,12 @@ def check_sizes(
             ("encoder/relpos_bias/rel_embedding", "encoder/layers/0/relpos_bias/rel_embedding"), biases
         )
     else:
-        like["decoder/layers/0/self_attention/key/kernel"] = (config.emb_dim, config.num_kv_heads * config.head_dim)
+        for stack in config.stack_layers:
+            like[f"{stack}/layers/0/self_attention/query/kernel"] = (config.emb_dim, joined)
+            like[f"{stack}/layers/0/self_attention/key/kernel"] = (
+                config.emb_dim,
+                config.num_kv_heads * config.head_dim,
+            )
     like = {name: shape for name, shape in like.items() if name in found}
     check(path, {name: found[name] for name in like}, like, kind=kind)
 

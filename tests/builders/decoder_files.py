@@ -1,4 +1,4 @@
-"""Tiny decoder-only models as files: their arrays, and GGUF as llama.cpp's converter writes it."""
+"""Tiny models that rotate as files: their arrays, and GGUF as llama.cpp's converter writes it."""
 
 import dataclasses
 from pathlib import Path
@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from builders import bpe, gguf_files
+from sbs_jax.student import families
 from sbs_jax.student.decoder_only import DecoderConfig
 from sbs_jax.weights import names
 from sbs_jax.weights.arrays import LazyArray, Opened
@@ -48,13 +49,13 @@ CONFIGS = {"llama": LLAMA, "qwen3": QWEN3, "gemma3_text": GEMMA3}
 TEXTS = ["A tiny red iron lamp, 12 cm.", "Iron sinks. So the answer is no."]
 
 
-def parameters(config: DecoderConfig, seed: int = 0) -> dict[str, np.ndarray]:
+def parameters(config: families.ModelConfig, seed: int = 0) -> dict[str, np.ndarray]:
     random = np.random.default_rng(seed)
     shapes = names.parameters(config)
     return {name: random.normal(size=leaf.shape).astype(np.float32) * 0.3 for name, leaf in shapes.items()}
 
 
-def opened(config: DecoderConfig, **changes: Any) -> Opened:
+def opened(config: families.ModelConfig, **changes: Any) -> Opened:
     return Opened(config, {name: LazyArray.of(x) for name, x in parameters(config).items()}, **changes)
 
 

@@ -39,14 +39,15 @@ def add(command: Any) -> None:
 
 
 def _bindings(folder: str, cut: Any) -> str:
-    """Returns the bindings of a model with a cut vocabulary; those of a decoder-only one are in its new ids."""
+    """Returns the bindings of a model with a cut vocabulary; those of a BPE also name its new ids."""
     from sbs_jax.data import vocabularies
 
     if cut.extra_ids:
         return f"t5.T5Config.vocab_size={cut.vocab_size}"
     pieces = vocabularies.pieces(vocabularies.parse_bpe((Path(folder) / cut.file).read_bytes()))
     found = {"vocab_size": cut.vocab_size, **vocabularies.marks(pieces, eos_id=None, bos_id=None)}
-    return " --gin.".join(f"decoder_only.DecoderConfig.{name}={value}" for name, value in found.items())
+    bindings = " --gin.".join(f"decoder_only.DecoderConfig.{name}={value}" for name, value in found.items())
+    return f"{bindings} (of a T5Gemma: t5gemma.T5GemmaConfig)"
 
 
 def run(arguments: argparse.Namespace) -> int:
