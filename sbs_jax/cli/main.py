@@ -27,7 +27,7 @@ from sbs_jax.training.gin_files import UsageError
 _BINDING = re.compile(r"--gin\.([^=]+)=(.*)", re.DOTALL)
 # The commands in the order of --help; each is a module of `cli/commands/`.
 NAMES = (
-    *("records", "teach", "baseline", "vocabulary", "train", "sweep", "replay"),
+    *("init", "records", "teach", "baseline", "vocabulary", "train", "sweep", "replay"),
     *("evaluate", "predict", "serve", "rationales", "convert"),
     *("report", "plan", "demo"),
 )

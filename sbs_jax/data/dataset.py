@@ -56,6 +56,7 @@ class Dataset:
       scripted_reply: (prompt, sample number) -> a reply, or None if the prompt contains no input of this dataset. The
         offline teacher of `sbs teach --provider scripted`.
       read_further: file of another collection -> rows for `augmentation`, or for each problem that is none, the reason.
+      definition: what its dataset.json says (dataset_folder.py); None for a dataset that is Python.
       tfds: name in TensorFlow Datasets, if the rows can come from there.
       tfds_row: makes a row from one TFDS example (bytes decoded to text).
     """
@@ -72,6 +73,7 @@ class Dataset:
     implied_label: Callable[[str, Sequence[str]], str | None] | None = None
     scripted_reply: Callable[[str, int], str | None] | None = None
     read_further: Callable[[Path], Iterable["Row | str"]] | None = None
+    definition: Mapping[str, Any] | None = None
     tfds: str | None = None
     tfds_row: Callable[[Mapping[str, Any]], Row] | None = None
 

@@ -97,6 +97,16 @@ def same_text(target: str, prediction: str) -> bool:
     return target == prediction
 
 
+def same_normalized_text(target: str, prediction: str) -> bool:
+    """Compares two texts without case, punctuation at the ends of words, and repeated white space."""
+    return _normalized(target) == _normalized(prediction)
+
+
+def _normalized(text: str) -> list[str]:
+    words = (word.strip(".,;:!?'()[]`*" + '"') for word in text.casefold().split())
+    return [word for word in words if word]
+
+
 def same_equation_value(target: str, prediction: str) -> bool:
     """Compares the exact values of two equations; text that has no value equals nothing, not even itself."""
     value = equation_value(target)
@@ -106,6 +116,11 @@ def same_equation_value(target: str, prediction: str) -> bool:
 def accuracy(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float]:
     """Returns the percentage of predictions that equal their target exactly: {"accuracy": 0..100}."""
     return {"accuracy": percentage_right(targets, predictions, same_text)}
+
+
+def normalized_accuracy(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float]:
+    """Returns the percentage of predictions that equal their target normalized: {"normalized_accuracy": 0..100}."""
+    return {"normalized_accuracy": percentage_right(targets, predictions, same_normalized_text)}
 
 
 def equation_accuracy(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float]:

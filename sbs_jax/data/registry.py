@@ -29,7 +29,7 @@ import seqio
 import tensorflow as tf
 
 from sbs_jax import checks
-from sbs_jax.data import corpus, records, seqio_tasks, tokens, vocabularies
+from sbs_jax.data import corpus, dataset_folder, records, seqio_tasks, tokens, vocabularies
 from sbs_jax.data.dataset import STEP_BY_STEP, Dataset
 from sbs_jax.data.selection import (
     ANSWER_MARKER,
@@ -81,6 +81,8 @@ def add(dataset: Dataset) -> None:
     """Registers a dataset and, under the current options, its SeqIO tasks and mixture."""
     known = _DATASETS.get(dataset.name)
     if known is not None and known != dataset:
+        if known.definition is not None and known.definition == dataset.definition:
+            return
         raise ValueError(f"Another dataset is already registered as {dataset.name!r}; choose another name.")
     _DATASETS[dataset.name] = dataset
     _register(dataset)
@@ -119,12 +121,27 @@ def names() -> tuple[str, ...]:
 
 
 def get(name: str) -> Dataset:
-    """Returns the dataset with this name; ValueError with near matches if there is none."""
+    """Returns the dataset of this name, or of a folder with dataset.json, which this registers.
+
+    ValueError with near matches if there is none.
+    """
     if name == corpus.DATASET.name:
         return corpus.DATASET
-    if name not in _registered():
-        raise ValueError(f"Unknown dataset {name!r}; known are {list(names())}.{checks.nearest(name, names())}")
+    if name not in _registered() and dataset_folder.is_folder(name):
+        return restore(dataset_folder.read(name))
+    if name not in _DATASETS:
+        raise ValueError(
+            f"Unknown dataset {name!r}; known are {list(names())}, and folders with {dataset_folder.FILE} (`sbs init`)."
+            f"{checks.nearest(name, names())}"
+        )
     return _DATASETS[name]
+
+
+def restore(dataset: Dataset) -> Dataset:
+    """Registers the dataset of a folder or of a run's manifest, and returns it."""
+    _registered()  # shipped datasets have their names first
+    add(dataset)
+    return _DATASETS[dataset.name]
 
 
 def scripted_reply(asked: str, *, sample: int) -> str | None:
@@ -142,11 +159,13 @@ def task_names() -> tuple[str, ...]:
 
 
 def task_name(*, dataset: str, kind: str) -> str:
-    """Returns the SeqIO name of a dataset's task or mixture; gin's method files use it.
+    """Returns the SeqIO name of a task or mixture of a dataset, or of its folder; gin's method files use it.
 
     >>> task_name(dataset="svamp", kind="step_by_step")
     'svamp_step_by_step'
     """
+    if dataset_folder.is_folder(dataset):
+        dataset = get(dataset).name
     name = f"{dataset}_{kind}"
     split_task(name)
     return name

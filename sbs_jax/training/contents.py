@@ -28,8 +28,10 @@ def manifest(config: TrainConfig, *, data: dict[str, Any], trainer: Trainer) -> 
     if config.tuning is not None:
         log.info("%s", adapters.summary(config.model, trainer.saved.parameters, trainer.saved.frozen))
     log.info("Data: %s", {name: split["counts"] for name, split in data["splits"].items()})
+    definition = registry.dataset_of_task(config.mixture_or_task_name).definition
     return {
-        "data": data,
+        # With the definition, the run needs no dataset.json.
+        "data": data if definition is None else {**data, "definition": definition},
         "lengths": lengths,
         "run": {
             "mixture_or_task_name": config.mixture_or_task_name,

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from sbs_jax.data import registry, selection
+from sbs_jax.data import dataset_folder, registry, selection
 from sbs_jax.run import directory
 from sbs_jax.student import adapters, families, partitioning
 from sbs_jax.weights import frozen, identity, names, opening, runs
@@ -112,7 +112,12 @@ def _load_sharing(
 
 
 def _options(trained: _Trained) -> selection.DataOptions:
-    """Returns the options of the run without its further training rows, which no answer depends on."""
+    """Returns the options of the run without its further training rows, which no answer depends on.
+
+    Registers its dataset, if that is no Python.
+    """
+    if definition := trained.manifest["data"].get("definition"):
+        registry.restore(dataset_folder.of(definition, where=f"{trained.owner}, its manifest"))
     return selection.DataOptions(**trained.manifest["data"]["options"] | {"augmentation": None})
 
 

@@ -3,6 +3,7 @@
 import argparse
 from typing import Any
 
+from sbs_jax.cli import folders
 from sbs_jax.data.selection import TRAIN, VALIDATION
 
 
@@ -15,8 +16,10 @@ def add(command: Any) -> None:
         "Writes baselines.json beside the records, where sbs train and sbs report find it: a student below a baseline\n"
         "is said to be so. The models: docs/report.md.",
     )
-    baseline.add_argument("--dataset", required=True, help="dataset name")
-    baseline.add_argument("--records_dir", required=True, metavar="DIR", help="records of the dataset")
+    baseline.add_argument("--dataset", required=True, help="dataset name, or a folder of sbs init")
+    baseline.add_argument(
+        "--records_dir", metavar="DIR", help="records of the dataset (default for a folder: its records)"
+    )
     baseline.add_argument(
         "--train",
         nargs="+",
@@ -34,6 +37,8 @@ def run(arguments: argparse.Namespace) -> int:
     from sbs_jax.data import registry, selection, tokens
     from sbs_jax.stats import baselines, linear
 
+    folders.fill_in(arguments)
+    dataset = registry.get(arguments.dataset).name
     train_split = arguments.train[0]
     registry.configure(
         selection.DataOptions(
@@ -44,12 +49,10 @@ def run(arguments: argparse.Namespace) -> int:
             augmentation=arguments.augmentation,
         )
     )
-    found = linear.measure(arguments.dataset, train=arguments.train)
-    path = baselines.write(arguments.records_dir, arguments.dataset, found)
+    found = linear.measure(dataset, train=arguments.train)
+    path = baselines.write(arguments.records_dir, dataset, found)
     in_folds = f" in {arguments.folds} folds" if arguments.folds else ""
-    print(
-        f"{arguments.dataset}: {found['train_rows']:,} rows to learn from, {found['test_rows']:,} test rows{in_folds}"
-    )
+    print(f"{dataset}: {found['train_rows']:,} rows to learn from, {found['test_rows']:,} test rows{in_folds}")
     for name, model in found["models"].items():
         print(f"{baselines.TITLES[name]:40} {model['accuracy']:5.1f} %  [{model['low']:.1f}, {model['high']:.1f}]")
     print(f"Baselines: {path}")

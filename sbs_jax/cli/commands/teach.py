@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from sbs_jax.cli import folders
 from sbs_jax.cli.commands.records import add_unusable
 from sbs_jax.data import summary
 
@@ -26,13 +27,14 @@ def add(command: Any) -> None:
         "cancelled jobs), or in some split more than --unusable of the replies have no usable label.",
     )
     rows = teach.add_argument_group("rows")
-    rows.add_argument("--dataset", required=True, help="name of a dataset")
+    rows.add_argument(
+        "--dataset", required=True, help="name of a dataset, or a folder of sbs init, which implies all places"
+    )
     rows.add_argument("--inputs_dir", metavar="DIR", help="folder of the inputs")
     rows.add_argument(
         "--inputs",
         choices=("release", "records", "tfds"),
-        default="release",
-        help="form of the inputs: the official release, <dataset>/<split>.jsonl of id, input and label, or TFDS",
+        help="form of the inputs: the official release (default), records (id, input, label), or TFDS",
     )
     rows.add_argument("--tfds_data_dir", metavar="DIR", help="folder of TensorFlow Datasets, with --inputs tfds")
     rows.add_argument(
@@ -79,8 +81,8 @@ def add(command: Any) -> None:
     pace.add_argument("--batch_folder", metavar="GS", help="gs:// folder for the files of Vertex AI's batch jobs")
     pace.add_argument("--cancel_batches", action="store_true", help="cancel unfinished jobs and keep their answers")
     out = teach.add_argument_group("results")
-    out.add_argument("--store", required=True, metavar="FILE", help="SQLite file of replies")
-    out.add_argument("--records_dir", required=True, metavar="DIR", help="folder for <dataset>/*.jsonl")
+    out.add_argument("--store", metavar="FILE", help="SQLite file of replies")
+    out.add_argument("--records_dir", metavar="DIR", help="folder for <dataset>/*.jsonl")
     out.add_argument("--parser", choices=("strict", "official"), default="strict", help="how to read replies")
     out.add_argument("--page", metavar="FILE", help="HTML page of the replies (default: beside the store)")
     out.add_argument("--overwrite", action="store_true", help="replace existing records")
@@ -91,6 +93,9 @@ def add(command: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from sbs_jax.teacher import clients, command, prompts, sampler
+
+    folders.fill_in(arguments)
+    arguments.inputs = arguments.inputs or "release"
 
     def fields(kind: Any, *others: str) -> dict[str, Any]:
         """Picks the fields of a dataclass from the arguments of the same names."""

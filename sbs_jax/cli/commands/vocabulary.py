@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from sbs_jax.cli import folders
+
 
 def add(command: Any) -> None:
     vocabulary = command(
@@ -25,8 +27,16 @@ def add(command: Any) -> None:
         metavar="FILE",
         help="SentencePiece model, tokenizer.json (BPE) or GGUF file to cut",
     )
-    vocabulary.add_argument("--dataset", required=True, nargs="+", metavar="NAME", help="datasets whose texts to cover")
-    vocabulary.add_argument("--records_dir", required=True, metavar="DIR", help="records of the datasets")
+    vocabulary.add_argument(
+        "--dataset",
+        required=True,
+        nargs="+",
+        metavar="NAME",
+        help="datasets whose texts to cover, or folders of sbs init",
+    )
+    vocabulary.add_argument(
+        "--records_dir", metavar="DIR", help="records of the datasets (default for a folder: its records)"
+    )
     vocabulary.add_argument(
         "--text", nargs="+", default=[], metavar="FILE", help="text for pre-training to cover: .txt or .jsonl, or .gz"
     )
@@ -56,6 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
     def read() -> Iterator[str]:
         return itertools.chain.from_iterable(map(corpus.texts, arguments.text))
 
+    folders.fill_in(arguments)
     registry.configure(
         selection.DataOptions(
             records_dir=arguments.records_dir,
@@ -64,7 +75,8 @@ def run(arguments: argparse.Namespace) -> int:
         )
     )
     limit = arguments.pieces
-    learned, datasets = (selection.TRAIN, selection.VALIDATION), arguments.dataset
+    learned = (selection.TRAIN, selection.VALIDATION)
+    datasets = [registry.get(name).name for name in arguments.dataset]
     texts = [text for split in learned for text in registry.texts(datasets, split)]
     cut = vocabulary_cut.write(
         arguments.output,
