@@ -38,7 +38,10 @@ CONFIGURED = {
     "sweep": "sweep.Sweep",
 }
 # Files that the reader of a how-to page writes.
-READERS_OWN = {"gin_configs/experiments/tickets/base.gin", "tasks/tickets.py", "tasks/prompts/tickets.json"}
+READERS_OWN = {
+    *("gin_configs/experiments/tickets/base.gin", "tasks/tickets.py", "tasks/prompts/tickets.json"),
+    "tickets/laptop.gin",
+}
 MACROS = {
     name
     for path in (ROOT / "gin_configs").rglob("*.gin")
