@@ -49,6 +49,22 @@ class LazyArray:
 
         return LazyArray(self.shape[:axis] + self.shape[axis + 1 :], self.dtype, read)
 
+    def swapped(self) -> "LazyArray":
+        """Swaps the first two axes."""
+
+        def read(index: Index) -> np.ndarray:
+            return self.read((index[1], index[0], *index[2:])).swapaxes(0, 1)
+
+        return LazyArray((self.shape[1], self.shape[0], *self.shape[2:]), self.dtype, read)
+
+    def first(self, count: int) -> "LazyArray":
+        """Keeps the first positions of the first axis."""
+
+        def read(index: Index) -> np.ndarray:
+            return self.read((slice(*index[0].indices(count)), *index[1:]))
+
+        return LazyArray((count, *self.shape[1:]), self.dtype, read)
+
     def joined(self, axis: int) -> "LazyArray":
         """Merges an axis with the next one (heads and their width); both are read whole, then cut."""
         start, end = self.shape[:axis], self.shape[axis + 2 :]

@@ -12,11 +12,11 @@ import jax
 import numpy as np
 
 from sbs_jax.student import families
-from sbs_jax.weights import gguf, hugging_face, identity, merging, names, npz, peft, runs, t5x
+from sbs_jax.weights import gguf, hugging_face, identity, merging, names, npz, peft, runs, t5gemma_flax, t5x
 from sbs_jax.weights.arrays import LazyArray, Opened, Shapes, Watched, shapes
 
 # Names of forms, as `sbs convert` spells them.
-NPZ, GGUF, PEFT, HUGGING_FACE, SBS, T5X = "npz", "gguf", "peft", "hf", "sbs", "t5x"
+NPZ, GGUF, PEFT, HUGGING_FACE, SBS, FLAX, T5X = "npz", "gguf", "peft", "hf", "sbs", "flax", "t5x"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,6 +142,13 @@ FORMS: Mapping[str, Form] = {
             f"a Hugging Face directory ({hugging_face.CONFIG})",
         ),
         Form(SBS, runs.is_run, lambda path, _: runs.open_run(path), "a run directory or one of its checkpoints/<step>"),
+        Form(
+            FLAX,
+            t5gemma_flax.is_checkpoint,
+            lambda path, _: t5gemma_flax.open_checkpoint(path),
+            "T5Gemma's Flax checkpoint",
+            remote=True,
+        ),
         Form(
             T5X,
             t5x.is_checkpoint,

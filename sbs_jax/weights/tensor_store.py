@@ -22,15 +22,16 @@ _LONGEST_DESCRIPTION = 2**26
 _MOST_IN_CHUNK = 2**32
 
 
-def orbax_arrays(path: str | Path) -> dict[str, LazyArray]:
+def orbax_arrays(path: str | Path, *, complete: bool = True) -> dict[str, LazyArray]:
     """Opens the arrays of a directory that Orbax wrote, under the names stored there.
 
-    A missing chunk is an error. (Orbax stores chunks of zeros too; other writers leave them out.)
+    A missing chunk is an error if `complete`, else zeros. (Orbax stores chunks of zeros too; other writers, and its
+    older versions, leave them out.)
     """
     url = url_of(path)
     check_files(path)
     store = ts.KvStore.open({"driver": "ocdbt", "base": url}).result()
-    return opened({"driver": "ocdbt", "base": url}, zarr_names(store), fill_missing_data_reads=False)
+    return opened({"driver": "ocdbt", "base": url}, zarr_names(store), fill_missing_data_reads=not complete)
 
 
 def check_files(path: str | Path) -> None:

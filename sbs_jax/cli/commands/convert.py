@@ -7,8 +7,9 @@ from typing import Any
 
 from sbs_jax.training.gin_files import UsageError
 
-_READ = ("hf", "t5x", "sbs", "peft")
-_WRITTEN = ("stablehlo", "onnx")
+_BOTH_WAYS = ("hf", "t5x", "sbs", "peft")
+_READ = (*_BOTH_WAYS, "gguf", "flax")
+_WRITTEN = (*_BOTH_WAYS, "stablehlo", "onnx")
 _SHAPE = re.compile(r"([1-9][0-9]{0,5})x([1-9][0-9]{0,5})")
 
 
@@ -27,7 +28,7 @@ def add(command: Any) -> None:
         "See docs/checkpoints.md and docs/export.md.",
     )
     convert.add_argument("--from", dest="from_form", choices=_READ, help="form of the source (default: detected)")
-    convert.add_argument("--to", dest="to_form", choices=(*_READ, *_WRITTEN), required=True, help="form to write")
+    convert.add_argument("--to", dest="to_form", choices=_WRITTEN, required=True, help="form to write")
     convert.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "int8"),
