@@ -216,7 +216,7 @@ def test_a_run_is_served_and_reported(trained, starter, tmp_path):
     command = ("-c", f"{program}; import sys; from sbs_jax.cli import main; sys.exit(main.main(sys.argv[1:]))")
     with starter.alone(tmp_path, arguments, command=command) as process:
         processes.until(lambda: "\n" in process.said(), [process])
-        address = re.search(r"ready: (http://[\d.:]+) ", process.said())[1]
+        (address,) = re.findall(r"ready: (http://[\d.:]+) ", process.said())
         answers = httpx2.post(f"{address}/predict", json={"inputs": [{"input": "a b c"}]}, timeout=60).json()["answers"]
     predictor = engine.Predictor.load(config.model_dir, settings=engine.Settings(batch_size=2))
     (want,) = predictor.answer([engine.Question(id="1", input="a b c")])

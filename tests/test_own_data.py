@@ -105,7 +105,7 @@ def test_free_answers_unlabelled_rows_and_splits_of_the_source(tmp_path):
     parsed = found.dataset.parse("Twice 4. So the answer is 8.", found.splits["train"][0], parser="strict")
     assert (parsed.rationale, parsed.label) == ("Twice 4.", "8")
     closed = plan_of(tmp_path, free, labels="closed")
-    assert len(closed.dataset.labels) == 40
+    assert len(closed.dataset.labels or ()) == 40
     unlabelled = plan_of(tmp_path, [{"text": row["text"]} for row in ROWS])
     assert {row.label for rows in unlabelled.splits.values() for row in rows} == {None}
     assert "label: none" in "\n".join(unlabelled.lines)
@@ -171,7 +171,7 @@ def test_a_place_without_a_table_is_named(tmp_path):
     ],
 )
 def test_a_definition_that_does_not_fit_is_named(changes, message, tmp_path):
-    definition = plan_of(tmp_path, ROWS, label_column="team").dataset.definition
+    definition = plan_of(tmp_path, ROWS, label_column="team").dataset.definition or {}
     (tmp_path / dataset_folder.FILE).write_text(json.dumps({**definition, **changes}))
     with pytest.raises(ValueError, match=f"dataset.json: .*{message}"):
         dataset_folder.read(tmp_path)

@@ -56,7 +56,8 @@ def plan(
 ) -> Plan:
     """Decides everything about a table's dataset. ValueError or FileNotFoundError says what to name or correct.
 
-    `unlabelled` leaves all labels to the teacher. `labels` is "closed" (the column's values are all that there are), "free", or "auto".
+    `unlabelled` leaves all labels to the teacher. `labels` is "closed" (the column's values are all that there are),
+    "free", or "auto".
     """
     tables = table.read(source)
     columns = tuple(dict.fromkeys(each for found in tables.values() for each in found.columns))

@@ -115,6 +115,11 @@ class RotaryConfig:
         return self.emb_dim**0.5 if self.scale_embeddings else 1.0
 
     @property
+    def stack_layers(self) -> dict[str, int]:
+        """Returns the number of layers of each stack."""
+        raise NotImplementedError
+
+    @property
     def attention_weights(self) -> int:
         """Counts the numbers in the matrices of an attention."""
         return 2 * self.emb_dim * (self.num_heads + self.num_kv_heads) * self.head_dim
@@ -203,9 +208,7 @@ class Attention(layers.Attention):
         c = self.config
         q_BLHK = self.finished(self._heads(self.query, x_BLD, c.num_heads, dropout), "query", by) * c.scale
         pairs = [self._pair(keys_BSD, angles, dropout) for keys_BSD, angles in keys_of]
-        k_BSGK, v_BSGK = found = (
-            pairs[0] if len(pairs) == 1 else tuple(jnp.concatenate(each, axis=1) for each in zip(*pairs, strict=True))
-        )
+        k_BSGK, v_BSGK = found = pairs[0] if len(pairs) == 1 else _joined(pairs)
         before = 0
         if self.prefix is not None:
             k_BSGK, v_BSGK = self.prefix.prepend_to(k_BSGK, v_BSGK)
@@ -258,6 +261,11 @@ class Attention(layers.Attention):
             return (x_BNHK * c.scale if kind == "query" else x_BNHK).reshape(x_BNJ.shape)
 
         return project
+
+
+def _joined(pairs: Sequence[Pair]) -> Pair:
+    keys, values = zip(*pairs, strict=True)
+    return jnp.concatenate(keys, axis=1), jnp.concatenate(values, axis=1)
 
 
 class Layer(nnx.Module):
@@ -371,7 +379,9 @@ def source_of(
 class Stack(nnx.Module):
     """Base of stacks whose layers are local or global."""
 
+    name: str  # of the stack, as in the configuration's stack_layers
     layers: Any
+    config: Any
 
     def __init__(self, c: RotaryConfig, stacked: Sequence[nnx.Module]) -> None:
         self.layers = nnx.List(stacked)
