@@ -106,8 +106,10 @@ class Cut:
 
 
 def read(folder: str | Path) -> Cut:
-    """Reads cut.json of a folder that `write` made. ValueError names the file."""
+    """Reads cut.json of a folder that `write` made. FileNotFoundError or ValueError names it."""
     path = Path(folder) / CUT
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} has no {CUT}; expected a folder that `sbs vocabulary --output` made.")
     return json_files.typed(json_files.read_json(path), Cut, where=str(path))
 
 
