@@ -263,7 +263,8 @@ class Attention(layers.Attention):
         return project
 
 
-def _joined(pairs: Sequence[Pair]) -> Pair:
+def _joined(pairs: Sequence[tuple[Array, Array]]) -> tuple[Array, Array]:
+    """Joins keys and values along the positions, of which each pair may have another number."""
     keys, values = zip(*pairs, strict=True)
     return jnp.concatenate(keys, axis=1), jnp.concatenate(values, axis=1)
 
