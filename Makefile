@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip install --quiet --no-input --disable-pip-version-che
 INSTALL_INPUTS := pyproject.toml scripts/constraints.txt sbs_jax/__init__.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-faults test-teacher check format docs docs-serve notebook bench bench-serve bench-gpu bench-tpu bench-faults bench-seeds test-parity audit clean
+.PHONY: help demo test test-faults test-teacher check format docs docs-serve notebook bench bench-families bench-serve bench-gpu bench-tpu bench-faults bench-seeds test-parity audit clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -52,6 +52,9 @@ bench: $(VENV)/.run ## Measure training, tuning, answering and asking a teacher;
 	$(BIN)/python scripts/bench.py tuning
 	$(BIN)/python scripts/bench.py predict
 	$(BIN)/python scripts/bench.py teacher $(TEACHER_ARGS)
+
+bench-families: $(VENV)/.parity ## Measure training SmolLM2 and T5Gemma 2 beside transformers; appends to bench.json
+	$(BIN)/python scripts/bench.py families $(ARGS)
 
 bench-serve: $(VENV)/.test ## Measure sbs serve under 200 clients, and its memory over 50,000 requests; appends to bench.json
 	$(BIN)/python scripts/bench.py serve $(ARGS)

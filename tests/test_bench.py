@@ -1,16 +1,25 @@
 """The machinery of the benchmarks: rows, their file and table, sides that take turns, the same work for both."""
 
+import argparse
 import doctest
+import importlib
 import json
+import math
 import time
 from pathlib import Path
+from typing import Any
 
 import bench
 import pytest
 import toy
+from builders import decoders
 
+from benchmarks import families as suite_families
 from benchmarks import harness, train
 from sbs_jax.data import batches, registry
+from sbs_jax.student import families
+from sbs_jax.training import gin_files
+from sbs_jax.weights import hugging_face
 
 
 def row(**changes) -> harness.Row:
@@ -190,6 +199,51 @@ def test_both_sides_get_the_same_examples(tmp_path: Path) -> None:
     assert tokens == sum(batches.count_tokens(batch) for batch in packed)
 
 
+EXAMPLES: list[train.Example] = [([7, 8, 1], [5, 1], 1), ([9, 1], [6, 4, 2, 1], 1)]
+
+
+def test_transformers_decoders_read_an_example_as_one_row() -> None:
+    """Labels and logits begin with the last token of the shortest input, whose logits nothing needs."""
+    assert train.decoder_only_batch(EXAMPLES, start=3) == {
+        "input_ids": [[7, 8, 1, 3, 5, 1, 0], [9, 1, 3, 6, 4, 2, 1]],
+        "attention_mask": [[1, 1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1, 1]],
+        "labels": [[-100, -100, 5, 1, -100], [-100, 6, 4, 2, 1]],
+        "logits_to_keep": 5,
+    }
+
+
+def test_transformers_encoder_decoders_read_inputs_and_labels() -> None:
+    assert train.encoder_decoder_batch(EXAMPLES) == {
+        "input_ids": [[7, 8, 1], [9, 1, 0]],
+        "attention_mask": [[1, 1, 1], [1, 1, 0]],
+        "labels": [[5, 1, -100, -100], [6, 4, 2, 1]],
+    }
+
+
+@pytest.mark.parity
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["llama", "t5gemma2"])
+def test_the_peer_computes_the_loss_of_the_targets(kind: str) -> None:
+    """Its model is that of our configuration, and its loss the mean over all target tokens, each read by itself."""
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed; `make test-parity` installs it")
+    pytest.importorskip("transformers", reason="transformers is not installed; `make test-parity` installs it")
+    config = decoders.config(kind)
+    model = train.peer_model(hugging_face.config_json(config, dtype="float32"), attention="sdpa").eval()
+    count = sum(x.numel() for x in model.parameters() if x.requires_grad)
+    assert count == sum(math.prod(leaf.shape) for leaf in families.abstract(config)[1].values())
+
+    def loss(examples: list[train.Example]) -> float:
+        if model.config.is_encoder_decoder:
+            made = train.encoder_decoder_batch(examples)
+        else:
+            made = train.decoder_only_batch(examples, start=config.decoder_start)
+        arguments = {name: torch.tensor(x) if isinstance(x, list) else x for name, x in made.items()}
+        return model(**arguments).loss.item()
+
+    alone = [loss([example]) * len(example[1]) for example in EXAMPLES]
+    assert loss(EXAMPLES) == pytest.approx(sum(alone) / sum(len(example[1]) for example in EXAMPLES), rel=1e-5)
+
+
 def test_padding_is_to_the_longest_row() -> None:
     assert harness.padded([[5, 1], [4], [7, 8, 1]], padding=-100) == [[5, 1, -100], [4, -100, -100], [7, 8, 1]]
     assert harness.padded([[5, 1], [4]], padding=0, least=3) == [[5, 1, 0], [4, 0, 0]]
@@ -211,6 +265,46 @@ def test_a_suite_measures_without_a_peer(toy_sides, tmp_path: Path, monkeypatch:
         ("train_peak_memory_vs_pytorch", "< 1", None),
     ]
     assert all(entry["ours"] > 0 and entry["peer"] is None for entry in rows)
+
+
+def test_families_are_compared_by_examples_per_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trial has fewer layers; a step is 32 examples, so 2 s a step are 16 of them a second and 4 s are 8."""
+    asked: list[tuple[str, list[str]]] = []
+
+    def compared(arguments, *, model: str, extra: list[str]) -> list[harness.Result]:
+        del arguments
+        asked.append((model, extra))
+        return [harness.Result([harness.Turn(seconds, 1, 1)], {}) for seconds in (2.0, 4.0)]
+
+    monkeypatch.setattr(train, "compared", compared)
+    parser = argparse.ArgumentParser()
+    suite_families.add_options(parser)
+    rows = list(suite_families.measure(parser.parse_args(["--layers", "2", "--binding", "VOCAB_SIZE=512"])))
+    assert [(each.name, each.ours, each.peer, each.holds) for each in rows] == [
+        ("smollm2_train_vs_transformers", 16.0, 8.0, True),
+        ("t5gemma2_270m_train_vs_transformers", 16.0, 8.0, True),
+    ]
+    for (model, extra), layers in zip(asked, ({"decoder": 2}, {"encoder": 2, "decoder": 2}), strict=True):
+        files = [f"gin_configs/{file}.gin" for file in ("runs/train", f"models/{model}", "methods/step_by_step")]
+        given = train.bindings("folder", vocabulary="byte", DTYPE="float32")
+        config, _ = gin_files.configure("train.TrainConfig", gin_files=files, bindings=[*given, *extra])
+        assert (config.model.stack_layers, config.model.vocab_size, config.batch_size) == (layers, 512, train.ROWS)
+
+
+def test_memory_of_a_step_is_a_row_with_and_without_chunks() -> None:
+    pytest.importorskip("libtpu", reason="libtpu, the TPU compiler, is not installed: pip install libtpu")
+    tpu: Any = importlib.import_module("benchmarks.tpu")
+    fits = {"gib": 3.0, "available_gib": 15.75, "cycles": 1, "mfu": 0.25}
+    for name, chunks in (("whole", 1), ("chunked", 8)):
+        work = f"t5gemma2_270m_{name}"
+        assert tpu.WORK[work].config().vocabulary_chunks == chunks
+        memory, mfu = tpu.rows(work, fits, {})
+        assert (memory.name, memory.ours, memory.peer) == (f"t5gemma2_270m_step_gib_{name}", 3.0, 15.75)
+        assert (mfu.name, mfu.ours) == (f"tpu_mfu_{work}", 0.25)
+        (memory,) = tpu.rows(work, {"gib": 20.0, "available_gib": 15.75}, {})
+        assert memory.holds is False
+        with pytest.raises(ValueError, match="was not compiled"):
+            list(tpu.rows(work, {"refused": "no"}, {}))
 
 
 @pytest.mark.parametrize("suite", bench.SUITES)

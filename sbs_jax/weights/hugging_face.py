@@ -244,7 +244,7 @@ def write(
     path = Path(path)
     if opened.vocabulary is not None:
         tokens.check_vocabulary(opened.vocabulary)  # fail before gigabytes of weights are written
-    settings = _settings(opened.config, dtype=dtype)
+    settings = config_json(opened.config, dtype=dtype)
     with atomic.new_folder(path) as folder:
         _write_weights(folder, opened, dtype=np.dtype(dtype), shard_bytes=shard_bytes)
         write_json(folder / CONFIG, settings)
@@ -446,8 +446,8 @@ def _config(path: Path, settings: Mapping[str, Any], *, tied: bool) -> t5.T5Conf
     )
 
 
-def _settings(config: families.ModelConfig, *, dtype: str) -> dict[str, Any]:
-    """Builds `config.json`."""
+def config_json(config: families.ModelConfig, *, dtype: str) -> dict[str, Any]:
+    """Builds the contents of `config.json`."""
     if isinstance(config, t5gemma.T5GemmaConfig):
         return t5gemma_settings.write(config, dtype=dtype)
     if not isinstance(config, t5.T5Config):

@@ -43,8 +43,9 @@ def measure(arguments: argparse.Namespace) -> Iterator[harness.Row]:
     arguments.work.mkdir(parents=True, exist_ok=True)
     for model in arguments.models:
         work = arguments.work / f"{model}-{arguments.examples}.json"
-        peer = {"model": model, "platform": "cuda", "work": str(work)}
+        peer = {"platform": "cuda", "work": str(work)}
         ours = peer | {
+            "model": model,
             "examples": arguments.examples,
             "batches": str(arguments.work / f"batches-{arguments.examples}.npz"),
             "extra": arguments.binding,

@@ -27,15 +27,15 @@ def read(*, released: bool = True) -> tuple[list, str]:
     # One byte is one token: these numbers of characters are docs/lengths.md's numbers of tokens, less prefix and EOS.
     random = np.random.default_rng(0)
 
-    def text(*, mean: float, spread: float, least: int, most: int) -> str:
+    def text(*, mean: float, spread: float, least: int, most: int, of: str = "abcdefghij") -> str:
         length = int(np.clip(random.normal(mean, spread), least, most))
-        return "".join(random.choice(list("abcdefghij"), length))
+        return "".join(random.choice(list(of), length))
 
     rows = [
         records.Record(
             id=f"svamp-{number}",
             input=text(mean=33, spread=10, least=12, most=73),
-            label=text(mean=10, spread=3, least=5, most=18),
+            label=text(mean=10, spread=3, least=5, most=18, of="123456789"),
             teacher_text="",
             rationale=text(mean=38, spread=20, least=8, most=98),
             teacher_label="0",

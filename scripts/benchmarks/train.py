@@ -7,7 +7,7 @@ Both sides train on the same batches: 16 examples of SVAMP for each of the two t
 random, dropout is 0.1, activations are float32. Ours is the step that `sbs train` runs, on packed rows; the peer does
 the work of the method's official code. Results and method: docs/speed.md.
 
-The suites tuning and gpu compare the same two sides, with other options.
+The suites tuning, gpu and families compare the same two sides, with other options and models.
 """
 
 import argparse
@@ -44,17 +44,24 @@ def add_options(parser: argparse.ArgumentParser, *, steps: int = 4) -> None:
 
 
 def measure(arguments: argparse.Namespace) -> Iterator[harness.Row]:
-    with tempfile.TemporaryDirectory() as folder, harness.Sides() as sides:
-        options = {"model": arguments.model, "threads": arguments.threads, "work": f"{folder}/work.json"}
-        sides.start("ours", ours, **options)  # writes the work that the peer reads
-        if harness.installed("peer", *PEER_NEEDS):
-            sides.start("peer", peer, **options)
-        found = sides.compare(rounds=arguments.rounds, steps=arguments.steps)
-    mine, other = found["ours"], found.get("peer")
+    mine, other = compared(arguments, model=arguments.model)
     speeds, memory = (mine.per_second, getattr(other, "per_second", None)), getattr(other, "peak_gib", None)
     versions = harness.versions("jax", "flax", "optax", *PEER_NEEDS)
     yield harness.Row("train_tokens_per_s_vs_pytorch", "non-padding tokens/s", *speeds, ">= 1.5", versions)
     yield harness.Row("train_peak_memory_vs_pytorch", "GiB", mine.peak_gib, memory, "< 1", versions)
+
+
+def compared(
+    arguments: argparse.Namespace, *, model: str, extra: Sequence[str] = ()
+) -> tuple[harness.Result, harness.Result | None]:
+    """Lets both sides train a model of gin_configs/models in turns; the peer's result is None if it is missing."""
+    with tempfile.TemporaryDirectory() as folder, harness.Sides() as sides:
+        options = {"threads": arguments.threads, "work": f"{folder}/work.json"}
+        sides.start("ours", ours, model=model, extra=extra, **options)  # writes the work that the peer reads
+        if harness.installed("peer", *PEER_NEEDS):
+            sides.start("peer", peer, **options)
+        found = sides.compare(rounds=arguments.rounds, steps=arguments.steps)
+    return found["ours"], found.get("peer")
 
 
 # ----------------------------------------------------------------------------------------------- our side
@@ -70,7 +77,7 @@ def bindings(folder: Path | str, *, vocabulary: str, examples: int = EXAMPLES, *
         "TASK_FEATURE_LENGTHS": LENGTHS,
         "EXAMPLES": examples,
         "PACK": True,
-        "EXAMPLES_PER_ROW": 2 * EXAMPLES / ROWS,
+        "BATCH_SIZE": ROWS * examples // EXAMPLES,
         "TRAIN_STEPS": 1_000_000,
         "LEARNING_RATE": LEARNING_RATE,
         **changes,
@@ -92,7 +99,8 @@ def ours(
 ) -> harness.Worker | dict[str, Any]:
     """Trains with the step of `sbs train`. On `cuda` activations are bfloat16.
 
-    Writes the model's shape and the examples of every batch to the file `work`, from which the peer does the same work.
+    Writes the model's `config.json` and the examples of every batch to the file `work`, from which the peer does the
+    same work.
 
     Args:
       model: a file of gin_configs/models; `tuning`: one of gin_configs/adapters; only its parameters are trained.
@@ -110,6 +118,7 @@ def ours(
     from sbs_jax.training import gin_files
     from sbs_jax.training.state import initial_state
     from sbs_jax.training.step import prepare
+    from sbs_jax.weights import hugging_face
 
     files = ["runs/train", f"models/{model}", "methods/step_by_step", *([f"adapters/{tuning}"] if tuning else [])]
     with tempfile.TemporaryDirectory() as folder:
@@ -129,7 +138,7 @@ def ours(
     if only_write or not Path(work).exists():  # the peer may be reading one that exists
         lora = config.tuning.lora if config.tuning else None
         job = {
-            "model": dataclasses.asdict(config.model),
+            "model": hugging_face.config_json(config.model, dtype="float32"),
             "parameters": parameters,
             "alpha": config.alpha,
             "clip_norm": config.clip_norm,
@@ -272,24 +281,17 @@ def unpacked(batch: Mapping[str, Any]) -> list[Example]:
 
 
 def peer(
-    *,
-    model: str,
-    work: str,
-    threads: int | None = None,
-    peft: bool = False,
-    platform: str = "cpu",
-    attention: str = "sdpa",
+    *, work: str, threads: int | None = None, peft: bool = False, platform: str = "cpu", attention: str = "sdpa"
 ) -> harness.Worker:
-    """Trains Hugging Face's PyTorch T5 as the method's official code does; with `peft`, PEFT's LoRA alone.
+    """Trains Hugging Face's PyTorch model as the method's official code does; with `peft`, PEFT's LoRA alone.
 
     Per step one forward pass for each task, padded to its own longest example, the two losses weighted by alpha, one
     backward pass, the gradient clipped, AdamW. Imports neither JAX nor TensorFlow, so the peak memory is PyTorch's.
 
-    On a GPU every block is compiled (`torch.compile`, by blocks as PyTorch advises for models of many equal blocks), in
-    bfloat16 (`autocast`: parameters and the optimizer's state are float32, as ours), and each task's batches have one
-    shape, the longest of them all. `attention` is transformers' implementation, there only.
+    On a GPU every block of a T5 is compiled (`torch.compile`, by blocks as PyTorch advises for models of many equal
+    blocks), in bfloat16 (`autocast`: parameters and the optimizer's state are float32, as ours), and each task's
+    batches have one shape, the longest of them all. `attention` is transformers' implementation.
     """
-    del model  # its shape is in the work
     if threads:
         harness.use_threads(threads)
     # Not `import torch`: the lint and type checks run where it is not installed.
@@ -299,8 +301,8 @@ def peer(
     torch.manual_seed(0)
     job = json.loads(Path(work).read_text("utf-8"))
     compiled = platform == "cuda"
-    network = peer_model(job, attention=attention if compiled else None)
-    parameters = sum(x.numel() for x in network.parameters())
+    network = peer_model(job["model"], attention=attention)
+    parameters = sum(x.numel() for x in network.parameters() if x.requires_grad)
     if parameters != job["parameters"]:
         raise ValueError(f"The peer has {parameters:,} parameters and ours {job['parameters']:,}; expected as many.")
     if peft:
@@ -312,10 +314,13 @@ def peer(
     optimizer = torch.optim.AdamW(trained, lr=job["learning_rate"], weight_decay=0.0, fused=True)
 
     def tensors(examples: list[Example], *, least: tuple[int, int]) -> dict[str, Any]:
-        inputs = torch.tensor(harness.padded([inputs for inputs, _, _ in examples], padding=0, least=least[0]))
-        targets = torch.tensor(harness.padded([targets for _, targets, _ in examples], padding=IGNORED, least=least[1]))
-        made = {"input_ids": inputs, "attention_mask": (inputs != 0).long(), "labels": targets}
-        return {name: tensor.to(device) for name, tensor in made.items()}
+        if network.config.is_encoder_decoder:
+            made = encoder_decoder_batch(examples, least=least)
+        else:
+            made = decoder_only_batch(examples, start=network.config.decoder_start_token_id)
+        return {
+            name: torch.tensor(rows, device=device) if isinstance(rows, list) else rows for name, rows in made.items()
+        }
 
     def longest(task: int) -> tuple[int, int]:
         """Returns a task's longest input and target in multiples of 8, for tensor cores: one shape, one program."""
@@ -361,41 +366,58 @@ def peer(
         "examples per step": statistics.mean(map(len, job["batches"])),
         "tokens per step": statistics.mean(tokens),
         "threads": torch.get_num_threads(),
+        "attention": network.config._attn_implementation,
         "seconds of the first steps": round(time.perf_counter() - start, 1),
     }
     if compiled:
-        ready |= {"padded to": least, "attention": network.config._attn_implementation}
+        ready |= {"padded to": least}
     return harness.Worker(step, ready, finish)
 
 
-def peer_model(job: dict[str, Any], *, attention: str | None) -> Any:
-    """Returns transformers' T5 of the shape in the work, with random weights."""
+def encoder_decoder_batch(examples: Sequence[Example], *, least: tuple[int, int] = (0, 0)) -> dict[str, Any]:
+    """Returns the arguments of transformers' encoder-decoders; `least` are the least lengths of inputs and targets."""
+    inputs = [inputs for inputs, _, _ in examples]
+    return {
+        "input_ids": harness.padded(inputs, padding=0, least=least[0]),
+        "attention_mask": harness.padded([[1] * len(row) for row in inputs], padding=0, least=least[0]),
+        "labels": harness.padded([targets for _, targets, _ in examples], padding=IGNORED, least=least[1]),
+    }
+
+
+def decoder_only_batch(examples: Sequence[Example], *, start: int) -> dict[str, Any]:
+    """Returns the arguments of transformers' decoders: input, start and target in one row, labels on the target.
+
+    Logits are computed from the end of the shortest input on, since no label is before; `labels` begin there too.
+    """
+    first = min(len(inputs) for inputs, _, _ in examples)
+    rows = harness.padded([[*inputs, start, *targets] for inputs, targets, _ in examples], padding=0)
+    labels = [[*[IGNORED] * (len(inputs) + 1 - first), *targets] for inputs, targets, _ in examples]
+    return {
+        "input_ids": rows,
+        "attention_mask": harness.padded([[1] * (len(i) + 1 + len(t)) for i, t, _ in examples], padding=0),
+        "labels": harness.padded(labels, padding=IGNORED),
+        "logits_to_keep": len(rows[0]) - first,
+    }
+
+
+def peer_model(settings: dict[str, Any], *, attention: str) -> Any:
+    """Returns transformers' model of a `config.json`, with random weights; what only images need is frozen."""
     transformers: Any = importlib.import_module("transformers")
-    shape = job["model"]
-    config = transformers.T5Config(
-        vocab_size=shape["vocab_size"],
-        d_model=shape["emb_dim"],
-        d_kv=shape["head_dim"],
-        d_ff=shape["mlp_dim"],
-        num_heads=shape["num_heads"],
-        num_layers=shape["num_encoder_layers"],
-        num_decoder_layers=shape["num_decoder_layers"],
-        dropout_rate=shape["dropout_rate"],
-        feed_forward_proj="gated-gelu",
-        tie_word_embeddings=shape["logits_via_embedding"],
-        decoder_start_token_id=0,
-        use_cache=False,  # only generation needs it
-    )
+    # Only generation needs a cache.
+    config = transformers.AutoConfig.for_model(**{**settings, "use_cache": False})
     # transformers 5 ties all tables of every T5, and uses the argument only for the scaling of logits. So they are
     # untied here, and those of encoder and decoder tied again.
-    config.tie_word_embeddings = shape["logits_via_embedding"]
-    if attention:
-        config._attn_implementation = attention
-    model = transformers.T5ForConditionalGeneration(config).train()
-    model.set_input_embeddings(model.shared)
+    config.tie_word_embeddings = settings["tie_word_embeddings"]
+    kind = getattr(transformers, settings["architectures"][0])
+    model = kind._from_config(config, attn_implementation=attention).train()
+    if settings["model_type"] == "t5":
+        model.set_input_embeddings(model.shared)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not any(part in name for part in OF_IMAGES))
     return model
 
 
+OF_IMAGES = ("vision_tower", "multi_modal_projector", "eoi_embedding")
 NAMES = {"query": "q", "key": "k", "value": "v", "out": "o"}  # of kernels in transformers; others are called as here
 
 

@@ -25,9 +25,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def measure(arguments: argparse.Namespace) -> Iterator[harness.Row]:
     with tempfile.TemporaryDirectory() as folder, harness.Sides() as sides:
-        options = {"model": arguments.model, "threads": arguments.threads}
+        options = {"threads": arguments.threads}
         for name in arguments.ours:
-            sides.start(name, train.ours, **options, tuning=OURS[name], work=f"{folder}/{name}.json")
+            work = f"{folder}/{name}.json"
+            sides.start(name, train.ours, **options, model=arguments.model, tuning=OURS[name], work=work)
         if "lora" not in arguments.ours:
             print("peft is not measured: it does the work of our LoRA, which is not among --ours.")
         elif harness.installed("peft", *PEER_NEEDS):
