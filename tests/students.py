@@ -31,12 +31,19 @@ TEXTS = (
 
 def write(folder: Path, *, vocabulary: str = "byte", task: str = "toy_step_by_step", **changes: Any) -> Path:
     """Writes a run of the toy's shape, with `changes` to its architecture."""
-    registry.add(toy.DATASET)
     rows = 384 if vocabulary == tokens.BYTE_VOCABULARY else 32_128
     config = dataclasses.replace(toy.MODEL, **{"vocab_size": rows, **changes})
     values = cases.parameters(config)
     values["logits_dense/kernel"][:, 259 if rows == 384 else 32_000 :] = 0  # rows without a token, and sentinels
     parameters = {name: jnp.asarray(each) for name, each in values.items()}
+    return write_model(folder, config, parameters, vocabulary=vocabulary, task=task)
+
+
+def write_model(
+    folder: Path, config: families.ModelConfig, parameters: families.Parameters, *, vocabulary: str, task: str
+) -> Path:
+    """Writes a run of any family."""
+    registry.add(toy.DATASET)
     checkpoints.save_parameters(folder, parameters, config=config, step=7)
     _write_manifest(folder, vocabulary=vocabulary, task=task, tuning=None)
     return folder

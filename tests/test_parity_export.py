@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import students
+from builders import bpe, decoders
 from builders.exported import answered, converted
 
 from sbs_jax.export import card as cards
@@ -66,13 +67,15 @@ def test_the_card_s_program_answers_in_transformers(transformers, student, expor
     assert found["answers"] == student[1]
 
 
+def to_ctranslate2(exported: Path, folder: Path) -> None:
+    command = [str(Path(sys.executable).with_name("ct2-transformers-converter")), "--model", str(exported)]
+    done = subprocess.run([*command, "--output_dir", str(folder)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_what_ctranslate2_makes_of_the_directory_answers_alike(ctranslate2, transformers, student, exported, tmp_path):
     """Follows docs/export.md: CTranslate2's command and the directory's tokenizer."""
-    command = [str(Path(sys.executable).with_name("ct2-transformers-converter")), "--model", str(exported)]
-    done = subprocess.run(
-        [*command, "--output_dir", str(tmp_path / "ct2")], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    to_ctranslate2(exported, tmp_path / "ct2")
     card = json.loads((exported / cards.FILE).read_text())
     tokenizer = transformers.AutoTokenizer.from_pretrained(exported)
     translator = ctranslate2.Translator(str(tmp_path / "ct2"), device="cpu", compute_type="float32")
@@ -82,6 +85,60 @@ def test_what_ctranslate2_makes_of_the_directory_answers_alike(ctranslate2, tran
     results = translator.translate_batch(rows, beam_size=1, max_decoding_length=length)
     ids = [tokenizer.convert_tokens_to_ids(result.hypotheses[0]) for result in results]
     assert [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)] == student[1]
+
+
+# What differs from the tests' own architectures is what CTranslate2 computes (docs/export.md).
+ROTARY = {
+    "t5gemma2": {"window": 64, "query_scale": None},
+    "t5gemma": {"window": 64, "rope_base": 1e4, "query_scale": None, "attention_cap": 50.0, "logits_cap": 30.0},
+    "llama": {"head_dim": 6},
+    "qwen3": {},
+    "gemma3": {"window": 64, "query_scale": None, "rope_factor": 1.0, "rope_base": 1e6, "local_rope_base": 1e4},
+}
+
+
+@pytest.fixture(scope="module", params=ROTARY)
+def rotary(request, tmp_path_factory) -> tuple[Path, list[str], dict]:
+    """Exports a student of a family that rotates; returns the directory, its answers, and its README's program."""
+    folder, kind = tmp_path_factory.mktemp("rotary"), request.param
+    library = bpe.with_byte_pieces(list(students.TEXTS) * 9, size=400)
+    vocabulary = bpe.write(folder, library)
+    config = decoders.config(kind, vocab_size=library.get_vocab_size(), decoder_start=2, **ROTARY[kind])
+    values = decoders.parameters(config)
+    run = students.write_model(folder / "run", config, values, vocabulary=vocabulary, task="toy_label")
+    labels = [str(answer.prediction) for answer in students.answers(run)]
+    assert len(set(labels)) > 1
+    converted(run, folder / "out", "hf")
+    (program,) = re.findall(r"```python\n(.*?)```", (folder / "out" / cards.README).read_text("utf-8"), re.DOTALL)
+    return folder / "out", labels, {"program": program.replace('"DIRECTORY"', repr(str(folder / "out")))}
+
+
+def test_a_model_that_rotates_answers_in_transformers(transformers, rotary):
+    """Runs its README's program; Llama's and Qwen3's are in test_decoder_weights.py too."""
+    _, labels, found = rotary
+    exec(found["program"], found)
+    assert [found["answer"](text) for text in students.TEXTS] == labels
+
+
+def test_a_model_that_rotates_answers_in_ctranslate2(ctranslate2, transformers, rotary, tmp_path):
+    """Follows docs/export.md: an input at a time, encoded by the README's program."""
+    exported, labels, found = rotary
+    exec(found["program"], found)
+    tokenizer = found["tokenizer"]
+    to_ctranslate2(exported, tmp_path / "ct2")
+    length = json.loads((exported / cards.FILE).read_text())["answer"]["max_new_tokens"]
+    rows = [tokenizer.convert_ids_to_tokens(found["encode"](text)) for text in students.TEXTS]
+    how = {"beam_size": 1, "max_batch_size": 1}
+    if "START" in found:
+        generator = ctranslate2.Generator(str(tmp_path / "ct2"), device="cpu", compute_type="float32")
+        made = generator.generate_batch(rows, max_length=length, include_prompt_in_result=False, **how)
+        answers = [result.sequences[0] for result in made]
+    else:
+        translator = ctranslate2.Translator(str(tmp_path / "ct2"), device="cpu", compute_type="float32")
+        made = translator.translate_batch(rows, max_decoding_length=length, **how)
+        answers = [result.hypotheses[0] for result in made]
+    ids = [tokenizer.convert_tokens_to_ids(answer) for answer in answers]
+    assert [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)] == labels
 
 
 def test_onnx_answers_in_onnxruntime(jax2onnx, student, tmp_path):

@@ -227,7 +227,9 @@ def test_a_cut_renumbers_both_tables(tmp_path: Path) -> None:
     hugging_face.write(tmp_path / "whole", opened(config, vocabulary=path), dtype="float32")
     assert opening.open_any(tmp_path / "whole").vocabulary == str(tmp_path / "whole" / "tokenizer.json")
     settings = json.loads((tmp_path / "whole" / "tokenizer_config.json").read_text())
-    assert (settings["eos_token"], settings["padding_side"]) == ("<eos>", "right")
+    kinds = ("eos", "bos", "pad", "unk")
+    assert [settings[f"{name}_token"] for name in kinds] == [f"<{name}>" for name in kinds]
+    assert settings["padding_side"] == "right"
     made = vocabulary_cut.write(tmp_path / "cut", path, TEXTS[:1], reserve=0)
     options = convert.Options(to_form=opening.HUGGING_FACE, cut=str(tmp_path / "cut"))
     convert.convert(str(tmp_path / "whole"), str(tmp_path / "small"), options)

@@ -19,7 +19,7 @@ from sbs_jax.data import tokens, vocabularies
 from sbs_jax.run import manifest
 from sbs_jax.storage import atomic, user_files
 from sbs_jax.storage.json_files import brief, decoded, parse_json, part
-from sbs_jax.student import families, t5, t5gemma
+from sbs_jax.student import decoder_only, families, t5, t5gemma
 from sbs_jax.weights import decoder_settings, names, t5gemma_settings, tensor_files
 from sbs_jax.weights.arrays import LazyArray, Opened, shapes
 
@@ -476,9 +476,7 @@ def _write_tokenizer(folder: Path, opened: Opened) -> None:
     assert opened.vocabulary is not None
     kind = vocabularies.kind_of(opened.vocabulary)
     if kind.library == "tokenizers":
-        # A decoder-only model continues its prompt, so padding comes before that.
-        decoder_only = len(opened.config.stack_layers) == 1
-        _write_bpe(folder, opened.vocabulary, padding_side="left" if decoder_only else "right")
+        _write_bpe(folder, opened.vocabulary, opened.config)
         return
     settings: dict[str, Any] = {
         "eos_token": "</s>",
@@ -494,16 +492,25 @@ def _write_tokenizer(folder: Path, opened: Opened) -> None:
     write_json(folder / TOKENIZER_CONFIG, settings)
 
 
-def _write_bpe(folder: Path, vocabulary: str, *, padding_side: str) -> None:
+def _write_bpe(folder: Path, vocabulary: str, config: families.ModelConfig) -> None:
     contents = tokens.read_vocabulary(vocabulary)
     (folder / TOKENIZER).write_bytes(contents)
     parsed = vocabularies.parse_bpe(contents)
     end = vocabularies.end_of(parsed)
-    padding = next((token for token, id_ in vocabularies.specials(parsed).items() if id_ == tokens.PAD_ID), end)
+    special = {id_: token for token, id_ in vocabularies.specials(parsed).items()}
     # Questions are written without a template and without BOS, as in training.
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end, "pad_token": padding}
-    settings |= {"padding_side": padding_side, "clean_up_tokenization_spaces": False}
-    write_json(folder / TOKENIZER_CONFIG, settings)
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": end,
+        "pad_token": special.get(tokens.PAD_ID, end),
+        # CTranslate2 wants one, and begins decoder inputs with it. A piece of text must not become special.
+        "bos_token": end if isinstance(config, t5.T5Config) else special.get(config.decoder_start, end),
+        # A decoder-only model continues its prompt, so padding comes before that.
+        "padding_side": "left" if isinstance(config, decoder_only.DecoderConfig) else "right",
+    }
+    if (unknown := parsed["model"].get("unk_token")) is not None:
+        settings["unk_token"] = unknown
+    write_json(folder / TOKENIZER_CONFIG, {**settings, "clean_up_tokenization_spaces": False})
 
 
 def read_object(path: Path, *, most: int = user_files.LARGEST) -> dict[str, Any]:
