@@ -5,6 +5,7 @@ import numpy as np
 import optax
 import pytest
 import toy
+from builders import decoders
 
 from sbs_jax.student import families, stacking, stacks
 
@@ -77,3 +78,12 @@ def test_unknown_ways_to_compute_are_refused():
         stacks.Execution(layers="scaned", remat="none")
     with pytest.raises(ValueError, match="expected one of none, minimal, attended, full"):
         stacks.Execution(layers="scanned", remat="all")
+
+
+def test_the_last_of_a_decoder_s_unrolled_layers_computes_the_target_alone():
+    """Of the source nothing reads but its keys and values. The arrays are the MLP's inner ones, [B, L, F]."""
+    config = decoders.config("llama", num_layers=1)
+    source, target = np.full((2, 9), 7, np.int32), np.full((2, 6), 7, np.int32)
+    program = str(jax.make_jaxpr(lambda *each: decoders.model(config)(*each))(source, target))
+    assert f"f32[2,6,{config.mlp_dim}]" in program
+    assert f"f32[2,15,{config.mlp_dim}]" not in program

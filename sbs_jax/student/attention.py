@@ -76,6 +76,11 @@ class Order:
         """Orders the tokens of a row that attends to itself."""
         return cls(ranks, ranks, positions, positions, window)
 
+    def from_query(self, first: int) -> "Order":
+        """Leaves out the queries before `first`."""
+        ranks, positions = self.query_ranks[:, first:], self.query_positions[:, first:]
+        return dataclasses.replace(self, query_ranks=ranks, query_positions=positions)
+
     def hides(self, *, prefix: int) -> Array:
         """Returns True for each query and hidden key, [B, 1, T, S]; keys of a prefix come first and are not hidden."""
 

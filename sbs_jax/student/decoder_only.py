@@ -71,8 +71,9 @@ class Decoder(rotary.Stack):
         ranks_BL: Int[Array, "B L"],
         dropout_key: Key[Array, ""] | None,
         keep: bool = False,
-    ) -> tuple[Float[Array, "B L D"], Any]:
-        """Runs the layers, before the final norm; with `keep`, also returns each layer's keys and values."""
+        first: int = 0,
+    ) -> tuple[Float[Array, "B _ D"], Any]:
+        """Runs the layers, before the final norm: see `rotary.Stack.run`."""
         window = self.config.window or 0
         return self.run(
             x_BLD,
@@ -82,6 +83,7 @@ class Decoder(rotary.Stack):
             segments=(segments_BL, segments_BL),
             dropout_key=dropout_key,
             keep=keep,
+            first=first,
         )
 
 
@@ -132,8 +134,9 @@ class DecoderOnly(stacks.Student):
             positions_BL=jnp.concatenate([within_BP, source_BT + within_BT], axis=1),
             ranks_BL=jnp.concatenate([self._source_ranks(within_BP), source_BT + within_BT], axis=1),
             dropout_key=dropout_key,
+            first=x_BPD.shape[1],
         )
-        y_BTD = self.decoder.decoder_norm(x_BLD[:, x_BPD.shape[1] :])
+        y_BTD = self.decoder.decoder_norm(x_BLD[:, -started_BT.shape[1] :])
         return Dropout(self.config.dropout_rate, stacks.fold(dropout_key, 1))(y_BTD)
 
     def _source_ranks(self, within_BP: Int[Array, "B P"]) -> Int[Array, "B P"]:

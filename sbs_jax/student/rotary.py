@@ -4,6 +4,7 @@ Names and shapes as in t5.py; G counts heads of keys and values, L positions of 
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -294,9 +295,13 @@ class Layer(nnx.Module):
         segments: tuple[Int[Array, "B L"], Int[Array, "B S"]],
         dropout: layers.Dropout,
         source_BPD: Float[Array, "B P D"] | None = None,
-    ) -> tuple[Float[Array, "B L D"], Pair]:
-        """Runs the layer; also returns its keys and values. A source's keys come after the row's, in one softmax."""
-        how = {"by": by, "order": order, "segments": segments, "dropout": dropout}
+        first: int = 0,
+    ) -> tuple[Float[Array, "B R D"], Pair]:
+        """Runs the layer; also returns its keys and values. A source's keys come after the row's, in one softmax.
+
+        Only the R positions from `first` on are computed; those before serve as keys and values.
+        """
+        how = {"by": by, "order": order, "segments": segments, "dropout": dropout, "first": first}
         x_BLD, found = self.self_attend(x_BLD, source_BPD=source_BPD, **how)
         return self.after_attention(x_BLD, dropout), found
 
@@ -309,10 +314,14 @@ class Layer(nnx.Module):
         segments: tuple[Int[Array, "B L"], Int[Array, "B S"]],
         dropout: layers.Dropout,
         source_BPD: Float[Array, "B P D"] | None = None,
-    ) -> tuple[Float[Array, "B L D"], Pair]:
+        first: int = 0,
+    ) -> tuple[Float[Array, "B R D"], Pair]:
         """Runs the attention alone; arguments as for the layer."""
         y_BLD = self.pre_self_attention_layer_norm(x_BLD)
         keys_of = [(y_BLD, by)] if source_BPD is None else [(y_BLD, by), (source_BPD, None)]
+        if first:
+            x_BLD, y_BLD, by = jax.tree.map(lambda each: each[:, first:], (x_BLD, y_BLD, by))
+            order, segments = order.from_query(first), (segments[0][:, first:], segments[1])
         y_BLD, found = self.self_attention(
             y_BLD, by=by, keys_of=keys_of, order=order, segments=segments, dropout=dropout
         )
@@ -399,11 +408,13 @@ class Stack(nnx.Module):
         order: attention.Order,
         dropout_key: Key[Array, ""] | None,
         keep: bool = False,
+        first: int = 0,
         **of_layer: Any,
-    ) -> tuple[Float[Array, "B L D"], Any]:
+    ) -> tuple[Float[Array, "B _ D"], Any]:
         """Runs the layers, before the final norm; with `keep`, also returns each layer's keys and values.
 
         `reach` are the distances behind and ahead that end the window of local layers; `of_layer` goes to every layer.
+        States before the position `first` are not needed: the last of unrolled layers leaves them out.
         """
         c = self.config
         # One kind of layer, or the two kinds (local, global) in this order.
@@ -415,12 +426,13 @@ class Stack(nnx.Module):
         kind_of = np.array([kinds.index(c.is_global(layer)) for layer in range(count)], np.int32)
         farthest = jnp.iinfo(jnp.int32).max
 
-        def call(layer: Any, x_BLD: Array, dropout: layers.Dropout, kind: Any) -> tuple[Array, Any]:
+        def call(layer: Any, x_BLD: Array, dropout: layers.Dropout, kind: Any, **last: Any) -> tuple[Array, Any]:
             by: Rotation = jax.tree.map(lambda table: table[kind], tables)
             window = None if c.window is None else jnp.asarray((reach, (farthest, farthest)), jnp.int32)[kind]
             seen = dataclasses.replace(order, window=window)
-            x_BLD, found = layer(x_BLD, by=by, order=seen, dropout=dropout, **of_layer)
+            x_BLD, found = layer(x_BLD, by=by, order=seen, dropout=dropout, **of_layer, **last)
             return x_BLD, found if keep else None
 
         dropout = layers.Dropout(self.dropout_rate, dropout_key)
-        return stacks.run_layers(self, dropout(x_BLD), call, dropout_key=dropout_key, each=kind_of)
+        last = functools.partial(call, first=first) if first else None
+        return stacks.run_layers(self, dropout(x_BLD), call, dropout_key=dropout_key, each=kind_of, last=last)

@@ -54,14 +54,16 @@ def run_layers(
     *,
     dropout_key: Key[Array, ""] | None,
     each: Any = None,
-) -> tuple[Float[Array, "B T D"], Any]:
+    last: Callable[[Any, Array, Dropout, Any], Any] | None = None,
+) -> tuple[Float[Array, "B _ D"], Any]:
     """Runs `x` through a stack's `layers`, unrolled or scanned, by `call(layer, x, dropout, of_layer) -> (x, found)`.
 
+    `last` takes the place of `call` for the last of unrolled layers, and may return fewer positions.
     `each` is a pytree of arrays whose first axis is the layer; `of_layer` is the layer's part. Returns the last `x`,
     and what the layers found: a list of it, or stacked if scanned.
     """
 
-    def runner(structure: Any) -> Callable[[Array, tuple[Any, Any, Any]], tuple[Array, Any]]:
+    def runner(structure: Any, call: Any = call) -> Callable[[Array, tuple[Any, Any, Any]], tuple[Array, Any]]:
         def run(x: Array, layer: tuple[Any, Any, Any]) -> tuple[Array, Any]:
             parameters, key, of_layer = layer
             return call(nnx.merge(structure, parameters), x, Dropout(stack.dropout_rate, key), of_layer)
@@ -81,7 +83,8 @@ def run_layers(
     found = []
     for index, (structure, parameters) in enumerate(layers):
         of_layer = jax.tree.map(lambda values, index=index: values[index], each)
-        x, of_this = runner(structure)(x, (parameters, None if keys is None else keys[index], of_layer))
+        this = call if last is None or index + 1 < count else last
+        x, of_this = runner(structure, this)(x, (parameters, None if keys is None else keys[index], of_layer))
         found.append(of_this)
     return x, found
 
