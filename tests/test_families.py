@@ -21,8 +21,9 @@ from sbs_jax.data import tokens as data_tokens
 from sbs_jax.pages import report
 from sbs_jax.prediction import engine
 from sbs_jax.run import checkpoints
-from sbs_jax.student import adapters, decoding, families, stacking, stacks
+from sbs_jax.student import adapters, decoder_only, decoding, families, stacking, stacks
 from sbs_jax.training import evaluate, gin_files, loop, students
+from sbs_jax.weights import opening
 
 KINDS = pytest.mark.parametrize("kind", list(decoders.ALL))
 
@@ -197,6 +198,10 @@ def test_labels_are_scored_as_by_the_whole_model(trained):
     assert answer.score == pytest.approx(float(np.max(scores)), rel=1e-4)
 
 
+def kind_of(trained):
+    return "prefix-lm" if isinstance(trained[0].model, decoder_only.DecoderConfig) else "t5gemma2"
+
+
 def tokens_of(texts):
     return data_tokens.encode(texts, data_tokens.vocabulary("byte"))
 
@@ -205,6 +210,10 @@ def test_a_run_is_exported_as_a_program_and_not_in_t5_s_forms(trained, tmp_path)
     run = Path(trained[0].model_dir)
     summary = converted(run, tmp_path / "program", platforms=("cpu",), check=4)
     assert summary["check"] == {"samples": 4, "same_answers": 4, "percent": 100.0}
+    if kind_of(trained) == "t5gemma2":  # transformers has no prefix language model of this kind
+        directory = converted(run, tmp_path / "transformers", "hf", check=0)
+        assert directory["parameters"] == summary["parameters"]
+        assert opening.open_any(tmp_path / "transformers").config.merged_attention
     with pytest.raises(ValueError, match="T5X's form is written for T5 only"):
         converted(run, tmp_path / "t5x", "t5x")
 

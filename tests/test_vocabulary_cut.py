@@ -110,7 +110,7 @@ def test_a_damaged_list_is_refused(cut, tmp_path, change, match):
 
 
 def test_bytes_have_no_pieces_and_a_folder_is_not_overwritten(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nowhere has no cut.json"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere has no cut\.json"):
         vocabulary_cut.read(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="'byte'"):
         vocabulary_cut.write(tmp_path / "new", tokens.BYTE_VOCABULARY, TEXTS, reserve=0)
