@@ -131,6 +131,10 @@ def test_what_ends_and_begins_a_target(tmp_path: Path) -> None:
     changes = {"decoder_start_token_id": ..., "eos_token_id": [7, 1], "bos_token_id": 9}
     again = opening.open_any(rewritten(folder, changes))
     assert again.config == decoders.config("t5gemma", eos_id=7, decoder_start=9)
+    path = bpe.write(tmp_path, bpe.with_byte_pieces(TEXTS, size=300))  # whose <bos> is 2
+    hugging_face.write(tmp_path / "named", opened(decoders.config("t5gemma"), vocabulary=path), dtype="float32")
+    again = opening.open_any(rewritten(tmp_path / "named", {**changes, "eos_token_id": [1, 7]}))
+    assert again.config == decoders.config("t5gemma", decoder_start=9)
     less = {f"{place}{name}_token_id": ... for place in ("", "decoder.") for name in ("eos", "bos")}
     assert opening.open_any(rewritten(folder, less)).config == decoders.config("t5gemma", decoder_start=2)
 
