@@ -34,7 +34,7 @@ METRICS: Mapping[str, tuple[Callable[..., Mapping[str, Any]], Callable[[str, str
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Definition:
-    """What dataset.json says. ValueError names a field that does not fit.
+    """Contents of dataset.json. ValueError names a field that does not fit.
 
     Attributes:
       version: of the file's form.

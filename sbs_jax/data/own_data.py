@@ -35,7 +35,7 @@ _STOP = "\nInput:"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a folder will hold, and the decisions that led there."""
+    """Contents of a folder to write, and the decisions that led there."""
 
     dataset: Dataset
     splits: Mapping[str, Sequence[Row]]

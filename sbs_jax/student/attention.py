@@ -81,6 +81,12 @@ class Order:
         ranks, positions = self.query_ranks[:, first:], self.query_positions[:, first:]
         return dataclasses.replace(self, query_ranks=ranks, query_positions=positions)
 
+    def with_unordered(self, count: int) -> "Order":
+        """Adds so many keys in no order after the others."""
+        edges = ((0, 0), (0, count))
+        ranks = jnp.pad(self.key_ranks, edges, constant_values=-1)
+        return dataclasses.replace(self, key_ranks=ranks, key_positions=jnp.pad(self.key_positions, edges))
+
     def hides(self, *, prefix: int) -> Array:
         """Returns True for each query and hidden key, [B, 1, T, S]; keys of a prefix come first and are not hidden."""
 

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from sbs_jax import checks
 from sbs_jax.student import attention, rotary, stacks, stepping
-from sbs_jax.student.layers import Dense, Dropout, TokenEmbedder
+from sbs_jax.student.layers import Dropout, TokenEmbedder
 
 # How source tokens see one another: only earlier ones, or all of their example (a prefix language model).
 SOURCE_ATTENTIONS = ("causal", "bidirectional")
@@ -92,13 +92,10 @@ class DecoderOnly(stacks.Student):
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs) -> None:
         c = self.config = config
-        std = c.emb_dim**-0.5
-        self.token_embedder = TokenEmbedder(c.vocab_size, c.emb_dim, std=std, dtype=c.dtype, rngs=rngs)
+        self.token_embedder = TokenEmbedder(c.vocab_size, c.emb_dim, std=c.emb_dim**-0.5, dtype=c.dtype, rngs=rngs)
         self.decoder = Decoder(c, rngs=rngs)
         if not c.logits_via_embedding:
-            self.logits_dense = Dense(
-                (c.emb_dim, c.vocab_size), axes=("embed", "vocab"), std=std, dtype=c.dtype, rngs=rngs
-            )
+            self.logits_dense = stacks.untied(c, rngs=rngs)
 
     @property
     def stacks(self) -> dict[str, Decoder]:
@@ -126,7 +123,7 @@ class DecoderOnly(stacks.Student):
         x_BPD = self.embed_source(encoder_input_tokens, encoder_segment_ids, dropout_key=dropout_key)
         segments_BP = self.attended_segments(encoder_segment_ids)
         within_BP, within_BT = rotary.within(segments_BP), rotary.within(decoder_segment_ids)
-        started_BT = jnp.where(within_BT == 0, self.config.decoder_start, decoder_input_tokens)
+        started_BT = rotary.started(decoder_input_tokens, decoder_segment_ids, c=self.config)
         source_BT = jnp.sum(segments_BP[:, None, :] == decoder_segment_ids[:, :, None], axis=-1, dtype=jnp.int32)
         x_BLD, _ = self.decoder(
             jnp.concatenate([x_BPD, self.embed(started_BT)], axis=1),

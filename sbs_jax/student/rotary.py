@@ -22,7 +22,7 @@ from sbs_jax.student.partitioning import constrain
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RotaryConfig:
-    """What the architectures of these families have in common.
+    """Settings that the architectures of these families have in common.
 
     Activations are computed in `dtype`; parameters are always float32. Every `global_every`-th layer sees all
     positions; the others see those within `window`, and rotate by `local_rope_base`.
@@ -175,6 +175,11 @@ def within(segments_BL: Int[Array, "B L"]) -> Int[Array, "B L"]:
     return index_BL - jax.lax.cummax(jnp.where(begins_BL, index_BL, 0), axis=1)
 
 
+def started(tokens_BT: Int[Array, "B T"], segments_BT: Int[Array, "B T"], *, c: RotaryConfig) -> Int[Array, "B T"]:
+    """Replaces the first decoder input of each example by `decoder_start`."""
+    return jnp.where(within(segments_BT) == 0, c.decoder_start, tokens_BT)
+
+
 class Attention(layers.Attention):
     """Attention with grouped queries: over a row that rotates, over a source that does not, or over both at once."""
 
@@ -287,22 +292,10 @@ class Layer(nnx.Module):
             self.post_self_attention_layer_norm, self.post_mlp_layer_norm = norm_of(c), norm_of(c)
 
     def __call__(
-        self,
-        x_BLD: Float[Array, "B L D"],
-        *,
-        by: Rotation,
-        order: attention.Order,
-        segments: tuple[Int[Array, "B L"], Int[Array, "B S"]],
-        dropout: layers.Dropout,
-        source_BPD: Float[Array, "B P D"] | None = None,
-        first: int = 0,
+        self, x_BLD: Float[Array, "B L D"], *, dropout: layers.Dropout, **attending: Any
     ) -> tuple[Float[Array, "B R D"], Pair]:
-        """Runs the layer; also returns its keys and values. A source's keys come after the row's, in one softmax.
-
-        Only the R positions from `first` on are computed; those before serve as keys and values.
-        """
-        how = {"by": by, "order": order, "segments": segments, "dropout": dropout, "first": first}
-        x_BLD, found = self.self_attend(x_BLD, source_BPD=source_BPD, **how)
+        """Runs the layer; other arguments are those of `self_attend`. Also returns its keys and values."""
+        x_BLD, found = self.self_attend(x_BLD, dropout=dropout, **attending)
         return self.after_attention(x_BLD, dropout), found
 
     def self_attend(
@@ -316,7 +309,11 @@ class Layer(nnx.Module):
         source_BPD: Float[Array, "B P D"] | None = None,
         first: int = 0,
     ) -> tuple[Float[Array, "B R D"], Pair]:
-        """Runs the attention alone; arguments as for the layer."""
+        """Runs the attention alone; also returns its keys and values.
+
+        A source's keys come after the row's, in one softmax. Only the R positions from `first` on are computed; those
+        before serve as keys and values.
+        """
         y_BLD = self.pre_self_attention_layer_norm(x_BLD)
         keys_of = [(y_BLD, by)] if source_BPD is None else [(y_BLD, by), (source_BPD, None)]
         if first:

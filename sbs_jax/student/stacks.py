@@ -211,3 +211,63 @@ class Student(nnx.Module):
         if self.config.logits_via_embedding:
             return y_BTD, self.output_embedder.table(y_BTD.dtype).T
         return y_BTD, gather(self.logits_dense.kernel[...].astype(y_BTD.dtype), ("embed", "vocab"))
+
+
+class EncoderDecoder(Student):
+    """Base of students whose `states(source, target_in)` are `decode(encode(source), target_in)`."""
+
+    encoder: Any
+    decoder: Any
+
+    @property
+    def stacks(self) -> dict[str, Any]:
+        """Returns the stacks of layers by name."""
+        return {"encoder": self.encoder, "decoder": self.decoder}
+
+    def states(
+        self,
+        encoder_input_tokens: Int[Array, "B S"],
+        decoder_input_tokens: Int[Array, "B T"],
+        *,
+        encoder_segment_ids: Int[Array, "B S"] | None = None,
+        decoder_segment_ids: Int[Array, "B T"] | None = None,
+        dropout_key: Key[Array, ""] | None = None,
+    ) -> Float[Array, "B T D"]:
+        """Computes teacher-forced decoder states, from which `logits` follow. Without a key there is no dropout.
+
+        Packed rows need segment ids. Without them a source row is one example padded with 0, and so is a target row
+        (its padding needs no mask: no earlier position can see it).
+        """
+        if encoder_segment_ids is None:
+            encoder_segment_ids = source_segments(encoder_input_tokens)
+        encoded_BPD = self.encode(
+            encoder_input_tokens, segment_ids=encoder_segment_ids, dropout_key=fold(dropout_key, 0)
+        )
+        return self.decode(
+            encoded_BPD,
+            decoder_input_tokens,
+            encoder_segment_ids=encoder_segment_ids,
+            decoder_segment_ids=decoder_segment_ids,
+            dropout_key=fold(dropout_key, 1),
+        )
+
+    def encode(
+        self,
+        encoder_input_tokens: Int[Array, "B S"],
+        *,
+        segment_ids: Int[Array, "B S"],
+        dropout_key: Key[Array, ""] | None = None,
+    ) -> Float[Array, "B P D"]:
+        """Encodes the source. With a prompt, the prompt's encoded vectors come first (P = X + S)."""
+        x_BPD = self.embed_source(encoder_input_tokens, segment_ids, dropout_key=dropout_key)
+        return self.encoder(x_BPD, self.attended_segments(segment_ids), dropout_key=dropout_key)
+
+    def decode(self, encoded_BPD: Float[Array, "B P D"], *tokens: Any, **options: Any) -> Float[Array, "B T D"]:
+        """Computes decoder states; each family has its own."""
+        raise NotImplementedError
+
+
+def untied(config: Any, *, rngs: nnx.Rngs) -> Dense:
+    """Makes the matrix of logits that are not tied to a table."""
+    shape = (config.emb_dim, config.vocab_size)
+    return Dense(shape, axes=("embed", "vocab"), std=config.emb_dim**-0.5, dtype=config.dtype, rngs=rngs)

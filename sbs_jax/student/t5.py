@@ -104,8 +104,8 @@ def _shared_bias(stack: Encoder | Decoder, length: int) -> Float[Array, "H T T"]
     return position_bias(stack, length) if hasattr(stack, "relpos_bias") else None
 
 
-class T5(stacks.Student):
-    """Encoder-decoder student; `states(source, target_in)` is `decode(encode(source), target_in)`."""
+class T5(stacks.EncoderDecoder):
+    """T5 v1.0 or v1.1."""
 
     def __init__(self, config: T5Config, *, rngs: nnx.Rngs) -> None:
         self.config = config
@@ -113,51 +113,7 @@ class T5(stacks.Student):
         self.encoder = Encoder(config, rngs=rngs)
         self.decoder = Decoder(config, rngs=rngs)
         if not config.logits_via_embedding:
-            self.logits_dense = Dense(
-                (config.emb_dim, config.vocab_size),
-                axes=("embed", "vocab"),
-                std=config.emb_dim**-0.5,
-                dtype=config.dtype,
-                rngs=rngs,
-            )
-
-    def states(
-        self,
-        encoder_input_tokens: Int[Array, "B S"],
-        decoder_input_tokens: Int[Array, "B T"],
-        *,
-        encoder_segment_ids: Int[Array, "B S"] | None = None,
-        decoder_segment_ids: Int[Array, "B T"] | None = None,
-        dropout_key: Key[Array, ""] | None = None,
-    ) -> Float[Array, "B T D"]:
-        """Computes teacher-forced decoder states, from which `logits` follow. Without a key there is no dropout.
-
-        Packed rows need segment ids. Without them a source row is one example padded with 0, and so is a target row
-        (its padding needs no mask: no earlier position can see it).
-        """
-        if encoder_segment_ids is None:
-            encoder_segment_ids = stacks.source_segments(encoder_input_tokens)
-        encoded_BPD = self.encode(
-            encoder_input_tokens, segment_ids=encoder_segment_ids, dropout_key=stacks.fold(dropout_key, 0)
-        )
-        return self.decode(
-            encoded_BPD,
-            decoder_input_tokens,
-            encoder_segment_ids=encoder_segment_ids,
-            decoder_segment_ids=decoder_segment_ids,
-            dropout_key=stacks.fold(dropout_key, 1),
-        )
-
-    def encode(
-        self,
-        encoder_input_tokens: Int[Array, "B S"],
-        *,
-        segment_ids: Int[Array, "B S"],
-        dropout_key: Key[Array, ""] | None = None,
-    ) -> Float[Array, "B P D"]:
-        """Encodes the source. With a prompt, the prompt's encoded vectors come first (P = X + S)."""
-        x_BPD = self.embed_source(encoder_input_tokens, segment_ids, dropout_key=dropout_key)
-        return self.encoder(x_BPD, self.attended_segments(segment_ids), dropout_key=dropout_key)
+            self.logits_dense = stacks.untied(config, rngs=rngs)
 
     def decode(
         self,
@@ -185,11 +141,6 @@ class T5(stacks.Student):
             encoder_segment_ids_BS=self.attended_segments(encoder_segment_ids),
             dropout_key=dropout_key,
         )
-
-    @property
-    def stacks(self) -> dict[str, Encoder | Decoder]:
-        """Returns the stacks of layers by name."""
-        return {"encoder": self.encoder, "decoder": self.decoder}
 
     def step_layers(
         self, encoded_BPD: Float[Array, "B P D"], segments_BP: Int[Array, "B P"], *, length: int, beams: int

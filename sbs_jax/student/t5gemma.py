@@ -111,24 +111,12 @@ class Decoder(rotary.Stack):
     ) -> Float[Array, "B T D"]:
         positions_BT = rotary.within(segments_BT)
         order = attention.Order.of_row(positions_BT, positions_BT)
-        of_layer: dict[str, Any]
+        of_layer: dict[str, Any] = {"source_BPD": encoded_BPD, "segments": (segments_BT, segments_BT)}
         if self.config.merged_attention:
-            of_source = {"key_ranks": -1, "key_positions": 0}
-            order = dataclasses.replace(
-                order,
-                **{
-                    name: jnp.concatenate([positions_BT, jnp.full_like(source_segments_BP, value)], axis=1)
-                    for name, value in of_source.items()
-                },
-            )
-            both_BL = jnp.concatenate([segments_BT, source_segments_BP], axis=1)
-            of_layer = {"source_BPD": encoded_BPD, "segments": (segments_BT, both_BL)}
+            order = order.with_unordered(source_segments_BP.shape[1])
+            of_layer["segments"] = segments_BT, jnp.concatenate([segments_BT, source_segments_BP], axis=1)
         else:
-            of_layer = {
-                "source_BPD": encoded_BPD,
-                "segments": (segments_BT, segments_BT),
-                "source_segments_BP": source_segments_BP,
-            }
+            of_layer["source_segments_BP"] = source_segments_BP
         window = self.config.window or 0
         x_BTD, _ = self.run(
             x_BTD, positions_BL=positions_BT, reach=(window, window), order=order, dropout_key=dropout_key, **of_layer
@@ -152,23 +140,19 @@ class CrossLayer(rotary.Layer):
         self,
         x_BLD: Float[Array, "B T D"],
         *,
-        by: rotary.Rotation,
-        order: attention.Order,
-        segments: tuple[Int[Array, "B T"], Int[Array, "B T"]],
         dropout: layers.Dropout,
-        source_BPD: Float[Array, "B P D"] | None = None,
-        source_segments_BP: Int[Array, "B P"] | None = None,
+        source_BPD: Float[Array, "B P D"],
+        source_segments_BP: Int[Array, "B P"],
+        **attending: Any,
     ) -> tuple[Float[Array, "B T D"], rotary.Pair]:
-        """Runs the layer."""
-        assert source_BPD is not None
-        assert source_segments_BP is not None
-        x_BLD, found = self.self_attend(x_BLD, by=by, order=order, segments=segments, dropout=dropout)
+        """Runs the layer; other arguments are those of `self_attend`."""
+        x_BLD, found = self.self_attend(x_BLD, dropout=dropout, **attending)
         y_BLD, _ = self.encoder_decoder_attention(
             self.pre_cross_attention_layer_norm(x_BLD),
             by=None,
             keys_of=[(source_BPD, None)],
             order=None,
-            segments=(segments[0], source_segments_BP),
+            segments=(attending["segments"][0], source_segments_BP),
             dropout=dropout,
         )
         y_BLD = self.post_cross_attention_layer_norm(y_BLD)
@@ -187,74 +171,48 @@ class CrossLayer(rotary.Layer):
         )
 
 
-class T5Gemma(stacks.Student):
-    """Encoder-decoder student; `states(source, target_in)` is `decode(encode(source), target_in)`."""
+class T5Gemma(stacks.EncoderDecoder):
+    """T5Gemma 2 or T5Gemma."""
 
     def __init__(self, config: T5GemmaConfig, *, rngs: nnx.Rngs) -> None:
         c = self.config = config
-        std = c.emb_dim**-0.5
 
         def table() -> layers.TokenEmbedder:
-            return layers.TokenEmbedder(c.vocab_size, c.emb_dim, std=std, dtype=c.dtype, rngs=rngs)
+            return layers.TokenEmbedder(c.vocab_size, c.emb_dim, std=c.emb_dim**-0.5, dtype=c.dtype, rngs=rngs)
 
         self.token_embedder = table()
         if not c.shared_table:
             self.target_embedder = table()
         self.encoder, self.decoder = Encoder(c, rngs=rngs), Decoder(c, rngs=rngs)
         if not c.logits_via_embedding:
-            self.logits_dense = layers.Dense(
-                (c.emb_dim, c.vocab_size), axes=("embed", "vocab"), std=std, dtype=c.dtype, rngs=rngs
-            )
+            self.logits_dense = stacks.untied(c, rngs=rngs)
 
-    @property
-    def stacks(self) -> dict[str, Encoder | Decoder]:
-        """Returns the stacks of layers by name."""
-        return {"encoder": self.encoder, "decoder": self.decoder}
-
-    def states(
+    def decode(
         self,
-        encoder_input_tokens: Int[Array, "B S"],
+        encoded_BPD: Float[Array, "B P D"],
         decoder_input_tokens: Int[Array, "B T"],
         *,
-        encoder_segment_ids: Int[Array, "B S"] | None = None,
+        encoder_segment_ids: Int[Array, "B S"],
         decoder_segment_ids: Int[Array, "B T"] | None = None,
         dropout_key: Key[Array, ""] | None = None,
     ) -> Float[Array, "B T D"]:
-        """Computes teacher-forced decoder states, from which `logits` follow. Without a key there is no dropout.
+        """Computes decoder states; `encoder_segment_ids` are those of the source, as given to `encode`.
 
-        The first decoder input of each example is read as `decoder_start`, whatever it is. Packed rows need segment
-        ids; without them a row is one example, padded with 0.
+        The first decoder input of each example is read as `decoder_start`, whatever it is.
         """
-        if encoder_segment_ids is None:
-            encoder_segment_ids = stacks.source_segments(encoder_input_tokens)
-        encoded_BPD = self.encode(
-            encoder_input_tokens, segment_ids=encoder_segment_ids, dropout_key=stacks.fold(dropout_key, 0)
-        )
         if decoder_segment_ids is None:
             decoder_segment_ids = jnp.ones_like(decoder_input_tokens)
-        started_BT = jnp.where(rotary.within(decoder_segment_ids) == 0, self.config.decoder_start, decoder_input_tokens)
-        x_BTD = self.embed_target(started_BT)
-        key = stacks.fold(dropout_key, 1)
-        if self.config.neftune_decoder_alpha and key is not None:
-            x_BTD = stacks.add_noise(x_BTD, decoder_segment_ids, alpha=self.config.neftune_decoder_alpha, key=key)
+        x_BTD = self.embed_target(rotary.started(decoder_input_tokens, decoder_segment_ids, c=self.config))
+        if self.config.neftune_decoder_alpha and dropout_key is not None:
+            alpha = self.config.neftune_decoder_alpha
+            x_BTD = stacks.add_noise(x_BTD, decoder_segment_ids, alpha=alpha, key=dropout_key)
         return self.decoder(
             x_BTD,
             encoded_BPD,
             segments_BT=decoder_segment_ids,
             source_segments_BP=self.attended_segments(encoder_segment_ids),
-            dropout_key=key,
+            dropout_key=dropout_key,
         )
-
-    def encode(
-        self,
-        encoder_input_tokens: Int[Array, "B S"],
-        *,
-        segment_ids: Int[Array, "B S"],
-        dropout_key: Key[Array, ""] | None = None,
-    ) -> Float[Array, "B P D"]:
-        """Encodes the source. With a prompt, the prompt's encoded vectors come first (P = X + S)."""
-        x_BPD = self.embed_source(encoder_input_tokens, segment_ids, dropout_key=dropout_key)
-        return self.encoder(x_BPD, self.attended_segments(segment_ids), dropout_key=dropout_key)
 
     def step_layers(
         self, encoded_BPD: Float[Array, "B P D"], segments_BP: Int[Array, "B P"], *, length: int, beams: int

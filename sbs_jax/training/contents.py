@@ -28,16 +28,16 @@ def manifest(config: TrainConfig, *, data: dict[str, Any], trainer: Trainer) -> 
     if config.tuning is not None:
         log.info("%s", adapters.summary(config.model, trainer.saved.parameters, trainer.saved.frozen))
     log.info("Data: %s", {name: split["counts"] for name, split in data["splits"].items()})
-    definition = registry.dataset_of_task(config.mixture_or_task_name).definition
+    dataset = registry.dataset_of_task(config.mixture_or_task_name)
     return {
         # With the definition, the run needs no dataset.json.
-        "data": data if definition is None else {**data, "definition": definition},
+        "data": data if dataset.definition is None else {**data, "definition": dataset.definition},
         "lengths": lengths,
         "run": {
             "mixture_or_task_name": config.mixture_or_task_name,
             "task_feature_lengths": dict(config.task_feature_lengths),
             "max_decode_length": config.max_decode_length,
-            "primary_metric": registry.dataset_of_task(config.mixture_or_task_name).primary_metric,
+            "primary_metric": dataset.primary_metric,
         },
         "settings": settings.describe(config),
         "model": dataclasses.asdict(config.model),

@@ -112,19 +112,17 @@ def _load_sharing(
 
 
 def _options(trained: _Trained) -> selection.DataOptions:
-    """Returns the options of the run without its further training rows, which no answer depends on.
-
-    Registers its dataset, if that is no Python.
-    """
-    if definition := trained.manifest["data"].get("definition"):
-        registry.restore(dataset_folder.of(definition, where=f"{trained.owner}, its manifest"))
+    """Returns the options of the run without its further training rows, which no answer depends on."""
     return selection.DataOptions(**trained.manifest["data"]["options"] | {"augmentation": None})
 
 
 def _read_trained(path: str | Path, partitioner: partitioning.Partitioner) -> _Trained:
+    """Reads a run, and registers its dataset if the manifest defines it."""
     opened = runs.open_run(path)
     if opened.origin is None:
         raise FileNotFoundError(f"{path} is not a run directory: its {directory.MANIFEST} is missing.")
+    if definition := opened.origin["data"].get("definition"):
+        registry.restore(dataset_folder.of(definition, where=f"{path}, its manifest"))
     config, tuning = opened.config, opened.tuning
     adapted = adapters.abstract(config, tuning)
     like = partitioner.with_shardings(adapted.shapes, parameters=adapted.shapes, axes=adapted.axes)
