@@ -11,9 +11,9 @@ def training_flops(config: families.ModelConfig, *, rows: int, inputs: int, targ
 
     6 x parameters of each matrix x the tokens it sees, and 12 x rows x layers x width x queries x keys of attention.
     The encoder and the cross-attentions' key and value matrices see source tokens; the rest of the decoder and the
-    logits see target tokens. The layers of a decoder-only student see both. Padding counts as tokens; an embedding
-    lookup costs nothing; causal attention counts all pairs, as is usual. `trained` is the trained fraction of
-    parameters: a frozen matrix has no gradient, so 4 instead of 6.
+    logits see target tokens. The layers of a decoder-only student see both, but the last one's queries and MLP the
+    target alone. Padding counts as tokens; an embedding lookup costs nothing; causal attention counts all pairs, as is
+    usual. `trained` is the trained fraction of parameters: a frozen matrix has no gradient, so 4 instead of 6.
     """
     width = config.num_heads * config.head_dim
     count: Any = _COUNTS[type(config)]
@@ -33,8 +33,11 @@ def _of_t5(config: t5.T5Config, *, inputs: int, targets: int) -> tuple[int, int]
 
 
 def _of_decoder_only(config: decoder_only.DecoderConfig, *, inputs: int, targets: int) -> tuple[int, int]:
+    # The last layer's source serves as keys and values alone.
     length = inputs + targets
-    return config.decoder_weights * length, config.num_layers * length * length
+    unused = config.attention_weights + config.mlp_weights - 2 * config.emb_dim * config.num_kv_heads * config.head_dim
+    pairs = (config.num_layers * length - inputs) * length
+    return config.decoder_weights * length - unused * inputs, pairs
 
 
 def _of_t5gemma(config: t5gemma.T5GemmaConfig, *, inputs: int, targets: int) -> tuple[int, int]:
