@@ -3,7 +3,6 @@
 Each check returns nothing and raises ValueError. `name` begins the message: "TrainConfig.keep_best".
 """
 
-import difflib
 import operator
 import re
 import sys
@@ -81,5 +80,7 @@ def local_path(name: str, value: str, *, or_bucket: bool = False) -> None:
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """Returns " Did you mean 'a' or 'b'?" with the known names nearest to `name`, or "" where none is near."""
+    import difflib  # late: most commands have no mistake to explain
+
     found = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
     return f" Did you mean {' or '.join(map(repr, found))}?" if found else ""

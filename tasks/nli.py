@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Sequence
 
+from sbs_jax.data.dataset import JOINT
 from sbs_jax.data.parsing import LABEL_NOT_IN_SET, Parsed, member, only_label_named, strict_reply, unusable, usable
-from sbs_jax.data.tokens import JOINT
 
 # In the order of the sources' label numbers.
 LABELS = ("entailment", "neutral", "contradiction")

@@ -10,7 +10,7 @@ import pytest
 import toy
 
 from sbs_jax.data import records, registry, selection
-from sbs_jax.data.tokens import JOINT
+from sbs_jax.data.dataset import JOINT
 from sbs_jax.stats import baselines, linear, verdict
 
 COLOURS = ("red", "green", "blue", "black")

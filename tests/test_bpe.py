@@ -15,6 +15,7 @@ from builders import bpe
 from builders.exported import answered, converted
 
 from sbs_jax.data import registry, selection, tokens, vocabularies, vocabulary_cut
+from sbs_jax.data.dataset import JOINT
 from tasks import builtin
 
 TEXTS = [
@@ -43,7 +44,7 @@ def test_ids_are_those_of_the_library_with_its_end(written: tuple[str, Any]) -> 
     end = library.token_to_id("<|im_end|>") or library.token_to_id("<eos>")
     assert vocabulary.eos_id == end > 0
     assert vocabulary.vocab_size == library.get_vocab_size()
-    texts = [text.replace(tokens.JOINT, " ") for text in (*TEXTS, *builtin_texts())]
+    texts = [text.replace(JOINT, " ") for text in (*TEXTS, *builtin_texts())]
     found = tokens.encode(texts, vocabulary)
     assert found == [[*library.encode(text, add_special_tokens=False).ids, end] for text in texts]
     assert [vocabulary.decode(ids) for ids in found] == texts
@@ -118,7 +119,7 @@ def test_a_cut_keeps_the_segmentation_of_its_texts(written: tuple[str, Any], tmp
     other = "Wholly other words: zygote \U0001f9ff"
     assert found.decode(found.encode(other)) == other  # in smaller pieces, none unknown
     assert vocabulary_cut.coverage(tmp_path / "cut", path, [*TEXTS, other]) == vocabulary_cut.Coverage(
-        5, sum(map(len, map(found.encode, (*TEXTS[0].split(tokens.JOINT), *TEXTS[1:], other)))), 0, 1
+        5, sum(map(len, map(found.encode, (*TEXTS[0].split(JOINT), *TEXTS[1:], other)))), 0, 1
     )
     assert np.array_equal(made.rows(library.get_vocab_size())[: len(made.kept)], made.kept)
 

@@ -10,7 +10,7 @@ import pytest
 import seqio
 from builders.cats import configure, dataset, register, row, write
 
-from sbs_jax.data import records, registry, release
+from sbs_jax.data import catalogue, records, registry, release
 from sbs_jax.student import losses
 from tasks import builtin
 
@@ -153,7 +153,7 @@ def test_teacher_labels_that_cannot_be_one_are_counted_before_training_on_them(r
 
 def test_a_label_of_a_closed_set_that_the_vocabulary_cannot_write_is_an_error(records_dir: Path, monkeypatch):
     closed = dataclasses.replace(dataset("cats"), labels=("\u662f", *map(str, range(200))))
-    monkeypatch.setitem(registry._DATASETS, "cats", closed)
+    monkeypatch.setitem(catalogue._DATASETS, "cats", closed)
     configure(records_dir, vocabulary=builtin.vocabulary_path())
     with pytest.raises(ValueError, match=r"lacks '\u662f', a piece of 1 of the labels of cats"):
         registry.token_tables("cats_label", "train")

@@ -13,7 +13,7 @@ import pytest
 import tasks  # noqa: F401  (registers the datasets)
 from sbs_jax import checks
 from sbs_jax.cli import main
-from sbs_jax.data import registry, release
+from sbs_jax.data import records, registry, release
 from sbs_jax.prediction import compiled
 from sbs_jax.run import directory, settings
 from sbs_jax.stats import verdict
@@ -388,7 +388,9 @@ SEEDS = [
 SEEDS += ["--gin.RECORDS_DIR=records", "--gin.FRACTION=0.5"]
 
 
-def test_each_seed_trains_the_run_of_its_own_command(monkeypatch, capsys):
+def test_each_seed_trains_the_run_of_its_own_command(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    records.write_records("records/builtin/train.jsonl", [records.Record(id="1", input="a", label="b")])
     trained, made = [], []
     monkeypatch.setattr(loop.Programs, "of", lambda config: made.append(config) or "shared")
     monkeypatch.setattr(loop, "train", lambda config, **given: trained.append((config, given)) or {})

@@ -13,7 +13,7 @@ import pytest
 import teacher_server
 
 from sbs_jax.cli import main
-from sbs_jax.data import dataset_folder, own_data, records, registry, release, table
+from sbs_jax.data import catalogue, dataset_folder, own_data, records, registry, release, table
 
 TOPICS = {
     "water": ("dry", "thirsty", "wilting"),
@@ -212,13 +212,13 @@ def test_from_a_csv_to_a_served_student(tmp_path, monkeypatch, capsys):
     # The run alone: it has been moved, and its dataset is known from its manifest.
     shutil.rmtree("garden")
     shutil.move("runs/garden", tmp_path / "moved")
-    registry._DATASETS.pop("garden")
+    catalogue._DATASETS.pop("garden")
     Path("in.jsonl").write_text('{"id": "1", "input": "My rose: bugs, what now?"}\n')
     predict = ["predict", "--model", "moved", "--input", "in.jsonl", "--output", "out.jsonl", "--decoding", "choices"]
     assert main.main(predict) == 0
     (row,) = [json.loads(line) for line in Path("out.jsonl").read_text().splitlines()]
     assert row["prediction"] in TOPICS
-    registry._DATASETS.pop("garden")
+    catalogue._DATASETS.pop("garden")
     registry.configure(before)
 
 

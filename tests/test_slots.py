@@ -10,8 +10,8 @@ import toy
 from hypothesis import strategies
 
 from sbs_jax.data import records, registry, selection
+from sbs_jax.data.dataset import JOINT
 from sbs_jax.data.slots import Numbers
-from sbs_jax.data.tokens import JOINT
 from sbs_jax.prediction import engine
 from sbs_jax.training import loop
 from tasks import builtin

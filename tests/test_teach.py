@@ -18,7 +18,7 @@ import pytest
 import teacher_server
 
 from sbs_jax.cli import main
-from sbs_jax.data import records, registry, release
+from sbs_jax.data import catalogue, records, registry, release
 from sbs_jax.teacher import command, jobs, pacing, prompts, sampler
 from sbs_jax.teacher.clients import Parameters
 from sbs_jax.teacher.store import Store
@@ -411,7 +411,7 @@ def test_the_real_teacher_s_replies_give_its_accuracy(dataset, official, strict,
 def test_a_dataset_of_one_s_own_needs_one_module(tmp_path, monkeypatch):
     """Registers a dataset and its prompt as a file in `tasks/` would. Rows are JSON lines."""
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    monkeypatch.setattr(registry, "_DATASETS", dict(registry._DATASETS))
+    monkeypatch.setattr(catalogue, "_DATASETS", dict(catalogue._DATASETS))
     monkeypatch.setattr(prompts, "_added", {})
     mine = dataclasses.replace(builtin.DATASET, name="small_numbers", read_release=None)
     registry.add(mine)

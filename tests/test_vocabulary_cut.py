@@ -10,6 +10,7 @@ import toy
 
 from sbs_jax.cli import main
 from sbs_jax.data import tokens, vocabulary_cut
+from sbs_jax.data.dataset import JOINT
 from sbs_jax.export import convert
 from sbs_jax.student import families
 from sbs_jax.weights import hugging_face, opening
@@ -35,7 +36,7 @@ def test_texts_are_segmented_as_before_with_fewer_pieces(cut):
     old, new = models(folder)
     assert new.GetPieceSize() == len(made.kept) == made.needed + made.characters + 3 < old.GetPieceSize()
     for text in TEXTS:
-        for part in text.split(tokens.JOINT):
+        for part in text.split(JOINT):
             ids = new.EncodeAsIds(part)
             assert [made.kept[i] for i in ids] == old.EncodeAsIds(part)
             assert new.DecodeIds(ids) == old.DecodeIds(old.EncodeAsIds(part))

@@ -1,36 +1,52 @@
-"""The `sbs` command: parses flags, then calls the `run` of a module in `cli/commands/`.
+"""The `sbs` command: parses flags, checks them, then calls the `run` of a module in `cli/commands/`.
 
-Heavy imports are late, so `--help` answers at once.
+A mistake costs no import of TensorFlow and JAX, which takes seconds: imports here and in the commands are late, only
+the chosen command's module is loaded, and its `check` comes before anything heavy. `sbs --help` loads no command.
 """
 
 import argparse
-import faulthandler
 import importlib
-import logging
 import os
 import re
-import select
-import signal
 import sys
-import tempfile
-import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import absl.logging
-
-from sbs_jax import checks, hosts
-from sbs_jax.checks import nearest
-from sbs_jax.hosts import preemption
-from sbs_jax.training.gin_files import UsageError
+from sbs_jax import checks
 
 _BINDING = re.compile(r"--gin\.([^=]+)=(.*)", re.DOTALL)
-# The commands in the order of --help; each is a module of `cli/commands/`.
-NAMES = (
-    *("init", "records", "teach", "baseline", "vocabulary", "train", "sweep", "replay"),
-    *("evaluate", "predict", "serve", "rationales", "convert"),
-    *("report", "plan", "demo"),
-)
+# The commands by workflow, in the order of --help, with their summaries; each is a module of `cli/commands/`.
+WORKFLOW = {
+    "make data": {
+        "init": "Make a dataset of a table of your own: splits, labels, a prompt, and configurations.",
+        "records": "Import existing teacher outputs (official release layout or TFDS) as records.",
+        "teach": "Ask a hosted model for rationales and labels, and write its replies as records.",
+        "baseline": "Measure what simple models answer: the most frequent label, and linear models of words.",
+        "vocabulary": "Cut a vocabulary to the pieces that the records need, so that a student's tables get small.",
+    },
+    "train": {
+        "plan": "Compile a configuration for absent TPUs: does it fit, how fast is it, what does it cost?",
+        "train": "Train a student; evaluate on validation during training, and once on test at the end.",
+        "sweep": "Train every cell of a table: methods x datasets x fractions x sizes x seeds. Finished cells are "
+        "skipped.",
+        "replay": "Repeat one training step of a run, to see which examples and parameters made it non-finite.",
+    },
+    "compare": {
+        "evaluate": "Grade a checkpoint on a split by generation.",
+        "rationales": "Measure a student's rationales: fit to its answers, overlap with the teacher's, length.",
+        "report": "Compare finished runs: tables, and one page with plots, tests and every answer.",
+    },
+    "use": {
+        "predict": 'Answer {"id", "input"} rows with {"id", "prediction", "score"} rows.',
+        "serve": "Answer questions over HTTP: POST /predict, GET /health, /metrics, /openapi.json.",
+        "convert": "Convert a run, or a Hugging Face or T5X checkpoint, to any of these forms, to StableHLO or to "
+        "ONNX; adapters to PEFT's form and back.",
+    },
+    "try": {
+        "demo": "Train and compare both methods on the built-in dataset, and write a page of results.",
+    },
+}
+SUMMARIES = {name: summary for commands in WORKFLOW.values() for name, summary in commands.items()}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,6 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not _reader_is_gone():
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the flush at exit must not fail again
+        import signal
+
         return 128 + signal.SIGPIPE
 
 
@@ -54,31 +72,41 @@ def _reader_is_gone() -> bool:
         descriptor = sys.stdout.fileno()
     except ValueError:  # replaced by an object without a descriptor
         return False
+    import select
+
     poll = select.poll()
     poll.register(descriptor, 0)
     return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
 
 
 def _main(argv: Sequence[str] | None) -> int:
-    parser, commands = _parser()
-    arguments, rest = parser.parse_known_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    parser, commands = _parser(_named(words))
+    arguments, rest = parser.parse_known_args(words)
     takes_gin = hasattr(arguments, "gin_file")
     bindings = []
     for flag in rest:
         match = _BINDING.fullmatch(flag)
         if not takes_gin or match is None:
-            known = list(commands[arguments.command]._option_string_actions)
-            commands[arguments.command].error(f"unknown argument {flag}{nearest(flag, known)}")
+            known = [name for name in commands[arguments.command]._option_string_actions if name.startswith("--")]
+            commands[arguments.command].error(f"unknown argument {flag}{checks.nearest(flag, known)}")
         bindings.append(f"{match[1]}={match[2]}")
     _log_to_stderr()
+    given = (arguments, bindings) if takes_gin else (arguments,)
+    # Late, as everything that takes a while and --help does not need.
+    from sbs_jax import hosts
+    from sbs_jax.hosts import preemption
+    from sbs_jax.training.gin_files import UsageError
+
     try:
         _refuse_urls(commands[arguments.command], arguments)
         if hasattr(arguments, "multihost"):
             _join(arguments)
-        import_tensorflow()
-        # SeqIO and Orbax log a lot through absl.
-        absl.logging.set_verbosity(absl.logging.ERROR)
-        status = arguments.run(arguments, bindings) if takes_gin else arguments.run(arguments)
+        if arguments.check is not None:
+            arguments.check(*given)
+        if arguments.tensorflow:
+            import_tensorflow()
+        status = arguments.run(*given)
         sys.stdout.flush()  # here, where errors are still reported
         hosts.leave()
         return status
@@ -100,6 +128,16 @@ def _main(argv: Sequence[str] | None) -> int:
         raise
 
 
+def _named(words: Sequence[str]) -> tuple[str, ...]:
+    """Returns the command that a command line names; ends with status 2 for one that does not exist."""
+    name = next((word for word in words if not word.startswith("-")), None)
+    if name is None:
+        return ()
+    if name not in SUMMARIES:
+        _parser(())[0].error(f"unknown command {name!r}.{checks.nearest(name, SUMMARIES) or ' See sbs --help.'}")
+    return (name,)
+
+
 def _refuse_urls(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
     """Refuses flags that name a file of object storage; `gin_files` does so for configurations."""
     for action in parser._actions:
@@ -113,14 +151,21 @@ def _refuse_urls(parser: argparse.ArgumentParser, arguments: argparse.Namespace)
 
 def _fail_others(text: str, *, show: bool) -> None:
     """Ends all processes of a multi-process run; returns if this one is alone."""
+    from sbs_jax import hosts
+
     if hosts.describe():
         if show:
+            import traceback
+
             traceback.print_exc()
         hosts.fail(text)
 
 
 def _join(arguments: argparse.Namespace) -> None:
     """Joins the other processes if the flags name any."""
+    from sbs_jax import hosts
+    from sbs_jax.training.gin_files import UsageError
+
     given = {
         name: getattr(arguments, name)
         for name in ("coordinator_address", "process_count", "process_index")
@@ -145,11 +190,15 @@ def _join(arguments: argparse.Namespace) -> None:
         )
     hosts.join(place, timeout=arguments.join_timeout, detected=arguments.multihost)
     if not hosts.is_first():
+        import logging
+
         logging.getLogger("sbs_jax").setLevel(logging.ERROR)
 
 
 def _log_to_stderr() -> None:
     """Shows only this project's messages; gin logs to the root logger, which stays silent."""
+    import logging
+
     logging.getLogger().addHandler(logging.NullHandler())
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
@@ -163,6 +212,9 @@ def import_tensorflow() -> None:
 
     If the import crashes the process, the Python stack is printed.
     """
+    import faulthandler
+    import tempfile
+
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     sys.stderr.flush()
     stderr, told = os.dup(2), faulthandler.is_enabled()
@@ -182,26 +234,57 @@ def import_tensorflow() -> None:
             os.dup2(stderr, 2)
             faulthandler.enable(2) if told else faulthandler.disable()
             os.close(stderr)
+    import absl.logging
+
+    absl.logging.set_verbosity(absl.logging.ERROR)  # SeqIO and Orbax log a lot through it
 
 
-def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    """Shows the default of every flag that has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        shown = action.help or ""
+        if "(default" in shown or action.default is None or action.default is False or not str(action.default):
+            return shown
+        if isinstance(action.default, list):
+            words = " ".join(map(str, action.default))
+            return f"{shown} (default: {words})" if words else shown
+        return shown if action.default == argparse.SUPPRESS else f"{shown} (default: %(default)s)"
+
+
+def _parser(names: Sequence[str] = tuple(SUMMARIES)) -> tuple[argparse.ArgumentParser, dict[str, Any]]:
+    """Makes the parser of `sbs`, and those of the commands `names` by name; the others are only listed."""
     parser = argparse.ArgumentParser(
         prog="sbs",
+        usage="sbs COMMAND [FLAGS]",
         description="Distilling step-by-step: train a small T5 on the labels and rationales of a large model.",
-        epilog="sbs COMMAND --help lists a command's flags. Ready configurations: gin_configs/experiments/.",
+        epilog=_overview(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", help=argparse.SUPPRESS)
     commands = {}
 
     def command(
-        name: str, run: Any, summary: str, *, gin: bool = False, multihost: bool = False, epilog: str = ""
+        name: str,
+        run: Callable[..., int],
+        *,
+        check: Callable[..., None] | None = None,
+        gin: bool = False,
+        multihost: bool = False,
+        tensorflow: bool = True,
+        epilog: str = "",
     ) -> argparse.ArgumentParser:
+        """Makes a command's parser.
+
+        `run` and `check` get the arguments, with `gin` also the bindings. `check` raises what is wrong with them, as
+        far as that can be told within a second; `tensorflow` imports TensorFlow between the two.
+        """
         sub = subparsers.add_parser(
             name,
-            help=summary,
-            description=summary,
+            prog=f"sbs {name}",
+            description=SUMMARIES[name],
             epilog=epilog,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            formatter_class=_Formatter,
             allow_abbrev=False,
         )
         sub.add_argument("--traceback", action="store_true", help="print the traceback of an error")
@@ -219,13 +302,29 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
             sub.add_argument("--gin.NAME=VALUE", dest="_", metavar="", help="override a macro or parameter; repeatable")
         if multihost:
             _add_multihost(sub)
-        sub.set_defaults(run=run)
+        sub.set_defaults(run=run, check=check, tensorflow=tensorflow)
         commands[name] = sub
         return sub
 
-    for name in NAMES:
+    for name in names:
         importlib.import_module(f"sbs_jax.cli.commands.{name}").add(command)
     return parser, commands
+
+
+def _overview() -> str:
+    """Lists the commands by workflow, for --help."""
+    import textwrap
+
+    lines = []
+    for group, commands in WORKFLOW.items():
+        lines.append(f"{group}:")
+        for name, summary in commands.items():
+            first, *rest = textwrap.wrap(summary, 94)
+            lines += [f"  {name:12}{first}", *(f"{'':14}{line}" for line in rest)]
+        lines.append("")
+    return "\n".join(lines) + (
+        "\nsbs COMMAND --help lists a command's flags. Ready configurations: gin_configs/experiments/."
+    )
 
 
 def _add_multihost(sub: argparse.ArgumentParser) -> None:

@@ -20,23 +20,12 @@ from pathlib import Path
 
 import numpy as np
 
-from sbs_jax.data import tokens, vocabularies
-from sbs_jax.data.dataset import BY_LOSS, Dataset
-from sbs_jax.data.grading import same_text
+from sbs_jax.data import catalogue, tokens, vocabularies
 from sbs_jax.data.selection import TRAIN, VALIDATION, DataOptions
 from sbs_jax.storage import json_files, user_files
 
 SPAN_CORRUPTION = "span_corruption"
-DATASET = Dataset(
-    name="corpus",
-    labels=None,
-    read_release=None,
-    parsers={},
-    metric_fns=(),
-    primary_metric=BY_LOSS,
-    same_label=same_text,
-    feature_lengths={"inputs": 512, "targets": 114},
-)
+DATASET = catalogue.CORPUS
 TASK = f"{DATASET.name}_{SPAN_CORRUPTION}"
 
 _CHUNK = 10_000  # texts encoded at a time

@@ -14,6 +14,8 @@ from sbs_jax.data.selection import TASKS
 from sbs_jax.storage.json_files import brief
 
 STEP_BY_STEP = "step_by_step"
+# Joins premise and hypothesis in the text of records; becomes the vocabulary's EOS id.
+JOINT = "</s>"
 BY_LOSS = "token_accuracy"  # primary metric of a dataset without metric functions
 
 

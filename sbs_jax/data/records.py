@@ -141,6 +141,11 @@ def read_records(path: str | Path) -> list[Record]:
 
 def _record(value: Mapping[str, Any]) -> Record:
     """Checks and builds a record, from JSON or from the fields of another; ValueError names the field."""
+    if isinstance(value, Mapping) and "input" not in value and not {"teacher_text", "rationale"} & value.keys():
+        raise ValueError(
+            f"got the fields {brief(list(value))}; expected those of a record: id, input and label. `sbs init FILE "
+            "--input COLUMN --label COLUMN` makes a dataset of a file with other columns."
+        )
     record = typed(value, Record)
     if not record.id:
         raise ValueError("the field 'id' is empty; rows are joined by id, so every row needs one.")
@@ -207,6 +212,19 @@ def read_manifest(directory: str | Path) -> Manifest:
     except ValueError as error:
         raise ValueError(f"{path}: {error} Write the records again with this version.") from None
     return manifest
+
+
+def check_exist(records_dir: str | Path, name: str) -> None:
+    """Raises FileNotFoundError, with the commands that write them, if a dataset has no records in a folder."""
+    directory = Path(records_dir) / name
+    if any(file_of(directory, split).exists() for split in SPLITS):
+        return
+    gone = "" if Path(records_dir).is_dir() else f" (there is no folder {records_dir})"
+    raise FileNotFoundError(
+        f"There are no records of {name}: no train.jsonl, validation.jsonl or test.jsonl in {directory}{gone}. Write "
+        f"them with\n  sbs records --dataset {name} --release DIR --records_dir {records_dir}\nwhere DIR holds the "
+        "official release, ask a teacher for them with `sbs teach`, or set DataOptions.records_dir to where they are."
+    )
 
 
 def put_in_place(made: Path, target: Path, *, overwrite: bool) -> None:

@@ -11,7 +11,8 @@ Each dataset has four names, for example svamp:
 
 and plain text has `corpus_span_corruption` (corpus.py), with task id 1.
 
-`add` and `configure` register the tasks. `<records_dir>/<dataset>/<split>.jsonl` is read when a task is first used.
+Adding a dataset (catalogue.py) and `configure` register the tasks. `<records_dir>/<dataset>/<split>.jsonl` is read when
+a task is first used.
 Importing this module imports TensorFlow, which takes seconds.
 """
 
@@ -19,7 +20,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -29,7 +29,9 @@ import seqio
 import tensorflow as tf
 
 from sbs_jax import checks
-from sbs_jax.data import corpus, dataset_folder, records, seqio_tasks, tokens, vocabularies
+from sbs_jax.data import catalogue, corpus, dataset_folder, records, seqio_tasks, tokens, vocabularies
+from sbs_jax.data.catalogue import add as add  # a part of this module's interface
+from sbs_jax.data.catalogue import get, names, registered
 from sbs_jax.data.dataset import STEP_BY_STEP, Dataset
 from sbs_jax.data.selection import (
     ANSWER_MARKER,
@@ -64,28 +66,7 @@ TASK_IDS = {
 
 # ------------------------------------------------------------------------------- registration
 
-_DATASETS: dict[str, Dataset] = {}
 _options = DataOptions(records_dir="records", vocabulary=tokens.BYTE_VOCABULARY)
-
-
-def _registered() -> dict[str, Dataset]:
-    """Returns all datasets by name, including the shipped ones.
-
-    Importing their package registers them; it is imported by name, so that no module depends on it.
-    """
-    importlib.import_module("tasks")
-    return _DATASETS
-
-
-def add(dataset: Dataset) -> None:
-    """Registers a dataset and, under the current options, its SeqIO tasks and mixture."""
-    known = _DATASETS.get(dataset.name)
-    if known is not None and known != dataset:
-        if known.definition is not None and known.definition == dataset.definition:
-            return
-        raise ValueError(f"Another dataset is already registered as {dataset.name!r}; choose another name.")
-    _DATASETS[dataset.name] = dataset
-    _register(dataset)
 
 
 def configure(options: DataOptions) -> None:
@@ -99,7 +80,7 @@ def configure(options: DataOptions) -> None:
     _augmentation.cache_clear()
     token_tables.cache_clear()
     _corpus.cache_clear()
-    for dataset in _DATASETS.values():
+    for dataset in registered().values():
         _register(dataset)
     _register_corpus()
 
@@ -113,43 +94,6 @@ def vocabulary(name: str) -> vocabularies.Vocabulary:
     """Checks a vocabulary, then returns it."""
     tokens.check_vocabulary(name)
     return tokens.vocabulary(name)
-
-
-def names() -> tuple[str, ...]:
-    """Returns the names of all datasets, sorted."""
-    return tuple(sorted(_registered()))
-
-
-def get(name: str) -> Dataset:
-    """Returns the dataset of this name, or of a folder with dataset.json, which this registers.
-
-    ValueError with near matches if there is none.
-    """
-    if name == corpus.DATASET.name:
-        return corpus.DATASET
-    if name not in _registered() and dataset_folder.is_folder(name):
-        return restore(dataset_folder.read(name))
-    if name not in _DATASETS:
-        raise ValueError(
-            f"Unknown dataset {name!r}; known are {list(names())}, and folders with {dataset_folder.FILE} (`sbs init`)."
-            f"{checks.nearest(name, names())}"
-        )
-    return _DATASETS[name]
-
-
-def restore(dataset: Dataset) -> Dataset:
-    """Registers the dataset of a folder or of a run's manifest, and returns it."""
-    _registered()  # shipped datasets have their names first
-    add(dataset)
-    return _DATASETS[dataset.name]
-
-
-def scripted_reply(asked: str, *, sample: int) -> str | None:
-    """Returns the reply of the first dataset whose scripted teacher knows the input, or None."""
-    for dataset in _registered().values():
-        if dataset.scripted_reply is not None and (reply := dataset.scripted_reply(asked, sample)) is not None:
-            return reply
-    return None
 
 
 def task_names() -> tuple[str, ...]:
@@ -178,7 +122,7 @@ def split_task(task_name: str) -> tuple[Dataset, str]:
     """
     if task_name == corpus.TASK:
         return corpus.DATASET, corpus.SPAN_CORRUPTION
-    for dataset in _registered().values():
+    for dataset in registered().values():
         for kind in (*TASKS, STEP_BY_STEP):
             if task_name == f"{dataset.name}_{kind}":
                 return dataset, kind
@@ -466,15 +410,7 @@ def _records_file(name: str, split: str) -> Path:
 
 def _check_records_exist(name: str) -> None:
     get(name)
-    directory = Path(_options.records_dir) / name
-    if any(_records_file(name, split).exists() for split in (TRAIN, VALIDATION, TEST)):
-        return
-    raise FileNotFoundError(
-        f"There are no records of {name}: no train.jsonl, validation.jsonl or test.jsonl in "
-        f"{directory}. Write them with\n  sbs records --dataset {name} --release DIR "
-        f"--records_dir {_options.records_dir}\nwhere DIR holds the official release, or set "
-        "DataOptions.records_dir to where they are."
-    )
+    records.check_exist(_options.records_dir, name)
 
 
 @functools.cache
@@ -562,3 +498,6 @@ def _check_labels_can_be_written(dataset: Dataset, text_vocabulary: vocabularies
 @functools.cache
 def _corpus() -> Mapping[str, tokens.TokenTable]:
     return corpus.read(_options, vocabulary(_options.vocabulary))
+
+
+catalogue.on_add(_register)

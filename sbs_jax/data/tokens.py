@@ -12,12 +12,11 @@ import numpy as np
 import tensorflow as tf
 
 from sbs_jax.data import vocabularies
+from sbs_jax.data.dataset import JOINT
 from sbs_jax.storage import json_files, user_files
 
 PAD_ID, EOS_ID, EXTRA_IDS = vocabularies.PAD_ID, vocabularies.EOS_ID, vocabularies.EXTRA_IDS
 BYTE_VOCABULARY = vocabularies.BYTE
-# Joins premise and hypothesis in the text of records; becomes the vocabulary's EOS id.
-JOINT = "</s>"
 
 # Texts encoded at a time; limits the Python lists in memory to about 20 MB.
 _CHUNK = 10_000

@@ -30,6 +30,7 @@ from sentencepiece import sentencepiece_model_pb2 as _pb2
 
 from sbs_jax import checks
 from sbs_jax.data import bpe_cut, tokens, vocabularies
+from sbs_jax.data.dataset import JOINT
 from sbs_jax.storage import atomic, json_files
 
 _MODEL: Any = _pb2.ModelProto  # pyright: ignore[reportAttributeAccessIssue]  # made when it is imported
@@ -186,7 +187,7 @@ class Coverage:
 
 def coverage(folder: str | Path, vocabulary: str, texts: Iterable[str]) -> Coverage:
     """Counts what a cut changes for texts that it was not made for."""
-    parts = [part for text in texts for part in text.split(tokens.JOINT)]
+    parts = [part for text in texts for part in text.split(JOINT)]
     cut = read(folder)
     old = _PIECES[cut.kind](tokens.read_vocabulary(vocabulary))
     new = _PIECES[cut.kind]((Path(folder) / cut.file).read_bytes())
@@ -244,7 +245,7 @@ def _kind(vocabulary: str) -> str:
 
 def _parts(texts: Iterable[str]) -> list[str]:
     """Lists the distinct parts of texts that are encoded on their own."""
-    return list(dict.fromkeys(part for text in texts for part in text.split(tokens.JOINT)))
+    return list(dict.fromkeys(part for text in texts for part in text.split(JOINT)))
 
 
 def _with_sources(model: _Pieces, ids: Iterable[int]) -> set[int]:

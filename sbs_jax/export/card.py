@@ -18,7 +18,7 @@ from typing import Any
 import jinja2
 
 from sbs_jax.data import corpus, grading, registry, selection, slots, tokens, vocabularies
-from sbs_jax.data.dataset import STEP_BY_STEP, Dataset
+from sbs_jax.data.dataset import JOINT, STEP_BY_STEP, Dataset
 from sbs_jax.run import checkpoints, directory
 from sbs_jax.run.manifest import last_name
 from sbs_jax.stats import intervals, results
@@ -176,7 +176,7 @@ def _of_settings(opened: Opened) -> dict[str, Any]:
             "prefix": asked["prefix"],
             "max_tokens": lengths["inputs"],
             "longer": "cut to max_tokens, of which the last is EOS",
-            "joint": tokens.JOINT,
+            "joint": JOINT,
             "number_slots": options.get("number_slots", False),
         },
         "answer": {

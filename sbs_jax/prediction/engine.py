@@ -23,6 +23,7 @@ from sbs_jax import checks
 from sbs_jax.data import registry, selection, tokens
 from sbs_jax.data.slots import NO_NUMBERS, Numbers
 from sbs_jax.prediction import precision
+from sbs_jax.prediction.inputs import Question as Question
 from sbs_jax.storage import json_files
 from sbs_jax.student import decoding, partitioning
 from sbs_jax.training import evaluate, students
@@ -89,21 +90,6 @@ class Settings:
                 "Settings.objective is 'rationale', which allows neither `rationale` nor decoding 'choices'. Set "
                 "objective 'label', with `rationale` to have both."
             )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Question:
-    """One question: the input without its prefix, and optionally the adapters that answer it.
-
-    `choices` are the possible answers for decoding "choices" (default: the dataset's labels). `rationale` False skips
-    this question's rationale if the settings ask for rationales.
-    """
-
-    id: str
-    input: str
-    adapter: str | None = None
-    choices: tuple[str, ...] | None = None
-    rationale: bool = True
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

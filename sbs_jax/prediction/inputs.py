@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from sbs_jax.prediction.engine import Question
 from sbs_jax.storage import json_files, parquet_footer, user_files
 
 # Bytes of a JSON or CSV line, or characters of a Parquet row.
@@ -19,6 +18,21 @@ LONGEST_LINE = 2**20
 COLUMNS = ("id", "input", "adapter", "choices")
 REQUIRED = COLUMNS[:2]
 _ROWS, _DELTA = 256, 2**24  # Parquet rows read at a time, and bytes of them in a delta encoding
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Question:
+    """One question: the input without its prefix, and optionally the adapters that answer it.
+
+    `choices` are the possible answers for decoding "choices" (default: the dataset's labels). `rationale` False skips
+    this question's rationale if the settings ask for rationales.
+    """
+
+    id: str
+    input: str
+    adapter: str | None = None
+    choices: tuple[str, ...] | None = None
+    rationale: bool = True
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

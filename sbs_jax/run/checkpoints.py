@@ -23,6 +23,8 @@ from etils import epath
 
 from sbs_jax import checks, hosts
 from sbs_jax.run import directory, manifest, saving
+from sbs_jax.run.directory import check_has_checkpoint, no_checkpoint, step_of
+from sbs_jax.run.directory import steps as steps  # a part of this module's interface
 from sbs_jax.storage import checksums, json_files
 from sbs_jax.student import adapters, families
 
@@ -343,14 +345,6 @@ def read_metadata(run_dir: str | Path, step: int) -> dict[str, Any]:
     return saving.read_json(Path(run_dir) / "checkpoints" / str(step))
 
 
-def steps(run_dir: str | Path) -> list[int]:
-    """Lists the complete checkpoints of a run, ascending."""
-    directory = Path(run_dir) / "checkpoints"
-    if not directory.is_dir():
-        return []
-    return sorted(int(p.name) for p in directory.iterdir() if p.name.isdigit() and (p / checksums.FILE).is_file())
-
-
 def best_step(path: str | Path) -> int | None:
     """Returns the best checkpoint by validation (ties go to the earliest); the newest if none was evaluated."""
     return _best(steps(path), scores=read_scores(path))
@@ -394,19 +388,15 @@ def scores_of(metadata: Mapping[str, Any], *, where: str) -> dict[int, float] | 
 def locate(path: str | Path) -> tuple[Path, int]:
     """Returns (run directory, step) for a run directory (its best step) or for one `checkpoints/<step>`.
 
-    The same on every process, even while the run is writing.
+    The same on every process, even while the run is writing. FileNotFoundError if there is no such checkpoint.
     """
     path = Path(path).absolute()
-    if path.name.isdigit() and path.parent.name == "checkpoints":
-        run_dir, step = path.parent.parent, int(path.name)
-        if not path.is_dir():
-            raise FileNotFoundError(f"No checkpoint at {path}; this run has steps {steps(run_dir)}.")
-        return run_dir, step
+    if step_of(path) is not None:
+        check_has_checkpoint(path)
+        return path.parent.parent, int(path.name)
     step = hosts.from_first(lambda: best_step(path))
     if step is None:
-        raise FileNotFoundError(
-            f"{path} holds no checkpoint; expected a run directory (with checkpoints/<step>), or one such step."
-        )
+        raise no_checkpoint(path)
     return path, step
 
 

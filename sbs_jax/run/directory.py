@@ -23,8 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from sbs_jax import hosts
+from sbs_jax.checks import nearest
 from sbs_jax.run import events, manifest, pending_writes
-from sbs_jax.storage import atomic, json_files, lock, user_files
+from sbs_jax.storage import atomic, checksums, json_files, lock, user_files
 
 MANIFEST = manifest.NAME
 read_manifest = manifest.read
@@ -300,6 +301,50 @@ class RunDir:
                     "one that all hosts share (a network file system or a mounted bucket)."
                 )
             time.sleep(0.2)
+
+
+def steps(run_dir: str | Path) -> list[int]:
+    """Lists the complete checkpoints of a run, ascending."""
+    directory = Path(run_dir) / "checkpoints"
+    if not directory.is_dir():
+        return []
+    return sorted(int(p.name) for p in directory.iterdir() if p.name.isdigit() and (p / checksums.FILE).is_file())
+
+
+def step_of(path: Path) -> int | None:
+    """Returns the step of a path `<run>/checkpoints/<step>`; None for another path."""
+    return int(path.name) if path.name.isdigit() and path.parent.name == "checkpoints" else None
+
+
+def check_has_checkpoint(path: str | Path) -> None:
+    """Raises FileNotFoundError unless this is a run directory with a checkpoint, or one `checkpoints/<step>` of it."""
+    path = Path(path).absolute()
+    if step_of(path) is not None:
+        if not path.is_dir():
+            raise FileNotFoundError(f"No checkpoint at {path}; this run has steps {steps(path.parent.parent)}.")
+    elif not steps(path):
+        raise no_checkpoint(path)
+
+
+def no_checkpoint(path: Path) -> FileNotFoundError:
+    """Returns the error of a path where a run with a checkpoint was expected, with the nearest run directories."""
+    if not path.exists():
+        return FileNotFoundError(f"There is no run at {path}{_runs_beside(path)}")
+    if (path / MANIFEST).is_file():
+        return FileNotFoundError(
+            f"{path} holds no checkpoint yet: its training ended before the first one, or still runs. Repeat its "
+            "`sbs train` command."
+        )
+    return FileNotFoundError(
+        f"{path} holds no checkpoint; expected a run directory (with checkpoints/<step>), or one such step"
+        f"{_runs_beside(path / 'x')}"
+    )
+
+
+def _runs_beside(path: Path) -> str:
+    folder = path.parent
+    found = sorted(each.name for each in folder.iterdir() if (each / MANIFEST).is_file()) if folder.is_dir() else []
+    return f"; {folder} has the runs {', '.join(found[:10])}.{nearest(path.name, found)}" if found else "."
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:

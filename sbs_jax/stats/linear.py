@@ -25,9 +25,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from sbs_jax.data import registry, selection
-from sbs_jax.data.dataset import Dataset
+from sbs_jax.data.dataset import JOINT, Dataset
 from sbs_jax.data.slots import Numbers
-from sbs_jax.data.tokens import JOINT
 from sbs_jax.stats import intervals
 from sbs_jax.stats.baselines import LINEAR, MAJORITY, PARTIAL, Baseline, Baselines
 

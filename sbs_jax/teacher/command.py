@@ -21,7 +21,7 @@ from pathlib import Path
 
 import tqdm
 
-from sbs_jax.data import parsing, registry, release, summary
+from sbs_jax.data import catalogue, parsing, release, summary
 from sbs_jax.data.dataset import Dataset
 from sbs_jax.data.records import Manifest
 from sbs_jax.data.summary import Summary
@@ -92,7 +92,7 @@ def teach(options: Options, *, tell: Summary | None = None) -> Manifest | None:
     reason, so not if requests were given up; `export_only` writes them at any time. `tell` gets every split that was
     written, or after UnusableRepliesError the first answers.
     """
-    dataset = registry.get(options.dataset)
+    dataset = catalogue.get(options.dataset)
     _check_outputs(dataset, options)
     plan = _Plan(
         options=options,

@@ -86,14 +86,21 @@ class Gemini(HostedClient):
         self.sdk.close()
 
 
+def credentials_given(*, vertex: bool) -> tuple[str, ...]:
+    """Returns the key, or Vertex AI's project and location, from the environment. ValueError for a missing one."""
+    if vertex:
+        return environment_value("GOOGLE_CLOUD_PROJECT"), environment_value("GOOGLE_CLOUD_LOCATION")
+    return (environment_key("GEMINI_API_KEY", "GOOGLE_API_KEY"),)
+
+
 def google_client(*, vertex: bool, base_url: str | None, http: Any, credentials: Any) -> tuple[Any, str]:
     """Makes the SDK's client, without retries, and returns it with the key to hide ("" if there is none)."""
     genai = sdk_module("google.genai")
     options = {"base_url": base_url, "httpx_async_client": http}
+    given = credentials_given(vertex=vertex)
     if not vertex:
-        key = environment_key("GEMINI_API_KEY", "GOOGLE_API_KEY")
-        return genai.Client(vertexai=False, api_key=key, http_options=options), key
-    project, location = (environment_value(name) for name in ("GOOGLE_CLOUD_PROJECT", "GOOGLE_CLOUD_LOCATION"))
+        return genai.Client(vertexai=False, api_key=given[0], http_options=options), given[0]
+    project, location = given
     if credentials is None:
         auth = sdk_module("google.auth")
         try:

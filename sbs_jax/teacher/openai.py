@@ -26,7 +26,7 @@ class OpenAI(HostedClient):
     def __init__(self, *, base_url: str | None, timeout: float, connections: int) -> None:
         super().__init__()
         sdk, httpx2 = sdk_module("openai"), sdk_module("httpx2")
-        base_url = checked_address(base_url or os.environ.get("OPENAI_BASE_URL") or None)
+        base_url = address(base_url)
         key = openai_key(base_url)
         self.official, self.timeout, self.secret = is_official(base_url), timeout, "" if key == NO_KEY else key
         self.errors, self._response = (sdk.OpenAIError, httpx2.HTTPError), httpx2.Response
@@ -56,6 +56,11 @@ class OpenAI(HostedClient):
 
     async def close(self) -> None:
         await self.sdk.close()
+
+
+def address(base_url: str | None) -> str | None:
+    """Returns the address of the server, from the flag or OPENAI_BASE_URL; None for OpenAI's own API."""
+    return checked_address(base_url or os.environ.get("OPENAI_BASE_URL") or None)
 
 
 def is_official(base_url: str | None) -> bool:

@@ -11,6 +11,31 @@ PROVIDERS = ("openai", "gemini", "vertex", "scripted")
 BATCH_PROVIDERS = ("openai", "gemini", "vertex")
 
 
+def check(provider: str, *, base_url: str | None, batch: bool, ask: bool) -> None:
+    """Checks a provider's name, address and, if it will be asked (`ask`), credentials in the environment.
+
+    ValueError says what to set or to write. The SDKs are not imported.
+    """
+    known = BATCH_PROVIDERS if batch else PROVIDERS
+    if provider not in known:
+        through = (
+            " Other models answer through a server that is compatible with OpenAI's API: --provider openai --base_url "
+            "URL (docs/teacher.md)."
+        )
+        what = "has no batch jobs" if provider in PROVIDERS else "is not a provider"
+        raise ValueError(f"{provider!r} {what}; expected one of {', '.join(known)}.{nearest(provider, known)}{through}")
+    if not ask:
+        return
+    if provider == "openai":
+        from sbs_jax.teacher import openai
+
+        openai.openai_key(openai.address(base_url))
+    elif provider in ("gemini", "vertex"):
+        from sbs_jax.teacher import gemini
+
+        gemini.credentials_given(vertex=provider == "vertex")
+
+
 def make(provider: str, *, base_url: str | None, timeout: float, connections: int) -> Client:
     """Makes a provider's client; `timeout` is in seconds per reply, `connections` is the maximum of requests in flight.
 
@@ -31,7 +56,8 @@ def make(provider: str, *, base_url: str | None, timeout: float, connections: in
         return Gemini(vertex=provider == "vertex", base_url=base_url, timeout=timeout, connections=connections)
     if provider == "scripted":
         return Scripted()
-    raise ValueError(f"There is no provider {provider!r}; there are {list(PROVIDERS)}.{nearest(provider, PROVIDERS)}")
+    check(provider, base_url=base_url, batch=False, ask=False)
+    raise AssertionError(provider)  # `check` refuses it
 
 
 def make_batch(provider: str, *, base_url: str | None, timeout: float, folder: str | None = None) -> BatchClient:
@@ -46,9 +72,8 @@ def make_batch(provider: str, *, base_url: str | None, timeout: float, folder: s
         if provider == "gemini":
             return GeminiBatches(base_url=base_url, timeout=timeout)
         return VertexBatches(base_url=base_url, timeout=timeout, folder=folder)
-    raise ValueError(
-        f"{provider!r} has no batch jobs; expected one of {list(BATCH_PROVIDERS)}.{nearest(provider, BATCH_PROVIDERS)}"
-    )
+    check(provider, base_url=base_url, batch=True, ask=False)
+    raise AssertionError(provider)  # `check` refuses it
 
 
 class Scripted:
@@ -61,11 +86,11 @@ class Scripted:
         self._latency = latency
 
     async def ask(self, request: Request) -> Reply:
-        from sbs_jax.data import registry
+        from sbs_jax.data import catalogue
 
         await asyncio.sleep(self._latency)
         asked = request.prompt.messages[-1].content
-        text = registry.scripted_reply(asked, sample=request.sample)
+        text = catalogue.scripted_reply(asked, sample=request.sample)
         if text is None:
             raise Fatal("The scripted teacher knows the built-in dataset only: it has no reply to this input.")
         for stop in request.stops:

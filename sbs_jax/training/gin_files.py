@@ -39,7 +39,7 @@ MODULES = {
 # Imported for the command line, because bindings cannot contain imports.
 _PRELUDE = ("adapters", "datasets", "decoder_only", "evaluate", "partitioning", "t5", "t5gemma", "train")
 # Configuration classes. Each field is bound to the macro of its upper-case name, except for these.
-_CLASSES: dict[str, dict[str, str]] = {
+CLASSES: dict[str, dict[str, str]] = {
     "train.TrainConfig": {
         "learning_rate": "%SCHEDULE",
         "data": "@datasets.DataOptions()",
@@ -93,8 +93,8 @@ def configure(
 
     gin.clear_config()
     config = importlib.import_module("gin.config")
-    if (_opened, os.path.isfile) not in config._FILE_READERS:
-        config._FILE_READERS.insert(0, (_opened, os.path.isfile))
+    if (opened, os.path.isfile) not in config._FILE_READERS:
+        config._FILE_READERS.insert(0, (opened, os.path.isfile))
     # gin finds gin_configs/.. from any folder, because gin_configs is a package.
     for path in search_paths:
         gin.add_config_file_search_path(path)
@@ -102,15 +102,14 @@ def configure(
     prelude += "".join(f"{import_line(name)}\n" for name in _PRELUDE)
     prelude += "".join(f"{left} = {right}\n" for left, right in class_bindings(name).items())
     prelude += "".join(f"include {file!r}\n" for file in gin_files)
-    text = prelude + "\n".join(_quoted(binding) for binding in bindings) + "\n"
-    with _usage_errors():
+    text = prelude + "\n".join(quoted(binding) for binding in bindings) + "\n"
+    with usage_errors():
         # An import applies to its own file only: the prelude's serve the command line, not included files.
         includes, _ = gin.parse_config(text)
         _refuse_foreign(config)
         missing = _REQUIRED.findall(gin.config_str())
         gin.parse_config("".join(f"{macro} = 'none'\n" for macro in missing if macro in unread))
-        if flags := " ".join(f"--gin.{macro}=.." for macro in missing if macro not in unread):
-            raise UsageError(f"{name} needs values that no gin file gives: {flags}")
+        refuse_missing(name, [macro for macro in missing if macro not in unread])
         _refuse_other_types(config)
         instance = gin.get_configurable(name)()
         _refuse_urls(name.rpartition(".")[2], instance)
@@ -118,13 +117,25 @@ def configure(
     unused = _unused(gin.config_str(), gin.operative_config_str(), texts)
     if unused:
         known = sorted({m[1] for m in _LEFT_SIDE.finditer(gin.config_str())} - set(unused))
-        lines = [f"{binding}{nearest(binding, known)}" for binding in unused]
-        raise UsageError("Nothing uses these bindings; correct or remove them:\n  " + "\n  ".join(lines))
+        raise UsageError(unused_text(unused, known=known))
     return instance, gin.operative_config_str()
 
 
+def refuse_missing(name: str, macros: Sequence[str]) -> None:
+    """Raises UsageError if there are macros without a value, with the flags that give them one."""
+    if flags := " ".join(f"--gin.{macro}=.." for macro in macros):
+        raise UsageError(f"{name} needs values that no gin file gives: {flags}")
+
+
+def unused_text(unused: Iterable[str], *, known: Iterable[str]) -> str:
+    """Returns the error about bindings that nothing uses, with the nearest of the known ones."""
+    known = sorted(known)
+    lines = [f"{binding}{nearest(binding, known)}" for binding in unused]
+    return "Nothing uses these bindings; correct or remove them:\n  " + "\n  ".join(lines)
+
+
 @contextlib.contextmanager
-def _usage_errors() -> Iterator[None]:
+def usage_errors() -> Iterator[None]:
     """Turns every error of reading a configuration into a UsageError."""
     try:
         yield
@@ -173,12 +184,12 @@ def class_bindings(name: str) -> dict[str, str]:
     {"KEEP_BEST": "1", "train.TrainConfig.keep_best": "%KEEP_BEST", ..}: a new field has a macro with its default,
     without a line in a gin file. Fields without a default leave their macro undefined.
     """
-    if name not in _CLASSES:
+    if name not in CLASSES:
         return {}
     module, _, class_name = name.partition(".")
     found: dict[str, str] = {}
     for field in dataclasses.fields(getattr(importlib.import_module(MODULES[module]), class_name)):
-        value = _CLASSES[name].get(field.name, f"%{field.name.upper()}")
+        value = CLASSES[name].get(field.name, f"%{field.name.upper()}")
         found[f"{name}.{field.name}"] = value
         if value.startswith("@"):
             found |= class_bindings(value[1:-2])
@@ -206,7 +217,7 @@ def configured(
     return configured, text
 
 
-def _quoted(binding: str) -> str:
+def quoted(binding: str) -> str:
     """Turns `NAME=value` into a line of gin; a value that is bare text is quoted."""
     name, equals, value = binding.partition("=")
     if not equals:
@@ -307,7 +318,7 @@ def _refuse_urls(name: str, value: Any) -> None:
             _refuse_urls(name, each)
 
 
-def _opened(file: str) -> io.StringIO:
+def opened(file: str) -> io.StringIO:
     """Opens a gin file as UTF-8 text, with or without a byte order mark. ValueError names the file."""
     text = io.StringIO(json_files.decoded(user_files.whole(file), file), newline=None)
     text.name = file  # for gin's messages

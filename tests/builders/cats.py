@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from sbs_jax.data import grading, records, registry, selection
+from sbs_jax.data import catalogue, grading, records, registry, selection
 from sbs_jax.data.dataset import Dataset
 
 
@@ -45,7 +45,7 @@ def configure(folder: Path, **changes: Any) -> None:
 
 def register(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Registers `cats` with records from the folder until the test ends."""
-    monkeypatch.setattr(registry, "_DATASETS", dict(registry._DATASETS))
+    monkeypatch.setattr(catalogue, "_DATASETS", dict(catalogue._DATASETS))
     monkeypatch.setattr(registry, "_options", registry._options)
     registry.add(dataset())
     configure(folder)

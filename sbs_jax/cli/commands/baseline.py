@@ -11,7 +11,7 @@ def add(command: Any) -> None:
     baseline = command(
         "baseline",
         run,
-        "Measure what simple models answer: the most frequent label, and linear models of words.",
+        check=check,
         epilog="example:\n  sbs baseline --dataset svamp --records_dir records\n\n"
         "Writes baselines.json beside the records, where sbs train and sbs report find it: a student below a baseline\n"
         "is said to be so. The models: docs/report.md.",
@@ -25,19 +25,28 @@ def add(command: Any) -> None:
         nargs="+",
         choices=(TRAIN, VALIDATION),
         default=[TRAIN],
-        help="splits to learn from (default: %(default)s)",
+        help="splits to learn from",
     )
     baseline.add_argument(
-        "--folds", type=int, default=0, metavar="N", help="cross-validate in N folds (default: the files' own splits)"
+        "--folds", type=int, default=0, metavar="N", help="cross-validate in N folds; 0: the files' own splits"
     )
     baseline.add_argument("--augmentation", metavar="FILE", help="records to learn from too, as a run's AUGMENTATION")
+
+
+def check(arguments: argparse.Namespace) -> None:
+    from sbs_jax.cli import early
+    from sbs_jax.data import catalogue, records
+
+    folders.fill_in(arguments)
+    records.check_exist(arguments.records_dir, catalogue.get(arguments.dataset).name)
+    if arguments.augmentation is not None:
+        early.existing("--augmentation", arguments.augmentation, "write it with `sbs records --augmentation`")
 
 
 def run(arguments: argparse.Namespace) -> int:
     from sbs_jax.data import registry, selection, tokens
     from sbs_jax.stats import baselines, linear
 
-    folders.fill_in(arguments)
     dataset = registry.get(arguments.dataset).name
     train_split = arguments.train[0]
     registry.configure(

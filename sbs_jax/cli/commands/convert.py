@@ -17,8 +17,7 @@ def add(command: Any) -> None:
     convert = command(
         "convert",
         run,
-        "Convert a run, or a Hugging Face or T5X checkpoint, to any of these forms, to StableHLO or to ONNX; adapters "
-        "to PEFT's form and back.",
+        check=check,
         epilog="examples:\n  sbs convert --to hf runs/svamp svamp-student\n"
         "  sbs convert --to stablehlo --dtype int8 --shapes 1x88,32x88 runs/svamp svamp-int8\n"
         "  sbs convert --to peft runs/svamp-lora svamp-lora\n"
@@ -61,16 +60,31 @@ def add(command: Any) -> None:
         help='lines of {"input": text} to check the programs with (default: the inputs that the run was graded on)',
     )
     convert.add_argument(
-        "--check", type=int, default=32, metavar="ROWS", help="maximum number of samples to check with; 0: no check"
+        "--check",
+        type=int,
+        default=32,
+        dest="rows_to_check",
+        metavar="ROWS",
+        help="maximum number of samples to check with; 0: no check",
     )
     convert.add_argument("source", metavar="SRC", help="directory, or gs:// path of a T5X checkpoint")
     convert.add_argument("target", metavar="DST", help="directory to make, or gs:// path for T5X")
 
 
+def check(arguments: argparse.Namespace) -> None:
+    from sbs_jax.cli import early
+
+    _shapes(arguments.shapes)
+    if arguments.rows_to_check < 0:
+        raise UsageError(f"--check is {arguments.rows_to_check}; expected a number of samples, 0 for none.")
+    early.existing("SRC", arguments.source, "give a run directory, or a checkpoint (docs/checkpoints.md)")
+    for flag in ("base", "vocabulary", "cut", "samples"):
+        if (path := getattr(arguments, flag)) is not None and path != "byte":
+            early.existing(f"--{flag}", path, "give its path")
+
+
 def run(arguments: argparse.Namespace) -> int:
     platforms, shapes = _listed(arguments.platforms), _shapes(arguments.shapes)
-    if arguments.check < 0:
-        raise UsageError(f"--check is {arguments.check}; expected a number of samples, 0 for none.")
     from sbs_jax.export import convert
 
     options = convert.Options(
@@ -84,7 +98,7 @@ def run(arguments: argparse.Namespace) -> int:
         platforms=platforms,
         shapes=shapes,
         samples=arguments.samples,
-        check=arguments.check,
+        check=arguments.rows_to_check,
     )
     print(json.dumps(convert.convert(arguments.source, arguments.target, options)))
     return 0

@@ -5,7 +5,7 @@ from typing import Any
 
 
 def add(command: Any) -> None:
-    demo = command("demo", run, "Train and compare both methods on the built-in dataset, and write a page of results.")
+    demo = command("demo", run)
     demo.add_argument("--output", default="runs/demo", metavar="DIR", help="folder of the runs, the table and the page")
 
 

@@ -13,12 +13,20 @@ def add(command: Any) -> None:
     command(
         "evaluate",
         run,
-        "Grade a checkpoint on a split by generation.",
+        check=check,
         gin=True,
         multihost=True,
         epilog="example:\n  sbs evaluate --gin_file=gin_configs/runs/evaluate.gin --gin.CHECKPOINT_PATH=runs/svamp \\\n"
         "      --gin.SPLIT=test",
     )
+
+
+def check(arguments: argparse.Namespace, bindings: Sequence[str]) -> None:
+    from sbs_jax.cli import early
+
+    found = early.configuration("evaluate.EvaluateConfig", arguments, bindings)
+    if isinstance(path := found.value("CHECKPOINT_PATH"), str):
+        early.run(path)
 
 
 def run(arguments: argparse.Namespace, bindings: Sequence[str]) -> int:

@@ -9,7 +9,7 @@ def add(command: Any) -> None:
     init = command(
         "init",
         run,
-        "Make a dataset of a table of your own: splits, labels, a prompt, and configurations.",
+        tensorflow=False,
         epilog="example:\n  sbs init tickets.csv\n"
         "  sbs teach --dataset tickets --provider openai --model gpt-4o-mini\n"
         "  sbs train --gin_file=tickets/laptop.gin --gin.MODEL_DIR=runs/tickets\n"
@@ -30,13 +30,13 @@ def add(command: Any) -> None:
         "--labels",
         choices=("auto", "closed", "free"),
         default="auto",
-        help="closed: the column has all possible answers; free: any text (default: %(default)s)",
+        help="closed: the column has all possible answers; free: any text",
     )
     init.add_argument("--output", metavar="DIR", help="folder to make (default: the dataset's name)")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from sbs_jax.data import own_data, own_experiments, registry
+    from sbs_jax.data import catalogue, own_data, own_experiments
 
     plan = own_data.plan(
         arguments.file,
@@ -47,7 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
         labels=arguments.labels,
     )
     name = plan.dataset.name
-    if name in registry.names():
+    if name in catalogue.names():
         raise ValueError(f"{name!r} is a dataset of sbs_jax already; give another with --name.")
     folder = Path(arguments.output or name)
     own_data.write(plan, folder, gin=own_experiments.of(plan, folder))

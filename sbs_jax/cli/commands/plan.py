@@ -16,7 +16,7 @@ def add(command: Any) -> None:
     plan = command(
         "plan",
         run,
-        "Compile a configuration for absent TPUs: does it fit, how fast is it, what does it cost?",
+        check=check,
         gin=True,
         epilog="examples:\n  sbs plan --gin_file=gin_configs/experiments/esnli/base.gin --topology v5e:2x4\n"
         "  sbs plan --gin_file=gin_configs/experiments/esnli/xxl.gin --topology v5e:16x16,v5p:4x4x4 --search\n\n"
@@ -27,17 +27,11 @@ def add(command: Any) -> None:
     plan.add_argument(
         "--slices", type=int, default=1, metavar="N", help="number of slices, joined by the data-center network"
     )
-    plan.add_argument(
-        "--steps", default="train,evaluation,generation", metavar="LIST", help="steps to compile (default: %(default)s)"
-    )
+    plan.add_argument("--steps", default="train,evaluation,generation", metavar="LIST", help="steps to compile")
     plan.add_argument("--batch_size", type=int, metavar="N", help="rows per update, over all chips")
     plan.add_argument("--search", action="store_true", help="try meshes (fsdp, data, tensor) and micro-batches")
-    plan.add_argument(
-        "--max_compiles", type=int, default=16, metavar="N", help="limit for --search (default: %(default)s)"
-    )
-    plan.add_argument(
-        "--time_limit", type=float, default=1800.0, metavar="SECONDS", help="time per candidate (default: %(default)s)"
-    )
+    plan.add_argument("--max_compiles", type=int, default=16, metavar="N", help="limit for --search")
+    plan.add_argument("--time_limit", type=float, default=1800.0, metavar="SECONDS", help="time per candidate")
     plan.add_argument("--price", default="on_demand", help="on_demand, three_years, or USD per chip and hour")
     plan.add_argument("--examples", type=int, metavar="N", help="examples of each task per epoch, without RECORDS_DIR")
     plan.add_argument("--examples_per_row", type=float, metavar="N", help="examples per packed row")
@@ -45,27 +39,39 @@ def add(command: Any) -> None:
     plan.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)  # the compiling process
 
 
+_UNREAD = ("MODEL_DIR", "RECORDS_DIR", "CORPUS", "INITIAL_CHECKPOINT_PATH")
+
+
+def check(arguments: argparse.Namespace, bindings: Sequence[str]) -> None:
+    from sbs_jax.cli import early
+    from sbs_jax.plan import chips
+
+    early.configuration("train.TrainConfig", arguments, bindings, unread=_UNREAD)
+    if not arguments.serve:
+        chips.check_compiler()
+        for name in arguments.topology.split(","):
+            chips.topology(name, slices=arguments.slices)
+
+
 def run(arguments: argparse.Namespace, bindings: Sequence[str]) -> int:
     os.environ["JAX_PLATFORMS"] = "cpu"
     from sbs_jax.plan import chips, compiler
 
-    unread = ("MODEL_DIR", "RECORDS_DIR", "CORPUS", "INITIAL_CHECKPOINT_PATH")
     if arguments.serve:
         from sbs_jax.plan import worker
 
-        config, _ = gin_files.configured("train.TrainConfig", arguments, bindings, unread=unread)
+        config, _ = gin_files.configured("train.TrainConfig", arguments, bindings, unread=_UNREAD)
         answers = os.fdopen(os.dup(1), "w")
         os.dup2(2, 1)  # libraries' output must not mix with the answers
         worker.serve(config, requests=sys.stdin, answers=answers)
         return 0
-    chips.check_compiler()
     topologies = tuple(chips.topology(name, slices=arguments.slices) for name in arguments.topology.split(","))
     child = [sys.executable, "-m", "sbs_jax", "plan", "--serve", "--topology=-"]
     child += [f"--gin_file={file}" for file in arguments.gin_file]
     child += [f"--gin_search_paths={arguments.gin_search_paths}", *(f"--gin.{binding}" for binding in bindings)]
     with compiler.Compiler(child, time_limit=arguments.time_limit) as machine:
         machine.start()
-        config, text = gin_files.configured("train.TrainConfig", arguments, bindings, unread=unread)
+        config, text = gin_files.configured("train.TrainConfig", arguments, bindings, unread=_UNREAD)
         from sbs_jax.plan import command, table
 
         per_row = re.search(r"^EXAMPLES_PER_ROW = ([\d.]+)$", text, re.MULTILINE)

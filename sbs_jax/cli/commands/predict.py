@@ -15,7 +15,7 @@ def add(command: Any) -> None:
     predict = command(
         "predict",
         run,
-        'Answer {"id", "input"} rows with {"id", "prediction", "score"} rows.',
+        check=check,
         multihost=True,
         epilog="examples:\n  sbs predict --model runs/svamp --input questions.jsonl --output answers.jsonl\n"
         "  sbs predict --model runs/esnli --input rows.csv --output rows.parquet --decoding choices --rationale\n"
@@ -109,14 +109,28 @@ def settings(arguments: argparse.Namespace, **more: Any) -> Any:
     return engine.Settings(**{name: value for name, value in vars(arguments).items() if name in names}, **more)
 
 
-def run(arguments: argparse.Namespace) -> int:
-    from sbs_jax.prediction import compiled, engine, files, inputs, outputs
+def check(arguments: argparse.Namespace) -> None:
+    from sbs_jax.cli import early
+    from sbs_jax.prediction import outputs
 
-    asked = settings(arguments)
-    # Both fail early: loading the student takes longer.
-    inputs.read(arguments.input)
+    early.rows(arguments.input)
     if hosts.is_first():
         outputs.check(arguments.output, input_path=arguments.input)
+    check_runs(arguments)
+
+
+def check_runs(arguments: argparse.Namespace) -> None:
+    """Checks the runs of --model and --adapters."""
+    from sbs_jax.cli import early
+
+    for path in (arguments.model, *named(arguments.adapters).values()):
+        early.run(path)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from sbs_jax.prediction import compiled, engine, files
+
+    asked = settings(arguments)
     with compiled.kept(arguments.compiled or compiled.default()):
         predictor = engine.Predictor.load(
             arguments.model, settings=asked, base=arguments.base, adapters=named(arguments.adapters)

@@ -12,7 +12,7 @@ def add(command: Any) -> None:
     rationales = command(
         "rationales",
         run,
-        "Measure a student's rationales: fit to its answers, overlap with the teacher's, length.",
+        check=check,
         epilog="examples:\n  sbs rationales runs/svamp\n  sbs rationales --teacher svamp --records_dir records\n\n"
         "Writes rationales.json and rationales.jsonl into the run directory, where `sbs report` finds them. With\n"
         "--teacher, measures the teacher's own texts and labels in the records and writes nothing.\n"
@@ -22,23 +22,33 @@ def add(command: Any) -> None:
     rationales.add_argument("--teacher", metavar="DATASET", help="measure the teacher of these records instead")
     rationales.add_argument("--records_dir", metavar="DIR", help="records (default: those the run was trained on)")
     rationales.add_argument("--limit", type=int, metavar="N", help="measure only the first N test rows")
-    rationales.add_argument("--batch_size", type=int, default=64, help="rows per batch (default: %(default)s)")
+    rationales.add_argument("--batch_size", type=int, default=64, help="rows per batch")
     rationales.add_argument(
         "--base", metavar="PATH", help="base checkpoint of a run that trained adapters (default: the recorded path)"
     )
 
 
-def run(arguments: argparse.Namespace) -> int:
+def check(arguments: argparse.Namespace) -> None:
     if (arguments.run_dir is None) == (arguments.teacher is None):
         got = "neither" if arguments.run_dir is None else "both"
         raise UsageError(f"got {got}; expected either a run directory or --teacher DATASET.")
     if arguments.limit is not None and arguments.limit < 1:
         raise UsageError(f"--limit is {arguments.limit}; expected at least 1.")
+    from sbs_jax.cli import early
+    from sbs_jax.data import catalogue, records
+
+    if arguments.teacher is None:
+        early.run(arguments.run_dir)
+        return
+    if arguments.records_dir is None:
+        raise UsageError("--teacher needs --records_dir.")
+    records.check_exist(arguments.records_dir, catalogue.get(arguments.teacher).name)
+
+
+def run(arguments: argparse.Namespace) -> int:
     from sbs_jax.stats import rationales
 
     if arguments.teacher is not None:
-        if arguments.records_dir is None:
-            raise UsageError("--teacher needs --records_dir.")
         found = rationales.of_teacher(arguments.teacher, records_dir=arguments.records_dir, limit=arguments.limit)
     else:
         found = rationales.measure(

@@ -12,7 +12,7 @@ def add(command: Any) -> None:
     records = command(
         "records",
         run,
-        "Import existing teacher outputs (official release layout or TFDS) as records.",
+        tensorflow=False,
         epilog="examples:\n  sbs records --dataset svamp --release dss --records_dir records\n"
         "  sbs records --dataset svamp --augmentation ASDiv.xml.gz --records_dir records --output asdiv.jsonl\n\n"
         "The second writes further training rows for --gin.AUGMENTATION (docs/data.md).\n"
@@ -45,23 +45,23 @@ def add_unusable(parser: Any, consequence: str) -> None:
         type=float,
         default=summary.UNUSABLE,
         metavar="SHARE",
-        help=f"{consequence} if a larger share of the replies has no usable label (default: {summary.UNUSABLE:g})",
+        help=f"{consequence} if a larger share of the replies has no usable label",
     )
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from sbs_jax.data import augmentation, registry, release
+    from sbs_jax.data import augmentation, catalogue, release
 
     if (arguments.augmentation is None) != (arguments.output is None):
         raise UsageError("--augmentation and --output go together.")
     if arguments.augmentation is not None:
         given = {"records_dir": arguments.records_dir, "output": arguments.output}
-        counts = augmentation.write(registry.get(arguments.dataset), arguments.augmentation, **given)
+        counts = augmentation.write(catalogue.get(arguments.dataset), arguments.augmentation, **given)
         print(augmentation.shown(counts.items()))
         return 0
     told = summary.Summary(unusable=arguments.unusable)
     manifest = release.import_release(
-        registry.get(arguments.dataset),
+        catalogue.get(arguments.dataset),
         release_dir=arguments.release,
         records_dir=arguments.records_dir,
         parser=arguments.parser,

@@ -15,7 +15,7 @@ def add(command: Any) -> None:
     replay = command(
         "replay",
         run,
-        "Repeat one training step of a run, to see which examples and parameters made it non-finite.",
+        check=check,
         gin=True,
         epilog="example:\n  sbs replay runs/svamp --step 120 --gin.TENSOR=1",
     )
@@ -24,11 +24,15 @@ def add(command: Any) -> None:
     replay.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
-def run(arguments: argparse.Namespace, bindings: Sequence[str]) -> int:
+def check(arguments: argparse.Namespace, bindings: Sequence[str]) -> None:
     from sbs_jax.run import directory
-    from sbs_jax.training import failures, replay
 
     directory.read_manifest(arguments.run_dir)  # fails if this is not a run directory
+
+
+def run(arguments: argparse.Namespace, bindings: Sequence[str]) -> int:
+    from sbs_jax.training import failures, replay
+
     saved = user_files.whole(Path(arguments.run_dir) / "config.gin").decode()
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "config.gin"

@@ -5,11 +5,11 @@ from typing import Any
 
 
 def add(command: Any) -> None:
-    report = command("report", run, "Compare finished runs: tables, and one page with plots, tests and every answer.")
+    report = command("report", run, tensorflow=False)
     report.add_argument(
         "paths", nargs="+", metavar="RUNS", help="run directories of sbs train, or folders that hold some"
     )
-    report.add_argument("--output", default="report.html", metavar="FILE", help="page to write (default: %(default)s)")
+    report.add_argument("--output", default="report.html", metavar="FILE", help="page to write")
     report.add_argument(
         "--assets",
         metavar="DIR",

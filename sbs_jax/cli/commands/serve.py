@@ -28,7 +28,7 @@ def add(command: Any) -> None:
     serve = command(
         "serve",
         run,
-        "Answer questions over HTTP: POST /predict, GET /health, /metrics, /openapi.json.",
+        check=check,
         epilog="example:\n  sbs serve --model runs/svamp --port 8000\n"
         '  curl -H \'Content-Type: application/json\' -d \'{"inputs": [{"input": "Ann has 3 pens .."}]}\' \\\n'
         "      http://127.0.0.1:8000/predict\n\n"
@@ -43,7 +43,7 @@ def add(command: Any) -> None:
         metavar="NAME=DIR",
         help="another run over the same base, for rows that name it; repeatable",
     )
-    serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default: only this machine)")
+    serve.add_argument("--host", default="127.0.0.1", help="address to listen on; 127.0.0.1: only this machine")
     serve.add_argument("--port", type=int, default=8000, help="port; 0: any free one")
     predict.add_settings(serve)
     limits = serve.add_argument_group("queue and limits")
@@ -52,16 +52,14 @@ def add(command: Any) -> None:
         type=float,
         default=1000 * Limits.max_wait,
         metavar="MS",
-        help="wait of a first row for more while the model is idle (default: %(default)s)",
+        help="wait of a first row for more while the model is idle",
     )
     for name, (metavar, text) in LIMITS.items():
         default = getattr(Limits, name)
-        limits.add_argument(
-            f"--{name}", type=type(default), default=default, metavar=metavar, help=f"{text} (default: %(default)s)"
-        )
+        limits.add_argument(f"--{name}", type=type(default), default=default, metavar=metavar, help=f"{text}")
 
 
-def run(arguments: argparse.Namespace) -> int:
+def check(arguments: argparse.Namespace) -> None:
     try:
         import h11  # noqa: F401
         import pydantic  # noqa: F401
@@ -71,6 +69,13 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError(
             f"{error.name} is not installed; sbs serve needs the extra: pip install 'sbs-jax[serve]'."
         ) from None
+    from sbs_jax.cli import early
+
+    early.port(arguments.host, arguments.port)
+    predict.check_runs(arguments)
+
+
+def run(arguments: argparse.Namespace) -> int:
     from sbs_jax.prediction import compiled
     from sbs_jax.serve import server
     from sbs_jax.serve.limits import Limits

@@ -14,7 +14,7 @@ def add(command: Any) -> None:
     sweep = command(
         "sweep",
         run,
-        "Train every cell of a table: methods x datasets x fractions x sizes x seeds. Finished cells are skipped.",
+        check=check,
         gin=True,
         epilog="examples:\n  sbs sweep --gin_file=gin_configs/experiments/paper/smallest.gin \\\n"
         "      --gin.RECORDS_DIR=records --gin.SWEEP_DIR=runs/smallest --jobs 2\n"
@@ -24,9 +24,7 @@ def add(command: Any) -> None:
         "SWEEP_DIR/logs. Exit status: 0 all cells finished, 1 some failed or an error,\n"
         f"{preemption.EXIT_STATUS} preempted (repeat the command).",
     )
-    sweep.add_argument(
-        "--jobs", type=int, default=1, metavar="N", help="cells to train at a time (default: %(default)s)"
-    )
+    sweep.add_argument("--jobs", type=int, default=1, metavar="N", help="cells to train at a time")
     sweep.add_argument(
         "--together",
         type=int,
@@ -45,13 +43,19 @@ def add(command: Any) -> None:
     )
 
 
-def run(arguments: argparse.Namespace, bindings: Sequence[str]) -> int:
+def check(arguments: argparse.Namespace, bindings: Sequence[str]) -> None:
     if not arguments.print and (arguments.index is not None or arguments.json):
         raise UsageError("--index and --json go with --print.")
     if arguments.jobs < 1:
         raise UsageError(f"--jobs is {arguments.jobs}; expected at least 1.")
     if arguments.together is not None and arguments.together < 1:
         raise UsageError(f"--together is {arguments.together}; expected at least 1 seed.")
+    from sbs_jax.cli import early
+
+    early.configuration("sweep.Sweep", arguments, bindings)
+
+
+def run(arguments: argparse.Namespace, bindings: Sequence[str]) -> int:
     from sbs_jax import sweep
     from sbs_jax.cli import main
 

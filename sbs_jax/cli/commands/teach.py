@@ -16,7 +16,8 @@ def add(command: Any) -> None:
     teach = command(
         "teach",
         run,
-        "Ask a hosted model for rationales and labels, and write its replies as records.",
+        check=check,
+        tensorflow=False,
         epilog="example:\n  sbs teach --dataset svamp --inputs_dir dss --provider openai --model gpt-4o-mini \\\n"
         "      --store svamp.sqlite --records_dir records --dry_run\n\n"
         "Credentials come from the environment (OPENAI_API_KEY, GEMINI_API_KEY, or Google's default credentials).\n"
@@ -91,11 +92,24 @@ def add(command: Any) -> None:
     out.add_argument("--export_only", action="store_true", help="write records of the stored replies; ask nothing")
 
 
-def run(arguments: argparse.Namespace) -> int:
-    from sbs_jax.teacher import clients, command, prompts, sampler
+def check(arguments: argparse.Namespace) -> None:
+    from sbs_jax.data import catalogue
+    from sbs_jax.teacher import prompts, providers
 
+    dataset = catalogue.get(arguments.dataset)
     folders.fill_in(arguments)
     arguments.inputs = arguments.inputs or "release"
+    providers.check(
+        arguments.provider,
+        base_url=arguments.base_url,
+        batch=arguments.batch or arguments.cancel_batches,
+        ask=not arguments.dry_run and not arguments.export_only,
+    )
+    prompts.read(arguments.prompt or dataset.name)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from sbs_jax.teacher import clients, command, prompts, sampler
 
     def fields(kind: Any, *others: str) -> dict[str, Any]:
         """Picks the fields of a dataclass from the arguments of the same names."""

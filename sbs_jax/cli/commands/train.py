@@ -18,7 +18,7 @@ def add(command: Any) -> None:
     train = command(
         "train",
         run,
-        "Train a student; evaluate on validation during training, and once on test at the end.",
+        check=check,
         gin=True,
         multihost=True,
         epilog="example:\n  sbs train --gin_file=gin_configs/experiments/svamp/cpu.gin \\\n"
@@ -37,6 +37,13 @@ def add(command: Any) -> None:
         metavar="N,N,..",
         help="train a run per seed, one after the other with programs compiled once; {seed} in MODEL_DIR is the seed",
     )
+
+
+def check(arguments: argparse.Namespace, bindings: Sequence[str]) -> None:
+    from sbs_jax.cli import early
+
+    for each in [bindings] if arguments.seeds is None else _of_seeds(arguments.seeds, bindings):
+        early.training(early.configuration("train.TrainConfig", arguments, each))
 
 
 def run(arguments: argparse.Namespace, bindings: Sequence[str]) -> int:

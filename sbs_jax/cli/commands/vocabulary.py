@@ -13,7 +13,7 @@ def add(command: Any) -> None:
     vocabulary = command(
         "vocabulary",
         run,
-        "Cut a vocabulary to the pieces that the records need, so that a student's tables get small.",
+        check=check,
         epilog="example:\n  sbs vocabulary --vocabulary t5/sentencepiece.model --dataset esnli \\\n"
         "      --records_dir records --output vocabularies/esnli\n"
         "  sbs convert --to sbs --cut vocabularies/esnli t5-v1_1-small t5-v1_1-small-esnli\n\n"
@@ -42,9 +42,7 @@ def add(command: Any) -> None:
     )
     vocabulary.add_argument("--augmentation", metavar="FILE", help="records to cover too, as a run's AUGMENTATION")
     vocabulary.add_argument("--pieces", type=int, metavar="N", help="most pieces to keep (default: no limit)")
-    vocabulary.add_argument(
-        "--reserve", type=int, default=1000, metavar="N", help="further frequent pieces to keep (default: %(default)s)"
-    )
+    vocabulary.add_argument("--reserve", type=int, default=1000, metavar="N", help="further frequent pieces to keep")
     vocabulary.add_argument("--output", required=True, metavar="DIR", help="folder to make")
 
 
@@ -60,13 +58,26 @@ def _bindings(folder: str, cut: Any) -> str:
     return f"{bindings} (of a T5Gemma: t5gemma.T5GemmaConfig)"
 
 
+def check(arguments: argparse.Namespace) -> None:
+    from sbs_jax.cli import early
+    from sbs_jax.data import catalogue, records
+
+    folders.fill_in(arguments)
+    for name in arguments.dataset:
+        records.check_exist(arguments.records_dir, catalogue.get(name).name)
+    early.existing(
+        "--vocabulary", arguments.vocabulary, "give the path of T5's sentencepiece.model or a tokenizer.json"
+    )
+    for path in arguments.text:
+        early.existing("--text", path, "give .txt or .jsonl files, or .gz of them")
+
+
 def run(arguments: argparse.Namespace) -> int:
     from sbs_jax.data import corpus, registry, selection, tokens, vocabulary_cut
 
     def read() -> Iterator[str]:
         return itertools.chain.from_iterable(map(corpus.texts, arguments.text))
 
-    folders.fill_in(arguments)
     registry.configure(
         selection.DataOptions(
             records_dir=arguments.records_dir,

@@ -1,0 +1,113 @@
+"""Checks of a command's arguments that need neither TensorFlow nor JAX, for the `check` of commands.
+
+Each raises what the command itself would raise seconds later, and returns what is cheap to have.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import itertools
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+
+from sbs_jax.checks import nearest
+from sbs_jax.data import catalogue, records
+from sbs_jax.run import directory
+from sbs_jax.training import gin_scan
+from sbs_jax.training.gin_files import UsageError
+
+_ROWS = 20  # of an input file: if all of these are wrong, the file is
+
+
+def configuration(
+    name: str, arguments: argparse.Namespace, bindings: Sequence[str], *, unread: Sequence[str] = ()
+) -> gin_scan.Scan:
+    """Checks gin files and bindings as far as names and literals go, and returns them."""
+    if not arguments.gin_file:
+        raise UsageError("no --gin_file given; the ready ones are under gin_configs/experiments/.")
+    paths = [path for path in arguments.gin_search_paths.split(",") if path]
+    found = gin_scan.scan(arguments.gin_file, bindings, paths)
+    gin_scan.check(name, found, unread=unread)
+    return found
+
+
+def training(found: gin_scan.Scan) -> None:
+    """Checks the dataset, records, vocabulary and first checkpoint that a training run names.
+
+    A run that exists compares them itself, and says what has changed.
+    """
+    name = found.value("DATASET")
+    model_dir = found.value("MODEL_DIR")
+    dataset = None
+    if isinstance(name, str) and name != catalogue.CORPUS.name:
+        dataset = catalogue.get(name)
+    if isinstance(model_dir, str) and (Path(model_dir) / directory.MANIFEST).is_file():
+        return
+    if dataset is not None and isinstance(records_dir := found.value("RECORDS_DIR"), str):
+        records.check_exist(records_dir, dataset.name)
+    if isinstance(path := found.value("VOCABULARY"), str) and path != "byte":
+        existing(
+            "VOCABULARY",
+            path,
+            "give the path of one (--gin.VOCABULARY), for example of T5's sentencepiece.model or of a tokenizer.json, "
+            "or 'byte'",
+        )
+    if isinstance(path := found.value("INITIAL_CHECKPOINT_PATH"), str):
+        existing("INITIAL_CHECKPOINT_PATH", path, "give the folder of a checkpoint (docs/checkpoints.md)")
+    if isinstance(path := found.value("AUGMENTATION"), str):
+        existing("AUGMENTATION", path, "write it with `sbs records --augmentation`, or set it to None")
+
+
+def existing(name: str, path: str, remedy: str) -> None:
+    """Raises FileNotFoundError if a local path does not exist: the nearest name beside it, and a remedy.
+
+    A path on a bucket is left to the command.
+    """
+    if "://" in path or Path(path).exists():
+        return
+    folder = Path(path).parent
+    known = [each.name for each in folder.iterdir()] if folder.is_dir() else []
+    raise FileNotFoundError(f"{name} is {path!r}, where nothing is; {remedy}.{nearest(Path(path).name, known)}")
+
+
+def run(path: str) -> None:
+    """Checks that a path is a run with a checkpoint, or one of its checkpoints."""
+    directory.check_has_checkpoint(path)
+
+
+def rows(path: str) -> None:
+    """Checks an input file of `sbs predict`: its form, its columns, and that not all of its first rows are wrong."""
+    from sbs_jax.prediction import inputs
+
+    existing("--input", path, "give a file of questions (docs/prediction.md)")
+    first = list(itertools.islice(inputs.read(path), _ROWS))
+    if first and all(entry.error is not None for entry in first):
+        raise ValueError(
+            f"{path}:{first[0].line}: {first[0].error} None of the first rows can be read; expected rows such as "
+            '{"id": "1", "input": "How many .."}, or a table with the columns id and input.'
+        )
+
+
+def port(host: str, number: int) -> None:
+    """Raises OSError if another process listens on the port; 0 is always free."""
+    if not 0 <= number <= 65535:
+        raise UsageError(f"--port is {number}; expected 0 to 65535.")
+    if number == 0:
+        return
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, number, type=socket.SOCK_STREAM)[0]
+    except OSError as error:
+        raise UsageError(f"--host is {host!r}, which is no address of this machine ({error.strerror}).") from None
+    with socket.socket(family, kind, protocol) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(address)
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                raise UsageError(
+                    f"port {number} of {host} is in use, perhaps by another `sbs serve`; end that, or give another "
+                    "--port (0: any free one)."
+                ) from None
+            raise UsageError(f"cannot listen on port {number} of {host}: {error.strerror}.") from None

@@ -1,0 +1,94 @@
+"""Datasets by name, without SeqIO: the shipped ones, folders with dataset.json, and those that a program adds.
+
+registry.py makes their SeqIO tasks, which needs TensorFlow; names, rows and prompts do not.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+
+from sbs_jax import checks
+from sbs_jax.data import dataset_folder
+from sbs_jax.data.dataset import BY_LOSS, Dataset
+from sbs_jax.data.grading import same_text
+
+# Plain text, which has no records (corpus.py).
+CORPUS = Dataset(
+    name="corpus",
+    labels=None,
+    read_release=None,
+    parsers={},
+    metric_fns=(),
+    primary_metric=BY_LOSS,
+    same_label=same_text,
+    feature_lengths={"inputs": 512, "targets": 114},
+)
+
+_DATASETS: dict[str, Dataset] = {}
+_listeners: list[Callable[[Dataset], None]] = []
+
+
+def registered() -> dict[str, Dataset]:
+    """Returns all datasets by name, including the shipped ones.
+
+    Importing their package registers them; it is imported by name, so that no module depends on it.
+    """
+    importlib.import_module("tasks")
+    return _DATASETS
+
+
+def on_add(listener: Callable[[Dataset], None]) -> None:
+    """Calls `listener` with every dataset, those that exist and those to come."""
+    _listeners.append(listener)
+    for dataset in _DATASETS.values():
+        listener(dataset)
+
+
+def add(dataset: Dataset) -> None:
+    """Registers a dataset. ValueError if another one has its name."""
+    known = _DATASETS.get(dataset.name)
+    if known is not None and known != dataset:
+        if known.definition is not None and known.definition == dataset.definition:
+            return
+        raise ValueError(f"Another dataset is already registered as {dataset.name!r}; choose another name.")
+    _DATASETS[dataset.name] = dataset
+    for listener in _listeners:
+        listener(dataset)
+
+
+def names() -> tuple[str, ...]:
+    """Returns the names of all datasets, sorted."""
+    return tuple(sorted(registered()))
+
+
+def get(name: str) -> Dataset:
+    """Returns the dataset of this name, or of a folder with dataset.json, which this registers.
+
+    ValueError with near matches if there is none.
+    """
+    if name == CORPUS.name:
+        return CORPUS
+    if name not in registered() and dataset_folder.is_folder(name):
+        return restore(dataset_folder.read(name))
+    if name not in _DATASETS:
+        raise ValueError(
+            f"Unknown dataset {name!r}; known are {list(names())}, and folders with {dataset_folder.FILE} (`sbs init`)."
+            f"{checks.nearest(name, names())}"
+        )
+    return _DATASETS[name]
+
+
+def restore(dataset: Dataset) -> Dataset:
+    """Registers the dataset of a folder or of a run's manifest, and returns it."""
+    registered()  # shipped datasets have their names first
+    add(dataset)
+    return _DATASETS[dataset.name]
+
+
+def scripted_reply(asked: str, *, sample: int) -> str | None:
+    """Returns the reply of the first dataset whose scripted teacher knows the input, or None."""
+    for dataset in registered().values():
+        if dataset.scripted_reply is not None and (reply := dataset.scripted_reply(asked, sample)) is not None:
+            return reply
+    return None

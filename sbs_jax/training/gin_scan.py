@@ -1,0 +1,211 @@
+"""Gin files read without importing what they configure: mistakes are found within a second, and macros listed.
+
+`gin_files.configure` imports every module that a configuration names, which takes seconds of TensorFlow and JAX, and
+decides. A scan knows only names, literals and the sources of the configuration classes, and reports only what
+`configure` would certainly refuse.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from sbs_jax.checks import nearest
+from sbs_jax.storage import json_files, user_files
+from sbs_jax.training import declared, gin_files
+from sbs_jax.training.gin_files import UsageError
+
+ROOT = Path(__file__).parents[2]  # of the packages sbs_jax and gin_configs
+_REQUIRED = "gin.REQUIRED"
+_TYPES: Mapping[str, Any] = {"int": int, "float": float, "str": str, "bool": bool, "None": None}
+
+
+class Reference(NamedTuple):
+    """`%NAME`, or `@name` and `@name()`, which a scan does not call."""
+
+    sign: str
+    name: str
+
+
+class Field(NamedTuple):
+    """A field of a configuration class as its source has it; `default` is None for a field without one."""
+
+    annotation: str
+    default: str | None
+    comment: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Scan:
+    """The bindings of some gin files and flags, later ones over earlier ones.
+
+    Attributes:
+      macros: value by name: a literal, or a `Reference`.
+      parameters: value by selector and parameter, such as "train.TrainConfig.seed".
+      references: everything that some value refers to.
+      files: the gin files, included ones too.
+    """
+
+    macros: Mapping[str, Any]
+    parameters: Mapping[str, Any]
+    references: frozenset[str]
+    files: tuple[Path, ...]
+
+    def value(self, macro: str) -> Any:
+        """Returns the literal that a macro has; None if it has none, or a parameter of its name has another value."""
+        own = (Reference("%", macro), self.macros.get(macro))
+        if any(name.endswith(f".{macro.lower()}") and value not in own for name, value in self.parameters.items()):
+            return None
+        found = self.macros.get(macro)
+        for _ in self.macros:
+            if not (isinstance(found, Reference) and found.sign == "%"):
+                break
+            found = self.macros.get(found.name)
+        return None if isinstance(found, Reference) else found
+
+
+def find(file: str, search_paths: Sequence[str] = ()) -> Path:
+    """Returns the path of a gin file, as gin finds it. UsageError with the nearest names if there is none."""
+    for folder in ("", *search_paths, ROOT):
+        if (path := Path(folder, file)).is_file():
+            return path
+    known = [path.relative_to(ROOT).as_posix() for path in (ROOT / "gin_configs").rglob("*.gin")]
+    raise UsageError(
+        f"There is no gin file {file}; the ready ones are in gin_configs/experiments/.{nearest(file, known)}"
+    )
+
+
+def scan(files: Sequence[str], bindings: Sequence[str], search_paths: Sequence[str] = ()) -> Scan:
+    """Reads gin files with what they include, then bindings.
+
+    UsageError for a missing file, and for what gin cannot read.
+    """
+    from gin import config_parser
+
+    class Delegate(config_parser.ParserDelegate):
+        def configurable_reference(self, scoped_configurable_name: str, evaluate: bool) -> Reference:
+            del evaluate
+            return Reference("@", scoped_configurable_name.rpartition("/")[2])
+
+        def macro(self, macro_name: str) -> Reference:
+            return Reference("%", macro_name)
+
+    macros: dict[str, Any] = {}
+    parameters: dict[str, Any] = {}
+    references: set[str] = set()
+    read: list[Path] = []
+
+    def take(source: Any) -> None:
+        for statement in config_parser.ConfigParser(source, Delegate()):
+            if isinstance(statement, config_parser.IncludeStatement):
+                take_file(statement.filename)
+            elif isinstance(statement, config_parser.BindingStatement):
+                references.update(each.name for each in _references(statement.value))
+                if statement.arg_name:
+                    parameters[f"{statement.selector}.{statement.arg_name}"] = statement.value
+                else:
+                    macros[statement.selector] = statement.value
+
+    def take_file(file: str) -> None:
+        path = find(file, search_paths)
+        if path in read:
+            return
+        read.append(path)
+        take(gin_files.opened(str(path)))
+
+    with gin_files.usage_errors():
+        for file in files:
+            take_file(file)
+        take("\n".join(gin_files.quoted(binding) for binding in bindings) + "\n")
+    return Scan(macros, parameters, frozenset(references), tuple(read))
+
+
+def _references(value: Any) -> Iterable[Reference]:
+    if isinstance(value, Reference):
+        yield value
+    elif isinstance(value, dict):
+        for each in (*value, *value.values()):
+            yield from _references(each)
+    elif isinstance(value, list | tuple):
+        for each in value:
+            yield from _references(each)
+
+
+def check(name: str, found: Scan, *, unread: Sequence[str] = ()) -> None:
+    """Refuses macros that nothing uses, values of another type than their field's, and those left at REQUIRED.
+
+    `name` is the configuration class, as `gin_files.configure` takes it; `unread` as there.
+    """
+    fields = class_macros(name)
+    required = Reference("%", _REQUIRED)
+    left = [macro for macro, value in found.macros.items() if value == required and macro not in unread]
+    used = {*found.references, *fields}
+    unused = sorted(set(found.macros) - used)
+    if left and not any(nearest(macro, left) for macro in unused):  # else a typo is why one is left
+        gin_files.refuse_missing(name, left)
+    if unused:
+        raise UsageError(gin_files.unused_text(unused, known={*used, *found.macros} - set(unused)))
+    for macro, (where, field) in fields.items():
+        kinds = [part.strip() for part in field.annotation.split("|")]
+        value = found.macros.get(macro)
+        if value is None or isinstance(value, Reference) or not all(kind in _TYPES for kind in kinds):
+            continue
+        kind = _TYPES[kinds[0]]
+        for part in kinds[1:]:
+            kind = kind | _TYPES[part]
+        if (expected := declared.expected(value, kind)) is not None:
+            raise UsageError(f"{macro} is {json_files.brief(value)}; expected {expected} (as {where}).")
+
+
+def class_macros(name: str) -> dict[str, tuple[str, Field]]:
+    """Returns the macros of a configuration class and of the classes in its fields: (its parameter, the field).
+
+    {"KEEP_BEST": ("TrainConfig.keep_best", Field("int", "1", "by validation score")), ..}; {} for another class. The
+    same as `gin_files.class_bindings`, from sources.
+    """
+    if name not in gin_files.CLASSES:
+        return {}
+    module, _, class_name = name.partition(".")
+    found: dict[str, tuple[str, Field]] = {}
+    for field, source in class_fields(gin_files.MODULES[module], class_name).items():
+        value = gin_files.CLASSES[name].get(field, f"%{field.upper()}")
+        if value.startswith("@"):
+            found |= class_macros(value[1:-2])
+        else:
+            found[value[1:]] = (f"{class_name}.{field}", source)
+    return found
+
+
+def class_fields(module: str, name: str) -> dict[str, Field]:
+    """Reads the fields of a dataclass from its source, those of its bases first, with the comment behind each.
+
+    A class that the module imports is read where it is defined. The docstring's "Attributes:" count as comments.
+    """
+    text = user_files.whole(ROOT / Path(*module.split(".")).with_suffix(".py")).decode()
+    tree, lines = ast.parse(text), text.splitlines()
+    for node in tree.body:
+        if isinstance(node, ast.ImportFrom) and node.module is not None:
+            for alias in node.names:
+                if (alias.asname or alias.name) == name:
+                    return class_fields(node.module, alias.name)
+    classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+
+    def fields(node: ast.ClassDef) -> dict[str, Field]:
+        found: dict[str, Field] = {}
+        for base in reversed(node.bases):
+            if isinstance(base, ast.Name) and base.id in classes:
+                found |= fields(classes[base.id])
+        told = dict(re.findall(r"^  (\w+): (.*(?:\n    .*)*)", ast.get_docstring(node) or "", re.MULTILINE))
+        for each in node.body:
+            if isinstance(each, ast.AnnAssign) and isinstance(each.target, ast.Name):
+                default = None if each.value is None else ast.unparse(each.value)
+                comment = lines[(each.end_lineno or each.lineno) - 1].partition("  # ")[2]
+                words = comment or " ".join(told.get(each.target.id, "").split())
+                found[each.target.id] = Field(ast.unparse(each.annotation), default, words)
+        return found
+
+    return fields(classes[name])
