@@ -287,9 +287,9 @@ def test_evaluate_grades_it_by_loss_as_its_run_did(pretrained, tmp_path, capsys)
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["predict", "--model", "RUN", "--input", "IN", "--output", "OUT"], "answers no questions"),
+        (["predict", "RUN", "--input", "IN", "--output", "OUT"], "answers no questions"),
         (["rationales", "RUN"], "answers no questions"),
-        (["serve", "--model", "RUN"], "answers no questions"),
+        (["serve", "RUN"], "answers no questions"),
         (["report", "RUN", "--output", "OUT"], "not a known method"),
     ],
 )

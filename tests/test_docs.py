@@ -20,6 +20,7 @@ import pytest
 import yaml
 
 from sbs_jax.cli import main
+from sbs_jax.cli.commands import evaluate, train
 from sbs_jax.training import gin_files
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -130,7 +131,7 @@ def problem(line: str) -> str | None:
     else:
         try:
             with contextlib.redirect_stderr(complaint):
-                arguments, rest = parser.parse_known_args(words)
+                arguments, rest = main.parsed(parser, commands_of, words)
         except SystemExit:
             return complaint.getvalue().splitlines()[-1]
     for word in rest:
@@ -144,11 +145,15 @@ def problem(line: str) -> str | None:
             return f"no gin file {word}"
     if short or words[0] not in CONFIGURED or not READERS_OWN.isdisjoint(arguments.gin_file):
         return None
+    bindings = [word.removeprefix("--gin.") for word in rest]
+    if words[0] == "evaluate":
+        bindings = evaluate.settled(arguments, bindings)
+    if words[0] == "train":
+        bindings = train.each_of(arguments, bindings)[0]
     arguments.gin_file = [files(name)[0] for name in arguments.gin_file]
     # `sbs plan` needs no data and no weights.
     unread = ("MODEL_DIR", "RECORDS_DIR", "INITIAL_CHECKPOINT_PATH") if words[0] == "plan" else ()
     try:
-        bindings = [word.removeprefix("--gin.") for word in rest]
         gin_files.configured(CONFIGURED[words[0]], arguments, bindings, unread=unread)
     except gin_files.UsageError as error:
         return str(error)

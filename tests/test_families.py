@@ -220,7 +220,7 @@ def test_a_run_is_exported_as_a_program_and_not_in_t5_s_forms(trained, tmp_path)
 
 def test_a_run_is_served_and_reported(trained, starter, tmp_path):
     config, result = trained
-    arguments = ["serve", "--model", config.model_dir, "--port", "0", "--compiled", "off", "--batch_size", "2"]
+    arguments = ["serve", config.model_dir, "--port", "0", "--compiled", "off", "--batch_size", "2"]
     program = "from sbs_jax.data import registry; import toy; registry.add(toy.DATASET)"
     command = ("-c", f"{program}; import sys; from sbs_jax.cli import main; sys.exit(main.main(sys.argv[1:]))")
     with starter.alone(tmp_path, arguments, command=command) as process:

@@ -224,7 +224,7 @@ def test_slurm_tells_the_place(monkeypatch):
 )
 def test_flags_that_do_not_go_together(flags, message):
     parser, _ = main._parser()
-    arguments = parser.parse_args(["predict", "--model=x", "--input=y", "--output=z", *flags])
+    arguments = parser.parse_args(["predict", "x", "--input=y", "--output=z", *flags])
     with pytest.raises((gin_files.UsageError, hosts.HostsError), match=re.escape(message)):
         main._join(arguments)
 
@@ -308,7 +308,7 @@ def test_two_processes_predict_like_one(starter, folder, reference, tmp_path):
     here, there = tmp_path / "here.jsonl", tmp_path / "there.jsonl"
     predictor = engine.Predictor.load(reference, settings=engine.Settings(batch_size=8))
     assert files.predict(predictor, input_path=tmp_path / "in.jsonl", output_path=here).rows == len(rows)
-    flags = ["predict", "--model", str(reference), "--input", str(tmp_path / "in.jsonl"), "--batch_size", "8"]
+    flags = ["predict", str(reference), "--input", str(tmp_path / "in.jsonl"), "--batch_size", "8"]
 
     def arguments(index: int) -> list[str]:  # only process 0 can write to the given place
         return [*flags, "--output", str(there if index == 0 else tmp_path / "nowhere" / "there.jsonl")]

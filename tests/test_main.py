@@ -68,17 +68,12 @@ def test_four_real_examples_are_learned_by_heart(sbs, tmp_path, real_data_dir, r
 
     rows = [json.loads(line) for line in lines[:4]]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps({"id": r["id"], "input": r["input"]}) + "\n" for r in rows))
-    sbs("predict", "--model", run, "--input", tmp_path / "in.jsonl", "--output", tmp_path / "labels.jsonl")
+    sbs("predict", run, "--input", tmp_path / "in.jsonl", "--output", tmp_path / "labels.jsonl")
     answers = [json.loads(line) for line in (tmp_path / "labels.jsonl").read_text().splitlines()]
     assert [a["prediction"] for a in answers] == [r["label"] for r in rows]
     assert all(set(a) == {"id", "prediction", "score"} and a["score"] < 0 for a in answers)
 
-    done = sbs(
-        "evaluate",
-        "--gin_file=gin_configs/runs/evaluate.gin",
-        f"--gin.CHECKPOINT_PATH={run}/checkpoints/60",
-        "--gin.SPLIT=train",
-    )
+    done = sbs("evaluate", f"{run}/checkpoints/60", "--split", "train")
     assert json.loads(done.stdout) == {"equation_accuracy": 100.0}
 
 
@@ -269,12 +264,23 @@ def test_addresses_of_object_storage_are_refused_by_name(address, monkeypatch, t
                 else:
                     with pytest.raises(ValueError, match=rf"^(--)?\w+ is '{address}'; expected a local path"):
                         main._refuse_urls(parser, given)
-    assert {"model", "input", "output", "records_dir", "store", "gin_file", "adapters", "assets", "run_dir"} <= seen
+    assert {
+        "old_run_flags",
+        "input",
+        "output",
+        "records_dir",
+        "store",
+        "gin_file",
+        "adapters",
+        "assets",
+        "run_dirs",
+        "run_flags",
+    } <= seen
     for name in ("train.TrainConfig.model_dir", "datasets.DataOptions.records_dir"):
         owner = name.partition(".")[2]
         with pytest.raises(gin_files.UsageError, match=rf"^{owner} is '{address}'; expected a local path"):
             configure("experiments/svamp/base", bindings=[f"{name}={address}"])
-    assert main.main(["predict", "--model=m", "--input=i", "--output=o", f"--adapters=esnli={address}"]) == 1
+    assert main.main(["predict", "m", "--input=i", "--output=o", f"--adapters=esnli={address}"]) == 1
     assert f"sbs predict: --adapters is '{address}'" in capsys.readouterr().err
     monkeypatch.setenv("SBS_COMPILED", address)
     with pytest.raises(ValueError, match=r"^SBS_COMPILED is"):
@@ -363,6 +369,80 @@ def test_every_command_has_help(command, capsys):
     if command in ("train", "evaluate", "plan"):
         assert "--gin_file" in shown
         assert "--gin.NAME=VALUE" in shown
+
+
+def test_help_shows_every_default():
+    for name, parser in main._parser()[1].items():
+        shown = " ".join(parser.format_help().split())
+        for action in parser._actions:
+            default = action.default
+            if (
+                action.help == argparse.SUPPRESS
+                or default is None
+                or default is False
+                or default in ("", [], "==SUPPRESS==")
+            ):
+                continue
+            words = " ".join(default) if isinstance(default, list) else default
+            assert f"(default: {words})" in shown, f"sbs {name} {action.option_strings}"
+
+
+def test_train_lists_its_macros_with_a_line_each(capsys):
+    with pytest.raises(SystemExit):
+        main.main(["train", "--help"])
+    lines = re.findall(r"^    ([A-Z_]+) = (\S+)(?:.*?  (\S.*))?$", capsys.readouterr().out, re.MULTILINE)
+    found = {name: (value, words) for name, value, words in lines}
+    assert found["TRAIN_STEPS"] == ("..", "updates")
+    assert found["KEEP_BEST"] == ("1", "by validation score")
+    assert found["TRAIN_SPLIT"][0] == "'train'"
+    assert {name for name, (_, words) in found.items() if not words} == set()
+    assert len(lines) == len(found)
+    assert {name for name in gin_files.class_bindings("train.TrainConfig") if "." not in name} <= found.keys()
+
+
+@pytest.mark.parametrize(
+    ("words", "runs", "further"),
+    [
+        (["predict", "a", "--input=i", "--output=o"], ["a"], []),
+        (["predict", "--input", "i", "--output=o", "a"], ["a"], []),
+        (["predict", "--input=i", "--run", "a", "--output=o"], ["a"], []),
+        (["predict", "--model", "a", "--input=i", "--output=o"], ["a"], []),
+        (["serve", "--port", "1", "a"], ["a"], []),
+        (["serve", "--model=a"], ["a"], []),
+        (["evaluate", "a", "--split=test"], ["a"], []),
+        (["evaluate", "--split", "test", "a"], ["a"], []),
+        (["replay", "--step", "3", "a", "--gin.TENSOR=1"], ["a"], []),
+        (["rationales", "--limit", "3", "a"], ["a"], []),
+        (["report", "a", "--output", "o", "b", "--run=c"], ["c", "a", "b"], []),
+        (["convert", "a", "--to", "hf", "b"], ["a"], ["b"]),
+        (["convert", "--to", "hf", "a", "b"], ["a"], ["b"]),
+        (["convert", "--run", "a", "--to", "hf", "b"], ["a"], ["b"]),
+    ],
+)
+def test_a_run_is_a_positional_or_a_flag_of_one_name(words, runs, further, capsys):
+    arguments, rest = main.parsed(*main._parser((words[0],)), words)
+    assert (arguments.run_dirs, arguments.run_dir, arguments.further) == (runs, runs[0], further)
+    assert [word for word in rest if not word.startswith("--gin.")] == []
+    old = any(word.startswith("--model") for word in words)
+    assert ("--model DIR is now RUN or --run DIR" in capsys.readouterr().err) == old
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["predict", "--input=i", "--output=o"], "expected RUN (or --run DIR)"),
+        (["predict", "a", "b", "--input=i", "--output=o"], "got the runs a, b; expected one"),
+        (["predict", "a", "--model=b", "--input=i", "--output=o"], "got the runs b, a; expected one"),
+        (["convert", "--to=hf", "a"], "got a; expected RUN (or --run DIR) TARGET"),
+        (["report"], "expected RUN (or --run DIR)"),
+        (["serve", "a", "--prot", "80"], "unknown argument --prot Did you mean '--port'"),
+    ],
+)
+def test_a_missing_run_or_one_too_many_ends_with_status_2(words, message, capsys):
+    with pytest.raises(SystemExit) as end:
+        main.main(words)
+    assert end.value.code == 2
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flags", [["train", "--gin_fiel=x"], ["predict", "--modle", "x"], ["trian"]])

@@ -214,7 +214,7 @@ def test_from_a_csv_to_a_served_student(tmp_path, monkeypatch, capsys):
     shutil.move("runs/garden", tmp_path / "moved")
     catalogue._DATASETS.pop("garden")
     Path("in.jsonl").write_text('{"id": "1", "input": "My rose: bugs, what now?"}\n')
-    predict = ["predict", "--model", "moved", "--input", "in.jsonl", "--output", "out.jsonl", "--decoding", "choices"]
+    predict = ["predict", "moved", "--input", "in.jsonl", "--output", "out.jsonl", "--decoding", "choices"]
     assert main.main(predict) == 0
     (row,) = [json.loads(line) for line in Path("out.jsonl").read_text().splitlines()]
     assert row["prediction"] in TOPICS

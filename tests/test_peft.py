@@ -561,7 +561,7 @@ def test_the_command_line_takes_bases_and_adapters(task, tmp_path, capsys):
     other = tmp_path / "other.npz"
     weights = {name: jnp.asarray(values) for name, values in cases.parameters(SMALL).items()}
     npz.save_npz(other, {**weights, "encoder/encoder_norm/scale": jnp.ones(32)}, dtype="float32")
-    flags = ["predict", "--model", str(task / "own"), "--adapters", f"norms={task / 'norms'}"]
+    flags = ["predict", str(task / "own"), "--adapters", f"norms={task / 'norms'}"]
     flags += ["--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out.jsonl")]
     assert main.main([*flags, "--base", str(other)]) == 1
     assert "own has adapters of another base" in capsys.readouterr().err

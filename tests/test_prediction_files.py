@@ -405,7 +405,7 @@ def test_two_processes_do_not_write_one_output(predictor, whole, tmp_path):
 def test_killed_anywhere_it_ends_as_if_it_had_not_been(starter, folder, tmp_path):
     """`sbs predict`, killed by SIGKILL as soon as something is written, again and again."""
     source = write(tmp_path / "in.jsonl", [*rows(3000), {"id": "q1", "input": "again"}])
-    flags = ["predict", "--model", str(folder / "run"), "--input", str(source), "--batch_size", "8"]
+    flags = ["predict", str(folder / "run"), "--input", str(source), "--batch_size", "8"]
 
     def start(out: Path) -> Any:
         return starter.alone(tmp_path, [*flags, "--output", str(out)], path=[folder], command=COMMAND)

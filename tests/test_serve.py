@@ -202,7 +202,7 @@ def started(
     starter: processes.Starter, folder: Path, run: Path, *flags: str, held: Path | None = None, most_files: int = 0
 ) -> Iterator[processes.Process]:
     text = PROGRAM.replace("GATE", repr(None if held is None else str(held))).replace("DESCRIPTORS", str(most_files))
-    arguments = ["serve", "--model", str(run), "--port", "0", "--compiled", "off", *flags]
+    arguments = ["serve", str(run), "--port", "0", "--compiled", "off", *flags]
     with starter.alone(folder, arguments, command=("-c", text)) as process:
         yield process
 

@@ -6,17 +6,12 @@ mkdocstrings fills from docstrings.
 """
 
 import ast
-import dataclasses
-import importlib
-import inspect
 import os
 import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("sbs_jax", "tasks")
-_MACRO = re.compile(r"^([A-Z][A-Z_]*) = (.*?)(?:  # (.*))?$")
-_REQUIRED = "%gin.REQUIRED"
 _CONFIGURED_BY = {
     "train.gin": ("train.TrainConfig", "datasets.DataOptions"),
     "evaluate.gin": ("evaluate.EvaluateConfig",),
@@ -77,47 +72,26 @@ def configurations() -> str:
 
 def _macros(text: str) -> list[str]:
     """Makes a table per group of macros, under the comment above the group."""
+    from sbs_jax.training import gin_scan
+
     parts: list[str] = []
-    rows: list[str] = []
-    heading = ""
-    for line in [*text.splitlines(), ""]:
-        macro = _MACRO.match(line)
-        if macro:
-            name, value, comment = macro.groups()
-            value = "required" if value == _REQUIRED else f"`{value}`"
-            rows.append(f"| `{name}` | {value} | {_cell(comment or '')} |")
-            continue
-        if rows:
-            parts += [heading, "\n".join(["| macro | value | |", "|---|---|---|", *rows])]
-            rows, heading = [], ""
-        heading = line[2:] if line.startswith("# ") else ""
+    for heading, found in gin_scan.groups(text):
+        rows = [
+            f"| `{name}` | {f'`{value}`' if value else 'required'} | {_cell(words)} |" for name, value, words in found
+        ]
+        parts += [heading, "\n".join(["| macro | value | |", "|---|---|---|", *rows])]
     return [part for part in parts if part]
 
 
 def field_macros(name: str) -> dict[str, tuple[str, str]]:
-    """Returns (default, comment) of the fields of a configuration class, by macro.
+    """Returns (default, comment) of the fields of a configuration class, by macro."""
+    from sbs_jax.training import gin_scan
 
-    A comment stands behind the field, or below "Attributes:" in the docstring.
-    """
-    from sbs_jax.training import gin_files
-
-    bound = gin_files.class_bindings(name)
-    module, _, class_name = name.partition(".")
-    source = importlib.import_module(gin_files.MODULES[module])
-    config = getattr(source, class_name)
-    text = "\n".join(inspect.getsource(part) for part in config.__mro__ if part is not object)
-    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", text, re.MULTILINE))
-    comments |= {
-        field: " ".join(words.split())
-        for field, words in re.findall(r"^      (\w+): (.*(?:\n        .*)*)", config.__doc__ or "", re.MULTILINE)
+    return {
+        macro: (f"`{field.default}`" if field.default is not None else "no default", field.comment)
+        for macro, (where, field) in gin_scan.class_macros(name).items()
+        if where.partition(".")[0] == name.partition(".")[2]
     }
-    found = {}
-    for field in dataclasses.fields(config):
-        value = bound[f"{name}.{field.name}"]
-        if value.startswith("%"):
-            default = f"`{bound[value[1:]]}`" if value[1:] in bound else "no default"
-            found[value[1:]] = (default, comments.get(field.name, ""))
-    return found
 
 
 def _fields(name: str, *, without: str) -> str:

@@ -9,10 +9,11 @@ import importlib
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from sbs_jax import checks
+from sbs_jax.cli import runs
 
 _BINDING = re.compile(r"--gin\.([^=]+)=(.*)", re.DOTALL)
 # The commands by workflow, in the order of --help, with their summaries; each is a module of `cli/commands/`.
@@ -82,7 +83,7 @@ def _reader_is_gone() -> bool:
 def _main(argv: Sequence[str] | None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     parser, commands = _parser(_named(words))
-    arguments, rest = parser.parse_known_args(words)
+    arguments, rest = parsed(parser, commands, words)
     takes_gin = hasattr(arguments, "gin_file")
     bindings = []
     for flag in rest:
@@ -128,6 +129,16 @@ def _main(argv: Sequence[str] | None) -> int:
         raise
 
 
+def parsed(
+    parser: argparse.ArgumentParser, commands: Mapping[str, argparse.ArgumentParser], words: Sequence[str]
+) -> tuple[argparse.Namespace, list[str]]:
+    """Parses a command line; returns the arguments and the words that no flag or positional takes."""
+    arguments, rest = parser.parse_known_args(words)
+    if hasattr(arguments, "runs"):
+        rest = runs.take(commands[arguments.command], arguments, rest)
+    return arguments, rest
+
+
 def _named(words: Sequence[str]) -> tuple[str, ...]:
     """Returns the command that a command line names; ends with status 2 for one that does not exist."""
     name = next((word for word in words if not word.startswith("-")), None)
@@ -142,7 +153,7 @@ def _refuse_urls(parser: argparse.ArgumentParser, arguments: argparse.Namespace)
     """Refuses flags that name a file of object storage; `gin_files` does so for configurations."""
     for action in parser._actions:
         value = getattr(arguments, action.dest, None)
-        name = (action.option_strings or [action.metavar])[0]
+        name = (action.option_strings or str(action.metavar).split())[0]
         for each in value if isinstance(value, list) else [value]:
             if isinstance(each, str) and action.dest != "base_url":
                 for part in re.split("[=,]", each):  # NAME=DIR, DIR,DIR
@@ -239,8 +250,23 @@ def import_tensorflow() -> None:
     absl.logging.set_verbosity(absl.logging.ERROR)  # SeqIO and Orbax log a lot through it
 
 
+class _Parser(argparse.ArgumentParser):
+    """A command's parser; `more` is called for the end of its help."""
+
+    more: Callable[[], str] | None = None
+
+    def format_help(self) -> str:
+        return super().format_help() + (f"\n{self.more()}" if self.more is not None else "")
+
+
 class _Formatter(argparse.RawDescriptionHelpFormatter):
-    """Shows the default of every flag that has one."""
+    """Shows the default of every flag that has one, and runs (runs.py) as positionals."""
+
+    def _format_args(self, action: argparse.Action, default_metavar: str) -> str:
+        if action.nargs == "*" and not action.option_strings:
+            metavar = str(action.metavar)
+            return metavar if metavar != "RUNS" else "RUNS .."
+        return super()._format_args(action, default_metavar)
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         shown = action.help or ""
@@ -261,7 +287,9 @@ def _parser(names: Sequence[str] = tuple(SUMMARIES)) -> tuple[argparse.ArgumentP
         epilog=_overview(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", help=argparse.SUPPRESS)
+    subparsers = parser.add_subparsers(
+        parser_class=_Parser, dest="command", required=True, metavar="COMMAND", help=argparse.SUPPRESS
+    )
     commands = {}
 
     def command(
@@ -273,11 +301,13 @@ def _parser(names: Sequence[str] = tuple(SUMMARIES)) -> tuple[argparse.ArgumentP
         multihost: bool = False,
         tensorflow: bool = True,
         epilog: str = "",
+        more: Callable[[], str] | None = None,
     ) -> argparse.ArgumentParser:
         """Makes a command's parser.
 
         `run` and `check` get the arguments, with `gin` also the bindings. `check` raises what is wrong with them, as
-        far as that can be told within a second; `tensorflow` imports TensorFlow between the two.
+        far as that can be told within a second; `tensorflow` imports TensorFlow between the two. `more` makes text
+        below the epilog, only when help is asked for.
         """
         sub = subparsers.add_parser(
             name,
@@ -287,6 +317,7 @@ def _parser(names: Sequence[str] = tuple(SUMMARIES)) -> tuple[argparse.ArgumentP
             formatter_class=_Formatter,
             allow_abbrev=False,
         )
+        sub.more = more
         sub.add_argument("--traceback", action="store_true", help="print the traceback of an error")
         if gin:
             sub.add_argument(

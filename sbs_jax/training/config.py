@@ -75,7 +75,7 @@ class Evaluation:
     """Validation during the run and the test at its end."""
 
     eval_period: int = 250  # steps
-    eval_batch_size: int = 64
+    eval_batch_size: int = 64  # rows graded at a time
     max_decode_length: int = 64  # tokens generated for an answer
     evaluate_test: bool = True  # grade the best checkpoint on test at the end
 

@@ -21,6 +21,7 @@ from sbs_jax.training.gin_files import UsageError
 
 ROOT = Path(__file__).parents[2]  # of the packages sbs_jax and gin_configs
 _REQUIRED = "gin.REQUIRED"
+_MACRO = re.compile(r"^([A-Z][A-Z_]*) = (.*?)(?:  # (.*))?$")
 _TYPES: Mapping[str, Any] = {"int": int, "float": float, "str": str, "bool": bool, "None": None}
 
 
@@ -192,6 +193,13 @@ def class_fields(module: str, name: str) -> dict[str, Field]:
             for alias in node.names:
                 if (alias.asname or alias.name) == name:
                     return class_fields(node.module, alias.name)
+    constants: dict[str, str] = {}
+    for node in tree.body:  # TRAIN, TEST = "train", "test"
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Tuple | ast.Constant):
+            (target,) = node.targets
+            names = target.elts if isinstance(target, ast.Tuple) else [target]
+            values = node.value.elts if isinstance(node.value, ast.Tuple) and names != [target] else [node.value]
+            constants |= {ast.unparse(one): ast.unparse(value) for one, value in zip(names, values, strict=False)}
     classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
 
     def fields(node: ast.ClassDef) -> dict[str, Field]:
@@ -202,10 +210,57 @@ def class_fields(module: str, name: str) -> dict[str, Field]:
         told = dict(re.findall(r"^  (\w+): (.*(?:\n    .*)*)", ast.get_docstring(node) or "", re.MULTILINE))
         for each in node.body:
             if isinstance(each, ast.AnnAssign) and isinstance(each.target, ast.Name):
-                default = None if each.value is None else ast.unparse(each.value)
+                default = None if each.value is None else constants.get(text := ast.unparse(each.value), text)
                 comment = lines[(each.end_lineno or each.lineno) - 1].partition("  # ")[2]
                 words = comment or " ".join(told.get(each.target.id, "").split())
                 found[each.target.id] = Field(ast.unparse(each.annotation), default, words)
         return found
 
     return fields(classes[name])
+
+
+def groups(text: str) -> list[tuple[str, list[tuple[str, str, str]]]]:
+    """Lists the macros of a gin file in groups: the comment line above each, and (name, value, comment) of its macros.
+
+    A value that is required is "".
+
+    >>> groups("# Given by the user.\\nMODEL_DIR = %gin.REQUIRED  # a folder\\nSEED = 0\\n")
+    [('Given by the user.', [('MODEL_DIR', '', 'a folder'), ('SEED', '0', '')])]
+    """
+    found: list[tuple[str, list[tuple[str, str, str]]]] = []
+    rows: list[tuple[str, str, str]] = []
+    heading = ""
+    for line in [*text.splitlines(), ""]:
+        if macro := _MACRO.match(line):
+            name, value, comment = macro.groups()
+            rows.append((name, "" if value == f"%{_REQUIRED}" else value, comment or ""))
+            continue
+        if rows:
+            found.append((heading, rows))
+            rows, heading = [], ""
+        heading = line[2:] if line.startswith("# ") else ""
+    return found
+
+
+def listing(file: str, name: str) -> str:
+    """Lists the macros of a gin file and the others of a configuration class, each with value and comment on a line."""
+    fields = class_macros(name)
+    brief = {macro: re.split(r"[.;,:(]", field.comment)[0].strip() for macro, (_, field) in fields.items()}
+    parts = [
+        (heading, [(macro, value, comment or brief.get(macro, "")) for macro, value, comment in rows])
+        for heading, rows in groups(user_files.whole(find(file)).decode())
+    ]
+    known = {macro for _, rows in parts for macro, _, _ in rows}
+    of_class: dict[str, list[tuple[str, str, str]]] = {}
+    for macro, (where, field) in fields.items():
+        if macro not in known:
+            comment = re.split(r"(?<=[.;]) ", field.comment)[0].rstrip(".;")
+            of_class.setdefault(where.partition(".")[0], []).append((macro, field.default or "", comment))
+    parts += [(f"Fields of {owner}.", rows) for owner, rows in of_class.items()]
+    lines = ["macros, for --gin.NAME=VALUE:"]
+    for heading, rows in parts:
+        lines.append(f"  {heading}")
+        for macro, value, comment in rows:
+            text = f"    {macro} = {value or '..'}"
+            lines.append(f"{text:42}  {comment}".rstrip() if len(text) <= 42 else f"{text}  {comment}".rstrip())
+    return "\n".join(lines) + "\n"

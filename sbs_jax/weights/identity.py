@@ -69,6 +69,6 @@ def base_path(identity: Mapping[str, Any], given: str | None, *, owner: str) -> 
     """
     path = given or identity["path"]
     if path is not None and "://" not in str(path) and not Path(path).exists():
-        moved = "" if given else " If it has moved, give its new path with --base (sbs evaluate: --gin.BASE_PATH)."
+        moved = "" if given else " If it has moved, give its new path with --base."
         raise FileNotFoundError(f"{path}, the base of {owner}, does not exist.{moved}")
     return path

@@ -5,6 +5,7 @@ import json
 import re
 from typing import Any
 
+from sbs_jax.cli import runs
 from sbs_jax.training.gin_files import UsageError
 
 _BOTH_WAYS = ("hf", "t5x", "sbs", "peft")
@@ -67,8 +68,13 @@ def add(command: Any) -> None:
         metavar="ROWS",
         help="maximum number of samples to check with; 0: no check",
     )
-    convert.add_argument("source", metavar="SRC", help="directory, or gs:// path of a T5X checkpoint")
-    convert.add_argument("target", metavar="DST", help="directory to make, or gs:// path for T5X")
+    runs.add(
+        convert,
+        what="run directory or another checkpoint (directory, or gs:// path of T5X); then the directory to make, or "
+        "gs:// path for T5X",
+        then=("TARGET",),
+        dest="source",  # may be on a bucket
+    )
 
 
 def check(arguments: argparse.Namespace) -> None:
@@ -77,7 +83,7 @@ def check(arguments: argparse.Namespace) -> None:
     _shapes(arguments.shapes)
     if arguments.rows_to_check < 0:
         raise UsageError(f"--check is {arguments.rows_to_check}; expected a number of samples, 0 for none.")
-    early.existing("SRC", arguments.source, "give a run directory, or a checkpoint (docs/checkpoints.md)")
+    early.existing("RUN", arguments.run_dir, "give a run directory, or a checkpoint (docs/checkpoints.md)")
     for flag in ("base", "vocabulary", "cut", "samples"):
         if (path := getattr(arguments, flag)) is not None and path != "byte":
             early.existing(f"--{flag}", path, "give its path")
@@ -100,7 +106,7 @@ def run(arguments: argparse.Namespace) -> int:
         samples=arguments.samples,
         check=arguments.rows_to_check,
     )
-    print(json.dumps(convert.convert(arguments.source, arguments.target, options)))
+    print(json.dumps(convert.convert(arguments.run_dir, arguments.further[0], options)))
     return 0
 
 

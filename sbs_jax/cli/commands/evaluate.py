@@ -5,34 +5,63 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from sbs_jax import hosts
-from sbs_jax.training import gin_files
+from sbs_jax.cli import runs
+
+# Flags and their macros; a binding on the command line comes after them.
+_MACROS = {
+    "run_dir": "CHECKPOINT_PATH",
+    "split": "SPLIT",
+    "records_dir": "RECORDS_DIR",
+    "batch_size": "BATCH_SIZE",
+    "output": "EVAL_OUTPUT_DIR",
+    "base": "BASE_PATH",
+}
+_FILE = "gin_configs/runs/evaluate.gin"
 
 
 def add(command: Any) -> None:
-    command(
+    evaluate = command(
         "evaluate",
         run,
         check=check,
         gin=True,
         multihost=True,
-        epilog="example:\n  sbs evaluate --gin_file=gin_configs/runs/evaluate.gin --gin.CHECKPOINT_PATH=runs/svamp \\\n"
-        "      --gin.SPLIT=test",
+        epilog="example:\n  sbs evaluate runs/svamp --split test\n"
+        "  sbs evaluate runs/svamp --gin_file=gin_configs/meshes/fsdp.gin\n\n"
+        "--gin_file and --gin.NAME=VALUE are for what has no flag, such as a mesh.",
     )
+    runs.add(evaluate, old=("--model",), required=False)
+    evaluate.add_argument("--split", metavar="NAME", help="train, validation or test (default: test)")
+    evaluate.add_argument("--records_dir", metavar="DIR", help="records (default: those the run was trained on)")
+    evaluate.add_argument("--batch_size", type=int, metavar="N", help="rows at a time (default: 64)")
+    evaluate.add_argument("--output", metavar="DIR", help="folder for predictions and metrics.json (default: none)")
+    evaluate.add_argument("--base", metavar="PATH", help="new path of the base of a run's adapters, if it has moved")
+
+
+def settled(arguments: argparse.Namespace, bindings: Sequence[str]) -> list[str]:
+    """Adds the gin file and the bindings that the flags stand for."""
+    if arguments.run_dir is not None and _FILE not in arguments.gin_file:
+        arguments.gin_file = [_FILE, *arguments.gin_file]
+    given = {macro: getattr(arguments, flag) for flag, macro in _MACROS.items()}
+    return [*(f"{macro}={value!r}" for macro, value in given.items() if value is not None), *bindings]
 
 
 def check(arguments: argparse.Namespace, bindings: Sequence[str]) -> None:
     from sbs_jax.cli import early
+    from sbs_jax.training.gin_files import UsageError
 
-    found = early.configuration("evaluate.EvaluateConfig", arguments, bindings)
+    if arguments.run_dir is None and not arguments.gin_file:
+        raise UsageError("got no run; expected sbs evaluate RUN, or a --gin_file.")
+    found = early.configuration("evaluate.EvaluateConfig", arguments, settled(arguments, bindings))
     if isinstance(path := found.value("CHECKPOINT_PATH"), str):
         early.run(path)
 
 
 def run(arguments: argparse.Namespace, bindings: Sequence[str]) -> int:
-    from sbs_jax.training import evaluate
+    from sbs_jax import hosts
+    from sbs_jax.training import evaluate, gin_files
 
-    config, _ = gin_files.configured("evaluate.EvaluateConfig", arguments, bindings)
+    config, _ = gin_files.configured("evaluate.EvaluateConfig", arguments, settled(arguments, bindings))
     metrics = evaluate.evaluate(config)
     if hosts.is_first():
         print(json.dumps(metrics))

@@ -14,7 +14,7 @@ def add(command: Any) -> None:
         "  sbs teach --dataset tickets --provider openai --model gpt-4o-mini\n"
         "  sbs train --gin_file=tickets/laptop.gin --gin.MODEL_DIR=runs/tickets\n"
         "  sbs report runs/tickets --output report.html\n"
-        "  sbs serve --model runs/tickets\n\n"
+        "  sbs serve runs/tickets\n\n"
         "Says every decision. Edit dataset.json and prompt.json before the teacher is asked.\n"
         "Exit status: 0 written; 1 error, nothing written; 2 wrong flags.",
     )
@@ -57,6 +57,6 @@ def run(arguments: argparse.Namespace) -> int:
         f"  sbs teach --dataset {folder} --provider openai --model gpt-4o-mini\n"
         f"  sbs train --gin_file={folder}/laptop.gin --gin.MODEL_DIR=runs/{name}\n"
         f"  sbs report runs/{name} --output report.html\n"
-        f"  sbs serve --model runs/{name}"
+        f"  sbs serve runs/{name}"
     )
     return 0

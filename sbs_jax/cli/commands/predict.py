@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from sbs_jax import hosts
+from sbs_jax.cli import runs
 from sbs_jax.training.gin_files import UsageError
 
 # Exit status if some rows could not be answered; 1 means no output, 2 wrong flags.
@@ -17,19 +18,17 @@ def add(command: Any) -> None:
         run,
         check=check,
         multihost=True,
-        epilog="examples:\n  sbs predict --model runs/svamp --input questions.jsonl --output answers.jsonl\n"
-        "  sbs predict --model runs/esnli --input rows.csv --output rows.parquet --decoding choices --rationale\n"
-        "  sbs predict --model runs/svamp-lora --adapters esnli=runs/esnli-lora --input rows.jsonl \\\n"
+        epilog="examples:\n  sbs predict runs/svamp --input questions.jsonl --output answers.jsonl\n"
+        "  sbs predict runs/esnli --input rows.csv --output rows.parquet --decoding choices --rationale\n"
+        "  sbs predict runs/svamp-lora --adapters esnli=runs/esnli-lora --input rows.jsonl \\\n"
         "      --output answers.jsonl\n\n"
         "A row that cannot be answered gets an output row {id, line, error}; the exit status is then "
         f"{SOME_ROWS_FAILED}.\n"
         "Repeat an interrupted command to resume it. Formats, decodings and speed: docs/prediction.md.\n\n"
-        'With --adapters, that run answers the rows with "adapter": "esnli", and --model the others. All share one\n'
+        'With --adapters, that run answers the rows with "adapter": "esnli", and RUN the others. All share one\n'
         "base, which is loaded once; each keeps its own vocabulary, prefixes and lengths.",
     )
-    predict.add_argument(
-        "--model", required=True, metavar="DIR", help="run directory, or one of its checkpoints/<step>"
-    )
+    runs.add(predict, old=("--model",))
     predict.add_argument(
         "--input",
         required=True,
@@ -120,10 +119,10 @@ def check(arguments: argparse.Namespace) -> None:
 
 
 def check_runs(arguments: argparse.Namespace) -> None:
-    """Checks the runs of --model and --adapters."""
+    """Checks RUN and the runs of --adapters."""
     from sbs_jax.cli import early
 
-    for path in (arguments.model, *named(arguments.adapters).values()):
+    for path in (arguments.run_dir, *named(arguments.adapters).values()):
         early.run(path)
 
 
@@ -133,7 +132,7 @@ def run(arguments: argparse.Namespace) -> int:
     asked = settings(arguments)
     with compiled.kept(arguments.compiled or compiled.default()):
         predictor = engine.Predictor.load(
-            arguments.model, settings=asked, base=arguments.base, adapters=named(arguments.adapters)
+            arguments.run_dir, settings=asked, base=arguments.base, adapters=named(arguments.adapters)
         )
         done = files.predict(predictor, input_path=arguments.input, output_path=arguments.output)
     if hosts.is_first():

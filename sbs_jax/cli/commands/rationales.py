@@ -5,6 +5,7 @@ import json
 from typing import Any
 
 from sbs_jax import hosts
+from sbs_jax.cli import runs
 from sbs_jax.training.gin_files import UsageError
 
 
@@ -18,7 +19,7 @@ def add(command: Any) -> None:
         "--teacher, measures the teacher's own texts and labels in the records and writes nothing.\n"
         "The figures: docs/rationales.md.",
     )
-    rationales.add_argument("run_dir", nargs="?", metavar="RUN_DIR", help="run directory of sbs train")
+    runs.add(rationales, what="run directory of sbs train", required=False)
     rationales.add_argument("--teacher", metavar="DATASET", help="measure the teacher of these records instead")
     rationales.add_argument("--records_dir", metavar="DIR", help="records (default: those the run was trained on)")
     rationales.add_argument("--limit", type=int, metavar="N", help="measure only the first N test rows")

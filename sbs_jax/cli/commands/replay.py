@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from sbs_jax.cli import runs
 from sbs_jax.storage import user_files
 from sbs_jax.training import gin_files
 
@@ -19,7 +20,7 @@ def add(command: Any) -> None:
         gin=True,
         epilog="example:\n  sbs replay runs/svamp --step 120 --gin.TENSOR=1",
     )
-    replay.add_argument("run_dir", metavar="RUN_DIR", help="run directory of sbs train")
+    runs.add(replay, what="run directory of sbs train")
     replay.add_argument("--step", type=int, metavar="N", help="step number (default: the newest non-finite step)")
     replay.add_argument("--json", action="store_true", help="print the result as JSON")
 

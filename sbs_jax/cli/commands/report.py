@@ -3,12 +3,12 @@
 import argparse
 from typing import Any
 
+from sbs_jax.cli import runs
+
 
 def add(command: Any) -> None:
     report = command("report", run, tensorflow=False)
-    report.add_argument(
-        "paths", nargs="+", metavar="RUNS", help="run directories of sbs train, or folders that hold some"
-    )
+    runs.add(report, what="run directories of sbs train, or folders that hold some", most=None)
     report.add_argument("--output", default="report.html", metavar="FILE", help="page to write")
     report.add_argument(
         "--assets",
@@ -20,5 +20,5 @@ def add(command: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from sbs_jax.pages import report
 
-    report.main(arguments.paths, arguments.output, assets=arguments.assets)
+    report.main(arguments.run_dirs, arguments.output, assets=arguments.assets)
     return 0

@@ -3,6 +3,7 @@
 import argparse
 from typing import Any
 
+from sbs_jax.cli import runs
 from sbs_jax.cli.commands import predict
 from sbs_jax.training.gin_files import UsageError
 
@@ -29,12 +30,12 @@ def add(command: Any) -> None:
         "serve",
         run,
         check=check,
-        epilog="example:\n  sbs serve --model runs/svamp --port 8000\n"
+        epilog="example:\n  sbs serve runs/svamp --port 8000\n"
         '  curl -H \'Content-Type: application/json\' -d \'{"inputs": [{"input": "Ann has 3 pens .."}]}\' \\\n'
         "      http://127.0.0.1:8000/predict\n\n"
         "SIGTERM or Ctrl-C finishes the requests in flight; a second one ends at once. See docs/serving.md.",
     )
-    serve.add_argument("--model", required=True, metavar="DIR", help="run directory, or one of its checkpoints/<step>")
+    runs.add(serve, old=("--model",))
     serve.add_argument("--base", metavar="PATH", help="new path of the base of a run's adapters, if it has moved")
     serve.add_argument(
         "--adapters",
@@ -83,7 +84,7 @@ def run(arguments: argparse.Namespace) -> int:
     limits = Limits(max_wait=arguments.max_wait_ms / 1000, **{name: getattr(arguments, name) for name in LIMITS})
     smaller = tuple(size for size in SMALLER if size < arguments.batch_size)
     return server.serve(
-        arguments.model,
+        arguments.run_dir,
         settings=predict.settings(arguments, smaller=smaller),
         limits=limits,
         host=arguments.host,

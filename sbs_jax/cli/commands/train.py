@@ -22,11 +22,16 @@ def add(command: Any) -> None:
         gin=True,
         multihost=True,
         epilog="example:\n  sbs train --gin_file=gin_configs/experiments/svamp/cpu.gin \\\n"
-        "      --gin.RECORDS_DIR=records --gin.MODEL_DIR=runs/svamp\n"
-        "  sbs train .. --seeds 0,1,2 --gin.MODEL_DIR=runs/svamp-{seed}\n\n"
+        "      --records_dir records --run runs/svamp\n"
+        "  sbs train .. --seeds 0,1,2 --run runs/svamp-{seed}\n\n"
         "Repeat the command to resume. SIGTERM or Ctrl-C saves and ends the run; a second one ends it at once.\n"
         f"Exit status: 0 finished, {preemption.EXIT_STATUS} preempted and saved (repeat the command), 1 error.",
+        more=_macros,
     )
+    train.add_argument(
+        "--run", dest="run_flag", metavar="DIR", help="run directory to write or to resume: --gin.MODEL_DIR=DIR"
+    )
+    train.add_argument("--records_dir", metavar="DIR", help="records to train on: --gin.RECORDS_DIR=DIR")
     train.add_argument(
         "--accept_changes",
         action="store_true",
@@ -39,10 +44,17 @@ def add(command: Any) -> None:
     )
 
 
+def _macros() -> str:
+    """Lists the macros of gin_configs/runs/train.gin and of the configuration's fields, a line each."""
+    from sbs_jax.training import gin_scan
+
+    return gin_scan.listing("gin_configs/runs/train.gin", "train.TrainConfig")
+
+
 def check(arguments: argparse.Namespace, bindings: Sequence[str]) -> None:
     from sbs_jax.cli import early
 
-    for each in [bindings] if arguments.seeds is None else _of_seeds(arguments.seeds, bindings):
+    for each in each_of(arguments, bindings):
         early.training(early.configuration("train.TrainConfig", arguments, each))
 
 
@@ -50,7 +62,7 @@ def run(arguments: argparse.Namespace, bindings: Sequence[str]) -> int:
     from sbs_jax.stats import verdict
     from sbs_jax.training import loop
 
-    each = [list(bindings)] if arguments.seeds is None else _of_seeds(arguments.seeds, bindings)
+    each = each_of(arguments, bindings)
     configured = [gin_files.configured("train.TrainConfig", arguments, found) for found in each]
     programs = loop.Programs.of(configured[0][0]) if len(each) > 1 else None
     for config, text in configured:
@@ -62,6 +74,13 @@ def run(arguments: argparse.Namespace, bindings: Sequence[str]) -> int:
     return 0
 
 
+def each_of(arguments: argparse.Namespace, bindings: Sequence[str]) -> list[list[str]]:
+    """Returns the bindings of each run; those of --run and --records_dir come first, so that others override them."""
+    flags = {"MODEL_DIR": arguments.run_flag, "RECORDS_DIR": arguments.records_dir}
+    every = [*(f"{macro}={value!r}" for macro, value in flags.items() if value is not None), *bindings]
+    return [every] if arguments.seeds is None else _of_seeds(arguments.seeds, every)
+
+
 def _of_seeds(seeds: str, bindings: Sequence[str]) -> list[list[str]]:
     """Returns the bindings of each seed's run. UsageError if seeds repeat or runs would share a directory."""
     numbers = seeds.split(",")
@@ -71,7 +90,7 @@ def _of_seeds(seeds: str, bindings: Sequence[str]) -> list[list[str]]:
     if "SEED" in names:
         raise UsageError("Got both --seeds and SEED; keep one.")
     if "{seed}" not in names.get("MODEL_DIR", ""):
-        raise UsageError("--seeds needs a directory per run; put {seed} into it: --gin.MODEL_DIR=runs/svamp-{seed}.")
+        raise UsageError("--seeds needs a directory per run; put {seed} into it: --run runs/svamp-{seed}.")
     own = names["MODEL_DIR"]
     others = [binding for binding in bindings if binding != own]
     return [[*others, own.replace("{seed}", number), f"SEED={number}"] for number in numbers]
