@@ -40,7 +40,7 @@ CONFIGURED = {
 }
 # Files that the reader of a how-to page writes.
 READERS_OWN = {
-    *("gin_configs/experiments/tickets/base.gin", "tasks/tickets.py", "tasks/prompts/tickets.json"),
+    *("tickets.gin", "my_task.py", "tasks/prompts/tickets.json"),
     "tickets/laptop.gin",
 }
 MACROS = {

@@ -73,8 +73,12 @@ def existing(name: str, path: str, remedy: str) -> None:
 
 
 def run(path: str) -> None:
-    """Checks that a path is a run with a checkpoint, or one of its checkpoints."""
+    """Checks that a path is a run with a checkpoint, or one of its checkpoints, and that its dataset is known."""
     directory.check_has_checkpoint(path)
+    place = Path(path).absolute()
+    place = place if directory.step_of(place) is None else place.parent.parent
+    if (place / directory.MANIFEST).is_file():
+        catalogue.restore_from(directory.read_manifest(place)["data"], where=f"{path}, its manifest")
 
 
 def rows(path: str) -> None:

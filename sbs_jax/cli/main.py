@@ -103,6 +103,11 @@ def _main(argv: Sequence[str] | None) -> int:
         _refuse_urls(commands[arguments.command], arguments)
         if hasattr(arguments, "multihost"):
             _join(arguments)
+        if files := getattr(arguments, "module", ()):
+            from sbs_jax.data import dataset_module
+
+            for file in files:
+                dataset_module.load(file)
         if arguments.check is not None:
             arguments.check(*given)
         if arguments.tensorflow:
@@ -299,6 +304,7 @@ def _parser(names: Sequence[str] = tuple(SUMMARIES)) -> tuple[argparse.ArgumentP
         check: Callable[..., None] | None = None,
         gin: bool = False,
         multihost: bool = False,
+        module: bool = True,
         tensorflow: bool = True,
         epilog: str = "",
         more: Callable[[], str] | None = None,
@@ -306,8 +312,8 @@ def _parser(names: Sequence[str] = tuple(SUMMARIES)) -> tuple[argparse.ArgumentP
         """Makes a command's parser.
 
         `run` and `check` get the arguments, with `gin` also the bindings. `check` raises what is wrong with them, as
-        far as that can be told within a second; `tensorflow` imports TensorFlow between the two. `more` makes text
-        below the epilog, only when help is asked for.
+        far as that can be told within a second. `module` adds --module, which is imported before it; `tensorflow`
+        imports TensorFlow after it. `more` makes text below the epilog, only when help is asked for.
         """
         sub = subparsers.add_parser(
             name,
@@ -331,6 +337,14 @@ def _parser(names: Sequence[str] = tuple(SUMMARIES)) -> tuple[argparse.ArgumentP
                 "--gin_search_paths", default="", metavar="DIRS", help="comma-separated folders to search for gin files"
             )
             sub.add_argument("--gin.NAME=VALUE", dest="_", metavar="", help="override a macro or parameter; repeatable")
+        if module:
+            sub.add_argument(
+                "--module",
+                action="append",
+                default=[],
+                metavar="FILE",
+                help="Python file that defines the DATASET, as tasks/*.py do; repeatable",
+            )
         if multihost:
             _add_multihost(sub)
         sub.set_defaults(run=run, check=check, tensorflow=tensorflow)

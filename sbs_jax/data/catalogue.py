@@ -6,7 +6,8 @@ registry.py makes their SeqIO tasks, which needs TensorFlow; names, rows and pro
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from sbs_jax import checks
 from sbs_jax.data import dataset_folder
@@ -84,6 +85,20 @@ def restore(dataset: Dataset) -> Dataset:
     registered()  # shipped datasets have their names first
     add(dataset)
     return _DATASETS[dataset.name]
+
+
+def restore_from(data: Mapping[str, Any], *, where: str) -> None:
+    """Makes the dataset of a run known, from "data" of its manifest, whose file errors call `where`.
+
+    ValueError if it is the dataset of a `--module` that was not given; the file of a manifest is never run.
+    """
+    if definition := data.get("definition"):
+        restore(dataset_folder.of(definition, where=where))
+    elif (module := data.get("module")) and data.get("dataset") not in registered():
+        raise ValueError(
+            f"{where}: the dataset {data.get('dataset')!r} is defined by the Python file {module['file']!r} (SHA-256 "
+            f"{module['sha256'][:12]}); give its path with --module."
+        )
 
 
 def scripted_reply(asked: str, *, sample: int) -> str | None:

@@ -59,6 +59,7 @@ class Dataset:
         offline teacher of `sbs teach --provider scripted`.
       read_further: file of another collection -> rows for `augmentation`, or for each problem that is none, the reason.
       definition: what its dataset.json says (dataset_folder.py); None for a dataset that is Python.
+      module: {"file", "sha256"} of the file of `--module` that defines it (dataset_module.py); None for other datasets.
       tfds: name in TensorFlow Datasets, if the rows can come from there.
       tfds_row: makes a row from one TFDS example (bytes decoded to text).
     """
@@ -76,6 +77,7 @@ class Dataset:
     scripted_reply: Callable[[str, int], str | None] | None = None
     read_further: Callable[[Path], Iterable["Row | str"]] | None = None
     definition: Mapping[str, Any] | None = None
+    module: Mapping[str, str] | None = None
     tfds: str | None = None
     tfds_row: Callable[[Mapping[str, Any]], Row] | None = None
 

@@ -236,7 +236,10 @@ def _decisive(manifest: Mapping[str, Any], *, same_vocabulary: bool) -> dict[str
     if settings.get("keep_best", 1) == 0:
         dropped -= set(_KEEPING)
     return {
-        "data": {**data, "options": {k: v for k, v in data.get("options", {}).items() if k not in paths}},
+        "data": {
+            **{k: v for k, v in data.items() if k != "module"},
+            "options": {k: v for k, v in data.get("options", {}).items() if k not in paths},
+        },
         "lengths": manifest.get("lengths"),
         "run": run,
         "settings": {name: value for name, value in settings.items() if name not in dropped},

@@ -32,6 +32,7 @@ class Cell:
     folds: int = 0
     fold: int = 0
     search_paths: tuple[str, ...] = ()
+    modules: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -68,6 +69,7 @@ class Cell:
         """Returns the arguments of `sbs`."""
         paths = [f"--gin_search_paths={','.join(self.search_paths)}"] if self.search_paths else []
         files = [f"--gin_file={file}" for file in self.gin_files]
+        files += [f"--module={file}" for file in self.modules]
         return ["train", *paths, *files, *(f"--gin.{each}" for each in self.all_bindings())]
 
     def command(self) -> str:
@@ -167,6 +169,7 @@ class Sweep:
     gin_files: Sequence[str] = ()
     bindings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     search_paths: tuple[str, ...] = ()
+    modules: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         lists = {"datasets": self.datasets, "sizes": self.sizes, "methods": self.methods, "seeds": self.seeds}
@@ -226,6 +229,7 @@ class Sweep:
                         bindings=self._bindings(dataset, size),
                         sweep_dir=Path(self.sweep_dir),
                         search_paths=self.search_paths,
+                        modules=self.modules,
                     )
                 )
         return found
@@ -258,9 +262,11 @@ class Sweep:
         raise ValueError(f"There is no gin file {file} ({what}).{nearest(file, around)}")
 
 
-def searching(sweep: Sweep, paths: str) -> Sweep:
-    """Returns the sweep with --gin_search_paths, which its cells need too."""
-    return dataclasses.replace(sweep, search_paths=tuple(path for path in paths.split(",") if path))
+def searching(sweep: Sweep, paths: str, *, modules: Sequence[str] = ()) -> Sweep:
+    """Returns the sweep with --gin_search_paths and --module, which its cells need too."""
+    return dataclasses.replace(
+        sweep, search_paths=tuple(path for path in paths.split(",") if path), modules=tuple(modules)
+    )
 
 
 def binding(macro: str, value: Any) -> str:

@@ -30,8 +30,10 @@ def manifest(config: TrainConfig, *, data: dict[str, Any], trainer: Trainer) -> 
     log.info("Data: %s", {name: split["counts"] for name, split in data["splits"].items()})
     dataset = registry.dataset_of_task(config.mixture_or_task_name)
     return {
-        # With the definition, the run needs no dataset.json.
-        "data": data if dataset.definition is None else {**data, "definition": dataset.definition},
+        # With the definition, the run needs no dataset.json; a module is named, for catalogue.restore_from.
+        "data": data
+        | ({} if dataset.definition is None else {"definition": dataset.definition})
+        | ({} if dataset.module is None else {"module": dict(dataset.module)}),
         "lengths": lengths,
         "run": {
             "mixture_or_task_name": config.mixture_or_task_name,

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from sbs_jax.data import catalogue, dataset_folder, registry, selection
+from sbs_jax.data import catalogue, registry, selection
 from sbs_jax.run import directory
 from sbs_jax.student import adapters, families, partitioning
 from sbs_jax.weights import frozen, identity, names, opening, runs
@@ -121,8 +121,7 @@ def _read_trained(path: str | Path, partitioner: partitioning.Partitioner) -> _T
     opened = runs.open_run(path)
     if opened.origin is None:
         raise FileNotFoundError(f"{path} is not a run directory: its {directory.MANIFEST} is missing.")
-    if definition := opened.origin["data"].get("definition"):
-        catalogue.restore(dataset_folder.of(definition, where=f"{path}, its manifest"))
+    catalogue.restore_from(opened.origin["data"], where=f"{path}, its manifest")
     config, tuning = opened.config, opened.tuning
     adapted = adapters.abstract(config, tuning)
     like = partitioner.with_shardings(adapted.shapes, parameters=adapted.shapes, axes=adapted.axes)

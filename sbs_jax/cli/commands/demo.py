@@ -5,7 +5,7 @@ from typing import Any
 
 
 def add(command: Any) -> None:
-    demo = command("demo", run)
+    demo = command("demo", run, module=False)
     demo.add_argument("--output", default="runs/demo", metavar="DIR", help="folder of the runs, the table and the page")
 
 

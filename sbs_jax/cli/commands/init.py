@@ -9,6 +9,7 @@ def add(command: Any) -> None:
     init = command(
         "init",
         run,
+        module=False,
         tensorflow=False,
         epilog="example:\n  sbs init tickets.csv\n"
         "  sbs teach --dataset tickets --provider openai --model gpt-4o-mini\n"

@@ -68,6 +68,7 @@ def run(arguments: argparse.Namespace, bindings: Sequence[str]) -> int:
     topologies = tuple(chips.topology(name, slices=arguments.slices) for name in arguments.topology.split(","))
     child = [sys.executable, "-m", "sbs_jax", "plan", "--serve", "--topology=-"]
     child += [f"--gin_file={file}" for file in arguments.gin_file]
+    child += [f"--module={file}" for file in arguments.module]
     child += [f"--gin_search_paths={arguments.gin_search_paths}", *(f"--gin.{binding}" for binding in bindings)]
     with compiler.Compiler(child, time_limit=arguments.time_limit) as machine:
         machine.start()

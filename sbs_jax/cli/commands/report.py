@@ -7,7 +7,7 @@ from sbs_jax.cli import runs
 
 
 def add(command: Any) -> None:
-    report = command("report", run, tensorflow=False)
+    report = command("report", run, module=False, tensorflow=False)
     runs.add(report, what="run directories of sbs train, or folders that hold some", most=None)
     report.add_argument("--output", default="report.html", metavar="FILE", help="page to write")
     report.add_argument(

@@ -60,7 +60,7 @@ def run(arguments: argparse.Namespace, bindings: Sequence[str]) -> int:
     from sbs_jax.cli import main
 
     plan, _ = gin_files.configured("sweep.Sweep", arguments, bindings)
-    plan = sweep.searching(plan, arguments.gin_search_paths)
+    plan = sweep.searching(plan, arguments.gin_search_paths, modules=arguments.module)
     if arguments.print:
         sweep.check_configurations(plan.cells())
         print(_commands(plan.cells(), index=arguments.index, as_json=arguments.json))
