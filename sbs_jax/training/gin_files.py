@@ -16,7 +16,7 @@ import sys
 import tokenize
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from sbs_jax import checks, hosts
 from sbs_jax.checks import nearest
@@ -316,6 +316,39 @@ def _refuse_urls(name: str, value: Any) -> None:
     elif isinstance(value, list | tuple):
         for each in value:
             _refuse_urls(name, each)
+
+
+class Reference(NamedTuple):
+    """A value that refers to another: `%NAME`, or `@name` and `@name()`."""
+
+    sign: str
+    name: str
+
+
+def statements(source: str | io.StringIO) -> Iterator[tuple[str, str, Any]]:
+    """Parses gin text without importing what it names; values are literals with `Reference` in them.
+
+    Yields ("include", file, None), ("macro", name, value) and ("parameter", "train.TrainConfig.seed", value). Errors
+    are gin's; see `usage_errors`.
+    """
+    parser = importlib.import_module("gin.config_parser")
+
+    class Delegate(parser.ParserDelegate):
+        def configurable_reference(self, scoped_configurable_name: str, evaluate: bool) -> Reference:
+            del evaluate
+            return Reference("@", scoped_configurable_name.rpartition("/")[2])
+
+        def macro(self, macro_name: str) -> Reference:
+            return Reference("%", macro_name)
+
+    for statement in parser.ConfigParser(source, Delegate()):
+        if isinstance(statement, parser.IncludeStatement):
+            yield "include", statement.filename, None
+        elif isinstance(statement, parser.BindingStatement):
+            if statement.arg_name:
+                yield "parameter", f"{statement.selector}.{statement.arg_name}", statement.value
+            else:
+                yield "macro", statement.selector, statement.value
 
 
 def opened(file: str) -> io.StringIO:

@@ -17,19 +17,12 @@ from typing import Any, NamedTuple
 from sbs_jax.checks import nearest
 from sbs_jax.storage import json_files, user_files
 from sbs_jax.training import declared, gin_files
-from sbs_jax.training.gin_files import UsageError
+from sbs_jax.training.gin_files import Reference, UsageError
 
 ROOT = Path(__file__).parents[2]  # of the packages sbs_jax and gin_configs
 _REQUIRED = "gin.REQUIRED"
 _MACRO = re.compile(r"^([A-Z][A-Z_]*) = (.*?)(?:  # (.*))?$")
 _TYPES: Mapping[str, Any] = {"int": int, "float": float, "str": str, "bool": bool, "None": None}
-
-
-class Reference(NamedTuple):
-    """`%NAME`, or `@name` and `@name()`, which a scan does not call."""
-
-    sign: str
-    name: str
 
 
 class Field(NamedTuple):
@@ -85,31 +78,18 @@ def scan(files: Sequence[str], bindings: Sequence[str], search_paths: Sequence[s
 
     UsageError for a missing file, and for what gin cannot read.
     """
-    from gin import config_parser
-
-    class Delegate(config_parser.ParserDelegate):
-        def configurable_reference(self, scoped_configurable_name: str, evaluate: bool) -> Reference:
-            del evaluate
-            return Reference("@", scoped_configurable_name.rpartition("/")[2])
-
-        def macro(self, macro_name: str) -> Reference:
-            return Reference("%", macro_name)
-
     macros: dict[str, Any] = {}
     parameters: dict[str, Any] = {}
     references: set[str] = set()
     read: list[Path] = []
 
     def take(source: Any) -> None:
-        for statement in config_parser.ConfigParser(source, Delegate()):
-            if isinstance(statement, config_parser.IncludeStatement):
-                take_file(statement.filename)
-            elif isinstance(statement, config_parser.BindingStatement):
-                references.update(each.name for each in _references(statement.value))
-                if statement.arg_name:
-                    parameters[f"{statement.selector}.{statement.arg_name}"] = statement.value
-                else:
-                    macros[statement.selector] = statement.value
+        for kind, name, value in gin_files.statements(source):
+            if kind == "include":
+                take_file(name)
+                continue
+            references.update(each.name for each in _references(value))
+            (macros if kind == "macro" else parameters)[name] = value
 
     def take_file(file: str) -> None:
         path = find(file, search_paths)
