@@ -40,7 +40,7 @@ MISTAKES = {
     "a table": (["init", "tikets.csv"], ["tikets.csv"]),
     "a provider": (
         [*TEACH, "--dataset=svamp", "--provider=anthropic", "--dry_run"],
-        ["'anthropic' is not a provider", "openai, gemini, vertex", "--base_url"],
+        ["no provider 'anthropic'", "openai, gemini, vertex", "--base_url"],
     ),
     "no key": ([*OPENAI, "--dataset=svamp"], ["OPENAI_API_KEY"]),
     "no key of Gemini": ([*TEACH, "--dataset=svamp", "--provider=gemini"], ["GEMINI_API_KEY"]),

@@ -13,11 +13,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sbs_jax.checks import nearest
-from sbs_jax.data import catalogue, records
+from sbs_jax.data import catalogue, dataset_folder, records
 from sbs_jax.run import directory
 from sbs_jax.training import gin_scan
 from sbs_jax.training.gin_files import UsageError
 
+# Packages in gin files that register no dataset of a user's; others may, when `configure` imports them.
+_NO_DATASETS = {"__gin__", "flax", "jax", "optax", "sbs_jax", "tasks"}
 _ROWS = 20  # of an input file: if all of these are wrong, the file is
 
 
@@ -40,13 +42,14 @@ def training(found: gin_scan.Scan) -> None:
     """
     name = found.value("DATASET")
     model_dir = found.value("MODEL_DIR")
-    dataset = None
-    if isinstance(name, str) and name != catalogue.CORPUS.name:
-        dataset = catalogue.get(name)
+    if not isinstance(name, str) or name == catalogue.CORPUS.name:
+        name = None
+    elif not found.imports - _NO_DATASETS or name in catalogue.names() or dataset_folder.is_folder(name):
+        name = catalogue.get(name).name
     if isinstance(model_dir, str) and (Path(model_dir) / directory.MANIFEST).is_file():
         return
-    if dataset is not None and isinstance(records_dir := found.value("RECORDS_DIR"), str):
-        records.check_exist(records_dir, dataset.name)
+    if name is not None and isinstance(records_dir := found.value("RECORDS_DIR"), str):
+        records.check_exist(records_dir, name)
     if isinstance(path := found.value("VOCABULARY"), str) and path != "byte":
         existing(
             "VOCABULARY",

@@ -22,8 +22,8 @@ def check(provider: str, *, base_url: str | None, batch: bool, ask: bool) -> Non
             " Other models answer through a server that is compatible with OpenAI's API: --provider openai --base_url "
             "URL (docs/teacher.md)."
         )
-        what = "has no batch jobs" if provider in PROVIDERS else "is not a provider"
-        raise ValueError(f"{provider!r} {what}; expected one of {', '.join(known)}.{nearest(provider, known)}{through}")
+        what = f"{provider!r} has no batch jobs" if batch else f"There is no provider {provider!r}"
+        raise ValueError(f"{what}; expected one of {', '.join(known)}.{nearest(provider, known)}{through}")
     if not ask:
         return
     if provider == "openai":

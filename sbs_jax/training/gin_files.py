@@ -328,8 +328,8 @@ class Reference(NamedTuple):
 def statements(source: str | io.StringIO) -> Iterator[tuple[str, str, Any]]:
     """Parses gin text without importing what it names; values are literals with `Reference` in them.
 
-    Yields ("include", file, None), ("macro", name, value) and ("parameter", "train.TrainConfig.seed", value). Errors
-    are gin's; see `usage_errors`.
+    Yields ("include", file, None), ("import", module, None), ("macro", name, value) and ("parameter",
+    "train.TrainConfig.seed", value). Errors are gin's; see `usage_errors`.
     """
     parser = importlib.import_module("gin.config_parser")
 
@@ -344,6 +344,8 @@ def statements(source: str | io.StringIO) -> Iterator[tuple[str, str, Any]]:
     for statement in parser.ConfigParser(source, Delegate()):
         if isinstance(statement, parser.IncludeStatement):
             yield "include", statement.filename, None
+        elif isinstance(statement, parser.ImportStatement):
+            yield "import", statement.module, None
         elif isinstance(statement, parser.BindingStatement):
             if statement.arg_name:
                 yield "parameter", f"{statement.selector}.{statement.arg_name}", statement.value

@@ -41,12 +41,14 @@ class Scan:
       macros: value by name: a literal, or a `Reference`.
       parameters: value by selector and parameter, such as "train.TrainConfig.seed".
       references: everything that some value refers to.
+      imports: packages that the files import, whose modules may register datasets.
       files: the gin files, included ones too.
     """
 
     macros: Mapping[str, Any]
     parameters: Mapping[str, Any]
     references: frozenset[str]
+    imports: frozenset[str]
     files: tuple[Path, ...]
 
     def value(self, macro: str) -> Any:
@@ -81,12 +83,16 @@ def scan(files: Sequence[str], bindings: Sequence[str], search_paths: Sequence[s
     macros: dict[str, Any] = {}
     parameters: dict[str, Any] = {}
     references: set[str] = set()
+    imports: set[str] = set()
     read: list[Path] = []
 
     def take(source: Any) -> None:
         for kind, name, value in gin_files.statements(source):
             if kind == "include":
                 take_file(name)
+                continue
+            if kind == "import":
+                imports.add(name.partition(".")[0])
                 continue
             references.update(each.name for each in _references(value))
             (macros if kind == "macro" else parameters)[name] = value
@@ -102,7 +108,7 @@ def scan(files: Sequence[str], bindings: Sequence[str], search_paths: Sequence[s
         for file in files:
             take_file(file)
         take("\n".join(gin_files.quoted(binding) for binding in bindings) + "\n")
-    return Scan(macros, parameters, frozenset(references), tuple(read))
+    return Scan(macros, parameters, frozenset(references), frozenset(imports), tuple(read))
 
 
 def _references(value: Any) -> Iterable[Reference]:
