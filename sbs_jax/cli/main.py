@@ -106,8 +106,8 @@ def _main(argv: Sequence[str] | None) -> int:
         if files := getattr(arguments, "module", ()):
             from sbs_jax.data import dataset_module
 
-            for file in files:
-                dataset_module.load(file)
+            loaded = [dataset for file in files for dataset in dataset_module.load(file)]
+            hosts.agree({"modules": " ".join(dataset_module.digest(dataset) for dataset in loaded)})
         if arguments.check is not None:
             arguments.check(*given)
         if arguments.tensorflow:

@@ -50,6 +50,12 @@ def load(path: str | Path) -> tuple[Dataset, ...]:
     return _loaded[key]
 
 
+def digest(dataset: Dataset) -> str:
+    """Returns the name of a dataset with the hash of the file that defines it, for processes to compare."""
+    assert dataset.module is not None  # `load` sets it
+    return f"{dataset.name}={dataset.module['sha256']}"
+
+
 def _run(path: Path) -> ModuleType:
     name = f"sbs_module_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
