@@ -193,5 +193,6 @@ def test_help_is_quick():
         "sbs_jax.checks",
         "sbs_jax.cli",
         "sbs_jax.cli.main",
+        "sbs_jax.cli.runs",
     }
     assert not imported & {"absl", "difflib", "gin", "jax", "logging", "numpy", "tensorflow"}

@@ -267,11 +267,11 @@ class _Parser(argparse.ArgumentParser):
 class _Formatter(argparse.RawDescriptionHelpFormatter):
     """Shows the default of every flag that has one, and runs (runs.py) as positionals."""
 
-    def _format_args(self, action: argparse.Action, default_metavar: str) -> str:
+    def _format_args(self, action: argparse.Action, default_metavar: str | None) -> str:
         if action.nargs == "*" and not action.option_strings:
             metavar = str(action.metavar)
             return metavar if metavar != "RUNS" else "RUNS .."
-        return super()._format_args(action, default_metavar)
+        return super()._format_args(action, default_metavar)  # pyright: ignore[reportArgumentType]  # None in add_argument
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         shown = action.help or ""
