@@ -115,8 +115,8 @@ def test_cells_of_a_sweep_get_the_module(folder):
     plan = cells.Sweep(
         sweep_dir="s",
         records_dir="records",
-        datasets=("tickets",),
-        sizes=("base",),
+        datasets=("svamp",),
+        sizes=("cpu",),
         methods=("step_by_step",),
         fractions=(1.0,),
         seeds=(0,),

@@ -288,7 +288,7 @@ def _pages(entry):
 
 def test_pages_that_are_made_tell_every_command_macro_and_module():
     text = made()["reference/commands.md"]
-    assert all(f"## sbs {name}\n" in text and f"usage: sbs {name} " in text for name in main.NAMES)
+    assert all(f"## sbs {name}\n" in text and f"usage: sbs {name} " in text for name in main.SUMMARIES)
     text = made()["reference/gin.md"]
     for name in ("train", "evaluate"):
         lines = (ROOT / "gin_configs" / "runs" / f"{name}.gin").read_text("utf-8")

@@ -78,7 +78,11 @@ def _line(error: Exception, path: Path) -> str:
     """Returns ":3" for the last line of the file that led to the error."""
     if isinstance(error, SyntaxError):
         return f":{error.lineno}"
-    lines = [each.lineno for each in traceback.extract_tb(error.__traceback__) if Path(each.filename) == path]
+    lines = [
+        each.lineno
+        for each in traceback.extract_tb(error.__traceback__)
+        if Path(each.filename).resolve() == path.resolve()
+    ]
     return f":{lines[-1]}" if lines else ""
 
 
