@@ -45,7 +45,7 @@ def test_a_run_of_a_module_names_it_and_later_commands_ask_for_it(folder, capsys
     before = registry.options()
     Path("tickets.gin").write_text(
         'from __gin__ import dynamic_registration\ninclude "gin_configs/runs/train.gin"\n'
-        'include "gin_configs/models/t5_1_1_tiny.gin"\ninclude "gin_configs/methods/step_by_step.gin"\n'
+        'include "gin_configs/models/t5_1_1_mini.gin"\ninclude "gin_configs/methods/step_by_step.gin"\n'
         'DATASET = "tickets"\nVOCABULARY = "byte"\nVOCAB_SIZE = 384\nEXAMPLES = 4\nTRAIN_STEPS = 2\n'
         'LEARNING_RATE = 1e-3\nTASK_FEATURE_LENGTHS = {"inputs": 48, "targets": 24}\nMAX_DECODE_LENGTH = 8\n'
     )

@@ -74,7 +74,8 @@ def get(name: str) -> Dataset:
         return restore(dataset_folder.read(name))
     if name not in _DATASETS:
         raise ValueError(
-            f"Unknown dataset {name!r}; known are {list(names())}, and folders with {dataset_folder.FILE} (`sbs init`)."
+            f"Unknown dataset {name!r}; known are {list(names())}, folders with {dataset_folder.FILE} (`sbs init`) and "
+            "those of a --module."
             f"{checks.nearest(name, names())}"
         )
     return _DATASETS[name]
