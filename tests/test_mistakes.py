@@ -67,6 +67,10 @@ MISTAKES = {
         [*CPU, *PLACES, "--gin.INITIAL_CHECKPOINT_PATH=t5/base/1.bin"],
         ["INITIAL_CHECKPOINT_PATH is 't5/base/1.bin'", "docs/checkpoints.md"],
     ),
+    "a name of the hub": (
+        ["convert", "--to=hf", "--base=google/t5-v1_1-base", "runs/empty", "out"],
+        ["--base is 'google/t5-v1_1-base'", "hf download google/t5-v1_1-base --local-dir t5-v1_1-base"],
+    ),
     "seeds": ([*CPU, *PLACES, "--seeds=1,2"], ["--seeds needs a directory per run"]),
     "no run": ([*PREDICT, "--run=runs/emtpy", QUESTIONS], ["no run at", "empty", "Did you mean 'empty'"]),
     "a run without checkpoints": (
@@ -119,6 +123,7 @@ PROGRAM = """
 import contextlib, io, json, socket, sys
 from sbs_jax.cli import main
 
+sys.modules["huggingface_hub"] = None  # as where it is not installed
 with socket.socket() as taken:
     taken.bind(("127.0.0.1", 0))
     taken.listen()

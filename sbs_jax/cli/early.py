@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import argparse
 import errno
+import importlib.util
 import itertools
+import re
 import socket
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +22,10 @@ from sbs_jax.training.gin_files import UsageError
 
 # Packages in gin files that register no dataset of a user's; others may, when `configure` imports them.
 _NO_DATASETS = {"__gin__", "flax", "jax", "optax", "sbs_jax", "tasks"}
+# A name of the Hugging Face Hub, and no path of a file.
+_HUB_NAME = re.compile(
+    r"[A-Za-z0-9][\w.-]*/(?!.*\.(bin|gguf|json|model|msgpack|npz)$)[A-Za-z0-9][\w.-]*(@[\w.-]+)?", re.ASCII
+)
 _ROWS = 20  # of an input file: if all of these are wrong, the file is
 
 
@@ -51,14 +57,14 @@ def training(found: gin_scan.Scan) -> None:
     if name is not None and isinstance(records_dir := found.value("RECORDS_DIR"), str):
         records.check_exist(records_dir, name)
     if isinstance(path := found.value("VOCABULARY"), str) and path != "byte":
-        existing(
+        weights(
             "VOCABULARY",
             path,
             "give the path of one (--gin.VOCABULARY), for example of T5's sentencepiece.model or of a tokenizer.json, "
             "or 'byte'",
         )
     if isinstance(path := found.value("INITIAL_CHECKPOINT_PATH"), str):
-        existing("INITIAL_CHECKPOINT_PATH", path, "give the folder of a checkpoint (docs/checkpoints.md)")
+        weights("INITIAL_CHECKPOINT_PATH", path, "give the folder of a checkpoint (docs/checkpoints.md)")
     if isinstance(path := found.value("AUGMENTATION"), str):
         existing("AUGMENTATION", path, "write it with `sbs records --augmentation`, or set it to None")
 
@@ -73,6 +79,18 @@ def existing(name: str, path: str, remedy: str) -> None:
     folder = Path(path).parent
     known = [each.name for each in folder.iterdir()] if folder.is_dir() else []
     raise FileNotFoundError(f"{name} is {path!r}, where nothing is; {remedy}.{nearest(Path(path).name, known)}")
+
+
+def weights(name: str, path: str, remedy: str) -> None:
+    """As `existing`, but a name of the Hugging Face Hub (owner/model) is left to a command that can ask the hub."""
+    if Path(path).exists() or Path(path).parent.is_dir() or not _HUB_NAME.fullmatch(path):
+        existing(name, path, remedy)
+    elif importlib.util.find_spec("huggingface_hub") is None:
+        folder = path.partition("@")[0].rpartition("/")[2]
+        raise FileNotFoundError(
+            f"{name} is {path!r}, where nothing is. If it is a model of the Hugging Face Hub, download it: pip install "
+            f"huggingface_hub; hf download {path} --local-dir {folder}; then give {folder}."
+        )
 
 
 def run(path: str) -> None:

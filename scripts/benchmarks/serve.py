@@ -109,7 +109,7 @@ def write_student(folder: Path, name: str) -> None:
 @contextlib.contextmanager
 def served(folder: Path, *flags: str) -> Iterator[tuple[str, subprocess.Popen]]:
     """Starts a server of the student; yields its address and process. It must end without an error."""
-    command = [*harness.SBS, "serve", "--model", str(folder), "--port", "0", *flags]
+    command = [*harness.SBS, "serve", str(folder), "--port", "0", *flags]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None

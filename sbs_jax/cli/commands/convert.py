@@ -83,10 +83,10 @@ def check(arguments: argparse.Namespace) -> None:
     _shapes(arguments.shapes)
     if arguments.rows_to_check < 0:
         raise UsageError(f"--check is {arguments.rows_to_check}; expected a number of samples, 0 for none.")
-    early.existing("RUN", arguments.run_dir, "give a run directory, or a checkpoint (docs/checkpoints.md)")
+    early.weights("RUN", arguments.run_dir, "give a run directory, or a checkpoint (docs/checkpoints.md)")
     for flag in ("base", "vocabulary", "cut", "samples"):
         if (path := getattr(arguments, flag)) is not None and path != "byte":
-            early.existing(f"--{flag}", path, "give its path")
+            early.weights(f"--{flag}", path, "give its path")
 
 
 def run(arguments: argparse.Namespace) -> int:
