@@ -11,21 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import teacher_server
+from builders.garden import ROWS, TOPICS
 
 from sbs_jax.cli import main
 from sbs_jax.data import catalogue, dataset_folder, own_data, records, registry, release, table
-
-TOPICS = {
-    "water": ("dry", "thirsty", "wilting"),
-    "pests": ("bugs", "holes", "slugs"),
-    "soil": ("sandy", "acid", "clay"),
-}
-ROWS = [
-    {"text": f"My {plant}, number {number}: {word}, what now?", "team": topic}
-    for number, plant in enumerate(["rose", "fig", "leek", "palm", "oak"])
-    for topic, words in TOPICS.items()
-    for word in words
-]
 
 
 def csv_of(rows, delimiter=","):
@@ -95,6 +84,28 @@ def test_what_was_decided_is_said(tmp_path):
         "prompt: 12 examples of train, none of validation or test",
     ):
         assert part in said, said
+
+
+def test_rationales_of_the_table_become_records(tmp_path):
+    """Then no teacher is needed; rows without one, and other splits, stay as they are."""
+    rows = [{**row, "explanation": f"It is about {row['team']}."} for row in ROWS]
+    rows[0]["explanation"] = None
+    found = plan_of(tmp_path, rows, label_column="team")
+    assert "rationales: column 'explanation', so no teacher is needed" in found.lines
+    own_data.write(found, tmp_path / "tickets", gin={})
+    got = {
+        record.input: record
+        for split in records.SPLITS
+        for record in records.read_records(tmp_path / "tickets" / "records" / "tickets" / f"{split}.jsonl")
+    }
+    assert len(got) == len(rows)
+    for row in rows:
+        record = got[row["text"]]
+        assert (record.label, record.rationale) == (row["team"], row["explanation"])
+        assert record.teacher_label == (record.rationale and row["team"])
+    assert not (tmp_path / "tickets" / "inputs" / "tickets" / "train.jsonl").read_text().count("It is about")
+    with pytest.raises(ValueError, match="The column 'text' has the rationales; name others"):
+        plan_of(tmp_path, ROWS, label_column="team", rationale_column="text")
 
 
 def test_free_answers_unlabelled_rows_and_splits_of_the_source(tmp_path):

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from sbs_jax.checks import nearest
-from sbs_jax.data import dataset_folder, release, table
+from sbs_jax.data import dataset_folder, records, release, table
 from sbs_jax.data.dataset import Dataset, Row
-from sbs_jax.data.records import NO_TEACHER, SPLITS, Record
+from sbs_jax.data.records import SPLITS, Record
 from sbs_jax.storage import atomic
 from sbs_jax.storage.checksums import file_sha256
 from sbs_jax.storage.json_files import brief, part
@@ -25,6 +25,7 @@ from sbs_jax.storage.json_files import brief, part
 # Columns that are taken without being named, in this order.
 INPUT_NAMES = ("input", "text", "question", "sentence", "prompt", "message", "query", "body", "content", "document")
 LABEL_NAMES = ("label", "labels", "answer", "target", "output", "class", "category", "intent", "response")
+RATIONALE_NAMES = ("rationale", "explanation", "reasoning")
 ID_NAMES = ("id", "uid", "guid")
 SHARE = 0.1  # of the rows, for validation and for test, where the source has no such split
 MOST_LABELS, ROWS_PER_LABEL, LONGEST_LABEL = 100, 4, 80  # of a closed set: at most, at least, characters
@@ -39,6 +40,7 @@ class Plan:
 
     dataset: Dataset
     splits: Mapping[str, Sequence[Row]]
+    rationales: Mapping[str, str]  # by row id, where the table has them
     sources: Mapping[str, Mapping[str, str]]  # of each split: file -> SHA-256
     prompt: Mapping[str, Any]
     longest: Mapping[str, int]  # bytes of the longest input and label
@@ -48,34 +50,45 @@ class Plan:
 def plan(
     source: str,
     *,
+    tables: Mapping[str | None, table.Table] | None = None,
     name: str | None = None,
     unlabelled: bool = False,
     input_column: str | None = None,
     label_column: str | None = None,
+    rationale_column: str | None = None,
     labels: str = "auto",
 ) -> Plan:
     """Decides everything about a table's dataset. ValueError or FileNotFoundError says what to name or correct.
 
-    `unlabelled` leaves all labels to the teacher. `labels` is "closed" (the column's values are all that there are),
-    "free", or "auto".
+    `source` is a path or hub name (`table.read`); with `tables` it only names these. `unlabelled` leaves all labels to
+    the teacher. `labels` is "closed" (the column's values are all that there are), "free", or "auto".
     """
-    tables = table.read(source)
+    files = {} if tables is not None else {path.name: file_sha256(path) for path in _files(source)}
+    tables = table.read(source) if tables is None else tables
     columns = tuple(dict.fromkeys(each for found in tables.values() for each in found.columns))
     lines: list[str] = []
     input_column = _column(columns, input_column, INPUT_NAMES, what="input", source=source, required=True)
     assert input_column is not None
-    others = [each for each in columns if each != input_column and each not in ID_NAMES]
+    rationale_column = _column(
+        columns, rationale_column, RATIONALE_NAMES, what="rationale", source=source, required=False
+    )
+    others = [each for each in columns if each not in (input_column, rationale_column, *ID_NAMES)]
     if not unlabelled:
         label_column = _column(columns, label_column, LABEL_NAMES, what="label", source=source, required=bool(others))
     if label_column == input_column:
         raise ValueError(f"Input and label are both the column {input_column!r}; name two with --input and --label.")
-    id_column = next((each for each in ID_NAMES if each in columns and each not in (input_column, label_column)), None)
+    if rationale_column is not None and rationale_column in (input_column, label_column):
+        raise ValueError(f"The column {rationale_column!r} has the rationales; name others with --input and --label.")
+    taken = (input_column, label_column, rationale_column)
+    id_column = next((each for each in ID_NAMES if each in columns and each not in taken), None)
     lines.append(f"input: column {input_column!r}" + (f"; id: column {id_column!r}" if id_column else ""))
     lines.append(
         "label: none, the teacher's labels are used" if label_column is None else f"label: column {label_column!r}"
     )
     name = name or _name_of(source)
-    rows, left_out = _rows(tables, input_column, label_column, id_column)
+    if rationale_column is not None:
+        lines.append(f"rationales: column {rationale_column!r}, so no teacher is needed")
+    rows, left_out = _rows(tables, input_column, label_column, rationale_column, id_column)
     lines += left_out
     known = _closed_set(rows, labels=labels, given=label_column is not None)
     lines.append(
@@ -83,7 +96,7 @@ def plan(
         if known
         else "answers: free text, graded without case and punctuation"
     )
-    splits = _split(rows, name=name, lines=lines)
+    splits, rationales = _split(rows, name=name, lines=lines)
     longest = {
         "inputs": max(len(row.input.encode()) for of in splits.values() for row in of),
         "targets": max((len(row.label.encode()) for of in splits.values() for row in of if row.label), default=16),
@@ -102,11 +115,11 @@ def plan(
         lengths=lengths,
         stops=(_STOP.strip(),),
     )
-    files = {str(path): file_sha256(path) for path in _files(source)}
     return Plan(
         dataset=dataset_folder.of(dataset_folder.described(definition), where=source),
         splits=splits,
-        sources={split: {Path(file).name: sha256 for file, sha256 in files.items()} for split in splits},
+        rationales=rationales,
+        sources=dict.fromkeys(splits, files),
         prompt=_prompt(splits["train"], known, lines),
         longest=longest,
         lines=lines,
@@ -148,10 +161,15 @@ def _name_of(source: str) -> str:
 class _Placed:
     row: Row
     split: str | None
+    rationale: str | None
 
 
 def _rows(
-    tables: Mapping[str | None, table.Table], input_column: str, label_column: str | None, id_column: str | None
+    tables: Mapping[str | None, table.Table],
+    input_column: str,
+    label_column: str | None,
+    rationale_column: str | None,
+    id_column: str | None,
 ) -> tuple[list[_Placed], list[str]]:
     """Makes rows of all tables; leaves out those without an input, and repeated inputs, and counts them."""
     found: list[_Placed] = []
@@ -168,10 +186,12 @@ def _rows(
                 continue
             seen[text] = label
             row_id = values.get(id_column) if id_column else None
-            found.append(_Placed(Row(id=row_id, input=text, label=None if label is None else label.strip()), split))
+            rationale = values.get(rationale_column) if rationale_column else None
+            row = Row(id=row_id, input=text, label=None if label is None else label.strip())
+            found.append(_Placed(row, split, rationale))
     ids = [placed.row.id for placed in found]
     if None in ids or len(set(ids)) < len(ids):  # ids of inputs instead
-        found = [_Placed(dataclasses.replace(placed.row, id=None), placed.split) for placed in found]
+        found = [dataclasses.replace(placed, row=dataclasses.replace(placed.row, id=None)) for placed in found]
         if id_column:
             counts[f"get new ids: column {id_column!r} is not distinct"] = len(found)
     return found, [
@@ -196,8 +216,11 @@ def _closed_set(rows: Sequence[_Placed], *, labels: str, given: bool) -> set[str
     return set()
 
 
-def _split(rows: Sequence[_Placed], *, name: str, lines: list[str]) -> dict[str, list[Row]]:
-    """Gives ids to the rows and splits them: as the source does, missing splits by the ids' hashes, label by label."""
+def _split(rows: Sequence[_Placed], *, name: str, lines: list[str]) -> tuple[dict[str, list[Row]], dict[str, str]]:
+    """Gives ids to the rows and splits them: as the source does, missing splits by the ids' hashes, label by label.
+
+    Also returns the rationales by id.
+    """
     with_ids = release.with_ids(
         [placed.row for placed in rows], name=name, where=lambda number: f"row {number + 1} of the table"
     )
@@ -230,7 +253,8 @@ def _split(rows: Sequence[_Placed], *, name: str, lines: list[str]) -> dict[str,
             f"{len(with_ids)} rows are too few: {', '.join(missing)} would be empty. Give at least 10 rows, with "
             "several of each label."
         )
-    return splits
+    pairs = zip(rows, with_ids, strict=True)
+    return splits, {str(row.id): placed.rationale for placed, row in pairs if placed.rationale is not None}
 
 
 def _prompt(rows: Sequence[Row], labels: set[str], lines: list[str]) -> dict[str, Any]:
@@ -270,27 +294,60 @@ def _files(source: str) -> list[Path]:
     return sorted(each for each in path.rglob("*") if each.is_file()) if path.is_dir() else []
 
 
-def write(plan: Plan, folder: Path, *, gin: Mapping[str, str]) -> None:
-    """Writes the folder, complete or not at all; `gin` are the gin files by name. FileExistsError if it exists."""
+def write(plan: Plan, folder: Path, *, gin: Mapping[str, str], keep: bool = False) -> None:
+    """Writes the folder, complete or not at all; `gin` are the gin files by name.
+
+    FileExistsError if it exists; with `keep`, only if it is of other rows or decisions.
+    """
+    if keep and folder.exists():
+        _refuse_others(plan, folder)
+        return
     with atomic.new_folder(folder) as scratch:
         assert plan.dataset.definition is not None
         _write_json(scratch / dataset_folder.FILE, plan.dataset.definition)
         _write_json(scratch / dataset_folder.PROMPT, plan.prompt)
-        release.write_directory(
-            plan.dataset,
-            {
-                split: [Record(id=str(row.id), input=row.input, label=row.label, outcome=NO_TEACHER) for row in rows]
-                for split, rows in plan.splits.items()
-            },
-            sources=plan.sources,
-            records_dir=scratch / dataset_folder.INPUTS,
-            parser="strict",
-            inputs="records",
-            skipped={},
-            overwrite=False,
-        )
+        _write_records(plan, scratch / dataset_folder.INPUTS, {})
+        if plan.rationales:
+            _write_records(plan, scratch / dataset_folder.RECORDS, plan.rationales)
         for name, text in gin.items():
             (scratch / name).write_text(text, "utf-8")
+
+
+def _refuse_others(plan: Plan, folder: Path) -> None:
+    same = dataset_folder.read(folder).definition == plan.dataset.definition
+    for split, rows in plan.splits.items() if same else ():
+        found = records.read_records(records.file_of(folder / dataset_folder.INPUTS / plan.dataset.name, split))
+        same = same and found == _records(rows, {})
+    own = folder / dataset_folder.RECORDS / plan.dataset.name
+    for split, rows in plan.splits.items() if same and plan.rationales else ():
+        same = same and records.read_records(records.file_of(own, split)) == _records(rows, plan.rationales)
+    if not same:
+        raise FileExistsError(f"{folder} is of other rows or columns; choose another place, or remove it.")
+
+
+def _records(rows: Sequence[Row], rationales: Mapping[str, str]) -> list[Record]:
+    """Makes records; a rationale of the table argues for the row's own label."""
+    found = []
+    for row in rows:
+        record = Record(id=str(row.id), input=row.input, label=row.label)
+        if record.id in rationales:
+            given = {"rationale": rationales[record.id], "teacher_label": row.label, "outcome": records.OK}
+            record = dataclasses.replace(record, **given)
+        found.append(record)
+    return found
+
+
+def _write_records(plan: Plan, records_dir: Path, rationales: Mapping[str, str]) -> None:
+    release.write_directory(
+        plan.dataset,
+        {split: _records(rows, rationales) for split, rows in plan.splits.items()},
+        sources=plan.sources,
+        records_dir=records_dir,
+        parser="strict",
+        inputs="records",
+        skipped={},
+        overwrite=False,
+    )
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -11,6 +11,7 @@ import dataclasses
 import importlib
 import io
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -87,8 +88,11 @@ def _text(value: Any) -> str | None:
         return None
     if isinstance(value, str):
         return value
-    if isinstance(value, float) and value.is_integer():
-        return str(int(value))  # a column of integers with gaps
+    if isinstance(value, float):
+        if math.isnan(value):  # a gap in a column of pandas
+            return None
+        if value.is_integer():
+            return str(int(value))  # a column of integers with gaps
     return json.dumps(value, ensure_ascii=False, default=str) if isinstance(value, bool | list | dict) else str(value)
 
 

@@ -5,6 +5,7 @@ manifest.json         data hashes, settings, parameter table, every start with i
 metrics.jsonl         one JSON object a line: {"kind": "train", "step": 50, "loss": ..}
 tensorboard/          the same for TensorBoard
 predictions/          <task>-<step>.jsonl
+dataset/              rows, of a run by sbs_jax.distill (api.py)
 checkpoints/<step>/   see checkpoints.py
 lock                  the process that is writing here, if any (storage/lock.py)
 
@@ -32,8 +33,9 @@ read_manifest = manifest.read
 
 _SEEN_WITHIN = 15.0  # seconds in which a network file system shows a new file to another host
 _SHOWN = 60  # lines of a difference in an error
-# Files left behind by a process killed early in its start.
-_REMAINS = {"lock", "config.gin.tmp", f"{MANIFEST}.tmp"}
+ROWS = "dataset"  # folder of the rows that `sbs_jax.distill` was given
+# What a process killed early in its start leaves behind, and what is there before a start.
+_REMAINS = {"lock", "config.gin.tmp", f"{MANIFEST}.tmp", ROWS}
 
 log = logging.getLogger(__name__)
 

@@ -25,6 +25,9 @@ def add(command: Any) -> None:
     )
     init.add_argument("--input", metavar="COLUMN", help="column of the questions (default: the first usual name)")
     init.add_argument("--label", metavar="COLUMN", help="column of the answers (default: the first usual name)")
+    init.add_argument(
+        "--rationale", metavar="COLUMN", help="column of rationales, if rows have some (default: the first usual name)"
+    )
     init.add_argument("--unlabelled", action="store_true", help="there are no labels; take the teacher's")
     init.add_argument("--name", help="name of the dataset (default: the file's)")
     init.add_argument(
@@ -45,6 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
         unlabelled=arguments.unlabelled,
         input_column=arguments.input,
         label_column=arguments.label,
+        rationale_column=arguments.rationale,
         labels=arguments.labels,
     )
     name = plan.dataset.name
@@ -54,8 +58,13 @@ def run(arguments: argparse.Namespace) -> int:
     own_data.write(plan, folder, gin=own_experiments.of(plan, folder))
     print("\n".join(f"  {line}" for line in plan.lines))
     print(
-        f"Wrote {folder}. Next, with a key in OPENAI_API_KEY (--dry_run shows a prompt and the cost):\n"
-        f"  sbs teach --dataset {folder} --provider openai --model gpt-4o-mini\n"
+        f"Wrote {folder}. Next"
+        + ("" if plan.rationales else ", with a key in OPENAI_API_KEY (--dry_run: the cost)")
+        + ":"
+    )
+    if not plan.rationales:
+        print(f"  sbs teach --dataset {folder} --provider openai --model gpt-4o-mini")
+    print(
         f"  sbs train --gin_file={folder}/laptop.gin --gin.MODEL_DIR=runs/{name}\n"
         f"  sbs report runs/{name} --output report.html\n"
         f"  sbs serve runs/{name}"
