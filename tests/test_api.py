@@ -5,7 +5,7 @@ from builders.garden import ROWS, TOPICS
 
 import sbs_jax
 from sbs_jax import api
-from sbs_jax.data import records, registry
+from sbs_jax.data import catalogue, records, registry
 from sbs_jax.prediction.engine import Settings
 from sbs_jax.training import gin_files
 
@@ -31,7 +31,7 @@ def student(tmp_path_factory):
     before = registry.options()
     run = tmp_path_factory.mktemp("runs") / "garden"
     yield sbs_jax.distill(EXPLAINED, output=run, label_column="team", macros=SMALL, quiet=True)
-    registry._DATASETS.pop("garden")
+    catalogue._DATASETS.pop("garden")
     registry.configure(before)
 
 
@@ -101,7 +101,7 @@ def test_rows_without_rationales_need_a_teacher_or_another_method(tmp_path, monk
     with pytest.raises(ReachedError, match="bare_label"):
         sbs_jax.distill(ROWS, **asked, method="standard_finetuning")
     assert len(records.read_records(tmp_path / "bare" / "dataset" / "inputs" / "bare" / "train.jsonl")) == 33
-    registry._DATASETS.pop("bare")
+    catalogue._DATASETS.pop("bare")
 
 
 def test_a_name_that_is_not_there_is_named():

@@ -57,13 +57,12 @@ def run(arguments: argparse.Namespace) -> int:
     folder = Path(arguments.output or name)
     own_data.write(plan, folder, gin=own_experiments.of(plan, folder))
     print("\n".join(f"  {line}" for line in plan.lines))
-    print(
-        f"Wrote {folder}. Next"
-        + ("" if plan.rationales else ", with a key in OPENAI_API_KEY (--dry_run: the cost)")
-        + ":"
-    )
+    print(f"Wrote {folder}. Next:")
     if not plan.rationales:
-        print(f"  sbs teach --dataset {folder} --provider openai --model gpt-4o-mini")
+        print(
+            f"  sbs teach --dataset {folder} --provider openai --model gpt-4o-mini"
+            "   # with OPENAI_API_KEY; --dry_run tells the cost"
+        )
     print(
         f"  sbs train --gin_file={folder}/laptop.gin --gin.MODEL_DIR=runs/{name}\n"
         f"  sbs report runs/{name} --output report.html\n"
