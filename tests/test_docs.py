@@ -319,7 +319,7 @@ def test_a_notebook_was_run_from_top_to_bottom_and_uses_what_is_there(name):
                     modules[alias.asname or alias.name] = defined(path)
                 else:
                     assert alias.name in defined(path.parent.with_suffix(".py")), alias.name
-    assert len(modules) > 5 or (name == "own_table.ipynb" and modules)
+    assert len(modules) > 5
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in modules:
             assert node.attr in modules[node.value.id], f"{node.value.id}.{node.attr}"
