@@ -2,9 +2,11 @@
 
 import dataclasses
 import itertools
+import logging
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,9 @@ import numpy as np
 import pytest
 import toy
 
+from sbs_jax import compiling
 from sbs_jax.data import registry, tokens
-from sbs_jax.prediction import compiled, engine, precision
+from sbs_jax.prediction import compiled, engine, precision, shapes
 from sbs_jax.prediction.engine import Answer, Predictor, Question, Settings
 from sbs_jax.student import decoding, families, partitioning
 from sbs_jax.training import evaluate, students
@@ -102,8 +105,94 @@ def test_each_length_is_compiled_once(greedy, answers):
     assert compiled_before <= len(evaluate.buckets(LIMIT))
     close(greedy.answer(questions(30)[::-1]), answers[::-1])
     greedy.answer(questions(50, seed=1))
-    greedy.warm_up()
+    for each in itertools.chain(*greedy.programs()):
+        each()
     assert generator._generate._cache_size() == len(evaluate.buckets(LIMIT))
+
+
+def test_answers_are_the_same_whichever_programs_are_compiled(student, answers):
+    """With fixed shapes, a few programs answer every question, and no answer compiles another."""
+    server = Predictor(
+        {None: student}, settings=Settings(batch_size=16, smaller=(8,), rationale=True), fixed_shapes=True
+    )
+    asked = questions(30)
+    first, others = server.programs()
+    generators = server._answerers[None]._generators
+    assert generators[0].sizes == [8, 16]
+    assert (len(first), len(others)) == (2, 2 * (2 * len(evaluate.buckets(LIMIT)) - 1))
+    for each in first:
+        each()
+    rationales = []
+    for compiled_later in ([], others[:3], others[3:]):
+        for each in compiled_later:
+            each()
+        before = [generator._generate._cache_size() for generator in generators]
+        found = server.answer(asked)
+        assert [generator._generate._cache_size() for generator in generators] == before
+        close(found, answers)
+        rationales.append([answer.rationale for answer in found])
+    assert rationales[0] == rationales[1] == rationales[2]
+    assert sum(generator._generate._cache_size() for generator in generators) == len(first) + len(others)
+
+
+def test_the_labels_and_any_choices_are_answered_by_the_first_programs(student):
+    settings = Settings(decoding="choices", batch_size=8)
+    server = Predictor({None: student}, settings=settings, fixed_shapes=True)
+    asked = [*questions(5), Question(id="own", input="abc", choices=("a", "b c", "defgh", *map(str, range(9))))]
+    want = predictor(student, decoding="choices").answer(asked)
+    first, others = server.programs()
+    assert len(first) < len(others)
+    for each in first:
+        each()
+    generator = server._answerers[None]._generators[0]
+    before = generator._generate._cache_size()
+    close(server.answer(asked), want)
+    assert generator._generate._cache_size() == before == len(first)
+
+
+def test_the_cheapest_program_has_the_fewest_batches_then_the_least_padding():
+    form = shapes.Form(0, 0, 8, (16, 32, 48))
+    known = shapes.programs(0, form, sizes=[1, 8, 64])
+    assert [(each.length, each.rows) for each in known] == [(48, 1), (48, 8), (32, 1), (32, 8), (16, 1), (16, 8)]
+    for rows, length, ready, want in (
+        (1, 10, known, (16, 1)),
+        (3, 17, known, (32, 8)),
+        (20, 33, known, (48, 8)),
+        (3, 10, known[:3], (48, 8)),
+        (1, 10, known[:3], (32, 1)),
+        (5, 10, known[:1], (48, 1)),
+    ):
+        found = shapes.cheapest(ready, rows=rows, length=length)
+        assert (found.length, found.rows) == want
+
+
+def test_a_program_that_takes_long_to_compile_is_counted(monkeypatch, caplog):
+    caplog.set_level(logging.INFO, "sbs_jax")
+    monkeypatch.setattr(compiling, "when", lambda: "when")
+    monkeypatch.setattr(compiling, "PATIENCE", 0.02)
+    progress = compiling.Progress(count=2)
+    with progress.compiling("quick"):
+        pass
+    for name in ("slow", "slow", "one too many"):
+        with progress.compiling(name):
+            time.sleep(0.2)
+    assert [message.partition(" in ")[0] for message in caplog.messages] == [
+        "compiling 2 of 2 programs: slow (when)",
+        "compiled 2 of 2 programs",
+        "compiling program 3: one too many (when)",
+        "compiled program 3",
+    ]
+
+
+def test_a_cache_is_said_where_there_is_one(tmp_path):
+    before = jax.config.values["jax_compilation_cache_dir"]
+    with compiled.kept(str(tmp_path)):
+        assert compiling.when() == "first run, cached afterwards"
+    try:
+        jax.config.update("jax_compilation_cache_dir", None)
+        assert compiling.when() == "at every start, without a cache"
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
 
 
 def test_lengths_are_a_handful_and_reach_the_limit():

@@ -39,9 +39,10 @@ from sbs_jax.student import adapters
 from sbs_jax.training import gin_files
 
 # Runs `sbs` with the toy dataset and a model that obeys its rows: "fail" raises, "hold FILE" waits for that file. A
-# body with "break" breaks its handler and a callback of the event loop. Each compilation says "compiled".
+# body with "break" breaks its handler and a callback of the event loop. Each compilation says "compiled". The first
+# program waits for the file GATE; of the others, the second fails and the third waits for the file LATER.
 PROGRAM = """
-import asyncio, dataclasses, pathlib, resource, sys, time
+import asyncio, dataclasses, functools, pathlib, resource, sys, time
 import jax, toy
 from sbs_jax.cli import main
 from sbs_jax.data import registry
@@ -53,7 +54,7 @@ def hold(path):
     while not pathlib.Path(path).exists():
         time.sleep(0.005)
 
-answer, warm_up = engine.Predictor.answer, engine.Predictor.warm_up
+answer, programs = engine.Predictor.answer, engine.Predictor.programs
 
 def answered(self, questions):
     for question in questions:
@@ -64,10 +65,20 @@ def answered(self, questions):
     short = [dataclasses.replace(q, input="h") if q.input.startswith("hold ") else q for q in questions]
     return answer(self, short)
 
-def warmed_up(self):
+def held(path, compile):
+    hold(path)
+    compile()
+
+def failing(compile):
+    raise RuntimeError("no room for this program")
+
+def held_programs(self):
+    first, others = programs(self)
     if path := GATE:
-        hold(path)
-    return warm_up(self)
+        first[0] = functools.partial(held, path, first[0])
+    if path := LATER:
+        others[1:3] = functools.partial(failing, others[1]), functools.partial(held, path, others[2])
+    return first, others
 
 def broken(data):
     raise RuntimeError(f"got {data} secret")
@@ -85,7 +96,7 @@ def timed(name, *_, **__):
 jax.monitoring.register_event_duration_secs_listener(timed)
 registry.add(toy.DATASET)
 read, bodies.read = bodies.read, read_or_broken
-engine.Predictor.answer, engine.Predictor.warm_up = answered, warmed_up
+engine.Predictor.answer, engine.Predictor.programs = answered, held_programs
 if most := DESCRIPTORS:
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 sys.exit(main.main(sys.argv[1:]))
@@ -199,21 +210,38 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @contextlib.contextmanager
 def started(
-    starter: processes.Starter, folder: Path, run: Path, *flags: str, held: Path | None = None, most_files: int = 0
+    starter: processes.Starter,
+    folder: Path,
+    run: Path,
+    *flags: str,
+    held: Path | None = None,
+    later: Path | None = None,
+    most_files: int = 0,
+    environment: dict[str, str | None] | None = None,
 ) -> Iterator[processes.Process]:
-    text = PROGRAM.replace("GATE", repr(None if held is None else str(held))).replace("DESCRIPTORS", str(most_files))
+    text = PROGRAM
+    for name, value in (("GATE", held and str(held)), ("LATER", later and str(later)), ("DESCRIPTORS", most_files)):
+        text = text.replace(f":= {name}:", f":= {value!r}:")
     arguments = ["serve", str(run), "--port", "0", "--compiled", "off", *flags]
-    with starter.alone(folder, arguments, command=("-c", text)) as process:
+    with starter.alone(folder, arguments, command=("-c", text), environment=environment) as process:
         yield process
 
 
-def ready(process: processes.Process) -> Client:
-    """Waits until the server is ready; returns a client."""
+def ready(process: processes.Process, *, wholly: bool = True) -> Client:
+    """Waits until the server is ready, and has compiled everything unless not `wholly`; returns a client."""
     processes.until(lambda: "\n" in process.said(), [process])
     line = process.said()
     found = re.fullmatch(r"sbs serve: ready: (http://[\d.:]+) answers with run, step \d; warmed up in [\d.]+ s\n", line)
     assert found, line
-    return Client(process, found[1])
+    client = Client(process, found[1])
+    if wholly:
+        processes.until(lambda: len(set(programs(client).values())) == 1, [process])
+    return client
+
+
+def programs(client: Client) -> dict[str, int]:
+    """Returns how many programs are ready, and how many there will be."""
+    return client.send("GET", "/health").json()["programs"]
 
 
 @pytest.fixture(scope="module")
@@ -729,6 +757,37 @@ def test_a_signal_during_warm_up_and_a_second_signal(starter, run: Path, tmp_pat
             assert held.recv(100) == b""
 
 
+def test_questions_are_answered_while_programs_are_compiled(
+    starter, run: Path, tmp_path: Path, gate: Path, predictor: engine.Predictor
+) -> None:
+    """One program fails and the next one takes forever: neither holds an answer, and a stop waits for neither."""
+    texts = ["a b c", "b b d", "hello", "x", "", "k k k k", "e f g h e f g h e f g h"]
+    expected = predictor.answer([engine.Question(id=str(number), input=text) for number, text in enumerate(texts)])
+    cache, scratch = tmp_path / "cache", tmp_path / "scratch"
+    scratch.mkdir()
+    flags = ["--batch_size=8", "--compiled", str(cache)]
+    environment: dict[str, str | None] = {"TMPDIR": str(scratch)}
+    with started(starter, tmp_path, run, *flags, later=gate, environment=environment) as process:
+        with contextlib.closing(ready(process, wholly=False)) as client:
+            processes.until(gate.with_name("gate.held").exists, [process])
+            said, there = process.complained(), programs(client)
+            assert there["ready"] == 2
+            assert there["count"] > 4
+            assert f"compiling {there['count'] - 1} more programs beside serving (first run, cached afterwards)" in said
+            assert re.search("could not be compiled, so a larger one .*: RuntimeError .no room for this program", said)
+            compiled = said.count("compiled\n")
+            for answer, wanted in zip(client.predict(*texts), expected, strict=True):
+                assert (answer["id"], answer["prediction"]) == (wanted.id, wanted.prediction)
+                assert answer["score"] == pytest.approx(wanted.score, rel=1e-4)
+            assert process.complained().count("compiled\n") == compiled
+            assert list(scratch.glob("sbs-jax-compiled-*"))
+        process.send(signal.SIGTERM)
+        assert process.wait(20) == 0
+    # What was compiled until then is kept, and nothing else.
+    assert len(list(cache.glob("*/*-cache"))) >= 2
+    assert not list(scratch.glob("sbs-jax-compiled-*"))
+
+
 # ------------------------------------------------------------------------------------------ units
 
 
@@ -786,11 +845,11 @@ def test_connections_fit_the_files_that_the_process_may_open(monkeypatch: pytest
 
 
 def test_a_model_that_fails_to_warm_up_ends_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
-    def warm_up() -> float:
+    def compile_nothing() -> None:
         raise MemoryError("no room for the batch")
 
     predictor = engine.Predictor({}, settings=engine.Settings())
-    monkeypatch.setattr(predictor, "warm_up", warm_up)
+    monkeypatch.setattr(predictor, "programs", lambda: ([compile_nothing], []))
     student = server.Student("broken", 1, predictor, "off")
     with server._bind("127.0.0.1", 0) as listener:
         made = server._Server(student, limits=Limits(), listener=listener, say=print)

@@ -15,6 +15,7 @@ import pytest
 import toy
 from builders import decoders
 
+from sbs_jax import compiling
 from sbs_jax.data import batches, records, registry, tokens
 from sbs_jax.prediction import engine, files
 from sbs_jax.run import checkpoints, directory
@@ -33,13 +34,15 @@ def records_dir(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory, records_dir):
-    """A run of 6 steps on the mixture: its configuration, its result and its compiled step."""
+    """A run of 6 steps on the mixture: its configuration, its result, its compiled step and what it said of that."""
     config = toy.config(tmp_path_factory.mktemp("run") / "toy", records_dir)
-    trainers, prepare = [], loop.prepare
+    trainers, said, prepare = [], [], loop.prepare
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "prepare", lambda config: trainers.append(prepare(config)) or trainers[-1])
+        patch.setattr(compiling, "PATIENCE", 0.0)
+        patch.setattr(compiling, "_log", said.append)
         result = loop.train(config, config_text="SEED = 0\n")
-    return config, result, *trainers
+    return config, result, *trainers, said
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +87,16 @@ def test_one_compile_per_run(recorded):
     assert recorded[2].step._cache_size() == 1
 
 
+def test_each_program_is_counted_while_it_compiles(recorded):
+    begun = [re.sub(r" \(.*", "", line) for line in recorded[3] if line.startswith("compiling")]
+    assert begun == [
+        "compiling program 1: random parameters",
+        "compiling 1 of 2 programs: the training step",
+        "compiling 2 of 2 programs: 8 rows of 20 tokens",
+    ]
+    assert sum(line.startswith("compiled 1 of 2 programs in ") for line in recorded[3]) == 1
+
+
 def test_a_finished_run_is_not_repeated(finished):
     config, result = finished
     before = directory.read_metrics(config.model_dir)
@@ -93,7 +106,7 @@ def test_a_finished_run_is_not_repeated(finished):
 
 def test_runs_that_share_programs_end_as_runs_of_their_own(recorded, tmp_path):
     """Bit for bit, with other rows, another order and other dropout than the run that compiled the programs."""
-    config, _, trainer = recorded
+    config, _, trainer, _ = recorded
     programs = dataclasses.replace(loop.Programs.of(config), trainer=trainer)
     data = dataclasses.replace(config.data, fraction=0.5, seed=5)
     alone, shared = (

@@ -6,10 +6,12 @@ are complete. Each version of JAX and kind of processor has its own cache folder
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import importlib.metadata
 import os
 import platform
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,20 +26,42 @@ _SUFFIX = "-cache"  # of JAX's cache files
 
 
 def default() -> str:
-    """Returns the default cache folder: SBS_COMPILED, else below the user's cache folder."""
+    """Returns the default cache folder: SBS_COMPILED, else below the user's cache folder.
+
+    "off" where the user has given JAX a cache of its own (JAX_COMPILATION_CACHE_DIR).
+    """
     cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     checks.local_path(VARIABLE, os.environ.get(VARIABLE, ""))
+    if not os.environ.get(VARIABLE) and os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        return OFF
     return os.environ.get(VARIABLE) or str(Path(cache).expanduser() / "sbs_jax" / "compiled")
 
 
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """The folder that JAX uses in this process, and the cache that it belongs to; both None without a cache."""
+
+    own: Path | None = None
+    place: Path | None = None
+
+    def keep(self) -> int:
+        """Moves new programs into the cache, and returns their number. No program may be compiled meanwhile."""
+        return 0 if self.own is None or self.place is None else add(self.own, self.place)
+
+    def discard(self) -> None:
+        """Removes the folder of a process that ends while a program is compiled."""
+        if self.own is not None:
+            shutil.rmtree(self.own, ignore_errors=True)
+
+
 @contextlib.contextmanager
-def kept(folder: str) -> Iterator[None]:
+def kept(folder: str) -> Iterator[Cache]:
     """Reads programs from the folder inside the context, and adds new ones at its end; "off" disables both.
 
-    It changes JAX's global settings, so use it from one thread.
+    It changes JAX's global settings, so compile in one thread only.
     """
     if folder == OFF:
-        yield
+        yield Cache()
         return
     import jax
     from jax.experimental.compilation_cache import compilation_cache
@@ -57,7 +81,7 @@ def kept(folder: str) -> Iterator[None]:
         _set(settings)
         compilation_cache.reset_cache()
         try:
-            yield
+            yield Cache(Path(own), place)
         finally:
             _set(before)
             compilation_cache.reset_cache()
@@ -104,9 +128,9 @@ def _take(place: Path, own: Path) -> None:
         (own / entry.name).symlink_to(entry.resolve())
 
 
-def add(own: Path, place: Path) -> None:
-    """Moves new programs from `own` to `place`, each complete before it gets its name."""
-    for entry in own.glob(f"*{_SUFFIX}"):
-        if entry.is_symlink() or (place / entry.name).exists():
-            continue
+def add(own: Path, place: Path) -> int:
+    """Moves new programs from `own` to `place`, each complete before it gets its name; returns their number."""
+    new = [entry for entry in own.glob(f"*{_SUFFIX}") if not (entry.is_symlink() or (place / entry.name).exists())]
+    for entry in new:
         atomic.replace(place / entry.name, entry.read_bytes(), ours=False)
+    return len(new)

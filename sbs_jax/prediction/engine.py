@@ -10,8 +10,6 @@ import functools
 import hashlib
 import itertools
 import logging
-import math
-import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,10 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from sbs_jax import checks
+from sbs_jax import checks, compiling
 from sbs_jax.data import registry, selection, tokens
 from sbs_jax.data.slots import NO_NUMBERS, Numbers
-from sbs_jax.prediction import precision
+from sbs_jax.prediction import precision, shapes
 from sbs_jax.prediction.inputs import Question as Question
 from sbs_jax.storage import json_files
 from sbs_jax.student import decoding, partitioning
@@ -121,13 +119,19 @@ class Predictor:
     ) -> None:
         """Takes students by adapter name; None names the one for questions without an adapter.
 
-        With `fixed_shapes`, `warm_up` compiles everything that `answer` will ever need, for a server. Otherwise rows
-        with choices of a new size compile a program of their size, which is faster for many rows.
+        With `fixed_shapes`, `programs` are all that `answer` will ever need, for a server; until all are compiled, it
+        pads to those that are. Otherwise rows with choices of a new size compile a program of their size, which is
+        faster for many rows.
         """
         self.settings = settings
+        self.progress = compiling.Progress(at_most=not fixed_shapes)
         self._answerers = {
             name: _Answerer(
-                student, settings=settings, owner=(places or {}).get(name, "this student"), fixed_shapes=fixed_shapes
+                student,
+                settings=settings,
+                owner=(places or {}).get(name, "this student"),
+                fixed_shapes=fixed_shapes,
+                progress=self.progress,
             )
             for name, student in students.items()
         }
@@ -177,12 +181,17 @@ class Predictor:
             for n, question in enumerate(questions)
         ]
 
-    def warm_up(self) -> float:
-        """Compiles the programs that are known before the questions, or loads them from disk; returns the seconds."""
-        start = time.monotonic()
+    def programs(self) -> tuple[list[Callable[[], None]], list[Callable[[], None]]]:
+        """Returns what compiles each program, or loads it from disk: those that can answer every question, the others.
+
+        The others only pad less. They may be compiled by another thread than that of `answer`.
+        """
+        found: tuple[list[Callable[[], None]], list[Callable[[], None]]] = ([], [])
         for answerer in self._answerers.values():
-            answerer.warm_up()
-        return time.monotonic() - start
+            least = answerer.least()
+            for program in answerer.programs():
+                found[program not in least].append(functools.partial(answerer.compile, program))
+        return found
 
     def _misfit(self, question: Question) -> str | None:
         if question.adapter not in self._answerers:
@@ -225,33 +234,27 @@ class _Prepared:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Form:
-    """Shapes of a program: padded choices and their tokens (0: it generates), rows at a time, lengths of the source."""
-
-    choices: int
-    tokens: int
-    rows: int
-    buckets: tuple[int, ...]
-
-    @property
-    def size(self) -> tuple[int, int, int]:
-        return self.choices, self.tokens, self.rows
-
-
-@dataclasses.dataclass(frozen=True)
 class _Part:
     """A row of a batch: a question's source, and with choices up to `form.choices` of them."""
 
     id: str
     source: list[int]
-    form: _Form
+    form: shapes.Form
     choices: tuple[list[int], ...] = ()
 
 
 class _Answerer:
     """One student with its vocabulary, objectives and compiled functions."""
 
-    def __init__(self, student: students.Student, *, settings: Settings, owner: str, fixed_shapes: bool) -> None:
+    def __init__(
+        self,
+        student: students.Student,
+        *,
+        settings: Settings,
+        owner: str,
+        fixed_shapes: bool,
+        progress: compiling.Progress,
+    ) -> None:
         self._settings, self._owner, self._student = settings, owner, student
         self._vocabulary = registry.vocabulary(student.options.vocabulary)
         run = student.manifest["run"]
@@ -263,17 +266,19 @@ class _Answerer:
         self._structure, self._parameters = precision.held(
             student.structure, student.parameters, weights=settings.weights
         )
-        self._generators = [self._generator(objective) for objective in self._objectives]
+        self._generators = [self._generator(objective, progress) for objective in self._objectives]
         self._fixed = fixed_shapes
+        self._compiled: tuple[shapes.Program, ...] = ()  # replaced, never changed: two threads use it
         self._rows = self._generators[0].sizes[-1]
-        self._generating = _Form(0, 0, self._rows, self._buckets)
+        self._generating = shapes.Form(0, 0, self._rows, self._buckets)
         self._scoring = self._make_forms() if settings.decoding == CHOICES else []
+        progress.count += len(self.programs())
 
     @property
     def labels(self) -> Sequence[str] | None:
         return self._dataset.labels
 
-    def _make_forms(self) -> list[_Form]:
+    def _make_forms(self) -> list[shapes.Form]:
         """Returns the forms for choices that are compiled before the questions: of the labels, and the fixed ones."""
         found = []
         if self.labels is not None:
@@ -282,7 +287,7 @@ class _Answerer:
             sizes = self._generators[0].sizes
             rows = max((size for size in sizes if size <= _FIXED_ROWS), default=sizes[0])
             # Fewer lengths of the source, for fewer programs to compile.
-            found += [_Form(_TOGETHER, length, rows, self._buckets[::-3][::-1]) for length in self._lengths()]
+            found += [shapes.Form(_TOGETHER, length, rows, self._buckets[::-3][::-1]) for length in self._lengths()]
         return found
 
     def _lengths(self) -> list[int]:
@@ -299,15 +304,16 @@ class _Answerer:
             return 1  # an error
         return -(-len(choices) // _TOGETHER) * max(1, length // _TOGETHER)
 
-    def _own_form(self, choices: Sequence[Sequence[int]]) -> _Form:
-        return _Form(*_choices_shape(choices), self._rows, self._buckets)
+    def _own_form(self, choices: Sequence[Sequence[int]]) -> shapes.Form:
+        return shapes.Form(*shapes.of_choices(choices), self._rows, self._buckets)
 
-    def _form(self, choices: Sequence[Sequence[int]], *, source: int) -> _Form:
+    def _form(self, choices: Sequence[Sequence[int]], *, source: int) -> shapes.Form:
         """Chooses the form with the fewest tokens to compute; every part encodes the source again."""
         if not self._fixed:
             return self._own_form(choices)
         longest = max(map(len, choices))
-        fitting = [form for form in self._scoring if form.tokens >= longest]
+        ready = {program.form for program in self._compiled} or self._scoring
+        fitting = [form for form in self._scoring if form.tokens >= longest and form in ready]
         return min(fitting, key=lambda form: -(-len(choices) // form.choices) * (form.choices * form.tokens + source))
 
     def _make_objectives(self, kind: str, *, answer: int, rationale: int) -> list[_Objective]:
@@ -329,7 +335,7 @@ class _Answerer:
         # A single-task student writes the rationale with the label.
         return [to_label, to_rationale] if settings.rationale and not then_label else [to_label]
 
-    def _generator(self, objective: _Objective) -> evaluate.Generator:
+    def _generator(self, objective: _Objective, progress: compiling.Progress) -> evaluate.Generator:
         s = self._settings
         # Faster on a CPU (docs/speed.md; not measured elsewhere). Rows split over devices cannot change places.
         drop_ended = self._student.partitioner.data_parallel_size == 1 and partitioning.platform() == "cpu"
@@ -356,6 +362,7 @@ class _Answerer:
             length=objective.length,
             compute=search[objective.decoding],
             smaller=s.smaller,
+            progress=progress,
         )
 
     def describe(self) -> dict[str, Any]:
@@ -528,41 +535,48 @@ class _Answerer:
 
     def _batch(self, number: int, parts: Sequence[_Part]) -> list[tuple[Any, ...]]:
         objective, form = self._objectives[number], parts[0].form
-        length = next(each for each in form.buckets if each >= len(parts[0].source))
-        arrays = [_padded([part.source for part in parts], length)]
+        program = self._program(number, form, rows=len(parts), length=len(parts[0].source))
+        arrays = [shapes.padded([part.source for part in parts], program.length)]
         if objective.decoding == SAMPLE:
             arrays.append(np.stack([_key(part.id, seed=self._settings.seed, kind=objective.kind) for part in parts]))
         if objective.decoding == CHOICES:
             filled = [[*part.choices, *[[]] * (form.choices - len(part.choices))] for part in parts]
-            arrays.append(np.stack([_padded(choices, form.tokens) for choices in filled]))
-            (log_p_BN,) = self._generators[number].batches(self._parameters, *arrays)
-            return [(log_p_N,) for log_p_N in log_p_BN]
-        return list(self._generators[number].run(self._parameters, *arrays))
+            arrays.append(np.stack([shapes.padded(choices, form.tokens) for choices in filled]))
+            found = self._generators[number].batches(self._parameters, *arrays, sizes=[program.rows])
+            return [(log_p_N,) for log_p_BN in found for log_p_N in log_p_BN]
+        return list(self._generators[number].run(self._parameters, *arrays, sizes=[program.rows]))
 
-    def warm_up(self) -> None:
-        for objective, generator in zip(self._objectives, self._generators, strict=True):
-            for form in self._scoring if objective.decoding == CHOICES else [self._generating]:
-                sizes = [size for size in generator.sizes if size <= form.rows]
-                for size, length in itertools.product(sizes, form.buckets):
-                    arrays: list[np.ndarray] = [np.zeros((size, length), np.int32)]  # padding rows end at once
-                    if objective.decoding == SAMPLE:
-                        arrays.append(np.zeros((size, 2), np.uint32))
-                    if objective.decoding == CHOICES:
-                        arrays.append(np.zeros((size, form.choices, form.tokens), np.int32))
-                    for _ in generator.batches(self._parameters, *arrays):
-                        pass
+    # -------------------------------------------------------------------------------- programs
 
+    def _program(self, number: int, form: shapes.Form, *, rows: int, length: int) -> shapes.Program:
+        """Chooses the program of a batch: with fixed shapes, among those that are compiled."""
+        known = (
+            [each for each in self._compiled if (each.objective, each.form) == (number, form)] if self._fixed else []
+        )
+        known = known or shapes.programs(number, form, sizes=self._generators[number].sizes)
+        return shapes.cheapest(known, rows=rows, length=length)
 
-def _padded(rows: Sequence[Sequence[int]], length: int) -> np.ndarray:
-    padded = np.zeros((len(rows), length), np.int32)
-    for row, ids in zip(padded, rows, strict=True):
-        row[: len(ids)] = ids
-    return padded
+    def programs(self) -> list[shapes.Program]:
+        """Lists the programs that are known before the questions, the most useful first."""
+        found = [
+            shapes.programs(number, form, sizes=self._generators[number].sizes)
+            for number, objective in enumerate(self._objectives)
+            for form in (self._scoring if objective.decoding == CHOICES else [self._generating])
+        ]
+        return list(dict.fromkeys(itertools.chain(*found)))
 
+    def least(self) -> list[shapes.Program]:
+        """Lists the fewest programs that can answer every question: of each objective, the labels and any choices."""
+        forms = {self._generating, *self._scoring[-1:], *(self._scoring[:1] if self.labels is not None else ())}
+        first = {(each.objective, each.form): each for each in reversed(self.programs())}
+        return [program for (_, form), program in first.items() if form in forms]
 
-def _choices_shape(choices: Sequence[Sequence[int]]) -> tuple[int, int]:
-    """Returns the padded shape (choices, tokens) of a row's choices: powers of two, so few shapes are compiled."""
-    return 2 ** math.ceil(math.log2(len(choices))), 2 ** math.ceil(math.log2(max(map(len, choices))))
+    def compile(self, program: shapes.Program) -> None:
+        """Compiles a program, or loads it from disk, by computing rows of padding, which end at once."""
+        arrays = program.blank(keys=self._objectives[program.objective].decoding == SAMPLE)
+        for _ in self._generators[program.objective].batches(self._parameters, *arrays, sizes=[program.rows]):
+            pass
+        self._compiled = (*self._compiled, program)
 
 
 def _key(row_id: str, *, seed: int, kind: str) -> np.ndarray:

@@ -18,7 +18,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from sbs_jax.prediction.engine import Answer, Question
-from sbs_jax.serve import batching, bodies, openapi
+from sbs_jax.serve import batching, bodies, openapi, warming
 from sbs_jax.serve.bodies import RequestError
 from sbs_jax.serve.connections import Unread
 from sbs_jax.serve.limits import Limits
@@ -31,8 +31,10 @@ WARMING_UP, READY, STOPPING = "warming up", "ready", "stopping"
 class Service:
     """Handles requests: holds the queue, the limits, and whether requests are accepted."""
 
-    def __init__(self, batcher: batching.Batcher, *, limits: Limits, model: str, step: int) -> None:
-        self.batcher, self.limits, self.model, self.step = batcher, limits, model, step
+    def __init__(
+        self, batcher: batching.Batcher, compiling: warming.Warming, *, limits: Limits, model: str, step: int
+    ) -> None:
+        self.batcher, self._compiling, self.limits, self.model, self.step = batcher, compiling, limits, model, step
         self.state: Literal["warming up", "ready", "stopping"] = WARMING_UP
         self.in_flight = 0  # requests for predictions
         self.give_up = asyncio.Event()  # set when requests in flight are no longer waited for
@@ -153,6 +155,7 @@ class Service:
             step=self.step,
             queue=bodies.Queue(rows=self.batcher.waiting, limit=self.limits.max_queue),
             batch=bodies.Batch(rows=self.batcher.computing, seconds=round(self.batcher.busy_seconds, 3)),
+            programs=bodies.Programs(ready=self._compiling.ready, count=self._compiling.count),
         )
         return _json(200 if self.state == READY else 503, body)
 

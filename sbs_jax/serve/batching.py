@@ -66,7 +66,7 @@ class Counts:
 class Batcher:
     """Queues rows and answers them on a thread of its own, a batch at a time, by `answer`.
 
-    Only `answer` and `prepare` run on the thread; everything else runs on the event loop that called `start`.
+    Only `answer` runs on the thread; everything else runs on the event loop that called `start`.
     """
 
     def __init__(
@@ -92,28 +92,17 @@ class Batcher:
         self.computing = 0  # rows of the current batch
         self.counts = Counts()
 
-    def start(
-        self,
-        prepare: Callable[[], Any] = lambda: None,
-        *,
-        prepared: Callable[[Any], None] = lambda _: None,
-        ended: Callable[[BaseException | None], None] = lambda _: None,
-    ) -> None:
-        """Starts the thread, which calls `prepare` first.
-
-        On the loop, `prepared` gets its result, and `ended` the error, if any, when the thread ends.
-        """
+    def start(self, *, ended: Callable[[BaseException | None], None] = lambda _: None) -> None:
+        """Starts the thread. When it ends, `ended` gets the error, if any, on the loop."""
         self._loop = asyncio.get_running_loop()
 
         def work() -> None:
             error: BaseException | None = None
             try:
-                result = prepare()
-                self._on_loop(prepared, result)
                 self._work()
             except BaseException as raised:
                 error = raised
-            self._on_loop(self._ended, error, ended)
+            on_loop(self._loop, self._ended, error, ended)
 
         # A daemon, so that a second signal need not wait for the current batch.
         threading.Thread(target=work, daemon=True, name="model").start()
@@ -192,7 +181,7 @@ class Batcher:
                 answers = error
                 _log_failure(error, len(rows))
             self._began = None
-            self._on_loop(self._deliver, rows, answers, time.monotonic() - began)
+            on_loop(self._loop, self._deliver, rows, answers, time.monotonic() - began)
 
     def _next(self) -> list[_Waiting]:
         """Waits for a first row and for more to fill its batch; returns [] when the thread must end."""
@@ -217,12 +206,6 @@ class Batcher:
             self.computing = len(taken)
             return taken
 
-    def _on_loop(self, call: Callable[..., None], *arguments: Any) -> None:
-        try:
-            self._loop.call_soon_threadsafe(call, *arguments)
-        except RuntimeError:  # the loop is closed: no request waits
-            log.debug("the event loop had ended")
-
     # --------------------------------------------------------------------------------------- on the loop
 
     def _ended(self, error: BaseException | None, ended: Callable[[BaseException | None], None]) -> None:
@@ -244,6 +227,14 @@ class Batcher:
         for each, answer in zip(rows, answers, strict=True):
             if not each.answer.done():
                 each.answer.set_result(answer)
+
+
+def on_loop(loop: asyncio.AbstractEventLoop, call: Callable[..., None], *arguments: Any) -> None:
+    """Calls on a loop, from another thread; does nothing if the loop has ended."""
+    try:
+        loop.call_soon_threadsafe(call, *arguments)
+    except RuntimeError:  # the loop is closed: no request waits
+        log.debug("the event loop had ended")
 
 
 def _fail(rows: Sequence[_Waiting]) -> None:

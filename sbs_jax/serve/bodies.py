@@ -124,14 +124,20 @@ class Batch(_Body):
     seconds: float = Field(ge=0)
 
 
+class Programs(_Body):
+    ready: _Count = Field(description="Compiled; one that is not yet is replaced by a larger one.")
+    count: _Count
+
+
 class Health(_Body):
-    """State of the server, its queue and the batch being computed."""
+    """State of the server, its queue, the batch being computed and the programs compiled beside serving."""
 
     status: Literal["warming up", "ready", "stopping"]
     model: str
     step: _Count
     queue: Queue
     batch: Batch
+    programs: Programs
 
 
 def encoded(body: pydantic.BaseModel) -> bytes:

@@ -1,9 +1,8 @@
-"""Server of one model on a port: bind, load, listen, warm up, answer, stop."""
+"""Server of one model on a port: bind, load, listen, compile the first program, answer, stop."""
 
 import asyncio
 import contextlib
 import dataclasses
-import gc
 import logging
 import os
 import signal
@@ -19,7 +18,7 @@ import uvicorn
 from sbs_jax.prediction import compiled
 from sbs_jax.prediction.engine import Answer, Predictor, Question, Settings
 from sbs_jax.run import checkpoints
-from sbs_jax.serve import app, batching, connections
+from sbs_jax.serve import app, batching, connections, warming
 from sbs_jax.serve.limits import Limits
 
 log = logging.getLogger(__name__)
@@ -52,7 +51,8 @@ def serve(
         student = Student.load(model, kept=kept, settings=settings, base=base, adapters=adapters)
         server = _Server(student, limits=limits, listener=listener, say=say)
         status = asyncio.run(server.run())
-        if server.computing:  # Python would wait for its thread, or crash it
+        if server.computing:  # Python would wait for its threads, or crash them
+            server.discard()
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(status)
@@ -96,15 +96,6 @@ class Student:
         directory, step = checkpoints.locate(model)
         return cls(directory.resolve().name, step, Predictor.load(model, fixed_shapes=True, **options), kept)
 
-    def warm_up(self) -> float:
-        """Compiles everything, or reads it from the cache; returns seconds."""
-        with compiled.kept(self.kept):
-            seconds = self.predictor.warm_up()
-        # Loaded objects stay; without this, each full collection would stop the server for up to a second.
-        gc.collect()
-        gc.freeze()
-        return seconds
-
     def answer(self, rows: Sequence[Question]) -> list[Answer]:
         """Answers the rows, in order."""
         if self.predictor.settings.rationale:
@@ -131,7 +122,8 @@ class _Server:
             max_queue=limits.max_queue,
             work=student.predictor.work,
         )
-        self._service = app.Service(self._batcher, limits=limits, model=student.name, step=student.step)
+        self._warming = warming.Warming(student.predictor, kept=student.kept)
+        self._service = app.Service(self._batcher, self._warming, limits=limits, model=student.name, step=student.step)
         try:
             most = connections.fitting(limits.max_connections)
         except OSError as error:
@@ -154,7 +146,16 @@ class _Server:
         )
         self._stop = asyncio.Event()
         self._error: BaseException | None = None
-        self.computing = True  # whether the model's thread runs
+        self._answers = True  # whether the model's thread runs
+
+    @property
+    def computing(self) -> bool:
+        """Tells whether a thread computes or compiles."""
+        return self._answers or self._warming.running
+
+    def discard(self) -> None:
+        """Removes what is on disk for this process only; call it before ending the process at once."""
+        self._warming.discard()
 
     async def run(self) -> int:
         """Runs until a signal; returns 0, or 1 if requests were left unanswered. ServeError if the model failed."""
@@ -163,10 +164,12 @@ class _Server:
         for number in _SIGNALS:
             loop.add_signal_handler(number, self._signalled, number)
         serving = asyncio.create_task(self._uvicorn.serve(sockets=[self._listener]))
-        self._batcher.start(self._student.warm_up, prepared=self._ready, ended=self._model_ended)
+        self._batcher.start(ended=self._model_ended)
+        self._warming.start(answering=self._ready, failed=self._model_failed)
         stop = asyncio.create_task(self._stop.wait())
         await asyncio.wait((serving, stop), return_when=asyncio.FIRST_COMPLETED)
         self._service.state = app.STOPPING
+        self._warming.stop()
         left = await self._finish()
         self._uvicorn.should_exit = True
         await serving
@@ -187,12 +190,17 @@ class _Server:
         self._say(f"ready: {url} answers with {name}, step {step}; warmed up in {seconds:.1f} s")
 
     def _model_ended(self, error: BaseException | None) -> None:
-        self.computing, self._error = False, error
+        self._answers, self._error = False, self._error or error
+        self._stop.set()
+
+    def _model_failed(self, error: BaseException) -> None:
+        self._error = error
         self._stop.set()
 
     def _signalled(self, number: int) -> None:
         """Stops in order at the first signal, at once at a second."""
         if self._stop.is_set():
+            self.discard()
             os._exit(128 + number)
         name, count = signal.Signals(number).name, self._service.in_flight
         log.warning("%s: no more requests are taken, %d are finished; a second signal ends at once.", name, count)

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import itertools
+import logging
 import os
 import signal
 import time
@@ -17,6 +18,8 @@ from sbs_jax.storage import lock
 from sbs_jax.sweep.cells import Cell, Group, Sweep, check_configurations, check_inputs, groups
 from sbs_jax.sweep.standings import graded, unfinished
 from sbs_jax.sweep.workers import Workers
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,6 +62,7 @@ def run(groups: Sequence[Group], started: Workers, *, jobs: int) -> Iterator[End
             while waiting and len(running) < jobs and not preempted:
                 group = waiting.pop(0)
                 started.start(group.name, group.arguments(), log=group.log)
+                log.info("%s begins; how far it is, compiling included, is in %s", group.name, group.log)
                 running[group.name] = _Running(group)
             ended = dict(started.ended(timeout=0.2))
             for name, each in list(running.items()):

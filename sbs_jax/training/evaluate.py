@@ -6,7 +6,7 @@ import functools
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sbs_jax import hosts
+from sbs_jax import compiling, hosts
 from sbs_jax.data import batches, grading, registry
 from sbs_jax.data.dataset import BY_LOSS
 from sbs_jax.storage import atomic, json_files
@@ -45,6 +45,7 @@ def generator(
     partitioner: partitioning.Partitioner,
     batch_size: int,
     max_decode_length: int,
+    progress: compiling.Progress | None = None,
 ) -> "Generator":
     """Makes the program that `evaluator` of a task needs; compiled once, for all splits and rows."""
     by_loss = _by_loss(task_name)
@@ -55,6 +56,7 @@ def generator(
         batch_size=batch_size,
         length=0 if by_loss else max_decode_length,
         compute=_token_sums if by_loss else None,
+        progress=progress,
     )
 
 
@@ -115,6 +117,7 @@ class Evaluator:
         self._tokens_NS = tokens
         lengths_N = tokens.shape[1] - np.argmax(tokens[:, ::-1] != decoding.PAD, axis=1)
         self._groups = grouped(lengths_N, limit=tokens.shape[1], batch_size=generator.sizes[-1])
+        generator.expect(length for length, _ in self._groups)
         self._generator = generator
         self._vocabulary = registry.vocabulary(registry.options().vocabulary)
 
@@ -171,6 +174,7 @@ class LossEvaluator:
         self._rows = [features[name] for name in names]
         hosts.agree({f"{task_name} {split}": hashlib.sha256(self._rows[0].data).hexdigest()})
         self._generator = generator
+        generator.expect([self._rows[0].shape[1]])
 
     def run(self, parameters: families.Parameters, *, before_batch: Callable[[], None] = lambda: None) -> Result:
         """Returns "loss" (nats per target token) and "token_accuracy" (percent). `before_batch` may end it."""
@@ -204,14 +208,20 @@ class Generator:
         length: int,
         compute: Callable[..., Any] | None = None,
         smaller: Sequence[int] = (),
+        progress: compiling.Progress | None = None,
     ) -> None:
-        """Prepares `batch_size` and the `smaller` sizes; a partial batch takes the smallest size that holds it."""
+        """Prepares `batch_size` and the `smaller` sizes; a partial batch takes the smallest size that holds it.
+
+        `progress` counts its programs together with those of other generators.
+        """
         pieces = partitioner.data_parallel_size
         # Padding rows fill a batch up, and are dropped from its results.
         self._batch_size = -(-batch_size // pieces) * pieces
         rounded = {-(-size // pieces) * pieces for size in smaller if size < batch_size}
         self.sizes = sorted({*rounded, self._batch_size})
         self._partitioner, self._eos_id = partitioner, eos_id
+        self.progress = progress or compiling.Progress()
+        self._lengths: set[int] = set()
         compute = compute or functools.partial(decoding.greedy, length=length)
 
         def generate(parameters: families.Parameters, *rows: jax.Array):
@@ -228,34 +238,56 @@ class Generator:
         tokens = jax.ShapeDtypeStruct((self._batch_size, inputs), jnp.int32, sharding=self._partitioner.batch)
         return self._generate.lower(parameters, tokens)
 
+    def expect(self, lengths: Iterable[int]) -> None:
+        """Counts the programs of full batches of sources of these lengths, before they are compiled."""
+        self.progress.count += len(set(lengths) - self._lengths)
+        self._lengths |= set(lengths)
+
     def run(
-        self, parameters: families.Parameters, *rows: np.ndarray, before_batch: Callable[[], None] = lambda: None
+        self,
+        parameters: families.Parameters,
+        *rows: np.ndarray,
+        before_batch: Callable[[], None] = lambda: None,
+        sizes: Sequence[int] | None = None,
     ) -> Iterator[tuple[list[int], float]]:
         """Yields (token ids without EOS and padding, natural log probability) of each source row, in order."""
-        for tokens, scores in self.batches(parameters, *rows, before_batch=before_batch):
+        for tokens, scores in self.batches(parameters, *rows, before_batch=before_batch, sizes=sizes):
             for ids, score in zip(tokens, scores, strict=True):
                 yield _answer(ids, eos_id=self._eos_id), float(score)
 
     def batches(
-        self, parameters: families.Parameters, *rows: np.ndarray, before_batch: Callable[[], None] = lambda: None
+        self,
+        parameters: families.Parameters,
+        *rows: np.ndarray,
+        before_batch: Callable[[], None] = lambda: None,
+        sizes: Sequence[int] | None = None,
     ) -> Iterator[Any]:
         """Yields the result of each batch, an array or a tuple of arrays, without padding rows.
 
-        `rows` are arrays of equally many rows, tokens `[N, S]` first.
+        `rows` are arrays of equally many rows, tokens `[N, S]` first. `sizes`, ascending, are the only batch sizes to
+        use (default: all of `self.sizes`).
         """
+        allowed = sizes or self.sizes
 
         def filled(rows: np.ndarray) -> np.ndarray:
-            size = next(size for size in self.sizes if size >= len(rows))
+            size = next(size for size in allowed if size >= len(rows))
             padding = np.zeros((size - len(rows), *rows.shape[1:]), rows.dtype)
             return np.concatenate([rows, padding])[self._partitioner.local_rows(size)]
 
-        for start in range(0, len(rows[0]), self._batch_size):
+        for start in range(0, len(rows[0]), allowed[-1]):
             before_batch()
-            part = [each[start : start + self._batch_size] for each in rows]
+            part = [each[start : start + allowed[-1]] for each in rows]
             placed = self._partitioner.put_batch({str(number): filled(each) for number, each in enumerate(part)})
-            found = jax.device_get(self._generate(parameters, *placed.values()))
+            found = jax.device_get(self._computed(parameters, *placed.values()))
             there = len(part[0])
             yield found[:there] if isinstance(found, np.ndarray) else tuple(each[:there] for each in found)
+
+    def _computed(self, parameters: families.Parameters, *rows: jax.Array) -> Any:
+        shapes = tuple(each.shape for each in rows)
+        count, length, *_ = shapes[0]
+        program = f"{count} row{'s' * (count > 1)} of {length} tokens"
+        with self.progress.compiling(program, key=(id(self), shapes)):
+            return self._generate(parameters, *rows)
 
 
 def _answer(ids: np.ndarray, *, eos_id: int) -> list[int]:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import tqdm
 
-from sbs_jax import hosts
+from sbs_jax import compiling, hosts
 from sbs_jax.data import corpus, prefetch, registry, selection
 from sbs_jax.hosts import preemption, watchdog
 from sbs_jax.run import checkpoints, directory, settings
@@ -37,11 +37,12 @@ class Programs:
     config: TrainConfig
     trainer: Trainer
     generator: evaluate.Generator  # of validation and test
+    progress: compiling.Progress
 
     @classmethod
     def of(cls, config: TrainConfig) -> "Programs":
         """Prepares the programs; each compiles at its first use."""
-        trainer = prepare(config)
+        trainer, progress = prepare(config), compiling.Progress(count=1)  # the step; the generator adds its own
         generator = evaluate.generator(
             config.eval_task_name,
             structure=trainer.structure,
@@ -49,8 +50,9 @@ class Programs:
             partitioner=trainer.partitioner,
             batch_size=config.eval_batch_size,
             max_decode_length=config.max_decode_length,
+            progress=progress,
         )
-        return cls(config, trainer, generator)
+        return cls(config, trainer, generator, progress)
 
     def check(self, config: TrainConfig) -> None:
         """Raises ValueError if a run needs other programs."""
@@ -181,7 +183,8 @@ class _Session:
         self.watch.at(watchdog.INPUT, step=step)
         batch, tokens = self.window.wait_for(batches)
         self.watch.at(watchdog.DEVICES, step=step)
-        self.state, metrics = self.trainer.step(self.state, batch)
+        with self.programs.progress.compiling("the training step"):
+            self.state, metrics = self.trainer.step(self.state, batch)
         self.window.add(metrics, tokens)
         self.step = step
 

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from sbs_jax import compiling
 from sbs_jax.run import checkpoints
 from sbs_jax.student import adapters, families
 from sbs_jax.training.config import TrainConfig
@@ -26,9 +27,14 @@ def initial_state(config: TrainConfig, trainer: Trainer, *, base: frozen.Base | 
         initialize = functools.partial(
             *(adapters.init, config.model, config.tuning), structure=trainer.structure, seed=config.seed
         )
-        parameters = base.trained | jax.jit(lambda base: initialize(base=base), out_shardings=new)(model)
+        with compiling.Progress().compiling("random adapters"):
+            parameters = base.trained | jax.jit(lambda base: initialize(base=base), out_shardings=new)(model)
     elif config.initial_checkpoint_path is None:
-        parameters = jax.jit(lambda: families.init(config.model, seed=config.seed)[1], out_shardings=saved.parameters)()
+        with compiling.Progress().compiling("random parameters"):
+            initialize = jax.jit(
+                lambda: families.init(config.model, seed=config.seed)[1], out_shardings=saved.parameters
+            )
+            parameters = initialize()
     else:
         parameters = opening.load_parameters(
             config.initial_checkpoint_path, like=trainer.saved.parameters, config=config.model

@@ -1,6 +1,7 @@
-"""Measures `sbs serve`: latency under 200 clients against that of a batch on the idle server, and memory over time.
+"""Measures `sbs serve`: its first answer, latency under 200 clients against that of a batch on the idle server, memory.
 
     make bench-serve
+    python scripts/bench.py serve --only first --starts 3
     python scripts/bench.py serve --only latency --requests 2000
     python scripts/bench.py serve --only memory
 
@@ -14,15 +15,18 @@ import dataclasses
 import functools
 import itertools
 import json
+import os
 import random
 import re
 import signal
+import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +40,13 @@ STUDENTS = {
     "small": {"gin": "gin_configs/models/t5_1_1_small.gin", "inputs": 64, "answer": 16},
     "builtin": {"gin": "gin_configs/experiments/builtin/student.gin", "inputs": 32, "answer": 4},
 }
-PARTS = ("latency", "memory")
+PARTS = ("first", "latency", "memory")
 VERSIONS = ("jax", "jaxlib", "starlette", "uvicorn", "h11", "pydantic")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--starts", type=int, default=3, help="of the first answer, without a cache and with one")
     parser.add_argument("--student", choices=list(STUDENTS), default="small", help="of the latency")
     parser.add_argument("--clients", type=int, default=CLIENTS)
     parser.add_argument("--max_batch", type=int, default=BATCH)
@@ -53,6 +58,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def measure(arguments: argparse.Namespace) -> Iterator[harness.Row]:
+    if "first" in arguments.only:
+        with tempfile.TemporaryDirectory(prefix="sbs-bench-serve-") as folder:
+            write_student(Path(folder), "builtin")
+            yield from first_answers(Path(folder), arguments)
     for part, student in (("latency", arguments.student), ("memory", "builtin")):
         if part in arguments.only:
             with tempfile.TemporaryDirectory(prefix="sbs-bench-serve-") as folder:
@@ -118,6 +127,8 @@ def served(folder: Path, *flags: str) -> Iterator[tuple[str, subprocess.Popen]]:
         if found is None:
             raise RuntimeError(f"the server is not ready, it printed {line!r}; its messages are above.")
         print(line.strip(), file=sys.stderr)
+        while not all_programs(found[1]):
+            time.sleep(0.2)
         yield found[1], process
         process.send_signal(signal.SIGTERM)
         status = process.wait(60)
@@ -128,6 +139,13 @@ def served(folder: Path, *flags: str) -> Iterator[tuple[str, subprocess.Popen]]:
         process.wait()
         if process.stdout is not None:
             process.stdout.close()
+
+
+def all_programs(url: str) -> bool:
+    """Tells whether nothing is compiled beside serving any more."""
+    with urllib.request.urlopen(f"{url}/health", timeout=60) as response:
+        programs = json.load(response)["programs"]
+    return programs["ready"] == programs["count"]
 
 
 # ------------------------------------------------------------------------------------------ the clients
@@ -225,6 +243,89 @@ def side_unloaded(*, url: str, inputs: str, rows: int, times: int) -> dict[str, 
 
 
 # ------------------------------------------------------------------------------------------------- rows
+
+
+def first_answers(folder: Path, arguments: argparse.Namespace) -> Iterator[harness.Row]:
+    """Times starts without a cache of compiled programs, and each again with the cache that it left."""
+    found: dict[str, list[First]] = {"cold": [], "warm": []}
+    for number in range(arguments.starts):
+        for kind, each in found.items():
+            each.append(first_answer(folder, "--compiled", str(folder / f"compiled-{number}"), *arguments.flags))
+            print(f"{kind}: {each[-1]}, load {os.getloadavg()[0]:.1f}", flush=True)
+    versions = harness.versions(*VERSIONS)
+    for kind, goal in (("cold", "<= 30"), ("warm", "<= 8")):
+        seconds = statistics.median(each.seconds for each in found[kind])
+        yield harness.Row(f"serve_first_answer_{kind}_s", "s", seconds, 1.0, goal, versions)
+
+
+@dataclasses.dataclass(frozen=True)
+class First:
+    """Seconds from the start of a process to its first answer and to its last program, and those of the processor.
+
+    `beside` are seconds of answers between the two, `after` of as many later ones.
+    """
+
+    seconds: float
+    processor: float
+    all_seconds: float
+    all_processor: float
+    beside: Sequence[float]
+    after: Sequence[float]
+
+    def __str__(self) -> str:
+        first = f"first answer after {self.seconds:.1f} s ({self.processor:.1f} s of processor)"
+        all_ = f"all programs after {self.all_seconds:.1f} s ({self.all_processor:.1f} s)"
+        waits = (
+            f"median {statistics.median(each):.3f}, longest {max(each):.3f} s" for each in (self.beside, self.after)
+        )
+        return f"{first}; {all_}; {len(self.beside)} answers meanwhile: {'; as many later: '.join(waits)}"
+
+
+def first_answer(folder: Path, *flags: str) -> First:
+    """Starts a server and asks one question until it is answered."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    body = json.dumps({"inputs": [{"input": json.loads(Path(write_inputs(folder, count=1)).read_text())[0]}]}).encode()
+    question = urllib.request.Request(f"{url}/predict", body, {"Content-Type": "application/json"})
+    command = [*harness.SBS, "serve", "--model", str(folder), "--port", str(port), *flags]
+    began = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    try:
+        while True:
+            if process.poll() is not None:
+                raise RuntimeError(f"the server ended with status {process.returncode}; its messages are above.")
+            with contextlib.suppress(OSError):  # refused, or 503: not ready
+                ask(question)
+                break
+            time.sleep(0.02)
+        first = time.perf_counter() - began, processor(process.pid)
+        beside = [ask(question)]
+        while not all_programs(url):
+            time.sleep(0.1)
+            beside.append(ask(question))
+        last = time.perf_counter() - began, processor(process.pid)
+        return First(*first, *last, beside, [ask(question) for _ in beside])
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(60)
+
+
+def ask(question: urllib.request.Request) -> float:
+    """Asks a question; returns the seconds of its answer. RuntimeError for an answer without a prediction."""
+    began = time.perf_counter()
+    with urllib.request.urlopen(question, timeout=60) as response:
+        answer = json.load(response)["answers"][0]
+    if "prediction" not in answer:
+        raise RuntimeError(f"the answer is {answer}.")
+    return time.perf_counter() - began
+
+
+def processor(pid: int) -> float:
+    """Returns the processor seconds of a process so far, of all its threads (Linux)."""
+    fields = Path(f"/proc/{pid}/stat").read_text("utf-8").rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def latency(folder: Path, arguments: argparse.Namespace) -> harness.Row:

@@ -59,10 +59,12 @@ def check(arguments: argparse.Namespace, bindings: Sequence[str]) -> None:
 
 def run(arguments: argparse.Namespace, bindings: Sequence[str]) -> int:
     from sbs_jax import hosts
+    from sbs_jax.prediction import compiled
     from sbs_jax.training import evaluate, gin_files
 
     config, _ = gin_files.configured("evaluate.EvaluateConfig", arguments, settled(arguments, bindings))
-    metrics = evaluate.evaluate(config)
+    with compiled.kept(compiled.default()):
+        metrics = evaluate.evaluate(config)
     if hosts.is_first():
         print(json.dumps(metrics))
     return 0

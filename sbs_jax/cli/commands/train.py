@@ -59,6 +59,7 @@ def check(arguments: argparse.Namespace, bindings: Sequence[str]) -> None:
 
 
 def run(arguments: argparse.Namespace, bindings: Sequence[str]) -> int:
+    from sbs_jax.prediction import compiled
     from sbs_jax.stats import verdict
     from sbs_jax.training import loop
 
@@ -66,7 +67,8 @@ def run(arguments: argparse.Namespace, bindings: Sequence[str]) -> int:
     configured = [gin_files.configured("train.TrainConfig", arguments, found) for found in each]
     programs = loop.Programs.of(configured[0][0]) if len(each) > 1 else None
     for config, text in configured:
-        result = loop.train(config, config_text=text, accept_changes=arguments.accept_changes, programs=programs)
+        with compiled.kept(compiled.default()):
+            result = loop.train(config, config_text=text, accept_changes=arguments.accept_changes, programs=programs)
         if hosts.is_first():
             print(json.dumps(result, indent=1))
             if config.evaluate_test and (below := verdict.verdict(config.model_dir)) is not None:
