@@ -11,7 +11,7 @@ import tqdm
 log = logging.getLogger(__name__)
 
 # Seconds before a message. A program that comes from the cache is there by then.
-PATIENCE = 1.0
+PATIENCE = 2.0
 
 
 class Progress:

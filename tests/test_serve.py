@@ -10,6 +10,7 @@ import resource
 import signal
 import socket
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -217,13 +218,12 @@ def started(
     held: Path | None = None,
     later: Path | None = None,
     most_files: int = 0,
-    environment: dict[str, str | None] | None = None,
 ) -> Iterator[processes.Process]:
     text = PROGRAM
     for name, value in (("GATE", held and str(held)), ("LATER", later and str(later)), ("DESCRIPTORS", most_files)):
         text = text.replace(f":= {name}:", f":= {value!r}:")
     arguments = ["serve", str(run), "--port", "0", "--compiled", "off", *flags]
-    with starter.alone(folder, arguments, command=("-c", text), environment=environment) as process:
+    with starter.alone(folder, arguments, command=("-c", text)) as process:
         yield process
 
 
@@ -763,11 +763,9 @@ def test_questions_are_answered_while_programs_are_compiled(
     """One program fails and the next one takes forever: neither holds an answer, and a stop waits for neither."""
     texts = ["a b c", "b b d", "hello", "x", "", "k k k k", "e f g h e f g h e f g h"]
     expected = predictor.answer([engine.Question(id=str(number), input=text) for number, text in enumerate(texts)])
-    cache, scratch = tmp_path / "cache", tmp_path / "scratch"
-    scratch.mkdir()
+    cache, scratch = tmp_path / "cache", Path(tempfile.gettempdir())
     flags = ["--batch_size=8", "--compiled", str(cache)]
-    environment: dict[str, str | None] = {"TMPDIR": str(scratch)}
-    with started(starter, tmp_path, run, *flags, later=gate, environment=environment) as process:
+    with started(starter, tmp_path, run, *flags, later=gate) as process:
         with contextlib.closing(ready(process, wholly=False)) as client:
             processes.until(gate.with_name("gate.held").exists, [process])
             said, there = process.complained(), programs(client)
@@ -780,12 +778,12 @@ def test_questions_are_answered_while_programs_are_compiled(
                 assert (answer["id"], answer["prediction"]) == (wanted.id, wanted.prediction)
                 assert answer["score"] == pytest.approx(wanted.score, rel=1e-4)
             assert process.complained().count("compiled\n") == compiled
-            assert list(scratch.glob("sbs-jax-compiled-*"))
+            assert list(scratch.glob(f"sbs-jax-compiled-{process.pid}-*"))
         process.send(signal.SIGTERM)
         assert process.wait(20) == 0
     # What was compiled until then is kept, and nothing else.
     assert len(list(cache.glob("*/*-cache"))) >= 2
-    assert not list(scratch.glob("sbs-jax-compiled-*"))
+    assert not list(scratch.glob(f"sbs-jax-compiled-{process.pid}-*"))
 
 
 # ------------------------------------------------------------------------------------------ units

@@ -74,7 +74,7 @@ def kept(folder: str) -> Iterator[Cache]:
         "jax_persistent_cache_enable_xla_caches": "",
     }
     place.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="sbs-jax-compiled-") as own:
+    with tempfile.TemporaryDirectory(prefix=f"sbs-jax-compiled-{os.getpid()}-") as own:
         settings["jax_compilation_cache_dir"] = own
         _take(place, Path(own))
         before = {name: getattr(jax.config, name) for name in settings}
