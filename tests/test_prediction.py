@@ -176,11 +176,15 @@ def test_a_program_that_takes_long_to_compile_is_counted(monkeypatch, caplog):
     for name in ("slow", "slow", "one too many"):
         with progress.compiling(name):
             time.sleep(0.2)
+    with compiling.Progress(count=3, at_most=True).compiling("slow"):
+        time.sleep(0.2)
     assert [message.partition(" in ")[0] for message in caplog.messages] == [
         "compiling 2 of 2 programs: slow (when)",
         "compiled 2 of 2 programs",
         "compiling program 3: one too many (when)",
         "compiled program 3",
+        "compiling 1 of at most 3 programs: slow (when)",
+        "compiled 1 of at most 3 programs",
     ]
 
 
