@@ -12,6 +12,7 @@ log = logging.getLogger(__name__)
 
 # Seconds before a message. A program that comes from the cache is there by then.
 PATIENCE = 2.0
+_CACHE = "jax_compilation_cache_dir"  # of JAX's settings
 
 
 class Progress:
@@ -62,8 +63,7 @@ def when() -> str:
     """Says how often a program is compiled, in words: JAX has a cache on disk, or none."""
     import jax
 
-    kept = jax.config.jax_compilation_cache_dir
-    return "first run, cached afterwards" if kept else "at every start, without a cache"
+    return "first run, cached afterwards" if getattr(jax.config, _CACHE) else "at every start, without a cache"
 
 
 def _log(line: str) -> None:

@@ -117,7 +117,7 @@ def test_answers_are_the_same_whichever_programs_are_compiled(student, answers):
     )
     asked = questions(30)
     first, others = server.programs()
-    generators = server._answerers[None]._generators
+    generators: Any = server._answerers[None]._generators
     assert generators[0].sizes == [8, 16]
     assert (len(first), len(others)) == (2, 2 * (2 * len(evaluate.buckets(LIMIT)) - 1))
     for each in first:
@@ -144,7 +144,7 @@ def test_the_labels_and_any_choices_are_answered_by_the_first_programs(student):
     assert len(first) < len(others)
     for each in first:
         each()
-    generator = server._answerers[None]._generators[0]
+    generator: Any = server._answerers[None]._generators[0]
     before = generator._generate._cache_size()
     close(server.answer(asked), want)
     assert generator._generate._cache_size() == before == len(first)

@@ -289,7 +289,7 @@ def first_answer(folder: Path, *flags: str) -> First:
     url = f"http://127.0.0.1:{port}"
     body = json.dumps({"inputs": [{"input": json.loads(Path(write_inputs(folder, count=1)).read_text())[0]}]}).encode()
     question = urllib.request.Request(f"{url}/predict", body, {"Content-Type": "application/json"})
-    command = [*harness.SBS, "serve", "--model", str(folder), "--port", str(port), *flags]
+    command = [*harness.SBS, "serve", str(folder), "--port", str(port), *flags]
     began = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     try:
