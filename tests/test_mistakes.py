@@ -69,7 +69,7 @@ MISTAKES = {
     ),
     "a name of the hub": (
         ["convert", "--to=hf", "--base=google/t5-v1_1-base", "runs/empty", "out"],
-        ["--base is 'google/t5-v1_1-base'", "hf download google/t5-v1_1-base --local-dir t5-v1_1-base"],
+        ["--base is 'google/t5-v1_1-base'", "hf download google/t5-v1_1-base --include"],
     ),
     "seeds": ([*CPU, *PLACES, "--seeds=1,2"], ["--seeds needs a directory per run"]),
     "no run": ([*PREDICT, "--run=runs/emtpy", QUESTIONS], ["no run at", "empty", "Did you mean 'empty'"]),

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import argparse
 import errno
-import importlib.util
 import itertools
-import re
 import socket
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,15 +15,12 @@ from pathlib import Path
 from sbs_jax.checks import nearest
 from sbs_jax.data import catalogue, dataset_folder, records
 from sbs_jax.run import directory
+from sbs_jax.storage import hub
 from sbs_jax.training import gin_scan
 from sbs_jax.training.gin_files import UsageError
 
 # Packages in gin files that register no dataset of a user's; others may, when `configure` imports them.
 _NO_DATASETS = {"__gin__", "flax", "jax", "optax", "sbs_jax", "tasks"}
-# A name of the Hugging Face Hub, and no path of a file.
-_HUB_NAME = re.compile(
-    r"[A-Za-z0-9][\w.-]*/(?!.*\.(bin|gguf|json|model|msgpack|npz)$)[A-Za-z0-9][\w.-]*(@[\w.-]+)?", re.ASCII
-)
 _ROWS = 20  # of an input file: if all of these are wrong, the file is
 
 
@@ -83,14 +78,9 @@ def existing(name: str, path: str, remedy: str) -> None:
 
 def weights(name: str, path: str, remedy: str) -> None:
     """As `existing`, but a name of the Hugging Face Hub (owner/model) is left to a command that can ask the hub."""
-    if Path(path).exists() or Path(path).parent.is_dir() or not _HUB_NAME.fullmatch(path):
+    if hub.parse(path) is None:
         existing(name, path, remedy)
-    elif importlib.util.find_spec("huggingface_hub") is None:
-        folder = path.partition("@")[0].rpartition("/")[2]
-        raise FileNotFoundError(
-            f"{name} is {path!r}, where nothing is. If it is a model of the Hugging Face Hub, download it: pip install "
-            f"huggingface_hub; hf download {path} --local-dir {folder}; then give {folder}."
-        )
+    hub.check_installed(path, owner=name)
 
 
 def run(path: str) -> None:

@@ -26,6 +26,8 @@ _CHUNK = 10_000
 def vocabulary(name: str) -> vocabularies.Vocabulary:
     """Returns the vocabulary at a local or gs:// path, of a kind in `vocabularies.KINDS`, or that of "byte".
 
+    It may also be a folder of a model, or a name on the Hugging Face Hub, with the vocabulary in it.
+
     SentencePiece models and "byte" get 100 sentinels, as in T5, whose 32,000 pieces become 32,100 ids; pad is 0 and EOS
     is 1. A tokenizer.json keeps its ids. The file is read at first use (`check_vocabulary`).
     """
@@ -40,13 +42,13 @@ def check_vocabulary(name: str) -> None:
         f"of a tokenizer.json, or to {BYTE_VOCABULARY!r}."
     )
     try:
-        found = kind.file is None or tf.io.gfile.exists(name)
+        found = kind.file is None or tf.io.gfile.exists(vocabularies.located(name))
     except tf.errors.OpError as error:  # no network, no permission
         raise FileNotFoundError(f"Cannot reach {name!r} ({error.message}); try again later, or {remedy}") from error
     if not found:
         raise FileNotFoundError(f"There is no {kind.described} at {name!r}; {remedy}")
     if kind.file is not None and "://" not in name:
-        user_files.check(name, most=kind.most)
+        user_files.check(vocabularies.located(name), most=kind.most)
     try:
         vocabulary(name).check()
     except vocabularies.MismatchError as error:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ import seqio
 import tensorflow as tf
 
 from sbs_jax.data import gguf_tokenizer
-from sbs_jax.storage import json_files
+from sbs_jax.storage import hub, json_files
 
 PAD_ID = 0
 EOS_ID = 1  # of bytes and SentencePiece models; a BPE tokenizer has its own
@@ -25,6 +26,8 @@ EOS_ID = 1  # of bytes and SentencePiece models; a BPE tokenizer has its own
 EXTRA_IDS = 100
 BYTE = "byte"
 LARGEST = 2**26  # bytes of a file; Gemma 3's tokenizer.json, of 262,144 pieces, has 33 MB
+# A vocabulary beside weights: T5's SentencePiece model (its tokenizer.json is no BPE), a BPE, or our copy of either.
+_IN_FOLDERS = ("spiece.model", "tokenizer.json", "sentencepiece.model")
 # Special tokens that end a text, in order of preference: a chat model's end of turn comes before the end of a document.
 _ENDS = ("<|im_end|>", "<eos>", "</s>", "<|eot_id|>", "<|end_of_text|>", "<|endoftext|>")
 # Tokens that separate a source from its target: a line feed as a BPE of bytes spells it, or one of the others.
@@ -206,8 +209,31 @@ class Kind:
 
 
 def _contents(name: str) -> bytes:
-    with tf.io.gfile.GFile(name, "rb") as file:
+    with tf.io.gfile.GFile(located(name), "rb") as file:
         return file.read()
+
+
+def in_folder(names: Collection[str]) -> list[str]:
+    """Picks the vocabulary among the names of a model's files; [] if there is none."""
+    return [name for name in _IN_FOLDERS if name in names][:1]
+
+
+def located(name: str) -> str:
+    """Returns the file of a vocabulary: in a folder, in a model of the Hugging Face Hub, or the name as it is.
+
+    ValueError for a folder without one. The errors of hub.folder for a model of the hub.
+    """
+    if name == BYTE or "://" in name:
+        return name
+    place = Path(hub.folder(name, in_folder, needed=f"vocabulary ({' or '.join(_IN_FOLDERS)})"))
+    if not place.is_dir():
+        return name
+    file = next(iter(in_folder([path.name for path in place.iterdir()])), None)
+    if file is None:
+        raise ValueError(
+            f"{name} is a folder without a vocabulary; expected {', '.join(_IN_FOLDERS)} in it, or a file's path."
+        )
+    return str(place / file)
 
 
 # Kinds are tried in this order.
@@ -252,7 +278,7 @@ KINDS: Mapping[str, Kind] = {
             library="sentencepiece",
             extra_ids=EXTRA_IDS,
             detects=lambda _: True,
-            open=lambda name: SentencePiece(name, extra_ids=EXTRA_IDS),
+            open=lambda name: SentencePiece(located(name), extra_ids=EXTRA_IDS),
             read=_contents,
         ),
     )
@@ -260,8 +286,9 @@ KINDS: Mapping[str, Kind] = {
 
 
 def kind_of(name: str) -> Kind:
-    """Returns the kind of a vocabulary by its path, without reading it."""
-    return next(kind for kind in KINDS.values() if kind.detects(name))
+    """Returns the kind of a vocabulary by the path of its file (`located`), without reading it."""
+    file = located(name)
+    return next(kind for kind in KINDS.values() if kind.detects(file))
 
 
 def read(name: str) -> bytes:

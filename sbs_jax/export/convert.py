@@ -73,6 +73,7 @@ def convert(source: str, target: str, options: Options) -> dict[str, Any]:
     """
     to_form, base = options.to_form, options.base
     _check_options(options)
+    source = opening.located(source)
     form = opening.form_of(source)
     if options.from_form not in (None, form.name):
         raise ValueError(f"{source} is of the form {form.name!r}; got --from {options.from_form!r}.")
@@ -138,7 +139,8 @@ def _write_run(job: _Job) -> None:
             tuning=opened.tuning,
             base=opened.base,
         )
-        if vocabulary is not None and Path(vocabulary).exists() and (name := vocabularies.kind_of(vocabulary).file):
+        file = None if vocabulary is None else vocabularies.located(vocabulary)
+        if vocabulary is not None and Path(str(file)).exists() and (name := vocabularies.kind_of(vocabulary).file):
             tokens.check_vocabulary(vocabulary)
             (folder / name).write_bytes(tokens.read_vocabulary(vocabulary))
             vocabulary = str(target / name)

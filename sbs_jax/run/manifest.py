@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from sbs_jax.storage import atomic, json_files
+from sbs_jax.storage import atomic, hub, json_files
 
 NAME = "manifest.json"
 CHECKPOINTED = "checkpointed"  # true once the run's first checkpoint is on disk
@@ -129,8 +129,9 @@ def without_paths(manifest: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def last_name(path: str) -> str:
-    """Returns the last component of a local path; a bucket's address is kept, because it is valid everywhere."""
-    if "://" in path or not path.strip("/"):
+    """Returns the last component of a local path; addresses valid everywhere are kept (bucket, pinned model)."""
+    name = hub.parse(path)
+    if "://" in path or not path.strip("/") or (name is not None and name.is_pinned):
         return path
     parts = Path(path).parts
     return "/".join(parts[-2:]) if parts[-1].startswith("checkpoint_") else parts[-1]

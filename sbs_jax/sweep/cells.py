@@ -316,6 +316,7 @@ def check_configurations(cells: Sequence[Cell]) -> list[tuple[Cell, Any]]:
 def check_inputs(kinds: Sequence[tuple[Cell, Any]]) -> None:
     """Checks that records, vocabulary and checkpoint of every kind of cell exist. Reads no row, computes nothing."""
     from sbs_jax.data import registry, selection, tokens
+    from sbs_jax.weights import opening
 
     for cell, config in kinds:
         registry.configure(config.data)
@@ -329,5 +330,5 @@ def check_inputs(kinds: Sequence[tuple[Cell, Any]]) -> None:
             )
         tokens.check_vocabulary(config.data.vocabulary)
         start = config.initial_checkpoint_path
-        if start is not None and "://" not in start and not Path(start).exists():
+        if start is not None and "://" not in start and not Path(opening.located(start)).exists():
             raise FileNotFoundError(f"The cell {cell.name} starts from the checkpoint {start}, which does not exist.")

@@ -1,17 +1,45 @@
 """Contents of a run's manifest and of a checkpoint's metadata: the facts that resuming and loading need."""
 
+import contextlib
 import dataclasses
 import logging
 import math
 from typing import Any
 
+from sbs_jax import hosts
 from sbs_jax.data import batches, registry, selection
+from sbs_jax.run import manifest as run_manifest
 from sbs_jax.run import settings
+from sbs_jax.storage import hub
 from sbs_jax.student import adapters, families
 from sbs_jax.training.config import TrainConfig
 from sbs_jax.training.step import Trainer
 
 log = logging.getLogger(__name__)
+
+
+def pinned(config: TrainConfig) -> TrainConfig:
+    """Fixes the revision of models of the Hugging Face Hub: that of the run in `model_dir`, or the newest.
+
+    Every process gets the same; the errors are those of hub.folder.
+    """
+
+    def revisions() -> tuple[str | None, str]:
+        known = {}
+        with contextlib.suppress(FileNotFoundError, ValueError):  # a new run, or a manifest that `begin` refuses
+            found = run_manifest.read(config.model_dir)
+            known = {**found.get("settings", {}), **found["data"].get("options", {})}
+        start, vocabulary = known.get("initial_checkpoint_path"), known.get("vocabulary")
+        weights = config.initial_checkpoint_path
+        weights = weights and hub.pinned(weights, known=start if isinstance(start, str) else None)
+        known = vocabulary if isinstance(vocabulary, str) else weights
+        return weights, hub.pinned(config.data.vocabulary, known=known)
+
+    weights, vocabulary = hosts.from_first(revisions)
+    if (weights, vocabulary) == (config.initial_checkpoint_path, config.data.vocabulary):
+        return config
+    data = dataclasses.replace(config.data, vocabulary=vocabulary)
+    return dataclasses.replace(config, initial_checkpoint_path=weights, data=data)
 
 
 def manifest(config: TrainConfig, *, data: dict[str, Any], trainer: Trainer) -> dict[str, Any]:

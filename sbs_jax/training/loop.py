@@ -23,7 +23,7 @@ from sbs_jax.weights import frozen, opening
 log = logging.getLogger(__name__)
 
 # Fields that no compiled program depends on.
-_NOT_COMPILED = ("model_dir", "seed", "data")
+_NOT_COMPILED = ("model_dir", "seed", "data", "initial_checkpoint_path")
 _NEW = {"lines": 0, "window": [], "evaluation_due": False, "scores": {}}  # progress of a run without a checkpoint
 
 
@@ -79,6 +79,7 @@ def train(
     another run to share; its results are the same.
     """
     # ------------------------------------------------------------------ set up: data, mesh, compiled step
+    config = contents.pinned(config)
     registry.configure(config.data)
     dataset = registry.dataset_of_task(config.mixture_or_task_name)
     _ = config.eval_task_name  # refuses a run that nothing can grade

@@ -1,4 +1,6 @@
-"""Hugging Face directories: `config.json`, safetensors in one file or in shards, the tokenizer's files.
+"""Hugging Face directories: `config.json`, weights in one file or in shards, the tokenizer's files.
+
+Weights are safetensors (read and written), or what older versions wrote for PyTorch (read only).
 
 Mapped files are read by slices. Writing streams one array at a time into a directory beside the target, which is
 renamed when complete.
@@ -7,7 +9,7 @@ renamed when complete.
 import json
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -97,11 +99,34 @@ _TOKENS = {
 _OWN_TOKEN = re.compile(r"\u2581?<(pad|/s|unk|extra_id_\d\d?)>")
 # Name of a file of weights beside its index.
 _SHARD = re.compile(r"[\w.-]{1,200}\.(safetensors|bin)", re.ASCII)
+_NUMBERED = re.compile(r"-(\d{5})-of-(\d{5})\.")
+# Forms of weights in the order of preference: (index of shards, the only file, reader).
+_FORMS = (
+    (INDEX, WEIGHTS, tensor_files.read_safetensors),
+    (TORCH_INDEX, TORCH_WEIGHTS, tensor_files.read_torch),
+)
 
 
 def is_directory(path: str | Path) -> bool:
     """Detects a Hugging Face directory, also one whose configuration is missing."""
-    return any((Path(path) / name).is_file() for name in (CONFIG, WEIGHTS, INDEX, TORCH_WEIGHTS, TORCH_INDEX))
+    return any((Path(path) / name).is_file() for name in (CONFIG, *(name for *pair, _ in _FORMS for name in pair)))
+
+
+def needed(held: Collection[str]) -> list[str]:
+    """Picks the files that are read among all of a directory; [] if configuration or weights are missing."""
+    weights: list[str] = []
+    for index, only, _ in _FORMS:
+        stem, ending = only.rsplit(".", 1)
+        shards = [name for name in held if name.startswith(f"{stem}-") and name.endswith(f".{ending}")]
+        numbers = [match[2] for match in map(_NUMBERED.search, shards) if match]
+        if index in held and len(numbers) == len(shards) and set(numbers) == {f"{len(shards):05d}"}:
+            weights = [index, *sorted(shards)]
+        elif only in held:
+            weights = [only]
+        if weights and CONFIG in held:
+            others = (CONFIG, GENERATION, SENTENCEPIECE, ORIGIN, *_TOKENS)
+            return [*(name for name in others if name in held), *weights]
+    return []
 
 
 def open_directory(path: str | Path) -> Opened:
@@ -293,15 +318,13 @@ def _write_weights(folder: Path, opened: Opened, *, dtype: np.dtype, shard_bytes
 
 def _stored(path: Path) -> dict[str, LazyArray]:
     """Opens every array of the directory under its own name."""
-    if (path / INDEX).is_file():
-        return _sharded(path, INDEX, tensor_files.read_safetensors)
-    if (path / WEIGHTS).is_file():
-        return tensor_files.read_safetensors(path / WEIGHTS)
-    if (path / TORCH_INDEX).is_file():
-        return _sharded(path, TORCH_INDEX, tensor_files.read_torch)
-    if (path / TORCH_WEIGHTS).is_file():
-        return tensor_files.read_torch(path / TORCH_WEIGHTS)
-    raise FileNotFoundError(f"{path} has no weights: expected {WEIGHTS}, {INDEX}, {TORCH_WEIGHTS} or {TORCH_INDEX}.")
+    for index, only, read in _FORMS:
+        if (path / index).is_file():
+            return _sharded(path, index, read)
+        if (path / only).is_file():
+            return read(path / only)
+    expected = ", ".join(name for *pair, _ in _FORMS for name in pair)
+    raise FileNotFoundError(f"{path} has no weights: expected one of {expected}.")
 
 
 def _sharded(path: Path, index: str, read: Any) -> dict[str, LazyArray]:
@@ -312,8 +335,8 @@ def _sharded(path: Path, index: str, read: Any) -> dict[str, LazyArray]:
         # The index may come from anywhere: read no file outside its folder.
         if not isinstance(file, str) or not _SHARD.fullmatch(file):
             raise ValueError(
-                f"{path / index}: {brief(name)} is in {brief(file)}; expected a .safetensors or .bin file in the same "
-                "folder."
+                f"{path / index}: {brief(name)} is in {brief(file)}; expected a .safetensors or .bin "
+                "file in the same folder."
             )
     missing = sorted(file for file in set(weight_map.values()) if not (path / file).is_file())
     if missing:
@@ -488,7 +511,7 @@ def _write_tokenizer(folder: Path, opened: Opened) -> None:
         settings["tokenizer_class"] = "ByT5Tokenizer"
     else:
         settings["tokenizer_class"] = "T5Tokenizer"
-        tf.io.gfile.copy(str(opened.vocabulary), str(folder / SENTENCEPIECE))
+        tf.io.gfile.copy(vocabularies.located(opened.vocabulary), str(folder / SENTENCEPIECE))
     write_json(folder / TOKENIZER_CONFIG, settings)
 
 

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sbs_jax.storage import hub
 from sbs_jax.storage.json_files import part
 from sbs_jax.weights.arrays import LazyArray
 
@@ -53,8 +54,10 @@ def check(found: Mapping[str, Any], expected: Mapping[str, Any], *, owner: str) 
 
 
 def absolute(path: str) -> str:
-    """Returns the path of a base as checkpoints keep it: a URL unchanged, a local path absolute."""
-    return path if "://" in path else str(Path(path).absolute())
+    """Returns the path of a base for checkpoints: absolute; a URL as it is, a model of the hub with a commit."""
+    if "://" in path:
+        return path
+    return str(Path(path).absolute()) if hub.parse(path) is None else hub.pinned(path)
 
 
 def described(identity: Mapping[str, Any]) -> str:
@@ -68,7 +71,7 @@ def base_path(identity: Mapping[str, Any], given: str | None, *, owner: str) -> 
     FileNotFoundError if the path does not exist.
     """
     path = given or identity["path"]
-    if path is not None and "://" not in str(path) and not Path(path).exists():
+    if path is not None and "://" not in str(path) and not Path(path).exists() and hub.parse(str(path)) is None:
         moved = "" if given else " If it has moved, give its new path with --base."
         raise FileNotFoundError(f"{path}, the base of {owner}, does not exist.{moved}")
     return path

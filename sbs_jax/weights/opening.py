@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from sbs_jax.storage import hub
 from sbs_jax.student import families
 from sbs_jax.weights import gguf, hugging_face, identity, merging, names, npz, peft, runs, t5gemma_flax, t5x
 from sbs_jax.weights.arrays import LazyArray, Opened, Shapes, Watched, shapes
@@ -49,6 +50,11 @@ def form_of(path: str | Path) -> Form:
     raise FileNotFoundError(f"{path} {what}; expected one of: {expected}.")
 
 
+def located(path: str | Path) -> str:
+    """Returns the local folder of a model of the Hugging Face Hub, fetched if need be; other paths as they are."""
+    return hub.folder(str(path), hugging_face.needed, needed=f"{hugging_face.CONFIG} and weights that are read")
+
+
 def load_parameters(
     path: str | Path, *, like: Mapping[str, jax.ShapeDtypeStruct], config: families.ModelConfig | None = None
 ) -> families.Parameters:
@@ -70,8 +76,9 @@ def arrays_of(path: str | Path, *, wanted: Shapes, config: families.ModelConfig 
     With `config`, it must also be what the checkpoint says of its architecture. Adapters are merged into their base,
     unless the wanted names are exactly those of the adapters.
     """
-    form = form_of(path)
-    opened = form.open(str(path), None)
+    place = located(path)
+    form = form_of(place)
+    opened = form.open(place, None)
     if opened.tuning is not None and set(opened.arrays) != set(wanted):
         opened = merged(opened, base=None, owner=str(path))
     names.check(path, shapes(opened.arrays), wanted, kind=form.name)
@@ -89,7 +96,8 @@ def arrays_of(path: str | Path, *, wanted: Shapes, config: families.ModelConfig 
 
 def open_any(path: str | Path, *, base: str | None = None) -> Opened:
     """Opens a checkpoint of any form, its adapters merged into their base, now at `base` if it has moved."""
-    opened = form_of(path).open(str(path), base)
+    place = located(path)
+    opened = form_of(place).open(place, base)
     return opened if opened.tuning is None else merged(opened, base=base, owner=str(path))
 
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from sbs_jax.checks import nearest
 from sbs_jax.run import manifest
-from sbs_jax.storage import atomic
+from sbs_jax.storage import atomic, hub
 from sbs_jax.storage.json_files import brief, part, read_json
 from sbs_jax.student import adapters, quantized, t5
 from sbs_jax.weights import hugging_face, identity, merging, names, tensor_files
@@ -62,12 +62,18 @@ def write(path: str | Path, opened: Opened, *, base: str | None) -> None:
     kept = adapters.abstract(opened.config, tuning).shapes
     quantized_modules = [ours for ours in _modules(opened.t5("PEFT's form")).values() if f"{ours}/kernel" not in kept]
     with atomic.new_folder(Path(path)) as folder:
-        hugging_face.write_json(folder / CONFIG, {"base_model_name_or_path": base, **settings})
+        name = None if base is None else hub.parse(base)
+        said = {"base_model_name_or_path": base} if name is None else _of_hub(name)
+        hugging_face.write_json(folder / CONFIG, {**said, **settings})
         tensor_files.write_safetensors(folder / WEIGHTS, arrays, dtype=np.dtype(np.float32))
         stored = {"base": opened.base, "held": tuning.base, "quantized": quantized_modules}
         hugging_face.write_json(folder / BASE, stored)
         if opened.origin is not None:
             hugging_face.write_json(folder / hugging_face.ORIGIN, manifest.without_paths(opened.origin))
+
+
+def _of_hub(name: hub.Name) -> dict[str, Any]:
+    return {"base_model_name_or_path": name.repository, "revision": name.revision}
 
 
 def contents(opened: Opened, *, owner: str) -> tuple[dict[str, Any], dict[str, LazyArray]]:
