@@ -16,8 +16,8 @@ import ml_dtypes
 import numpy as np
 import parity_cases as cases
 import pytest
-from builders import old_t5x, report_runs
-from flax import serialization
+from builders import flax_files, old_t5x, report_runs
+from flax import serialization, traverse_util
 from fuzzing import Tape
 
 from sbs_jax.cli import main
@@ -190,6 +190,46 @@ def test_headers_of_safetensors(fuzz: Fuzz, exported: Path) -> None:
         fuzzing.read(
             lambda: hugging_face.open_directory(exported), raises=(ValueError, FileNotFoundError), names=[exported]
         )
+
+    fuzz(case)
+
+
+def test_files_of_flax(fuzz: Fuzz, memory: Path) -> None:
+    """`flax_model.msgpack`: names, shapes, types and sizes, and bytes that are lost or changed."""
+    folder = memory / "out"
+    hugging_face.write(folder, cases.opened(small()), dtype="float32")
+    tree = traverse_util.unflatten_dict(flax_files.flat(folder), sep="/")
+    file = flax_files.replace_weights(folder) / hugging_face.FLAX_WEIGHTS
+    valid = file.read_bytes()
+    leaves = (
+        *(np.zeros((0, 3), np.float32), np.zeros(3, np.complex64), np.zeros((2, 2), ml_dtypes.bfloat16), np.float32(1)),
+        *({"__msgpack_chunked_array__": True, "shape": [2**60], "chunks": {}}, {}, 1.5, None, b"bytes", "text"),
+        *({"__msgpack_chunked_array__": True, "shape": {"0": 2}, "chunks": {"0": np.zeros(1)}}, np.zeros(2, np.int8)),
+        {"__msgpack_chunked_array__": True, "shape": {"0": 2**62}, "chunks": {"0": np.zeros(2), "2": np.zeros(2)}},
+    )
+    heads = [at for at in range(len(valid)) if valid[at] in (0xC7, 0xC8, 0xC9, 0xC4, 0xC5, 0x93, 0x92)]
+
+    def case(tape: Tape) -> None:
+        kind = tape.below(3)
+        if kind == 0:
+            data = fuzzing.scratched(tape, valid)
+        elif kind == 1:  # sizes that are claimed
+            at = tape.one_of(heads)
+            data = valid[:at] + bytes([tape.one_of((0xC6, 0xC9, 0xDF, 0xDD, 0xDB, 0xCF, 0xD8, 0xC1))])
+            data += bytes([tape.one_of((0, 1, 127, 255)) for _ in range(4)]) + valid[at + 2 :]
+        else:
+            node = fuzzing.damaged(tape, fuzzing.tree(tree), most=2)
+            slots = fuzzing.places(node)
+            if slots and tape.chance(2):
+                holder, index = tape.one_of(slots)
+                holder[index] = tape.one_of(leaves)
+            data = packed(node)
+        fuzzing.put(tape, file, data, any_size=True)
+        fuzzing.read(lambda: opened_whole(folder), raises=(ValueError, FileNotFoundError), names=[folder])
+
+    def opened_whole(folder: Path) -> None:
+        for array in hugging_face.open_directory(folder).arrays.values():
+            array.whole()
 
     fuzz(case)
 

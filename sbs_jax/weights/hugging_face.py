@@ -1,6 +1,6 @@
 """Hugging Face directories: `config.json`, weights in one file or in shards, the tokenizer's files.
 
-Weights are safetensors (read and written), or what older versions wrote for PyTorch (read only).
+Weights are safetensors (read and written), or what older versions wrote for Flax and PyTorch (read only).
 
 Mapped files are read by slices. Writing streams one array at a time into a directory beside the target, which is
 renamed when complete.
@@ -22,13 +22,14 @@ from sbs_jax.run import manifest
 from sbs_jax.storage import atomic, user_files
 from sbs_jax.storage.json_files import brief, decoded, parse_json, part
 from sbs_jax.student import decoder_only, families, t5, t5gemma
-from sbs_jax.weights import decoder_settings, names, t5gemma_settings, tensor_files
+from sbs_jax.weights import decoder_settings, flax_msgpack, names, t5gemma_settings, tensor_files
 from sbs_jax.weights.arrays import LazyArray, Opened, shapes
 
 log = logging.getLogger(__name__)
 
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+FLAX_WEIGHTS, FLAX_INDEX = "flax_model.msgpack", "flax_model.msgpack.index.json"
 TORCH_WEIGHTS, TORCH_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 SENTENCEPIECE = "spiece.model"
 GENERATION = "generation_config.json"
@@ -98,11 +99,12 @@ _TOKENS = {
 # Tokens of T5's own tokenizer.
 _OWN_TOKEN = re.compile(r"\u2581?<(pad|/s|unk|extra_id_\d\d?)>")
 # Name of a file of weights beside its index.
-_SHARD = re.compile(r"[\w.-]{1,200}\.(safetensors|bin)", re.ASCII)
+_SHARD = re.compile(r"[\w.-]{1,200}\.(safetensors|msgpack|bin)", re.ASCII)
 _NUMBERED = re.compile(r"-(\d{5})-of-(\d{5})\.")
 # Forms of weights in the order of preference: (index of shards, the only file, reader).
 _FORMS = (
     (INDEX, WEIGHTS, tensor_files.read_safetensors),
+    (FLAX_INDEX, FLAX_WEIGHTS, flax_msgpack.read),
     (TORCH_INDEX, TORCH_WEIGHTS, tensor_files.read_torch),
 )
 
@@ -335,7 +337,7 @@ def _sharded(path: Path, index: str, read: Any) -> dict[str, LazyArray]:
         # The index may come from anywhere: read no file outside its folder.
         if not isinstance(file, str) or not _SHARD.fullmatch(file):
             raise ValueError(
-                f"{path / index}: {brief(name)} is in {brief(file)}; expected a .safetensors or .bin "
+                f"{path / index}: {brief(name)} is in {brief(file)}; expected a .safetensors, .msgpack or .bin "
                 "file in the same folder."
             )
     missing = sorted(file for file in set(weight_map.values()) if not (path / file).is_file())
@@ -346,7 +348,7 @@ def _sharded(path: Path, index: str, read: Any) -> dict[str, LazyArray]:
     stored: dict[str, LazyArray] = {}
     for file in sorted(set(weight_map.values())):
         stored |= read(path / file)
-    lost = sorted(set(weight_map) - set(stored))
+    lost = sorted(name for name in weight_map if not {name, flax_msgpack.torch_name(name)} & set(stored))
     if lost:
         file = weight_map[lost[0]]
         raise ValueError(f"{path}: the index promises {brief(lost[0])} in {file}, which does not hold it.")

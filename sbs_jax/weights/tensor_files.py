@@ -14,7 +14,7 @@ import safetensors
 from sbs_jax.storage.json_files import brief, part
 from sbs_jax.weights.arrays import Index, LazyArray
 
-_DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "F64": np.float64}
+DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "F64": np.float64}
 
 
 def write_safetensors(file: Path, arrays: Mapping[str, LazyArray], *, dtype: np.dtype | None) -> None:
@@ -22,7 +22,7 @@ def write_safetensors(file: Path, arrays: Mapping[str, LazyArray], *, dtype: np.
 
     `dtype` None keeps each array's type, which may also be int8 or uint8.
     """
-    codes = {np.dtype(each): code for code, each in {**_DTYPES, "I8": np.int8, "U8": np.uint8}.items()}
+    codes = {np.dtype(each): code for code, each in {**DTYPES, "I8": np.int8, "U8": np.uint8}.items()}
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, array in arrays.items():
@@ -52,9 +52,9 @@ def read_safetensors(file: Path) -> dict[str, LazyArray]:
     for name in opened.keys():  # noqa: SIM118  (it has no iterator)
         array = opened.get_slice(name)
         code = array.get_dtype()
-        if code not in _DTYPES:
-            raise ValueError(f"{file}: {brief(name)} is of type {code}; expected one of {', '.join(_DTYPES)}.")
-        arrays[name] = LazyArray(tuple(array.get_shape()), np.dtype(_DTYPES[code]), array.__getitem__)
+        if code not in DTYPES:
+            raise ValueError(f"{file}: {brief(name)} is of type {code}; expected one of {', '.join(DTYPES)}.")
+        arrays[name] = LazyArray(tuple(array.get_shape()), np.dtype(DTYPES[code]), array.__getitem__)
     return arrays
 
 
