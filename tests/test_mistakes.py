@@ -55,6 +55,7 @@ MISTAKES = {
     "a macro that is needed": ([*CPU, "--gin.MODEL_DRI=runs/new"], ["MODEL_DRI", "Did you mean 'MODEL_DIR'"]),
     "no value of a macro": ([*CPU, *PLACES[:1]], ["needs values", "--gin.MODEL_DIR=.."]),
     "a value": ([*CPU, *PLACES, "--gin.TRAIN_STEPS=many"], ["TRAIN_STEPS is 'many'", "expected a whole number"]),
+    "a tracker": ([*CPU, *PLACES, "--gin.TRACKERS=['mlfow']"], ["trackers is 'mlfow'", "Did you mean 'mlflow'"]),
     "no folder of records": (
         [*CPU, *PLACES, "--gin.RECORDS_DIR=recrods"],
         ["There are no records of svamp", "no folder recrods", "sbs records --dataset svamp"],

@@ -22,6 +22,7 @@ DISTRIBUTIONS = {
     "absl": "absl-py",
     "gin": "gin-config",
     "google": "google-genai",
+    "mlflow": "mlflow-skinny",
     "orbax": "orbax-checkpoint",
 }
 
@@ -162,7 +163,7 @@ def test_every_import_is_declared(inside_functions: bool) -> None:
     allowed = set(requirements([PROJECT["dependencies"]]))
     if inside_functions:
         extras = PROJECT["optional-dependencies"]
-        allowed |= {*requirements([extras["teacher"], extras["t5x"], extras["serve"]])}
+        allowed |= {*requirements([extras["teacher"], extras["t5x"], extras["serve"], extras["trackers"]])}
     undeclared = {}
     for path in sources("sbs_jax", "tasks"):
         names = imported(path, inside_functions=inside_functions)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from sbs_jax.checks import nearest
 from sbs_jax.data import catalogue, dataset_folder, records
-from sbs_jax.run import directory
+from sbs_jax.run import directory, trackers
 from sbs_jax.storage import hub
 from sbs_jax.training import gin_scan
 from sbs_jax.training.gin_files import UsageError
@@ -37,10 +37,13 @@ def configuration(
 
 
 def training(found: gin_scan.Scan) -> None:
-    """Checks the dataset, records, vocabulary and first checkpoint that a training run names.
+    """Checks the trackers, dataset, records, vocabulary and first checkpoint that a training run names.
 
     A run that exists compares them itself, and says what has changed.
     """
+    if isinstance(names := found.value("TRACKERS"), list | tuple):
+        trackers.check(names)
+        trackers.check_installed(names)
     name = found.value("DATASET")
     model_dir = found.value("MODEL_DIR")
     if not isinstance(name, str) or name == catalogue.CORPUS.name:

@@ -1,9 +1,10 @@
-"""Directory of one run: configuration, manifest, metrics, TensorBoard events, predictions.
+"""Directory of one run: configuration, manifest, metrics, trackers, predictions.
 
 config.gin            operative configuration; a different one is refused
 manifest.json         data hashes, settings, parameter table, every start with its versions (manifest.py)
 metrics.jsonl         one JSON object a line: {"kind": "train", "step": 50, "loss": ..}
 tensorboard/          the same for TensorBoard
+trackers/             ids of the run at other trackers, if it has any (trackers.py)
 predictions/          <task>-<step>.jsonl
 dataset/              rows, of a run by sbs_jax.distill (api.py)
 checkpoints/<step>/   see checkpoints.py
@@ -19,13 +20,13 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from sbs_jax import hosts
 from sbs_jax.checks import nearest
-from sbs_jax.run import events, manifest, pending_writes
+from sbs_jax.run import manifest, pending_writes, trackers
 from sbs_jax.storage import atomic, checksums, json_files, lock, user_files
 
 MANIFEST = manifest.NAME
@@ -48,8 +49,15 @@ class RunDir:
     names the incomplete files. lock.TakenOverError if another process has taken the directory over.
     """
 
-    def __init__(self, path: str | Path, *, config_text: str) -> None:
+    def __init__(
+        self, path: str | Path, *, config_text: str, tracker_names: Sequence[str] = (trackers.TENSORBOARD,)
+    ) -> None:
+        """Checks that the trackers' packages are installed (ModuleNotFoundError); touches no file."""
+        trackers.check_installed(tracker_names)
         self.path = Path(path).absolute()
+        self._tracker_names = tracker_names
+        self._trackers: list[trackers.Tracker] | None = None  # opened by the first line
+        self._settings: dict[str, Any] = {}
         self._config_text = config_text
         self._lock = lock.Lock(self.path / "lock", of=self.path, instead="another MODEL_DIR")
         self._pending = pending_writes.PendingWrites()
@@ -64,8 +72,10 @@ class RunDir:
         self._count = opened["lines"]
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if hosts.is_first():
+            for tracker in self._trackers or ():
+                tracker.close(finished=kind is None)
             with contextlib.suppress(lock.TakenOverError):
                 self._write()
             self._lock.release()
@@ -94,15 +104,15 @@ class RunDir:
                 pass  # unknown while the disk fails
 
     def log(self, kind: str, step: int, values: Mapping[str, float]) -> None:
-        """Writes one line of metrics.jsonl and the same for TensorBoard; on return, both are on disk or waiting."""
+        """Writes one line of metrics.jsonl, which is on disk or waiting on return, and hands it to the trackers."""
         self._count += 1
         if not hosts.is_first():
             return
         self._pending.append(self._metrics, (json.dumps({"kind": kind, "step": step, **values}) + "\n").encode())
-        if not self._headed:
-            self._pending.append(self._events, events.header())
-            self._headed = True
-        self._pending.append(self._events, events.scalars(kind, step, values))
+        if self._trackers is None:
+            self._trackers = trackers.opened(self._tracker_names, self.path, self._pending, settings=self._settings)
+        for tracker in self._trackers:
+            tracker.log(kind, step, values)
         self._write()
 
     def metrics(self) -> list[dict[str, Any]]:
@@ -163,12 +173,9 @@ class RunDir:
     def _follow_files(self) -> int:
         """Finds the ends of the growing files; returns the number of complete metrics lines."""
         self._metrics = self.path / "metrics.jsonl"
-        self._events = events.next_file(self.path / "tensorboard")
-        self._headed = False
         whole = _whole_lines(self._metrics)
         self._pending = pending_writes.PendingWrites()
         self._pending.follow(self._metrics, end=sum(map(len, whole)))
-        self._pending.follow(self._events, end=0)
         return len(whole)
 
     def _refuse_other_contents(self) -> None:
@@ -203,6 +210,7 @@ class RunDir:
         new[manifest.CHECKPOINTED] = step > 0 or (old or {}).get(manifest.CHECKPOINTED, False)
         if old is not None and (other := manifest.allowed_changes(old, new)):
             log.info("Changed since the last start: %s.", "; ".join(other))
+        self._settings = manifest.flat(new.get("settings", {}))
         with _explaining_disk_errors(self.path):
             # In this order: config.gin marks the directory as a run's.
             atomic.replace(config, self._config_text.encode())

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from sbs_jax.run import pending_writes
+
 _PREFIX = "events.out.tfevents."  # TensorBoard looks for it
 
 
@@ -19,6 +21,22 @@ def next_file(directory: Path) -> Path:
     names = [path.name for path in directory.iterdir()] if directory.is_dir() else []
     numbers = [int(found[1]) for name in names if (found := re.match(re.escape(_PREFIX) + r"(\d+)", name))]
     return directory / f"{_PREFIX}{max(numbers, default=0) + 1:010d}"
+
+
+class TensorBoard:
+    """The tracker that writes TensorBoard's events into a new file; its bytes wait with the run's others."""
+
+    def __init__(self, directory: Path, pending: pending_writes.PendingWrites) -> None:
+        self._file, self._pending = next_file(directory), pending
+        pending.follow(self._file, end=0)
+        pending.append(self._file, header())
+
+    def log(self, kind: str, step: int, values: Mapping[str, float]) -> None:
+        """Queues one event per value."""
+        self._pending.append(self._file, scalars(kind, step, values))
+
+    def close(self, *, finished: bool) -> None:
+        """Does nothing: the run writes what waits."""
 
 
 def header() -> bytes:

@@ -26,7 +26,7 @@ _REPORTED = (
 # Fields of TrainConfig that set where and how a run is computed.
 _WHERE_AND_HOW = (
     *("model_dir", "layout", "execution", "vocabulary_chunks", "checkpoint_period", "keep_checkpoints", "keep_best"),
-    *("keep_period", "stall_seconds", "save_patience"),
+    *("keep_period", "stall_seconds", "save_patience", "trackers"),
     "skip_non_finite",  # decides only where the run would have stopped
 )
 # If no best checkpoint is kept, these decide which one is tested.
@@ -248,6 +248,11 @@ def _decisive(manifest: Mapping[str, Any], *, same_vocabulary: bool) -> dict[str
             name: f"{leaf.get('dtype')} {leaf.get('shape')}" for name, leaf in manifest.get("parameters", {}).items()
         },
     }
+
+
+def flat(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Flattens settings: {"model": {"emb_dim": 8}} is {"model.emb_dim": 8}."""
+    return dict(_flat(tree))
 
 
 def _flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

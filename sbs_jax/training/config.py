@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -10,6 +10,7 @@ import optax
 
 from sbs_jax import checks
 from sbs_jax.data import registry, selection
+from sbs_jax.run import trackers
 from sbs_jax.student import adapters, families, partitioning, stacking, stacks
 
 MEMORIES = ("device", "pinned_host")
@@ -120,11 +121,13 @@ class TrainConfig(Optimization, Checkpointing, Evaluation, Compute, Guards):
     task_feature_lengths: Mapping[str, int]  # tokens per row, {"inputs": .., "targets": ..}
     pack: bool = False  # several examples per row of TASK_FEATURE_LENGTHS
     log_period: int = 50  # steps
+    trackers: Sequence[str] = ("tensorboard",)  # also "mlflow" and "wandb"
 
     def __post_init__(self) -> None:
         for part in TrainConfig.__bases__:
             part.__post_init__(self)
         _whole_numbers(self, "log_period", least=1)
+        trackers.check(self.trackers)
         lengths = self.task_feature_lengths
         if set(lengths) != set(_FEATURES):
             raise ValueError(

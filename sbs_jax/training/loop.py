@@ -23,7 +23,7 @@ from sbs_jax.weights import frozen, opening
 log = logging.getLogger(__name__)
 
 # Fields that no compiled program depends on.
-_NOT_COMPILED = ("model_dir", "seed", "data", "initial_checkpoint_path")
+_NOT_COMPILED = ("model_dir", "seed", "data", "initial_checkpoint_path", "trackers")
 _NEW = {"lines": 0, "window": [], "evaluation_due": False, "scores": {}}  # progress of a run without a checkpoint
 
 
@@ -100,7 +100,9 @@ def train(
     with contextlib.ExitStack() as stack:
         # -------------------------------------------------------------- open the run directory
         stack.enter_context(preemption.listening())
-        run = stack.enter_context(directory.RunDir(config.model_dir, config_text=config_text))
+        run = stack.enter_context(
+            directory.RunDir(config.model_dir, config_text=config_text, tracker_names=config.trackers)
+        )
         watch = stack.enter_context(watchdog.Watchdog(config.stall_seconds))
         scores: dict[int, float] = {}  # validation scores by step; retention reads them
         saver = stack.enter_context(checkpoints.Checkpoints(run.path, retention=_retention(config), scores=scores))
