@@ -100,8 +100,8 @@ def distill(
       validation, test: further rows; a tenth of `train` each if they are missing. Not with a folder, which has them.
       output: run directory. The rows go into its folder `dataset`, as `sbs init` writes it.
       name: of the dataset (default: the last part of `output`).
-      student: "laptop" (0.8 million parameters, from scratch), "smollm2" or "t5_base" (both need the macros
-        INITIAL_CHECKPOINT_PATH and VOCABULARY), or the path of a gin file.
+      student: "laptop" (0.8 million parameters, from scratch), "t5_base" (from the Hugging Face Hub), "smollm2"
+        (needs the macros INITIAL_CHECKPOINT_PATH and VOCABULARY), or the path of a gin file.
       method: a file of gin_configs/methods/ without its ending, or a path: "standard_finetuning" needs no rationales.
       input_column, label_column, rationale_column: columns by name; usual names are found without.
       labels: "closed" (the column has all possible labels), "free" text, or "auto".

@@ -14,7 +14,8 @@ import teacher_server
 from builders.garden import ROWS, TOPICS
 
 from sbs_jax.cli import main
-from sbs_jax.data import catalogue, dataset_folder, own_data, records, registry, release, table
+from sbs_jax.data import catalogue, dataset_folder, own_data, own_experiments, records, registry, release, table
+from sbs_jax.training import gin_files
 
 
 def csv_of(rows, delimiter=","):
@@ -231,6 +232,18 @@ def test_from_a_csv_to_a_served_student(tmp_path, monkeypatch, capsys):
     assert row["prediction"] in TOPICS
     catalogue._DATASETS.pop("garden")
     registry.configure(before)
+
+
+@pytest.mark.parametrize(("hardware", "parts", "sharded"), [(None, 1, 1), ("one_gpu", 4, 1), ("tpu_host", 1, -1)])
+def test_t5_base_starts_from_the_hub_and_takes_a_file_for_the_machine(hardware, parts, sharded, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    plan = plan_of(tmp_path, ROWS, label_column="team")
+    own_data.write(plan, Path("tickets"), gin=own_experiments.of(plan, Path("tickets")))
+    files = ["tickets/t5_base.gin", *([f"gin_configs/hardware/{hardware}.gin"] if hardware else [])]
+    config, _ = gin_files.configure("train.TrainConfig", gin_files=files, bindings=["MODEL_DIR=run"])
+    assert config.initial_checkpoint_path == config.data.vocabulary == "google/t5-v1_1-base"
+    assert (config.micro_batches, config.layout.fsdp) == (parts, sharded)
+    assert config.model.dtype == ("bfloat16" if hardware else "float32")
 
 
 def test_rows_of_the_inputs_are_records(tmp_path):

