@@ -59,6 +59,10 @@ def run(arguments: argparse.Namespace) -> int:
         counts = augmentation.write(catalogue.get(arguments.dataset), arguments.augmentation, **given)
         print(augmentation.shown(counts.items()))
         return 0
+    if arguments.inputs == "tfds":  # which imports TensorFlow; nothing else here does
+        from sbs_jax.cli import main
+
+        main.import_tensorflow()
     told = summary.Summary(unusable=arguments.unusable)
     manifest = release.import_release(
         catalogue.get(arguments.dataset),

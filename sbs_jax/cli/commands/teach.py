@@ -126,6 +126,10 @@ def run(arguments: argparse.Namespace) -> int:
         page=arguments.page or str(Path(arguments.store).with_suffix(".html")),
         **fields(command.Options, "settings", "template", "splits", "page"),
     )
+    if arguments.inputs == "tfds":  # which imports TensorFlow; nothing else here does
+        from sbs_jax.cli import main
+
+        main.import_tensorflow()
     told = summary.Summary(unusable=arguments.unusable)
     try:
         manifest = command.teach(options, tell=told)
