@@ -104,6 +104,10 @@ def test_rationales_of_the_table_become_records(tmp_path):
         record = got[row["text"]]
         assert (record.label, record.rationale) == (row["team"], row["explanation"])
         assert record.teacher_label == (record.rationale and row["team"])
+    assert (
+        found.dataset.feature_lengths["targets"]
+        < plan_of(tmp_path, ROWS, label_column="team").dataset.feature_lengths["targets"]
+    )
     assert not (tmp_path / "tickets" / "inputs" / "tickets" / "train.jsonl").read_text().count("It is about")
     with pytest.raises(ValueError, match="The column 'text' has the rationales; name others"):
         plan_of(tmp_path, ROWS, label_column="team", rationale_column="text")

