@@ -10,7 +10,6 @@ import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 from sbs_jax import checks
 from sbs_jax.cli import runs
@@ -283,7 +282,9 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
         return shown if action.default == argparse.SUPPRESS else f"{shown} (default: %(default)s)"
 
 
-def _parser(names: Sequence[str] = tuple(SUMMARIES)) -> tuple[argparse.ArgumentParser, dict[str, Any]]:
+def _parser(
+    names: Sequence[str] = tuple(SUMMARIES),
+) -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
     """Makes the parser of `sbs`, and those of the commands `names` by name; the others are only listed."""
     parser = argparse.ArgumentParser(
         prog="sbs",
@@ -295,7 +296,7 @@ def _parser(names: Sequence[str] = tuple(SUMMARIES)) -> tuple[argparse.ArgumentP
     subparsers = parser.add_subparsers(
         parser_class=_Parser, dest="command", required=True, metavar="COMMAND", help=argparse.SUPPRESS
     )
-    commands = {}
+    commands: dict[str, argparse.ArgumentParser] = {}
 
     def command(
         name: str,
