@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from sbs_jax.cli import main
+from sbs_jax.training import gin_scan
 
 CPU = ["train", "--gin_file=gin_configs/experiments/svamp/cpu.gin"]
 PLACES = ["--gin.RECORDS_DIR=records", "--gin.MODEL_DIR=runs/new", "--gin.VOCABULARY=byte"]
@@ -183,6 +184,23 @@ def test_a_mistake_is_answered_before_anything_heavy_is_imported(mistake, answer
     assert "Traceback" not in said
     assert [part for part in MISTAKES[mistake][1] if part not in said] == [], said
     assert heavy == []
+
+
+def test_no_ready_configuration_is_refused_early():
+    """Every experiment, model, adapter, mesh, method and optimizer, scanned as the command line does before imports."""
+    folder = Path(main.__file__).parents[2] / "gin_configs"
+    given = [f"{name}=x" for name in ("RECORDS_DIR", "MODEL_DIR", "INITIAL_CHECKPOINT_PATH", "VOCABULARY")]
+    experiments = sorted(path for name in ("svamp", "esnli") for path in folder.glob(f"experiments/{name}/*.gin"))
+    runs = [path for path in experiments if "runs/sweep.gin" not in path.read_text("utf-8")]
+    sweeps = [path for path in folder.glob("experiments/paper/*.gin") if path.stem != "settings"]
+    others = [path for name in ("adapters", "meshes", "methods", "optimizers") for path in folder.glob(f"{name}/*.gin")]
+    for files in [*([str(path)] for path in runs), *([str(runs[0]), str(path)] for path in others)]:
+        gin_scan.check("train.TrainConfig", gin_scan.scan(files, given))
+    for path in sweeps:
+        gin_scan.check("sweep.Sweep", gin_scan.scan([str(path)], ["SWEEP_DIR=s", "RECORDS_DIR=r", "VOCABULARY=byte"]))
+    assert len(runs) > 8
+    assert len(sweeps) > 8
+    assert len(others) > 16
 
 
 def test_help_is_quick():
