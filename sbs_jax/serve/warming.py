@@ -23,7 +23,7 @@ class Warming:
 
     def __init__(self, predictor: Predictor, *, kept: str) -> None:
         self._predictor, self._kept = predictor, kept
-        self.count, self.ready = predictor.progress.count, 0  # programs
+        self.count, self.ready = predictor.progress.count, 0  # programs; one that cannot be compiled leaves the count
         self._stop = threading.Event()
         self._cache = compiled.Cache()
         self._thread: threading.Thread | None = None
@@ -80,6 +80,7 @@ class Warming:
                 each()
                 self.ready += 1
             except Exception as error:
+                self.count -= 1
                 text = "A program could not be compiled, so a larger one answers in its place: %s"
                 log.error(text, batching.trace(error, text=str(error)))
             self._cache.keep()
