@@ -99,6 +99,28 @@ def test_intervals_hold_the_true_difference_as_often_as_they_say(seeds: int, see
     assert 0.89 <= held / repetitions <= 0.995
 
 
+@pytest.mark.parametrize("kind", ["between", "mostly 1", "mostly 0"])
+def test_intervals_of_scores_hold_the_true_mean_as_often_as_they_say(kind: str) -> None:
+    """They are narrower than those of right and wrong, which would hold it always."""
+    rng, held, repetitions, rows = np.random.default_rng(0), 0, 400, 60
+    mean = {"between": 0.6, "mostly 1": 0.6 + 0.4 * 0.5, "mostly 0": 0.3 * 0.5}[kind]
+    for _ in range(repetitions):
+        scores = rng.beta(3, 2, rows) if kind == "between" else rng.beta(2, 2, rows)
+        if kind != "between":
+            edge = kind == "mostly 1"
+            scores = np.where(rng.random(rows) < (0.6 if edge else 0.7), float(edge), scores)
+        found, low, high = intervals.accuracy_interval(scores[None])
+        assert 0 <= low <= found <= high <= 100
+        held += low <= 100 * mean <= high
+    assert 0.92 <= held / repetitions <= 0.985
+
+
+def test_equal_scores_are_not_proved_to_be_always_equal() -> None:
+    _, low, high = intervals.accuracy_interval(np.full((1, 100), 0.5))
+    assert 0.1 < high - low < 0.3
+    assert intervals.accuracy_interval(np.array([[0.5]]))[1:] == pytest.approx((5.5, 94.5), abs=0.1)
+
+
 def test_an_interval_needs_rows() -> None:
     with pytest.raises(ValueError, match="Got 1 test row"):
         intervals.accuracy_interval(np.ones((2, 1)))
@@ -308,7 +330,7 @@ def test_tables_are_aligned_and_complete(mixed: list[Run]) -> None:
     assert report.table(summary).isascii()
     piped = [line for line in report.markdown(summary).splitlines() if line.startswith("|")]
     assert len(piped) == 2 + 4 + 2 + 2
-    assert {line.count("|") for line in piped[:6]} == {11}
+    assert {line.count("|") for line in piped[:6]} == {12}
 
 
 # The page

@@ -176,3 +176,22 @@ def add_tables(downloads: Downloads, study: Study) -> None:
         f"{of_run} step rows {' '.join(quality.NAMES)}",
         ([*run, r.quality.step, r.quality.rows, *r.quality.values.values()] for run, _, r in runs if r.quality),
     )
+    by_label = [([s.dataset, s.parameters, g.method, g.fraction], found) for s, g in groups if (found := g.by_label)]
+    if not by_label:
+        return
+    downloads.table(
+        "labels",
+        "dataset parameters method fraction label rows predicted right precision recall f1",
+        ([*group, *vars(each).values()] for group, found in by_label for each in found.labels),
+    )
+    downloads.table(
+        "confusions",
+        "dataset parameters method fraction label prediction rows",
+        (
+            [*group, label, prediction, rows]
+            for group, found in by_label
+            for label, row in found.confusion.items()
+            for prediction, rows in row.items()
+            if rows
+        ),
+    )

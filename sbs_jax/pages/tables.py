@@ -8,8 +8,12 @@ from sbs_jax.stats.costs import cost
 from sbs_jax.stats.findings import sentences
 from sbs_jax.stats.formats import MINUS, compact, interval, p_value, percent, signed, signed_interval
 from sbs_jax.stats.intervals import wilson_interval
+from sbs_jax.stats.labels import Labels
 from sbs_jax.stats.study import Study, paper_accuracy, teacher_of
-from sbs_jax.stats.summary import Summary
+from sbs_jax.stats.summary import Group, Summary
+
+OUTSIDE = "outside of the set"
+_MOST_LABELS = 20  # whose confusions a terminal shows
 
 
 class Column(NamedTuple):
@@ -66,6 +70,7 @@ def accuracies(summary: Summary) -> Table:
         Column("label rows", lambda g: f"{g.label_rows:,}"),
         Column("accuracy", lambda g: f"{g.accuracy:.1f}", "number strong"),
         Column("95 % interval", lambda g: interval(g.low, g.high)),
+        Column("test rows", lambda g: f"{summary.test_rows:,}"),
         Column("seeds", lambda g: f"{len(g.seeds)}" + f" x {summary.folds} folds" * bool(summary.folds)),
         Column("each seed", lambda g: " ".join(f"{value:.1f}" for value in g.accuracies)),
         Column("updates", lambda g: f"{g.updates:,}"),
@@ -153,6 +158,7 @@ def costs(study: Study) -> Table:
         Column("device-hours", lambda s, g, c, _: f"{c.device_hours:.3g}"),
         Column("training FLOPs", lambda s, g, c, _: compact(c.training_flops) if c.training_flops else "-"),
         Column("accuracy", lambda s, g, c, _: f"{g.accuracy:.1f}"),
+        Column("95 % interval", lambda s, g, c, _: interval(g.low, g.high)),
     ]
     teachers = {id(summary): teacher_of(summary) for summary in study.summaries}
     found = ((s, g, cost(g), t.parameters if (t := teachers[id(s)]) else None) for s, g in study.groups())
@@ -217,6 +223,52 @@ def rationales(study: Study) -> Table:
     return _table(columns, (item for item in found if item[2]))
 
 
+_LABEL = (
+    Column("label", lambda each: each.label, "text"),
+    Column("rows", lambda each: f"{each.rows:,}"),
+    Column("predicted", lambda each: f"{each.predicted:,}"),
+    Column("right", lambda each: f"{each.right:,}"),
+    Column("precision", lambda each: _or_dash("{:.1f}", each.precision)),
+    Column("recall", lambda each: _or_dash("{:.1f}", each.recall)),
+    Column("F1", lambda each: _or_dash("{:.1f}", each.f1), "number strong"),
+)
+
+
+def of_labels(found: Labels) -> str:
+    """Writes the scores by label and the confusions for a terminal; beyond 20 labels no confusions."""
+    lines = [*_aligned(_table(_LABEL, ((each,) for each in found.labels)))]
+    lines += ["", f"macro-F1 {found.macro_f1:.1f} over {found.rows:,} rows"]
+    if len(found.labels) <= _MOST_LABELS:
+        columns = confusion(found)
+        columns.header[0] = "label \\ predicted"
+        lines += ["", *_aligned(columns)]
+    return "\n".join(lines)
+
+
+def largest(summary: Summary) -> list[tuple[Group, Labels]]:
+    """Lists the answers by label of each method, with its largest share of the data; empty without a closed set."""
+    groups = [group for method in summary.methods if (group := summary.most_data(method))]
+    return [(group, found) for group in groups if (found := group.by_label)]
+
+
+def by_label(summary: Summary) -> Table:
+    """Lists precision, recall and F1 of each method by label, in percent."""
+    columns = [
+        Column("method", lambda group, *_: group.method, "text"),
+        Column("data", lambda group, *_: percent(group.fraction)),
+        *(Column(name, lambda _, each, cell=cell: cell(each), kind) for name, cell, kind in _LABEL),
+    ]
+    return _table(columns, ((group, each) for group, of in largest(summary) for each in of.labels))
+
+
+def confusion(found: Labels) -> Table:
+    """Counts targets (down) against predictions (across); those outside of the set are the last column."""
+    columns = [Column("label \N{DOWNWARDS ARROW} predicted \N{RIGHTWARDS ARROW}", lambda target, _: target, "text")]
+    across = [(each.label, each.label) for each in found.labels] + [(OUTSIDE, None)]
+    columns += [Column(name, lambda _, row, key=key: f"{row[key]:,}") for name, key in across]
+    return _table(columns, found.confusion.items())
+
+
 def runs(study: Study) -> Table:
     """Lists every run with its directory."""
     columns = [
@@ -225,6 +277,8 @@ def runs(study: Study) -> Table:
         Column("data", lambda r: percent(r.run.fraction)),
         Column("seed", lambda r: f"{r.run.seed}" + (f", fold {r.fold[0]}" if r.fold else "")),
         Column("accuracy", lambda r: f"{r.accuracy:.1f}", "number strong"),
+        Column("95 % interval", lambda r: interval(*r.interval)),
+        Column("test rows", lambda r: f"{len(r.test_rows):,}"),
         Column("tested checkpoint", lambda r: f"{r.test_step:,} of {r.updates:,}"),
         Column("directory", lambda r: str(r.run.path)),
     ]

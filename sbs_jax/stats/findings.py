@@ -101,7 +101,7 @@ def sentences(summary: Summary) -> list[str]:
         best = max(summary.groups, key=lambda group: group.accuracy)
         found.append(
             f"The teacher itself has {summary.teacher_accuracy:.1f} % on these test rows; the best student here "
-            f"({best.method} with {of_data(best.fraction)}) has {best.accuracy:.1f} %."
+            f"({best.method} with {of_data(best.fraction)}) has {best.accuracy:.1f} % {interval(best.low, best.high)}."
         )
     if summary.majority_accuracy is not None:
         found.append(

@@ -98,19 +98,29 @@ def holm(values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def accuracy_interval(correct_SN: np.ndarray) -> tuple[float, float, float]:
-    """Computes accuracy in percent and its 95 % interval, which stays within 0 to 100.
+def accuracy_interval(scores_SN: np.ndarray) -> tuple[float, float, float]:
+    """Computes the mean of scores from 0 to 1 in percent and its 95 % interval, which stays within 0 to 100.
 
-    Wilson's interval at the effective number of test rows p (1 - p) / V, with V of `mean_variance`. With one seed that
-    is N, which gives the usual Wilson interval.
+    Scores are right (1) or wrong (0), or anything between, such as ROUGE-L. Wilson's interval at the effective number
+    of test rows p (1 - p) / V, with V of `mean_variance`. With one seed of right and wrong that is N, which gives the
+    usual Wilson interval; scores between vary less, so they are worth more rows.
 
     >>> [round(x, 1) for x in accuracy_interval(np.array([[1.0] * 60 + [0.0] * 40]))]
     [60.0, 50.2, 69.1]
+    >>> [round(x, 1) for x in accuracy_interval(np.array([[0.7] * 60 + [0.45] * 40]))]
+    [60.0, 57.5, 62.4]
     """
-    S, N = correct_SN.shape
-    share, variance, freedom = mean_variance(correct_SN)
+    S, N = scores_SN.shape
+    share = float(scores_SN.mean())
     spread = share * (1 - share)
-    size = float(N) if S == 1 or spread == 0 else min(spread / variance, float(S * N))
+    binary = spread <= 0 or bool(np.isin(scores_SN, (0.0, 1.0)).all())
+    # Equal scores do not prove that others would be equal too, so the variance is never 0.
+    worth = 1.0 if binary else spread / max(float(scores_SN.var()), spread / N**2)
+    if S == 1:
+        size, freedom = N * worth, math.inf if binary or N < 2 else N - 1.0
+    else:
+        _, variance, freedom = mean_variance(scores_SN)
+        size = float(N) if spread <= 0 else min(spread / variance if variance else math.inf, S * N * worth)
     low, high = wilson_interval(share, size, z=_quantile(freedom))
     return 100 * share, 100 * low, 100 * high
 

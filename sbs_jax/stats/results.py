@@ -7,8 +7,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NotRequired, TypedDict
 
+import numpy as np
+
 from sbs_jax.checks import nearest, whole_number
 from sbs_jax.run import directory
+from sbs_jax.stats.intervals import accuracy_interval
 from sbs_jax.stats.quality import Quality
 from sbs_jax.stats.quality import read as read_quality
 from sbs_jax.storage import json_files, user_files
@@ -39,10 +42,15 @@ class _Split(TypedDict):
     counts: NotRequired[dict[str, Any]]
 
 
+class _Definition(TypedDict):
+    labels: NotRequired[list[str] | None]
+
+
 class _Data(TypedDict):
     dataset: str
     options: _Options
     splits: dict[str, _Split]
+    definition: NotRequired[_Definition]
 
 
 class _Task(TypedDict):
@@ -58,6 +66,7 @@ class _Manifest(TypedDict):
     versions: NotRequired[dict[str, Any]]
     devices: NotRequired[list[Any]]
     parameter_count: NotRequired[int]
+    labels: NotRequired[list[str] | None]
 
 
 class _Row(TypedDict):
@@ -109,6 +118,19 @@ class Result:
     def accuracy(self) -> float:
         """Accuracy on the test rows, in percent."""
         return 100.0 * sum(row["correct"] for row in self.test_rows.values()) / len(self.test_rows)
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % interval of the accuracy, in percent; it covers the choice of test rows, not the seed."""
+        _, low, high = accuracy_interval(np.array([[float(row["correct"]) for row in self.test_rows.values()]]))
+        return low, high
+
+    @property
+    def labels(self) -> tuple[str, ...] | None:
+        """The closed set of labels; None if there is none, or the run is of a version that did not write it."""
+        definition = self.manifest["data"].get("definition") or {}
+        found = self.manifest.get("labels") or definition.get("labels")
+        return tuple(found) if found else None
 
     @property
     def updates(self) -> int:

@@ -15,6 +15,7 @@ from sbs_jax.stats import baselines, teacher
 from sbs_jax.stats.baselines import Baseline
 from sbs_jax.stats.formats import percent
 from sbs_jax.stats.intervals import accuracy_interval, difference_interval, difference_p, holm, mcnemar
+from sbs_jax.stats.labels import Labels, of_answers
 from sbs_jax.stats.results import DISTILLATION, FINE_TUNING, METHODS, TEACHER_LABELS, Result, Run, join_folds, load
 
 # Verdict with one seed: two students differ. Seeds of one method differ as well, which the interval does not cover.
@@ -52,6 +53,15 @@ class Group:
     def label_examples_seen(self) -> int | None:
         per_update = self.results[0].examples_per_update
         return None if per_update is None else per_update * self.updates
+
+    @property
+    def by_label(self) -> Labels | None:
+        """Answers by label, those of all seeds together; None without a closed set of labels."""
+        known = self.results[0].labels
+        rows = [row for result in self.results for row in result.test_rows.values()]
+        if known is None or not all("target" in row and "prediction" in row for row in rows):
+            return None
+        return of_answers(((row["target"], row["prediction"]) for row in rows), known)
 
     @property
     def train_seconds(self) -> float:

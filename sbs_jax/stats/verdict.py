@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from sbs_jax.stats import baselines, results, summary
+from sbs_jax.stats.formats import interval
 
 
 def verdict(run: str | Path) -> str | None:
@@ -27,6 +28,7 @@ def verdict(run: str | Path) -> str | None:
     if name is None or result.accuracy >= found[name]:
         return None
     return (
-        f"This student is below a baseline: it has {result.accuracy:.1f} % on test, and {baselines.TITLES[name]} has "
+        f"This student is below a baseline: it has {result.accuracy:.1f} % {interval(*result.interval)} of "
+        f"{len(result.test_rows):,} test rows, and {baselines.TITLES[name]} has "
         f"{found[name]:.1f} %. Train it longer, on more data or from pre-trained weights before comparing methods."
     )

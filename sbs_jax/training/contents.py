@@ -63,6 +63,7 @@ def manifest(config: TrainConfig, *, data: dict[str, Any], trainer: Trainer) -> 
         | ({} if dataset.definition is None else {"definition": dataset.definition})
         | ({} if dataset.module is None else {"module": dict(dataset.module)}),
         "lengths": lengths,
+        "labels": None if dataset.labels is None else list(dataset.labels),
         "run": {
             "mixture_or_task_name": config.mixture_or_task_name,
             "task_feature_lengths": dict(config.task_feature_lengths),

@@ -16,7 +16,7 @@ import numpy as np
 
 from sbs_jax import compiling, hosts
 from sbs_jax.data import batches, grading, registry
-from sbs_jax.data.dataset import BY_LOSS
+from sbs_jax.data.dataset import BY_LOSS, Dataset
 from sbs_jax.storage import atomic, json_files
 from sbs_jax.student import decoding, families, losses, partitioning, stacks
 from sbs_jax.training.students import load_student
@@ -311,8 +311,13 @@ class EvaluateConfig:
     base: str | None = None  # the base of an adapter run, if it has moved
 
 
-def evaluate(config: EvaluateConfig) -> dict[str, float]:
-    """Grades a checkpoint on a split; writes predictions and `metrics.json` to `output_dir`, if given."""
+def evaluate(
+    config: EvaluateConfig, *, describe: Callable[[Result, Dataset], Mapping[str, Any]] | None = None
+) -> dict[str, Any]:
+    """Grades a checkpoint on a split; writes predictions and `metrics.json` to `output_dir`, if given.
+
+    Returns the metrics, with what `describe` adds to them; it is called on the first process alone.
+    """
     if config.output_dir is not None and hosts.is_first():
         _refuse_others(Path(config.output_dir) / "metrics.json")
     student = load_student(
@@ -338,14 +343,17 @@ def evaluate(config: EvaluateConfig) -> dict[str, float]:
         ),
     )
     result = grader.run(student.parameters)
+    found: dict[str, Any] = dict(result.metrics)
+    if describe is not None and hosts.is_first():
+        found |= describe(result, registry.dataset_of_task(task))
     if config.output_dir is not None and hosts.is_first():
         directory = Path(config.output_dir)
         directory.mkdir(parents=True, exist_ok=True)
         if result.rows:
             write_rows(directory / f"{task}-{config.split}-{student.step}.jsonl", result.rows)
-        summary = {"task": task, "split": config.split, "step": student.step, **result.metrics}
+        summary = {"task": task, "split": config.split, "step": student.step, **found}
         atomic.replace(directory / "metrics.json", (json.dumps(summary, indent=1) + "\n").encode(), ours=False)
-    return result.metrics
+    return found
 
 
 def _refuse_others(path: Path) -> None:

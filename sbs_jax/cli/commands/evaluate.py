@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -59,12 +60,28 @@ def check(arguments: argparse.Namespace, bindings: Sequence[str]) -> None:
 
 def run(arguments: argparse.Namespace, bindings: Sequence[str]) -> int:
     from sbs_jax import hosts
+    from sbs_jax.data.dataset import Dataset
+    from sbs_jax.pages import tables
     from sbs_jax.prediction import compiled
+    from sbs_jax.stats import graded
+    from sbs_jax.stats.labels import Labels
     from sbs_jax.training import evaluate, gin_files
 
     config, _ = gin_files.configured("evaluate.EvaluateConfig", arguments, settled(arguments, bindings))
+    by_label: list[Labels] = []
+
+    def describe(result: evaluate.Result, dataset: Dataset) -> dict[str, Any]:
+        found = graded.by_label(result.rows, dataset.labels)
+        more = {}
+        if found is not None:
+            by_label.append(found)
+            more = found.described()
+        return graded.described(result.metrics, result.rows, found) | more
+
     with compiled.kept(compiled.default()):
-        metrics = evaluate.evaluate(config)
+        found = evaluate.evaluate(config, describe=describe)
     if hosts.is_first():
-        print(json.dumps(metrics))
+        for each in by_label:  # for people; programs read the line of JSON, or metrics.json
+            print(tables.of_labels(each), file=sys.stderr)
+        print(json.dumps({name: value for name, value in found.items() if name not in ("labels", "confusion")}))
     return 0

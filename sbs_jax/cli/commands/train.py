@@ -59,8 +59,9 @@ def check(arguments: argparse.Namespace, bindings: Sequence[str]) -> None:
 
 
 def run(arguments: argparse.Namespace, bindings: Sequence[str]) -> int:
+    from sbs_jax.data import registry
     from sbs_jax.prediction import compiled
-    from sbs_jax.stats import verdict
+    from sbs_jax.stats import graded, verdict
     from sbs_jax.training import loop
 
     each = each_of(arguments, bindings)
@@ -70,7 +71,9 @@ def run(arguments: argparse.Namespace, bindings: Sequence[str]) -> int:
         with compiled.kept(compiled.default()):
             result = loop.train(config, config_text=text, accept_changes=arguments.accept_changes, programs=programs)
         if hosts.is_first():
-            print(json.dumps(result, indent=1))
+            dataset = registry.dataset_of_task(config.eval_task_name)
+            task, labels = config.eval_task_name, dataset.labels
+            print(json.dumps(graded.of_run(config.model_dir, result, task=task, of_labels=labels), indent=1))
             if config.evaluate_test and (below := verdict.verdict(config.model_dir)) is not None:
                 log.warning("%s", below)
     return 0
