@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from sbs_jax.stats import baselines
 from sbs_jax.stats.formats import capital, interval, listed, of_data, p_value, percent, signed, signed_interval
+from sbs_jax.stats.intervals import wilson_interval
 from sbs_jax.stats.study import Study
 from sbs_jax.stats.summary import DIFFER, Comparison, Group, Summary
 
@@ -100,15 +101,22 @@ def sentences(summary: Summary) -> list[str]:
     if summary.teacher_accuracy is not None:
         best = max(summary.groups, key=lambda group: group.accuracy)
         found.append(
-            f"The teacher itself has {summary.teacher_accuracy:.1f} % on these test rows; the best student here "
-            f"({best.method} with {of_data(best.fraction)}) has {best.accuracy:.1f} % {interval(best.low, best.high)}."
+            f"The teacher itself has {_with_interval(summary.teacher_accuracy, summary)} on these test rows; the "
+            f"best student here ({best.method} with {of_data(best.fraction)}) has {best.accuracy:.1f} % "
+            f"{interval(best.low, best.high)}."
         )
     if summary.majority_accuracy is not None:
         found.append(
             f"Always answering “{summary.majority_label}”, the most frequent label of the test rows, would have "
-            f"{summary.majority_accuracy:.1f} %."
+            f"{_with_interval(summary.majority_accuracy, summary)}."
         )
     return found + _against_baselines(summary)
+
+
+def _with_interval(accuracy: float, summary: Summary) -> str:
+    """Writes an accuracy on the test rows that no seed varies, with its 95 % interval."""
+    low, high = wilson_interval(accuracy / 100, summary.test_rows)
+    return f"{accuracy:.1f} % {interval(100 * low, 100 * high)}"
 
 
 def _against_baselines(summary: Summary) -> list[str]:
