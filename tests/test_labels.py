@@ -89,3 +89,29 @@ def test_free_answers_have_no_labels(tmp_path: Path) -> None:
     (path / "manifest.json").write_text(json.dumps(manifest))
     (summary,) = report.study(report.find([tmp_path / "folder"]).runs).summaries
     assert tables.largest(summary)
+
+
+def test_metrics_besides_the_accuracy_have_a_table_of_their_own(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        run = write_run(tmp_path / f"run{seed}", seed=seed, right=[i % 2 == 0 for i in range(40)])
+        (file,) = (run / "predictions").iterdir()
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        rows = [row | {"scores": {"rouge_l": 0.4 + 0.005 * i}} for i, row in enumerate(rows)]
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (summary,) = report.study(report.find([tmp_path]).runs).summaries
+    value, low, high = summary.groups[0].further["rouge_l"]
+    assert value == pytest.approx(100 * (0.4 + 0.005 * 19.5))
+    assert low < value < high < low + 10
+    assert "rouge_l  49.8" in report.table(summary)
+    file.write_text(file.read_text().replace("0.4}", "1.4}"))
+    with pytest.raises(ValueError, match=r"scores.rouge_l is 1.4; expected a number of at least 0 and at most 1"):
+        report.study(report.find([tmp_path]).runs)
+
+
+def test_correct_is_the_accuracy_that_it_equals(tmp_path: Path) -> None:
+    """A dataset may have several accuracies, of which `correct` is the primary one."""
+    run = write_run(tmp_path / "run", right=[i % 4 == 0 for i in range(40)])
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines[-1] = {"kind": "test", "step": 100, "normalized_accuracy": 10.0, "numeric_accuracy": 25.0}
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert report.study(report.find([run]).runs).summaries[0].metric == "numeric_accuracy"

@@ -1,5 +1,7 @@
 """Grading: exact values, hostile text, percentages, and the alarm."""
 
+import functools
+import importlib.util
 import time
 from fractions import Fraction
 
@@ -103,6 +105,62 @@ def test_metrics_are_percentages():
     assert grading.accuracy(["a"], [" a"]) == {"accuracy": 0.0}
     graded = grading.equation_accuracy(["( 84.0 / 2.0 )", "1", "2", "3"], ["42", "1/0", "2.0", ""])
     assert graded == {"equation_accuracy": 50.0}
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        *(("42", 42), ("It is -4.50 kg.", Fraction(-9, 2)), ("\u22125", -5), ("about $1,200.50", Fraction(2401, 2))),
+        *((".5", Fraction(1, 2)), ("5.", 5), ("2.5e-1", Fraction(1, 4)), ("50 %", 50), ("1,200,300", 1_200_300)),
+        *(
+            (text, None)
+            for text in ("", "none", "3 or 4", "5-3", "1.2.3", "1,2345", "3,5", "2026-11-29", "a1", "1e9999")
+        ),
+        ("\u0663", None),  # Arabic-Indic digit
+        ("1" * 501, None),
+    ],
+)
+def test_a_number_is_the_only_one_of_its_text(text, value):
+    assert grading.number_in(text) == value
+    assert grading.is_number(text) is (value is not None)
+
+
+def test_numbers_may_differ_by_their_tolerance():
+    assert grading.same_number("42", "It is 42.0.")
+    assert not grading.same_number("42", "42.001")
+    assert grading.same_number("0.3", "0.6", tolerance=0.3)  # as decimals: the float 0.3 is less
+    assert grading.same_number("200", "198", relative_tolerance=0.01)
+    assert not grading.same_number("200", "197.9", relative_tolerance=0.01)
+    assert grading.same_number("0", "0.1", tolerance=0.1, relative_tolerance=0.5)
+    assert not grading.same_number("none", "none")
+    graded = grading.numeric_accuracy(["1", "2", "3", "4"], ["1.1", "2.2", "3", "x"], tolerance=0.1)
+    assert graded == {"numeric_accuracy": 50.0}
+
+
+def test_means_are_of_the_scores_of_pairs():
+    assert grading.rouge_l(["a b", "c"], ["a b", "d"]) == {"rouge_l": 50.0}
+    near = functools.partial(grading.numeric_accuracy, tolerance=1)
+    score = grading.row_score(near)
+    assert score is not None
+    assert (score("1", "2"), score("1", "3")) == (True, False)
+    assert grading.row_score(near) is score  # so it can be compared
+    assert grading.row_score(grading.accuracy) is grading.same_text
+    assert grading.row_score(lambda targets, predictions: {}) is None
+
+
+def test_chrf_is_sacrebleu_s():
+    pytest.importorskip("sacrebleu")
+    assert grading.chrf(["Half of 84 is 42."] * 2, ["Half of 84 is 42.", "half of 84 is 42"])["chrf"] == pytest.approx(
+        (100.0 + 82.02366830) / 2
+    )
+    assert grading.chrf_of("", "") == 0.0
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match=r"metric chrf needs the package sacrebleu.*sbs-jax\[metrics\]"):
+        grading.check_installed([grading.accuracy, grading.chrf])
+    grading.check_installed([grading.accuracy, grading.rouge_l])
 
 
 def test_metrics_refuse_lists_that_do_not_match():

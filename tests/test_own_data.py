@@ -178,6 +178,15 @@ def test_a_place_without_a_table_is_named(tmp_path):
     [
         ({"version": 2}, "'version' is 2; expected 1"),
         ({"metric": "acuracy"}, "'accuracy'"),
+        ({"metric": "rouge"}, "'metric' is 'rouge'; expected one of .*Did you mean 'rouge_l'"),
+        ({"metrics": ["chrf", "bleu"]}, "'metrics' is 'bleu'; expected one of"),
+        (
+            {"metric": "numeric_accuracy", "labels": None, "tolerance": "half"},
+            "'tolerance' is \"half\"; expected a number",
+        ),
+        ({"metric": "numeric_accuracy", "labels": None, "tolerance": -1}, "'tolerance' is -1; expected .* at least 0"),
+        ({"relative_tolerance": 0.1}, "'relative_tolerance' is for the metric numeric_accuracy"),
+        ({"metric": "numeric_accuracy"}, "the label 'pests' holds not exactly one number"),
         ({"labels": ["one"]}, "at least two different texts"),
         ({"labels": ["one", "one"]}, "at least two different texts"),
         ({"marker": " "}, "'marker' is blank"),
@@ -191,6 +200,36 @@ def test_a_definition_that_does_not_fit_is_named(changes, message, tmp_path):
     (tmp_path / dataset_folder.FILE).write_text(json.dumps({**definition, **changes}))
     with pytest.raises(ValueError, match=f"dataset.json: .*{message}"):
         dataset_folder.read(tmp_path)
+
+
+PRICES = [{"text": f"How much are {number} roses?", "price": f"{3 * number}.50 euros"} for number in range(1, 31)]
+
+
+def test_free_answers_are_graded_by_named_metrics(tmp_path):
+    plan = plan_of(tmp_path, PRICES, label_column="price", metric="numeric_accuracy")
+    definition = {**(plan.dataset.definition or {}), "tolerance": 1, "metrics": ["rouge_l"]}
+    dataset = dataset_folder.of(definition, where="here")
+    assert dataset.definition == definition  # and of a run's manifest comes back as it was
+    assert plan.dataset.labels is None
+    assert "answers: free text, graded by numeric_accuracy" in plan.lines
+    found = [metric(["3.50 euros"] * 2, ["It is 4.5", "5 euros"]) for metric in dataset.metric_fns]
+    assert found == [{"numeric_accuracy": 50.0}, {"rouge_l": 20.0}]
+    assert dataset.same_label("3.50 euros", "4.5")
+    assert not dataset.same_label("3.50 euros", "4.51")
+    with pytest.raises(ValueError, match=r"--metric is 'rouge'; .* Did you mean 'rouge_l'"):
+        plan_of(tmp_path, PRICES, label_column="price", metric="rouge")
+    with pytest.raises(ValueError, match=r"train row \d+: \"?'?a few.* is_number\(\) rejects it"):
+        plan_of(
+            tmp_path, [*PRICES, {"text": "And two?", "price": "a few"}], label_column="price", metric="numeric_accuracy"
+        )
+    texts = dataset_folder.of({**(plan.dataset.definition or {}), "metric": "rouge_l"}, where="here")
+    assert texts.same_label("Three Euros.", "three euros")
+    assert [next(iter(metric(["a"], ["a"]))) for metric in texts.metric_fns] == ["rouge_l", "normalized_accuracy"]
+
+
+def test_a_definition_of_an_earlier_version_is_described_as_it_was(tmp_path):
+    definition = plan_of(tmp_path, ROWS, label_column="team").dataset.definition or {}
+    assert not {"metrics", "tolerance", "relative_tolerance"} & definition.keys()
 
 
 def test_from_a_csv_to_a_served_student(tmp_path, monkeypatch, capsys):

@@ -163,7 +163,8 @@ def test_every_import_is_declared(inside_functions: bool) -> None:
     allowed = set(requirements([PROJECT["dependencies"]]))
     if inside_functions:
         extras = PROJECT["optional-dependencies"]
-        allowed |= {*requirements([extras["teacher"], extras["t5x"], extras["serve"], extras["trackers"]])}
+        names = ("teacher", "t5x", "serve", "trackers", "metrics")
+        allowed |= {*requirements([extras[name] for name in names])}
     undeclared = {}
     for path in sources("sbs_jax", "tasks"):
         names = imported(path, inside_functions=inside_functions)

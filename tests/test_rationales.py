@@ -11,7 +11,7 @@ import toy
 
 import tasks
 from sbs_jax.cli import main
-from sbs_jax.data import parsing, records, registry, release
+from sbs_jax.data import grading, parsing, records, registry, release
 from sbs_jax.stats import rationales
 from sbs_jax.training import loop
 from tasks import builtin, nli, svamp
@@ -93,8 +93,8 @@ def test_every_usable_reply_of_the_scripted_teacher_argues_for_its_answer() -> N
     ],
 )
 def test_rouge_l(reference: str, text: str, expected: float) -> None:
-    assert rationales.rouge_l(reference, text) == pytest.approx(expected)
-    assert rationales.rouge_l(text, reference) == pytest.approx(expected)
+    assert grading.rouge_l_of(reference, text) == pytest.approx(expected)
+    assert grading.rouge_l_of(text, reference) == pytest.approx(expected)
 
 
 def test_quality_by_hand() -> None:

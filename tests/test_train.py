@@ -16,7 +16,7 @@ import toy
 from builders import decoders
 
 from sbs_jax import compiling
-from sbs_jax.data import batches, records, registry, tokens
+from sbs_jax.data import batches, grading, records, registry, tokens
 from sbs_jax.prediction import engine, files
 from sbs_jax.run import checkpoints, directory
 from sbs_jax.student import families, partitioning, stacks
@@ -373,6 +373,20 @@ def test_short_rows_are_evaluated_without_the_padding_of_long_ones(tmp_path, mon
     scores = [[row.pop("score") for row in rows] for rows in (grouped, padded)]
     assert grouped == padded
     np.testing.assert_allclose(*scores, rtol=1e-5)
+
+
+def test_scores_besides_the_primary_metric_are_kept_per_row(tmp_path, records_dir, monkeypatch):
+    """With their mean in the metrics, so that they have intervals."""
+    dataset = dataclasses.replace(toy.DATASET, metric_fns=(grading.rouge_l, grading.accuracy), primary_metric="rouge_l")
+    monkeypatch.setitem(registry._DATASETS, "toy", dataset)
+    config = toy.config(tmp_path / "run", records_dir)
+    registry.configure(config.data)
+    programs = loop.Programs.of(config)
+    result = loop.evaluator(config, programs, split="validation").run(families.init(config.model, seed=1)[1])
+    scores = [row["scores"] for row in result.rows]
+    assert {tuple(each) for each in scores} == {("rouge_l",)}
+    assert result.metrics["rouge_l"] == pytest.approx(100 * np.mean([each["rouge_l"] for each in scores]))
+    assert set(result.metrics) == {"rouge_l", "accuracy"}
 
 
 def test_evaluate_and_predict_use_the_saved_configuration(finished, tmp_path, records_dir):

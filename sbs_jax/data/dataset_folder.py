@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from sbs_jax import checks
 from sbs_jax.data import grading
@@ -24,12 +25,18 @@ from sbs_jax.storage.json_files import brief, read_json, typed
 
 FILE, PROMPT, INPUTS, RECORDS = "dataset.json", "prompt.json", "inputs", "records"
 VERSION = 1
-# Metrics by name: the function over all answers, and the equality of one pair.
-METRICS: Mapping[str, tuple[Callable[..., Mapping[str, Any]], Callable[[str, str], bool]]] = {
-    "accuracy": (grading.accuracy, grading.same_text),
-    "normalized_accuracy": (grading.normalized_accuracy, grading.same_normalized_text),
-    "equation_accuracy": (grading.equation_accuracy, grading.same_equation_value),
+NUMERIC = "numeric_accuracy"
+# Metrics by name. An accuracy, of a row that is right or wrong, has the function that decides this as row score; texts
+# with another metric are right if they are equal without case and punctuation.
+METRICS: Mapping[str, Callable[..., Mapping[str, Any]]] = {
+    "accuracy": grading.accuracy,
+    "normalized_accuracy": grading.normalized_accuracy,
+    "equation_accuracy": grading.equation_accuracy,
+    NUMERIC: grading.numeric_accuracy,
+    "rouge_l": grading.rouge_l,
+    "chrf": grading.chrf,
 }
+_TOLERANCES = ("tolerance", "relative_tolerance")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,7 +48,10 @@ class Definition:
       name: of the dataset; its tasks are `<name>_label`, `<name>_step_by_step` and so on.
       labels: the closed set of labels; None if answers are free text.
       marker: words of the teacher's reply between rationale and answer.
-      metric: a key of METRICS.
+      metric: a key of METRICS; picks the best checkpoint.
+      metrics: further ones, computed beside it.
+      tolerance: largest difference of two equal numbers, for numeric_accuracy.
+      relative_tolerance: the same as a share of the target; the larger of both counts.
       lengths: {"inputs": .., "targets": ..} in tokens.
       stops: strings that end a reply before an invented next question.
     """
@@ -53,11 +63,24 @@ class Definition:
     metric: str
     lengths: Mapping[str, int]
     stops: tuple[str, ...] = ()
+    metrics: tuple[str, ...] = ()
+    tolerance: float = 0.0
+    relative_tolerance: float = 0.0
 
     def __post_init__(self) -> None:
         if self.version != VERSION:
             raise ValueError(f"the field 'version' is {self.version}; expected {VERSION}, which this sbs_jax reads.")
         checks.choice("the field 'metric'", self.metric, METRICS)
+        for name in self.metrics:
+            checks.choice("a name in the field 'metrics'", name, METRICS)
+        for name in _TOLERANCES:
+            checks.number(f"the field {name!r}", getattr(self, name), least=0)
+            if getattr(self, name) and NUMERIC not in (self.metric, *self.metrics):
+                raise ValueError(f"the field {name!r} is for the metric {NUMERIC}, which is not chosen; remove it.")
+        if self.metric == NUMERIC and self.labels is not None:
+            wrong = [label for label in self.labels if not grading.is_number(label)]
+            if wrong:
+                raise ValueError(f"the label {brief(wrong[0])} holds not exactly one number, as {NUMERIC} needs.")
         if not self.marker.strip():
             raise ValueError("the field 'marker' is blank; expected words such as 'So the answer is'.")
         if self.labels is not None:
@@ -86,15 +109,16 @@ def of(value: Any, *, where: str) -> Dataset:
     """Makes the dataset of what a dataset.json says, or a run's manifest."""
     try:
         found = typed(value, Definition)
-        metric, same = METRICS[found.metric]
+        functions, same = _grading(found)
         return Dataset(
             name=found.name,
             labels=found.labels,
             read_release=None,
             parsers={"strict": functools.partial(_strict, found)},
-            metric_fns=(metric,),
+            metric_fns=functions,
             primary_metric=found.metric,
             same_label=same,
+            is_label=grading.is_number if found.metric == NUMERIC else None,
             feature_lengths=found.lengths,
             definition=described(found),
         )
@@ -102,11 +126,23 @@ def of(value: Any, *, where: str) -> Dataset:
         raise ValueError(f"{where}: {error}") from None
 
 
+def _grading(definition: Definition) -> tuple[tuple[Callable[..., Mapping[str, Any]], ...], Callable[[str, str], bool]]:
+    """Returns the metric functions, the primary one first, and the equality of one pair."""
+    tolerances = {name: value for name in _TOLERANCES if (value := getattr(definition, name))}
+    functions = {
+        name: functools.partial(METRICS[name], **tolerances) if name == NUMERIC and tolerances else METRICS[name]
+        for name in (definition.metric, *definition.metrics)
+    }
+    of_pair = definition.metric if definition.metric.endswith("accuracy") else "normalized_accuracy"
+    functions.setdefault(of_pair, METRICS[of_pair])
+    return tuple(functions.values()), cast(Callable[[str, str], bool], grading.row_score(functions[of_pair]))
+
+
 def described(definition: Definition) -> dict[str, Any]:
-    """Inverts `of`, as JSON."""
-    found = dataclasses.asdict(definition)
-    labels = None if definition.labels is None else list(definition.labels)
-    return found | {"labels": labels, "stops": list(definition.stops), "lengths": dict(definition.lengths)}
+    """Inverts `of`, as JSON; later fields are left out at their defaults, so runs of earlier versions resume."""
+    found = json.loads(json.dumps(dataclasses.asdict(definition)))
+    later = {"metrics": [], **dict.fromkeys(_TOLERANCES, 0.0)}
+    return {name: value for name, value in found.items() if name not in later or value != later[name]}
 
 
 def _strict(definition: Definition, text: str, row: Row) -> Parsed:

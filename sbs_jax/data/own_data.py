@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sbs_jax.checks import nearest
+from sbs_jax.checks import choice, nearest
 from sbs_jax.data import dataset_folder, records, release, table
 from sbs_jax.data.dataset import Dataset, Row
 from sbs_jax.data.records import SPLITS, Record
@@ -33,6 +33,7 @@ MARKER = "So the answer is"
 _EXAMPLES, _LONGEST_EXAMPLE = 12, 300  # of the prompt, and characters of each
 _STOP = "\nInput:"
 _TEACHERS = 96  # tokens of a teacher's rationale, before one has been asked
+_GRADED = dict.fromkeys((None, "normalized_accuracy"), "without case and punctuation")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,12 +59,17 @@ def plan(
     label_column: str | None = None,
     rationale_column: str | None = None,
     labels: str = "auto",
+    metric: str | None = None,
 ) -> Plan:
     """Decides everything about a table's dataset. ValueError or FileNotFoundError says what to name or correct.
 
     `source` is a path or hub name (`table.read`); with `tables` it only names these. `unlabelled` leaves all labels to
-    the teacher. `labels` is "closed" (the column's values are all that there are), "free", or "auto".
+    the teacher. `labels` is "closed" (the column's values are all that there are), "free", or "auto". `metric` is a
+    name of `dataset_folder.METRICS`; any but accuracy means free answers, unless `labels` says otherwise.
     """
+    if metric is not None:
+        choice("--metric", metric, dataset_folder.METRICS)
+        labels = "free" if labels == "auto" and metric != "accuracy" else labels
     files = {} if tables is not None else {path.name: file_sha256(path) for path in _files(source)}
     tables = table.read(source) if tables is None else tables
     columns = tuple(dict.fromkeys(each for found in tables.values() for each in found.columns))
@@ -95,7 +101,7 @@ def plan(
     lines.append(
         f"answers: one of {len(known)} labels, {brief(sorted(known))}"
         if known
-        else "answers: free text, graded without case and punctuation"
+        else f"answers: free text, graded {_GRADED.get(metric, f'by {metric}')}"
     )
     splits, rationales = _split(rows, name=name, lines=lines)
     texts = {
@@ -118,12 +124,15 @@ def plan(
         name=name,
         labels=tuple(sorted(known)) if known else None,
         marker=MARKER,
-        metric="accuracy" if known else "normalized_accuracy",
+        metric=metric or ("accuracy" if known else "normalized_accuracy"),
         lengths=lengths,
         stops=(_STOP.strip(),),
     )
+    dataset = dataset_folder.of(dataset_folder.described(definition), where=source)
+    for split, of_split in splits.items():
+        dataset.check_labels(of_split, where=lambda number, split=split: f"{source}, {split} row {number + 1}")
     return Plan(
-        dataset=dataset_folder.of(dataset_folder.described(definition), where=source),
+        dataset=dataset,
         splits=splits,
         rationales=rationales,
         sources=dict.fromkeys(splits, files),

@@ -211,7 +211,8 @@ def _tokenizer(manifest: Mapping[str, Any], opened: Opened) -> dict[str, Any]:
 def _grading(dataset: Dataset | None, *, metric: str | None) -> dict[str, Any]:
     """Describes how answers are graded; `file` if the functions need the standard library only."""
     known = () if dataset is None else dataset.metric_fns
-    functions = [function for function in known if function.__module__ == grading.__name__]
+    plain = [getattr(function, "func", function) for function in known]  # of one with tolerances
+    functions = [function for function in plain if function.__module__ == grading.__name__]
     return {
         "metric": metric,
         "file": GRADING if functions else None,

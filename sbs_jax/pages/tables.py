@@ -48,6 +48,8 @@ def table(summary: Summary) -> str:
     ]
     if summary.comparisons:
         lines += ["", "Differences in points, with 95 % interval", "", *_aligned(differences(summary))]
+    if (others := further(summary)).rows:
+        lines += ["", "Further metrics, in percent, with 95 % interval", "", *_aligned(others)]
     lines += ["", *(f"- {text}" for text in (*sentences(summary), *summary.cautions))]
     # ASCII signs: a terminal without UTF-8 can show them and a search typed on a keyboard finds them.
     return "\n".join(lines).translate(str.maketrans({MINUS: "-", "“": '"', "”": '"'}))
@@ -221,6 +223,20 @@ def rationales(study: Study) -> Table:
     ]
     found = ((s, g, [run.quality for r in g.results for run in r.runs if run.quality]) for s, g in study.groups())
     return _table(columns, (item for item in found if item[2]))
+
+
+def further(summary: Summary) -> Table:
+    """Lists the means of the metrics besides the accuracy, in percent, with their intervals."""
+    columns = [
+        Column("method", lambda g, *_: g.method, "text"),
+        Column("data", lambda g, *_: percent(g.fraction)),
+        Column("metric", lambda g, name, _: name, "text"),
+        Column("mean", lambda g, _, found: f"{found[0]:.1f}", "number strong"),
+        Column("95 % interval", lambda g, _, found: interval(*found[1:])),
+        Column("test rows", lambda *_: f"{summary.test_rows:,}"),
+        Column("seeds", lambda g, *_: f"{len(g.seeds)}"),
+    ]
+    return _table(columns, ((g, name, found) for g in summary.groups for name, found in g.further.items()))
 
 
 _LABEL = (

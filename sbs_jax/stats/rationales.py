@@ -15,21 +15,18 @@ ROUGE-L          F1 of the longest common subsequence of words with the teacher'
 
 import functools
 import json
-import re
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from sbs_jax import hosts
-from sbs_jax.data import parsing, records, registry, selection, tokens
+from sbs_jax.data import grading, parsing, records, registry, selection, tokens
 from sbs_jax.data.dataset import Dataset
 from sbs_jax.stats.quality import LINES, NAME, VERSION
 from sbs_jax.storage import atomic
 from sbs_jax.student import partitioning
 from sbs_jax.training import evaluate, students
-
-_WORD = re.compile(r"[^\W_]+")
 
 
 def measure(
@@ -123,7 +120,7 @@ def quality(
                 "prediction": prediction,
                 "consistent": None if implied is None else _alike(dataset.same_label)(implied, prediction),
                 "teacher_rationale": row.rationale,
-                "rouge_l": rouge_l(row.rationale, written) if row.rationale else None,
+                "rouge_l": grading.rouge_l_of(row.rationale, written) if row.rationale else None,
             }
         )
     decided = [line["consistent"] for line in lines if line["consistent"] is not None]
@@ -141,23 +138,6 @@ def quality(
         "examples_file": LINES,
     }
     return found, lines
-
-
-def rouge_l(reference: str, text: str) -> float:
-    """Computes the F1 of the longest common subsequence of words, 0 to 1.
-
-    >>> rouge_l("Half of 84 is 42.", "half of it is 42")
-    0.8
-    """
-    a, b = (_WORD.findall(each.lower()) for each in (reference, text))
-    if not a or not b:
-        return 0.0
-    lengths = [0] * (len(b) + 1)  # of the prefixes of b with the words of a so far
-    for word in a:
-        diagonal = 0
-        for i, other in enumerate(b, start=1):
-            diagonal, lengths[i] = lengths[i], diagonal + 1 if word == other else max(lengths[i], lengths[i - 1])
-    return 2 * lengths[-1] / (len(a) + len(b))
 
 
 def _implied(dataset: Dataset, row: records.Record, text: str) -> str | None:

@@ -9,7 +9,7 @@ from typing import Any, Literal, NotRequired, TypedDict
 
 import numpy as np
 
-from sbs_jax.checks import nearest, whole_number
+from sbs_jax.checks import nearest, number, whole_number
 from sbs_jax.run import directory
 from sbs_jax.stats.intervals import accuracy_interval
 from sbs_jax.stats.quality import Quality
@@ -55,6 +55,7 @@ class _Data(TypedDict):
 
 class _Task(TypedDict):
     mixture_or_task_name: str
+    primary_metric: NotRequired[str]
 
 
 class _Manifest(TypedDict):
@@ -77,6 +78,7 @@ class _Row(TypedDict):
     input: NotRequired[str]
     target: NotRequired[str]
     prediction: NotRequired[str]
+    scores: NotRequired[dict[str, float]]
 
 
 @dataclass(frozen=True)
@@ -228,14 +230,15 @@ def load(run: Run) -> Result:
     names = [name for name in test if name.rpartition("_")[2] == "accuracy"]
     if not names:
         raise ValueError(f"{path}: the test line has {json_files.part(', '.join(test))}; expected an accuracy.")
-    metric = "accuracy" if "accuracy" in names else names[0]
+    rows = _test_rows(path, step=step)
+    metric = _graded_by(rows, {name: test[name] for name in names}, primary=manifest["run"].get("primary_metric"))
     result = Result(
         run=run,
         manifest=manifest,
         metrics=metrics,
         metric=metric,
         test_step=step,
-        test_rows=_test_rows(path, step=step),
+        test_rows=rows,
         examples_per_update=_examples_per_update(path),
         quality=read_quality(path),
     )
@@ -245,6 +248,13 @@ def load(run: Run) -> Result:
             f"{result.accuracy:.2f}; expected the same. Train this run again."
         )
     return result
+
+
+def _graded_by(rows: Mapping[str, Mapping[str, Any]], metrics: Mapping[str, float], *, primary: str | None) -> str:
+    """Returns the accuracy that `correct` of the rows is; the first one if none agrees with them."""
+    first = sorted(metrics, key=lambda name: (name != primary, name != "accuracy"))
+    share = 100.0 * sum(row["correct"] for row in rows.values()) / max(1, len(rows))
+    return next((name for name in first if abs(metrics[name] - share) <= 0.01), first[0])
 
 
 def join_folds(
@@ -339,6 +349,8 @@ def _test_rows(path: Path, *, step: int) -> dict[str, dict[str, Any]]:
     rows: dict[str, dict[str, Any]] = {}
     for line, found in json_files.read_json_lines(files[0]):
         row = json_files.typed(found, _Row, where=f"{files[0]}:{line}", extra=True)
+        for name, score in row.get("scores", {}).items():
+            number(f"{files[0]}:{line}: scores.{name}", score, least=0, most=1)
         rows[row["id"]] = dict(row)
     return rows
 

@@ -55,6 +55,16 @@ class Group:
         return None if per_update is None else per_update * self.updates
 
     @property
+    def further(self) -> dict[str, tuple[float, float, float]]:
+        """Means in percent of the metrics besides the accuracy, by name, each with its 95 % interval."""
+        ids = list(self.results[0].test_rows)
+        scores = [[result.test_rows[i].get("scores", {}) for i in ids] for result in self.results]
+        names = [name for name in scores[0][0] if all(name in row for of_seed in scores for row in of_seed)]
+        return {
+            name: accuracy_interval(np.array([[row[name] for row in of_seed] for of_seed in scores])) for name in names
+        }
+
+    @property
     def by_label(self) -> Labels | None:
         """Answers by label, those of all seeds together; None without a closed set of labels."""
         known = self.results[0].labels

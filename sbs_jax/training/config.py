@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from sbs_jax import checks
-from sbs_jax.data import registry, selection
+from sbs_jax.data import grading, registry, selection
 from sbs_jax.run import trackers
 from sbs_jax.student import adapters, families, partitioning, stacking, stacks
 
@@ -145,13 +145,17 @@ class TrainConfig(Optimization, Checkpointing, Evaluation, Compute, Guards):
 
     @property
     def eval_task_name(self) -> str:
-        """The task that validation and test grade. ValueError if only rationales are trained."""
+        """The task that validation and test grade.
+
+        ValueError if only rationales are trained; ModuleNotFoundError if a metric needs a package that is missing.
+        """
         name = registry.graded_task(self.mixture_or_task_name)
         if name is None:
             raise ValueError(
                 f"{self.mixture_or_task_name} has only rationales, which cannot be graded; train on the mixture "
                 "<dataset>_step_by_step, with ALPHA = 0 to ignore the labels."
             )
+        grading.check_installed(registry.dataset_of_task(name).metric_fns)
         return name
 
     def gradient_transformation(self) -> optax.GradientTransformation:

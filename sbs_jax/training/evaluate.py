@@ -26,7 +26,10 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """Metrics (accuracies in percent) and one row per example: id, inputs, target, prediction, correct, score."""
+    """Metrics in percent and one row per example: id, inputs, target, prediction, correct, score, scores.
+
+    `scores` are those of metrics other than `correct`, from 0 to 1 by name, if there are any.
+    """
 
     metrics: dict[str, float]
     rows: list[dict[str, Any]]
@@ -107,6 +110,7 @@ class Evaluator:
         generator: "Generator",
     ) -> None:
         self._dataset, self._kind = registry.split_task(task_name)
+        grading.check_installed(self._dataset.metric_fns)
         self.primary_metric = self._dataset.primary_metric
         self._task_name, self._split = task_name, split
         self._examples = batches.eval_examples(task_name, split=split, lengths=task_feature_lengths)
@@ -144,7 +148,13 @@ class Evaluator:
         targets = [e.label for e in self._examples]
         values: dict[str, float] = {}
         for metric in self._dataset.metric_fns:
-            values |= {name: float(value) for name, value in metric(targets, predictions).items()}
+            named = {name: float(value) for name, value in metric(targets, predictions).items()}
+            values |= named
+            score = grading.row_score(metric)
+            if score is not None and score != self._dataset.same_label:
+                for row in rows:
+                    found = float(score(row["target"], row["prediction"]))
+                    row.setdefault("scores", {}).update(dict.fromkeys(named, found))
         if values[self.primary_metric] == 0.0:
             self._sound_alarm(predictions)
         return Result(values, rows)

@@ -36,6 +36,12 @@ def add(command: Any) -> None:
         default="auto",
         help="closed: the column has all possible answers; free: any text",
     )
+    init.add_argument(
+        "--metric",
+        metavar="NAME",
+        help="how answers are graded, by a name of docs/howto/dataset.md (default: accuracy of labels, "
+        "normalized_accuracy of free answers)",
+    )
     init.add_argument("--output", metavar="DIR", help="folder to make (default: the dataset's name)")
 
 
@@ -50,6 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
         label_column=arguments.label,
         rationale_column=arguments.rationale,
         labels=arguments.labels,
+        metric=arguments.metric,
     )
     name = plan.dataset.name
     if name in catalogue.names():
