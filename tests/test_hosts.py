@@ -281,6 +281,17 @@ def test_a_run_passes_from_one_process_to_two_to_four_and_back(starter, folder, 
 
 
 @pytest.mark.slow
+def test_two_processes_end_early_together(starter, folder, tmp_path):
+    run = tmp_path / "run"
+    flags = toy.train_flags(folder, run, "TRAIN_STEPS=200", "EVAL_PERIOD=2", "PATIENCE=1", "EVALUATE_TEST=False")
+    with starter.together(tmp_path, flags, count=2, devices=2, path=[folder]) as processes:
+        assert [process.wait() for process in processes] == [0] * 2, processes[0].complained()
+    ended = directory.read_manifest(run)["ended"]
+    assert ended["step"] == checkpoints.steps(run)[-1] < 200
+    assert ended["why"].startswith("early, ")
+
+
+@pytest.mark.slow
 def test_two_processes_evaluate_like_one(starter, folder, reference, tmp_path):
     (tmp_path / "evaluate.gin").write_text(
         'from __gin__ import dynamic_registration\nimport toy_task\ninclude "gin_configs/runs/evaluate.gin"\n'

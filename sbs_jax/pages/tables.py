@@ -296,6 +296,7 @@ def runs(study: Study) -> Table:
         Column("95 % interval", lambda r: interval(*r.interval)),
         Column("test rows", lambda r: f"{len(r.test_rows):,}"),
         Column("tested checkpoint", lambda r: f"{r.test_step:,} of {r.updates:,}"),
+        Column("ended", lambda r: r.ended["why"] if r.ended else "-", "note"),
         Column("directory", lambda r: str(r.run.path)),
     ]
     return _table(columns, ((run,) for run in study.runs))

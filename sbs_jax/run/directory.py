@@ -139,6 +139,14 @@ class RunDir:
         self._pending.replace(self.path / "predictions" / f"{name}.jsonl", text.encode("utf-8", "backslashreplace"))
         self._write()
 
+    def note_end(self, facts: Mapping[str, Any]) -> None:
+        """Writes into the manifest as "ended" where the training ended ("step") and why."""
+        if not hosts.is_first():
+            return
+        contents = {**manifest.read(self.path), "ended": dict(facts)}
+        self._pending.replace(self.path / MANIFEST, manifest.encoded(contents))
+        self._write()
+
     def flush(self) -> None:
         """Writes all waiting contents; OSError names the incomplete files and the reasons."""
         if not hosts.is_first():
@@ -208,6 +216,8 @@ class RunDir:
             accepted.append({"step": step, "time": now, "diff": changed})
         new |= {"accepted_changes": accepted, "starts": [*(old or {}).get("starts", []), start]}
         new[manifest.CHECKPOINTED] = step > 0 or (old or {}).get(manifest.CHECKPOINTED, False)
+        if old is not None and old.get("ended", {}).get("step") == step:
+            new["ended"] = old["ended"]  # nothing is trained
         if old is not None and (other := manifest.allowed_changes(old, new)):
             log.info("Changed since the last start: %s.", "; ".join(other))
         self._settings = manifest.flat(new.get("settings", {}))

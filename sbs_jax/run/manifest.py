@@ -62,7 +62,12 @@ def read(run_dir: str | Path) -> dict[str, Any]:
 
 def write(run_dir: str | Path, contents: Mapping[str, Any]) -> None:
     """Writes the manifest of a run."""
-    atomic.replace(Path(run_dir) / NAME, (json.dumps(contents, indent=1, sort_keys=True) + "\n").encode())
+    atomic.replace(Path(run_dir) / NAME, encoded(contents))
+
+
+def encoded(contents: Mapping[str, Any]) -> bytes:
+    """Encodes a manifest as its file holds it."""
+    return (json.dumps(contents, indent=1, sort_keys=True) + "\n").encode()
 
 
 def note_checkpoint(run_dir: str | Path) -> None:
@@ -89,7 +94,7 @@ _LATER = {
         "fold": 0,
         "augmentation": None,
     }.items()
-}
+} | {("train.TrainConfig.patience", "settings.patience"): None}
 
 
 @functools.cache

@@ -68,6 +68,16 @@ class _Manifest(TypedDict):
     devices: NotRequired[list[Any]]
     parameter_count: NotRequired[int]
     labels: NotRequired[list[str] | None]
+    settings: NotRequired[dict[str, Any]]
+    ended: NotRequired["Ended"]
+
+
+class Ended(TypedDict):
+    """End of a run, as its manifest has it."""
+
+    step: int
+    why: str
+    memorized: NotRequired[str | None]
 
 
 class _Row(TypedDict):
@@ -133,6 +143,16 @@ class Result:
         definition = self.manifest["data"].get("definition") or {}
         found = self.manifest.get("labels") or definition.get("labels")
         return tuple(found) if found else None
+
+    @property
+    def ended(self) -> Ended | None:
+        """Why and where it ended; None in a run of a version that did not write it."""
+        return self.manifest.get("ended")
+
+    @property
+    def patient(self) -> bool:
+        """True if it may end early, by PATIENCE."""
+        return self.manifest.get("settings", {}).get("patience") is not None
 
     @property
     def updates(self) -> int:
@@ -296,7 +316,7 @@ def _check_folds(parts: Sequence[Result], count: int) -> None:
         raise ValueError(f"{paths} are {len(parts)} runs of {count} folds; give one run of each fold.")
     if len({part.manifest["data"]["splits"]["test"]["sha256"] for part in parts}) > 1:
         raise ValueError(f"{paths} are folds of different records; train them on the same files.")
-    if len({part.updates for part in parts}) > 1:
+    if len({part.updates for part in parts}) > 1 and not all(part.patient for part in parts):
         found = ", ".join(f"{part.updates} in {part.run.path}" for part in parts)
         raise ValueError(f"The folds differ in their number of updates ({found}). Finish or leave out the short ones.")
 

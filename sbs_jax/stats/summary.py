@@ -43,7 +43,8 @@ class Group:
 
     @property
     def updates(self) -> int:
-        return self.results[0].updates
+        """Mean over the seeds, which differ only with early stopping."""
+        return round(float(np.mean([result.updates for result in self.results])))
 
     @property
     def label_rows(self) -> int:
@@ -199,7 +200,7 @@ def _group(method: str, fraction: float, results: Sequence[Result]) -> Group:
                 "reports (--output)."
             )
     updates = {result.updates: result.run.path for result in results}
-    if len(updates) > 1:
+    if len(updates) > 1 and not all(result.patient for result in results):
         found = ", ".join(f"{count} in {path}" for count, path in updates.items())
         raise ValueError(
             f"The seeds of {method} at fraction {fraction:g} differ in their number of updates ({found}). Finish or "
@@ -346,6 +347,7 @@ def _cautions(groups: Sequence[Group], results: Sequence[Result]) -> list[str]:
                 numbers = ", ".join(f"{method} {_count(value)}" for method, value in values.items())
                 found.append(f"At {percent(fraction)} of the data the methods differ in {name}: {numbers}.")
     runs = [run for result in results for run in result.runs]
+    found += _memorized(runs)
     splits = [run.manifest["data"]["splits"] for run in runs]
     for name, values in (
         ("students of different sizes", {_count(r.manifest.get("parameter_count")) for r in runs}),
@@ -356,6 +358,15 @@ def _cautions(groups: Sequence[Group], results: Sequence[Result]) -> list[str]:
         if len(values) > 1:
             found.append(f"The runs used {name}: {', '.join(sorted(values))}.")
     return found
+
+
+def _memorized(runs: Sequence[Result]) -> list[str]:
+    """Quotes the first run that has memorized its training rows, and counts the others."""
+    found = [(run, run.ended["memorized"]) for run in runs if run.ended and run.ended.get("memorized")]
+    if not found:
+        return []
+    run, text = found[0]
+    return [f"{len(found)} of {len(runs)} runs have memorized their training rows. The first, {run.run.path}: {text}"]
 
 
 def _short(sha256: str) -> str:

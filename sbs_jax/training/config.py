@@ -79,9 +79,12 @@ class Evaluation:
     eval_batch_size: int = 64  # rows graded at a time
     max_decode_length: int = 64  # tokens generated for an answer
     evaluate_test: bool = True  # grade the best checkpoint on test at the end
+    patience: int | None = None  # evaluations without a better score until the run ends early; None: never
 
     def __post_init__(self) -> None:
         _whole_numbers(self, "eval_period", "eval_batch_size", "max_decode_length", least=1)
+        if self.patience is not None:
+            _whole_numbers(self, "patience", least=1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -119,6 +119,9 @@ class Evaluator:
         tokens = np.stack([e.features["encoder_input_tokens"] for e in self._examples])
         hosts.agree({f"{task_name} {split}": hashlib.sha256(tokens.data).hexdigest()})
         self._tokens_NS = tokens
+        self.row_count = len(tokens)
+        answers = [np.count_nonzero(e.features["decoder_target_tokens"]) for e in self._examples]
+        self.answer_tokens = float(np.mean(answers))  # of a right answer, with EOS
         lengths_N = tokens.shape[1] - np.argmax(tokens[:, ::-1] != decoding.PAD, axis=1)
         self._groups = grouped(lengths_N, limit=tokens.shape[1], batch_size=generator.sizes[-1])
         generator.expect(length for length, _ in self._groups)
@@ -182,6 +185,7 @@ class LossEvaluator:
         features = batches.eval_features(task_name, split=split, lengths=task_feature_lengths)
         names = ("encoder_input_tokens", "decoder_input_tokens", "decoder_target_tokens")
         self._rows = [features[name] for name in names]
+        self.row_count, self.answer_tokens = len(self._rows[0]), 1.0  # a token is an answer
         hosts.agree({f"{task_name} {split}": hashlib.sha256(self._rows[0].data).hexdigest()})
         self._generator = generator
         generator.expect([self._rows[0].shape[1]])

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import logging
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from sbs_jax import compiling, hosts
 from sbs_jax.data import corpus, prefetch, registry, selection
 from sbs_jax.hosts import preemption, watchdog
 from sbs_jax.run import checkpoints, directory, settings
-from sbs_jax.training import contents, evaluate, failures, feed
+from sbs_jax.training import contents, evaluate, failures, feed, stopping
 from sbs_jax.training.config import Checkpointing, TrainConfig
 from sbs_jax.training.metrics_window import MetricsWindow
 from sbs_jax.training.state import initial_state, load_base, restored_state
@@ -117,13 +118,12 @@ def train(
             state, progress = initial_state(config, trainer, base=base), _NEW
         # The state holds the base's arrays now, stacked if layers are scanned; a second reference would keep a copy.
         identity, base = (base.identity if base else None), None
-        if start == config.train_steps and any(line["kind"] == "test" for line in run.metrics()):
+        saved = checkpoints.scores_of(progress, where=f"the checkpoint of step {start}")
+        ended = start == config.train_steps or stopping.out_of_patience(saved or {}, config.patience)
+        if ended and any(line["kind"] == "test" for line in run.metrics()):
             return _last_lines(run)
         run.truncate_metrics(lines=progress["lines"], step=start)
-        saved = checkpoints.scores_of(progress, where=f"the checkpoint of step {start}")
-        if saved is None:
-            saved = dict(hosts.from_first(lambda: list(directory.read_scores(run.path).items())))
-        scores |= saved
+        scores |= _scores_of_metrics(run) if saved is None else saved
         window = MetricsWindow(progress["window"])
         session = _Session(config, programs, validator, run, saver, watch, scores, identity, state, start, window)
         del state  # every step donates it
@@ -133,7 +133,7 @@ def train(
         # -------------------------------------------------------------- train
         batches = stack.enter_context(prefetch.Prefetcher(feed.on_devices(config, trainer, skip=start)))
         bar = stack.enter_context(_progress_bar(config, run, start=start))
-        for step in range(start + 1, config.train_steps + 1):
+        for step in session.steps():
             session.advance(batches, step=step)
             bar.update()
             last, preempted = step == config.train_steps, hosts.preemption_requested()
@@ -147,10 +147,11 @@ def train(
             if evaluation_due and not preempted:
                 evaluation_due = preempted = not session.validate()
             if save_due:
-                session.save(evaluation_due=evaluation_due, final=preempted or last)
+                session.save(evaluation_due=evaluation_due, final=preempted or last or session.out_of_patience)
             if preempted:
                 session.leave()
         bar.close()
+        session.note_end()
 
         # -------------------------------------------------------------- test the best checkpoint
         if config.evaluate_test and not session.test():
@@ -175,11 +176,28 @@ class _Session:
     step: int  # of the last update
     window: MetricsWindow
     skipped: int = 0
+    token_accuracy: float | None = None  # of the label objective, in the last line of training metrics
+    warned: bool = False  # that training rows are memorized
+
+    def __post_init__(self) -> None:
+        self.token_accuracy = _last_lines(self.run).get("train", {}).get("token_accuracy/label")
+
+    @property
+    def out_of_patience(self) -> bool:
+        """Tells whether the run ends early; the same on every process, and after resuming."""
+        return stopping.out_of_patience(self.scores, self.config.patience)
 
     @property
     def trainer(self) -> Trainer:
         """Returns the compiled step and its shardings."""
         return self.programs.trainer
+
+    def steps(self) -> Iterator[int]:
+        """Yields the steps that are left, until the run is out of patience."""
+        for step in range(self.step + 1, self.config.train_steps + 1):
+            if self.out_of_patience:
+                return
+            yield step
 
     def advance(self, batches: prefetch.Prefetcher[Any], *, step: int) -> None:
         """Makes one update; returns before the devices have finished it."""
@@ -206,6 +224,7 @@ class _Session:
         if self.config.skip_non_finite:
             values["skipped"] = float(self.skipped)
         self.run.log("train", self.step, values)
+        self.token_accuracy = values.get("token_accuracy/label")
         return f"loss {values.get('loss', math.nan):.3f} {values['tokens_per_second']:.0f} tokens/s"
 
     def validate(self) -> bool:
@@ -219,7 +238,31 @@ class _Session:
             self.run.write_predictions(f"{self.config.eval_task_name}-{self.step}", result.rows)
         self.run.log("validation", self.step, result.metrics)
         self.scores[self.step] = result.metrics[self.evaluator.primary_metric]
+        if not self.warned and (warning := self.memorized()) is not None:
+            log.warning("Step %d: %s", self.step, warning)
+            self.warned = True
         return True
+
+    def memorized(self) -> str | None:
+        """Warns if training rows are memorized and those of the last evaluation are not; else None."""
+        return stopping.memorized(
+            self.token_accuracy,
+            answer_tokens=self.evaluator.answer_tokens,
+            validation=self.scores[max(self.scores)],
+            rows=self.evaluator.row_count,
+            metric=self.evaluator.primary_metric,
+        )
+
+    def note_end(self) -> None:
+        """Writes to the manifest why the training ended, and logs it if it ended early."""
+        why = stopping.reason(
+            self.scores, patience=self.config.patience, step=self.step, train_steps=self.config.train_steps
+        )
+        if self.step < self.config.train_steps:
+            log.info("The training ended %s.", why)
+        if (warning := self.memorized()) is not None:
+            log.warning("%s", warning)
+        self.run.note_end({"step": self.step, "why": why, "memorized": warning})
 
     def save(self, *, evaluation_due: bool, final: bool) -> None:
         """Saves a checkpoint in the background; a final one is on disk when this returns."""
@@ -321,6 +364,10 @@ def _retention(config: Checkpointing) -> checkpoints.Retention:
 def _progress_bar(config: TrainConfig, run: directory.RunDir, *, start: int) -> tqdm.tqdm:
     hidden = not hosts.is_first()
     return tqdm.tqdm(total=config.train_steps, initial=start, unit="step", desc=run.path.name, disable=hidden)
+
+
+def _scores_of_metrics(run: directory.RunDir) -> dict[int, float]:
+    return dict(hosts.from_first(lambda: list(directory.read_scores(run.path).items())))
 
 
 def _last_lines(run: directory.RunDir) -> dict[str, dict[str, Any]]:
