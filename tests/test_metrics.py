@@ -139,7 +139,7 @@ def test_numbers_may_differ_by_their_tolerance():
 
 def test_means_are_of_the_scores_of_pairs():
     assert grading.rouge_l(["a b", "c"], ["a b", "d"]) == {"rouge_l": 50.0}
-    near = functools.partial(grading.numeric_accuracy, tolerance=1)
+    near = functools.partial(grading.numeric_accuracy, tolerance=1.0)
     score = grading.row_score(near)
     assert score is not None
     assert (score("1", "2"), score("1", "3")) == (True, False)

@@ -23,6 +23,9 @@ EVALUATE = ["evaluate", "--gin_file=gin_configs/runs/evaluate.gin"]
 PREDICT = ["predict", "--output=answers.jsonl"]
 QUESTIONS = "--input=questions.jsonl"
 
+DEFINITION = """{"version": 1, "name": "own", "labels": null, "marker": "So", "metric": "METRIC",
+"lengths": {"inputs": 64, "targets": 64}}"""
+
 # What is typed, and parts of the answer. PORT is one that is in use.
 MISTAKES = {
     "a command": (["trian"], ["unknown command 'trian'", "Did you mean 'train'"]),
@@ -39,6 +42,15 @@ MISTAKES = {
     ),
     "a column": (["init", "tickets.csv", "--input=txet"], ["no column 'txet'", "'team'", "Did you mean 'text'"]),
     "a table": (["init", "tikets.csv"], ["tikets.csv"]),
+    "a metric": (["init", "tickets.csv", "--metric=rouge"], ["--metric is 'rouge'", "Did you mean 'rouge_l'"]),
+    "a metric of a dataset": (
+        [*CPU, *PLACES, "--gin.DATASET=metric"],
+        ["metric/dataset.json", "'metric' is 'rouge'", "expected one of", "Did you mean 'rouge_l'"],
+    ),
+    "a tolerance": (
+        [*CPU, *PLACES, "--gin.DATASET=tolerance"],
+        ["tolerance/dataset.json", "'tolerance' is \"half\"", "expected a number"],
+    ),
     "a provider": (
         [*TEACH, "--dataset=svamp", "--provider=anthropic", "--dry_run"],
         ["no provider 'anthropic'", "openai, gemini, vertex", "--base_url"],
@@ -152,6 +164,8 @@ def answers(tmp_path_factory):
         **{f"records/svamp/{split}.jsonl": row for split in ("train", "validation", "test")},
         "own/svamp/train.jsonl": '{"question": "Ann has 3 pens and buys 4.", "answer": "(3 + 4)"}\n',
         "tickets.csv": "text,team\nThe page is blank,web\n",
+        "metric/dataset.json": DEFINITION.replace("METRIC", "rouge"),
+        "tolerance/dataset.json": DEFINITION.replace("METRIC", 'numeric_accuracy", "tolerance": "half'),
         "runs/empty/manifest.json": '{"format": 1}',
         "runs/empty/metrics.jsonl": "",
         "questions.jsonl": '{"id": "1", "input": "Ann has 3 pens."}\n',

@@ -184,7 +184,10 @@ def test_a_place_without_a_table_is_named(tmp_path):
             {"metric": "numeric_accuracy", "labels": None, "tolerance": "half"},
             "'tolerance' is \"half\"; expected a number",
         ),
-        ({"metric": "numeric_accuracy", "labels": None, "tolerance": -1}, "'tolerance' is -1; expected .* at least 0"),
+        (
+            {"metric": "numeric_accuracy", "labels": None, "tolerance": -1.0},
+            "'tolerance' is -1.0; expected .* at least 0",
+        ),
         ({"relative_tolerance": 0.1}, "'relative_tolerance' is for the metric numeric_accuracy"),
         ({"metric": "numeric_accuracy"}, "the label 'pests' holds not exactly one number"),
         ({"labels": ["one"]}, "at least two different texts"),
@@ -207,7 +210,7 @@ PRICES = [{"text": f"How much are {number} roses?", "price": f"{3 * number}.50 e
 
 def test_free_answers_are_graded_by_named_metrics(tmp_path):
     plan = plan_of(tmp_path, PRICES, label_column="price", metric="numeric_accuracy")
-    definition = {**(plan.dataset.definition or {}), "tolerance": 1, "metrics": ["rouge_l"]}
+    definition = {**(plan.dataset.definition or {}), "tolerance": 1.0, "metrics": ["rouge_l"]}
     dataset = dataset_folder.of(definition, where="here")
     assert dataset.definition == definition  # and of a run's manifest comes back as it was
     assert plan.dataset.labels is None

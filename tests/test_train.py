@@ -16,9 +16,11 @@ import toy
 from builders import decoders
 
 from sbs_jax import compiling
-from sbs_jax.data import batches, grading, records, registry, tokens
+from sbs_jax.cli import main
+from sbs_jax.data import batches, catalogue, grading, records, registry, tokens
 from sbs_jax.prediction import engine, files
 from sbs_jax.run import checkpoints, directory
+from sbs_jax.stats import graded
 from sbs_jax.student import families, partitioning, stacks
 from sbs_jax.training import evaluate, loop
 from sbs_jax.training.config import rows_per_update, rsqrt_schedule
@@ -378,7 +380,7 @@ def test_short_rows_are_evaluated_without_the_padding_of_long_ones(tmp_path, mon
 def test_scores_besides_the_primary_metric_are_kept_per_row(tmp_path, records_dir, monkeypatch):
     """With their mean in the metrics, so that they have intervals."""
     dataset = dataclasses.replace(toy.DATASET, metric_fns=(grading.rouge_l, grading.accuracy), primary_metric="rouge_l")
-    monkeypatch.setitem(registry._DATASETS, "toy", dataset)
+    monkeypatch.setitem(catalogue._DATASETS, "toy", dataset)
     config = toy.config(tmp_path / "run", records_dir)
     registry.configure(config.data)
     programs = loop.Programs.of(config)
@@ -423,6 +425,31 @@ def test_evaluate_and_predict_use_the_saved_configuration(finished, tmp_path, re
     for row, answer in zip(graded, predicted, strict=True):
         assert (row["id"], row["prediction"]) == (answer["id"], answer["prediction"])
         assert answer["score"] == pytest.approx(row["score"], rel=1e-4)
+
+
+def test_accuracies_are_printed_with_rows_interval_and_labels(finished, capsys, tmp_path):
+    """At the end of `sbs train`, and by `sbs evaluate`."""
+    config, result = finished
+    found = graded.of_run(config.model_dir, result, task="toy_label", of_labels=toy.DATASET.labels)
+    accuracy = result["test"]["accuracy"]
+    for kind in ("validation", "test"):
+        low, high = found[kind]["intervals"]["accuracy"]
+        assert (found[kind]["rows"], found[kind]["accuracy"]) == (16, result[kind]["accuracy"])
+        assert low <= found[kind]["accuracy"] <= high < low + 50
+        assert 0 <= found[kind]["macro_f1"] <= 100
+    assert found["train"] == result["train"]
+    assert directory.read_manifest(config.model_dir)["labels"] == list(toy.LETTERS)
+
+    assert main.main(["evaluate", config.model_dir, "--batch_size=8", f"--output={tmp_path / 'out'}"]) == 0
+    told = capsys.readouterr()
+    printed = json.loads(told.out)
+    assert printed["intervals"] == found["test"]["intervals"]
+    assert (printed["accuracy"], printed["rows"]) == (accuracy, 16)
+    assert "outside of the set" in told.err
+    written = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert sum(each["rows"] for each in written["labels"].values()) == 16
+    in_set = sum(count for row in written["confusion"].values() for count in row.values())
+    assert in_set == 16 - written["outside_of_the_set"]
 
 
 def test_rationales_are_asked_for_with_their_own_prefix(finished, tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sbs_jax.checks import nearest
-from sbs_jax.data import catalogue, dataset_folder, records
+from sbs_jax.data import catalogue, dataset_folder, grading, records
 from sbs_jax.run import directory, trackers
 from sbs_jax.storage import hub
 from sbs_jax.training import gin_scan
@@ -49,7 +49,9 @@ def training(found: gin_scan.Scan) -> None:
     if not isinstance(name, str) or name == catalogue.CORPUS.name:
         name = None
     elif not found.imports - _NO_DATASETS or name in catalogue.names() or dataset_folder.is_folder(name):
-        name = catalogue.get(name).name
+        dataset = catalogue.get(name)
+        grading.check_installed(dataset.metric_fns)
+        name = dataset.name
     if isinstance(model_dir, str) and (Path(model_dir) / directory.MANIFEST).is_file():
         return
     if name is not None and isinstance(records_dir := found.value("RECORDS_DIR"), str):

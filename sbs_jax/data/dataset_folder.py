@@ -128,7 +128,7 @@ def of(value: Any, *, where: str) -> Dataset:
 
 def _grading(definition: Definition) -> tuple[tuple[Callable[..., Mapping[str, Any]], ...], Callable[[str, str], bool]]:
     """Returns the metric functions, the primary one first, and the equality of one pair."""
-    tolerances = {name: value for name in _TOLERANCES if (value := getattr(definition, name))}
+    tolerances = {name: float(value) for name in _TOLERANCES if (value := getattr(definition, name))}
     functions = {
         name: functools.partial(METRICS[name], **tolerances) if name == NUMERIC and tolerances else METRICS[name]
         for name in (definition.metric, *definition.metrics)

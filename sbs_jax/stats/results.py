@@ -68,7 +68,7 @@ class _Manifest(TypedDict):
     devices: NotRequired[list[Any]]
     parameter_count: NotRequired[int]
     labels: NotRequired[list[str] | None]
-    settings: NotRequired[dict[str, Any]]
+    settings: NotRequired[dict[str, Any] | None]
     ended: NotRequired["Ended"]
 
 
@@ -152,7 +152,7 @@ class Result:
     @property
     def patient(self) -> bool:
         """True if it may end early, by PATIENCE."""
-        return self.manifest.get("settings", {}).get("patience") is not None
+        return (self.manifest.get("settings") or {}).get("patience") is not None
 
     @property
     def updates(self) -> int:

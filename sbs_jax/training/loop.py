@@ -245,6 +245,8 @@ class _Session:
 
     def memorized(self) -> str | None:
         """Warns if training rows are memorized and those of the last evaluation are not; else None."""
+        if not self.scores:  # of an earlier version, whose metrics are lost
+            return None
         return stopping.memorized(
             self.token_accuracy,
             answer_tokens=self.evaluator.answer_tokens,
