@@ -14,6 +14,7 @@ from typing import Any
 
 from sbs_jax.data import dataset_folder, own_data, own_experiments, records, table
 from sbs_jax.prediction import compiled, engine
+from sbs_jax.prediction.engine import Settings
 from sbs_jax.run import directory
 from sbs_jax.student import partitioning
 from sbs_jax.training import gin_files, loop, students
@@ -27,7 +28,7 @@ class Student:
     def __init__(self, run: str | Path, trained: students.Student) -> None:
         self.run = Path(run)
         self._trained = trained
-        self._predictors: dict[engine.Settings, engine.Predictor] = {}
+        self._predictors: dict[Settings, engine.Predictor] = {}
 
     @classmethod
     def load(cls, run: str | Path, *, base: str | None = None) -> "Student":
@@ -43,7 +44,7 @@ class Student:
         """Returns the run's last metrics of each kind: "train", "validation" and, after the end, "test"."""
         return {line.pop("kind"): line for line in directory.read_metrics(self.run)}
 
-    def predict(self, inputs: Sequence[str], *, settings: engine.Settings | None = None) -> list[str]:
+    def predict(self, inputs: Sequence[str], *, settings: Settings | None = None) -> list[str]:
         """Answers inputs, in order, with the label alone. ValueError names an input that cannot be answered."""
         found = []
         for number, answer in enumerate(self.answer(inputs, settings=settings)):
@@ -52,11 +53,11 @@ class Student:
             found.append(answer.prediction)
         return found
 
-    def explain(self, inputs: Sequence[str], *, settings: engine.Settings | None = None) -> list[engine.Answer]:
+    def explain(self, inputs: Sequence[str], *, settings: Settings | None = None) -> list[engine.Answer]:
         """Answers inputs with labels and rationales; see `answer`."""
-        return self.answer(inputs, settings=dataclasses.replace(settings or engine.Settings(), rationale=True))
+        return self.answer(inputs, settings=dataclasses.replace(settings or Settings(), rationale=True))
 
-    def answer(self, inputs: Sequence[str], *, settings: engine.Settings | None = None) -> list[engine.Answer]:
+    def answer(self, inputs: Sequence[str], *, settings: Settings | None = None) -> list[engine.Answer]:
         """Answers inputs, in order, with log probabilities; an input that cannot be answered has an `error`.
 
         `settings` choose decoding, batch size and precision; the default is greedy decoding in float32.
@@ -65,7 +66,7 @@ class Student:
             raise ValueError(
                 f"inputs is {str(inputs)[:100]!r}; expected a list of texts, such as ['My parcel is late.']."
             )
-        settings = settings or engine.Settings()
+        settings = settings or Settings()
         if settings not in self._predictors:
             self._predictors[settings] = engine.Predictor(
                 {None: self._trained}, settings=settings, places={None: str(self.run)}

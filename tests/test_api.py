@@ -6,7 +6,6 @@ from builders.garden import ROWS, TOPICS
 import sbs_jax
 from sbs_jax import api
 from sbs_jax.data import catalogue, records, registry
-from sbs_jax.prediction.engine import Settings
 from sbs_jax.training import gin_files
 
 EXPLAINED = [{**row, "rationale": f"It is about {row['team']}."} for row in ROWS]
@@ -39,7 +38,7 @@ def test_rows_become_a_student_that_answers(student):
     assert set(student.metrics) == {"train", "validation", "test"}
     assert student.metrics["train"]["step"] == 3
     assert all(isinstance(answer, str) for answer in student.predict(QUESTIONS))
-    closed = Settings(decoding="choices")
+    closed = sbs_jax.Settings(decoding="choices")
     assert set(student.predict(QUESTIONS, settings=closed)) <= set(TOPICS)
     explained = student.explain(QUESTIONS, settings=closed)
     assert [answer.prediction for answer in explained] == student.predict(QUESTIONS, settings=closed)
@@ -105,5 +104,5 @@ def test_rows_without_rationales_need_a_teacher_or_another_method(tmp_path, monk
 
 
 def test_a_name_that_is_not_there_is_named():
-    with pytest.raises(AttributeError, match="it has distill and Student"):
+    with pytest.raises(AttributeError, match="it has distill, Student and Settings"):
         _ = sbs_jax.Distill
