@@ -275,7 +275,12 @@ def test_demo_from_questions_to_page(tmp_path: Path, starter: processes.Starter)
     assert done.returncode == 0, done.stderr
     assert "[ 2/2] step" in done.stdout or "[ 2/2] standard" in done.stdout
     assert "Finished in" in done.stdout
-    assert (tmp_path / "out" / "index.html").read_text("utf-8").startswith("<!DOCTYPE html>")
+    page = (tmp_path / "out" / "index.html").read_text("utf-8")
+    assert page.startswith("<!DOCTYPE html>")
+    (measured,) = (tmp_path / "out").glob("runs/*/rationales.json")
+    assert "step_by_step" in str(measured)
+    assert page.count('<p class="said question"') == 3
+    assert "sbs init questions.csv" in page
     lines = (tmp_path / "out" / "release" / "builtin" / "builtin_test.json").read_text("utf-8").splitlines()
     assert [json.loads(line)["label"] for line in lines].count("yes") > 5
     again = starter.run(tmp_path, [], command=("-c", text))

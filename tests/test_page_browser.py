@@ -211,6 +211,26 @@ def test_a_phone_does_not_scroll_sideways(tab: chromium.Page, either: Path, widt
     assert max(rows) <= 0  # nothing is cut off below
 
 
+@pytest.mark.parametrize("width", [390, 1280])
+def test_plots_are_whole_and_those_of_a_phone_name_their_lines(tab: chromium.Page, either: Path, width: int) -> None:
+    tab.visit(either, width=width)
+    assert tab.run("document.documentElement.scrollWidth") <= width
+    tab.run("document.querySelectorAll('details').forEach((e) => { e.open = true })")
+    plots = tab.run("""[...document.querySelectorAll('svg[role=img]')].filter((e) => e.checkVisibility()).map((e) => {
+      const box = e.getBoundingClientRect(), around = e.closest('figure');
+      const cut = [...e.querySelectorAll('text')].filter((text) => { const b = text.getBoundingClientRect();
+        return b.left < box.left - 1 || b.right > box.right + 1 || b.top < box.top - 1 || b.bottom > box.bottom + 1 });
+      return {name: e.ariaLabel, scrolls: around.scrollWidth > around.clientWidth || box.right > innerWidth,
+        cut: cut.map((text) => text.textContent),
+        text: [...e.querySelectorAll('text')].map((text) => text.textContent).join(' ')} })""")
+    assert len(plots) >= 2
+    for plot in plots:
+        assert not plot["scrolls"], plot
+        assert plot["cut"] == [], plot
+        if width == 390 and "cost" not in plot["name"] and either.stem == "report":
+            assert "standard fine-tuning" in plot["text"].replace("standard  fine", "standard fine"), plot
+
+
 def test_texts_stand_out_from_light_and_dark_paper(tab: chromium.Page, either: Path) -> None:
     code = """(() => {
       const canvas = document.createElement('canvas').getContext('2d', {willReadFrequently: true});

@@ -344,7 +344,8 @@ def test_the_page_stands_alone_and_escapes_what_students_write(tmp_path: Path, m
     summary = study.summaries[0]
     read = check(page)
     text = read.text + read.scripts["application/json"]
-    assert page.read_text().count("<svg") == 2 + 2 * 2 + 1 + 2 * 3  # plots, curves of two kinds, costs, keys
+    # Plots, curves of two kinds and costs, each of them for a phone too, but the differences; keys.
+    assert page.read_text().count("<svg") == 2 * (1 + 2 * 2 + 1) + 1 + 2 * 3
     for expected in (
         *("A <title>", "A & B.", "sbs demo --output 'a b'", "teacher 74.0", "0123456789abcdef", "0.10.2"),
         *(f"{summary.groups[0].accuracy:.1f}", r"\u003cscript\u003ealert(1)", r"Is \u003cb", str(mixed[0].path)),
@@ -353,6 +354,48 @@ def test_the_page_stands_alone_and_escapes_what_students_write(tmp_path: Path, m
     report.write_page(page, [run for run in mixed if run.method == STEP_BY_STEP], title=None, notes=())
     assert r"Is \u003cb" in check(page).scripts["application/json"]
     assert "predict: Is" not in check(page).scripts["application/json"]
+
+
+def test_the_page_opens_with_questions_and_ends_with_the_next_command(tmp_path: Path) -> None:
+    runs = of(tmp_path, label=some(0, rows=40), step_by_step=some(40, rows=40))
+    write_rationales(tmp_path / "step_by_step", MEASURED, EXAMPLES)
+    following = [("Yours:", "sbs init questions.csv")]
+    report.write_page(tmp_path / "page.html", runs, title="The title", notes=["A note."], next_commands=following)
+    text = check(tmp_path / "page.html").text
+    parts = ["The title", "Test questions", "It is so.", "Step-by-step and standard", "All numbers", "Predictions"]
+    parts += [
+        "A note.",
+        "Cost",
+        "How to reproduce",
+        "sbs init questions.csv",
+        "sbs predict --model",
+        "sbs serve --model",
+    ]
+    text = text.replace(report.headline(report.summarize(runs)), "Step-by-step and standard", 1)
+    places = [text.index(part) for part in parts]
+    assert places == sorted(places)
+    assert f"--model {tmp_path / 'step_by_step'} --input questions.jsonl --output answers.jsonl --rationale" in text
+    assert "McNemar's test lets only the" in text
+    found = re.findall(r'<p class="said question" dir="auto">(.*?)</p>', (tmp_path / "page.html").read_text())
+    assert sorted(found) == [f"Is &lt;b&gt;{i}&lt;/b&gt; &amp; {i}?" for i in range(2)]  # those with a rationale
+    first = text[text.index("Is <b>0</b>") :].split("Is <b>")[1]
+    assert (
+        first.replace("\n", "")
+        == "0</b> & 0?It is so.step-by-step✓entailmentstandard fine-tuning✗<script>alert(1)</script>labelentailment"
+    )
+
+
+def test_without_rationales_three_questions_are_chosen_whatever_their_answers(tmp_path: Path) -> None:
+    shown = []
+    for name, right in (("all", some(40, rows=40)), ("none", some(0, rows=40))):
+        runs = [report.identify(write_run(tmp_path / name, right=right))]
+        report.write_page(tmp_path / "page.html", runs, title=None, notes=())
+        page = (tmp_path / "page.html").read_text()
+        shown.append(re.findall(r'<p class="said question" dir="auto">(.*?)</p>', page))
+        assert "Three test questions" in page
+        assert "said reason" not in page
+    assert shown[0] == shown[1]
+    assert len(set(shown[0])) == 3
 
 
 def test_plots_take_their_colours_from_the_page(tmp_path: Path, mixed: list[Run]) -> None:

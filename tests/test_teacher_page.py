@@ -18,6 +18,7 @@ import pytest
 from builders.html_pages import HOSTILE, Reader, check, seen
 from builders.teacher_rows import EXEMPLARS, LABELS, row, some_rows, unusable, wrong
 
+from sbs_jax.pages import cards
 from sbs_jax.stats.intervals import wilson_interval
 from sbs_jax.teacher import examples
 from sbs_jax.teacher import page as teacher_page
@@ -51,6 +52,38 @@ def test_an_answer_after_a_hint_is_never_the_teacher_s_own(tmp_path: Path) -> No
     page = written(tmp_path / "page.html", rows)
     assert page.table("human label")["all labels"][2:] == ["1", "1", "1", "1", "4"]
     assert "answered after a hint3" in page.text.replace("\n", "")
+
+
+def test_the_page_opens_with_replies_and_shares_and_ends_with_a_command(tmp_path: Path) -> None:
+    commands = [("Train a student:", "sbs train --gin_file=a.gin")]
+    page = written(tmp_path / "page.html", some_rows(120), next_commands=commands)
+    parts = [
+        "Three replies",
+        "equals the human label on",
+        "usable",
+        "Outcomes",
+        "Examples",
+        "How the teacher was asked",
+    ]
+    places = [page.text.index(part) for part in [*parts, "sbs train --gin_file=a.gin"]]
+    assert places == sorted(places)
+    assert page.table("replies") == {
+        "replies": ["share", "95 % interval", "rows"],
+        "usablea label can be read from the reply": ["90.0 %", "[83.3, 94.2]", "108 of 120"],
+        "rightthe teacher's own label is the human label": ["70.0 %", "[61.3, 77.5]", "84 of 120"],
+    }
+    unlabelled = written(tmp_path / "page.html", [row(i, label=None, right=None) for i in range(5)])
+    assert list(unlabelled.table("replies")) == ["replies", "usablea label can be read from the reply"]
+
+
+def test_the_opening_replies_are_an_even_sample_although_the_browser_s_are_not(tmp_path: Path) -> None:
+    rows = [(wrong if number % 20 == 0 else row)(number) for number in range(2000)]
+    lowest = [row.input for row in sorted(rows, key=lambda row: cards.rank(row.id))[:3]]
+    written(tmp_path / "page.html", rows, examples=10)
+    shown = re.findall(r'<p class="said question" dir="auto">(.*?)</p>', (tmp_path / "page.html").read_text("utf-8"))
+    assert shown == lowest
+    written(tmp_path / "page.html", rows[::-1], examples=1000)
+    assert re.findall(r'said question" dir="auto">(.*?)</p>', (tmp_path / "page.html").read_text("utf-8")) == lowest
 
 
 def test_outcomes_are_counted_and_explained(tmp_path: Path) -> None:
@@ -334,8 +367,12 @@ def test_hostile_texts_are_shown_as_text(tab: chromium.Page, tmp_path: Path) -> 
     assert sorted(tab.run("[...outcome.options].map((o) => o.textContent)")) == sorted(
         ["all", *(f"{seen(text)} (1)" for text in HOSTILE)]
     )
-    table = tab.run("[...document.querySelectorAll('section:nth-of-type(1) tbody th')].map((e) => e.textContent)")
+    table = tab.run("[...document.querySelectorAll('#outcomes tbody th')].map((e) => e.textContent)")
     assert sorted(table) == sorted(seen(text) for text in HOSTILE)
+    code = "[...document.querySelectorAll('.cards .said')].map((e) => e.textContent.replace(/^[✓✗\u2013]/, ''))"
+    shown = tab.run(code)
+    assert len(shown) == 3 * 4
+    assert set(shown) <= {seen(f"{text}{end}") for text in HOSTILE for end in ("", "!")}
     for number, text in enumerate(HOSTILE):  # filters take them too
         tab.choose(text=text)
         assert tab.text("told") == "1 of 10 examples" or number in (3, 4)  # a field of one line drops line ends

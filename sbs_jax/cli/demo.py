@@ -12,6 +12,7 @@ from typing import Any
 
 from sbs_jax import sweep
 from sbs_jax.pages import rendering
+from sbs_jax.stats import quality
 
 ROWS: Mapping[str, int] = {"train": 800, "validation": 300, "test": 1000}
 DATA_SEED = 20261122
@@ -59,9 +60,24 @@ def main(output: str | Path, *, entry: Callable[[list[str]], int]) -> int:
             )
             if ended.status:
                 raise OSError(f"{_name(ended.cell)}: {ended.last_words()}")
+        explaining = max((cell for cell in cells if cell.method == METHODS[1]), key=lambda cell: cell.fraction)
+        explain(explaining, started, log=folder / "logs" / "rationales.log")
     _report(folder, cells, teacher_accuracy=accuracy)
     print(f"Finished in {(time.monotonic() - begin) / 60:.1f} minutes.")
     return 0
+
+
+def explain(cell: sweep.Cell, started: sweep.Workers, *, log: Path) -> None:
+    """Writes the rationales of one student on the test rows (`sbs rationales`), unless an earlier call has."""
+    if (Path(cell.model_dir) / quality.NAME).exists():
+        return
+    print(f"  Asking one student for its rationales ({_name(cell)}) ..", flush=True)
+    started.start("rationales", ["rationales", str(cell.model_dir)], log=log)
+    status = None
+    while status is None:
+        status = dict(started.ended(timeout=0.2)).get("rationales")
+    if status:
+        raise OSError(f"sbs rationales {cell.model_dir} failed with status {status}; its output is in {log}.")
 
 
 def _name(cell: sweep.Cell) -> str:
@@ -126,6 +142,13 @@ def _report(folder: Path, cells: Sequence[sweep.Cell], *, teacher_accuracy: floa
         title="Distilling step-by-step on the built-in dataset",
         notes=notes,
         command="sbs demo",
+        next_commands=[
+            (
+                "The same with a table of yours, whose columns you name (docs/howto/dataset.md has the commands after "
+                "it):",
+                "sbs init questions.csv --input question --label answer",
+            )
+        ],
         teacher_accuracy=teacher_accuracy,
     )
     summary = study.summaries[0]

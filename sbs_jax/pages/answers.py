@@ -1,12 +1,13 @@
-"""Answers of a report's runs, embedded in its page, and filters for their browser (answers.js)."""
+"""Answers of a report's runs: cards at its top, all of them embedded, and filters for their browser (answers.js)."""
 
-import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sbs_jax.stats.formats import compact, percent
+from sbs_jax.pages import cards
+from sbs_jax.stats.formats import compact, of_data, percent
 from sbs_jax.stats.results import Result
 from sbs_jax.stats.study import Study
+from sbs_jax.stats.summary import Summary
 
 # Answers (test rows x runs) that one page holds, and characters of texts: beyond either, fewer test rows.
 MOST_ANSWERS = 200_000
@@ -40,14 +41,13 @@ def embed(study: Study, *, answers: int = MOST_ANSWERS, characters: int = MOST_C
     for number, (name, ids) in enumerate(kept.items()):
         first = runs_of[name][0]
         rows = [first.test_rows[i] for i in ids]
-        prefix = first.manifest["data"]["options"].get("label_prefix", "")
         said_by_teacher = _teacher_rationales(runs_of[name], ids)
         sets.append(
             {
                 "dataset": name,
                 "rows": len(first.test_rows),
                 "ids": ids,
-                "inputs": [row.get("input", "").removeprefix(prefix) for row in rows],
+                "inputs": [_input(first, row) for row in rows],
                 "gold": [_number(texts, row.get("target", "")) for row in rows],
                 "teacher": said_by_teacher if any(said_by_teacher) else [],
             }
@@ -97,7 +97,7 @@ def _teacher_rationales(results: Sequence[Result], ids: Sequence[str]) -> list[s
 def _sample(ids: Sequence[str], share: float) -> list[str]:
     """Chooses this share of the test rows, at least one, by a hash of their ids; in the order of the file."""
     count = max(1, int(share * len(ids)))
-    chosen = set(sorted(ids, key=lambda i: hashlib.sha256(i.encode()).hexdigest())[:count])
+    chosen = set(cards.by_rank(ids, count))
     return [i for i in ids if i in chosen]
 
 
@@ -108,6 +108,76 @@ def _characters(results: Sequence[Result], ids: Sequence[str]) -> int:
 
 def _number(texts: dict[str, int], value: str) -> int:
     return texts.setdefault(value, len(texts))
+
+
+def opening(study: Study) -> tuple[str, list[cards.Card]]:
+    """Chooses three test questions with the answers of one seed's students; returns a note and the cards.
+
+    They are chosen by a hash of their ids, so not by how they were answered. With several datasets, each of the first
+    three has one. The rationale is that of the student whose rationales were measured, or none.
+    """
+    several = len(study.datasets) > 1
+    students: list[str] = []
+    found: list[cards.Card] = []
+    for dataset in study.datasets[: cards.CARDS]:
+        summary, result = _shown(study.of(dataset))
+        answering = [result, *_beside(summary, result)]
+        ids = [i for i in result.test_rows if _said(result, i)] or list(result.test_rows)
+        found += [
+            _card(answering, i, about=dataset if several else "")
+            for i in cards.by_rank(ids, 1 if several else cards.CARDS)
+        ]
+        students.append(f"{of_data(result.run.fraction)}, seed {result.run.seed}")
+    where = f" Trained with {students[0]}." if len(set(students)) == 1 else ""
+    return f"Chosen by a hash of their ids, not by their answers.{where}", found
+
+
+def _shown(summaries: Sequence[Summary]) -> tuple[Summary, Result]:
+    """Returns the run whose answers open the page: one with rationales, then the largest, the most data, the best."""
+    found = [(summary, group, result) for summary in summaries for group in summary.groups for result in group.results]
+    summary, _, result = max(
+        found,
+        key=lambda each: (
+            bool(each[2].quality) or any(_said(each[2], i) for i in each[2].test_rows),
+            each[0].parameters or 0,
+            each[1].fraction,
+            each[1].accuracy,
+            -each[2].run.seed,
+        ),
+    )
+    return summary, result
+
+
+def _beside(summary: Summary, shown: Result) -> list[Result]:
+    """Returns the other methods' runs with the same share of the data and seed."""
+    same = [r for group in summary.groups if group.fraction == shown.run.fraction for r in group.results]
+    return [r for r in same if r.run.seed == shown.run.seed and r.run.method != shown.run.method]
+
+
+def _card(results: Sequence[Result], row_id: str, *, about: str) -> cards.Card:
+    first = results[0]
+    row = first.test_rows[row_id]
+    said = _said(first, row_id)
+    rows = [result.test_rows[row_id] for result in results]
+    return cards.Card(
+        question=cards.brief(_input(first, row) or row_id),
+        rationale=cards.brief(said) if said else None,
+        answers=tuple(
+            cards.Answer(
+                who=result.run.method,
+                text=cards.brief(each.get("prediction", "")),
+                verdict="right" if each["correct"] else "wrong",
+            )
+            for result, each in zip(results, rows, strict=True)
+        ),
+        label=None if all(each["correct"] for each in rows) else row.get("target"),
+        about=about,
+    )
+
+
+def _input(result: Result, row: Mapping[str, Any]) -> str:
+    """Returns a test row's input, without the prefix of the label task."""
+    return row.get("input", "").removeprefix(result.manifest["data"]["options"].get("label_prefix", ""))
 
 
 def note(embedded: dict[str, Any]) -> str:

@@ -115,16 +115,25 @@ class Canvas:
         return Markup(text.strip() + "\n")
 
 
-def label_right(axes: Any, labels: Sequence[tuple[float, str, str]]) -> None:
-    """Labels lines, given as (height, text, color), to the right of the axes; moves overlapping labels apart."""
+def label_right(axes: Any, labels: Sequence[tuple[float, str, str]], *, above: int = 12) -> None:
+    """Labels lines, given as (height, text, color), to the right of the axes; moves overlapping labels apart.
+
+    A text may have several lines. `above` are the pixels over and under the axes that a label may use.
+    """
     low, high = axes.get_ylim()
-    pixels = axes.get_position().height * axes.figure.get_figheight() * _DPI
-    gap = 16 * (high - low) / pixels
+    pixel = (high - low) / (axes.get_position().height * axes.figure.get_figheight() * _DPI)
     ordered = sorted(labels, key=lambda label: label[0])
     places = [value for value, _, _ in ordered]
+    heights = [(16 + 14 * text.count("\n")) * pixel for _, text, _ in ordered]
+    top, bottom = high + above * pixel, low - above * pixel
     for _ in range(200):
         moved = False
+        places = [
+            min(max(place, bottom + height / 2), top - height / 2)
+            for place, height in zip(places, heights, strict=True)
+        ]
         for i in range(len(places) - 1):
+            gap = (heights[i] + heights[i + 1]) / 2
             short = gap - (places[i + 1] - places[i])
             if short > 1e-9 * gap:
                 places[i], places[i + 1] = places[i] - short / 2, places[i + 1] + short / 2

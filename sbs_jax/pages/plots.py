@@ -1,6 +1,7 @@
 """Plots of summaries, as SVG text for inlining into HTML."""
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -13,6 +14,8 @@ from sbs_jax.stats.summary import Comparison, Group, Summary
 
 _NUMBERS = {FINE_TUNING: 0, DISTILLATION: 1, STEP_BY_STEP: 2, SINGLE_TASK: 3}
 _MARKERS = ("o", "s", "D", "^", "v", "P")  # methods differ without color, too
+NARROW = 328  # pixels between the margins of a phone of 360; plots of this width name their lines in short lines
+_LABEL = 15  # characters of such a line
 _DASHES = ((6, 4), (1.5, 3.5), (8, 3, 2, 3))  # of the reference lines
 
 
@@ -23,7 +26,9 @@ def accuracy_against_data(summary: Summary, *, width: int = 660, height: int = 4
     """
     methods = summary.methods
     with Canvas(width, height) as canvas:
-        axes = canvas.axes(left=44, right=_label_room((*methods, "most frequent label")), bottom=72, top=12)
+        names = (*methods, *(name for name, _ in _references(summary)))
+        narrow = width <= NARROW
+        axes = canvas.axes(left=44, right=_label_room(names, width), bottom=88 if narrow else 72, top=12)
         at = {fraction: math.log2(fraction) for fraction in summary.fractions}
         span = max(at.values()) - min(at.values())
         references = _references(summary)
@@ -33,14 +38,19 @@ def accuracy_against_data(summary: Summary, *, width: int = 660, height: int = 4
         if everything:
             colour = _Look.of(methods, FINE_TUNING).colour
             axes.axhline(everything.accuracy, color=colour, linewidth=1.4, dashes=(4, 3), zorder=1)
-        labels = [(value, f"{name} {value:.1f}", MUTED) for name, value in references]
+        labels = [(value, _label(name, value, width), MUTED) for name, value in references]
         for method in methods:
             shift = (methods.index(method) - (len(methods) - 1) / 2) * 0.028 * span
             points = [(at[group.fraction] + shift, group) for group in summary.groups if group.method == method]
-            labels.append(_line(canvas, axes, points, look=_Look.of(methods, method)))
+            labels.append(_line(canvas, axes, points, look=_Look.of(methods, method), width=width))
         axes.set_xlim(min(at.values()) - 0.1 * span, max(at.values()) + 0.1 * span)
         axes.set_xticks(list(at.values()), [_tick(summary, fraction) for fraction in at], linespacing=1.5)
-        axes.set_xlabel("share of the training data, and its label examples", labelpad=8)
+        if narrow and len(at) > 3:  # each has little room
+            axes.set_xticks(list(at.values()), [f"{100 * fraction:g}" for fraction in at], size=11)
+            axes.set_xlabel("% of the training data", labelpad=8)
+        else:
+            parts = ("share of the training data,", "and its label examples")
+            axes.set_xlabel(("\n" if narrow else " ").join(parts), labelpad=8)
         axes.yaxis.set_major_formatter("{x:g} %")
         _limit_accuracy(axes.set_ylim, summary.groups, [value for _, value in references])
         label_right(axes, labels)
@@ -48,24 +58,38 @@ def accuracy_against_data(summary: Summary, *, width: int = 660, height: int = 4
 
 
 def accuracy_of_methods(summary: Summary, *, width: int = 660) -> str:
-    """Draws each method's accuracy on a separate line, for runs at one share of the data."""
-    with Canvas(width, 92 + 58 * len(summary.groups)) as canvas:
-        axes = canvas.axes(left=20 + round(7 * max(map(len, summary.methods))), right=40, bottom=52, top=30)
+    """Draws each method's accuracy on a separate line, for runs at one share of the data.
+
+    The names of the methods are to the left of the lines, or above them in a narrow plot.
+    """
+    narrow, references = width <= NARROW, _references(summary)
+    left, row_height, top = 20 + round(7 * max(map(len, summary.methods))), 58, 15 + 15 * max(1, len(references))
+    if narrow:
+        left, row_height = 14, 74
+    with Canvas(width, 62 + top + row_height * len(summary.groups)) as canvas:
+        axes = canvas.axes(left=left, right=24 if narrow else 40, bottom=52, top=top)
         axes.grid(visible=False, axis="y")
         axes.grid(visible=True, axis="x")
+        _limit_accuracy(axes.set_xlim, summary.groups, [value for _, value in references])
         for row, group in enumerate(summary.groups):
             look = _Look.of(summary.methods, group.method)
             _group(canvas, axes, group, at=float(row), look=look, along="x")
             offset = {"xytext": (0, 11), "textcoords": "offset points", "ha": "center"}
             axes.annotate(f"{group.accuracy:.1f}", (group.accuracy, row), color=look.colour, weight="bold", **offset)
-        references = _references(summary)
-        for (name, value), dashes in zip(references, _DASHES, strict=False):
+            if narrow:
+                place = {"xytext": (0, 26), "xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
+                axes.annotate(group.method, (0, row), color=look.colour, weight="bold", **place)
+        low, high = axes.get_xlim()
+        for line, ((name, value), dashes) in enumerate(zip(references, _DASHES, strict=False)):
             axes.axvline(value, color=MUTED, linewidth=1.4, dashes=dashes, zorder=1)
-            place = {"xytext": (0, 6), "xycoords": ("data", "axes fraction"), "textcoords": "offset points"}
-            axes.annotate(f"{name} {value:.1f}", (value, 1), ha="center", color=MUTED, **place)
-        _limit_accuracy(axes.set_xlim, summary.groups, [value for _, value in references])
+            share = (value - low) / (high - low)
+            side = "left" if share < 0.25 else "right" if share > 0.75 else "center"
+            place = {"xytext": (0, 6 + 15 * line), "xycoords": ("data", "axes fraction"), "textcoords": "offset points"}
+            axes.annotate(f"{name} {value:.1f}", (value, 1), ha=side, color=MUTED, **place)
         axes.set_ylim(len(summary.groups) - 0.4, -0.6)
-        axes.set_yticks(range(len(summary.groups)), [group.method for group in summary.groups])
+        names = ["" if narrow else group.method for group in summary.groups]
+        axes.set_yticks(range(len(summary.groups)), names)
+        axes.locator_params(axis="x", nbins=5 if narrow else 9)
         axes.xaxis.set_major_formatter("{x:g} %")
         axes.set_xlabel("test accuracy", labelpad=8)
         return canvas.svg("Test accuracy of each method")
@@ -81,8 +105,9 @@ def accuracy_against_size(
     methods = list(dict.fromkeys(method for summary in summaries for method in summary.methods))
     with Canvas(width, height) as canvas:
         teacher = [s.teacher_accuracy for s in summaries if s.teacher_accuracy is not None][:1]
-        axes = canvas.axes(left=44, right=_label_room([*methods, *(teacher_name for _ in teacher)]), bottom=56, top=12)
-        labels = [(value, f"{teacher_name} {value:.1f}", MUTED) for value in teacher]
+        room = _label_room([*methods, *(teacher_name for _ in teacher)], width)
+        axes = canvas.axes(left=44, right=room, bottom=56, top=12)
+        labels = [(value, _label(teacher_name, value, width), MUTED) for value in teacher]
         for value in teacher:
             axes.axhline(value, color=MUTED, linewidth=1.4, dashes=_DASHES[0], zorder=1)
         at = {summary.parameters or 1: math.log10(summary.parameters or 1) for summary in summaries}
@@ -93,7 +118,7 @@ def accuracy_against_size(
             groups = [(s.parameters or 1, s.most_data(method)) for s in summaries]
             points = [(at[parameters] + shift, group) for parameters, group in groups if group is not None]
             drawn += [group for _, group in points]
-            labels.append(_line(canvas, axes, points, look=_Look.of(methods, method)))
+            labels.append(_line(canvas, axes, points, look=_Look.of(methods, method), width=width))
         axes.set_xlim(min(at.values()) - 0.08 * span, max(at.values()) + 0.08 * span)
         axes.set_xticks(list(at.values()), [compact(parameters) for parameters in at])
         axes.set_xlabel("parameters of the student", labelpad=8)
@@ -148,13 +173,13 @@ def _round_numbers(low: float, high: float) -> list[float]:
 
 
 def differences(
-    comparisons: Sequence[Comparison], *, methods: Sequence[str], width: int = 330, height: int = 400
+    comparisons: Sequence[Comparison], *, methods: Sequence[str], width: int = NARROW, height: int = 400
 ) -> str:
     """Draws the difference of each method from its reference, in points, at each share of the data, and a line at 0."""
     fractions = sorted({comparison.fraction for comparison in comparisons})
     names = list(dict.fromkeys(comparison.method for comparison in comparisons))
     with Canvas(width, height) as canvas:
-        axes = canvas.axes(left=44, right=14, bottom=72, top=12)
+        axes = canvas.axes(left=44, right=_label_room(names, NARROW) if len(names) > 1 else 14, bottom=72, top=12)
         axes.axhline(0, color=INK, linewidth=1.4, zorder=1)
         for c in comparisons:
             place = fractions.index(c.fraction) + (names.index(c.method) - (len(names) - 1) / 2) * 0.22
@@ -164,12 +189,18 @@ def differences(
             edge = {"markersize": 9, "markeredgecolor": colour, "markeredgewidth": 2}
             (point,) = axes.plot(place, c.difference, marker, color=fill, zorder=3, **edge)
             canvas.explain(point, f"{c.method} minus {c.reference}: {c.difference:+.1f} [{c.low:+.1f}, {c.high:+.1f}]")
-            offset = {"xytext": (11, 1), "textcoords": "offset points", "va": "bottom"}
-            axes.annotate(signed(c.difference), (place, c.difference), color=colour, weight="bold", **offset)
+            offset = {"xytext": (0, 5), "textcoords": "offset points", "ha": "center"}
+            axes.annotate(signed(c.difference), (place, c.high), color=colour, weight="bold", **offset)
         bounds = [0.0, *(c.low for c in comparisons), *(c.high for c in comparisons)]
         room = 0.08 * (max(bounds) - min(bounds))
-        axes.set_ylim(min(bounds) - room, max(bounds) + room)
-        axes.set_xlim(-0.6, len(fractions) - 0.3)
+        axes.set_ylim(min(bounds) - room, max(bounds) + 1.2 * room)
+        axes.set_xlim(-0.6, len(fractions) - 0.4)
+        last = {c.method: c for c in comparisons}
+        if len(last) > 1:
+            wrapped = [
+                (c.difference, _label(name, None, NARROW), _Look.of(methods, name).colour) for name, c in last.items()
+            ]
+            label_right(axes, wrapped)
         axes.set_xticks(range(len(fractions)), [percent(fraction) for fraction in fractions])
         axes.set_xlabel("share of the training data", labelpad=27)
         axes.yaxis.set_major_formatter(lambda value, _: "0" if value == 0 else f"{value:+g}".replace("-", MINUS))
@@ -182,10 +213,19 @@ def learning_curves(
     """Draws curves over the updates at one fraction: each seed thin, the mean over the seeds bold.
 
     `quantity` is "validation" or "train"; `shown` maps names in metrics.jsonl to line styles, for instance
-    {"loss/label": "-", "loss/rationale": "--"}. The vertical axis is the same for every fraction.
+    {"loss/label": "-", "loss/rationale": "--"}. The vertical axis is the same for every fraction. A narrow plot names
+    its lines; a page shows a key with the others.
     """
+    narrow, labels = width <= NARROW, list[tuple[float, str, str]]()
+    if narrow:  # room for all labels
+        lines = sum(
+            _label(f"{method} {name.partition('/')[2]}", None, width).count("\n") + 1
+            for method in summary.methods
+            for name in shown
+        )
+        height = max(height, 16 * lines + 60)
     with Canvas(width, height) as canvas:
-        axes = canvas.axes(left=44, right=12, bottom=44, top=10)
+        axes = canvas.axes(left=44, right=_label_room(summary.methods, width) if narrow else 12, bottom=44, top=10)
         for method in summary.methods:
             group = summary.group(method, fraction)
             colour = _Look.of(summary.methods, method).colour
@@ -194,7 +234,10 @@ def learning_curves(
                 for curve in curves if len(curves) > 1 else ():
                     axes.plot(*zip(*curve, strict=True), linestyle=style, color=colour, linewidth=0.9, alpha=0.35)
                 if curves:
-                    axes.plot(*_mean_curve(curves), linestyle=style, color=colour, linewidth=2)
+                    steps, means = _mean_curve(curves)
+                    axes.plot(steps, means, linestyle=style, color=colour, linewidth=2)
+                    task = f" {name.partition('/')[2]}" if len(shown) > 1 else ""
+                    labels.append((means[-1], _label(f"{method}{task}", None, width), colour))
         results = [result for group in summary.groups for result in group.results]
         everywhere = [value for r in results for name in shown for _, value in r.curve(quantity, name)]
         low, high = min(everywhere), max(everywhere)
@@ -208,6 +251,8 @@ def learning_curves(
         axes.locator_params(axis="x", nbins=4)
         axes.set_xlim(left=0)
         axes.set_xlabel("updates", labelpad=4)
+        if narrow:
+            label_right(axes, labels, above=10)
         name = "Validation accuracy" if quantity == "validation" else "Training loss"
         return canvas.svg(f"{name} over the updates at {percent(fraction)} of the data")
 
@@ -234,13 +279,15 @@ class _Look(NamedTuple):
         return cls(COLOURS[number], _MARKERS[number])
 
 
-def _line(canvas: Canvas, axes: Any, points: Sequence[tuple[float, Group]], *, look: _Look) -> tuple[float, str, str]:
+def _line(
+    canvas: Canvas, axes: Any, points: Sequence[tuple[float, Group]], *, look: _Look, width: int
+) -> tuple[float, str, str]:
     """Draws a method's groups at their places and a line through them; returns its label for `label_right`."""
     axes.plot([x for x, _ in points], [g.accuracy for _, g in points], color=look.colour, linewidth=2.2, zorder=3)
     for x, group in points:
         _group(canvas, axes, group, at=x, look=look)
     last = points[-1][1]
-    return last.accuracy, f"{last.method} {last.accuracy:.1f}", look.colour
+    return last.accuracy, _label(last.method, last.accuracy, width), look.colour
 
 
 def _group(canvas: Canvas, axes: Any, group: Group, *, at: float, look: _Look, along: str = "y") -> None:
@@ -267,8 +314,17 @@ def _explanation(group: Group) -> str:
     return f"{group.method}: {group.accuracy:.1f} % {interval(group.low, group.high)}, {len(group.seeds)} seed(s)"
 
 
-def _label_room(names: Sequence[str]) -> int:
+def _label(name: str, value: float | None, width: int) -> str:
+    """Writes the label of a line in a plot of this width: its name and last value, in short lines if it is narrow."""
+    text = name if value is None else f"{name} {value:.1f}"
+    return textwrap.fill(text, _LABEL, break_on_hyphens=False) if width <= NARROW else text
+
+
+def _label_room(names: Sequence[str], width: int) -> int:
     """Returns the pixels to the right of the axes that labels with these names need."""
+    if width <= NARROW:
+        lines = [line for name in names for line in _label(name, None, width).splitlines()]
+        return 14 + round(7.6 * max(5, *map(len, lines)))
     return min(320, 52 + round(6.6 * max(map(len, names))))
 
 

@@ -23,12 +23,13 @@ _UNSEEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b\u2028-\u202e\u2066-\u2
 
 @dataclass(frozen=True, kw_only=True)
 class Figure:
-    """A plot (SVG of `width` pixels), and links to its files."""
+    """A plot (SVG of `width` pixels), and links to its files. `narrow` is the same for a phone, if `plot` is wider."""
 
     name: str
     caption: str
     plot: str
     width: int
+    narrow: str | None = None
     files: Sequence[tuple[str, str]] = ()
 
 

@@ -5,9 +5,10 @@
 The same runs give the same bytes.
 """
 
+import functools
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,13 +57,15 @@ def write_page(
     title: str | None,
     notes: Sequence[str],
     command: str | None = None,
+    next_commands: Sequence[tuple[str, str]] = (),
     teacher_accuracy: float | None = None,
     assets: str | Path | None = None,
     left_out: Sequence[str] = (),
 ) -> Study:
     """Writes one self-contained HTML page about some runs; returns its numbers.
 
-    `notes` are paragraphs (plain text) under the headline; `command` repeats the whole experiment, if there is one.
+    `notes` are paragraphs (plain text) on how the runs were made; `command` repeats the whole experiment, if there is
+    one. `next_commands` are (sentence, command) pairs for the end of the page, before those for its best student.
     `teacher_accuracy` as in `study`. `assets` is a folder for the plots as SVG and the numbers as CSV, to which the
     page links; `left_out` names the runs that are left out, each with its reason.
     """
@@ -72,10 +75,13 @@ def write_page(
     downloads = Downloads(None if assets is None else Path(assets), page=path)
     add_tables(downloads, found)
     data = answers.embed(found)
+    opening_note, opening = answers.opening(found)
     page = render(
         "report.html",
         title=title or f"{listed(found.datasets)}: {listed(found.methods)}",
         headline=re.split(r"([\w.]+(?:-[\w.-]+| %))", headline_of_all(found)),
+        opening=opening,
+        opening_note=opening_note,
         notes=notes,
         cautions=_cautions(found),
         study=found,
@@ -90,6 +96,7 @@ def write_page(
         partial=any(g.fraction < 1 for s in found.summaries for m in s.methods if (g := s.most_data(m))),
         several_seeds={len(group.seeds) > 1 for _, group in found.groups()},
         reproduction=_reproduction(found, command=command),
+        next_commands=[*next_commands, *_next(found)],
         answers_note=answers.note(data),
         filters=answers.filters(data),
         data=data,
@@ -141,6 +148,21 @@ def _reproduction(found: Study, *, command: str | None) -> dict[str, Any]:
     }
 
 
+def _next(found: Study) -> list[tuple[str, str]]:
+    """Lists commands that use the best student of the page's first dataset."""
+    summary = found.of(found.datasets[0])[-1]
+    best = max(summary.groups, key=lambda group: group.accuracy)
+    run = best.results[0].runs[0]
+    path, rationale = shlex.quote(str(run.run.path)), " --rationale" * (run.kind != "label")
+    return [
+        (
+            f"Answer a file with the best student here ({best.method}, {of_data(best.fraction)}):",
+            f"sbs predict --model {path} --input questions.jsonl --output answers.jsonl{rationale}",
+        ),
+        ("Serve it over HTTP:", f"sbs serve --model {path}"),
+    ]
+
+
 @dataclass(frozen=True)
 class _Figures:
     """Figures of the page; drawing one adds it to the page's downloads."""
@@ -148,10 +170,15 @@ class _Figures:
     study: Study
     downloads: Downloads
 
-    def _figure(self, name: str, caption: str, plot: str, *, file: str, table: str, width: int) -> Figure:
+    def _figure(
+        self, name: str, caption: str, draw: Callable[..., str], *, file: str, table: str, width: int
+    ) -> Figure:
+        """Draws a plot by `draw(width=..)`, twice if it is wider than a phone."""
+        plot = draw(width=width)
         self.downloads.plot(file, plot)
         links = self.downloads.links(f"{file}.svg", f"{table}.csv")
-        return Figure(name=name, caption=caption, plot=plot, width=width, files=links)
+        narrow = draw(width=plots.NARROW) if width > plots.NARROW else None
+        return Figure(name=name, caption=caption, plot=plot, width=width, narrow=narrow, files=links)
 
     def by_size(self, dataset: str) -> list[Figure]:
         """Draws accuracy over the student's size, if there are several sizes."""
@@ -160,21 +187,22 @@ class _Figures:
             return []
         teacher = teacher_of(summaries[0])
         size = f" ({compact(teacher.parameters)})" if teacher and teacher.parameters else ""
-        plot = plots.accuracy_against_size(summaries, teacher_name=f"teacher{size}")
+        draw = functools.partial(plots.accuracy_against_size, summaries, teacher_name=f"teacher{size}")
         shares = {g.fraction for s in summaries for m in s.methods if (g := s.most_data(m))}
         caption = (
             f"With {of_data(max(shares))}. " if len(shares) == 1 else "Each with the most data it was trained on. "
         )
         caption += "Filled marks are means over the seeds, bars 95 % intervals; the dashed line is the teacher."
         name = "Test accuracy against the size of the student"
-        return [self._figure(name, caption, plot, file=slug("size", dataset), table="accuracy", width=660)]
+        return [self._figure(name, caption, draw, file=slug("size", dataset), table="accuracy", width=660)]
 
     def of_summary(self, summary: Summary) -> list[Figure]:
         """Draws accuracies, and differences if there are several shares of the data."""
         if len(summary.fractions) > 1:
-            plot, name = plots.accuracy_against_data(summary), "Test accuracy against the share of the data"
+            draw, name = plots.accuracy_against_data, "Test accuracy against the share of the data"
         else:
-            plot, name = plots.accuracy_of_methods(summary), "Test accuracy"
+            draw, name = plots.accuracy_of_methods, "Test accuracy"
+        draw = functools.partial(draw, summary)
         several = any(len(group.seeds) > 1 for group in summary.groups)
         caption = (
             "Filled marks are means over the seeds, small open ones single seeds, " if several else "Marks are runs, "
@@ -183,7 +211,7 @@ class _Figures:
         if len(summary.fractions) > 1 and summary.group(FINE_TUNING, 1.0):
             caption += " The dashed line in its colour is standard fine-tuning on all of the data."
         file = slug("accuracy", _name(self.study, summary))
-        found = [self._figure(name, caption, plot, file=file, table="accuracy", width=660)]
+        found = [self._figure(name, caption, draw, file=file, table="accuracy", width=660)]
         if summary.comparisons and len(summary.fractions) > 1:
             pairs = list(dict.fromkeys((c.method, c.reference) for c in summary.comparisons))
             if len(pairs) > 1 and len({reference for _, reference in pairs}) == 1:
@@ -191,10 +219,10 @@ class _Figures:
             else:
                 caption = capital(listed([f"{method} minus {reference}" for method, reference in pairs]))
             caption += ". Hollow: the interval contains 0."
-            plot = plots.differences(summary.comparisons, methods=summary.methods)
+            draw = functools.partial(plots.differences, summary.comparisons, methods=summary.methods)
             file = slug("differences", _name(self.study, summary))
             name = "Difference, in points"
-            found.append(self._figure(name, caption, plot, file=file, table="comparisons", width=330))
+            found.append(self._figure(name, caption, draw, file=file, table="comparisons", width=plots.NARROW))
         return found
 
     def curves(self, summary: Summary) -> list[tuple[str, str, list[Figure]]]:
@@ -221,9 +249,9 @@ class _Figures:
         width = min((_PAGE_WIDTH - 24 * (columns - 1)) // columns, 508)
         found = []
         for fraction in summary.fractions:
-            plot = plots.learning_curves(summary, fraction=fraction, quantity=quantity, shown=shown, width=width)
+            draw = functools.partial(plots.learning_curves, summary, fraction=fraction, quantity=quantity, shown=shown)
             file = slug(quantity, _name(self.study, summary), f"{100 * fraction:g}")
-            found.append(self._figure(capital(of_data(fraction)), "", plot, file=file, table="curves", width=width))
+            found.append(self._figure(capital(of_data(fraction)), "", draw, file=file, table="curves", width=width))
         return found
 
     def by_cost(self) -> list[Figure]:
@@ -232,9 +260,9 @@ class _Figures:
         for dataset in self.study.datasets:
             summaries = self.study.of(dataset)
             if sum(len(s.groups) for s in summaries) > 1:
-                plot = plots.accuracy_against_cost(summaries, width=_COST_WIDTH)
+                draw = functools.partial(plots.accuracy_against_cost, summaries)
                 caption = "Test accuracy against the training of one run."
                 caption += " Larger marks are larger students." * (len(summaries) > 1)
                 file = slug("cost", dataset)
-                found.append(self._figure(dataset, caption, plot, file=file, table="costs", width=_COST_WIDTH))
+                found.append(self._figure(dataset, caption, draw, file=file, table="costs", width=_COST_WIDTH))
         return found

@@ -77,7 +77,6 @@ def accuracies(summary: Summary) -> Table:
         Column("each seed", lambda g: " ".join(f"{value:.1f}" for value in g.accuracies)),
         Column("updates", lambda g: f"{g.updates:,}"),
         Column("labels seen", lambda g: _or_dash("{:,}", g.label_examples_seen)),
-        Column("training", lambda g: _duration(g.train_seconds)),
     ]
     dots = [colour_number(summary.methods, group.method) for group in summary.groups]
     return _table(columns, ((group,) for group in summary.groups), dots=dots)
@@ -157,6 +156,7 @@ def costs(study: Study) -> Table:
         Column("parameters", lambda s, g, c, _: compact(c.parameters) if c.parameters else "-"),
         Column("teacher / student", lambda s, g, c, t: _or_dash("{:,.0f} x", c.parameters and t and t / c.parameters)),
         Column("devices", lambda s, g, c, _: c.devices),
+        Column("training", lambda s, g, c, _: _duration(g.train_seconds)),
         Column("device-hours", lambda s, g, c, _: f"{c.device_hours:.3g}"),
         Column("training FLOPs", lambda s, g, c, _: compact(c.training_flops) if c.training_flops else "-"),
         Column("accuracy", lambda s, g, c, _: f"{g.accuracy:.1f}"),

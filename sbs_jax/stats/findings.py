@@ -61,7 +61,9 @@ def headline(summary: Summary) -> str:
     for verdict, winner, loser in (("ahead", ours, theirs), ("behind", capital(theirs), method)):
         if all(c.verdict == verdict for c in found):
             points = sorted(abs(c.difference) for c in found)
-            sizes = _by_amount(found, verdict=verdict) or f", by {points[0]:.1f} to {points[-1]:.1f} points"
+            sizes = _by_amount(found, verdict=verdict) or (
+                f", by {points[0]:.1f} to {points[-1]:.1f} points; every 95 % interval leaves out 0 ({_seeds(found)})"
+            )
             return f"{winner} is ahead of {loser} at all {len(found)} amounts of data{sizes}"
     phrases = []
     for verdict, phrase in (
@@ -89,9 +91,12 @@ def _by_amount(found: Sequence[Comparison], *, verdict: str | None = None) -> st
         f"{percent(c.fraction)}"
         for c in found
     ]
-    counts = listed([str(count) for count in sorted({len(c.seeds) for c in found})])
     minus = "" if verdict else f"{found[0].method} minus {found[0].reference}, "
-    return f": {listed(parts)} ({minus}95 % intervals, {counts} seeds)"
+    return f": {listed(parts)} ({minus}95 % intervals, {_seeds(found)})"
+
+
+def _seeds(found: Sequence[Comparison]) -> str:
+    return f"{listed([str(count) for count in sorted({len(c.seeds) for c in found})])} seeds"
 
 
 def sentences(summary: Summary) -> list[str]:

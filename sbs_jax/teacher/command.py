@@ -14,6 +14,7 @@ import dataclasses
 import gc
 import itertools
 import logging
+import shlex
 import signal
 import sys
 from collections.abc import Iterator, Mapping
@@ -31,6 +32,7 @@ from sbs_jax.teacher import clients, export, jobs, money, page, prompts, provide
 from sbs_jax.teacher.store import Store
 
 log = logging.getLogger(__name__)
+_ROOT = Path(__file__).parents[2]  # holds gin_configs/
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -328,6 +330,19 @@ def _drawn(parameters: clients.Parameters) -> str:
     return ", ".join(parts)
 
 
+def next_command(options: Options) -> str:
+    """Returns the `sbs train` command for the records, with the dataset's smallest configuration if there is one."""
+    name, folder = registry.get(options.dataset).name, Path(options.dataset)
+    run = f"--gin.MODEL_DIR={shlex.quote(f'runs/{name}')}"
+    if (folder / "laptop.gin").is_file():  # by sbs init; it names the records
+        return f"sbs train --gin_file={shlex.quote(str(folder / 'laptop.gin'))} {run}"
+    found = [file for file in ("cpu.gin", "demo.gin") if (_ROOT / f"gin_configs/experiments/{name}/{file}").is_file()]
+    experiment = f"gin_configs/experiments/{name}/{found[0]}" if found else "EXPERIMENT.gin"
+    method = "" if found == ["cpu.gin"] else " --gin_file=gin_configs/methods/step_by_step.gin"
+    records = f"--gin.RECORDS_DIR={shlex.quote(options.records_dir)}"
+    return f"sbs train --gin_file={experiment}{method} {records} {run}"
+
+
 def _write_page(path: str, plan: _Plan, store: Store, manifest: Manifest) -> None:
     options, settings, template = plan.options, plan.settings, plan.options.template
     counts = store.counts()
@@ -365,5 +380,6 @@ def _write_page(path: str, plan: _Plan, store: Store, manifest: Manifest) -> Non
         )
 
     rows = (example(answered) for split in plan.splits for answered in plan.answers(split, store))
-    page.write_page(path, title=f"Teacher: {plan.dataset.name}", facts=facts, rows=rows)
+    following = [("Train a student on these records:", next_command(options))]
+    page.write_page(path, title=f"Teacher: {plan.dataset.name}", facts=facts, rows=rows, next_commands=following)
     log.info("Page: %s", path)

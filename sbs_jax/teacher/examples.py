@@ -1,10 +1,11 @@
 """Counts over the examples of a finished sampling, in one pass, and a selection to embed in its page."""
 
 import dataclasses
-import hashlib
 import heapq
 from collections import Counter
 from typing import Any
+
+from sbs_jax.pages import cards
 
 SMALL_SET = 10  # most labels for which confusions are counted
 DISTINCT = 10_000  # most different texts that are counted separately
@@ -160,8 +161,7 @@ class Selection:
     def offer(self, row: Example) -> None:
         """Keeps the row if its hash is among the smallest so far."""
         self._seen += 1
-        digest = hashlib.blake2b(row.id.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-        key = (-int.from_bytes(digest, "big"), -self._seen)
+        key = (-cards.rank(row.id), -self._seen)
         heap = self._disagreeing if row.verdict == "wrong" else self._others
         if len(heap) < self._size:
             heapq.heappush(heap, (*key, _embedded(row)))

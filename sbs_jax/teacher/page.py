@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from sbs_jax.checks import whole_number
 from sbs_jax.data.parsing import FAILURES, OUTCOMES
+from sbs_jax.pages import cards
 from sbs_jax.pages.canvas import COLOURS, Canvas
 from sbs_jax.pages.rendering import Figure, render, write
 from sbs_jax.stats.formats import interval
@@ -41,13 +42,20 @@ _MEANINGS = {**OUTCOMES, **FAILURES}
 
 
 def write_page(
-    path: str | Path, *, title: str, facts: Mapping[str, str], rows: Iterable[Example], examples: int = 2000
+    path: str | Path,
+    *,
+    title: str,
+    facts: Mapping[str, str],
+    rows: Iterable[Example],
+    next_commands: Sequence[tuple[str, str]] = (),
+    examples: int = 2000,
 ) -> None:
     """Writes one self-contained HTML page about a sampling.
 
     `rows` is read once and not kept: memory holds only the embedded rows and the counts. Up to half of the `examples`
     embedded rows are ones where teacher and human disagree; the rest is an even sample of all others. A hash of their
-    ids chooses both. `facts` are shown in their order, as text.
+    ids chooses both. `facts` are shown in their order, as text; `next_commands` are (sentence, command) pairs for the
+    end of the page.
 
     Raises:
       ValueError: `examples` is negative.
@@ -57,20 +65,28 @@ def write_page(
     for row in rows:
         counts.add(row)
         chosen.offer(row)
-    write(Path(path), _page(title, facts, counts, chosen.rows()))
+    write(Path(path), _page(title, facts, counts, chosen.rows(), next_commands))
 
 
-def _page(title: str, facts: Mapping[str, str], counts: Counts, rows: Sequence[dict[str, Any]]) -> str:
+def _page(
+    title: str,
+    facts: Mapping[str, str],
+    counts: Counts,
+    rows: Sequence[dict[str, Any]],
+    next_commands: Sequence[tuple[str, str]],
+) -> str:
     lines, compact = _with_shared_lines(rows)
     outcomes = sorted(Counter(row.get("outcome", "") for row in rows).items(), key=lambda item: (-item[1], item[0]))
     labels = [cut(label) for label in counts.labels]
-    facts = dict(facts) | {"usable": f"{counts.usable:,} of {_rows(counts.rows)}"}
     if counts.hinted:
-        facts["answered after a hint"] = f"{counts.hinted:,}"
+        facts = {**facts, "answered after a hint": f"{counts.hinted:,}"}
     return render(
         "teacher.html",
         title=title,
         headline=_headline(counts),
+        opening=_opening(rows),
+        shares=_shares(counts) if counts.rows else None,
+        next_commands=next_commands,
         facts=facts.items(),
         counts=counts,
         outcomes=_outcomes(counts),
@@ -119,6 +135,26 @@ def _headline(counts: Counts) -> str:
     return f"The teacher's own label equals the human label on {_share(score.right, score.rows)} of {_rows(score.rows)}"
 
 
+def _opening(rows: Sequence[dict[str, Any]]) -> list[cards.Card]:
+    """Returns the cards of three rows, those with the lowest ranks; a `Selection` of at least three has them."""
+    by_id = {row.get("id", ""): row for row in rows}
+    return [_card(by_id[row_id]) for row_id in cards.by_rank(by_id, cards.CARDS)]
+
+
+def _card(row: Mapping[str, Any]) -> cards.Card:
+    verdict, replies = row["verdict"], row.get("replies", [])
+    said = row.get("rationale") or (replies[0] if replies else None)
+    text = row.get("teacher_label") or f"not usable: {row.get('outcome', '')}"
+    label = row.get("label") if verdict != "right" else None
+    answer = cards.Answer(who="teacher", text=cards.brief(text), verdict=verdict)
+    return cards.Card(
+        question=cards.brief(row.get("input") or row.get("id", "")),
+        rationale=cards.brief(said) if said else None,
+        answers=(answer,),
+        label=label,
+    )
+
+
 class Bar(NamedTuple):
     """Row of a table with bars: its name, the bar's width in percent, and cells of numbers."""
 
@@ -135,6 +171,19 @@ class Bars(NamedTuple):
 
     header: Sequence[str]
     rows: Sequence[Bar]
+
+
+def _shares(counts: Counts) -> Bars:
+    """Lists the shares of usable replies and, where labels are known, of right ones; both with 95 % intervals."""
+    parts = [("usable", counts.usable, counts.rows, "a label can be read from the reply")]
+    if counts.score.rows:
+        parts.append(("right", counts.score.right, counts.score.rows, "the teacher's own label is the human label"))
+    bars = []
+    for name, count, whole, meaning in parts:
+        low, high = (100 * end for end in wilson_interval(count / whole, whole))
+        cells = [_share(count, whole), interval(low, high), f"{count:,} of {whole:,}"]
+        bars.append(Bar(name, 100 * count / whole, cells, meaning=meaning, whisker=(low, high)))
+    return Bars(["replies", "share", "95 % interval", "rows"], bars)
 
 
 def _counted(name: str, count: int, whole: int) -> Bar:
