@@ -100,7 +100,10 @@ class Server:
     line_faults: Faults = ()  # for the lines of a batch: "missing", "expired", "malformed" too
     latency: float | Callable[[], float] = 0.0
     keep: bool = True  # bodies and headers
-    key: str | None = None  # the only one accepted
+    key: str | None = None  # the only one accepted ..
+    key_header: str = "authorization"  # .. in this header of OpenAI's interface, as "Bearer KEY", or the key itself
+    root: str = "/v1"  # of OpenAI's interface
+    query: str = ""  # that every request must have, such as "api-version=2024-10-21"
     models: Sequence[str] | None = None  # the only ones known
     batch_polls: int = 1  # polls that find a batch still running
     batch_case: Callable[[str], str] = lambda word: word  # of a batch's status
@@ -137,7 +140,7 @@ class Server:
     @property
     def openai(self) -> str:
         """base_url for OpenAI's SDK."""
-        return f"{self.url}/v1"
+        return f"{self.url}{self.root}{f'?{self.query}' if self.query else ''}"
 
     @property
     def gemini(self) -> str:
@@ -641,6 +644,11 @@ class _Connection(asyncio.Protocol):
         if server.moves is not None and re.search(server.moves, f"{method} {url.path}"):
             self._send(server.moved_status, b"", {"Location": f"{server.moved_to}{target}"})
             return
+        if url.path.startswith(f"{server.root}/") and url.query == server.query:
+            url = url._replace(path=f"/v1/{url.path.removeprefix(f'{server.root}/')}")
+        elif server.root != "/v1":
+            self._send(404, {"error": {"code": "404", "message": "Resource not found"}})
+            return
         google = "x-goog-api-client" in headers or not url.path.startswith("/v1/")
         if refusal := self._refusal(headers, google=google):
             self._send(*refusal)
@@ -665,7 +673,11 @@ class _Connection(asyncio.Protocol):
 
     def _refusal(self, headers: dict[str, str], *, google: bool) -> tuple[int, dict[str, Any]] | None:
         key = self._server.key
-        given = headers.get("x-goog-api-key") or headers.get("authorization", "").removeprefix("Bearer ")
+        name = self._server.key_header
+        bearer = headers.get(name, "").removeprefix("Bearer ") if name == "authorization" else headers.get(name, "")
+        given = headers.get("x-goog-api-key") or bearer
+        if name != "authorization" and "authorization" in headers:  # Azure reads it as a token, first
+            given = headers["authorization"]
         if key is None or given == key:
             return None
         if google and "x-goog-api-key" in headers:

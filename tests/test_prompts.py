@@ -250,6 +250,16 @@ def test_braces_of_an_input_stay() -> None:
     assert prompt.text.count("{input}") == 2
 
 
+def test_a_prompt_without_a_hint_asks_the_same_and_says_so_if_one_is_asked_for(tmp_path: Path) -> None:
+    value = json.loads((prompts.FOLDER / "svamp.json").read_text("utf-8"))
+    del value["hint"]
+    (tmp_path / "mine.json").write_text(json.dumps(value))
+    mine, whole = prompts.read(tmp_path / "mine.json"), prompts.read("svamp")
+    assert prompts.render(mine, "1 + 2?").messages == prompts.render(whole, "1 + 2?").messages
+    with pytest.raises(ValueError, match=r"no 'hint'; add one with \{label\}, or leave out --hint"):
+        prompts.render(mine, "1 + 2?", hint="3")
+
+
 def test_hint_comes_after_the_line_that_the_input_is_in() -> None:
     template = template_of(SMALL | {"question": 'Is "{input}" a sum?'})
     assert template.asked("1 + 2", hint="3") == 'Is "1 + 2" a sum?\n(It is 3.)'

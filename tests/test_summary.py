@@ -183,3 +183,15 @@ def test_the_summary_is_shown_once_with_warnings_last(caplog):
     found = summarized([row(n, "I cannot say.") for n in range(30)])
     assert found.show() == 3
     assert [record.levelname for record in caplog.records] == ["INFO", "WARNING"]
+
+
+def test_the_totals_of_all_splits_and_the_next_command_come_last(caplog):
+    caplog.set_level(logging.INFO, logger="sbs_jax")
+    found = summarized([*(row(n, "I cannot say.") for n in range(30)), *(right(n) for n in range(30, 40))])
+    found.show(command="sbs train")
+    usable, agreeing, following = caplog.records[-1].message.splitlines()
+    assert usable == "usable: 10 of 40 rows (25.0 %)"
+    assert agreeing == "right: 10 of 40 rows (25.0 %)"
+    assert following == "next: sbs train"
+    unlabelled = summary.Summary()
+    assert unlabelled.totals() == ("usable: no row was asked about", "right: not known, the rows have no human labels")

@@ -109,6 +109,15 @@ def test_from_questions_to_records_that_are_those_of_the_import(sbs, inputs, ans
             assert (row.rationale, row.teacher_label) == (known[row.id].rationale, known[row.id].teacher_label)
             assert row.prompt == template.hash
         assert manifest["splits"][split]["teacher_accuracy"] == imported["splits"][split]["teacher_accuracy"]
+    usable, right, following = done.stderr.rstrip("\n").splitlines()[-3:]
+    counts = manifest["splits"].values()
+    assert usable.startswith(
+        f"usable: {sum(split['teacher_labels'] for split in counts)} of {sum(ROWS.values())} rows ("
+    )
+    assert right.startswith(f"right: {sum(split['teacher_right'] for split in counts)} of {sum(ROWS.values())} rows (")
+    assert following.startswith("next: sbs train --gin_file=gin_configs/experiments/builtin/demo.gin --gin_file=")
+    assert f"--gin.RECORDS_DIR={tmp_path}/records" in following
+    assert following.removeprefix("next: ") in page.read_text("utf-8")
     assert manifest["teacher"]["model"] == "some-model"
     assert manifest["teacher"]["prompt"] == template.hash
     assert "<html" in page.read_text("utf-8")

@@ -1,16 +1,22 @@
 """The real SDKs ask a server over loopback that answers, or misbehaves."""
 
 import asyncio
+import dataclasses
 import email.utils
 import functools
 import gc
 import gzip
 import json
+import re
+import shlex
 import time
 import traceback
 import tracemalloc
+import urllib.parse
 import zlib
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import pytest
 from builders.teacher_requests import request
@@ -859,6 +865,70 @@ def test_a_server_of_one_s_own_needs_no_key(monkeypatch: pytest.MonkeyPatch) -> 
         (reply,) = asyncio.run(run())
         assert isinstance(reply, Reply)
         assert "max_tokens" in server.bodies[0]
+
+
+# What each endpoint of docs/teacher.md demands, by the host in its line.
+_ENDPOINTS: dict[str, dict[str, Any]] = {
+    "api.anthropic.com": {"models": ["claude-haiku-4-5"]},
+    "RESOURCE.openai.azure.com/openai/v1": {"root": "/openai/v1", "models": ["DEPLOYMENT"]},
+    "RESOURCE.openai.azure.com/openai/deployments": {
+        "root": "/openai/deployments/DEPLOYMENT",
+        "query": "api-version=2024-10-21",
+        "key_header": "api-key",
+    },
+    "bedrock-runtime": {"root": "/openai/v1", "models": ["openai.gpt-oss-120b-1:0"]},
+    "localhost:8000": {"key": None},
+    "localhost:8080": {"key": None},
+    "localhost:11434": {"key": None},
+}
+_LINES = [
+    line
+    for line in (Path(__file__).parents[1] / "docs" / "teacher.md").read_text("utf-8").splitlines()
+    if "sbs teach .. --provider openai" in line
+]
+
+
+def test_the_documented_endpoints_are_those_that_are_tried() -> None:
+    assert len(_LINES) == len(_ENDPOINTS)
+    assert all(sum(host in line for line in _LINES) == 1 for host in _ENDPOINTS)
+
+
+@pytest.mark.parametrize("host", _ENDPOINTS)
+def test_a_documented_endpoint_gets_what_it_demands(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The line of the docs as it stands, but for the address of the server."""
+    demands = {"key": KEY} | _ENDPOINTS[host]
+    words = shlex.split(next(line for line in _LINES if host in line), comments=True)
+    model, address = (words[words.index(flag) + 1] for flag in ("--model", "--base_url"))
+    if demands["key"] is None:
+        monkeypatch.delenv("OPENAI_API_KEY")
+        assert not words[0].startswith("OPENAI_API_KEY=")
+    else:
+        assert re.fullmatch(r"OPENAI_API_KEY=\$[A-Z_]+", words[0])
+    with served(**demands) as server:
+        url = urllib.parse.urlsplit(address)
+        address = urllib.parse.urlunsplit(url._replace(scheme="http", netloc=server.url.removeprefix("http://")))
+        client = providers.make("openai", base_url=address, timeout=5.0, connections=1)
+        asked = dataclasses.replace(request(stops=("Q:",)), model=model)
+        (reply,) = asyncio.run(results(client, asked))
+        assert isinstance(reply, Reply), reply
+        assert server.bodies[0]["model"] == model
+        assert server.asked == 1
+        if demands["key"] is None:
+            assert KEY not in str(server.headers)
+
+
+def test_azure_by_deployment_refuses_a_wrong_key_and_a_missing_version() -> None:
+    demands = _ENDPOINTS["RESOURCE.openai.azure.com/openai/deployments"]
+    with served(key="another", **demands) as server:
+        client = providers.make("openai", base_url=server.openai, timeout=5.0, connections=1)
+        (refused,) = asyncio.run(results(client, request()))
+        assert isinstance(refused, Fatal), refused
+        assert KEY not in str(refused)
+    with served(key=KEY, **demands) as server:
+        client = providers.make("openai", base_url=server.openai.partition("?")[0], timeout=5.0, connections=1)
+        (refused,) = asyncio.run(results(client, request()))
+        assert isinstance(refused, Exception)
+        assert server.asked == 0
 
 
 @pytest.mark.parametrize("key", ["sk-with space", "sk-…", "sk-\x07"])

@@ -52,12 +52,20 @@ class Summary:
       splits: a text per split.
       warnings: a sentence or two per doubt.
       status: exit status.
+      asked: rows whose reply was asked for, of all splits.
+      usable: those with a label of the teacher.
+      labelled: rows with a human label.
+      right: rows whose two labels are the same.
     """
 
     unusable: float = UNUSABLE
     splits: list[str] = dataclasses.field(default_factory=list)
     warnings: list[str] = dataclasses.field(default_factory=list)
     status: int = 0
+    asked: int = 0
+    usable: int = 0
+    labelled: int = 0
+    right: int = 0
 
     def __post_init__(self) -> None:
         checks.number("unusable", self.unusable, least=0, most=1)
@@ -69,6 +77,10 @@ class Summary:
         lines += [*_accuracy(counts, rows, chance), *_failures(rows)]
         self.splits.append("\n".join(lines))
         asked = counts["rows"] - sum(counts["outcomes"].get(outcome, 0) for outcome in _UNASKED)
+        self.asked += asked
+        self.usable += counts["teacher_labels"]
+        self.labelled += counts["labelled"]
+        self.right += counts["teacher_right"]
         impossible = dataset.impossible_labels(rows)
         unusable = asked - counts["teacher_labels"] + len(impossible)
         many = unusable > self.unusable * asked
@@ -94,13 +106,28 @@ class Summary:
         found += _doubts(dataset, counts, rows, chance)
         self.warnings += [f"{dataset.name} {split}: {warning}" for warning in found]
 
-    def show(self) -> int:
-        """Logs everything, warnings last, and returns the exit status."""
+    def show(self, *, command: str | None = None) -> int:
+        """Logs everything, then the totals and the next command if there is one, and returns the exit status."""
         for text in self.splits:
             log.info("%s", text)
         for warning in self.warnings:
             log.warning("Warning: %s", warning)
+        if command is not None:
+            log.info("%s", "\n".join((*self.totals(), f"next: {command}")))
         return self.status
+
+    def totals(self) -> tuple[str, str]:
+        """Returns two lines: usable replies and right labels of all splits."""
+        usable = f"{self.usable:,} of {_rows(self.asked)}"
+        right = f"{self.right:,} of {_rows(self.labelled)}"
+        return (
+            f"usable: {usable} ({_percent(self.usable, self.asked)})"
+            if self.asked
+            else "usable: no row was asked about",
+            f"right: {right} ({_percent(self.right, self.labelled)})"
+            if self.labelled
+            else "right: not known, the rows have no human labels",
+        )
 
 
 _MISALIGNED = " Do the replies belong to other rows? Reply i must answer input i."

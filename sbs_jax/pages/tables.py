@@ -64,8 +64,8 @@ def markdown(summary: Summary) -> str:
     return "\n\n".join(blocks) + "\n"
 
 
-def accuracies(summary: Summary) -> Table:
-    """Lists the groups of a summary."""
+def accuracies(summary: Summary, *, time: bool = True) -> Table:
+    """Lists the groups of a summary, with the time of training or without."""
     columns = [
         Column("method", lambda g: g.method, "text"),
         Column("data", lambda g: percent(g.fraction)),
@@ -77,6 +77,7 @@ def accuracies(summary: Summary) -> Table:
         Column("each seed", lambda g: " ".join(f"{value:.1f}" for value in g.accuracies)),
         Column("updates", lambda g: f"{g.updates:,}"),
         Column("labels seen", lambda g: _or_dash("{:,}", g.label_examples_seen)),
+        *([Column("training", lambda g: _duration(g.train_seconds))] if time else []),
     ]
     dots = [colour_number(summary.methods, group.method) for group in summary.groups]
     return _table(columns, ((group,) for group in summary.groups), dots=dots)

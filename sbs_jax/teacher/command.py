@@ -95,6 +95,10 @@ def teach(options: Options, *, tell: Summary | None = None) -> Manifest | None:
     written, or after UnusableRepliesError the first answers.
     """
     dataset = catalogue.get(options.dataset)
+    if options.settings.hint and options.template.hint is None:
+        raise ValueError(
+            "The prompt has no field 'hint', which --hint needs; add one with {label}, or leave out --hint."
+        )
     _check_outputs(dataset, options)
     plan = _Plan(
         options=options,
@@ -330,10 +334,12 @@ def _drawn(parameters: clients.Parameters) -> str:
     return ", ".join(parts)
 
 
-def next_command(options: Options) -> str:
+def next_command(options: Options, manifest: Manifest) -> str:
     """Returns the `sbs train` command for the records, with the dataset's smallest configuration if there is one."""
-    name, folder = registry.get(options.dataset).name, Path(options.dataset)
+    name, folder = catalogue.get(options.dataset).name, Path(options.dataset)
     run = f"--gin.MODEL_DIR={shlex.quote(f'runs/{name}')}"
+    if not any(split["labelled"] for split in manifest["splits"].values()):
+        run += " --gin.LABEL_SOURCE=teacher"
     if (folder / "laptop.gin").is_file():  # by sbs init; it names the records
         return f"sbs train --gin_file={shlex.quote(str(folder / 'laptop.gin'))} {run}"
     found = [file for file in ("cpu.gin", "demo.gin") if (_ROOT / f"gin_configs/experiments/{name}/{file}").is_file()]
@@ -380,6 +386,6 @@ def _write_page(path: str, plan: _Plan, store: Store, manifest: Manifest) -> Non
         )
 
     rows = (example(answered) for split in plan.splits for answered in plan.answers(split, store))
-    following = [("Train a student on these records:", next_command(options))]
+    following = [("Train a student on these records:", next_command(options, manifest))]
     page.write_page(path, title=f"Teacher: {plan.dataset.name}", facts=facts, rows=rows, next_commands=following)
     log.info("Page: %s", path)

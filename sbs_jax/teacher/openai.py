@@ -21,18 +21,26 @@ _MOST_STOPS = 4  # of OpenAI's own API
 
 
 class OpenAI(HostedClient):
-    """OpenAI's API, or a compatible server."""
+    """OpenAI's API, or a compatible server.
+
+    Every request has the query of `base_url`; with `api-version` in it the key is Azure's header `api-key`.
+    """
 
     def __init__(self, *, base_url: str | None, timeout: float, connections: int) -> None:
         super().__init__()
         sdk, httpx2 = sdk_module("openai"), sdk_module("httpx2")
         base_url = address(base_url)
         key = openai_key(base_url)
+        base_url, query = divided(base_url)
         self.official, self.timeout, self.secret = is_official(base_url), timeout, "" if key == NO_KEY else key
         self.errors, self._response = (sdk.OpenAIError, httpx2.HTTPError), httpx2.Response
         http = http_client(base_url or "https://api.openai.com/v1", connections)
         # `send` applies the timeout.
-        self.sdk = sdk.AsyncOpenAI(api_key=key, base_url=base_url, max_retries=0, timeout=None, http_client=http)
+        kept = {"api_key": key, "base_url": base_url, "max_retries": 0, "timeout": None, "http_client": http}
+        if version := query.pop("api-version", None):
+            self.sdk = sdk.AsyncAzureOpenAI(api_version=version, default_query=query, **kept)
+        else:
+            self.sdk = sdk.AsyncOpenAI(default_query=query, **kept)
 
     async def ask(self, request: Request) -> Reply:
         body = openai_body(request, official=self.official)
@@ -61,6 +69,14 @@ class OpenAI(HostedClient):
 def address(base_url: str | None) -> str | None:
     """Returns the address of the server, from the flag or OPENAI_BASE_URL; None for OpenAI's own API."""
     return checked_address(base_url or os.environ.get("OPENAI_BASE_URL") or None)
+
+
+def divided(base_url: str | None) -> tuple[str | None, dict[str, str]]:
+    """Divides an address into the part before its query, and the query."""
+    if base_url is None:
+        return None, {}
+    parts = urllib.parse.urlsplit(base_url)
+    return urllib.parse.urlunsplit(parts._replace(query="", fragment="")), dict(urllib.parse.parse_qsl(parts.query))
 
 
 def is_official(base_url: str | None) -> bool:

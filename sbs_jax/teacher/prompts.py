@@ -81,7 +81,8 @@ class Template:
       instruction: the system message of a chat, the first paragraph of a text; may be empty.
       question: contains {input} once; with `split`, {0}, {1} and so on once each.
       answer: contains {rationale} and {label} once each.
-      hint: contains {label}; a second request has it on a separate line below the question's last line of input.
+      hint: contains {label}; a second request (`--hint`) has it on a separate line below the question's last line of
+        input. None: there is no such request.
       stops: stop strings of a completion, which would otherwise continue with an invented example.
       exemplars: the solved examples, in order.
       split: the text between the parts of an input; None for an input of one part.
@@ -91,7 +92,7 @@ class Template:
     instruction: str
     question: str
     answer: str
-    hint: str
+    hint: str | None = None
     stops: tuple[str, ...]
     exemplars: tuple[Exemplar, ...]
     split: str | None = None
@@ -109,7 +110,8 @@ class Template:
                 "each."
             )
         _check_places("answer", self.answer, ("rationale", "label"))
-        _check_places("hint", self.hint, ("label",))
+        if self.hint is not None:
+            _check_places("hint", self.hint, ("label",))
         if "" in self.stops:
             raise ValueError(f"the field 'stops' is {brief(list(self.stops))}; expected no empty text.")
         for number, exemplar in enumerate(self.exemplars):
@@ -136,7 +138,8 @@ class Template:
     def asked(self, input: str, *, hint: str | None = None) -> str:  # noqa: A002  # the record's word
         """Fills the question with an input; `hint` is a label to reveal.
 
-        Raises ValueError if `split` does not divide the input into as many parts as the question has.
+        Raises ValueError if `split` does not divide the input into as many parts as the question has, or the template
+        has no hint to reveal it with.
         """
         question = self.question
         places = list(_PLACE.finditer(question))
@@ -153,6 +156,8 @@ class Template:
             return _filled(question, parts)
         end = question.find("\n", places[-1].end())
         end = len(question) if end < 0 else end
+        if self.hint is None:
+            raise ValueError("the prompt has no 'hint'; add one with {label}, or leave out --hint.")
         given = _filled(self.hint, {"label": hint})
         return f"{_filled(question[:end], parts)}\n{given}{_filled(question[end:], parts)}"
 

@@ -22,7 +22,8 @@ def add(command: Any) -> None:
         "      --store svamp.sqlite --records_dir records --dry_run\n\n"
         "Credentials come from the environment (OPENAI_API_KEY, GEMINI_API_KEY, or Google's default credentials).\n"
         "Replies stay in the store and are never paid for twice; repeat the command to continue. See docs/teacher.md.\n"
-        "Prints the manifest, then a summary of the replies to standard error.\n\n"
+        "Prints the manifest, then a summary of the replies to standard error; its last three lines are the usable\n"
+        "replies, the right ones, and the next command.\n\n"
         "Exit status: 0 written; 1 error; 2 wrong flags; "
         f"{summary.SOME_UNUSABLE} ended before the last row (a limit, an interruption,\n"
         "cancelled jobs), or in some split more than --unusable of the replies have no usable label.",
@@ -140,4 +141,4 @@ def run(arguments: argparse.Namespace) -> int:
     if manifest is None:
         return 0 if arguments.dry_run else summary.SOME_UNUSABLE
     print(json.dumps(manifest, indent=1), flush=True)
-    return told.show()
+    return told.show(command=command.next_command(options, manifest))
