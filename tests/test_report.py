@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from builders.html_pages import check
-from builders.report_runs import answers, of, some, write_run
+from builders.report_runs import EXAMPLES, MEASURED, answers, of, some, write_rationales, write_run
 
 from sbs_jax.pages import plots, report, tables
 from sbs_jax.pages.report import Run
@@ -345,6 +345,7 @@ def test_the_page_stands_alone_and_escapes_what_students_write(tmp_path: Path, m
     read = check(page)
     text = read.text + read.scripts["application/json"]
     # Plots, curves of two kinds and costs, each of them for a phone too, but the differences; keys.
+    assert "McNemar's test lets only the" in text  # several seeds
     assert page.read_text().count("<svg") == 2 * (1 + 2 * 2 + 1) + 1 + 2 * 3
     for expected in (
         *("A <title>", "A & B.", "sbs demo --output 'a b'", "teacher 74.0", "0123456789abcdef", "0.10.2"),
@@ -375,14 +376,12 @@ def test_the_page_opens_with_questions_and_ends_with_the_next_command(tmp_path: 
     places = [text.index(part) for part in parts]
     assert places == sorted(places)
     assert f"--model {tmp_path / 'step_by_step'} --input questions.jsonl --output answers.jsonl --rationale" in text
-    assert "McNemar's test lets only the" in text
+    assert "McNemar's test all let the test rows vary alone" in text  # one seed
     found = re.findall(r'<p class="said question" dir="auto">(.*?)</p>', (tmp_path / "page.html").read_text())
     assert sorted(found) == [f"Is &lt;b&gt;{i}&lt;/b&gt; &amp; {i}?" for i in range(2)]  # those with a rationale
-    first = text[text.index("Is <b>0</b>") :].split("Is <b>")[1]
-    assert (
-        first.replace("\n", "")
-        == "0</b> & 0?It is so.step-by-step✓entailmentstandard fine-tuning✗<script>alert(1)</script>labelentailment"
-    )
+    first = text[text.index("Is <b>0</b>") + len("Is <b>") :]
+    shown = "0</b> & 0?It is so.step-by-step✓entailmentstandard fine-tuning✗<script>alert(1)</script>labelentailment"
+    assert first.replace("\n", "").startswith(shown)
 
 
 def test_without_rationales_three_questions_are_chosen_whatever_their_answers(tmp_path: Path) -> None:

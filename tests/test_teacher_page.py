@@ -60,7 +60,7 @@ def test_the_page_opens_with_replies_and_shares_and_ends_with_a_command(tmp_path
     parts = [
         "Three replies",
         "equals the human label on",
-        "usable",
+        "a label can be read from",
         "Outcomes",
         "Examples",
         "How the teacher was asked",
