@@ -369,13 +369,13 @@ def test_the_page_opens_with_questions_and_ends_with_the_next_command(tmp_path: 
         "Cost",
         "How to reproduce",
         "sbs init questions.csv",
-        "sbs predict --model",
-        "sbs serve --model",
+        "sbs predict /",
+        "sbs serve /",
     ]
     text = text.replace(report.headline(report.summarize(runs)), "Step-by-step and standard", 1)
     places = [text.index(part) for part in parts]
     assert places == sorted(places)
-    assert f"--model {tmp_path / 'step_by_step'} --input questions.jsonl --output answers.jsonl --rationale" in text
+    assert f"sbs predict {tmp_path / 'step_by_step'} --input questions.jsonl --output answers.jsonl --rationale" in text
     assert "McNemar's test all let the test rows vary alone" in text  # one seed
     found = re.findall(r'<p class="said question" dir="auto">(.*?)</p>', (tmp_path / "page.html").read_text())
     assert sorted(found) == [f"Is &lt;b&gt;{i}&lt;/b&gt; &amp; {i}?" for i in range(2)]  # those with a rationale

@@ -157,9 +157,9 @@ def _next(found: Study) -> list[tuple[str, str]]:
     return [
         (
             f"Answer a file with the best student here ({best.method}, {of_data(best.fraction)}):",
-            f"sbs predict --model {path} --input questions.jsonl --output answers.jsonl{rationale}",
+            f"sbs predict {path} --input questions.jsonl --output answers.jsonl{rationale}",
         ),
-        ("Serve it over HTTP:", f"sbs serve --model {path}"),
+        ("Serve it over HTTP:", f"sbs serve {path}"),
     ]
 
 
