@@ -138,6 +138,15 @@ def test_a_dry_run_shows_prompt_tokens_price_and_time_and_asks_nothing(sbs, inpu
     assert not (tmp_path / "store.sqlite").exists()
 
 
+def test_a_hint_that_the_prompt_lacks_is_refused_before_anything_is_asked(inputs, tmp_path):
+    server = types.SimpleNamespace(openai="http://127.0.0.1:9/v1")  # there is none
+    template = dataclasses.replace(prompts.read("builtin"), hint=None)
+    asked_so = options("builtin", server, inputs, tmp_path, settings=settings(hint=True), template=template)
+    with pytest.raises(ValueError, match="no field 'hint', which --hint needs"):
+        command.teach(asked_so)
+    assert not (tmp_path / "store.sqlite").exists()
+
+
 def test_no_input_and_no_file_of_others_is_written_over(inputs, tmp_path):
     """Refused before anything is asked: there is no server."""
     server = types.SimpleNamespace(openai="http://127.0.0.1:9/v1")
