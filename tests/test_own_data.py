@@ -89,8 +89,9 @@ def test_what_was_decided_is_said(tmp_path):
 
 def test_rationales_of_the_table_become_records(tmp_path):
     """Then no teacher is needed; rows without one, and other splits, stay as they are."""
-    rows = [{**row, "explanation": f"It is about {row['team']}."} for row in ROWS]
-    rows[0]["explanation"] = None
+    rows = [
+        {**row, "explanation": f"It is about {row['team']}." if number else None} for number, row in enumerate(ROWS)
+    ]
     found = plan_of(tmp_path, rows, label_column="team")
     assert "rationales: column 'explanation', so no teacher is needed" in found.lines
     own_data.write(found, tmp_path / "tickets", gin={})

@@ -896,7 +896,7 @@ def test_the_documented_endpoints_are_those_that_are_tried() -> None:
 @pytest.mark.parametrize("host", _ENDPOINTS)
 def test_a_documented_endpoint_gets_what_it_demands(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The line of the docs as it stands, but for the address of the server."""
-    demands = {"key": KEY} | _ENDPOINTS[host]
+    demands: dict[str, Any] = {"key": KEY} | _ENDPOINTS[host]
     words = shlex.split(next(line for line in _LINES if host in line), comments=True)
     model, address = (words[words.index(flag) + 1] for flag in ("--model", "--base_url"))
     if demands["key"] is None:

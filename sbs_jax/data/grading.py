@@ -182,7 +182,7 @@ def chrf_of(target: str, prediction: str) -> float:
 @functools.cache
 def _chrf() -> Any:
     check_installed([chrf])
-    from sacrebleu.metrics import CHRF
+    from sacrebleu.metrics.chrf import CHRF
 
     return CHRF()
 

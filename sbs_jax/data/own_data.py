@@ -33,7 +33,7 @@ MARKER = "So the answer is"
 _EXAMPLES, _LONGEST_EXAMPLE = 12, 300  # of the prompt, and characters of each
 _STOP = "\nInput:"
 _TEACHERS = 96  # tokens of a teacher's rationale, before one has been asked
-_GRADED = dict.fromkeys((None, "normalized_accuracy"), "without case and punctuation")
+_GRADED: Mapping[str | None, str] = dict.fromkeys((None, "normalized_accuracy"), "without case and punctuation")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

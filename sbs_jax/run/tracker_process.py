@@ -6,6 +6,9 @@ reads lines of JSON (trackers.py writes them) and writes what the run logs. `RUN
 id of the tracker's run, so that a resumed run continues it. The last line says how many seconds are left after it.
 """
 
+# pyright: reportMissingImports=false
+# Its packages are optional.
+
 import contextlib
 import json
 import logging
@@ -46,11 +49,12 @@ class _MLflow:
             name = os.environ.get("MLFLOW_EXPERIMENT_NAME", _PROJECT)
             found = self._client.get_experiment_by_name(name)
             experiment = self._client.create_experiment(name) if found is None else found.experiment_id
-            id_ = self._client.create_run(experiment, run_name=run.name).info.run_id
-            keep(id_)
+            made: str = self._client.create_run(experiment, run_name=run.name).info.run_id
+            keep(made)
             params = [entities.Param(key, str(value)[:500]) for key, value in settings.items()]
             for start in range(0, len(params), 100):  # its limit
-                self._client.log_batch(id_, params=params[start : start + 100])
+                self._client.log_batch(made, params=params[start : start + 100])
+            id_ = made
         else:
             self._client.update_run(id_, status="RUNNING")
         self._id = id_

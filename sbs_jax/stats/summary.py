@@ -362,7 +362,7 @@ def _cautions(groups: Sequence[Group], results: Sequence[Result]) -> list[str]:
 
 def _memorized(runs: Sequence[Result]) -> list[str]:
     """Quotes the first run that has memorized its training rows, and counts the others."""
-    found = [(run, run.ended["memorized"]) for run in runs if run.ended and run.ended.get("memorized")]
+    found = [(run, text) for run in runs if run.ended and (text := run.ended.get("memorized"))]
     if not found:
         return []
     run, text = found[0]
