@@ -139,7 +139,7 @@ def test_scores_outlive_the_metrics_and_a_run_without_its_checkpoints_does_not_b
     recorded, tmp_path, monkeypatch
 ):
     """Loses the metrics and the last checkpoint of a finished run, then all checkpoints."""
-    config, result, trainer = recorded
+    config, result, trainer, _ = recorded
     assert result["test"]["step"] == 3  # the earlier of two equal scores
     run = shutil.copytree(config.model_dir, tmp_path / "run")
     config = dataclasses.replace(config, model_dir=str(run))
