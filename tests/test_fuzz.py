@@ -292,7 +292,7 @@ def test_prompt_files(fuzz: Fuzz, memory: Path) -> None:
             assert len(found.hash) == 12
             asked = tape.one_of(("Ann has 3 pens.", "A dog barks.</s>An animal is heard.", tape.text()))
             made = fuzzing.read(
-                lambda: prompts.render(found, asked, hint="{label}"), raises=ValueError, names=["input"]
+                lambda: prompts.render(found, asked, hint="{label}"), raises=ValueError, names=["input", "hint"]
             )
             if isinstance(made, prompts.Prompt):
                 made.text.encode("utf-8", "surrogatepass")

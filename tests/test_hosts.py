@@ -435,8 +435,10 @@ def test_one_process_that_fails_ends_all_with_its_reason(starter, tmp_path):
 
 @pytest.mark.slow
 def test_another_configuration_is_refused(starter, folder, tmp_path):
+    elsewhere = shutil.copytree(folder / "records", tmp_path / "elsewhere")
+
     def arguments(index: int) -> list[str]:
-        records = [] if index == 0 else [f"--gin.RECORDS_DIR={folder / 'elsewhere'}"]  # not a difference by itself
+        records = [] if index == 0 else [f"--gin.RECORDS_DIR={elsewhere}"]  # not a difference by itself
         return [*toy.train_flags(folder, tmp_path / "run", f"SEED={index}"), *records]
 
     with starter.together(tmp_path, arguments, count=2, path=[folder]) as processes:

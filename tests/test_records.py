@@ -51,7 +51,7 @@ GOOD = '{"id": "a", "input": "x", "label": null}'
         (f'{GOOD}\n{{"id": "b", "inp', r":2: not valid JSON: .* column 13"),
         (f"{GOOD}\n[1, 2]\n", r":2: got \[1, 2\]; expected a JSON object"),
         (f"{GOOD}\n{GOOD}\n", r":2: the id 'a' is already that of line 1"),
-        ('{"id": "a", "label": null}', r":1: the field 'input' is missing"),
+        ('{"id": "a", "label": null}', r":1: got the fields \['id', 'label'\]; expected those of a record: id, input"),
         ('{"id": "a", "input": "x", "label": 1}', r":1: the field 'label' is 1; expected text or null"),
         ('{"id": 3, "input": "x", "label": null}', r":1: the field 'id' is 3; expected text"),
         ('{"id": "", "input": "x", "label": null}', r":1: the field 'id' is empty"),

@@ -858,7 +858,7 @@ def test_a_model_that_fails_to_warm_up_ends_the_server(monkeypatch: pytest.Monke
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     with pytest.raises(gin_files.UsageError, match=r"uvicorn .*pip install 'sbs-jax\[serve\]'"):
-        command.run(argparse.Namespace())
+        command.check(argparse.Namespace())
 
 
 class Model:

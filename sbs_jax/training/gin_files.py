@@ -62,6 +62,7 @@ _OLD_IMPORT = re.compile(r"^from sbs_jax import (\w+)$", re.MULTILINE)
 _TOKEN = re.compile(r"^malformed node .*\n\s*Failed to parse token (.*)")
 _NO_FILE = "Unable to open file"
 _REFERENCE = re.compile(r"[@%](?:[\w.]+/)*([\w.]+)")
+_RECORDS = re.compile(r"^RECORDS_DIR = (\\\n)?.*$", re.MULTILINE)  # gin gives a long path a line of its own
 _REQUIRED = re.compile(r"^([\w.]+) = %gin.REQUIRED$", re.MULTILINE)
 _LEFT_SIDE = re.compile(r"^([\w./]+) =", re.MULTILINE)
 
@@ -212,7 +213,7 @@ def configured(
         unread=unread,
     )
     # Records may be in another folder on another host; their hashes are compared when they are read.
-    lines = [line for line in text.splitlines() if line and not line.startswith(("#", "RECORDS_DIR"))]
+    lines = [line for line in _RECORDS.sub("", text).splitlines() if line and not line.startswith("#")]
     hosts.agree({"configuration": "\n".join(lines)})
     return configured, text
 
