@@ -135,7 +135,7 @@ def account(
     settings = sampler.Settings(model="m", form="chat", **{**plain, **changes})
 
     async def run() -> sampler.Totals:
-        client = providers.make(provider, base_url=base_url, timeout=0.5, connections=settings.concurrency)
+        client = providers.make(provider, base_url=base_url, timeout=2.0, connections=settings.concurrency)
         with Store(path / "store.sqlite") as store:
             made = sampler.Sampler(settings=settings, client=client, store=store, price=PRICE)
             totals = await made.run(Row(f"Row {number} of many rows") for number in range(count))
