@@ -42,7 +42,7 @@ class Student:
     @property
     def metrics(self) -> dict[str, dict[str, Any]]:
         """Returns the run's last metrics of each kind: "train", "validation" and, after the end, "test"."""
-        return {line.pop("kind"): line for line in directory.read_metrics(self.run)}
+        return directory.last_lines(directory.read_metrics(self.run))
 
     def predict(self, inputs: Sequence[str], *, settings: Settings | None = None) -> list[str]:
         """Answers inputs, in order, with the label alone. ValueError names an input that cannot be answered."""

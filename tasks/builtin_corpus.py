@@ -26,8 +26,7 @@ from collections.abc import Iterator, Sequence
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
-from sbs_jax.data.dataset import BY_LOSS, Dataset
-from sbs_jax.data.grading import same_text
+from sbs_jax.data.dataset import of_text
 from tasks.builtin import PROPERTIES, QUESTIONS, description, random_problem, random_thing
 
 NAME = "builtin_corpus"
@@ -143,13 +142,4 @@ def _joined(words: Sequence[str]) -> str:
     return re.sub(r" ([.,])", r"\1", " ".join(words))
 
 
-DATASET = Dataset(
-    name=NAME,
-    labels=None,
-    read_release=None,
-    parsers={},
-    metric_fns=(),
-    primary_metric=BY_LOSS,
-    same_label=same_text,
-    feature_lengths={"inputs": 40, "targets": 24},
-)
+DATASET = of_text(NAME, lengths={"inputs": 40, "targets": 24})

@@ -160,6 +160,14 @@ def _containers(node: Any) -> list[list]:
     return found
 
 
+def put_leaf(tape: Tape, node: Any, leaves: Sequence[Any]) -> None:
+    """Puts one of the leaves in some place below a node, every second time."""
+    slots = places(node)
+    if slots and tape.chance(2):
+        holder, index = tape.one_of(slots)
+        holder[index] = tape.one_of(leaves)
+
+
 def damaged(tape: Tape, value: Any, *, most: int = 3, fragments: Sequence[str] = FRAGMENTS) -> Any:
     """Damages a value in up to `most` places: wrong types, names missing, unknown or doubled, and so on."""
     node: Any = [tree(value)]

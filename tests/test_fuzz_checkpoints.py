@@ -219,10 +219,7 @@ def test_files_of_flax(fuzz: Fuzz, memory: Path) -> None:
             data += bytes([tape.one_of((0, 1, 127, 255)) for _ in range(4)]) + valid[at + 2 :]
         else:
             node = fuzzing.damaged(tape, fuzzing.tree(tree), most=2)
-            slots = fuzzing.places(node)
-            if slots and tape.chance(2):
-                holder, index = tape.one_of(slots)
-                holder[index] = tape.one_of(leaves)
+            fuzzing.put_leaf(tape, node, leaves)
             data = packed(node)
         fuzzing.put(tape, file, data, any_size=True)
         fuzzing.read(lambda: opened_whole(folder), raises=(ValueError, FileNotFoundError), names=[folder])
@@ -292,10 +289,7 @@ def test_files_of_t5x(fuzz: Fuzz, memory: Path) -> None:
             data = fuzzing.scratched(tape, valid)
         else:
             node = fuzzing.damaged(tape, tree, most=2)
-            slots = fuzzing.places(node)
-            if slots and tape.chance(2):
-                holder, index = tape.one_of(slots)
-                holder[index] = tape.one_of(leaves)
+            fuzzing.put_leaf(tape, node, leaves)
             data = packed(node)
         fuzzing.put(tape, file, data, any_size=True)
         if tape.chance(8):

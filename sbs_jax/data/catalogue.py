@@ -11,20 +11,10 @@ from typing import Any
 
 from sbs_jax import checks
 from sbs_jax.data import dataset_folder
-from sbs_jax.data.dataset import BY_LOSS, Dataset
-from sbs_jax.data.grading import same_text
+from sbs_jax.data.dataset import Dataset, of_text
 
 # Plain text, which has no records (corpus.py).
-CORPUS = Dataset(
-    name="corpus",
-    labels=None,
-    read_release=None,
-    parsers={},
-    metric_fns=(),
-    primary_metric=BY_LOSS,
-    same_label=same_text,
-    feature_lengths={"inputs": 512, "targets": 114},
-)
+CORPUS = of_text("corpus", lengths={"inputs": 512, "targets": 114})
 
 _DATASETS: dict[str, Dataset] = {}
 _listeners: list[Callable[[Dataset], None]] = []

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sbs_jax import checks
+from sbs_jax.data.grading import same_text
 from sbs_jax.data.markup import without_thinking
 from sbs_jax.data.parsing import Parsed
 from sbs_jax.data.records import Record
@@ -127,6 +128,20 @@ class Dataset:
     def parse(self, text: str, row: Row, *, parser: str) -> Parsed:
         """Parses a teacher's reply, without its thinking (`<think>..</think>`), by the parser of this name."""
         return self.parsers[parser](without_thinking(text), row)
+
+
+def of_text(name: str, *, lengths: Mapping[str, int]) -> Dataset:
+    """Makes a dataset of plain text, which has no labels and is graded by its loss."""
+    return Dataset(
+        name=name,
+        labels=None,
+        read_release=None,
+        parsers={},
+        metric_fns=(),
+        primary_metric=BY_LOSS,
+        same_label=same_text,
+        feature_lengths=lengths,
+    )
 
 
 def check_lengths(lengths: Mapping[str, int]) -> None:

@@ -56,12 +56,12 @@ class Retention:
 
         newest 2, best 1, period 40 of steps 10, 20, .., 60 with scores {20: 0.5, 30: 0.5}: 20, 40, 50, 60.
         """
-        best = _best_first(steps, scores=scores)[: self.best]
+        best = best_first(steps, scores=scores)[: self.best]
         periodic = [step for step in steps if self.period is not None and step % self.period == 0]
         return {*sorted(steps)[-self.newest :], *best, *periodic}
 
 
-def _best_first(steps: Sequence[int], *, scores: Mapping[int, float]) -> list[int]:
+def best_first(steps: Sequence[int], *, scores: Mapping[int, float]) -> list[int]:
     """Sorts the steps that have a score, highest first; ties go to the earliest: more training gained nothing."""
     scored = [step for step in steps if math.isfinite(scores.get(step, math.nan))]
     return sorted(scored, key=lambda step: (-scores[step], step))
@@ -351,7 +351,7 @@ def best_step(path: str | Path) -> int | None:
 
 
 def _best(existing: Sequence[int], *, scores: Mapping[int, float]) -> int | None:
-    ranked = _best_first(existing, scores=scores) or existing[::-1]
+    ranked = best_first(existing, scores=scores) or existing[::-1]
     return ranked[0] if ranked else None
 
 

@@ -367,6 +367,11 @@ def _runs_beside(path: Path) -> str:
     return f"; {folder} has the runs {', '.join(found[:10])}.{nearest(path.name, found)}" if found else "."
 
 
+def last_lines(lines: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Returns the last metrics line of each kind, {"train": {"step": .., ..}, ..}, without its kind."""
+    return {line["kind"]: {name: value for name, value in line.items() if name != "kind"} for line in lines}
+
+
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """Reads a run's metrics.jsonl, without an incomplete last line. ValueError names a damaged line."""
     file = Path(path) / "metrics.jsonl"

@@ -121,7 +121,7 @@ def train(
         saved = checkpoints.scores_of(progress, where=f"the checkpoint of step {start}")
         ended = start == config.train_steps or stopping.out_of_patience(saved or {}, config.patience)
         if ended and any(line["kind"] == "test" for line in run.metrics()):
-            return _last_lines(run)
+            return directory.last_lines(run.metrics())
         run.truncate_metrics(lines=progress["lines"], step=start)
         scores |= _scores_of_metrics(run) if saved is None else saved
         window = MetricsWindow(progress["window"])
@@ -157,7 +157,7 @@ def train(
         if config.evaluate_test and not session.test():
             session.leave()
         run.flush()
-        return _last_lines(run)
+        return directory.last_lines(run.metrics())
 
 
 @dataclasses.dataclass
@@ -180,7 +180,7 @@ class _Session:
     warned: bool = False  # that training rows are memorized
 
     def __post_init__(self) -> None:
-        self.token_accuracy = _last_lines(self.run).get("train", {}).get("token_accuracy/label")
+        self.token_accuracy = directory.last_lines(self.run.metrics()).get("train", {}).get("token_accuracy/label")
 
     @property
     def out_of_patience(self) -> bool:
@@ -370,7 +370,3 @@ def _progress_bar(config: TrainConfig, run: directory.RunDir, *, start: int) -> 
 
 def _scores_of_metrics(run: directory.RunDir) -> dict[int, float]:
     return dict(hosts.from_first(lambda: list(directory.read_scores(run.path).items())))
-
-
-def _last_lines(run: directory.RunDir) -> dict[str, dict[str, Any]]:
-    return {line.pop("kind"): line for line in run.metrics()}

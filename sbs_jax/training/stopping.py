@@ -3,6 +3,8 @@
 import math
 from collections.abc import Mapping
 
+from sbs_jax.run import checkpoints
+
 _MEMORIZED = 0.95  # least share of right training answers
 _GAP, _DEVIATIONS = 10.0, 3.0  # points, and standard errors of the validation score, that it must be ahead by
 
@@ -24,8 +26,7 @@ def out_of_patience(scores: Mapping[int, float], patience: int | None) -> bool:
 
 def best_step(scores: Mapping[int, float]) -> int | None:
     """Returns the step of the best score, of equals the first; None if none is finite."""
-    finite = [step for step in sorted(scores) if math.isfinite(scores[step])]
-    return max(finite, key=scores.__getitem__, default=None)
+    return next(iter(checkpoints.best_first([*scores], scores=scores)), None)
 
 
 def reason(scores: Mapping[int, float], *, patience: int | None, step: int, train_steps: int) -> str:
