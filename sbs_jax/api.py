@@ -7,6 +7,7 @@
 It writes what the commands write, so every command goes on from there: `sbs report runs/tickets`.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -69,12 +70,11 @@ class Student:
         settings = settings or Settings()
         if settings not in self._predictors:
             self._predictors[settings] = engine.Predictor(
-                {None: self._trained}, settings=settings, places={None: str(self.run)}
+                {None: self._trained}, settings=settings, places={None: str(self.run)}, cache=_kept
             )
-        with compiled.kept(compiled.default()):
-            return self._predictors[settings].answer(
-                [engine.Question(id=str(number), input=each) for number, each in enumerate(inputs)]
-            )
+        return self._predictors[settings].answer(
+            [engine.Question(id=str(number), input=each) for number, each in enumerate(inputs)]
+        )
 
 
 def distill(
@@ -145,8 +145,14 @@ def distill(
         ],
         bindings=[f"{name}={value!r}" for name, value in bindings.items()],
     )
-    loop.train(config, config_text=text)
+    with _kept():
+        loop.train(config, config_text=text)
     return Student.load(output)
+
+
+def _kept() -> contextlib.AbstractContextManager[compiled.Cache]:
+    """Opens the cache of compiled programs, which changes settings of JAX: only while programs are compiled."""
+    return compiled.kept(compiled.default())
 
 
 def _table(rows: Rows, *, where: str) -> table.Table:

@@ -4,7 +4,8 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
+from typing import Any
 
 import tqdm
 
@@ -18,9 +19,18 @@ _CACHE = "jax_compilation_cache_dir"  # of JAX's settings
 class Progress:
     """Counts the programs of a command, and says which one is compiled if that takes longer than `PATIENCE`."""
 
-    def __init__(self, *, count: int = 0, at_most: bool = False) -> None:
-        """Takes the number of programs, 0 if it is unknown; with `at_most`, some may not be needed."""
-        self.count, self._at_most = count, at_most
+    def __init__(
+        self,
+        *,
+        count: int = 0,
+        at_most: bool = False,
+        cache: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+    ) -> None:
+        """Takes the number of programs, 0 if it is unknown; with `at_most`, some may not be needed.
+
+        `cache` is entered around the first call of each program, for a caller that keeps no cache open.
+        """
+        self.count, self._at_most, self._cache = count, at_most, cache
         self._begun: set[Hashable] = set()
 
     @contextlib.contextmanager
@@ -34,6 +44,11 @@ class Progress:
             yield
             return
         self._begun.add(key)
+        with self._cache(), self._announced(program):
+            yield
+
+    @contextlib.contextmanager
+    def _announced(self, program: str) -> Iterator[None]:
         number, said = self._number(), threading.Event()
         line = f"compiling {number}: {program} ({when()})"
 

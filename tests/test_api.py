@@ -1,14 +1,14 @@
 """The Python interface: `sbs_jax.distill` and `sbs_jax.Student`, over the same run directory as the commands."""
 
 import pytest
-from builders.garden import ROWS, TOPICS
+from builders.garden import EXPLAINED, ROWS, TOPICS
 
 import sbs_jax
 from sbs_jax import api
 from sbs_jax.data import catalogue, records, registry
+from sbs_jax.prediction import compiled
 from sbs_jax.training import gin_files
 
-EXPLAINED = [{**row, "rationale": f"It is about {row['team']}."} for row in ROWS]
 QUESTIONS = ["My fern: thirsty, what now?", "My rose: slugs, what now?"]
 SMALL = {
     "TRAIN_STEPS": 3,
@@ -57,6 +57,19 @@ def test_the_run_loads_alone_and_resumes(student):
     assert (student.run / "metrics.jsonl").read_bytes() == before
     found = records.read_records(folder / "records" / "garden" / "train.jsonl")
     assert {record.rationale for record in found} == {f"It is about {topic}." for topic in TOPICS}
+
+
+def test_the_cache_is_opened_for_programs_alone(student, tmp_path, monkeypatch):
+    """It changes settings of JAX and links every cached file, so an answer by a compiled program leaves it closed."""
+    monkeypatch.setenv("SBS_COMPILED", str(tmp_path / "compiled"))
+    opened, kept = [], compiled.kept
+    monkeypatch.setattr(compiled, "kept", lambda folder: opened.append(folder) or kept(folder))
+    settings = sbs_jax.Settings(batch_size=3)
+    first = student.answer(QUESTIONS, settings=settings)
+    assert opened == [str(tmp_path / "compiled")]
+    assert len(list((tmp_path / "compiled").rglob("*-cache"))) >= 1
+    assert student.answer(QUESTIONS[:1], settings=settings) == first[:1]
+    assert len(opened) == 1
 
 
 def test_an_input_that_cannot_be_answered_is_named(student):

@@ -5,6 +5,7 @@ trained with. Rows are grouped by length and padded to one of a few lengths (`ev
 Except for rounding, an answer depends neither on its neighbors nor on the padding.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -116,15 +117,16 @@ class Predictor:
         settings: Settings,
         places: Mapping[str | None, str] | None = None,
         fixed_shapes: bool = False,
+        cache: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
     ) -> None:
         """Takes students by adapter name; None names the one for questions without an adapter.
 
         With `fixed_shapes`, `programs` are all that `answer` will ever need, for a server; until all are compiled, it
         pads to those that are. Otherwise rows with choices of a new size compile a program of their size, which is
-        faster for many rows.
+        faster for many rows. `cache` is entered whenever a program is compiled (compiling.Progress).
         """
         self.settings = settings
-        self.progress = compiling.Progress(at_most=not fixed_shapes)
+        self.progress = compiling.Progress(at_most=not fixed_shapes, cache=cache)
         self._answerers = {
             name: _Answerer(
                 student,
