@@ -158,8 +158,12 @@ def _kept() -> contextlib.AbstractContextManager[compiled.Cache]:
 def _table(rows: Rows, *, where: str) -> table.Table:
     if isinstance(rows, str | Path):
         return table.read_file(Path(rows))
-    # A DataFrame of pandas iterates over its columns.
-    held: list[Any] = list(rows.to_dict("records") if hasattr(rows, "to_dict") else rows)  # pyright: ignore
+    listed: Any = rows
+    if hasattr(rows, "features"):  # of Hugging Face: its labels are numbers
+        listed = table.named_labels(rows)
+    elif hasattr(rows, "to_dict"):  # a DataFrame of pandas iterates over its columns
+        listed = listed.to_dict("records")
+    held = list(listed)
     wrong = next((number for number, row in enumerate(held) if not isinstance(row, Mapping)), None)
     if wrong is not None:
         raise ValueError(

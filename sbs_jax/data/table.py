@@ -175,24 +175,24 @@ def _of_datasets(source: str, load: Any) -> dict[str | None, Table]:
     except Exception as error:  # of the network, the hub and the package
         raise ValueError(f"{source} cannot be loaded by the package datasets: {part(str(error))}") from None
     if not isinstance(loaded, dict):
-        rows = list(loaded)
-        return {None: table_of(rows, _places(source, len(rows)), where=source)}
+        return {None: _of_loaded(loaded, where=source)}
     found: dict[str | None, Table] = {}
     for name, rows in loaded.items():
         split = _SPLIT_NAMES.get(name, name)
         if split in SPLITS:
-            found[split] = table_of(_named_labels(rows), _places(f"{source}, {name}", len(rows)), where=source)
+            found[split] = _of_loaded(rows, where=f"{source}, {name}")
     if not found:
         raise ValueError(f"{source} has the splits {brief(sorted(loaded))}; expected train, validation or test.")
     return found
 
 
-def _places(source: str, count: int) -> list[str]:
-    return [f"{source}: row {number}" for number in range(1, count + 1)]
+def _of_loaded(rows: Any, *, where: str) -> Table:
+    found = named_labels(rows)
+    return table_of(found, [f"{where}: row {number}" for number in range(1, len(found) + 1)], where=where)
 
 
-def _named_labels(rows: Any) -> list[dict[str, Any]]:
-    """Lists the rows with the names of class labels, which `datasets` stores as numbers."""
+def named_labels(rows: Any) -> list[dict[str, Any]]:
+    """Lists the rows of a dataset of `datasets` with the names of class labels, which it stores as numbers."""
     named = {name: feature.int2str for name, feature in rows.features.items() if hasattr(feature, "int2str")}
 
     def value(name: str, number: Any) -> Any:

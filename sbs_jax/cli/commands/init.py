@@ -62,6 +62,8 @@ def run(arguments: argparse.Namespace) -> int:
     if name in catalogue.names():
         raise ValueError(f"{name!r} is a dataset of sbs_jax already; give another with --name.")
     folder = Path(arguments.output or name)
+    if arguments.output is None and folder.resolve() == Path(arguments.file).resolve():  # the table is a folder
+        folder = Path(f"{name}_dataset")
     own_data.write(plan, folder, gin=own_experiments.of(plan, folder))
     print("\n".join(f"  {line}" for line in plan.lines))
     print(f"Wrote {folder}. Next:")
