@@ -21,6 +21,7 @@ TEACH = ["teach", "--inputs_dir=records", "--inputs=records", "--store=s", "--re
 OPENAI = [*TEACH, "--provider=openai"]
 EVALUATE = ["evaluate", "--gin_file=gin_configs/runs/evaluate.gin"]
 PREDICT = ["predict", "--output=answers.jsonl"]
+OWN_SWEEP = ["sweep", "--gin_file=gin_configs/experiments/own/methods.gin", "--gin.SWEEP_DIR=s"]
 QUESTIONS = "--input=questions.jsonl"
 
 DEFINITION = """{"version": 1, "name": "own", "labels": null, "marker": "So", "metric": "METRIC",
@@ -121,12 +122,15 @@ MISTAKES = {
     ),
     "no run to replay": (["replay", "runs/old"], ["runs/old"]),
     "no run to measure": (["rationales", "runs/old"], ["no run at", "empty"]),
-    "neither run nor teacher": (["rationales"], ["got neither", "--teacher DATASET"]),
+    "neither run nor teacher": (["rationales"], ["got neither", "--dataset NAME"]),
     "no run to report": (["report", "runs"], ["no finished run in runs", "runs/empty"]),
     "jobs of a sweep": (
         ["sweep", "--gin_file=gin_configs/experiments/paper/table1.gin", "--jobs=0"],
         ["--jobs is 0", "at least 1"],
     ),
+    "a dataset of a sweep": ([*OWN_SWEEP, "--dataset=tikets"], ["Unknown dataset 'tikets'", "sbs init"]),
+    "no records of a sweep": ([*OWN_SWEEP, "--dataset=svamp"], ["RECORDS_DIR is missing", "--records_dir DIR"]),
+    "no records of a teacher": (["rationales", "--dataset=svamp"], ["--records_dir is missing", "dataset.json"]),
     "a macro of a sweep": (
         ["sweep", "--gin_file=gin_configs/experiments/paper/table1.gin", "--gin.RECORDS_DIR=r", "--gin.SWEEP_DRI=s"],
         ["SWEEP_DRI", "Did you mean 'SWEEP_DIR'"],

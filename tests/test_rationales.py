@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import toy
+from builders import garden
 
 import tasks
 from sbs_jax.cli import main
-from sbs_jax.data import grading, parsing, records, registry, release
+from sbs_jax.data import catalogue, grading, parsing, records, registry, release
 from sbs_jax.stats import rationales
 from sbs_jax.training import loop
 from tasks import builtin, nli, svamp
@@ -187,6 +188,23 @@ def test_the_teachers_own_texts_fit_its_answers(
             inputs="release",
             overwrite=False,
         )
-        assert main.main(["rationales", "--teacher", name, "--records_dir", str(tmp_path)]) == 0
+        assert main.main(["rationales", "--dataset", name, "--records_dir", str(tmp_path)]) == 0
         found = json.loads(capsys.readouterr().out)["consistency"]
         assert (found["by_parser"], found["by_parser_rows"]) == (pytest.approx(share, abs=5e-4), rows)
+
+
+def test_the_teacher_of_a_folder_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    garden.write_folder(Path("data/garden"))
+    before = registry.options()
+    assert main.main(["rationales", "--dataset", "data/garden"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["dataset"], found["rows"], found["consistency"]["by_parser"]) == ("garden", 6, 1.0)
+    assert main.main(["rationales", "--teacher", "data/garden"]) == 0
+    said = capsys.readouterr()
+    assert json.loads(said.out) == found
+    assert "--teacher NAME is now --dataset NAME" in said.err
+    catalogue._DATASETS.pop("garden")
+    registry.configure(before)

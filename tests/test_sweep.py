@@ -14,9 +14,11 @@ from typing import Any
 import processes
 import pytest
 import toy
+from builders import garden
 
 from sbs_jax import sweep
 from sbs_jax.cli import main
+from sbs_jax.data import catalogue
 from sbs_jax.run import directory
 from sbs_jax.storage import lock
 from sbs_jax.sweep import running
@@ -101,6 +103,29 @@ def test_a_cell_is_configured_as_its_name_says() -> None:
     assert config.initial_checkpoint_path == "points/cqa/t5-base"
     assert config.model_dir == "runs/runs/cqa-base-step_by_step-ALPHA=0.3-0.5-1"
     assert "adafactor" in str(config.optimizer)
+
+
+def test_a_folder_of_a_dataset_brings_its_experiment_and_its_records(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    garden.write_folder(Path("data/garden"))
+    changes = {"datasets": ("data/garden",), "sizes": ("laptop",), "records_dir": None, "seeds": (0,)}
+    cells = a_sweep(**changes, fractions={"data/garden": (1.0,)}, vocabulary="{dataset}.model").cells()
+    assert [cell.name for cell in cells] == [f"garden-laptop-{method}-1-0" for method in METHODS]
+    assert cells[0].configured()[0].data.vocabulary == "garden.model"
+    kinds = sweep.check_configurations(a_sweep(**changes).cells())
+    sweep.check_inputs(kinds)
+    assert {config.data.records_dir for _, config in kinds} == {"data/garden/records"}
+    given = ["sweep", "--gin_file=gin_configs/experiments/own/methods.gin", "--gin.SWEEP_DIR=runs", "--dry_run"]
+    assert main.main([*given, "--dataset", "data/garden"]) == 0
+    assert "6 cells: 6 new." in capsys.readouterr().out
+    assert main.main([*given, "--dataset", "data/garden", "--records_dir", "elsewhere", "--print"]) == 0
+    assert capsys.readouterr().out.count("RECORDS_DIR='\"'\"'elsewhere") == 6
+    shutil.copytree("data/garden", "garden")
+    with pytest.raises(ValueError, match=r"names of Sweep\.datasets has 'garden' twice"):
+        a_sweep(**{**changes, "datasets": ("garden", "data/garden")}).cells()
+    catalogue._DATASETS.pop("garden")
 
 
 def test_cells_that_differ_only_in_seed_share_processes() -> None:

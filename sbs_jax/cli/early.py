@@ -44,14 +44,8 @@ def training(found: gin_scan.Scan) -> None:
     if isinstance(names := found.value("TRACKERS"), list | tuple):
         trackers.check(names)
         trackers.check_installed(names)
-    name = found.value("DATASET")
+    name = dataset(found, found.value("DATASET"))
     model_dir = found.value("MODEL_DIR")
-    if not isinstance(name, str) or name == catalogue.CORPUS.name:
-        name = None
-    elif not found.imports - _NO_DATASETS or name in catalogue.names() or dataset_folder.is_folder(name):
-        dataset = catalogue.get(name)
-        grading.check_installed(dataset.metric_fns)
-        name = dataset.name
     if isinstance(model_dir, str) and (Path(model_dir) / directory.MANIFEST).is_file():
         return
     if name is not None and isinstance(records_dir := found.value("RECORDS_DIR"), str):
@@ -67,6 +61,30 @@ def training(found: gin_scan.Scan) -> None:
         weights("INITIAL_CHECKPOINT_PATH", path, "give the folder of a checkpoint (docs/checkpoints.md)")
     if isinstance(path := found.value("AUGMENTATION"), str):
         existing("AUGMENTATION", path, "write it with `sbs records --augmentation`, or set it to None")
+
+
+def dataset(found: gin_scan.Scan, name: object) -> str | None:
+    """Checks a dataset that gin files name, or its folder; returns its name, or None if it is no dataset of records.
+
+    A name that a module of the gin files may register is left to the command.
+    """
+    if not isinstance(name, str) or name == catalogue.CORPUS.name:
+        return None
+    if not found.imports - _NO_DATASETS or name in catalogue.names() or dataset_folder.is_folder(name):
+        one = catalogue.get(name)
+        grading.check_installed(one.metric_fns)
+        return one.name
+    return name
+
+
+def sweeping(found: gin_scan.Scan) -> None:
+    """Checks the datasets that a sweep names; only folders may leave their records to the experiment."""
+    names = found.value("DATASETS")
+    for name in names if isinstance(names, list | tuple) else ():
+        checked = dataset(found, name)
+        without = found.value("RECORDS_DIR") is None and found.value("EXPERIMENT") is None
+        if checked is not None and without and not dataset_folder.is_folder(name):
+            raise UsageError(f"RECORDS_DIR is missing, with the records of {name}; give it with --records_dir DIR.")
 
 
 def existing(name: str, path: str, remedy: str) -> None:

@@ -50,10 +50,7 @@ def take(parser: argparse.ArgumentParser, arguments: argparse.Namespace, rest: S
         positionals += rest
     named = [*arguments.run_flags]
     if found := getattr(arguments, "old_run_flags", None):
-        print(
-            f"{parser.prog}: {old[0]} DIR is now RUN or --run DIR; the old spelling works for one more release.",
-            file=sys.stderr,
-        )
+        say_renamed(parser.prog, f"{old[0]} DIR", "RUN or --run DIR")
         named += found
     count = len(positionals) - len(then)
     runs = [*named, *positionals[: max(0, count)]]
@@ -66,3 +63,8 @@ def take(parser: argparse.ArgumentParser, arguments: argparse.Namespace, rest: S
     arguments.run_dirs, arguments.run_dir = runs, runs[0] if runs else None
     arguments.further = positionals[max(0, count) :]
     return flags if not flags else [*rest]
+
+
+def say_renamed(command: str, old: str, new: str) -> None:
+    """Says on standard error that a flag has another name."""
+    print(f"{command}: {old} is now {new}; the old spelling works for one more release.", file=sys.stderr)

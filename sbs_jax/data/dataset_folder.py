@@ -21,9 +21,10 @@ from sbs_jax import checks
 from sbs_jax.data import grading
 from sbs_jax.data.dataset import Dataset, Row
 from sbs_jax.data.parsing import LABEL_NOT_IN_SET, Parsed, member, strict_reply, unusable, usable
+from sbs_jax.data.records import DEFINITION
 from sbs_jax.storage.json_files import brief, read_json, typed
 
-FILE, PROMPT, INPUTS, RECORDS = "dataset.json", "prompt.json", "inputs", "records"
+FILE, PROMPT, INPUTS, RECORDS = DEFINITION, "prompt.json", "inputs", "records"
 VERSION = 1
 NUMERIC = "numeric_accuracy"
 # Metrics by name. An accuracy, of a row that is right or wrong, has the function that decides this as row score; texts
@@ -103,6 +104,11 @@ def read(folder: str | Path) -> Dataset:
     if not path.is_file():
         raise FileNotFoundError(f"{folder} has no {FILE}; `sbs init` makes such a folder of a table.")
     return of(read_json(path), where=str(path))
+
+
+def name_of(dataset: str) -> str:
+    """Returns the name of a dataset that is given by its name or its folder."""
+    return read(dataset).name if is_folder(dataset) else dataset
 
 
 def of(value: Any, *, where: str) -> Dataset:

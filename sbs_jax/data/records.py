@@ -32,6 +32,7 @@ from sbs_jax.storage.json_files import brief, encoded, read_json, read_json_line
 OK = "ok"
 NO_TEACHER = "no_teacher"
 MANIFEST = "manifest.json"
+DEFINITION = "dataset.json"  # of the folder of a dataset (dataset_folder.py), which holds a records directory
 BASELINES = "baselines.json"  # of `sbs baseline`
 SPLITS = ("train", "validation", "test")
 # Increased when the meaning of a field changes, so that old files are refused instead of misread.
@@ -220,10 +221,18 @@ def check_exist(records_dir: str | Path, name: str) -> None:
     if any(file_of(directory, split).exists() for split in SPLITS):
         return
     gone = "" if Path(records_dir).is_dir() else f" (there is no folder {records_dir})"
+    missing = f"There are no records of {name}: no train.jsonl, validation.jsonl or test.jsonl in {directory}{gone}."
+    folder = Path(records_dir).parent
+    if (folder / DEFINITION).is_file():
+        raise FileNotFoundError(
+            f"{missing} Ask a teacher for them:\n  sbs teach --dataset {folder} --provider openai --model gpt-4o-mini\n"
+            "or train on the labels alone, with --gin_file=gin_configs/methods/standard_finetuning.gin "
+            f"--gin.RECORDS_DIR={folder}/inputs."
+        )
     raise FileNotFoundError(
-        f"There are no records of {name}: no train.jsonl, validation.jsonl or test.jsonl in {directory}{gone}. Write "
-        f"them with\n  sbs records --dataset {name} --release DIR --records_dir {records_dir}\nwhere DIR holds the "
-        "official release, ask a teacher for them with `sbs teach`, or set DataOptions.records_dir to where they are."
+        f"{missing} Write them with\n  sbs records --dataset {name} --release DIR --records_dir {records_dir}\nwhere "
+        "DIR holds the official release, ask a teacher for them with `sbs teach`, or set DataOptions.records_dir to "
+        "where they are."
     )
 
 

@@ -206,7 +206,7 @@ def _epoch(config: TrainConfig, options: Options) -> dict[str, Any]:
     elif config.data.corpus:
         return {"updates": None, "source": "unknown: give the rows of the corpus as --examples N"}
     else:
-        return {"updates": None, "source": "unknown: give --gin.RECORDS_DIR=.. (sbs records) or --examples N"}
+        return {"updates": None, "source": "unknown: give --records_dir (sbs records) or --examples N"}
     per_row = 1.0 if not config.pack else options.examples_per_row
     if per_row is None:
         return {"updates": None, "source": "unknown: rows are packed; give --examples_per_row N"}

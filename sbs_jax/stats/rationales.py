@@ -84,11 +84,12 @@ def measure(
 def of_teacher(dataset: str, *, records_dir: str, limit: int | None = None) -> dict[str, Any]:
     """Measures the teacher's own rationales and labels on test, without generating anything.
 
-    Rows without a rationale or a label of the teacher are left out.
+    `dataset` is a name, or the folder of one (data/dataset_folder.py). Rows without a rationale or a label of the
+    teacher are left out.
     """
     registry.configure(selection.DataOptions(records_dir=records_dir, vocabulary="byte"))
     one = registry.get(dataset)
-    rows = [row for row in registry.read_split(dataset, selection.TEST) if row.rationale and row.teacher_label][:limit]
+    rows = [row for row in registry.read_split(one.name, selection.TEST) if row.rationale and row.teacher_label][:limit]
     written, labels = [row.rationale or "" for row in rows], [row.teacher_label or "" for row in rows]
     found, _ = quality(one, rows, rationales=written, predictions=labels)
     graded = [one.same_label(row.label, row.teacher_label or "") for row in rows if row.label]

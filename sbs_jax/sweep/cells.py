@@ -9,10 +9,12 @@ from typing import Any
 
 from sbs_jax import checks
 from sbs_jax.checks import nearest
+from sbs_jax.data import dataset_folder
 from sbs_jax.training import gin_files
 from sbs_jax.training.gin_files import UsageError
 
 _ROOT = Path(__file__).parents[2]  # holds gin_configs/
+_EXPERIMENT = "gin_configs/experiments/{dataset}/{size}.gin"
 _OWN = ("MODEL_DIR", "RECORDS_DIR", "FRACTION", "SEED", "FOLDS", "FOLD")  # macros set by the sweep itself
 
 
@@ -140,29 +142,31 @@ class Sweep:
 
     Attributes:
       sweep_dir: folder for runs/<cell>, logs/<cell>.log and the report, index.html.
-      records_dir: folder with the records of all datasets.
-      datasets: dataset names.
+      records_dir: folder with the records of all datasets; None keeps the experiment's, as a folder's has its own.
+      datasets: dataset names, or folders with a dataset.json (data/dataset_folder.py).
       sizes: experiment names of each dataset: "base", "large".
       methods: names in gin_configs/methods/, or paths ending in .gin.
       fractions: shares of the training rows, in (0, 1]; or a list per dataset.
       seeds: seeds of the row subset, the parameters, the order and the dropout.
       folds: parts of a cross-validation, each a run of its own; 0 for the files' own splits.
       axes: other macros with their values; they become part of a cell's name.
-      experiment: gin file of a cell, with {dataset} and {size}.
-      initial_checkpoint_path, vocabulary: for every cell, with {dataset} and {size}; None keeps the experiment's.
+      experiment: gin file of a cell, with {dataset} and {size}; None is gin_configs/experiments/{dataset}/{size}.gin,
+        or {size}.gin of a dataset's folder.
+      initial_checkpoint_path, vocabulary: for every cell, with {dataset} (the name) and {size}; None keeps the
+        experiment's.
       gin_files: included after the experiment and the method.
       bindings: macros of every cell. Texts may hold {dataset} and {size}; a leading @ or % makes a gin reference.
     """
 
     sweep_dir: str
-    records_dir: str
+    records_dir: str | None = None
     datasets: Sequence[str]
     sizes: Sequence[str]
     methods: Sequence[str]
     fractions: Sequence[float] | Mapping[str, Sequence[float]]
     seeds: Sequence[int]
     folds: int = 0
-    experiment: str = "gin_configs/experiments/{dataset}/{size}.gin"
+    experiment: str | None = None
     axes: Mapping[str, Sequence[Any]] = dataclasses.field(default_factory=dict)
     initial_checkpoint_path: str | None = None
     vocabulary: str | None = None
@@ -208,9 +212,12 @@ class Sweep:
         ValueError with near matches if the gin file of an experiment or a method is missing.
         """
         found = []
-        for dataset, size in itertools.product(self.datasets, self.sizes):
-            fractions = self.fractions[dataset] if isinstance(self.fractions, Mapping) else self.fractions
-            experiment = self._file(self.experiment.format(dataset=dataset, size=size), f"{dataset}, {size}")
+        names = [dataset_folder.name_of(dataset) for dataset in self.datasets]
+        _check_list("The names of Sweep.datasets", names)
+        for (given, dataset), size in itertools.product(zip(self.datasets, names, strict=True), self.sizes):
+            fractions = self.fractions[given] if isinstance(self.fractions, Mapping) else self.fractions
+            usual = "{dataset}/{size}.gin" if dataset_folder.is_folder(given) else _EXPERIMENT
+            experiment = self._file((self.experiment or usual).format(dataset=given, size=size), f"{dataset}, {size}")
             for fraction, seed, method, values, fold in itertools.product(
                 *(sorted(fractions, reverse=True), self.seeds, self.methods, itertools.product(*self.axes.values())),
                 range(max(1, self.folds)),
@@ -237,7 +244,7 @@ class Sweep:
     def _bindings(self, dataset: str, size: str) -> tuple[str, ...]:
         given = {"INITIAL_CHECKPOINT_PATH": self.initial_checkpoint_path, "VOCABULARY": self.vocabulary}
         values = {name: value for name, value in given.items() if value is not None} | dict(self.bindings)
-        found = [binding("RECORDS_DIR", self.records_dir)]
+        found = [] if self.records_dir is None else [binding("RECORDS_DIR", self.records_dir)]
         for macro, value in values.items():
             if isinstance(value, str):
                 value = value.replace("{dataset}", dataset).replace("{size}", size)

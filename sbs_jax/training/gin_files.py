@@ -199,6 +199,15 @@ def class_bindings(name: str) -> dict[str, str]:
     return found
 
 
+def bindings(macros: Mapping[str, Any]) -> list[str]:
+    """Returns the bindings of macros, without those whose value is None.
+
+    >>> bindings({"MODEL_DIR": "runs/a", "SEED": 1, "SPLIT": None})
+    ["MODEL_DIR='runs/a'", 'SEED=1']
+    """
+    return [f"{macro}={value!r}" for macro, value in macros.items() if value is not None]
+
+
 def configured(
     name: str, arguments: argparse.Namespace, bindings: Sequence[str], *, unread: Sequence[str] = ()
 ) -> tuple[Any, str]:

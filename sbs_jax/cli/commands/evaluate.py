@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from sbs_jax.cli import runs
+from sbs_jax.training import gin_files
+from sbs_jax.training.gin_files import UsageError
 
 # Flags and their macros; a binding on the command line comes after them.
 _MACROS = {
@@ -44,12 +46,11 @@ def settled(arguments: argparse.Namespace, bindings: Sequence[str]) -> list[str]
     if arguments.run_dir is not None and _FILE not in arguments.gin_file:
         arguments.gin_file = [_FILE, *arguments.gin_file]
     given = {macro: getattr(arguments, flag) for flag, macro in _MACROS.items()}
-    return [*(f"{macro}={value!r}" for macro, value in given.items() if value is not None), *bindings]
+    return [*gin_files.bindings(given), *bindings]
 
 
 def check(arguments: argparse.Namespace, bindings: Sequence[str]) -> None:
     from sbs_jax.cli import early
-    from sbs_jax.training.gin_files import UsageError
 
     if arguments.run_dir is None and not arguments.gin_file:
         raise UsageError("got no run; expected sbs evaluate RUN, or a --gin_file.")
@@ -65,7 +66,7 @@ def run(arguments: argparse.Namespace, bindings: Sequence[str]) -> int:
     from sbs_jax.prediction import compiled
     from sbs_jax.stats import graded
     from sbs_jax.stats.labels import Labels
-    from sbs_jax.training import evaluate, gin_files
+    from sbs_jax.training import evaluate
 
     config, _ = gin_files.configured("evaluate.EvaluateConfig", arguments, settled(arguments, bindings))
     by_label: list[Labels] = []

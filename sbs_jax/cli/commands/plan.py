@@ -27,13 +27,14 @@ def add(command: Any) -> None:
     plan.add_argument(
         "--slices", type=int, default=1, metavar="N", help="number of slices, joined by the data-center network"
     )
+    plan.add_argument("--records_dir", metavar="DIR", help="records whose examples to count (default: none)")
     plan.add_argument("--steps", default="train,evaluation,generation", metavar="LIST", help="steps to compile")
     plan.add_argument("--batch_size", type=int, metavar="N", help="rows per update, over all chips")
     plan.add_argument("--search", action="store_true", help="try meshes (fsdp, data, tensor) and micro-batches")
     plan.add_argument("--max_compiles", type=int, default=16, metavar="N", help="limit for --search")
     plan.add_argument("--time_limit", type=float, default=1800.0, metavar="SECONDS", help="time per candidate")
     plan.add_argument("--price", default="on_demand", help="on_demand, three_years, or USD per chip and hour")
-    plan.add_argument("--examples", type=int, metavar="N", help="examples of each task per epoch, without RECORDS_DIR")
+    plan.add_argument("--examples", type=int, metavar="N", help="examples of each task per epoch, without records")
     plan.add_argument("--examples_per_row", type=float, metavar="N", help="examples per packed row")
     plan.add_argument("--json", action="store_true", help="print everything as JSON")
     plan.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)  # the compiling process
@@ -42,11 +43,16 @@ def add(command: Any) -> None:
 _UNREAD = ("MODEL_DIR", "RECORDS_DIR", "CORPUS", "INITIAL_CHECKPOINT_PATH")
 
 
+def settled(arguments: argparse.Namespace, bindings: Sequence[str]) -> list[str]:
+    """Adds the binding that --records_dir stands for; those on the command line come after it."""
+    return [*gin_files.bindings({"RECORDS_DIR": arguments.records_dir}), *bindings]
+
+
 def check(arguments: argparse.Namespace, bindings: Sequence[str]) -> None:
     from sbs_jax.cli import early
     from sbs_jax.plan import chips
 
-    early.configuration("train.TrainConfig", arguments, bindings, unread=_UNREAD)
+    early.configuration("train.TrainConfig", arguments, settled(arguments, bindings), unread=_UNREAD)
     if not arguments.serve:
         chips.check_compiler()
         for name in arguments.topology.split(","):
@@ -56,6 +62,8 @@ def check(arguments: argparse.Namespace, bindings: Sequence[str]) -> None:
 def run(arguments: argparse.Namespace, bindings: Sequence[str]) -> int:
     os.environ["JAX_PLATFORMS"] = "cpu"
     from sbs_jax.plan import chips, compiler
+
+    bindings = settled(arguments, bindings)
 
     if arguments.serve:
         from sbs_jax.plan import worker

@@ -17,12 +17,20 @@ def add(command: Any) -> None:
         check=check,
         gin=True,
         epilog="examples:\n  sbs sweep --gin_file=gin_configs/experiments/paper/smallest.gin \\\n"
-        "      --gin.RECORDS_DIR=records --gin.SWEEP_DIR=runs/smallest --jobs 2\n"
+        "      --records_dir records --gin.SWEEP_DIR=runs/smallest --jobs 2\n"
+        "  sbs sweep --gin_file=gin_configs/experiments/own/methods.gin \\\n"
+        "      --dataset tickets --gin.SWEEP_DIR=runs/methods\n"
         "  sbs sweep --gin_file=gin_configs/experiments/paper/table1.gin .. --print > commands.sh\n"
         '  eval "$(sbs sweep --gin_file=.. --print --index $SLURM_ARRAY_TASK_ID)"\n\n'
         "Repeat the command to resume. SIGTERM or Ctrl-C is forwarded to the cells, which save and end. Logs are in\n"
         "SWEEP_DIR/logs. Exit status: 0 all cells finished, 1 some failed or an error,\n"
         f"{preemption.EXIT_STATUS} preempted (repeat the command).",
+    )
+    sweep.add_argument(
+        "--dataset", nargs="+", metavar="NAME", help="datasets, or folders of sbs init, which imply their records"
+    )
+    sweep.add_argument(
+        "--records_dir", metavar="DIR", help="records of the datasets (default for a folder: its records)"
     )
     sweep.add_argument("--jobs", type=int, default=1, metavar="N", help="cells to train at a time")
     sweep.add_argument(
@@ -43,6 +51,12 @@ def add(command: Any) -> None:
     )
 
 
+def settled(arguments: argparse.Namespace, bindings: Sequence[str]) -> list[str]:
+    """Adds the bindings that the flags stand for; those on the command line come after them."""
+    datasets = None if arguments.dataset is None else tuple(arguments.dataset)
+    return [*gin_files.bindings({"DATASETS": datasets, "RECORDS_DIR": arguments.records_dir}), *bindings]
+
+
 def check(arguments: argparse.Namespace, bindings: Sequence[str]) -> None:
     if not arguments.print and (arguments.index is not None or arguments.json):
         raise UsageError("--index and --json go with --print.")
@@ -52,14 +66,14 @@ def check(arguments: argparse.Namespace, bindings: Sequence[str]) -> None:
         raise UsageError(f"--together is {arguments.together}; expected at least 1 seed.")
     from sbs_jax.cli import early
 
-    early.configuration("sweep.Sweep", arguments, bindings)
+    early.sweeping(early.configuration("sweep.Sweep", arguments, settled(arguments, bindings)))
 
 
 def run(arguments: argparse.Namespace, bindings: Sequence[str]) -> int:
     from sbs_jax import sweep
     from sbs_jax.cli import main
 
-    plan, _ = gin_files.configured("sweep.Sweep", arguments, bindings)
+    plan, _ = gin_files.configured("sweep.Sweep", arguments, settled(arguments, bindings))
     plan = sweep.searching(plan, arguments.gin_search_paths, modules=arguments.module)
     if arguments.print:
         sweep.check_configurations(plan.cells())

@@ -82,7 +82,7 @@ def run(arguments: argparse.Namespace, bindings: Sequence[str]) -> int:
 def each_of(arguments: argparse.Namespace, bindings: Sequence[str]) -> list[list[str]]:
     """Returns the bindings of each run; those of --run and --records_dir come first, so that others override them."""
     flags = {"MODEL_DIR": arguments.run_flag, "RECORDS_DIR": arguments.records_dir}
-    every = [*(f"{macro}={value!r}" for macro, value in flags.items() if value is not None), *bindings]
+    every = [*gin_files.bindings(flags), *bindings]
     return [every] if arguments.seeds is None else _of_seeds(arguments.seeds, every)
 
 
