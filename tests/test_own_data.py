@@ -151,11 +151,11 @@ def test_free_answers_unlabelled_rows_and_splits_of_the_source(tmp_path):
             "a.csv",
             csv_of(ROWS),
             {},
-            r"called as an label usually is .* name it with --label COLUMN, or say with --unlab",
+            r"usual name for the label .* name it with --label COLUMN .* or say with --unlab",
         ),
         ("a.csv", csv_of(ROWS), {"label_column": "tema"}, r"no column 'tema'; it has \['text', 'team'\].*'team'"),
         ("a.csv", csv_of(ROWS), {"label_column": "text"}, "both the column 'text'"),
-        ("a.csv", csv_of([{"a": "x", "b": "y"}]), {}, "called as an input usually is .* name it with --input COLUMN"),
+        ("a.csv", csv_of([{"a": "x", "b": "y"}]), {}, "usual name for the input .* name it with --input COLUMN"),
         ("a.csv", csv_of(ROWS[:4]), {"label_column": "team"}, "4 rows are too few"),
         ("a.csv", csv_of(ROWS), {"label_column": "team", "name": "My Data"}, "'My Data': expected lower-case"),
     ],
@@ -254,6 +254,10 @@ def test_from_a_csv_to_a_served_student(tmp_path, monkeypatch, capsys):
     with teacher_server.served(answer=answer) as server:
         teach = ["teach", "--dataset", "garden", "--provider", "openai", "--model", "m", "--base_url", server.openai]
         assert main.main(teach) == 0
+    assert (
+        'next: sbs train --gin_file=garden/laptop.gin --gin.TASK_FEATURE_LENGTHS=\'{"inputs": 56, "targets": 40}\' '
+        "--gin.MAX_DECODE_LENGTH=7 --gin.MODEL_DIR=runs/garden\n"
+    ) in capsys.readouterr().err
     taught = records.read_records("garden/records/garden/train.jsonl")
     assert [(row.label, row.rationale) for row in taught] == [
         (row.label, f"It is about {row.label}.") for row in taught

@@ -109,14 +109,14 @@ def plan(
         "labels": [row.label for of in splits.values() for row in of if row.label],
         "rationales": list(rationales.values()),
     }
-    longest = {kind: max((len(text.encode()) for text in of), default=0) for kind, of in texts.items()}
-    targets = longest["labels"] + longest["rationales"]  # one method writes both, one after the other
+    bytes_of = longest(texts)
+    targets = bytes_of["labels"] + bytes_of["rationales"]  # one method writes both, one after the other
     lengths = {
-        "inputs": in_tokens(longest["inputs"]),
+        "inputs": in_tokens(bytes_of["inputs"]),
         "targets": in_tokens(targets) if rationales else max(_TEACHERS, in_tokens(targets)),
     }
     lines.append(
-        f"lengths: inputs up to {longest['inputs']} bytes, about {lengths['inputs']} tokens; "
+        f"lengths: inputs up to {bytes_of['inputs']} bytes, about {lengths['inputs']} tokens; "
         f"targets {lengths['targets']}"
     )
     definition = dataset_folder.Definition(
@@ -137,9 +137,14 @@ def plan(
         rationales=rationales,
         sources=dict.fromkeys(splits, files),
         prompt=_prompt(splits["train"], known, lines),
-        longest=longest,
+        longest=bytes_of,
         lines=lines,
     )
+
+
+def longest(texts: Mapping[str, Sequence[str]]) -> dict[str, int]:
+    """Returns the bytes of the longest text of each kind; 0 if there is none."""
+    return {kind: max((len(text.encode()) for text in of), default=0) for kind, of in texts.items()}
 
 
 def in_tokens(size: int) -> int:
@@ -161,8 +166,8 @@ def _column(
     if found or not required:
         return found[0] if found else None
     raise ValueError(
-        f"None of the columns {brief(list(columns))} of {source} is called as an {what} usually is "
-        f"({', '.join(usual)}); name it with --{what} COLUMN"
+        f"None of the columns {brief(list(columns))} of {source} has a usual name for the {what} ({', '.join(usual)}); "
+        f"name it with --{what} COLUMN ({what}_column in Python)"
         + (", or say with --unlabelled that the teacher labels the rows." if what == "label" else ".")
     )
 

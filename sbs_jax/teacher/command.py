@@ -13,6 +13,7 @@ import asyncio
 import dataclasses
 import gc
 import itertools
+import json
 import logging
 import shlex
 import signal
@@ -22,9 +23,9 @@ from pathlib import Path
 
 import tqdm
 
-from sbs_jax.data import catalogue, parsing, release, summary
+from sbs_jax.data import catalogue, own_experiments, parsing, release, summary
 from sbs_jax.data.dataset import Dataset
-from sbs_jax.data.records import Manifest
+from sbs_jax.data.records import Manifest, file_of, read_records
 from sbs_jax.data.summary import Summary
 from sbs_jax.pages import rendering
 from sbs_jax.storage import user_files
@@ -340,8 +341,12 @@ def next_command(options: Options, manifest: Manifest) -> str:
     run = f"--gin.MODEL_DIR={shlex.quote(f'runs/{name}')}"
     if not any(split["labelled"] for split in manifest["splits"].values()):
         run += " --gin.LABEL_SOURCE=teacher"
-    if (folder / "laptop.gin").is_file():  # by sbs init; it names the records
-        return f"sbs train --gin_file={shlex.quote(str(folder / 'laptop.gin'))} {run}"
+    if (folder / "laptop.gin").is_file():  # by sbs init; it names the records, whose lengths were not known then
+        directory = Path(options.records_dir) / name
+        found = [row for split in manifest["splits"] for row in read_records(file_of(directory, split))]
+        lengths = own_experiments.lengths_of(found).items()
+        flags = " ".join(f"--gin.{macro}={shlex.quote(json.dumps(value))}" for macro, value in lengths)
+        return f"sbs train --gin_file={shlex.quote(str(folder / 'laptop.gin'))} {flags} {run}"
     found = [file for file in ("cpu.gin", "demo.gin") if (_ROOT / f"gin_configs/experiments/{name}/{file}").is_file()]
     experiment = f"gin_configs/experiments/{name}/{found[0]}" if found else "EXPERIMENT.gin"
     method = "" if found == ["cpu.gin"] else " --gin_file=gin_configs/methods/step_by_step.gin"
