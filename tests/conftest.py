@@ -53,8 +53,8 @@ SHARED = REPOSITORY.parent / "shared"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselects what only `-m` chooses: `make test-faults` and `make test-teacher`."""
-    hidden = [name for name in ("faults", "teacher") if name not in config.option.markexpr]
+    """Deselects what only `-m` chooses: `make test-faults`, `make test-teacher` and `make test-wheel`."""
+    hidden = [name for name in ("faults", "teacher", "wheel") if name not in config.option.markexpr]
     chosen = [item for item in items if not any(map(item.get_closest_marker, hidden))]
     config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
     items[:] = chosen

@@ -118,6 +118,25 @@ def test_unpacked_wheel_is_complete_without_the_checkout(wheel: Path, tmp_path: 
     assert int(count) == len(list((REPOSITORY / "gin_configs").rglob("*.gin"))) > 0
 
 
+def test_unpacked_wheel_makes_a_dataset_in_any_folder(wheel: Path, tmp_path: Path) -> None:
+    """From a table to the first error of training, without TensorFlow; `make test-wheel` goes on from there."""
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "unpacked")
+    (tmp_path / "own").mkdir()
+    rows = "".join(f'"Buoy {number} is {word}.",{word}\n' for number in range(20) for word in ("dry", "wet"))
+    (tmp_path / "own" / "buoys.csv").write_text(f"text,label\n{rows}", "utf-8")
+    code = (
+        f"import sys; sys.path.insert(0, {str(tmp_path / 'unpacked')!r}); from sbs_jax.cli import main;"
+        "print(main.main(['init', 'buoys.csv']),"
+        "main.main(['train', '--gin_file=buoys/laptop.gin', '--gin.MODEL_DIR=runs/buoys']), 'jax' in sys.modules)"
+    )
+    command = [sys.executable, "-I", "-c", code]
+    done = subprocess.run(command, cwd=tmp_path / "own", capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines()[-1] == "0 1 False", done.stderr
+    assert "There are no records of buoys" in done.stderr
+    assert "sbs teach --dataset buoys --provider" in done.stderr
+
+
 def test_no_module_is_a_drawer_for_the_rest() -> None:
     forbidden = {"utils", "util", "common", "helpers", "base", "misc"}
     found = [name(path) for path in sources(*SHIPPED, "scripts", "tests") if path.stem in forbidden]
@@ -202,7 +221,17 @@ def test_every_dependency_is_pinned_once_and_explained() -> None:
 
 def test_makefile_targets_are_explained() -> None:
     done = subprocess.run(["make", "help"], cwd=REPOSITORY, capture_output=True, text=True, check=True)
-    for target in ("demo", "test", "test-faults", "test-teacher", "check", "bench", "test-parity", "clean"):
+    for target in (
+        "demo",
+        "test",
+        "test-faults",
+        "test-teacher",
+        "test-wheel",
+        "check",
+        "bench",
+        "test-parity",
+        "clean",
+    ):
         assert re.search(rf"^  make {target} +\w", done.stdout, flags=re.MULTILINE)
 
 
