@@ -35,13 +35,17 @@ def records_dir(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, records_dir):
-    """An uninterrupted packed run over several epochs; log, evaluation and checkpoints at different steps."""
+    """An uninterrupted packed run over several epochs, and its compiled programs.
+
+    Log, evaluation and checkpoints fall on different steps.
+    """
     config = toy.config(
         tmp_path_factory.mktemp("whole") / "run", records_dir, train_steps=14, log_period=5, eval_period=7,
         checkpoint_period=3, eval_batch_size=8, **PACKED,
     )  # fmt: skip
-    loop.train(config, config_text="")
-    return config
+    programs = loop.Programs.of(config)
+    loop.train(config, config_text="", programs=programs)
+    return config, programs
 
 
 def told_at(monkeypatch: pytest.MonkeyPatch, call: int) -> None:
@@ -70,14 +74,15 @@ def told_at(monkeypatch: pytest.MonkeyPatch, call: int) -> None:
     ids=str,
 )
 def test_a_run_that_was_told_to_end_ends_as_if_it_had_not(whole, tmp_path, monkeypatch, calls):
-    config = dataclasses.replace(whole, model_dir=str(tmp_path / "run"))
+    uninterrupted, programs = whole
+    config = dataclasses.replace(uninterrupted, model_dir=str(tmp_path / "run"))
     for call in calls:
         with monkeypatch.context() as patch:
             told_at(patch, call)
             with pytest.raises(preemption.PreemptedError, match="Repeat the command"):
-                loop.train(config, config_text="")
-    loop.train(config, config_text="")
-    assert_same(config.model_dir, whole.model_dir)
+                loop.train(config, config_text="", programs=programs)
+    loop.train(config, config_text="", programs=programs)
+    assert_same(config.model_dir, uninterrupted.model_dir)
 
 
 def step_function(config: TrainConfig):
@@ -210,7 +215,8 @@ def test_steps_that_are_not_finite_are_left_out_up_to_a_number(poison, tmp_path,
         tmp_path / "whole", path, train_steps=24, log_period=1, checkpoint_period=5, eval_period=24,
         evaluate_test=False, initial_checkpoint_path=str(start), skip_non_finite=100, **PACKED,
     )  # fmt: skip
-    loop.train(whole, config_text="")
+    programs = loop.Programs.of(whole)
+    loop.train(whole, config_text="", programs=programs)
     lines = [line for line in directory.read_metrics(whole.model_dir) if line["kind"] == "train"]
     left_out = [line["step"] for line in lines if "loss" not in line]
     assert left_out
@@ -220,8 +226,8 @@ def test_steps_that_are_not_finite_are_left_out_up_to_a_number(poison, tmp_path,
     with monkeypatch.context() as patch:
         told_at(patch, left_out[0] + 1)
         with pytest.raises(preemption.PreemptedError):
-            loop.train(stopped, config_text="")
-    loop.train(stopped, config_text="")
+            loop.train(stopped, config_text="", programs=programs)
+    loop.train(stopped, config_text="", programs=programs)
     assert_same(stopped.model_dir, whole.model_dir)
     few = dataclasses.replace(whole, model_dir=str(tmp_path / "few"), skip_non_finite=1)
     with pytest.raises(FloatingPointError, match="after 1 skipped steps"):

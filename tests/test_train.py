@@ -314,9 +314,11 @@ def test_a_checkpoint_is_the_same_whichever_way_it_was_computed(tmp_path, record
     other_way = {"execution": SCANNED, "layout": LAYOUTS["fsdp x tp"]}
     first = dataclasses.replace(plain, model_dir=str(tmp_path / "run"), train_steps=3, **other_way)
     loop.train(first, config_text="")
-    loop.train(dataclasses.replace(plain, model_dir=first.model_dir), config_text="", accept_changes=True)
-    loop.train(plain, config_text="")
-    like = prepare(plain).saved.parameters
+    programs = loop.Programs.of(plain)
+    resumed = dataclasses.replace(plain, model_dir=first.model_dir)
+    loop.train(resumed, config_text="", accept_changes=True, programs=programs)
+    loop.train(plain, config_text="", programs=programs)
+    like = programs.trainer.saved.parameters
     ours, theirs = (
         opening.load_parameters(Path(config.model_dir) / "checkpoints" / "6", like=like) for config in (first, plain)
     )
