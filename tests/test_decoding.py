@@ -65,14 +65,15 @@ def beam(structure, parameters, source, *, length, beams, penalty=1.0):
 def slow_log_p(structure, parameters, source, *, length):
     """Computes log probabilities of a row's next token after given ones, by the whole model without a cache."""
     model = jax.jit(lambda p, x, y: jax.nn.log_softmax(families.join(structure, p)(x, y), axis=-1))
+    source = np.asarray(source)
 
     def of(row, sequences):
         # Always the largest number of rows, so that it compiles once.
         target = np.zeros((16, length), np.int32)
         for i, sequence in enumerate(sequences):
             target[i, 1 : len(sequence) + 1] = sequence
-        found = model(parameters, jnp.repeat(source[row : row + 1], 16, axis=0), jnp.asarray(target))
-        return [np.asarray(found[i, len(sequence)]) for i, sequence in enumerate(sequences)]
+        found = np.asarray(model(parameters, np.repeat(source[row : row + 1], 16, axis=0), target))
+        return [found[i, len(sequence)] for i, sequence in enumerate(sequences)]
 
     return of
 
