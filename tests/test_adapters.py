@@ -357,8 +357,9 @@ def test_a_run_keeps_its_adapters_alone_and_goes_on_where_it_was(tmp_path, recor
     base = tmp_path / "base.npz"
     npz.save_npz(base, families.init(MODEL, seed=7)[1], dtype="float32")
     whole = config_of(tmp_path / "whole", records_dir, tuning, initial_checkpoint_path=str(base))
+    programs = loop.Programs.of(whole)
     with caplog.at_level(logging.INFO, "sbs_jax"):
-        loop.train(whole, config_text="")
+        loop.train(whole, config_text="", programs=programs)
     said = next(message for message in caplog.messages if message.startswith("Trained: "))
     share = sum(x.size for n, x in adapters.abstract(MODEL, tuning).shapes.items() if "lora" in n or "adapter" in n)
     assert said.startswith(f"Trained: {share:,} parameters")
@@ -366,7 +367,7 @@ def test_a_run_keeps_its_adapters_alone_and_goes_on_where_it_was(tmp_path, recor
     stopped = dataclasses.replace(whole, model_dir=str(tmp_path / "stopped"), train_steps=3, evaluate_test=False)
     loop.train(stopped, config_text="")
     resumed = dataclasses.replace(whole, model_dir=stopped.model_dir)
-    loop.train(resumed, config_text="", accept_changes=True)
+    loop.train(resumed, config_text="", accept_changes=True, programs=programs)
     ones, others = (students.load_student(c.model_dir, layout=partitioning.DATA_PARALLEL) for c in (whole, resumed))
     assert set(ones.parameters) == set(adapters.abstract(MODEL, tuning).shapes)
     for name, want in ones.parameters.items():
