@@ -79,15 +79,21 @@ def config(kind: str, **changes: Any) -> Any:
     return t5gemma.T5GemmaConfig(**{**ENCODER_DECODERS[kind], **changes})
 
 
+@functools.cache
+def _drawn(config: families.ModelConfig, seed: int) -> tuple[families.Structure, families.Parameters]:
+    random = np.random.default_rng(seed)
+    structure, shapes, _ = families.abstract(config)
+    values = {name: jnp.asarray(random.normal(size=shapes[name].shape) * 0.4, jnp.float32) for name in sorted(shapes)}
+    return structure, values
+
+
 def parameters(config: families.ModelConfig, *, seed: int = 0) -> families.Parameters:
     """Draws every parameter, norms too, large enough that all of them show in the logits."""
-    random = np.random.default_rng(seed)
-    shapes = families.abstract(config)[1]
-    return {name: jnp.asarray(random.normal(size=shapes[name].shape) * 0.4, jnp.float32) for name in sorted(shapes)}
+    return dict(_drawn(config, seed)[1])
 
 
 def model(config: families.ModelConfig, *, seed: int = 0) -> Any:
-    return families.join(families.abstract(config)[0], parameters(config, seed=seed))
+    return families.join(*_drawn(config, seed))
 
 
 class Reference:
