@@ -396,6 +396,23 @@ def options(*names, **changes):
     return command.Options(**{**defaults, **changes})
 
 
+def test_a_program_that_jax_cannot_read_has_its_memory_and_no_time(config, monkeypatch):
+    """As libtpu 0.0.51 compiled SmolLM2's training step for v6e and JAX 0.10.2 read it."""
+
+    def unreadable(_):
+        raise jax.errors.JaxRuntimeError("INTERNAL: async-update instruction should have 1 operands\nmore")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(jax.stages.Compiled, "as_text", unreadable)
+        (step,) = worker.measure(config, candidate(steps=("generation",)))["steps"].values()
+    assert step["fits"] is True
+    assert step["needs"] > step["memory"]["parameters"] > 0
+    rule = Recorded(lambda c: {"steps": {"train": step}})
+    found = command.plan(config, options("v5e:2x2", search=True), machine=rule, report=print)
+    assert found["suggestion"]["fastest"] is None
+    assert "cannot read its cycles: INTERNAL: async-update instruction should have 1 operands\n" in table.text(found)
+
+
 def test_times_utilisation_and_costs_by_hand(config):
     rule = Recorded(lambda c: compiled(cycles=6e6))
     found = command.plan(config, options("v5e:2x2", price="2.5"), machine=rule, report=print)

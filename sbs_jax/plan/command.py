@@ -157,7 +157,7 @@ def _search(
                 if compiles() >= share:
                     break
                 one = attempt(topology, mesh, micro_batches)
-                if one["fits"]:
+                if "step_seconds" in one and one["fits"]:
                     fastest[number] = min(fastest.get(number, one), one, key=lambda found: found["step_seconds"])
                 if one["fits"] or one["refused"] is not None:
                     break
@@ -167,7 +167,7 @@ def _search(
             if compiles() >= options.max_compiles:
                 return
             one = attempt(options.topologies[number], best["mesh"], micro_batches)
-            if not one["fits"] or one["step_seconds"] > best["step_seconds"]:
+            if not one["fits"] or one.get("step_seconds", math.inf) > best["step_seconds"]:
                 break
             best = one
 

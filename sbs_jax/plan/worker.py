@@ -121,7 +121,14 @@ def _compiled(
     arguments = sizes.argument_size_in_bytes + (held["optimizer"] if step == EVALUATION else 0)
     total = arguments + memory["temporaries"] + memory["outputs"] + memory["program"]
     available = topology.chip.available_gib * chips.GIB
-    program = hlo.read(compiled.as_text() or "", slices=topology.slices)
+    known = {"fits": total <= available, "needs": total, "available": available, "compile_seconds": seconds}
+    known["memory"] = memory | {"arguments": arguments}
+    try:
+        text = compiled.as_text() or ""
+    except jax.errors.JaxRuntimeError as error:  # libtpu is newer than JAX, which does not know all its operations
+        reason = str(error).partition("\n")[0]
+        return known | {"refused": f"compiled, but JAX {jax.__version__} cannot read its cycles: {reason}"}
+    program = hlo.read(text, slices=topology.slices)
     # A loop of unknown length is counted once. In a generation that is one token.
     unknown = max((loop for loop in program.loops if loop.trips is None), key=lambda loop: loop.cycles, default=None)
     body = None if step == TRAIN or unknown is None else unknown.body
@@ -130,17 +137,13 @@ def _compiled(
     if body is not None and unknown is not None:
         token = {"cycles": unknown.cycles} | _communication(program, topology.chip, loop=body)
     return {
-        "fits": total <= available,
-        "needs": total,
-        "available": available,
-        "memory": memory | {"arguments": arguments},
+        **known,
         **once,
         "token": token,  # the part of `cycles` and seconds that is one trip of the decoding loop
         "loops_counted_once": sum(loop.trips is None and loop.body != body for loop in program.loops),
         "without_estimate": dict(program.without_estimate),
         "collectives": program.by_kind(),
         "rematerializations": captured[0].count(REMATERIALIZED),
-        "compile_seconds": seconds,
     }
 
 
