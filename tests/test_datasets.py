@@ -10,7 +10,7 @@ import pytest
 import seqio
 from builders.cats import configure, dataset, register, row, write
 
-from sbs_jax.data import catalogue, records, registry, release
+from sbs_jax.data import catalogue, records, registry, release, task_names
 from sbs_jax.student import losses
 from tasks import builtin
 
@@ -45,22 +45,22 @@ def text(ids: np.ndarray) -> str:
 
 
 def test_parts_of_task_names(records_dir: Path):
-    assert registry.split_task("cats_rationale_then_label") == (dataset(), "rationale_then_label")
-    assert registry.split_task("cats_label") == (dataset(), "label")
-    assert registry.dataset_of_task("cats_step_by_step") == dataset()
-    assert registry.graded_task("cats_step_by_step") == "cats_label"
-    assert registry.graded_task("cats_label") == "cats_label"
-    assert registry.graded_task("cats_rationale_then_label") == "cats_rationale_then_label"
-    assert registry.graded_task("cats_rationale") is None
-    assert registry.subtasks("cats_step_by_step") == ("cats_label", "cats_rationale")
-    assert registry.subtasks("cats_rationale") == ("cats_rationale",)
+    assert task_names.split("cats_rationale_then_label") == (dataset(), "rationale_then_label")
+    assert task_names.split("cats_label") == (dataset(), "label")
+    assert task_names.dataset_of("cats_step_by_step") == dataset()
+    assert task_names.graded("cats_step_by_step") == ("cats_label",)
+    assert task_names.graded("cats_label") == ("cats_label",)
+    assert task_names.graded("cats_rationale_then_label") == ("cats_rationale_then_label",)
+    assert task_names.graded("cats_rationale") == ()
+    assert task_names.subtasks("cats_step_by_step") == ("cats_label", "cats_rationale")
+    assert task_names.subtasks("cats_rationale") == ("cats_rationale",)
 
 
 def test_unknown_names_get_near_matches(records_dir: Path):
     with pytest.raises(ValueError, match=r"Unknown task.*'cats_lable'.*Did you mean 'cats_label'"):
-        registry.split_task("cats_lable")
+        task_names.split("cats_lable")
     with pytest.raises(ValueError, match="Did you mean 'cats_step_by_step'"):
-        registry.split_task("cat_step_by_step")
+        task_names.split("cat_step_by_step")
     with pytest.raises(ValueError, match=r"Unknown dataset 'cat'.*Did you mean 'cats'"):
         registry.get("cat")
 
@@ -244,7 +244,7 @@ def test_a_task_without_rows_says_what_became_of_them(records_dir: Path):
 
 def test_manifest(records_dir: Path):
     configure(records_dir, fraction=0.5)
-    manifest = registry.manifest("cats")
+    manifest = registry.manifest("cats_label")
     assert manifest["options"]["fraction"] == 0.5
     assert list(manifest["splits"]) == ["train", "validation", "test"]
     train = manifest["splits"]["train"]
@@ -364,20 +364,20 @@ def test_folds_pool_the_rows_of_all_files(records_dir: Path):
         assert [record.id for record in registry.read_split("cats", "test")] == of_split["test"]
         tested += of_split["test"]
     assert sorted(tested) == sorted(f"row-{number}" for number in (*range(20), *range(100, 104)))
-    sources = registry.manifest("cats")["splits"]
+    sources = registry.manifest("cats_label")["splits"]
     assert {facts["file"] for facts in sources.values()} == {"train.jsonl test.jsonl"}
     write(records_dir, [row(3)], split="validation")
     configure(records_dir, folds=3)
     with pytest.raises(ValueError, match=r"'row-3' is in .*train.jsonl and in .*validation.jsonl; folds"):
-        registry.manifest("cats")
+        registry.manifest("cats_label")
 
 
 def test_augmentation_is_for_training_alone(records_dir: Path, tmp_path: Path):
     further = tmp_path / "further.jsonl"
     records.write_records(further, [row(200, rationale=None), row(201, label=None, teacher_label=None)])
-    before = registry.manifest("cats")
+    before = registry.manifest("cats_label")
     configure(records_dir, augmentation=str(further), fraction=0.5)
-    found = registry.manifest("cats")
+    found = registry.manifest("cats_label")
     assert found["splits"]["train"]["counts"]["added by augmentation"] == 2
     assert found["splits"]["train"]["file"] == "train.jsonl further.jsonl"
     assert ids("cats_label", "train")[-1] == "row-200"
@@ -389,7 +389,7 @@ def test_augmentation_is_for_training_alone(records_dir: Path, tmp_path: Path):
     configure(records_dir, augmentation=str(further))
     assert registry.sources("cats")["splits"]["train"]["sha256"] != found["splits"]["train"]["sha256"]
     with pytest.raises(ValueError, match=r"further.jsonl has the id 'row-102', which .*test.jsonl has too"):
-        registry.manifest("cats")
+        registry.manifest("cats_label")
     configure(records_dir, augmentation="no/such.jsonl")
     with pytest.raises(FileNotFoundError, match="There is no augmentation no/such"):
-        registry.manifest("cats")
+        registry.manifest("cats_label")

@@ -17,7 +17,7 @@ TASKS = jnp.array([[LABEL, LABEL, 0, 0], [RATIONALE] * 4, [RATIONALE, RATIONALE,
 
 
 def test_weights_are_shares_over_token_counts():
-    weights = losses.token_weights(TASKS, alpha=0.6)
+    weights = losses.token_weights(TASKS, losses.step_by_step(0.6))
     label, rationale = 0.6 / 3, 0.4 / 6
     want = [[label, label, 0, 0], [rationale] * 4, [rationale, rationale, label, 0]]
     np.testing.assert_allclose(weights, want, rtol=1e-6)
@@ -25,15 +25,15 @@ def test_weights_are_shares_over_token_counts():
 
 @pytest.mark.parametrize("alpha", [0.0, 0.25, 1.0])
 def test_weights_of_a_task_sum_to_its_share_whatever_its_length(alpha):
-    weights = np.asarray(losses.token_weights(TASKS, alpha=alpha))
+    weights = np.asarray(losses.token_weights(TASKS, losses.step_by_step(alpha)))
     assert weights[np.asarray(TASKS) == LABEL].sum() == pytest.approx(alpha)
     assert weights[np.asarray(TASKS) == RATIONALE].sum() == pytest.approx(1 - alpha)
 
 
 def test_a_task_that_is_absent_leaves_the_other_s_weight_alone():
-    weights = losses.token_weights(jnp.array([[LABEL, LABEL, 0]]), alpha=0.5)
+    weights = losses.token_weights(jnp.array([[LABEL, LABEL, 0]]), losses.step_by_step(0.5))
     np.testing.assert_allclose(weights, [[0.25, 0.25, 0]])
-    assert not np.asarray(losses.token_weights(jnp.zeros((2, 3), jnp.int32), alpha=0.5)).any()
+    assert not np.asarray(losses.token_weights(jnp.zeros((2, 3), jnp.int32), losses.step_by_step(0.5))).any()
 
 
 def test_cross_entropy_and_sums_by_hand():
@@ -43,12 +43,13 @@ def test_cross_entropy_and_sums_by_hand():
         losses.token_statistics(logits, targets),
         task_ids_BT=tasks,
         weights_BT=jnp.array([[2.0, 1.0]]),
+        objectives=losses.step_by_step(0.5),
         z_loss=0.0,
     )
     assert float(loss) == pytest.approx(2 * np.log(4) + np.log(4 / 3), rel=1e-6)
-    assert float(sums[LABEL].cross_entropy) == pytest.approx(np.log(4), rel=1e-6)
-    assert (float(sums[LABEL].correct), float(sums[RATIONALE].correct)) == (0.0, 1.0)
-    assert sums[RATIONALE].means("rationale") == {
+    assert float(sums["label"].cross_entropy) == pytest.approx(np.log(4), rel=1e-6)
+    assert (float(sums["label"].correct), float(sums["rationale"].correct)) == (0.0, 1.0)
+    assert sums["rationale"].means("rationale") == {
         "loss/rationale": pytest.approx(np.log(4 / 3), rel=1e-6),
         "token_accuracy/rationale": 1.0,
         "tokens/rationale": 1.0,
@@ -58,10 +59,13 @@ def test_cross_entropy_and_sums_by_hand():
 def test_z_loss_is_the_square_of_the_log_normaliser():
     logits = jnp.zeros((1, 1, 8)) + 3.0
     arguments = {"task_ids_BT": jnp.array([[LABEL]]), "weights_BT": jnp.array([[0.5]])}
-    plain, _ = losses.weighted_cross_entropy(losses.token_statistics(logits, jnp.array([[0]])), z_loss=0.0, **arguments)
-    with_z, _ = losses.weighted_cross_entropy(
-        losses.token_statistics(logits, jnp.array([[0]])), z_loss=0.1, **arguments
+    loss_of = functools.partial(
+        losses.weighted_cross_entropy,
+        losses.token_statistics(logits, jnp.array([[0]])),
+        objectives=losses.step_by_step(0.5),
+        **arguments,
     )
+    (plain, _), (with_z, _) = loss_of(z_loss=0.0), loss_of(z_loss=0.1)
     assert float(with_z - plain) == pytest.approx(0.5 * 0.1 * (3 + np.log(8)) ** 2, rel=1e-5)
 
 
@@ -158,7 +162,7 @@ def prepared(*, packed, devices, micro_batches, alpha=0.5, mesh=None, vocabulary
     run = functools.partial(
         loss_and_gradients,
         structure=structure,
-        alpha=alpha,
+        objectives=losses.step_by_step(alpha),
         z_loss=1e-4,
         micro_batches=micro_batches,
         vocabulary_chunks=vocabulary_chunks,

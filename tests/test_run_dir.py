@@ -691,7 +691,11 @@ def terms(tmp_path, trainer):
         )
         config = dataclasses.replace(toy.config(tmp_path / "run", tmp_path / "records", data=options), **changes)
         registry.configure(options)
-        return Terms(config, text, contents.manifest(config, data=registry.manifest("toy"), trainer=trainer))
+        return Terms(
+            config,
+            text,
+            contents.manifest(config, data=registry.manifest(config.mixture_or_task_name), trainer=trainer),
+        )
 
     yield make
     registry.configure(toy.options(tmp_path / "records"))

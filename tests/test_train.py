@@ -346,7 +346,7 @@ def test_an_evaluation_that_scores_nothing_and_never_says_a_label_raises_an_alar
     # All logits are 0, so every answer is empty.
     abstract = programs.trainer.abstract.parameters
     zero = {name: jax.numpy.zeros(leaf.shape, leaf.dtype) for name, leaf in abstract.items()}
-    result = loop.evaluator(config, programs, split="validation").run(zero)
+    result = loop.evaluator(config, programs, split="validation").run(zero)["toy_label"]
     assert result.metrics["accuracy"] == 0.0
     assert "none of 16 predictions is a possible label" in caplog.text
 
@@ -365,8 +365,8 @@ def test_short_rows_are_evaluated_without_the_padding_of_long_ones(tmp_path, mon
 
     def result() -> list[dict[str, Any]]:
         grader: Any = loop.evaluator(config, programs, split="validation")
-        seen.append([len(rows) for _, rows in grader._groups])
-        return grader.run(parameters).rows
+        seen.append([len(rows) for _, rows in grader._graders["toy_label"]._groups])
+        return grader.run(parameters)["toy_label"].rows
 
     seen: list[list[int]] = []
     monkeypatch.setattr(evaluate, "_LEAST_BATCHES", 1)
@@ -386,7 +386,8 @@ def test_scores_besides_the_primary_metric_are_kept_per_row(tmp_path, records_di
     config = toy.config(tmp_path / "run", records_dir)
     registry.configure(config.data)
     programs = loop.Programs.of(config)
-    result = loop.evaluator(config, programs, split="validation").run(families.init(config.model, seed=1)[1])
+    parameters = families.init(config.model, seed=1)[1]
+    result = loop.evaluator(config, programs, split="validation").run(parameters)["toy_label"]
     scores = [row["scores"] for row in result.rows]
     assert {tuple(each) for each in scores} == {("rouge_l",)}
     assert result.metrics["rouge_l"] == pytest.approx(100 * np.mean([each["rouge_l"] for each in scores]))
@@ -432,7 +433,7 @@ def test_evaluate_and_predict_use_the_saved_configuration(finished, tmp_path, re
 def test_accuracies_are_printed_with_rows_interval_and_labels(finished, capsys, tmp_path):
     """At the end of `sbs train`, and by `sbs evaluate`."""
     config, result = finished
-    found = graded.of_run(config.model_dir, result, task="toy_label", of_labels=toy.DATASET.labels)
+    found = graded.of_run(config.model_dir, result, labels={"toy_label": toy.DATASET.labels})
     accuracy = result["test"]["accuracy"]
     for kind in ("validation", "test"):
         low, high = found[kind]["intervals"]["accuracy"]

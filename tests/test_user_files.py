@@ -64,7 +64,10 @@ READERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "manifest of a run": (run_manifest.NAME, lambda path: run_manifest.read(path.parent)),
     "manifest of a run, for a report": (run_manifest.NAME, lambda path: results.identify(path.parent)),
     "metrics of a run": ("metrics.jsonl", lambda path: directory.read_metrics(path.parent)),
-    "predictions of a run": ("predictions/x-test-1.jsonl", lambda path: results._test_rows(path.parents[1], step=1)),
+    "predictions of a run": (
+        "predictions/x-test-1.jsonl",
+        lambda path: results._test_rows(path.parents[1], step=1, dataset=None),
+    ),
     "any JSON": ("x.json", json_files.read_json),
     "gin files": (
         "mine.gin",

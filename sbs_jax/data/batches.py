@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
-from typing import ClassVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar
 
 import numpy as np
 import seqio
 import tensorflow as tf
 
 from sbs_jax import checks
-from sbs_jax.data import corpus, registry, tokens
+from sbs_jax.data import corpus, outside, registry, task_names, tokens
 from sbs_jax.data.dataset import check_lengths
-from sbs_jax.data.slots import Numbers
+from sbs_jax.data.slots import NO_NUMBERS, Numbers
 
 # Examples assigned to rows at a time.
 _PLACES = 65_536
@@ -27,7 +28,7 @@ _Spec = seqio.FeatureConverter.FeatureSpec
 
 
 class StepByStepFeatureConverter(seqio.EncDecFeatureConverter):
-    """SeqIO's encoder-decoder converter with `decoder_task_ids`: 1 label, 2 rationale, 0 padding.
+    """SeqIO's encoder-decoder converter with `decoder_task_ids`: objectives from 1 (1 label, 2 rationale), 0 padding.
 
     Task ids are a feature as long as the targets, because SeqIO refuses pass-through features when it packs.
 
@@ -91,6 +92,7 @@ def train_dataset(
     seed: int,
     skip_batches: int,
     rows: Sequence[int] | np.ndarray | None = None,
+    weights: Mapping[str, float] | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Yields endless training batches of int32 arrays [batch_size, length], or [len(rows), length].
 
@@ -98,13 +100,14 @@ def train_dataset(
     pipeline makes a few thousand rows per second and core, and must compute the rows that it skips.)
 
     Each epoch of a task visits each row once, in an order that depends only on (seed, epoch, number of rows). Batches
-    run across the ends of epochs, so all are full. A mixture alternates strictly between label and rationale, each
-    with its own epochs; if both have equally many rows, each pair comes from one row. `<dataset>_label` with half the
+    run across the ends of epochs, so all are full. Several datasets take turns by their rates (`task_names.turns`).
+    Each alternates strictly between label and rationale, each with its own epochs; if both have equally many rows, each
+    pair comes from one row. `<dataset>_label` with half the
     batch size and the same seed therefore trains on the same labels in the same order as `<dataset>_step_by_step`. All
     processes plan the same batches, so each host can build only its own `rows` of a batch.
 
     Args:
-      mixture_or_task: a registered name, e.g. "svamp_step_by_step".
+      mixture_or_task: a name of task_names.py, e.g. "svamp_step_by_step".
       lengths: {"inputs": .., "targets": ..}; longer rows are truncated (see `count_truncated`).
       split: usually "train".
       batch_size: rows per batch of all hosts together.
@@ -114,6 +117,7 @@ def train_dataset(
         million examples.
       rows: the rows of each batch to build, in this order; None for all. `Partitioner.local_rows` lists those of a
         host's devices.
+      weights: weights of the objectives, which number them (`task_names.task_ids`).
     """
     check_lengths(lengths)
     checks.whole_number("batch_size", batch_size, least=1)
@@ -121,7 +125,7 @@ def train_dataset(
     mine = np.arange(batch_size) if rows is None else np.asarray(rows)
     if mine.size == 0 or mine.min() < 0 or mine.max() >= batch_size:
         raise ValueError(f"Got rows {mine.tolist()} of a batch of {batch_size}; expected numbers below {batch_size}.")
-    stream = _Stream(registry.subtasks(mixture_or_task), split=split, lengths=lengths, seed=seed)
+    stream = _Stream(mixture_or_task, split=split, lengths=lengths, seed=seed, weights=weights)
 
     def batches() -> Iterator[dict[str, np.ndarray]]:
         found = stream.rows(pack=pack, skip=skip_batches * batch_size)
@@ -151,13 +155,14 @@ def batch_examples(
     pack: bool,
     seed: int,
     batch: int,
+    weights: Mapping[str, float] | None = None,
 ) -> tuple[list[BatchExample], dict[str, np.ndarray]]:
     """Lists the examples of batch number `batch` (from 0) of `train_dataset`, each built as its own row.
 
     The arrays have the batch's keys and one row per example.
     """
-    names = registry.subtasks(mixture_or_task)
-    stream = _Stream(names, split=split, lengths=lengths, seed=seed)
+    names = task_names.subtasks(mixture_or_task)
+    stream = _Stream(mixture_or_task, split=split, lengths=lengths, seed=seed, weights=weights)
     rows = list(itertools.islice(stream.rows(pack=pack, skip=batch * batch_size), batch_size))
     places = np.concatenate([np.arange(first, end) for first, end in rows])
     found = []
@@ -171,21 +176,14 @@ def batch_examples(
 
 
 @dataclasses.dataclass(frozen=True)
-class _Records:
-    """Rows of records, which are the same in every epoch; with the methods of `corpus.Rows`."""
+class _Rows:
+    """Rows that are the same in every epoch; with the methods of `corpus.Rows`."""
 
-    task: str
-    split: str
-
-    @property
-    def _tables(self) -> Mapping[str, tokens.TokenTable]:
-        return registry.token_tables(self.task, self.split)
+    _tables: Mapping[str, tokens.TokenTable]
+    id: Callable[[int], str]
 
     def __len__(self) -> int:
         return len(self._tables["inputs"])
-
-    def id(self, index: int) -> str:
-        return registry.examples(self.task, self.split)[index].id
 
     def sizes(self, feature: str) -> np.ndarray:
         return self._tables[feature].sizes
@@ -194,23 +192,54 @@ class _Records:
         del epochs
         return self._tables, indices
 
+    def encoded(self) -> Mapping[str, tokens.TokenTable]:
+        return self._tables
 
-def _source(task: str, split: str, *, lengths: Mapping[str, int], seed: int = 0) -> _Records | corpus.Rows:
-    if registry.split_task(task)[1] != corpus.SPAN_CORRUPTION:
-        return _Records(task, split)
-    table = registry.token_tables(task, split)["text"]
-    return corpus.Rows(table, split=split, lengths=lengths, seed=seed, options=registry.options())
+
+def _source(task: str, split: str, *, lengths: Mapping[str, int], seed: int = 0) -> _Rows | corpus.Rows:
+    kind = task_names.split(task)[1]
+    if kind == outside.KIND:
+        rows = outside.rows(task, split, lengths=lengths, options=registry.options())
+        return _Rows(rows.tables, f"{split}-{{}}".format)
+    tables = registry.token_tables(task, split)
+    if kind == corpus.SPAN_CORRUPTION:
+        return corpus.Rows(tables["text"], split=split, lengths=lengths, seed=seed, options=registry.options())
+    return _Rows(tables, lambda row: registry.examples(task, split)[row].id)
+
+
+def fingerprint(mixture_or_task: str, *, split: str, lengths: Mapping[str, int]) -> list[str]:
+    """Returns a hash of the tokens of each task and feature, a line each, for processes to compare."""
+    return [
+        f"{task} {feature} tokens {hashlib.sha256(table.ids.data).hexdigest()}"
+        for task in task_names.subtasks(mixture_or_task)
+        for feature, table in _source(task, split, lengths=lengths).encoded().items()
+    ]
 
 
 class _Stream:
-    """Endless sequence of a mixture's examples; place p belongs to task p mod number of tasks."""
+    """Endless sequence of a mixture's examples; its tasks have their places in turns, over and over again."""
 
-    def __init__(self, task_names: Sequence[str], *, split: str, lengths: Mapping[str, int], seed: int):
-        self._sources = [_source(name, split, lengths=lengths, seed=seed) for name in task_names]
-        self._task_ids = [registry.TASK_IDS[registry.split_task(name)[1]] for name in task_names]
+    def __init__(
+        self,
+        mixture_or_task: str,
+        *,
+        split: str,
+        lengths: Mapping[str, int],
+        seed: int,
+        weights: Mapping[str, float] | None,
+    ) -> None:
+        names = task_names.subtasks(mixture_or_task)
+        self._sources = [_source(name, split, lengths=lengths, seed=seed) for name in names]
+        self._task_ids = task_names.task_ids(mixture_or_task, weights=weights)
         self._lengths, self._seed = lengths, seed
-        # Two epochs for each of two tasks: batches run across the end of an epoch.
-        self._order = functools.lru_cache(maxsize=4)(self._compute_order)
+        rows = {name: len(source) for name, source in zip(names, self._sources, strict=True)}
+        self._turns = task_names.turns(mixture_or_task, registry.options(), rows=rows)
+        self._count = np.bincount(self._turns, minlength=len(names))  # turns of each task in a cycle
+        self._before = np.empty_like(self._turns)  # turns of the same task before this one
+        for task, count in enumerate(self._count):
+            self._before[self._turns == task] = np.arange(count)
+        # Two epochs for each task: batches run across the end of an epoch.
+        self._order = functools.lru_cache(maxsize=2 * len(names))(self._compute_order)
 
     def model_features(self, first: np.ndarray, end: np.ndarray, *, pack: bool) -> dict[str, np.ndarray]:
         """Builds rows; row i holds the places `first[i]` to `end[i] - 1`."""
@@ -265,7 +294,9 @@ class _Stream:
 
     def locate(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Returns the task, the epoch and the row number of each place."""
-        turns, tasks = np.divmod(places, len(self._sources))
+        cycles, turns = np.divmod(places, len(self._turns))
+        tasks = self._turns[turns]
+        turns = cycles * self._count[tasks] + self._before[turns]  # of the place's task, from the first place on
         indices, epochs = np.empty_like(places), np.empty_like(places)
         for task, source in enumerate(self._sources):
             mine = np.flatnonzero(tasks == task)
@@ -392,24 +423,31 @@ class _Side:
 class EvalExample:
     """One row to evaluate.
 
-    `inputs` (prefix included) and `targets` are texts, in which slots stand for `numbers`; predictions are graded
-    against `label`. `features` are the unpacked model features, each int32 [length], keyed as in `train_dataset`.
+    `inputs` (prefix included) and `targets` are texts, in which slots stand for `numbers`. `answer` takes from a
+    written text, without slots, what is graded against `label`. `features` are the unpacked model features, each int32
+    [length], keyed as in `train_dataset`.
     """
 
     id: str
-    label: str
+    label: Any
     inputs: str
     targets: str
     numbers: Numbers
+    answer: Callable[[str], Any]
     features: Mapping[str, np.ndarray]
 
 
 def eval_examples(task: str, *, split: str, lengths: Mapping[str, int]) -> list[EvalExample]:
     """Returns every row of a task's split once, in record order, padded to `lengths`.
 
-    A mixture is evaluated by one of its tasks: see `registry.graded_task`.
+    A mixture is evaluated by some of its tasks: see `task_names.graded`.
     """
-    rows, model_features = registry.examples(task, split), eval_features(task, split=split, lengths=lengths)
+    kind, arrays = task_names.split(task)[1], eval_features(task, split=split, lengths=lengths)
+    features = [{name: array[row] for name, array in arrays.items()} for row in range(len(next(iter(arrays.values()))))]
+    if kind == outside.KIND:
+        found = outside.graded_rows(task, split, lengths=lengths, options=registry.options())
+        return [EvalExample(numbers=NO_NUMBERS, features=one, **row) for row, one in zip(found, features, strict=True)]
+    answer = functools.partial(registry.graded_text, kind=kind)
     return [
         EvalExample(
             id=row.id,
@@ -417,9 +455,10 @@ def eval_examples(task: str, *, split: str, lengths: Mapping[str, int]) -> list[
             inputs=row.inputs,
             targets=row.targets,
             numbers=row.numbers,
-            features={name: array[index] for name, array in model_features.items()},
+            answer=answer,
+            features=one,
         )
-        for index, row in enumerate(rows)
+        for row, one in zip(registry.examples(task, split), features, strict=True)
     ]
 
 
@@ -430,7 +469,7 @@ def eval_features(task: str, *, split: str, lengths: Mapping[str, int]) -> dict[
     number = np.arange(len(source))
     none = np.zeros_like(number)
     tables, indices = source.tables(none, number)
-    task_id = registry.TASK_IDS[registry.split_task(task)[1]]
+    (task_id,) = task_names.task_ids(task)
     return _model_features(
         _Examples([tables], [task_id], tasks=none, indices=indices, rows=number, segments=none + 1),
         row_count=len(source),
@@ -447,7 +486,7 @@ def count_truncated(mixture_or_task: str, split: str, lengths: Mapping[str, int]
     """
     check_lengths(lengths)
     counts = {}
-    for task in registry.subtasks(mixture_or_task):
+    for task in task_names.subtasks(mixture_or_task):
         source = _source(task, split, lengths=lengths)
         counts[task] = {"rows": len(source)}
         for feature, length in lengths.items():

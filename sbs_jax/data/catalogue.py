@@ -79,10 +79,12 @@ def restore(dataset: Dataset) -> Dataset:
 
 
 def restore_from(data: Mapping[str, Any], *, where: str) -> None:
-    """Makes the dataset of a run known, from "data" of its manifest, whose file errors call `where`.
+    """Makes the datasets of a run known, from "data" of its manifest, whose file errors call `where`.
 
     ValueError if it is the dataset of a `--module` that was not given; the file of a manifest is never run.
     """
+    for part in data.get("parts", {}).values():
+        restore_from(part, where=where)
     if definition := data.get("definition"):
         restore(dataset_folder.of(definition, where=where))
     elif (module := data.get("module")) and data.get("dataset") not in registered():

@@ -208,6 +208,11 @@ class Rows:
             )
         count = len(table.ids) // size
         self._ids = table.ids[: count * size].reshape(count, size)
+        self._table = table
+
+    def encoded(self) -> dict[str, tokens.TokenTable]:
+        """Returns the tokens that rows are made of."""
+        return {"text": self._table}
 
     def __len__(self) -> int:
         return len(self._ids)

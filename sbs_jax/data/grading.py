@@ -21,6 +21,7 @@ from typing import Any
 # every number and the depth of the recursion.
 MAX_CHARACTERS = 500
 MAX_DEPTH = 50
+SCORE = "score"  # of several tasks together, and of a task from outside; picks the best checkpoint
 
 # A number with its sign, thousands by commas, decimals and a short exponent; not a part of a longer one or of a word.
 _NUMBER = re.compile(

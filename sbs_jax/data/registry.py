@@ -9,7 +9,8 @@ Each dataset has four names, for example svamp:
 | `svamp_rationale_then_label` | label prefix + x     | rationale + " Answer: " + label | 1       |
 | `svamp_step_by_step`         | a mixture: `svamp_label` and `svamp_rationale` in strict turns   |
 
-and plain text has `corpus_span_corruption` (corpus.py), with task id 1.
+and plain text has `corpus_span_corruption` (corpus.py), with task id 1. Mixtures of several datasets, such as
+`svamp.cqa_step_by_step`, and their task ids: task_names.py.
 
 Adding a dataset (catalogue.py) and `configure` register the tasks. `<records_dir>/<dataset>/<split>.jsonl` is read when
 a task is first used.
@@ -25,17 +26,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import seqio
 import tensorflow as tf
 
 from sbs_jax import checks
-from sbs_jax.data import catalogue, corpus, dataset_folder, records, seqio_tasks, tokens, vocabularies
-from sbs_jax.data.catalogue import add as add  # a part of this module's interface
-from sbs_jax.data.catalogue import get, names, registered
+from sbs_jax.data import catalogue, corpus, outside, records, seqio_tasks, task_names, tokens, vocabularies
+from sbs_jax.data.catalogue import add as add  # parts of this module's interface
+from sbs_jax.data.catalogue import get, registered
+from sbs_jax.data.catalogue import names as names
 from sbs_jax.data.dataset import STEP_BY_STEP, Dataset
 from sbs_jax.data.selection import (
     ANSWER_MARKER,
-    LABEL,
     RATIONALE,
     RATIONALE_THEN_LABEL,
     TASKS,
@@ -45,28 +47,21 @@ from sbs_jax.data.selection import (
     DataOptions,
     Example,
     Selection,
+    prefixes,
     rows_of,
     select,
 )
 from sbs_jax.storage import checksums
 from sbs_jax.storage.json_files import brief
-from sbs_jax.student import losses
 
 log = logging.getLogger(__name__)
-
-MIXED = (LABEL, RATIONALE)  # the tasks that `step_by_step` alternates between
-# Values of the feature `task_ids`: the loss that a task's target tokens count towards.
-TASK_IDS = {
-    LABEL: losses.LABEL,
-    RATIONALE: losses.RATIONALE,
-    RATIONALE_THEN_LABEL: losses.LABEL,
-    corpus.SPAN_CORRUPTION: losses.LABEL,
-}
 
 
 # ------------------------------------------------------------------------------- registration
 
 _options = DataOptions(records_dir="records", vocabulary=tokens.BYTE_VOCABULARY)
+_MOST_OBJECTIVES = 1_000  # size of the vocabulary of task ids
+_mixtures: set[str] = set()  # of several datasets, asked for so far
 
 
 def configure(options: DataOptions) -> None:
@@ -80,9 +75,24 @@ def configure(options: DataOptions) -> None:
     _augmentation.cache_clear()
     token_tables.cache_clear()
     _corpus.cache_clear()
+    outside.forget()
     for dataset in registered().values():
         _register(dataset)
     _register_corpus()
+    for name in _mixtures:
+        _register_mixture(name)
+
+
+def task_name(*, dataset: str | Sequence[str], kind: str) -> str:
+    """Returns a name as `task_names.task_name`, and registers it if it is a mixture of several datasets.
+
+    gin's method files use it, also those of T5X, which looks for the name in SeqIO's registry.
+    """
+    name = task_names.task_name(dataset=dataset, kind=kind)
+    if len(task_names.parts(name)) > 1:
+        _mixtures.add(name)
+        _register_mixture(name)
+    return name
 
 
 def options() -> DataOptions:
@@ -96,82 +106,14 @@ def vocabulary(name: str) -> vocabularies.Vocabulary:
     return tokens.vocabulary(name)
 
 
-def task_names() -> tuple[str, ...]:
-    """Returns the SeqIO names of all tasks and mixtures."""
-    kinds = (*TASKS, STEP_BY_STEP)
-    return (*(f"{dataset}_{kind}" for dataset in names() for kind in kinds), corpus.TASK)
-
-
-def task_name(*, dataset: str, kind: str) -> str:
-    """Returns the SeqIO name of a task or mixture of a dataset, or of its folder; gin's method files use it.
-
-    >>> task_name(dataset="svamp", kind="step_by_step")
-    'svamp_step_by_step'
-    """
-    if dataset_folder.is_folder(dataset):
-        dataset = get(dataset).name
-    name = f"{dataset}_{kind}"
-    split_task(name)
-    return name
-
-
-def split_task(task_name: str) -> tuple[Dataset, str]:
-    """Splits 'svamp_rationale_then_label' into (svamp's Dataset, 'rationale_then_label').
-
-    ValueError with near matches if no dataset has such a task or mixture.
-    """
-    if task_name == corpus.TASK:
-        return corpus.DATASET, corpus.SPAN_CORRUPTION
-    for dataset in registered().values():
-        for kind in (*TASKS, STEP_BY_STEP):
-            if task_name == f"{dataset.name}_{kind}":
-                return dataset, kind
-    known = task_names()
-    raise ValueError(
-        f"Unknown task or mixture {task_name!r}.{checks.nearest(task_name, known)} Known are "
-        f"<dataset>_<{'|'.join((*TASKS, STEP_BY_STEP))}> for the datasets {list(names())}, and {corpus.TASK}."
-    )
-
-
-def answering_task(task_name: str) -> tuple[Dataset, str]:
-    """Splits as `split_task`; ValueError for a task whose student answers nothing."""
-    dataset, kind = split_task(task_name)
-    if kind == corpus.SPAN_CORRUPTION:
-        raise ValueError(
-            f"This student was pre-trained on text ({task_name}) and answers no questions. Fine-tune it first: its run "
-            "is the INITIAL_CHECKPOINT_PATH of an experiment."
-        )
-    return dataset, kind
-
-
-def dataset_of_task(task_name: str) -> Dataset:
-    """Returns the dataset of a task or mixture."""
-    return split_task(task_name)[0]
-
-
-def graded_task(task_name: str) -> str | None:
-    """Returns the task that grades this one, by answers or by loss; None for a rationale task.
-
-    A step-by-step mixture is graded by its label task: rationales cost nothing at inference.
-    """
-    dataset, kind = split_task(task_name)
-    if kind == RATIONALE:
-        return None
-    return f"{dataset.name}_{LABEL}" if kind == STEP_BY_STEP else task_name
-
-
-def subtasks(task_name: str) -> tuple[str, ...]:
-    """Returns the tasks that a mixture alternates between, in order; for a task, itself."""
-    dataset, kind = split_task(task_name)
-    return tuple(f"{dataset.name}_{task}" for task in MIXED) if kind == STEP_BY_STEP else (task_name,)
-
-
 def _features() -> dict[str, Any]:
     text = tokens.vocabulary(_options.vocabulary)
     return {
         "inputs": seqio.Feature(vocabulary=text, add_eos=True, dtype=tf.int32),
         "targets": seqio.Feature(vocabulary=text, add_eos=True, dtype=tf.int32),
-        "task_ids": seqio.Feature(vocabulary=seqio.PassThroughVocabulary(size=3), add_eos=False, dtype=tf.int32),
+        "task_ids": seqio.Feature(
+            vocabulary=seqio.PassThroughVocabulary(size=_MOST_OBJECTIVES), add_eos=False, dtype=tf.int32
+        ),
     }
 
 
@@ -185,7 +127,7 @@ def _register_corpus() -> None:
         ),
         preprocessors=[
             functools.partial(seqio_tasks.corrupt, options=_options),
-            functools.partial(seqio_tasks.cut_and_number, task_id=TASK_IDS[corpus.SPAN_CORRUPTION]),
+            functools.partial(seqio_tasks.cut_and_number, task_id=task_names.TASK_IDS[corpus.SPAN_CORRUPTION]),
         ],
         output_features=_features(),
         metric_fns=[],
@@ -205,19 +147,31 @@ def _register(dataset: Dataset) -> None:
                 examples=examples,
                 token_tables=token_tables,
             ),
-            preprocessors=[functools.partial(seqio_tasks.cut_and_number, task_id=TASK_IDS[kind])],
+            preprocessors=[functools.partial(seqio_tasks.cut_and_number, task_id=task_names.TASK_IDS[kind])],
             output_features=features,
             postprocess_fn=functools.partial(graded_text, kind=kind),
             metric_fns=[] if kind == RATIONALE else list(dataset.metric_fns),
             shuffle_buffer_size=None,  # RecordsSource shuffles
         )
-    mixture = f"{dataset.name}_{STEP_BY_STEP}"
-    seqio.MixtureRegistry.remove(mixture)
+    _register_mixture(f"{dataset.name}_{STEP_BY_STEP}")
+
+
+def _register_mixture(name: str) -> None:
+    """Registers a mixture whose tasks take the turns that `batches.train_dataset` gives them."""
+    tasks = task_names.subtasks(name)
+    in_seqio = sorted(tasks)  # SeqIO's order
+    seqio.MixtureRegistry.remove(name)
     seqio.MixtureRegistry.add(
-        mixture,
-        [f"{dataset.name}_{kind}" for kind in MIXED],
+        name,
+        [*tasks],
         default_rate=1.0,
-        sample_fn=seqio_tasks.alternate,
+        sample_fn=functools.partial(
+            seqio_tasks.take_turns,
+            turns=lambda: np.array([in_seqio.index(task) for task in tasks])[
+                task_names.turns(name, _options, rows={task: len(examples(task, TRAIN)) for task in tasks})
+            ],
+            task_ids=[dict(zip(tasks, task_names.task_ids(name), strict=True))[task] for task in in_seqio],
+        ),
     )
 
 
@@ -300,25 +254,25 @@ def _augmentation(name: str) -> tuple[records.Record, ...]:
     return tuple(found)
 
 
-def texts(names: Sequence[str], split: str) -> list[str]:
+def texts(datasets: Sequence[str], split: str) -> list[str]:
     """Returns all that a student may read or write about a split's rows: inputs with each prefix, labels, rationales.
 
     [] if no dataset has the split. Labels of closed sets, and each row's choices, are included.
     """
     found: dict[str, None] = {}
-    for name in names:
+    for name in datasets:
         if split not in available_splits(name):
             continue
         for kind in TASKS:
             chosen = selected(name, split).examples[kind]
             found |= dict.fromkeys(text for each in chosen for text in (each.inputs, each.targets))
-    return list(found | dict.fromkeys(labels(names, split)))
+    return list(found | dict.fromkeys(labels(datasets, split)))
 
 
-def labels(names: Sequence[str], split: str) -> list[str]:
+def labels(datasets: Sequence[str], split: str) -> list[str]:
     """Returns the labels of closed sets, and labels and choices of a split's rows; [] if no dataset has the split."""
     found: dict[str, None] = {}
-    for name in names:
+    for name in datasets:
         if split not in available_splits(name):
             continue
         found |= dict.fromkeys(get(name).labels or ())
@@ -327,39 +281,62 @@ def labels(names: Sequence[str], split: str) -> list[str]:
     return list(found)
 
 
-def manifest(name: str, splits: Sequence[str] = (TRAIN, VALIDATION, TEST)) -> dict[str, Any]:
-    """Describes a run's data for its log and manifest: options, counts, hashes of the files.
+def manifest(
+    mixture_or_task: str, *, lengths: Mapping[str, int] = corpus.DATASET.feature_lengths, counted: bool = True
+) -> dict[str, Any]:
+    """Describes the data of a run for its log and manifest: options, counts, hashes of the files.
 
     {"dataset": "svamp", "options": {..}, "vocabulary_sha256": .., "splits": {"train": {"file": "train.jsonl",
     "sha256": .., "counts": {..}}, ..}}. Leaves out splits that the dataset does not have. The vocabulary's hash is None
-    for "byte", which has no file.
+    for "byte", which has no file. A task from outside has the hash of its rows under these lengths, as that of a file.
+
+    Several datasets are {"dataset": "svamp.cqa", "parts": {"svamp_label": {as above}, ..}, "splits": {}, ..}. Unless
+    `counted`, no rows of records are read.
     """
-    found = sources(name, splits)
-    for split, facts in found["splits"].items():
-        if name == corpus.DATASET.name:
+    found = {part: _of_part(part, lengths, counted=counted) for part in task_names.parts(mixture_or_task)}
+    if [*found] == [mixture_or_task]:
+        return found[mixture_or_task]
+    shared = {name: next(iter(found.values()))[name] for name in ("options", "vocabulary_sha256")}
+    dataset = task_names.JOINT.join(part["dataset"] for part in found.values())
+    return {"dataset": dataset, **shared, "splits": {}, "parts": found}
+
+
+def _of_part(part: str, lengths: Mapping[str, int], *, counted: bool) -> dict[str, Any]:
+    dataset, kind = task_names.split(part)
+    if kind == outside.KIND:
+        found = _facts(dataset.name, outside.sources(part, lengths, _options))
+        return found | {"options": found["options"] | {"label_prefix": "", "rationale_prefix": ""}}
+    found = sources(dataset.name)
+    for split, facts in found["splits"].items() if counted else ():
+        if dataset == corpus.DATASET:
             facts["counts"] = corpus.counts(_corpus()[split], vocabulary(_options.vocabulary))
         else:
-            facts["counts"] = dict(selected(name, split).counts)
-    return found
+            facts["counts"] = dict(selected(dataset.name, split).counts)
+    # With the definition, the run needs no dataset.json; a module is named, for catalogue.restore_from.
+    more = {"definition": dataset.definition, "module": dataset.module and dict(dataset.module)}
+    return found | {name: value for name, value in more.items() if value is not None}
 
 
-def sources(name: str, splits: Sequence[str] = (TRAIN, VALIDATION, TEST)) -> dict[str, Any]:
-    """Returns `manifest` without the counts; reads no rows."""
+def sources(name: str) -> dict[str, Any]:
+    """Returns the manifest of a dataset without counts and definition; reads no rows."""
     found = {}
-    for split in splits:
-        if split in available_splits(name):
-            paths = [*_options.corpus]
-            if name != corpus.DATASET.name:
-                paths = [_records_file(name, file) for file in _files_of_split(name, split)[0]]
-                if split == TRAIN and _options.augmentation is not None:
-                    paths.append(_augmentation_file(_options.augmentation))
-            hashes = [_sha256(path, (status := path.stat()).st_mtime_ns, status.st_size) for path in map(Path, paths)]
-            found[split] = {"file": " ".join(Path(path).name for path in paths), "sha256": " ".join(hashes)}
+    for split in available_splits(name):
+        paths = [*_options.corpus]
+        if name != corpus.DATASET.name:
+            paths = [_records_file(name, file) for file in _files_of_split(name, split)[0]]
+            if split == TRAIN and _options.augmentation is not None:
+                paths.append(_augmentation_file(_options.augmentation))
+        hashes = [_sha256(path, (status := path.stat()).st_mtime_ns, status.st_size) for path in map(Path, paths)]
+        found[split] = {"file": " ".join(Path(path).name for path in paths), "sha256": " ".join(hashes)}
+    return _facts(name, found)
+
+
+def _facts(name: str, splits: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "dataset": name,
-        "options": dataclasses.asdict(_options),
+        "options": dataclasses.asdict(prefixes(_options, name)),
         "vocabulary_sha256": tokens.vocabulary_sha256(_options.vocabulary),
-        "splits": found,
+        "splits": splits,
     }
 
 
@@ -436,13 +413,14 @@ def _read_selections(name: str, files: tuple[str, ...]) -> dict[str, Selection]:
             hold_out = shared and VALIDATION in available_splits(name)
             further = _augmentation(name) if split == TRAIN else ()
             same = get(name).same_label
-            found[split] = select(rows, _options, same_label=same, split=split, hold_out=hold_out, further=further)
+            options = prefixes(_options, name)
+            found[split] = select(rows, options, same_label=same, split=split, hold_out=hold_out, further=further)
     return found
 
 
 def examples(task_name: str, split: str) -> tuple[Example, ...]:
     """Returns a task's examples in the order of the records; ValueError if there are none."""
-    dataset, kind = split_task(task_name)
+    dataset, kind = task_names.split(task_name)
     chosen = selected(dataset.name, split)
     if not chosen.examples.get(kind):
         why = "it is a mixture" if kind == STEP_BY_STEP else f"counts: {dict(chosen.counts)}"
@@ -459,13 +437,13 @@ def token_tables(task_name: str, split: str) -> Mapping[str, tokens.TokenTable]:
     makes.
     """
     text_vocabulary = vocabulary(_options.vocabulary)
-    kind = split_task(task_name)[1]
+    kind = task_names.split(task_name)[1]
     if kind == corpus.SPAN_CORRUPTION:
         if split not in available_splits(corpus.DATASET.name):
             raise ValueError(f"A corpus has no {split} split; it has {' and '.join(corpus.splits(_options))}.")
         return {"text": _corpus()[split]}
     rows = examples(task_name, split)
-    _check_labels_can_be_written(split_task(task_name)[0], text_vocabulary)
+    _check_labels_can_be_written(task_names.split(task_name)[0], text_vocabulary)
     found = {}
     for feature in ("inputs", "targets"):
         texts = [getattr(row, feature) for row in rows]

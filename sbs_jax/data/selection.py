@@ -44,8 +44,9 @@ class DataOptions:
         other validation file. Depends on ids only: every seed, fraction and label source has the same validation rows.
         0 holds nothing out.
       label_prefix: prefix of the inputs of `<dataset>_label` and `<dataset>_rationale_then_label`. The default is the
-        official code's; the paper prints "[label] "; a single task needs none.
-      rationale_prefix: prefix of the inputs of `<dataset>_rationale`; the paper's is "[rationale] ".
+        official code's; the paper prints "[label] "; a single task needs none. "{dataset}" in it becomes the dataset's
+        name.
+      rationale_prefix: prefix of the inputs of `<dataset>_rationale`, likewise; the paper's is "[rationale] ".
       number_slots: replace the numbers of a row by slots in all its texts (slots.py); predictions get them back.
       corpus: files of plain text for `corpus_span_corruption` (corpus.py), one path or several.
       noise_density: share of a row's tokens that span corruption masks.
@@ -53,6 +54,11 @@ class DataOptions:
       folds: cross-validation: the rows of all files are cut by a hash of their ids into this many parts of equal size;
         part `fold` is the test split, and training and validation share the rest. 0 keeps the files' own splits.
       fold: the part to test, from 0. The parts depend on ids only: every seed, fraction and label source has the same.
+      rates: how often each of several datasets has its turn: "equal" (the default), "proportional" to its training
+        rows, or a rate for each, {"svamp": 1, "cqa": 3}; only ratios matter. None for a SeqIO mixture: its own rates.
+      temperature: of proportional rates: rows ** (1 / temperature).
+      rate_maximum: rows of a dataset that count for its proportional rate at most; None for all.
+      read_rows: first rows to take of each split of a SeqIO task from outside (outside.py); None for all.
       augmentation: records of further rows to train on, each in the tasks that it has a target for; None for none.
         `fraction` does not apply to them, and validation and test never have them.
     """
@@ -74,6 +80,10 @@ class DataOptions:
     folds: int = 0
     fold: int = 0
     augmentation: str | None = None
+    rates: str | Mapping[str, float] | None = None
+    temperature: int | float = 1.0
+    rate_maximum: int | None = None
+    read_rows: int | None = None
 
     def __post_init__(self) -> None:
         files = (self.corpus,) if isinstance(self.corpus, str) else tuple(self.corpus)
@@ -99,6 +109,12 @@ class DataOptions:
         checks.whole_number("DataOptions.seed", self.seed)
         if self.augmentation is not None and (not isinstance(self.augmentation, str) or not self.augmentation):
             raise ValueError(f"DataOptions.augmentation is {self.augmentation!r}; expected a path or None.")
+        if not isinstance(self.rates, Mapping | None):
+            checks.choice("DataOptions.rates", self.rates, ("equal", "proportional"))
+        checks.number("DataOptions.temperature", self.temperature, above=0)
+        for name in ("rate_maximum", "read_rows"):
+            if getattr(self, name) is not None:
+                checks.whole_number(f"DataOptions.{name}", getattr(self, name), least=1)
         checks.whole_number("DataOptions.folds", self.folds)
         checks.whole_number("DataOptions.fold", self.fold)
         if self.folds == 1:
@@ -110,6 +126,18 @@ class DataOptions:
                 f"DataOptions.train_split is {self.train_split!r} with {self.folds} folds, which use the rows of all "
                 "files; leave one of the two out."
             )
+
+
+def prefixes(options: DataOptions, dataset: str) -> DataOptions:
+    """Returns the options with this dataset's own prefixes.
+
+    >>> prefixes(DataOptions(records_dir="r", vocabulary="byte", label_prefix="{dataset}: "), "svamp").label_prefix
+    'svamp: '
+    """
+    label, rationale = (
+        prefix.replace("{dataset}", dataset) for prefix in (options.label_prefix, options.rationale_prefix)
+    )
+    return dataclasses.replace(options, label_prefix=label, rationale_prefix=rationale)
 
 
 class Example(NamedTuple):

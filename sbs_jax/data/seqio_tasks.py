@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -190,11 +191,25 @@ def cut_and_number(
     return dataset.map(convert, num_parallel_calls=tf.data.AUTOTUNE)
 
 
-def alternate(task_datasets: Sequence[tf.data.Dataset], rates: Sequence[float], seed: int | None) -> tf.data.Dataset:
-    """Takes one example of each task in turn; a SeqIO sample function that ignores rates and seed.
+def take_turns(
+    task_datasets: Sequence[tf.data.Dataset],
+    rates: Sequence[float],
+    seed: int | None,
+    *,
+    turns: Callable[[], np.ndarray],
+    task_ids: Sequence[int],
+) -> tf.data.Dataset:
+    """Takes one example of a task in each turn and numbers its objective; a SeqIO sample function.
 
-    With endless tasks (`num_epochs=None`) it never ends, and a task with fewer rows repeats sooner. If both have the
-    same number of rows and share a seed, each pair comes from one row.
+    `turns` returns the cycle of task numbers; rates and seed are ignored. With endless tasks (`num_epochs=None`) it
+    never ends, and a task with fewer rows repeats sooner. If label and rationale of a dataset have the same number of
+    rows and share a seed, each pair comes from one row.
     """
-    turns = tf.data.Dataset.range(len(task_datasets)).repeat()
-    return tf.data.Dataset.choose_from_datasets(list(task_datasets), turns, stop_on_empty_dataset=True)
+    del rates, seed
+
+    def numbered(task_id: int, row: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+        return {**row, "task_ids": tf.fill(tf.shape(row["task_ids"]), task_id)}
+
+    datasets = [each.map(functools.partial(numbered, id_)) for each, id_ in zip(task_datasets, task_ids, strict=True)]
+    order = tf.data.Dataset.from_tensor_slices(turns().astype(np.int64)).repeat()
+    return tf.data.Dataset.choose_from_datasets(datasets, order, stop_on_empty_dataset=True)

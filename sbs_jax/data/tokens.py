@@ -145,8 +145,18 @@ class TokenTable:
             sizes.append(np.array([len(row) for row in chunk_rows], np.int64))
         return cls(ids=np.concatenate(ids), starts=np.cumsum(np.concatenate(sizes)))
 
+    @classmethod
+    def joined(cls, rows: Sequence[np.ndarray]) -> TokenTable:
+        """Joins rows of token ids, EOS included."""
+        starts = np.cumsum([0, *map(len, rows)], dtype=np.int64)
+        return cls(ids=np.concatenate([np.zeros(0, np.int32), *rows]), starts=starts)
+
     def __len__(self) -> int:
         return len(self.starts) - 1
+
+    def chosen(self, rows: np.ndarray) -> TokenTable:
+        """Returns the table of these rows, in this order."""
+        return TokenTable.joined([self.ids[self.starts[row] : self.starts[row + 1]] for row in rows.tolist()])
 
     @property
     def sizes(self) -> np.ndarray:

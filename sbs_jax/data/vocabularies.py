@@ -80,6 +80,18 @@ class SentencePiece(seqio.SentencePieceVocabulary):
             raise MismatchError(f"has pad id {ids[0]} and EOS id {ids[1]}; expected {PAD_ID} and {EOS_ID}, as in T5's.")
 
 
+def same(other: Any, own: Vocabulary) -> bool:
+    """Tells whether a vocabulary of SeqIO gives every text the ids that `own` does, sentinels apart."""
+    if isinstance(own, Bytes):
+        return isinstance(other, seqio.ByteVocabulary) and other.extra_ids in (0, own.extra_ids)
+    if isinstance(own, SentencePiece):
+        if not isinstance(other, seqio.SentencePieceVocabulary) or other.extra_ids not in (0, own.extra_ids):
+            return False
+        alike = seqio.SentencePieceVocabulary(own.sentencepiece_model_file, extra_ids=other.extra_ids)
+        return other.sp_model == alike.sp_model
+    return other == own
+
+
 class MismatchError(ValueError):
     """A readable vocabulary that cannot be used; the message follows its name."""
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from sbs_jax.data import registry, selection
+from sbs_jax.data import registry, selection, task_names
 from sbs_jax.plan import chips, compiler, worker
 from sbs_jax.student import adapters, families, flops
 from sbs_jax.training.config import TrainConfig
@@ -195,14 +195,15 @@ def _compiles(tried: Sequence[dict[str, Any]]) -> int:
 
 def _epoch(config: TrainConfig, options: Options) -> dict[str, Any]:
     """Counts the updates of one epoch (every example of every task once) and names the source of the count."""
-    tasks = registry.subtasks(config.mixture_or_task_name)
-    records = Path(config.data.records_dir) / registry.dataset_of_task(config.mixture_or_task_name).name
+    tasks = task_names.subtasks(config.mixture_or_task_name)
+    datasets = [task_names.dataset_of(part).name for part in task_names.parts(config.mixture_or_task_name)]
+    folders = [Path(config.data.records_dir) / name for name in datasets]
     if options.examples is not None:
         examples, source = options.examples * len(tasks), f"--examples {options.examples} of each task"
-    elif records.is_dir():
+    elif all(folder.is_dir() for folder in folders):
         registry.configure(config.data)
         examples = sum(len(registry.examples(task, selection.TRAIN)) for task in tasks)
-        source = f"counted in {records}"
+        source = f"counted in {', '.join(map(str, folders))}"
     elif config.data.corpus:
         return {"updates": None, "source": "unknown: give the rows of the corpus as --examples N"}
     else:

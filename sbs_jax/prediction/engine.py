@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from sbs_jax import checks, compiling
-from sbs_jax.data import registry, selection, tokens
+from sbs_jax.data import registry, selection, task_names, tokens
 from sbs_jax.data.slots import NO_NUMBERS, Numbers
 from sbs_jax.prediction import precision, shapes
 from sbs_jax.prediction.inputs import Question as Question
@@ -147,10 +147,16 @@ class Predictor:
         base: str | None = None,
         adapters: Mapping[str, str | Path] | None = None,
         fixed_shapes: bool = False,
+        dataset: str | None = None,
     ) -> "Predictor":
-        """Loads the student of a run, and by adapter name those of other runs over the same base."""
+        """Loads the student of a run, and by adapter name those of other runs over the same base.
+
+        Of students of several datasets, `dataset` chooses the one to answer for.
+        """
         adapters = adapters or {}
-        student, others = students.load_students(model, adapters, layout=partitioning.DATA_PARALLEL, base=base)
+        student, others = students.load_students(
+            model, adapters, layout=partitioning.DATA_PARALLEL, base=base, dataset=dataset
+        )
         places = {None: str(model), **{name: str(place) for name, place in adapters.items()}}
         return cls({None: student, **others}, settings=settings, places=places, fixed_shapes=fixed_shapes)
 
@@ -260,7 +266,7 @@ class _Answerer:
         self._settings, self._owner, self._student = settings, owner, student
         self._vocabulary = registry.vocabulary(student.options.vocabulary)
         run = student.manifest["run"]
-        self._dataset, kind = registry.answering_task(run["mixture_or_task_name"])
+        self._dataset, kind = task_names.answering(run["mixture_or_task_name"])
         lengths = run["task_feature_lengths"]
         self._limit, self._choice_limit = lengths["inputs"], max(lengths["targets"], run["max_decode_length"])
         self._buckets = evaluate.buckets(self._limit)

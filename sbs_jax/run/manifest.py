@@ -11,10 +11,11 @@ import platform
 import re
 import subprocess
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from sbs_jax import checks
 from sbs_jax.storage import atomic, hub, json_files
 
 NAME = "manifest.json"
@@ -60,6 +61,42 @@ def read(run_dir: str | Path) -> dict[str, Any]:
     return found
 
 
+def parts(manifest: Mapping[str, Any]) -> dict[str, str]:
+    """Returns dataset and part of each dataset that a run trains together; {} if it is one."""
+    return {data["dataset"]: part for part, data in manifest.get("data", {}).get("parts", {}).items()}
+
+
+def of_part(manifest: Mapping[str, Any], dataset: str) -> dict[str, Any]:
+    """Returns the manifest of a run of several datasets as if it had been trained on this one.
+
+    ValueError if there is no such dataset. A manifest of one dataset is returned unchanged.
+    """
+    known = parts(manifest)
+    if not known:
+        return dict(manifest)
+    if dataset not in known:
+        raise ValueError(
+            f"the student was trained on {', '.join(known)}, not on {dataset!r}; choose one of them."
+            f"{checks.nearest(dataset, known)}"
+        )
+    run, part = dict(manifest["run"]), known[dataset]
+    mine = run.pop("parts")[part]
+    run |= {"mixture_or_task_name": part, "primary_metric": mine["primary_metric"]}
+    return {**manifest, "data": manifest["data"]["parts"][part], "labels": mine["labels"], "run": run}
+
+
+def one(manifest: Mapping[str, Any], dataset: str | None, *, where: str) -> dict[str, Any]:
+    """Returns the manifest as of the chosen dataset; unchanged without a choice. ValueError if the run has no such."""
+    if dataset is None:
+        return dict(manifest)
+    try:
+        if not parts(manifest) and dataset != (own := manifest["data"]["dataset"]):
+            raise ValueError(f"the student was trained on {own}, not on {dataset!r}; leave --dataset out.")
+        return of_part(manifest, dataset)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
 def write(run_dir: str | Path, contents: Mapping[str, Any]) -> None:
     """Writes the manifest of a run."""
     atomic.replace(Path(run_dir) / NAME, encoded(contents))
@@ -93,8 +130,12 @@ _LATER = {
         "folds": 0,
         "fold": 0,
         "augmentation": None,
+        "rates": None,
+        "temperature": 1.0,
+        "rate_maximum": None,
+        "read_rows": None,
     }.items()
-} | {("train.TrainConfig.patience", "settings.patience"): None}
+} | {(f"train.TrainConfig.{name}", f"settings.{name}"): None for name in ("patience", "loss_weights")}
 
 
 @functools.cache
@@ -235,23 +276,28 @@ def _resolved(name: str, bindings: Mapping[str, str]) -> str | None:
 
 def _decisive(manifest: Mapping[str, Any], *, same_vocabulary: bool) -> dict[str, Any]:
     """Returns the part of a manifest that may not change, each fact once."""
-    data = manifest.get("data", {})
     paths = {"records_dir", "corpus", "augmentation", *(("vocabulary",) if same_vocabulary else ())}
     run, settings = manifest.get("run", {}), manifest.get("settings", {})
     dropped = {*run, *_WHERE_AND_HOW, "data"}
     if settings.get("keep_best", 1) == 0:
         dropped -= set(_KEEPING)
     return {
-        "data": {
-            **{k: v for k, v in data.items() if k != "module"},
-            "options": {k: v for k, v in data.get("options", {}).items() if k not in paths},
-        },
+        "data": _decisive_data(manifest.get("data", {}), paths),
         "lengths": manifest.get("lengths"),
         "run": run,
         "settings": {name: value for name, value in settings.items() if name not in dropped},
         "parameters": {
             name: f"{leaf.get('dtype')} {leaf.get('shape')}" for name, leaf in manifest.get("parameters", {}).items()
         },
+    }
+
+
+def _decisive_data(data: Mapping[str, Any], paths: Collection[str]) -> dict[str, Any]:
+    parts = {name: _decisive_data(part, paths) for name, part in data.get("parts", {}).items()}
+    return {
+        **{name: value for name, value in data.items() if name != "module"},
+        "options": {name: value for name, value in data.get("options", {}).items() if name not in paths},
+        **({"parts": parts} if parts else {}),
     }
 
 
@@ -285,17 +331,20 @@ def _vocabulary_hash(manifest: Mapping[str, Any]) -> str | None:
 
 def _gone(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Describes each file of records that the run was begun with and that is gone."""
-    folder = Path(new["data"]["options"]["records_dir"]) / new["data"]["dataset"]
     if new["data"]["options"].get("corpus"):  # read already, wherever it is now
         return []
-    files = {
-        file: sha256
-        for split in old["data"].get("splits", {}).values()
-        for file, sha256 in zip(split.get("file", "").split(), split.get("sha256", "").split(), strict=False)
-        if file.startswith(("train.", "validation.", "test."))  # not of the augmentation, which was read already
-    }
-    return [
-        f"{folder / file} is gone (SHA-256 {sha256}); restore it, or write it again with `sbs records`."
-        for file, sha256 in files.items()
-        if not (folder / file).exists()
-    ]
+    lines = []
+    for part in old["data"].get("parts", {"": old["data"]}).values():
+        folder = Path(new["data"]["options"]["records_dir"]) / part.get("dataset", new["data"]["dataset"])
+        files = {
+            file: sha256
+            for split in part.get("splits", {}).values()
+            for file, sha256 in zip(split.get("file", "").split(), split.get("sha256", "").split(), strict=False)
+            if file.startswith(("train.", "validation.", "test."))  # not of the augmentation, which was read already
+        }
+        lines += [
+            f"{folder / file} is gone (SHA-256 {sha256}); restore it, or write it again with `sbs records`."
+            for file, sha256 in files.items()
+            if not (folder / file).exists()
+        ]
+    return lines

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sbs_jax.run import directory
-from sbs_jax.stats.results import Run, identify, is_tested
+from sbs_jax.stats.results import Run, is_tested, runs_of
 
 
 @dataclass(frozen=True)
@@ -20,32 +20,34 @@ class Found:
 def find(paths: Sequence[str | Path]) -> Found:
     """Finds every run of some paths, each once, in the order given and by name within a folder.
 
+    A run of several datasets is one for each of them.
+
     A run directory given by its own path must be usable by a report (else FileNotFoundError or ValueError). A folder
     without a manifest.json is searched for run directories; those without a test result, or of an unknown method, go
     to `left_out`. Files beside the runs (`runs/*`) are ignored.
     """
-    runs: dict[str, Run] = {}
+    runs: dict[str, list[Run]] = {}
     left_out: list[str] = []
     for path in map(Path, paths):
         if path.is_file() and len(paths) > 1:
             continue
         inside = [] if (path / directory.MANIFEST).exists() or not path.is_dir() else _run_dirs(path)
         if not inside:
-            runs.setdefault(os.path.realpath(path), identify(path))
+            runs.setdefault(os.path.realpath(path), runs_of(path))
         for folder in inside:
             try:
-                run = identify(folder)
+                of_folder = runs_of(folder)
             except ValueError as error:
                 left_out.append(f"{folder}: {error}")
                 continue
             if is_tested(folder):
-                runs.setdefault(os.path.realpath(folder), run)
+                runs.setdefault(os.path.realpath(folder), of_folder)
             else:
                 left_out.append(f"{folder}: it has no test result yet.")
     if not runs:
         reasons = "".join(f"\n  {text}" for text in left_out)
         raise ValueError(f"Found no finished run in {', '.join(map(str, paths))}.{reasons}")
-    return Found(tuple(runs.values()), tuple(left_out))
+    return Found(tuple(run for of_folder in runs.values() for run in of_folder), tuple(left_out))
 
 
 def _run_dirs(folder: Path) -> list[Path]:

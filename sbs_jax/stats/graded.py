@@ -52,15 +52,22 @@ def by_label(rows: Sequence[Mapping[str, Any]], of_labels: Sequence[str] | None)
 
 
 def of_run(
-    run: str | Path, results: Mapping[str, Mapping[str, Any]], *, task: str, of_labels: Sequence[str] | None
+    run: str | Path, results: Mapping[str, Mapping[str, Any]], *, labels: Mapping[str, Sequence[str] | None]
 ) -> dict[str, dict[str, Any]]:
-    """Describes the last metrics line of each kind of a run, as `loop.train` returns them, by its predictions files."""
+    """Describes the last metrics line of each kind of a run, as `loop.train` returns them, by its predictions files.
+
+    `labels` has the closed set of labels of each task that was graded. Of several tasks, each is described by itself.
+    """
     found = {}
     for kind, line in results.items():
-        name = f"{task}-{'test-' * (kind == 'test')}{line['step']}.jsonl"
-        file = Path(run) / "predictions" / name
-        graded = kind in ("validation", "test") and file.is_file()
-        rows = [row for _, row in json_files.read_json_lines(file)] if graded else []
         values = {name: value for name, value in line.items() if name != "step"}
-        found[kind] = {"step": line["step"], **described(values, rows, by_label(rows, of_labels))}
+        found[kind] = {"step": line["step"]}
+        for task, of_labels in labels.items() if kind in ("validation", "test") else ():
+            file = Path(run) / "predictions" / f"{task}-{'test-' * (kind == 'test')}{line['step']}.jsonl"
+            rows = [row for _, row in json_files.read_json_lines(file)] if file.is_file() else []
+            if len(labels) == 1:
+                values = described(values, rows, by_label(rows, of_labels))
+            elif rows:
+                found[kind][task] = described({}, rows, by_label(rows, of_labels))
+        found[kind] |= values
     return found

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from sbs_jax import hosts
-from sbs_jax.data import grading, parsing, records, registry, selection, tokens
+from sbs_jax.data import grading, parsing, records, registry, selection, task_names, tokens
 from sbs_jax.data.dataset import Dataset
 from sbs_jax.stats.quality import LINES, NAME, VERSION
 from sbs_jax.storage import atomic
@@ -43,7 +43,7 @@ def measure(
     text is rationale and answer in one. ValueError if the run was trained on labels alone.
     """
     student = students.load_student(run, layout=partitioning.DATA_PARALLEL, records_dir=records_dir, base=base)
-    name, kind = registry.answering_task(student.manifest["run"]["mixture_or_task_name"])
+    name, kind = task_names.answering(student.manifest["run"]["mixture_or_task_name"])
     if kind == selection.LABEL:
         raise ValueError(
             f"{run} was trained on labels alone ({name.name}_{kind}); expected a student that writes rationales."

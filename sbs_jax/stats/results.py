@@ -11,6 +11,7 @@ import numpy as np
 
 from sbs_jax.checks import nearest, number, whole_number
 from sbs_jax.run import directory
+from sbs_jax.run import manifest as run_manifest
 from sbs_jax.stats.intervals import accuracy_interval
 from sbs_jax.stats.quality import Quality
 from sbs_jax.stats.quality import read as read_quality
@@ -99,6 +100,7 @@ class Run:
     method: str  # "standard fine-tuning", "step-by-step", ..
     fraction: float  # of the training rows, 0 to 1
     seed: int
+    dataset: str | None = None  # the one to report on, if it was trained on several
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,13 +199,19 @@ class Result:
         return [(line["step"], float(line[name])) for line in self.metrics if line["kind"] == kind and name in line]
 
 
-def identify(path: str | Path) -> Run:
+def runs_of(path: str | Path) -> list[Run]:
+    """Reads what `identify` reads for each dataset that a run directory was trained on."""
+    names = run_manifest.parts(_read_manifest(Path(path))) or [None]
+    return [identify(path, dataset=name) for name in names]
+
+
+def identify(path: str | Path, *, dataset: str | None = None) -> Run:
     """Reads the method, fraction and seed of a run directory from its manifest.
 
     {"label_source": "teacher"} with `svamp_label` is standard distillation, with `svamp_step_by_step` it is
-    "step-by-step (teacher labels)".
+    "step-by-step (teacher labels)". Of a run of several datasets, `dataset` names one: "step-by-step (4 datasets)".
     """
-    manifest = _manifest(Path(path))
+    manifest = _manifest(Path(path), dataset)
     options, kind = manifest["data"]["options"], _kind(manifest)
     if kind not in _METHOD_OF_KIND:
         name = json_files.brief(manifest["run"]["mixture_or_task_name"])
@@ -213,6 +221,8 @@ def identify(path: str | Path) -> Run:
             "Run(path, method, fraction, seed)."
         )
     method, remarks = _METHOD_OF_KIND[kind], []
+    if together := run_manifest.parts(_read_manifest(Path(path))):
+        remarks.append(f"{len(together)} datasets")
     if options["label_source"] == "teacher":
         if method == FINE_TUNING:
             method = DISTILLATION
@@ -222,7 +232,7 @@ def identify(path: str | Path) -> Run:
         remarks.append(f"{options['rationales']} rationales")
     if remarks:
         method += f" ({', '.join(remarks)})"
-    return Run(path, method, float(options["fraction"]), options["seed"])
+    return Run(path, method, float(options["fraction"]), options["seed"], dataset)
 
 
 def is_tested(path: str | Path) -> bool:
@@ -233,8 +243,10 @@ def is_tested(path: str | Path) -> bool:
 def load(run: Run) -> Result:
     """Reads a run directory. ValueError and FileNotFoundError name the file, its fault and the remedy."""
     path = Path(run.path)
-    manifest = _manifest(path)
+    manifest = _manifest(path, run.dataset)
     metrics = directory.read_metrics(path)
+    if run.dataset is not None:
+        metrics = [_of_dataset(line, run.dataset) for line in metrics]
     if not metrics:
         raise ValueError(
             f"{path} has no metrics: metrics.jsonl is missing or empty, so the run stopped before its first log line. "
@@ -250,7 +262,7 @@ def load(run: Run) -> Result:
     names = [name for name in test if name.rpartition("_")[2] == "accuracy"]
     if not names:
         raise ValueError(f"{path}: the test line has {json_files.part(', '.join(test))}; expected an accuracy.")
-    rows = _test_rows(path, step=step)
+    rows = _test_rows(path, step=step, dataset=run.dataset)
     metric = _graded_by(rows, {name: test[name] for name in names}, primary=manifest["run"].get("primary_metric"))
     result = Result(
         run=run,
@@ -268,6 +280,13 @@ def load(run: Run) -> Result:
             f"{result.accuracy:.2f}; expected the same. Train this run again."
         )
     return result
+
+
+def _of_dataset(line: Mapping[str, Any], dataset: str) -> dict[str, Any]:
+    """Returns the metrics of one dataset: {"svamp/accuracy": 40.0} is {"accuracy": 40.0}, loss/svamp/label is
+    loss/label.
+    """
+    return {f"/{name}".replace(f"/{dataset}/", "/", 1).removeprefix("/"): value for name, value in line.items()}
 
 
 def _graded_by(rows: Mapping[str, Mapping[str, Any]], metrics: Mapping[str, float], *, primary: str | None) -> str:
@@ -325,7 +344,7 @@ def _kind(manifest: Mapping[str, Any]) -> str:
     return manifest["run"]["mixture_or_task_name"].removeprefix(f"{manifest['data']['dataset']}_")
 
 
-def _manifest(path: Path) -> dict[str, Any]:
+def _read_manifest(path: Path) -> dict[str, Any]:
     file = path / directory.MANIFEST
     if not file.is_file():
         folders = [] if path.is_dir() or not path.parent.is_dir() else [p for p in path.parent.iterdir() if p.is_dir()]
@@ -336,7 +355,21 @@ def _manifest(path: Path) -> dict[str, Any]:
         )
     value = json_files.read_json(file)
     try:
-        manifest = json_files.typed(value, _Manifest, extra=True)
+        return dict(json_files.typed(value, _Manifest, extra=True))
+    except ValueError as error:
+        raise ValueError(f"{file}: {error} Train this run again.") from None
+
+
+def _manifest(path: Path, dataset: str | None) -> dict[str, Any]:
+    """Reads the manifest of a run, as if it had been trained on this dataset alone if it had several."""
+    file = path / directory.MANIFEST
+    found = _read_manifest(path)
+    if several := run_manifest.parts(found):
+        if dataset is None:
+            raise ValueError(f"{path} was trained on {', '.join(several)}; choose one of these datasets.")
+        found = run_manifest.of_part(found, dataset)
+    try:
+        manifest = json_files.typed(found, _Manifest, extra=True)
         _check_values(manifest)
     except ValueError as error:
         raise ValueError(f"{file}: {error} Train this run again.") from None
@@ -358,8 +391,9 @@ def _check_values(manifest: _Manifest) -> None:
     whole_number(f"data.splits.train.counts.{needed}", counts.get(needed), least=0)
 
 
-def _test_rows(path: Path, *, step: int) -> dict[str, dict[str, Any]]:
-    files = sorted((path / "predictions").glob(f"*-test-{step}.jsonl"))
+def _test_rows(path: Path, *, step: int, dataset: str | None) -> dict[str, dict[str, Any]]:
+    one = "*" if dataset is None else f"{dataset}_*"
+    files = sorted((path / "predictions").glob(f"{one}-test-{step}.jsonl"))
     if len(files) != 1:
         held = ", ".join(file.name for file in files) or "none"
         raise ValueError(

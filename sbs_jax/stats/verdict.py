@@ -6,19 +6,21 @@ from sbs_jax.stats import baselines, results, summary
 from sbs_jax.stats.formats import interval
 
 
-def verdict(run: str | Path) -> str | None:
-    """Returns a sentence if the student is below a baseline; None if it is not, or the run is no known method.
+def verdicts(run: str | Path) -> list[str]:
+    """Returns a sentence for each dataset on which the student is below a baseline; [] if the method is unknown.
 
-    None also for a fold, which is compared with the others in a report.
+    [] also for a fold, which is compared with the others in a report.
 
     The baselines are those of `sbs baseline` if it was run, else the most frequent label of the test rows.
     """
     try:
-        result = results.load(results.identify(run))
+        found = [results.load(each) for each in results.runs_of(run)]
     except (ValueError, OSError):
-        return None
-    if result.fold is not None:
-        return None
+        return []
+    return [text for each in found if each.fold is None and (text := _verdict(each)) is not None]
+
+
+def _verdict(result: results.Result) -> str | None:
     measured = baselines.read(result.manifest)
     found = {name: model["accuracy"] for name, model in measured["models"].items()} if measured else {}
     frequent = summary.most_frequent(result)
@@ -27,8 +29,9 @@ def verdict(run: str | Path) -> str | None:
     name = max(found, key=found.__getitem__, default=None)
     if name is None or result.accuracy >= found[name]:
         return None
+    of_dataset = "" if result.run.dataset is None else f" of {result.run.dataset}"
     return (
-        f"This student is below a baseline: it has {result.accuracy:.1f} % {interval(*result.interval)} of "
+        f"This student is below a baseline{of_dataset}: it has {result.accuracy:.1f} % {interval(*result.interval)} of "
         f"{len(result.test_rows):,} test rows, and {baselines.TITLES[name]} has "
         f"{found[name]:.1f} %. Train it longer, on more data or from pre-trained weights before comparing methods."
     )

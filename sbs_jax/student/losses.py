@@ -1,14 +1,19 @@
-"""The step-by-step loss: one weight per target token, one weighted sum.
+"""The loss of several objectives: one weight per target token, one weighted sum.
+
+    L = sum over objectives of weight * mean CE over the objective's target tokens
+
+Step-by-step is the case of two (Hsieh et al. 2023, Eq. 3, with the official code's weighting):
 
     L = alpha * mean CE over label tokens + (1 - alpha) * mean CE over rationale tokens
 
-(Hsieh et al. 2023, Eq. 3, with the official code's weighting.) Both means run over the tokens of the *global* batch.
-So token weights are computed once on the whole batch, before micro-batching and sharding. The loss is then a plain
-weighted sum, which micro-batches, sharding and packing cannot change.
+All means run over the tokens of the *global* batch. So token weights are computed once on the whole batch, before
+micro-batching and sharding. The loss is then a plain weighted sum, which micro-batches, sharding and packing cannot
+change.
 """
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -17,31 +22,46 @@ from jaxtyping import Array, Float, Int
 
 from sbs_jax.student import layers, partitioning
 
-# Values of the `task_ids` feature; 0 is padding.
+# Values of the `task_ids` feature for one dataset; 0 is padding.
 LABEL, RATIONALE = 1, 2
-TASK_NAMES = {LABEL: "label", RATIONALE: "rationale"}
 
 
-def token_weights(task_ids_BT: Int[Array, "B T"], *, alpha: float) -> Float[Array, "B T"]:
-    """Computes the weight of each target token: alpha / N_label, (1 - alpha) / N_rationale, 0 on padding.
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """A part of the loss: the mean cross-entropy over its target tokens, times a weight.
 
-    Call it on the whole global batch. A task without tokens in the batch contributes nothing (its mean is undefined),
-    and the other task keeps its own weight.
+    Of several objectives, the first has task id 1, the second 2, and so on.
+    """
 
-    >>> token_weights(jnp.array([[1, 1, 0, 0], [2, 2, 2, 2]]), alpha=0.5)
+    name: str  # of its metrics: "label" gives "loss/label"
+    weight: float
+
+
+def step_by_step(alpha: float) -> tuple[Objective, ...]:
+    """Returns the objectives of one dataset: labels with weight alpha, rationales with the rest."""
+    return Objective("label", alpha), Objective("rationale", 1.0 - alpha)
+
+
+def token_weights(task_ids_BT: Int[Array, "B T"], objectives: Sequence[Objective]) -> Float[Array, "B T"]:
+    """Computes the weight of each target token: its objective's weight / number of that objective's tokens.
+
+    Call it on the whole global batch. Padding has 0. An objective without tokens in the batch contributes nothing (its
+    mean is undefined), and the others keep their own weights.
+
+    >>> token_weights(jnp.array([[1, 1, 0, 0], [2, 2, 2, 2]]), step_by_step(alpha=0.5))
     [[0.25 0.25 0. 0.] [0.125 0.125 0.125 0.125]]
     """
     weights = jnp.zeros(task_ids_BT.shape, jnp.float32)
-    for task, share in ((LABEL, alpha), (RATIONALE, 1.0 - alpha)):
-        mine = (task_ids_BT == task).astype(jnp.float32)
-        weights += mine * (share / jnp.maximum(mine.sum(), 1.0))
+    for number, objective in enumerate(objectives, start=1):
+        mine = (task_ids_BT == number).astype(jnp.float32)
+        weights += mine * (objective.weight / jnp.maximum(mine.sum(), 1.0))
     return weights
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class TaskSums:
-    """Sums over the target tokens of one task; they add up over micro-batches."""
+class Sums:
+    """Sums over the target tokens of one objective; they add up over micro-batches."""
 
     # Typed Any because JAX transformations replace the scalars by shapes and placeholders.
     cross_entropy: Any
@@ -50,7 +70,7 @@ class TaskSums:
 
     def means(self, name: str) -> dict[str, Float[Array, ""]]:
         """Returns `{"loss/label": nats per token, "token_accuracy/label": 0..1, "tokens/label": count}`."""
-        # A task without tokens gets 0, not NaN; its count of 0 shows why.
+        # An objective without tokens gets 0, not NaN; its count of 0 shows why.
         count = jnp.maximum(self.tokens, 1.0)
         return {
             f"loss/{name}": self.cross_entropy / count,
@@ -180,9 +200,10 @@ def weighted_cross_entropy(
     *,
     task_ids_BT: Int[Array, "B T"],
     weights_BT: Float[Array, "B T"],
+    objectives: Sequence[Objective],
     z_loss: float,
-) -> tuple[Float[Array, ""], dict[int, TaskSums]]:
-    """Returns the sum of weight * (CE + z_loss * log(Z)^2), and unweighted sums per task, all in nats.
+) -> tuple[Float[Array, ""], dict[str, Sums]]:
+    """Returns the sum of weight * (CE + z_loss * log(Z)^2), and unweighted sums per objective, all in nats.
 
     `z_loss` is T5X's auxiliary term (1e-4 there, 0 in the official code). It pulls log(Z), the log of the softmax's
     normalizer, towards 0, with the same token weights as the cross-entropy.
@@ -190,9 +211,9 @@ def weighted_cross_entropy(
     cross_entropy_BT = statistics.log_z - statistics.target
     loss = jnp.sum(weights_BT * (cross_entropy_BT + z_loss * jnp.square(statistics.log_z)))
     sums = {}
-    for task in TASK_NAMES:
-        mine = (task_ids_BT == task).astype(jnp.float32)
-        sums[task] = TaskSums(
+    for number, objective in enumerate(objectives, start=1):
+        mine = (task_ids_BT == number).astype(jnp.float32)
+        sums[objective.name] = Sums(
             cross_entropy=jnp.sum(mine * cross_entropy_BT),
             correct=jnp.sum(mine * statistics.correct),
             tokens=jnp.sum(mine),

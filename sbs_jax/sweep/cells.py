@@ -298,17 +298,17 @@ def check_configurations(cells: Sequence[Cell]) -> list[tuple[Cell, Any]]:
     ValueError if a cell cannot be configured, trains on another dataset, grades nothing on test, or equals another
     cell under a second name.
     """
-    from sbs_jax.data import registry
-
     kinds: dict[Any, Cell] = {}
     for cell in cells:
         kinds.setdefault(cell.kind, cell)
     found, seen = [], {}
     for cell in kinds.values():
         config, text = cell.configured()
-        name = registry.dataset_of_task(config.mixture_or_task_name).name
-        if name != cell.dataset:
-            raise ValueError(f"The cell {cell.name} trains on {name}: {cell.gin_files[0]} is not about {cell.dataset}.")
+        names = datasets_of(config)
+        if len(names) == 1 and names[0] != cell.dataset:
+            raise ValueError(
+                f"The cell {cell.name} trains on {names[0]}: {cell.gin_files[0]} is not about {cell.dataset}."
+            )
         if not config.evaluate_test:
             raise ValueError(f"The cell {cell.name} has evaluate_test = False; a table needs test metrics.")
         lines = (line for line in text.splitlines() if line and not line.startswith(("#", "MODEL_DIR")))
@@ -320,6 +320,13 @@ def check_configurations(cells: Sequence[Cell]) -> list[tuple[Cell, Any]]:
     return found
 
 
+def datasets_of(config: Any) -> list[str]:
+    """Returns the names of the datasets that a configuration trains on."""
+    from sbs_jax.data import task_names
+
+    return [task_names.dataset_of(part).name for part in task_names.parts(config.mixture_or_task_name)]
+
+
 def check_inputs(kinds: Sequence[tuple[Cell, Any]]) -> None:
     """Checks that records, vocabulary and checkpoint of every kind of cell exist. Reads no row, computes nothing."""
     from sbs_jax.data import registry, selection, tokens
@@ -327,14 +334,15 @@ def check_inputs(kinds: Sequence[tuple[Cell, Any]]) -> None:
 
     for cell, config in kinds:
         registry.configure(config.data)
-        splits = registry.available_splits(cell.dataset)
-        missing = [name for name in (selection.TRAIN, selection.VALIDATION, selection.TEST) if name not in splits]
-        if missing:
-            raise ValueError(
-                f"The cell {cell.name} needs {' and '.join(missing)} rows of {cell.dataset}, which "
-                f"{config.data.records_dir} does not give (train_split is {config.data.train_split!r}). Write them "
-                "with `sbs records`, or leave the dataset out."
-            )
+        for dataset in datasets_of(config):
+            splits = registry.available_splits(dataset)
+            missing = [name for name in (selection.TRAIN, selection.VALIDATION, selection.TEST) if name not in splits]
+            if missing:
+                raise ValueError(
+                    f"The cell {cell.name} needs {' and '.join(missing)} rows of {dataset}, which "
+                    f"{config.data.records_dir} does not give (train_split is {config.data.train_split!r}). Write them "
+                    "with `sbs records`, or leave the dataset out."
+                )
         tokens.check_vocabulary(config.data.vocabulary)
         start = config.initial_checkpoint_path
         if start is not None and "://" not in start and not Path(opening.located(start)).exists():

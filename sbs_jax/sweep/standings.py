@@ -62,23 +62,24 @@ def _changes(cell: Cell) -> list[str]:
     """
     from sbs_jax.data import registry
     from sbs_jax.run import manifest, settings
+    from sbs_jax.training import contents
 
     config, text = cell.configured()
     old = manifest.read(cell.model_dir)
     registry.configure(config.data)
-    data = registry.sources(cell.dataset)
-    before = old["data"].get("splits", {})
-    for split, facts in data["splits"].items():
-        facts["counts"] = before.get(split, {}).get("counts")
-    run = {
-        "mixture_or_task_name": config.mixture_or_task_name,
-        "task_feature_lengths": dict(config.task_feature_lengths),
-        "max_decode_length": config.max_decode_length,
-        "primary_metric": registry.get(cell.dataset).primary_metric,
-    }
-    new = {**old, "data": data, "run": run, "settings": settings.describe(config)}
+    name, lengths = config.mixture_or_task_name, config.task_feature_lengths
+    data = registry.manifest(name, lengths=lengths, counted=False)
+    _take_counts(data, old["data"])
+    new = {**old, "data": data, "run": contents.of_run(config), "settings": settings.describe(config)}
     kept = user_files.whole(cell.model_dir / "config.gin").decode("utf-8", "replace")
     return manifest.changes(old, json.loads(json.dumps(new)), old_config=kept, new_config=text)[0]
+
+
+def _take_counts(data: dict[str, Any], old: Mapping[str, Any]) -> None:
+    for split, facts in data["splits"].items():
+        facts["counts"] = old.get("splits", {}).get(split, {}).get("counts")
+    for name, part in data.get("parts", {}).items():
+        _take_counts(part, old.get("parts", {}).get(name, {}))
 
 
 def overview(found: Sequence[Standing]) -> str:

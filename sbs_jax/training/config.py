@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import optax
 
 from sbs_jax import checks
-from sbs_jax.data import grading, registry, selection
+from sbs_jax.data import grading, selection, task_names
 from sbs_jax.run import trackers
-from sbs_jax.student import adapters, families, partitioning, stacking, stacks
+from sbs_jax.student import adapters, families, losses, partitioning, stacking, stacks
 
 MEMORIES = ("device", "pinned_host")
 _FEATURES = ("inputs", "targets")
@@ -26,6 +26,7 @@ class Optimization:
     train_steps: int
     seed: int = 0
     alpha: float  # share of the label objective; the rationale's is 1 - alpha
+    loss_weights: Mapping[str, float] | None = None  # of the datasets, or tasks, of a mixture; None: equal
     z_loss: float = 0.0  # weight of T5X's auxiliary loss
     optimizer: Callable[..., optax.GradientTransformation]  # called with learning_rate=
     learning_rate: optax.Schedule
@@ -144,22 +145,29 @@ class TrainConfig(Optimization, Checkpointing, Evaluation, Compute, Guards):
                 "A prompt precedes each example, but packed rows hold several examples. Set PACK = False, or use "
                 "prefix tuning, whose keys all examples of a row see."
             )
+        _ = self.objectives
         self.gradient_transformation()  # a wrong optimizer argument fails here, before any compile
 
     @property
-    def eval_task_name(self) -> str:
-        """The task that validation and test grade.
+    def objectives(self) -> tuple[losses.Objective, ...]:
+        """The named parts of the loss. ValueError if `loss_weights` do not fit the mixture."""
+        return task_names.objectives(self.mixture_or_task_name, alpha=self.alpha, weights=self.loss_weights)
+
+    @property
+    def eval_task_names(self) -> tuple[str, ...]:
+        """The tasks that validation and test grade.
 
         ValueError if only rationales are trained; ModuleNotFoundError if a metric needs a package that is missing.
         """
-        name = registry.graded_task(self.mixture_or_task_name)
-        if name is None:
+        names = task_names.graded(self.mixture_or_task_name)
+        if not names:
             raise ValueError(
                 f"{self.mixture_or_task_name} has only rationales, which cannot be graded; train on the mixture "
                 "<dataset>_step_by_step, with ALPHA = 0 to ignore the labels."
             )
-        grading.check_installed(registry.dataset_of_task(name).metric_fns)
-        return name
+        for name in names:
+            grading.check_installed(task_names.dataset_of(name).metric_fns)
+        return names
 
     def gradient_transformation(self) -> optax.GradientTransformation:
         """Makes the optimizer with its schedule; it sees one layer at a time, however layers are stored."""
@@ -178,7 +186,7 @@ def rows_per_update(*, mixture_or_task_name: str, examples: int, examples_per_ro
     So all methods see equally many label examples per update (the official code's batch size counts these).
     `examples_per_row` is 1, or the average number that fit in a packed row.
     """
-    return math.ceil(examples * len(registry.subtasks(mixture_or_task_name)) / examples_per_row)
+    return math.ceil(examples * len(task_names.subtasks(mixture_or_task_name)) / examples_per_row)
 
 
 def rsqrt_schedule(*, peak: float, warmup_steps: int) -> optax.Schedule:

@@ -7,7 +7,7 @@ import math
 from typing import Any
 
 from sbs_jax import hosts
-from sbs_jax.data import batches, registry, selection
+from sbs_jax.data import batches, selection, task_names
 from sbs_jax.run import manifest as run_manifest
 from sbs_jax.run import settings
 from sbs_jax.storage import hub
@@ -55,21 +55,14 @@ def manifest(config: TrainConfig, *, data: dict[str, Any], trainer: Trainer) -> 
     log.info("Parameters: %s in %d arrays.", f"{total:,}", len(parameters))
     if config.tuning is not None:
         log.info("%s", adapters.summary(config.model, trainer.saved.parameters, trainer.saved.frozen))
-    log.info("Data: %s", {name: split["counts"] for name, split in data["splits"].items()})
-    dataset = registry.dataset_of_task(config.mixture_or_task_name)
+    for part in data.get("parts", {"": data}).values():
+        log.info("Data: %s %s", part["dataset"], {name: split["counts"] for name, split in part["splits"].items()})
+    names = task_names.parts(config.mixture_or_task_name)
     return {
-        # With the definition, the run needs no dataset.json; a module is named, for catalogue.restore_from.
-        "data": data
-        | ({} if dataset.definition is None else {"definition": dataset.definition})
-        | ({} if dataset.module is None else {"module": dict(dataset.module)}),
+        "data": data,
         "lengths": lengths,
-        "labels": None if dataset.labels is None else list(dataset.labels),
-        "run": {
-            "mixture_or_task_name": config.mixture_or_task_name,
-            "task_feature_lengths": dict(config.task_feature_lengths),
-            "max_decode_length": config.max_decode_length,
-            "primary_metric": dataset.primary_metric,
-        },
+        "labels": None if len(names) > 1 else _of_part(*names)["labels"],
+        "run": of_run(config),
         "settings": settings.describe(config),
         "model": dataclasses.asdict(config.model),
         "mesh": trainer.partitioner.sizes,
@@ -79,12 +72,33 @@ def manifest(config: TrainConfig, *, data: dict[str, Any], trainer: Trainer) -> 
     }
 
 
+def of_run(config: TrainConfig) -> dict[str, Any]:
+    """Describes the tasks of a run: what they are, how long, and what grades them."""
+    names = task_names.parts(config.mixture_or_task_name)
+    return {
+        "mixture_or_task_name": config.mixture_or_task_name,
+        "task_feature_lengths": dict(config.task_feature_lengths),
+        "max_decode_length": config.max_decode_length,
+        "primary_metric": task_names.primary_metric(config.eval_task_names),
+        **({"parts": {part: _of_part(part) for part in names}} if len(names) > 1 else {}),
+    }
+
+
+def _of_part(part: str) -> dict[str, Any]:
+    """Describes a part of a mixture, for `run.manifest.of_part`."""
+    labels = task_names.dataset_of(part).labels
+    metric = task_names.primary_metric(task_names.graded(part))
+    return {"labels": None if labels is None else list(labels), "primary_metric": metric}
+
+
 def _truncated(config: TrainConfig, data: dict[str, Any]) -> dict[str, Any]:
     """Counts sequences that the feature lengths truncate, by split and task."""
-    lengths = {}
-    for split, task in ((selection.TRAIN, config.mixture_or_task_name), (selection.TEST, config.eval_task_name)):
-        if split in data["splits"]:
-            lengths[split] = batches.count_truncated(task, split, config.task_feature_lengths)
+    lengths: dict[str, dict[str, dict[str, int]]] = {}
+    for part, facts in data.get("parts", {config.mixture_or_task_name: data}).items():
+        for split, names in ((selection.TRAIN, (part,)), (selection.TEST, task_names.graded(part))):
+            for name in names if split in facts["splits"] else ():
+                found = batches.count_truncated(name, split, config.task_feature_lengths)
+                lengths[split] = lengths.get(split, {}) | found
     for split, of_tasks in lengths.items():
         for task, counts in of_tasks.items():
             if counts["inputs cut"] or counts["targets cut"]:

@@ -15,10 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from sbs_jax import compiling, hosts
-from sbs_jax.data import batches, grading, registry
+from sbs_jax.data import batches, grading, registry, task_names
 from sbs_jax.data.dataset import BY_LOSS, Dataset
+from sbs_jax.data.grading import SCORE
 from sbs_jax.storage import atomic, json_files
 from sbs_jax.student import decoding, families, losses, partitioning, stacks
+from sbs_jax.training import stopping
 from sbs_jax.training.students import load_student
 
 log = logging.getLogger(__name__)
@@ -26,7 +28,7 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """Metrics in percent and one row per example: id, inputs, target, prediction, correct, score, scores.
+    """Metrics of a task in percent and one row per example: id, inputs, target, prediction, correct, score, scores.
 
     `scores` are those of metrics other than `correct`, from 0 to 1 by name, if there are any.
     """
@@ -35,36 +37,40 @@ class Result:
     rows: list[dict[str, Any]]
 
 
-def evaluator(*, task_name: str, **options: Any) -> "Evaluator | LossEvaluator":
-    """Makes the grader of a task: by its metric functions, or by loss if it has none."""
-    return (LossEvaluator if _by_loss(task_name) else Evaluator)(task_name=task_name, **options)
-
-
-def generator(
-    task_name: str,
-    *,
-    structure: families.Structure,
-    eos_id: int,
-    partitioner: partitioning.Partitioner,
-    batch_size: int,
-    max_decode_length: int,
-    progress: compiling.Progress | None = None,
-) -> "Generator":
-    """Makes the program that `evaluator` of a task needs; compiled once, for all splits and rows."""
-    by_loss = _by_loss(task_name)
-    return Generator(
-        structure,
-        eos_id=eos_id,
-        partitioner=partitioner,
-        batch_size=batch_size,
-        length=0 if by_loss else max_decode_length,
-        compute=_token_sums if by_loss else None,
-        progress=progress,
+def evaluator(
+    *, tasks: Sequence[str], split: str, task_feature_lengths: Mapping[str, int], generators: "Generators"
+) -> "Evaluators":
+    """Makes the grader of tasks on a split: each by its metric functions, or by loss if it has none."""
+    return Evaluators(
+        {
+            task: (LossEvaluator if _by_loss(task) else Evaluator)(
+                task_name=task,
+                split=split,
+                task_feature_lengths=task_feature_lengths,
+                generator=generators.of(by_loss=_by_loss(task)),
+            )
+            for task in tasks
+        }
     )
 
 
+class Generators:
+    """Programs that `evaluator` needs, compiled once for all splits and tasks: to generate, and to compute losses."""
+
+    def __init__(self, *, max_decode_length: int, **options: Any) -> None:
+        """Takes the options of `Generator`; each program is made when it is first asked for."""
+        self._length, self._options = max_decode_length, options
+        self._made: dict[bool, Generator] = {}
+
+    def of(self, *, by_loss: bool) -> "Generator":
+        if by_loss not in self._made:
+            length, compute = (0, _token_sums) if by_loss else (self._length, None)
+            self._made[by_loss] = Generator(length=length, compute=compute, **self._options)
+        return self._made[by_loss]
+
+
 def _by_loss(task_name: str) -> bool:
-    return not registry.dataset_of_task(task_name).metric_fns
+    return not task_names.dataset_of(task_name).metric_fns
 
 
 def buckets(limit: int) -> tuple[int, ...]:
@@ -98,6 +104,60 @@ def grouped(lengths_N: np.ndarray, *, limit: int, batch_size: int) -> list[tuple
     return [(length, rows) for length, rows in groups if len(rows)]
 
 
+class Evaluators:
+    """Graders of parameters on a split of one task or several."""
+
+    def __init__(self, graders: "Mapping[str, Evaluator | LossEvaluator]") -> None:
+        self._graders = graders
+
+    @property
+    def primary_metric(self) -> str:
+        """Name of the metric that picks the best checkpoint; of several tasks, `score`."""
+        found = task_names.primary_metric([*self._graders])
+        assert found is not None  # there is a task
+        return found
+
+    def run(
+        self, parameters: families.Parameters, *, before_batch: Callable[[], None] = lambda: None
+    ) -> dict[str, Result]:
+        """Grades each task in turn. An exception of `before_batch` ends it."""
+        return {task: each.run(parameters, before_batch=before_batch) for task, each in self._graders.items()}
+
+    def memorized(self, results: Mapping[str, Result], token_accuracy: Mapping[str, float]) -> str | None:
+        """Warns of the first task whose training rows are memorized while its validation rows are not.
+
+        `token_accuracy` is that of the latest training steps, 0 to 1, by objective.
+        """
+        for task, grader in self._graders.items():
+            several = len(self._graders) > 1
+            objective = f"{task_names.dataset_of(task).name}/label" if several else "label"
+            warning = stopping.memorized(
+                token_accuracy.get(objective),
+                answer_tokens=grader.answer_tokens,
+                validation=results[task].metrics[grader.primary_metric],
+                rows=grader.row_count,
+                metric=f"{task}'s {grader.primary_metric}" if several else grader.primary_metric,
+            )
+            if warning is not None:
+                return warning
+        return None
+
+
+def together(results: Mapping[str, Result]) -> dict[str, float]:
+    """Joins the metrics of tasks: of one, its own; of several, each as "<dataset>/<metric>", and their mean as score.
+
+    {"svamp/equation_accuracy": 40.0, "cqa/accuracy": 60.0, "score": 50.0}
+    """
+    if len(results) == 1:
+        return next(iter(results.values())).metrics
+    datasets = {task: task_names.dataset_of(task) for task in results}
+    found = {
+        f"{datasets[task].name}/{name}": value for task, each in results.items() for name, value in each.metrics.items()
+    }
+    primary = [each.metrics[datasets[task].primary_metric] for task, each in results.items()]
+    return {**found, SCORE: float(np.mean(primary))}
+
+
 class Evaluator:
     """Grader of parameters on one split of a task, by greedy generation. Tokenizes once."""
 
@@ -109,7 +169,7 @@ class Evaluator:
         task_feature_lengths: Mapping[str, int],
         generator: "Generator",
     ) -> None:
-        self._dataset, self._kind = registry.split_task(task_name)
+        self._dataset = task_names.dataset_of(task_name)
         grading.check_installed(self._dataset.metric_fns)
         self.primary_metric = self._dataset.primary_metric
         self._task_name, self._split = task_name, split
@@ -141,10 +201,10 @@ class Evaluator:
             text = self._vocabulary.decode(ids)
             fill = example.numbers.fill
             text = fill(text)
-            prediction = registry.graded_text(text, kind=self._kind)
+            prediction = example.answer(text)
             predictions.append(prediction)
-            row = {"id": example.id, "input": fill(example.inputs), "target": example.label}
-            row |= {"prediction": prediction, "correct": self._dataset.same_label(example.label, prediction)}
+            row = {"id": example.id, "input": fill(example.inputs), "target": _shown(example.label)}
+            row |= {"prediction": _shown(prediction), "correct": self._dataset.same_label(example.label, prediction)}
             if text != prediction:
                 row["text"] = text
             rows.append(row | {"score": score})
@@ -158,7 +218,7 @@ class Evaluator:
                 for row in rows:
                     found = float(score(row["target"], row["prediction"]))
                     row.setdefault("scores", {}).update(dict.fromkeys(named, found))
-        if values[self.primary_metric] == 0.0:
+        if values[self.primary_metric] == 0.0 and all(isinstance(each, str) for each in (*targets, *predictions)):
             self._sound_alarm(predictions)
         return Result(values, rows)
 
@@ -167,6 +227,11 @@ class Evaluator:
         alarm = grading.label_format_alarm(predictions, possible)
         if alarm:
             log.warning("%s, %s: %s", self._task_name, self._split, alarm)
+
+
+def _shown(answer: Any) -> str:
+    """Returns an answer as a predictions file holds it; a task from outside may have others than texts."""
+    return answer if isinstance(answer, str) else json.dumps(answer, default=str)
 
 
 class LossEvaluator:
@@ -338,17 +403,15 @@ def evaluate(
         config.checkpoint_path, layout=config.layout, records_dir=config.records_dir, base=config.base
     )
     run = student.manifest["run"]
-    task = registry.graded_task(config.mixture_or_task_name or run["mixture_or_task_name"])
-    if task is None:
-        raise ValueError(
-            f"{config.mixture_or_task_name} generates rationales, which cannot be graded; choose a label task."
-        )
+    name = config.mixture_or_task_name or run["mixture_or_task_name"]
+    tasks = task_names.graded(name)
+    if not tasks:
+        raise ValueError(f"{name} generates rationales, which cannot be graded; choose a label task.")
     grader = evaluator(
-        task_name=task,
+        tasks=tasks,
         split=config.split,
         task_feature_lengths=run["task_feature_lengths"],
-        generator=generator(
-            task,
+        generators=Generators(
             structure=student.structure,
             eos_id=student.config.eos_id,
             partitioner=student.partitioner,
@@ -356,16 +419,20 @@ def evaluate(
             max_decode_length=config.max_decode_length or run["max_decode_length"],
         ),
     )
-    result = grader.run(student.parameters)
-    found: dict[str, Any] = dict(result.metrics)
+    results = grader.run(student.parameters)
+    found: dict[str, Any] = together(results)
     if describe is not None and hosts.is_first():
-        found |= describe(result, registry.dataset_of_task(task))
+        for task, result in results.items():
+            more = describe(result, task_names.dataset_of(task))
+            prefix = f"{task_names.dataset_of(task).name}/" if len(results) > 1 else ""
+            found |= {f"{prefix}{name}": value for name, value in more.items()}
     if config.output_dir is not None and hosts.is_first():
         directory = Path(config.output_dir)
         directory.mkdir(parents=True, exist_ok=True)
-        if result.rows:
-            write_rows(directory / f"{task}-{config.split}-{student.step}.jsonl", result.rows)
-        summary = {"task": task, "split": config.split, "step": student.step, **found}
+        for task, result in results.items():
+            if result.rows:
+                write_rows(directory / f"{task}-{config.split}-{student.step}.jsonl", result.rows)
+        summary = {"task": "+".join(tasks), "split": config.split, "step": student.step, **found}
         atomic.replace(directory / "metrics.json", (json.dumps(summary, indent=1) + "\n").encode(), ours=False)
     return found
 

@@ -1,12 +1,11 @@
 """Batches of a training run: rows per process, arrays on the devices, and the examples they came from."""
 
-import hashlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
-from sbs_jax.data import batches, registry, selection
+from sbs_jax.data import batches, selection
 from sbs_jax.training.config import TrainConfig
 from sbs_jax.training.step import Batch, Trainer
 
@@ -31,11 +30,13 @@ def batch_examples(config: TrainConfig, *, step: int) -> tuple[list[batches.Batc
 
 def fingerprint(config: TrainConfig, data: Mapping[str, Any]) -> str:
     """Returns hashes of the records and of the training tokens, a line each, for processes to compare."""
-    lines = [f"{name} {split['file']} {split['sha256']}" for name, split in data["splits"].items()]
-    for task in registry.subtasks(config.mixture_or_task_name):
-        for feature, table in registry.token_tables(task, selection.TRAIN).items():
-            lines.append(f"{task} {feature} tokens {hashlib.sha256(table.ids.data).hexdigest()}")
-    return "\n".join(lines)
+    lines = [
+        f"{name} {split['file']} {split['sha256']}"
+        for part in data.get("parts", {"": data}).values()
+        for name, split in part["splits"].items()
+    ]
+    task, lengths = config.mixture_or_task_name, config.task_feature_lengths
+    return "\n".join([*lines, *batches.fingerprint(task, split=selection.TRAIN, lengths=lengths)])
 
 
 def _options(config: TrainConfig) -> dict[str, Any]:
@@ -46,4 +47,5 @@ def _options(config: TrainConfig) -> dict[str, Any]:
         "batch_size": config.batch_size,
         "pack": config.pack,
         "seed": config.seed,
+        "weights": config.loss_weights,
     }

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -37,15 +37,14 @@ class Programs:
 
     config: TrainConfig
     trainer: Trainer
-    generator: evaluate.Generator  # of validation and test
+    generators: evaluate.Generators  # of validation and test
     progress: compiling.Progress
 
     @classmethod
     def of(cls, config: TrainConfig) -> "Programs":
         """Prepares the programs; each compiles at its first use."""
-        trainer, progress = prepare(config), compiling.Progress(count=1)  # the step; the generator adds its own
-        generator = evaluate.generator(
-            config.eval_task_name,
+        trainer, progress = prepare(config), compiling.Progress(count=1)  # the step; the generators add their own
+        generators = evaluate.Generators(
             structure=trainer.structure,
             eos_id=config.model.eos_id,
             partitioner=trainer.partitioner,
@@ -53,7 +52,7 @@ class Programs:
             max_decode_length=config.max_decode_length,
             progress=progress,
         )
-        return cls(config, trainer, generator, progress)
+        return cls(config, trainer, generators, progress)
 
     def check(self, config: TrainConfig) -> None:
         """Raises ValueError if a run needs other programs."""
@@ -82,10 +81,9 @@ def train(
     # ------------------------------------------------------------------ set up: data, mesh, compiled step
     config = contents.pinned(config)
     registry.configure(config.data)
-    dataset = registry.dataset_of_task(config.mixture_or_task_name)
-    _ = config.eval_task_name  # refuses a run that nothing can grade
-    data = registry.manifest(dataset.name)
-    if config.evaluate_test and dataset == corpus.DATASET:
+    _ = config.eval_task_names  # refuses a run that nothing can grade
+    data = registry.manifest(config.mixture_or_task_name, lengths=config.task_feature_lengths)
+    if config.evaluate_test and config.mixture_or_task_name == corpus.TASK:
         raise ValueError(
             "A corpus has no test split; set EVALUATE_TEST = False, as gin_configs/runs/pretrain.gin does."
         )
@@ -166,7 +164,7 @@ class _Session:
 
     config: TrainConfig
     programs: Programs
-    evaluator: evaluate.Evaluator | evaluate.LossEvaluator  # of validation
+    evaluator: evaluate.Evaluators  # of validation
     run: directory.RunDir
     saver: checkpoints.Checkpoints
     watch: watchdog.Watchdog
@@ -176,11 +174,18 @@ class _Session:
     step: int  # of the last update
     window: MetricsWindow
     skipped: int = 0
-    token_accuracy: float | None = None  # of the label objective, in the last line of training metrics
+    token_accuracy: dict[str, float] = dataclasses.field(default_factory=dict)  # by objective, in the last metrics line
+    results: dict[str, evaluate.Result] = dataclasses.field(default_factory=dict)  # of the last evaluation, by task
     warned: bool = False  # that training rows are memorized
 
     def __post_init__(self) -> None:
-        self.token_accuracy = directory.last_lines(self.run.metrics()).get("train", {}).get("token_accuracy/label")
+        self._note_token_accuracy(directory.last_lines(self.run.metrics()).get("train", {}))
+
+    def _note_token_accuracy(self, line: Mapping[str, Any]) -> None:
+        start = "token_accuracy/"
+        self.token_accuracy = {
+            name.removeprefix(start): value for name, value in line.items() if name.startswith(start)
+        }
 
     @property
     def out_of_patience(self) -> bool:
@@ -224,36 +229,35 @@ class _Session:
         if self.config.skip_non_finite:
             values["skipped"] = float(self.skipped)
         self.run.log("train", self.step, values)
-        self.token_accuracy = values.get("token_accuracy/label")
+        self._note_token_accuracy(values)
         return f"loss {values.get('loss', math.nan):.3f} {values['tokens_per_second']:.0f} tokens/s"
 
     def validate(self) -> bool:
         """Grades the current parameters on validation; False if preempted meanwhile."""
         try:
             with self.window.paused():
-                result = self.evaluator.run(self.trainer.parameters(self.state), before_batch=self._before_batch)
+                self.results = self.evaluator.run(self.trainer.parameters(self.state), before_batch=self._before_batch)
         except preemption.PreemptedError:
             return False
-        if result.rows:
-            self.run.write_predictions(f"{self.config.eval_task_name}-{self.step}", result.rows)
-        self.run.log("validation", self.step, result.metrics)
-        self.scores[self.step] = result.metrics[self.evaluator.primary_metric]
+        metrics = self.write(self.results, kind="validation", ending=f"-{self.step}", step=self.step)
+        self.scores[self.step] = metrics[self.evaluator.primary_metric]
         if not self.warned and (warning := self.memorized()) is not None:
             log.warning("Step %d: %s", self.step, warning)
             self.warned = True
         return True
 
+    def write(self, results: Mapping[str, evaluate.Result], *, kind: str, ending: str, step: int) -> dict[str, float]:
+        """Writes predictions of each task and one metrics line, which it returns."""
+        for task, result in results.items():
+            if result.rows:
+                self.run.write_predictions(f"{task}{ending}", result.rows)
+        metrics = evaluate.together(results)
+        self.run.log(kind, step, metrics)
+        return metrics
+
     def memorized(self) -> str | None:
         """Warns if training rows are memorized and those of the last evaluation are not; else None."""
-        if not self.scores:  # of an earlier version, whose metrics are lost
-            return None
-        return stopping.memorized(
-            self.token_accuracy,
-            answer_tokens=self.evaluator.answer_tokens,
-            validation=self.scores[max(self.scores)],
-            rows=self.evaluator.row_count,
-            metric=self.evaluator.primary_metric,
-        )
+        return self.evaluator.memorized(self.results, self.token_accuracy) if self.results else None
 
     def note_end(self) -> None:
         """Writes to the manifest why the training ended, and logs it if it ended early."""
@@ -296,11 +300,10 @@ class _Session:
         parameters = {**base, **opening.load_parameters(checkpoint, like=trainer.saved.parameters)}
         grader = evaluator(config, self.programs, split=selection.TEST)
         try:
-            result = grader.run(parameters, before_batch=self._before_batch)
+            results = grader.run(parameters, before_batch=self._before_batch)
         except preemption.PreemptedError:
             return False
-        self.run.write_predictions(f"{config.eval_task_name}-test-{step}", result.rows)
-        self.run.log("test", step, result.metrics)
+        self.write(results, kind="test", ending=f"-test-{step}", step=step)
         return True
 
     def leave(self) -> None:
@@ -331,13 +334,13 @@ def _restore(
     return restored_state(config, found, trainer, base=base), found.metadata
 
 
-def evaluator(config: TrainConfig, programs: Programs, *, split: str) -> evaluate.Evaluator | evaluate.LossEvaluator:
+def evaluator(config: TrainConfig, programs: Programs, *, split: str) -> evaluate.Evaluators:
     """Makes the evaluator of a run's validation or test split."""
     return evaluate.evaluator(
-        task_name=config.eval_task_name,
+        tasks=config.eval_task_names,
         split=split,
         task_feature_lengths=config.task_feature_lengths,
-        generator=programs.generator,
+        generators=programs.generators,
     )
 
 

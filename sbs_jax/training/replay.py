@@ -58,7 +58,7 @@ def replay(config: TrainConfig, run: str | Path, *, step: int | None) -> dict[st
                 batch,
                 frozen=others,
                 structure=structure,
-                alpha=config.alpha,
+                objectives=config.objectives,
                 z_loss=config.z_loss,
                 micro_batches=1,
                 vocabulary_chunks=1,

@@ -38,19 +38,19 @@ def loss_and_gradients(
     batch: Batch,
     *,
     structure: families.Structure,
-    alpha: float,
+    objectives: Sequence[losses.Objective],
     z_loss: float,
     micro_batches: int,
     vocabulary_chunks: int,
     dropout_key: jax.Array,
     frozen: families.Parameters | None = None,
-) -> tuple[Float[Array, ""], dict[int, losses.TaskSums], families.Parameters]:
-    """Returns loss, sums per task and gradients of a global batch; the number of micro-batches does not change them.
+) -> tuple[Float[Array, ""], dict[str, losses.Sums], families.Parameters]:
+    """Returns loss, sums per objective and gradients of a global batch; micro-batches do not change them.
 
     `parameters` and `frozen` together are the whole model; gradients are of `parameters` only.
     """
     # Token weights depend on the whole batch, so they are computed before it is cut: see losses.py.
-    weights = losses.token_weights(batch["decoder_task_ids"], alpha=alpha)
+    weights = losses.token_weights(batch["decoder_task_ids"], objectives)
 
     def loss_of(parameters: families.Parameters, rows: Batch, index: jax.Array):
         model = families.join(structure, {**(frozen or {}), **parameters})
@@ -72,6 +72,7 @@ def loss_and_gradients(
             statistics,
             task_ids_BT=rows["decoder_task_ids"],
             weights_BT=rows["weights"],
+            objectives=objectives,
             z_loss=z_loss,
         )
 
@@ -109,7 +110,7 @@ def train_step(
         state.parameters,
         batch,
         structure=structure,
-        alpha=config.alpha,
+        objectives=config.objectives,
         z_loss=config.z_loss,
         micro_batches=config.micro_batches,
         vocabulary_chunks=config.vocabulary_chunks,
@@ -126,8 +127,8 @@ def train_step(
         lambda new, old: jnp.where(running & finite, new, old), new, (state.parameters, state.optimizer)
     )
     metrics = {"loss": loss, "gradient_norm": norm, "skipped": skipped}
-    for task, name in losses.TASK_NAMES.items():
-        metrics |= sums[task].means(name)
+    for name, of_objective in sums.items():
+        metrics |= of_objective.means(name)
     step = state.step + (skipped <= config.skip_non_finite)
     return TrainState(step, parameters, optimizer_state, skipped, state.root_key, state.frozen), metrics
 

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from sbs_jax.data import catalogue, registry, selection
-from sbs_jax.run import directory
+from sbs_jax.run import directory, manifest
 from sbs_jax.student import adapters, families, partitioning
 from sbs_jax.weights import frozen, identity, names, opening, runs
 from sbs_jax.weights.arrays import shapes
@@ -28,24 +28,36 @@ class Student:
 
 
 def load_student(
-    path: str | Path, *, layout: partitioning.Layout, records_dir: str | None = None, base: str | None = None
+    path: str | Path,
+    *,
+    layout: partitioning.Layout,
+    records_dir: str | None = None,
+    base: str | None = None,
+    dataset: str | None = None,
 ) -> Student:
     """Loads the student of a run directory (its best step) or of one `checkpoints/<step>`; registers its tasks.
 
     Vocabulary, prefixes and lengths are those of its training. If the records or the base of an adapter run have moved,
-    `records_dir` and `base` name their new paths.
+    `records_dir` and `base` name their new paths. Of a student of several datasets, `dataset` chooses one, and the
+    manifest and options are those of it.
     """
-    return _load_sharing(path, {}, layout=layout, records_dir=records_dir, base=base)[0]
+    return _load_sharing(path, {}, layout=layout, records_dir=records_dir, base=base, dataset=dataset)[0]
 
 
 def load_students(
-    path: str | Path, others: Mapping[str, str | Path], *, layout: partitioning.Layout, base: str | None = None
+    path: str | Path,
+    others: Mapping[str, str | Path],
+    *,
+    layout: partitioning.Layout,
+    base: str | None = None,
+    dataset: str | None = None,
 ) -> tuple[Student, dict[str, Student]]:
     """Loads an adapter run and further ones by name over one base, which is read and stored once.
 
-    Registers the tasks of the first. ValueError if their bases differ, or differ in precision.
+    Registers the tasks of the first. ValueError if their bases differ, or differ in precision. Of students of several
+    datasets, `dataset` chooses one.
     """
-    return _load_sharing(path, others, layout=layout, records_dir=None, base=base)
+    return _load_sharing(path, others, layout=layout, records_dir=None, base=base, dataset=dataset)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,10 +90,11 @@ def _load_sharing(
     layout: partitioning.Layout,
     records_dir: str | None,
     base: str | None,
+    dataset: str | None,
 ) -> tuple[Student, dict[str, Student]]:
     partitioner = layout.partitioner()
-    first = _read_trained(path, partitioner)
-    named = {name: _read_trained(place, partitioner) for name, place in others.items()}
+    first = _read_trained(path, partitioner, dataset)
+    named = {name: _read_trained(place, partitioner, dataset) for name, place in others.items()}
     held: families.Parameters = {}
     for each in (first, *named.values()):
         if each.tuning is None and (named or base is not None):
@@ -116,19 +129,20 @@ def _options(trained: _Trained) -> selection.DataOptions:
     return selection.DataOptions(**trained.manifest["data"]["options"] | {"augmentation": None})
 
 
-def _read_trained(path: str | Path, partitioner: partitioning.Partitioner) -> _Trained:
-    """Reads a run, and registers its dataset if the manifest defines it."""
+def _read_trained(path: str | Path, partitioner: partitioning.Partitioner, dataset: str | None) -> _Trained:
+    """Reads a run, and registers its datasets if the manifest defines them."""
     opened = runs.open_run(path)
     if opened.origin is None:
         raise FileNotFoundError(f"{path} is not a run directory: its {directory.MANIFEST} is missing.")
     catalogue.restore_from(opened.origin["data"], where=f"{path}, its manifest")
+    origin = manifest.one(opened.origin, dataset, where=str(path))
     config, tuning = opened.config, opened.tuning
     adapted = adapters.abstract(config, tuning)
     like = partitioner.with_shardings(adapted.shapes, parameters=adapted.shapes, axes=adapted.axes)
     wanted = adapted.split(like)[0]
     names.check(path, shapes(opened.arrays), shapes(wanted), kind=opening.SBS)
     parameters = {name: opened.arrays[name].onto(leaf) for name, leaf in wanted.items()}
-    return _Trained(*(str(path), config, tuning, adapted, like, parameters, opened.base, opened.step, opened.origin))
+    return _Trained(*(str(path), config, tuning, adapted, like, parameters, opened.base, opened.step, origin))
 
 
 def _check_shared(first: _Trained, other: _Trained) -> None:

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from t5x import decoding, models, state_utils, trainer
 
-from sbs_jax.data import batches, registry, selection
+from sbs_jax.data import batches, registry, selection, task_names
 from sbs_jax.student import losses
 
 # Feature that `StepByStepTrainer` adds to a batch; T5X cuts it into micro-batches with the others.
@@ -25,7 +25,8 @@ TOKEN_WEIGHTS = "decoder_token_weights"
 class StepByStepModel(models.EncoderDecoderModel):
     """T5X's encoder-decoder with the step-by-step loss.
 
-    Adds to T5X's metrics `loss/label`, `loss/rationale` (nats per token), `token_accuracy/..` and `tokens/..`.
+    Adds to T5X's metrics `loss/label`, `loss/rationale` (nats per token), `token_accuracy/..` and `tokens/..`; of
+    several datasets `loss/svamp/label` and so on.
     """
 
     FEATURE_CONVERTER_CLS = batches.StepByStepFeatureConverter
@@ -37,6 +38,8 @@ class StepByStepModel(models.EncoderDecoderModel):
         optimizer_def: Any,
         data: selection.DataOptions,
         alpha: float,
+        mixture_or_task_name: str | None = None,
+        loss_weights: Mapping[str, float] | None = None,
         z_loss: float = 0.0,
         decode_fn: Callable[..., Any] = decoding.beam_search,
         default_decoder_params: models.DecoderParams | None = None,
@@ -44,7 +47,8 @@ class StepByStepModel(models.EncoderDecoderModel):
         """Configures every task with `data`: T5X builds its model before it opens a dataset.
 
         `module` is T5X's `network.Transformer`, `optimizer_def` one of T5X's optimizers, `alpha` the share of the label
-        task. ValueError if the network's table is smaller than the vocabulary.
+        task. A mixture of several datasets needs its name, and may have `loss_weights`, as in
+        `task_names.objectives`. ValueError if the network's table is smaller than the vocabulary.
         """
         if not 0.0 <= alpha <= 1.0 or z_loss < 0.0:
             raise ValueError(f"Got alpha {alpha!r} and z_loss {z_loss!r}; expected 0 <= alpha <= 1 and z_loss >= 0.")
@@ -68,11 +72,14 @@ class StepByStepModel(models.EncoderDecoderModel):
             default_decoder_params=default_decoder_params,
             z_loss=z_loss,
         )
-        self._alpha = alpha
+        if mixture_or_task_name is None:
+            self._objectives = losses.step_by_step(alpha)
+        else:
+            self._objectives = task_names.objectives(mixture_or_task_name, alpha=alpha, weights=loss_weights)
 
     def with_token_weights(self, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
         """Adds to a global batch the weight of each target token, float32 [B, T]."""
-        return {**batch, TOKEN_WEIGHTS: losses.token_weights(batch["decoder_task_ids"], alpha=self._alpha)}
+        return {**batch, TOKEN_WEIGHTS: losses.token_weights(batch["decoder_task_ids"], self._objectives)}
 
     def loss_fn(
         self, params: Any, batch: Mapping[str, jax.Array], dropout_rng: jax.Array | None
@@ -94,20 +101,20 @@ class StepByStepModel(models.EncoderDecoderModel):
             losses.token_statistics(logits, targets),
             task_ids_BT=batch["decoder_task_ids"],
             weights_BT=batch[TOKEN_WEIGHTS],
+            objectives=self._objectives,
         )
         loss, sums = loss_of(z_loss=self._z_loss)
         z_loss = loss - loss_of(z_loss=0.0)[0]  # XLA computes once what the two calls share
         packed = {name.removesuffix("_segment_ids"): x for name, x in batch.items() if name.endswith("_segment_ids")}
         unpacked = {name: batch[name] != 0 for name in ("encoder_input_tokens", "decoder_target_tokens")}
         metrics = self._compute_metrics(logits, targets, mask, loss, z_loss, packed or unpacked)
-        for task, name in losses.TASK_NAMES.items():
-            of_task = sums[task]
-            # Gives 0 instead of 0 / 0 for a task without tokens; other counts are at least 1 and do not change.
-            count = jnp.maximum(of_task.tokens, 1e-9)
+        for name, mine in sums.items():
+            # Gives 0 instead of 0 / 0 for an objective without tokens; other counts are at least 1 and do not change.
+            count = jnp.maximum(mine.tokens, 1e-9)
             metrics |= {
-                f"loss/{name}": models.clu_metrics.Average(total=of_task.cross_entropy, count=count),
-                f"token_accuracy/{name}": models.clu_metrics.Average(total=of_task.correct, count=count),
-                f"tokens/{name}": models.metrics_lib.AveragePerStep(total=of_task.tokens),
+                f"loss/{name}": models.clu_metrics.Average(total=mine.cross_entropy, count=count),
+                f"token_accuracy/{name}": models.clu_metrics.Average(total=mine.correct, count=count),
+                f"tokens/{name}": models.metrics_lib.AveragePerStep(total=mine.tokens),
             }
         return loss, metrics
 

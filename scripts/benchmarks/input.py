@@ -59,7 +59,7 @@ def measure(arguments: argparse.Namespace) -> Iterator[harness.Row]:
                 selection.DataOptions(records_dir=folder, vocabulary=str(arguments.vocabulary), train_split=split)
             )
             begin = time.monotonic()
-            tables = [registry.token_tables(f"{name}_{kind}", "train") for kind in registry.MIXED]
+            tables = [registry.token_tables(f"{name}_{kind}", "train") for kind in task_names.MIXED]
             result[name] = {
                 "examples": sum(len(table["inputs"]) for table in tables),
                 "seconds to tokenize": round(time.monotonic() - begin, 2),

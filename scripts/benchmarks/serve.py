@@ -76,7 +76,6 @@ def write_student(folder: Path, name: str) -> None:
     """Writes a run directory: the embedded student, or a T5 with random weights."""
     import jax
 
-    from sbs_jax.data import registry
     from sbs_jax.run import checkpoints
     from sbs_jax.student import families
     from sbs_jax.training import gin_files
@@ -109,7 +108,7 @@ def write_student(folder: Path, name: str) -> None:
         "mixture_or_task_name": config.mixture_or_task_name,
         "task_feature_lengths": lengths,
         "max_decode_length": chosen["answer"],
-        "primary_metric": registry.split_task(config.mixture_or_task_name)[0].primary_metric,
+        "primary_metric": task_names.split(config.mixture_or_task_name)[0].primary_metric,
     }
     manifest = {"run": run, "data": {"options": dataclasses.asdict(config.data)}}
     (folder / "manifest.json").write_text(json.dumps(manifest), "utf-8")

@@ -59,7 +59,6 @@ def check(arguments: argparse.Namespace, bindings: Sequence[str]) -> None:
 
 
 def run(arguments: argparse.Namespace, bindings: Sequence[str]) -> int:
-    from sbs_jax.data import registry
     from sbs_jax.prediction import compiled
     from sbs_jax.stats import graded, verdict
     from sbs_jax.training import loop
@@ -71,12 +70,17 @@ def run(arguments: argparse.Namespace, bindings: Sequence[str]) -> int:
         with compiled.kept(compiled.default()):
             result = loop.train(config, config_text=text, accept_changes=arguments.accept_changes, programs=programs)
         if hosts.is_first():
-            dataset = registry.dataset_of_task(config.eval_task_name)
-            task, labels = config.eval_task_name, dataset.labels
-            print(json.dumps(graded.of_run(config.model_dir, result, task=task, of_labels=labels), indent=1))
-            if config.evaluate_test and (below := verdict.verdict(config.model_dir)) is not None:
+            print(json.dumps(graded.of_run(config.model_dir, result, labels=labels(config)), indent=1))
+            for below in verdict.verdicts(config.model_dir) if config.evaluate_test else ():
                 log.warning("%s", below)
     return 0
+
+
+def labels(config: Any) -> dict[str, Any]:
+    """Returns the closed set of labels of each task that a run grades, or None."""
+    from sbs_jax.data import task_names
+
+    return {task: task_names.dataset_of(task).labels for task in config.eval_task_names}
 
 
 def each_of(arguments: argparse.Namespace, bindings: Sequence[str]) -> list[list[str]]:

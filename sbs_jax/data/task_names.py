@@ -1,0 +1,295 @@
+"""Names of tasks and mixtures: their datasets and kinds, the tasks of a mixture, its turns and objectives.
+
+| name                      | what it is                                                                    |
+|---------------------------|-------------------------------------------------------------------------------|
+| `svamp_label`, ..         | a task of one dataset (registry.py)                                           |
+| `svamp_step_by_step`      | a mixture of two of them, in strict turns                                     |
+| `svamp.cqa_step_by_step`  | the same of several datasets, which take turns by their rates                 |
+| `corpus_span_corruption`  | plain text (corpus.py)                                                        |
+| any other                 | a task or mixture that somebody else has registered in SeqIO (outside.py)     |
+
+A *part* of a name is what would be trained alone: `svamp_step_by_step` and `cqa_step_by_step`; of a mixture from
+outside, each of its tasks.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+
+import numpy as np
+
+from sbs_jax import checks
+from sbs_jax.data import catalogue, corpus, dataset_folder, outside
+from sbs_jax.data.dataset import STEP_BY_STEP, Dataset
+from sbs_jax.data.grading import SCORE
+from sbs_jax.data.selection import LABEL, RATIONALE, RATIONALE_THEN_LABEL, TASKS, DataOptions
+from sbs_jax.student import losses
+
+MIXED = (LABEL, RATIONALE)  # the tasks that `step_by_step` alternates between
+_KINDS = (*TASKS, STEP_BY_STEP)
+# Values of the feature `task_ids` of one dataset: the objective that a task's target tokens count towards.
+TASK_IDS = {
+    LABEL: losses.LABEL,
+    RATIONALE: losses.RATIONALE,
+    RATIONALE_THEN_LABEL: losses.LABEL,
+    corpus.SPAN_CORRUPTION: losses.LABEL,
+    outside.KIND: losses.LABEL,
+}
+JOINT = "."  # between the datasets of a mixture
+_TURNS = 65_536  # most turns in a cycle, of datasets whose rates are no small whole numbers
+
+
+# ------------------------------------------------------------------------------------- names
+
+
+def task_name(*, dataset: str | Sequence[str], kind: str) -> str:
+    """Returns the SeqIO name of a task or mixture of datasets, or of their folders; gin's method files use it.
+
+    >>> task_name(dataset="svamp", kind="step_by_step")
+    'svamp_step_by_step'
+    >>> task_name(dataset=("svamp", "cqa"), kind="label")
+    'svamp.cqa_label'
+    """
+    names = [dataset] if isinstance(dataset, str) else [*dataset]
+    names = [catalogue.get(name).name if dataset_folder.is_folder(name) else name for name in names]
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"DATASET is {dataset!r}; expected the name of a dataset, or different ones in a tuple.")
+    for name in names:
+        split(f"{name}_{kind}")
+    return f"{JOINT.join(names)}_{kind}"
+
+
+def known() -> tuple[str, ...]:
+    """Returns the names of the tasks and mixtures of single datasets."""
+    return (*(f"{dataset}_{kind}" for dataset in catalogue.names() for kind in _KINDS), corpus.TASK)
+
+
+def split(name: str) -> tuple[Dataset, str]:
+    """Splits 'svamp_rationale_then_label' into (svamp's Dataset, 'rationale_then_label').
+
+    ValueError with near matches if there is no such task, or if the name is a mixture of several datasets.
+    """
+    found = _own(name)
+    if found is not None:
+        return found
+    if (names := _several(name) or outside.tasks(name)) and names != (name,):
+        raise ValueError(
+            f"{name} has several parts; expected one of them: {', '.join(names)}. Where a command takes --dataset, "
+            "it chooses one."
+        )
+    if names:
+        return outside.dataset(name), outside.KIND
+    raise ValueError(
+        f"Unknown task or mixture {name!r}.{checks.nearest(name, (*known(), *outside.names()))} Known are "
+        f"<dataset>_<{'|'.join(_KINDS)}> for the datasets {list(catalogue.names())}, or for several of them as "
+        f"<dataset>{JOINT}<dataset>_.., {corpus.TASK}, and what a --module registers in SeqIO."
+    )
+
+
+def parts(name: str) -> tuple[str, ...]:
+    """Returns the parts of a mixture of several datasets, or of one from outside, in order; else the name itself."""
+    if _own(name) is not None:
+        return (name,)
+    found = _several(name) or outside.tasks(name)
+    if not found:
+        split(name)  # says what is known
+    return found
+
+
+def _own(name: str) -> tuple[Dataset, str] | None:
+    if name == corpus.TASK:
+        return corpus.DATASET, corpus.SPAN_CORRUPTION
+    for dataset in catalogue.registered().values():
+        if name.startswith(f"{dataset.name}_") and (kind := name.removeprefix(f"{dataset.name}_")) in _KINDS:
+            return dataset, kind
+    return None
+
+
+def _several(name: str) -> tuple[str, ...]:
+    """Returns the parts of a mixture of several datasets; () if the name is none."""
+    for kind in _KINDS:
+        datasets = name.removesuffix(f"_{kind}").split(JOINT)
+        if len(datasets) > 1 and name.endswith(f"_{kind}") and set(datasets) <= set(catalogue.registered()):
+            return tuple(f"{dataset}_{kind}" for dataset in datasets)
+    return ()
+
+
+def dataset_of(name: str) -> Dataset:
+    """Returns the dataset of a part."""
+    return split(name)[0]
+
+
+def answering(name: str) -> tuple[Dataset, str]:
+    """Splits as `split`; ValueError for a task whose student answers nothing."""
+    dataset, kind = split(name)
+    if kind == corpus.SPAN_CORRUPTION:
+        raise ValueError(
+            f"This student was pre-trained on text ({name}) and answers no questions. Fine-tune it first: its run "
+            "is the INITIAL_CHECKPOINT_PATH of an experiment."
+        )
+    return dataset, kind
+
+
+def subtasks(name: str) -> tuple[str, ...]:
+    """Returns the tasks of a mixture, part by part; for a task, itself."""
+    found: list[str] = []
+    for part in parts(name):
+        dataset, kind = split(part)
+        found += [f"{dataset.name}_{task}" for task in MIXED] if kind == STEP_BY_STEP else [part]
+    return tuple(found)
+
+
+def graded(name: str) -> tuple[str, ...]:
+    """Returns the task that grades each part, by answers or by loss; () if there are only rationales.
+
+    A step-by-step mixture is graded by its label task: rationales cost nothing at inference.
+    """
+    found = []
+    for part in parts(name):
+        dataset, kind = split(part)
+        if kind != RATIONALE:
+            found.append(f"{dataset.name}_{LABEL}" if kind == STEP_BY_STEP else part)
+    return tuple(found)
+
+
+def primary_metric(tasks: Sequence[str]) -> str | None:
+    """Returns the metric that picks the best checkpoint: a task's own, `score` of several; None without tasks."""
+    if len(tasks) > 1:
+        return SCORE
+    return dataset_of(tasks[0]).primary_metric if tasks else None
+
+
+# -------------------------------------------------------------------------------- objectives
+
+
+def objectives(name: str, *, alpha: float, weights: Mapping[str, float] | None = None) -> tuple[losses.Objective, ...]:
+    """Returns the objectives of the loss; `task_ids` numbers them from 1.
+
+    One dataset has labels with alpha and rationales with the rest. Each of several datasets has these two times its
+    weight, named `svamp/label`; without `weights` the weights are equal and add up to 1. A task or mixture from outside
+    is one objective, the mean over all target tokens; with `weights`, each of its tasks is one.
+    """
+    found = parts(name)
+    if _own(name) is not None:
+        _refuse_weights(name, weights)
+        return losses.step_by_step(alpha)
+    if outside.tasks(name):
+        if weights is None:
+            return (losses.Objective("targets", 1.0),)
+        return tuple(
+            losses.Objective(part, weight) for part, weight in zip(found, _weights(found, weights), strict=True)
+        )
+    datasets = [split(part)[0].name for part in found]
+    shares = [1.0 / len(found)] * len(found) if weights is None else _weights(datasets, weights)
+    return tuple(
+        losses.Objective(f"{dataset}/{objective.name}", share * objective.weight)
+        for dataset, share, part in zip(datasets, shares, found, strict=True)
+        for number, objective in enumerate(losses.step_by_step(alpha), start=1)
+        if number in _ids_of_part(part)
+    )
+
+
+def _refuse_weights(name: str, weights: Mapping[str, float] | None) -> None:
+    if weights is not None:
+        raise ValueError(f"LOSS_WEIGHTS is {dict(weights)!r}, but {name} is one dataset; ALPHA weighs its two tasks.")
+
+
+def _weights(names: Sequence[str], weights: Mapping[str, float]) -> list[float]:
+    if unknown := sorted(set(weights) - set(names)):
+        raise ValueError(
+            f"LOSS_WEIGHTS has {unknown[0]!r}, which is not trained; expected {list(names)}."
+            f"{checks.nearest(unknown[0], names)}"
+        )
+    for name in names:
+        if name not in weights:
+            raise ValueError(f"LOSS_WEIGHTS gives {name!r} no weight; give each of {list(names)} one.")
+        checks.number(f"LOSS_WEIGHTS[{name!r}]", weights[name], above=0)
+    return [float(weights[name]) for name in names]
+
+
+def _ids_of_part(part: str) -> list[int]:
+    return sorted({TASK_IDS[split(task)[1]] for task in subtasks(part)})
+
+
+def task_ids(name: str, *, weights: Mapping[str, float] | None = None) -> tuple[int, ...]:
+    """Returns the number of its objective, from 1, for each of `subtasks`."""
+    if _own(name) is not None:
+        return tuple(TASK_IDS[split(task)[1]] for task in subtasks(name))
+    if outside.tasks(name):
+        return tuple(range(1, len(parts(name)) + 1)) if weights is not None else (1,) * len(parts(name))
+    found, before = [], 0
+    for part in parts(name):
+        mine = _ids_of_part(part)
+        found += [before + 1 + mine.index(TASK_IDS[split(task)[1]]) for task in subtasks(part)]
+        before += len(mine)
+    return tuple(found)
+
+
+# -------------------------------------------------------------------------------------- turns
+
+
+def turns(name: str, options: DataOptions, *, rows: Mapping[str, int]) -> np.ndarray:
+    """Returns the cycle in which the tasks of a mixture take turns: numbers of `subtasks`, int64 [n].
+
+    Every part appears as often as its rate says, as evenly as possible; the tasks of a part always follow one another.
+    Label and rationale of one row so meet in a batch. `rows` counts the training rows of each of `subtasks`.
+    """
+    found = parts(name)
+    members: list[list[int]] = []
+    for part in found:
+        first = sum(map(len, members))
+        members.append([*range(first, first + len(subtasks(part)))])
+    names = subtasks(name)
+    sizes = [max(rows[names[number]] for number in mine) for mine in members]
+    order = cycle(rates(name, options, rows=sizes))
+    return np.array([*itertools.chain.from_iterable(members[part] for part in order)])
+
+
+def rates(name: str, options: DataOptions, *, rows: Sequence[int]) -> list[float]:
+    """Returns the rate of each part: DataOptions.rates, or those of a SeqIO mixture; only their ratios matter."""
+    found = parts(name)
+    if len(found) == 1:
+        return [1.0]
+    labels = [part if outside.tasks(name) else split(part)[0].name for part in found]
+    chosen = options.rates
+    if chosen is None:
+        chosen = outside.rates(name) if outside.tasks(name) else "equal"
+    if isinstance(chosen, Mapping):
+        if set(chosen) != set(labels):
+            odd = sorted(set(chosen) ^ set(labels))[0]
+            problem = f"gives {odd!r} no rate" if odd in labels else f"has {odd!r}, which is not trained"
+            raise ValueError(f"RATES {problem}; give each of {labels} one.{checks.nearest(odd, labels)}")
+        found_rates = [chosen[label] for label in labels]
+        for label, rate in zip(labels, found_rates, strict=True):
+            checks.number(f"RATES[{label!r}]", rate, above=0)
+        return [float(rate) for rate in found_rates]
+    if chosen == "equal":
+        return [1.0] * len(found)
+    most = options.rate_maximum or math.inf
+    return [min(count, most) ** (1.0 / options.temperature) for count in rows]
+
+
+def cycle(rates: Sequence[float]) -> list[int]:
+    """Returns an order of parts in which each appears in proportion to its rate, as evenly spread as possible.
+
+    Whole numbers are exact. Other rates are rounded to a share of 65,536 turns, and each part has one turn at least.
+
+    >>> cycle([1.0, 1.0, 1.0])
+    [0, 1, 2]
+    >>> cycle([3.0, 1.0])
+    [0, 0, 1, 0]
+    """
+    fractions = [Fraction(rate) for rate in rates]
+    shared = math.lcm(*(each.denominator for each in fractions))
+    counts = [int(each * shared) for each in fractions]
+    common = math.gcd(*counts)
+    counts = [count // common for count in counts]
+    if sum(counts) > _TURNS:
+        counts = [max(1, round(float(each / sum(fractions)) * _TURNS)) for each in fractions]
+    part = np.repeat(np.arange(len(counts)), counts)
+    turn = np.arange(len(part)) - np.repeat(np.cumsum(counts) - counts, counts)
+    place = (2 * turn + 1) / (2 * np.repeat(counts, counts))
+    return part[np.lexsort((part, place))].tolist()
