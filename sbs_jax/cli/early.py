@@ -14,7 +14,7 @@ from pathlib import Path
 
 from sbs_jax.checks import nearest
 from sbs_jax.data import catalogue, dataset_folder, grading, records
-from sbs_jax.run import directory, trackers
+from sbs_jax.run import directory, manifest, trackers
 from sbs_jax.storage import hub
 from sbs_jax.training import gin_scan
 from sbs_jax.training.gin_files import UsageError
@@ -44,12 +44,15 @@ def training(found: gin_scan.Scan) -> None:
     if isinstance(names := found.value("TRACKERS"), list | tuple):
         trackers.check(names)
         trackers.check_installed(names)
-    name = dataset(found, found.value("DATASET"))
+    given = found.value("DATASET")
+    several = given if isinstance(given, list | tuple) else [given]
+    names = [name for each in several if (name := dataset(found, each)) is not None]
     model_dir = found.value("MODEL_DIR")
     if isinstance(model_dir, str) and (Path(model_dir) / directory.MANIFEST).is_file():
         return
-    if name is not None and isinstance(records_dir := found.value("RECORDS_DIR"), str):
-        records.check_exist(records_dir, name)
+    if isinstance(records_dir := found.value("RECORDS_DIR"), str):
+        for name in names:
+            records.check_exist(records_dir, name)
     if isinstance(path := found.value("VOCABULARY"), str) and path != "byte":
         weights(
             "VOCABULARY",
@@ -68,7 +71,7 @@ def dataset(found: gin_scan.Scan, name: object) -> str | None:
 
     A name that a module of the gin files may register is left to the command.
     """
-    if not isinstance(name, str) or name == catalogue.CORPUS.name:
+    if not isinstance(name, str) or name in ("", catalogue.CORPUS.name):
         return None
     if not found.imports - _NO_DATASETS or name in catalogue.names() or dataset_folder.is_folder(name):
         one = catalogue.get(name)
@@ -106,13 +109,21 @@ def weights(name: str, path: str, remedy: str) -> None:
     hub.check_installed(path, owner=name)
 
 
-def run(path: str) -> None:
-    """Checks that a path is a run with a checkpoint, or one of its checkpoints, and that its dataset is known."""
+def run(path: str, *, dataset: str | None = None, whole: bool = False) -> None:
+    """Checks that a path is a run with a checkpoint, or one of its checkpoints, and that its datasets are known.
+
+    Of a student of several, `dataset` must choose one, unless the `whole` student is meant.
+    """
     directory.check_has_checkpoint(path)
     place = Path(path).absolute()
     place = place if directory.step_of(place) is None else place.parent.parent
     if (place / directory.MANIFEST).is_file():
-        catalogue.restore_from(directory.read_manifest(place)["data"], where=f"{path}, its manifest")
+        found = directory.read_manifest(place)
+        catalogue.restore_from(found["data"], where=f"{path}, its manifest")
+        several = manifest.parts(found)
+        if several and dataset is None and not whole:
+            raise UsageError(f"{path} was trained on {', '.join(several)}; choose the one to answer for by --dataset.")
+        manifest.one(found, dataset, where=path)
 
 
 def rows(path: str) -> None:

@@ -37,6 +37,13 @@ def add(
     parser.set_defaults(runs=(most, required, tuple(then), tuple(old), dest))
 
 
+def add_dataset(parser: Any) -> None:
+    """Adds --dataset, for students of several datasets."""
+    parser.add_argument(
+        "--dataset", metavar="NAME", help="dataset to answer for, if the student was trained on several"
+    )
+
+
 def take(parser: argparse.ArgumentParser, arguments: argparse.Namespace, rest: Sequence[str]) -> list[str]:
     """Settles RUN, --run and their older flags, and returns what of `rest` is not positional.
 

@@ -92,7 +92,7 @@ def train_dataset(
     seed: int,
     skip_batches: int,
     rows: Sequence[int] | np.ndarray | None = None,
-    weights: Mapping[str, float] | None = None,
+    weights: Mapping[str, int | float] | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Yields endless training batches of int32 arrays [batch_size, length], or [len(rows), length].
 
@@ -155,7 +155,7 @@ def batch_examples(
     pack: bool,
     seed: int,
     batch: int,
-    weights: Mapping[str, float] | None = None,
+    weights: Mapping[str, int | float] | None = None,
 ) -> tuple[list[BatchExample], dict[str, np.ndarray]]:
     """Lists the examples of batch number `batch` (from 0) of `train_dataset`, each built as its own row.
 
@@ -226,7 +226,7 @@ class _Stream:
         split: str,
         lengths: Mapping[str, int],
         seed: int,
-        weights: Mapping[str, float] | None,
+        weights: Mapping[str, int | float] | None,
     ) -> None:
         names = task_names.subtasks(mixture_or_task)
         self._sources = [_source(name, split, lengths=lengths, seed=seed) for name in names]

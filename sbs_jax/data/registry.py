@@ -296,9 +296,14 @@ def manifest(
     found = {part: _of_part(part, lengths, counted=counted) for part in task_names.parts(mixture_or_task)}
     if [*found] == [mixture_or_task]:
         return found[mixture_or_task]
-    shared = {name: next(iter(found.values()))[name] for name in ("options", "vocabulary_sha256")}
-    dataset = task_names.JOINT.join(part["dataset"] for part in found.values())
-    return {"dataset": dataset, **shared, "splits": {}, "parts": found}
+    first = next(iter(found.values()))
+    return {
+        "dataset": task_names.JOINT.join(part["dataset"] for part in found.values()),
+        "options": first["options"] if task_names.is_outside(mixture_or_task) else dataclasses.asdict(_options),
+        "vocabulary_sha256": first["vocabulary_sha256"],
+        "splits": {},
+        "parts": found,
+    }
 
 
 def _of_part(part: str, lengths: Mapping[str, int], *, counted: bool) -> dict[str, Any]:

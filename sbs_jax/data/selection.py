@@ -80,7 +80,7 @@ class DataOptions:
     folds: int = 0
     fold: int = 0
     augmentation: str | None = None
-    rates: str | Mapping[str, float] | None = None
+    rates: str | Mapping[str, int | float] | None = None
     temperature: int | float = 1.0
     rate_maximum: int | None = None
     read_rows: int | None = None

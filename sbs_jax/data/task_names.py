@@ -117,6 +117,11 @@ def _several(name: str) -> tuple[str, ...]:
     return ()
 
 
+def is_outside(name: str) -> bool:
+    """Tells whether a task or mixture is none of this project's, but is in SeqIO's registry."""
+    return _own(name) is None and not _several(name) and bool(outside.tasks(name))
+
+
 def dataset_of(name: str) -> Dataset:
     """Returns the dataset of a part."""
     return split(name)[0]
@@ -165,7 +170,9 @@ def primary_metric(tasks: Sequence[str]) -> str | None:
 # -------------------------------------------------------------------------------- objectives
 
 
-def objectives(name: str, *, alpha: float, weights: Mapping[str, float] | None = None) -> tuple[losses.Objective, ...]:
+def objectives(
+    name: str, *, alpha: float, weights: Mapping[str, int | float] | None = None
+) -> tuple[losses.Objective, ...]:
     """Returns the objectives of the loss; `task_ids` numbers them from 1.
 
     One dataset has labels with alpha and rationales with the rest. Each of several datasets has these two times its
@@ -176,7 +183,7 @@ def objectives(name: str, *, alpha: float, weights: Mapping[str, float] | None =
     if _own(name) is not None:
         _refuse_weights(name, weights)
         return losses.step_by_step(alpha)
-    if outside.tasks(name):
+    if is_outside(name):
         if weights is None:
             return (losses.Objective("targets", 1.0),)
         return tuple(
@@ -192,12 +199,12 @@ def objectives(name: str, *, alpha: float, weights: Mapping[str, float] | None =
     )
 
 
-def _refuse_weights(name: str, weights: Mapping[str, float] | None) -> None:
+def _refuse_weights(name: str, weights: Mapping[str, int | float] | None) -> None:
     if weights is not None:
         raise ValueError(f"LOSS_WEIGHTS is {dict(weights)!r}, but {name} is one dataset; ALPHA weighs its two tasks.")
 
 
-def _weights(names: Sequence[str], weights: Mapping[str, float]) -> list[float]:
+def _weights(names: Sequence[str], weights: Mapping[str, int | float]) -> list[float]:
     if unknown := sorted(set(weights) - set(names)):
         raise ValueError(
             f"LOSS_WEIGHTS has {unknown[0]!r}, which is not trained; expected {list(names)}."
@@ -214,11 +221,11 @@ def _ids_of_part(part: str) -> list[int]:
     return sorted({TASK_IDS[split(task)[1]] for task in subtasks(part)})
 
 
-def task_ids(name: str, *, weights: Mapping[str, float] | None = None) -> tuple[int, ...]:
+def task_ids(name: str, *, weights: Mapping[str, int | float] | None = None) -> tuple[int, ...]:
     """Returns the number of its objective, from 1, for each of `subtasks`."""
     if _own(name) is not None:
         return tuple(TASK_IDS[split(task)[1]] for task in subtasks(name))
-    if outside.tasks(name):
+    if is_outside(name):
         return tuple(range(1, len(parts(name)) + 1)) if weights is not None else (1,) * len(parts(name))
     found, before = [], 0
     for part in parts(name):
@@ -253,10 +260,10 @@ def rates(name: str, options: DataOptions, *, rows: Sequence[int]) -> list[float
     found = parts(name)
     if len(found) == 1:
         return [1.0]
-    labels = [part if outside.tasks(name) else split(part)[0].name for part in found]
+    labels = [part if is_outside(name) else split(part)[0].name for part in found]
     chosen = options.rates
     if chosen is None:
-        chosen = outside.rates(name) if outside.tasks(name) else "equal"
+        chosen = outside.rates(name) if is_outside(name) else "equal"
     if isinstance(chosen, Mapping):
         if set(chosen) != set(labels):
             odd = sorted(set(chosen) ^ set(labels))[0]

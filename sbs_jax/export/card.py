@@ -19,8 +19,8 @@ import jinja2
 
 from sbs_jax.data import corpus, grading, registry, selection, slots, tokens, vocabularies
 from sbs_jax.data.dataset import JOINT, STEP_BY_STEP, Dataset
-from sbs_jax.run import checkpoints, directory
-from sbs_jax.run.manifest import last_name
+from sbs_jax.run import checkpoints
+from sbs_jax.run.manifest import last_name, parts
 from sbs_jax.stats import intervals, results
 from sbs_jax.storage import json_files
 from sbs_jax.student import adapters
@@ -45,8 +45,11 @@ _PREDICTIONS = "predictions"
 def of(source: str, opened: Opened, *, form: str) -> dict[str, Any] | None:
     """Returns the card of a checkpoint: built from what a run left, or read from an export.
 
-    None for published weights, whose task is unknown. ValueError for a damaged card.
+    None for published weights, whose task is unknown, and for a student of several datasets, which has one for each.
+    ValueError for a damaged card.
     """
+    if parts(opened.origin or {}):
+        return None
     if form == opening.SBS:
         directory, step = checkpoints.locate(source)
         if opened.origin is not None and (directory / "metrics.jsonl").exists():
@@ -149,8 +152,8 @@ def read_samples(path: str | Path, card: Mapping[str, Any], *, rows: int) -> lis
 def _of_run(directory: Path, opened: Opened, *, step: int) -> dict[str, Any]:
     card = _of_settings(opened)
     with contextlib.suppress(ValueError):  # no known method, such as for a task of rationales alone
-        card["training"]["method"] = results.identify(directory).method
-    return card | {"test": _tested(directory, step=step)}
+        card["training"]["method"] = results.identify(directory, dataset=card["dataset"]).method
+    return card | {"test": _tested(directory, step=step, dataset=card["dataset"])}
 
 
 def _of_settings(opened: Opened) -> dict[str, Any]:
@@ -246,15 +249,17 @@ def _adapters(tuning: Mapping[str, Any]) -> str:
     return adapters.title(found)
 
 
-def _tested(run: Path, *, step: int) -> dict[str, Any] | None:
+def _tested(run: Path, *, step: int, dataset: str) -> dict[str, Any] | None:
     """Returns the test metric of this step with its 95 % interval; None if this step was not tested."""
-    lines = [line for line in directory.read_metrics(run) if line["kind"] == "test" and line["step"] == step]
+    lines = [
+        line for line in results.metrics_of(run, dataset=dataset) if line["kind"] == "test" and line["step"] == step
+    ]
     if not lines:
         return None
     found = {name: value for name, value in lines[-1].items() if name not in ("kind", "step")}
     facts: dict[str, Any] = {"step": step, **found, "interval_95": None, "rows": None}
     try:
-        result = results.load(results.identify(run))
+        result = results.load(results.identify(run, dataset=dataset))
     except (ValueError, OSError) as error:
         log.warning("The card has no interval of the test metric: %s", error)
         return facts

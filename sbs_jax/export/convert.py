@@ -15,6 +15,7 @@ from sbs_jax.data import tokens, vocabularies, vocabulary_cut
 from sbs_jax.export import card as cards
 from sbs_jax.export import transformers
 from sbs_jax.run import checkpoints, directory
+from sbs_jax.run import manifest as run_manifest
 from sbs_jax.storage import atomic
 from sbs_jax.student import families, t5
 from sbs_jax.weights import hugging_face, merging, names, opening, peft, t5x
@@ -36,6 +37,8 @@ class Options:
 
     For other runtimes: `platforms` and `shapes` (rows, tokens) of the programs, () for the defaults. `check` is the
     number of rows of `samples` (default: the inputs that the run was graded on) to answer with the written files.
+
+    `dataset` chooses one of several that a student was trained on; only a copy as a run can do without.
     """
 
     to_form: str
@@ -49,6 +52,7 @@ class Options:
     shapes: Sequence[tuple[int, int]] = ()
     samples: str | None = None
     check: int = 32
+    dataset: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +87,16 @@ def convert(source: str, target: str, options: Options) -> dict[str, Any]:
     if isinstance(place, str) and to_form != opening.T5X:
         raise ValueError(f"{target}: only T5X checkpoints are written to a bucket; convert to a folder and copy it.")
     opened = form.open(source, base)
+    if options.dataset is not None and opened.origin is None:
+        raise ValueError(f"{source} says of no dataset that it was trained on it; leave --dataset out.")
+    if opened.origin is not None:
+        origin = run_manifest.one(opened.origin, options.dataset, where=source)
+        if (several := run_manifest.parts(origin)) and to_form != opening.SBS:
+            raise ValueError(
+                f"{source} was trained on {', '.join(several)}, each with a prefix of its own; choose the one that the "
+                "export answers for by --dataset."
+            )
+        opened = dataclasses.replace(opened, origin=origin)
     if base is not None and opened.tuning is None:
         raise ValueError(f"{source} has no adapters, and needs no base; got --base {base}.")
     if options.vocabulary is not None:

@@ -294,6 +294,8 @@ def _decisive(manifest: Mapping[str, Any], *, same_vocabulary: bool) -> dict[str
 
 def _decisive_data(data: Mapping[str, Any], paths: Collection[str]) -> dict[str, Any]:
     parts = {name: _decisive_data(part, paths) for name, part in data.get("parts", {}).items()}
+    for part in parts.values():  # each other option is the whole's
+        part["options"] = {name: value for name, value in part["options"].items() if name.endswith("_prefix")}
     return {
         **{name: value for name, value in data.items() if name != "module"},
         "options": {name: value for name, value in data.get("options", {}).items() if name not in paths},

@@ -40,6 +40,7 @@ def serve(
     kept: str = compiled.OFF,
     base: str | None = None,
     adapters: Mapping[str, str | Path] | None = None,
+    dataset: str | None = None,
     say: Callable[[str], None] = print,
 ) -> int:
     """Serves a run until a signal and returns the exit status. `say` gets one line when it is ready.
@@ -48,7 +49,7 @@ def serve(
     """
     listener = _bind(host, port)
     with listener:
-        student = Student.load(model, kept=kept, settings=settings, base=base, adapters=adapters)
+        student = Student.load(model, kept=kept, settings=settings, base=base, adapters=adapters, dataset=dataset)
         server = _Server(student, limits=limits, listener=listener, say=say)
         status = asyncio.run(server.run())
         if server.computing:  # Python would wait for its threads, or crash them

@@ -223,6 +223,8 @@ def identify(path: str | Path, *, dataset: str | None = None) -> Run:
     method, remarks = _METHOD_OF_KIND[kind], []
     if together := run_manifest.parts(_read_manifest(Path(path))):
         remarks.append(f"{len(together)} datasets")
+    else:
+        dataset = None
     if options["label_source"] == "teacher":
         if method == FINE_TUNING:
             method = DISTILLATION
@@ -244,9 +246,7 @@ def load(run: Run) -> Result:
     """Reads a run directory. ValueError and FileNotFoundError name the file, its fault and the remedy."""
     path = Path(run.path)
     manifest = _manifest(path, run.dataset)
-    metrics = directory.read_metrics(path)
-    if run.dataset is not None:
-        metrics = [_of_dataset(line, run.dataset) for line in metrics]
+    metrics = metrics_of(path, dataset=run.dataset)
     if not metrics:
         raise ValueError(
             f"{path} has no metrics: metrics.jsonl is missing or empty, so the run stopped before its first log line. "
@@ -282,11 +282,18 @@ def load(run: Run) -> Result:
     return result
 
 
-def _of_dataset(line: Mapping[str, Any], dataset: str) -> dict[str, Any]:
-    """Returns the metrics of one dataset: {"svamp/accuracy": 40.0} is {"accuracy": 40.0}, loss/svamp/label is
-    loss/label.
+def metrics_of(run: Path, *, dataset: str | None) -> list[dict[str, Any]]:
+    """Reads the metrics lines of a run; those of one of its datasets by their own names.
+
+    "svamp/accuracy" becomes "accuracy", and "loss/svamp/label" becomes "loss/label".
     """
-    return {f"/{name}".replace(f"/{dataset}/", "/", 1).removeprefix("/"): value for name, value in line.items()}
+    lines = directory.read_metrics(run)
+    if dataset is None:
+        return lines
+    return [
+        {f"/{name}".replace(f"/{dataset}/", "/", 1).removeprefix("/"): value for name, value in line.items()}
+        for line in lines
+    ]
 
 
 def _graded_by(rows: Mapping[str, Mapping[str, Any]], metrics: Mapping[str, float], *, primary: str | None) -> str:

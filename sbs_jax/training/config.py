@@ -26,7 +26,7 @@ class Optimization:
     train_steps: int
     seed: int = 0
     alpha: float  # share of the label objective; the rationale's is 1 - alpha
-    loss_weights: Mapping[str, float] | None = None  # of the datasets, or tasks, of a mixture; None: equal
+    loss_weights: Mapping[str, int | float] | None = None  # of the datasets, or tasks, of a mixture; None: equal
     z_loss: float = 0.0  # weight of T5X's auxiliary loss
     optimizer: Callable[..., optax.GradientTransformation]  # called with learning_rate=
     learning_rate: optax.Schedule

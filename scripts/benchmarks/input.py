@@ -44,7 +44,7 @@ def measure(arguments: argparse.Namespace) -> Iterator[harness.Row]:
 
     command.import_tensorflow()
     import tasks  # noqa: F401  (registers the datasets)
-    from sbs_jax.data import registry, release, selection
+    from sbs_jax.data import registry, release, selection, task_names
 
     versions = harness.versions("numpy", "seqio", "tensorflow")
     result: dict[str, Any] = {"machine": {"versions": versions, "core": core}}

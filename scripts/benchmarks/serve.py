@@ -76,6 +76,7 @@ def write_student(folder: Path, name: str) -> None:
     """Writes a run directory: the embedded student, or a T5 with random weights."""
     import jax
 
+    from sbs_jax.data import task_names
     from sbs_jax.run import checkpoints
     from sbs_jax.student import families
     from sbs_jax.training import gin_files

@@ -68,6 +68,7 @@ def add(command: Any) -> None:
         metavar="ROWS",
         help="maximum number of samples to check with; 0: no check",
     )
+    runs.add_dataset(convert)
     runs.add(
         convert,
         what="run directory or another checkpoint (directory, or gs:// path of T5X); then the directory to make, or "
@@ -105,6 +106,7 @@ def run(arguments: argparse.Namespace) -> int:
         shapes=shapes,
         samples=arguments.samples,
         check=arguments.rows_to_check,
+        dataset=arguments.dataset,
     )
     print(json.dumps(convert.convert(arguments.run_dir, arguments.further[0], options)))
     return 0

@@ -56,7 +56,7 @@ def check(arguments: argparse.Namespace, bindings: Sequence[str]) -> None:
         raise UsageError("got no run; expected sbs evaluate RUN, or a --gin_file.")
     found = early.configuration("evaluate.EvaluateConfig", arguments, settled(arguments, bindings))
     if isinstance(path := found.value("CHECKPOINT_PATH"), str):
-        early.run(path)
+        early.run(path, whole=True)
 
 
 def run(arguments: argparse.Namespace, bindings: Sequence[str]) -> int:

@@ -29,6 +29,7 @@ def add(command: Any) -> None:
         "base, which is loaded once; each keeps its own vocabulary, prefixes and lengths.",
     )
     runs.add(predict, old=("--model",))
+    runs.add_dataset(predict)
     predict.add_argument(
         "--input",
         required=True,
@@ -119,11 +120,11 @@ def check(arguments: argparse.Namespace) -> None:
 
 
 def check_runs(arguments: argparse.Namespace) -> None:
-    """Checks RUN and the runs of --adapters."""
+    """Checks RUN and the runs of --adapters, and that --dataset chooses one of theirs."""
     from sbs_jax.cli import early
 
     for path in (arguments.run_dir, *named(arguments.adapters).values()):
-        early.run(path)
+        early.run(path, dataset=arguments.dataset)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -132,7 +133,11 @@ def run(arguments: argparse.Namespace) -> int:
     asked = settings(arguments)
     with compiled.kept(arguments.compiled or compiled.default()):
         predictor = engine.Predictor.load(
-            arguments.run_dir, settings=asked, base=arguments.base, adapters=named(arguments.adapters)
+            arguments.run_dir,
+            settings=asked,
+            base=arguments.base,
+            adapters=named(arguments.adapters),
+            dataset=arguments.dataset,
         )
         done = files.predict(predictor, input_path=arguments.input, output_path=arguments.output)
     if hosts.is_first():

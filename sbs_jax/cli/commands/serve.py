@@ -36,6 +36,7 @@ def add(command: Any) -> None:
         "SIGTERM or Ctrl-C finishes the requests in flight; a second one ends at once. See docs/serving.md.",
     )
     runs.add(serve, old=("--model",))
+    runs.add_dataset(serve)
     serve.add_argument("--base", metavar="PATH", help="new path of the base of a run's adapters, if it has moved")
     serve.add_argument(
         "--adapters",
@@ -92,5 +93,6 @@ def run(arguments: argparse.Namespace) -> int:
         kept=arguments.compiled or compiled.default(),
         base=arguments.base,
         adapters=predict.named(arguments.adapters),
+        dataset=arguments.dataset,
         say=lambda line: print(f"sbs serve: {line}", flush=True),
     )
