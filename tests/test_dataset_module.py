@@ -83,12 +83,13 @@ def test_a_module_is_loaded_once_per_contents_and_may_import_its_neighbours(fold
     Path("my_task.py").write_text(
         SOURCE.replace(f"LABELS = {LABELS}".replace("'", '"'), "from labels_of_mine import LABELS")
     )
-    (first,) = dataset_module.load("my_task.py")
+    loaded = dataset_module.load("my_task.py")
+    (first,) = loaded.datasets
     assert (first.name, first.labels) == ("tickets", LABELS)
-    assert dataset_module.load(Path("my_task.py").absolute()) == (first,)
+    assert dataset_module.load(Path("my_task.py").absolute()) == loaded
     assert catalogue.get("tickets") is first
     Path("my_task.py").write_text(SOURCE.replace('name="tickets"', 'name="other_tickets"'))
-    assert dataset_module.load("my_task.py")[0].name == "other_tickets"
+    assert dataset_module.load("my_task.py").datasets[0].name == "other_tickets"
 
 
 @pytest.mark.parametrize(

@@ -105,8 +105,8 @@ def _main(argv: Sequence[str] | None) -> int:
         if files := getattr(arguments, "module", ()):
             from sbs_jax.data import dataset_module
 
-            loaded = [dataset for file in files for dataset in dataset_module.load(file)]
-            hosts.agree({"modules": " ".join(dataset_module.digest(dataset) for dataset in loaded)})
+            loaded = [dataset_module.load(file) for file in files]
+            hosts.agree({"modules": " ".join(module.digest for module in loaded)})
         if arguments.check is not None:
             arguments.check(*given)
         if arguments.tensorflow:

@@ -17,6 +17,7 @@ from sbs_jax.data.dataset import Dataset, of_text
 CORPUS = of_text("corpus", lengths={"inputs": 512, "targets": 114})
 
 _DATASETS: dict[str, Dataset] = {}
+_outside: dict[str, Mapping[str, str]] = {}  # SeqIO task or mixture of a --module: its file and hash
 _listeners: list[Callable[[Dataset], None]] = []
 
 
@@ -37,7 +38,8 @@ def on_add(listener: Callable[[Dataset], None]) -> None:
 
 
 def add(dataset: Dataset) -> None:
-    """Registers a dataset. ValueError if another one has its name."""
+    """Registers a dataset. ValueError if another one has its name, or no task can have it."""
+    dataset.check_name()
     known = _DATASETS.get(dataset.name)
     if known is not None and known != dataset:
         if known.definition is not None and known.definition == dataset.definition:
@@ -51,6 +53,16 @@ def add(dataset: Dataset) -> None:
 def names() -> tuple[str, ...]:
     """Returns the names of all datasets, sorted."""
     return tuple(sorted(registered()))
+
+
+def note_outside(tasks: Mapping[str, Mapping[str, str]]) -> None:
+    """Notes the tasks and mixtures that a --module registered in SeqIO, with the file's name and hash."""
+    _outside.update(tasks)
+
+
+def module_of(task: str) -> Mapping[str, str] | None:
+    """Returns file and hash of the --module that registered a task in SeqIO; None for other tasks."""
+    return _outside.get(task)
 
 
 def get(name: str) -> Dataset:
@@ -87,7 +99,7 @@ def restore_from(data: Mapping[str, Any], *, where: str) -> None:
         restore_from(part, where=where)
     if definition := data.get("definition"):
         restore(dataset_folder.of(definition, where=where))
-    elif (module := data.get("module")) and data.get("dataset") not in registered():
+    elif (module := data.get("module")) and data.get("dataset") not in {*registered(), *_outside}:
         raise ValueError(
             f"{where}: the dataset {data.get('dataset')!r} is defined by the Python file {module['file']!r} (SHA-256 "
             f"{module['sha256'][:12]}); give its path with --module."

@@ -15,6 +15,7 @@ from sbs_jax.data.selection import TASKS
 from sbs_jax.storage.json_files import brief
 
 STEP_BY_STEP = "step_by_step"
+KINDS = (*TASKS, STEP_BY_STEP)  # of the tasks and mixtures of a dataset
 # Joins premise and hypothesis in the text of records; becomes the vocabulary's EOS id.
 JOINT = "</s>"
 BY_LOSS = "token_accuracy"  # primary metric of a dataset without metric functions
@@ -83,16 +84,19 @@ class Dataset:
     tfds_row: Callable[[Mapping[str, Any]], Row] | None = None
 
     def __post_init__(self) -> None:
-        suffixes = tuple(f"_{task}" for task in (*TASKS, STEP_BY_STEP))
-        if not re.fullmatch(r"[a-z][a-z0-9_]*", self.name) or self.name.endswith(suffixes):
-            raise ValueError(
-                f"Dataset name {self.name!r}: expected lower-case letters, digits and underscores, starting with a "
-                f"letter and not ending in one of {suffixes}."
-            )
         check_lengths(self.feature_lengths)
         if not self.metric_fns and self.primary_metric != BY_LOSS:
             raise ValueError(
                 f"Dataset {self.name!r} has no metric_fns; give at least one, or {BY_LOSS!r} as primary_metric."
+            )
+
+    def check_name(self) -> None:
+        """Requires a name that task names can be made of; a task from outside has any."""
+        suffixes = tuple(f"_{kind}" for kind in KINDS)
+        if not re.fullmatch(r"[a-z][a-z0-9_]*", self.name) or self.name.endswith(suffixes):
+            raise ValueError(
+                f"Dataset name {self.name!r}: expected lower-case letters, digits and underscores, starting with a "
+                f"letter and not ending in one of {suffixes}."
             )
 
     def label_problem(self, label: str, choices: Sequence[str]) -> str | None:

@@ -22,7 +22,7 @@ import seqio
 import tensorflow as tf
 
 from sbs_jax import checks
-from sbs_jax.data import tokens, vocabularies
+from sbs_jax.data import catalogue, tokens, vocabularies
 from sbs_jax.data.dataset import BY_LOSS, Dataset
 from sbs_jax.data.grading import SCORE
 from sbs_jax.data.selection import TEST, TRAIN, VALIDATION, DataOptions
@@ -75,6 +75,7 @@ def dataset(task: str) -> Dataset:
         primary_metric=SCORE if functions else BY_LOSS,
         same_label=_same,
         feature_lengths=_LENGTHS,
+        module=catalogue.module_of(task),
     )
 
 

@@ -35,7 +35,7 @@ from sbs_jax.data import catalogue, corpus, outside, records, seqio_tasks, task_
 from sbs_jax.data.catalogue import add as add  # parts of this module's interface
 from sbs_jax.data.catalogue import get, registered
 from sbs_jax.data.catalogue import names as names
-from sbs_jax.data.dataset import STEP_BY_STEP, Dataset
+from sbs_jax.data.dataset import KINDS, STEP_BY_STEP, Dataset
 from sbs_jax.data.selection import (
     ANSWER_MARKER,
     RATIONALE,
@@ -320,6 +320,11 @@ def _of_part(part: str, lengths: Mapping[str, int], *, counted: bool) -> dict[st
     # With the definition, the run needs no dataset.json; a module is named, for catalogue.restore_from.
     more = {"definition": dataset.definition, "module": dataset.module and dict(dataset.module)}
     return found | {name: value for name, value in more.items() if value is not None}
+
+
+def is_of_records(part: str) -> bool:
+    """Tells whether a part is made of records; plain text and tasks from outside are not."""
+    return task_names.split(part)[1] in KINDS
 
 
 def sources(name: str) -> dict[str, Any]:

@@ -23,13 +23,12 @@ import numpy as np
 
 from sbs_jax import checks
 from sbs_jax.data import catalogue, corpus, dataset_folder, outside
-from sbs_jax.data.dataset import STEP_BY_STEP, Dataset
+from sbs_jax.data.dataset import KINDS, STEP_BY_STEP, Dataset
 from sbs_jax.data.grading import SCORE
-from sbs_jax.data.selection import LABEL, RATIONALE, RATIONALE_THEN_LABEL, TASKS, DataOptions
+from sbs_jax.data.selection import LABEL, RATIONALE, RATIONALE_THEN_LABEL, DataOptions
 from sbs_jax.student import losses
 
 MIXED = (LABEL, RATIONALE)  # the tasks that `step_by_step` alternates between
-_KINDS = (*TASKS, STEP_BY_STEP)
 # Values of the feature `task_ids` of one dataset: the objective that a task's target tokens count towards.
 TASK_IDS = {
     LABEL: losses.LABEL,
@@ -64,7 +63,7 @@ def task_name(*, dataset: str | Sequence[str], kind: str) -> str:
 
 def known() -> tuple[str, ...]:
     """Returns the names of the tasks and mixtures of single datasets."""
-    return (*(f"{dataset}_{kind}" for dataset in catalogue.names() for kind in _KINDS), corpus.TASK)
+    return (*(f"{dataset}_{kind}" for dataset in catalogue.names() for kind in KINDS), corpus.TASK)
 
 
 def split(name: str) -> tuple[Dataset, str]:
@@ -84,7 +83,7 @@ def split(name: str) -> tuple[Dataset, str]:
         return outside.dataset(name), outside.KIND
     raise ValueError(
         f"Unknown task or mixture {name!r}.{checks.nearest(name, (*known(), *outside.names()))} Known are "
-        f"<dataset>_<{'|'.join(_KINDS)}> for the datasets {list(catalogue.names())}, or for several of them as "
+        f"<dataset>_<{'|'.join(KINDS)}> for the datasets {list(catalogue.names())}, or for several of them as "
         f"<dataset>{JOINT}<dataset>_.., {corpus.TASK}, and what a --module registers in SeqIO."
     )
 
@@ -103,14 +102,14 @@ def _own(name: str) -> tuple[Dataset, str] | None:
     if name == corpus.TASK:
         return corpus.DATASET, corpus.SPAN_CORRUPTION
     for dataset in catalogue.registered().values():
-        if name.startswith(f"{dataset.name}_") and (kind := name.removeprefix(f"{dataset.name}_")) in _KINDS:
+        if name.startswith(f"{dataset.name}_") and (kind := name.removeprefix(f"{dataset.name}_")) in KINDS:
             return dataset, kind
     return None
 
 
 def _several(name: str) -> tuple[str, ...]:
     """Returns the parts of a mixture of several datasets; () if the name is none."""
-    for kind in _KINDS:
+    for kind in KINDS:
         datasets = name.removesuffix(f"_{kind}").split(JOINT)
         if len(datasets) > 1 and name.endswith(f"_{kind}") and set(datasets) <= set(catalogue.registered()):
             return tuple(f"{dataset}_{kind}" for dataset in datasets)
@@ -262,8 +261,8 @@ def rates(name: str, options: DataOptions, *, rows: Sequence[int]) -> list[float
         return [1.0]
     labels = [part if is_outside(name) else split(part)[0].name for part in found]
     chosen = options.rates
-    if chosen is None:
-        chosen = outside.rates(name) if is_outside(name) else "equal"
+    if chosen is None and is_outside(name):
+        return outside.rates(name)
     if isinstance(chosen, Mapping):
         if set(chosen) != set(labels):
             odd = sorted(set(chosen) ^ set(labels))[0]
@@ -273,7 +272,7 @@ def rates(name: str, options: DataOptions, *, rows: Sequence[int]) -> list[float
         for label, rate in zip(labels, found_rates, strict=True):
             checks.number(f"RATES[{label!r}]", rate, above=0)
         return [float(rate) for rate in found_rates]
-    if chosen == "equal":
+    if chosen in (None, "equal"):
         return [1.0] * len(found)
     most = options.rate_maximum or math.inf
     return [min(count, most) ** (1.0 / options.temperature) for count in rows]

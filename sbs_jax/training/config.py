@@ -183,10 +183,12 @@ def _whole_numbers(config: Any, *names: str, least: int) -> None:
 def rows_per_update(*, mixture_or_task_name: str, examples: int, examples_per_row: int) -> int:
     """Returns the rows that hold `examples` of every task: 64 for `svamp_label`, 128 for `svamp_step_by_step`.
 
-    So all methods see equally many label examples per update (the official code's batch size counts these).
+    So all methods see equally many label examples per update (the official code's batch size counts these). Of a task
+    or mixture from outside (data/outside.py), they hold `examples` in all.
     `examples_per_row` is 1, or the average number that fit in a packed row.
     """
-    return math.ceil(examples * len(task_names.subtasks(mixture_or_task_name)) / examples_per_row)
+    tasks = 1 if task_names.is_outside(mixture_or_task_name) else len(task_names.subtasks(mixture_or_task_name))
+    return math.ceil(examples * tasks / examples_per_row)
 
 
 def rsqrt_schedule(*, peak: float, warmup_steps: int) -> optax.Schedule:

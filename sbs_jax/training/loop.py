@@ -11,7 +11,7 @@ import numpy as np
 import tqdm
 
 from sbs_jax import compiling, hosts
-from sbs_jax.data import corpus, prefetch, registry, selection
+from sbs_jax.data import prefetch, registry, selection
 from sbs_jax.hosts import preemption, watchdog
 from sbs_jax.run import checkpoints, directory, settings
 from sbs_jax.training import contents, evaluate, failures, feed, stopping
@@ -83,10 +83,9 @@ def train(
     registry.configure(config.data)
     _ = config.eval_task_names  # refuses a run that nothing can grade
     data = registry.manifest(config.mixture_or_task_name, lengths=config.task_feature_lengths)
-    if config.evaluate_test and config.mixture_or_task_name == corpus.TASK:
-        raise ValueError(
-            "A corpus has no test split; set EVALUATE_TEST = False, as gin_configs/runs/pretrain.gin does."
-        )
+    for name, part in data.get("parts", {config.mixture_or_task_name: data}).items():
+        if config.evaluate_test and selection.TEST not in part["splits"] and not registry.is_of_records(name):
+            raise ValueError(f"{name} has no test split; set EVALUATE_TEST = False.")
     _check_vocabulary(config)
     hosts.agree({"data": feed.fingerprint(config, data)})
     programs = programs or Programs.of(config)
