@@ -108,8 +108,9 @@ def test_rows_that_fit_no_span_or_need_more_sentinels_are_refused():
 
 def test_inputs_and_targets_together_are_the_tokens():
     spans, sentinel = corpus.Spans.fitting(LENGTHS, **DENSITY), 358
-    ids = np.arange(3, 3 + 50 * spans.tokens).reshape(50, -1) % 250 + 3
-    found = spans.corrupt(ids, np.random.default_rng(0).random((50, spans.tokens - 2)), sentinel=sentinel)
+    count = 10_000
+    ids = np.arange(count * spans.tokens).reshape(count, -1) % 250 + 3
+    found = spans.corrupt(ids, np.random.default_rng(0).random((count, spans.tokens - 2)), sentinel=sentinel)
     noise = []
     for row, inputs, targets in zip(ids, found["inputs"], found["targets"], strict=True):
         assert [len(inputs), len(targets)] == list(spans.lengths.values())

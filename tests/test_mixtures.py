@@ -224,9 +224,9 @@ def test_seqio_gives_the_tasks_the_same_turns_and_objectives(records_dir):
 
 
 def test_prefixes_can_name_the_dataset(records_dir):
-    registry.configure(toy.options(records_dir, label_prefix="{dataset} answer: ", rationale_prefix="{dataset} why: "))
-    assert registry.examples("twin_label", "train")[0].inputs.startswith("twin answer: a")
-    assert registry.examples("toy_rationale", "train")[0].inputs.startswith("toy why: a")
+    registry.configure(toy.options(records_dir, dataset_prefix="{dataset}, ", rationale_prefix="why: "))
+    assert registry.examples("twin_label", "train")[0].inputs.startswith("twin, predict: a")
+    assert registry.examples("toy_rationale", "train")[0].inputs.startswith("toy, why: a")
 
 
 # ------------------------------------------------------------------------------- the whole path
@@ -234,7 +234,7 @@ def test_prefixes_can_name_the_dataset(records_dir):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, records_dir: Path):
-    options = toy.options(records_dir, label_prefix="{dataset} predict: ")
+    options = toy.options(records_dir, dataset_prefix="{dataset} ")
     registry.configure(options)
     config = toy.config(
         tmp_path_factory.mktemp("runs") / "both", records_dir, data=options, mixture_or_task_name=BOTH, batch_size=16,

@@ -3,6 +3,8 @@
 import functools
 import itertools
 import json
+import re
+import shlex
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ import tensorflow_datasets as tfds
 import toy
 
 from sbs_jax.cli import main
-from sbs_jax.data import batches, outside, registry, task_names
+from sbs_jax.data import batches, dataset_module, outside, registry, task_names
 from sbs_jax.run import directory
 from sbs_jax.training import loop
 
@@ -97,7 +99,7 @@ SOURCES = {
 }
 
 
-def add(name: str, source: seqio.DataSource, before: list[Any], **changes: Any) -> str:
+def add(name: str, source: Any, before: list[Any], **changes: Any) -> str:
     seqio.TaskRegistry.remove(name)
     defaults = {"preprocessors": [*before, *FINISH], "output_features": FEATURES, "metric_fns": [exact]}
     seqio.TaskRegistry.add(name, source, **{**defaults, **changes})
@@ -293,7 +295,8 @@ def test_only_so_many_rows_are_read(tmp_path, sums):
 # --------------------------------------------------------------------------------- the whole path
 
 
-def test_a_student_learns_a_task_from_outside(tmp_path, sums, capsys):
+def test_a_student_learns_a_task_from_outside(tmp_path, sums, monkeypatch):
+    """And a resumed run takes its rows from its own folder."""
     config = toy.config(
         tmp_path / "run", tmp_path, mixture_or_task_name=sums, task_feature_lengths=LENGTHS, alpha=1.0,
         evaluate_test=False,
@@ -304,7 +307,13 @@ def test_a_student_learns_a_task_from_outside(tmp_path, sums, capsys):
     assert directory.read_scores(config.model_dir) == {
         line["step"]: line["score"] for line in directory.read_metrics(config.model_dir) if line["kind"] == "validation"
     }
+    read: list[str] = []
+    original = outside._read_now
+    monkeypatch.setattr(
+        outside, "_read_now", lambda task, split, **options: (read.append(split), original(task, split, **options))[1]
+    )
     assert loop.train(config, config_text="") == result
+    assert set(read) == {"validation"}
     assert main.main(["evaluate", config.model_dir, "--split", "validation"]) == 0
     asked = tmp_path / "in.jsonl"
     asked.write_text('{"id": "1", "input": "3 and 4?"}\n')
@@ -312,3 +321,30 @@ def test_a_student_learns_a_task_from_outside(tmp_path, sums, capsys):
     (file,) = Path(config.model_dir, "predictions").glob("*-6.jsonl")
     graded = [json.loads(line) for line in file.read_text().splitlines()]
     assert (graded[0]["id"], graded[0]["input"]) == ("validation-0", texts("validation", 0)[0])
+
+
+PAGE = (Path(__file__).parents[1] / "docs" / "howto" / "seqio.md").read_text("utf-8")
+
+
+def test_the_task_file_of_the_page_becomes_a_student(tmp_path, monkeypatch, capsys):
+    """By the page's own commands, with fewer steps."""
+    monkeypatch.setattr(dataset_module, "_loaded", {})
+    (source,) = re.findall(r'```python title="my_tasks.py"\n(.*?)```', PAGE, re.DOTALL)
+    shown = re.findall(r"^sbs ((?:.*\\\n)*.*)", PAGE, re.MULTILINE)
+    commands = [shlex.split(line.replace("\\\n", " ")) for line in shown if "runs/sums" in line]
+    monkeypatch.chdir(tmp_path)
+    Path("my_tasks.py").write_text(source)
+    for split, rows in (("train", 60), ("validation", 6)):
+        Path(f"sums_{split}.tsv").write_text("".join(f"{n} and {n % 7}?\t{n + n % 7}\n" for n in range(rows)))
+    Path("questions.jsonl").write_text('{"id": "1", "input": "2 and 3?"}\n')
+    before = registry.options()
+    for command in commands:
+        quick = ["--gin.TRAIN_STEPS=4", "--gin.EXAMPLES=8"] if command[0] == "train" else []
+        assert main.main(command + quick) == 0, capsys.readouterr().err
+    assert {command[0] for command in commands} == {"train", "evaluate", "predict"}
+    assert json.loads(Path("answers.jsonl").read_text())["id"] == "1"
+    assert directory.read_manifest("runs/sums")["data"]["module"]["file"] == "my_tasks.py"
+    registry.configure(before)
+    for registered in ("sums", "products", "arithmetic"):
+        seqio.MixtureRegistry.remove(registered)
+        seqio.TaskRegistry.remove(registered)

@@ -1,7 +1,8 @@
 """Datasets and SeqIO tasks of a user's own Python file, which `--module my_task.py` names.
 
-The file defines DATASET, or DATASETS, as a file of `tasks/` does, or registers tasks and mixtures in SeqIO (outside.py).
-It is code that the user asks to run; a manifest only names it, so that no run directory can have code imported.
+The file defines DATASET, or DATASETS, as a file of `tasks/` does, or registers tasks and mixtures in SeqIO
+(outside.py). It is code that the user asks to run; a manifest only names it, so that no run directory can have code
+imported.
 """
 
 from __future__ import annotations

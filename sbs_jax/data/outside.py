@@ -12,9 +12,12 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import json
 import logging
 import math
+import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -26,6 +29,7 @@ from sbs_jax.data import catalogue, tokens, vocabularies
 from sbs_jax.data.dataset import BY_LOSS, Dataset
 from sbs_jax.data.grading import SCORE
 from sbs_jax.data.selection import TEST, TRAIN, VALIDATION, DataOptions
+from sbs_jax.storage import atomic
 from sbs_jax.storage.json_files import brief
 
 log = logging.getLogger(__name__)
@@ -33,6 +37,8 @@ log = logging.getLogger(__name__)
 KIND = "seqio"
 _FEATURES = ("inputs", "targets")
 _MOST_TOKENS = 2**31  # of a split, in memory: 8 GB
+_PARTS = ("ids", "starts")  # of a token table
+_known: dict[str, Rows] = {}  # by task, split and options as JSON
 _LENGTHS = {"inputs": 512, "targets": 512}  # a run gives its own
 
 
@@ -201,11 +207,44 @@ def graded_rows(task: str, split: str, *, lengths: Mapping[str, int], options: D
 
 def forget() -> None:
     """Drops all rows from memory."""
-    _read.cache_clear()
+    _known.clear()
 
 
-@functools.lru_cache(maxsize=64)
-def _read(
+def save(folder: Path) -> None:
+    """Writes the token tables that were read for training, so that a resumed run need not read their sources again."""
+    for key, found in _known.items():
+        if found.examples is not None:
+            continue
+        path = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
+        if not path.exists():
+            arrays = {f"{name} {part}": getattr(found.tables[name], part) for name in _FEATURES for part in _PARTS}
+            folder.mkdir(exist_ok=True)
+            with atomic.replacing(path) as file:
+                np.savez(file, key=np.array(key), **arrays)
+
+
+def take(folder: Path) -> None:
+    """Takes the tables that `save` wrote for the same tasks, lengths and options. ValueError names a damaged file."""
+    for path in sorted(folder.glob("*.npz")):
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                tables = {
+                    name: tokens.TokenTable(**{part: file[f"{name} {part}"] for part in _PARTS}) for name in _FEATURES
+                }
+                _known[str(file["key"])] = Rows(tables, None)
+        except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
+            raise ValueError(f"{path} is damaged ({error}); remove it, and the rows are read again.") from None
+
+
+def _read(task_name: str, split: str, **options: Any) -> Rows:
+    """Reads rows once per process, task and options, as `_read_now`."""
+    key = json.dumps([task_name, split, options])
+    if key not in _known:
+        _known[key] = _read_now(task_name, split, **options)
+    return _known[key]
+
+
+def _read_now(
     task_name: str,
     split: str,
     *,

@@ -27,6 +27,8 @@ INPUT_NAMES = ("input", "text", "question", "sentence", "prompt", "message", "qu
 LABEL_NAMES = ("label", "labels", "answer", "target", "output", "class", "category", "intent", "response")
 RATIONALE_NAMES = ("rationale", "explanation", "reasoning")
 ID_NAMES = ("id", "uid", "guid")
+# Columns of an instruction set: an input, which a row may lack, follows its instruction.
+INSTRUCTION, BESIDE = "instruction", ("input", "context")
 SHARE = 0.1  # of the rows, for validation and for test, where the source has no such split
 MOST_LABELS, ROWS_PER_LABEL, LONGEST_LABEL = 100, 4, 80  # of a closed set: at most, at least, characters
 MARKER = "So the answer is"
@@ -74,6 +76,12 @@ def plan(
     tables = table.read(source) if tables is None else tables
     columns = tuple(dict.fromkeys(each for found in tables.values() for each in found.columns))
     lines: list[str] = []
+    if input_column is None and INSTRUCTION in columns:
+        beside = next((each for each in BESIDE if each in columns), None)
+        tables = {split: _with_instructions(found, beside) for split, found in tables.items()}
+        input_column = INSTRUCTION
+        lines.append(f"instructions, each followed by its {beside!r} on a new line" if beside else "instructions alone")
+        columns = tuple(each for each in columns if each != beside)
     input_column = _column(columns, input_column, INPUT_NAMES, what="input", source=source, required=True)
     assert input_column is not None
     rationale_column = _column(
@@ -145,6 +153,17 @@ def plan(
 def longest(texts: Mapping[str, Sequence[str]]) -> dict[str, int]:
     """Returns the bytes of the longest text of each kind; 0 if there is none."""
     return {kind: max((len(text.encode()) for text in of), default=0) for kind, of in texts.items()}
+
+
+def _with_instructions(found: table.Table, beside: str | None) -> table.Table:
+    """Puts each row's instruction and its input together, in the column of instructions; without the other column."""
+    rows = []
+    for row in found.rows:
+        texts = [text for text in (row[INSTRUCTION], row.get(beside) if beside else None) if text is not None]
+        others = {name: value for name, value in row.items() if name != beside}
+        rows.append({**others, INSTRUCTION: "\n".join(texts) or None})
+    columns = tuple(name for name in found.columns if name != beside)
+    return dataclasses.replace(found, columns=columns, rows=tuple(rows))
 
 
 def in_tokens(size: int) -> int:

@@ -47,7 +47,7 @@ from sbs_jax.data.selection import (
     DataOptions,
     Example,
     Selection,
-    prefixes,
+    of_dataset,
     rows_of,
     select,
 )
@@ -310,9 +310,10 @@ def _of_part(part: str, lengths: Mapping[str, int], *, counted: bool) -> dict[st
     dataset, kind = task_names.split(part)
     if kind == outside.KIND:
         found = _facts(dataset.name, outside.sources(part, lengths, _options))
-        return found | {"options": found["options"] | {"label_prefix": "", "rationale_prefix": ""}}
-    found = sources(dataset.name)
-    for split, facts in found["splits"].items() if counted else ():
+        found["options"] |= {"label_prefix": "", "rationale_prefix": ""}
+    else:
+        found = sources(dataset.name)
+    for split, facts in found["splits"].items() if counted and kind != outside.KIND else ():
         if dataset == corpus.DATASET:
             facts["counts"] = corpus.counts(_corpus()[split], vocabulary(_options.vocabulary))
         else:
@@ -344,7 +345,7 @@ def sources(name: str) -> dict[str, Any]:
 def _facts(name: str, splits: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "dataset": name,
-        "options": dataclasses.asdict(prefixes(_options, name)),
+        "options": dataclasses.asdict(of_dataset(_options, name)),
         "vocabulary_sha256": tokens.vocabulary_sha256(_options.vocabulary),
         "splits": splits,
     }
@@ -376,8 +377,10 @@ def _files_of_split(name: str, split: str) -> tuple[tuple[str, ...], bool]:
     checks.choice(f"The split of {name}", split, (TRAIN, VALIDATION, TEST))
     _check_records_exist(name)
     existing = tuple(file for file in (TRAIN, VALIDATION, TEST) if _records_file(name, file).exists())
-    shared = bool(_options.folds) or _options.train_split == VALIDATION or VALIDATION not in existing
-    files = (split if split == TEST or not shared else _options.train_split,)
+    train_split = of_dataset(_options, name).train_split
+    assert isinstance(train_split, str)
+    shared = bool(_options.folds) or train_split == VALIDATION or VALIDATION not in existing
+    files = (split if split == TEST or not shared else train_split,)
     if _options.folds:
         files = existing
     missing = next((file for file in files if file not in existing), None)
@@ -423,7 +426,7 @@ def _read_selections(name: str, files: tuple[str, ...]) -> dict[str, Selection]:
             hold_out = shared and VALIDATION in available_splits(name)
             further = _augmentation(name) if split == TRAIN else ()
             same = get(name).same_label
-            options = prefixes(_options, name)
+            options = of_dataset(_options, name)
             found[split] = select(rows, options, same_label=same, split=split, hold_out=hold_out, further=further)
     return found
 

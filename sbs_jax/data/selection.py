@@ -39,14 +39,14 @@ class DataOptions:
       seed: picks the rows of a fraction.
       train_split: file to train on: "train", or "validation", from which a validation split is then held out. (The
         released e-SNLI train inputs are too large to carry around; experiments train on its validation rows and test on
-        its test rows.)
+        its test rows.) Of several datasets, {"esnli": "validation"} is about one, and the others train on "train".
       validation_fraction: share of the training file, rounded up, that becomes the validation split if there is no
         other validation file. Depends on ids only: every seed, fraction and label source has the same validation rows.
         0 holds nothing out.
       label_prefix: prefix of the inputs of `<dataset>_label` and `<dataset>_rationale_then_label`. The default is the
-        official code's; the paper prints "[label] "; a single task needs none. "{dataset}" in it becomes the dataset's
-        name.
-      rationale_prefix: prefix of the inputs of `<dataset>_rationale`, likewise; the paper's is "[rationale] ".
+        official code's; the paper prints "[label] "; a single task needs none.
+      rationale_prefix: prefix of the inputs of `<dataset>_rationale`; the paper's is "[rationale] ".
+      dataset_prefix: text before both, for students of several datasets; "{dataset}" in it becomes the name.
       number_slots: replace the numbers of a row by slots in all its texts (slots.py); predictions get them back.
       corpus: files of plain text for `corpus_span_corruption` (corpus.py), one path or several.
       noise_density: share of a row's tokens that span corruption masks.
@@ -69,7 +69,7 @@ class DataOptions:
     rationales: str = "all"
     fraction: int | float = 1.0
     seed: int = 0
-    train_split: str = TRAIN
+    train_split: str | Mapping[str, str] = TRAIN
     validation_fraction: int | float = 0.1
     label_prefix: str = "predict: "
     rationale_prefix: str = "explain: "
@@ -80,6 +80,7 @@ class DataOptions:
     folds: int = 0
     fold: int = 0
     augmentation: str | None = None
+    dataset_prefix: str = ""
     rates: str | Mapping[str, int | float] | None = None
     temperature: int | float = 1.0
     rate_maximum: int | None = None
@@ -94,14 +95,16 @@ class DataOptions:
             value = getattr(self, name)
             if not isinstance(value, str) or not value:
                 raise ValueError(f"DataOptions.{name} is {value!r}; expected a path.")
-        for name in ("label_prefix", "rationale_prefix"):
+        for name in ("label_prefix", "rationale_prefix", "dataset_prefix"):
             if not isinstance(getattr(self, name), str):
                 raise ValueError(f"DataOptions.{name} is {getattr(self, name)!r}; expected text.")
         if not isinstance(self.number_slots, bool):
             raise ValueError(f"DataOptions.number_slots is {self.number_slots!r}; expected True or False.")
         checks.choice("DataOptions.label_source", self.label_source, ("human", "teacher"))
         checks.choice("DataOptions.rationales", self.rationales, ("all", "agreeing"))
-        checks.choice("DataOptions.train_split", self.train_split, (TRAIN, VALIDATION))
+        of_each = self.train_split if isinstance(self.train_split, Mapping) else {"": self.train_split}
+        for name, file in of_each.items():
+            checks.choice(f"DataOptions.train_split{name and f'[{name!r}]'}", file, (TRAIN, VALIDATION))
         checks.number("DataOptions.fraction", self.fraction, above=0, most=1)
         checks.number("DataOptions.validation_fraction", self.validation_fraction, least=0, below=1)
         checks.number("DataOptions.noise_density", self.noise_density, above=0, below=1)
@@ -128,16 +131,17 @@ class DataOptions:
             )
 
 
-def prefixes(options: DataOptions, dataset: str) -> DataOptions:
-    """Returns the options with this dataset's own prefixes.
+def of_dataset(options: DataOptions, dataset: str) -> DataOptions:
+    """Returns the options as one dataset has them: its whole prefixes, and its own file to train on.
 
-    >>> prefixes(DataOptions(records_dir="r", vocabulary="byte", label_prefix="{dataset}: "), "svamp").label_prefix
-    'svamp: '
+    >>> of_dataset(DataOptions(records_dir="r", vocabulary="byte", dataset_prefix="{dataset}, "), "svamp").label_prefix
+    'svamp, predict: '
     """
-    label, rationale = (
-        prefix.replace("{dataset}", dataset) for prefix in (options.label_prefix, options.rationale_prefix)
-    )
-    return dataclasses.replace(options, label_prefix=label, rationale_prefix=rationale)
+    first = options.dataset_prefix.replace("{dataset}", dataset)
+    prefixes = {name: first + getattr(options, name) for name in ("label_prefix", "rationale_prefix")}
+    file = options.train_split
+    file = file if isinstance(file, str) else file.get(dataset, TRAIN)
+    return dataclasses.replace(options, dataset_prefix="", train_split=file, **prefixes)
 
 
 class Example(NamedTuple):

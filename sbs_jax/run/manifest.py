@@ -130,6 +130,7 @@ _LATER = {
         "folds": 0,
         "fold": 0,
         "augmentation": None,
+        "dataset_prefix": "",
         "rates": None,
         "temperature": 1.0,
         "rate_maximum": None,

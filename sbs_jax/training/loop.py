@@ -5,13 +5,14 @@ import dataclasses
 import logging
 import math
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tqdm
 
 from sbs_jax import compiling, hosts
-from sbs_jax.data import prefetch, registry, selection
+from sbs_jax.data import outside, prefetch, registry, selection
 from sbs_jax.hosts import preemption, watchdog
 from sbs_jax.run import checkpoints, directory, settings
 from sbs_jax.training import contents, evaluate, failures, feed, stopping
@@ -25,6 +26,7 @@ log = logging.getLogger(__name__)
 
 # Fields that no compiled program depends on.
 _NOT_COMPILED = ("model_dir", "seed", "data", "initial_checkpoint_path", "trackers")
+ROWS = "rows"  # folder of a run with the rows of tasks from outside
 _NEW = {"lines": 0, "window": [], "evaluation_due": False, "scores": {}}  # progress of a run without a checkpoint
 
 
@@ -81,11 +83,10 @@ def train(
     # ------------------------------------------------------------------ set up: data, mesh, compiled step
     config = contents.pinned(config)
     registry.configure(config.data)
+    outside.take(Path(config.model_dir) / ROWS)
     _ = config.eval_task_names  # refuses a run that nothing can grade
     data = registry.manifest(config.mixture_or_task_name, lengths=config.task_feature_lengths)
-    for name, part in data.get("parts", {config.mixture_or_task_name: data}).items():
-        if config.evaluate_test and selection.TEST not in part["splits"] and not registry.is_of_records(name):
-            raise ValueError(f"{name} has no test split; set EVALUATE_TEST = False.")
+    _check_test_split(config, data)
     _check_vocabulary(config)
     hosts.agree({"data": feed.fingerprint(config, data)})
     programs = programs or Programs.of(config)
@@ -106,6 +107,8 @@ def train(
         saver = stack.enter_context(checkpoints.Checkpoints(run.path, retention=_retention(config), scores=scores))
         start = saver.newest_good() or 0
         run.begin(manifest, step=start, accept_changes=accept_changes)
+        if hosts.is_first():
+            outside.save(run.path / ROWS)
 
         # -------------------------------------------------------------- restore the newest checkpoint, or initialize
         if start:
@@ -341,6 +344,12 @@ def evaluator(config: TrainConfig, programs: Programs, *, split: str) -> evaluat
         task_feature_lengths=config.task_feature_lengths,
         generators=programs.generators,
     )
+
+
+def _check_test_split(config: TrainConfig, data: Mapping[str, Any]) -> None:
+    for name, part in data.get("parts", {config.mixture_or_task_name: data}).items():
+        if config.evaluate_test and selection.TEST not in part["splits"] and not registry.is_of_records(name):
+            raise ValueError(f"{name} has no test split; set EVALUATE_TEST = False.")
 
 
 def _check_vocabulary(config: TrainConfig) -> None:
