@@ -15,8 +15,13 @@ DATASETS = ("svamp", "cqa", "esnli", "anli1")
 ROWS = 400  # of each file; validation and test a tenth of them
 SPEEDS = {"tokens_per_second", "seconds_per_step", "data_wait_share"}
 BINDINGS = (
-    *("VOCAB_SIZE=32128", "EXAMPLES=4", "TRAIN_STEPS=8", "LOG_PERIOD=1", "EVAL_PERIOD=4", "CHECKPOINT_PERIOD=2"),
-    *("MAX_DECODE_LENGTH=4", "TRAIN_SPLIT={'esnli': 'validation', 'anli1': 'validation'}", "RATES='proportional'"),
+    *("VOCAB_SIZE=32128", "EXAMPLES=5", "TRAIN_STEPS=8", "LOG_PERIOD=1", "EVAL_PERIOD=4", "CHECKPOINT_PERIOD=2"),
+    *(
+        "WARMUP_STEPS=2",
+        "MAX_DECODE_LENGTH=4",
+        "TRAIN_SPLIT={'esnli': 'validation', 'anli1': 'validation'}",
+        "RATES='proportional'",
+    ),
 )
 
 
@@ -42,6 +47,7 @@ def predictions_of(run: Path) -> dict[str, list[dict[str, object]]]:
 
 
 @pytest.mark.faults
+@pytest.mark.timeout(1500)
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_a_run_of_four_datasets_is_killed_and_ends_bit_for_bit_alike(
     starter: Starter, records_dir: Path, real_vocab: Path, tmp_path: Path, count: int
@@ -63,6 +69,4 @@ def test_a_run_of_four_datasets_is_killed_and_ends_bit_for_bit_alike(
         assert [process.wait(600) for process in processes] == [0] * count, processes[0].complained()
     assert lines_of(broken) == lines_of(whole)
     assert predictions_of(broken) == predictions_of(whole)
-    assert {f"{name}_label-test-8.jsonl" for name in DATASETS} | set(predictions_of(whole)) == set(
-        predictions_of(whole)
-    )
+    assert {f"{name}_label-test-8.jsonl" for name in DATASETS} <= set(predictions_of(whole))
