@@ -291,13 +291,20 @@ t5x_model.StepByStepModel.mixture_or_task_name = %MIXTURE_OR_TASK_NAME
 def write_sums(folder: Path) -> None:
     """Writes records of svamp: 60 sums to train on, 4 of each other split."""
     for split, numbers in (("train", range(60)), ("validation", range(60, 64)), ("test", range(64, 68))):
-        rows = [
-            records.Record(
-                id=f"{n}", input=f"{n} and {n % 9}", label=f"( {n}.0 + {n % 9}.0 )", teacher_label=f"( {n}.0 + {n % 9}.0 )",
-                rationale=f"{n} and {n % 9} are together.", teacher_text="", outcome=records.OK,
+        rows = []
+        for n in numbers:
+            label = f"( {n}.0 + {n % 9}.0 )"
+            rows.append(
+                records.Record(
+                    id=f"{n}",
+                    input=f"{n} and {n % 9}",
+                    label=label,
+                    teacher_label=label,
+                    rationale=f"{n} and {n % 9} are together.",
+                    teacher_text="",
+                    outcome=records.OK,
+                )
             )
-            for n in numbers
-        ]  # fmt: skip
         records.write_records(folder / "svamp" / f"{split}.jsonl", rows)
 
 
