@@ -67,9 +67,9 @@ def test_unknown_names_get_near_matches(records_dir: Path):
 
 def test_bad_descriptions_are_refused(records_dir: Path):
     with pytest.raises(ValueError, match="Dataset name 'Cats'"):
-        dataset("Cats")
+        registry.add(dataset("Cats"))
     with pytest.raises(ValueError, match="not ending in"):
-        dataset("cats_label")
+        registry.add(dataset("cats_label"))
     with pytest.raises(ValueError, match="exactly 'inputs' and 'targets'"):
         dataset(feature_lengths={"inputs": 8})
     with pytest.raises(ValueError, match="at least 2"):

@@ -144,7 +144,7 @@ def problem(line: str) -> str | None:
     for word in words:
         if word.startswith("--gin_file=") and not files(word.partition("=")[2]):
             return f"no gin file {word}"
-    if short or words[0] not in CONFIGURED or not READERS_OWN.isdisjoint(arguments.gin_file):
+    if short or "--module" in words or words[0] not in CONFIGURED or not READERS_OWN.isdisjoint(arguments.gin_file):
         return None
     bindings = [word.removeprefix("--gin.") for word in rest]
     if words[0] in SETTLED:

@@ -116,7 +116,7 @@ def of(value: Any, *, where: str) -> Dataset:
     try:
         found = typed(value, Definition)
         functions, same = _grading(found)
-        return Dataset(
+        made = Dataset(
             name=found.name,
             labels=found.labels,
             read_release=None,
@@ -128,6 +128,8 @@ def of(value: Any, *, where: str) -> Dataset:
             feature_lengths=found.lengths,
             definition=described(found),
         )
+        made.check_name()
+        return made
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
 
