@@ -69,4 +69,4 @@ def test_a_run_of_four_datasets_is_killed_and_ends_bit_for_bit_alike(
         assert [process.wait(600) for process in processes] == [0] * count, processes[0].complained()
     assert lines_of(broken) == lines_of(whole)
     assert predictions_of(broken) == predictions_of(whole)
-    assert {f"{name}_label-test-8.jsonl" for name in DATASETS} <= set(predictions_of(whole))
+    assert {f"{name}_label-8.jsonl" for name in DATASETS} <= set(predictions_of(whole))

@@ -62,6 +62,24 @@ def test_all_forms_give_the_same_dataset(file, tmp_path):
     assert sum(f"Input: {row.input}" in got.prompt["instruction"] for row in got.splits["train"]) == 12
 
 
+def test_an_instruction_set_has_its_inputs_behind_the_instructions(tmp_path):
+    rows = [
+        {
+            "instruction": f"Name {n}.",
+            "input": "" if n % 2 else f"Of {n} roses",
+            "output": f"{n} it is",
+            "rationale": "So.",
+        }
+        for n in range(20)
+    ]
+    plan = plan_of(tmp_path, rows, "tickets.jsonl")
+    found = {row.input: row.label for of in plan.splits.values() for row in of}
+    assert found["Name 4.\nOf 4 roses"] == "4 it is"
+    assert found["Name 5."] == "5 it is"
+    assert (len(found), plan.dataset.labels, len(plan.rationales)) == (20, None, 20)
+    assert "instructions, each followed by its 'input' on a new line" in plan.lines
+
+
 def test_order_and_further_rows_move_few_rows_between_splits(tmp_path):
     """A row keeps its split whatever the order of the file, because the hash of its id decides."""
     first = plan_of(tmp_path, ROWS, label_column="team")
