@@ -292,7 +292,7 @@ def test_names_of_datasets_and_splits_are_no_paths(tmp_path: Path, name: str) ->
     with pytest.raises(ValueError, match="Unknown dataset"):
         registry.get(name)
     with pytest.raises(ValueError, match="Dataset name"):
-        Dataset(**{**vars(builtin.DATASET), "name": name})
+        registry.add(Dataset(**{**vars(builtin.DATASET), "name": name}))
     folder = tmp_path / "builtin"
     builtin.write_release(tmp_path / "release", rows={"train": 4, "test": 4}, seed=1)
     release.import_release(builtin.DATASET, release_dir=tmp_path / "release", records_dir=tmp_path, parser="strict")
