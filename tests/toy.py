@@ -121,6 +121,7 @@ def options(records_dir: Path, **changes) -> selection.DataOptions:
 
 def config(model_dir: Path, records_dir: Path, **changes) -> TrainConfig:
     """A run of a few steps; `changes` replace its fields."""
+    registry.add(DATASET)  # its objectives follow from its name
     defaults = {
         "model_dir": str(model_dir),
         "model": MODEL,
