@@ -32,6 +32,7 @@ DATASET = Dataset(
     same_label=same_text,
     feature_lengths={"inputs": 20, "targets": 16},
 )
+registry.add(DATASET)  # a configuration's objectives follow from its name
 
 MODEL = t5.T5Config(
     vocab_size=384,
@@ -121,7 +122,6 @@ def options(records_dir: Path, **changes) -> selection.DataOptions:
 
 def config(model_dir: Path, records_dir: Path, **changes) -> TrainConfig:
     """A run of a few steps; `changes` replace its fields."""
-    registry.add(DATASET)  # its objectives follow from its name
     defaults = {
         "model_dir": str(model_dir),
         "model": MODEL,
