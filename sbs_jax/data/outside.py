@@ -14,7 +14,6 @@ import functools
 import hashlib
 import json
 import logging
-import math
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -25,7 +24,7 @@ import seqio
 import tensorflow as tf
 
 from sbs_jax import checks
-from sbs_jax.data import catalogue, tokens, vocabularies
+from sbs_jax.data import catalogue, selection, tokens, vocabularies
 from sbs_jax.data.dataset import BY_LOSS, Dataset
 from sbs_jax.data.grading import SCORE
 from sbs_jax.data.selection import TEST, TRAIN, VALIDATION, DataOptions
@@ -149,25 +148,25 @@ def rows(task: str, split: str, *, lengths: Mapping[str, int], options: DataOpti
     vocabulary, or rows that cannot be trained on.
     """
     there = splits(task, options)
+    own = seqio.TaskRegistry.get(task).splits
     if split not in there:
-        known = ", ".join(seqio.TaskRegistry.get(task).splits)
-        raise ValueError(f"The task {task} has no {split} split; it has {known}.")
-    own = split in seqio.TaskRegistry.get(task).splits
-    held_out = split == VALIDATION and not own
-    found = _read(
-        task,
-        split if own else TRAIN,
-        lengths=tuple((feature, lengths[feature]) for feature in _FEATURES),
-        seed=options.seed,
-        most=options.read_rows,
-        whole=split != TRAIN if whole is None else whole,
-        vocabulary=options.vocabulary,
-    )
-    if not held_out and (split != TRAIN or VALIDATION in seqio.TaskRegistry.get(task).splits):
-        return found
-    count = math.ceil(len(found) * options.validation_fraction)
-    kept = np.sort(_by_hash(len(found))[:count] if held_out else _by_hash(len(found))[count:])
-    return found.chosen(kept)
+        raise ValueError(f"The task {task} has no {split} split; it has {', '.join(own)}.")
+    wanted = {
+        "lengths": {feature: lengths[feature] for feature in _FEATURES},
+        "seed": options.seed,
+        "most": options.read_rows,
+        "whole": split != TRAIN if whole is None else whole,
+        "vocabulary": options.vocabulary,
+    }
+    key = json.dumps([task, split, options.validation_fraction, wanted])
+    if key not in _known:
+        found = _read_now(task, split if split in own else TRAIN, **wanted)
+        if VALIDATION in there and VALIDATION not in own and split != TEST:
+            ids = [str(row) for row in range(len(found))]
+            held_out = selection.held_out(ids, options.validation_fraction)
+            found = found.chosen(np.flatnonzero([(row in held_out) == (split == VALIDATION) for row in ids]))
+        _known[key] = found
+    return _known[key]
 
 
 def sources(task: str, lengths: Mapping[str, int], options: DataOptions) -> dict[str, Any]:
@@ -178,11 +177,6 @@ def sources(task: str, lengths: Mapping[str, int], options: DataOptions) -> dict
         source = brief(str(seqio.TaskRegistry.get(task).source))
         found[split] = {"file": source, "sha256": read.sha256(), "counts": {"rows": len(read)}}
     return found
-
-
-def _by_hash(count: int) -> np.ndarray:
-    """Returns row numbers in an order of their hashes."""
-    return np.array(sorted(range(count), key=lambda row: hashlib.sha256(f"held out:{row}".encode()).digest()), np.int64)
 
 
 def graded_rows(task: str, split: str, *, lengths: Mapping[str, int], options: DataOptions) -> Iterator[dict[str, Any]]:
@@ -236,19 +230,11 @@ def take(folder: Path) -> None:
             raise ValueError(f"{path} is damaged ({error}); remove it, and the rows are read again.") from None
 
 
-def _read(task_name: str, split: str, **options: Any) -> Rows:
-    """Reads rows once per process, task and options, as `_read_now`."""
-    key = json.dumps([task_name, split, options])
-    if key not in _known:
-        _known[key] = _read_now(task_name, split, **options)
-    return _known[key]
-
-
 def _read_now(
     task_name: str,
     split: str,
     *,
-    lengths: tuple[tuple[str, int], ...],
+    lengths: Mapping[str, int],
     seed: int,
     most: int | None,
     whole: bool,
@@ -259,7 +245,7 @@ def _read_now(
     where = f"{task_name}, {split}"
     try:
         found = task.get_dataset(
-            sequence_length=dict(lengths),
+            sequence_length=lengths,
             split=split,
             use_cached=task.supports_caching and task.cache_dir is not None,
             shuffle=False,

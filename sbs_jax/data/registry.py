@@ -159,6 +159,7 @@ def _register(dataset: Dataset) -> None:
 def _register_mixture(name: str) -> None:
     """Registers a mixture whose tasks take the turns that `batches.train_dataset` gives them."""
     tasks = task_names.subtasks(name)
+    ids = dict(zip(tasks, task_names.task_ids(name), strict=True))
     in_seqio = sorted(tasks)  # SeqIO's order
     seqio.MixtureRegistry.remove(name)
     seqio.MixtureRegistry.add(
@@ -170,7 +171,7 @@ def _register_mixture(name: str) -> None:
             turns=lambda: np.array([in_seqio.index(task) for task in tasks])[
                 task_names.turns(name, _options, rows={task: len(examples(task, TRAIN)) for task in tasks})
             ],
-            task_ids=[dict(zip(tasks, task_names.task_ids(name), strict=True))[task] for task in in_seqio],
+            task_ids=[ids[task] for task in in_seqio],
         ),
     )
 
@@ -298,7 +299,7 @@ def manifest(
         return found[mixture_or_task]
     first = next(iter(found.values()))
     return {
-        "dataset": task_names.JOINT.join(part["dataset"] for part in found.values()),
+        "dataset": task_names.JOINT.join(task_names.datasets(mixture_or_task)),
         "options": first["options"] if task_names.is_outside(mixture_or_task) else dataclasses.asdict(_options),
         "vocabulary_sha256": first["vocabulary_sha256"],
         "splits": {},
@@ -313,11 +314,11 @@ def _of_part(part: str, lengths: Mapping[str, int], *, counted: bool) -> dict[st
         found["options"] |= {"label_prefix": "", "rationale_prefix": ""}
     else:
         found = sources(dataset.name)
-    for split, facts in found["splits"].items() if counted and kind != outside.KIND else ():
-        if dataset == corpus.DATASET:
-            facts["counts"] = corpus.counts(_corpus()[split], vocabulary(_options.vocabulary))
-        else:
-            facts["counts"] = dict(selected(dataset.name, split).counts)
+        for split, facts in found["splits"].items() if counted else ():
+            if dataset == corpus.DATASET:
+                facts["counts"] = corpus.counts(_corpus()[split], vocabulary(_options.vocabulary))
+            else:
+                facts["counts"] = dict(selected(dataset.name, split).counts)
     # With the definition, the run needs no dataset.json; a module is named, for catalogue.restore_from.
     more = {"definition": dataset.definition, "module": dataset.module and dict(dataset.module)}
     return found | {name: value for name, value in more.items() if value is not None}

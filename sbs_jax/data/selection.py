@@ -318,32 +318,34 @@ def _rationale_of(row: records.Record) -> tuple[str | None, str]:
 
 def held_out_ids(rows: Sequence[records.Record], fraction: int | float) -> frozenset[str]:
     """Returns the ids of the `ceil(fraction * n)` held-out rows: 0.1 of 9,741 is 975, 0.1 of 800 is 80."""
-    return _first_by_hash(rows, fraction, salt="held out")
+    return held_out([row.id for row in rows], fraction)
+
+
+def held_out(ids: Sequence[str], fraction: int | float) -> frozenset[str]:
+    """Returns the held-out ones of distinct ids, as `held_out_ids`."""
+    return _first_by_hash(ids, fraction, salt="held out")
 
 
 def subset_ids(rows: Sequence[records.Record], fraction: int | float, *, seed: int) -> frozenset[str]:
     """Returns the ids of the `ceil(fraction * n)` rows of a fraction; nested for equal rows and seed."""
-    return _first_by_hash(rows, fraction, salt=f"seed {seed}")
+    return _first_by_hash([row.id for row in rows], fraction, salt=f"seed {seed}")
 
 
 def fold_ids(rows: Sequence[records.Record], folds: int, *, fold: int) -> frozenset[str]:
     """Returns the ids of one of `folds` parts whose sizes differ by at most 1; ValueError if a part would be empty."""
     if folds > len(rows):
         raise ValueError(f"DataOptions.folds is {folds}, but there are {len(rows)} rows; expected at most one per row.")
-    return frozenset(_by_hash(rows, salt="fold")[fold::folds])
+    return frozenset(_by_hash([row.id for row in rows], salt="fold")[fold::folds])
 
 
-def _first_by_hash(rows: Sequence[records.Record], fraction: int | float, *, salt: str) -> frozenset[str]:
+def _first_by_hash(ids: Sequence[str], fraction: int | float, *, salt: str) -> frozenset[str]:
     # Uses the decimal text: in floats 0.07 * 100 is 7.000000000000001, whose ceiling is 8.
-    count = math.ceil(Fraction(str(fraction)) * len(rows))
-    return frozenset(_by_hash(rows, salt=salt)[:count])
+    count = math.ceil(Fraction(str(fraction)) * len(ids))
+    return frozenset(_by_hash(ids, salt=salt)[:count])
 
 
-def _by_hash(rows: Sequence[records.Record], *, salt: str) -> list[str]:
-    return sorted(
-        (row.id for row in rows),
-        key=lambda row_id: (hashlib.sha256(f"{salt}:{row_id}".encode()).digest(), row_id),
-    )
+def _by_hash(ids: Sequence[str], *, salt: str) -> list[str]:
+    return sorted(ids, key=lambda row_id: (hashlib.sha256(f"{salt}:{row_id}".encode()).digest(), row_id))
 
 
 def _check_distinct_ids(rows: Sequence[records.Record]) -> None:

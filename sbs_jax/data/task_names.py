@@ -126,6 +126,11 @@ def dataset_of(name: str) -> Dataset:
     return split(name)[0]
 
 
+def datasets(name: str) -> tuple[str, ...]:
+    """Returns the name of the dataset of each part; of a part from outside, its task's."""
+    return tuple(dataset_of(part).name for part in parts(name))
+
+
 def answering(name: str) -> tuple[Dataset, str]:
     """Splits as `split`; ValueError for a task whose student answers nothing."""
     dataset, kind = split(name)
@@ -180,40 +185,37 @@ def objectives(
     """
     found = parts(name)
     if _own(name) is not None:
-        _refuse_weights(name, weights)
+        if weights is not None:
+            raise ValueError(
+                f"LOSS_WEIGHTS is {dict(weights)!r}, but {name} is one dataset; ALPHA weighs its two tasks."
+            )
         return losses.step_by_step(alpha)
+    names = datasets(name)
+    given = None if weights is None else _for_each(names, weights, macro="LOSS_WEIGHTS", what="weight")
     if is_outside(name):
-        if weights is None:
+        if given is None:
             return (losses.Objective("targets", 1.0),)
-        return tuple(
-            losses.Objective(part, weight) for part, weight in zip(found, _weights(found, weights), strict=True)
-        )
-    datasets = [split(part)[0].name for part in found]
-    shares = [1.0 / len(found)] * len(found) if weights is None else _weights(datasets, weights)
+        return tuple(losses.Objective(part, weight) for part, weight in zip(found, given, strict=True))
+    shares = given or [1.0 / len(found)] * len(found)
     return tuple(
         losses.Objective(f"{dataset}/{objective.name}", share * objective.weight)
-        for dataset, share, part in zip(datasets, shares, found, strict=True)
+        for dataset, share, part in zip(names, shares, found, strict=True)
         for number, objective in enumerate(losses.step_by_step(alpha), start=1)
         if number in _ids_of_part(part)
     )
 
 
-def _refuse_weights(name: str, weights: Mapping[str, int | float] | None) -> None:
-    if weights is not None:
-        raise ValueError(f"LOSS_WEIGHTS is {dict(weights)!r}, but {name} is one dataset; ALPHA weighs its two tasks.")
-
-
-def _weights(names: Sequence[str], weights: Mapping[str, int | float]) -> list[float]:
-    if unknown := sorted(set(weights) - set(names)):
+def _for_each(names: Sequence[str], given: Mapping[str, int | float], *, macro: str, what: str) -> list[float]:
+    """Returns the number above 0 that a macro gives each name. ValueError for a missing or an unknown name."""
+    for name in sorted(set(given) - set(names)):
         raise ValueError(
-            f"LOSS_WEIGHTS has {unknown[0]!r}, which is not trained; expected {list(names)}."
-            f"{checks.nearest(unknown[0], names)}"
+            f"{macro} has {name!r}, which is not trained; expected {list(names)}.{checks.nearest(name, names)}"
         )
     for name in names:
-        if name not in weights:
-            raise ValueError(f"LOSS_WEIGHTS gives {name!r} no weight; give each of {list(names)} one.")
-        checks.number(f"LOSS_WEIGHTS[{name!r}]", weights[name], above=0)
-    return [float(weights[name]) for name in names]
+        if name not in given:
+            raise ValueError(f"{macro} gives {name!r} no {what}; give each of {list(names)} one.")
+        checks.number(f"{macro}[{name!r}]", given[name], above=0)
+    return [float(given[name]) for name in names]
 
 
 def _ids_of_part(part: str) -> list[int]:
@@ -259,19 +261,11 @@ def rates(name: str, options: DataOptions, *, rows: Sequence[int]) -> list[float
     found = parts(name)
     if len(found) == 1:
         return [1.0]
-    labels = [part if is_outside(name) else split(part)[0].name for part in found]
     chosen = options.rates
     if chosen is None and is_outside(name):
         return outside.rates(name)
     if isinstance(chosen, Mapping):
-        if set(chosen) != set(labels):
-            odd = sorted(set(chosen) ^ set(labels))[0]
-            problem = f"gives {odd!r} no rate" if odd in labels else f"has {odd!r}, which is not trained"
-            raise ValueError(f"RATES {problem}; give each of {labels} one.{checks.nearest(odd, labels)}")
-        found_rates = [chosen[label] for label in labels]
-        for label, rate in zip(labels, found_rates, strict=True):
-            checks.number(f"RATES[{label!r}]", rate, above=0)
-        return [float(rate) for rate in found_rates]
+        return _for_each(datasets(name), chosen, macro="RATES", what="rate")
     if chosen in (None, "equal"):
         return [1.0] * len(found)
     most = options.rate_maximum or math.inf

@@ -196,8 +196,7 @@ def _compiles(tried: Sequence[dict[str, Any]]) -> int:
 def _epoch(config: TrainConfig, options: Options) -> dict[str, Any]:
     """Counts the updates of one epoch (every example of every task once) and names the source of the count."""
     tasks = task_names.subtasks(config.mixture_or_task_name)
-    datasets = [task_names.dataset_of(part).name for part in task_names.parts(config.mixture_or_task_name)]
-    folders = [Path(config.data.records_dir) / name for name in datasets]
+    folders = [Path(config.data.records_dir) / name for name in task_names.datasets(config.mixture_or_task_name)]
     if options.examples is not None:
         examples, source = options.examples * len(tasks), f"--examples {options.examples} of each task"
     elif all(folder.is_dir() for folder in folders):

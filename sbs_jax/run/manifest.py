@@ -66,6 +66,11 @@ def parts(manifest: Mapping[str, Any]) -> dict[str, str]:
     return {data["dataset"]: part for part, data in manifest.get("data", {}).get("parts", {}).items()}
 
 
+def data_of_parts(data: Mapping[str, Any], *, whole: str = "") -> dict[str, Mapping[str, Any]]:
+    """Returns "data" of each part of a run by its name; of a run of one dataset, all of it under `whole`."""
+    return data.get("parts") or {whole: data}
+
+
 def of_part(manifest: Mapping[str, Any], dataset: str) -> dict[str, Any]:
     """Returns the manifest of a run of several datasets as if it had been trained on this one.
 
@@ -337,7 +342,7 @@ def _gone(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     if new["data"]["options"].get("corpus"):  # read already, wherever it is now
         return []
     lines = []
-    for part in old["data"].get("parts", {"": old["data"]}).values():
+    for part in data_of_parts(old["data"]).values():
         folder = Path(new["data"]["options"]["records_dir"]) / part.get("dataset", new["data"]["dataset"])
         files = {
             file: sha256

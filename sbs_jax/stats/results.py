@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NotRequired, TypedDict
+from typing import Any, Literal, NotRequired, TypedDict, cast
 
 import numpy as np
 
@@ -201,8 +201,8 @@ class Result:
 
 def runs_of(path: str | Path) -> list[Run]:
     """Reads what `identify` reads for each dataset that a run directory was trained on."""
-    names = run_manifest.parts(_read_manifest(Path(path))) or [None]
-    return [identify(path, dataset=name) for name in names]
+    whole = _manifest(Path(path))
+    return [_identified(path, whole, name) for name in run_manifest.parts(whole) or [None]]
 
 
 def identify(path: str | Path, *, dataset: str | None = None) -> Run:
@@ -211,7 +211,11 @@ def identify(path: str | Path, *, dataset: str | None = None) -> Run:
     {"label_source": "teacher"} with `svamp_label` is standard distillation, with `svamp_step_by_step` it is
     "step-by-step (teacher labels)". Of a run of several datasets, `dataset` names one: "step-by-step (4 datasets)".
     """
-    manifest = _manifest(Path(path), dataset)
+    return _identified(path, _manifest(Path(path)), dataset)
+
+
+def _identified(path: str | Path, whole: Mapping[str, Any], dataset: str | None) -> Run:
+    manifest = _of_dataset(whole, dataset, path=Path(path))
     options, kind = manifest["data"]["options"], _kind(manifest)
     if kind not in _METHOD_OF_KIND:
         name = json_files.brief(manifest["run"]["mixture_or_task_name"])
@@ -221,7 +225,7 @@ def identify(path: str | Path, *, dataset: str | None = None) -> Run:
             "Run(path, method, fraction, seed)."
         )
     method, remarks = _METHOD_OF_KIND[kind], []
-    if together := run_manifest.parts(_read_manifest(Path(path))):
+    if together := run_manifest.parts(whole):
         remarks.append(f"{len(together)} datasets")
     else:
         dataset = None
@@ -245,7 +249,7 @@ def is_tested(path: str | Path) -> bool:
 def load(run: Run) -> Result:
     """Reads a run directory. ValueError and FileNotFoundError name the file, its fault and the remedy."""
     path = Path(run.path)
-    manifest = _manifest(path, run.dataset)
+    manifest = _of_dataset(_manifest(path), run.dataset, path=path)
     metrics = metrics_of(path, dataset=run.dataset)
     if not metrics:
         raise ValueError(
@@ -351,7 +355,7 @@ def _kind(manifest: Mapping[str, Any]) -> str:
     return manifest["run"]["mixture_or_task_name"].removeprefix(f"{manifest['data']['dataset']}_")
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
+def _manifest(path: Path) -> dict[str, Any]:
     file = path / directory.MANIFEST
     if not file.is_file():
         folders = [] if path.is_dir() or not path.parent.is_dir() else [p for p in path.parent.iterdir() if p.is_dir()]
@@ -367,20 +371,16 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         raise ValueError(f"{file}: {error} Train this run again.") from None
 
 
-def _manifest(path: Path, dataset: str | None) -> dict[str, Any]:
-    """Reads the manifest of a run, as if it had been trained on this dataset alone if it had several."""
-    file = path / directory.MANIFEST
-    found = _read_manifest(path)
-    if several := run_manifest.parts(found):
-        if dataset is None:
-            raise ValueError(f"{path} was trained on {', '.join(several)}; choose one of these datasets.")
-        found = run_manifest.of_part(found, dataset)
+def _of_dataset(whole: Mapping[str, Any], dataset: str | None, *, path: Path) -> dict[str, Any]:
+    """Returns a manifest, checked, as if the run had been trained on this dataset alone if it had several."""
+    if (several := run_manifest.parts(whole)) and dataset is None:
+        raise ValueError(f"{path} was trained on {', '.join(several)}; choose one of these datasets.")
+    found = run_manifest.of_part(whole, dataset or "")
     try:
-        manifest = json_files.typed(found, _Manifest, extra=True)
-        _check_values(manifest)
+        _check_values(json_files.typed(found, _Manifest, extra=True) if several else cast(_Manifest, found))
     except ValueError as error:
-        raise ValueError(f"{file}: {error} Train this run again.") from None
-    return dict(manifest)
+        raise ValueError(f"{path / directory.MANIFEST}: {error} Train this run again.") from None
+    return found
 
 
 def _check_values(manifest: _Manifest) -> None:

@@ -298,13 +298,15 @@ def check_configurations(cells: Sequence[Cell]) -> list[tuple[Cell, Any]]:
     ValueError if a cell cannot be configured, trains on another dataset, grades nothing on test, or equals another
     cell under a second name.
     """
+    from sbs_jax.data import task_names
+
     kinds: dict[Any, Cell] = {}
     for cell in cells:
         kinds.setdefault(cell.kind, cell)
     found, seen = [], {}
     for cell in kinds.values():
         config, text = cell.configured()
-        names = datasets_of(config)
+        names = task_names.datasets(config.mixture_or_task_name)
         if len(names) == 1 and names[0] != cell.dataset:
             raise ValueError(
                 f"The cell {cell.name} trains on {names[0]}: {cell.gin_files[0]} is not about {cell.dataset}."
@@ -320,21 +322,14 @@ def check_configurations(cells: Sequence[Cell]) -> list[tuple[Cell, Any]]:
     return found
 
 
-def datasets_of(config: Any) -> list[str]:
-    """Returns the names of the datasets that a configuration trains on."""
-    from sbs_jax.data import task_names
-
-    return [task_names.dataset_of(part).name for part in task_names.parts(config.mixture_or_task_name)]
-
-
 def check_inputs(kinds: Sequence[tuple[Cell, Any]]) -> None:
     """Checks that records, vocabulary and checkpoint of every kind of cell exist. Reads no row, computes nothing."""
-    from sbs_jax.data import registry, selection, tokens
+    from sbs_jax.data import registry, selection, task_names, tokens
     from sbs_jax.weights import opening
 
     for cell, config in kinds:
         registry.configure(config.data)
-        for dataset in datasets_of(config):
+        for dataset in task_names.datasets(config.mixture_or_task_name):
             splits = registry.available_splits(dataset)
             missing = [name for name in (selection.TRAIN, selection.VALIDATION, selection.TEST) if name not in splits]
             if missing:

@@ -55,7 +55,7 @@ def manifest(config: TrainConfig, *, data: dict[str, Any], trainer: Trainer) -> 
     log.info("Parameters: %s in %d arrays.", f"{total:,}", len(parameters))
     if config.tuning is not None:
         log.info("%s", adapters.summary(config.model, trainer.saved.parameters, trainer.saved.frozen))
-    for part in data.get("parts", {"": data}).values():
+    for part in run_manifest.data_of_parts(data).values():
         log.info("Data: %s %s", part["dataset"], {name: split["counts"] for name, split in part["splits"].items()})
     names = task_names.parts(config.mixture_or_task_name)
     return {
@@ -94,7 +94,7 @@ def _of_part(part: str) -> dict[str, Any]:
 def _truncated(config: TrainConfig, data: dict[str, Any]) -> dict[str, Any]:
     """Counts sequences that the feature lengths truncate, by split and task."""
     lengths: dict[str, dict[str, dict[str, int]]] = {}
-    for part, facts in data.get("parts", {config.mixture_or_task_name: data}).items():
+    for part, facts in run_manifest.data_of_parts(data, whole=config.mixture_or_task_name).items():
         for split, names in ((selection.TRAIN, (part,)), (selection.TEST, task_names.graded(part))):
             for name in names if split in facts["splits"] else ():
                 found = batches.count_truncated(name, split, config.task_feature_lengths)

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from sbs_jax.data import batches, selection
+from sbs_jax.run import manifest
 from sbs_jax.training.config import TrainConfig
 from sbs_jax.training.step import Batch, Trainer
 
@@ -32,7 +33,7 @@ def fingerprint(config: TrainConfig, data: Mapping[str, Any]) -> str:
     """Returns hashes of the records and of the training tokens, a line each, for processes to compare."""
     lines = [
         f"{name} {split['file']} {split['sha256']}"
-        for part in data.get("parts", {"": data}).values()
+        for part in manifest.data_of_parts(data).values()
         for name, split in part["splits"].items()
     ]
     task, lengths = config.mixture_or_task_name, config.task_feature_lengths

@@ -15,6 +15,7 @@ from sbs_jax import compiling, hosts
 from sbs_jax.data import outside, prefetch, registry, selection
 from sbs_jax.hosts import preemption, watchdog
 from sbs_jax.run import checkpoints, directory, settings
+from sbs_jax.run import manifest as run_manifest
 from sbs_jax.training import contents, evaluate, failures, feed, stopping
 from sbs_jax.training.config import Checkpointing, TrainConfig
 from sbs_jax.training.metrics_window import MetricsWindow
@@ -347,7 +348,7 @@ def evaluator(config: TrainConfig, programs: Programs, *, split: str) -> evaluat
 
 
 def _check_test_split(config: TrainConfig, data: Mapping[str, Any]) -> None:
-    for name, part in data.get("parts", {config.mixture_or_task_name: data}).items():
+    for name, part in run_manifest.data_of_parts(data, whole=config.mixture_or_task_name).items():
         if config.evaluate_test and selection.TEST not in part["splits"] and not registry.is_of_records(name):
             raise ValueError(f"{name} has no test split; set EVALUATE_TEST = False.")
 
