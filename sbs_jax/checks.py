@@ -9,7 +9,11 @@ import sys
 from collections.abc import Collection, Iterable
 
 # Flags and fields that may name a place on Cloud Storage.
-ON_BUCKETS = ("base", "batch_folder", "initial_checkpoint_path", "source", "target", "vocabulary")
+ON_BUCKETS = (
+    *("augmentation", "base", "batch_folder", "corpus", "initial_checkpoint_path", "input", "inputs_dir", "model_dir"),
+    *("output", "output_dir", "page", "records_dir", "release", "run", "run_dir", "runs", "source", "target"),
+    *("vocabulary",),
+)
 _URL = re.compile(r"(gs|s3a?|hdfs|file|abfss?):/|[a-z][\w+.-]+://", re.ASCII | re.IGNORECASE)
 
 

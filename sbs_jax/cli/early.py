@@ -10,12 +10,11 @@ import errno
 import itertools
 import socket
 from collections.abc import Sequence
-from pathlib import Path
 
 from sbs_jax.checks import nearest
 from sbs_jax.data import catalogue, dataset_folder, grading, records
 from sbs_jax.run import directory, manifest, trackers
-from sbs_jax.storage import hub
+from sbs_jax.storage import hub, places
 from sbs_jax.training import gin_scan
 from sbs_jax.training.gin_files import UsageError
 
@@ -48,7 +47,7 @@ def training(found: gin_scan.Scan) -> None:
     several = given if isinstance(given, list | tuple) else [given]
     names = [name for each in several if (name := dataset(found, each)) is not None]
     model_dir = found.value("MODEL_DIR")
-    if isinstance(model_dir, str) and (Path(model_dir) / directory.MANIFEST).is_file():
+    if isinstance(model_dir, str) and (places.of(model_dir) / directory.MANIFEST).is_file():
         return
     if isinstance(records_dir := found.value("RECORDS_DIR"), str):
         for name in names:
@@ -95,11 +94,11 @@ def existing(name: str, path: str, remedy: str) -> None:
 
     A path on a bucket is left to the command.
     """
-    if "://" in path or Path(path).exists():
+    if "://" in path or places.of(path).exists():
         return
-    folder = Path(path).parent
+    folder = places.of(path).parent
     known = [each.name for each in folder.iterdir()] if folder.is_dir() else []
-    raise FileNotFoundError(f"{name} is {path!r}, where nothing is; {remedy}.{nearest(Path(path).name, known)}")
+    raise FileNotFoundError(f"{name} is {path!r}, where nothing is; {remedy}.{nearest(places.of(path).name, known)}")
 
 
 def weights(name: str, path: str, remedy: str) -> None:
@@ -115,7 +114,7 @@ def run(path: str, *, dataset: str | None = None, whole: bool = False) -> None:
     Of a student of several, `dataset` must choose one, unless the `whole` student is meant.
     """
     directory.check_has_checkpoint(path)
-    place = Path(path).absolute()
+    place = places.of(path).absolute()
     place = place if directory.step_of(place) is None else place.parent.parent
     if (place / directory.MANIFEST).is_file():
         found = directory.read_manifest(place)

@@ -18,7 +18,7 @@ from typing import NotRequired, TypedDict
 from sbs_jax.data import records
 from sbs_jax.data.dataset import Dataset, Row
 from sbs_jax.data.records import Record
-from sbs_jax.storage import json_files
+from sbs_jax.storage import json_files, places
 
 _JSON = (".jsonl", ".json")
 _LETTERS = re.compile(r"[\W_]+")
@@ -38,8 +38,8 @@ def write(dataset: Dataset, source: str | Path, *, records_dir: str | Path, outp
     Rows with the input of a row of the dataset are left out, since folds test each of those; so are repeated inputs.
     Inputs are compared by letters and digits.
     """
-    source = Path(source)
-    folder = Path(records_dir) / dataset.name
+    source = places.of(source)
+    folder = places.of(records_dir) / dataset.name
     files = [file for split in records.SPLITS if (file := records.file_of(folder, split)).exists()]
     if not files:
         raise FileNotFoundError(
@@ -69,7 +69,7 @@ def _letters(text: str) -> str:
 def _read(dataset: Dataset, source: Path) -> Iterator[Record | str]:
     """Yields the records of a source, or the reason why a row is none."""
     name = source.name.removesuffix(".gz")
-    if Path(name).suffix in _JSON:
+    if places.of(name).suffix in _JSON:
         yield from _of_json(dataset, source)
         return
     if dataset.read_further is None:

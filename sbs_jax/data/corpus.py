@@ -22,7 +22,7 @@ import numpy as np
 
 from sbs_jax.data import catalogue, tokens, vocabularies
 from sbs_jax.data.selection import TRAIN, VALIDATION, DataOptions
-from sbs_jax.storage import json_files, user_files
+from sbs_jax.storage import json_files, places, user_files
 
 SPAN_CORRUPTION = "span_corruption"
 DATASET = catalogue.CORPUS
@@ -44,7 +44,7 @@ def texts(path: str | Path) -> Iterator[str]:
     Of a record only the input is taken. The file may be packed with gzip. Blank texts are left out. ValueError names
     file and line.
     """
-    as_json = Path(path).name.removesuffix(".gz").endswith(".jsonl")
+    as_json = places.of(path).name.removesuffix(".gz").endswith(".jsonl")
     for number, line in user_files.TextFile(path, as_json=False).lines():
         where = f"{path}:{number}"
         if line is None:

@@ -24,7 +24,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypedDict
 
-from sbs_jax.storage import user_files
+from sbs_jax.storage import places, user_files
 from sbs_jax.storage.atomic import replace, replacing
 from sbs_jax.storage.checksums import file_sha256
 from sbs_jax.storage.json_files import brief, encoded, read_json, read_json_lines, shown, typed
@@ -170,7 +170,7 @@ def write_records(path: str | Path, records: Iterable[Record]) -> str:
     The same records give the same bytes. ValueError for a malformed record or a repeated id, before anything is
     replaced.
     """
-    path = Path(path)
+    path = places.of(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     seen: set[str] = set()
     digest = hashlib.sha256()
@@ -191,14 +191,14 @@ def write_records(path: str | Path, records: Iterable[Record]) -> str:
 
 def write_manifest(directory: str | Path, manifest: Manifest) -> None:
     """Writes `<directory>/manifest.json` atomically; the same manifest gives the same bytes."""
-    path = Path(directory) / MANIFEST
+    path = places.of(directory) / MANIFEST
     path.parent.mkdir(parents=True, exist_ok=True)
     replace(path, (json.dumps(manifest, ensure_ascii=False, indent=1, sort_keys=True) + "\n").encode())
 
 
 def read_manifest(directory: str | Path) -> Manifest:
     """Reads `<directory>/manifest.json`. FileNotFoundError, or ValueError if it is malformed."""
-    path = Path(directory) / MANIFEST
+    path = places.of(directory) / MANIFEST
     if not path.is_file():
         raise FileNotFoundError(f"{directory} has no {MANIFEST}; expected a records directory of `sbs records`.")
     value = read_json(path)
@@ -217,12 +217,12 @@ def read_manifest(directory: str | Path) -> Manifest:
 
 def check_exist(records_dir: str | Path, name: str) -> None:
     """Raises FileNotFoundError, with the commands that write them, if a dataset has no records in a folder."""
-    directory = Path(records_dir) / name
+    directory = places.of(records_dir) / name
     if any(file_of(directory, split).exists() for split in SPLITS):
         return
-    gone = "" if Path(records_dir).is_dir() else f" (there is no folder {records_dir})"
+    gone = "" if places.of(records_dir).is_dir() else f" (there is no folder {records_dir})"
     missing = f"There are no records of {name}: no train.jsonl, validation.jsonl or test.jsonl in {directory}{gone}."
-    folder = Path(records_dir).parent
+    folder = places.of(records_dir).parent
     if (folder / DEFINITION).is_file():
         raise FileNotFoundError(
             f"{missing} Ask a teacher for them:\n  sbs teach --dataset {folder} --provider openai --model gpt-4o-mini\n"
@@ -242,7 +242,7 @@ def put_in_place(made: Path, target: Path, *, overwrite: bool) -> None:
     FileExistsError if a different one exists and `overwrite` is False, or it also holds files that are not records.
     """
     if not target.exists():
-        made.rename(target)
+        _move_folder(made, target)
         return
     differences = _differences(made, target)
     if not differences:
@@ -258,6 +258,10 @@ def put_in_place(made: Path, target: Path, *, overwrite: bool) -> None:
         raise FileExistsError(
             f"{target} holds files that are not records: {foreign[:5]}. Move them elsewhere: they would be lost."
         )
+    if isinstance(target, places.BucketPath):
+        target.remove_tree(first=MANIFEST)
+        _move_folder(made, target)
+        return
     old = made.with_name("old")  # deleted with the temporary directory
     target.rename(old)
     try:
@@ -265,6 +269,15 @@ def put_in_place(made: Path, target: Path, *, overwrite: bool) -> None:
     except OSError:
         old.rename(target)
         raise
+
+
+def _move_folder(made: Path, target: Path) -> None:
+    """Moves records to where nothing is; into a bucket, with the manifest last."""
+    if not places.in_bucket(target):
+        made.rename(target)
+        return
+    for file in sorted(made.iterdir(), key=lambda path: path.name == MANIFEST):
+        places.upload(file, target / file.name)
 
 
 def _differences(made: Path, target: Path) -> list[str]:

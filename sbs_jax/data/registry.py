@@ -51,7 +51,7 @@ from sbs_jax.data.selection import (
     rows_of,
     select,
 )
-from sbs_jax.storage import checksums
+from sbs_jax.storage import checksums, places
 from sbs_jax.storage.json_files import brief
 
 log = logging.getLogger(__name__)
@@ -230,11 +230,11 @@ def _read_file(name: str, path: str | Path) -> list[records.Record]:
 
 
 def _augmentation_file(name: str) -> Path:
-    if not Path(name).exists():
+    if not places.of(name).exists():
         raise FileNotFoundError(
             f"There is no augmentation {name}; write it with `sbs records --augmentation`, or set it to None."
         )
-    return Path(name)
+    return places.of(name)
 
 
 @functools.cache
@@ -338,8 +338,8 @@ def sources(name: str) -> dict[str, Any]:
             paths = [_records_file(name, file) for file in _files_of_split(name, split)[0]]
             if split == TRAIN and _options.augmentation is not None:
                 paths.append(_augmentation_file(_options.augmentation))
-        hashes = [_sha256(path, (status := path.stat()).st_mtime_ns, status.st_size) for path in map(Path, paths)]
-        found[split] = {"file": " ".join(Path(path).name for path in paths), "sha256": " ".join(hashes)}
+        hashes = [_sha256(path, (status := path.stat()).st_mtime_ns, status.st_size) for path in map(places.of, paths)]
+        found[split] = {"file": " ".join(places.of(path).name for path in paths), "sha256": " ".join(hashes)}
     return _facts(name, found)
 
 
@@ -396,7 +396,7 @@ def _files_of_split(name: str, split: str) -> tuple[tuple[str, ...], bool]:
 
 
 def _records_file(name: str, split: str) -> Path:
-    return records.file_of(Path(_options.records_dir) / name, split)
+    return records.file_of(places.of(_options.records_dir) / name, split)
 
 
 def _check_records_exist(name: str) -> None:

@@ -34,7 +34,7 @@ from sbs_jax.data.dataset import Dataset, Row
 from sbs_jax.data.parsing import Parsed
 from sbs_jax.data.records import Manifest, Record, SplitSummary
 from sbs_jax.data.summary import Summary
-from sbs_jax.storage import checksums, user_files
+from sbs_jax.storage import checksums, places, user_files
 from sbs_jax.storage.json_files import brief, read_json_lines, read_texts
 
 # Our split names (also TensorFlow Datasets') and the release's.
@@ -108,9 +108,9 @@ def import_release(
     elif release_dir is None:
         raise ValueError("release_dir is None; inputs='release' needs the release's folder.")
     else:
-        splits, skipped = _from_release(dataset, Path(release_dir), replies="required")
+        splits, skipped = _from_release(dataset, places.of(release_dir), replies="required")
     if release_dir is not None:
-        check_target(Path(release_dir) / dataset.name, Path(records_dir) / dataset.name)
+        check_target(places.of(release_dir) / dataset.name, places.of(records_dir) / dataset.name)
     for split, reason in skipped.items():
         logging.warning("%s: the %s split is left out: %s", dataset.name, split, reason)
     # Parse everything before the first file is written: most errors show up here.
@@ -159,10 +159,11 @@ def write_directory(
     )
     if teacher is not None:
         manifest["teacher"] = dict(teacher)
-    target = Path(records_dir) / dataset.name
+    target = places.of(records_dir) / dataset.name
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{dataset.name}.") as scratch:
-        made = Path(scratch) / dataset.name
+    beside = None if places.in_bucket(target) else target.parent
+    with tempfile.TemporaryDirectory(dir=beside, prefix=f".{dataset.name}.") as scratch:
+        made = places.of(scratch) / dataset.name
         for split, rows in found.items():
             sha256 = records.write_records(made / f"{split}.jsonl", rows)
             manifest["splits"][split] = SplitSummary(
@@ -191,9 +192,9 @@ def read_unanswered(
     elif inputs_dir is None:
         raise ValueError(f"There is no folder of inputs; inputs {inputs!r} needs one.")
     elif inputs == "release":
-        splits, _ = _from_release(dataset, Path(inputs_dir), replies="ignored")
+        splits, _ = _from_release(dataset, places.of(inputs_dir), replies="ignored")
     else:
-        folder = Path(inputs_dir) / dataset.name
+        folder = places.of(inputs_dir) / dataset.name
         splits = _from_records(folder, [s for s in records.SPLITS if records.file_of(folder, s).exists()])
         if not splits:
             expected = ", ".join(f"{split}.jsonl" for split in records.SPLITS)
@@ -232,7 +233,7 @@ def read_inputs(release_dir: str | Path, name: str, to_row: Callable[[Mapping[st
     """
     found = {}
     for split in SPLITS:
-        path = _inputs_file(Path(release_dir), name, split)
+        path = _inputs_file(places.of(release_dir), name, split)
         if not path.is_file():
             continue
         rows = found[split] = []
@@ -242,7 +243,7 @@ def read_inputs(release_dir: str | Path, name: str, to_row: Callable[[Mapping[st
             except ValueError as error:
                 raise ValueError(f"{path}:{line}: {error}") from None
     if not found:
-        raise FileNotFoundError(_no_inputs(Path(release_dir), name))
+        raise FileNotFoundError(_no_inputs(places.of(release_dir), name))
     return found
 
 
@@ -253,7 +254,7 @@ def read_replies(release_dir: str | Path, name: str, split: str) -> dict[Path, l
     texts.
     """
     short = SPLITS[split]
-    folder = Path(release_dir) / name / "llm"
+    folder = places.of(release_dir) / name / "llm"
     numbered: dict[int, Path] = {}
     for path in sorted([*folder.glob(f"{short}_CoT_*.json"), *folder.glob(f"{short}_CoT_*.json.gz")]):
         match = re.fullmatch(rf"{short}_CoT_([0-9]+)\.json(\.gz)?", path.name)
@@ -310,7 +311,7 @@ def _inputs_file(release_dir: Path, name: str, split: str) -> Path:
 def _no_inputs(release_dir: Path, name: str) -> str:
     message = (
         f"There are no inputs of {name} in {release_dir}: expected "
-        f"{Path(name) / f'{name}_train.json'}, .._valid.json or .._test.json below it."
+        f"{places.of(name) / f'{name}_train.json'}, .._valid.json or .._test.json below it."
     )
     if list(release_dir.glob(f"{name}_*.json")):
         return f"{message} Give the folder above it, {release_dir.parent}."
@@ -399,11 +400,11 @@ def _from_tfds(
     answered: dict[str, Source] = {}
     notes: dict[str, str] = {}
     if answers_dir is not None:
-        folder = Path(answers_dir) / dataset.name
+        folder = places.of(answers_dir) / dataset.name
         if (folder / records.MANIFEST).is_file():
             answered = _from_records(folder, records.read_manifest(folder)["splits"])
         else:
-            answered, notes = _from_release(dataset, Path(answers_dir), replies="optional")
+            answered, notes = _from_release(dataset, places.of(answers_dir), replies="optional")
     found = {}
     for split, (source, raw) in tfds.examples(dataset.tfds, SPLITS, data_dir=data_dir).items():
 

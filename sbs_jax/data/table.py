@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from sbs_jax.data.records import SPLITS
-from sbs_jax.storage import user_files
+from sbs_jax.storage import places, user_files
 from sbs_jax.storage.json_files import brief, decoded, part, read_json_lines
 
 ENDINGS = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
@@ -41,7 +41,7 @@ def read(source: str) -> dict[str | None, Table]:
 
     FileNotFoundError or ValueError says what is wrong with it, with file and line.
     """
-    path = Path(source)
+    path = places.of(source)
     if path.is_dir():
         if any((path / name).is_file() for name in _DATASETS_FILES):
             return _of_datasets(source, lambda library: library.load_from_disk(source))

@@ -7,9 +7,9 @@ import functools
 import hashlib
 import itertools
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
-import tensorflow as tf
 
 from sbs_jax.data import vocabularies
 from sbs_jax.data.dataset import JOINT
@@ -42,12 +42,14 @@ def check_vocabulary(name: str) -> None:
         f"of a tokenizer.json, or to {BYTE_VOCABULARY!r}."
     )
     try:
-        found = kind.file is None or tf.io.gfile.exists(vocabularies.located(name))
-    except tf.errors.OpError as error:  # no network, no permission
-        raise FileNotFoundError(f"Cannot reach {name!r} ({error.message}); try again later, or {remedy}") from error
+        found = kind.file is None or Path(vocabularies.located(name)).exists()
+    except FileNotFoundError:
+        found = False
+    except OSError as error:  # no network, no permission
+        raise FileNotFoundError(f"Cannot reach {name!r} ({error}); try again later, or {remedy}") from error
     if not found:
         raise FileNotFoundError(f"There is no {kind.described} at {name!r}; {remedy}")
-    if kind.file is not None and "://" not in name:
+    if kind.file is not None:
         user_files.check(vocabularies.located(name), most=kind.most)
     try:
         vocabulary(name).check()

@@ -18,7 +18,7 @@ import seqio
 import tensorflow as tf
 
 from sbs_jax.data import gguf_tokenizer
-from sbs_jax.storage import hub, json_files
+from sbs_jax.storage import hub, json_files, places
 
 PAD_ID = 0
 EOS_ID = 1  # of bytes and SentencePiece models; a BPE tokenizer has its own
@@ -221,8 +221,7 @@ class Kind:
 
 
 def _contents(name: str) -> bytes:
-    with tf.io.gfile.GFile(located(name), "rb") as file:
-        return file.read()
+    return Path(located(name)).read_bytes()
 
 
 def in_folder(names: Collection[str]) -> list[str]:
@@ -231,12 +230,15 @@ def in_folder(names: Collection[str]) -> list[str]:
 
 
 def located(name: str) -> str:
-    """Returns the file of a vocabulary: in a folder, in a model of the Hugging Face Hub, or the name as it is.
+    """Returns the local file of a vocabulary: in a folder, in a model of the Hugging Face Hub, or the name as it is.
 
-    ValueError for a folder without one. The errors of hub.folder for a model of the hub.
+    One in a bucket is fetched. ValueError for a folder without a vocabulary. The errors of hub.folder for a model of
+    the hub.
     """
-    if name == BYTE or "://" in name:
+    if name == BYTE:
         return name
+    if places.in_bucket(name):
+        return str(places.fetched(places.of(name)))
     place = Path(hub.folder(name, in_folder, needed=f"vocabulary ({' or '.join(_IN_FOLDERS)})"))
     if not place.is_dir():
         return name
@@ -278,9 +280,9 @@ KINDS: Mapping[str, Kind] = {
             file="tokenizer.json",
             library="tokenizers",
             extra_ids=0,
-            detects=lambda name: name.endswith(".gguf") and "://" not in name,
+            detects=lambda name: name.endswith(".gguf"),
             open=Bpe,
-            read=gguf_tokenizer.read,
+            read=lambda name: gguf_tokenizer.read(located(name)),
             most=None,
         ),
         Kind(

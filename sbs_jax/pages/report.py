@@ -25,6 +25,7 @@ from sbs_jax.stats.formats import capital, compact, listed, of_data
 from sbs_jax.stats.results import FINE_TUNING, Run, identify
 from sbs_jax.stats.study import Study, study, teacher_of
 from sbs_jax.stats.summary import Summary, summarize
+from sbs_jax.storage import places
 
 __all__ = ["Run", "Study", "Summary", "find", "headline", "identify", "main", "markdown", "sentences", "study"]
 __all__ += ["summarize", "table", "write_page"]
@@ -39,8 +40,8 @@ def main(paths: Sequence[str | Path], output: str | Path, *, assets: str | Path 
     `paths` are run directories, or folders of them. Plots and numbers go to `assets`, by default a folder beside the
     page (`report_files` for `report.html`).
     """
-    found, page = find(paths), Path(output)
-    folder = page.with_name(f"{page.stem}_files") if assets is None else Path(assets)
+    found, page = find(paths), places.of(output)
+    folder = page.with_name(f"{page.stem}_files") if assets is None else places.of(assets)
     written = write_page(page, found.runs, title=None, notes=(), assets=folder, left_out=found.left_out)
     for summary in written.summaries:
         print(f"{table(summary)}\n")
@@ -69,10 +70,10 @@ def write_page(
     `teacher_accuracy` as in `study`. `assets` is a folder for the plots as SVG and the numbers as CSV, to which the
     page links; `left_out` names the runs that are left out, each with its reason.
     """
-    path = Path(path)
+    path = places.of(path)
     check_place(path)
     found = study(runs, teacher_accuracy=teacher_accuracy, left_out=left_out)
-    downloads = Downloads(None if assets is None else Path(assets), page=path)
+    downloads = Downloads(None if assets is None else places.of(assets), page=path)
     add_tables(downloads, found)
     data = answers.embed(found)
     opening_note, opening = answers.opening(found)
@@ -132,7 +133,7 @@ def _findings(found: Study, summary: Summary) -> list[str]:
 def _reproduction(found: Study, *, command: str | None) -> dict[str, Any]:
     """Collects commands and versions; facts about a single run are about the first."""
     first, manifest = found.results[0], found.results[0].manifest
-    config = shlex.quote(str(Path(first.run.path) / "config.gin"))
+    config = shlex.quote(str(places.of(first.run.path) / "config.gin"))
     paths = " \\\n    ".join(shlex.quote(str(result.run.path)) for result in found.runs)
     return {
         "command": command,

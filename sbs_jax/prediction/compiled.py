@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from sbs_jax import checks
-from sbs_jax.storage import atomic
+from sbs_jax.storage import atomic, places
 
 OFF = "off"
 VARIABLE = "SBS_COMPILED"
@@ -30,11 +30,10 @@ def default() -> str:
 
     "off" where the user has given JAX a cache of its own (JAX_COMPILATION_CACHE_DIR).
     """
-    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     checks.local_path(VARIABLE, os.environ.get(VARIABLE, ""))
     if not os.environ.get(VARIABLE) and os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         return OFF
-    return os.environ.get(VARIABLE) or str(Path(cache).expanduser() / "sbs_jax" / "compiled")
+    return os.environ.get(VARIABLE) or str(places.user_cache() / "compiled")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from sbs_jax import hosts
 from sbs_jax.prediction import id_index, inputs, outputs
 from sbs_jax.prediction.engine import CHOICES, Answer, Predictor
-from sbs_jax.storage import checksums, json_files
+from sbs_jax.storage import checksums, json_files, places
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ def predict(predictor: Predictor, *, input_path: str | Path, output_path: str | 
     {"id", "line", "error"} for a row that cannot be answered. With several processes, each reads the input and the
     first one writes.
     """
-    input_path, output_path = Path(input_path), Path(output_path)
+    input_path, output_path = places.of(input_path), places.of(output_path)
     if hosts.is_first():
         outputs.check(output_path, input_path=input_path)
     reader = inputs.read(input_path)

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from sbs_jax.storage import json_files, parquet_footer, user_files
+from sbs_jax.storage import json_files, parquet_footer, places, user_files
 
 # Bytes of a JSON or CSV line, or characters of a Parquet row.
 LONGEST_LINE = 2**20
@@ -60,7 +60,7 @@ class Reader(Protocol):
 
 def read(path: str | Path) -> Reader:
     """Returns a reader by the file's ending: .csv, .tsv, .parquet, else JSON; all but Parquet may end in .gz."""
-    path = Path(path)
+    path = places.of(path)
     packed = path.suffix.lower() == ".gz"
     ending = (path.with_suffix("") if packed else path).suffix.lower()
     if ending == ".parquet":

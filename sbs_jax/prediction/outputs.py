@@ -1,6 +1,6 @@
 """Journal of answers in JSON lines, which is converted to the requested format and moved into place at the end.
 
-During a run these files are beside OUTPUT:
+During a run these files are beside OUTPUT, or in the user's cache if it is in a bucket, which cannot append:
 
     OUTPUT.partial       one line per answered row, in order
     OUTPUT.partial.json  identity of input, model and settings
@@ -11,13 +11,14 @@ A process that ends early leaves them behind, and the same command resumes from 
 """
 
 import functools
+import hashlib
 import io
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from sbs_jax.storage import atomic, json_files, lock, tables, user_files
+from sbs_jax.storage import atomic, json_files, lock, places, tables, user_files
 
 _ROWS = 8_192  # per Parquet row group
 _OLD_HASH = "sha256 of both ends"  # of an input, in journals of earlier versions
@@ -31,12 +32,12 @@ _ALWAYS, _SOMETIMES = ("id", "prediction", "score"), ("rationale", "scores", "li
 
 def check(output: str | Path, *, input_path: str | Path) -> None:
     """Refuses an output that is the input, or a file that `sbs predict` did not write, before anything is touched."""
-    output = Path(output)
+    output = places.of(output)
     if output.suffix.lower() == ".gz":
         raise ValueError(f"{output}: an output is not packed; give it the ending .csv, .tsv, .parquet or .jsonl.")
-    partial = Path(f"{lock.real(output)}.partial")
-    about = Path(f"{partial}.json")
-    for path in (output, *(Path(f"{partial}{ending}") for ending in ("", ".json", ".ids", ".lock"))):
+    partial = _journal_of(places.real(output))
+    about = places.of(f"{partial}.json")
+    for path in (output, *(places.of(f"{partial}{ending}") for ending in ("", ".json", ".ids", ".lock"))):
         if path.exists() and path.samefile(input_path):
             raise ValueError(f"{path} is the input, and would be written for the output {output}; choose another name.")
     if output.exists() and not _is_output(output):
@@ -47,6 +48,13 @@ def check(output: str | Path, *, input_path: str | Path) -> None:
             f"{there} exists, and is not what an interrupted sbs predict leaves beside {output}; choose another name, "
             "or remove it."
         )
+
+
+def _journal_of(output: Path) -> Path:
+    if not places.in_bucket(output):
+        return output.with_name(f"{output.name}.partial")
+    digest = hashlib.sha256(str(output).encode()).hexdigest()[:16]
+    return places.user_cache() / "journals" / f"{digest}-{output.name}.partial"
 
 
 def _is_output(path: Path) -> bool:
@@ -88,12 +96,13 @@ class Journal:
     """
 
     def __init__(self, output: Path, *, about: Mapping[str, Any]) -> None:
-        self.output = lock.real(output)  # a link stays, and its file has one journal under all its names
+        self.output = places.real(output)  # a link stays, and its file has one journal under all its names
         self._write = _WRITERS.get(output.suffix.lower())
-        self.path = Path(f"{self.output}.partial")
-        self.ids = Path(f"{self.path}.ids")
-        self._about = Path(f"{self.path}.json")
-        self._lock = lock.Lock(Path(f"{self.path}.lock"), of=output, instead="another --output")
+        self.path = _journal_of(self.output)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.ids = places.of(f"{self.path}.ids")
+        self._about = places.of(f"{self.path}.json")
+        self._lock = lock.Lock(places.of(f"{self.path}.lock"), of=output, instead="another --output")
         self._lock.take()
         try:
             self._begin(json.loads(json.dumps(about)))

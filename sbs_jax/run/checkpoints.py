@@ -4,7 +4,8 @@ A run directory holds `checkpoints/<step>/` with three items: `parameters` (a fl
 `optimizer` in Orbax's form, `metadata` (JSON: architecture, step, validation scores so far, progress of the training
 loop). Parameters are a separate item, so that prediction reads nothing else. `checksums.json` beside them has every
 file's size and SHA-256. The directory gets its name when all of this is on disk; until then it is
-`<step>.<n>.writing`.
+`<step>.<n>.writing`. In a bucket it has its name from the start, and `checksums.json`, written last, makes it a
+checkpoint.
 """
 
 import dataclasses
@@ -25,7 +26,7 @@ from sbs_jax import checks, hosts
 from sbs_jax.run import directory, manifest, saving
 from sbs_jax.run.directory import check_has_checkpoint, no_checkpoint, step_of
 from sbs_jax.run.directory import steps as steps  # a part of this module's interface
-from sbs_jax.storage import checksums, json_files
+from sbs_jax.storage import checksums, json_files, places
 from sbs_jax.student import adapters, families
 
 log = logging.getLogger(__name__)
@@ -86,7 +87,7 @@ class Checkpoints:
     """
 
     def __init__(self, run_dir: str | Path, *, retention: Retention, scores: Mapping[int, float]) -> None:
-        self._run_dir = Path(run_dir).absolute()
+        self._run_dir = places.of(run_dir).absolute()
         self.directory = self._run_dir / "checkpoints"
         self._retention = retention
         self._scores = scores
@@ -126,7 +127,7 @@ class Checkpoints:
             self._warn(step, answer["refused"])
         elif not answer["exists"]:
             scores = dict(self._scores)
-            place = Path(answer["place"])
+            place = places.of(answer["place"])
             save = saving.Save(step, place, handler=self._handler, arrays=arrays, metadata=dict(metadata))
             save.start(lambda: self._settle(step, scores), lambda reason: self._warn(step, reason))
             self._saving = save
@@ -202,7 +203,7 @@ class Checkpoints:
         """Removes the remains of interrupted saves and removals."""
         self.directory.mkdir(parents=True, exist_ok=True)
         for path in self.directory.iterdir():
-            if _LEFT_OVER.fullmatch(path.name):
+            if _is_left_over(path):
                 saving.remove(path)
 
     def _find_newest_good(self) -> dict[str, Any]:
@@ -230,7 +231,12 @@ class Checkpoints:
         while target.exists():
             number += 1
             target = folder / f"{step}.{number}"
-        (self.directory / str(step)).rename(target)
+        source = self.directory / str(step)
+        if isinstance(source, places.BucketPath) and isinstance(target, places.BucketPath):
+            source.copy_tree(target)
+            source.remove_tree(first=checksums.FILE)
+        else:
+            source.rename(target)
         log.warning("The checkpoint of step %d cannot be used: %s. It was moved to %s.", step, problem, target)
 
     def _make_folder(self, step: int, *, needed: int) -> dict[str, Any]:
@@ -239,7 +245,7 @@ class Checkpoints:
             if self._is_on_disk(step):
                 return {"exists": True, "refused": None, "place": None}
             final = self.directory / str(step)
-            if os.path.lexists(final):
+            if final.is_symlink() or final.exists():
                 self._set_aside(step, checksums.problem(final) or "a new one replaces it")
             self._tidy()
             free = saving.free(self.directory)
@@ -249,7 +255,7 @@ class Checkpoints:
                 raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {lacking}")
             # Each attempt has its own name: TensorStore may still be writing files of a failed one.
             self._attempts += 1
-            temporary = self.directory / f"{step}.{self._attempts}{saving.WRITING}"
+            temporary = saving.staging(self.directory, step, attempt=self._attempts)
             (temporary / METADATA).mkdir(parents=True)
             for item in (PARAMETERS, OPTIMIZER):
                 # If this process failed before Orbax made this folder, Orbax on the others would wait long for it.
@@ -275,10 +281,11 @@ class Checkpoints:
         try:
             existing = steps(self._run_dir)
             for old in sorted(set(existing) - self._retention.kept(existing, scores=scores) - {step}):
-                # Renamed first, so that no reader sees a partial checkpoint.
-                going = self.directory / f"{old}{_REMOVING}"
-                saving.remove(going)
-                (self.directory / str(old)).rename(going)
+                going = self.directory / str(old)
+                if not places.in_bucket(going):  # renamed first, so that no reader sees a partial checkpoint
+                    going = self.directory / f"{old}{_REMOVING}"
+                    saving.remove(going)
+                    (self.directory / str(old)).rename(going)
                 saving.remove(going)
         except OSError as error:
             log.warning("An old checkpoint could not be removed: %s.", checksums.reason(error))
@@ -294,6 +301,12 @@ class Checkpoints:
 
     def _newest(self) -> int | None:
         return max(self._good, default=None) or max(steps(self._run_dir), default=None)
+
+
+def _is_left_over(path: Path) -> bool:
+    """Detects the remains of an interrupted save or removal: by the name, or in a bucket a step without checksums."""
+    unfinished = places.in_bucket(path) and path.name.isdigit() and not (path / checksums.FILE).is_file()
+    return unfinished or _LEFT_OVER.fullmatch(path.name) is not None
 
 
 def _newest_text(step: int | None) -> str:
@@ -321,7 +334,7 @@ def refuse_damaged(run_dir: Path, step: int, *, items: Iterable[str]) -> None:
 
 def restore(run_dir: str | Path, step: int, *, parameters: Any, optimizer: Any) -> Restored:
     """Restores a step like `Checkpoints.restore`, from a run that another process may be writing."""
-    run_dir = Path(run_dir).absolute()
+    run_dir = places.of(run_dir).absolute()
     refuse_damaged(run_dir, step, items=(PARAMETERS, OPTIMIZER, METADATA))
     handler = saving.array_handler()
     try:
@@ -341,8 +354,8 @@ def _restored(handler: ocp.PyTreeCheckpointHandler, directory: Path, *, paramete
 
 def read_metadata(run_dir: str | Path, step: int) -> dict[str, Any]:
     """Reads the metadata of a step, without its arrays. ValueError if it is damaged."""
-    refuse_damaged(Path(run_dir), step, items=[METADATA])
-    return saving.read_json(Path(run_dir) / "checkpoints" / str(step))
+    refuse_damaged(places.of(run_dir), step, items=[METADATA])
+    return saving.read_json(places.of(run_dir) / "checkpoints" / str(step))
 
 
 def best_step(path: str | Path) -> int | None:
@@ -363,7 +376,7 @@ def read_scores(path: str | Path) -> dict[int, float]:
     """
     existing = steps(path)
     for step in reversed(existing):
-        place = Path(path) / "checkpoints" / str(step)
+        place = places.of(path) / "checkpoints" / str(step)
         if checksums.problem(place, under=(METADATA,)) is not None:  # damaged, or removed by its run meanwhile
             continue
         try:
@@ -390,7 +403,7 @@ def locate(path: str | Path) -> tuple[Path, int]:
 
     The same on every process, even while the run is writing. FileNotFoundError if there is no such checkpoint.
     """
-    path = Path(path).absolute()
+    path = places.of(path).absolute()
     if step_of(path) is not None:
         check_has_checkpoint(path)
         return path.parent.parent, int(path.name)
@@ -416,10 +429,10 @@ def save_parameters(
     metadata = {"step": step, "model": dataclasses.asdict(config)}
     if tuning is not None and base is not None:
         metadata |= {"tuning": dataclasses.asdict(tuning), "base": dict(base)}
-    folder, handler = Path(path).absolute() / "checkpoints", saving.array_handler()
-    temporary = folder / f"{step}.1{saving.WRITING}"
+    folder, handler = places.of(path).absolute() / "checkpoints", saving.array_handler()
+    temporary = saving.staging(folder, step, attempt=1)
     (temporary / METADATA).mkdir(parents=True)
-    handler.save(epath.Path(temporary / PARAMETERS), args=ocp.args.PyTreeSave(parameters))
-    handler.finalize(epath.Path(temporary / PARAMETERS))
+    handler.save(epath.Path(str(temporary / PARAMETERS)), args=ocp.args.PyTreeSave(parameters))
+    handler.finalize(epath.Path(str(temporary / PARAMETERS)))
     saving.complete(temporary, metadata=metadata)
-    temporary.rename(folder / str(step))
+    saving.put_in_place(temporary, folder / str(step))

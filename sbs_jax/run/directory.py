@@ -27,7 +27,7 @@ from typing import Any
 from sbs_jax import hosts
 from sbs_jax.checks import nearest
 from sbs_jax.run import manifest, pending_writes, trackers
-from sbs_jax.storage import atomic, checksums, json_files, lock, user_files
+from sbs_jax.storage import atomic, bucket_lock, checksums, json_files, lock, places, user_files
 
 MANIFEST = manifest.NAME
 read_manifest = manifest.read
@@ -54,12 +54,12 @@ class RunDir:
     ) -> None:
         """Checks that the trackers' packages are installed (ModuleNotFoundError); touches no file."""
         trackers.check_installed(tracker_names)
-        self.path = Path(path).absolute()
+        self.path = places.of(path).absolute()
         self._tracker_names = tracker_names
         self._trackers: list[trackers.Tracker] | None = None  # opened by the first line
         self._settings: dict[str, Any] = {}
         self._config_text = config_text
-        self._lock = lock.Lock(self.path / "lock", of=self.path, instead="another MODEL_DIR")
+        self._lock = bucket_lock.lock_of(self.path, instead="another MODEL_DIR")
         self._pending = pending_writes.PendingWrites()
         self._failing = False  # during an outage of the disk that was logged
         self._given_up: lock.TakenOverError | None = None  # set when another process writes here
@@ -271,8 +271,12 @@ class RunDir:
             )
         size = sum(map(len, kept))
         if path.exists() and path.stat().st_size != size:
-            with _explaining_disk_errors(self.path), path.open("r+b") as file:
-                file.truncate(size)
+            with _explaining_disk_errors(self.path):
+                if places.in_bucket(path):
+                    path.write_bytes(b"".join(kept))
+                else:
+                    with path.open("r+b") as file:
+                        file.truncate(size)
         return self._follow_files()
 
     def _check(self) -> None:
@@ -325,7 +329,7 @@ class RunDir:
 
 def steps(run_dir: str | Path) -> list[int]:
     """Lists the complete checkpoints of a run, ascending."""
-    directory = Path(run_dir) / "checkpoints"
+    directory = places.of(run_dir) / "checkpoints"
     if not directory.is_dir():
         return []
     return sorted(int(p.name) for p in directory.iterdir() if p.name.isdigit() and (p / checksums.FILE).is_file())
@@ -338,7 +342,7 @@ def step_of(path: Path) -> int | None:
 
 def check_has_checkpoint(path: str | Path) -> None:
     """Raises FileNotFoundError unless this is a run directory with a checkpoint, or one `checkpoints/<step>` of it."""
-    path = Path(path).absolute()
+    path = places.of(path).absolute()
     if step_of(path) is not None:
         if not path.is_dir():
             raise FileNotFoundError(f"No checkpoint at {path}; this run has steps {steps(path.parent.parent)}.")
@@ -374,7 +378,7 @@ def last_lines(lines: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """Reads a run's metrics.jsonl, without an incomplete last line. ValueError names a damaged line."""
-    file = Path(path) / "metrics.jsonl"
+    file = places.of(path) / "metrics.jsonl"
     return [_parse(line, path=file, number=number) for number, line in enumerate(_whole_lines(file), start=1)]
 
 
@@ -398,7 +402,7 @@ def had_checkpoints(path: Path) -> bool:
 
 def read_scores(path: str | Path) -> dict[int, float]:
     """Reads the validation scores by step in metrics.jsonl; {} if there are none."""
-    if not (Path(path) / "metrics.jsonl").exists() or not (Path(path) / MANIFEST).exists():
+    if not (places.of(path) / "metrics.jsonl").exists() or not (places.of(path) / MANIFEST).exists():
         return {}
     metric = manifest.read(path).get("run", {}).get("primary_metric")
     lines = [line for line in read_metrics(path) if line["kind"] == "validation" and metric in line]

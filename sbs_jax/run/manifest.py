@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sbs_jax import checks
-from sbs_jax.storage import atomic, hub, json_files
+from sbs_jax.storage import atomic, hub, json_files, places
 
 NAME = "manifest.json"
 CHECKPOINTED = "checkpointed"  # true once the run's first checkpoint is on disk
@@ -46,7 +46,7 @@ _STEADY = 1e-6  # share of the highest rate: tolerance for a schedule's rounding
 
 def read(run_dir: str | Path) -> dict[str, Any]:
     """Reads the manifest of a run. FileNotFoundError if there is none, ValueError if it is damaged."""
-    path = Path(run_dir) / NAME
+    path = places.of(run_dir) / NAME
     if not path.exists():
         raise FileNotFoundError(f"{run_dir} is not a run directory: it has no {NAME}.")
     try:
@@ -104,7 +104,7 @@ def one(manifest: Mapping[str, Any], dataset: str | None, *, where: str) -> dict
 
 def write(run_dir: str | Path, contents: Mapping[str, Any]) -> None:
     """Writes the manifest of a run."""
-    atomic.replace(Path(run_dir) / NAME, encoded(contents))
+    atomic.replace(places.of(run_dir) / NAME, encoded(contents))
 
 
 def encoded(contents: Mapping[str, Any]) -> bytes:
@@ -114,7 +114,7 @@ def encoded(contents: Mapping[str, Any]) -> bytes:
 
 def note_checkpoint(run_dir: str | Path) -> None:
     """Writes into the manifest, if there is one, that the run has a checkpoint."""
-    if (Path(run_dir) / NAME).exists() and not (found := read(run_dir)).get(CHECKPOINTED):
+    if (places.of(run_dir) / NAME).exists() and not (found := read(run_dir)).get(CHECKPOINTED):
         write(run_dir, {**found, CHECKPOINTED: True})
 
 
@@ -185,7 +185,7 @@ def last_name(path: str) -> str:
     name = hub.parse(path)
     if "://" in path or not path.strip("/") or (name is not None and name.is_pinned):
         return path
-    parts = Path(path).parts
+    parts = places.of(path).parts
     return "/".join(parts[-2:]) if parts[-1].startswith("checkpoint_") else parts[-1]
 
 
@@ -343,7 +343,7 @@ def _gone(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
         return []
     lines = []
     for part in data_of_parts(old["data"]).values():
-        folder = Path(new["data"]["options"]["records_dir"]) / part.get("dataset", new["data"]["dataset"])
+        folder = places.of(new["data"]["options"]["records_dir"]) / part.get("dataset", new["data"]["dataset"])
         files = {
             file: sha256
             for split in part.get("splits", {}).values()

@@ -1,7 +1,8 @@
 """Pending writes of a run: contents that wait in memory while the disk cannot be written.
 
 A failed write (disk full, read-only, no permission, I/O error) leaves the file unchanged, as far as the disk allows.
-The next one writes all pending contents in order: nothing is lost, duplicated or truncated.
+The next one writes all pending contents in order: nothing is lost, duplicated or truncated. An object in a bucket
+cannot grow, so its contents are kept in memory and written again as a whole.
 """
 
 import contextlib
@@ -9,7 +10,7 @@ import logging
 import os
 from pathlib import Path
 
-from sbs_jax.storage import atomic
+from sbs_jax.storage import atomic, places
 
 log = logging.getLogger(__name__)
 
@@ -22,10 +23,13 @@ class PendingWrites:
         self._ends: dict[Path, int] = {}  # length of each file's complete contents, in bytes
         self._clean: set[Path] = set()  # files with no remains of a failed write after that length
         self._replaced: dict[Path, bytes] = {}
+        self._objects: dict[Path, bytes] = {}  # contents of followed objects in a bucket
 
     def follow(self, path: Path, *, end: int) -> None:
         """Starts appending to a file at byte `end`; the first write cuts off anything after it."""
         self._pieces[path], self._ends[path] = [], end
+        if places.in_bucket(path):
+            self._objects[path] = path.read_bytes()[:end] if end else b""
 
     def append(self, path: Path, piece: bytes) -> None:
         """Queues a piece for the end of a followed file."""
@@ -62,6 +66,10 @@ class PendingWrites:
 
     def _append(self, path: Path, data: bytes) -> None:
         """Appends to the file; on disk when this returns. After an error the file has its old length."""
+        if path in self._objects:
+            path.write_bytes(self._objects[path] + data)
+            self._objects[path] += data
+            return
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             self._find_end(path, descriptor)

@@ -5,6 +5,7 @@
 
 import asyncio
 import concurrent.futures
+import contextlib
 import gc
 import json
 import logging
@@ -23,7 +24,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from sbs_jax import hosts
-from sbs_jax.storage import atomic, checksums, json_files
+from sbs_jax.storage import atomic, checksums, json_files, places
 from sbs_jax.student import adapters, families
 
 log = logging.getLogger(__name__)
@@ -50,14 +51,14 @@ class Save:
         self._handler = handler
         self._metadata = metadata
         self._size = size(arrays)
-        self._temporary, self._final = place, place.parent / str(step)
+        self._temporary, self._final = place, place.parent / str(step)  # the same in a bucket
         self._error: BaseException | None = None
         self._own_part_done = threading.Event()
         self._exchanged = threading.Event()  # every process knows of every failure
         self._futures: list[Any] = []
         try:
             for item, tree in arrays.items():
-                copied = handler.async_save(epath.Path(self._temporary / item), args=ocp.args.PyTreeSave(tree))
+                copied = handler.async_save(epath.Path(str(self._temporary / item)), args=ocp.args.PyTreeSave(tree))
                 self._futures += _run(copied) or []
         except Exception as error:
             self._error = _storage_error(error)
@@ -120,11 +121,10 @@ class Save:
         self._wait_for_others()
         for item in (PARAMETERS, OPTIMIZER):
             if (self._temporary / item).is_dir():
-                self._handler.finalize(epath.Path(self._temporary / item))
+                self._handler.finalize(epath.Path(str(self._temporary / item)))
         written = time.monotonic()
         total = complete(self._temporary, metadata=self._metadata)
-        self._temporary.rename(self._final)
-        atomic.sync_directory(self._final.parent)
+        put_in_place(self._temporary, self._final)
         now = time.monotonic()
         log.info(
             "Checkpoint of step %d: %s on disk after %.2f s, %.2f s of them for checksums.",
@@ -154,7 +154,7 @@ class Save:
             if deadline is not None and time.monotonic() > deadline:
                 raise OSError(f"this process does not see the files of the others in {self._temporary}")
             if missing:
-                time.sleep(0.05)
+                time.sleep(0.5 if places.in_bucket(self._temporary) else 0.05)
 
 
 def array_handler() -> ocp.PyTreeCheckpointHandler:
@@ -164,7 +164,19 @@ def array_handler() -> ocp.PyTreeCheckpointHandler:
 
 def restore(handler: ocp.PyTreeCheckpointHandler, directory: Path, *, like: Any) -> Any:
     arguments = ocp.checkpoint_utils.construct_restore_args(like)
-    return handler.restore(epath.Path(directory), args=ocp.args.PyTreeRestore(like, restore_args=arguments))
+    return handler.restore(epath.Path(str(directory)), args=ocp.args.PyTreeRestore(like, restore_args=arguments))
+
+
+def staging(folder: Path, step: int, *, attempt: int) -> Path:
+    """Returns where a step is written: a temporary name, or in a bucket, where nothing can be renamed, its own."""
+    return folder / (str(step) if places.in_bucket(folder) else f"{step}.{attempt}{WRITING}")
+
+
+def put_in_place(temporary: Path, final: Path) -> None:
+    """Gives a complete step its name; in a bucket its checksums, written last, have made it one."""
+    if temporary != final:
+        temporary.rename(final)
+        atomic.sync_directory(final.parent)
 
 
 def complete(directory: Path, *, metadata: Mapping[str, Any]) -> int:
@@ -204,6 +216,10 @@ def _storage_error(error: BaseException) -> OSError | None:
 
 def remove(path: Path) -> None:
     """Removes a directory as far as possible; unfinished writes may still add files to it."""
+    if isinstance(path, places.BucketPath):
+        with contextlib.suppress(OSError):
+            path.remove_tree(first=checksums.FILE)  # without them the rest is no checkpoint
+        return
     for _ in range(10):
         shutil.rmtree(path, ignore_errors=True)
         if not path.exists():
@@ -216,7 +232,9 @@ def size(tree: Any) -> int:
 
 
 def free(path: Path) -> int | None:
-    """Returns the free bytes at a path; None if its file system does not know, as on a mounted bucket."""
+    """Returns the free bytes at a path; None if its file system does not know, and of a bucket."""
+    if places.in_bucket(path):
+        return None
     try:
         usage = shutil.disk_usage(path)
     except OSError:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
 from sbs_jax.data import records, selection
-from sbs_jax.storage import atomic, json_files
+from sbs_jax.storage import atomic, json_files, places
 
 MAJORITY, PARTIAL, LINEAR = "majority", "partial", "linear"
 TITLES = {
@@ -54,7 +54,7 @@ class _FirstFile(Baselines):
 
 def write(records_dir: str | Path, dataset: str, found: Baselines) -> Path:
     """Adds the baselines of a dataset to the file beside its records, replacing those of the same rows; returns it."""
-    path = Path(records_dir) / dataset / records.BASELINES
+    path = places.of(records_dir) / dataset / records.BASELINES
     others = [each for each in _read(path) if _rows(each) != _rows(found)]
     contents = _File(format=FORMAT, measured=[*others, found])
     atomic.replace(path, (json.dumps(contents, indent=1) + "\n").encode())
@@ -72,7 +72,7 @@ def read(manifest: Mapping[str, Any]) -> Baselines | None:
     tested = (options.get("folds", 0), splits.get(selection.TEST, {}).get("sha256"))
     same = [
         each
-        for each in _read(Path(options["records_dir"]) / data["dataset"] / records.BASELINES)
+        for each in _read(places.of(options["records_dir"]) / data["dataset"] / records.BASELINES)
         if (each.get("folds", 0), each["sha256"].get(selection.TEST)) == tested
     ]
     learned = splits.get(selection.TRAIN, {}).get("sha256")

@@ -1,12 +1,12 @@
 """Run directories, given by their own paths or found inside folders."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from sbs_jax.run import directory
 from sbs_jax.stats.results import Run, is_tested, runs_of
+from sbs_jax.storage import places
 
 
 @dataclass(frozen=True)
@@ -26,14 +26,14 @@ def find(paths: Sequence[str | Path]) -> Found:
     without a manifest.json is searched for run directories; those without a test result, or of an unknown method, go
     to `left_out`. Files beside the runs (`runs/*`) are ignored.
     """
-    runs: dict[str, list[Run]] = {}
+    runs: dict[Path, list[Run]] = {}
     left_out: list[str] = []
-    for path in map(Path, paths):
+    for path in map(places.of, paths):
         if path.is_file() and len(paths) > 1:
             continue
         inside = [] if (path / directory.MANIFEST).exists() or not path.is_dir() else _run_dirs(path)
         if not inside:
-            runs.setdefault(os.path.realpath(path), runs_of(path))
+            runs.setdefault(places.real(path), runs_of(path))
         for folder in inside:
             try:
                 of_folder = runs_of(folder)
@@ -41,7 +41,7 @@ def find(paths: Sequence[str | Path]) -> Found:
                 left_out.append(f"{folder}: {error}")
                 continue
             if is_tested(folder):
-                runs.setdefault(os.path.realpath(folder), of_folder)
+                runs.setdefault(places.real(folder), of_folder)
             else:
                 left_out.append(f"{folder}: it has no test result yet.")
     if not runs:
@@ -53,9 +53,9 @@ def find(paths: Sequence[str | Path]) -> Found:
 def _run_dirs(folder: Path) -> list[Path]:
     """Lists folders below that look like run directories, by name; records have a manifest too, but no metrics."""
     found = []
-    for place, names, files in os.walk(folder):
+    for place, names, files in places.walk(folder):
         names.sort()
         if directory.MANIFEST in files and ("config.gin" in files or "metrics.jsonl" in files):
-            found.append(Path(place))
+            found.append(place)
             names.clear()
     return found

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from sbs_jax.stats import intervals, labels
-from sbs_jax.storage import json_files
+from sbs_jax.storage import json_files, places
 
 _ROUNDING = 0.01  # points, between a metric and the mean of its rows
 
@@ -63,7 +63,7 @@ def of_run(
         values = {name: value for name, value in line.items() if name != "step"}
         found[kind] = {"step": line["step"]}
         for task, of_labels in labels.items() if kind in ("validation", "test") else ():
-            file = Path(run) / "predictions" / f"{task}-{'test-' * (kind == 'test')}{line['step']}.jsonl"
+            file = places.of(run) / "predictions" / f"{task}-{'test-' * (kind == 'test')}{line['step']}.jsonl"
             rows = [row for _, row in json_files.read_json_lines(file)] if file.is_file() else []
             if len(labels) == 1:
                 values = described(values, rows, by_label(rows, of_labels))

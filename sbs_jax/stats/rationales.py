@@ -24,7 +24,7 @@ from sbs_jax import hosts
 from sbs_jax.data import grading, parsing, records, registry, selection, task_names, tokens
 from sbs_jax.data.dataset import Dataset
 from sbs_jax.stats.quality import LINES, NAME, VERSION
-from sbs_jax.storage import atomic
+from sbs_jax.storage import atomic, places
 from sbs_jax.student import partitioning
 from sbs_jax.training import evaluate, students
 
@@ -73,7 +73,7 @@ def measure(
     found["consistency"] |= by_label_task
     found |= {"step": student.step, "split": selection.TEST}
     if hosts.is_first():
-        folder = Path(run)
+        folder = places.of(run)
         folder = folder if (folder / "manifest.json").exists() else folder.parents[1]
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         atomic.replace(folder / LINES, text.encode("utf-8", "backslashreplace"))

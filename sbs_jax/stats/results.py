@@ -15,7 +15,7 @@ from sbs_jax.run import manifest as run_manifest
 from sbs_jax.stats.intervals import accuracy_interval
 from sbs_jax.stats.quality import Quality
 from sbs_jax.stats.quality import read as read_quality
-from sbs_jax.storage import json_files, user_files
+from sbs_jax.storage import json_files, places, user_files
 
 FINE_TUNING = "standard fine-tuning"
 DISTILLATION = "standard distillation"
@@ -201,7 +201,7 @@ class Result:
 
 def runs_of(path: str | Path) -> list[Run]:
     """Reads what `identify` reads for each dataset that a run directory was trained on."""
-    whole = _manifest(Path(path))
+    whole = _manifest(places.of(path))
     return [_identified(path, whole, name) for name in run_manifest.parts(whole) or [None]]
 
 
@@ -211,11 +211,11 @@ def identify(path: str | Path, *, dataset: str | None = None) -> Run:
     {"label_source": "teacher"} with `svamp_label` is standard distillation, with `svamp_step_by_step` it is
     "step-by-step (teacher labels)". Of a run of several datasets, `dataset` names one: "step-by-step (4 datasets)".
     """
-    return _identified(path, _manifest(Path(path)), dataset)
+    return _identified(path, _manifest(places.of(path)), dataset)
 
 
 def _identified(path: str | Path, whole: Mapping[str, Any], dataset: str | None) -> Run:
-    manifest = _of_dataset(whole, dataset, path=Path(path))
+    manifest = _of_dataset(whole, dataset, path=places.of(path))
     options, kind = manifest["data"]["options"], _kind(manifest)
     if kind not in _METHOD_OF_KIND:
         name = json_files.brief(manifest["run"]["mixture_or_task_name"])
@@ -248,7 +248,7 @@ def is_tested(path: str | Path) -> bool:
 
 def load(run: Run) -> Result:
     """Reads a run directory. ValueError and FileNotFoundError name the file, its fault and the remedy."""
-    path = Path(run.path)
+    path = places.of(run.path)
     manifest = _of_dataset(_manifest(path), run.dataset, path=path)
     metrics = metrics_of(path, dataset=run.dataset)
     if not metrics:

@@ -3,12 +3,11 @@
 import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from sbs_jax.data import records
 from sbs_jax.stats import paper
-from sbs_jax.storage import json_files
+from sbs_jax.storage import json_files, places
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +49,7 @@ def read(manifest: Mapping[str, Any]) -> Teacher | None:
     A report needs no records, so nothing here is an error.
     """
     data = manifest["data"]
-    file = Path(data["options"]["records_dir"]) / data["dataset"] / records.MANIFEST
+    file = places.of(data["options"]["records_dir"]) / data["dataset"] / records.MANIFEST
     try:
         found = json_files.read_json(file) if file.is_file() else None
     except (ValueError, OSError):

@@ -5,9 +5,12 @@ import errno
 import os
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
+
+from sbs_jax.storage import places
 
 
 @contextlib.contextmanager
@@ -18,6 +21,10 @@ def replacing(path: Path, *, ours: bool = True) -> Iterator[BinaryIO]:
     error the temporary file is removed. Only one process at a time may write a path. In a folder that is not `ours`
     alone the temporary file has a name that nobody else uses, so several processes may write, the last one wins.
     """
+    if places.in_bucket(path):  # an object appears as a whole
+        with path.open("wb") as file:
+            yield file
+        return
     temporary = path.with_name(f"{path.name}.tmp" if ours else f".{secrets.token_hex(8)}.tmp")
     try:
         with temporary.open("wb") as file:
@@ -36,10 +43,17 @@ def replacing(path: Path, *, ours: bool = True) -> Iterator[BinaryIO]:
 def new_folder(path: Path) -> Iterator[Path]:
     """Makes a folder beside `path`, which becomes `path` when the block ends without an error and is removed otherwise.
 
-    FileExistsError if `path` exists.
+    FileExistsError if `path` exists. For one in a bucket the block gets a local folder, which is then uploaded: a
+    failure on the way leaves a part of the objects.
     """
     if path.exists():
         raise FileExistsError(f"{path} exists already; choose another name, or remove it.")
+    if places.in_bucket(path):
+        with tempfile.TemporaryDirectory(prefix="sbs-jax-") as scratch:
+            yield Path(scratch)
+            for file in sorted(each for each in Path(scratch).rglob("*") if each.is_file()):
+                places.upload(file, path / file.relative_to(scratch).as_posix())
+        return
     # A name that nobody else uses: an older folder could be the user's, or that of another process.
     folder = path.with_name(f".{path.name[:200]}.{secrets.token_hex(4)}.incomplete")
     folder.mkdir(parents=True)
@@ -58,7 +72,11 @@ def replace(path: Path, contents: bytes, *, ours: bool = True) -> None:
 
 
 def move(path: Path, target: Path) -> None:
-    """Moves a whole file to its place on the same file system; contents and name are on disk afterwards."""
+    """Moves a whole file to its place on the same file system, or in a bucket; it is there for good afterwards."""
+    if places.in_bucket(target):
+        places.upload(path, target)
+        path.unlink()
+        return
     with path.open("rb") as file:
         os.fsync(file.fileno())
     path.replace(target)
@@ -75,6 +93,8 @@ def write_all(descriptor: int, data: bytes, *, offset: int) -> None:
 
 def sync_directory(path: Path) -> None:
     """Flushes a directory's file names to disk, where its file system supports that."""
+    if places.in_bucket(path):
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,7 +1,8 @@
 """Checksums of a directory: one JSON file in it lists every other file with its size and SHA-256.
 
 A directory without this file is incomplete. The file also has its own hash, so damage to it is detected. Files
-added later are ignored.
+added later are ignored. In a bucket the generation of an object stands for its hash: an object of the same generation
+has the same bytes, so one listing checks them all.
 """
 
 import concurrent.futures
@@ -14,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from sbs_jax.storage import json_files, user_files
+from sbs_jax.storage import json_files, places, user_files
 from sbs_jax.storage.atomic import sync_directory
 
 FILE = "checksums.json"
@@ -25,7 +26,8 @@ _THREADS = 8  # hashing releases the GIL
 @dataclasses.dataclass(frozen=True)
 class _Entry:
     bytes: int
-    sha256: str
+    sha256: str | None = None
+    generation: int | None = None  # in a bucket
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +37,12 @@ class _List:
 
 
 def write(directory: Path) -> int:
-    """Writes the checksum file, after syncing the directory's contents and names to disk; returns the bytes listed."""
+    """Writes the checksum file, after syncing the directory's contents and names to disk; returns the bytes listed.
+
+    In a bucket, places.GenerationError if the directory has one already.
+    """
+    if isinstance(directory, places.BucketPath):
+        return _write_generations(directory)
     files = sorted(path for path in directory.rglob("*") if path.is_file() and path != directory / FILE)
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
         described = dict(
@@ -55,7 +62,10 @@ def problem(directory: Path, *, under: Sequence[str] | None = None) -> str | Non
 
     With `under`, checks only files in these folders.
     """
+    objects = None
     try:
+        if isinstance(directory, places.BucketPath):
+            objects = directory.files()
         data = user_files.whole(directory / FILE, most=_LARGEST)
         value = json_files.parse_json(json_files.decoded(data, FILE), FILE)
         files = json_files.typed(value, _List).files
@@ -73,6 +83,8 @@ def problem(directory: Path, *, under: Sequence[str] | None = None) -> str | Non
     names = [name for name in files if under is None or name.split("/")[0] in under]
     if not names:
         return f"{FILE} lists no file of {', '.join(under or ())}"
+    if objects is not None:
+        return next(filter(None, (_problem_of_object(objects.get(name), name, files[name]) for name in names)), None)
     # Sizes first: they cost nothing and show most damage.
     for looked_at in (_problem_of_size, _problem_of_contents):
         with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
@@ -107,6 +119,25 @@ def _is_inside(name: str) -> bool:
     return path.as_posix() == name and name != "." and not path.is_absolute() and ".." not in path.parts
 
 
+def _write_generations(directory: places.BucketPath) -> int:
+    files = {name: found for name, found in sorted(directory.files().items()) if name != FILE}
+    described = {name: {"bytes": size, "generation": generation} for name, (size, generation) in files.items()}
+    contents = json.dumps({"files": described, "sha256": _of_list(described)}, indent=1)
+    (directory / FILE).write_versioned(contents.encode(), replaces=0)
+    return sum(entry["bytes"] for entry in described.values())
+
+
+def _problem_of_object(found: tuple[int, int] | None, name: str, listed: _Entry) -> str | None:
+    if found is None:
+        return f"{name} is missing"
+    size, generation = found
+    if size != listed.bytes:
+        return f"{name} has {size} bytes; expected {listed.bytes}"
+    if listed.generation in (None, generation):  # None: copied from a disk, which the bucket checked
+        return None
+    return f"{name} has been written again: its generation is not the recorded one"
+
+
 def _problem_of_size(path: Path, name: str, listed: _Entry) -> str | None:
     try:
         size = user_files.check(path).st_size
@@ -118,6 +149,8 @@ def _problem_of_size(path: Path, name: str, listed: _Entry) -> str | None:
 
 
 def _problem_of_contents(path: Path, name: str, listed: _Entry) -> str | None:
+    if listed.sha256 is None:  # copied from a bucket
+        return None
     try:
         with user_files.opened(path) as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()

@@ -35,38 +35,80 @@ class TakenOverError(OSError):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Holder:
-    """The process that holds, or held, a lock; `since` is its host's wall-clock time, for display."""
+    """The process that holds, or held, a lock; `since` is its host's wall-clock time, for display.
+
+    `boot` names the start of its host's system: a process id means something on that host until its next start.
+    """
 
     token: str
     host: str
     pid: int
     since: str
+    boot: str = ""
+
+    @classmethod
+    def of_this_process(cls) -> "Holder":
+        """Returns a holder with a new token."""
+        return cls(
+            token=secrets.token_hex(16),
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            since=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            boot=_boot(),
+        )
+
+    @classmethod
+    def parse(cls, data: bytes) -> "Holder | None":
+        """Reads a lock's contents; None if they are empty or unreadable."""
+        try:
+            found = json.loads(data)
+            names = {name: str(found[name]) for name in ("token", "host", "since")}
+            return cls(**names, pid=int(found["pid"]), boot=str(found.get("boot", "")))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            return None
+
+    def has_ended(self) -> bool:
+        """Returns True if it ran on this host, since its last start, and runs no more."""
+        if not self.boot or (self.host, self.boot) != (socket.gethostname(), _boot()):
+            return False
+        try:
+            os.kill(self.pid, 0)
+        except ProcessLookupError:
+            return True
+        except OSError:
+            pass
+        return False
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host} (since {self.since})"
 
 
-def real(path: str | Path) -> Path:
-    """Returns the path without links: what is locked or written under two names must be one path."""
-    return Path(os.path.realpath(path))
+def held(holder: Holder | None, *, of: Path, instead: str) -> HeldError:
+    """Returns the error of a process that finds the lock with another; `instead` ends the advice."""
+    return HeldError(
+        f"{of} is in use: {holder or 'an unnamed process'} writes to it. Wait until it ends or end it{instead}."
+    )
+
+
+def taken_over(by: str, *, of: Path, holder: Holder, instead: str) -> TakenOverError:
+    """Returns the error of a process whose lock another one has taken; `instead` ends the advice."""
+    return TakenOverError(
+        f"{by} took over {of}, so this one, {holder}, stops writing. Two processes cannot write there at once: let one "
+        f"end first{instead}."
+    )
 
 
 class Lock:
     """Lock file at `path`, which guards `of`: `take`, then `check` before every write, then `release`; or `with`.
 
-    `of` has to be `real`, so that one thing has one lock under all its names. `instead` ends the errors' advice, such
-    as "another MODEL_DIR".
+    `of` has to be `places.real`, so that one thing has one lock under all its names. `instead` ends the errors' advice,
+    such as "another MODEL_DIR".
     """
 
     def __init__(self, path: Path, *, of: Path, instead: str | None = None) -> None:
         self.path, self._of = path, of
         self._instead = f", or choose {instead}" if instead else ""
-        self.holder = Holder(
-            token=secrets.token_hex(16),
-            host=socket.gethostname(),
-            pid=os.getpid(),
-            since=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        )
+        self.holder = Holder.of_this_process()
         self._descriptor: int | None = None
 
     def __enter__(self) -> "Lock":
@@ -92,7 +134,7 @@ class Lock:
                 raise
             self._descriptor = descriptor
             if before:
-                self._log_previous(_parse(before))
+                self._log_previous(Holder.parse(before))
             return
 
     def check(self) -> None:
@@ -103,10 +145,8 @@ class Lock:
             self._take_again()
             return
         if holder is None or holder.token != self.holder.token:
-            raise TakenOverError(
-                f"{holder or 'An unnamed process'} took over {self._of}, so this one, {self.holder}, stops writing. "
-                f"Two processes cannot write there at once: let one end first{self._instead}."
-            )
+            by = str(holder or "An unnamed process")
+            raise taken_over(by, of=self._of, holder=self.holder, instead=self._instead)
 
     def release(self) -> None:
         """Releases the lock. The file stays, empty: a missing file means that somebody removed it."""
@@ -126,11 +166,8 @@ class Lock:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             time.sleep(_WRITTEN_WITHIN)
-            holder = _parse(os.pread(descriptor, 4096, 0))
-            raise HeldError(
-                f"{self._of} is in use: {holder or 'an unnamed process'} writes to it. Wait until it ends or end it"
-                f"{self._instead}."
-            ) from None
+            holder = Holder.parse(os.pread(descriptor, 4096, 0))
+            raise held(holder, of=self._of, instead=self._instead) from None
         except OSError as error:
             if error.errno not in _NO_FLOCK:
                 raise
@@ -187,14 +224,12 @@ class Lock:
 
 def read(path: Path) -> Holder | None:
     """Returns the holder that the file names; None if it is empty or unreadable."""
-    return _parse(path.read_bytes())
+    return Holder.parse(path.read_bytes())
 
 
-def _parse(data: bytes) -> Holder | None:
+def _boot() -> str:
+    """Names this start of the system; "" where it has no name."""
     try:
-        found = json.loads(data)
-        return Holder(
-            token=str(found["token"]), host=str(found["host"]), pid=int(found["pid"]), since=str(found["since"])
-        )
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return None
+        return Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
+    except (OSError, ValueError):
+        return ""

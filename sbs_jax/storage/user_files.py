@@ -1,7 +1,8 @@
 """Files that users give: opened only if they are regular, and read within limits that hold before memory is taken.
 
 A pipe waits for its writer, a device never ends, a line may have gigabytes, and gzip unfolds kilobytes to gigabytes.
-Every reader of such a file opens it here, or calls `check` before a library does. Standard library only.
+Every reader of such a file opens it here, or calls `check` before a library does. Standard library only, and for
+buckets storage/places.py.
 """
 
 import codecs
@@ -16,6 +17,8 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from sbs_jax.storage import places
 
 # Bytes of a file that is held whole; of a line, or an item of a JSON array (a record may hold a reply of 4 MiB twice).
 # JSON can take 20 times as much memory.
@@ -43,7 +46,7 @@ _FORMS = {
 
 def check(path: str | Path, *, most: int | None = None) -> os.stat_result:
     """Requires a regular file, of at most `most` bytes if given. ValueError, or OSError if there is none."""
-    status = Path(path).stat()
+    status = places.of(path).stat()
     if not stat.S_ISREG(status.st_mode):
         kind = _KINDS.get(stat.S_IFMT(status.st_mode), "a device")
         raise ValueError(f"{path} is {kind}; expected a regular file.")
@@ -64,6 +67,8 @@ def check_unfolded(path: str | Path, *, packed: int, unfolded: int) -> None:
 def opened(path: str | Path) -> io.BufferedReader:
     """Opens a regular file for reading bytes."""
     check(path)
+    if places.in_bucket(path):
+        return places.of(path).open("rb")
     file: Any = io.FileIO(path)
     return io.BufferedReader(file, _HEAD)
 
@@ -102,7 +107,7 @@ class _Gzip(io.RawIOBase):
     """The contents of a gzip file; ValueError once they are far larger than the file."""
 
     def __init__(self, file: io.BufferedReader, path: str | Path) -> None:
-        self._path, self._packed, self._unfolded = path, os.fstat(file.fileno()).st_size, 0
+        self._path, self._packed, self._unfolded = path, _length(file), 0
         self._file = gzip.GzipFile(fileobj=file)
 
     def readable(self) -> bool:
@@ -124,10 +129,10 @@ class TextFile:
     """
 
     def __init__(self, path: str | Path, *, longest: int = LONGEST_LINE, as_json: bool = True) -> None:
-        self.path, self._longest = Path(path), longest
+        self.path, self._longest = places.of(path), longest
         with _stream(path) as (file, beneath):
-            self.total = os.fstat(beneath.fileno()).st_size
             head = file.peek(_HEAD)[:_HEAD].removeprefix(_BOM)
+            self.total = _length(beneath)
         self._beneath: BinaryIO | None = None
         self.is_array = as_json and head.lstrip()[:1] == b"["
         problem = _problem(head, is_array=self.is_array, as_json=as_json)
@@ -237,6 +242,14 @@ class _Window:
 
 _SPACE = re.compile(r"[ \t\r\n]*")
 _VALUE = json.JSONDecoder()
+
+
+def _length(file: io.BufferedReader) -> int:
+    """Returns the bytes of a file on disk or in a bucket, and leaves its position."""
+    at = file.tell()
+    end = file.seek(0, io.SEEK_END)
+    file.seek(at)
+    return end
 
 
 def _skip_mark(file: io.BufferedReader) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 from sbs_jax import hosts
 from sbs_jax.hosts import preemption
 from sbs_jax.run import directory
-from sbs_jax.storage import lock
+from sbs_jax.storage import lock, places
 from sbs_jax.sweep.cells import Cell, Group, Sweep, check_configurations, check_inputs, groups
 from sbs_jax.sweep.standings import graded, unfinished
 from sbs_jax.sweep.workers import Workers
@@ -125,7 +125,7 @@ def main(
     with Workers(entry=entry, one_thread=busy) as started, contextlib.ExitStack() as stack:
         check_inputs(check_configurations(cells))
         # Not before the workers' server is forked: a copy of the descriptor there would hold the lock after our end.
-        stack.enter_context(_locked(lock.real(sweep.sweep_dir)))
+        stack.enter_context(_locked(places.real(sweep.sweep_dir)))
         left = unfinished(cells, redo_changed=redo_changed)
         failed, parts = [], groups(left, jobs=jobs, together=together)
         print(listed(parts), end="", flush=True)

@@ -22,7 +22,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sbs_jax.storage import atomic, lock
+from sbs_jax.storage import atomic, lock, places
 from sbs_jax.teacher import recovery
 from sbs_jax.teacher.clients import Reply
 
@@ -68,7 +68,7 @@ class Store:
     """Store of replies, a context manager that opens or creates the file."""
 
     def __init__(self, path: str | Path) -> None:
-        self.path = lock.real(path)
+        self.path = places.real(path)
         self._log = Path(f"{self.path}-wal")
         self._lock = lock.Lock(Path(f"{self.path}.lock"), of=self.path)
 

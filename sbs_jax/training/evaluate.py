@@ -18,7 +18,7 @@ from sbs_jax import compiling, hosts
 from sbs_jax.data import batches, grading, registry, task_names
 from sbs_jax.data.dataset import BY_LOSS, Dataset
 from sbs_jax.data.grading import SCORE
-from sbs_jax.storage import atomic, json_files
+from sbs_jax.storage import atomic, json_files, places
 from sbs_jax.student import decoding, families, losses, partitioning, stacks
 from sbs_jax.training import stopping
 from sbs_jax.training.students import load_student
@@ -398,7 +398,7 @@ def evaluate(
     Returns the metrics, with what `describe` adds to them; it is called on the first process alone.
     """
     if config.output_dir is not None and hosts.is_first():
-        _refuse_others(Path(config.output_dir) / "metrics.json")
+        _refuse_others(places.of(config.output_dir) / "metrics.json")
     student = load_student(
         config.checkpoint_path, layout=config.layout, records_dir=config.records_dir, base=config.base
     )
@@ -427,7 +427,7 @@ def evaluate(
             prefix = f"{task_names.dataset_of(task).name}/" if len(results) > 1 else ""
             found |= {f"{prefix}{name}": value for name, value in more.items()}
     if config.output_dir is not None and hosts.is_first():
-        directory = Path(config.output_dir)
+        directory = places.of(config.output_dir)
         directory.mkdir(parents=True, exist_ok=True)
         for task, result in results.items():
             if result.rows:

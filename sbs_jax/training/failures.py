@@ -14,7 +14,7 @@ from typing import Any
 from sbs_jax import hosts
 from sbs_jax.data import batches
 from sbs_jax.run import checkpoints
-from sbs_jax.storage import atomic, json_files
+from sbs_jax.storage import atomic, json_files, places
 from sbs_jax.training import contents, feed
 from sbs_jax.training.config import TrainConfig
 from sbs_jax.training.step import Trainer, TrainState
@@ -57,7 +57,7 @@ def check(
 
 def folder(run: str | Path, step: int) -> Path:
     """Returns the folder of a failure of a run."""
-    return Path(run) / "failures" / str(step)
+    return places.of(run) / "failures" / str(step)
 
 
 def _write(
@@ -85,7 +85,9 @@ def _plain(value: float) -> float | str:
 
 def newest(run: str | Path) -> int | None:
     """Returns the last failed step that a run kept, None if there is none."""
-    found = [int(path.parent.name) for path in Path(run).glob("failures/*/failure.json") if path.parent.name.isdigit()]
+    found = [
+        int(path.parent.name) for path in places.of(run).glob("failures/*/failure.json") if path.parent.name.isdigit()
+    ]
     return max(found, default=None)
 
 

@@ -5,7 +5,6 @@ import dataclasses
 import logging
 import math
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,7 @@ from sbs_jax.data import outside, prefetch, registry, selection
 from sbs_jax.hosts import preemption, watchdog
 from sbs_jax.run import checkpoints, directory, settings
 from sbs_jax.run import manifest as run_manifest
+from sbs_jax.storage import places
 from sbs_jax.training import contents, evaluate, failures, feed, stopping
 from sbs_jax.training.config import Checkpointing, TrainConfig
 from sbs_jax.training.metrics_window import MetricsWindow
@@ -84,7 +84,7 @@ def train(
     # ------------------------------------------------------------------ set up: data, mesh, compiled step
     config = contents.pinned(config)
     registry.configure(config.data)
-    outside.take(Path(config.model_dir) / ROWS)
+    outside.take(places.of(config.model_dir) / ROWS)
     _ = config.eval_task_names  # refuses a run that nothing can grade
     data = registry.manifest(config.mixture_or_task_name, lengths=config.task_feature_lengths)
     _check_test_split(config, data)

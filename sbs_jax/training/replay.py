@@ -17,6 +17,7 @@ import tqdm
 
 from sbs_jax.data import registry
 from sbs_jax.run import checkpoints
+from sbs_jax.storage import places
 from sbs_jax.student import families, losses
 from sbs_jax.training import failures, feed
 from sbs_jax.training.config import TrainConfig
@@ -36,7 +37,7 @@ def replay(config: TrainConfig, run: str | Path, *, step: int | None) -> dict[st
     nats: `loss` in the batch; `alone` in a separate row without dropout, which separates examples that share a row.
     Examples are sorted worst first, gradients by norm, largest first.
     """
-    run = Path(run)
+    run = places.of(run)
     if step is None and (step := failures.newest(run)) is None:
         raise FileNotFoundError(f"{run} kept no failed step; choose the step to replay: --step N.")
     if not 1 <= step <= config.train_steps:

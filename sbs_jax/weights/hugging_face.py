@@ -9,12 +9,12 @@ renamed when complete.
 import json
 import logging
 import re
+import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tensorflow as tf
 
 from sbs_jax.checks import nearest
 from sbs_jax.data import tokens, vocabularies
@@ -513,7 +513,7 @@ def _write_tokenizer(folder: Path, opened: Opened) -> None:
         settings["tokenizer_class"] = "ByT5Tokenizer"
     else:
         settings["tokenizer_class"] = "T5Tokenizer"
-        tf.io.gfile.copy(vocabularies.located(opened.vocabulary), str(folder / SENTENCEPIECE))
+        shutil.copyfile(vocabularies.located(opened.vocabulary), folder / SENTENCEPIECE)
     write_json(folder / TOKENIZER_CONFIG, settings)
 
 

@@ -5,19 +5,20 @@ checking shapes, merging adapters and placing arrays on devices follow here, onc
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 import jax
 import numpy as np
 
-from sbs_jax.storage import hub
+from sbs_jax.storage import hub, places
 from sbs_jax.student import families
 from sbs_jax.weights import gguf, hugging_face, identity, merging, names, npz, peft, runs, t5gemma_flax, t5x
 from sbs_jax.weights.arrays import LazyArray, Opened, Shapes, Watched, shapes
 
 # Names of forms, as `sbs convert` spells them.
 NPZ, GGUF, PEFT, HUGGING_FACE, SBS, FLAX, T5X = "npz", "gguf", "peft", "hf", "sbs", "flax", "t5x"
+_FILES = (".npz", ".gguf")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,8 +52,22 @@ def form_of(path: str | Path) -> Form:
 
 
 def located(path: str | Path) -> str:
-    """Returns the local folder of a model of the Hugging Face Hub, fetched if need be; other paths as they are."""
+    """Returns the local copy of a model of the Hugging Face Hub, or of files in a bucket that only a disk can serve.
+
+    It is fetched if need be. Other paths are returned as they are.
+    """
+    if places.in_bucket(path):
+        place = places.of(path)
+        if place.suffix in _FILES:
+            return str(places.fetched(place))
+        if any((place / name).is_file() for name in (hugging_face.CONFIG, peft.CONFIG)):
+            return str(places.fetched(place, _needed))
     return hub.folder(str(path), hugging_face.needed, needed=f"{hugging_face.CONFIG} and weights that are read")
+
+
+def _needed(names: Collection[str]) -> list[str]:
+    adapters = (peft.CONFIG, peft.WEIGHTS, peft.TORCH_WEIGHTS)
+    return hugging_face.needed(names) or [name for name in adapters if name in names]
 
 
 def load_parameters(
@@ -149,7 +164,13 @@ FORMS: Mapping[str, Form] = {
             lambda path, _: hugging_face.open_directory(path),
             f"a Hugging Face directory ({hugging_face.CONFIG})",
         ),
-        Form(SBS, runs.is_run, lambda path, _: runs.open_run(path), "a run directory or one of its checkpoints/<step>"),
+        Form(
+            SBS,
+            runs.is_run,
+            lambda path, _: runs.open_run(path),
+            "a run directory or one of its checkpoints/<step>",
+            remote=True,
+        ),
         Form(
             FLAX,
             t5gemma_flax.is_checkpoint,

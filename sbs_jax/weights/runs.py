@@ -8,6 +8,7 @@ import numpy as np
 
 from sbs_jax.run import directory, saving
 from sbs_jax.run.checkpoints import METADATA, PARAMETERS, locate, refuse_damaged
+from sbs_jax.storage import places
 from sbs_jax.student import adapters, families
 from sbs_jax.weights import tensor_store
 from sbs_jax.weights.arrays import Index, LazyArray, Opened
@@ -15,7 +16,7 @@ from sbs_jax.weights.arrays import Index, LazyArray, Opened
 
 def is_run(path: str | Path) -> bool:
     """Detects a run directory, or one of its `checkpoints/<step>`."""
-    path = Path(path)
+    path = places.of(path)
     holds_steps = (path / "checkpoints").is_dir() or (path / directory.MANIFEST).is_file()
     return holds_steps or path.parent.name == "checkpoints"
 

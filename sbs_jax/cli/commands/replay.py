@@ -4,11 +4,10 @@ import argparse
 import json
 import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from sbs_jax.cli import runs
-from sbs_jax.storage import user_files
+from sbs_jax.storage import places, user_files
 from sbs_jax.training import gin_files
 
 
@@ -34,9 +33,9 @@ def check(arguments: argparse.Namespace, bindings: Sequence[str]) -> None:
 def run(arguments: argparse.Namespace, bindings: Sequence[str]) -> int:
     from sbs_jax.training import failures, replay
 
-    saved = user_files.whole(Path(arguments.run_dir) / "config.gin").decode()
+    saved = user_files.whole(places.of(arguments.run_dir) / "config.gin").decode()
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "config.gin"
+        file = places.of(folder) / "config.gin"
         file.write_text(gin_files.with_new_imports(saved), "utf-8")
         arguments.gin_file = [str(file), *arguments.gin_file]
         config, _ = gin_files.configured("train.TrainConfig", arguments, bindings)
