@@ -261,14 +261,15 @@ class Starter:
         timeout: float = 200,
         roots: Mapping[int, Path] | None = None,
         slurm: bool = False,
+        more: Mapping[str, str] | None = None,
         **options: Any,
     ) -> Iterator[list[Process]]:
-        """Starts `present` of the `count` processes of one run; kills them at the end of the block."""
+        """Starts `present` of the `count` processes of one run, with `more` variables; kills them after the block."""
         port, job = free_port(), 61_440 + os.getpid() % 4096
         with contextlib.ExitStack() as stack:
             processes = []
             for index in range(count) if present is None else present:
-                environment = {_SHARED: "1"}
+                environment = {_SHARED: "1", **(more or {})}
                 flags = ["--join_timeout", f"{timeout:g}"]
                 if slurm:
                     environment |= {"SLURM_JOB_ID": str(job), "SLURM_STEP_NODELIST": "localhost", "SLURM_LOCALID": "0"}

@@ -21,7 +21,10 @@ PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-
 DISTRIBUTIONS = {
     "absl": "absl-py",
     "gin": "gin-config",
-    "google": "google-genai",
+    "google.api_core": "google-api-core",
+    "google.auth": "google-auth",
+    "google.cloud": "google-cloud-storage",
+    "google.genai": "google-genai",
     "mlflow": "mlflow-skinny",
     "orbax": "orbax-checkpoint",
 }
@@ -35,6 +38,11 @@ def name(path: Path) -> str:
     return path.relative_to(REPOSITORY).as_posix()
 
 
+def package(module: str) -> str:
+    """Returns the top-level package of a module; several distributions share "google"."""
+    return ".".join(module.split(".")[: 2 if module.startswith("google.") else 1])
+
+
 def imported(path: Path, *, inside_functions: bool = True) -> set[str]:
     """Lists the top-level packages that a file imports."""
     names: set[str] = set()
@@ -42,9 +50,9 @@ def imported(path: Path, *, inside_functions: bool = True) -> set[str]:
     while nodes:
         node = nodes.pop()
         if isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[0] for alias in node.names}
+            names |= {package(alias.name) for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            names.add((node.module or "").split(".")[0])
+            names.add(package(f"{node.module}.{node.names[0].name}"))
         elif inside_functions or not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             nodes += ast.iter_child_nodes(node)
     return names

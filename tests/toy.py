@@ -150,7 +150,7 @@ def write_command(folder: Path, **macros: Any) -> Path:
     """Writes the files that `sbs train` needs: records/, toy.gin, and the module that registers the dataset."""
     write_records(folder / "records")
     (folder / "toy.gin").write_text(_gin_text(macros))
-    (folder / "toy_task.py").write_text("import toy\nfrom sbs_jax.data import registry\nregistry.add(toy.DATASET)\n")
+    (folder / "toy_task.py").write_text("from toy import DATASET as DATASET\n")
     return folder
 
 

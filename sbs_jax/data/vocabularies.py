@@ -238,16 +238,26 @@ def located(name: str) -> str:
     if name == BYTE:
         return name
     if places.in_bucket(name):
-        return str(places.fetched(places.of(name)))
+        return _of_bucket(name)
     place = Path(hub.folder(name, in_folder, needed=f"vocabulary ({' or '.join(_IN_FOLDERS)})"))
     if not place.is_dir():
         return name
-    file = next(iter(in_folder([path.name for path in place.iterdir()])), None)
+    return str(place / _file_in(place, name=name))
+
+
+@functools.cache  # the vocabulary of a run is that of its start
+def _of_bucket(name: str) -> str:
+    place = places.of(name)
+    return str(places.fetched(place if place.suffix else place / _file_in(place, name=name)))
+
+
+def _file_in(folder: Path, *, name: str) -> str:
+    file = next(iter(in_folder([path.name for path in folder.iterdir()])), None)
     if file is None:
         raise ValueError(
             f"{name} is a folder without a vocabulary; expected {', '.join(_IN_FOLDERS)} in it, or a file's path."
         )
-    return str(place / file)
+    return file
 
 
 # Kinds are tried in this order.
@@ -301,7 +311,7 @@ KINDS: Mapping[str, Kind] = {
 
 def kind_of(name: str) -> Kind:
     """Returns the kind of a vocabulary by the path of its file (`located`), without reading it."""
-    file = located(name)
+    file = name if places.in_bucket(name) and places.of(name).suffix else located(name)
     return next(kind for kind in KINDS.values() if kind.detects(file))
 
 

@@ -41,7 +41,7 @@ class Downloads:
         """Returns (address as seen from the page, name) of some files; nothing without a folder."""
         if self._folder is None:
             return []
-        folder = urllib.parse.quote(os.path.relpath(self._folder, self._page.parent).replace(os.sep, "/"))
+        folder = urllib.parse.quote(os.path.relpath(str(self._folder), str(self._page.parent)).replace(os.sep, "/"))
         return [(f"{folder}/{name}", name) for name in names]
 
     def write(self) -> None:

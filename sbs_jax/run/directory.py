@@ -33,6 +33,7 @@ MANIFEST = manifest.NAME
 read_manifest = manifest.read
 
 _SEEN_WITHIN = 15.0  # seconds in which a network file system shows a new file to another host
+_ATTEMPTS = 60.0  # seconds between attempts to write into a bucket that is out of reach
 _SHOWN = 60  # lines of a difference in an error
 ROWS = "dataset"  # folder of the rows that `sbs_jax.distill` was given
 # What a process killed early in its start leaves behind, and what is there before a start.
@@ -62,6 +63,8 @@ class RunDir:
         self._lock = bucket_lock.lock_of(self.path, instead="another MODEL_DIR")
         self._pending = pending_writes.PendingWrites()
         self._failing = False  # during an outage of the disk that was logged
+        self._failed: dict[Path, OSError] = {}  # by the last attempt
+        self._next_attempt = 0.0  # monotonic; a bucket out of reach is tried for seconds each time
         self._given_up: lock.TakenOverError | None = None  # set when another process writes here
         self._count = 0
 
@@ -77,7 +80,7 @@ class RunDir:
             for tracker in self._trackers or ():
                 tracker.close(finished=kind is None)
             with contextlib.suppress(lock.TakenOverError):
-                self._write()
+                self._write(now=True)
             self._lock.release()
 
     @property
@@ -151,7 +154,7 @@ class RunDir:
         """Writes all waiting contents; OSError names the incomplete files and the reasons."""
         if not hosts.is_first():
             return
-        failed = self._write()
+        failed = self._write(now=True)
         if failed:
             missing = [f"  {path}: {_reason(error)}" for path, error in failed.items()]
             lines = [line.decode().rstrip() for line in self._pending.waiting(self._metrics)]
@@ -288,8 +291,13 @@ class RunDir:
         if self._given_up is not None:  # for good: the other process may have written, even if it has left
             raise self._given_up
 
-    def _write(self) -> dict[Path, OSError]:
-        """Tries to write the waiting contents; logs the start and the end of an outage once each."""
+    def _write(self, *, now: bool = False) -> dict[Path, OSError]:
+        """Tries to write the waiting contents; logs the start and the end of an outage once each.
+
+        During an outage of a bucket, one attempt in a minute; always `now`.
+        """
+        if self._failing and not now and time.monotonic() < self._next_attempt:
+            return self._failed
         try:
             self._check()
             failed = self._pending.write()
@@ -306,7 +314,8 @@ class RunDir:
             )
         elif self._failing and not failed:
             log.info("%s can be written again; everything that waited is on disk.", self.path)
-        self._failing = bool(failed)
+        self._failing, self._failed = bool(failed), failed
+        self._next_attempt = time.monotonic() + (_ATTEMPTS if places.in_bucket(self.path) else 0.0)
         return failed
 
     # ------------------------------------------------------------------ on the others

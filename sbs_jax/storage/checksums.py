@@ -29,6 +29,10 @@ class _Entry:
     sha256: str | None = None
     generation: int | None = None  # in a bucket
 
+    def __post_init__(self) -> None:
+        if (self.sha256 is None) == (self.generation is None):
+            raise ValueError("expected a SHA-256, or the generation of an object.")
+
 
 @dataclasses.dataclass(frozen=True)
 class _List:

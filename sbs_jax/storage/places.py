@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from google.cloud import storage
 
 SCHEME = "gs:"
-_PATIENCE = 60  # seconds in which a request is repeated after 429, 5xx or a lost connection
+_PATIENCE = 15  # seconds in which a request is repeated after 429, 5xx or a lost connection
 _TIMEOUT = 30  # seconds without an answer to one request
 
 
@@ -393,7 +393,6 @@ def client() -> "storage.Client":
     return _client_of(os.getpid())
 
 
-@functools.cache
 def _retry() -> Any:
     from google.cloud.storage.retry import DEFAULT_RETRY
 

@@ -1,0 +1,361 @@
+"""Everything on gs://, against an emulator over loopback with the real client libraries."""
+
+import contextlib
+import json
+import os
+import random
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import buckets
+import numpy as np
+import pytest
+import toy
+from builders.finished_runs import assert_same
+from processes import Starter, until
+
+from sbs_jax.data import registry
+from sbs_jax.run import checkpoints
+from sbs_jax.run.checkpoints import Checkpoints, Retention
+from sbs_jax.storage import bucket_lock, checksums, lock, places
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    """Address of the emulator, which this process uses too."""
+    with buckets.emulator() as address, pytest.MonkeyPatch.context() as patch, buckets.connected(address, patch):
+        yield address
+
+
+@pytest.fixture
+def place(url: str, request: pytest.FixtureRequest) -> places.BucketPath:
+    """An empty folder in the bucket."""
+    found = places.of(f"gs://{buckets.BUCKET}/{random.randrange(2**64):x}")
+    assert isinstance(found, places.BucketPath)
+    return found
+
+
+def test_a_path_reads_and_writes_as_one_on_disk_does(place, tmp_path):
+    for folder in (place, tmp_path / "x"):
+        assert places.of(str(folder)) == folder
+        assert not folder.exists()
+        folder.mkdir(parents=True)
+        file = folder / "a" / "m.json"
+        file.parent.mkdir()
+        with pytest.raises(FileNotFoundError):
+            file.read_bytes()
+        with pytest.raises(FileNotFoundError):
+            file.stat()
+        assert file.write_text("é\n", "utf-8") == 2
+        with file.open("rb") as opened:
+            assert opened.seek(1) == 1
+            assert opened.read() == b"\xa9\n"
+        with contextlib.suppress(ZeroDivisionError), file.open("wb") as opened:
+            opened.write(b"whole\n")
+        (folder / "b").write_bytes(b"")
+        assert file.read_text("utf-8") == "whole\n"
+        assert (file.is_file(), file.is_dir(), folder.is_dir(), folder.exists(), file.stat().st_size) == (
+            *(True, False, True, True),
+            6,
+        )
+        assert sorted(path.name for path in folder.iterdir()) == ["a", "b"]
+        assert [(path, names, files) for path, names, files in places.walk(folder)] == [
+            (folder, ["a"], ["b"]),
+            (folder / "a", [], ["m.json"]),
+        ]
+        assert list(folder.glob("*/m.json")) == [file]
+        assert file.relative_to(folder).as_posix() == "a/m.json"
+        assert (file.name, file.suffix, file.parent.parent) == ("m.json", ".json", folder)
+        (folder / "b").unlink()
+        with pytest.raises(FileNotFoundError):
+            (folder / "b").unlink()
+        (folder / "b").unlink(missing_ok=True)
+
+
+def test_a_path_in_a_bucket_is_never_a_local_one(place):
+    with pytest.raises(OSError, match=r"gs://bucket/.* is in a bucket; expected a local path"):
+        os.fspath(place)
+    with pytest.raises(OSError, match="expected a local path"):
+        np.save(place, np.zeros(2))
+    with pytest.raises(OSError, match="nothing can be renamed"):
+        place.rename(place.with_name("y"))
+    with pytest.raises(OSError, match="mode 'r\\+b'"):
+        place.open("r+b")
+    with pytest.raises(ValueError, match="names no bucket"):
+        places.of("gs://").exists()
+
+
+def test_an_interrupted_write_leaves_the_object_as_it_was(place):
+    (place / "x").write_bytes(b"before")
+    with contextlib.suppress(ZeroDivisionError), (place / "x").open("wb") as file:
+        file.write(b"part")
+        raise ZeroDivisionError
+    assert (place / "x").read_bytes() == b"before"
+
+
+def test_a_large_object_is_read_in_pieces(place):
+    data = np.random.default_rng(0).bytes(20_000_000)
+    (place / "x").write_bytes(data)
+    with (place / "x").open("rb") as file:
+        assert file.read(1000) == data[:1000]
+        file.seek(15_000_000)
+        assert file.read(6_000_000) == data[15_000_000:]
+        (place / "x").write_bytes(b"another object")
+        file.seek(0)
+        with pytest.raises(OSError, match=str(place)):  # the emulator does not say that it is another one
+            file.read()
+
+
+def test_a_fetched_copy_follows_the_bucket(place, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    (place / "a.npz").write_bytes(b"1")
+    first = places.fetched(place / "a.npz")
+    assert (first.name, first.read_bytes(), places.fetched(place / "a.npz")) == ("a.npz", b"1", first)
+    (place / "a.npz").write_bytes(b"2")
+    assert places.fetched(place / "a.npz").read_bytes() == b"2"
+    with pytest.raises(FileNotFoundError, match="nothing to read"):
+        places.fetched(place, lambda names: [])
+
+
+# ------------------------------------------------------------------------------------------ the lock
+
+
+def lock_at(place: places.BucketPath) -> bucket_lock.BucketLock:
+    made = bucket_lock.lock_of(place, instead="another MODEL_DIR")
+    assert isinstance(made, bucket_lock.BucketLock)
+    return made
+
+
+def test_one_of_six_takes_the_lock(place, monkeypatch):
+    monkeypatch.setattr(bucket_lock, "RENEWED", 0.2)
+    locks = [lock_at(place) for _ in range(6)]
+    start, got = threading.Barrier(6), []
+
+    def take(mine: bucket_lock.BucketLock) -> None:
+        start.wait()
+        try:
+            mine.take()
+            got.append(mine)
+        except lock.HeldError as error:
+            got.append(str(error))
+
+    threads = [threading.Thread(target=take, args=(mine,)) for mine in locks]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    (holder,) = (each for each in got if isinstance(each, bucket_lock.BucketLock))
+    refused = [each for each in got if isinstance(each, str)]
+    assert len(refused) == 5
+    assert all(f"{place} is in use: process {os.getpid()} on" in text for text in refused)
+    holder.check()
+    holder.release()
+    assert (place / "lock").read_bytes() == b""
+    with lock_at(place) as next_one:
+        next_one.check()
+
+
+def test_a_silent_holder_is_taken_over_and_finds_out(place, monkeypatch):
+    monkeypatch.setattr(bucket_lock, "RENEWED", 1000.0)
+    monkeypatch.setattr(bucket_lock, "STALE", 1.0)
+    first = lock_at(place)
+    first.take()
+    first.check()
+    with lock_at(place) as second:
+        second.check()
+        first._written -= 1000.0  # as if it had been stopped for so long
+        with pytest.raises(lock.TakenOverError, match=f"took over {place}, so this one, .*choose another MODEL_DIR"):
+            first.check()
+        first.release()  # must not release the other's
+        second.check()
+        second._written -= 1000.0
+        second.check()
+
+
+def test_a_lock_whose_process_has_ended_here_is_free_at_once(place):
+    ended = lock.Holder.of_this_process()
+    gone = {**vars(ended), "pid": 2**22 + 1}  # above the largest process id
+    (place / "lock").write_text(json.dumps(gone))
+    begin = time.monotonic()
+    with lock_at(place):
+        assert time.monotonic() - begin < 5
+
+
+def test_a_lost_answer_to_the_renewal_loses_no_lock(place, url, monkeypatch):
+    """The first request was carried out, and its repetition is refused."""
+    with lock_at(place) as mine:
+        real = places.BucketPath.write_versioned
+
+        def repeated(self, data, *, replaces=None):
+            real(self, data, replaces=replaces)
+            return real(self, data, replaces=replaces)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(places.BucketPath, "write_versioned", repeated)
+            mine._written -= 1000.0
+            mine.check()
+        mine._written -= 1000.0
+        mine.check()
+
+
+def test_a_removed_lock_is_written_again(place):
+    with lock_at(place) as mine:
+        (place / "lock").unlink()
+        mine._written -= 1000.0
+        mine.check()
+        assert (place / "lock").exists()
+
+
+# ------------------------------------------------------------------------------------------ checkpoints
+
+
+def opened(place: places.BucketPath, **scores: float) -> Checkpoints:
+    return Checkpoints(place, retention=Retention(newest=2, best=0, period=None), scores={})
+
+
+def arrays(step: int) -> dict[str, object]:
+    import jax.numpy as jnp
+
+    return {"parameters": {"a": jnp.full((3, 4), step, jnp.float32)}, "optimizer": {"m": jnp.full((5,), step)}}
+
+
+def saved(place: places.BucketPath, *steps: int) -> None:
+    with opened(place) as run:
+        for step in steps:
+            run.save(step, **arrays(step), metadata={"step": step})  # pyright: ignore[reportArgumentType]
+
+
+def test_steps_in_a_bucket_are_kept_verified_and_restored(place, caplog):
+    saved(place, 1, 2, 3)
+    assert checkpoints.steps(place) == [2, 3]
+    with opened(place) as run:
+        assert run.newest_good() == 3
+        found = run.restore(3, **arrays(0))
+    np.testing.assert_array_equal(found.parameters["a"], np.full((3, 4), 3.0))
+    assert found.metadata["step"] == 3
+    # What is written again, even with the same bytes, is another generation.
+    name = next(name for name in (place / "checkpoints" / "3").files() if name.startswith("parameters/d/"))
+    file = place / "checkpoints" / "3" / name
+    file.write_bytes(file.read_bytes())
+    with pytest.raises(ValueError, match=f"{name} has been written again: its generation"):
+        checkpoints.restore(place, 3, **arrays(0))
+    with opened(place) as run:
+        assert run.newest_good() == 2
+    assert "moved to" in caplog.text
+    assert (place / "damaged" / "3" / "checksums.json").exists()
+    assert checkpoints.steps(place) == [2]
+
+
+@pytest.mark.parametrize("lost", ["parameters/manifest.ocdbt", "metadata/metadata"])
+def test_a_lost_object_is_named(place, lost):
+    saved(place, 1)
+    (place / "checkpoints" / "1" / lost).unlink()
+    assert checksums.problem(place / "checkpoints" / "1") == f"{lost} is missing"
+
+
+def test_a_step_without_its_list_never_was_one(place, tmp_path):
+    """An interrupted save leaves objects, which the next start removes."""
+    saved(place, 1, 2)
+    (place / "checkpoints" / "2" / checksums.FILE).unlink()
+    assert checkpoints.steps(place) == [1]
+    with opened(place) as run:
+        assert run.newest_good() == 1
+        assert not (place / "checkpoints" / "2").exists()
+        run.save(2, **arrays(2), metadata={"step": 2})  # pyright: ignore[reportArgumentType]
+    assert checkpoints.steps(place) == [1, 2]
+    assert not (place / "damaged").exists()
+
+
+def test_a_copy_on_disk_is_good(place, tmp_path):
+    saved(place, 1)
+    buckets.download(place, tmp_path)
+    assert checksums.problem(tmp_path / "checkpoints" / "1") is None
+    found = checkpoints.restore(tmp_path, 1, **arrays(0))
+    np.testing.assert_array_equal(found.parameters["a"], np.full((3, 4), 1.0))
+
+
+# ------------------------------------------------------------------------------------------ whole runs
+
+STEPS = 24
+MACROS = {"TRAIN_STEPS": STEPS, "LOG_PERIOD": 4, "EVAL_PERIOD": 8, "CHECKPOINT_PERIOD": 3, "EVAL_BATCH_SIZE": 4}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    before = registry.options()
+    yield toy.write_command(tmp_path_factory.mktemp("buckets"), **MACROS)
+    registry.configure(before)
+
+
+@pytest.fixture(scope="module")
+def reference(starter: Starter, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The uninterrupted run of one process on disk."""
+    run = tmp_path_factory.mktemp("reference") / "run"
+    done = starter.run(run.parent, toy.train_flags(folder, run), path=[folder])
+    assert done.returncode == 0, done.stderr
+    return run
+
+
+def in_bucket(folder: Path, place: places.BucketPath) -> tuple[list[str], places.BucketPath]:
+    """Copies the records into the bucket; returns the command that trains on them, and its run."""
+    for file in (folder / "records").rglob("*.jsonl"):
+        places.upload(file, place / "records" / file.relative_to(folder / "records").as_posix())
+    run = place / "run"
+    flags = [flag for flag in toy.train_flags(folder, folder) if "RECORDS_DIR" not in flag and "MODEL_DIR" not in flag]
+    return [*flags, f"--gin.RECORDS_DIR={place}/records", f"--gin.MODEL_DIR={run}"], run
+
+
+def has_step(run: places.BucketPath, step: int) -> bool:
+    return any(found >= step for found in checkpoints.steps(run))
+
+
+def assert_same_as(run: places.BucketPath, reference: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    buckets.download(run, copy)
+    assert_same(copy, reference)
+
+
+def test_two_processes_killed_on_a_bucket_end_as_one_on_disk(starter, folder, reference, place, url, tmp_path):
+    """Records, training, evaluation, prediction and report: nothing is written into the working directory."""
+    flags, run = in_bucket(folder, place)
+    cwd = tmp_path / "empty"
+    cwd.mkdir()
+    (cwd / "gin_configs").symlink_to(Path("gin_configs").absolute())
+    cache = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+    options = {"path": [folder], "cwd": cwd}
+    on_bucket = {**buckets.environment(url), **cache}
+    for killed in (0, 1):
+        with starter.together(tmp_path, flags, count=2, more=on_bucket, **options) as processes:
+            until(lambda killed=killed: has_step(run, 3 + 6 * killed), processes)
+            processes[killed].send(signal.SIGKILL)
+            processes[1 - killed].wait()
+    assert not has_step(run, STEPS)
+    with starter.together(tmp_path, flags, count=2, more=on_bucket, **options) as processes:
+        assert [process.wait() for process in processes] == [0, 0], processes[0].complained()
+    one = tmp_path / "two_on_disk"
+    with starter.together(tmp_path, toy.train_flags(folder, one), count=2, **options) as processes:
+        assert [process.wait() for process in processes] == [0, 0], processes[0].complained()
+    assert_same_as(run, one, tmp_path)
+
+    (tmp_path / "in.jsonl").write_text('{"id": "1", "input": "a b c"}\n{"id": "2", "input": "d e f"}\n')
+    places.upload(tmp_path / "in.jsonl", place / "in.jsonl")
+    said = {}
+    # `sbs` itself knows the datasets of tasks/ alone.
+    command = ["-c", "import sys, toy_task; from sbs_jax.cli import main; sys.exit(main.main())"]
+    for where, source, output in ((run, place, place / "out"), (one, tmp_path, tmp_path / "out")):
+        lines = (
+            ["evaluate", str(where), "--split", "test"],
+            ["predict", str(where), "--input", f"{source}/in.jsonl", "--output", f"{output}/a.csv"],
+            ["report", str(where), "--output", f"{output}/report.html"],
+        )
+        (tmp_path / "out").mkdir(exist_ok=True)
+        done = [starter.run(tmp_path, line, environment=on_bucket, command=command, **options) for line in lines]
+        assert [each.returncode for each in done] == [0] * 3, "\n".join(each.stderr for each in done)
+        said[where] = [json.loads(done[0].stdout), (output / "a.csv").read_bytes()]
+        assert b"toy" in (output / "report.html").read_bytes()
+    assert said[run][0]["accuracy"] == said[one][0]["accuracy"]
+    assert said[run][1] == said[one][1]
+    assert [path.name for path in cwd.iterdir()] == ["gin_configs"]
