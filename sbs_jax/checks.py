@@ -10,7 +10,16 @@ from collections.abc import Collection, Iterable
 
 # Flags and fields that may name a place on Cloud Storage.
 ON_BUCKETS = (
-    *("assets", "augmentation", "base", "batch_folder", "checkpoint_path", "corpus", "initial_checkpoint_path", "input"),
+    *(
+        "assets",
+        "augmentation",
+        "base",
+        "batch_folder",
+        "checkpoint_path",
+        "corpus",
+        "initial_checkpoint_path",
+        "input",
+    ),
     *("inputs_dir", "model_dir", "old_run_flags", "output", "output_dir", "page", "records_dir", "release", "run_dirs"),
     *("run_flag", "run_flags", "source", "target", "tfds_data_dir", "vocabulary"),
 )

@@ -146,7 +146,7 @@ class Checkpoints:
         A storage failure is retried every few seconds, for `patience` seconds; then OSError.
         """
         self.wait()
-        if hosts.from_first(lambda: self._is_on_disk(step)):
+        if hosts.from_first(lambda: self._is_known_on_disk(step)):
             return
         deadline = time.monotonic() + patience
         while True:
@@ -269,6 +269,12 @@ class Checkpoints:
         if step in self._good:
             return (directory / checksums.FILE).is_file()
         return directory.is_dir() and checksums.problem(directory) is None
+
+    def _is_known_on_disk(self, step: int) -> bool:
+        try:
+            return self._is_on_disk(step)
+        except OSError:  # of a bucket out of reach
+            return False
 
     def _settle(self, step: int, scores: Mapping[int, float]) -> None:
         """Notes that there is a checkpoint and removes those to drop; called when `step` is on disk."""

@@ -174,7 +174,7 @@ class BucketPath(type(Path())):  # the class of this platform's paths
         if blob is None:
             if self.is_dir():
                 return os.stat_result((stat.S_IFDIR | 0o755, 0, 0, 1, 0, 0, 0, 0, 0, 0))
-            raise FileNotFoundError(f"There is no object {self}.")
+            raise FileNotFoundError(f"there is no object {self}, or no such bucket")
         seconds = int(blob.updated.timestamp()) if blob.updated else 0
         fields = (stat.S_IFREG | 0o644, 0, 0, 1, 0, 0, blob.size or 0, seconds, seconds, seconds)
         return os.stat_result(fields, {"st_mtime_ns": int(blob.generation or 0)})
@@ -288,7 +288,7 @@ def fetched(path: Path, choose: Callable[[Collection[str]], Sequence[str]] | Non
     names = [path.name] if choose is None else choose(folder.children()[1])
     generations = {name: (folder / name).stat().st_mtime_ns for name in names}
     if not generations:
-        raise FileNotFoundError(f"There is nothing to read in {path}.")
+        raise FileNotFoundError(f"there is nothing to read in {path}")
     known = hashlib.sha256(f"{folder} {sorted(generations.items())}".encode()).hexdigest()[:32]
     place = user_cache() / "buckets" / known
     place.mkdir(parents=True, exist_ok=True)
@@ -318,7 +318,7 @@ class _Reader(io.RawIOBase):
         with _explained(path):
             blob = path._bucket.get_blob(path._name, timeout=_TIMEOUT, retry=_retry())
         if blob is None:
-            raise FileNotFoundError(f"There is no object {path}.")
+            raise FileNotFoundError(f"there is no object {path}, or no such bucket")
         self._blob, self.size = blob, int(blob.size or 0)
 
     def readable(self) -> bool:
@@ -372,9 +372,13 @@ class _Writer(io.BytesIO):
         self.close()
 
     def close(self) -> None:
-        if not self.closed and not self._failed:
-            self._path.write_bytes(self.getvalue())
-        super().close()
+        contents = None if self.closed or self._failed else self.getvalue()
+        super().close()  # first: nothing may be written twice
+        if contents is not None:
+            self._path.write_bytes(contents)
+
+    def __del__(self) -> None:
+        self._failed = True  # nobody closed it
 
 
 @functools.cache
@@ -409,15 +413,15 @@ def _explained(path: pathlib.PurePath) -> Iterator[None]:
     try:
         yield
     except exceptions.NotFound:
-        raise FileNotFoundError(f"There is no object {path}.") from None
+        raise FileNotFoundError(f"there is no object {path}, or no such bucket") from None
     except (exceptions.Forbidden, exceptions.Unauthorized) as error:
-        raise PermissionError(f"No permission for {path}: {_words(error)}") from None
+        raise PermissionError(f"no permission for {path}: {_words(error)}") from None
     except exceptions.PreconditionFailed:
-        raise GenerationError(f"{path} was changed by another process meanwhile.") from None
+        raise GenerationError(f"{path} was changed by another process meanwhile") from None
     except (exceptions.GoogleAPIError, GoogleAuthError, requests.RequestException, ConnectionError) as error:
         raise StorageError(f"{path}: {_words(error)}") from None
 
 
 def _words(error: Exception) -> str:
     cause = getattr(error, "cause", None) or error
-    return str(getattr(cause, "message", None) or cause)[:300] or type(error).__name__
+    return str(getattr(cause, "message", None) or cause)[:300].rstrip(".") or type(error).__name__
