@@ -31,8 +31,6 @@ flags (= environment variable with the default)
   --spot                   cheaper, can be preempted
   --internal_ips           hosts without external addresses: run this from their network, which needs Cloud NAT
   --create_flag=FLAG       another flag of `gcloud compute tpus queued-resources create`, such as --reserved; repeat
-  --bucket NAME            Cloud Storage bucket, mounted on every host      = SBS_BUCKET
-  --mount DIR              where; MODEL_DIR and RECORDS_DIR must be below   default /mnt/sbs
   --image IMAGE            container image with a tag that never moves      = SBS_IMAGE
   --env NAME=VALUE         environment variable of the run; repeat
   --attempts N             watch: restarts in a row before it gives up      default 10
@@ -48,11 +46,11 @@ exit status
   5 gave up (--timeout, --attempts)   6 the run itself failed
 
 example
-  export SBS_TPU_PROJECT=my-project SBS_TPU_ZONE=us-west4-a SBS_TPU_TYPE=v5litepod-16 SBS_BUCKET=my-bucket
+  export SBS_TPU_PROJECT=my-project SBS_TPU_ZONE=us-west4-a SBS_TPU_TYPE=v5litepod-16
   scripts/tpu_pod.sh run --spot --image us-west4-docker.pkg.dev/my-project/sbs/sbs:1a2b3c4 -- sbs train \
-      --gin_file=gin_configs/experiments/esnli/base.gin --gin.RECORDS_DIR=/mnt/sbs/records \
-      --gin.MODEL_DIR=/mnt/sbs/runs/esnli --gin.INITIAL_CHECKPOINT_PATH=/mnt/sbs/t5-v1_1-base \
-      --gin.VOCABULARY=/mnt/sbs/t5-v1_1-base/spiece.model
+      --gin_file=gin_configs/experiments/esnli/base.gin --gin.RECORDS_DIR=gs://my-bucket/records \
+      --gin.MODEL_DIR=gs://my-bucket/runs/esnli --gin.INITIAL_CHECKPOINT_PATH=gs://my-bucket/t5-v1_1-base \
+      --gin.VOCABULARY=gs://my-bucket/t5-v1_1-base/spiece.model
 HELP
 }
 
@@ -107,41 +105,28 @@ look_at_nodes() { # sets lost and waiting: nodes that are gone, and nodes that a
 
 # Runs on a host: `on_hosts` sends its text along. Exit status 10: a run is active; 12: it still runs after stop.
 host() { # VERB ARGUMENTS..
-  local status="" code="" id="" boot="" this_boot mounted new_id variables=() stopped=$HOME/sbs_stopped
+  local status="" code="" id="" boot="" this_boot new_id variables=() stopped=$HOME/sbs_stopped
   read -r this_boot </proc/sys/kernel/random/boot_id
   read -r status code id boot < <(sudo docker inspect --type=container \
     --format='{{.State.Status}} {{.State.ExitCode}} {{.Config.Labels.id}} {{.Config.Labels.boot}}' sbs 2>/dev/null)
   if [[ $1 == prepare || ($1 == launch && $id != "$2") ]] && [[ $status == running ]]; then return 10; fi
   case $1 in
-    prepare) # BUCKET MOUNT IMAGE
-      mounted=$(findmnt --noheadings --output=SOURCE --mountpoint="$3")
-      [[ ${mounted:-$2} == "$2" ]] || { echo "$3 is a mount of $mounted, not of $2: change --mount" && return 1; }
-      if ! command -v gcsfuse >/dev/null; then
-        curl -fsS https://packages.cloud.google.com/apt/doc/apt-key.gpg | sudo tee /usr/share/keyrings/gcsfuse.asc
-        echo "deb [signed-by=/usr/share/keyrings/gcsfuse.asc] https://packages.cloud.google.com/apt" \
-          "gcsfuse-$(lsb_release -cs) main" | sudo tee /etc/apt/sources.list.d/gcsfuse.list
-        # A machine that has just started may be updating itself.
-        sudo apt-get -q -o DPkg::Lock::Timeout=600 update && sudo apt-get -qy -o DPkg::Lock::Timeout=600 install gcsfuse
-      fi >/dev/null
-      # No cached names, no files that are invisible until closed, no folder renames that can stop half-way.
-      [[ $mounted ]] || { sudo mkdir -p "$3" && sudo gcsfuse --implicit-dirs --metadata-cache-ttl-secs=0 \
-        --metadata-cache-negative-ttl-secs=0 --enable-streaming-writes=false --rename-dir-limit=0 "$2" "$3"; } ||
-        { echo "cannot mount bucket $2; has the service account roles/storage.objectUser on it?" && return 1; }
-      [[ $4 != *.pkg.dev/* ]] || gcloud auth print-access-token --quiet |
-        sudo docker login --username=oauth2accesstoken --password-stdin "https://${4%%/*}" >/dev/null
-      sudo docker pull --quiet "$4" ||
-        { echo "cannot pull $4; has the service account roles/artifactregistry.reader?" && return 1; }
+    prepare) # IMAGE
+      [[ $2 != *.pkg.dev/* ]] || gcloud auth print-access-token --quiet |
+        sudo docker login --username=oauth2accesstoken --password-stdin "https://${2%%/*}" >/dev/null
+      sudo docker pull --quiet "$2" ||
+        { echo "cannot pull $2; has the service account roles/artifactregistry.reader?" && return 1; }
       ;;
-    launch) # ID MOUNT IMAGE NAME=VALUE.. -- COMMAND..
-      new_id=$2 mounted=$3
+    launch) # ID IMAGE NAME=VALUE.. -- COMMAND..
+      new_id=$2
       [[ $id != "$2" ]] || return 0 # gcloud repeats a command when its connection breaks
       host clear || return
-      shift 3
+      shift 2
       while [[ $2 != -- ]]; do variables+=(--env="$2") && shift; done
       # The host's environment stays out: after a preemption it may hold the MEGASCALE_* of slices that are gone. Port
       # 8476 is open in Google's own firewall rule; 8482, JAX's default, is not.
       sudo docker run --detach --name=sbs --label=id="$new_id" --label=boot="$this_boot" --privileged --network=host \
-        --ipc=host --stop-timeout=120 --volume="$mounted:$mounted" --env=JAX_COORDINATOR_PORT=8476 \
+        --ipc=host --stop-timeout=120 --env=JAX_COORDINATOR_PORT=8476 \
         "${variables[@]}" "$1" "${@:3}"
       ;;
     status)
@@ -218,9 +203,9 @@ create() {
 }
 
 start() {
-  say "mounting and pulling on every host (minutes the first time)"
-  on_hosts all prepare "$bucket" "$mount" "$image" &&
-    on_hosts all launch "$(date +%s)-$$" "$mount" "$image" "${env[@]}" -- "${command[@]}" && say "started on every host"
+  say "pulling the image on every host (minutes the first time)"
+  on_hosts all prepare "$image" &&
+    on_hosts all launch "$(date +%s)-$$" "$image" "${env[@]}" -- "${command[@]}" && say "started on every host"
 }
 
 run_state() { # WORKER: sets run_states, the different states on its hosts; unknown if they cannot be reached
@@ -328,11 +313,11 @@ watch() {
   done
 }
 
-options=" name project zone accelerator_type runtime_version slices bucket mount image timeout attempts backoff "
+options=" name project zone accelerator_type runtime_version slices image timeout attempts backoff "
 switches=" spot internal_ips delete_when_done kill all yes "
 parse() {
   name=${SBS_TPU_NAME:-sbs} slices=${SBS_TPU_SLICES:-1} accelerator_type=${SBS_TPU_TYPE:-} runtime_version=""
-  project=${SBS_TPU_PROJECT:-} zone=${SBS_TPU_ZONE:-} bucket=${SBS_BUCKET:-} image=${SBS_IMAGE:-} mount=/mnt/sbs
+  project=${SBS_TPU_PROJECT:-} zone=${SBS_TPU_ZONE:-} image=${SBS_IMAGE:-}
   timeout=300 attempts=10 backoff=60 poll=${SBS_TPU_POLL:-30} create_flags=() env=() command=()
   spot="" internal_ips="" delete_when_done="" kill="" all="" yes=""
   local key value
@@ -369,7 +354,6 @@ parse() {
   for value in "${env[@]}"; do
     [[ $value =~ ^[A-Za-z_][A-Za-z0-9_]*= ]] || fail 2 "--env is $value; expected NAME=VALUE."
   done
-  bucket=${bucket#gs://} mount=${mount%/}
 }
 
 check_type() {
@@ -385,16 +369,14 @@ check_type() {
 check_command() {
   local word
   [[ ${command[0]:-} == sbs && ${#command[@]} -ge 2 ]] || fail 2 "got -- ${command[*]}; expected -- sbs train .."
-  [[ $bucket && $bucket != */* ]] || fail 2 "--bucket is ${bucket:-missing}; expected a bucket's name, without a path."
-  [[ $mount == /* ]] || fail 2 "--mount is $mount; expected an absolute path."
   [[ $image =~ [:@][^/]+$ && $image != *:latest ]] ||
     fail 2 "--image is ${image:-missing}; expected one with a tag that never moves, such as a revision."
   for word in "${command[@]}"; do # disks of the hosts are deleted with the slice
-    [[ ! $word =~ ^--gin\.(MODEL|SWEEP|RECORDS)_DIR= || ${word#*=} == "$mount"/* ]] ||
-      fail 2 "$word is not below $mount, where the bucket is mounted."
+    [[ ! $word =~ ^--gin\.(MODEL|SWEEP|RECORDS)_DIR= || ${word#*=} == gs://* ]] ||
+      fail 2 "$word is not in a bucket (gs://..)."
   done
   [[ ${command[1]} != train || " ${command[*]}" == *" --gin.MODEL_DIR="* ]] ||
-    fail 2 "sbs train needs --gin.MODEL_DIR=$mount/.."
+    fail 2 "sbs train needs --gin.MODEL_DIR=gs://.."
   [[ " ${command[*]} " == *" --multihost "* ]] || command=("${command[@]:0:2}" --multihost "${command[@]:2}")
 }
 

@@ -455,15 +455,16 @@ def test_killed_at_twenty_moments_a_run_in_a_bucket_ends_as_one_on_disk(
     flags, run = in_bucket(folder, place)
     options = {"path": [folder], "environment": buckets.environment(url)}
     choose, whole = random.Random(0), []
-    for _ in range(20):
+    for number in range(20):
+        newest = max(checkpoints.steps(run), default=0)
         with starter.alone(tmp_path, flags, **options) as process:
-            time.sleep(choose.uniform(2.0, 9.0))
+            if number % 4 == 3:  # at and after a save, else in the start
+                until(lambda newest=newest: has_step(run, newest + 1), [process])
+            time.sleep(choose.uniform(0.0, 0.2 if number % 4 == 3 else 2.0))
             process.send(signal.SIGKILL)
-            ended = process.wait()
+            assert process.wait() == -signal.SIGKILL
         whole.append(checkpoints.steps(run))
         assert all(checksums.problem(run / "checkpoints" / str(step)) is None for step in whole[-1])
-        if ended == 0:
-            break
     print(f"{len(whole)} kills; steps after each: {whole}")
     done = starter.run(tmp_path, flags, **options)
     assert done.returncode == 0, done.stderr

@@ -211,6 +211,16 @@ def listing(folder: Path, files: object) -> None:
 NOTHING = {"bytes": 0, "sha256": hashlib.sha256(b"").hexdigest()}
 
 
+def test_what_another_process_has_hashed_is_not_read_again(tmp_path):
+    for name in ("mine", "theirs"):
+        (tmp_path / name).write_bytes(b"")
+    told = {"theirs": {"bytes": 0, "sha256": "0" * 64}, "gone": {"bytes": 0, "sha256": "0" * 64}}
+    assert checksums.write(tmp_path, known=told) == 0
+    listed = json.loads((tmp_path / checksums.FILE).read_text())["files"]
+    assert listed == {"mine": NOTHING, "theirs": told["theirs"]}
+    assert "theirs has been changed" in (checksums.problem(tmp_path) or "")
+
+
 @pytest.mark.parametrize("name", ["../secret", "a/../../secret", "/etc/passwd", "/dev/zero", ".", "", "a//b", "a/"])
 def test_a_list_of_checksums_leads_to_no_other_folder(tmp_path, name):
     (tmp_path / "1").mkdir()

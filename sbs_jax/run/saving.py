@@ -118,12 +118,12 @@ class Save:
 
     def _complete(self) -> None:
         """Waits for the others' parts and puts the directory in place."""
-        self._wait_for_others()
+        known = self._wait_for_others()
         for item in (PARAMETERS, OPTIMIZER):
             if (self._temporary / item).is_dir():
                 self._handler.finalize(epath.Path(str(self._temporary / item)))
         written = time.monotonic()
-        total = complete(self._temporary, metadata=self._metadata)
+        total = complete(self._temporary, metadata=self._metadata, known=known)
         put_in_place(self._temporary, self._final)
         now = time.monotonic()
         log.info(
@@ -132,21 +132,34 @@ class Save:
         )
 
     def _write_status(self) -> None:
-        """Writes this process's status file: empty on success, otherwise the reason."""
-        text = "" if self._error is None else checksums.reason(self._error)
-        (self._temporary / f"{jax.process_index()}{_STATUS}").write_text(f"{text}\n", "utf-8")
+        """Writes this process's status file: the checksums of what it wrote, or the reason why it could not."""
+        status: dict[str, Any] = {"files": {}} if self._error is None else {"error": checksums.reason(self._error)}
+        if self._error is None and not places.in_bucket(self._temporary):
+            folders = [
+                self._temporary / item / f"ocdbt.process_{jax.process_index()}" for item in (PARAMETERS, OPTIMIZER)
+            ]
+            files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
+            names = [path.relative_to(self._temporary).as_posix() for path in files]
+            status["files"] = checksums.entries(self._temporary, names)
+        file = self._temporary / f"{jax.process_index()}{_STATUS}"
+        file.write_text(f"{json.dumps(status)}\n", "utf-8")
 
-    def _wait_for_others(self) -> None:
+    def _wait_for_others(self) -> dict[str, Any]:
+        """Returns the checksums of what the others wrote."""
+        found: dict[str, Any] = {}
         deadline = None
         missing = {index: self._temporary / f"{index}{_STATUS}" for index in range(1, jax.process_count())}
         while missing:
             for index, file in list(missing.items()):
                 status = file.read_text("utf-8") if file.exists() else ""
-                if status.strip():
-                    raise OSError(f"process {index}: {status.strip()}")
-                if status:
-                    file.unlink()
-                    del missing[index]
+                if not status.endswith("\n"):  # not all of it is visible yet
+                    continue
+                said = json.loads(status)
+                if "error" in said:
+                    raise OSError(f"process {index}: {said['error']}")
+                found |= said["files"]
+                file.unlink()
+                del missing[index]
             if self._error is not None:
                 raise self._error
             if self._exchanged.is_set() and deadline is None:
@@ -155,6 +168,7 @@ class Save:
                 raise OSError(f"this process does not see the files of the others in {self._temporary}")
             if missing:
                 time.sleep(0.5 if places.in_bucket(self._temporary) else 0.05)
+        return found
 
 
 def array_handler() -> ocp.PyTreeCheckpointHandler:
@@ -179,10 +193,15 @@ def put_in_place(temporary: Path, final: Path) -> None:
         atomic.sync_directory(final.parent)
 
 
-def complete(directory: Path, *, metadata: Mapping[str, Any]) -> int:
-    """Adds metadata and checksums to a step whose arrays are written; returns its size in bytes."""
+def complete(
+    directory: Path, *, metadata: Mapping[str, Any], known: Mapping[str, Mapping[str, Any]] | None = None
+) -> int:
+    """Adds metadata and checksums to a step whose arrays are written; returns its size in bytes.
+
+    `known` are the checksums that other processes have of their files.
+    """
     (directory / METADATA / "metadata").write_text(json.dumps(metadata), "utf-8")
-    return checksums.write(directory)
+    return checksums.write(directory, known=known)
 
 
 def _run(coroutine: Coroutine[Any, Any, Any]) -> Any:

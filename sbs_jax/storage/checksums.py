@@ -11,7 +11,7 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -40,18 +40,18 @@ class _List:
     sha256: str
 
 
-def write(directory: Path) -> int:
+def write(directory: Path, *, known: Mapping[str, Mapping[str, Any]] | None = None) -> int:
     """Writes the checksum file, after syncing the directory's contents and names to disk; returns the bytes listed.
 
-    In a bucket, places.GenerationError if the directory has one already.
+    `known` has the entries of files that another process has synced and hashed. In a bucket, places.GenerationError if
+    the directory has a checksum file already.
     """
     if isinstance(directory, places.BucketPath):
         return _write_generations(directory)
     files = sorted(path for path in directory.rglob("*") if path.is_file() and path != directory / FILE)
-    with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
-        described = dict(
-            zip((path.relative_to(directory).as_posix() for path in files), pool.map(_described, files), strict=True)
-        )
+    names = [path.relative_to(directory).as_posix() for path in files]
+    theirs = {name: dict((known or {})[name]) for name in names if name in (known or {})}
+    described = theirs | entries(directory, [name for name in names if name not in theirs])
     with (directory / FILE).open("w", encoding="utf-8") as file:
         json.dump({"files": described, "sha256": _of_list(described)}, file, indent=1)
         file.flush()
@@ -59,6 +59,12 @@ def write(directory: Path) -> int:
     for folder in (directory, *(path for path in directory.rglob("*") if path.is_dir())):
         sync_directory(folder)
     return sum(entry["bytes"] for entry in described.values())
+
+
+def entries(directory: Path, names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Syncs files to disk and hashes them; returns the entry of each name, {"bytes": .., "sha256": ..}."""
+    with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+        return dict(zip(names, pool.map(lambda name: _described(directory / name), names), strict=True))
 
 
 def problem(directory: Path, *, under: Sequence[str] | None = None) -> str | None:
