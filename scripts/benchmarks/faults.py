@@ -5,9 +5,10 @@
 
 T5 v1.0 small (60,506,624 parameters, random), AdamW, float32: 726 MB a checkpoint. `checkpoint_overhead` runs the loop
 of `sbs train` in two processes that take turns; one of them saves in the middle of each of its turns. The cost of a
-save is the difference between such a turn and its neighbour, relative to 100 steps. `restart_vs_cold_start` starts
-`sbs train` from nothing and from a checkpoint in turns, and measures the time from the start of the process to its
-first line of metrics. Results: docs/speed.md.
+save is the difference between such a turn and its neighbour, relative to 100 steps. `gs_save_overhead` does so with both
+saving, one into a bucket of an emulator on loopback, the other onto the disk. `restart_vs_cold_start` starts
+`sbs train` from nothing and from a checkpoint in turns, and measures the time until its first line of metrics.
+Results: docs/speed.md.
 """
 
 import argparse
@@ -41,6 +42,10 @@ def measure(arguments: argparse.Namespace) -> Iterator[harness.Row]:
         svamp.write(Path(name), train=rows[:-16], validation=rows[-16:])
         if arguments.rounds:
             yield checkpoint_overhead(Path(name), arguments)
+            buckets = harness.of_tests("buckets")
+            with buckets.emulator() as address:
+                place = f"gs://{buckets.BUCKET}/run"
+                yield gs_save_overhead(Path(name), arguments, place, buckets.environment(address))
         if arguments.starts:
             harness.use_threads(arguments.threads)  # for the processes started from here
             yield restart_vs_cold_start(Path(name), arguments.starts)
@@ -48,7 +53,8 @@ def measure(arguments: argparse.Namespace) -> Iterator[harness.Row]:
 
 def bindings(folder: Path, run: str, **changes: Any) -> list[str]:
     periods = {"LOG_PERIOD": NEVER, "EVAL_PERIOD": NEVER, "CHECKPOINT_PERIOD": NEVER, **changes}
-    return train.bindings(folder, vocabulary="byte", **{"MODEL_DIR": str(folder / run), **periods})
+    place = run if run.startswith("gs://") else str(folder / run)
+    return train.bindings(folder, vocabulary="byte", **{"MODEL_DIR": place, **periods})
 
 
 # ------------------------------------------------------------------------------------- checkpoint_overhead
@@ -78,9 +84,36 @@ def checkpoint_overhead(folder: Path, arguments: argparse.Namespace) -> harness.
     )
 
 
-def loop(*, folder: str, run: str, steps: int, period: int, threads: int) -> harness.Worker:
+def gs_save_overhead(
+    folder: Path, arguments: argparse.Namespace, place: str, environment: dict[str, str]
+) -> harness.Row:
+    with harness.Sides() as sides:
+        for name, run in (("bucket", place), ("disk", "disk")):
+            options = {"folder": str(folder), "run": run, "steps": arguments.steps, "period": arguments.steps}
+            sides.start(name, loop, **options, environment=environment, threads=arguments.threads)
+        found = sides.compare(rounds=arguments.rounds, steps=arguments.steps, unit="steps/s")
+    for name, side in found.items():
+        print(f"{name}: seconds until a checkpoint was there: {harness.listed(side.finish['written'])}")
+    disk = PERIOD * found["disk"].step_seconds
+    prices = [
+        ours.seconds - theirs.seconds for ours, theirs in zip(found["bucket"].turns, found["disk"].turns, strict=True)
+    ]
+    return harness.Row(
+        name="gs_save_overhead",
+        unit=f"s for {PERIOD} steps and a checkpoint",
+        ours=disk + statistics.median(prices),
+        peer=disk,
+        goal="<= 1.1",
+        versions=harness.versions("jax", "orbax-checkpoint", "tensorstore", "google-cloud-storage"),
+    )
+
+
+def loop(
+    *, folder: str, run: str, steps: int, period: int, threads: int, environment: dict[str, str] | None = None
+) -> harness.Worker:
     """Runs the loop of `sbs train` in a thread, which does one step per request."""
     harness.use_threads(threads)
+    os.environ.update(environment or {})
     from sbs_jax.cli import main as command
     from sbs_jax.training import gin_files
 
@@ -89,6 +122,7 @@ def loop(*, folder: str, run: str, steps: int, period: int, threads: int) -> har
     import numpy as np
 
     from sbs_jax.run import checkpoints
+    from sbs_jax.storage import checksums
     from sbs_jax.training import loop as training
     from sbs_jax.training.config import TrainConfig
     from sbs_jax.training.step import Batch, Trainer, TrainState
@@ -122,7 +156,7 @@ def loop(*, folder: str, run: str, steps: int, period: int, threads: int) -> har
         blocked.append(time.perf_counter() - begin)
 
         def watch() -> None:
-            while not (self.directory / str(step)).exists():
+            while not (self.directory / str(step) / checksums.FILE).exists():
                 time.sleep(0.05)
             written.append(time.perf_counter() - begin)
 

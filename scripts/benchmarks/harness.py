@@ -9,6 +9,7 @@ Standard library only: a side imports what it measures and nothing else, so that
 import argparse
 import contextlib
 import dataclasses
+import importlib
 import importlib.metadata
 import importlib.util
 import json
@@ -28,6 +29,15 @@ from typing import Any
 SBS = [sys.executable, "-m", "sbs_jax"]
 MIB, GIB = 2**20, 2**30
 _COMPARISONS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
+
+
+def of_tests(name: str) -> Any:
+    """Imports a module of tests/: a server that stands in for a hosted one."""
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.pop(0)
 
 
 # ------------------------------------------------------------------------------------------------- rows

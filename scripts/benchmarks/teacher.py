@@ -63,7 +63,7 @@ def measure(arguments: argparse.Namespace) -> Iterator[harness.Row]:
         elif part == "resume":
             yield resume(count=arguments.stored, rounds=arguments.rounds)
         else:
-            with _server().apart(latency=LATENCY, reply=REPLY) as url:
+            with harness.of_tests("teacher_server").apart(latency=LATENCY, reply=REPLY) as url:
                 yield from throughput(url, **some) if part == "throughput" else curator(url, python=python, **some)
 
 
@@ -262,15 +262,6 @@ def side_resume(*, folder: str, requests: int) -> dict[str, float]:
         return {"seconds": teacher.at - start, "peak_mib": harness.peak_memory() / harness.MIB}
 
 
-def _server() -> Any:
-    """Imports tests/teacher_server.py."""
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
-    try:
-        return importlib.import_module("teacher_server")
-    finally:
-        sys.path.pop(0)
-
-
 # ------------------------------------------------------------------------------------------------- parts
 
 
@@ -341,7 +332,7 @@ def first_request(folder: str, count: int) -> float:
 
     flags = ["--dataset", "esnli", "--inputs", "records", "--inputs_dir", folder, "--provider", "openai"]
     flags += ["--model", "some-model", "--store", f"{folder}/store.sqlite", "--records_dir", f"{folder}/out"]
-    with _server().served(faults=refuse, keep=False) as server:
+    with harness.of_tests("teacher_server").served(faults=refuse, keep=False) as server:
         start = time.perf_counter()
         command = [*harness.SBS, "teach", *flags, "--base_url", server.openai]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
