@@ -255,6 +255,12 @@ def test_memory_is_told_apart_by_what_it_holds(planned):
     assert planned["configuration"]["parameters"] == sum(leaf.size for leaf in shapes.values())
     cut = sum(leaf.size * 4 // (4 if "embed" in axes[name] else 1) for name, leaf in shapes.items())
     assert memory["parameters"] == cut
+    # On one host, of the whole: parameters, and two of each for AdamW.
+    whole = 4 * 3 * planned["configuration"]["parameters"]
+    assert whole <= one["checkpoint_bytes"] <= whole + 16
+    assert "Checkpoint: 0.0 GB, 0.0 GB a host. To be saved within a notice of 30 s, each host must write 0 MB/s." in (
+        table.text(planned)
+    )
     # AdamW: two of each, and three counts.
     assert 2 * cut <= memory["optimizer"] <= 2 * cut + 16
     # 2 of 8 rows: two features of 20 and 16 tokens, and of the packed rows four more.

@@ -236,6 +236,7 @@ def _costed(
         "chips": topology.chips,
         "mesh": outcome.get("mesh", candidate.mesh),
         "hosts": outcome.get("hosts"),
+        "checkpoint_bytes": outcome.get("checkpoint_bytes"),
         "batch_size": candidate.batch_size,
         "micro_batches": candidate.micro_batches,
         "refused": outcome.get("refused") or next((s["refused"] for s in steps.values() if s.get("refused")), None),

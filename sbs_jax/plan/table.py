@@ -6,6 +6,8 @@ from typing import Any
 from sbs_jax.plan import chips, worker
 from sbs_jax.plan.command import mesh_title, micro_title
 
+_NOTICE = 30  # seconds between the signal and the end of a preempted machine on Google Cloud
+
 
 def text(plan: dict[str, Any]) -> str:
     """Formats a plan as `sbs plan` prints it."""
@@ -120,9 +122,20 @@ def _details(one: dict[str, Any], number: int | None) -> list[str]:
             f"  Training: {one['tokens_per_second_per_chip']:,.0f} tokens/s per chip (padding counts), model FLOP "
             f"utilisation {one['utilisation']:.1%} ({one['utilisation_computing']:.1%} of the computing alone)."
         )
+    if one["checkpoint_bytes"] is not None:
+        lines.append(f"  {_checkpoint(one['checkpoint_bytes'], hosts=one['hosts'])}")
     for name, step in steps.items():
         lines += [f"  {name}: {note}" for note in _notes(step)]
     return lines
+
+
+def _checkpoint(size: int, *, hosts: int) -> str:
+    """Says what each host writes in a save, and how fast it must to end within a spot machine's notice."""
+    share = size / hosts
+    return (
+        f"Checkpoint: {size / 1e9:,.1f} GB, {share / 1e9:,.1f} GB a host. To be saved within a notice of {_NOTICE} s, "
+        f"each host must write {share / _NOTICE / 1e6:,.0f} MB/s."
+    )
 
 
 def _notes(step: dict[str, Any]) -> list[str]:

@@ -67,6 +67,7 @@ def measure(config: TrainConfig, candidate: Candidate) -> dict[str, Any]:
     return {
         "devices": len(devices),
         "hosts": len({device.process_index for device in devices}),
+        "checkpoint_bytes": _bytes((trainer.saved.parameters, trainer.saved.optimizer)),
         "mesh": trainer.partitioner.sizes,
         "steps": {name: _compiled(lowerings[name], trainer, topology, step=name) for name in candidate.steps},
     }
@@ -155,6 +156,11 @@ def _communication(program: hlo.Program, chip: chips.Chip, *, loop: str | None =
             rate = chip.network if one.across_slices else chip.links
             seconds[one.overlapped] += one.count * one.moved / (rate / chip.devices)
     return {"communication_seconds": seconds[True] + seconds[False], "exposed_seconds": seconds[False]}
+
+
+def _bytes(tree: Any) -> int:
+    """Counts the bytes of a tree of shapes."""
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def _bytes_per_device(tree: Any) -> int:

@@ -5,9 +5,9 @@
 
 T5 v1.0 small (60,506,624 parameters, random), AdamW, float32: 726 MB a checkpoint. `checkpoint_overhead` runs the loop
 of `sbs train` in two processes that take turns; one of them saves in the middle of each of its turns. The cost of a
-save is the difference between such a turn and its neighbour, relative to 100 steps. `gs_save_overhead` does so with both
-saving, one into a bucket of an emulator on loopback, the other onto the disk. `restart_vs_cold_start` starts
-`sbs train` from nothing and from a checkpoint in turns, and measures the time until its first line of metrics.
+save is the difference between such a turn and its neighbour, relative to 100 steps. `gs_save_overhead` does so with
+both saving, one into a bucket of an emulator on loopback, the other onto the disk. `restart_vs_cold_start` starts
+`sbs train` from nothing and from a checkpoint in turns, and measures the time until its first metrics line.
 Results: docs/speed.md.
 """
 
