@@ -73,13 +73,13 @@ def local_path(name: str, value: str, *, or_bucket: bool = False) -> None:
 
     `Path` would take it for a folder below the current one. With `or_bucket`, "gs://.." is fine.
 
-    >>> local_path("--output", "gs://bucket/answers.jsonl")
+    >>> local_path("--store", "gs://bucket/store.sqlite")
     Traceback (most recent call last):
-    ValueError: --output is 'gs://bucket/answers.jsonl'; expected a local path. A bucket can be mounted (docs/tpu.md).
+    ValueError: --store is 'gs://bucket/store.sqlite'; expected a local path. Copy what is there to a disk.
     """
     if _URL.match(value) and not (or_bucket and value.startswith("gs://")):
         expected = f"a local path{' or gs://' if or_bucket else ''}"
-        raise ValueError(f"{name} is {value[:200]!r}; expected {expected}. A bucket can be mounted (docs/tpu.md).")
+        raise ValueError(f"{name} is {value[:200]!r}; expected {expected}. Copy what is there to a disk.")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -18,16 +18,25 @@ from builders.finished_runs import assert_same, contents
 from processes import Starter, until
 
 from sbs_jax.data import records, registry
+from sbs_jax.export import convert
 from sbs_jax.run import checkpoints
 from sbs_jax.run.checkpoints import Checkpoints, Retention
 from sbs_jax.storage import bucket_lock, checksums, lock, places
+from sbs_jax.weights import opening
+
+
+@pytest.fixture(scope="session")
+def emulator() -> Iterator[str]:
+    """One emulator for all of a worker's tests: TensorStore reads its address once in a process."""
+    with buckets.emulator() as address:
+        yield address
 
 
 @pytest.fixture(scope="module")
-def url() -> Iterator[str]:
+def url(emulator: str) -> Iterator[str]:
     """Address of the emulator, which this process uses too."""
-    with buckets.emulator() as address, pytest.MonkeyPatch.context() as patch, buckets.connected(address, patch):
-        yield address
+    with pytest.MonkeyPatch.context() as patch, buckets.connected(emulator, patch):
+        yield emulator
 
 
 @pytest.fixture
@@ -436,6 +445,23 @@ def test_a_bucket_that_vanishes_is_named_and_a_later_start_resumes(starter, fold
         with process as running:
             assert running.wait() == 0, running.complained()
     assert_same_as(run, reference, tmp_path)
+
+
+def test_exports_are_written_into_a_bucket_and_read_from_it(place, toy_run, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    run = toy_run.model_dir
+    want = {name: array.whole() for name, array in opening.open_any(run).arrays.items()}
+    chain = (run, f"{place}/hf", f"{place}/run")
+    for source, target, form in zip(chain, chain[1:], ("hf", "sbs"), strict=False):
+        convert.convert(source, target, convert.Options(to_form=form))
+        assert opening.form_of(opening.located(target)).name == form
+        got = {name: array.whole() for name, array in opening.open_any(target).arrays.items()}
+        assert got.keys() == want.keys()
+        for name, array in want.items():
+            np.testing.assert_array_equal(got[name], array, err_msg=name)
+        with pytest.raises(FileExistsError, match=f"{target} exists already"):
+            convert.convert(source, target, convert.Options(to_form=form))
+    assert len(checkpoints.steps(places.of(chain[2]))) == 1
 
 
 def test_two_processes_do_not_write_one_run(starter, folder, place, url, tmp_path):

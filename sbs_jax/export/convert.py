@@ -16,7 +16,7 @@ from sbs_jax.export import card as cards
 from sbs_jax.export import transformers
 from sbs_jax.run import checkpoints, directory
 from sbs_jax.run import manifest as run_manifest
-from sbs_jax.storage import atomic
+from sbs_jax.storage import atomic, places
 from sbs_jax.student import families, t5
 from sbs_jax.weights import hugging_face, merging, names, opening, peft, t5x
 from sbs_jax.weights.arrays import Opened, Watched
@@ -61,7 +61,7 @@ class _Job:
 
     source: str
     form: str
-    target: Path | str  # str: a URL
+    target: Path
     opened: Opened
     options: Options
 
@@ -81,11 +81,10 @@ def convert(source: str, target: str, options: Options) -> dict[str, Any]:
     form = opening.form_of(source)
     if options.from_form not in (None, form.name):
         raise ValueError(f"{source} is of the form {form.name!r}; got --from {options.from_form!r}.")
-    place = target if "://" in target else Path(target)
-    if isinstance(place, Path) and place.exists():
+    place = places.of(target)
+    # T5X's writer adds a step to a model directory in a bucket, and looks at it itself.
+    if not (to_form == opening.T5X and places.in_bucket(place)) and place.exists():
         raise FileExistsError(f"{target} exists already; choose another name, or remove it.")
-    if isinstance(place, str) and to_form != opening.T5X:
-        raise ValueError(f"{target}: only T5X checkpoints are written to a bucket; convert to a folder and copy it.")
     opened = form.open(source, base)
     if options.dataset is not None and opened.origin is None:
         raise ValueError(f"{source} says of no dataset that it was trained on it; leave --dataset out.")
@@ -133,8 +132,8 @@ def _write_hugging_face(job: _Job) -> None:
 def _write_t5x(job: _Job) -> None:
     job.opened.t5("T5X's form")
     parameters = _parameters(job.opened)
-    if isinstance(job.target, str):
-        t5x.write(job.target, parameters, step=job.opened.step)
+    if places.in_bucket(job.target):  # array by array, without a copy on this disk
+        t5x.write(str(job.target), parameters, step=job.opened.step)
         return
     with atomic.new_folder(job.target) as folder:
         t5x.write(folder, parameters, step=job.opened.step)
@@ -143,7 +142,7 @@ def _write_t5x(job: _Job) -> None:
 
 
 def _write_run(job: _Job) -> None:
-    opened, target = job.opened, Path(job.target).absolute()
+    opened, target = job.opened, job.target.absolute()
     vocabulary, manifest = opened.vocabulary, opened.origin
     with atomic.new_folder(target) as folder:
         checkpoints.save_parameters(
@@ -178,7 +177,7 @@ def _write_programs(job: _Job) -> dict[str, Any]:
     options = job.options
     student = Student.of(job.opened, source=job.source, form=job.form, base=options.base)
     samples = _samples(job, student.card)
-    with atomic.new_folder(Path(job.target)) as folder:
+    with atomic.new_folder(job.target) as folder:
         if options.to_form == ONNX:
             return onnx.write(folder, student, shapes=options.shapes, samples=samples)
         return stablehlo.write(

@@ -155,9 +155,13 @@ class BucketPath(type(Path())):  # the class of this platform's paths
         return sorted(folders), sorted(filter(None, objects))
 
     def files(self) -> dict[str, tuple[int, int]]:
-        """Returns (bytes, generation) of every object below, by its name relative to this folder: one listing."""
+        """Returns (bytes, generation) of every object below, by its name relative to this folder: one listing.
+
+        Empty objects that stand for folders, as Google's console makes them, are left out.
+        """
         start = len(self._beginning)
-        return {name[start:]: (size, generation) for name, size, generation in self._listed()}
+        found = self._listed()
+        return {name[start:]: (size, generation) for name, size, generation in found if not name.endswith("/")}
 
     def glob(self, pattern: str, **_: Any) -> Iterator["BucketPath"]:
         """Yields the objects below whose relative name has this pattern, part by part; no `**`."""

@@ -19,7 +19,7 @@ import numpy as np
 from sbs_jax.checks import nearest
 from sbs_jax.data import tokens, vocabularies
 from sbs_jax.run import manifest
-from sbs_jax.storage import atomic, user_files
+from sbs_jax.storage import atomic, places, user_files
 from sbs_jax.storage.json_files import brief, decoded, parse_json, part
 from sbs_jax.student import decoder_only, families, t5, t5gemma
 from sbs_jax.weights import decoder_settings, flax_msgpack, names, t5gemma_settings, tensor_files
@@ -268,7 +268,7 @@ def write(
 
     `finish` may add files. The directory appears when it is complete; FileExistsError if there is one already.
     """
-    path = Path(path)
+    path = places.of(path)
     if opened.vocabulary is not None:
         tokens.check_vocabulary(opened.vocabulary)  # fail before gigabytes of weights are written
     settings = config_json(opened.config, dtype=dtype)

@@ -18,7 +18,7 @@ import numpy as np
 
 from sbs_jax.checks import nearest
 from sbs_jax.run import manifest
-from sbs_jax.storage import atomic, hub
+from sbs_jax.storage import atomic, hub, places
 from sbs_jax.storage.json_files import brief, part, read_json
 from sbs_jax.student import adapters, quantized, t5
 from sbs_jax.weights import hugging_face, identity, merging, names, tensor_files
@@ -61,7 +61,7 @@ def write(path: str | Path, opened: Opened, *, base: str | None) -> None:
     assert tuning is not None
     kept = adapters.abstract(opened.config, tuning).shapes
     quantized_modules = [ours for ours in _modules(opened.t5("PEFT's form")).values() if f"{ours}/kernel" not in kept]
-    with atomic.new_folder(Path(path)) as folder:
+    with atomic.new_folder(places.of(path)) as folder:
         name = None if base is None else hub.parse(base)
         said = {"base_model_name_or_path": base} if name is None else _of_hub(name)
         hugging_face.write_json(folder / CONFIG, {**said, **settings})

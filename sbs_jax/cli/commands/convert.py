@@ -71,8 +71,7 @@ def add(command: Any) -> None:
     runs.add_dataset(convert)
     runs.add(
         convert,
-        what="run directory or another checkpoint (directory, or gs:// path of T5X); then the directory to make, or "
-        "gs:// path for T5X",
+        what="run directory or another checkpoint; then the directory to make",
         then=("TARGET",),
         dest="source",  # may be on a bucket
     )
