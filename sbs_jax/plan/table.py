@@ -122,8 +122,9 @@ def _details(one: dict[str, Any], number: int | None) -> list[str]:
             f"  Training: {one['tokens_per_second_per_chip']:,.0f} tokens/s per chip (padding counts), model FLOP "
             f"utilisation {one['utilisation']:.1%} ({one['utilisation_computing']:.1%} of the computing alone)."
         )
-    if one["checkpoint_bytes"] is not None:
-        lines.append(f"  {_checkpoint(one['checkpoint_bytes'], hosts=one['hosts'])}")
+    size, count = one["checkpoint_bytes"], one["hosts"]
+    if size is not None and count is not None:
+        lines.append(f"  {_checkpoint(size, hosts=count)}")
     for name, step in steps.items():
         lines += [f"  {name}: {note}" for note in _notes(step)]
     return lines
