@@ -63,11 +63,22 @@ def connected(url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     with monkeypatch.context() as patch:
         for name, value in environment(url).items():
             patch.setenv(name, value)
-        places._client_of.cache_clear()
+        _forget()
         try:
             yield
         finally:
-            places._client_of.cache_clear()
+            _forget()
+
+
+def _forget() -> None:
+    """Lets every library look at the environment again: each keeps the first client that it made."""
+    import gcsfs
+    from etils.epath import backend, gpath
+
+    places._client_of.cache_clear()
+    gpath._is_tf_installed.cache_clear()
+    backend._FileSystemSpecBackend._get_filesystem.cache_clear()
+    gcsfs.GCSFileSystem.clear_instance_cache()
 
 
 Fault = Callable[[str, str], int | float | None]

@@ -27,7 +27,7 @@ from sbs_jax.weights import opening
 
 @pytest.fixture(scope="session")
 def emulator() -> Iterator[str]:
-    """One emulator for all of a worker's tests: TensorStore reads its address once in a process."""
+    """One emulator for all of a worker's tests."""
     with buckets.emulator() as address:
         yield address
 
