@@ -49,8 +49,19 @@ WORKFLOW = {
 SUMMARIES = {name: summary for commands in WORKFLOW.values() for name, summary in commands.items()}
 
 
+def command() -> int:
+    """Runs `sbs` as a process of its own, which a signal ends at once when its work is done."""
+    try:
+        return main()
+    finally:
+        import signal
+
+        # Python's handler would raise KeyboardInterrupt inside libraries that are being torn down; some abort of it.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the console script and returns its exit status; 128 + SIGPIPE if the reader of its output is gone."""
+    """Runs `sbs` with these words and returns its exit status; 128 + SIGPIPE if the reader of its output is gone."""
     try:
         try:
             return _main(argv)
