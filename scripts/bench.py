@@ -6,7 +6,7 @@
 Suites: train (a training step against PyTorch's), families (the same for SmolLM2 and T5Gemma 2), tuning (LoRA and QLoRA
 against PEFT), predict (greedy answers), teacher (asking a hosted model), serve (`sbs serve` under load), gpu (a
 training step on a GPU), tpu (cycles and memory by the TPU compiler), faults (checkpoints and restarts), input (batches
-per second), seeds (many small students, and the demo). Results: docs/speed.md.
+per second), startup (until a run has its data), seeds (many small students, and the demo). Results: docs/speed.md.
 """
 
 import argparse
@@ -17,7 +17,20 @@ from pathlib import Path
 
 from benchmarks import harness
 
-SUITES = ("train", "families", "tuning", "predict", "teacher", "serve", "gpu", "tpu", "faults", "input", "seeds")
+SUITES = (
+    "train",
+    "families",
+    "tuning",
+    "predict",
+    "teacher",
+    "serve",
+    "gpu",
+    "tpu",
+    "faults",
+    "input",
+    "startup",
+    "seeds",
+)
 ROOT = Path(__file__).resolve().parents[1]
 
 

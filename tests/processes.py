@@ -2,8 +2,8 @@
 
 `start` makes one. Most of what a start costs is imports (TensorFlow, JAX, Orbax: 8 s of CPU), so there are two ways.
 A `Forked` process is a copy of a server that has imported everything and computed nothing: it is a process of its own
-with its own session, environment, folder and files, calls `cli.main.command` as the console script does, and is ended by
-signals like any other. A `Spawned` one goes through the true entry, `python -m sbs_jax`.
+with its own session, environment, folder and files, calls `cli.main.command` as the console script does, and is ended
+by signals like any other. A `Spawned` one goes through the true entry, `python -m sbs_jax`.
 
 All pytest workers of a run share one server. What it cannot give is another installation or another Python.
 """

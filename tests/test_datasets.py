@@ -142,10 +142,10 @@ def test_teacher_labels_that_cannot_be_one_are_counted_before_training_on_them(r
     rows = [row(number, choices=("0", f"{number}"), teacher_label="17" if number < 3 else "0") for number in range(9)]
     write(records_dir, rows)
     configure(records_dir)
-    registry.examples("cats_label", "train")
+    registry.manifest("cats_label")
     assert not caplog.records
     configure(records_dir, label_source="teacher")
-    registry.examples("cats_label", "train")
+    registry.manifest("cats_label")
     assert "cats, train: 3 of 9 teacher labels are no possible label of their row, such as '17' of the row 'row-0'" in (
         caplog.text
     )

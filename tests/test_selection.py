@@ -40,7 +40,7 @@ def ids(selected: selection.Selection, task: str) -> list[str]:
 
 def test_texts_of_the_three_tasks():
     selected = select(rows(1))
-    assert selected.examples == {
+    assert {task: tuple(found) for task, found in selected.examples.items()} == {
         "label": (selection.Example(id="row-0", label="0.0", inputs="predict: 0 cats", targets="0.0"),),
         "rationale": (selection.Example(id="row-0", label="0.0", inputs="explain: 0 cats", targets="there are 0"),),
         "rationale_then_label": (

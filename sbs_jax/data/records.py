@@ -20,6 +20,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypedDict
@@ -39,7 +40,7 @@ SPLITS = ("train", "validation", "test")
 FORMAT = 1
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Record:
     """One example.
 
@@ -73,7 +74,9 @@ class Record:
     votes: tuple[int, int] | None = None
 
 
+_FIELDS = tuple(field.name for field in dataclasses.fields(Record))
 _ONLY_IF_SET = ("prompt", "hinted", "votes")
+_REPEATED = ("label", "teacher_label", "outcome")  # fields with few values in many rows
 
 
 class Counts(TypedDict):
@@ -119,25 +122,50 @@ def file_of(directory: Path, split: str) -> Path:
     return user_files.find(directory / f"{split}.jsonl")
 
 
-def read_records(path: str | Path) -> list[Record]:
+def read_records(path: str | Path, *, replies: bool = True, sha256: str | None = None) -> list[Record]:
     """Reads all records of a file, in its order; also of one JSON array, or packed with gzip.
 
-    ValueError names file and line: bytes that are not UTF-8, a blank or malformed line, missing or unknown fields, a
-    field of the wrong type, a repeated id.
+    Leaves out `teacher_text`, unless `replies`. ValueError names file and line: bytes that are not UTF-8, a blank or
+    malformed line, missing or unknown fields, a field of the wrong type, a repeated id. Of a file with the `sha256`
+    that its manifest has, fields and ids were checked when it was written and are not checked again.
     """
-    found: dict[str, tuple[int, Record]] = {}
+    found: list[Record] = []
+    line_of: dict[str, int] = {}
+    checked = sha256 is not None and sha256 in _written(places.of(path).parent)
+    record_of = _written_record if checked else _record
     for line, value in read_json_lines(path):
+        if not replies and type(value.get("teacher_text")) is str:
+            value["teacher_text"] = None
         try:
-            record = _record(value)
-        except ValueError as error:
+            record = record_of(value)
+        except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path}:{line}: {error}") from None
-        if record.id in found:
+        if not checked and line_of.setdefault(record.id, line) != line:
             raise ValueError(
-                f"{path}:{line}: the id {brief(record.id)} is already that of line {found[record.id][0]}; give every "
-                "row a distinct id."
+                f"{path}:{line}: the id {brief(record.id)} is already that of line {line_of[record.id]}; give "
+                "every row a distinct id."
             )
-        found[record.id] = line, record
-    return [record for _, record in found.values()]
+        found.append(record)
+    return found
+
+
+def _written(directory: Path) -> set[str]:
+    """Returns the hashes of the files that a manifest describes; none without a manifest."""
+    try:
+        return {split["sha256"] for split in read_manifest(directory)["splits"].values()}
+    except (FileNotFoundError, ValueError):
+        return set()
+
+
+def _written_record(value: dict[str, Any]) -> Record:
+    """Builds a record of the JSON that `write_records` made of one; equal labels of all rows are one text in memory."""
+    value["choices"] = tuple(value["choices"])
+    if "votes" in value:
+        value["votes"] = tuple(value["votes"])
+    for name in _REPEATED:
+        if value[name] is not None:
+            value[name] = sys.intern(value[name])
+    return Record(**value)
 
 
 def _record(value: Mapping[str, Any]) -> Record:
@@ -157,8 +185,12 @@ def _record(value: Mapping[str, Any]) -> Record:
 
 def fields_of(record: Record) -> dict[str, Any]:
     """Returns the JSON object of a record."""
-    fields = vars(record)  # not dataclasses.asdict, which copies every text
-    return {name: value for name, value in fields.items() if value or name not in _ONLY_IF_SET}
+    return {name: value for name, value in _all_fields(record).items() if value or name not in _ONLY_IF_SET}
+
+
+def _all_fields(record: Record) -> dict[str, Any]:
+    """Returns all fields by name. (dataclasses.asdict copies every text.)"""
+    return {name: getattr(record, name) for name in _FIELDS}
 
 
 # ------------------------------------------------------------------------------------ writing
@@ -177,7 +209,7 @@ def write_records(path: str | Path, records: Iterable[Record]) -> str:
     with replacing(path) as file:
         for number, record in enumerate(records, start=1):
             try:
-                fields = fields_of(_record(vars(record)))
+                fields = fields_of(_record(_all_fields(record)))
                 data = encoded(fields) + b"\n"
                 if record.id in seen:
                     raise ValueError(f"the id {record.id!r} occurred before; ids must be distinct.")

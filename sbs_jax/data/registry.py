@@ -19,10 +19,13 @@ Importing this module imports TensorFlow, which takes seconds.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import gc
+import importlib.metadata
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +34,7 @@ import seqio
 import tensorflow as tf
 
 from sbs_jax import checks
-from sbs_jax.data import catalogue, corpus, outside, records, seqio_tasks, task_names, tokens, vocabularies
+from sbs_jax.data import catalogue, corpus, outside, records, seqio_tasks, table_cache, task_names, tokens, vocabularies
 from sbs_jax.data.catalogue import add as add  # parts of this module's interface
 from sbs_jax.data.catalogue import get, registered
 from sbs_jax.data.catalogue import names as names
@@ -45,7 +48,7 @@ from sbs_jax.data.selection import (
     TRAIN,
     VALIDATION,
     DataOptions,
-    Example,
+    Examples,
     Selection,
     of_dataset,
     rows_of,
@@ -71,10 +74,8 @@ def configure(options: DataOptions) -> None:
         if value:
             tokens.check_sentinels(options.vocabulary, owner=name)
     _options = options
-    _read_selections.cache_clear()
-    _augmentation.cache_clear()
-    token_tables.cache_clear()
-    _corpus.cache_clear()
+    for cached in (_read, _read_selections, _augmentation, counts, token_tables, _corpus):
+        cached.cache_clear()
     outside.forget()
     for dataset in registered().values():
         _register(dataset)
@@ -208,8 +209,22 @@ def read_split(name: str, split: str) -> list[records.Record]:
     return [*found, *(_augmentation(name) if split == TRAIN else ())]
 
 
-def _read(name: str, files: Sequence[str]) -> list[records.Record]:
-    """Reads the records of some of a dataset's files, whose ids must be distinct."""
+@contextlib.contextmanager
+def _without_collector() -> Iterator[None]:
+    """Keeps Python from searching for cycles, which takes longer than the rest while millions of objects are made."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@functools.cache
+@_without_collector()
+def _read(name: str, files: tuple[str, ...]) -> list[records.Record]:
+    """Reads the records of some of a dataset's files, whose ids must be distinct; once per `configure`."""
     found: list[records.Record] = []
     file_of_id: dict[str, Path] = {}
     for path in (_records_file(name, file) for file in files):
@@ -224,7 +239,7 @@ def _read(name: str, files: Sequence[str]) -> list[records.Record]:
 
 
 def _read_file(name: str, path: str | Path) -> list[records.Record]:
-    rows = records.read_records(path)
+    rows = records.read_records(path, replies=False, sha256=_sha256(path))
     get(name).check_labels(rows, where=lambda number: f"{path}:{number + 1}")  # read_records refuses blank lines
     return rows
 
@@ -318,7 +333,7 @@ def _of_part(part: str, lengths: Mapping[str, int], *, counted: bool) -> dict[st
             if dataset == corpus.DATASET:
                 facts["counts"] = corpus.counts(_corpus()[split], vocabulary(_options.vocabulary))
             else:
-                facts["counts"] = dict(selected(dataset.name, split).counts)
+                facts["counts"] = counts(dataset.name, split)
     # With the definition, the run needs no dataset.json; a module is named, for catalogue.restore_from.
     more = {"definition": dataset.definition, "module": dataset.module and dict(dataset.module)}
     return found | {name: value for name, value in more.items() if value is not None}
@@ -333,14 +348,20 @@ def sources(name: str) -> dict[str, Any]:
     """Returns the manifest of a dataset without counts and definition; reads no rows."""
     found = {}
     for split in available_splits(name):
-        paths = [*_options.corpus]
-        if name != corpus.DATASET.name:
-            paths = [_records_file(name, file) for file in _files_of_split(name, split)[0]]
-            if split == TRAIN and _options.augmentation is not None:
-                paths.append(_augmentation_file(_options.augmentation))
-        hashes = [_sha256(path, (status := path.stat()).st_mtime_ns, status.st_size) for path in map(places.of, paths)]
-        found[split] = {"file": " ".join(places.of(path).name for path in paths), "sha256": " ".join(hashes)}
+        paths = [*_options.corpus] if name == corpus.DATASET.name else _paths(name, split)
+        found[split] = {
+            "file": " ".join(places.of(path).name for path in paths),
+            "sha256": " ".join(map(_sha256, paths)),
+        }
     return _facts(name, found)
+
+
+def _paths(name: str, split: str) -> list[Path]:
+    """Lists the files whose rows may be in a split, with the augmentation."""
+    found = [_records_file(name, file) for file in _files_of_split(name, split)[0]]
+    if split == TRAIN and _options.augmentation is not None:
+        found.append(_augmentation_file(_options.augmentation))
+    return found
 
 
 def _facts(name: str, splits: Mapping[str, Any]) -> dict[str, Any]:
@@ -352,9 +373,14 @@ def _facts(name: str, splits: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-@functools.lru_cache(maxsize=64)
-def _sha256(path: Path, changed: int, size: int) -> str:
+def _sha256(path: str | Path) -> str:
     """Hashes a file once per change, because every cell of a sweep asks for the same files."""
+    status = places.of(path).stat()
+    return _sha256_of_version(places.of(path), status.st_mtime_ns, status.st_size)
+
+
+@functools.lru_cache(maxsize=64)
+def _sha256_of_version(path: Path, changed: int, size: int) -> str:
     del changed, size
     return checksums.file_sha256(path)
 
@@ -405,21 +431,74 @@ def _check_records_exist(name: str) -> None:
 
 
 @functools.cache
+def counts(name: str, split: str) -> Mapping[str, int]:
+    """Counts used and unused rows of a split as `Selection`; warns of teacher labels that cannot be one."""
+
+    def make() -> table_cache.Entry:
+        chosen = selected(name, split)
+        warnings = _impossible_labels(name, _files_of_split(name, split)[0]) if split == TRAIN else ()
+        return table_cache.Entry(facts=dict(chosen.counts), warnings=warnings)
+
+    return _logged(table_cache.entry(_key(name, split), make)).facts
+
+
+def _key(name: str, split: str, *, task: str | None = None) -> dict[str, Any] | None:
+    """Describes all that a split's rows, or a task's tokens, depend on; None if they are not worth keeping.
+
+    They are not kept either where a dataset's own code chooses rationales, which no hash describes.
+    """
+    paths = _paths(name, split)
+    dataset = get(name)
+    if sum(places.of(path).stat().st_size for path in paths) < table_cache.LARGE:
+        return None
+    if _options.rationales == "agreeing" and dataset.definition is None:
+        return None
+    described = dataclasses.asdict(of_dataset(_options, name))
+    for file in ("records_dir", "augmentation", "vocabulary"):
+        del described[file]
+    found = {
+        "split": split,
+        "files": [(path.name, _sha256(path)) for path in paths],
+        "splits": available_splits(name),
+        "options": described,
+        "dataset": [name, dataset.definition, dataset.module and dict(dataset.module)],
+    }
+    if task is not None:
+        library = vocabularies.kind_of(_options.vocabulary).library
+        found |= {
+            "task": task,
+            "vocabulary": tokens.vocabulary_sha256(_options.vocabulary),
+            "library": library and importlib.metadata.version(library),
+        }
+    return found
+
+
+def _logged(entry: table_cache.Entry) -> table_cache.Entry:
+    for warning in entry.warnings:
+        log.warning("Warning: %s", warning)
+    return entry
+
+
+def _impossible_labels(name: str, files: tuple[str, ...]) -> list[str]:
+    """Warns of teacher labels that are trained on and cannot be one."""
+    if _options.label_source != "teacher":
+        return []
+    rows = _read(name, files)
+    if not (impossible := get(name).impossible_labels(rows)):
+        return []
+    return [
+        f"{name}, {', '.join(files)}: {len(impossible):,} of "
+        f"{sum(row.teacher_label is not None for row in rows):,} teacher labels are no possible label of their row, "
+        f"such as {brief(impossible[0].teacher_label)} of the row {brief(impossible[0].id)}. Trained on them, the "
+        "student answers so; records of the strict parser have none."
+    ]
+
+
+@functools.cache
+@_without_collector()
 def _read_selections(name: str, files: tuple[str, ...]) -> dict[str, Selection]:
     """Selects the examples of all splits that come from the same files, so that these are read once."""
     rows = _read(name, files)
-    if _options.label_source == "teacher" and (impossible := get(name).impossible_labels(rows)):
-        log.warning(
-            "Warning: %s, %s: %s of %s teacher labels are no possible label of their row, such as %s of the row %s. "
-            "Trained on them, the student answers so; records of the strict parser have none.",
-            *(
-                name,
-                ", ".join(files),
-                f"{len(impossible):,}",
-                f"{sum(row.teacher_label is not None for row in rows):,}",
-            ),
-            *(brief(impossible[0].teacher_label), brief(impossible[0].id)),
-        )
     found = {}
     for split in available_splits(name):
         source, shared = _files_of_split(name, split)
@@ -432,7 +511,7 @@ def _read_selections(name: str, files: tuple[str, ...]) -> dict[str, Selection]:
     return found
 
 
-def examples(task_name: str, split: str) -> tuple[Example, ...]:
+def examples(task_name: str, split: str) -> Examples:
     """Returns a task's examples in the order of the records; ValueError if there are none."""
     dataset, kind = task_names.split(task_name)
     chosen = selected(dataset.name, split)
@@ -450,38 +529,44 @@ def token_tables(task_name: str, split: str) -> Mapping[str, tokens.TokenTable]:
     ValueError if a label of a closed set has one. The texts of a corpus are {"text": table}, whose rows `corpus.Rows`
     makes.
     """
-    text_vocabulary = vocabulary(_options.vocabulary)
     kind = task_names.split(task_name)[1]
     if kind == corpus.SPAN_CORRUPTION:
         if split not in available_splits(corpus.DATASET.name):
             raise ValueError(f"A corpus has no {split} split; it has {' and '.join(corpus.splits(_options))}.")
         return {"text": _corpus()[split]}
+    key = _key(task_names.split(task_name)[0].name, split, task=task_name)
+    return _logged(table_cache.entry(key, lambda: _encoded(task_name, split))).tables
+
+
+@_without_collector()
+def _encoded(task_name: str, split: str) -> table_cache.Entry:
+    """Encodes the examples of a task that is made of records."""
+    text_vocabulary, (dataset, kind) = vocabulary(_options.vocabulary), task_names.split(task_name)
     rows = examples(task_name, split)
-    _check_labels_can_be_written(task_names.split(task_name)[0], text_vocabulary)
-    found = {}
+    _check_labels_can_be_written(dataset, text_vocabulary)
+    tables, warnings = {}, []
     for feature in ("inputs", "targets"):
-        texts = [getattr(row, feature) for row in rows]
-        table = found[feature] = tokens.TokenTable.of(texts, text_vocabulary)
+        table = tables[feature] = tokens.TokenTable.of(rows.texts(feature), text_vocabulary)
         if feature == "inputs" and kind == RATIONALE:
             continue  # the label task has the same inputs
-        count, piece = tokens.unknown(texts, table, text_vocabulary)
-        if count:
-            log.warning(
-                "Warning: %s, %s: %s of %s %s (%.2g %%) have pieces that the vocabulary %s lacks, such as %r; the "
-                "student %s. Replace them in the records, or take a vocabulary and a student that have them.",
-                *(task_name, split, f"{count:,}", f"{len(table):,}", feature, 100 * count / len(table)),
-                *(_options.vocabulary, piece),
-                "reads <unk> in their place" if feature == "inputs" else "cannot write them",
+        if unknown := table.rows_with(text_vocabulary.unknown_id):
+            warnings.append(
+                f"{task_name}, {split}: {len(unknown):,} of {len(table):,} {feature} "
+                f"({100 * len(unknown) / len(table):.2g} %) have pieces that the vocabulary {_options.vocabulary} "
+                f"lacks, such as {tokens.unknown_piece(getattr(rows[unknown[0]], feature), text_vocabulary)!r}; the "
+                f"student {'reads <unk> in their place' if feature == 'inputs' else 'cannot write them'}. Replace them "
+                "in the records, or take a vocabulary and a student that have them."
             )
-    return found
+    return table_cache.Entry(tables=tables, warnings=warnings)
 
 
 def _check_labels_can_be_written(dataset: Dataset, text_vocabulary: vocabularies.Vocabulary) -> None:
-    labels = dataset.labels or ()
-    count, piece = tokens.unknown(labels, tokens.TokenTable.of(labels, text_vocabulary), text_vocabulary)
-    if count:
+    labels = list(dataset.labels or ())
+    unknown = tokens.TokenTable.of(labels, text_vocabulary).rows_with(text_vocabulary.unknown_id)
+    if unknown:
+        piece = tokens.unknown_piece(labels[unknown[0]], text_vocabulary)
         raise ValueError(
-            f"The vocabulary {_options.vocabulary} lacks {piece!r}, a piece of {count} of the labels of "
+            f"The vocabulary {_options.vocabulary} lacks {piece!r}, a piece of {len(unknown)} of the labels of "
             f"{dataset.name}, {brief(list(labels))}: no student can write them. Cut the vocabulary with this dataset's "
             "records (sbs vocabulary), or take the whole one."
         )

@@ -7,9 +7,9 @@ import hashlib
 import math
 import types
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from fractions import Fraction
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 from sbs_jax import checks
 from sbs_jax.data import records
@@ -18,6 +18,8 @@ from sbs_jax.data.slots import NO_NUMBERS, Numbers
 LABEL, RATIONALE, RATIONALE_THEN_LABEL = "label", "rationale", "rationale_then_label"
 TASKS = (LABEL, RATIONALE, RATIONALE_THEN_LABEL)
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
+
+_EITHER = "either"  # the human's label before the teacher's
 
 # Separates rationale and label in the targets of `rationale_then_label`.
 ANSWER_MARKER = "Answer:"
@@ -163,6 +165,59 @@ def numbers_of(text: str, options: DataOptions) -> Numbers:
     return Numbers.of(text) if options.number_slots else NO_NUMBERS
 
 
+class Examples(Sequence[Example]):
+    """Examples of one task; each is made of its record when it is asked for, so that all take little memory."""
+
+    def __init__(self, task: str, rows: Sequence[records.Record], options: DataOptions, *, training: bool) -> None:
+        """`rows` are those that the task can use."""
+        self._task, self._rows, self._options = task, rows, options
+        self._source = options.label_source if training else _EITHER
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __iter__(self) -> Iterator[Example]:
+        return map(self._example, self._rows)
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Example, ...]: ...
+
+    def __getitem__(self, index: int | slice) -> Example | tuple[Example, ...]:
+        if isinstance(index, slice):
+            return tuple(map(self._example, self._rows[index]))
+        return self._example(self._rows[index])
+
+    def texts(self, feature: str) -> Iterator[str]:
+        """Yields the "inputs" or the "targets" of all examples."""
+        if self._options.number_slots:
+            return (getattr(example, feature) for example in self)
+        if feature == "inputs":
+            prefix = self._prefix
+            return (prefix + row.input for row in self._rows)
+        return map(self._targets, self._rows)
+
+    @property
+    def _prefix(self) -> str:
+        return self._options.rationale_prefix if self._task == RATIONALE else self._options.label_prefix
+
+    def _targets(self, row: records.Record) -> str:
+        if self._task == RATIONALE:
+            return row.rationale or ""
+        label = _label_of(row, self._source)[0] or ""
+        if self._task == LABEL:
+            return label
+        return f"{_rationale_of(row)[0] or ''} {ANSWER_MARKER} {label}".strip()
+
+    def _example(self, row: records.Record) -> Example:
+        label = _label_of(row, self._source)[0] or ""
+        numbers = numbers_of(row.input, self._options)
+        inputs, targets = self._prefix + numbers.hide(row.input), numbers.hide(self._targets(row))
+        return Example(row.id, label, inputs, targets, numbers)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Selection:
     """The examples of one split, per task, and counts of used and unused rows, by reason.
@@ -173,7 +228,7 @@ class Selection:
     """
 
     split: str
-    examples: Mapping[str, tuple[Example, ...]]
+    examples: Mapping[str, Examples]
     counts: Mapping[str, int]
 
 
@@ -242,65 +297,48 @@ def select(
         if further:
             counts["added by augmentation"] = len(further)
     counts["used"] = len(rows)
-    examples: dict[str, list[Example]] = {task: [] for task in TASKS}
+    training = split == TRAIN
+    used: dict[str, list[records.Record]] = {task: [] for task in TASKS}
+    unused: dict[str, Counter[str]] = {task: Counter() for task in TASKS}
     for row in rows:
-        for task, example in _examples_of(row, options, same_label, training=split == TRAIN):
-            if isinstance(example, Example):
-                examples[task].append(example)
-                counts[task] += 1
+        for task, reason in zip(TASKS, _unused(row, options, same_label, training=training), strict=True):
+            if reason:
+                unused[task][reason] += 1
             else:
-                counts[f"{task}: not used, {example}"] += 1
+                used[task].append(row)
     for task in TASKS:
-        counts[task] += 0  # show tasks without any row, too
+        counts[task] = len(used[task])
+        counts.update({f"{task}: not used, {reason}": count for reason, count in unused[task].items()})
     return Selection(
         split=split,
-        examples={task: tuple(found) for task, found in examples.items()},
+        examples={task: Examples(task, found, options, training=training) for task, found in used.items()},
         counts=types.MappingProxyType(dict(counts)),
     )
 
 
-def _examples_of(
-    row: records.Record,
-    options: DataOptions,
-    same_label: Callable[[str, str], bool],
-    *,
-    training: bool,
-) -> Iterable[tuple[str, Example | str]]:
-    """Yields, per task, the row's example or the reason why it has none."""
-    label, no_label = _label_of(row, options.label_source if training else "either")
+def _unused(
+    row: records.Record, options: DataOptions, same_label: Callable[[str, str], bool], *, training: bool
+) -> tuple[str, str, str]:
+    """Returns for each of `TASKS` the reason why the row has no example, "" if it has one."""
+    label, no_label = _label_of(row, options.label_source if training else _EITHER)
     rationale, no_rationale = _rationale_of(row)
     if training and options.rationales == "agreeing" and rationale is not None:
         if label is None:
-            rationale, no_rationale = None, no_label
+            no_rationale = no_label
         elif row.teacher_label is None or not same_label(label, row.teacher_label):
-            rationale, no_rationale = None, "argues for another label"
-
-    try:
-        numbers = numbers_of(row.input, options)
-    except ValueError as error:
-        raise ValueError(f"Row {row.id!r}: {error}") from None
-    hidden = numbers.hide(row.input)
-    label_inputs = options.label_prefix + hidden
-    if label is None:
-        yield LABEL, no_label
-    else:
-        yield LABEL, Example(row.id, label, label_inputs, numbers.hide(label), numbers)
-    if rationale is None:
-        yield RATIONALE, no_rationale
-    else:
-        inputs = options.rationale_prefix + hidden
-        yield RATIONALE, Example(row.id, label or "", inputs, numbers.hide(rationale), numbers)
-    if label is None or (rationale is None and training):
-        yield RATIONALE_THEN_LABEL, no_label if label is None else no_rationale
-    else:
-        targets = f"{rationale or ''} {ANSWER_MARKER} {label}".strip()
-        yield RATIONALE_THEN_LABEL, Example(row.id, label, label_inputs, numbers.hide(targets), numbers)
+            no_rationale = "argues for another label"
+    if options.number_slots:
+        try:
+            numbers_of(row.input, options)
+        except ValueError as error:
+            raise ValueError(f"Row {row.id!r}: {error}") from None
+    return no_label, no_rationale, no_label or (no_rationale if training else "")
 
 
 def _label_of(row: records.Record, source: str) -> tuple[str | None, str]:
-    """Returns (label, "") or (None, reason). `source`: "human", "teacher", or "either"."""
+    """Returns (label, "") or (None, reason). `source`: "human", "teacher" or `_EITHER`."""
     label = row.teacher_label if source == "teacher" else row.label
-    if source == "either" and label is None:
+    if source == _EITHER and label is None:
         label = row.teacher_label
     if label is None:
         if source == "teacher":
@@ -341,6 +379,8 @@ def fold_ids(rows: Sequence[records.Record], folds: int, *, fold: int) -> frozen
 def _first_by_hash(ids: Sequence[str], fraction: int | float, *, salt: str) -> frozenset[str]:
     # Uses the decimal text: in floats 0.07 * 100 is 7.000000000000001, whose ceiling is 8.
     count = math.ceil(Fraction(str(fraction)) * len(ids))
+    if count == len(ids):
+        return frozenset(ids)
     return frozenset(_by_hash(ids, salt=salt)[:count])
 
 

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -94,27 +94,35 @@ def encode(texts: Sequence[str], text_vocabulary: vocabularies.Vocabulary) -> li
     as the Hugging Face tokenizer of the official code does. SentencePiece alone would encode "</s>" as the pieces
     [2, 87, 7, 3155] for `<`, `/`, `s` and `>`.
     """
-    parts = [text.split(JOINT) for text in texts]
-    flat = [part for row in parts for part in row]
-    ids, eos_id = iter(text_vocabulary.encode_all(flat)), text_vocabulary.eos_id
+    table = TokenTable.of(texts, text_vocabulary)
+    return [table.ids[start:end].tolist() for start, end in itertools.pairwise(table.starts.tolist())]
+
+
+def _encoded(texts: Sequence[str], text_vocabulary: vocabularies.Vocabulary) -> TokenTable:
+    """Encodes texts; a part that several have (a label, a premise) is encoded once."""
+    rows = [text.split(JOINT) for text in texts]
+    parts = list(itertools.chain.from_iterable(rows))
+    distinct = list(dict.fromkeys(parts))
+    encoded = text_vocabulary.encode_all(distinct)
+    eos_id = text_vocabulary.eos_id
     assert eos_id is not None
-    return [[token for _ in row for token in (*next(ids), eos_id)] for row in parts]
+    ends = np.cumsum(np.fromiter(map(len, encoded), np.int64, len(encoded)))
+    ids = np.insert(np.fromiter(itertools.chain.from_iterable(encoded), np.int32), ends, eos_id)
+    table = TokenTable(ids=ids, starts=np.insert(ends + np.arange(1, len(ends) + 1), 0, 0))
+    if len(distinct) < len(parts):
+        number_of = dict(zip(distinct, range(len(distinct)), strict=True))
+        table = table.chosen(np.fromiter(map(number_of.__getitem__, parts), np.int64))
+    first = np.cumsum([0, *map(len, rows)])  # part of each row
+    return TokenTable(ids=table.ids, starts=table.starts[first])
 
 
-def unknown(texts: Sequence[str], table: TokenTable, text_vocabulary: vocabularies.Vocabulary) -> tuple[int, str]:
-    """Returns how many of the texts of a table have a piece that the vocabulary lacks, and the first such piece."""
-    if text_vocabulary.unknown_id is None:
-        return 0, ""
-    places = np.flatnonzero(table.ids == text_vocabulary.unknown_id)
-    if not places.size:
-        return 0, ""
-    rows = np.unique(np.searchsorted(table.starts, places, side="right") - 1)
-    text: str = texts[int(rows[0])]
+def unknown_piece(text: str, text_vocabulary: vocabularies.Vocabulary) -> str:
+    """Returns the first piece of a text that the vocabulary lacks."""
     for part in text.split(JOINT):
         for piece, token in text_vocabulary.pieces(part):
             if token == text_vocabulary.unknown_id:
-                return len(rows), piece
-    raise AssertionError("the table belongs to other texts")
+                return piece
+    raise AssertionError(f"the vocabulary has all pieces of {text!r}")
 
 
 def cut(ids: np.ndarray, length: int) -> np.ndarray:
@@ -135,16 +143,14 @@ class TokenTable:
     starts: np.ndarray
 
     @classmethod
-    def of(cls, texts: Sequence[str], text_vocabulary: vocabularies.Vocabulary) -> TokenTable:
-        """Encodes texts; duplicates within a chunk (labels) are encoded once."""
+    def of(cls, texts: Iterable[str], text_vocabulary: vocabularies.Vocabulary) -> TokenTable:
+        """Encodes texts, some at a time."""
         ids, sizes = [np.zeros(0, np.int32)], [np.zeros(1, np.int64)]
-        for start in range(0, len(texts), _CHUNK):
-            chunk = texts[start : start + _CHUNK]
-            distinct = list(dict.fromkeys(chunk))
-            rows = dict(zip(distinct, encode(distinct, text_vocabulary), strict=True))
-            chunk_rows = [rows[text] for text in chunk]
-            ids.append(np.fromiter(itertools.chain.from_iterable(chunk_rows), np.int32))
-            sizes.append(np.array([len(row) for row in chunk_rows], np.int64))
+        rest = iter(texts)
+        while chunk := list(itertools.islice(rest, _CHUNK)):
+            table = _encoded(chunk, text_vocabulary)
+            ids.append(table.ids)
+            sizes.append(table.sizes)
         return cls(ids=np.concatenate(ids), starts=np.cumsum(np.concatenate(sizes)))
 
     @classmethod
@@ -158,12 +164,20 @@ class TokenTable:
 
     def chosen(self, rows: np.ndarray) -> TokenTable:
         """Returns the table of these rows, in this order."""
-        return TokenTable.joined([self.ids[self.starts[row] : self.starts[row + 1]] for row in rows.tolist()])
+        sizes = self.sizes[rows]
+        starts = np.cumsum(np.insert(sizes, 0, 0))
+        places = np.arange(starts[-1]) + np.repeat(self.starts[rows] - starts[:-1], sizes)
+        return TokenTable(ids=self.ids[places], starts=starts)
 
     @property
     def sizes(self) -> np.ndarray:
         """Number of tokens per row, int64 [n]."""
         return np.diff(self.starts)
+
+    def rows_with(self, token: int | None) -> list[int]:
+        """Returns the numbers of the rows that have a token; none have None."""
+        places = np.flatnonzero(self.ids == token) if token is not None else np.zeros(0, np.int64)
+        return np.unique(np.searchsorted(self.starts, places, side="right") - 1).tolist()
 
     def row(self, index: int, *, length: int) -> np.ndarray:
         """Returns one row's tokens, int32, truncated to `length`."""
