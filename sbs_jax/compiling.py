@@ -32,6 +32,7 @@ class Progress:
         """
         self.count, self._at_most, self._cache = count, at_most, cache
         self._begun: set[Hashable] = set()
+        self.seconds = 0.0  # in the first calls of all programs
 
     @contextlib.contextmanager
     def compiling(self, program: str, *, key: Hashable = None) -> Iterator[None]:
@@ -44,8 +45,12 @@ class Progress:
             yield
             return
         self._begun.add(key)
-        with self._cache(), self._announced(program):
-            yield
+        began = time.monotonic()
+        try:
+            with self._cache(), self._announced(program):
+                yield
+        finally:
+            self.seconds += time.monotonic() - began
 
     @contextlib.contextmanager
     def _announced(self, program: str) -> Iterator[None]:

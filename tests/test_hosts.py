@@ -17,6 +17,7 @@ import jax
 import numpy as np
 import pytest
 import toy
+from builders.finished_runs import unmeasured
 from processes import ROOT, until
 
 from sbs_jax import hosts
@@ -28,7 +29,6 @@ from sbs_jax.run import checkpoints, directory
 from sbs_jax.student import partitioning
 from sbs_jax.training import gin_files
 
-SPEEDS = {"tokens_per_second", "seconds_per_step", "data_wait_share"}
 MACROS = {"TRAIN_STEPS": 12, "LOG_PERIOD": 1, "EVAL_PERIOD": 6, "CHECKPOINT_PERIOD": 2}
 
 
@@ -46,7 +46,7 @@ def assert_same_run(run: Path, reference: Path) -> None:
     assert [(line["kind"], line["step"]) for line in lines] == [(line["kind"], line["step"]) for line in expected]
     for line, wanted in zip(lines, expected, strict=True):
         assert line.keys() == wanted.keys()
-        for name in set(line) - SPEEDS - {"kind"}:
+        for name in unmeasured(line).keys() - {"kind"}:
             assert line[name] == pytest.approx(wanted[name], rel=2e-4, abs=1e-6), (name, line["step"])
     names = [sorted(path.name for path in (of / "predictions").iterdir()) for of in (run, reference)]
     assert names[0] == names[1]

@@ -5,6 +5,7 @@ import signal
 from pathlib import Path
 
 import pytest
+from builders.finished_runs import unmeasured
 from processes import Starter, until
 
 from sbs_jax.cli import main
@@ -13,7 +14,6 @@ from sbs_jax.run import directory
 
 DATASETS = ("svamp", "cqa", "esnli", "anli1")
 ROWS = 400  # of each file; validation and test a tenth of them
-SPEEDS = {"tokens_per_second", "seconds_per_step", "data_wait_share"}
 BINDINGS = (
     *("VOCAB_SIZE=32128", "EXAMPLES=5", "TRAIN_STEPS=8", "LOG_PERIOD=1", "EVAL_PERIOD=4", "CHECKPOINT_PERIOD=2"),
     *(
@@ -38,7 +38,7 @@ def records_dir(tmp_path_factory: pytest.TempPathFactory, real_data_dir: Path) -
 
 
 def lines_of(run: Path) -> list[dict[str, object]]:
-    return [{name: line[name] for name in line.keys() - SPEEDS} for line in directory.read_metrics(run)]
+    return [unmeasured(line) for line in directory.read_metrics(run)]
 
 
 def predictions_of(run: Path) -> dict[str, list[dict[str, object]]]:

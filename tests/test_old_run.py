@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 import processes
 import pytest
+from builders.finished_runs import unmeasured
 
 from sbs_jax.cli import main
 from sbs_jax.weights import runs
 
 ARCHIVE = Path(__file__).parent / "goldens" / "run_of_before.tar.xz"
 STEPS, STOPPED = 32, {"whole": 11, "lora": 7}
-SPEEDS = {"tokens_per_second", "seconds_per_step", "data_wait_share"}
 IMPORTS = {
     "from sbs_jax import adapters": "from sbs_jax.student import adapters",
     "from sbs_jax import t5": "from sbs_jax.student import t5",
@@ -46,7 +46,7 @@ def flags(run: str) -> list[str]:
 
 def metrics(run: Path) -> list[dict[str, Any]]:
     lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    return [{name: value for name, value in line.items() if name not in SPEEDS} for line in lines]
+    return [unmeasured(line) for line in lines]
 
 
 @pytest.mark.parametrize("name", ["whole", "lora"])

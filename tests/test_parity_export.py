@@ -168,7 +168,7 @@ def test_the_program_compiles_for_a_tpu(tmp_path):
     import jax
     from jax import export
 
-    from sbs_jax.plan import chips
+    from sbs_jax import chips
 
     pytest.importorskip("libtpu", reason="libtpu, the TPU compiler, is not installed: pip install libtpu")
     converted(students.write(tmp_path / "run"), tmp_path / "out", dtype="int8", check=0)

@@ -13,8 +13,9 @@ import pytest
 import toy
 from jax.sharding import NamedSharding, PartitionSpec
 
+from sbs_jax import chips
 from sbs_jax.data import registry
-from sbs_jax.plan import chips, hlo, worker
+from sbs_jax.plan import hlo, worker
 from sbs_jax.student import partitioning, stacks
 from sbs_jax.training.step import Trainer, TrainState, prepare
 

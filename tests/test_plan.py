@@ -12,8 +12,9 @@ import pytest
 import toy
 from builders import decoders
 
+from sbs_jax import chips
 from sbs_jax.cli import main
-from sbs_jax.plan import chips, command, compiler, hlo, table, worker
+from sbs_jax.plan import command, compiler, hlo, table, worker
 from sbs_jax.student import families, flops
 
 pytest.importorskip("libtpu", reason="libtpu, the TPU compiler, is not installed: pip install libtpu")
@@ -346,7 +347,7 @@ def test_a_compiler_that_aborts_or_hangs_loses_no_other_candidate():
 def test_two_processes_compile_at_once():
     """libtpu locks a file against a second process, unless a variable says that it only compiles."""
     code = (
-        "import sys, time; from sbs_jax.plan import chips; chips.topology('v5e:2x2').describe();"
+        "import sys, time; from sbs_jax import chips; chips.topology('v5e:2x2').describe();"
         "print('ready', flush=True); sys.stdin.read()"
     )
     started = [
@@ -438,6 +439,39 @@ def test_times_utilisation_and_costs_by_hand(config):
     quick = command.plan(config, options("v5e:2x2"), machine=Recorded(lambda c: compiled(cycles=1e3)), report=print)
     assert quick["candidates"][0]["step_seconds"] == 2e-3  # never shorter than all exchanges
     assert quick["candidates"][0]["usd_per_chip_hour"] == 1.2
+
+
+def test_the_steps_of_a_run_stand_beside_the_estimates(config, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    settings = {"batch_size": config.batch_size, "pack": config.pack, "tuning": None}
+    lengths = dict(config.task_feature_lengths)
+    manifest = {
+        "settings": settings,
+        "run": {"task_feature_lengths": lengths},
+        "devices": ["TPU_0", "TPU_1"],
+        "data": {},
+    }
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    lines = [
+        {"kind": "train", "step": step, "seconds_per_step": seconds, "utilisation": 0.4, "goodput": goodput}
+        for step, seconds, goodput in ((2, 9.0, 0.2), (4, 0.004, 0.5), (6, 0.002, 0.7), (8, 0.003, 0.8))
+    ]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    rule = Recorded(lambda c: compiled(cycles=1e3))  # 2 ms, all of them exchanges
+    found = command.plan(config, options("v5e:2x2", run=str(run)), machine=rule, report=print)
+    assert found["measured"]["seconds_per_step"] == 0.003  # the median, without the line that compiled
+    text = table.text(found)
+    assert f"Measured in {run}, 2 devices: 3.00 ms per update, MFU 40.0%, goodput 80.0%." in text
+    assert "1.50 times the 2.00 ms estimated for v5e:2x2." in text
+    other = dataclasses.replace(config, batch_size=config.batch_size * 2)
+    with pytest.raises(
+        ValueError, match=r"its batch_size is 8, here it is 16. Plan its own configuration: --gin_file="
+    ):
+        command.plan(other, options("v5e:2x2", run=str(run)), machine=rule, report=print)
+    (run / "metrics.jsonl").write_text(json.dumps(lines[0]) + "\n")
+    with pytest.raises(ValueError, match="has measured no step yet"):
+        command.plan(config, options("v5e:2x2", run=str(run)), machine=rule, report=print)
 
 
 def test_an_epoch_is_counted_given_or_unknown(config):

@@ -340,6 +340,7 @@ def test_the_cost_of_a_run_is_that_of_its_manifest(tmp_path: Path) -> None:
     assert cost.training_flops == 200 * one
     row = tables.costs(study).rows[0]
     assert row[4] == "2,181 x"  # 540e9 / 247,577,856
+    assert (cost.goodput, cost.utilisation, cost.tokens) == (None, None, None)  # a run of an older version
     for settings in (manifest["settings"] | {"tuning": {"callable": "lora"}}, {}, None):
         (path / "manifest.json").write_text(json.dumps(manifest | {"settings": settings}))
         assert costs.cost(report.study([report.identify(path)]).summaries[0].groups[0]).training_flops is None
@@ -478,3 +479,30 @@ def test_a_page_of_several_datasets_says_where_to_go(written: Path) -> None:
         assert text.count(f'id="{place}"') == 1
     assert "unfinished: it has no test result yet." in text
     assert "Always answering" in text
+
+
+def test_the_cost_of_a_run_tells_where_its_time_went(tmp_path: Path) -> None:
+    path = paper_run(tmp_path / "run", records_dir=str(write_records(tmp_path / "records", "svamp")))
+    metrics = path / "metrics.jsonl"
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    train = [line for line in lines if line["kind"] == "train"]
+    assert len(train) > 2
+    for number, line in enumerate(train):
+        spent = {"steps": 60.0 + number, "compiling": 30.0, "evaluation": 9.5, "data": 0.5}
+        line |= {f"seconds/{part}": seconds for part, seconds in spent.items()}
+        line |= {"utilisation": 0.1 if number == 0 else 0.4, "tokens_per_second_per_device": 1_000.0 + number}
+    train[-1]["seconds/steps"] = 60.0
+    metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    study = report.study([report.identify(path)])
+    cost = costs.cost(study.summaries[0].groups[0])
+    assert (cost.goodput, cost.utilisation) == (0.6, 0.4)  # the first line has compiling in it
+    assert cost.rest == pytest.approx(
+        {"compiling": 0.3, "data": 0.005, "evaluation": 0.095} | dict.fromkeys(("start", "saving", "lost"), 0)
+    )
+    table = tables.costs(study)
+    row = dict(zip(table.header, table.rows[0], strict=True))
+    assert (row["MFU"], row["goodput"], row["rest of the time"]) == (
+        "40.0 %",
+        "60 %",
+        "compiling 30 %, evaluation 10 %",
+    )

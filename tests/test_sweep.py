@@ -15,6 +15,7 @@ import processes
 import pytest
 import toy
 from builders import garden
+from builders.finished_runs import unmeasured
 
 from sbs_jax import sweep
 from sbs_jax.cli import main
@@ -517,9 +518,8 @@ def _is_free(folder: Path) -> bool:
 
 def _numbers(path: Path, kind: str) -> list[dict[str, Any]]:
     """Returns lines of metrics without the fields that depend on the clock."""
-    clocked = ("tokens_per_second", "seconds_per_step", "data_wait_share")
     found = [line for line in directory.read_metrics(path) if line["kind"] == kind]
-    return [{name: value for name, value in line.items() if name not in clocked} for line in found]
+    return [unmeasured(line) for line in found]
 
 
 @pytest.mark.faults

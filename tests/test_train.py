@@ -14,6 +14,7 @@ import optax
 import pytest
 import toy
 from builders import decoders
+from builders.finished_runs import unmeasured
 
 from sbs_jax import compiling
 from sbs_jax.cli import main
@@ -37,7 +38,7 @@ def records_dir(tmp_path_factory):
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory, records_dir):
     """A run of 6 steps on the mixture: its configuration, its result, its compiled step and what it said of that."""
-    config = toy.config(tmp_path_factory.mktemp("run") / "toy", records_dir)
+    config = toy.config(tmp_path_factory.mktemp("run") / "toy", records_dir, profile_steps=(2, 3))
     trainers, said, prepare = [], [], loop.prepare
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "prepare", lambda config: trainers.append(prepare(config)) or trainers[-1])
@@ -60,6 +61,8 @@ def test_a_run_directory_holds_everything(finished):
         *("config.gin", "manifest.json", "metrics.jsonl", "tensorboard", "predictions", "checkpoints", "lock")
     }
     assert list((path / "tensorboard").glob("events.out.tfevents.*"))
+    (trace,) = (path / "tensorboard" / "plugins" / "profile" / "steps-2-3").glob("*.xplane.pb")
+    assert _events(trace).count("train") == 2
     lines = directory.read_metrics(path)
     assert [(line["kind"], line["step"]) for line in lines] == [
         *(("train", 2), ("validation", 3), ("train", 4), ("train", 6), ("validation", 6)),
@@ -72,6 +75,23 @@ def test_a_run_directory_holds_everything(finished):
     assert set(manifest["data"]["splits"]) == {"train", "validation", "test"}
     assert manifest["versions"]["jax"] == jax.__version__
     assert manifest["lengths"]["train"]["toy_label"]["inputs cut"] == 0
+
+
+def _events(trace: Path) -> list[str]:
+    data = jax.profiler.ProfileData.from_file(str(trace))
+    return [event.name for plane in data.planes for line in plane.lines for event in line.events]
+
+
+def test_a_run_tells_where_its_time_went(finished):
+    path = finished[0].model_dir
+    lines = [line for line in directory.read_metrics(path) if line["kind"] == "train"]
+    seconds = {part: lines[-1][f"seconds/{part}"] for part in directory.TIME_PARTS}
+    assert min(seconds[part] for part in ("steps", "start", "compiling", "evaluation", "saving")) > 0
+    assert seconds["lost"] == 0
+    assert lines[-1]["goodput"] == pytest.approx(seconds["steps"] / sum(seconds.values()))
+    assert sum(seconds.values()) > sum(lines[0][f"seconds/{part}"] for part in directory.TIME_PARTS) > 0
+    saved = checkpoints.read_metadata(path, checkpoints.steps(path)[-1])["clock"]
+    assert saved["seconds"].keys() == seconds.keys()
 
 
 def test_predictions_are_kept_per_evaluation(finished):
@@ -118,11 +138,7 @@ def test_runs_that_share_programs_end_as_runs_of_their_own(recorded, tmp_path):
     loop.train(shared, config_text="", programs=programs)
     assert trainer.step._cache_size() == 1
     ours, theirs, first = (
-        [
-            {name: value for name, value in line.items() if not re.search("second|wait", name)}
-            for line in directory.read_metrics(each.model_dir)
-        ]
-        for each in (shared, alone, config)
+        [unmeasured(line) for line in directory.read_metrics(each.model_dir)] for each in (shared, alone, config)
     )
     assert ours == theirs
     assert ours[0] != first[0]

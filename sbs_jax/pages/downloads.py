@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sbs_jax.pages.canvas import standalone
+from sbs_jax.run.directory import TIME_PARTS
 from sbs_jax.stats import quality
 from sbs_jax.stats.costs import cost
 from sbs_jax.stats.study import Study, paper_accuracy, teacher_of
@@ -136,11 +137,13 @@ def add_tables(downloads: Downloads, study: Study) -> None:
     )
     downloads.table(
         "costs",
-        "dataset parameters method fraction devices device_hours training_flops teacher_parameters accuracy",
+        "dataset parameters method fraction devices device_hours training_flops teacher_parameters accuracy "
+        f"tokens_per_second_per_device utilisation goodput {' '.join(f'share_{part}' for part in TIME_PARTS[1:])}",
         (
             [
                 *(s.dataset, c.parameters, g.method, g.fraction, c.devices, c.device_hours, c.training_flops),
-                *(teacher.parameters if (teacher := teacher_of(s)) else None, g.accuracy),
+                *(teacher.parameters if (teacher := teacher_of(s)) else None, g.accuracy, c.tokens, c.utilisation),
+                *(c.goodput, *(c.rest.get(part) for part in TIME_PARTS[1:])),
             ]
             for s, g in groups
             for c in [cost(g)]

@@ -1,6 +1,6 @@
 """Tables of a summary or study: rows of text for the page, aligned for a terminal, or as Markdown."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from sbs_jax.pages.plots import colour_number
@@ -160,12 +160,22 @@ def costs(study: Study) -> Table:
         Column("training", lambda s, g, c, _: _duration(g.train_seconds)),
         Column("device-hours", lambda s, g, c, _: f"{c.device_hours:.3g}"),
         Column("training FLOPs", lambda s, g, c, _: compact(c.training_flops) if c.training_flops else "-"),
+        Column("tokens/s a device", lambda s, g, c, _: _or_dash("{:,.0f}", c.tokens)),
+        Column("MFU", lambda s, g, c, _: _or_dash("{:.1f} %", c.utilisation and 100 * c.utilisation)),
+        Column("goodput", lambda s, g, c, _: _or_dash("{:.0f} %", c.goodput and 100 * c.goodput)),
+        Column("rest of the time", lambda s, g, c, _: _rest(c.rest), "text"),
         Column("accuracy", lambda s, g, c, _: f"{g.accuracy:.1f}"),
         Column("95 % interval", lambda s, g, c, _: interval(g.low, g.high)),
     ]
     teachers = {id(summary): teacher_of(summary) for summary in study.summaries}
     found = ((s, g, cost(g), t.parameters if (t := teachers[id(s)]) else None) for s, g in study.groups())
     return _table(columns, found)
+
+
+def _rest(shares: Mapping[str, float]) -> str:
+    """Names what took at least a hundredth of the time, the largest first: "compiling 12 %, evaluation 8 %"."""
+    large = sorted(((share, part) for part, share in shares.items() if share >= 0.01), reverse=True)
+    return ", ".join(f"{part} {100 * share:.0f} %" for share, part in large) or "-"
 
 
 def teachers(study: Study) -> Table:

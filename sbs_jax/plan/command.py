@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from sbs_jax import chips
 from sbs_jax.data import registry, selection, task_names
-from sbs_jax.plan import chips, compiler, worker
+from sbs_jax.plan import compiler, measured, worker
 from sbs_jax.student import adapters, families, flops
 from sbs_jax.training.config import TrainConfig
 
@@ -33,6 +34,7 @@ class Options:
     price: str  # "on_demand", "three_years", or USD per chip and hour
     examples: int | None  # per task and epoch
     examples_per_row: float | None
+    run: str | None = None  # whose measured steps are shown beside the estimates
 
     def __post_init__(self) -> None:
         if self.price not in ("on_demand", "three_years"):
@@ -54,6 +56,7 @@ def plan(
     if options.batch_size is not None:
         config = dataclasses.replace(config, batch_size=options.batch_size)
     epoch = _epoch(config, options)
+    beside = None if options.run is None else measured.read(options.run, config)  # refuses before a compile
     tried: list[dict[str, Any]] = []
 
     def attempt(topology: chips.Topology, mesh: dict[str, int], micro_batches: int) -> dict[str, Any]:
@@ -87,6 +90,7 @@ def plan(
         "candidates": tried,
         "compiles": _compiles(tried),
         "suggestion": suggestion(tried),
+        "measured": beside,
     }
 
 

@@ -15,7 +15,7 @@ import time
 from collections.abc import Sequence
 from typing import IO, Any
 
-from sbs_jax.plan import chips
+from sbs_jax import chips
 
 # Messages that libtpu and TensorFlow always write without an accelerator.
 _NOISE = re.compile(

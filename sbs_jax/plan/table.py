@@ -3,7 +3,8 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from sbs_jax.plan import chips, worker
+from sbs_jax import chips
+from sbs_jax.plan import worker
 from sbs_jax.plan.command import mesh_title, micro_title
 
 _NOTICE = 30  # seconds between the signal and the end of a preempted machine on Google Cloud
@@ -25,6 +26,8 @@ def text(plan: dict[str, Any]) -> str:
     for number, one in enumerate(tried, 1):
         if shown is None or number - 1 in shown:
             lines += ["", *_details(one, number if len(tried) > 1 else None)]
+    if plan["measured"] is not None:
+        lines += ["", *_measured(plan["measured"], tried)]
     lines += ["", *_money(plan), "", *_suggestion(plan)]
     return "\n".join(lines)
 
@@ -127,6 +130,23 @@ def _details(one: dict[str, Any], number: int | None) -> list[str]:
         lines.append(f"  {_checkpoint(size, hosts=count)}")
     for name, step in steps.items():
         lines += [f"  {name}: {note}" for note in _notes(step)]
+    return lines
+
+
+def _measured(found: dict[str, Any], tried: Sequence[dict[str, Any]]) -> list[str]:
+    """Puts the step of a run beside the estimates."""
+    step = found["seconds_per_step"]
+    more = [
+        f"MFU {found['utilisation']:.1%}" if "utilisation" in found else "",
+        f"{found['device_memory_gib']:.1f} GiB a device at most" if "device_memory_gib" in found else "",
+        f"goodput {found['goodput']:.1%}" if found["goodput"] is not None else "",
+    ]
+    about = "".join(f", {each}" for each in more if each)
+    lines = [f"Measured in {found['run']}, {len(found['devices'])} devices: {step * 1e3:,.2f} ms per update{about}."]
+    for one in tried:
+        if "step_seconds" in one:
+            ratio = step / one["step_seconds"]
+            lines.append(f"  {ratio:.2f} times the {one['step_seconds'] * 1e3:,.2f} ms estimated for {_name(one)}.")
     return lines
 
 

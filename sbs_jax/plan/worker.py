@@ -17,7 +17,8 @@ from typing import Any, TextIO
 
 import jax
 
-from sbs_jax.plan import chips, hlo
+from sbs_jax import chips
+from sbs_jax.plan import hlo
 from sbs_jax.student import partitioning
 from sbs_jax.training import evaluate
 from sbs_jax.training.config import TrainConfig

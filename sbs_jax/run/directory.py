@@ -35,6 +35,9 @@ read_manifest = manifest.read
 _SEEN_WITHIN = 15.0  # seconds in which a network file system shows a new file to another host
 _ATTEMPTS = 60.0  # seconds between attempts to write into a bucket that is out of reach
 _SHOWN = 60  # lines of a difference in an error
+# Parts of a run's wall time in metrics, `seconds/<part>`. `steps` are those that lasted; `lost` is what came after the
+# checkpoint that a process resumed from: steps that are repeated, and the wait for a machine.
+TIME_PARTS = ("steps", "start", "compiling", "data", "evaluation", "saving", "lost")
 ROWS = "dataset"  # folder of the rows that `sbs_jax.distill` was given
 # What a process killed early in its start leaves behind, and what is there before a start.
 _REMAINS = {"lock", "config.gin.tmp", f"{MANIFEST}.tmp", ROWS}

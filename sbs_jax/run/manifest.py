@@ -27,7 +27,7 @@ _REPORTED = (
 # Fields of TrainConfig that set where and how a run is computed.
 _WHERE_AND_HOW = (
     *("model_dir", "layout", "execution", "vocabulary_chunks", "checkpoint_period", "keep_checkpoints", "keep_best"),
-    *("keep_period", "stall_seconds", "save_patience", "trackers"),
+    *("keep_period", "stall_seconds", "save_patience", "trackers", "profile_steps"),
     "skip_non_finite",  # decides only where the run would have stopped
 )
 # If no best checkpoint is kept, these decide which one is tested.

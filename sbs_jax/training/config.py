@@ -104,14 +104,26 @@ class Compute:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Guards:
-    """Limits for failures that a run may survive."""
+    """Limits for failures that a run may survive, and a look at its steps."""
 
     skip_non_finite: int = 0  # updates with a non-finite loss or gradient to skip before the run stops
     stall_seconds: float = 300.0  # without progress, until the watchdog reports a stall
+    profile_steps: Sequence[int] | None = None  # (first, last) step that the profiler traces
 
     def __post_init__(self) -> None:
         _whole_numbers(self, "skip_non_finite", least=0)
         checks.number("TrainConfig.stall_seconds", self.stall_seconds, above=0.0)
+        steps = self.profile_steps
+        if steps is not None and (
+            not isinstance(steps, tuple | list)
+            or len(steps) != 2
+            or not all(type(step) is int for step in steps)
+            or not 1 <= steps[0] <= steps[1]
+        ):
+            raise ValueError(
+                f"TrainConfig.profile_steps is {steps!r}; expected the first and the last step, such as (10, 14), or "
+                "None."
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

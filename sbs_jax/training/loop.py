@@ -4,9 +4,11 @@ import contextlib
 import dataclasses
 import logging
 import math
+import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import jax
 import numpy as np
 import tqdm
 
@@ -16,9 +18,10 @@ from sbs_jax.hosts import preemption, watchdog
 from sbs_jax.run import checkpoints, directory, settings
 from sbs_jax.run import manifest as run_manifest
 from sbs_jax.storage import places
-from sbs_jax.training import contents, evaluate, failures, feed, stopping
+from sbs_jax.training import clock, contents, evaluate, failures, feed, stopping
 from sbs_jax.training.config import Checkpointing, TrainConfig
 from sbs_jax.training.metrics_window import MetricsWindow
+from sbs_jax.training.profile import Profiler
 from sbs_jax.training.state import initial_state, load_base, restored_state
 from sbs_jax.training.step import Trainer, TrainState, prepare
 from sbs_jax.weights import frozen, opening
@@ -26,7 +29,7 @@ from sbs_jax.weights import frozen, opening
 log = logging.getLogger(__name__)
 
 # Fields that no compiled program depends on.
-_NOT_COMPILED = ("model_dir", "seed", "data", "initial_checkpoint_path", "trackers")
+_NOT_COMPILED = ("model_dir", "seed", "data", "initial_checkpoint_path", "trackers", "profile_steps")
 ROWS = "rows"  # folder of a run with the rows of tasks from outside
 _NEW = {"lines": 0, "window": [], "evaluation_due": False, "scores": {}}  # progress of a run without a checkpoint
 
@@ -82,13 +85,12 @@ def train(
     another run to share; its results are the same.
     """
     # ------------------------------------------------------------------ set up: data, mesh, compiled step
+    began = time.monotonic()
     config = contents.pinned(config)
     registry.configure(config.data)
     outside.take(places.of(config.model_dir) / ROWS)
-    _ = config.eval_task_names  # refuses a run that nothing can grade
     data = registry.manifest(config.mixture_or_task_name, lengths=config.task_feature_lengths)
-    _check_test_split(config, data)
-    _check_vocabulary(config)
+    _check(config, data)
     hosts.agree({"data": feed.fingerprint(config, data)})
     programs = programs or Programs.of(config)
     programs.check(config)
@@ -125,8 +127,9 @@ def train(
             return directory.last_lines(run.metrics())
         run.truncate_metrics(lines=progress["lines"], step=start)
         scores |= _scores_of_metrics(run) if saved is None else saved
-        window = MetricsWindow(progress["window"])
-        session = _Session(config, programs, validator, run, saver, watch, scores, identity, state, start, window)
+        spent = clock.Clock(progress.get("clock"), began=began, compiled=lambda: programs.progress.seconds)
+        meters = MetricsWindow(progress["window"]), spent, stack.enter_context(Profiler.of(config, run.path))
+        session = _Session(config, programs, validator, run, saver, watch, scores, identity, state, start, *meters)
         del state  # every step donates it
         if progress["evaluation_due"] and not session.validate():
             session.leave()
@@ -176,6 +179,8 @@ class _Session:
     state: TrainState
     step: int  # of the last update
     window: MetricsWindow
+    clock: clock.Clock
+    profiler: Profiler
     skipped: int = 0
     token_accuracy: dict[str, float] = dataclasses.field(default_factory=dict)  # by objective, in the last metrics line
     results: dict[str, evaluate.Result] = dataclasses.field(default_factory=dict)  # of the last evaluation, by task
@@ -202,6 +207,7 @@ class _Session:
 
     def steps(self) -> Iterator[int]:
         """Yields the steps that are left, until the run is out of patience."""
+        self.clock.enter("steps")
         for step in range(self.step + 1, self.config.train_steps + 1):
             if self.out_of_patience:
                 return
@@ -210,9 +216,13 @@ class _Session:
     def advance(self, batches: prefetch.Prefetcher[Any], *, step: int) -> None:
         """Makes one update; returns before the devices have finished it."""
         self.watch.at(watchdog.INPUT, step=step)
-        batch, tokens = self.window.wait_for(batches)
+        with self.clock.within("data"):
+            batch, tokens = self.window.wait_for(batches)
         self.watch.at(watchdog.DEVICES, step=step)
-        with self.programs.progress.compiling("the training step"):
+        with (
+            self.profiler.step(step, ready=lambda: jax.block_until_ready(self.state)),
+            self.programs.progress.compiling("the training step"),
+        ):
             self.state, metrics = self.trainer.step(self.state, batch)
         self.window.add(metrics, tokens)
         self.step = step
@@ -229,6 +239,8 @@ class _Session:
         # A skipped update does not advance the schedule.
         rate = self.config.learning_rate(self.step - 1 - self.skipped)
         values = self.window.close() | {"learning_rate": float(np.asarray(rate))}
+        speeds = {name: values[name] for name in ("tokens_per_second", "seconds_per_step")}
+        values |= clock.rates(self.config, **speeds) | self.clock.metrics()
         if self.config.skip_non_finite:
             values["skipped"] = float(self.skipped)
         self.run.log("train", self.step, values)
@@ -238,7 +250,7 @@ class _Session:
     def validate(self) -> bool:
         """Grades the current parameters on validation; False if preempted meanwhile."""
         try:
-            with self.window.paused():
+            with self.window.paused(), self.clock.within("evaluation"):
                 self.results = self.evaluator.run(self.trainer.parameters(self.state), before_batch=self._before_batch)
         except preemption.PreemptedError:
             return False
@@ -275,6 +287,10 @@ class _Session:
 
     def save(self, *, evaluation_due: bool, final: bool) -> None:
         """Saves a checkpoint in the background; a final one is on disk when this returns."""
+        with self.clock.within("saving"):
+            self._save(evaluation_due=evaluation_due, final=final)
+
+    def _save(self, *, evaluation_due: bool, final: bool) -> None:
         self.watch.at("saves", step=self.step)
         self.run.check()
         saved = self.trainer.unstacked(self.state)
@@ -286,6 +302,7 @@ class _Session:
             "window": self.window.rows(),
             "evaluation_due": evaluation_due,
             "scores": dict(self.scores),
+            "clock": self.clock.state(),
         }
         arrays = {"parameters": saved.parameters, "optimizer": saved.optimizer}
         if final:
@@ -347,7 +364,10 @@ def evaluator(config: TrainConfig, programs: Programs, *, split: str) -> evaluat
     )
 
 
-def _check_test_split(config: TrainConfig, data: Mapping[str, Any]) -> None:
+def _check(config: TrainConfig, data: Mapping[str, Any]) -> None:
+    """Refuses a run that nothing can grade, that has no rows to test on, or whose vocabulary does not fit."""
+    _ = config.eval_task_names
+    _check_vocabulary(config)
     for name, part in run_manifest.data_of_parts(data, whole=config.mixture_or_task_name).items():
         if config.evaluate_test and selection.TEST not in part["splits"] and not registry.is_of_records(name):
             raise ValueError(f"{name} has no test split; set EVALUATE_TEST = False.")

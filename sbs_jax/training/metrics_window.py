@@ -13,6 +13,17 @@ from sbs_jax.training.step import Batch
 
 log = logging.getLogger(__name__)
 
+# Metrics that a clock or a device tells: those of the process that wrote them, not the same again in a repeated run.
+_MEASURED = (
+    *("tokens_per_second", "tokens_per_second_per_device", "seconds_per_step", "data_wait_share"),
+    *("utilisation", "device_memory_gib", "goodput"),
+)
+
+
+def is_measured(name: str) -> bool:
+    """Tells whether a metric depends on the machine and the moment, and not on the run alone."""
+    return name in _MEASURED or name.startswith("seconds/")
+
 
 class MetricsWindow:
     """Metrics of the steps since the last log line, and speeds.

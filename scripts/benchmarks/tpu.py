@@ -33,8 +33,9 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks import harness
+from sbs_jax import chips
 from sbs_jax.cli import main
-from sbs_jax.plan import chips, hlo, worker
+from sbs_jax.plan import hlo, worker
 from sbs_jax.student import decoding, families, flops, partitioning, t5
 from sbs_jax.training import evaluate, gin_files
 from sbs_jax.training.config import TrainConfig

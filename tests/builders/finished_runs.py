@@ -1,6 +1,7 @@
 """Compare finished runs: arrays, metrics without speeds, predictions and the best step."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,8 @@ import numpy as np
 import pytest
 
 from sbs_jax.run import checkpoints, directory
+from sbs_jax.training import metrics_window
 from sbs_jax.weights import tensor_store
-
-SPEEDS = {"tokens_per_second", "seconds_per_step", "data_wait_share"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +24,11 @@ class Contents:
     best: int | None
 
 
+def unmeasured(line: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a line of metrics without what a clock or a device tells."""
+    return {name: value for name, value in line.items() if not metrics_window.is_measured(name)}
+
+
 def contents(run: str | Path) -> Contents:
     run = Path(run)
     step = checkpoints.steps(run)[-1]
@@ -31,13 +36,14 @@ def contents(run: str | Path) -> Contents:
     for item in (checkpoints.PARAMETERS, checkpoints.OPTIMIZER):
         for name, array in tensor_store.orbax_arrays(run / "checkpoints" / str(step) / item).items():
             arrays[f"{item}/{name}"] = array.whole()
-    lines = [{k: v for k, v in line.items() if k not in SPEEDS} for line in directory.read_metrics(run)]
+    lines = [unmeasured(line) for line in directory.read_metrics(run)]
     predictions = {path.name: path.read_bytes() for path in (run / "predictions").iterdir()}
     metadata = checkpoints.read_metadata(run, step)
     for name in (
         "lines",
         "evaluation_due",
         "scores",
+        "clock",
     ):  # a run preempted in its last evaluation, which the resumed run repeated
         del metadata[name]
     return Contents(arrays, metadata, lines, predictions, checkpoints.best_step(run))

@@ -36,6 +36,9 @@ def add(command: Any) -> None:
     plan.add_argument("--price", default="on_demand", help="on_demand, three_years, or USD per chip and hour")
     plan.add_argument("--examples", type=int, metavar="N", help="examples of each task per epoch, without records")
     plan.add_argument("--examples_per_row", type=float, metavar="N", help="examples per packed row")
+    plan.add_argument(
+        "--run", dest="measured", metavar="DIR", help="run of this configuration, to show its measured steps beside"
+    )
     plan.add_argument("--json", action="store_true", help="print everything as JSON")
     plan.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)  # the compiling process
 
@@ -49,8 +52,8 @@ def settled(arguments: argparse.Namespace, bindings: Sequence[str]) -> list[str]
 
 
 def check(arguments: argparse.Namespace, bindings: Sequence[str]) -> None:
+    from sbs_jax import chips
     from sbs_jax.cli import early
-    from sbs_jax.plan import chips
 
     early.configuration("train.TrainConfig", arguments, settled(arguments, bindings), unread=_UNREAD)
     if not arguments.serve:
@@ -61,7 +64,8 @@ def check(arguments: argparse.Namespace, bindings: Sequence[str]) -> None:
 
 def run(arguments: argparse.Namespace, bindings: Sequence[str]) -> int:
     os.environ["JAX_PLATFORMS"] = "cpu"
-    from sbs_jax.plan import chips, compiler
+    from sbs_jax import chips
+    from sbs_jax.plan import compiler
 
     bindings = settled(arguments, bindings)
 
@@ -92,6 +96,7 @@ def run(arguments: argparse.Namespace, bindings: Sequence[str]) -> int:
             batch_size=arguments.batch_size,
             price=arguments.price,
             examples=arguments.examples,
+            run=arguments.measured,
             examples_per_row=arguments.examples_per_row or (float(per_row[1]) if per_row else None),
         )
         found = command.plan(config, options, machine=machine, report=logging.getLogger("sbs_jax").info)

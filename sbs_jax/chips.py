@@ -31,6 +31,7 @@ class Chip:
     """One TPU generation. Rates and memory are per chip unless the comment says per device (as JAX counts them)."""
 
     name: str
+    kinds: tuple[str, ...]  # JAX's names of its devices
     shapes: tuple[str, ...]  # slices on offer
     devices: int  # per chip
     options: Mapping[str, Any]  # libtpu needs them with the topology's name
@@ -58,9 +59,17 @@ def table() -> dict[str, Any]:
 def known() -> dict[str, Chip]:
     """Returns the chips by generation."""
     return {
-        name: Chip(name=name, **{**fields, "shapes": tuple(fields["shapes"])})
+        name: Chip(name=name, **{**fields, "kinds": tuple(fields["kinds"]), "shapes": tuple(fields["shapes"])})
         for name, fields in table()["chips"].items()
     }
+
+
+def peak_flops(kind: str) -> float | None:
+    """Returns the bfloat16 peak of a JAX device by its `device_kind`, per second; None if it is not known (a CPU)."""
+    for chip in known().values():
+        if kind in chip.kinds:
+            return chip.peak_flops / chip.devices
+    return next((peak for name, peak in table()["gpus"].items() if kind.startswith(name)), None)
 
 
 @dataclasses.dataclass(frozen=True)
