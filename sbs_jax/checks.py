@@ -11,18 +11,9 @@ from collections.abc import Collection, Iterable
 # Flags and fields that may name a place on Cloud Storage.
 ON_BUCKETS = (
     *("adapters", "assets", "augmentation", "base", "batch_folder", "checkpoint_path", "corpus"),
-    *(
-        "initial_checkpoint_path",
-        "input",
-        "inputs_dir",
-        "measured",
-        "model_dir",
-        "old_run_flags",
-        "output",
-        "output_dir",
-        "page",
-    ),
-    *("records_dir", "release", "run_dirs", "run_flag", "run_flags", "source", "target", "tfds_data_dir", "vocabulary"),
+    *("initial_checkpoint_path", "input", "inputs_dir", "measured", "model_dir", "old_run_flags", "output"),
+    *("output_dir", "page", "records_dir", "release", "run_dirs", "run_flag", "run_flags", "source", "target"),
+    *("tfds_data_dir", "vocabulary"),
 )
 _URL = re.compile(r"(gs|s3a?|hdfs|file|abfss?):/|[a-z][\w+.-]+://", re.ASCII | re.IGNORECASE)
 

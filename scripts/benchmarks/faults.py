@@ -8,12 +8,14 @@ of `sbs train` in two processes that take turns; one of them saves in the middle
 save is the difference between such a turn and its neighbour, relative to 100 steps. `gs_save_overhead` does so with
 both saving, one into a bucket of an emulator on loopback, the other onto the disk. `restart_vs_cold_start` starts
 `sbs train` from nothing and from a checkpoint in turns, and measures the time until its first metrics line.
+`checkpoint_hash_s_per_gb_per_host` syncs and hashes new files, as each process does with those that it wrote.
 Results: docs/speed.md.
 """
 
 import argparse
 import dataclasses
 import os
+import shutil
 import signal
 import statistics
 import subprocess
@@ -34,6 +36,7 @@ GIN_FILES = [f"gin_configs/{name}.gin" for name in ("runs/train", "models/t5_1_0
 def add_options(parser: argparse.ArgumentParser) -> None:
     harness.add_turns(parser, rounds=4, steps=10)
     parser.add_argument("--starts", type=int, default=3, help="starts from nothing, and as many from a checkpoint")
+    parser.add_argument("--hashes", type=int, default=5, help="times to hash a GB")
 
 
 def measure(arguments: argparse.Namespace) -> Iterator[harness.Row]:
@@ -49,6 +52,8 @@ def measure(arguments: argparse.Namespace) -> Iterator[harness.Row]:
         if arguments.starts:
             harness.use_threads(arguments.threads)  # for the processes started from here
             yield restart_vs_cold_start(Path(name), arguments.starts)
+        if arguments.hashes:
+            yield checkpoint_hash(Path(name), arguments.hashes)
 
 
 def bindings(folder: Path, run: str, **changes: Any) -> list[str]:
@@ -106,6 +111,27 @@ def gs_save_overhead(
         goal="<= 1.1",
         versions=harness.versions("jax", "orbax-checkpoint", "tensorstore", "google-cloud-storage"),
     )
+
+
+def checkpoint_hash(folder: Path, rounds: int) -> harness.Row:
+    """Hashes a GB in 16 files, about as many as a host of an XXL model has arrays at a time."""
+    from sbs_jax.storage import checksums
+
+    files, size = 16, 10**9 // 16
+    seconds = []
+    for number in range(rounds):
+        place = folder / f"hashes-{number}"
+        place.mkdir()
+        for index in range(files):
+            (place / str(index)).write_bytes(os.urandom(size))
+        os.sync()
+        begin = time.perf_counter()
+        checksums.entries(place, [str(index) for index in range(files)])
+        seconds.append((time.perf_counter() - begin) / (files * size / 1e9))
+        shutil.rmtree(place)
+    print(f"seconds to hash a GB: {harness.listed(seconds)}")
+    value = statistics.median(seconds)
+    return harness.Row("checkpoint_hash_s_per_gb_per_host", "s/GB", value, 1.0, "<= 1", {})
 
 
 def loop(
