@@ -13,7 +13,7 @@ ON_BUCKETS = (
     *("adapters", "assets", "augmentation", "base", "batch_folder", "checkpoint_path", "corpus"),
     *("initial_checkpoint_path", "input", "inputs_dir", "measured", "model_dir", "old_run_flags", "output"),
     *("output_dir", "page", "records_dir", "release", "run_dirs", "run_flag", "run_flags", "source", "target"),
-    *("tfds_data_dir", "vocabulary"),
+    *("gin_file", "sweep_dir", "tfds_data_dir", "vocabulary"),
 )
 _URL = re.compile(r"(gs|s3a?|hdfs|file|abfss?):/|[a-z][\w+.-]+://", re.ASCII | re.IGNORECASE)
 

@@ -370,6 +370,33 @@ def test_two_processes_killed_on_a_bucket_end_as_one_on_disk(starter, folder, re
     assert [path.name for path in cwd.iterdir()] == ["gin_configs"]
 
 
+@pytest.mark.slow
+def test_a_sweep_in_a_bucket_ends_as_one_on_disk(starter, folder, place, url, tmp_path):
+    """Its configuration lies there too; the log of the cells is there at the end, and a second sweep skips them."""
+    buckets.upload(folder / "records", place / "records")
+    (tmp_path / "sweep.gin").write_text(
+        'from __gin__ import dynamic_registration\nimport toy_task\ninclude "gin_configs/runs/sweep.gin"\n'
+        f'EXPERIMENT = "{folder / "toy.gin"}"\nDATASETS = ("toy",)\nSIZES = ("tiny",)\n'
+        'METHODS = ("step_by_step",)\nBINDINGS = {"TRAIN_STEPS": 6, "EVAL_PERIOD": 3, "CHECKPOINT_PERIOD": 3}\n'
+    )
+    places.upload(tmp_path / "sweep.gin", place / "sweep.gin")
+    environment = {**buckets.environment(url), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+
+    def swept(where: Path) -> str:
+        flags = [f"--gin_file={place}/sweep.gin", f"--gin.RECORDS_DIR={place}/records", f"--gin.SWEEP_DIR={where}"]
+        done = starter.run(tmp_path, ["sweep", *flags], path=[folder], environment=environment)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    (run,) = ("runs/toy-tiny-step_by_step-1-0",)
+    assert "1 cells: 1 new." in swept(place / "sweep")
+    swept(tmp_path / "on_disk")
+    assert_same_as(place / "sweep" / run, tmp_path / "on_disk" / run, tmp_path)
+    assert b"toy" in (place / "sweep" / "index.html").read_bytes()
+    assert b"Checkpoint of step 6" in (place / "sweep" / "logs" / f"{Path(run).name}.log").read_bytes()
+    assert "1 cells: 1 finished." in swept(place / "sweep")
+
+
 def busy(proxy: buckets.Proxy) -> None:
     """Every fortieth answer is that of a busy store, and the others take their time."""
 

@@ -111,6 +111,8 @@ def _main(argv: Sequence[str] | None) -> int:
 
     try:
         _refuse_urls(commands[arguments.command], arguments)
+        if takes_gin:
+            arguments.gin_file = [_local_gin_file(file) for file in arguments.gin_file]
         if hasattr(arguments, "multihost"):
             _join(arguments)
         if files := getattr(arguments, "module", ()):
@@ -173,6 +175,13 @@ def _refuse_urls(parser: argparse.ArgumentParser, arguments: argparse.Namespace)
             if isinstance(each, str) and action.dest != "base_url":
                 for part in re.split("[=,]", each):  # NAME=DIR, DIR,DIR
                     checks.local_path(str(name), part, or_bucket=action.dest in checks.ON_BUCKETS)
+
+
+def _local_gin_file(file: str) -> str:
+    """Returns the path of a gin file, or of a copy of one in a bucket."""
+    from sbs_jax.storage import places
+
+    return str(places.fetched(places.of(file))) if places.in_bucket(file) else file
 
 
 def _fail_others(text: str, *, show: bool) -> None:

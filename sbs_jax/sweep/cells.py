@@ -1,6 +1,7 @@
 """Cells of a sweep, each a run of `sbs train`, and the checks before the first one starts."""
 
 import dataclasses
+import hashlib
 import itertools
 import shlex
 from collections.abc import Mapping, Sequence
@@ -10,6 +11,7 @@ from typing import Any
 from sbs_jax import checks
 from sbs_jax.checks import nearest
 from sbs_jax.data import dataset_folder
+from sbs_jax.storage import places
 from sbs_jax.training import gin_files
 from sbs_jax.training.gin_files import UsageError
 
@@ -59,7 +61,11 @@ class Cell:
 
     @property
     def log(self) -> Path:
-        return self.sweep_dir / "logs" / f"{self.name}.log"
+        """The file its process writes to; of a sweep in a bucket in the user's cache, because objects cannot grow."""
+        if not places.in_bucket(self.sweep_dir):
+            return self.sweep_dir / "logs" / f"{self.name}.log"
+        folder = hashlib.sha256(str(self.sweep_dir).encode()).hexdigest()[:16]
+        return places.user_cache() / "logs" / folder / f"{self.name}.log"
 
     def all_bindings(self) -> list[str]:
         axes = [binding(macro, value) for macro, value in self.axes.items()]
@@ -234,7 +240,7 @@ class Sweep:
                         fold=fold,
                         gin_files=(experiment, self._method_file(method), *self.gin_files),
                         bindings=self._bindings(dataset, size),
-                        sweep_dir=Path(self.sweep_dir),
+                        sweep_dir=places.of(self.sweep_dir),
                         search_paths=self.search_paths,
                         modules=self.modules,
                     )
@@ -257,8 +263,8 @@ class Sweep:
         )
 
     def _file(self, file: str, what: str) -> str:
-        places = [Path(file), *(Path(path) / file for path in self.search_paths), _ROOT / file]
-        if any(place.is_file() for place in places):
+        tried = [Path(file), *(Path(path) / file for path in self.search_paths), _ROOT / file]
+        if any(place.is_file() for place in tried):
             return file
         around = {
             str(found.relative_to(_ROOT))

@@ -14,12 +14,14 @@ from typing import Any
 from sbs_jax import hosts
 from sbs_jax.hosts import preemption
 from sbs_jax.run import directory
-from sbs_jax.storage import lock, places
+from sbs_jax.storage import bucket_lock, places
 from sbs_jax.sweep.cells import Cell, Group, Sweep, check_configurations, check_inputs, groups
 from sbs_jax.sweep.standings import graded, unfinished
 from sbs_jax.sweep.workers import Workers
 
 log = logging.getLogger(__name__)
+
+_BETWEEN_LOOKS = 5.0  # seconds between questions to a bucket whether a cell has ended
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,10 +68,11 @@ def run(groups: Sequence[Group], started: Workers, *, jobs: int) -> Iterator[End
                 running[group.name] = _Running(group)
             ended = dict(started.ended(timeout=0.2))
             for name, each in list(running.items()):
-                yield from each.finished(numbers)
+                yield from each.finished(numbers, last=name in ended)
                 if name not in ended:
                     continue
                 del running[name]
+                each.keep_log()
                 status = ended[name]
                 if status == preemption.EXIT_STATUS:
                     yield from each.failed(len(each.left), status, numbers)
@@ -89,11 +92,21 @@ class _Running:
     def __init__(self, group: Group) -> None:
         self.left = list(group.cells)
         self._log, self._begin = group.log, time.monotonic()
+        self._sweep_dir, self._next_look = group.cells[0].sweep_dir, 0.0
 
-    def finished(self, numbers: Iterator[int]) -> Iterator[Ended]:
-        """Yields the cells that have test metrics since the last call."""
+    def finished(self, numbers: Iterator[int], *, last: bool) -> Iterator[Ended]:
+        """Yields the cells that have test metrics since the last call; a bucket is seldom asked, and at the `last` one."""
+        if places.in_bucket(self._sweep_dir) and not last and time.monotonic() < self._next_look:
+            return
+        self._next_look = time.monotonic() + _BETWEEN_LOOKS
         while self.left and (metrics := _test_metrics(self.left[0])):
             yield self._end(0, metrics, numbers)
+
+    def keep_log(self) -> None:
+        """Puts the log of a process that has ended into the sweep, if that is in a bucket."""
+        folder = self._sweep_dir / "logs"
+        if places.in_bucket(folder) and self._log.exists():
+            places.upload(self._log, folder / self._log.name)
 
     def failed(self, count: int, status: int, numbers: Iterator[int]) -> Iterator[Ended]:
         """Yields the first `count` cells left, which end without test metrics."""
@@ -140,9 +153,9 @@ def main(
     return 1 if failed else 0
 
 
-def _locked(folder: Path) -> lock.Lock:
+def _locked(folder: Path) -> contextlib.AbstractContextManager[Any]:
     folder.mkdir(parents=True, exist_ok=True)
-    return lock.Lock(folder / "lock", of=folder, instead="another SWEEP_DIR")
+    return bucket_lock.lock_of(folder, instead="another SWEEP_DIR")
 
 
 def _report(sweep: Sweep, cells: Sequence[Cell], *, leaving_out: set[str]) -> None:
@@ -152,4 +165,4 @@ def _report(sweep: Sweep, cells: Sequence[Cell], *, leaving_out: set[str]) -> No
     finished = [cell.model_dir for cell in cells if cell.name not in leaving_out]
     if finished:
         print(flush=True)
-        report.main(finished, Path(sweep.sweep_dir) / "index.html")
+        report.main(finished, places.of(sweep.sweep_dir) / "index.html")

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sbs_jax.run import directory
-from sbs_jax.storage import user_files
+from sbs_jax.storage import places, user_files
 from sbs_jax.sweep.cells import Cell
 from sbs_jax.training.gin_files import UsageError
 
@@ -118,6 +118,10 @@ def unfinished(cells: Sequence[Cell], *, redo_changed: bool = False) -> list[Cel
 def _redone(each: Standing) -> Standing:
     """Moves the cell's run aside and returns it as new."""
     old = each.cell.model_dir
+    if places.in_bucket(old):
+        raise UsageError(
+            f"{old} cannot be moved aside: a bucket has no renames. Remove it, or choose another SWEEP_DIR."
+        )
     aside = next(path for n in itertools.count(1) if not (path := old.with_name(f"{old.name}~{n}")).exists())
     old.rename(aside)
     log.warning("%s is of another configuration or other data; moved it to %s.", old, aside)
