@@ -333,7 +333,7 @@ def _of_part(part: str, lengths: Mapping[str, int], *, counted: bool) -> dict[st
             if dataset == corpus.DATASET:
                 facts["counts"] = corpus.counts(_corpus()[split], vocabulary(_options.vocabulary))
             else:
-                facts["counts"] = counts(dataset.name, split)
+                facts["counts"] = dict(counts(dataset.name, split))
     # With the definition, the run needs no dataset.json; a module is named, for catalogue.restore_from.
     more = {"definition": dataset.definition, "module": dataset.module and dict(dataset.module)}
     return found | {name: value for name, value in more.items() if value is not None}

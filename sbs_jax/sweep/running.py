@@ -95,7 +95,7 @@ class _Running:
         self._sweep_dir, self._next_look = group.cells[0].sweep_dir, 0.0
 
     def finished(self, numbers: Iterator[int], *, last: bool) -> Iterator[Ended]:
-        """Yields the cells that have test metrics since the last call; a bucket is seldom asked, and at the `last` one."""
+        """Yields the cells that have test metrics by now. A bucket is asked seldom, and in the `last` call."""
         if places.in_bucket(self._sweep_dir) and not last and time.monotonic() < self._next_look:
             return
         self._next_look = time.monotonic() + _BETWEEN_LOOKS
