@@ -261,7 +261,7 @@ class Starter:
         timeout: float = 200,
         roots: Mapping[int, Path] | None = None,
         slurm: bool = False,
-        more: Mapping[str, str] | None = None,
+        more: Mapping[str, str] | Callable[[int], Mapping[str, str]] | None = None,
         **options: Any,
     ) -> Iterator[list[Process]]:
         """Starts `present` of the `count` processes of one run, with `more` variables; kills them after the block."""
@@ -269,7 +269,7 @@ class Starter:
         with contextlib.ExitStack() as stack:
             processes = []
             for index in range(count) if present is None else present:
-                environment = {_SHARED: "1", **(more or {})}
+                environment = {_SHARED: "1", **((more(index) if callable(more) else more) or {})}
                 flags = ["--join_timeout", f"{timeout:g}"]
                 if slurm:
                     environment |= {"SLURM_JOB_ID": str(job), "SLURM_STEP_NODELIST": "localhost", "SLURM_LOCALID": "0"}

@@ -1,5 +1,6 @@
 """Several real processes as one run: numbers and files of a single process, and clear errors at failures."""
 
+import dataclasses
 import functools
 import json
 import os
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent import futures
 from pathlib import Path
 
 import jax
@@ -18,12 +20,13 @@ import numpy as np
 import pytest
 import toy
 from builders.finished_runs import unmeasured
-from processes import ROOT, until
+from jax._src.clusters import cloud_tpu_cluster
+from processes import ROOT, free_port, until
 
 from sbs_jax import hosts
 from sbs_jax.cli import main
 from sbs_jax.data import batches, prefetch, registry
-from sbs_jax.hosts import api, preemption
+from sbs_jax.hosts import api, preemption, roll, slices
 from sbs_jax.prediction import engine, files
 from sbs_jax.run import checkpoints, directory
 from sbs_jax.student import partitioning
@@ -206,6 +209,9 @@ def test_slurm_tells_the_place(monkeypatch):
         monkeypatch.setenv(f"SLURM_{name}", value)
     place = hosts.detect(timeout=1.0)
     assert (place.coordinator, place.count, place.index) == (f"node07:{61_440 + 5000 % 4096}", 2, 1)
+    assert place.launch == "5000.0"
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
+    assert hosts.detect(timeout=1.0).launch == "5000.2"
 
 
 @pytest.mark.parametrize(
@@ -220,6 +226,7 @@ def test_slurm_tells_the_place(monkeypatch):
             ["--coordinator_address=h:1", "--process_count=2", "--process_index=0", "--join_timeout=0"],
             "--join_timeout is 0; expected seconds above 0",
         ),
+        (["--launch_id=a"], "--launch_id is a without other processes; give --multihost"),
     ],
 )
 def test_flags_that_do_not_go_together(flags, message):
@@ -227,6 +234,108 @@ def test_flags_that_do_not_go_together(flags, message):
     arguments = parser.parse_args(["predict", "x", "--input=y", "--output=z", *flags])
     with pytest.raises((gin_files.UsageError, hosts.HostsError), match=re.escape(message)):
         main._join(arguments)
+
+
+# ------------------------------------------------------------------------------ slices and launches
+
+SLICES = {"NUM_SLICES": "2", "SLICE_ID": "1", "COORDINATOR_ADDRESS": "a:8080"}
+EXPLICIT = ["--coordinator_address=localhost:1", "--process_count=3", "--process_index=0"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "flags", "message"),
+    [
+        ({}, [], "MEGASCALE_NUM_SLICES is 2, but the run has 1 process; expected a multiple of 2. Start one on every"),
+        ({}, EXPLICIT, "MEGASCALE_NUM_SLICES is 2, but the run has 3 processes; expected a multiple of 2"),
+        ({"NUM_SLICES": ""}, ["--multihost"], "COORDINATOR_ADDRESS came without MEGASCALE_NUM_SLICES; expected all"),
+        ({"NUM_SLICES": "two"}, [], "MEGASCALE_NUM_SLICES is 'two'; expected a whole number of at least 1. Unset the"),
+        ({"SLICE_ID": "2"}, ["--multihost"], "is 2, with MEGASCALE_SLICE_ID '2' and MEGASCALE_COORDINATOR_ADDRESS 'a:"),
+        ({"COORDINATOR_ADDRESS": ""}, [], "MEGASCALE_COORDINATOR_ADDRESS ''; expected an index below 2 and an address"),
+    ],
+)
+def test_slices_that_an_earlier_launch_left_are_named(monkeypatch, changed, flags, message):
+    for name, value in {**SLICES, **changed}.items():
+        monkeypatch.setenv(f"MEGASCALE_{name}", value)
+    arguments = main._parser()[0].parse_args(["predict", "x", "--input=y", "--output=z", *flags])
+    with pytest.raises(ValueError, match=re.escape(message)):
+        main._join(arguments)
+
+
+def test_slices_of_this_launch_are_counted(monkeypatch):
+    for name, value in SLICES.items():
+        monkeypatch.setenv(f"MEGASCALE_{name}", value)
+    slices.check(4)
+    monkeypatch.setenv("MEGASCALE_NUM_SLICES", "1")
+    slices.check(1)
+    place = hosts.Place(coordinator=f"localhost:{free_port()}", count=6, index=0, claims={"MEGASCALE_NUM_SLICES": "3"})
+    with pytest.raises(
+        hosts.HostsError, match=r"1, 2, 3, 4, 5 of 6 did not join .*NUM_SLICES asks for 3 slices\. Unset"
+    ):
+        roll.call_roll(place, 0.1, time.monotonic() + 0.1)
+
+
+def test_a_coordinator_whose_name_is_gone_is_named(monkeypatch):
+    """As JAX sees GKE, where a slice that replaces a preempted one carries the address of the old one."""
+    monkeypatch.setattr(cloud_tpu_cluster, "running_in_cloud_tpu_vm", True)
+    given = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"}
+    given |= {f"MEGASCALE_{name}": value for name, value in SLICES.items()}
+    for name, value in {**given, "MEGASCALE_COORDINATOR_ADDRESS": "gone.invalid:8080"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    with pytest.raises(
+        hosts.HostsError, match=r"place: Failed to recognize .* gone\.invalid.*asks for 2 slices\. Unset"
+    ):
+        hosts.detect(timeout=1.0)
+
+
+def test_hosts_with_other_slices_are_refused(starter, folder, tmp_path):
+    def claims(index: int) -> dict[str, str]:
+        return {f"MEGASCALE_{name}": value for name, value in {**SLICES, "COORDINATOR_ADDRESS": f"h{index}"}.items()}
+
+    flags = toy.train_flags(folder, tmp_path / "run")
+    with starter.together(tmp_path, flags, count=2, more=claims) as processes:
+        assert [process.wait(30) for process in processes] == [1, 1]
+        for process in processes:
+            assert re.search(
+                r"Process 1 at \S+ has MEGASCALE_NUM_SLICES=2, MEGASCALE_COORDINATOR_ADDRESS=h1 in its environment, "
+                r"process 0 has MEGASCALE_NUM_SLICES=2, MEGASCALE_COORDINATOR_ADDRESS=h0\. Give all hosts the same",
+                process.complained(),
+            )
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_process_of_an_earlier_launch_does_not_take_a_place(caplog):
+    """It comes first, as one that outlived its launch does."""
+    old = hosts.Place(coordinator=f"localhost:{free_port()}", count=2, index=1, launch="monday")
+    new = dataclasses.replace(old, launch="tuesday")
+    with futures.ThreadPoolExecutor() as threads:
+        stranger = threads.submit(roll.answer_roll, old, 3.0, time.monotonic() + 3)
+        first = threads.submit(roll.call_roll, dataclasses.replace(new, index=0), 60.0, time.monotonic() + 60)
+        end = time.monotonic() + 30
+        while not (turned := [text for text in caplog.messages if text.startswith("Turned away")]):
+            assert time.monotonic() < end
+            time.sleep(0.02)
+        joined = threads.submit(roll.answer_roll, new, 60.0, time.monotonic() + 60).result()
+        (wire,) = first.result().values()
+        wire.send({"hello": "tuesday"})
+        assert joined.receive() == {"hello": "tuesday"}
+        with pytest.raises(hosts.HostsError):
+            stranger.result()
+        wire.close()
+        joined.close()
+    assert re.fullmatch(r"Turned away process 1 of 2 at \S+: it is of launch 'monday', not 'tuesday'\.", turned[0])
+
+
+def test_processes_of_two_launches_do_not_meet(starter, folder, tmp_path):
+    def arguments(index: int) -> list[str]:
+        return [*toy.train_flags(folder, tmp_path / "run"), "--launch_id", "monday" if index else "tuesday"]
+
+    with starter.together(tmp_path, arguments, count=2, timeout=3) as processes:
+        assert [process.wait(30) for process in processes] == [1, 1]
+        said = [process.complained() for process in processes]
+    assert "Process 1 of 2 did not join within 3 s" in said[0]
+    assert "Processes of launch 'monday' called; end them." in said[0]
+    assert "is of launch 'tuesday', this process of 'monday'. End the" in said[1] or "did not answer" in said[1]
 
 
 # ----------------------------------------------------------------------------------- whole runs

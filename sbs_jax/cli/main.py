@@ -5,6 +5,7 @@ the chosen command's module is loaded, and its `check` comes before anything hea
 """
 
 import argparse
+import dataclasses
 import importlib
 import os
 import re
@@ -209,6 +210,12 @@ def _join(arguments: argparse.Namespace) -> None:
     if arguments.multihost and given:
         raise UsageError(f"--multihost detects --{', --'.join(given)}; give either it or those flags.")
     if not given and not arguments.multihost:
+        if arguments.launch_id:
+            raise UsageError(
+                f"--launch_id is {arguments.launch_id} without other processes; give --multihost, or "
+                "--coordinator_address, --process_count and --process_index, too."
+            )
+        hosts.check_alone()
         return
     if not arguments.multihost and len(given) < 3:
         raise UsageError(
@@ -223,6 +230,8 @@ def _join(arguments: argparse.Namespace) -> None:
         place = hosts.Place(
             coordinator=arguments.coordinator_address, count=arguments.process_count, index=arguments.process_index
         )
+    if arguments.launch_id:
+        place = dataclasses.replace(place, launch=arguments.launch_id)
     hosts.join(place, timeout=arguments.join_timeout, detected=arguments.multihost)
     if not hosts.is_first():
         import logging
@@ -404,6 +413,13 @@ def _add_multihost(sub: argparse.ArgumentParser) -> None:
     group.add_argument("--coordinator_address", metavar="HOST:PORT", help="without --multihost: address of process 0")
     group.add_argument("--process_count", type=int, metavar="N", help="without --multihost: number of processes")
     group.add_argument("--process_index", type=int, metavar="I", help="without --multihost: index of this one, from 0")
+    group.add_argument(
+        "--launch_id",
+        default="",
+        metavar="ID",
+        help="the same on all processes, another for each launch: processes of other launches are turned away "
+        "(default: with --multihost, Slurm's job and its number of requeues)",
+    )
     group.add_argument(
         "--join_timeout", type=float, default=300.0, metavar="SECONDS", help="how long to wait for the other processes"
     )

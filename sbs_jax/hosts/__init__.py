@@ -12,6 +12,7 @@ Without `join`, every function acts for a single process.
 from sbs_jax.hosts.api import (
     agree,
     barrier,
+    check_alone,
     clear_preemption,
     collect_activities,
     describe,
@@ -35,6 +36,7 @@ __all__ = [
     "Place",
     "agree",
     "barrier",
+    "check_alone",
     "clear_preemption",
     "collect_activities",
     "describe",

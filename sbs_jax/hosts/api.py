@@ -1,5 +1,6 @@
 """Functions for other modules; without `join`, each acts for a single process."""
 
+import dataclasses
 import difflib
 import hashlib
 import importlib.metadata
@@ -11,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sbs_jax.hosts import slices
 from sbs_jax.hosts.link import Link
 from sbs_jax.hosts.roll import HostsError, Place, answer_roll, call_roll
 
@@ -27,32 +29,44 @@ _preempted = threading.Event()  # used by a single process
 
 
 def detect(*, timeout: float) -> Place:
-    """Reads this process's place from Cloud TPU, GKE, Slurm or Open MPI. HostsError outside of them."""
+    """Reads this process's place from Cloud TPU, GKE, Slurm or Open MPI. HostsError outside of them.
+
+    The launch is Slurm's job and its number of requeues; the others have no id that changes with a restart.
+    """
     from jax._src import clusters  # used by jax.distributed.initialize; JAX has no public API for it
 
-    coordinator, count, index, _ = clusters.ClusterEnv.auto_detect_unset_distributed_params(
-        None, None, None, None, None, int(timeout)
-    )
+    slices.check()
+    try:
+        coordinator, count, index, _ = clusters.ClusterEnv.auto_detect_unset_distributed_params(
+            None, None, None, None, None, int(timeout)
+        )
+    except RuntimeError as error:  # no address for the coordinator's name, or no metadata
+        raise HostsError(
+            f"--multihost cannot tell this process's place: {error}.{slices.hint(slices.claimed())}"
+        ) from error
     if coordinator is None or count is None or index is None:
         raise HostsError(
             "--multihost found no Cloud TPU, GKE, Slurm or Open MPI environment. Give --coordinator_address HOST:PORT, "
             "--process_count N and --process_index I instead."
         )
-    return Place(coordinator=coordinator, count=count, index=index)
+    job, requeued = os.environ.get("SLURM_JOB_ID", ""), os.environ.get("SLURM_RESTART_COUNT", "0")
+    return Place(coordinator=coordinator, count=count, index=index, launch=job and f"{job}.{requeued}")
 
 
 def join(place: Place, *, timeout: float, detected: bool) -> None:
     """Waits for all processes, starts `jax.distributed`, and compares code, versions and device counts.
 
     Call it before any device is used. `detected` also leaves the choice of local devices to JAX. Raises HostsError on
-    every process that joined; it names the processes missing after `timeout` seconds, or the differences.
+    every process that joined; it names the processes missing after `timeout` seconds, or the differences. Processes of
+    another launch are turned away.
     """
     global _place, _link
     if _place is not None:
         raise HostsError("This process has joined already.")
+    slices.check(place.count)
     if place.count == 1:
         return
-    _place = place
+    _place = place = dataclasses.replace(place, claims=slices.claimed())
     deadline = time.monotonic() + timeout
     wires = call_roll(place, timeout, deadline) if place.index == 0 else {0: answer_roll(place, timeout, deadline)}
     _link = Link(place, wires)
@@ -71,6 +85,11 @@ def join(place: Place, *, timeout: float, detected: bool) -> None:
         cluster_detection_method=None if detected else "deactivate",
     )
     agree({"devices": f"{jax.local_device_count()} local {jax.local_devices()[0].device_kind}"})
+
+
+def check_alone() -> None:
+    """Raises ValueError if the environment claims several slices, for which libtpu would wait."""
+    slices.check(1)
 
 
 def leave() -> None:

@@ -3,11 +3,16 @@
 import contextlib
 import dataclasses
 import json
+import logging
 import socket
 import threading
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from sbs_jax.hosts import slices
+
+log = logging.getLogger(__name__)
 
 
 class HostsError(RuntimeError):
@@ -16,11 +21,17 @@ class HostsError(RuntimeError):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Place:
-    """Address of the coordinator (process 0), number of processes, and index of this one."""
+    """Address of the coordinator (process 0), number of processes, and index of this one.
+
+    `launch` is the same for all processes that were started together and differs from other launches; "" if unknown.
+    `claims` are variables of the environment that all must share.
+    """
 
     coordinator: str
     count: int
     index: int
+    launch: str = ""
+    claims: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         host, _, port = self.coordinator.rpartition(":")
@@ -80,13 +91,18 @@ class Wire:
 
 
 def call_roll(place: Place, timeout: float, deadline: float) -> dict[int, Wire]:
-    """Accepts a connection from each of the others, on process 0."""
+    """Accepts a connection from each of the others, on process 0.
+
+    A process of another launch, such as one that outlived it, is turned away: it must not take the place of ours.
+    """
     wires: dict[int, Wire] = {}
+    strangers: set[tuple[str, str, int]] = set()
     try:
         listener = _listen(place.port)
     except OSError as error:
         raise HostsError(
-            f"Process 0 cannot listen on port {place.port} ({error.strerror}); choose another --coordinator_address."
+            f"Process 0 cannot listen on port {place.port} ({error.strerror}); end a process of an earlier launch, or "
+            "choose another --coordinator_address."
         ) from error
     with listener:
         said = time.monotonic()
@@ -97,7 +113,9 @@ def call_roll(place: Place, timeout: float, deadline: float) -> dict[int, Wire]:
                     wire.send({"joined": True})
                 return wires
             if time.monotonic() > deadline:
-                raise _refusal(wires, _missing(missing, place, timeout))
+                others = sorted({launch for _, launch, _ in strangers})
+                called = f" Processes of launch {', '.join(map(repr, others))} called; end them." if others else ""
+                raise _refusal(wires, _missing(missing, place, timeout) + called)
             if time.monotonic() - said > 0.5:
                 said = time.monotonic()
                 for index, wire in list(wires.items()):
@@ -113,10 +131,26 @@ def call_roll(place: Place, timeout: float, deadline: float) -> dict[int, Wire]:
             try:
                 hello = wire.receive(deadline=time.monotonic() + 2)
                 index, count = int(hello["index"]), int(hello["count"])
+                launch, claims = str(hello["launch"]), dict(hello["claims"])
             except (OSError, EOFError, ValueError, KeyError, TypeError):
                 wire.close()  # not a process of this run
                 continue
-            if count != place.count or not 0 < index < place.count:
+            if launch != place.launch:
+                stranger = (address[0], launch, index)
+                if stranger not in strangers:  # it calls again
+                    called = (index, count, address[0], launch, place.launch)
+                    log.warning("Turned away process %d of %d at %s: it is of launch %r, not %r.", *called)
+                strangers.add(stranger)
+                with contextlib.suppress(OSError):
+                    wire.send({"launch": place.launch})
+                wire.close()
+                continue
+            if claims != place.claims:
+                text = (
+                    f"Process {index} at {address[0]} has {_listed(claims)} in its environment, process 0 has "
+                    f"{_listed(place.claims)}. Give all hosts the same, or unset what an earlier slice left."
+                )
+            elif count != place.count or not 0 < index < place.count:
                 text = (
                     f"A process at {address[0]} says it is {index} of {count}, but process 0 expects "
                     f"{place.count}. Give every process the same --process_count and a different index."
@@ -148,28 +182,41 @@ def _refusal(wires: Mapping[int, Wire], text: str) -> HostsError:
     return HostsError(text)
 
 
+def _listed(claims: Mapping[str, str]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in claims.items()) or "no MEGASCALE_* variable"
+
+
 def _missing(missing: Sequence[int], place: Place, timeout: float) -> str:
     one = len(missing) == 1
     return (
         f"Process{'' if one else 'es'} {', '.join(map(str, missing))} of {place.count} did not join within "
         f"{timeout:g} s; look at {'its' if one else 'their'} log, or give more time (--join_timeout)."
+        f"{slices.hint(place.claims)}"
     )
 
 
 def answer_roll(place: Place, timeout: float, deadline: float) -> Wire:
     """Connects to process 0 from another process, and returns once all have joined."""
-    missing = [0]
+    missing, other = [0], None
     while time.monotonic() < deadline:
         try:
             connection = socket.create_connection((place.host, place.port), timeout=5)
         except OSError:
+            other = None
             time.sleep(0.2)
             continue
         wire = Wire(connection)
         try:
-            wire.send({"index": place.index, "count": place.count})
+            wire.send(
+                {"index": place.index, "count": place.count, "launch": place.launch, "claims": dict(place.claims)}
+            )
             while True:
                 message = wire.receive(deadline=deadline)
+                other = message.get("launch")
+                if other is not None:  # its coordinator may end soon, and ours take the address
+                    wire.close()
+                    time.sleep(0.5)
+                    break
                 if "joined" in message:
                     return wire
                 if "error" in message:
@@ -178,6 +225,11 @@ def answer_roll(place: Place, timeout: float, deadline: float) -> Wire:
         except (EOFError, OSError, ValueError):  # process 0 was not ready, or restarted
             wire.close()
             time.sleep(0.2)
+    if other is not None:
+        raise HostsError(
+            f"The coordinator at {place.coordinator} is of launch {other!r}, this process of {place.launch!r}. End the "
+            "processes of the earlier launch, or give all of this one the same --launch_id."
+        )
     if missing == [0]:
         raise HostsError(
             f"Process 0 of {place.count}, the coordinator, did not answer at {place.coordinator} within {timeout:g} s; "
