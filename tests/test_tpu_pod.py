@@ -1,4 +1,4 @@
-"""scripts/tpu_pod.sh against a recorded gcloud (cloud_stand_in.py) with real processes; the commands of docs/tpu.md."""
+"""scripts/tpu_pod.sh against a recorded gcloud (cloud_stand_in.py) with real processes; the commands of its pages."""
 
 import dataclasses
 import json
@@ -426,6 +426,13 @@ XPK = {
     "workload delete": ("cluster workload", "force"),
     "cluster delete": ("cluster", "force"),
 }
+# Recorded from gcloud 528.0.0's --help, of the flags that docs/howto/vertex.md may use.
+CUSTOM_JOBS = {
+    "create": {"region", "display-name", "config", "service-account", "labels", "network"},
+    "list": {"region", "filter", "sort-by", "limit"},
+    "stream-logs": {"region", "task-name", "polling-interval"},
+    "cancel": {"region"},
+}
 RECORDER = """#!/bin/bash
 { printf '%s\\0' "${0##*/}" "$@"; printf '\\n\\0'; } >>"$STAND_IN/called"
 [[ $1 == projects ]] && echo 123
@@ -435,13 +442,14 @@ exit 0
 
 @pytest.fixture(scope="module")
 def copied(tmp_path_factory: pytest.TempPathFactory) -> list[list[str]]:
-    """Every command that runs when all blocks of docs/tpu.md are pasted into one shell; each one is only recorded."""
+    """Every command that runs when all blocks of both pages are pasted into one shell; each one is only recorded."""
     folder = tmp_path_factory.mktemp("copied")
     for name in ["gcloud", "xpk", "docker", "kubectl", "sbs", "git", "ssh-add", "ssh-agent", "python3", "pip", "hf"]:
         write(folder / "near" / name, RECORDER)
     write(folder / "xpk_venv/bin/python", RECORDER)
     write(folder / "scripts/tpu_pod.sh", RECORDER)
-    text = (REPOSITORY / "docs/tpu.md").read_text()
+    shutil.copy(REPOSITORY / "scripts/vertex_job.yaml", folder / "scripts")
+    text = "\n".join((REPOSITORY / name).read_text() for name in ("docs/tpu.md", "docs/howto/vertex.md"))
     blocks = "\n".join(re.findall(r"^```bash\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL))
     environment = {"PATH": f"{folder / 'near'}:/usr/bin:/bin", "HOME": str(folder), "STAND_IN": str(folder)}
     done = subprocess.run(
@@ -457,16 +465,20 @@ def copied(tmp_path_factory: pytest.TempPathFactory) -> list[list[str]]:
 
 
 def test_calls_of_gcloud_and_xpk_in_the_document_have_known_flags(copied: list[list[str]]) -> None:
-    seen = []
+    seen, jobs = [], []
     for name, *words in copied:
         flags = {word[2:].partition("=")[0] for word in words if word.startswith("--")}
         if words[:2] == ["compute", "tpus"]:
             assert flags <= FLAGS[" ".join(words[2:4])] | WIDE, words
+        if words[:2] == ["ai", "custom-jobs"]:
+            assert flags <= CUSTOM_JOBS[words[2]] | WIDE - {"zone"}, words
+            jobs.append(words[2])
         if name == "xpk":
             must, may = (set(each.split()) for each in XPK[" ".join(words[:2])])
             assert must <= flags <= must | may | {"project", "zone"}, words
             seen.append(" ".join(words[:2]))
     assert seen == list(XPK)
+    assert jobs == ["create", "list", "stream-logs", "create", "cancel"]
 
 
 def test_calls_of_the_script_in_the_document_have_no_bad_flag(copied: list[list[str]], cloud: Cloud) -> None:
