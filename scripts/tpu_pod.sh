@@ -44,13 +44,6 @@ exit status
   0 done   1 a call or a host failed   2 bad flag, or gcloud, project or zone missing
   3 already created, or already running   4 resource FAILED, or ended by a user, or run ended by stop
   5 gave up (--timeout, --attempts)   6 the run itself failed
-
-example
-  export SBS_TPU_PROJECT=my-project SBS_TPU_ZONE=us-west4-a SBS_TPU_TYPE=v5litepod-16
-  scripts/tpu_pod.sh run --spot --image us-west4-docker.pkg.dev/my-project/sbs/sbs:1a2b3c4 -- sbs train \
-      --gin_file=gin_configs/experiments/esnli/base.gin --gin.RECORDS_DIR=gs://my-bucket/records \
-      --gin.MODEL_DIR=gs://my-bucket/runs/esnli --gin.INITIAL_CHECKPOINT_PATH=gs://my-bucket/t5-v1_1-base \
-      --gin.VOCABULARY=gs://my-bucket/t5-v1_1-base/spiece.model
 HELP
 }
 
@@ -203,9 +196,11 @@ create() {
 }
 
 start() {
+  local id
+  id=$(date +%s)-$$
   say "pulling the image on every host (minutes the first time)"
   on_hosts all prepare "$image" &&
-    on_hosts all launch "$(date +%s)-$$" "$image" "${env[@]}" -- "${command[@]}" && say "started on every host"
+    on_hosts all launch "$id" "$image" "${env[@]}" -- "${command[@]}" --launch_id="$id" && say "started on every host"
 }
 
 run_state() { # WORKER: sets run_states, the different states on its hosts; unknown if they cannot be reached

@@ -546,11 +546,16 @@ def test_the_folder_of_tfds_is_that_of_the_flag(tmp_path, monkeypatch):
     release_row = {"uid": "u1", "premise": "It opened in 1901.", "hypothesis": "It is old.", "label": 0}
     write_lines(tmp_path / "release/anli1/anli1_test.json", [release_row])
     write_shards(tmp_path / "release/anli1/llm", "test", {0: ["It is. So the answer is entailment."]})
-    common = ["--dataset=anli1", "--inputs=tfds", "--tfds_data_dir=D", f"--records_dir={tmp_path / 'records'}"]
+    common = [
+        "--dataset=anli1",
+        "--inputs=tfds",
+        "--tfds_data_dir=gs://b/tfds",
+        f"--records_dir={tmp_path / 'records'}",
+    ]
     assert main.main(["records", f"--release={tmp_path / 'release'}", *common]) == 0
     teach = ["teach", "--provider=openai", "--model=m", f"--store={tmp_path / 's'}", "--dry_run"]
     assert main.main([*teach, *common]) == 0
-    assert asked == ["D", "D"]
+    assert asked == ["gs://b/tfds"] * 2
     for call in (
         lambda: import_svamp(tmp_path, tfds_data_dir="D"),
         lambda: release.read_unanswered(anli1.DATASET, inputs_dir=tmp_path, inputs="records", tfds_data_dir="D"),

@@ -106,6 +106,12 @@ class Cloud:
     def words(self, name: str, worker: int = 0, node: str = "sbs") -> list[str]:
         return (self.home(worker, node) / name).read_text().split("\0")[:-1]
 
+    def command(self, worker: int = 0, node: str = "sbs") -> tuple[list[str], str]:
+        """The command of a run, and the launch that it was started with."""
+        *command, launch = self.words("command", worker, node)
+        assert launch.startswith("--launch_id=")
+        return command, launch
+
     def pid(self, worker: int = 0) -> int:
         return int((self.home(worker) / "container/pid").read_text())
 
@@ -158,8 +164,9 @@ def test_run_goes_from_nothing_to_the_end_of_the_run(cloud: Cloud) -> None:
         *("--accelerator-type=v5litepod-16", "--runtime-version=v2-alpha-tpuv5-lite", "--node-id=sbs", "--spot"),
         "--network=n",
     ]
+    assert cloud.command(0) == cloud.command(1)
     for worker in (0, 1):
-        assert cloud.words("command", worker) == ["sbs", "train", "--multihost", *TRAIN[3:]]
+        assert cloud.command(worker)[0] == ["sbs", "train", "--multihost", *TRAIN[3:]]
         environment = cloud.words("environment", worker)
         assert {"A=b c", "JAX_COORDINATOR_PORT=8476"} <= set(environment)
         assert not any(word.startswith("MEGASCALE") for word in environment)
@@ -176,7 +183,7 @@ def test_values_with_spaces_quotes_and_dollars_arrive_as_they_were(cloud: Cloud)
     values = ["--gin.A='it\\'s \"x\"'", "--gin.B=[1, 2]", "--gin.C=$HOME `date` \\n !", "--gin.D=", "a\nb", "*", "ä"]
     done = cloud.pod("run", "--env", "E=$HOME 'q'", *TRAIN, *values)
     assert done.returncode == 0, done.stderr
-    assert cloud.words("command") == ["sbs", "train", "--multihost", *TRAIN[3:], *values]
+    assert cloud.command()[0] == ["sbs", "train", "--multihost", *TRAIN[3:], *values]
     assert "E=$HOME 'q'" in cloud.words("environment")
 
 
@@ -207,12 +214,13 @@ def test_a_preempted_slice_is_requested_again_and_the_run_restarted(cloud: Cloud
     assert cloud.verbs() == [*ONCE, "delete", *ONCE]
     created = [call for call in cloud.calls() if call[3] == "create"]
     assert created[0] == created[1]
-    assert cloud.words("command", 1) == ["sbs", "train", "--multihost", *TRAIN[3:]]
+    assert cloud.command(1)[0] == ["sbs", "train", "--multihost", *TRAIN[3:]]
 
 
 @pytest.mark.parametrize("what", ["rebooted", "replaced"])
 def test_a_run_lost_on_nodes_that_are_there_is_restarted_there(cloud: Cloud, what: str) -> None:
     ready(cloud)
+    first = cloud.command()
     if what == "rebooted":
         labels = cloud.home(1) / "container/labels"
         labels.write_text(labels.read_text().split()[0] + " another-boot-id")
@@ -226,6 +234,7 @@ def test_a_run_lost_on_nodes_that_are_there_is_restarted_there(cloud: Cloud, wha
     assert done.returncode == 0, done.stderr
     assert cloud.verbs() == [*ONCE, "clear", "prepare", "launch"]
     assert (cloud.home() / "sbs.log").read_text() == "step 1\n"
+    assert cloud.command() == cloud.command(1) != first
 
 
 def test_a_run_that_its_machine_told_to_end_is_started_again(cloud: Cloud) -> None:
