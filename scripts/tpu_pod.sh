@@ -367,7 +367,7 @@ check_command() {
   [[ $image =~ [:@][^/]+$ && $image != *:latest ]] ||
     fail 2 "--image is ${image:-missing}; expected one with a tag that never moves, such as a revision."
   for word in "${command[@]}"; do # disks of the hosts are deleted with the slice
-    [[ ! $word =~ ^--gin\.(MODEL|SWEEP|RECORDS)_DIR= || ${word#*=} == gs://* ]] ||
+    [[ ! $word =~ ^--gin\.(MODEL|RECORDS)_DIR= || ${word#*=} == gs://* ]] ||
       fail 2 "$word is not in a bucket (gs://..)."
   done
   [[ ${command[1]} != train || " ${command[*]}" == *" --gin.MODEL_DIR="* ]] ||
