@@ -27,7 +27,6 @@ from sbs_jax import hosts
 from sbs_jax.cli import main
 from sbs_jax.data import batches, prefetch, registry
 from sbs_jax.hosts import api, preemption, roll, slices
-from sbs_jax.prediction import engine, files
 from sbs_jax.run import checkpoints, directory
 from sbs_jax.student import partitioning
 from sbs_jax.training import gin_files
@@ -419,26 +418,6 @@ def test_two_processes_evaluate_like_one(starter, folder, reference, tmp_path):
     assert said[1] == ""
     files = [out / f"toy_label-test-{step}.jsonl", reference / "predictions" / f"toy_label-test-{step}.jsonl"]
     assert_same_predictions(*files)
-
-
-@pytest.mark.slow
-def test_two_processes_predict_like_one(starter, folder, reference, tmp_path):
-    rows = [{"id": f"q{n}", "input": f"{a} b c"} for n, a in enumerate("abcdefghabc")]  # does not fill its last batch
-    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    here, there = tmp_path / "here.jsonl", tmp_path / "there.jsonl"
-    predictor = engine.Predictor.load(reference, settings=engine.Settings(batch_size=8))
-    assert files.predict(predictor, input_path=tmp_path / "in.jsonl", output_path=here).rows == len(rows)
-    flags = ["predict", str(reference), "--input", str(tmp_path / "in.jsonl"), "--batch_size", "8"]
-
-    def arguments(index: int) -> list[str]:  # only process 0 can write to the given place
-        return [*flags, "--output", str(there if index == 0 else tmp_path / "nowhere" / "there.jsonl")]
-
-    # `sbs predict` itself knows the datasets of tasks/ alone.
-    command = ["-c", "import sys, toy_task; from sbs_jax.cli import main; sys.exit(main.main())"]
-    with starter.together(tmp_path, arguments, count=2, devices=2, path=[folder], command=command) as processes:
-        assert [process.wait() for process in processes] == [0, 0], processes[0].complained()
-        assert [process.said() for process in processes] == [f"11 predictions in {there}\n", ""]
-    assert_same_predictions(there, here)
 
 
 # --------------------------------------------------------------------------------- what is refused

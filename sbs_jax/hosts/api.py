@@ -120,6 +120,11 @@ def has_peers() -> bool:
     return _link is not None
 
 
+def numbered() -> tuple[int, int]:
+    """Returns the index of this process and the number of processes: (0, 1) for a single one."""
+    return (0, 1) if _place is None else (_place.index, _place.count)
+
+
 def describe() -> str:
     """Returns "process 1 of 4" for messages, or "" for a single process."""
     return "" if _place is None else f"process {_place.index} of {_place.count}"

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from sbs_jax import checks, compiling
@@ -151,11 +152,16 @@ class Predictor:
     ) -> "Predictor":
         """Loads the student of a run, and by adapter name those of other runs over the same base.
 
-        Of students of several datasets, `dataset` chooses the one to answer for.
+        Each device of this process gets a copy; those of other processes are not used. Of students of several
+        datasets, `dataset` chooses the one to answer for.
         """
         adapters = adapters or {}
         student, others = students.load_students(
-            model, adapters, layout=partitioning.DATA_PARALLEL, base=base, dataset=dataset
+            *(model, adapters),
+            layout=partitioning.DATA_PARALLEL,
+            base=base,
+            dataset=dataset,
+            devices=jax.local_devices(),
         )
         places = {None: str(model), **{name: str(place) for name, place in adapters.items()}}
         return cls({None: student, **others}, settings=settings, places=places, fixed_shapes=fixed_shapes)

@@ -2,7 +2,7 @@
 
 Rows are read and answered one window at a time. Rows of a window are grouped by length; answers are written in input
 order. Windows depend on the input only, so an interrupted run resumes at the start of a window and writes the same
-answers.
+answers. Each of several processes answers a block of the windows, on its own devices (shards.py).
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from typing import Any
 from tqdm import tqdm
 
 from sbs_jax import hosts
-from sbs_jax.prediction import id_index, inputs, outputs
+from sbs_jax.prediction import id_index, inputs, outputs, shards
 from sbs_jax.prediction.engine import CHOICES, Answer, Predictor
 from sbs_jax.storage import checksums, json_files, places
 
@@ -41,53 +41,62 @@ def predict(predictor: Predictor, *, input_path: str | Path, output_path: str | 
     """Answers every row of a file, in order; file endings choose the formats (inputs.py, outputs.py).
 
     An output row is {"id", "prediction", "score"}, with "rationale" and "scores" if the settings ask for them; or
-    {"id", "line", "error"} for a row that cannot be answered. With several processes, each reads the input and the
-    first one writes.
+    {"id", "line", "error"} for a row that cannot be answered. Each of several processes writes its shard, and the
+    summary counts the rows of all.
     """
-    input_path, output_path = places.of(input_path), places.of(output_path)
-    if hosts.is_first():
-        outputs.check(output_path, input_path=input_path)
+    input_path, output_path, shard = places.of(input_path), places.of(output_path), shards.Shard(*hosts.numbered())
+    outputs.check(output_path, input_path=input_path, shard=shard)
     reader = inputs.read(input_path)
     settings = predictor.settings
     source = _Source(input_path)
     about = {"input": source.identity, **predictor.describe()}
     hosts.agree({"inputs and model": json.dumps(about, sort_keys=True)})
-    journal = outputs.Journal(output_path, about=about) if hosts.is_first() else None
-    there = hosts.from_first(lambda: journal.rows if journal else 0)
+    journal = outputs.Journal(output_path, about=about, shard=shard)
     errors = resumed = rows = 0
+    window_rows = _BATCHES * settings.batch_size
     unit = {"unit": reader.unit, "unit_scale": True, "disable": not (hosts.is_first() and sys.stderr.isatty())}
     try:
+        mine = _block(input_path, shard, rows=window_rows)
         with (
-            id_index.IdIndex(journal.ids if journal else None) as known,
-            tqdm(total=reader.total, desc=output_path.name, **unit) as bar,
+            id_index.IdIndex(journal.ids) as known,
+            # The first process shows it, whose block is the first.
+            tqdm(total=reader.total // shard.count, desc=output_path.name, **unit) as bar,
         ):
-            for window in _windows(reader, rows=_BATCHES * settings.batch_size):
+            for number, window in enumerate(itertools.islice(_windows(reader, rows=window_rows), mine.stop)):
                 entries = _distinct(window, known)
-                if rows == resumed and rows + len(entries) <= there:
+                if number < mine.start:
+                    continue
+                if rows == resumed and rows + len(entries) <= journal.rows:
                     resumed += len(entries)
-                    if journal is not None:
-                        errors += _same_rows(journal, entries)
+                    errors += _same_rows(journal, entries)
                 else:
-                    if rows == resumed and journal is not None:
+                    if rows == resumed:
                         journal.cut()
                     answered = _answered(predictor, entries)
                     source.check_unchanged()
                     errors += _log_errors(answered, before=errors)
-                    if journal is not None:
-                        journal.add(answered)
+                    journal.add(answered)
                 rows += len(entries)
                 bar.update(reader.done - bar.n)
                 bar.set_postfix_str(f"{rows} rows" + (f", {errors} with errors" if errors else ""), refresh=False)
-        if journal is not None:
-            if rows == resumed:
-                journal.cut()
-            source.check_unchanged()
-            journal.finish(columns=_columns(settings))
+        if rows == resumed:
+            journal.cut()
+        source.check_unchanged()
+        journal.finish(columns=_columns(settings))
     except BaseException:
-        if journal is not None:
-            journal.close()
+        journal.close()
         raise
+    counts = hosts.from_all([rows, errors, resumed])
+    rows, errors, resumed = (sum(each) for each in zip(*counts, strict=True))
     return Summary(rows=rows, errors=errors, resumed=resumed)
+
+
+def _block(path: Path, shard: shards.Shard, *, rows: int) -> slice:
+    """Returns the windows that this process answers; with several processes, the input is read to count them all."""
+    if shard.count == 1:
+        return slice(0, None)
+    mine = shard.windows(sum(1 for _ in _windows(inputs.read(path), rows=rows)))
+    return slice(mine.start, mine.stop)
 
 
 def _windows(reader: Iterable[inputs.Entry], *, rows: int) -> Iterator[list[inputs.Entry]]:
@@ -168,9 +177,8 @@ def _same_rows(journal: outputs.Journal, entries: list[inputs.Entry]) -> int:
 def _log_errors(rows: list[outputs.Row], *, before: int) -> int:
     """Logs the first errors; returns the number of rows with one."""
     wrong = [row for row in rows if "error" in row]
-    if hosts.is_first():
-        for row in itertools.islice(wrong, max(0, _SHOWN - before)):
-            log.warning("line %d: %s", row["line"], row["error"])
+    for row in itertools.islice(wrong, max(0, _SHOWN - before)):
+        log.warning("line %d: %s", row["line"], row["error"])
     return len(wrong)
 
 

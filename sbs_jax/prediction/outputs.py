@@ -7,17 +7,22 @@ During a run these files are beside OUTPUT, or in the user's cache if it is in a
     OUTPUT.partial.ids   ids seen so far (id_index.py), rebuilt at every start
     OUTPUT.partial.lock  the writing process
 
-A process that ends early leaves them behind, and the same command resumes from them.
+A process that ends early leaves them behind, and the same command resumes from them. Of several processes each has
+these files beside its own shard, `OUTPUT-00000-of-00002` (shards.py).
 """
 
+import dataclasses
 import functools
 import hashlib
 import io
 import json
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from sbs_jax import hosts
+from sbs_jax.prediction.shards import PARTIAL, Shard
 from sbs_jax.storage import atomic, json_files, lock, places, tables, user_files
 
 _ROWS = 8_192  # per Parquet row group
@@ -30,17 +35,23 @@ Row = dict[str, Any]
 _ALWAYS, _SOMETIMES = ("id", "prediction", "score"), ("rationale", "scores", "line", "error")
 
 
-def check(output: str | Path, *, input_path: str | Path) -> None:
-    """Refuses an output that is the input, or a file that `sbs predict` did not write, before anything is touched."""
-    output = places.of(output)
-    if output.suffix.lower() == ".gz":
+def check(output: str | Path, *, input_path: str | Path, shard: Shard) -> None:
+    """Refuses an output that is the input, or a file that `sbs predict` did not write, before anything is touched.
+
+    Also refused are the shards and journals of another number of processes beside it.
+    """
+    whole = places.of(output)
+    ending = whole.suffix.lower()
+    if ending == ".gz":
         raise ValueError(f"{output}: an output is not packed; give it the ending .csv, .tsv, .parquet or .jsonl.")
-    partial = _journal_of(places.real(output))
+    for path in (places.real(whole), _home(places.real(whole))):
+        shard.check_count(path)
+    output, partial = _places_of(whole, shard)
     about = places.of(f"{partial}.json")
     for path in (output, *(places.of(f"{partial}{ending}") for ending in ("", ".json", ".ids", ".lock"))):
         if path.exists() and path.samefile(input_path):
             raise ValueError(f"{path} is the input, and would be written for the output {output}; choose another name.")
-    if output.exists() and not _is_output(output):
+    if output.exists() and not _is_output(output, ending):
         raise FileExistsError(f"{output} exists and is no output of sbs predict; choose another name, or remove it.")
     if partial.exists() != about.exists() and not (about.exists() and _is_about(about)):
         there = about if about.exists() else partial
@@ -50,22 +61,29 @@ def check(output: str | Path, *, input_path: str | Path) -> None:
         )
 
 
-def _journal_of(output: Path) -> Path:
+def _places_of(output: Path, shard: Shard) -> tuple[Path, Path]:
+    """Returns the file of a shard, and its journal. A link stays, and its file has one journal under all its names."""
+    whole = places.real(output)
+    journal = shard.file(_home(whole))
+    return shard.file(whole), journal.with_name(f"{journal.name}{PARTIAL}")
+
+
+def _home(output: Path) -> Path:
+    """Returns the path that the journals of an output are named after."""
     if not places.in_bucket(output):
-        return output.with_name(f"{output.name}.partial")
+        return output
     digest = hashlib.sha256(str(output).encode()).hexdigest()[:16]
-    return places.user_cache() / "journals" / f"{digest}-{output.name}.partial"
+    return places.user_cache() / "journals" / f"{digest}-{output.name}"
 
 
-def _is_output(path: Path) -> bool:
-    """Tells whether a file begins as the output of that ending does; an empty one has nothing to lose."""
+def _is_output(path: Path, ending: str) -> bool:
+    """Tells whether a file begins as an output of that ending does; an empty one has nothing to lose."""
     if not path.is_file():
         return False
     with user_files.opened(path) as file:
         line = file.readline(user_files.LONGEST_LINE)
     if not line:
         return True
-    ending = path.suffix.lower()
     try:
         if ending == ".parquet":
             import pyarrow.parquet as pq
@@ -95,16 +113,17 @@ class Journal:
     ValueError if the existing journal has another identity; `lock.HeldError` if another process writes it.
     """
 
-    def __init__(self, output: Path, *, about: Mapping[str, Any]) -> None:
-        self.output = places.real(output)  # a link stays, and its file has one journal under all its names
-        self._write = _WRITERS.get(output.suffix.lower())
-        self.path = _journal_of(self.output)
+    def __init__(self, output: Path, *, about: Mapping[str, Any], shard: Shard) -> None:
+        self._shard, self._write = shard, _WRITERS.get(output.suffix.lower())
+        self.output, self.path = _places_of(output, shard)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.ids = places.of(f"{self.path}.ids")
         self._about = places.of(f"{self.path}.json")
-        self._lock = lock.Lock(places.of(f"{self.path}.lock"), of=output, instead="another --output")
+        self._lock = lock.Lock(places.of(f"{self.path}.lock"), of=shard.file(output), instead="another --output")
         self._lock.take()
         try:
+            if shard.count > 1:
+                about = {**about, "shard": dataclasses.asdict(shard)}
             self._begin(json.loads(json.dumps(about)))
         except BaseException:
             self._lock.release()
@@ -151,14 +170,23 @@ class Journal:
         self._file.flush()
 
     def finish(self, *, columns: Sequence[str]) -> None:
-        """Writes the output in its format and moves it into place; `columns` applies to CSV and Parquet."""
+        """Writes the output in its format and moves it into place; `columns` applies to CSV and Parquet.
+
+        No shard gets its name before all processes call this, and none loses its journal before all have their names:
+        whenever a process is killed, no answer is computed again.
+        """
+        hosts.barrier()
         self._lock.check()
-        if self._write is None:
+        if self._write is None and self._shard.count == 1:
             atomic.move(self.path, self.output)
         else:
             self._file.seek(0)
             with atomic.replacing(self.output, ours=False) as file:
-                self._write(file, map(json.loads, self._file), columns)
+                if self._write is None:
+                    shutil.copyfileobj(self._file, file)
+                else:
+                    self._write(file, map(json.loads, self._file), columns)
+        hosts.barrier()
         self._file.close()
         for path in (self.path, self._about, self._lock.path):
             path.unlink(missing_ok=True)

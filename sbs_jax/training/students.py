@@ -1,7 +1,7 @@
 """Trained students of run directories: the best step, its options, and the base under its adapters."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,8 @@ def load_student(
     `records_dir` and `base` name their new paths. Of a student of several datasets, `dataset` chooses one, and the
     manifest and options are those of it.
     """
-    return _load_sharing(path, {}, layout=layout, records_dir=records_dir, base=base, dataset=dataset)[0]
+    partitioner = layout.partitioner()
+    return _load_sharing(path, {}, partitioner=partitioner, records_dir=records_dir, base=base, dataset=dataset)[0]
 
 
 def load_students(
@@ -51,13 +52,14 @@ def load_students(
     layout: partitioning.Layout,
     base: str | None = None,
     dataset: str | None = None,
+    devices: Sequence[Any] | None = None,
 ) -> tuple[Student, dict[str, Student]]:
     """Loads an adapter run and further ones by name over one base, which is read and stored once.
 
     Registers the tasks of the first. ValueError if their bases differ, or differ in precision. Of students of several
-    datasets, `dataset` chooses one.
+    datasets, `dataset` chooses one. `devices` are all by default, those of other processes too.
     """
-    return _load_sharing(path, others, layout=layout, records_dir=None, base=base, dataset=dataset)
+    return _load_sharing(path, others, partitioner=layout.partitioner(devices), base=base, dataset=dataset)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,12 +89,11 @@ def _load_sharing(
     path: str | Path,
     others: Mapping[str, str | Path],
     *,
-    layout: partitioning.Layout,
-    records_dir: str | None,
+    partitioner: partitioning.Partitioner,
     base: str | None,
     dataset: str | None,
+    records_dir: str | None = None,
 ) -> tuple[Student, dict[str, Student]]:
-    partitioner = layout.partitioner()
     first = _read_trained(path, partitioner, dataset)
     named = {name: _read_trained(place, partitioner, dataset) for name, place in others.items()}
     held: families.Parameters = {}

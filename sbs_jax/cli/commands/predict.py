@@ -37,7 +37,11 @@ def add(command: Any) -> None:
         help="input file: .csv, .tsv, .parquet, else JSON lines or one JSON array; .gz unpacked",
     )
     predict.add_argument(
-        "--output", required=True, metavar="FILE", help="output file; the extension sets the format, as for --input"
+        "--output",
+        required=True,
+        metavar="FILE",
+        help="output file; the extension sets the format, as for --input. Of several processes each writes a shard, "
+        "FILE-00000-of-00002",
     )
     predict.add_argument(
         "--task", choices=("label", "rationale"), default="label", dest="objective", help="what to predict"
@@ -111,11 +115,10 @@ def settings(arguments: argparse.Namespace, **more: Any) -> Any:
 
 def check(arguments: argparse.Namespace) -> None:
     from sbs_jax.cli import early
-    from sbs_jax.prediction import outputs
+    from sbs_jax.prediction import outputs, shards
 
     early.rows(arguments.input)
-    if hosts.is_first():
-        outputs.check(arguments.output, input_path=arguments.input)
+    outputs.check(arguments.output, input_path=arguments.input, shard=shards.Shard(*hosts.numbered()))
     check_runs(arguments)
 
 
@@ -128,7 +131,7 @@ def check_runs(arguments: argparse.Namespace) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from sbs_jax.prediction import compiled, engine, files
+    from sbs_jax.prediction import compiled, engine, files, shards
 
     asked = settings(arguments)
     with compiled.kept(arguments.compiled or compiled.default()):
@@ -143,7 +146,8 @@ def run(arguments: argparse.Namespace) -> int:
     if hosts.is_first():
         errors = f" and {done.errors} rows with errors" if done.errors else ""
         resumed = f" ({done.resumed} of these rows were resumed)" if done.resumed else ""
-        print(f"{done.rows - done.errors} predictions{errors} in {arguments.output}{resumed}")
+        output = shards.Shard(*hosts.numbered()).files(arguments.output)
+        print(f"{done.rows - done.errors} predictions{errors} in {output}{resumed}")
     return SOME_ROWS_FAILED if done.errors else 0
 
 
