@@ -323,6 +323,83 @@ def test_a_student_learns_a_task_from_outside(tmp_path, sums, monkeypatch):
     assert (graded[0]["id"], graded[0]["input"]) == ("validation-0", texts("validation", 0)[0])
 
 
+CACHED = """
+import seqio
+import tensorflow as tf
+
+def split_line(lines):
+    return lines.map(lambda line: dict(zip(("inputs", "targets"), tf.unstack(tf.strings.split(line, "\\t"), num=2))))
+
+add_eos = seqio.preprocessors.append_eos_after_trim
+seqio.TaskRegistry.add(
+    "out_sums",
+    source=seqio.TextLineDataSource({split: f"{split}.tsv" for split in ("train", "validation")}),
+    preprocessors=[split_line, seqio.preprocessors.tokenize, seqio.CacheDatasetPlaceholder(), add_eos],
+    output_features=dict.fromkeys(("inputs", "targets"), seqio.Feature(seqio.ByteVocabulary(), add_eos=True)),
+)
+"""
+
+
+def write_cache(folder: Path, name: str) -> None:
+    """Writes what SeqIO's Beam job writes of a task (version 0.0.20), in the order of its source and one shard."""
+    task = seqio.TaskRegistry.get(name)
+    (folder / name).mkdir(parents=True)
+    for split in task.splits:
+        rows = task.preprocess_precache(task.source.get_dataset(split=split, shuffle=False), seed=0)
+        with tf.io.TFRecordWriter(f"{folder / name / split}.tfrecord-00000-of-00001") as file:
+            found = list(rows.as_numpy_iterator())
+            for row in found:
+                file.write(seqio.dict_to_tfexample(row).SerializeToString())
+        features = {
+            feature: {"dtype": spec.dtype.name, "shape": spec.shape.as_list()}
+            for feature, spec in sorted(rows.element_spec.items())
+        }
+        info = {"features": features, "num_shards": 1, "seqio_version": "0.0.20"}
+        (folder / name / f"info.{split}.json").write_text(json.dumps(info, sort_keys=True, indent=2))
+        stats: dict[str, int] = {"examples": len(found)}
+        for feature in LENGTHS:
+            stats[f"{feature}_tokens"] = sum(len(row[feature]) for row in found)
+            stats[f"{feature}_max_tokens"] = max(len(row[feature]) for row in found)
+        (folder / name / f"stats.{split}.json").write_text(json.dumps(stats, sort_keys=True, indent=2))
+    (folder / name / "COMPLETED").write_text("tfrecord")
+
+
+def test_sbs_train_reads_a_cache_of_seqio_s_own_job(configured, tmp_path, monkeypatch, caplog):
+    """Its rows are those of the task without a cache, to the last bit, also where the source of the task is gone."""
+    monkeypatch.setattr(dataset_module, "_loaded", {})
+    monkeypatch.chdir(tmp_path)
+    Path("plain.py").write_text(CACHED)
+    Path("cached.py").write_text(f'{CACHED}\nseqio.add_global_cache_dirs(["{tmp_path}/cache"])\n')
+    for split in ("train", "validation"):
+        Path(f"{split}.tsv").write_text("\n".join("\t".join(texts(split, number)) for number in range(ROWS)))
+    dataset_module.load("plain.py")
+    want = {
+        split: outside.rows("out_sums", split, lengths=LENGTHS, options=configured) for split in ("train", "validation")
+    }
+    write_cache(tmp_path / "cache", "out_sums")
+    seqio.TaskRegistry.remove("out_sums")
+    outside.forget()
+    for split in want:
+        Path(f"{split}.tsv").unlink()
+
+    files = ("runs/seqio.gin", "models/t5_1_1_mini.gin")
+    flags = [f"--gin_file={Path(__file__).parents[1]}/gin_configs/{name}" for name in files]
+    macros = {"MIXTURE_OR_TASK_NAME": "out_sums", "VOCABULARY": "byte", "VOCAB_SIZE": 384, "MAX_DECODE_LENGTH": 8}
+    macros |= {"TRAIN_STEPS": 2, "EXAMPLES": 8, "TASK_FEATURE_LENGTHS": LENGTHS}
+    small = {"emb_dim": 16, "num_heads": 2, "head_dim": 8, "mlp_dim": 16, "num_encoder_layers": 1}
+    macros |= {f"t5.T5Config.{name}": value for name, value in small.items()}
+    flags += [f"--gin.{name}={value}" for name, value in macros.items()]
+    assert main.main(["train", "--module=cached.py", "--run=run", *flags]) == 0
+    assert f"out_sums, train: read {ROWS} rows from the cache {tmp_path}/cache/out_sums." in caplog.text
+    splits = directory.read_manifest("run")["data"]["splits"]
+    assert {split: splits[split]["sha256"] for split in want} == {split: rows.sha256() for split, rows in want.items()}
+    (file,) = Path("run/rows").iterdir()
+    with np.load(file) as arrays:
+        for name, table in want["train"].tables.items():
+            np.testing.assert_array_equal(arrays[f"{name} ids"], table.ids)
+            np.testing.assert_array_equal(arrays[f"{name} starts"], table.starts)
+
+
 PAGE = (Path(__file__).parents[1] / "docs" / "howto" / "seqio.md").read_text("utf-8")
 
 

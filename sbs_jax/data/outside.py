@@ -243,11 +243,13 @@ def _read_now(
     task = seqio.TaskRegistry.get(task_name)
     _check_features(task, vocabulary)
     where = f"{task_name}, {split}"
+    cached = False
     try:
+        cached = task.supports_caching and task.cache_dir is not None
         found = task.get_dataset(
             sequence_length=lengths,
             split=split,
-            use_cached=task.supports_caching and task.cache_dir is not None,
+            use_cached=cached,
             shuffle=False,
             seed=seed,
             try_in_mem_cache=False,
@@ -282,10 +284,9 @@ def _read_now(
     count = len(parts["inputs"])
     if not count:
         raise ValueError(f"{where}: the split is empty; expected rows.")
-    expected = task.source.num_input_examples(split) if most is None else None
-    log.info(
-        "%s: read %s rows%s.", where, f"{count:,}", "" if expected is None else f" from {expected:,} of its source"
-    )
+    expected = task.source.num_input_examples(split) if most is None and not cached else None
+    origin = "" if expected is None else f" from {expected:,} of its source"
+    log.info("%s: read %s rows%s.", where, f"{count:,}", f" from the cache {task.cache_dir}" if cached else origin)
     tables = {feature: tokens.TokenTable.joined(each) for feature, each in parts.items()}
     return Rows(tables, tuple(examples) if whole else None)
 
