@@ -17,8 +17,11 @@ import toy
 from builders.finished_runs import assert_same, contents
 from processes import Starter, until
 
+from sbs_jax import hosts
 from sbs_jax.data import records, registry
 from sbs_jax.export import convert
+from sbs_jax.prediction import files
+from sbs_jax.prediction.engine import Predictor, Settings
 from sbs_jax.run import checkpoints
 from sbs_jax.run.checkpoints import Checkpoints, Retention
 from sbs_jax.storage import bucket_lock, checksums, lock, places
@@ -489,6 +492,32 @@ def test_exports_are_written_into_a_bucket_and_read_from_it(place, toy_run, tmp_
         with pytest.raises(FileExistsError, match=f"{target} exists already"):
             convert.convert(source, target, convert.Options(to_form=form))
     assert len(checkpoints.steps(places.of(chain[2]))) == 1
+
+
+def test_shards_of_answers_are_written_into_a_bucket(place, toy_run, tmp_path, monkeypatch):
+    """Journals of another number of processes are found in the user's cache, its shards in the bucket."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    predictor = Predictor.load(toy_run.model_dir, settings=Settings(batch_size=1))
+    source, out = place / "in.jsonl", place / "out.jsonl"
+    source.write_text("".join(f'{{"id": "{number}", "input": "a b {number}"}}\n' for number in range(33)))
+    files.predict(predictor, input_path=source, output_path=tmp_path / "out.jsonl")
+
+    def answer(index: int, count: int) -> files.Summary:
+        monkeypatch.setattr(hosts, "numbered", lambda: (index, count))
+        return files.predict(predictor, input_path=source, output_path=out)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(hosts, "barrier", lambda: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            answer(1, 2)
+    with pytest.raises(FileExistsError, match=r"out\.jsonl-00001-of-00002\.partial holds .* run of 2 processes, and"):
+        answer(0, 1)
+    assert [answer(index, 2).resumed for index in range(2)] == [0, 17]
+    assert [path.name for path in place.iterdir()] == ["in.jsonl", *(f"out.jsonl-0000{n}-of-00002" for n in range(2))]
+    found = b"".join((place / f"out.jsonl-0000{index}-of-00002").read_bytes() for index in range(2))
+    assert found == (tmp_path / "out.jsonl").read_bytes()
+    with pytest.raises(FileExistsError, match=f"{out}-00000-of-00002 is the output of 2 processes, and this run has 3"):
+        answer(0, 3)
 
 
 def test_two_processes_do_not_write_one_run(starter, folder, place, url, tmp_path):

@@ -405,7 +405,8 @@ def _overview() -> str:
 def _add_multihost(sub: argparse.ArgumentParser) -> None:
     group = sub.add_argument_group(
         "several processes",
-        "One process per host, all with the same command; process 0 writes the files. All must share the folders.",
+        "One process per host, all with the same command; process 0 writes the files (predict: each its shard). All "
+        "must share the folders.",
     )
     group.add_argument(
         "--multihost", action="store_true", help="join the processes that Cloud TPU, GKE, Slurm or Open MPI started"
