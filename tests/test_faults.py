@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 import toy
@@ -52,13 +53,23 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def reference(starter, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An uninterrupted run by `python -m sbs_jax`, which compiles by itself."""
+    """An uninterrupted run by `python -m sbs_jax`, which compiles by itself and traces some steps."""
     folders = tmp_path_factory.mktemp("reference")
     run = folders / "run"
-    with starter.alone(folders, toy.train_flags(folder, run), path=[folder], spawn=True) as process:
+    flags = toy.train_flags(folder, run, "PROFILE_STEPS=(10, 12)")
+    with starter.alone(folders, flags, path=[folder], spawn=True) as process:
         assert process.wait() == 0, process.complained()
         assert "Error" not in process.complained()
     return run
+
+
+@pytest.mark.slow
+def test_a_profile_has_the_steps_that_were_asked_for(reference):
+    """That it changes no number is what the other tests find, which compare with this run."""
+    (trace,) = (reference / "tensorboard" / "plugins" / "profile" / "steps-10-12").glob("*.xplane.pb")
+    data = jax.profiler.ProfileData.from_file(str(trace))
+    names = [event.name for plane in data.planes for line in plane.lines for event in line.events]
+    assert names.count("train") == 3
 
 
 def being_written(run: Path) -> set[str]:

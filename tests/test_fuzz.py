@@ -5,6 +5,7 @@ How cases are made, and what is watched meanwhile (hangs, memory, inputs that ru
 fault that they found in its smallest form. Checkpoints and configurations: test_fuzz_checkpoints.py.
 """
 
+import dataclasses
 import gzip
 import json
 import re
@@ -75,7 +76,7 @@ def test_records(fuzz: Fuzz, memory: Path) -> None:
         found = fuzzing.read(lambda: records.read_records(path), raises=ValueError, names=[path])
         if isinstance(found, list):
             for record in found:
-                assert json_files.typed(vars(record), records.Record) == record
+                assert json_files.typed(dataclasses.asdict(record), records.Record) == record
                 json.dumps(records.fields_of(record), ensure_ascii=False).encode()
 
     fuzz(case)
