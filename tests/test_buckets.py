@@ -355,8 +355,6 @@ def test_two_processes_killed_on_a_bucket_end_as_one_on_disk(starter, folder, re
     (tmp_path / "in.jsonl").write_text('{"id": "1", "input": "a b c"}\n{"id": "2", "input": "d e f"}\n')
     places.upload(tmp_path / "in.jsonl", place / "in.jsonl")
     said = {}
-    # `sbs` itself knows the datasets of tasks/ alone.
-    command = ["-c", "import sys, toy_task; from sbs_jax.cli import main; sys.exit(main.main())"]
     for where, source, output in ((run, place, place / "out"), (one, tmp_path, tmp_path / "out")):
         lines = (
             ["evaluate", str(where), "--split", "test"],
@@ -364,7 +362,7 @@ def test_two_processes_killed_on_a_bucket_end_as_one_on_disk(starter, folder, re
             ["report", str(where), "--output", f"{output}/report.html"],
         )
         (tmp_path / "out").mkdir(exist_ok=True)
-        done = [starter.run(tmp_path, line, environment=on_bucket, command=command, **options) for line in lines]
+        done = [starter.run(tmp_path, line, environment=on_bucket, command=toy.SBS, **options) for line in lines]
         assert [each.returncode for each in done] == [0] * 3, "\n".join(each.stderr for each in done)
         said[where] = [json.loads(done[0].stdout), (output / "a.csv").read_bytes()]
         assert b"toy" in (output / "report.html").read_bytes()

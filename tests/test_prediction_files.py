@@ -22,16 +22,12 @@ from sbs_jax.prediction import files, id_index, inputs
 from sbs_jax.prediction.engine import Answer, Predictor, Settings
 from sbs_jax.storage import lock, tables
 
-COMMAND = ["-c", "import sys, toy_task; from sbs_jax.cli import main; sys.exit(main.main())"]
 TEXTS = ["a b", 'é "x", y', "one\ntwo", "", "\u2028z\r\nw", "名", " c "]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("student")
-    toy.write_untrained(folder)
-    (folder / "toy_task.py").write_text("import toy\nfrom sbs_jax.data import registry\nregistry.add(toy.DATASET)\n")
-    return folder
+    return toy.write_untrained(tmp_path_factory.mktemp("student")).parent
 
 
 @pytest.fixture(scope="module")
@@ -408,7 +404,7 @@ def test_killed_anywhere_it_ends_as_if_it_had_not_been(starter, folder, tmp_path
     flags = ["predict", str(folder / "run"), "--input", str(source), "--batch_size", "8"]
 
     def start(out: Path) -> Any:
-        return starter.alone(tmp_path, [*flags, "--output", str(out)], path=[folder], command=COMMAND)
+        return starter.alone(tmp_path, [*flags, "--output", str(out)], command=toy.SBS)
 
     with start(tmp_path / "want.jsonl") as process:
         assert process.wait() == command.SOME_ROWS_FAILED, process.complained()

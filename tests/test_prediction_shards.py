@@ -20,17 +20,13 @@ from sbs_jax.prediction import files, inputs
 from sbs_jax.prediction.engine import Predictor, Settings
 from sbs_jax.prediction.shards import Shard
 
-COMMAND = ["-c", "import sys, toy_task; from sbs_jax.cli import main; sys.exit(main.main())"]
 BATCH = 4
 ROWS = 448  # seven windows
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("student")
-    toy.write_untrained(folder)
-    (folder / "toy_task.py").write_text("import toy\nfrom sbs_jax.data import registry\nregistry.add(toy.DATASET)\n")
-    return folder
+    return toy.write_untrained(tmp_path_factory.mktemp("student")).parent
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +76,7 @@ def shards_of(out: Path) -> list[Path]:
 def test_two_processes_one_killed_write_the_shards_of_one_output(starter, folder, source, tmp_path):
     """Byte for byte, with the processes of the first start killed or ended in the middle."""
     flags = ["predict", str(folder / "run"), "--input", str(source), "--batch_size", str(BATCH)]
-    options = {"path": [folder], "command": COMMAND, "devices": 2}
+    options = {"command": toy.SBS, "devices": 2}
     want, out = tmp_path / "want.jsonl", tmp_path / "out.jsonl"
     done = starter.run(tmp_path, [*flags, "--output", str(want)], **options)
     assert done.returncode == command.SOME_ROWS_FAILED, done.stderr

@@ -33,6 +33,8 @@ DATASET = Dataset(
     feature_lengths={"inputs": 20, "targets": 16},
 )
 registry.add(DATASET)  # a configuration's objectives follow from its name
+# `sbs` in a process of its own (processes.py) that knows the dataset; by itself it knows those of tasks/ alone.
+SBS = ("-c", "import sys, toy; from sbs_jax.cli import main; sys.exit(main.main())")
 
 MODEL = t5.T5Config(
     vocab_size=384,

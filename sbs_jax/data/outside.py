@@ -36,7 +36,6 @@ log = logging.getLogger(__name__)
 KIND = "seqio"
 _FEATURES = ("inputs", "targets")
 _MOST_TOKENS = 2**31  # of a split, in memory: 8 GB
-_PARTS = ("ids", "starts")  # of a token table
 _known: dict[str, Rows] = {}  # by task, split and options as JSON
 _LENGTHS = {"inputs": 512, "targets": 512}  # a run gives its own
 
@@ -211,7 +210,9 @@ def save(folder: Path) -> None:
             continue
         path = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
         if not path.exists():
-            arrays = {f"{name} {part}": getattr(found.tables[name], part) for name in _FEATURES for part in _PARTS}
+            arrays = {
+                f"{name} {part}": getattr(found.tables[name], part) for name in _FEATURES for part in tokens.PARTS
+            }
             folder.mkdir(exist_ok=True)
             with atomic.replacing(path) as file:
                 np.savez(file, key=np.array(key), **arrays)
@@ -223,7 +224,8 @@ def take(folder: Path) -> None:
         try:
             with np.load(path, allow_pickle=False) as file:
                 tables = {
-                    name: tokens.TokenTable(**{part: file[f"{name} {part}"] for part in _PARTS}) for name in _FEATURES
+                    name: tokens.TokenTable(**{part: file[f"{name} {part}"] for part in tokens.PARTS})
+                    for name in _FEATURES
                 }
                 _known[str(file["key"])] = Rows(tables, None)
         except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:

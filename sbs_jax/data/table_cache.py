@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from sbs_jax.data.tokens import TokenTable
+from sbs_jax.data import tokens
 from sbs_jax.storage import atomic, checksums, json_files, places
 
 log = logging.getLogger(__name__)
@@ -28,11 +28,11 @@ _FACTS = "facts.json"
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Entry:
-    """What is kept: `facts` for JSON, `warnings` for each start's log, and tables by feature."""
+    """Holds `facts` for JSON, `warnings` for each start's log, and tables by feature."""
 
     facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     warnings: Sequence[str] = ()
-    tables: Mapping[str, TokenTable] = dataclasses.field(default_factory=dict)
+    tables: Mapping[str, tokens.TokenTable] = dataclasses.field(default_factory=dict)
 
 
 def entry(key: Mapping[str, Any] | None, make: Callable[[], Entry]) -> Entry:
@@ -65,7 +65,7 @@ def _read(place: Path) -> Entry | None:
         os.utime(place)  # tells the others that it is in use
         described = json_files.read_json(place / _FACTS)
         tables = {
-            feature: TokenTable(**{part: _mapped(place / f"{feature}.{part}.npy") for part in ("ids", "starts")})
+            feature: tokens.TokenTable(**{part: _mapped(place / f"{feature}.{part}.npy") for part in tokens.PARTS})
             for feature in described["tables"]
         }
     except (OSError, ValueError) as error:
@@ -82,9 +82,7 @@ def _mapped(file: Path) -> np.ndarray:
 def _keep(place: Path, made: Entry) -> None:
     """Writes an entry, unless another process has; a disk that refuses it costs later starts their time."""
     arrays = {
-        f"{feature}.{part}.npy": getattr(table, part)
-        for feature, table in made.tables.items()
-        for part in ("ids", "starts")
+        f"{feature}.{part}.npy": getattr(table, part) for feature, table in made.tables.items() for part in tokens.PARTS
     }
     try:
         _make_room(place.parent, sum(array.nbytes for array in arrays.values()))

@@ -190,3 +190,6 @@ class TokenTable:
             ids = self.row(index, length=length)
             row[: len(ids)] = ids
         return rows
+
+
+PARTS = tuple(field.name for field in dataclasses.fields(TokenTable))  # names of its arrays, as files hold them

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from sbs_jax.storage import places
+from sbs_jax.storage import atomic
 from sbs_jax.training.config import TrainConfig
 
 log = logging.getLogger(__name__)
@@ -77,19 +77,13 @@ class Profiler:
         name = f"{socket.gethostname()}-{jax.process_index()}"
         try:
             jax.profiler.stop_trace()
+            target.mkdir(parents=True, exist_ok=True)
             for file in self._traced.rglob("*.xplane.pb"):
-                _put(file, target / f"{name}.xplane.pb")
+                with file.open("rb") as trace, atomic.replacing(target / f"{name}.xplane.pb") as copy:
+                    shutil.copyfileobj(trace, copy)
             log.info("Profile of the steps %d to %d: %s", first, last, target)
         except (RuntimeError, OSError, ValueError) as error:
             log.warning("Warning: no profile of the steps %d to %d: %s", first, last, error)
         finally:
             shutil.rmtree(self._traced, ignore_errors=True)
             self._traced = self._steps = None
-
-
-def _put(file: Path, target: Path) -> None:
-    if places.in_bucket(target):
-        places.upload(file, target)
-        return
-    target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(file, target)
