@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import toy
 
-from sbs_jax.student import families, layers, losses, partitioning, stacking, stacks
+from sbs_jax.student import families, layers, losses, mutual_information, partitioning, stacking, stacks
 from sbs_jax.student.losses import LABEL, RATIONALE
 from sbs_jax.training.step import loss_and_gradients
 
@@ -138,6 +138,7 @@ def batch_of(rows, *, packed, examples, lengths=(24, 20)):
             batch["decoder_task_ids"][row, span] = task
             batch["decoder_segment_ids"][row, span] = segment
             source_at, target_at = source_at + len(source), target_at + len(target)
+    batch["decoder_loss_weights"] = (batch["decoder_task_ids"] > 0).astype(np.int32)
     if not packed:
         batch = {name: x for name, x in batch.items() if not name.endswith("segment_ids")}
     return batch
@@ -148,7 +149,18 @@ ALONE = [[i] for i in range(16)]
 PACKED = [[0, 3], [2, 1], [5, 4], [6, 7], [9, 8], [10, 11], [13, 12], [14, 15]]
 
 
-def prepared(*, packed, devices, micro_batches, alpha=0.5, mesh=None, vocabulary_chunks=1, execution=stacks.UNROLLED):
+def prepared(
+    *,
+    packed,
+    devices,
+    micro_batches,
+    alpha=0.5,
+    mesh=None,
+    vocabulary_chunks=1,
+    execution=stacks.UNROLLED,
+    lengths=(24, 20),
+    **terms,
+):
     """Makes the function of (rows, examples) that computes loss and gradients, split and laid out as asked."""
     # No dropout: its masks are drawn for the rows as they lie.
     config = dataclasses.replace(toy.MODEL, dropout_rate=0.0)
@@ -162,8 +174,7 @@ def prepared(*, packed, devices, micro_batches, alpha=0.5, mesh=None, vocabulary
     run = functools.partial(
         loss_and_gradients,
         structure=structure,
-        objectives=losses.step_by_step(alpha),
-        z_loss=1e-4,
+        loss=losses.Loss(objectives=losses.step_by_step(alpha), z_loss=1e-4, **terms),
         micro_batches=micro_batches,
         vocabulary_chunks=vocabulary_chunks,
         dropout_key=jax.random.key(0),
@@ -175,7 +186,7 @@ def prepared(*, packed, devices, micro_batches, alpha=0.5, mesh=None, vocabulary
             return run(parameters, batch)
 
     def compute(rows, examples=EXAMPLES):
-        batch = partitioner.put_batch(batch_of(rows, packed=packed, examples=examples))
+        batch = partitioner.put_batch(batch_of(rows, packed=packed, examples=examples, lengths=lengths))
         loss, _, gradients = jax.device_get(constrained(parameters, batch))
         return float(loss), stacking.unstack(gradients) if scanned else gradients
 
@@ -247,3 +258,132 @@ def test_an_extreme_alpha_silences_the_other_task_exactly(reference, alpha, sile
     for name, want in gradients.items():
         np.testing.assert_array_equal(again[name], want, err_msg=name)
     assert not np.array_equal(reference[1]["logits_dense/kernel"], gradients["logits_dense/kernel"])
+
+
+# ------------------------------------------------------------------------- terms beside cross-entropy
+
+
+def test_tokens_count_by_their_shares():
+    shares = jnp.array([[1.0, 0.5, 0, 0], [0.25] * 4, [0.25, 0.25, 1.5, 0]])
+    weights = losses.token_weights(TASKS, losses.step_by_step(0.6), shares_BT=shares)
+    of_label, of_rationale = 0.6 / 3.0, 0.4 / 1.5
+    want = [[of_label, of_label / 2, 0, 0], [of_rationale / 4] * 4, [of_rationale / 4] * 2 + [1.5 * of_label, 0]]
+    np.testing.assert_allclose(weights, want, rtol=1e-6)
+    # Shares below one token in all still make a mean.
+    small = losses.token_weights(TASKS, losses.step_by_step(0.6), shares_BT=shares / 100)
+    np.testing.assert_allclose(small, want, rtol=1e-6)
+
+
+@pytest.mark.parametrize("chunks", [1, 3])
+def test_smoothed_labels_have_the_cross_entropy_to_their_distribution(chunks):
+    random = np.random.default_rng(0)
+    y, kernel = random.normal(size=(1, 2, 5)), random.normal(size=(5, 6))
+    targets, tasks = np.array([[1, 4]]), np.array([[LABEL, RATIONALE]])
+
+    def loss(y):
+        if chunks == 1:
+            statistics = losses.token_statistics(y @ jnp.float32(kernel), jnp.array(targets))
+        else:
+            statistics = losses.projected_token_statistics(
+                y, jnp.float32(kernel), jnp.array(targets), chunks=chunks, mean=True
+            )
+        value, sums = losses.weighted_cross_entropy(
+            statistics,
+            task_ids_BT=jnp.array(tasks),
+            weights_BT=jnp.array([[2.0, 3.0]]),
+            objectives=losses.step_by_step(0.5, smoothing=0.2),
+            z_loss=0.0,
+        )
+        return value, sums["label"].cross_entropy
+
+    logits = y @ kernel
+    p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    wanted = np.stack([0.8 * np.eye(6)[1] + 0.2 / 6, np.eye(6)[4]])
+    want = -(np.array([2.0, 3.0])[:, None] * wanted * np.log(p[0])).sum()
+    (value, plain), gradient = jax.value_and_grad(loss, has_aux=True)(jnp.float32(y))
+    assert float(value) == pytest.approx(want, rel=1e-5)
+    assert float(plain) == pytest.approx(-np.log(p[0, 0, 1]), rel=1e-5)  # the metric is not smoothed
+    dlogits = np.array([2.0, 3.0])[:, None] * (p[0] - wanted)
+    np.testing.assert_allclose(gradient[0], dlogits @ kernel.T, rtol=1e-4, atol=1e-5)
+
+
+def pooled(logits: np.ndarray, targets: int) -> np.ndarray:
+    logits = logits[:targets].astype(np.float64)
+    return (np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)).max(axis=0)
+
+
+def mutual_information_by_hand(label: np.ndarray, rationale: np.ndarray, form: str) -> float:
+    if form == "as_written":
+        return float(-(label * np.log(rationale)).sum())
+    return float(-(label * (rationale - np.log(np.exp(rationale).sum()))).sum())
+
+
+@pytest.mark.parametrize("form", mutual_information.FORMS)
+def test_mutual_information_by_hand_packed_and_not(form):
+    random = np.random.default_rng(1)
+    lengths = [2, 3, 1, 4]  # label and rationale of two rows
+    logits = [random.normal(size=(5, 7)) for _ in lengths]
+    want = sum(
+        mutual_information_by_hand(pooled(logits[i], lengths[i]), pooled(logits[i + 1], lengths[i + 1]), form)
+        for i in (0, 2)
+    )
+    tasks = np.array([[1 + i % 2] * n + [0] * (5 - n) for i, n in enumerate(lengths)])
+    alone = np.stack(logits)
+    packed = np.concatenate([each[:n] for each, n in zip(logits, lengths, strict=True)])[None]
+    segments = np.repeat([1, 2, 3, 4], lengths)[None]
+
+    def found(logits, tasks, segments=None):
+        logits = jnp.float32(logits)
+        log_z = jax.nn.logsumexp(logits, axis=-1)
+        segments = None if segments is None else jnp.array(segments)
+        return mutual_information.sum_over_pairs(
+            logits, log_z, task_ids_BT=jnp.array(tasks), segments_BT=segments, form=form
+        )
+
+    assert float(found(alone, tasks)) == pytest.approx(want, rel=1e-5)
+    packed_tasks = np.where(segments % 2, LABEL, RATIONALE)
+    assert float(found(packed, packed_tasks, segments)) == pytest.approx(want, rel=1e-5)
+    # Padding rows, which hold no pair, change neither value nor gradient.
+    gradient = jax.grad(found)(jnp.float32(np.concatenate([alone, alone[:2]])), np.concatenate([tasks, tasks[:2] * 0]))
+    np.testing.assert_allclose(gradient[:4], jax.grad(found)(jnp.float32(alone), tasks), rtol=1e-5)
+    gradient = np.asarray(gradient)
+    assert np.isfinite(gradient).all()
+    assert not gradient[4:].any()
+    label_gradient = np.abs(gradient[[0, 2]]).max()
+    assert (label_gradient == 0) == (form == "as_released")  # its target is held constant
+
+
+# Two pairs to a row, in another order.
+PACKED_PAIRS = [[2, 3, 0, 1], [6, 7, 4, 5], [10, 11], [8, 9], [12, 13], [14, 15], [], []]
+
+
+@pytest.fixture(scope="module")
+def tied():
+    return prepared(packed=False, devices=1, micro_batches=1, **TIED)(ALONE)
+
+
+TIED = {"mutual_information": mutual_information.MutualInformation("as_written", 0.3)}
+
+
+def test_the_mutual_information_loss_adds_its_mean_over_pairs(reference, tied):
+    twice = mutual_information.MutualInformation("as_written", 0.6)
+    other, _ = prepared(packed=False, devices=1, micro_batches=1, mutual_information=twice)(ALONE)
+    assert tied[0] > reference[0]
+    assert other - reference[0] == pytest.approx(2 * (tied[0] - reference[0]), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        pytest.param({"devices": 4, "micro_batches": 4}, id="both"),
+        pytest.param({"rows": PACKED_PAIRS, "devices": 8, "micro_batches": 1}, id="packed on 8"),
+        pytest.param({"rows": PACKED_PAIRS, "devices": 2, "micro_batches": 4}, id="packed, both"),
+    ],
+)
+def test_the_mutual_information_loss_does_not_depend_on_how_pairs_lie(tied, how):
+    rows = how.pop("rows", ALONE)
+    lengths = (48, 40) if rows is PACKED_PAIRS else (24, 20)
+    loss, gradients = prepared(packed=rows is PACKED_PAIRS, lengths=lengths, **how, **TIED)(rows)
+    assert loss == pytest.approx(tied[0], rel=1e-5)
+    for name, want in tied[1].items():
+        np.testing.assert_allclose(gradients[name], want, rtol=1e-4, atol=2e-5 * np.abs(want).max(), err_msg=name)

@@ -21,6 +21,8 @@ from sbs_jax import checks
 from sbs_jax.data import corpus, outside, registry, task_names, tokens
 from sbs_jax.data.dataset import check_lengths
 from sbs_jax.data.slots import NO_NUMBERS, Numbers
+from sbs_jax.storage.json_files import brief
+from sbs_jax.student.mutual_information import MOST_PAIRS
 
 # Examples assigned to rows at a time.
 _PLACES = 65_536
@@ -238,6 +240,12 @@ class _Stream:
         self._before = np.empty_like(self._turns)  # turns of the same task before this one
         for task, count in enumerate(self._count):
             self._before[self._turns == task] = np.arange(count)
+        self._pairs = registry.options().pairs
+        if self._pairs and (len(rows) % 2 or [*rows.values()][::2] != [*rows.values()][1::2]):
+            raise ValueError(
+                f"PAIRS is True, but the tasks {', '.join(names)} do not come in pairs with the same rows; train on a "
+                "<dataset>_step_by_step mixture."
+            )
         # Two epochs for each task: batches run across the end of an epoch.
         self._order = functools.lru_cache(maxsize=2 * len(names))(self._compute_order)
 
@@ -290,7 +298,21 @@ class _Stream:
                 sizes[mine] = np.minimum(source.sizes(feature)[indices[mine]], length)
             total = np.concatenate([[0], np.cumsum(sizes)])
             ends.append(np.searchsorted(total, total[:-1] + length, side="right") - 1)
-        return np.minimum(*ends).tolist()
+        found = np.minimum(*ends)
+        return (self._whole_pairs(found, start=start) if self._pairs else found).tolist()
+
+    def _whole_pairs(self, ends: np.ndarray, *, start: int) -> np.ndarray:
+        """Shortens rows that begin at a pair to whole pairs, at most MOST_PAIRS. ValueError for a pair in no row."""
+        place = np.arange(len(ends))
+        pairs = np.minimum((ends - place) // 2, MOST_PAIRS)
+        if len(too_long := np.flatnonzero(pairs[::2] == 0)):
+            (task,), _, (index,) = self.locate(start + 2 * too_long[:1])
+            raise ValueError(
+                f"A packed row of {dict(self._lengths)} tokens does not hold both label and rationale of "
+                f"{brief(self.id(task, index))}, which a loss on pairs needs. Make TASK_FEATURE_LENGTHS longer, or set "
+                "PACK = False."
+            )
+        return place + 2 * pairs
 
     def locate(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Returns the task, the epoch and the row number of each place."""

@@ -63,6 +63,8 @@ class DataOptions:
       read_rows: first rows to take of each split of a SeqIO task from outside (outside.py); None for all.
       augmentation: records of further rows to train on, each in the tasks that it has a target for; None for none.
         `fraction` does not apply to them, and validation and test never have them.
+      pairs: train on the same rows for label and rationale, those with both, and keep the two of a row together in a
+        batch: neighbours, and packed in one row. For a loss that ties them (student/mutual_information.py).
     """
 
     records_dir: str
@@ -87,6 +89,7 @@ class DataOptions:
     temperature: int | float = 1.0
     rate_maximum: int | None = None
     read_rows: int | None = None
+    pairs: bool = False
 
     def __post_init__(self) -> None:
         files = (self.corpus,) if isinstance(self.corpus, str) else tuple(self.corpus)
@@ -100,8 +103,9 @@ class DataOptions:
         for name in ("label_prefix", "rationale_prefix", "dataset_prefix"):
             if not isinstance(getattr(self, name), str):
                 raise ValueError(f"DataOptions.{name} is {getattr(self, name)!r}; expected text.")
-        if not isinstance(self.number_slots, bool):
-            raise ValueError(f"DataOptions.number_slots is {self.number_slots!r}; expected True or False.")
+        for name in ("number_slots", "pairs"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"DataOptions.{name} is {getattr(self, name)!r}; expected True or False.")
         checks.choice("DataOptions.label_source", self.label_source, ("human", "teacher"))
         checks.choice("DataOptions.rationales", self.rationales, ("all", "agreeing"))
         of_each = self.train_split if isinstance(self.train_split, Mapping) else {"": self.train_split}
@@ -327,6 +331,8 @@ def _unused(
             no_rationale = no_label
         elif row.teacher_label is None or not same_label(label, row.teacher_label):
             no_rationale = "argues for another label"
+    if training and options.pairs:
+        no_label = no_rationale = no_label or no_rationale
     if options.number_slots:
         try:
             numbers_of(row.input, options)

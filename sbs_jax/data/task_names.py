@@ -14,10 +14,12 @@ outside, each of its tasks.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 
@@ -175,13 +177,18 @@ def primary_metric(tasks: Sequence[str]) -> str | None:
 
 
 def objectives(
-    name: str, *, alpha: float, weights: Mapping[str, int | float] | None = None
+    name: str,
+    *,
+    alpha: Any,
+    weights: Mapping[str, int | float] | None = None,
+    smoothing: int | float = 0.0,
 ) -> tuple[losses.Objective, ...]:
     """Returns the objectives of the loss; `task_ids` numbers them from 1.
 
-    One dataset has labels with alpha and rationales with the rest. Each of several datasets has these two times its
-    weight, named `svamp/label`; without `weights` the weights are equal and add up to 1. A task or mixture from outside
-    is one objective, the mean over all target tokens; with `weights`, each of its tasks is one.
+    One dataset has labels with alpha and rationales with the rest; `smoothing` is of the labels. Each of several
+    datasets has these two times its weight, named `svamp/label`; without `weights` the weights are equal and add up to
+    1. A task or mixture from outside is one objective, the mean over all target tokens; with `weights`, each of its
+    tasks is one.
     """
     found = parts(name)
     if _own(name) is not None:
@@ -189,18 +196,18 @@ def objectives(
             raise ValueError(
                 f"LOSS_WEIGHTS is {dict(weights)!r}, but {name} is one dataset; ALPHA weighs its two tasks."
             )
-        return losses.step_by_step(alpha)
+        return losses.step_by_step(alpha, smoothing=smoothing)
     names = datasets(name)
     given = None if weights is None else _for_each(names, weights, macro="LOSS_WEIGHTS", what="weight")
     if is_outside(name):
         if given is None:
-            return (losses.Objective("targets", 1.0),)
-        return tuple(losses.Objective(part, weight) for part, weight in zip(found, given, strict=True))
+            return (losses.Objective("targets", 1.0, smoothing),)
+        return tuple(losses.Objective(part, weight, smoothing) for part, weight in zip(found, given, strict=True))
     shares = given or [1.0 / len(found)] * len(found)
     return tuple(
-        losses.Objective(f"{dataset}/{objective.name}", share * objective.weight)
+        dataclasses.replace(objective, name=f"{dataset}/{objective.name}", weight=share * objective.weight)
         for dataset, share, part in zip(names, shares, found, strict=True)
-        for number, objective in enumerate(losses.step_by_step(alpha), start=1)
+        for number, objective in enumerate(losses.step_by_step(alpha, smoothing=smoothing), start=1)
         if number in _ids_of_part(part)
     )
 

@@ -140,8 +140,18 @@ _LATER = {
         "temperature": 1.0,
         "rate_maximum": None,
         "read_rows": None,
+        "pairs": False,
     }.items()
-} | {(f"train.TrainConfig.{name}", f"settings.{name}"): None for name in ("patience", "loss_weights")}
+} | {
+    (f"train.TrainConfig.{name}", f"settings.{name}"): value
+    for name, value in {
+        "patience": None,
+        "loss_weights": None,
+        "label_smoothing": 0.0,
+        "mutual_information": None,
+        "mutual_information_weight": 0.1,
+    }.items()
+}
 
 
 @functools.cache

@@ -28,7 +28,9 @@ def describe(config: Any) -> dict[str, Any]:
     last = config.train_steps - 1
     steps = sorted({step for step in (0, 1, config.train_steps // 10, config.train_steps // 2) if step < last} | {last})
     found = {field.name: _json(getattr(config, field.name)) for field in dataclasses.fields(config)}
-    found["learning_rate"] = {str(step): _json(float(np.asarray(config.learning_rate(step)))) for step in steps}
+    for name in ("learning_rate", "alpha"):
+        if callable(schedule := getattr(config, name)):
+            found[name] = {str(step): _json(float(np.asarray(schedule(step)))) for step in steps}
     return found
 
 

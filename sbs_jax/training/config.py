@@ -10,8 +10,10 @@ import optax
 
 from sbs_jax import checks
 from sbs_jax.data import grading, selection, task_names
+from sbs_jax.data.dataset import STEP_BY_STEP
 from sbs_jax.run import trackers
 from sbs_jax.student import adapters, families, losses, partitioning, stacking, stacks
+from sbs_jax.student.mutual_information import MutualInformation
 
 MEMORIES = ("device", "pinned_host")
 _FEATURES = ("inputs", "targets")
@@ -25,7 +27,10 @@ class Optimization:
     micro_batches: int = 1  # sequential parts of a batch; gradients are those of the whole batch
     train_steps: int
     seed: int = 0
-    alpha: float  # share of the label objective; the rationale's is 1 - alpha
+    alpha: float | optax.Schedule  # share of the label objective, of every step; the rationale's is 1 - alpha
+    label_smoothing: float = 0.0  # share of a label token's probability that the whole vocabulary divides evenly
+    mutual_information: str | None = None  # form of the loss that ties label and rationale (mutual_information.FORMS)
+    mutual_information_weight: float = 0.1
     loss_weights: Mapping[str, int | float] | None = None  # of the datasets, or tasks, of a mixture; None: equal
     z_loss: float = 0.0  # weight of T5X's auxiliary loss
     optimizer: Callable[..., optax.GradientTransformation]  # called with learning_rate=
@@ -36,9 +41,15 @@ class Optimization:
 
     def __post_init__(self) -> None:
         _whole_numbers(self, "batch_size", "micro_batches", "train_steps", least=1)
-        checks.number("TrainConfig.alpha", self.alpha)
-        if not 0.0 <= self.alpha <= 1.0:
-            raise ValueError(f"TrainConfig.alpha is {self.alpha!r}; expected 0 (rationale only) to 1 (label only).")
+        for step in (0, self.train_steps // 2, self.train_steps):
+            alpha = float(self.alpha(step)) if callable(self.alpha) else self.alpha
+            checks.number("TrainConfig.alpha", alpha)
+            if not 0.0 <= alpha <= 1.0:
+                when = f" at step {step}" if callable(self.alpha) else ""
+                raise ValueError(
+                    f"TrainConfig.alpha is {alpha!r}{when}; expected 0 (rationale only) to 1 (label only)."
+                )
+        checks.number("TrainConfig.label_smoothing", self.label_smoothing, least=0.0, below=1.0)
         checks.number("TrainConfig.z_loss", self.z_loss, least=0.0)
         if self.clip_norm is not None:
             checks.number("TrainConfig.clip_norm", self.clip_norm, above=0.0)
@@ -157,13 +168,21 @@ class TrainConfig(Optimization, Checkpointing, Evaluation, Compute, Guards):
                 "A prompt precedes each example, but packed rows hold several examples. Set PACK = False, or use "
                 "prefix tuning, whose keys all examples of a row see."
             )
-        _ = self.objectives
+        self.loss(0)
+        if self.mutual_information is not None:
+            self._check_pairs()
         self.gradient_transformation()  # a wrong optimizer argument fails here, before any compile
 
-    @property
-    def objectives(self) -> tuple[losses.Objective, ...]:
-        """The named parts of the loss. ValueError if `loss_weights` do not fit the mixture."""
-        return task_names.objectives(self.mixture_or_task_name, alpha=self.alpha, weights=self.loss_weights)
+    def loss(self, step: Any) -> losses.Loss:
+        """Returns the loss of a step, a number or an array. ValueError if `loss_weights` do not fit the mixture."""
+        alpha = self.alpha(step) if callable(self.alpha) else self.alpha
+        objectives = task_names.objectives(
+            self.mixture_or_task_name, alpha=alpha, weights=self.loss_weights, smoothing=self.label_smoothing
+        )
+        term = None
+        if self.mutual_information is not None:
+            term = MutualInformation(self.mutual_information, self.mutual_information_weight)
+        return losses.Loss(objectives=objectives, z_loss=self.z_loss, mutual_information=term)
 
     @property
     def eval_task_names(self) -> tuple[str, ...]:
@@ -180,6 +199,27 @@ class TrainConfig(Optimization, Checkpointing, Evaluation, Compute, Guards):
         for name in names:
             grading.check_installed(task_names.dataset_of(name).metric_fns)
         return names
+
+    def _check_pairs(self) -> None:
+        """Refuses a mutual-information loss without pairs of label and rationale in every micro-batch."""
+        together = 1 if self.pack else 2
+        kinds = {task_names.split(part)[1] for part in task_names.parts(self.mixture_or_task_name)}
+        if kinds != {STEP_BY_STEP} or not self.data.pairs:
+            raise ValueError(
+                "The mutual-information loss ties the label and the rationale of a row; got "
+                f"{self.mixture_or_task_name} with pairs {self.data.pairs}. Train on <dataset>_step_by_step with PAIRS "
+                "= True, as gin_configs/methods/mutual_information.gin does."
+            )
+        if self.batch_size % (together * self.micro_batches):
+            raise ValueError(
+                f"batch_size {self.batch_size} does not divide into {self.micro_batches} micro_batches of whole pairs; "
+                f"choose a multiple of {together * self.micro_batches}."
+            )
+        if self.vocabulary_chunks > 1:
+            raise ValueError(
+                f"vocabulary_chunks is {self.vocabulary_chunks}, but the mutual-information loss needs all logits at a "
+                "time; set it to 1."
+            )
 
     def gradient_transformation(self) -> optax.GradientTransformation:
         """Makes the optimizer with its schedule; it sees one layer at a time, however layers are stored."""

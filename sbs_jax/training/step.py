@@ -1,6 +1,7 @@
 """One training step: loss and gradients of a global batch, the update, and compiling it for a mesh."""
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,7 +12,7 @@ import optax
 from jaxtyping import Array, Float
 
 from sbs_jax.data import batches
-from sbs_jax.student import adapters, families, losses, partitioning, stacking, stacks
+from sbs_jax.student import adapters, families, losses, mutual_information, partitioning, stacking, stacks
 from sbs_jax.training.config import Compute, TrainConfig
 
 log = logging.getLogger(__name__)
@@ -38,19 +39,20 @@ def loss_and_gradients(
     batch: Batch,
     *,
     structure: families.Structure,
-    objectives: Sequence[losses.Objective],
-    z_loss: float,
+    loss: losses.Loss,
     micro_batches: int,
     vocabulary_chunks: int,
     dropout_key: jax.Array,
     frozen: families.Parameters | None = None,
-) -> tuple[Float[Array, ""], dict[str, losses.Sums], families.Parameters]:
-    """Returns loss, sums per objective and gradients of a global batch; micro-batches do not change them.
+) -> tuple[Float[Array, ""], dict[str, losses.Sums | losses.Mean], families.Parameters]:
+    """Returns the loss, sums by name and gradients of a global batch; micro-batches do not change them.
 
     `parameters` and `frozen` together are the whole model; gradients are of `parameters` only.
     """
     # Token weights depend on the whole batch, so they are computed before it is cut: see losses.py.
-    weights = losses.token_weights(batch["decoder_task_ids"], objectives)
+    task_ids, shares = batch["decoder_task_ids"], batch["decoder_loss_weights"]
+    weights = losses.token_weights(task_ids, loss.objectives, shares_BT=shares)
+    pairs = mutual_information.pairs_in(batch["decoder_input_tokens"], task_ids)
 
     def loss_of(parameters: families.Parameters, rows: Batch, index: jax.Array):
         model = families.join(structure, {**(frozen or {}), **parameters})
@@ -61,35 +63,52 @@ def loss_and_gradients(
             decoder_segment_ids=rows.get("decoder_segment_ids"),
             dropout_key=jax.random.fold_in(dropout_key, index),
         )
-        targets = rows["decoder_target_tokens"]
-        if vocabulary_chunks == 1:
-            statistics = losses.token_statistics(model.logits(states), targets)
-        else:
-            statistics = losses.projected_token_statistics(
-                *(*model.projection(states), targets), chunks=vocabulary_chunks, cap=model.config.logits_cap
-            )
-        return losses.weighted_cross_entropy(
+        statistics, logits = _statistics(model, states, rows["decoder_target_tokens"], loss, chunks=vocabulary_chunks)
+        task_ids = rows["decoder_task_ids"]
+        total, sums = losses.weighted_cross_entropy(
             statistics,
-            task_ids_BT=rows["decoder_task_ids"],
+            task_ids_BT=task_ids,
             weights_BT=rows["weights"],
-            objectives=objectives,
-            z_loss=z_loss,
+            objectives=loss.objectives,
+            z_loss=loss.z_loss,
         )
+        if (term := loss.mutual_information) is None:
+            return total, sums
+        segments = rows.get("decoder_segment_ids")
+        of_pairs = mutual_information.sum_over_pairs(
+            logits, statistics.log_z, task_ids_BT=task_ids, segments_BT=segments, form=term.form
+        )
+        mean = losses.Mean(of_pairs, mutual_information.pairs_in(rows["decoder_input_tokens"], task_ids))
+        return total + term.weight * of_pairs / jnp.maximum(pairs, 1.0), {**sums, "loss/mutual_information": mean}
 
     gradient_of = jax.value_and_grad(loss_of, has_aux=True)
-    pieces = (_cut({**batch, "weights": weights}, micro_batches), jnp.arange(micro_batches))
+    # The two rows of a pair stay together; packed rows hold whole pairs.
+    together = 2 if loss.mutual_information and "decoder_segment_ids" not in batch else 1
+    pieces = (_cut({**batch, "weights": weights}, micro_batches, together=together), jnp.arange(micro_batches))
     first = jax.tree.map(lambda x: x[0], pieces)
     if micro_batches == 1:
-        (loss, sums), gradients = gradient_of(parameters, *first)
-        return loss, sums, gradients
+        (value, sums), gradients = gradient_of(parameters, *first)
+        return value, sums, gradients
 
     def add(total, piece):
         return jax.tree.map(jnp.add, total, gradient_of(parameters, *piece)), None
 
     shapes = jax.eval_shape(gradient_of, parameters, *first)
     zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    ((loss, sums), gradients), _ = jax.lax.scan(add, zero, pieces)
-    return loss, sums, gradients
+    ((value, sums), gradients), _ = jax.lax.scan(add, zero, pieces)
+    return value, sums, gradients
+
+
+def _statistics(
+    model: families.Model, states: Any, targets_BT: jax.Array, loss: losses.Loss, *, chunks: int
+) -> tuple[losses.TokenStatistics, Any]:
+    """Returns the statistics of the targets, and the logits unless they only exist in chunks."""
+    if chunks == 1:
+        logits = model.logits(states)
+        return losses.token_statistics(logits, targets_BT), logits
+    cap, mean = model.config.logits_cap, loss.smooths
+    projected = functools.partial(losses.projected_token_statistics, chunks=chunks, cap=cap, mean=mean)
+    return projected(*model.projection(states), targets_BT), None
 
 
 def train_step(
@@ -110,8 +129,7 @@ def train_step(
         state.parameters,
         batch,
         structure=structure,
-        objectives=config.objectives,
-        z_loss=config.z_loss,
+        loss=config.loss(state.step),
         micro_batches=config.micro_batches,
         vocabulary_chunks=config.vocabulary_chunks,
         dropout_key=jax.random.fold_in(jax.random.wrap_key_data(state.root_key), state.step),
@@ -127,8 +145,8 @@ def train_step(
         lambda new, old: jnp.where(running & finite, new, old), new, (state.parameters, state.optimizer)
     )
     metrics = {"loss": loss, "gradient_norm": norm, "skipped": skipped}
-    for name, of_objective in sums.items():
-        metrics |= of_objective.means(name)
+    for name, found in sums.items():
+        metrics |= found.means(name)
     step = state.step + (skipped <= config.skip_non_finite)
     return TrainState(step, parameters, optimizer_state, skipped, state.root_key, state.frozen), metrics
 
@@ -147,9 +165,17 @@ def _clipped(gradients: families.Parameters, *, norm: float | None) -> tuple[Flo
     return found, jax.tree.map(lambda x: x * scale, gradients)
 
 
-def _cut(batch: Batch, pieces: int) -> Batch:
-    """Reshapes `[B, ..]` to `[pieces, B / pieces, ..]`; row i goes to piece i mod pieces, so rows need not move."""
-    return {name: x.reshape(-1, pieces, *x.shape[1:]).swapaxes(0, 1) for name, x in batch.items()}
+def _cut(batch: Batch, pieces: int, *, together: int) -> Batch:
+    """Reshapes `[B, ..]` to `[pieces, B / pieces, ..]`, with groups of `together` rows whole.
+
+    Group i goes to piece i mod pieces, so rows need not move.
+    """
+
+    def one(x: jax.Array) -> jax.Array:
+        groups = x.reshape(-1, pieces, together, *x.shape[1:]).swapaxes(0, 1)
+        return groups.reshape(pieces, -1, *x.shape[1:])
+
+    return {name: one(x) for name, x in batch.items()}
 
 
 @dataclasses.dataclass(frozen=True)

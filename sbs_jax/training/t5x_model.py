@@ -79,7 +79,8 @@ class StepByStepModel(models.EncoderDecoderModel):
 
     def with_token_weights(self, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
         """Adds to a global batch the weight of each target token, float32 [B, T]."""
-        return {**batch, TOKEN_WEIGHTS: losses.token_weights(batch["decoder_task_ids"], self._objectives)}
+        task_ids, shares = batch["decoder_task_ids"], batch["decoder_loss_weights"]
+        return {**batch, TOKEN_WEIGHTS: losses.token_weights(task_ids, self._objectives, shares_BT=shares)}
 
     def loss_fn(
         self, params: Any, batch: Mapping[str, jax.Array], dropout_rng: jax.Array | None
