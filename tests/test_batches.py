@@ -382,3 +382,45 @@ def test_count_tokens(cats: Path):
     (batch,) = take(count=1)
     expected = (batch["encoder_input_tokens"] != 0).sum() + (batch["decoder_target_tokens"] != 0).sum()
     assert batches.count_tokens(batch) == expected
+
+
+# ------------------------------------------------------------------------------------------ pairs
+
+
+def pairs_of(texts: list[str]) -> list[tuple[str, str]]:
+    rows = [text.partition(": ")[2] for text in texts]
+    return list(zip(rows[::2], rows[1::2], strict=True))
+
+
+@pytest.mark.parametrize("missing", [(), (3, 7)])
+def test_pairs_are_the_label_and_the_rationale_of_one_row(cats: Path, missing: tuple[int, ...]):
+    write(cats, [row(n, **({"rationale": None} if n in missing else {})) for n in range(20)])
+    configure(cats, validation_fraction=0, pairs=True)
+    counts = registry.selected("cats", "train").counts
+    assert counts["label"] == counts["rationale"] == 20 - len(missing)
+    assert counts.get("label: not used, no rationale (ok)", 0) == len(missing)
+    vocabulary = registry.vocabulary("byte")
+    plain = joined(take(count=25))
+    found = pairs_of([vocabulary.decode(ids[ids > 0].tolist()) for ids in plain["encoder_input_tokens"]])
+    assert all(label == rationale for label, rationale in found)
+    epochs = 50 // (20 - len(missing))
+    assert min(Counter(label for label, _ in found).values()) >= epochs
+    # Packed rows hold whole pairs, in the same order, and no more than the loss has places for.
+    packed = take(count=8, pack=True, lengths={"inputs": 400, "targets": 400})
+    most = max(batch["encoder_segment_ids"].max() for batch in packed)
+    assert most == 2 * batches.MOST_PAIRS
+    of_rows = [sorted(set(ids[ids > 0])) for batch in packed for ids in batch["encoder_segment_ids"]]
+    assert all(len(ids) % 2 == 0 for ids in of_rows)
+    assert_same(packed[3:], take(count=5, pack=True, skip_batches=3, lengths={"inputs": 400, "targets": 400}))
+    again = pairs_of([inputs for inputs, _, _ in segments(packed)])
+    assert again[: len(found)] == found[: len(again)]
+
+
+def test_pairs_that_no_row_holds_are_refused(cats: Path):
+    configure(cats, pairs=True)
+    with pytest.raises(ValueError, match=r"does not hold both label and rationale of \"row-\d+\""):
+        take(count=1, pack=True, lengths={"inputs": 24, "targets": 48})
+    with pytest.raises(ValueError, match="cats_label do not come in pairs"):
+        take("cats_label", count=1)
+    with pytest.raises(ValueError, match=r"pairs is 1; expected True or False"):
+        configure(cats, pairs=1)

@@ -159,7 +159,7 @@ def prepared(
     vocabulary_chunks=1,
     execution=stacks.UNROLLED,
     lengths=(24, 20),
-    **terms,
+    tie=None,
 ):
     """Makes the function of (rows, examples) that computes loss and gradients, split and laid out as asked."""
     # No dropout: its masks are drawn for the rows as they lie.
@@ -174,7 +174,7 @@ def prepared(
     run = functools.partial(
         loss_and_gradients,
         structure=structure,
-        loss=losses.Loss(objectives=losses.step_by_step(alpha), z_loss=1e-4, **terms),
+        loss=losses.Loss(objectives=losses.step_by_step(alpha), z_loss=1e-4, mutual_information=tie),
         micro_batches=micro_batches,
         vocabulary_chunks=vocabulary_chunks,
         dropout_key=jax.random.key(0),
@@ -359,15 +359,15 @@ PACKED_PAIRS = [[2, 3, 0, 1], [6, 7, 4, 5], [10, 11], [8, 9], [12, 13], [14, 15]
 
 @pytest.fixture(scope="module")
 def tied():
-    return prepared(packed=False, devices=1, micro_batches=1, **TIED)(ALONE)
+    return prepared(packed=False, devices=1, micro_batches=1, tie=TIE)(ALONE)
 
 
-TIED = {"mutual_information": mutual_information.MutualInformation("as_written", 0.3)}
+TIE = mutual_information.MutualInformation("as_written", 0.3)
 
 
 def test_the_mutual_information_loss_adds_its_mean_over_pairs(reference, tied):
     twice = mutual_information.MutualInformation("as_written", 0.6)
-    other, _ = prepared(packed=False, devices=1, micro_batches=1, mutual_information=twice)(ALONE)
+    other, _ = prepared(packed=False, devices=1, micro_batches=1, tie=twice)(ALONE)
     assert tied[0] > reference[0]
     assert other - reference[0] == pytest.approx(2 * (tied[0] - reference[0]), rel=1e-4)
 
@@ -383,7 +383,7 @@ def test_the_mutual_information_loss_adds_its_mean_over_pairs(reference, tied):
 def test_the_mutual_information_loss_does_not_depend_on_how_pairs_lie(tied, how):
     rows = how.pop("rows", ALONE)
     lengths = (48, 40) if rows is PACKED_PAIRS else (24, 20)
-    loss, gradients = prepared(packed=rows is PACKED_PAIRS, lengths=lengths, **how, **TIED)(rows)
+    loss, gradients = prepared(packed=rows is PACKED_PAIRS, lengths=lengths, **how, tie=TIE)(rows)
     assert loss == pytest.approx(tied[0], rel=1e-5)
     for name, want in tied[1].items():
         np.testing.assert_allclose(gradients[name], want, rtol=1e-4, atol=2e-5 * np.abs(want).max(), err_msg=name)

@@ -121,6 +121,14 @@ def test_every_experiment_runs_every_method(experiment, method):
         assert word in header
 
 
+def test_methods_beyond_the_paper_build_on_step_by_step():
+    config, _ = configure("experiments/svamp/base", "methods/mutual_information", bindings=["PACK=False"])
+    assert (config.mutual_information, config.data.pairs) == ("as_written", True)
+    assert config.mixture_or_task_name == "svamp_step_by_step"
+    config, _ = configure("experiments/svamp/base", "methods/rationale_first", bindings=["TRAIN_STEPS=100"])
+    assert [float(config.alpha(step)) for step in (0, 50, 100)] == pytest.approx([0.1, 0.5, 0.9])
+
+
 def given(text, macro):
     return next(int(line.split("=")[1]) for line in text.splitlines() if line.startswith(f"{macro} ="))
 

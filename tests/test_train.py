@@ -98,6 +98,32 @@ def test_predictions_are_kept_per_evaluation(finished):
     assert rows[0]["input"].startswith("predict: ")
 
 
+def test_a_run_with_every_term_of_the_loss(tmp_path, records_dir):
+    config = toy.config(
+        tmp_path / "run",
+        records_dir,
+        data=toy.options(records_dir, pairs=True),
+        alpha=optax.linear_schedule(0.25, 0.75, 4),
+        label_smoothing=0.1,
+        mutual_information="as_released",
+        train_steps=4,
+        micro_batches=2,
+        batch_size=16,
+        log_period=1,
+        evaluate_test=False,
+        layout=partitioning.Layout(slice=1, data=8, fsdp=1, tensor=1),
+    )
+    loop.train(config, config_text="")
+    lines = [line for line in directory.read_metrics(config.model_dir) if line["kind"] == "train"]
+    for line, alpha in zip(lines, (0.25, 0.375, 0.5, 0.625), strict=True):
+        of_tasks = alpha * line["loss/label"] + (1 - alpha) * line["loss/rationale"]
+        # What smoothing adds is small at the start, when all tokens are about equally likely.
+        assert line["loss"] == pytest.approx(of_tasks + 0.1 * line["loss/mutual_information"], rel=0.03)
+    settings = directory.read_manifest(config.model_dir)["settings"]
+    assert settings["alpha"] == {"0": 0.25, "1": 0.375, "2": 0.5, "3": 0.625}
+    assert settings["mutual_information"] == "as_released"
+
+
 def test_one_compile_per_run(recorded):
     assert recorded[2].step._cache_size() == 1
 
@@ -226,6 +252,10 @@ def test_a_checkpoint_of_another_architecture_is_refused(finished, tmp_path, rec
         ({"batch_size": 12}, "does not divide over 8"),
         ({"batch_size": 8, "micro_batches": 3}, "does not divide into 3"),
         ({"alpha": 1.5}, "alpha is 1.5"),
+        ({"alpha": optax.linear_schedule(0.5, 1.2, 6)}, "alpha is 1.2.* at step 6"),
+        ({"label_smoothing": 1.0}, "label_smoothing is 1.0"),
+        ({"mutual_information": "as_release"}, "as_release.*as_released"),
+        ({"mutual_information": "as_written"}, "with pairs False.*PAIRS = True"),
         ({"train_steps": 0}, "train_steps is 0"),
         ({"clip_norm": 0.0}, "clip_norm is 0.0"),
         ({"layout": partitioning.Layout(slice=1, data=3, fsdp=1, tensor=1)}, "does not fit 8 devices"),

@@ -306,7 +306,7 @@ class _Stream:
         place = np.arange(len(ends))
         pairs = np.minimum((ends - place) // 2, MOST_PAIRS)
         if len(too_long := np.flatnonzero(pairs[::2] == 0)):
-            (task,), _, (index,) = self.locate(start + 2 * too_long[:1])
+            (task,), _, (index,) = (each.tolist() for each in self.locate(start + 2 * too_long[:1]))
             raise ValueError(
                 f"A packed row of {dict(self._lengths)} tokens does not hold both label and rationale of "
                 f"{brief(self.id(task, index))}, which a loss on pairs needs. Make TASK_FEATURE_LENGTHS longer, or set "
