@@ -4,9 +4,10 @@
     make bench                                  # train, tuning, predict and teacher; also bench-serve, bench-gpu, ..
 
 Suites: train (a training step against PyTorch's), families (the same for SmolLM2 and T5Gemma 2), tuning (LoRA and QLoRA
-against PEFT), predict (greedy answers), teacher (asking a hosted model), serve (`sbs serve` under load), gpu (a
-training step on a GPU), tpu (cycles and memory by the TPU compiler), faults (checkpoints and restarts), input (batches
-per second), startup (until a run has its data), seeds (many small students, and the demo). Results: docs/speed.md.
+against PEFT), methods (those that build on step-by-step, beside it), predict (greedy answers), teacher (asking a hosted
+model), serve (`sbs serve` under load), gpu (a training step on a GPU), tpu (cycles and memory by the TPU compiler),
+faults (checkpoints and restarts), input (batches per second), startup (until a run has its data), seeds (many small
+students, and the demo). Results: docs/speed.md.
 """
 
 import argparse
@@ -21,6 +22,7 @@ SUITES = (
     "train",
     "families",
     "tuning",
+    "methods",
     "predict",
     "teacher",
     "serve",

@@ -418,7 +418,7 @@ def test_pairs_are_the_label_and_the_rationale_of_one_row(cats: Path, missing: t
 
 def test_pairs_that_no_row_holds_are_refused(cats: Path):
     configure(cats, pairs=True)
-    with pytest.raises(ValueError, match=r"does not hold both label and rationale of \"row-\d+\""):
+    with pytest.raises(ValueError, match=r"does not hold both label and rationale of 'row-\d+'"):
         take(count=1, pack=True, lengths={"inputs": 24, "targets": 48})
     with pytest.raises(ValueError, match="cats_label do not come in pairs"):
         take("cats_label", count=1)

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+import tasks  # noqa: F401  (before a test replaces the table of datasets)
 from sbs_jax.data import catalogue, grading, records, registry, selection
 from sbs_jax.data.dataset import Dataset
 
