@@ -93,7 +93,7 @@ def lengths_of(found: Sequence[Record]) -> dict[str, Any]:
     texts = {
         "inputs": [record.input for record in found],
         "labels": [label for record in found for label in (record.label, record.teacher_label) if label],
-        "rationales": [record.rationale for record in found if record.rationale],
+        "rationales": [each.rationale for record in found for each in record.rationales],
     }
     longest = own_data.longest(texts)
     return {"TASK_FEATURE_LENGTHS": _in_bytes(longest, unknown=8), "MAX_DECODE_LENGTH": _answer(longest)}

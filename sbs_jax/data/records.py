@@ -41,6 +41,14 @@ FORMAT = 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Rationale:
+    """A rationale of one reply, with the label of that reply."""
+
+    rationale: str
+    teacher_label: str | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Record:
     """One example.
 
@@ -52,13 +60,14 @@ class Record:
       teacher_text: the teacher's raw reply; None if the teacher was not asked.
       rationale: parsed from the reply; None if it has no usable one.
       teacher_label: parsed from the reply; None if it has no usable one.
-      outcome: "ok", "no_teacher", or the problem of the reply (`sbs_jax.data.parsing.OUTCOMES`). To check whether a
-        rationale or label is usable, read those fields instead.
+      outcome: "ok", "no_teacher", or the problem of the reply (`sbs_jax.data.parsing.OUTCOMES`; "none_chosen" after
+        `sbs select`). To check whether a rationale or label is usable, read those fields instead.
       prompt: hash of the prompt template (`teacher.prompts`); None for replies that `sbs teach` did not ask for.
       hinted: the reply answers a second request that revealed the label.
       votes: (replies with this label, replies requested) if more than one was requested, else None.
+      other_rationales: rationales of the other usable replies, in the order of the samples, each text once.
 
-    The last three are written only if they are set.
+    The last four are written only if they are set.
     """
 
     id: str
@@ -72,10 +81,18 @@ class Record:
     prompt: str | None = None
     hinted: bool = False
     votes: tuple[int, int] | None = None
+    other_rationales: tuple[Rationale, ...] = ()
+
+    @property
+    def rationales(self) -> tuple[Rationale, ...]:
+        """All rationales that are not blank, the reply of the vote's first."""
+        if self.rationale is None or not self.rationale.strip():
+            return self.other_rationales
+        return (Rationale(rationale=self.rationale, teacher_label=self.teacher_label), *self.other_rationales)
 
 
 _FIELDS = tuple(field.name for field in dataclasses.fields(Record))
-_ONLY_IF_SET = ("prompt", "hinted", "votes")
+_ONLY_IF_SET = ("prompt", "hinted", "votes", "other_rationales")
 _REPEATED = ("label", "teacher_label", "outcome")  # fields with few values in many rows
 
 
@@ -112,6 +129,7 @@ class Manifest(_Always, total=False):
     """manifest.json of a records directory; has no times or paths, so it is reproducible."""
 
     teacher: dict[str, Any]  # model, parameters and prompt, if `sbs teach` asked
+    selection: dict[str, Any]  # rules, student and counts, if `sbs select` chose among the rationales
 
 
 # ------------------------------------------------------------------------------------ reading
@@ -162,6 +180,8 @@ def _written_record(value: dict[str, Any]) -> Record:
     value["choices"] = tuple(value["choices"])
     if "votes" in value:
         value["votes"] = tuple(value["votes"])
+    if "other_rationales" in value:
+        value["other_rationales"] = tuple(Rationale(**each) for each in value["other_rationales"])
     for name in _REPEATED:
         if value[name] is not None:
             value[name] = sys.intern(value[name])
@@ -180,6 +200,8 @@ def _record(value: Mapping[str, Any]) -> Record:
         raise ValueError("the field 'id' is empty; rows are joined by id, so every row needs one.")
     if record.votes and min(record.votes) < 1:
         raise ValueError(f"the field 'votes' is {list(record.votes)}; expected two numbers of at least 1.")
+    if any(not each.rationale.strip() for each in record.other_rationales):
+        raise ValueError("the field 'other_rationales' has a blank rationale; leave it out.")
     return record
 
 
@@ -190,7 +212,12 @@ def fields_of(record: Record) -> dict[str, Any]:
 
 def _all_fields(record: Record) -> dict[str, Any]:
     """Returns all fields by name. (dataclasses.asdict copies every text.)"""
-    return {name: getattr(record, name) for name in _FIELDS}
+    found = {name: getattr(record, name) for name in _FIELDS}
+    if record.other_rationales:
+        found["other_rationales"] = [
+            {"rationale": each.rationale, "teacher_label": each.teacher_label} for each in record.other_rationales
+        ]
+    return found
 
 
 # ------------------------------------------------------------------------------------ writing
@@ -325,6 +352,8 @@ def _differences(made: Path, target: Path) -> list[str]:
         for field in ("dataset", "parser", "inputs")
         if old[field] != new[field]
     ]
+    if old.get("selection") != new.get("selection"):
+        found.append("the rationales were chosen by other rules, or from others")
     for split in SPLITS:
         before, after = old["splits"].get(split), new["splits"].get(split)
         if (before is None) != (after is None):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from sbs_jax.data import parsing
 from sbs_jax.data.dataset import Row
-from sbs_jax.data.records import Record
+from sbs_jax.data.records import Rationale, Record
 from sbs_jax.teacher import prompts, sampler
 from sbs_jax.teacher.clients import Reply
 from sbs_jax.teacher.store import Failure, Store
@@ -101,7 +101,7 @@ def _answer(
             read = question.parse(reply.text)
             # Keep the first reply: a second one that still disagrees is no better.
             if read.label is not None and question.agrees(read.label):
-                return Answered(_record(plain, reply, read, hinted=True), (*texts, reply.text))
+                return Answered(_record(plain, reply, read, others=parsed, hinted=True), (*texts, reply.text))
     # If no sample has a label, the first one gives the outcome.
     reply, read = got[chosen or 0], parsed[chosen or 0]
     if not isinstance(reply, Reply):
@@ -111,12 +111,26 @@ def _answer(
     votes = None
     if settings.samples > 1 and label is not None:
         votes = (sum(each is not None and same_label(label, each) for each in labels), settings.samples)
-    return Answered(_record(plain, reply, read, votes=votes), texts)
+    return Answered(_record(plain, reply, read, others=parsed, votes=votes), texts)
 
 
 def _record(
-    plain: Record, reply: Reply, read: parsing.Parsed, *, hinted: bool = False, votes: tuple[int, int] | None = None
+    plain: Record,
+    reply: Reply,
+    read: parsing.Parsed,
+    *,
+    others: Iterable[parsing.Parsed | None],
+    hinted: bool = False,
+    votes: tuple[int, int] | None = None,
 ) -> Record:
+    """Makes the record of a reply; `others` are all samples, from which it gets further rationales."""
+    texts = {read.rationale}
+    kept = []
+    for each in others:
+        # Both parts must be usable: nothing tells what a rationale without a label argues for.
+        if each is not None and each.rationale is not None and each.label is not None and each.rationale not in texts:
+            texts.add(each.rationale)
+            kept.append(Rationale(rationale=each.rationale, teacher_label=each.label))
     return dataclasses.replace(
         plain,
         teacher_text=reply.text,
@@ -125,6 +139,7 @@ def _record(
         outcome=read.outcome,
         hinted=hinted,
         votes=votes,
+        other_rationales=tuple(kept),
     )
 
 
