@@ -101,10 +101,10 @@ def train_dataset(
     Keys and rows are those of `StepByStepFeatureConverter`. (Rows are copied between arrays here, because SeqIO's own
     pipeline makes a few thousand rows per second and core, and must compute the rows that it skips.)
 
-    Each epoch of a task visits each row once, in an order that depends only on (seed, epoch, number of rows). Batches
-    run across the ends of epochs, so all are full. Several datasets take turns by their rates (`task_names.turns`).
-    Each alternates strictly between label and rationale, each with its own epochs; if both have equally many rows, each
-    pair comes from one row. `<dataset>_label` with half the
+    Each epoch of a task visits each row once, in an order that depends only on (seed, epoch, number of rows). A row
+    with several rationales has the next in each epoch. Batches run across the ends of epochs, so all are full. Several
+    datasets take turns by their rates (`task_names.turns`). Each alternates strictly between label and rationale, each
+    with its own epochs; if both have equally many rows, each pair comes from one row. `<dataset>_label` with half the
     batch size and the same seed therefore trains on the same labels in the same order as `<dataset>_step_by_step`. All
     processes plan the same batches, so each host can build only its own `rows` of a batch.
 
@@ -179,7 +179,7 @@ def batch_examples(
 
 @dataclasses.dataclass(frozen=True)
 class _Rows:
-    """Rows that are the same in every epoch; with the methods of `corpus.Rows`."""
+    """Rows that are the same in every epoch, or with several targets have the next in each; as `corpus.Rows`."""
 
     _tables: Mapping[str, tokens.TokenTable]
     id: Callable[[int], str]
@@ -188,11 +188,26 @@ class _Rows:
         return len(self._tables["inputs"])
 
     def sizes(self, feature: str) -> np.ndarray:
+        """Returns the tokens of each text, of several targets of a row each."""
         return self._tables[feature].sizes
 
+    def sizes_of(self, feature: str, *, epochs: np.ndarray, indices: np.ndarray) -> np.ndarray:
+        """Returns the tokens of rows [m] in epochs [m]."""
+        return self.sizes(feature)[self._targets(epochs, indices) if feature == "targets" else indices]
+
+    def _targets(self, epochs: np.ndarray, indices: np.ndarray) -> np.ndarray:
+        """Returns the numbers of the targets that rows have in epochs: number `epoch mod count` of each row's."""
+        if tokens.TARGETS_OF not in self._tables:
+            return indices
+        starts = self._tables[tokens.TARGETS_OF].starts
+        return starts[indices] + epochs % (starts[indices + 1] - starts[indices])
+
     def tables(self, epochs: np.ndarray, indices: np.ndarray) -> tuple[Mapping[str, tokens.TokenTable], np.ndarray]:
-        del epochs
-        return self._tables, indices
+        """Returns tables, and the place in them of rows [m] in epochs [m]."""
+        if tokens.TARGETS_OF not in self._tables:
+            return self._tables, indices
+        rows = {"inputs": indices, "targets": self._targets(epochs, indices)}
+        return {name: self._tables[name].chosen(each) for name, each in rows.items()}, np.arange(len(indices))
 
     def encoded(self) -> Mapping[str, tokens.TokenTable]:
         return self._tables
@@ -289,13 +304,14 @@ class _Stream:
 
     def _ends(self, start: int, count: int) -> list[int]:
         """Returns, for each of `count` places, the end of a row that begins there; both relative to `start`."""
-        tasks, _, indices = self.locate(np.arange(start, start + count))
+        tasks, epochs, indices = self.locate(np.arange(start, start + count))
         ends = []
         for feature, length in self._lengths.items():
             sizes = np.empty(count, np.int64)
             for task, source in enumerate(self._sources):
                 mine = tasks == task
-                sizes[mine] = np.minimum(source.sizes(feature)[indices[mine]], length)
+                of_task = source.sizes_of(feature, epochs=epochs[mine], indices=indices[mine])
+                sizes[mine] = np.minimum(of_task, length)
             total = np.concatenate([[0], np.cumsum(sizes)])
             ends.append(np.searchsorted(total, total[:-1] + length, side="right") - 1)
         found = np.minimum(*ends)
@@ -504,7 +520,7 @@ def count_truncated(mixture_or_task: str, split: str, lengths: Mapping[str, int]
     """Counts rows and truncated rows, and finds the longest, per task and feature.
 
     {"svamp_label": {"rows": 720, "inputs cut": 0, "inputs longest": 91, "targets cut": 0, "targets longest": 13},
-    "svamp_rationale": {..}}; lengths in tokens, EOS included.
+    "svamp_rationale": {..}}; lengths in tokens, EOS included. Of a row with several targets each counts.
     """
     check_lengths(lengths)
     counts = {}

@@ -224,6 +224,11 @@ class Rows:
         """Returns the tokens of each row, int64 [n]."""
         return np.full(len(self), self._spans.lengths[feature])
 
+    def sizes_of(self, feature: str, *, epochs: np.ndarray, indices: np.ndarray) -> np.ndarray:
+        """Returns the tokens of rows [m] in epochs [m], which are the same in all."""
+        del epochs
+        return self.sizes(feature)[indices]
+
     def tables(self, epochs: np.ndarray, indices: np.ndarray) -> tuple[dict[str, tokens.TokenTable], np.ndarray]:
         """Corrupts rows [m] in epochs [m]; returns tables and the place of each row in them."""
         if self._split == VALIDATION:

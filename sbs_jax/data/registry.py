@@ -24,6 +24,7 @@ import dataclasses
 import functools
 import gc
 import importlib.metadata
+import itertools
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -281,7 +282,7 @@ def texts(datasets: Sequence[str], split: str) -> list[str]:
             continue
         for kind in TASKS:
             chosen = selected(name, split).examples[kind]
-            found |= dict.fromkeys(text for each in chosen for text in (each.inputs, each.targets))
+            found |= dict.fromkeys((*chosen.texts("inputs"), *chosen.texts("targets")))
     return list(found | dict.fromkeys(labels(datasets, split)))
 
 
@@ -525,6 +526,9 @@ def examples(task_name: str, split: str) -> Examples:
 def token_tables(task_name: str, split: str) -> Mapping[str, tokens.TokenTable]:
     """Encodes a task's examples: {"inputs": table, "targets": table}, nothing cut.
 
+    If rows have several rationales, "targets" has all of them, and row i of a third table, `tokens.TARGETS_OF`, has the
+    numbers of those of input i.
+
     Runs once per `configure`, at about 100,000 short texts per second. Warns of pieces that the vocabulary lacks;
     ValueError if a label of a closed set has one. The texts of a corpus are {"text": table}, whose rows `corpus.Rows`
     makes.
@@ -550,13 +554,17 @@ def _encoded(task_name: str, split: str) -> table_cache.Entry:
         if feature == "inputs" and kind == RATIONALE:
             continue  # the label task has the same inputs
         if unknown := table.rows_with(text_vocabulary.unknown_id):
+            text = next(itertools.islice(rows.texts(feature), unknown[0], None))
             warnings.append(
                 f"{task_name}, {split}: {len(unknown):,} of {len(table):,} {feature} "
                 f"({100 * len(unknown) / len(table):.2g} %) have pieces that the vocabulary {_options.vocabulary} "
-                f"lacks, such as {tokens.unknown_piece(getattr(rows[unknown[0]], feature), text_vocabulary)!r}; the "
+                f"lacks, such as {tokens.unknown_piece(text, text_vocabulary)!r}; the "
                 f"student {'reads <unk> in their place' if feature == 'inputs' else 'cannot write them'}. Replace them "
                 "in the records, or take a vocabulary and a student that have them."
             )
+    if (several := rows.target_counts()) is not None:
+        ends = np.cumsum([0, *several])
+        tables[tokens.TARGETS_OF] = tokens.TokenTable(ids=np.arange(ends[-1], dtype=np.int32), starts=ends)
     return table_cache.Entry(tables=tables, warnings=warnings)
 
 

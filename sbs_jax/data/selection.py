@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import math
 import types
 from collections import Counter
@@ -36,6 +37,8 @@ class DataOptions:
       label_source: train on the labels of "human" or "teacher". Validation and test are always graded against the
         human label, or the teacher's for rows without one.
       rationales: "all", or "agreeing": only those whose teacher label equals the label trained on.
+      rationales_per_example: most rationales to use of a row, the first ones that `rationales` leaves, or "all". Each
+        epoch visits a row once, with its next rationale in turn. Validation and test have the first.
       fraction: share of the training rows to use, in (0, 1]. Nested: with the same seed, a smaller fraction's rows are
         among a larger one's.
       seed: picks the rows of a fraction.
@@ -90,6 +93,7 @@ class DataOptions:
     rate_maximum: int | None = None
     read_rows: int | None = None
     pairs: bool = False
+    rationales_per_example: int | str = 1
 
     def __post_init__(self) -> None:
         files = (self.corpus,) if isinstance(self.corpus, str) else tuple(self.corpus)
@@ -108,6 +112,11 @@ class DataOptions:
                 raise ValueError(f"DataOptions.{name} is {getattr(self, name)!r}; expected True or False.")
         checks.choice("DataOptions.label_source", self.label_source, ("human", "teacher"))
         checks.choice("DataOptions.rationales", self.rationales, ("all", "agreeing"))
+        if self.rationales_per_example != "all":
+            most = self.rationales_per_example
+            if isinstance(most, str):
+                raise ValueError(f"DataOptions.rationales_per_example is {most!r}; expected a whole number or 'all'.")
+            checks.whole_number("DataOptions.rationales_per_example", most, least=1)
         of_each = self.train_split if isinstance(self.train_split, Mapping) else {"": self.train_split}
         for name, file in of_each.items():
             checks.choice(f"DataOptions.train_split{name and f'[{name!r}]'}", file, (TRAIN, VALIDATION))
@@ -170,7 +179,10 @@ def numbers_of(text: str, options: DataOptions) -> Numbers:
 
 
 class Examples(Sequence[Example]):
-    """Examples of one task; each is made of its record when it is asked for, so that all take little memory."""
+    """Examples of one task; each is made of its record when it is asked for, so that all take little memory.
+
+    An example of a row with several rationales has the first; `texts` has all.
+    """
 
     def __init__(self, task: str, rows: Sequence[records.Record], options: DataOptions, *, training: bool) -> None:
         """`rows` are those that the task can use."""
@@ -195,30 +207,41 @@ class Examples(Sequence[Example]):
         return self._example(self._rows[index])
 
     def texts(self, feature: str) -> Iterator[str]:
-        """Yields the "inputs" or the "targets" of all examples."""
+        """Yields the "inputs" of all examples, or all their "targets", those of one example together."""
+        prefix = self._prefix
         if self._options.number_slots:
-            return (getattr(example, feature) for example in self)
+            found = ((row, numbers_of(row.input, self._options).hide) for row in self._rows)
+            if feature == "inputs":
+                return (prefix + hide(row.input) for row, hide in found)
+            return (hide(target) for row, hide in found for target in self._targets(row))
         if feature == "inputs":
-            prefix = self._prefix
             return (prefix + row.input for row in self._rows)
-        return map(self._targets, self._rows)
+        return itertools.chain.from_iterable(map(self._targets, self._rows))
+
+    def target_counts(self) -> list[int] | None:
+        """Counts the targets of each example; None if each has one, as without several rationales in a row."""
+        if self._task == LABEL or not any(row.other_rationales for row in self._rows):
+            return None
+        return [len(self._targets(row)) for row in self._rows]
 
     @property
     def _prefix(self) -> str:
         return self._options.rationale_prefix if self._task == RATIONALE else self._options.label_prefix
 
-    def _targets(self, row: records.Record) -> str:
-        if self._task == RATIONALE:
-            return row.rationale or ""
+    def _targets(self, row: records.Record) -> list[str]:
+        """Returns a target for each rationale of the row; of labels, the one."""
         label = _label_of(row, self._source)[0] or ""
         if self._task == LABEL:
-            return label
-        return f"{_rationale_of(row)[0] or ''} {ANSWER_MARKER} {label}".strip()
+            return [label]
+        rationales = [each.rationale for each in row.rationales] or [""]
+        if self._task == RATIONALE:
+            return rationales
+        return [f"{rationale} {ANSWER_MARKER} {label}".strip() for rationale in rationales]
 
     def _example(self, row: records.Record) -> Example:
         label = _label_of(row, self._source)[0] or ""
         numbers = numbers_of(row.input, self._options)
-        inputs, targets = self._prefix + numbers.hide(row.input), numbers.hide(self._targets(row))
+        inputs, targets = self._prefix + numbers.hide(row.input), numbers.hide(self._targets(row)[0])
         return Example(row.id, label, inputs, targets, numbers)
 
 
@@ -228,7 +251,7 @@ class Selection:
 
     `counts` reads from top to bottom, for example {"rows": 800, "held out for validation": 80,
     "outside the fraction": 540, "used": 180, "label": 180, "rationale": 175,
-    "rationale: not used, blank rationale": 5, ..}.
+    "rationale: not used, blank rationale": 5, ..}. If rows have several rationales, "rationale: texts" counts these.
     """
 
     split: str
@@ -282,7 +305,7 @@ def select(
 
     Training drops the rows held out for validation, then those outside the fraction, and adds the further ones; the
     rest is the same for all tasks. Each task then drops rows it cannot use: no or blank label, no or blank rationale,
-    and with `rationales="agreeing"` a rationale for another label. The order of the file is kept.
+    and with `rationales="agreeing"` no rationale for its label. The order of the file is kept.
 
     Validation and test keep every row with any label (the human's before the teacher's). Fraction and agreement do not
     apply, and `rationale_then_label` keeps rows without a rationale, since only its label is graded.
@@ -305,32 +328,50 @@ def select(
     used: dict[str, list[records.Record]] = {task: [] for task in TASKS}
     unused: dict[str, Counter[str]] = {task: Counter() for task in TASKS}
     for row in rows:
-        for task, reason in zip(TASKS, _unused(row, options, same_label, training=training), strict=True):
+        row, no_rationale = _with_used_rationales(row, options, same_label, training=training)
+        for task, reason in zip(TASKS, _unused(row, options, no_rationale, training=training), strict=True):
             if reason:
                 unused[task][reason] += 1
             else:
                 used[task].append(row)
+    examples = {task: Examples(task, found, options, training=training) for task, found in used.items()}
     for task in TASKS:
         counts[task] = len(used[task])
+        if (several := examples[task].target_counts()) is not None:
+            counts[f"{task}: texts"] = sum(several)
         counts.update({f"{task}: not used, {reason}": count for reason, count in unused[task].items()})
     return Selection(
         split=split,
-        examples={task: Examples(task, found, options, training=training) for task, found in used.items()},
+        examples=examples,
         counts=types.MappingProxyType(dict(counts)),
     )
 
 
-def _unused(
+def _with_used_rationales(
     row: records.Record, options: DataOptions, same_label: Callable[[str, str], bool], *, training: bool
-) -> tuple[str, str, str]:
-    """Returns for each of `TASKS` the reason why the row has no example, "" if it has one."""
-    label, no_label = _label_of(row, options.label_source if training else _EITHER)
-    rationale, no_rationale = _rationale_of(row)
-    if training and options.rationales == "agreeing" and rationale is not None:
+) -> tuple[records.Record, str]:
+    """Returns (row with its first usable rationales alone, ""), or (row, reason) if none is usable."""
+    found = row.rationales
+    if not found:
+        return row, f"no rationale ({row.outcome})" if row.rationale is None else "blank rationale"
+    used = found
+    if training and options.rationales == "agreeing":
+        label, no_label = _label_of(row, options.label_source)
         if label is None:
-            no_rationale = no_label
-        elif row.teacher_label is None or not same_label(label, row.teacher_label):
-            no_rationale = "argues for another label"
+            return row, no_label
+        used = tuple(each for each in used if each.teacher_label is not None and same_label(label, each.teacher_label))
+        if not used:
+            return row, "argues for another label"
+    if isinstance(options.rationales_per_example, int):
+        used = used[: options.rationales_per_example]
+    if used == found:
+        return row, ""
+    return dataclasses.replace(row, rationale=used[0].rationale, other_rationales=used[1:]), ""
+
+
+def _unused(row: records.Record, options: DataOptions, no_rationale: str, *, training: bool) -> tuple[str, str, str]:
+    """Returns for each of `TASKS` the reason why the row has no example, "" if it has one."""
+    _, no_label = _label_of(row, options.label_source if training else _EITHER)
     if training and options.pairs:
         no_label = no_rationale = no_label or no_rationale
     if options.number_slots:
@@ -351,13 +392,6 @@ def _label_of(row: records.Record, source: str) -> tuple[str | None, str]:
             return None, f"no teacher label ({row.outcome})"
         return None, "no human label" if source == "human" else "no label"
     return (label, "") if label.strip() else (None, "blank label")
-
-
-def _rationale_of(row: records.Record) -> tuple[str | None, str]:
-    """Returns (rationale, "") or (None, reason)."""
-    if row.rationale is None:
-        return None, f"no rationale ({row.outcome})"
-    return (row.rationale, "") if row.rationale.strip() else (None, "blank rationale")
 
 
 def held_out_ids(rows: Sequence[records.Record], fraction: int | float) -> frozenset[str]:

@@ -50,6 +50,10 @@ class RecordsSource(_Source):
     shuffles large ones.) The order depends only on the seed and the number of rows, so label and rationale of one row
     stay neighbours in the mixture if both tasks have all rows. Hosts take turns in that order.
 
+    If rows have several targets (`DataOptions.rationales_per_example`), an epoch of the training split is K rounds over
+    the rows, where K is the most targets of a row; round k gives a row with n of them its target k mod n. So they
+    have what the first K epochs of `batches.train_dataset` have. Other splits have one round, of first targets.
+
     `num_input_examples` is unknown on purpose: SeqIO caches small sources *after* their first shuffle, which would
     freeze the order for all epochs.
     """
@@ -59,7 +63,7 @@ class RecordsSource(_Source):
         task_name: str,
         *,
         splits: Callable[[], Sequence[str]],
-        examples: Callable[[str, str], Sequence[selection.Example]],
+        examples: Callable[[str, str], selection.Examples],
         token_tables: Callable[[str, str], Mapping[str, tokens.TokenTable]],
     ):
         """Reads nothing yet. `examples` and `token_tables` take the task's name and a split."""
@@ -76,7 +80,10 @@ class RecordsSource(_Source):
     ) -> tf.data.Dataset:
         """Returns one epoch of {"id", "label", "inputs_pretokenized", .., "inputs": tokens, ..}."""
         rows = self._examples(self._task_name, split)
-        tables = self._token_tables(self._task_name, split)
+        tables = dict(self._token_tables(self._task_name, split))
+        targets_of = tables.pop(tokens.TARGETS_OF, None)
+        starts_of_row = tf.constant(np.arange(len(rows) + 1) if targets_of is None else targets_of.starts)
+        rounds = 1 if targets_of is None or split != selection.TRAIN else int(targets_of.sizes.max())
         if shard_info and len(rows) < shard_info.num_shards:
             raise ValueError(
                 f"{self._task_name} has {len(rows)} rows in {split}, too few to share between {shard_info.num_shards} "
@@ -85,23 +92,27 @@ class RecordsSource(_Source):
         texts = {
             "id": tf.constant([row.id for row in rows]),
             "label": tf.constant([row.label for row in rows]),
-            "inputs_pretokenized": tf.constant([row.inputs for row in rows]),
-            "targets_pretokenized": tf.constant([row.targets for row in rows]),
         }
+        pretokenized = {feature: tf.constant([*rows.texts(feature)]) for feature in tables}
         ids = {feature: (tf.constant(table.ids), tf.constant(table.starts)) for feature, table in tables.items()}
 
-        def read(row: tf.Tensor) -> dict[str, tf.Tensor]:
+        def read(number: tf.Tensor, row: tf.Tensor) -> dict[str, tf.Tensor]:
             features = {name: column[row] for name, column in texts.items()}
+            first, end = starts_of_row[row], starts_of_row[row + 1]
+            place = {"inputs": row, "targets": first + tf.math.floormod(number // share, end - first)}
+            features |= {f"{feature}_pretokenized": column[place[feature]] for feature, column in pretokenized.items()}
             for feature, (flat, starts) in ids.items():
-                features[feature] = flat[starts[row] : starts[row + 1]]
+                features[feature] = flat[starts[place[feature]] : starts[place[feature] + 1]]
             return features
 
-        order = tf.data.Dataset.range(len(rows))
+        order, share = tf.data.Dataset.range(len(rows)), len(rows)  # rows of a round
         if shuffle:
             order = order.shuffle(len(rows), seed=seed, reshuffle_each_iteration=True)
         if shard_info:
             order = order.shard(shard_info.num_shards, shard_info.index)
-        return order.map(read, num_parallel_calls=tf.data.AUTOTUNE)
+            share = len(range(shard_info.index, len(rows), shard_info.num_shards))
+        # The shuffle orders each round as an epoch of the other task. A finite repeat would skip an order at its end.
+        return order.repeat().take(rounds * share).enumerate().map(read, num_parallel_calls=tf.data.AUTOTUNE)
 
 
 class CorpusSource(_Source):

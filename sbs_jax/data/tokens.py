@@ -192,4 +192,5 @@ class TokenTable:
         return rows
 
 
+TARGETS_OF = "targets_of"  # beside the tables of inputs and targets: the numbers of each input's targets, if several
 PARTS = tuple(field.name for field in dataclasses.fields(TokenTable))  # names of its arrays, as files hold them

@@ -96,7 +96,7 @@ def one(manifest: Mapping[str, Any], dataset: str | None, *, where: str) -> dict
         return dict(manifest)
     try:
         if not parts(manifest) and dataset != (own := manifest["data"]["dataset"]):
-            raise ValueError(f"the student was trained on {own}, not on {dataset!r}; leave --dataset out.")
+            raise ValueError(f"the student was trained on {own}, not on {dataset!r}; choose a run of that dataset.")
         return of_part(manifest, dataset)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
@@ -141,6 +141,7 @@ _LATER = {
         "rate_maximum": None,
         "read_rows": None,
         "pairs": False,
+        "rationales_per_example": 1,
     }.items()
 } | {
     (f"train.TrainConfig.{name}", f"settings.{name}"): value

@@ -83,6 +83,7 @@ def run(arguments: argparse.Namespace) -> int:
             records_dir=arguments.records_dir,
             vocabulary=tokens.BYTE_VOCABULARY,
             augmentation=arguments.augmentation,
+            rationales_per_example="all",
         )
     )
     limit = arguments.pieces
