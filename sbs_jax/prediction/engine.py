@@ -11,7 +11,6 @@ import functools
 import hashlib
 import itertools
 import logging
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -380,13 +379,8 @@ class _Answerer:
         )
 
     def describe(self) -> dict[str, Any]:
-        checksum = 0
-        for name, array in sorted(self._student.parameters.items()):
-            checksum = zlib.crc32(np.asarray(array).tobytes(), zlib.crc32(name.encode(), checksum))
         return {
-            "step": self._student.step,
-            "checksum": f"{checksum:08x}",
-            "vocabulary": tokens.vocabulary_sha256(self._student.options.vocabulary),
+            **self._student.describe(),
             "prefixes": [objective.prefix for objective in self._objectives],
         }
 

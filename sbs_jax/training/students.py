@@ -1,13 +1,15 @@
 """Trained students of run directories: the best step, its options, and the base under its adapters."""
 
 import dataclasses
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
-from sbs_jax.data import catalogue, registry, selection
+from sbs_jax.data import catalogue, registry, selection, tokens
 from sbs_jax.run import directory, manifest
 from sbs_jax.student import adapters, families, partitioning
 from sbs_jax.weights import frozen, identity, names, opening, runs
@@ -25,6 +27,14 @@ class Student:
     step: int
     manifest: dict[str, Any]
     options: selection.DataOptions
+
+    def describe(self) -> dict[str, Any]:
+        """Returns step, checksum of the parameters and hash of the vocabulary, as JSON."""
+        checksum = 0
+        for name, array in sorted(self.parameters.items()):
+            checksum = zlib.crc32(np.asarray(array).tobytes(), zlib.crc32(name.encode(), checksum))
+        vocabulary = tokens.vocabulary_sha256(self.options.vocabulary)
+        return {"step": self.step, "checksum": f"{checksum:08x}", "vocabulary": vocabulary}
 
 
 def load_student(
