@@ -570,6 +570,24 @@ def test_records_are_written_into_a_bucket(place, real_data_dir, tmp_path, caplo
     assert len(records.read_records(place / "svamp" / "test.jsonl")) == 1
 
 
+def test_rationales_are_chosen_in_a_bucket(place, tmp_path):
+    from sbs_jax.cli import main
+
+    others = tuple(records.Rationale(rationale=text, teacher_label="b") for text in ("it is b", "b"))
+    row = records.Record(
+        id="1", input="a b", label="b", rationale="why not b", teacher_label="b", other_rationales=others
+    )
+    for folder in (place, tmp_path):
+        toy.registry.add(toy.DATASET)
+        records.write_records(folder / "in" / "toy" / "train.jsonl", [row])
+        words = ["select", "--dataset", "toy", "--records_dir", f"{folder}/in", "--output", f"{folder}/out"]
+        for _ in range(2):  # equal ones stay
+            assert main.main([*words, "--by", "short", "--keep", "1"]) == 0
+    written = {path.name: path.read_bytes() for path in (tmp_path / "out" / "toy").iterdir()}
+    assert {name: (place / "out" / "toy" / name).read_bytes() for name in (place / "out" / "toy").files()} == written
+    assert b'"rationale": "b"' in written["train.jsonl"]
+
+
 def changed(folder: Path) -> Path:
     """Cuts the test rows to one."""
     rows = records.read_records(folder / "test.jsonl")[:1]

@@ -22,6 +22,7 @@ OPENAI = [*TEACH, "--provider=openai"]
 EVALUATE = ["evaluate", "--gin_file=gin_configs/runs/evaluate.gin"]
 PREDICT = ["predict", "--output=answers.jsonl"]
 OWN_SWEEP = ["sweep", "--gin_file=gin_configs/experiments/own/methods.gin", "--gin.SWEEP_DIR=s"]
+SELECT = ["select", "--dataset=svamp", "--records_dir=records", "--output=out"]
 QUESTIONS = "--input=questions.jsonl"
 
 DEFINITION = """{"version": 1, "name": "own", "labels": null, "marker": "So", "metric": "METRIC",
@@ -116,6 +117,21 @@ MISTAKES = {
         ["RUN is 'runs/emtpy'", "Did you mean 'empty'"],
     ),
     "no records to measure": (["baseline", "--dataset=cqa", "--records_dir=records"], ["no records of cqa"]),
+    "a rule": ([*SELECT, "--by=likly"], ["--by is 'likly'", "Did you mean 'likely'"]),
+    "likely without a student": ([*SELECT, "--by=likely"], ["--by likely needs a student", "--model"]),
+    "a student that is not there": (
+        [*SELECT, "--by=likely", "--model=runs/emtpy"],
+        ["no run at", "Did you mean 'empty'"],
+    ),
+    "nothing to keep": ([*SELECT, "--by=short", "--keep=0"], ["--keep is 0", "at least 1"]),
+    "chosen over the records": (
+        ["select", "--dataset=svamp", "--records_dir=records", "--output=./records", "--by=short"],
+        ["is the folder of the inputs", "choose another one"],
+    ),
+    "no records to choose from": (
+        ["select", "--dataset=cqa", "--records_dir=records", "--output=out", "--by=short"],
+        ["no records of cqa"],
+    ),
     "no records of a vocabulary": (
         ["vocabulary", "--vocabulary=spiece.model", "--dataset", "cqa", "--records_dir=records", "--output=out"],
         ["no records of cqa"],

@@ -22,6 +22,7 @@ WORKFLOW = {
         "init": "Make a dataset of a table of your own: splits, labels, a prompt, and configurations.",
         "records": "Import existing teacher outputs (official release layout or TFDS) as records.",
         "teach": "Ask a hosted model for rationales and labels, and write its replies as records.",
+        "select": "Choose among the rationales of each row: those that agree, the short, the diverse, the likely ones.",
         "baseline": "Measure what simple models answer: the most frequent label, and linear models of words.",
         "vocabulary": "Cut a vocabulary to the pieces that the records need, so that a student's tables get small.",
     },

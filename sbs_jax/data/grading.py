@@ -156,15 +156,20 @@ def same_number(target: str, prediction: str, *, tolerance: float = 0.0, relativ
     return abs(found - wanted) <= allowed
 
 
+def words(text: str) -> list[str]:
+    """Lists the words of a text: letters and digits of any script, in lower case."""
+    return _WORD.findall(text.lower())
+
+
 def rouge_l_of(target: str, prediction: str) -> float:
     """Computes ROUGE-L: F1 of the longest common subsequence of words, 0 to 1.
 
-    Words are letters and digits of any script in lower case, without stemming.
+    Words are those of `words`, without stemming.
 
     >>> rouge_l_of("Half of 84 is 42.", "half of it is 42")
     0.8
     """
-    a, b = (_WORD.findall(each.lower()) for each in (target, prediction))
+    a, b = words(target), words(prediction)
     if not a or not b:
         return 0.0
     lengths = [0] * (len(b) + 1)  # of the prefixes of b with the words of a so far

@@ -35,6 +35,7 @@ CONTENT_FILTER = "content_filter"
 TOO_LONG = "too_long"
 REFUSED = "refused"
 LOST = "lost"
+NONE_CHOSEN = "none_chosen"
 
 # Every outcome of a parsed reply. With the first three the label is still used.
 OUTCOMES: Mapping[str, str] = types.MappingProxyType(
@@ -61,6 +62,10 @@ FAILURES: Mapping[str, str] = types.MappingProxyType(
         REFUSED: "the teacher's provider refused this request",
         LOST: "the provider lost the answer, which may have been paid for: --retry_failed asks again",
     }
+)
+# Outcomes of rows whose rationales `sbs select` dropped.
+DROPPED: Mapping[str, str] = types.MappingProxyType(
+    {NONE_CHOSEN: "sbs select dropped all rationales of the row; the label is used"}
 )
 
 

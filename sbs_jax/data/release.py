@@ -145,6 +145,7 @@ def write_directory(
     skipped: Mapping[str, str],
     overwrite: bool,
     teacher: Mapping[str, Any] | None = None,
+    selection: Mapping[str, Any] | None = None,
     tell: Summary | None = None,
 ) -> Manifest:
     """Writes `<records_dir>/<dataset>/` with its manifest; treats an existing one as `import_release` does."""
@@ -159,6 +160,8 @@ def write_directory(
     )
     if teacher is not None:
         manifest["teacher"] = dict(teacher)
+    if selection is not None:
+        manifest["selection"] = dict(selection)
     target = places.of(records_dir) / dataset.name
     target.parent.mkdir(parents=True, exist_ok=True)
     beside = None if places.in_bucket(target) else target.parent

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from sbs_jax import checks
 from sbs_jax.data.dataset import Dataset, Row
-from sbs_jax.data.parsing import FAILURES, LETTER_TEXT_DISAGREEMENT, NOT_ASKED, OUTCOMES
+from sbs_jax.data.parsing import DROPPED, FAILURES, LETTER_TEXT_DISAGREEMENT, NOT_ASKED, OUTCOMES
 from sbs_jax.data.records import NO_TEACHER, Counts, Record
 from sbs_jax.storage.json_files import brief
 
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 UNUSABLE = 0.3  # largest share of replies without a usable label that is not an alarm
 SOME_UNUSABLE = 3  # exit status where the share is larger
-_MEANINGS = {**OUTCOMES, **FAILURES, NO_TEACHER: "the teacher was not asked"}
+_MEANINGS = {**OUTCOMES, **FAILURES, **DROPPED, NO_TEACHER: "the teacher was not asked"}
 _UNASKED = (NO_TEACHER, NOT_ASKED)
 _EXAMPLES, _CHARACTERS = 3, 300  # replies shown, and characters of each
 _ENOUGH_ROWS = 20  # to judge an accuracy
