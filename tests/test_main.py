@@ -94,6 +94,7 @@ METHODS = {
     "standard_finetuning": ("label", "human", 1.0, ""),
     "standard_distillation": ("label", "teacher", 1.0, ""),
     "step_by_step": ("step_by_step", "human", 0.5, "predict: "),
+    "several_rationales": ("step_by_step", "human", 0.5, "predict: "),
     "single_task_rationale": ("rationale_then_label", "human", 1.0, ""),
 }
 
@@ -112,9 +113,10 @@ def test_every_experiment_runs_every_method(experiment, method):
     datasets = "svamp.cqa.esnli.anli1" if several else experiment.split("/")[1]
     assert config.mixture_or_task_name == f"{datasets}_{kind}"
     assert (config.data.label_source, config.alpha, config.data.label_prefix) == (source, alpha, prefix)
+    assert config.data.rationales_per_example == ("all" if method == "several_rationales" else 1)
     # Every method sees the same number of label examples per update.
     per_row = given(text, "EXAMPLES_PER_ROW")
-    count = (2 if method == "step_by_step" else 1) * (4 if several else 1)
+    count = (2 if kind == "step_by_step" else 1) * (4 if several else 1)
     assert config.batch_size == math.ceil(given(text, "EXAMPLES") * count / per_row)
     header = (ROOT / "gin_configs" / f"{experiment}.gin").read_text()
     for word in ("sbs train", "Hardware", "Paper"):

@@ -318,13 +318,14 @@ def test_teach_keeps_the_other_samples(tmp_path: Path):
     )
     command.teach(options)
     found = records.read_records(tmp_path / "records" / "builtin" / "train.jsonl")
-    template, counts = options.template, Counter()
+    template, counts, reply_of = options.template, Counter(), builtin.DATASET.scripted_reply
+    assert reply_of is not None
     for each in found:
-        replies = [str(builtin.DATASET.scripted_reply(template.asked(each.input), sample)) for sample in range(3)]
+        replies = [str(reply_of(template.asked(each.input), sample)) for sample in range(3)]
         asked = builtin.row({"input": each.input, "label": each.label})
         parsed = [builtin.DATASET.parse(reply, asked, parser="strict") for reply in replies]
         usable = {one.rationale: one.label for one in parsed if one.rationale and one.label}
-        usable.pop(each.rationale, None)
+        usable.pop(str(each.rationale), None)
         assert {one.rationale: one.teacher_label for one in each.other_rationales} == usable
         assert [one.rationale for one in each.other_rationales] == [*usable]
         counts[len(each.rationales)] += 1

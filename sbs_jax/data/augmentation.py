@@ -8,6 +8,7 @@ The source is JSON lines with the fields of a record, of which all but `input` m
 or a file of another form that the dataset knows (`Dataset.read_further`).
 """
 
+import dataclasses
 import hashlib
 import re
 from collections import Counter
@@ -17,7 +18,7 @@ from typing import NotRequired, TypedDict
 
 from sbs_jax.data import records
 from sbs_jax.data.dataset import Dataset, Row
-from sbs_jax.data.records import Record
+from sbs_jax.data.records import Rationale, Record
 from sbs_jax.storage import json_files, places
 
 _JSON = (".jsonl", ".json")
@@ -30,6 +31,7 @@ class _Fields(TypedDict):
     label: NotRequired[str | None]
     rationale: NotRequired[str | None]
     choices: NotRequired[list[str]]
+    other_rationales: NotRequired[tuple[Rationale, ...]]
 
 
 def write(dataset: Dataset, source: str | Path, *, records_dir: str | Path, output: str | Path) -> Counter[str]:
@@ -90,7 +92,8 @@ def _of_json(dataset: Dataset, source: Path) -> Iterator[Record | str]:
             id=fields.get("id"), input=fields["input"], label=label or None, choices=tuple(fields.get("choices", ()))
         )
         dataset.check_labels([row], where=lambda _, where=where: where)
-        yield _record(dataset, row, rationale=rationale or None)
+        record = _record(dataset, row, rationale=rationale or None)
+        yield dataclasses.replace(record, other_rationales=fields.get("other_rationales", ()))
 
 
 def _record(dataset: Dataset, row: Row, *, rationale: str | None = None) -> Record:
