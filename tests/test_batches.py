@@ -422,5 +422,3 @@ def test_pairs_that_no_row_holds_are_refused(cats: Path):
         take(count=1, pack=True, lengths={"inputs": 24, "targets": 48})
     with pytest.raises(ValueError, match="cats_label do not come in pairs"):
         take("cats_label", count=1)
-    with pytest.raises(ValueError, match=r"pairs is 1; expected True or False"):
-        configure(cats, pairs=1)
