@@ -28,6 +28,7 @@ WORKFLOW = {
     },
     "train": {
         "plan": "Compile a configuration for absent TPUs: does it fit, how fast is it, what does it cost?",
+        "soft_targets": "Store a trained student's distributions over its training targets, to teach a smaller one.",
         "train": "Train a student; evaluate on validation during training, and once on test at the end.",
         "sweep": "Train every cell of a table: methods x datasets x fractions x sizes x seeds. Finished cells are "
         "skipped.",
@@ -395,8 +396,8 @@ def _overview() -> str:
     for group, commands in WORKFLOW.items():
         lines.append(f"{group}:")
         for name, summary in commands.items():
-            first, *rest = textwrap.wrap(summary, 94)
-            lines += [f"  {name:12}{first}", *(f"{'':14}{line}" for line in rest)]
+            first, *rest = textwrap.wrap(summary, 92)
+            lines += [f"  {name:14}{first}", *(f"{'':16}{line}" for line in rest)]
         lines.append("")
     return "\n".join(lines) + (
         "\nsbs COMMAND --help lists a command's flags. Ready configurations: gin_configs/experiments/."

@@ -500,17 +500,19 @@ def eval_examples(task: str, *, split: str, lengths: Mapping[str, int]) -> list[
     ]
 
 
-def eval_features(task: str, *, split: str, lengths: Mapping[str, int]) -> dict[str, np.ndarray]:
-    """Returns the unpacked model features of every row of a split, int32 [n, length], in the order of the rows."""
+def eval_features(
+    task: str, *, split: str, lengths: Mapping[str, int], rows: np.ndarray | None = None
+) -> dict[str, np.ndarray]:
+    """Returns the unpacked model features of rows of a split (None: all, in order), int32 [n, length]."""
     check_lengths(lengths)
     source = _source(task, split, lengths=lengths)
-    number = np.arange(len(source))
-    none = np.zeros_like(number)
-    tables, indices = source.tables(none, number)
+    chosen = np.arange(len(source)) if rows is None else rows
+    none = np.zeros_like(chosen)
+    tables, indices = source.tables(none, chosen)
     (task_id,) = task_names.task_ids(task)
     return _model_features(
-        _Examples([tables], [task_id], tasks=none, indices=indices, rows=number, segments=none + 1),
-        row_count=len(source),
+        _Examples([tables], [task_id], tasks=none, indices=indices, rows=np.arange(len(chosen)), segments=none + 1),
+        row_count=len(chosen),
         lengths=lengths,
         pack=False,
     )

@@ -379,10 +379,7 @@ class _Answerer:
         )
 
     def describe(self) -> dict[str, Any]:
-        return {
-            **self._student.describe(),
-            "prefixes": [objective.prefix for objective in self._objectives],
-        }
+        return {**self._student.identity(), "prefixes": [objective.prefix for objective in self._objectives]}
 
     # ------------------------------------------------------------------------------- questions
 

@@ -28,7 +28,7 @@ class Scorer:
                 f"the student was trained on {dataset.name}_{kind}, which has no rationale task; give a run of "
                 "gin_configs/methods/step_by_step.gin."
             )
-        self._described = student.describe()
+        self._described = student.identity()
         expected, found = data.get("vocabulary_sha256"), self._described["vocabulary"]
         if found != expected:
             raise ValueError(

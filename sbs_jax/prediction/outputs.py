@@ -140,7 +140,7 @@ class Journal:
                     f"{self.path} is of an earlier version, which did not record the whole input: its answers may "
                     f"belong to other questions. Remove {self.path} to start again."
                 )
-            differences = _differences(before, about)
+            differences = json_files.differences(before, about)
             if differences:
                 raise ValueError(
                     f"{self.path} holds answers of an interrupted run with another {'; another '.join(differences)}. "
@@ -196,15 +196,6 @@ class Journal:
         """Closes the journal and keeps its files for a later process."""
         self._file.close()
         self._lock.release()
-
-
-def _differences(before: Any, now: Any, name: str = "") -> list[str]:
-    if isinstance(before, dict) and isinstance(now, dict):
-        names = [*before, *(each for each in now if each not in before)]
-        return [
-            found for each in names for found in _differences(before.get(each), now.get(each), f"{name} {each}".strip())
-        ]
-    return [] if before == now else [f"{name} ({json_files.brief(before)}, now {json_files.brief(now)})"]
 
 
 def _write_text(file: BinaryIO, rows: Iterable[Row], columns: Sequence[str], *, delimiter: str) -> None:

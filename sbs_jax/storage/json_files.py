@@ -304,6 +304,20 @@ def _expected(kind: Any) -> str:
     return " or ".join(map(_expected, inner))
 
 
+def differences(before: Any, now: Any, name: str = "") -> list[str]:
+    """Lists the fields of two JSON values that differ, each with both values.
+
+    >>> differences({"a": {"b": 1}, "c": 2}, {"a": {"b": 3}, "c": 2})
+    ['a b (1, now 3)']
+    """
+    if isinstance(before, dict) and isinstance(now, dict):
+        names = [*before, *(each for each in now if each not in before)]
+        return [
+            found for each in names for found in differences(before.get(each), now.get(each), f"{name} {each}".strip())
+        ]
+    return [] if before == now else [f"{name} ({brief(before)}, now {brief(now)})"]
+
+
 # ------------------------------------------------------------------------------- texts for messages
 
 

@@ -28,8 +28,8 @@ class Student:
     manifest: dict[str, Any]
     options: selection.DataOptions
 
-    def describe(self) -> dict[str, Any]:
-        """Returns step, checksum of the parameters and hash of the vocabulary, as JSON."""
+    def identity(self) -> dict[str, Any]:
+        """Returns its step, a checksum of its parameters and its vocabulary's hash, as JSON."""
         checksum = 0
         for name, array in sorted(self.parameters.items()):
             checksum = zlib.crc32(np.asarray(array).tobytes(), zlib.crc32(name.encode(), checksum))
