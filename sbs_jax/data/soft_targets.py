@@ -24,7 +24,6 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from sbs_jax import checks
 from sbs_jax.data import tokens
 from sbs_jax.storage import atomic, bucket_lock, checksums, json_files, places
 

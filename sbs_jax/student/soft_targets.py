@@ -30,8 +30,8 @@ def largest(logits_BTV: Float[Array, "B T V"], *, count: int) -> SoftTargets:
     found_BTK, ids_BTK = jax.lax.top_k(logits_BTV, count)
     largest_BT1, smallest_BT1 = found_BTK[..., :1], found_BTK[..., -1:]
     # Of equal logits `top_k` takes the smallest ids, so these two comparisons find the others without a scatter.
-    ids_V = jnp.arange(logits_BTV.shape[-1])
-    tied_BTV = (logits_BTV == smallest_BT1) & (ids_V > ids_BTK[..., -1:])
+    ids_11V = jnp.arange(logits_BTV.shape[-1])[None, None, :]
+    tied_BTV = (logits_BTV == smallest_BT1) & (ids_11V > ids_BTK[..., -1:])
     others_BTV = jnp.where((logits_BTV < smallest_BT1) | tied_BTV, jnp.exp(logits_BTV - largest_BT1), 0.0)
     tail_BT = jnp.sum(others_BTV, axis=-1)
     log_z_BT = jnp.log(tail_BT + jnp.sum(jnp.exp(found_BTK - largest_BT1), axis=-1))

@@ -30,14 +30,14 @@ def add(command: Any) -> None:
         help="task to score, such as svamp_label; repeatable (default: those that the run was trained on)",
     )
     soft_targets.add_argument("--top_k", type=int, default=64, metavar="K", help="tokens to keep of each distribution")
-    soft_targets.add_argument(
-        "--records_dir", metavar="DIR", help="records (default: those the run was trained on)"
-    )
+    soft_targets.add_argument("--records_dir", metavar="DIR", help="records (default: those the run was trained on)")
     soft_targets.add_argument("--batch_size", type=int, default=32, metavar="N", help="rows at a time")
     soft_targets.add_argument(
         "--shard_rows", type=int, default=2048, metavar="N", help="rows per file; an interruption loses at most these"
     )
-    soft_targets.add_argument("--base", metavar="PATH", help="new path of the base of a run's adapters, if it has moved")
+    soft_targets.add_argument(
+        "--base", metavar="PATH", help="new path of the base of a run's adapters, if it has moved"
+    )
 
 
 def check(arguments: argparse.Namespace) -> None:
