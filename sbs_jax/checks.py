@@ -12,8 +12,8 @@ from collections.abc import Collection, Iterable
 ON_BUCKETS = (
     *("adapters", "assets", "augmentation", "base", "batch_folder", "checkpoint_path", "corpus"),
     *("initial_checkpoint_path", "input", "inputs_dir", "measured", "model_dir", "old_run_flags", "output"),
-    *("output_dir", "page", "records_dir", "release", "run_dirs", "run_flag", "run_flags", "source", "target"),
-    *("gin_file", "sweep_dir", "tfds_data_dir", "vocabulary"),
+    *("output_dir", "page", "records_dir", "release", "run_dirs", "run_flag", "run_flags", "soft_targets"),
+    *("gin_file", "source", "sweep_dir", "target", "tfds_data_dir", "vocabulary"),
 )
 _URL = re.compile(r"(gs|s3a?|hdfs|file|abfss?):/|[a-z][\w+.-]+://", re.ASCII | re.IGNORECASE)
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import toy
 
-from sbs_jax.student import families, layers, losses, mutual_information, partitioning, stacking, stacks
+from sbs_jax.student import families, layers, losses, mutual_information, partitioning, soft_targets, stacking, stacks
 from sbs_jax.student.losses import LABEL, RATIONALE
 from sbs_jax.training.step import loss_and_gradients
 
@@ -119,8 +119,11 @@ EXAMPLES = [
 ]
 
 
-def batch_of(rows, *, packed, examples, lengths=(24, 20)):
-    """Builds model features of rows of example numbers, independently of the package."""
+def batch_of(rows, *, packed, examples, lengths=(24, 20), teacher=None):
+    """Builds model features of rows of example numbers, independently of the package.
+
+    `teacher` has the soft targets of some examples, by number: ids [n, K], log_p [n, K], log_p_rest [n].
+    """
     names = ("encoder_input_tokens", "encoder_segment_ids")
     target_names = ("decoder_input_tokens", "decoder_target_tokens", "decoder_task_ids", "decoder_segment_ids")
     batch = {name: np.zeros((len(rows), lengths[0]), np.int32) for name in names}
@@ -137,6 +140,10 @@ def batch_of(rows, *, packed, examples, lengths=(24, 20)):
             batch["decoder_input_tokens"][row, span] = [0, *target[:-1]]
             batch["decoder_task_ids"][row, span] = task
             batch["decoder_segment_ids"][row, span] = segment
+            for name, values in zip(soft_targets.FEATURES, (teacher or {}).get(number, ()), strict=False):
+                empty = 0 if name == soft_targets.IDS else -np.inf
+                shape = (len(rows), lengths[1], *values.shape[1:])
+                batch.setdefault(name, np.full(shape, empty, values.dtype))[row, span] = values
             source_at, target_at = source_at + len(source), target_at + len(target)
     batch["decoder_loss_weights"] = (batch["decoder_task_ids"] > 0).astype(np.int32)
     if not packed:
@@ -185,9 +192,9 @@ def prepared(
         with partitioner.active():
             return run(parameters, batch)
 
-    def compute(rows, examples=EXAMPLES):
-        batch = partitioner.put_batch(batch_of(rows, packed=packed, examples=examples, lengths=lengths))
-        loss, _, gradients = jax.device_get(constrained(parameters, batch))
+    def compute(rows, examples=EXAMPLES, teacher=None):
+        batch = batch_of(rows, packed=packed, examples=examples, lengths=lengths, teacher=teacher)
+        loss, compute.sums, gradients = jax.device_get(constrained(parameters, partitioner.put_batch(batch)))
         return float(loss), stacking.unstack(gradients) if scanned else gradients
 
     return compute
@@ -387,3 +394,78 @@ def test_the_mutual_information_loss_does_not_depend_on_how_pairs_lie(tied, how)
     assert loss == pytest.approx(tied[0], rel=1e-5)
     for name, want in tied[1].items():
         np.testing.assert_allclose(gradients[name], want, rtol=1e-4, atol=2e-5 * np.abs(want).max(), err_msg=name)
+
+
+# ------------------------------------------------------------------------------------ soft targets
+
+
+def soft_targets_of(numbers, *, top_k=6, seed=3):
+    """Draws a teacher's distributions for these examples, in the types of a store."""
+    random = np.random.default_rng(seed)
+    found = {}
+    for number in numbers:
+        logits = jnp.asarray(3 * random.normal(size=(1, len(EXAMPLES[number][1]), 384)), jnp.float32)
+        largest = soft_targets.largest(logits, count=top_k)
+        ids, log_p, rest = (np.asarray(x)[0] for x in (largest.ids, largest.log_p, largest.log_p_rest))
+        found[number] = ids.astype(np.uint16), log_p.astype(np.float16), rest.astype(np.float16)
+    return found
+
+
+TEACHER = soft_targets_of(range(12))  # the last examples have none
+
+
+@pytest.fixture(scope="module")
+def distilled():
+    compute = prepared(packed=False, devices=1, micro_batches=1, soft_share=0.7)
+    return compute(ALONE, teacher=TEACHER), compute.sums
+
+
+@pytest.mark.parametrize(
+    "how", [pytest.param(QUICK[name], id=name) for name in ("both", "packed on 8", "packed, both", "2x2x2 mesh")]
+)
+def test_the_loss_of_soft_targets_does_not_depend_on_how_the_batch_lies(distilled, how):
+    options = dict(how)
+    rows = options.pop("rows", ALONE)
+    how = {"packed": rows is PACKED, "devices": 1, "micro_batches": 1, "soft_share": 0.7, **options}
+    compute = prepared(**how)
+    loss, gradients = compute(rows, teacher=TEACHER)
+    (want, expected), sums = distilled
+    assert loss == pytest.approx(want, rel=1e-5)
+    for name in ("label", "rationale"):
+        for each in (f"kl/{name}", name):
+            got, expected_sums = compute.sums[each].means("x"), sums[each].means("x")
+            np.testing.assert_allclose([*got.values()], [*expected_sums.values()], rtol=1e-5)
+    for name, x in expected.items():
+        np.testing.assert_allclose(gradients[name], x, rtol=1e-4, atol=2e-5 * np.abs(x).max(), err_msg=name)
+
+
+def test_soft_targets_are_mixed_in_by_their_share_where_there_are_some(reference, distilled):
+    """The loss is linear in the share, whose value for 1 is read off; tokens without a teacher keep their own loss."""
+    without = prepared(packed=False, devices=1, micro_batches=1, soft_share=0.0)(ALONE, teacher=TEACHER)[0]
+    compute = prepared(packed=False, devices=1, micro_batches=1, soft_share=1.0)
+    whole = compute(ALONE, teacher=TEACHER)[0]
+    assert without == pytest.approx(reference[0], rel=1e-6)
+    assert distilled[0][0] == pytest.approx(0.3 * without + 0.7 * whole, rel=1e-5)
+    batch = batch_of(ALONE, packed=False, examples=EXAMPLES, teacher=TEACHER)
+    taught, gain = np.isfinite(batch[soft_targets.LOG_P_REST]), 0.0
+    for number, name in enumerate(("label", "rationale"), start=1):
+        mine = batch["decoder_task_ids"] == number
+        assert 0 < (mine & taught).sum() < mine.sum()
+        assert float(compute.sums[f"kl/{name}"].count) == (mine & taught).sum()
+        assert float(compute.sums[f"kl/{name}"].total) > 0.0
+        gain += 0.5 * float(compute.sums[f"kl/{name}"].total) / mine.sum()
+    nothing = {number: tuple(np.where(x < 0, -np.inf, x) for x in each) for number, each in TEACHER.items()}
+    none = prepared(packed=False, devices=1, micro_batches=1, soft_share=1.0)(ALONE, teacher=nothing)[0]
+    assert none == pytest.approx(reference[0], rel=1e-6)
+    assert gain < whole
+
+
+def test_with_the_whole_share_the_targets_of_taught_tokens_do_not_count():
+    """The last target of an example is no input of the decoder, so another one changes nothing."""
+    compute = prepared(packed=False, devices=1, micro_batches=1, soft_share=1.0)
+    teacher = soft_targets_of(range(16))
+    changed = [(source, np.append(target[:-1], target[-1] % 380 + 2), task) for source, target, task in EXAMPLES]
+    _, gradients = compute(ALONE, teacher=teacher)
+    _, again = compute(ALONE, changed, teacher=teacher)
+    for name, want in gradients.items():
+        np.testing.assert_allclose(again[name], want, rtol=1e-6, atol=1e-7 * np.abs(want).max(), err_msg=name)

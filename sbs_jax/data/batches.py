@@ -13,16 +13,18 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
+import jax
 import numpy as np
 import seqio
 import tensorflow as tf
 
 from sbs_jax import checks
-from sbs_jax.data import corpus, outside, registry, task_names, tokens
+from sbs_jax.data import corpus, outside, registry, soft_targets, task_names, tokens
 from sbs_jax.data.dataset import check_lengths
 from sbs_jax.data.slots import NO_NUMBERS, Numbers
 from sbs_jax.storage.json_files import brief
 from sbs_jax.student.mutual_information import MOST_PAIRS
+from sbs_jax.student.soft_targets import FEATURES
 
 # Examples assigned to rows at a time.
 _PLACES = 65_536
@@ -95,10 +97,12 @@ def train_dataset(
     skip_batches: int,
     rows: Sequence[int] | np.ndarray | None = None,
     weights: Mapping[str, int | float] | None = None,
+    teacher: soft_targets.Store | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Yields endless training batches of int32 arrays [batch_size, length], or [len(rows), length].
+    """Yields endless training batches of arrays [batch_size, length, ..], or [len(rows), length, ..].
 
-    Keys and rows are those of `StepByStepFeatureConverter`. (Rows are copied between arrays here, because SeqIO's own
+    Keys and rows are those of `StepByStepFeatureConverter`, int32. With soft targets, each batch also has
+    `student.soft_targets.FEATURES` in the types of the store. (Rows are copied between arrays here, because SeqIO's own
     pipeline makes a few thousand rows per second and core, and must compute the rows that it skips.)
 
     Each epoch of a task visits each row once, in an order that depends only on (seed, epoch, number of rows). A row
@@ -120,6 +124,7 @@ def train_dataset(
       rows: the rows of each batch to build, in this order; None for all. `Partitioner.local_rows` lists those of a
         host's devices.
       weights: weights of the objectives, which number them (`task_names.task_ids`).
+      teacher: a store with the soft targets of every row of its tasks; tokens of other tasks have none.
     """
     check_lengths(lengths)
     checks.whole_number("batch_size", batch_size, least=1)
@@ -127,7 +132,7 @@ def train_dataset(
     mine = np.arange(batch_size) if rows is None else np.asarray(rows)
     if mine.size == 0 or mine.min() < 0 or mine.max() >= batch_size:
         raise ValueError(f"Got rows {mine.tolist()} of a batch of {batch_size}; expected numbers below {batch_size}.")
-    stream = _Stream(mixture_or_task, split=split, lengths=lengths, seed=seed, weights=weights)
+    stream = _Stream(mixture_or_task, split=split, lengths=lengths, seed=seed, weights=weights, teacher=teacher)
 
     def batches() -> Iterator[dict[str, np.ndarray]]:
         found = stream.rows(pack=pack, skip=skip_batches * batch_size)
@@ -158,13 +163,14 @@ def batch_examples(
     seed: int,
     batch: int,
     weights: Mapping[str, int | float] | None = None,
+    teacher: soft_targets.Store | None = None,
 ) -> tuple[list[BatchExample], dict[str, np.ndarray]]:
     """Lists the examples of batch number `batch` (from 0) of `train_dataset`, each built as its own row.
 
     The arrays have the batch's keys and one row per example.
     """
     names = task_names.subtasks(mixture_or_task)
-    stream = _Stream(mixture_or_task, split=split, lengths=lengths, seed=seed, weights=weights)
+    stream = _Stream(mixture_or_task, split=split, lengths=lengths, seed=seed, weights=weights, teacher=teacher)
     rows = list(itertools.islice(stream.rows(pack=pack, skip=batch * batch_size), batch_size))
     places = np.concatenate([np.arange(first, end) for first, end in rows])
     found = []
@@ -233,6 +239,35 @@ def fingerprint(mixture_or_task: str, *, split: str, lengths: Mapping[str, int])
     ]
 
 
+@dataclasses.dataclass(frozen=True)
+class SoftRows:
+    """Soft targets of a mixture's rows: the first token in the store of each row of each task, None for other tasks."""
+
+    store: soft_targets.Store
+    starts: Sequence[np.ndarray | None]
+
+
+def soft_rows(names: Sequence[str], split: str, *, store: soft_targets.Store, lengths: Mapping[str, int]) -> SoftRows:
+    """Finds the rows of tasks in a store. ValueError if it is of another vocabulary, or lacks a row of its tasks."""
+    vocabulary = tokens.vocabulary_sha256(registry.options().vocabulary)
+    if store.form.vocabulary != vocabulary:
+        raise ValueError(
+            f"The soft targets in {store.path} are of a teacher with another vocabulary (SHA-256 "
+            f"{store.form.vocabulary}) than that of this run ({vocabulary}). Take the teacher's vocabulary."
+        )
+    if not set(names) & set(store.form.tasks):
+        raise ValueError(
+            f"{store.path} has soft targets of {', '.join(store.form.tasks)}, none of which is trained here: "
+            f"{', '.join(names)}. Write them with `sbs soft_targets --task`, or set SOFT_TARGETS = None."
+        )
+
+    def starts(name: str) -> np.ndarray:
+        ids = [example.id for example in registry.examples(name, split)]
+        return store.find(name, ids, registry.token_tables(name, split)["targets"], length=lengths["targets"])
+
+    return SoftRows(store, [starts(name) if name in store.form.tasks else None for name in names])
+
+
 class _Stream:
     """Endless sequence of a mixture's examples; its tasks have their places in turns, over and over again."""
 
@@ -244,11 +279,13 @@ class _Stream:
         lengths: Mapping[str, int],
         seed: int,
         weights: Mapping[str, int | float] | None,
+        teacher: soft_targets.Store | None,
     ) -> None:
         names = task_names.subtasks(mixture_or_task)
         self._sources = [_source(name, split, lengths=lengths, seed=seed) for name in names]
         self._task_ids = task_names.task_ids(mixture_or_task, weights=weights)
         self._lengths, self._seed = lengths, seed
+        self._soft = None if teacher is None else soft_rows(names, split, store=teacher, lengths=lengths)
         rows = {name: len(source) for name, source in zip(names, self._sources, strict=True)}
         self._turns = task_names.turns(mixture_or_task, registry.options(), rows=rows)
         self._count = np.bincount(self._turns, minlength=len(names))  # turns of each task in a cycle
@@ -275,7 +312,9 @@ class _Stream:
             of_task, indices[mine] = source.tables(epochs[mine], indices[mine])
             tables.append(of_task)
         return _model_features(
-            _Examples(tables, self._task_ids, tasks=tasks, indices=indices, rows=rows, segments=within + 1),
+            _Examples(
+                tables, self._task_ids, tasks=tasks, indices=indices, rows=rows, segments=within + 1, soft=self._soft
+            ),
             row_count=len(first),
             lengths=self._lengths,
             pack=pack,
@@ -363,6 +402,18 @@ class _Examples:
     indices: np.ndarray
     rows: np.ndarray
     segments: np.ndarray
+    soft: SoftRows | None = None
+
+    def soft_targets(self, sizes: np.ndarray) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
+        """Returns which examples have soft targets, and the arrays of those, for examples of `sizes` target tokens."""
+        assert self.soft is not None
+        starts = np.full_like(self.indices, -1)
+        for task, of_task in enumerate(self.soft.starts):
+            mine = self.tasks == task
+            if of_task is not None:
+                starts[mine] = of_task[self.indices[mine]]
+        there = starts >= 0
+        return there, self.soft.store.read(starts[there].tolist(), sizes[there].tolist())
 
     def ids(self, feature: str, *, length: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns the concatenated tokens of all examples, each truncated to `length`, and their sizes."""
@@ -388,13 +439,21 @@ def _ranges(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return number, np.arange(len(number)) - (np.cumsum(counts) - counts)[number]
 
 
-def batch_shapes(lengths: Mapping[str, int], *, batch_size: int, pack: bool) -> dict[str, tuple[int, int]]:
-    """Returns the model features of a global batch (all int32) and their shapes."""
+def batch_shapes(
+    lengths: Mapping[str, int], *, batch_size: int, pack: bool, teacher: soft_targets.Form | None = None
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns the shapes and types of the model features of a global batch."""
     check_lengths(lengths)
     nothing = np.zeros(0, np.int64)
     none = _Examples([], [], tasks=nothing, indices=nothing, rows=nothing, segments=nothing)
     empty = _model_features(none, row_count=0, lengths=lengths, pack=pack)
-    return {name: (batch_size, array.shape[1]) for name, array in empty.items()}
+    found = {name: jax.ShapeDtypeStruct((batch_size, array.shape[1]), array.dtype) for name, array in empty.items()}
+    if teacher is not None:
+        shape_BT, top_k = (batch_size, lengths["targets"]), teacher.top_k
+        types = (teacher.ids, soft_targets.LOG_P, soft_targets.LOG_P)
+        shapes = ((*shape_BT, top_k), (*shape_BT, top_k), shape_BT)
+        found |= zip(FEATURES, map(jax.ShapeDtypeStruct, shapes, types), strict=True)
+    return found
 
 
 def _model_features(
@@ -402,7 +461,7 @@ def _model_features(
 ) -> dict[str, np.ndarray]:
     """Builds rows of model features, each of one example or, packed, of several.
 
-    Int32 [rows, length], as documented in `StepByStepFeatureConverter`.
+    Int32 [rows, length], as documented in `StepByStepFeatureConverter`, and soft targets if the examples have them.
     """
     sides = {}
     for feature, length in lengths.items():
@@ -436,6 +495,11 @@ def _model_features(
             "decoder_segment_ids": target_segments,
             "decoder_positions": target.spread(target.within),
         }
+    if examples.soft is not None:
+        there, arrays = examples.soft_targets(np.bincount(target.example, minlength=len(examples.indices)))
+        # Where there is no teacher, all probabilities are 0.
+        for name, values, empty in zip(FEATURES, arrays, (0.0, -np.inf, -np.inf), strict=True):
+            model_features[name] = target.spread(values, only=there, empty=empty)
     return model_features
 
 
@@ -450,11 +514,18 @@ class _Side:
     within: np.ndarray
     ids: np.ndarray
 
-    def spread(self, values: np.ndarray) -> np.ndarray:
-        """Spreads one value per token to int32 [rows, length], 0 elsewhere."""
-        flat = np.zeros(self.shape[0] * self.shape[1], np.int32)
-        flat[self.place] = values
-        return flat.reshape(self.shape)
+    def spread(self, values: np.ndarray, *, only: np.ndarray | None = None, empty: float | None = None) -> np.ndarray:
+        """Spreads one value per token to int32 [rows, length], 0 elsewhere.
+
+        With `only`, values [n, ..] of the tokens of these examples, in their own type, and `empty` elsewhere.
+        """
+        place = self.place if only is None else self.place[only[self.example]]
+        if only is None:
+            flat = np.zeros(self.shape[0] * self.shape[1], np.int32)
+        else:
+            flat = np.full((self.shape[0] * self.shape[1], *values.shape[1:]), empty, values.dtype)
+        flat[place] = values
+        return flat.reshape(*self.shape, *flat.shape[1:])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -5,9 +5,9 @@ A store is a folder, on disk or in a bucket:
     manifest.json                     `about`: teacher, data, vocabulary, K; the shards with their SHA-256
     <task>-00000.safetensors, ..      a fixed number of a task's rows each, in the order of the records
 
-A shard's arrays are `ids` and `log_probabilities` [tokens, K], `tail` [tokens] (the log probability of all other ids),
-and of each row `keys`, `targets` (a hash of its target tokens) and `sizes` (its tokens). A row is found by its key, a
-hash of its task and id and of the number of its rationale, never by its position.
+A shard's arrays are `ids` and `log_p` [tokens, K], `log_p_rest` [tokens] (of all other ids together), and of each row
+`keys`, `targets` (a hash of its target tokens) and `sizes` (its tokens). A row is found by its key, a hash of its task
+and id and of the number of its rationale, never by its position.
 """
 
 import concurrent.futures
@@ -30,7 +30,7 @@ from sbs_jax.storage import atomic, bucket_lock, checksums, json_files, places
 log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
-LOG_PROBABILITIES = np.dtype(np.float16)
+LOG_P = np.dtype(np.float16)
 _THREADS = 8  # hashing releases the GIL
 _REMEDY = "Repeat `sbs soft_targets` with this --output to make it again"
 
@@ -62,8 +62,8 @@ class Rows:
     targets: np.ndarray
     sizes: np.ndarray
     ids: np.ndarray
-    log_probabilities: np.ndarray
-    tail: np.ndarray
+    log_p: np.ndarray
+    log_p_rest: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,6 +85,38 @@ class Manifest:
     shards: dict[str, Shard]
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Form:
+    """Facts of a store that training needs: the hash and size of its vocabulary, its tasks, and K."""
+
+    vocabulary: str | None
+    vocabulary_size: int
+    tasks: list[str]
+    top_k: int
+
+    @property
+    def ids(self) -> np.dtype:
+        """Type of the ids."""
+        return ids_dtype(self.vocabulary_size)
+
+
+def form(path: str | Path) -> Form:
+    """Reads a store's facts; its numbers are not looked at."""
+    return _form(_read_manifest(places.of(path))[0], where=path)
+
+
+def sha256(path: str | Path) -> str:
+    """Returns the SHA-256 of a store's manifest, which stands for all of it."""
+    return _read_manifest(places.of(path))[1]
+
+
+def _form(manifest: Manifest, *, where: object) -> Form:
+    try:
+        return json_files.typed(manifest.about, Form, extra=True)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error} {_REMEDY}.") from None
+
+
 def _read_manifest(folder: Path) -> tuple[Manifest, str]:
     """Reads a store's manifest and its SHA-256. FileNotFoundError, or ValueError for another file."""
     path = folder / MANIFEST
@@ -99,12 +131,10 @@ def _read_manifest(folder: Path) -> tuple[Manifest, str]:
     return found, checksums.file_sha256(path)
 
 
-def counted(folder: Path) -> Shard:
-    """Returns the counts of a store's finished files together, and the SHA-256 of its manifest."""
-    manifest, sha256 = _read_manifest(folder)
-    shards = manifest.shards.values()
-    counts = {name: sum(getattr(each, name) for each in shards) for name in ("rows", "tokens", "bytes")}
-    return Shard(**counts, sha256=sha256)
+def counts(folder: Path) -> dict[str, int]:
+    """Sums the rows, tokens and bytes of a store's finished files."""
+    shards = _read_manifest(folder)[0].shards.values()
+    return {name: sum(getattr(each, name) for each in shards) for name in ("rows", "tokens", "bytes")}
 
 
 def check_output(folder: Path) -> None:
@@ -171,7 +201,7 @@ class Writer:
         data = safetensors.numpy.save(arrays)
         atomic.replace(self._folder / name, data)
         digest = hashlib.sha256(data).hexdigest()
-        self._shards[name] = Shard(rows=len(rows.keys), tokens=len(rows.tail), bytes=len(data), sha256=digest)
+        self._shards[name] = Shard(rows=len(rows.keys), tokens=len(rows.log_p_rest), bytes=len(data), sha256=digest)
         self._save()
 
     def _save(self) -> None:
@@ -201,7 +231,7 @@ def _problems(folder: Path, shards: Mapping[str, Shard]) -> dict[str, str | None
 class Store:
     """A finished store, whose arrays are mapped and read row by row. ValueError if it is unfinished or damaged.
 
-    `sha256` stands for all of it. `tasks` are those with soft targets, `top_k` the tokens of each distribution.
+    `sha256` stands for all of it.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -216,13 +246,7 @@ class Store:
             folder = places.fetched(folder, lambda names: [name for name in manifest.files if name in names])
         if problem := next(filter(None, _problems(folder, manifest.shards).values()), None):
             raise ValueError(f"{problem}. {_REMEDY}.")
-        try:
-            about = json_files.typed(manifest.about, _About, extra=True)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error} {_REMEDY}.") from None
-        self.path, self.tasks, self.top_k = str(path), about.tasks, about.top_k
-        self.vocabulary, self.vocabulary_size = about.vocabulary, about.vocabulary_size
-        self.ids = ids_dtype(self.vocabulary_size)
+        self.path, self.form = str(path), _form(manifest, where=path)
         self._files = [folder / name for name in manifest.files]
         rows = [_opened(file) for file in self._files]
         self._arrays = [[file.get_slice(name) for name in _OF_TOKENS] for file in rows]
@@ -259,29 +283,20 @@ class Store:
         return self._starts[found_N]
 
     def read(self, starts: Sequence[int], sizes: Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Reads ids [n, K], log probabilities [n, K] and tails [n] of `sizes` tokens each from `starts` on."""
-        empty = (np.zeros((0, self.top_k), self.ids), np.zeros((0, self.top_k), LOG_PROBABILITIES))
-        parts: list[Sequence[np.ndarray]] = [(*empty, np.zeros(0, LOG_PROBABILITIES))]
+        """Reads ids [n, K], log_p [n, K] and log_p_rest [n] of `sizes` tokens each from `starts` on."""
+        top_k = self.form.top_k
+        empty = (np.zeros((0, top_k), self.form.ids), np.zeros((0, top_k), LOG_P))
+        parts: list[Sequence[np.ndarray]] = [(*empty, np.zeros(0, LOG_P))]
         for start, size, file in zip(
             starts, sizes, (np.searchsorted(self._first, starts, side="right") - 1).tolist(), strict=True
         ):
             begin = start - int(self._first[file])
             parts.append([array[begin : begin + size] for array in self._arrays[file]])
-        ids, log_p, tail = (np.concatenate(each) for each in zip(*parts, strict=True))
-        return ids, log_p, tail
+        ids, log_p, rest = (np.concatenate(each) for each in zip(*parts, strict=True))
+        return ids, log_p, rest
 
 
-_OF_TOKENS = ("ids", "log_probabilities", "tail")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _About:
-    """The facts of a store that training needs."""
-
-    vocabulary: str | None
-    vocabulary_size: int
-    top_k: int
-    tasks: list[str]
+_OF_TOKENS = ("ids", "log_p", "log_p_rest")
 
 
 def _opened(file: Path) -> Any:

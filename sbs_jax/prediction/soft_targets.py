@@ -101,8 +101,7 @@ def write(
                         writer.add(part.file, rows)
                     bar.update(len(part.rows))
         hosts.barrier()
-    written = store.counted(folder)
-    return Summary(rows=total, tokens=written.tokens, resumed=resumed, bytes=written.bytes)
+    return Summary(resumed=resumed, **store.counts(folder))
 
 
 def _check(student: students.Student, names: Sequence[str], *, top_k: int) -> None:
@@ -147,12 +146,13 @@ def _about(student: students.Student, names: Sequence[str], *, top_k: int, shard
     options = dataclasses.asdict(registry.options())
     found = {task_names.dataset_of(name).name: None for name in names}
     return {
+        "version": 1,
         "teacher": {name: identity[name] for name in ("step", "checksum")},
         "vocabulary": identity["vocabulary"],
         "vocabulary_size": student.config.vocab_size,
         "top_k": top_k,
         "ids": str(store.ids_dtype(student.config.vocab_size)),
-        "log_probabilities": str(store.LOG_PROBABILITIES),
+        "log_p": str(store.LOG_P),
         "shard_rows": shard_rows,
         "tasks": [*names],
         "task_feature_lengths": dict(student.manifest["run"]["task_feature_lengths"]),
@@ -166,8 +166,8 @@ def _largest(
 ) -> tuple[jax.Array, ...]:
     """Returns the soft targets of each row's targets, which are its shifted decoder inputs, in the store's types."""
     found = soft_targets.largest(model.logits(model.states(inputs_BS, shifted_BT)), count=count)
-    stored = store.LOG_PROBABILITIES
-    return found.ids_BTK.astype(ids), found.log_p_BTK.astype(stored), found.log_p_tail_BT.astype(stored)
+    stored = store.LOG_P
+    return found.ids.astype(ids), found.log_p.astype(stored), found.log_p_rest.astype(stored)
 
 
 def _scored(part: _Part, *, student: students.Student, generator: evaluate.Generator) -> store.Rows:
@@ -188,7 +188,7 @@ def _scored(part: _Part, *, student: students.Student, generator: evaluate.Gener
         for batch in generator.batches(student.parameters, *arrays):
             for each, row in zip(zip(*batch, strict=True), rows, strict=False):
                 found[row] = tuple(array[: sizes_N[row]] for array in each)
-    ids, log_p, tail = (np.concatenate([found[row][place] for row in range(len(sizes_N))]) for place in range(3))
+    ids, log_p, rest = (np.concatenate([found[row][place] for row in range(len(sizes_N))]) for place in range(3))
     examples = registry.examples(part.task, selection.TRAIN)
     return store.Rows(
         keys=np.array([store.key(part.task, examples[row].id) for row in part.rows.tolist()], np.uint64),
@@ -197,8 +197,8 @@ def _scored(part: _Part, *, student: students.Student, generator: evaluate.Gener
         ),
         sizes=sizes_N.astype(np.uint32),
         ids=ids,
-        log_probabilities=log_p,
-        tail=tail,
+        log_p=log_p,
+        log_p_rest=rest,
     )
 
 

@@ -29,6 +29,7 @@ _WHERE_AND_HOW = (
     *("model_dir", "layout", "execution", "vocabulary_chunks", "checkpoint_period", "keep_checkpoints", "keep_best"),
     *("keep_period", "stall_seconds", "save_patience", "trackers", "profile_steps"),
     "skip_non_finite",  # decides only where the run would have stopped
+    "soft_targets",  # compared by its hash
 )
 # If no best checkpoint is kept, these decide which one is tested.
 _KEEPING = ("checkpoint_period", "keep_checkpoints", "keep_best", "keep_period")
@@ -40,7 +41,7 @@ _UNCOMPARED = (
 )
 _MACRO = re.compile(r"%([A-Za-z_]\w*)")
 # Settings that are paths, absolute or not.
-_PATHS = ("records_dir", "model_dir", "initial_checkpoint_path", "vocabulary", "corpus", "augmentation")
+_PATHS = ("records_dir", "model_dir", "initial_checkpoint_path", "vocabulary", "corpus", "augmentation", "soft_targets")
 _STEADY = 1e-6  # share of the highest rate: tolerance for a schedule's rounding on another device
 
 
@@ -151,6 +152,7 @@ _LATER = {
         "label_smoothing": 0.0,
         "mutual_information": None,
         "mutual_information_weight": 0.1,
+        "soft_share": 0.5,
     }.items()
 }
 

@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, Int
 
 from sbs_jax.student import layers, partitioning
 from sbs_jax.student.mutual_information import MutualInformation
+from sbs_jax.student.soft_targets import Divergence
 
 # Values of the `task_ids` feature for one dataset; 0 is padding.
 LABEL, RATIONALE = 1, 2
@@ -46,6 +47,7 @@ class Loss:
     objectives: Sequence[Objective]
     z_loss: float = 0.0
     mutual_information: MutualInformation | None = None
+    soft_share: float = 0.0  # of the divergence from soft targets; the cross-entropy has the rest
 
     @property
     def smooths(self) -> bool:
@@ -247,16 +249,21 @@ def weighted_cross_entropy(
     weights_BT: Float[Array, "B T"],
     objectives: Sequence[Objective],
     z_loss: float,
-) -> tuple[Float[Array, ""], dict[str, Sums]]:
+    soft_share: float = 0.0,
+    divergence: Divergence | None = None,
+) -> tuple[Float[Array, ""], dict[str, Sums | Mean]]:
     """Returns the sum of weight * (CE + z_loss * log(Z)^2), and unweighted sums per objective, all in nats.
+
+    Where there is a `divergence` from soft targets, (1 - soft_share) * CE + soft_share * KL replaces CE.
 
     `z_loss` is T5X's auxiliary term (1e-4 there, 0 in the official code). It pulls log(Z), the log of the softmax's
     normalizer, towards 0, with the same token weights as the cross-entropy. The cross-entropy of the loss is that to
     the smoothed targets; that of the sums is not smoothed.
     """
     cross_entropy_BT = statistics.log_z - statistics.target
-    of_token_BT = cross_entropy_BT + z_loss * jnp.square(statistics.log_z)
-    sums = {}
+    z_BT = z_loss * jnp.square(statistics.log_z)
+    of_token_BT = cross_entropy_BT + z_BT
+    sums: dict[str, Sums | Mean] = {}
     for number, objective in enumerate(objectives, start=1):
         mine = (task_ids_BT == number).astype(jnp.float32)
         if objective.smoothing:
@@ -266,4 +273,9 @@ def weighted_cross_entropy(
             correct=jnp.sum(mine * statistics.correct),
             tokens=jnp.sum(mine),
         )
+        if divergence is not None:
+            mine *= divergence.there
+            sums[f"kl/{objective.name}"] = Mean(jnp.sum(mine * divergence.kl), jnp.sum(mine))
+    if divergence is not None:
+        of_token_BT += soft_share * divergence.there * (divergence.kl + z_BT - of_token_BT)
     return jnp.sum(weights_BT * of_token_BT), sums

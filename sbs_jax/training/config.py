@@ -31,6 +31,8 @@ class Optimization:
     label_smoothing: float = 0.0  # share of a label token's probability that the whole vocabulary divides evenly
     mutual_information: str | None = None  # form of the loss that ties label and rationale (mutual_information.FORMS)
     mutual_information_weight: float = 0.1
+    soft_targets: str | None = None  # store of a teacher's distributions (`sbs soft_targets`); None: without
+    soft_share: float = 0.5  # of the divergence from them; the cross-entropy has the rest
     loss_weights: Mapping[str, int | float] | None = None  # of the datasets, or tasks, of a mixture; None: equal
     z_loss: float = 0.0  # weight of T5X's auxiliary loss
     optimizer: Callable[..., optax.GradientTransformation]  # called with learning_rate=
@@ -50,6 +52,9 @@ class Optimization:
                     f"TrainConfig.alpha is {alpha!r}{when}; expected 0 (rationale only) to 1 (label only)."
                 )
         checks.number("TrainConfig.label_smoothing", self.label_smoothing, least=0.0, below=1.0)
+        if self.soft_targets is not None and (not isinstance(self.soft_targets, str) or not self.soft_targets):
+            raise ValueError(f"TrainConfig.soft_targets is {self.soft_targets!r}; expected a path or None.")
+        checks.number("TrainConfig.soft_share", self.soft_share, above=0.0, most=1.0)
         checks.number("TrainConfig.z_loss", self.z_loss, least=0.0)
         if self.clip_norm is not None:
             checks.number("TrainConfig.clip_norm", self.clip_norm, above=0.0)
@@ -171,6 +176,10 @@ class TrainConfig(Optimization, Checkpointing, Evaluation, Compute, Guards):
         self.loss(0)
         if self.mutual_information is not None:
             self._check_pairs()
+        if self.soft_targets is not None and self.vocabulary_chunks > 1:
+            raise ValueError(
+                f"Soft targets need all logits at a time; got vocabulary_chunks {self.vocabulary_chunks}, expected 1."
+            )
         self.gradient_transformation()  # a wrong optimizer argument fails here, before any compile
 
     def loss(self, step: Any) -> losses.Loss:
@@ -182,7 +191,8 @@ class TrainConfig(Optimization, Checkpointing, Evaluation, Compute, Guards):
         term = None
         if self.mutual_information is not None:
             term = MutualInformation(self.mutual_information, self.mutual_information_weight)
-        return losses.Loss(objectives=objectives, z_loss=self.z_loss, mutual_information=term)
+        share = 0.0 if self.soft_targets is None else self.soft_share
+        return losses.Loss(objectives=objectives, z_loss=self.z_loss, mutual_information=term, soft_share=share)
 
     @property
     def eval_task_names(self) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ import math
 from typing import Any
 
 from sbs_jax import hosts
-from sbs_jax.data import batches, selection, task_names
+from sbs_jax.data import batches, selection, soft_targets, task_names
 from sbs_jax.run import manifest as run_manifest
 from sbs_jax.run import settings
 from sbs_jax.storage import hub
@@ -49,6 +49,8 @@ def manifest(config: TrainConfig, *, data: dict[str, Any], trainer: Trainer) -> 
         name: {"shape": leaf.shape, "dtype": str(leaf.dtype), "spec": str(leaf.sharding.spec)}
         for name, leaf in {**trainer.saved.frozen, **trainer.saved.parameters}.items()
     }
+    if config.soft_targets is not None:
+        data = {**data, "soft_targets_sha256": soft_targets.sha256(config.soft_targets)}
     total = sum(math.prod(leaf.shape) for leaf in families.abstract(config.model)[1].values())
     devices = [str(device) for device in trainer.partitioner.mesh.devices.flat]
     log.info("Devices: %s; mesh %s.", ", ".join(devices), trainer.partitioner.sizes)

@@ -1,11 +1,12 @@
 """Batches of a training run: rows per process, arrays on the devices, and the examples they came from."""
 
+import functools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
-from sbs_jax.data import batches, selection
+from sbs_jax.data import batches, selection, soft_targets, task_names
 from sbs_jax.run import manifest
 from sbs_jax.training.config import TrainConfig
 from sbs_jax.training.step import Batch, Trainer
@@ -36,6 +37,8 @@ def fingerprint(config: TrainConfig, data: Mapping[str, Any]) -> str:
         for part in manifest.data_of_parts(data).values()
         for name, split in part["splits"].items()
     ]
+    if config.soft_targets is not None:
+        lines.append(f"soft targets {soft_targets.sha256(config.soft_targets)}")
     task, lengths = config.mixture_or_task_name, config.task_feature_lengths
     return "\n".join([*lines, *batches.fingerprint(task, split=selection.TRAIN, lengths=lengths)])
 
@@ -49,4 +52,30 @@ def _options(config: TrainConfig) -> dict[str, Any]:
         "pack": config.pack,
         "seed": config.seed,
         "weights": config.loss_weights,
+        "teacher": teacher(config),
     }
+
+
+def teacher(config: TrainConfig) -> soft_targets.Store | None:
+    """Opens the store of a run's soft targets. Its files are hashed once, however many runs of a process use it."""
+    path = config.soft_targets
+    return None if path is None else _opened(path, soft_targets.sha256(path))
+
+
+@functools.lru_cache(maxsize=1)
+def _opened(path: str, sha256: str) -> soft_targets.Store:
+    del sha256
+    return soft_targets.Store(path)
+
+
+def check_teacher(config: TrainConfig) -> None:
+    """Raises ValueError if a run's soft targets are of another vocabulary, or lack one of its training rows."""
+    if (store := teacher(config)) is None:
+        return
+    if store.form.vocabulary_size > config.model.vocab_size:
+        raise ValueError(
+            f"The teacher of {store.path} has {store.form.vocabulary_size} ids, and the student's table "
+            f"{config.model.vocab_size} rows. Take a student of the teacher's vocabulary."
+        )
+    names = task_names.subtasks(config.mixture_or_task_name)
+    batches.soft_rows(names, selection.TRAIN, store=store, lengths=config.task_feature_lengths)

@@ -365,9 +365,10 @@ def evaluator(config: TrainConfig, programs: Programs, *, split: str) -> evaluat
 
 
 def _check(config: TrainConfig, data: Mapping[str, Any]) -> None:
-    """Refuses a run that nothing can grade, that has no rows to test on, or whose vocabulary does not fit."""
+    """Refuses a run that nothing can grade or that has no rows to test on, or a vocabulary or teacher that misfits."""
     _ = config.eval_task_names
     _check_vocabulary(config)
+    feed.check_teacher(config)
     for name, part in run_manifest.data_of_parts(data, whole=config.mixture_or_task_name).items():
         if config.evaluate_test and selection.TEST not in part["splits"] and not registry.is_of_records(name):
             raise ValueError(f"{name} has no test split; set EVALUATE_TEST = False.")

@@ -12,7 +12,8 @@ import optax
 from jaxtyping import Array, Float
 
 from sbs_jax.data import batches
-from sbs_jax.student import adapters, families, losses, mutual_information, partitioning, stacking, stacks
+from sbs_jax.data import soft_targets as stored
+from sbs_jax.student import adapters, families, losses, mutual_information, partitioning, soft_targets, stacking, stacks
 from sbs_jax.training.config import Compute, TrainConfig
 
 log = logging.getLogger(__name__)
@@ -64,13 +65,15 @@ def loss_and_gradients(
             dropout_key=jax.random.fold_in(dropout_key, index),
         )
         statistics, logits = _statistics(model, states, rows["decoder_target_tokens"], loss, chunks=vocabulary_chunks)
-        task_ids = rows["decoder_task_ids"]
+        task_ids, teacher = rows["decoder_task_ids"], soft_targets.SoftTargets.of(rows)
         total, sums = losses.weighted_cross_entropy(
             statistics,
             task_ids_BT=task_ids,
             weights_BT=rows["weights"],
             objectives=loss.objectives,
             z_loss=loss.z_loss,
+            soft_share=loss.soft_share,
+            divergence=teacher and soft_targets.divergence(logits, statistics.log_z, teacher=teacher),
         )
         if (term := loss.mutual_information) is None:
             return total, sums
@@ -244,11 +247,14 @@ def prepare(config: TrainConfig, *, devices: Sequence[Any] | None = None) -> Tra
         donate_argnums=0,
         compiler_options=partitioner.compiler_options,
     )
+    shapes = batches.batch_shapes(
+        config.task_feature_lengths,
+        batch_size=config.batch_size,
+        pack=config.pack,
+        teacher=None if config.soft_targets is None else stored.form(config.soft_targets),
+    )
     batch = {
-        name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=partitioner.batch)
-        for name, shape in batches.batch_shapes(
-            config.task_feature_lengths, batch_size=config.batch_size, pack=config.pack
-        ).items()
+        name: jax.ShapeDtypeStruct(each.shape, each.dtype, sharding=partitioner.batch) for name, each in shapes.items()
     }
     return Trainer(partitioner, abstract, saved, batch, compiled, unstacked, stacked, parameters, saved_structure)
 
