@@ -136,6 +136,12 @@ MISTAKES = {
         ["vocabulary", "--vocabulary=spiece.model", "--dataset", "cqa", "--records_dir=records", "--output=out"],
         ["no records of cqa"],
     ),
+    "no teacher": (["soft_targets", "runs/emtpy", "--output=soft"], ["no run at", "Did you mean 'empty'"]),
+    "no tokens to keep": (["soft_targets", "runs/empty", "--output=soft", "--top_k=0"], ["--top_k is 0", "at least 1"]),
+    "no soft targets": (
+        [*CPU, *PLACES, "--gin.SOFT_TARGETS=soft/xl"],
+        ["SOFT_TARGETS is 'soft/xl'", "sbs soft_targets"],
+    ),
     "no run to replay": (["replay", "runs/old"], ["runs/old"]),
     "no run to measure": (["rationales", "runs/old"], ["no run at", "empty"]),
     "neither run nor teacher": (["rationales"], ["got neither", "--dataset NAME"]),

@@ -197,7 +197,7 @@ def test_likely_is_the_student_s_mean_log_probability(run: Path, folder: Path):
         of_row = dict(zip(TEXTS, wanted[number * 5 : number * 5 + 5], strict=True))
         assert by_id[f"toy-{number}"].rationale == max(of_row, key=of_row.__getitem__)
     model = records.read_manifest(folder / "out" / "toy").get("selection", {})["model"]
-    assert model == student.describe()
+    assert model == student.identity()
     assert select(folder, *f"--by likely --keep 1 --batch_size 3 --output {folder}/small --model {run}".split()) == 0
     assert contents(folder, "small") == contents(folder)
 

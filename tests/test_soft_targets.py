@@ -117,6 +117,25 @@ def test_ids_take_four_bytes_where_the_vocabulary_needs_them():
     assert [store.ids_dtype(size).name for size in (2**16, 2**16 + 1)] == ["uint16", "uint32"]
 
 
+@pytest.mark.slow
+def test_two_processes_write_one_store(starter, folder, tmp_path):
+    """A teacher in parts over the devices of both; the first one writes."""
+    flags = ["soft_targets", str(folder / "run"), "--top_k", "8", "--batch_size", "16", "--shard_rows", "20"]
+    with starter.alone(tmp_path, [*flags, "--output", str(tmp_path / "one")], command=toy.SBS) as process:
+        assert process.wait() == 0, process.complained()
+    both = [*flags, "--output", str(tmp_path / "two"), "--fsdp"]
+    with starter.together(tmp_path, both, count=2, command=toy.SBS) as started:
+        assert [process.wait() for process in started] == [0, 0], [process.complained() for process in started]
+        assert [bool(process.said()) for process in started] == [True, False]
+    one, two = (json.loads((tmp_path / name / store.MANIFEST).read_text()) for name in ("one", "two"))
+    assert one["about"] == two["about"]
+    students.load_student(folder / "run", layout=partitioning.DATA_PARALLEL)
+    for task in ("toy_label", "toy_rationale"):
+        for (_, mine), (_, other) in zip(found(tmp_path / "one", task), found(tmp_path / "two", task), strict=True):
+            np.testing.assert_array_equal(mine[0], other[0])
+            np.testing.assert_allclose(mine[1], other[1], rtol=2e-3, atol=1e-5)
+
+
 # ---------------------------------------------------------------------------------------- resuming
 
 

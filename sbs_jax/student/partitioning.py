@@ -121,6 +121,8 @@ class Layout:
 
 # Every device has a copy of the parameters and a part of the batch's rows.
 DATA_PARALLEL = Layout(slice=1, data=-1, fsdp=1, tensor=1)
+# Every device has a part of the parameters and of the batch's rows.
+FSDP = Layout(slice=1, data=1, fsdp=-1, tensor=1)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -29,9 +29,14 @@ class Student:
     options: selection.DataOptions
 
     def identity(self) -> dict[str, Any]:
-        """Returns its step, a checksum of its parameters and its vocabulary's hash, as JSON."""
+        """Returns its step, a checksum of its parameters and its vocabulary's hash, as JSON.
+
+        Every process of those whose devices hold the parameters must call this.
+        """
         checksum = 0
         for name, array in sorted(self.parameters.items()):
+            if not array.is_fully_addressable:
+                array = jax.jit(lambda x: x, out_shardings=self.partitioner.replicated)(array)
             checksum = zlib.crc32(np.asarray(array).tobytes(), zlib.crc32(name.encode(), checksum))
         vocabulary = tokens.vocabulary_sha256(self.options.vocabulary)
         return {"step": self.step, "checksum": f"{checksum:08x}", "vocabulary": vocabulary}

@@ -15,12 +15,12 @@ def add(command: Any) -> None:
         multihost=True,
         epilog="examples:\n  sbs soft_targets runs/svamp-xxl --output soft/svamp-xxl\n"
         "  sbs train --gin_file=.. --gin_file=gin_configs/methods/soft_targets.gin \\\n"
-        "      --gin.SOFT_TARGETS=\"'soft/svamp-xxl'\"\n\n"
+        "      --gin.SOFT_TARGETS=soft/svamp-xxl\n\n"
         "The teacher is a run of this project with the student's vocabulary. For each target token of the training\n"
         "rows, the K likeliest tokens and the log probability of all others are written. Repeat an interrupted\n"
         "command to resume it. docs/howto/soft_targets.md.",
     )
-    runs.add(soft_targets, what="run directory of the teacher, or one of its checkpoints/<step>", old=("--model",))
+    runs.add(soft_targets, what="run directory of the teacher, or one of its checkpoints/<step>")
     soft_targets.add_argument("--output", required=True, metavar="DIR", help="folder of the store")
     soft_targets.add_argument(
         "--task",
@@ -34,6 +34,9 @@ def add(command: Any) -> None:
     soft_targets.add_argument("--batch_size", type=int, default=32, metavar="N", help="rows at a time")
     soft_targets.add_argument(
         "--shard_rows", type=int, default=2048, metavar="N", help="rows per file; an interruption loses at most these"
+    )
+    soft_targets.add_argument(
+        "--fsdp", action="store_true", help="shard the teacher over the devices (default: a copy on each)"
     )
     soft_targets.add_argument(
         "--base", metavar="PATH", help="new path of the base of a run's adapters, if it has moved"
@@ -59,7 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
     with compiled.kept(compiled.default()):
         student = students.load_student(
             arguments.run_dir,
-            layout=partitioning.DATA_PARALLEL,
+            layout=partitioning.FSDP if arguments.fsdp else partitioning.DATA_PARALLEL,
             records_dir=arguments.records_dir,
             base=arguments.base,
         )
