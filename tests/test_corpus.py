@@ -10,7 +10,7 @@ import seqio
 import toy
 
 from sbs_jax.cli import main
-from sbs_jax.data import batches, corpus, registry, selection, tokens
+from sbs_jax.data import batches, corpus, features, registry, selection, tokens
 from sbs_jax.hosts import preemption
 from sbs_jax.run import directory
 from sbs_jax.training import gin_files, loop
@@ -180,7 +180,7 @@ def test_seqio_has_the_task_with_the_same_features(tmp_path):
     assert not np.array_equal(inputs[0], inputs[2])
     assert len(np.unique(inputs[0], axis=0)) > 0.98 * len(inputs[0])  # the second epoch is corrupted anew
     converted = batches.StepByStepFeatureConverter(pack=False)(task.get_dataset(lengths, "train"), lengths)
-    assert set(next(converted.as_numpy_iterator())) == set(batches.batch_shapes(LENGTHS, batch_size=1, pack=False))
+    assert set(next(converted.as_numpy_iterator())) == set(features.shapes(LENGTHS, batch_size=1, pack=False))
 
 
 # ---------------------------------------------------------------------------------- training

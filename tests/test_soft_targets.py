@@ -15,7 +15,7 @@ import processes
 import pytest
 import toy
 
-from sbs_jax.data import batches, registry
+from sbs_jax.data import batches, features, registry
 from sbs_jax.data import soft_targets as store
 from sbs_jax.prediction import soft_targets as scoring
 from sbs_jax.run import checkpoints
@@ -494,7 +494,7 @@ def test_each_host_builds_its_own_rows(taught):
     mine = next(batches.train_dataset(name, **options, rows=[1, 6]))
     for feature, x in whole.items():
         np.testing.assert_array_equal(mine[feature], x[[1, 6]])
-    shapes = batches.batch_shapes(LENGTHS, batch_size=8, pack=True, teacher=store.form(taught / "soft"))
+    shapes = features.shapes(LENGTHS, batch_size=8, pack=True, teacher=store.form(taught / "soft"))
     assert {feature: (x.shape, x.dtype) for feature, x in whole.items()} == {
         feature: (each.shape, each.dtype) for feature, each in shapes.items()
     }

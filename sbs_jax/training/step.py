@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from sbs_jax.data import batches
+from sbs_jax.data import features
 from sbs_jax.data import soft_targets as stored
 from sbs_jax.student import adapters, families, losses, mutual_information, partitioning, soft_targets, stacking, stacks
 from sbs_jax.training.config import Compute, TrainConfig
@@ -247,7 +247,7 @@ def prepare(config: TrainConfig, *, devices: Sequence[Any] | None = None) -> Tra
         donate_argnums=0,
         compiler_options=partitioner.compiler_options,
     )
-    shapes = batches.batch_shapes(
+    shapes = features.shapes(
         config.task_feature_lengths,
         batch_size=config.batch_size,
         pack=config.pack,
