@@ -1,6 +1,7 @@
 """The store of soft targets: a teacher's numbers, resuming, damage, and what is refused."""
 
 import dataclasses
+import functools
 import json
 import shutil
 import signal
@@ -76,6 +77,19 @@ def test_the_largest_of_a_distribution_and_its_tail():
     whole = soft_targets.largest(jnp.asarray(logits), count=6)
     assert np.all(np.isneginf(whole.log_p_rest))
     np.testing.assert_allclose(np.exp(whole.log_p).sum(axis=-1), 1.0, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("size", "count"), [(384, 8), (390, 5), (384, 12), (70, 2)])
+def test_the_largest_by_groups_are_those_of_a_sort(size, count):
+    """Also of many equal logits: of those the smallest ids, and their sum is whole."""
+    logits = jnp.asarray(np.random.default_rng(size).integers(0, 9, (2, 3, size)), jnp.float32)
+    got = jax.jit(functools.partial(soft_targets.largest, count=count))(logits)
+    log_p = log_softmax(logits)
+    order = np.argsort(-log_p, axis=-1, kind="stable")
+    np.testing.assert_array_equal(got.ids, order[..., :count])
+    best = np.take_along_axis(log_p, order, axis=-1)
+    np.testing.assert_allclose(got.log_p, best[..., :count], rtol=1e-5)
+    np.testing.assert_allclose(got.log_p_rest, np.log(np.exp(best[..., count:]).sum(axis=-1)), rtol=1e-5)
 
 
 @pytest.mark.parametrize("task", ["toy_label", "toy_rationale"])
