@@ -167,6 +167,7 @@ def prepared(
     execution=stacks.UNROLLED,
     lengths=(24, 20),
     tie=None,
+    soft_share=0.0,
 ):
     """Makes the function of (rows, examples) that computes loss and gradients, split and laid out as asked."""
     # No dropout: its masks are drawn for the rows as they lie.
@@ -181,7 +182,9 @@ def prepared(
     run = functools.partial(
         loss_and_gradients,
         structure=structure,
-        loss=losses.Loss(objectives=losses.step_by_step(alpha), z_loss=1e-4, mutual_information=tie),
+        loss=losses.Loss(
+            objectives=losses.step_by_step(alpha), z_loss=1e-4, mutual_information=tie, soft_share=soft_share
+        ),
         micro_batches=micro_batches,
         vocabulary_chunks=vocabulary_chunks,
         dropout_key=jax.random.key(0),

@@ -16,7 +16,7 @@ import processes
 import pytest
 import toy
 
-from sbs_jax.data import batches, features, registry
+from sbs_jax.data import batches, features, records, registry
 from sbs_jax.data import soft_targets as store
 from sbs_jax.prediction import soft_targets as scoring
 from sbs_jax.run import checkpoints
@@ -486,6 +486,14 @@ def test_what_no_student_can_learn_from_is_refused_before_training(taught, tmp_p
     toy.write_records(tmp_path / "more", train_rows=56)
     fails("no soft targets of the row 'toy-", data=toy.options(tmp_path / "more"))
     fails("of another text for the row 'toy-", task_feature_lengths={"inputs": 40, "targets": 9})
+    several = tmp_path / "several"
+    shutil.copytree(taught / "records", several)
+    other = (records.Rationale(rationale="It is so.", teacher_label=None),)
+    rows = records.read_records(several / "toy" / "train.jsonl")
+    records.write_records(
+        several / "toy" / "train.jsonl", [dataclasses.replace(row, other_rationales=other) for row in rows]
+    )
+    fails("toy_rationale has several rationales per row", data=toy.options(several, rationales_per_example="all"))
     file = tmp_path / "strange"
     shutil.copytree(taught / "soft", file)
     value = json.loads((file / store.MANIFEST).read_text())

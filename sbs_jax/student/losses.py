@@ -251,10 +251,11 @@ def weighted_cross_entropy(
     z_loss: float,
     soft_share: float = 0.0,
     divergence: Divergence | None = None,
-) -> tuple[Float[Array, ""], dict[str, Sums | Mean]]:
-    """Returns the sum of weight * (CE + z_loss * log(Z)^2), and unweighted sums per objective, all in nats.
+) -> tuple[Float[Array, ""], dict[str, Any]]:
+    """Returns the sum of weight * (CE + z_loss * log(Z)^2), and unweighted `Sums` per objective, all in nats.
 
-    Where there is a `divergence` from soft targets, (1 - soft_share) * CE + soft_share * KL replaces CE.
+    Where there is a `divergence` from soft targets, (1 - soft_share) * CE + soft_share * KL replaces CE, and its `Mean`
+    of each objective is among the sums.
 
     `z_loss` is T5X's auxiliary term (1e-4 there, 0 in the official code). It pulls log(Z), the log of the softmax's
     normalizer, towards 0, with the same token weights as the cross-entropy. The cross-entropy of the loss is that to
@@ -263,7 +264,7 @@ def weighted_cross_entropy(
     cross_entropy_BT = statistics.log_z - statistics.target
     z_BT = z_loss * jnp.square(statistics.log_z)
     of_token_BT = cross_entropy_BT + z_BT
-    sums: dict[str, Sums | Mean] = {}
+    sums: dict[str, Any] = {}
     for number, objective in enumerate(objectives, start=1):
         mine = (task_ids_BT == number).astype(jnp.float32)
         if objective.smoothing:

@@ -45,8 +45,8 @@ def loss_and_gradients(
     vocabulary_chunks: int,
     dropout_key: jax.Array,
     frozen: families.Parameters | None = None,
-) -> tuple[Float[Array, ""], dict[str, losses.Sums | losses.Mean], families.Parameters]:
-    """Returns the loss, sums by name and gradients of a global batch; micro-batches do not change them.
+) -> tuple[Float[Array, ""], dict[str, Any], families.Parameters]:
+    """Returns the loss, `losses.Sums` and `Mean` by name, and gradients of a global batch, however it is cut.
 
     `parameters` and `frozen` together are the whole model; gradients are of `parameters` only.
     """
