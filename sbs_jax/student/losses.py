@@ -75,10 +75,10 @@ def token_weights(
     >>> token_weights(jnp.array([[1, 1, 0, 0], [2, 2, 2, 2]]), step_by_step(alpha=0.5))
     [[0.25 0.25 0. 0.] [0.125 0.125 0.125 0.125]]
     """
-    shares_BT = jnp.float32(1.0) if shares_BT is None else shares_BT.astype(jnp.float32)
+    counts_BT = (task_ids_BT > 0 if shares_BT is None else shares_BT).astype(jnp.float32)
     weights = jnp.zeros(task_ids_BT.shape, jnp.float32)
     for number, objective in enumerate(objectives, start=1):
-        mine = (task_ids_BT == number).astype(jnp.float32) * shares_BT
+        mine = (task_ids_BT == number).astype(jnp.float32) * counts_BT
         total = mine.sum()
         weights += mine * (objective.weight / jnp.where(total > 0.0, total, 1.0))
     return weights

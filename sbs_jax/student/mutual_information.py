@@ -53,9 +53,9 @@ def sum_over_pairs(
     form: str,
 ) -> Float[Array, ""]:
     """Returns the sum of M over the pairs of these rows, in nats; `segments_BT` are those of packed rows."""
-    most, segments_BT = (1, 1) if segments_BT is None else (2 * MOST_PAIRS, segments_BT)
-    segments_BT = jnp.where(task_ids_BT > 0, segments_BT, 0)
-    mine_BST = segments_BT[:, None, :] == jnp.arange(1, most + 1)[None, :, None]
+    most = 1 if segments_BT is None else 2 * MOST_PAIRS
+    numbers_BT = jnp.where(task_ids_BT > 0, 1 if segments_BT is None else segments_BT, 0)
+    mine_BST = numbers_BT[:, None, :] == jnp.arange(1, most + 1)[None, :, None]
     log_p_BTV = logits_BTV - log_z_BT[..., None]
     pooled_BSV = jnp.max(jnp.where(mine_BST[..., None], log_p_BTV[:, None], _NONE), axis=2)
     pooled_P2V = pooled_BSV.reshape(-1, 2, pooled_BSV.shape[-1])

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from sbs_jax import checks
@@ -44,7 +45,7 @@ class Optimization:
     def __post_init__(self) -> None:
         _whole_numbers(self, "batch_size", "micro_batches", "train_steps", least=1)
         for step in (0, self.train_steps // 2, self.train_steps):
-            alpha = float(self.alpha(step)) if callable(self.alpha) else self.alpha
+            alpha = np.asarray(self.alpha(step)).item() if callable(self.alpha) else self.alpha
             checks.number("TrainConfig.alpha", alpha)
             if not 0.0 <= alpha <= 1.0:
                 when = f" at step {step}" if callable(self.alpha) else ""
