@@ -229,7 +229,8 @@ def test_a_mistake_is_answered_before_anything_heavy_is_imported(mistake, answer
 def test_no_ready_configuration_is_refused_early():
     """Every experiment, model, adapter, mesh, method and optimizer, scanned as the command line does before imports."""
     folder = Path(main.__file__).parents[2] / "gin_configs"
-    given = [f"{name}=x" for name in ("RECORDS_DIR", "MODEL_DIR", "INITIAL_CHECKPOINT_PATH", "VOCABULARY")]
+    given = [f"{name}=x" for name in ("RECORDS_DIR", "MODEL_DIR", "INITIAL_CHECKPOINT_PATH", "SOFT_TARGETS")]
+    given.append("VOCABULARY=x")
     experiments = sorted(path for name in ("svamp", "esnli") for path in folder.glob(f"experiments/{name}/*.gin"))
     runs = [path for path in experiments if "runs/sweep.gin" not in path.read_text("utf-8")]
     sweeps = [path for path in folder.glob("experiments/paper/*.gin") if path.stem != "settings"]

@@ -10,6 +10,8 @@ A shard's arrays are `ids` and `log_p` [tokens, K], `log_p_rest` [tokens] (of al
 and id and of the number of its rationale, never by its position.
 """
 
+from __future__ import annotations
+
 import concurrent.futures
 import contextlib
 import dataclasses
@@ -18,14 +20,16 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import safetensors
 import safetensors.numpy
 
-from sbs_jax.data import tokens
 from sbs_jax.storage import atomic, bucket_lock, checksums, json_files, places
+
+if TYPE_CHECKING:
+    from sbs_jax.data import tokens  # imports TensorFlow, which a check of arguments must not
 
 log = logging.getLogger(__name__)
 
@@ -158,7 +162,7 @@ class Writer:
         self._shards: dict[str, Shard] = {}
         self._stack = contextlib.ExitStack()
 
-    def __enter__(self) -> "Writer":
+    def __enter__(self) -> Writer:
         self._folder.mkdir(parents=True, exist_ok=True)
         self._lock = self._stack.enter_context(bucket_lock.lock_of(self._folder, instead="another --output"))
         try:

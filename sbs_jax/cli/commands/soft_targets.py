@@ -13,12 +13,11 @@ def add(command: Any) -> None:
         run,
         check=check,
         multihost=True,
-        epilog="examples:\n  sbs soft_targets runs/svamp-xxl --output soft/svamp-xxl\n"
-        "  sbs train --gin_file=.. --gin_file=gin_configs/methods/soft_targets.gin \\\n"
-        "      --gin.SOFT_TARGETS=soft/svamp-xxl\n\n"
+        epilog="example:\n  sbs soft_targets runs/svamp-xxl --output soft/svamp-xxl\n\n"
         "The teacher is a run of this project with the student's vocabulary. For each target token of the training\n"
         "rows, the K likeliest tokens and the log probability of all others are written. Repeat an interrupted\n"
-        "command to resume it. docs/howto/soft_targets.md.",
+        "command to resume it. The student trains with gin_configs/methods/soft_targets.gin\n"
+        "(docs/howto/soft_targets.md).",
     )
     runs.add(soft_targets, what="run directory of the teacher, or one of its checkpoints/<step>")
     soft_targets.add_argument("--output", required=True, metavar="DIR", help="folder of the store")
@@ -75,7 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
             shard_rows=arguments.shard_rows,
         )
     if hosts.is_first():
-        resumed = f" ({done.resumed} of these rows were resumed)" if done.resumed else ""
+        resumed = f" ({done.resumed:,} of these rows were resumed)" if done.resumed else ""
         print(
             f"{done.tokens:,} target tokens of {done.rows:,} rows in {arguments.output}, "
             f"{done.bytes / done.tokens:.0f} bytes per token{resumed}"
