@@ -18,7 +18,7 @@ import toy
 
 from sbs_jax import compiling
 from sbs_jax.data import registry, tokens
-from sbs_jax.prediction import compiled, engine, precision, shapes
+from sbs_jax.prediction import answerer, compiled, precision, shapes
 from sbs_jax.prediction.engine import Answer, Predictor, Question, Settings
 from sbs_jax.student import decoding, families, partitioning
 from sbs_jax.training import evaluate, students
@@ -286,7 +286,7 @@ def test_the_first_token_is_drawn_as_often_as_it_is_likely(student):
         )
         return found[:, 0]
 
-    keys = [engine._key(f"row {number}", seed=0, kind="label") for number in range(draws)]
+    keys = [answerer._key(f"row {number}", seed=0, kind="label") for number in range(draws)]
     tokens_drawn = np.concatenate(
         [draw(student.parameters, jnp.asarray(keys[at : at + per_call])) for at in range(0, draws, per_call)]
     )
