@@ -53,6 +53,11 @@ def test_parts_of_task_names(records_dir: Path):
     assert task_names.graded("cats_rationale_then_label") == ("cats_rationale_then_label",)
     assert task_names.graded("cats_rationale") == ()
     assert task_names.subtasks("cats_step_by_step") == ("cats_label", "cats_rationale")
+    assert task_names.split("cats_label_given_rationale") == (dataset(), "label_given_rationale")
+    assert task_names.subtasks("cats_cascade") == ("cats_label_given_rationale", "cats_rationale")
+    assert task_names.graded("cats_cascade") == ("cats_label_given_rationale",)
+    assert task_names.task_ids("cats_cascade") == task_names.task_ids("cats_step_by_step") == (1, 2)
+    assert task_names.objectives("cats_cascade", alpha=0.3) == task_names.objectives("cats_step_by_step", alpha=0.3)
     assert task_names.subtasks("cats_rationale") == ("cats_rationale",)
 
 

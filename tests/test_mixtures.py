@@ -56,7 +56,9 @@ def test_a_name_of_several_datasets_has_a_part_for_each(records_dir):
         "toy_rationale_then_label",
         "twin_rationale_then_label",
     )
-    assert task_names.task_ids(BOTH) == (1, 2, 3, 4)
+    assert task_names.subtasks("toy.twin_cascade")[2:] == ("twin_label_given_rationale", "twin_rationale")
+    assert task_names.graded("toy.twin_cascade") == ("toy_label_given_rationale", "twin_label_given_rationale")
+    assert task_names.task_ids("toy.twin_cascade") == task_names.task_ids(BOTH) == (1, 2, 3, 4)
     assert task_names.task_ids("toy.twin_label") == (1, 2)
     assert task_names.task_ids("toy_rationale") == (losses.RATIONALE,)
 

@@ -38,7 +38,7 @@ def ids(selected: selection.Selection, task: str) -> list[str]:
     return [example.id for example in selected.examples[task]]
 
 
-def test_texts_of_the_three_tasks():
+def test_texts_of_each_task():
     selected = select(rows(1))
     assert {task: tuple(found) for task, found in selected.examples.items()} == {
         "label": (selection.Example(id="row-0", label="0.0", inputs="predict: 0 cats", targets="0.0"),),
@@ -51,7 +51,18 @@ def test_texts_of_the_three_tasks():
                 targets="there are 0 Answer: 0.0",
             ),
         ),
+        "label_given_rationale": (
+            selection.Example(
+                id="row-0",
+                label="0.0",
+                inputs="predict: 0 cats Rationale: there are 0",
+                targets="0.0",
+            ),
+        ),
     }
+    for examples in selected.examples.values():
+        for feature in ("inputs", "targets"):
+            assert [*examples.texts(feature)] == [getattr(example, feature) for example in examples]
 
 
 def test_prefixes_and_teacher_labels():
@@ -158,6 +169,10 @@ def test_what_is_not_used_is_counted_by_reason():
         "rationale_then_label: not used, blank rationale": 1,
         "rationale_then_label: not used, no rationale (no_answer)": 1,
         "rationale_then_label: not used, no human label": 2,
+        "label_given_rationale": 3,
+        "label_given_rationale: not used, blank rationale": 1,
+        "label_given_rationale: not used, no rationale (no_answer)": 1,
+        "label_given_rationale: not used, no human label": 2,
     }
     teacher = select(found, label_source="teacher")
     assert ids(teacher, "label") == ["row-0", "row-1", "row-3", "row-5"]
@@ -197,6 +212,9 @@ def test_evaluation_keeps_every_row_with_a_label(split: str):
         "there are 2 Answer: 2",
     ]
     assert ids(selected, "rationale") == ["row-0", "row-2", "row-3"]
+    cascade = selected.examples["label_given_rationale"]  # whose teacher's rationales stay out
+    assert [*cascade.texts("inputs")] == [example.inputs for example in selected.examples["label"]]
+    assert [example.inputs for example in cascade] == ["predict: 0 cats", "predict: 1 cats", "predict: 2 cats"]
     assert selected.counts["label: not used, no label"] == 1
 
 

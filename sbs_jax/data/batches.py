@@ -294,7 +294,7 @@ class _Stream:
         if self._pairs and (len(rows) % 2 or [*rows.values()][::2] != [*rows.values()][1::2]):
             raise ValueError(
                 f"PAIRS is True, but the tasks {', '.join(names)} do not come in pairs with the same rows; train on a "
-                "<dataset>_step_by_step mixture."
+                "mixture, <dataset>_step_by_step or <dataset>_cascade."
             )
         # Two epochs for each task: batches run across the end of an epoch.
         self._order = functools.lru_cache(maxsize=2 * len(names))(self._compute_order)

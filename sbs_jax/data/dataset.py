@@ -11,11 +11,13 @@ from sbs_jax.data.grading import same_text
 from sbs_jax.data.markup import without_thinking
 from sbs_jax.data.parsing import Parsed
 from sbs_jax.data.records import Record
-from sbs_jax.data.selection import TASKS
+from sbs_jax.data.selection import LABEL, LABEL_GIVEN_RATIONALE, RATIONALE, TASKS
 from sbs_jax.storage.json_files import brief
 
-STEP_BY_STEP = "step_by_step"
-KINDS = (*TASKS, STEP_BY_STEP)  # of the tasks and mixtures of a dataset
+STEP_BY_STEP, CASCADE = "step_by_step", "cascade"
+# Tasks of each kind of mixture, in the order of their turns; the first grades it.
+MIXTURES = {STEP_BY_STEP: (LABEL, RATIONALE), CASCADE: (LABEL_GIVEN_RATIONALE, RATIONALE)}
+KINDS = (*TASKS, *MIXTURES)  # of the tasks and mixtures of a dataset
 # Joins premise and hypothesis in the text of records; becomes the vocabulary's EOS id.
 JOINT = "</s>"
 BY_LOSS = "token_accuracy"  # primary metric of a dataset without metric functions
@@ -132,6 +134,20 @@ class Dataset:
     def parse(self, text: str, row: Row, *, parser: str) -> Parsed:
         """Parses a teacher's reply, without its thinking (`<think>..</think>`), by the parser of this name."""
         return self.parsers[parser](without_thinking(text), row)
+
+
+def tasks_of(kind: str) -> tuple[str, ...]:
+    """Returns the kinds of the tasks of a mixture; of a task, its own.
+
+    >>> tasks_of("cascade"), tasks_of("label")
+    (('label_given_rationale', 'rationale'), ('label',))
+    """
+    return MIXTURES.get(kind, (kind,))
+
+
+def answers_in_two_steps(kind: str) -> bool:
+    """Tells whether a student writes a rationale first, and then reads it beside x to answer."""
+    return tasks_of(kind)[0] == LABEL_GIVEN_RATIONALE
 
 
 def of_text(name: str, *, lengths: Mapping[str, int]) -> Dataset:

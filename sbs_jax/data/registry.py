@@ -1,14 +1,17 @@
 """Registry of datasets and their SeqIO tasks, and access to their records under the current options.
 
-Each dataset has four names, for example svamp:
+Each dataset has six names, for example svamp:
 
-| SeqIO name                   | inputs               | targets                         | task id |
-|------------------------------|----------------------|---------------------------------|---------|
-| `svamp_label`                | label prefix + x     | label                           | 1       |
-| `svamp_rationale`            | rationale prefix + x | rationale                       | 2       |
-| `svamp_rationale_then_label` | label prefix + x     | rationale + " Answer: " + label | 1       |
-| `svamp_step_by_step`         | a mixture: `svamp_label` and `svamp_rationale` in strict turns   |
+| SeqIO name                    | inputs                           | targets                         | task id |
+|-------------------------------|----------------------------------|---------------------------------|---------|
+| `svamp_label`                 | label prefix + x                 | label                           | 1       |
+| `svamp_rationale`             | rationale prefix + x             | rationale                       | 2       |
+| `svamp_rationale_then_label`  | label prefix + x                 | rationale + " Answer: " + label | 1       |
+| `svamp_label_given_rationale` | label prefix + x + " Rationale: " + rationale | label              | 1       |
+| `svamp_step_by_step`          | a mixture: `svamp_label` and `svamp_rationale` in strict turns               |
+| `svamp_cascade`               | a mixture: `svamp_label_given_rationale` and `svamp_rationale`, likewise     |
 
+Validation and test have no rationale in the inputs of `svamp_label_given_rationale`: the student writes it first.
 and plain text has `corpus_span_corruption` (corpus.py), with task id 1. Mixtures of several datasets, such as
 `svamp.cqa_step_by_step`, and their task ids: task_names.py.
 
@@ -39,9 +42,10 @@ from sbs_jax.data import catalogue, corpus, outside, records, seqio_tasks, table
 from sbs_jax.data.catalogue import add as add  # parts of this module's interface
 from sbs_jax.data.catalogue import get, registered
 from sbs_jax.data.catalogue import names as names
-from sbs_jax.data.dataset import KINDS, STEP_BY_STEP, Dataset
+from sbs_jax.data.dataset import KINDS, MIXTURES, Dataset
 from sbs_jax.data.selection import (
     ANSWER_MARKER,
+    LABEL_GIVEN_RATIONALE,
     RATIONALE,
     RATIONALE_THEN_LABEL,
     TASKS,
@@ -152,10 +156,12 @@ def _register(dataset: Dataset) -> None:
             preprocessors=[functools.partial(seqio_tasks.cut_and_number, task_id=task_names.TASK_IDS[kind])],
             output_features=features,
             postprocess_fn=functools.partial(graded_text, kind=kind),
-            metric_fns=[] if kind == RATIONALE else list(dataset.metric_fns),
+            # SeqIO's evaluator asks once; the answer of `label_given_rationale` needs two steps (evaluate.py).
+            metric_fns=[] if kind in (RATIONALE, LABEL_GIVEN_RATIONALE) else list(dataset.metric_fns),
             shuffle_buffer_size=None,  # RecordsSource shuffles
         )
-    _register_mixture(f"{dataset.name}_{STEP_BY_STEP}")
+    for kind in MIXTURES:
+        _register_mixture(f"{dataset.name}_{kind}")
 
 
 def _register_mixture(name: str) -> None:
@@ -517,7 +523,7 @@ def examples(task_name: str, split: str) -> Examples:
     dataset, kind = task_names.split(task_name)
     chosen = selected(dataset.name, split)
     if not chosen.examples.get(kind):
-        why = "it is a mixture" if kind == STEP_BY_STEP else f"counts: {dict(chosen.counts)}"
+        why = "it is a mixture" if kind in MIXTURES else f"counts: {dict(chosen.counts)}"
         raise ValueError(f"{task_name} has no examples in {split}; {why}.")
     return chosen.examples[kind]
 

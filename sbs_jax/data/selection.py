@@ -17,13 +17,16 @@ from sbs_jax.data import records
 from sbs_jax.data.slots import NO_NUMBERS, Numbers
 
 LABEL, RATIONALE, RATIONALE_THEN_LABEL = "label", "rationale", "rationale_then_label"
-TASKS = (LABEL, RATIONALE, RATIONALE_THEN_LABEL)
+LABEL_GIVEN_RATIONALE = "label_given_rationale"
+TASKS = (LABEL, RATIONALE, RATIONALE_THEN_LABEL, LABEL_GIVEN_RATIONALE)
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
 
 _EITHER = "either"  # the human's label before the teacher's
 
 # Separates rationale and label in the targets of `rationale_then_label`.
 ANSWER_MARKER = "Answer:"
+# Separates x and the rationale in the inputs of `label_given_rationale`.
+RATIONALE_MARKER = " Rationale: "
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,8 +51,8 @@ class DataOptions:
       validation_fraction: share of the training file, rounded up, that becomes the validation split if there is no
         other validation file. Depends on ids only: every seed, fraction and label source has the same validation rows.
         0 holds nothing out.
-      label_prefix: prefix of the inputs of `<dataset>_label` and `<dataset>_rationale_then_label`. The default is the
-        official code's; the paper prints "[label] "; a single task needs none.
+      label_prefix: prefix of the inputs of every task but `<dataset>_rationale`. The default is the official code's;
+        the paper prints "[label] "; a single task needs none.
       rationale_prefix: prefix of the inputs of `<dataset>_rationale`; the paper's is "[rationale] ".
       dataset_prefix: text before both, for students of several datasets; "{dataset}" in it becomes the name.
       number_slots: replace the numbers of a row by slots in all its texts (slots.py); predictions get them back.
@@ -178,6 +181,15 @@ def numbers_of(text: str, options: DataOptions) -> Numbers:
     return Numbers.of(text) if options.number_slots else NO_NUMBERS
 
 
+def with_rationale(text: str, rationale: str) -> str:
+    """Joins x and a rationale to the input that a label is asked from; a prefix comes before both.
+
+    >>> with_rationale("Ann has 3 pens.", "There are 3. ")
+    'Ann has 3 pens. Rationale: There are 3.'
+    """
+    return f"{text}{RATIONALE_MARKER}{rationale.strip()}"
+
+
 class Examples(Sequence[Example]):
     """Examples of one task; each is made of its record when it is asked for, so that all take little memory.
 
@@ -188,6 +200,8 @@ class Examples(Sequence[Example]):
         """`rows` are those that the task can use."""
         self._task, self._rows, self._options = task, rows, options
         self._source = options.label_source if training else _EITHER
+        # In an evaluation the student writes the rationale itself.
+        self._joins = training and task == LABEL_GIVEN_RATIONALE
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -212,15 +226,15 @@ class Examples(Sequence[Example]):
         if self._options.number_slots:
             found = ((row, numbers_of(row.input, self._options).hide) for row in self._rows)
             if feature == "inputs":
-                return (prefix + hide(row.input) for row, hide in found)
+                return (prefix + hide(self._text(row)) for row, hide in found)
             return (hide(target) for row, hide in found for target in self._targets(row))
         if feature == "inputs":
-            return (prefix + row.input for row in self._rows)
+            return (prefix + self._text(row) for row in self._rows)
         return itertools.chain.from_iterable(map(self._targets, self._rows))
 
     def target_counts(self) -> list[int] | None:
         """Counts the targets of each example; None if each has one, as without several rationales in a row."""
-        if self._task == LABEL or not any(row.other_rationales for row in self._rows):
+        if self._task in (LABEL, LABEL_GIVEN_RATIONALE) or not any(row.other_rationales for row in self._rows):
             return None
         return [len(self._targets(row)) for row in self._rows]
 
@@ -228,10 +242,15 @@ class Examples(Sequence[Example]):
     def _prefix(self) -> str:
         return self._options.rationale_prefix if self._task == RATIONALE else self._options.label_prefix
 
+    def _text(self, row: records.Record) -> str:
+        if not self._joins:
+            return row.input
+        return with_rationale(row.input, row.rationales[0].rationale if row.rationales else "")
+
     def _targets(self, row: records.Record) -> list[str]:
         """Returns a target for each rationale of the row; of labels, the one."""
         label = _label_of(row, self._source)[0] or ""
-        if self._task == LABEL:
+        if self._task in (LABEL, LABEL_GIVEN_RATIONALE):
             return [label]
         rationales = [each.rationale for each in row.rationales] or [""]
         if self._task == RATIONALE:
@@ -241,7 +260,7 @@ class Examples(Sequence[Example]):
     def _example(self, row: records.Record) -> Example:
         label = _label_of(row, self._source)[0] or ""
         numbers = numbers_of(row.input, self._options)
-        inputs, targets = self._prefix + numbers.hide(row.input), numbers.hide(self._targets(row)[0])
+        inputs, targets = self._prefix + numbers.hide(self._text(row)), numbers.hide(self._targets(row)[0])
         return Example(row.id, label, inputs, targets, numbers)
 
 
@@ -308,7 +327,8 @@ def select(
     and with `rationales="agreeing"` no rationale for its label. The order of the file is kept.
 
     Validation and test keep every row with any label (the human's before the teacher's). Fraction and agreement do not
-    apply, and `rationale_then_label` keeps rows without a rationale, since only its label is graded.
+    apply, and `rationale_then_label` and `label_given_rationale` keep rows without a rationale, since only the label is
+    graded.
 
     Args:
       rows, split, hold_out: as for `rows_of`.
@@ -369,7 +389,9 @@ def _with_used_rationales(
     return dataclasses.replace(row, rationale=used[0].rationale, other_rationales=used[1:]), ""
 
 
-def _unused(row: records.Record, options: DataOptions, no_rationale: str, *, training: bool) -> tuple[str, str, str]:
+def _unused(
+    row: records.Record, options: DataOptions, no_rationale: str, *, training: bool
+) -> tuple[str, str, str, str]:
     """Returns for each of `TASKS` the reason why the row has no example, "" if it has one."""
     _, no_label = _label_of(row, options.label_source if training else _EITHER)
     if training and options.pairs:
@@ -379,7 +401,8 @@ def _unused(row: records.Record, options: DataOptions, no_rationale: str, *, tra
             numbers_of(row.input, options)
         except ValueError as error:
             raise ValueError(f"Row {row.id!r}: {error}") from None
-    return no_label, no_rationale, no_label or (no_rationale if training else "")
+    not_both = no_label or (no_rationale if training else "")
+    return no_label, no_rationale, not_both, not_both
 
 
 def _label_of(row: records.Record, source: str) -> tuple[str | None, str]:

@@ -3,7 +3,7 @@
 | name                      | what it is                                                                    |
 |---------------------------|-------------------------------------------------------------------------------|
 | `svamp_label`, ..         | a task of one dataset (registry.py)                                           |
-| `svamp_step_by_step`      | a mixture of two of them, in strict turns                                     |
+| `svamp_step_by_step`      | a mixture of two of them, in strict turns; `svamp_cascade` is another          |
 | `svamp.cqa_step_by_step`  | the same of several datasets, which take turns by their rates                 |
 | `corpus_span_corruption`  | plain text (corpus.py)                                                        |
 | any other                 | a task or mixture that somebody else has registered in SeqIO (outside.py)     |
@@ -25,17 +25,17 @@ import numpy as np
 
 from sbs_jax import checks
 from sbs_jax.data import catalogue, corpus, dataset_folder, outside
-from sbs_jax.data.dataset import KINDS, STEP_BY_STEP, Dataset
+from sbs_jax.data.dataset import KINDS, Dataset, tasks_of
 from sbs_jax.data.grading import SCORE
-from sbs_jax.data.selection import LABEL, RATIONALE, RATIONALE_THEN_LABEL, DataOptions
+from sbs_jax.data.selection import LABEL, LABEL_GIVEN_RATIONALE, RATIONALE, RATIONALE_THEN_LABEL, DataOptions
 from sbs_jax.student import losses
 
-MIXED = (LABEL, RATIONALE)  # the tasks that `step_by_step` alternates between
 # Values of the feature `task_ids` of one dataset: the objective that a task's target tokens count towards.
 TASK_IDS = {
     LABEL: losses.LABEL,
     RATIONALE: losses.RATIONALE,
     RATIONALE_THEN_LABEL: losses.LABEL,
+    LABEL_GIVEN_RATIONALE: losses.LABEL,
     corpus.SPAN_CORRUPTION: losses.LABEL,
     outside.KIND: losses.LABEL,
 }
@@ -149,20 +149,21 @@ def subtasks(name: str) -> tuple[str, ...]:
     found: list[str] = []
     for part in parts(name):
         dataset, kind = split(part)
-        found += [f"{dataset.name}_{task}" for task in MIXED] if kind == STEP_BY_STEP else [part]
+        found += [f"{dataset.name}_{task}" for task in tasks_of(kind)] if kind in KINDS else [part]
     return tuple(found)
 
 
 def graded(name: str) -> tuple[str, ...]:
     """Returns the task that grades each part, by answers or by loss; () if there are only rationales.
 
-    A step-by-step mixture is graded by its label task: rationales cost nothing at inference.
+    A mixture is graded by its label task: step-by-step without rationales, which cost nothing at inference, and the
+    cascade after the student's own.
     """
     found = []
     for part in parts(name):
         dataset, kind = split(part)
         if kind != RATIONALE:
-            found.append(f"{dataset.name}_{LABEL}" if kind == STEP_BY_STEP else part)
+            found.append(f"{dataset.name}_{tasks_of(kind)[0]}" if kind in KINDS else part)
     return tuple(found)
 
 

@@ -156,6 +156,9 @@ _LATER = {
     }.items()
 }
 
+# Counts of a kind of task that earlier versions did not have; they follow from those of the other tasks.
+_LATER_COUNTS = "label_given_rationale"
+
 
 @functools.cache
 def git_revision() -> str:
@@ -315,8 +318,14 @@ def _decisive_data(data: Mapping[str, Any], paths: Collection[str]) -> dict[str,
     parts = {name: _decisive_data(part, paths) for name, part in data.get("parts", {}).items()}
     for part in parts.values():  # each other option is the whole's
         part["options"] = {name: value for name, value in part["options"].items() if name.endswith("_prefix")}
+    splits = {
+        split: {**facts, "counts": {name: n for name, n in counts.items() if not name.startswith(_LATER_COUNTS)}}
+        for split, facts in data.get("splits", {}).items()
+        if isinstance(counts := facts.get("counts"), Mapping)
+    }
     return {
         **{name: value for name, value in data.items() if name != "module"},
+        **({"splits": {**data["splits"], **splits}} if splits else {}),
         "options": {name: value for name, value in data.get("options", {}).items() if name not in paths},
         **({"parts": parts} if parts else {}),
     }

@@ -67,7 +67,7 @@ def measure(arguments: argparse.Namespace) -> Iterator[harness.Row]:
         for name in DATASETS:
             dataset = registry.get(name)
             begin = time.monotonic()
-            tables = [registry.token_tables(f"{name}_{kind}", "train") for kind in task_names.MIXED]
+            tables = [registry.token_tables(task, "train") for task in task_names.subtasks(f"{name}_step_by_step")]
             result[name] = {
                 "examples": sum(len(table["inputs"]) for table in tables),
                 "seconds to tokenize": round(time.monotonic() - begin, 2),
