@@ -6,12 +6,13 @@ import hashlib
 import itertools
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from sbs_jax import compiling
 from sbs_jax.data import registry, selection, task_names, tokens
+from sbs_jax.data.dataset import answers_in_two_steps
 from sbs_jax.data.slots import NO_NUMBERS, Numbers
 from sbs_jax.prediction import precision, shapes
 from sbs_jax.prediction.inputs import Question
@@ -43,6 +44,7 @@ class _Prepared:
     """A question in tokens: its source per objective, its choices and the numbers in slots; or its error."""
 
     id: str
+    text: str = ""  # the input without a prefix, its numbers in slots
     numbers: Numbers = NO_NUMBERS
     sources: tuple[list[int], ...] = ()
     labels: tuple[str, ...] = ()
@@ -58,6 +60,15 @@ class _Part:
     source: list[int]
     form: shapes.Form
     choices: tuple[list[int], ...] = ()
+
+
+class _Result(NamedTuple):
+    """An answer by one objective: what is graded, its log probability, those of the choices, and the text in slots."""
+
+    prediction: str
+    score: float
+    scores: dict[str, float] | None
+    text: str
 
 
 class Answerer:
@@ -76,6 +87,7 @@ class Answerer:
         self._vocabulary = registry.vocabulary(student.options.vocabulary)
         run = student.manifest["run"]
         self._dataset, kind = task_names.answering(run["mixture_or_task_name"])
+        self._two_steps = answers_in_two_steps(kind) and settings.objective == selection.LABEL
         lengths = run["task_feature_lengths"]
         self._limit, self._choice_limit = lengths["inputs"], max(lengths["targets"], run["max_decode_length"])
         self._buckets = evaluate.buckets(self._limit)
@@ -135,8 +147,8 @@ class Answerer:
 
     def _make_objectives(self, kind: str, *, answer: int, rationale: int) -> list[_Objective]:
         settings, options = self._settings, self._student.options
-        explains = settings.rationale or settings.objective == selection.RATIONALE
-        if explains and kind == selection.LABEL:
+        explains = settings.rationale or settings.objective == selection.RATIONALE or self._two_steps
+        if explains and kind in (selection.LABEL, selection.LABEL_GIVEN_RATIONALE):
             log.warning("%s was trained on labels only; its rationales mean nothing.", self._owner)
         if settings.decoding == CHOICES and kind == selection.RATIONALE_THEN_LABEL:
             raise ValueError(
@@ -149,8 +161,8 @@ class Answerer:
         to_rationale = _Objective(options.rationale_prefix, selection.RATIONALE, rationale, beside)
         if settings.objective == selection.RATIONALE:
             return [to_rationale]
-        # A single-task student writes the rationale with the label.
-        return [to_label, to_rationale] if settings.rationale and not then_label else [to_label]
+        # A single-task student writes the rationale with the label; a cascade's reads it before the label.
+        return [to_label, to_rationale] if explains and not then_label else [to_label]
 
     def _generator(self, objective: _Objective, progress: compiling.Progress) -> evaluate.Generator:
         s = self._settings
@@ -199,8 +211,8 @@ class Answerer:
             for objective in self._objectives
         ]
         return [
-            _Prepared(q.id, error=found) if isinstance(found, str) else self._prepared(q, found, sources)
-            for q, found, *sources in zip(questions, numbers, *encoded, strict=True)
+            _Prepared(q.id, error=found) if isinstance(found, str) else self._prepared(q, found, text, sources)
+            for q, found, text, *sources in zip(questions, numbers, texts, *encoded, strict=True)
         ]
 
     def _numbers(self, question: Question) -> Numbers | str:
@@ -210,7 +222,7 @@ class Answerer:
         except ValueError as error:
             return str(error)
 
-    def _prepared(self, question: Question, numbers: Numbers, sources: list[list[int]]) -> _Prepared:
+    def _prepared(self, question: Question, numbers: Numbers, text: str, sources: list[list[int]]) -> _Prepared:
         most = max(map(len, sources))
         if most > self._limit:
             if self._settings.too_long == "error":
@@ -219,9 +231,10 @@ class Answerer:
                     error=f"the input has {most} tokens (with prefix and end); this student was trained with at most "
                     f"{self._limit}. Shorten it, or truncate with --too_long cut.",
                 )
-            sources = [tokens.cut(np.asarray(ids, np.int32), self._limit).tolist() for ids in sources]
+            sources = [self._cut(ids) for ids in sources]
+        prepared = _Prepared(question.id, text, numbers, tuple(sources))
         if self._settings.decoding != CHOICES:
-            return _Prepared(question.id, numbers, tuple(sources))
+            return prepared
         labels = question.choices if question.choices is not None else self.labels
         error = self._misfit(labels)
         if error is not None:
@@ -244,7 +257,19 @@ class Answerer:
                 error=f"a choice has {longest} tokens (with its end); this student was trained with at most "
                 f"{self._choice_limit}. Shorten it.",
             )
-        return _Prepared(question.id, numbers, tuple(sources), tuple(labels), choices)
+        return dataclasses.replace(prepared, labels=tuple(labels), choices=choices)
+
+    def _cut(self, ids: list[int]) -> list[int]:
+        return tokens.cut(np.asarray(ids, np.int32), self._limit).tolist()
+
+    def _with_rationales(self, rows: Sequence[_Prepared], rationales: Sequence[str]) -> list[_Prepared]:
+        """Returns the rows as the second step reads them: x and the rationale, truncated if they are too long."""
+        joined = map(selection.with_rationale, [row.text for row in rows], rationales)
+        encoded = tokens.encode([self._objectives[0].prefix + text for text in joined], self._vocabulary)
+        return [
+            dataclasses.replace(row, sources=(self._cut(ids), *row.sources[1:]))
+            for row, ids in zip(rows, encoded, strict=True)
+        ]
 
     def _misfit(self, labels: Sequence[str] | None) -> str | None:
         if labels is None:
@@ -276,17 +301,21 @@ class Answerer:
             return []
         prepared = self.prepare(questions)
         good = [n for n, each in enumerate(prepared) if each.error is None]
-        # The second objective writes rationales: only for questions that want one.
-        asked = [good, [n for n in good if questions[n].rationale]][: len(self._objectives)]
-        results = [
-            dict(zip(chosen, self._results(number, [prepared[n] for n in chosen]), strict=True))
-            for number, chosen in enumerate(asked)
-        ]
+        wants = self._settings.rationale
+        explained: dict[int, _Result] = {}
+        if len(self._objectives) > 1:  # the second writes rationales: only for questions that need or want one
+            asked = [n for n in good if self._two_steps or questions[n].rationale]
+            explained = dict(zip(asked, self._results(1, [prepared[n] for n in asked]), strict=True))
+        rows = [prepared[n] for n in good]
+        if self._two_steps:
+            rows = self._with_rationales(rows, [explained[n].text for n in good])
         found: dict[int, Answer] = {}
-        for n in good:
-            prediction, score, scores, text = results[0][n]
-            rationale = results[1][n][0] if len(results) > 1 and n in results[1] else None
-            if self._settings.rationale and len(results) == 1 and questions[n].rationale:
+        for n, (prediction, score, scores, text) in zip(good, self._results(0, rows), strict=True):
+            rationale = None
+            if wants and questions[n].rationale and explained:
+                rationale = explained[n].prediction
+            elif wants and questions[n].rationale:
+                text = prepared[n].numbers.fill(text)
                 rationale = text.rpartition(selection.ANSWER_MARKER)[0].strip() or text.strip()
             found[n] = Answer(
                 id=questions[n].id, prediction=prediction, score=score, rationale=rationale, scores=scores
@@ -296,19 +325,20 @@ class Answerer:
             for n, each in enumerate(prepared)
         ]
 
-    def _results(self, number: int, rows: Sequence[_Prepared]) -> list[tuple[str, float, dict[str, float] | None, str]]:
-        """Returns per row: prediction, log probability, probabilities of the choices, and the generated text."""
+    def _results(self, number: int, rows: Sequence[_Prepared]) -> list[_Result]:
+        """Answers the rows by one objective, in order."""
         objective = self._objectives[number]
         if objective.decoding == CHOICES:
             return self._chosen(number, rows)
         parts = [_Part(row.id, row.sources[number], self._generating) for row in rows]
         found = []
         for row, (ids, score) in zip(rows, self._computed(number, parts), strict=True):
-            text = row.numbers.fill(self._vocabulary.decode(ids))
-            found.append((registry.graded_text(text, kind=objective.kind), score, None, text))
+            text = self._vocabulary.decode(ids)
+            prediction = registry.graded_text(row.numbers.fill(text), kind=objective.kind)
+            found.append(_Result(prediction, score, None, text))
         return found
 
-    def _chosen(self, number: int, rows: Sequence[_Prepared]) -> list[tuple[str, float, dict[str, float] | None, str]]:
+    def _chosen(self, number: int, rows: Sequence[_Prepared]) -> list[_Result]:
         parts = []
         for row in rows:
             form = self._form(row.choices, source=len(row.sources[number]))
@@ -327,7 +357,7 @@ class Answerer:
             p_N = np.exp(log_p_N - log_p_N.max())
             best = int(np.argmax(log_p_N))
             scores = dict(zip(row.labels, (p_N / p_N.sum()).tolist(), strict=True))
-            found.append((row.labels[best], float(log_p_N[best]), scores, row.labels[best]))
+            found.append(_Result(row.labels[best], float(log_p_N[best]), scores, row.labels[best]))
         return found
 
     def _computed(self, number: int, parts: Sequence[_Part]) -> list[tuple[Any, ...]]:

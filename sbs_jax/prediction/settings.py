@@ -22,12 +22,14 @@ class Settings:
       decoding: "greedy", "beam", "sample", or "choices" (the most likely of a closed set of labels).
       beams, length_penalty: beam search scores a sequence by log probability / tokens ** length_penalty.
       temperature, top_k (0: all tokens), top_p, seed: options of sampling (`decoding.sample`).
-      rationale: also generate the rationale, with the same decoding (greedy if that is "choices").
+      rationale: also return the rationale, generated with the same decoding (greedy if that is "choices"). A cascade's
+        student always writes one, and its label's `score` is that of the label after it.
       batch_size: rows at a time.
       smaller: further batch sizes to compile, for batches that are not full.
       weights: precision of the matrices (precision.py).
       objective: "label", or "rationale" to answer with only the rationale.
-      too_long: for an input longer than the training length: "error", or "cut" to truncate it.
+      too_long: for an input longer than the training length: "error", or "cut" to truncate it. Inputs of a second step,
+        which hold a rationale, are always truncated.
     """
 
     decoding: str = GREEDY

@@ -15,9 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from sbs_jax import compiling, hosts
-from sbs_jax.data import batches, grading, registry, task_names
-from sbs_jax.data.dataset import BY_LOSS, Dataset
+from sbs_jax.data import batches, grading, registry, selection, task_names
+from sbs_jax.data.dataset import BY_LOSS, Dataset, answers_in_two_steps
 from sbs_jax.data.grading import SCORE
+from sbs_jax.data.tokens import TokenTable
 from sbs_jax.storage import atomic, json_files, places
 from sbs_jax.student import decoding, families, losses, partitioning, stacks
 from sbs_jax.training import stopping
@@ -30,7 +31,8 @@ log = logging.getLogger(__name__)
 class Result:
     """Metrics of a task in percent and one row per example: id, inputs, target, prediction, correct, score, scores.
 
-    `scores` are those of metrics other than `correct`, from 0 to 1 by name, if there are any.
+    `scores` are those of metrics other than `correct`, from 0 to 1 by name, if there are any. A cascade's rows also
+    have the rationale that the student wrote and read.
     """
 
     metrics: dict[str, float]
@@ -41,17 +43,16 @@ def evaluator(
     *, tasks: Sequence[str], split: str, task_feature_lengths: Mapping[str, int], generators: "Generators"
 ) -> "Evaluators":
     """Makes the grader of tasks on a split: each by its metric functions, or by loss if it has none."""
-    return Evaluators(
-        {
-            task: (LossEvaluator if _by_loss(task) else Evaluator)(
-                task_name=task,
-                split=split,
-                task_feature_lengths=task_feature_lengths,
-                generator=generators.of(by_loss=_by_loss(task)),
-            )
-            for task in tasks
-        }
-    )
+
+    def one(task: str) -> "Evaluator | LossEvaluator":
+        options: dict[str, Any] = {"task_name": task, "split": split, "task_feature_lengths": task_feature_lengths}
+        if _by_loss(task):
+            return LossEvaluator(generator=generators.of(by_loss=True), **options)
+        if answers_in_two_steps(task_names.split(task)[1]):
+            options["explainer"] = generators.of(length=task_feature_lengths["targets"])
+        return Evaluator(generator=generators.of(), **options)
+
+    return Evaluators({task: one(task) for task in tasks})
 
 
 class Generators:
@@ -60,13 +61,15 @@ class Generators:
     def __init__(self, *, max_decode_length: int, **options: Any) -> None:
         """Takes the options of `Generator`; each program is made when it is first asked for."""
         self._length, self._options = max_decode_length, options
-        self._made: dict[bool, Generator] = {}
+        self._made: dict[int, Generator] = {}
 
-    def of(self, *, by_loss: bool) -> "Generator":
-        if by_loss not in self._made:
-            length, compute = (0, _token_sums) if by_loss else (self._length, None)
-            self._made[by_loss] = Generator(length=length, compute=compute, **self._options)
-        return self._made[by_loss]
+    def of(self, *, length: int | None = None, by_loss: bool = False) -> "Generator":
+        """Returns the program that generates up to `length` tokens (default: of an answer), or computes losses."""
+        length = 0 if by_loss else length or self._length
+        if length not in self._made:
+            compute = _token_sums if by_loss else None
+            self._made[length] = Generator(length=length, compute=compute, **self._options)
+        return self._made[length]
 
 
 def _by_loss(task_name: str) -> bool:
@@ -159,7 +162,11 @@ def together(results: Mapping[str, Result]) -> dict[str, float]:
 
 
 class Evaluator:
-    """Grader of parameters on one split of a task, by greedy generation. Tokenizes once."""
+    """Grader of parameters on one split of a task, by greedy generation. Tokenizes once.
+
+    With an `explainer` the student answers in two steps: that writes a rationale from x, and `generator` the label from
+    x and this rationale.
+    """
 
     def __init__(
         self,
@@ -168,6 +175,7 @@ class Evaluator:
         split: str,
         task_feature_lengths: Mapping[str, int],
         generator: "Generator",
+        explainer: "Generator | None" = None,
     ) -> None:
         self._dataset = task_names.dataset_of(task_name)
         grading.check_installed(self._dataset.metric_fns)
@@ -176,7 +184,12 @@ class Evaluator:
         self._examples = batches.eval_examples(task_name, split=split, lengths=task_feature_lengths)
         if not self._examples:
             raise ValueError(f"Split {split!r} of {task_name} is empty; there is nothing to evaluate.")
+        self._vocabulary = registry.vocabulary(registry.options().vocabulary)
+        self._prefixes = selection.of_dataset(registry.options(), self._dataset.name)
         tokens = np.stack([e.features["encoder_input_tokens"] for e in self._examples])
+        if explainer is not None:
+            texts = [self._prefixes.rationale_prefix + text for text in self._questions()]
+            tokens = TokenTable.of(texts, self._vocabulary).padded(tokens.shape[1])
         hosts.agree({f"{task_name} {split}": hashlib.sha256(tokens.data).hexdigest()})
         self._tokens_NS = tokens
         self.row_count = len(tokens)
@@ -184,27 +197,24 @@ class Evaluator:
         self.answer_tokens = float(np.mean(answers))  # of a right answer, with EOS
         lengths_N = tokens.shape[1] - np.argmax(tokens[:, ::-1] != decoding.PAD, axis=1)
         self._groups = grouped(lengths_N, limit=tokens.shape[1], batch_size=generator.sizes[-1])
-        generator.expect(length for length, _ in self._groups)
-        self._generator = generator
-        self._vocabulary = registry.vocabulary(registry.options().vocabulary)
+        (explainer or generator).expect(length for length, _ in self._groups)
+        if explainer is not None:
+            generator.expect([tokens.shape[1]])
+        self._generator, self._explainer = generator, explainer
 
     def run(self, parameters: families.Parameters, *, before_batch: Callable[[], None] = lambda: None) -> Result:
         """Generates an answer to every example and grades it. An exception of `before_batch` ends it."""
-        generated: dict[int, tuple[list[int], float]] = {}
-        for length, indices in self._groups:
-            tokens = self._tokens_NS[indices, :length]
-            answers = self._generator.run(parameters, tokens, before_batch=before_batch)
-            generated |= zip(indices.tolist(), answers, strict=True)
+        generated = self._generated(parameters, before_batch=before_batch)
         rows, predictions = [], []
-        for number, example in enumerate(self._examples):
-            ids, score = generated[number]
-            text = self._vocabulary.decode(ids)
+        for example, (text, score, rationale) in zip(self._examples, generated, strict=True):
             fill = example.numbers.fill
             text = fill(text)
             prediction = example.answer(text)
             predictions.append(prediction)
             row = {"id": example.id, "input": fill(example.inputs), "target": _shown(example.label)}
             row |= {"prediction": _shown(prediction), "correct": self._dataset.same_label(example.label, prediction)}
+            if rationale is not None:
+                row["rationale"] = fill(rationale).strip()
             if text != prediction:
                 row["text"] = text
             rows.append(row | {"score": score})
@@ -221,6 +231,41 @@ class Evaluator:
         if values[self.primary_metric] == 0.0 and all(isinstance(each, str) for each in (*targets, *predictions)):
             self._sound_alarm(predictions)
         return Result(values, rows)
+
+    def _generated(
+        self, parameters: families.Parameters, *, before_batch: Callable[[], None]
+    ) -> list[tuple[str, float, str | None]]:
+        """Returns text, its log probability, and the rationale (None in one step) of each example, slots unfilled."""
+        first = self._explainer or self._generator
+        found: dict[int, tuple[list[int], float]] = {}
+        for length, indices in self._groups:
+            tokens = self._tokens_NS[indices, :length]
+            found |= zip(indices.tolist(), first.run(parameters, tokens, before_batch=before_batch), strict=True)
+        texts = [(self._vocabulary.decode(ids), score) for ids, score in (found[n] for n in range(self.row_count))]
+        if self._explainer is None:
+            return [(text, score, None) for text, score in texts]
+        rationales = [rationale for rationale, _ in texts]
+        # One length for all: theirs change from one evaluation to the next, and would compile further programs.
+        answers = self._generator.run(parameters, self._with(rationales), before_batch=before_batch)
+        return [
+            (self._vocabulary.decode(ids), score, rationale)
+            for (ids, score), rationale in zip(answers, rationales, strict=True)
+        ]
+
+    def _questions(self) -> list[str]:
+        return [example.inputs.removeprefix(self._prefixes.label_prefix) for example in self._examples]
+
+    def _with(self, rationales: Sequence[str]) -> np.ndarray:
+        """Encodes the questions with these rationales, cut or padded to the length of inputs; warns of cut ones."""
+        joined = map(selection.with_rationale, self._questions(), rationales)
+        table = TokenTable.of((self._prefixes.label_prefix + text for text in joined), self._vocabulary)
+        limit = self._tokens_NS.shape[1]
+        if count := int(np.sum(table.sizes > limit)):
+            log.warning(
+                "%s, %s: %d of %d inputs with the student's rationale are longer than %d tokens, and were cut.",
+                *(self._task_name, self._split, count, len(table), limit),
+            )
+        return table.padded(limit)
 
     def _sound_alarm(self, predictions: Sequence[str]) -> None:
         possible = self._dataset.labels or self._dataset.is_label or {e.label for e in self._examples}
