@@ -9,10 +9,10 @@ from sbs_jax.pages.canvas import COLOURS, INK, MUTED, PAPER, Canvas, label_right
 from sbs_jax.stats import baselines
 from sbs_jax.stats.costs import cost
 from sbs_jax.stats.formats import MINUS, compact, interval, percent, signed
-from sbs_jax.stats.results import DISTILLATION, FINE_TUNING, SINGLE_TASK, STEP_BY_STEP
+from sbs_jax.stats.results import CASCADE, DISTILLATION, FINE_TUNING, SINGLE_TASK, STEP_BY_STEP
 from sbs_jax.stats.summary import Comparison, Group, Summary
 
-_NUMBERS = {FINE_TUNING: 0, DISTILLATION: 1, STEP_BY_STEP: 2, SINGLE_TASK: 3}
+_NUMBERS = {FINE_TUNING: 0, DISTILLATION: 1, STEP_BY_STEP: 2, SINGLE_TASK: 3, CASCADE: 4}
 _MARKERS = ("o", "s", "D", "^", "v", "P")  # methods differ without color, too
 NARROW = 328  # pixels between the margins of a phone of 360; plots of this width name their lines in short lines
 _LABEL = 15  # characters of such a line

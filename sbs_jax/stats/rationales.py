@@ -6,7 +6,8 @@ by parser        The rationale's text names a label (a choice, a label, a calcul
                  it is the predicted one. Most texts of e-SNLI name none.
 by label task    The student reads its own rationale after the input, and gives the same answer as without. The same
                  with another row's rationale is the baseline: near 1, the student hardly reads rationales at all. It
-                 was not trained on such inputs.
+                 was not trained on such inputs. A cascade's student was, and always reads its own: only the baseline
+                 is measured.
 ROUGE-L          F1 of the longest common subsequence of words with the teacher's rationale (Lin, 2004): lower case,
                  letters and digits, no stemming.
 
@@ -22,7 +23,7 @@ from typing import Any
 
 from sbs_jax import hosts
 from sbs_jax.data import grading, parsing, records, registry, selection, task_names, tokens
-from sbs_jax.data.dataset import Dataset
+from sbs_jax.data.dataset import Dataset, answers_in_two_steps
 from sbs_jax.stats.quality import LINES, NAME, VERSION
 from sbs_jax.storage import atomic, places
 from sbs_jax.student import partitioning
@@ -56,6 +57,12 @@ def measure(
         whole = generate(texts, prefix=student.options.label_prefix, answer="targets")
         written = [text.rpartition(selection.ANSWER_MARKER)[0].strip() for text in whole]
         predictions = [registry.graded_text(text, kind=kind) for text in whole]
+    elif answers_in_two_steps(kind):
+        in_slots = generate.unfilled(texts, prefix=student.options.rationale_prefix, answer="targets")
+        written = generate.filled(texts, in_slots)
+        label = functools.partial(generate, texts, prefix=student.options.label_prefix, answer="label")
+        predictions, others = (label(rationales=read) for read in (in_slots, in_slots[1:] + in_slots[:1]))
+        by_label_task["by_label_task_other_rationale"] = _share(map(_alike(name.same_label), predictions, others))
     else:
         written = generate(texts, prefix=student.options.rationale_prefix, answer="targets")
         label = functools.partial(generate, prefix=student.options.label_prefix, answer="label")
@@ -172,14 +179,37 @@ class _Generator:
         self._answers = {"label": run["max_decode_length"], "targets": self._lengths["targets"]}
         self._generators: dict[str, evaluate.Generator] = {}
 
-    def __call__(self, texts: Sequence[str], *, prefix: str, answer: str, wide: bool = False) -> list[str]:
-        """Generates answers up to the length of `answer`, "label" or "targets"; `wide` inputs hold a rationale too."""
+    def __call__(self, texts: Sequence[str], **options: Any) -> list[str]:
+        """Generates answers, with the options of `unfilled`."""
+        return self.filled(texts, self.unfilled(texts, **options))
+
+    def filled(self, texts: Sequence[str], answers: Sequence[str]) -> list[str]:
+        """Puts the numbers of each text into its answer, in place of slots."""
+        numbers = [selection.numbers_of(text, self._student.options) for text in texts]
+        return [each.fill(answer).strip() for each, answer in zip(numbers, answers, strict=True)]
+
+    def unfilled(
+        self,
+        texts: Sequence[str],
+        *,
+        prefix: str,
+        answer: str,
+        wide: bool = False,
+        rationales: Sequence[str] | None = None,
+    ) -> list[str]:
+        """Generates answers up to the length of `answer`, "label" or "targets", with numbers in slots.
+
+        `wide` inputs hold a rationale that the student was not trained to read; `rationales` (in slots) are those that
+        it was.
+        """
         student = self._student
         vocabulary = registry.vocabulary(student.options.vocabulary)
         length = self._lengths["inputs"] + (self._lengths["targets"] if wide else 0)
         numbers = [selection.numbers_of(text, student.options) for text in texts]
-        hidden = [prefix + found.hide(text) for found, text in zip(numbers, texts, strict=True)]
-        rows = tokens.TokenTable.of(hidden, vocabulary).padded(length)
+        hidden = [found.hide(text) for found, text in zip(numbers, texts, strict=True)]
+        if rationales is not None:
+            hidden = map(selection.with_rationale, hidden, rationales)
+        rows = tokens.TokenTable.of([prefix + text for text in hidden], vocabulary).padded(length)
         if answer not in self._generators:
             self._generators[answer] = evaluate.Generator(
                 student.structure,
@@ -189,4 +219,4 @@ class _Generator:
                 length=self._answers[answer],
             )
         found = self._generators[answer].run(student.parameters, rows)
-        return [each.fill(vocabulary.decode(ids)).strip() for each, (ids, _) in zip(numbers, found, strict=True)]
+        return [vocabulary.decode(ids) for ids, _ in found]

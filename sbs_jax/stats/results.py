@@ -10,6 +10,7 @@ from typing import Any, Literal, NotRequired, TypedDict, cast
 import numpy as np
 
 from sbs_jax.checks import nearest, number, whole_number
+from sbs_jax.data.dataset import tasks_of
 from sbs_jax.run import directory
 from sbs_jax.run import manifest as run_manifest
 from sbs_jax.stats.intervals import accuracy_interval
@@ -21,10 +22,15 @@ FINE_TUNING = "standard fine-tuning"
 DISTILLATION = "standard distillation"
 STEP_BY_STEP = "step-by-step"
 SINGLE_TASK = "single-task rationale"
+CASCADE = "cascade"
 TEACHER_LABELS = "teacher labels"
-METHODS = (FINE_TUNING, DISTILLATION, STEP_BY_STEP, SINGLE_TASK)
-_SINGLE_TASK_KIND = "rationale_then_label"
-_METHOD_OF_KIND = {"label": FINE_TUNING, "step_by_step": STEP_BY_STEP, _SINGLE_TASK_KIND: SINGLE_TASK}
+METHODS = (FINE_TUNING, DISTILLATION, STEP_BY_STEP, SINGLE_TASK, CASCADE)
+_METHOD_OF_KIND = {
+    "label": FINE_TUNING,
+    "step_by_step": STEP_BY_STEP,
+    "rationale_then_label": SINGLE_TASK,
+    "cascade": CASCADE,
+}
 
 
 class _Options(TypedDict):
@@ -167,11 +173,11 @@ class Result:
         if self.folds:
             return round(statistics.fmean(one.label_rows for one in self.folds))
         counts = self.manifest["data"]["splits"]["train"]["counts"]
-        return counts[self.kind if self.kind == _SINGLE_TASK_KIND else "label"]
+        return counts[tasks_of(self.kind)[0]]
 
     @property
     def kind(self) -> str:
-        """Kind of task: "label", "step_by_step" or "rationale_then_label"."""
+        """Kind of task or mixture: "label", "step_by_step", "rationale_then_label" or "cascade"."""
         return _kind(self.manifest)
 
     @property
@@ -394,7 +400,7 @@ def _check_values(manifest: _Manifest) -> None:
         if name not in data["splits"]:
             raise ValueError(f"data.splits has {sorted(data['splits'])}; expected {name!r} too.")
     counts = data["splits"]["train"].get("counts", {})
-    needed = _SINGLE_TASK_KIND if _kind(manifest) == _SINGLE_TASK_KIND else "label"
+    needed = tasks_of(_kind(manifest))[0]
     whole_number(f"data.splits.train.counts.{needed}", counts.get(needed), least=0)
 
 
