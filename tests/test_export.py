@@ -228,6 +228,37 @@ def test_a_single_task_s_parser_takes_what_follows_the_marker(tmp_path):
     assert ".rpartition('Answer:')[2].strip()" in (tmp_path / "out" / cards.README).read_text()
 
 
+def test_a_cascade_answers_in_two_steps_wherever_it_goes(tmp_path):
+    """The program, the card and the README's code; ONNX, which is one program, is refused by name."""
+    run, one = (students.write(tmp_path / name, task=f"toy_{name}") for name in ("cascade", "step_by_step"))
+    for folder in (run, one):  # with room for a rationale
+        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest["run"]["task_feature_lengths"]["inputs"] = 48
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+    converted(run, tmp_path / "hlo", platforms=("cpu",), shapes=[(4, 48)], check=0)
+    card = json.loads((tmp_path / "hlo" / cards.FILE).read_text())
+    assert (card["input"]["rationale_after"], card["answer"]["is"]) == (" Rationale: ", "label")
+    assert card["rationale"] == {"prefix": "explain: ", "max_new_tokens": students.LENGTHS["targets"]}
+    found = answered(tmp_path / "hlo")
+    for name, objective in (("answer", "label"), ("rationale", "rationale")):
+        assert [text for text, _ in found[name]] == [
+            answer.prediction for answer in students.answers(run, objective=objective)
+        ]
+    assert [text for text, _ in found["answer"]] != [answer.prediction for answer in students.answers(one)]
+
+    converted(run, tmp_path / "hf", "hf")
+    for folder in ("hlo", "hf"):
+        readme = (tmp_path / folder / cards.README).read_text()
+        assert "It answers in two steps. First it writes a rationale, of `explain: ` and the text" in readme
+        assert "| input | `predict: ` and the text, then ` Rationale: ` and the rationale, up to 48 tokens |" in readme
+    assert "texts = [text + ' Rationale: ' + read.strip() for text, read in zip(texts, rationales)]" in readme
+    row = {"input": "predict: a b c", "rationale": "last is c."}
+    (tmp_path / "samples.jsonl").write_text(json.dumps(row))
+    assert cards.read_samples(tmp_path / "samples.jsonl", card, rows=1) == ["predict: a b c Rationale: last is c."]
+    with pytest.raises(ValueError, match=r"toy_cascade answers in two steps.*--to stablehlo"):
+        converted(run, tmp_path / "onnx", "onnx")
+
+
 # ------------------------------------------------------------------------------------ what is refused
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import jinja2
 
 from sbs_jax.data import corpus, grading, registry, selection, slots, tokens, vocabularies
-from sbs_jax.data.dataset import JOINT, STEP_BY_STEP, Dataset
+from sbs_jax.data.dataset import JOINT, MIXTURES, Dataset, answers_in_two_steps
 from sbs_jax.run import checkpoints
 from sbs_jax.run.manifest import last_name, parts
 from sbs_jax.stats import intervals, results
@@ -131,9 +131,12 @@ def sample_inputs(source: str, card: Mapping[str, Any], *, form: str, rows: int)
 
 
 def read_samples(path: str | Path, card: Mapping[str, Any], *, rows: int) -> list[str]:
-    """Reads the texts "input" of a JSONL file, with the prefix (added if it is missing) and slots for numbers."""
+    """Reads the texts "input" of a JSONL file, with the prefix (added if it is missing) and slots for numbers.
+
+    For a student that answers in two steps, the row's "rationale" follows, if it has one.
+    """
     texts: list[str] = []
-    prefix = card["input"]["prefix"]
+    prefix, marker = card["input"]["prefix"], card["input"].get("rationale_after")
     for number, row in json_files.read_json_lines(path):
         if len(texts) == rows:
             break
@@ -142,6 +145,9 @@ def read_samples(path: str | Path, card: Mapping[str, Any], *, rows: int) -> lis
             raise ValueError(f'{path}:{number}: expected {{"input": text}}, got {json_files.brief(row)}.')
         text = text.removeprefix(prefix)
         numbers = slots.Numbers.of(text) if card["input"].get("number_slots") else slots.NO_NUMBERS
+        rationale = row.get("rationale")
+        if marker is not None and isinstance(rationale, str):
+            text = selection.with_rationale(text, rationale)
         texts.append(prefix + numbers.hide(text))
     return texts
 
@@ -171,6 +177,7 @@ def _of_settings(opened: Opened) -> dict[str, Any]:
     label = {"prefix": options["label_prefix"], "max_new_tokens": run["max_decode_length"]}
     asked = rationale if kind in (selection.RATIONALE, corpus.SPAN_CORRUPTION) else label
     marker = selection.ANSWER_MARKER if kind == selection.RATIONALE_THEN_LABEL else None
+    two_steps = answers_in_two_steps(kind)
     return {
         "format": FORMAT,
         "dataset": name,
@@ -181,6 +188,8 @@ def _of_settings(opened: Opened) -> dict[str, Any]:
             "longer": "cut to max_tokens, of which the last is EOS",
             "joint": JOINT,
             "number_slots": options.get("number_slots", False),
+            # Two steps: the student writes a rationale (below) and reads it after the text and this marker.
+            "rationale_after": selection.RATIONALE_MARKER if two_steps else None,
         },
         "answer": {
             "is": _ANSWERS.get(kind, "label"),
@@ -189,7 +198,7 @@ def _of_settings(opened: Opened) -> dict[str, Any]:
             "labels": list(dataset.labels) if dataset is not None and dataset.labels is not None else None,
             "parser": {"after_last": marker, "strip": True},
         },
-        "rationale": rationale if kind == STEP_BY_STEP else None,
+        "rationale": rationale if kind in MIXTURES or two_steps else None,
         "grading": _grading(dataset, metric=run.get("primary_metric")),
         "test": None,
         "training": _training(manifest, opened),

@@ -39,7 +39,13 @@ def write(
     """Writes the artefact into an existing folder in float32; returns its facts, as `stablehlo.write` does.
 
     There is one shape, since each file holds all weights: 8 rows of the longest input unless another is given.
+    ValueError for a student that answers in two steps, which are two programs.
     """
+    if student.card["input"].get("rationale_after") is not None:
+        raise ValueError(
+            f"A student of {student.card['task']} answers in two steps, a rationale and then the label, but an ONNX "
+            "model is one program. Use --to stablehlo, which has a program for each."
+        )
     longest = student.card["input"]["max_tokens"]
     shapes = shapes or ((8, longest),)
     if len(shapes) != 1:

@@ -26,6 +26,13 @@ def _rotary_usage(card: Mapping[str, Any], *, prefix: str, parsed: str) -> str:
     """Describes the use of a model that reads texts without BOS; a decoder-only one continues its prompt."""
     is_decoder = families.config_type(card["model"]) is decoder_only.DecoderConfig
     kind, start, skipped = ("CausalLM", ", START", "len(ids) :") if is_decoder else ("Seq2SeqLM", "", "1:")
+    joint, rationale = card["input"].get("rationale_after"), card["rationale"]
+    first = ""
+    if joint is not None:  # two steps
+        first = (
+            f"    rationale = generate(text, {rationale['prefix']!r}, max_new_tokens={rationale['max_new_tokens']})\n"
+            f"    text += {joint!r} + rationale.strip()\n"
+        )
     starts = f"END, START = tokenizer.eos_token_id, {card['model']['decoder_start']}"
     ends = "A prompt is the text, the token that ends it, and one that begins the answer."
     return (
@@ -34,14 +41,16 @@ def _rotary_usage(card: Mapping[str, Any], *, prefix: str, parsed: str) -> str:
         f'model = transformers.AutoModelFor{kind}.from_pretrained("DIRECTORY")\n'
         f"{starts if is_decoder else 'END = tokenizer.eos_token_id'}\n"
         f"MOST = {card['input']['max_tokens']}\n\n"
-        "def encode(text):\n"
-        f"    parts = ({prefix!r} + text).split({card['input']['joint']!r})\n"
+        f"def encode(text, prefix={prefix!r}):\n"
+        f"    parts = (prefix + text).split({card['input']['joint']!r})\n"
         "    ids = [i for part in parts for i in [*tokenizer.encode(part, add_special_tokens=False), END]]\n"
         f"    return [*(ids if len(ids) <= MOST else [*ids[: MOST - 1], END]){start}]\n\n"
-        "def answer(text):\n"
-        "    ids = encode(text)\n"
-        f"    text = tokenizer.decode(model.generate(torch.tensor([ids]))[0, {skipped}], skip_special_tokens=True)\n"
-        f"    return text{parsed}\n```\n\n"
+        f"def generate(text, prefix={prefix!r}, **options):\n"
+        "    ids = encode(text, prefix)\n"
+        f"    found = model.generate(torch.tensor([ids]), **options)[0, {skipped}]\n"
+        "    return tokenizer.decode(found, skip_special_tokens=True)\n\n"
+        f"def answer(text):\n{first}"
+        f"    return generate(text){parsed}\n```\n\n"
         "`generation_config.json` has greedy search and the length of an answer. "
         f"{ends if is_decoder else 'An input is the text, without BOS, and the token that ends it.'} "
         f"`{hugging_face.ORIGIN}` describes the run itself and names its folders; only sbs_jax reads it.\n"
@@ -59,18 +68,27 @@ def _usage(card: Mapping[str, Any]) -> str:
     slots = card["input"].get("number_slots", False)
     hide = "numbers = [slots.Numbers.of(text) for text in texts]\n" if slots else ""
     hide += "texts = [n.hide(text) for n, text in zip(numbers, texts)]\n" if slots else ""
-    ends = 'texts = [text.replace("<pad>", "").replace("</s>", "") for text in texts]\n' if slots else ""
+    ends = '{0} = [text.replace("<pad>", "").replace("</s>", "") for text in {0}]\n' if slots else ""
     fill = "answers = [n.fill(text) for n, text in zip(numbers, answers)]\n" if slots else ""
     if families.config_type(card["model"]) is not t5.T5Config:
         return _rotary_usage(card, prefix=prefix, parsed=parsed)
+    asked = 'rows = tokenizer({}, return_tensors="pt", padding=True, truncation=True)\n'
+    told = "{} = tokenizer.batch_decode(model.generate(**rows{}), skip_special_tokens=" + f"{not slots}{{}})\n"
+    joint, rationale, first = card["input"].get("rationale_after"), card["rationale"], ""
+    if joint is not None:  # two steps
+        most = f", max_new_tokens={rationale['max_new_tokens']}"
+        first = (
+            f"questions = [{rationale['prefix']!r} + text for text in texts]\n{asked.format('questions')}"
+            f"{told.format('rationales', most, ', clean_up_tokenization_spaces=False')}{ends.format('rationales')}"
+            f"texts = [text + {joint!r} + read.strip() for text, read in zip(texts, rationales)]\n"
+        )
     return (
         f"```python\n{'import slots  # slots.py of this folder' + chr(10) if slots else ''}import transformers\n\n"
         'tokenizer = transformers.AutoTokenizer.from_pretrained("DIRECTORY")\n'
         'model = transformers.AutoModelForSeq2SeqLM.from_pretrained("DIRECTORY")\n'
-        f'texts = ["..."]\n{hide}'
+        f'texts = ["..."]\n{hide}{first}'
         f"texts = [{prefix!r} + text for text in texts]\n"
-        'rows = tokenizer(texts, return_tensors="pt", padding=True, truncation=True)\n'
-        f"texts = tokenizer.batch_decode(model.generate(**rows), skip_special_tokens={not slots})\n{ends}"
+        f"{asked.format('texts')}{told.format('texts', '', '')}{ends.format('texts')}"
         f"answers = [text{parsed} for text in texts]\n{fill}```\n\n"
         "`generation_config.json` has greedy search and the length of an answer, `tokenizer_config.json` that of an "
         f"input. `{hugging_face.ORIGIN}` describes the run itself and names its folders; only sbs_jax reads it.\n"

@@ -2,7 +2,8 @@
 
     python run.py < questions.jsonl > answers.jsonl         # {"id", "input"} to {"id", "prediction", "score"}
 
-`--rationale` asks for the rationale. An input is the text alone; its prefix is added here.
+`--rationale` asks for the rationale. An input is the text alone; its prefix is added here. A student that answers in
+two steps writes a rationale first and reads it after the text.
 """
 
 import json
@@ -17,6 +18,7 @@ import model  # noqa: E402  (model.py of this folder)
 
 CARD = json.loads((HERE / "sbs_student.json").read_text("utf-8"))
 GIVEN, TOKENIZER, MARKER = CARD["input"], CARD["tokenizer"], CARD["answer"]["parser"]["after_last"]
+RATIONALE_AFTER = GIVEN.get("rationale_after")
 PAD, EOS = TOKENIZER["pad_id"], TOKENIZER["eos_id"]
 SLOTS = GIVEN.get("number_slots", False)
 if SLOTS:
@@ -61,25 +63,33 @@ def decode(ids: list[int]) -> str:
     return PIECES.DecodeIds([i if i < known else PIECES.unk_id() for i in ids])
 
 
-def answer(texts: list[str], rationale: bool = False) -> list[tuple[str, float]]:
-    """Answers each text: (answer, natural log probability)."""
-    asked = CARD["rationale"] if rationale else GIVEN
-    if asked is None or (rationale and "rationale" not in model.TASKS):
+def generate(texts: list[str], task: str) -> list[tuple[str, float]]:
+    """Generates from each text, with slots for numbers: (text, natural log probability)."""
+    asked = GIVEN if task == "answer" else CARD["rationale"]
+    if asked is None or task not in model.TASKS:
         raise SystemExit("This student was not exported with rationales.")
-    if SLOTS:
-        numbers = [slots.Numbers.of(text) for text in texts]
-        texts = [found.hide(text) for found, text in zip(numbers, texts)]  # noqa: B905
     rows = [encode(asked["prefix"] + text) for text in texts]
     padded = np.full((len(rows), max(map(len, rows), default=1)), PAD, np.int32)
     for row, ids in zip(padded, rows):  # noqa: B905  (equally many, by construction)
         row[: len(ids)] = ids
-    tokens, scores = model.generate(padded, "rationale" if rationale else "answer")
-    found = [decode(ids.tolist()) for ids in tokens]
+    tokens, scores = model.generate(padded, task)
+    return [(decode(ids.tolist()), float(score)) for ids, score in zip(tokens, scores)]  # noqa: B905
+
+
+def answer(texts: list[str], rationale: bool = False) -> list[tuple[str, float]]:
+    """Answers each text: (answer, natural log probability)."""
+    if SLOTS:
+        numbers = [slots.Numbers.of(text) for text in texts]
+        texts = [found.hide(text) for found, text in zip(numbers, texts)]  # noqa: B905
+    if RATIONALE_AFTER is not None and not rationale:
+        read = generate(texts, "rationale")
+        texts = [text + RATIONALE_AFTER + first.strip() for text, (first, _) in zip(texts, read)]  # noqa: B905
+    found, scores = zip(*generate(texts, "rationale" if rationale else "answer"))  # noqa: B905
     if SLOTS:
         found = [each.fill(text) for each, text in zip(numbers, found)]  # noqa: B905
     if MARKER is not None and not rationale:
         found = [text.rpartition(MARKER)[2] if MARKER in text else "" for text in found]
-    return [(text.strip(), float(score)) for text, score in zip(found, scores)]  # noqa: B905
+    return [(text.strip(), score) for text, score in zip(found, scores)]  # noqa: B905
 
 
 if __name__ == "__main__":
