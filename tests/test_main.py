@@ -14,7 +14,8 @@ import pytest
 import tasks  # noqa: F401  (registers the datasets)
 from sbs_jax import checks
 from sbs_jax.cli import main
-from sbs_jax.data import records, registry, release
+from sbs_jax.data import records, registry, release, selection
+from sbs_jax.data.dataset import MIXTURES
 from sbs_jax.prediction import compiled
 from sbs_jax.run import directory, settings
 from sbs_jax.stats import verdict
@@ -94,8 +95,8 @@ METHODS = {
     "standard_finetuning": ("label", "human", 1.0, ""),
     "standard_distillation": ("label", "teacher", 1.0, ""),
     "step_by_step": ("step_by_step", "human", 0.5, "predict: "),
-    "several_rationales": ("step_by_step", "human", 0.5, "predict: "),
     "single_task_rationale": ("rationale_then_label", "human", 1.0, ""),
+    "cascade": ("cascade", "human", 0.5, "predict: "),
 }
 
 
@@ -113,10 +114,9 @@ def test_every_experiment_runs_every_method(experiment, method):
     datasets = "svamp.cqa.esnli.anli1" if several else experiment.split("/")[1]
     assert config.mixture_or_task_name == f"{datasets}_{kind}"
     assert (config.data.label_source, config.alpha, config.data.label_prefix) == (source, alpha, prefix)
-    assert config.data.rationales_per_example == ("all" if method == "several_rationales" else 1)
     # Every method sees the same number of label examples per update.
     per_row = given(text, "EXAMPLES_PER_ROW")
-    count = (2 if kind == "step_by_step" else 1) * (4 if several else 1)
+    count = (2 if kind in MIXTURES else 1) * (4 if several else 1)
     assert config.batch_size == math.ceil(given(text, "EXAMPLES") * count / per_row)
     header = (ROOT / "gin_configs" / f"{experiment}.gin").read_text()
     for word in ("sbs train", "Hardware", "Paper"):
@@ -127,8 +127,16 @@ def test_methods_beyond_the_paper_build_on_step_by_step():
     config, _ = configure("experiments/svamp/base", "methods/mutual_information", bindings=["PACK=False"])
     assert (config.mutual_information, config.data.pairs) == ("as_written", True)
     assert config.mixture_or_task_name == "svamp_step_by_step"
+    config, _ = configure("experiments/svamp/base", "methods/several_rationales")
+    assert config.data.rationales_per_example == "all"
     config, _ = configure("experiments/svamp/base", "methods/rationale_first", bindings=["TRAIN_STEPS=100"])
     assert [float(config.alpha(step)) for step in (0, 50, 100)] == pytest.approx([0.1, 0.5, 0.9])
+    lengths = "TASK_FEATURE_LENGTHS={'inputs': 40, 'targets': 24}"
+    config, _ = configure("experiments/svamp/base", "methods/cascade", bindings=[lengths])
+    assert config.task_feature_lengths == {"inputs": 40 + 24 + 16, "targets": 24}
+    assert len(selection.RATIONALE_MARKER.encode()) <= 16
+    with pytest.raises(gin_files.UsageError, match=r"task_feature_lengths is \{\}"):
+        configure("experiments/svamp/base", "methods/cascade", bindings=["TASK_FEATURE_LENGTHS={}"])
 
 
 def given(text, macro):

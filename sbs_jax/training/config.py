@@ -18,6 +18,7 @@ from sbs_jax.student.mutual_information import MutualInformation
 
 MEMORIES = ("device", "pinned_host")
 _FEATURES = ("inputs", "targets")
+_MARKER = 16  # tokens for selection.RATIONALE_MARKER, which has 12 bytes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -252,6 +253,15 @@ def rows_per_update(*, mixture_or_task_name: str, examples: int, examples_per_ro
     """
     tasks = 1 if task_names.is_outside(mixture_or_task_name) else len(task_names.subtasks(mixture_or_task_name))
     return math.ceil(examples * tasks / examples_per_row)
+
+
+def lengths_with_rationale(*, lengths: Mapping[str, int]) -> dict[str, int]:
+    """Adds room for a rationale, as long as the targets, and for its marker to the length of inputs.
+
+    >>> lengths_with_rationale(lengths={"inputs": 176, "targets": 112})
+    {'inputs': 304, 'targets': 112}
+    """
+    return {**lengths, "inputs": lengths["inputs"] + lengths["targets"] + _MARKER}
 
 
 def rsqrt_schedule(*, peak: float, warmup_steps: int) -> optax.Schedule:
