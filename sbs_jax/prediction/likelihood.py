@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from sbs_jax.data import registry, selection, task_names, tokens
-from sbs_jax.data.dataset import STEP_BY_STEP
+from sbs_jax.data.dataset import MIXTURES
 from sbs_jax.student import partitioning
 from sbs_jax.training import evaluate, students
 
@@ -23,7 +23,7 @@ class Scorer:
         """Raises ValueError for a student without a rationale task, or whose vocabulary is another one now."""
         run, data = student.manifest["run"], student.manifest["data"]
         dataset, kind = task_names.answering(run["mixture_or_task_name"])
-        if kind not in (selection.RATIONALE, STEP_BY_STEP):
+        if kind not in (selection.RATIONALE, *MIXTURES):
             raise ValueError(
                 f"the student was trained on {dataset.name}_{kind}, which has no rationale task; give a run of "
                 "gin_configs/methods/step_by_step.gin."
