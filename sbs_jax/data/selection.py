@@ -384,7 +384,7 @@ def _with_used_rationales(
             return row, "argues for another label"
     if isinstance(options.rationales_per_example, int):
         used = used[: options.rationales_per_example]
-    if used == found:
+    if len(used) == 1 + len(row.other_rationales):  # all of them, and the row's own is not blank
         return row, ""
     return dataclasses.replace(row, rationale=used[0].rationale, other_rationales=used[1:]), ""
 
