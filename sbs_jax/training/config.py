@@ -11,7 +11,7 @@ import optax
 
 from sbs_jax import checks
 from sbs_jax.data import grading, selection, task_names
-from sbs_jax.data.dataset import STEP_BY_STEP
+from sbs_jax.data.dataset import STEP_BY_STEP, check_lengths
 from sbs_jax.run import trackers
 from sbs_jax.student import adapters, families, losses, partitioning, stacking, stacks
 from sbs_jax.student.mutual_information import MutualInformation
@@ -261,6 +261,7 @@ def lengths_with_rationale(*, lengths: Mapping[str, int]) -> dict[str, int]:
     >>> lengths_with_rationale(lengths={"inputs": 176, "targets": 112})
     {'inputs': 304, 'targets': 112}
     """
+    check_lengths(lengths)
     return {**lengths, "inputs": lengths["inputs"] + lengths["targets"] + _MARKER}
 
 
