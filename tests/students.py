@@ -29,23 +29,36 @@ TEXTS = (
 )
 
 
-def write(folder: Path, *, vocabulary: str = "byte", task: str = "toy_step_by_step", **changes: Any) -> Path:
-    """Writes a run of the toy's shape, with `changes` to its architecture."""
+def write(
+    folder: Path,
+    *,
+    vocabulary: str = "byte",
+    task: str = "toy_step_by_step",
+    inputs: int = LENGTHS["inputs"],
+    **changes: Any,
+) -> Path:
+    """Writes a run of the toy's shape, with `changes` to its architecture; `inputs` is its longest input."""
     rows = 384 if vocabulary == tokens.BYTE_VOCABULARY else 32_128
     config = dataclasses.replace(toy.MODEL, **{"vocab_size": rows, **changes})
     values = cases.parameters(config)
     values["logits_dense/kernel"][:, 259 if rows == 384 else 32_000 :] = 0  # rows without a token, and sentinels
     parameters = {name: jnp.asarray(each) for name, each in values.items()}
-    return write_model(folder, config, parameters, vocabulary=vocabulary, task=task)
+    return write_model(folder, config, parameters, vocabulary=vocabulary, task=task, inputs=inputs)
 
 
 def write_model(
-    folder: Path, config: families.ModelConfig, parameters: families.Parameters, *, vocabulary: str, task: str
+    folder: Path,
+    config: families.ModelConfig,
+    parameters: families.Parameters,
+    *,
+    vocabulary: str,
+    task: str,
+    inputs: int = LENGTHS["inputs"],
 ) -> Path:
     """Writes a run of any family."""
     registry.add(toy.DATASET)
     checkpoints.save_parameters(folder, parameters, config=config, step=7)
-    _write_manifest(folder, vocabulary=vocabulary, task=task, tuning=None)
+    _write_manifest(folder, vocabulary=vocabulary, task=task, tuning=None, inputs=inputs)
     return folder
 
 
@@ -66,10 +79,12 @@ def write_adapters(folder: Path, tuning: adapters.Tuning, *, base: Path) -> Path
     return folder
 
 
-def _write_manifest(folder: Path, *, vocabulary: str, task: str, tuning: adapters.Tuning | None) -> None:
+def _write_manifest(
+    folder: Path, *, vocabulary: str, task: str, tuning: adapters.Tuning | None, inputs: int = LENGTHS["inputs"]
+) -> None:
     data = {"options": dataclasses.asdict(toy.options(folder / "records")) | {"vocabulary": vocabulary}}
     data |= {"dataset": "toy", "vocabulary_sha256": tokens.vocabulary_sha256(vocabulary), "splits": {}}
-    run = {"mixture_or_task_name": task, "task_feature_lengths": LENGTHS, "max_decode_length": 6}
+    run = {"mixture_or_task_name": task, "task_feature_lengths": LENGTHS | {"inputs": inputs}, "max_decode_length": 6}
     settings = {"tuning": None if tuning is None else dataclasses.asdict(tuning)}
     contents = {"data": data, "run": run | {"primary_metric": "accuracy"}, "settings": settings}
     (folder / directory.MANIFEST).write_text(json.dumps(contents))

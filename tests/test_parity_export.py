@@ -58,13 +58,23 @@ def exported(student, tmp_path_factory) -> Path:
 
 
 def test_the_card_s_program_answers_in_transformers(transformers, student, exported):
+    assert answers_of_the_readme(exported) == student[1]
+
+
+def test_the_card_s_program_of_a_cascade_answers_in_two_steps(transformers, tmp_path):
+    run = students.write(tmp_path / "run", task="toy_cascade", inputs=48)
+    converted(run, tmp_path / "out", "hf")
+    assert answers_of_the_readme(tmp_path / "out") == [answer.prediction for answer in students.answers(run)]
+
+
+def answers_of_the_readme(exported: Path) -> list[str]:
     """Runs the README's text, with the directory and the questions filled in."""
     readme = (exported / cards.README).read_text("utf-8")
     (program,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
     program = program.replace('"DIRECTORY"', repr(str(exported))).replace('["..."]', repr(list(students.TEXTS)))
     found: dict = {}
     exec(program, found)
-    assert found["answers"] == student[1]
+    return found["answers"]
 
 
 def to_ctranslate2(exported: Path, folder: Path) -> None:

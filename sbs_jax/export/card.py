@@ -98,7 +98,7 @@ _FIELDS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("dataset", "task", "input.prefix", "input.joint", "answer.is", "training.method"), (str,)),
     **dict.fromkeys(("input.max_tokens", "answer.max_new_tokens", "parameters"), (int,)),
     "answer.labels": (list, _NONE),
-    "answer.parser.after_last": (str, _NONE),
+    **dict.fromkeys(("answer.parser.after_last", "input.rationale_after"), (str, _NONE)),
     "rationale": (dict, _NONE),
     **dict.fromkeys(("grading.metric", "grading.file", "training.base", "training.adapters"), (str, _NONE)),
     **dict.fromkeys(("grading.functions", "grading.meaning"), (list,)),
