@@ -63,6 +63,8 @@ def training(found: gin_scan.Scan) -> None:
         weights("INITIAL_CHECKPOINT_PATH", path, "give the folder of a checkpoint (docs/checkpoints.md)")
     if isinstance(path := found.value("SOFT_TARGETS"), str):
         existing("SOFT_TARGETS", path, "write it with `sbs soft_targets`, or set it to None")
+    if isinstance(path := found.value("TEACHER"), str):
+        existing("TEACHER", path, "train it with `sbs train`, or set it to None")
     if isinstance(path := found.value("AUGMENTATION"), str):
         existing("AUGMENTATION", path, "write it with `sbs records --augmentation`, or set it to None")
 

@@ -108,6 +108,7 @@ def _details(one: dict[str, Any], number: int | None) -> list[str]:
         row("memory per device, GiB", _memory),
         row("  parameters", held("parameters")),
         row("  optimizer state", held("optimizer")),
+        row("  teacher", held("teacher")),
         row("  batch", held("batch")),
         row("  activations, temporaries", held("temporaries")),
         row("  results, program", held("outputs", "program")),

@@ -102,6 +102,8 @@ def _compiled(
     """Compiles one step: memory, cycles, collectives and compile seconds."""
     start = time.monotonic()
     held = {"parameters": _bytes_per_device((trainer.abstract.parameters, trainer.abstract.frozen))}
+    if step != GENERATION and trainer.abstract.teacher:  # like the optimizer state
+        held["teacher"] = _bytes_per_device(trainer.abstract.teacher)
     if step == TRAIN:
         held["batch"] = _bytes_per_device(trainer.batch)
     if step != GENERATION:  # evaluation runs during training, with the optimizer state in memory
@@ -120,7 +122,8 @@ def _compiled(
         "outputs": max(0, sizes.output_size_in_bytes - sizes.alias_size_in_bytes),
         "program": sizes.generated_code_size_in_bytes,
     }
-    arguments = sizes.argument_size_in_bytes + (held["optimizer"] if step == EVALUATION else 0)
+    beside = held["optimizer"] + held.get("teacher", 0) if step == EVALUATION else 0
+    arguments = sizes.argument_size_in_bytes + beside
     total = arguments + memory["temporaries"] + memory["outputs"] + memory["program"]
     available = topology.chip.available_gib * chips.GIB
     known = {"fits": total <= available, "needs": total, "available": available, "compile_seconds": seconds}

@@ -30,6 +30,7 @@ _WHERE_AND_HOW = (
     *("keep_period", "stall_seconds", "save_patience", "trackers", "profile_steps"),
     "skip_non_finite",  # decides only where the run would have stopped
     "soft_targets",  # compared by its hash
+    "teacher",  # compared by its identity
 )
 # If no best checkpoint is kept, these decide which one is tested.
 _KEEPING = ("checkpoint_period", "keep_checkpoints", "keep_best", "keep_period")
@@ -41,7 +42,10 @@ _UNCOMPARED = (
 )
 _MACRO = re.compile(r"%([A-Za-z_]\w*)")
 # Settings that are paths, absolute or not.
-_PATHS = ("records_dir", "model_dir", "initial_checkpoint_path", "vocabulary", "corpus", "augmentation", "soft_targets")
+_PATHS = (
+    *("records_dir", "model_dir", "initial_checkpoint_path", "vocabulary", "corpus", "augmentation", "soft_targets"),
+    "teacher",
+)
 _STEADY = 1e-6  # share of the highest rate: tolerance for a schedule's rounding on another device
 
 
@@ -153,6 +157,10 @@ _LATER = {
         "mutual_information": None,
         "mutual_information_weight": 0.1,
         "soft_share": 0.5,
+        "on_policy": 0.5,
+        "jsd_beta": 0.5,
+        "jsd_share": 0.5,
+        "sampling_temperature": 1.0,
     }.items()
 }
 

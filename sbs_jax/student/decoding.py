@@ -381,13 +381,13 @@ def score(
     decoder_target_tokens: Int[Array, "B T"],
 ) -> Float[Array, "B"]:
     """Computes the natural log probability of each target: the sum over its non-padding tokens, with EOS if present."""
-    shifted = _shifted(decoder_target_tokens, start=model.config.decoder_start)
-    log_p = jax.nn.log_softmax(model(encoder_input_tokens, shifted), axis=-1)
+    before = shifted(decoder_target_tokens, start=model.config.decoder_start)
+    log_p = jax.nn.log_softmax(model(encoder_input_tokens, before), axis=-1)
     chosen = jnp.take_along_axis(log_p, decoder_target_tokens[..., None], axis=-1)[..., 0]
     return jnp.sum(jnp.where(stacks.is_token(decoder_target_tokens), chosen, 0.0), axis=-1)
 
 
-def _shifted(targets: Int[Array, "*rows T"], *, start: int) -> Int[Array, "*rows T"]:
+def shifted(targets: Int[Array, "*rows T"], *, start: int) -> Int[Array, "*rows T"]:
     """Returns the decoder's inputs for given targets: each token's predecessor, first `start`."""
     edges = [(0, 0)] * (targets.ndim - 1) + [(1, 0)]
     return jnp.pad(targets, edges, constant_values=start)[..., :-1]
@@ -404,7 +404,7 @@ def score_choices(
     stepper = _stepper(model, encoder_input_tokens, length=length, beams=count)
     # The key of target n at position t has index t * N + n; the stepper masks later positions.
     own_1NP = (jnp.arange(length * count)[None, :] % count == jnp.arange(count)[:, None])[None]
-    before_BNT = _shifted(choices_BNT, start=model.config.decoder_start)
+    before_BNT = shifted(choices_BNT, start=model.config.decoder_start)
     real_BNT = stacks.is_token(choices_BNT.reshape(-1, length)).reshape(choices_BNT.shape)
 
     def advance(carry, at):

@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, Int
 
 from sbs_jax.student import layers, partitioning
 from sbs_jax.student.mutual_information import MutualInformation
+from sbs_jax.student.on_policy import OnPolicy
 from sbs_jax.student.soft_targets import Divergence
 
 # Values of the `task_ids` feature for one dataset; 0 is padding.
@@ -48,6 +49,7 @@ class Loss:
     z_loss: float = 0.0
     mutual_information: MutualInformation | None = None
     soft_share: float = 0.0  # of the divergence from soft targets; the cross-entropy has the rest
+    on_policy: OnPolicy | None = None  # the divergence from a teacher in memory
 
     @property
     def smooths(self) -> bool:

@@ -68,13 +68,13 @@ def rates(config: TrainConfig, *, tokens_per_second: float, seconds_per_step: fl
     """Returns tokens per second and device, model FLOP utilisation, and the most device memory in use, in GiB.
 
     Utilisation is that of `sbs plan`: the model's operations at full rows, padding included, over the bfloat16 peak. It
-    is left out where the device's peak is not known or adapters train a part, and memory where the device keeps no
-    statistics (a CPU).
+    is left out where the device's peak is not known, adapters train a part or a teacher works too, and memory where the
+    device keeps no statistics (a CPU).
     """
     devices = jax.devices()
     found = {"tokens_per_second_per_device": tokens_per_second / len(devices)}
     peak = chips.peak_flops(devices[0].device_kind)
-    if peak is not None and config.tuning is None:
+    if peak is not None and config.tuning is None and config.teacher is None:
         lengths = config.task_feature_lengths
         operations = flops.training_flops(
             config.model, rows=config.batch_size, inputs=lengths["inputs"], targets=lengths["targets"]

@@ -15,6 +15,7 @@ from sbs_jax.data.dataset import STEP_BY_STEP, check_lengths
 from sbs_jax.run import trackers
 from sbs_jax.student import adapters, families, losses, partitioning, stacking, stacks
 from sbs_jax.student.mutual_information import MutualInformation
+from sbs_jax.student.on_policy import OnPolicy
 
 MEMORIES = ("device", "pinned_host")
 _FEATURES = ("inputs", "targets")
@@ -35,6 +36,11 @@ class Optimization:
     mutual_information_weight: float = 0.1
     soft_targets: str | None = None  # store of a teacher's distributions (`sbs soft_targets`); None: without
     soft_share: float = 0.5  # of the divergence from them; the cross-entropy has the rest
+    teacher: str | None = None  # run of a larger student that is kept in memory (on-policy distillation); None: without
+    on_policy: float = 0.5  # share of steps whose divergence from it is on targets that the student samples
+    jsd_beta: float = 0.5  # of the Jensen-Shannon divergence; 0: forward KL, 1: reverse KL
+    jsd_share: float = 0.5  # of the divergence; the loss on the dataset's targets has the rest
+    sampling_temperature: float = 1.0  # of the student's sampling
     loss_weights: Mapping[str, int | float] | None = None  # of the datasets, or tasks, of a mixture; None: equal
     z_loss: float = 0.0  # weight of T5X's auxiliary loss
     optimizer: Callable[..., optax.GradientTransformation]  # called with learning_rate=
@@ -54,8 +60,11 @@ class Optimization:
                     f"TrainConfig.alpha is {alpha!r}{when}; expected 0 (rationale only) to 1 (label only)."
                 )
         checks.number("TrainConfig.label_smoothing", self.label_smoothing, least=0.0, below=1.0)
-        if self.soft_targets is not None and (not isinstance(self.soft_targets, str) or not self.soft_targets):
-            raise ValueError(f"TrainConfig.soft_targets is {self.soft_targets!r}; expected a path or None.")
+        for name in ("soft_targets", "teacher"):
+            path = getattr(self, name)
+            if path is not None and (not isinstance(path, str) or not path):
+                raise ValueError(f"TrainConfig.{name} is {path!r}; expected a path or None.")
+        _ = self.distillation
         checks.number("TrainConfig.soft_share", self.soft_share, above=0.0, most=1.0)
         checks.number("TrainConfig.z_loss", self.z_loss, least=0.0)
         if self.clip_norm is not None:
@@ -70,6 +79,17 @@ class Optimization:
                 f"TrainConfig.optimizer and learning_rate are {self.optimizer!r} and {self.learning_rate!r}; expected "
                 "an optimizer's constructor (gin: @optax.adamw) and a schedule (gin: @optax.constant_schedule())."
             )
+
+    @property
+    def distillation(self) -> OnPolicy | None:
+        """Returns the term of a teacher in memory, None without one. ValueError for a number outside its range."""
+        term = OnPolicy(
+            share=self.jsd_share,
+            beta=self.jsd_beta,
+            probability=self.on_policy,
+            temperature=self.sampling_temperature,
+        )
+        return None if self.teacher is None else term
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -182,6 +202,16 @@ class TrainConfig(Optimization, Checkpointing, Evaluation, Compute, Guards):
             raise ValueError(
                 f"Soft targets need all logits at a time; got vocabulary_chunks {self.vocabulary_chunks}, expected 1."
             )
+        if self.teacher is not None and self.vocabulary_chunks > 1:
+            raise ValueError(
+                f"A teacher in memory needs all logits at a time; got vocabulary_chunks {self.vocabulary_chunks}, "
+                "expected 1."
+            )
+        if self.teacher is not None and self.pack:
+            raise ValueError(
+                "The student samples one target per row, but packed rows hold several examples. Set PACK = False, or "
+                "TEACHER = None."
+            )
         self.gradient_transformation()  # a wrong optimizer argument fails here, before any compile
 
     def loss(self, step: Any) -> losses.Loss:
@@ -194,7 +224,13 @@ class TrainConfig(Optimization, Checkpointing, Evaluation, Compute, Guards):
         if self.mutual_information is not None:
             term = MutualInformation(self.mutual_information, self.mutual_information_weight)
         share = 0.0 if self.soft_targets is None else self.soft_share
-        return losses.Loss(objectives=objectives, z_loss=self.z_loss, mutual_information=term, soft_share=share)
+        return losses.Loss(
+            objectives=objectives,
+            z_loss=self.z_loss,
+            mutual_information=term,
+            soft_share=share,
+            on_policy=self.distillation,
+        )
 
     @property
     def eval_task_names(self) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from sbs_jax.storage import hub
 from sbs_jax.student import adapters, families
 from sbs_jax.training.config import TrainConfig
 from sbs_jax.training.step import Trainer
+from sbs_jax.training.students import Student
 
 log = logging.getLogger(__name__)
 
@@ -42,8 +43,13 @@ def pinned(config: TrainConfig) -> TrainConfig:
     return dataclasses.replace(config, initial_checkpoint_path=weights, data=data)
 
 
-def manifest(config: TrainConfig, *, data: dict[str, Any], trainer: Trainer) -> dict[str, Any]:
-    """Collects data hashes, settings, mesh and parameter table, and logs them; warns about truncated sequences."""
+def manifest(
+    config: TrainConfig, *, data: dict[str, Any], trainer: Trainer, teacher: Student | None = None
+) -> dict[str, Any]:
+    """Collects data hashes, settings, mesh and parameter table, and logs them; warns about truncated sequences.
+
+    `teacher` is the one that the run keeps in memory; its identity is part of the data.
+    """
     lengths = _truncated(config, data)
     parameters = {
         name: {"shape": leaf.shape, "dtype": str(leaf.dtype), "spec": str(leaf.sharding.spec)}
@@ -51,6 +57,8 @@ def manifest(config: TrainConfig, *, data: dict[str, Any], trainer: Trainer) -> 
     }
     if config.soft_targets is not None:
         data = {**data, "soft_targets_sha256": soft_targets.sha256(config.soft_targets)}
+    if teacher is not None:
+        data = {**data, "teacher": teacher.identity()}
     total = sum(math.prod(leaf.shape) for leaf in families.abstract(config.model)[1].values())
     devices = [str(device) for device in trainer.partitioner.mesh.devices.flat]
     log.info("Devices: %s; mesh %s.", ", ".join(devices), trainer.partitioner.sizes)

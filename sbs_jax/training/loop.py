@@ -18,12 +18,13 @@ from sbs_jax.hosts import preemption, watchdog
 from sbs_jax.run import checkpoints, directory, settings
 from sbs_jax.run import manifest as run_manifest
 from sbs_jax.storage import places
-from sbs_jax.training import clock, contents, evaluate, failures, feed, stopping
+from sbs_jax.training import clock, contents, evaluate, failures, feed, stopping, teachers
 from sbs_jax.training.config import Checkpointing, TrainConfig
 from sbs_jax.training.metrics_window import MetricsWindow
 from sbs_jax.training.profile import Profiler
 from sbs_jax.training.state import initial_state, load_base, restored_state
 from sbs_jax.training.step import Trainer, TrainState, prepare
+from sbs_jax.training.students import Student
 from sbs_jax.weights import frozen, opening
 
 log = logging.getLogger(__name__)
@@ -97,7 +98,8 @@ def train(
     trainer = programs.trainer
     validator = evaluator(config, programs, split=selection.VALIDATION)
     base = None if config.tuning is None else load_base(config, trainer)
-    manifest = contents.manifest(config, data=data, trainer=trainer)
+    teacher = None if config.teacher is None else teachers.load(config)
+    manifest = contents.manifest(config, data=data, trainer=trainer, teacher=teacher)
 
     with contextlib.ExitStack() as stack:
         # -------------------------------------------------------------- open the run directory
@@ -116,11 +118,11 @@ def train(
         # -------------------------------------------------------------- restore the newest checkpoint, or initialize
         if start:
             log.info("Resuming at step %d of %d.", start, config.train_steps)
-            state, progress = _restore(config, saver, trainer, step=start, base=base)
+            state, progress = _restore(config, saver, trainer, step=start, base=base, teacher=teacher)
         else:
-            state, progress = initial_state(config, trainer, base=base), _NEW
-        # The state holds the base's arrays now, stacked if layers are scanned; a second reference would keep a copy.
-        identity, base = (base.identity if base else None), None
+            state, progress = initial_state(config, trainer, base=base, teacher=teacher), _NEW
+        # The state holds these arrays now, stacked if layers are scanned; a second reference would keep a copy.
+        identity, base, teacher = (base.identity if base else None), None, None
         saved = checkpoints.scores_of(progress, where=f"the checkpoint of step {start}")
         ended = start == config.train_steps or stopping.out_of_patience(saved or {}, config.patience)
         if ended and any(line["kind"] == "test" for line in run.metrics()):
@@ -348,10 +350,11 @@ def _restore(
     *,
     step: int,
     base: frozen.Base | None,
+    teacher: Student | None,
 ) -> tuple[TrainState, dict[str, Any]]:
     """Returns the state and metadata of a checkpoint. Its arrays in the layout of the disk are released."""
     found = saver.restore(step, parameters=trainer.saved.parameters, optimizer=trainer.saved.optimizer)
-    return restored_state(config, found, trainer, base=base), found.metadata
+    return restored_state(config, found, trainer, base=base, teacher=teacher), found.metadata
 
 
 def evaluator(config: TrainConfig, programs: Programs, *, split: str) -> evaluate.Evaluators:
@@ -369,6 +372,7 @@ def _check(config: TrainConfig, data: Mapping[str, Any]) -> None:
     _ = config.eval_task_names
     _check_vocabulary(config)
     feed.check_teacher(config)
+    teachers.check(config)
     for name, part in run_manifest.data_of_parts(data, whole=config.mixture_or_task_name).items():
         if config.evaluate_test and selection.TEST not in part["splits"] and not registry.is_of_records(name):
             raise ValueError(f"{name} has no test split; set EVALUATE_TEST = False.")

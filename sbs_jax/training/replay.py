@@ -16,10 +16,10 @@ import numpy as np
 import tqdm
 
 from sbs_jax.data import registry
-from sbs_jax.run import checkpoints
+from sbs_jax.run import checkpoints, manifest
 from sbs_jax.storage import places
 from sbs_jax.student import families, losses
-from sbs_jax.training import failures, feed
+from sbs_jax.training import failures, feed, lessons, teachers
 from sbs_jax.training.config import TrainConfig
 from sbs_jax.training.state import initial_state, load_base, restored_state
 from sbs_jax.training.step import Batch, Trainer, TrainState, loss_and_gradients, prepare
@@ -51,24 +51,34 @@ def replay(config: TrainConfig, run: str | Path, *, step: int | None) -> dict[st
     trained = {name: parameters[name] for name in trainer.saved.parameters}
     others = {name: x for name, x in parameters.items() if name not in trained}
 
-    def diagnose(trained: families.Parameters, others: families.Parameters, batch: Batch) -> tuple[Any, Any]:
+    def diagnose(
+        trained: families.Parameters, others: families.Parameters, teacher: families.Parameters, batch: Batch
+    ) -> tuple[Any, Any]:
         with trainer.partitioner.active():
-            key = jax.random.fold_in(jax.random.key(config.seed), step - 1)
+            key, loss = jax.random.fold_in(jax.random.key(config.seed), step - 1), config.loss(step - 1)
+            lesson = lessons.of(
+                *(batch, {**others, **trained}, teacher),
+                student=structure,
+                structure=trainer.teacher,
+                term=loss.on_policy,
+                key=key,
+            )
             _, _, gradients = loss_and_gradients(
                 trained,
                 batch,
                 frozen=others,
                 structure=structure,
-                loss=config.loss(step - 1),
+                loss=loss,
                 micro_batches=1,
                 vocabulary_chunks=1,
                 dropout_key=key,
+                lesson=lesson,
             )
             norms = jax.tree.map(lambda x: jnp.sqrt(jnp.sum(jnp.square(x.astype(jnp.float32)))), gradients)
             model = families.join(structure, {**others, **trained})
             return _token_losses(model, batch, dropout_key=jax.random.fold_in(key, 0)), norms
 
-    tokens_BT, norms = jax.device_get(jax.jit(diagnose)(trained, others, batch))
+    tokens_BT, norms = jax.device_get(jax.jit(diagnose)(trained, others, state.teacher, batch))
     in_batch = _example_losses(tokens_BT, jax.device_get(batch))
     by_itself = _alone(config, trainer, structure, parameters, alone)
     rows = [
@@ -121,16 +131,19 @@ def text(found: Mapping[str, Any], kept: Mapping[str, Any] | None) -> str:
 def _state_before(config: TrainConfig, trainer: Trainer, run: Path, *, step: int) -> TrainState:
     """Loads the state before an update if it was kept, or recomputes it from the newest earlier checkpoint."""
     base = None if config.tuning is None else load_base(config, trainer)
+    teacher = teachers.load_same(config, identity=manifest.read(run)["data"].get("teacher"))
 
     def restored(directory: Path, number: int) -> TrainState:
         like = {"parameters": trainer.saved.parameters, "optimizer": trainer.saved.optimizer}
-        return restored_state(config, checkpoints.restore(directory, number, **like), trainer, base=base)
+        return restored_state(
+            config, checkpoints.restore(directory, number, **like), trainer, base=base, teacher=teacher
+        )
 
     kept = failures.folder(run, step)
     if checkpoints.steps(kept) == [step - 1]:
         return restored(kept, step - 1)
     start = max((number for number in checkpoints.steps(run) if number < step), default=0)
-    state = restored(run, start) if start else initial_state(config, trainer, base=base)
+    state = restored(run, start) if start else initial_state(config, trainer, base=base, teacher=teacher)
     log.info("Starting at step %d, the newest kept step before that one.", start)
     steps = _batches(config, trainer, first=start + 1, count=step - 1 - start)
     for batch in tqdm.tqdm(steps, total=step - 1 - start, unit="step", desc="replay"):

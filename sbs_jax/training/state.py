@@ -10,14 +10,18 @@ import numpy as np
 from sbs_jax import compiling
 from sbs_jax.run import checkpoints
 from sbs_jax.student import adapters, families
+from sbs_jax.training import teachers
 from sbs_jax.training.config import TrainConfig
 from sbs_jax.training.step import Trainer, TrainState, root_key, shardings
+from sbs_jax.training.students import Student
 from sbs_jax.weights import frozen, identity, opening
 
 log = logging.getLogger(__name__)
 
 
-def initial_state(config: TrainConfig, trainer: Trainer, *, base: frozen.Base | None = None) -> TrainState:
+def initial_state(
+    config: TrainConfig, trainer: Trainer, *, base: frozen.Base | None = None, teacher: Student | None = None
+) -> TrainState:
     """Initializes step 0: parameters from the seed or from `initial_checkpoint_path`, and a fresh optimizer."""
     saved = shardings(trainer.saved)
     if config.tuning is not None:
@@ -43,7 +47,8 @@ def initial_state(config: TrainConfig, trainer: Trainer, *, base: frozen.Base | 
     state = jax.jit(optimizer.init, out_shardings=saved.optimizer)(parameters)
     zero, key = _number(0, saved.step), _key(config, trainer)
     frozen_parameters = base.frozen if base else {}
-    return trainer.stacked(TrainState(zero, parameters, state, _number(0, saved.skipped), key, frozen_parameters))
+    skipped, taught_by = _number(0, saved.skipped), _teacher(config, teacher)
+    return trainer.stacked(TrainState(zero, parameters, state, skipped, key, frozen_parameters, taught_by))
 
 
 def load_base(config: TrainConfig, trainer: Trainer) -> frozen.Base:
@@ -59,6 +64,13 @@ def load_base(config: TrainConfig, trainer: Trainer) -> frozen.Base:
     )
 
 
+def _teacher(config: TrainConfig, loaded: Student | None) -> families.Parameters:
+    """Returns the parameters of the teacher, which is loaded unless it is already; {} without one."""
+    if config.teacher is None:
+        return {}
+    return (loaded or teachers.load(config)).parameters
+
+
 def _number(value: int, sharding: Any) -> jax.Array:
     return jax.make_array_from_callback((), sharding, lambda _: np.asarray(value, np.int32))
 
@@ -69,7 +81,12 @@ def _key(config: TrainConfig, trainer: Trainer) -> jax.Array:
 
 
 def restored_state(
-    config: TrainConfig, restored: checkpoints.Restored, trainer: Trainer, *, base: frozen.Base | None = None
+    config: TrainConfig,
+    restored: checkpoints.Restored,
+    trainer: Trainer,
+    *,
+    base: frozen.Base | None = None,
+    teacher: Student | None = None,
 ) -> TrainState:
     """Makes the state from a restored checkpoint. ValueError if its adapters belong to another base."""
     saved = trainer.saved
@@ -83,5 +100,6 @@ def restored_state(
             _number(restored.metadata["skipped"], saved.skipped.sharding),
             _key(config, trainer),
             base.frozen if base else {},
+            _teacher(config, teacher),
         )
     )

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 from sbs_jax.data import features
 from sbs_jax.data import soft_targets as stored
 from sbs_jax.student import adapters, families, losses, mutual_information, partitioning, soft_targets, stacking, stacks
+from sbs_jax.training import lessons, teachers
 from sbs_jax.training.config import Compute, TrainConfig
 
 log = logging.getLogger(__name__)
@@ -30,6 +31,7 @@ class TrainState:
     skipped: Any  # int32 scalar, updates skipped because they were not finite
     root_key: Any  # uint32 data of the key of all dropout: no constant, so that runs of other seeds share the program
     frozen: Any = dataclasses.field(default_factory=dict)  # the other families.Parameters; no step changes them
+    teacher: Any = dataclasses.field(default_factory=dict)  # a teacher's families.Parameters; in memory alone
 
 
 Batch = dict[str, Any]  # arrays, or their shapes
@@ -45,24 +47,28 @@ def loss_and_gradients(
     vocabulary_chunks: int,
     dropout_key: jax.Array,
     frozen: families.Parameters | None = None,
+    lesson: lessons.Lesson | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Any], families.Parameters]:
     """Returns the loss, `losses.Sums` and `Mean` by name, and gradients of a global batch, however it is cut.
 
-    `parameters` and `frozen` together are the whole model; gradients are of `parameters` only.
+    `parameters` and `frozen` together are the whole model; gradients are of `parameters` only. `lesson` has the targets
+    of `loss.on_policy`.
     """
     # Token weights depend on the whole batch, so they are computed before it is cut: see losses.py.
     task_ids, shares = batch["decoder_task_ids"], batch["decoder_loss_weights"]
     weights = losses.token_weights(task_ids, loss.objectives, shares_BT=shares)
     pairs = mutual_information.pairs_in(batch["decoder_input_tokens"], task_ids)
+    batch = {**batch, "weights": weights, **({} if lesson is None else lessons.rows(lesson, loss))}
 
     def loss_of(parameters: families.Parameters, rows: Batch, index: jax.Array):
         model = families.join(structure, {**(frozen or {}), **parameters})
+        key = jax.random.fold_in(dropout_key, index)
         states = model.states(
             rows["encoder_input_tokens"],
             rows["decoder_input_tokens"],
             encoder_segment_ids=rows.get("encoder_segment_ids"),
             decoder_segment_ids=rows.get("decoder_segment_ids"),
-            dropout_key=jax.random.fold_in(dropout_key, index),
+            dropout_key=key,
         )
         statistics, logits = _statistics(model, states, rows["decoder_target_tokens"], loss, chunks=vocabulary_chunks)
         task_ids, teacher = rows["decoder_task_ids"], soft_targets.SoftTargets.of(rows)
@@ -75,19 +81,23 @@ def loss_and_gradients(
             soft_share=loss.soft_share,
             divergence=teacher and soft_targets.divergence(logits, statistics.log_z, teacher=teacher),
         )
-        if (term := loss.mutual_information) is None:
-            return total, sums
-        segments = rows.get("decoder_segment_ids")
-        of_pairs = mutual_information.sum_over_pairs(
-            logits, statistics.log_z, task_ids_BT=task_ids, segments_BT=segments, form=term.form
-        )
-        mean = losses.Mean(of_pairs, mutual_information.pairs_in(rows["decoder_input_tokens"], task_ids))
-        return total + term.weight * of_pairs / jnp.maximum(pairs, 1.0), {**sums, "loss/mutual_information": mean}
+        if (term := loss.mutual_information) is not None:
+            segments = rows.get("decoder_segment_ids")
+            of_pairs = mutual_information.sum_over_pairs(
+                logits, statistics.log_z, task_ids_BT=task_ids, segments_BT=segments, form=term.form
+            )
+            mean = losses.Mean(of_pairs, mutual_information.pairs_in(rows["decoder_input_tokens"], task_ids))
+            total += term.weight * of_pairs / jnp.maximum(pairs, 1.0)
+            sums = {**sums, "loss/mutual_information": mean}
+        if (taught := loss.on_policy) is not None and lesson is not None:
+            of_teacher, found = lessons.divergence(model, rows, logits, lesson=lesson, loss=loss, key=key)
+            total, sums = (1 - taught.share) * total + taught.share * of_teacher, {**sums, **found}
+        return total, sums
 
     gradient_of = jax.value_and_grad(loss_of, has_aux=True)
     # The two rows of a pair stay together; packed rows hold whole pairs.
     together = 2 if loss.mutual_information and "decoder_segment_ids" not in batch else 1
-    pieces = (_cut({**batch, "weights": weights}, micro_batches, together=together), jnp.arange(micro_batches))
+    pieces = (_cut(batch, micro_batches, together=together), jnp.arange(micro_batches))
     first = jax.tree.map(lambda x: x[0], pieces)
     if micro_batches == 1:
         (value, sums), gradients = gradient_of(parameters, *first)
@@ -121,22 +131,30 @@ def train_step(
     structure: families.Structure,
     config: TrainConfig,
     optimizer: optax.GradientTransformation,
+    separate: families.Structure,
+    teacher: families.Structure | None = None,
 ) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
-    """Makes one update from one global batch; returns the new state and metrics. Dropout depends on (seed, step) only.
+    """Makes one update from one global batch; returns the new state and metrics. Randomness is of (seed, step) only.
+
+    `structure` is that of the student as the state has it, `separate` with separate layers, to sample from.
 
     An update whose loss or gradient is not finite changes neither parameters nor optimizer. After more than
     `config.skip_non_finite` of them, no further step changes anything and `step` stays at the last good one: the loop
     reads metrics later, and then finds the state from which the failure can be replayed.
     """
+    key, terms = jax.random.fold_in(jax.random.wrap_key_data(state.root_key), state.step), config.loss(state.step)
+    whole = {**state.frozen, **state.parameters}
+    lesson = lessons.of(batch, whole, state.teacher, student=separate, structure=teacher, term=terms.on_policy, key=key)
     loss, sums, gradients = loss_and_gradients(
         state.parameters,
         batch,
         structure=structure,
-        loss=config.loss(state.step),
+        loss=terms,
         micro_batches=config.micro_batches,
         vocabulary_chunks=config.vocabulary_chunks,
-        dropout_key=jax.random.fold_in(jax.random.wrap_key_data(state.root_key), state.step),
+        dropout_key=key,
         frozen=state.frozen,
+        lesson=lesson,
     )
     norm, gradients = _clipped(gradients, norm=config.clip_norm)
     updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.parameters)
@@ -151,7 +169,9 @@ def train_step(
     for name, found in sums.items():
         metrics |= found.means(name)
     step = state.step + (skipped <= config.skip_non_finite)
-    return TrainState(step, parameters, optimizer_state, skipped, state.root_key, state.frozen), metrics
+    return dataclasses.replace(
+        state, step=step, parameters=parameters, optimizer=optimizer_state, skipped=skipped
+    ), metrics
 
 
 def root_key(seed: int) -> jax.Array:
@@ -187,13 +207,14 @@ class Trainer:
 
     partitioner: partitioning.Partitioner
     abstract: TrainState  # shapes with shardings, as in memory
-    saved: TrainState  # the same, with separate arrays for every layer, as on disk (without `frozen`)
+    saved: TrainState  # the same, with separate arrays for every layer, as on disk (without `frozen` and `teacher`)
     batch: Batch  # shapes with shardings of one global batch
     step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
-    unstacked: Callable[[TrainState], TrainState]  # from memory to disk, without `frozen`
-    stacked: Callable[[TrainState], TrainState]  # from disk to memory, with `frozen`
+    unstacked: Callable[[TrainState], TrainState]  # from memory to disk, without `frozen` and `teacher`
+    stacked: Callable[[TrainState], TrainState]  # from disk to memory, with them
     parameters: Callable[[TrainState], families.Parameters]  # trained and frozen, with separate arrays for every layer
     structure: families.Structure  # of a model with these parameters
+    teacher: families.Structure | None  # of a teacher, as in memory
 
 
 def prepare(config: TrainConfig, *, devices: Sequence[Any] | None = None) -> Trainer:
@@ -207,19 +228,21 @@ def prepare(config: TrainConfig, *, devices: Sequence[Any] | None = None) -> Tra
 
     def placed(
         execution: stacks.Execution, optimizer: optax.GradientTransformation
-    ) -> tuple[families.Structure, TrainState]:
+    ) -> tuple[families.Structure, families.Structure | None, TrainState]:
         adapted = adapters.abstract(config.model, config.tuning, execution=execution)
         trained, rest = adapted.split(adapted.shapes)
         number = jax.ShapeDtypeStruct((), jnp.int32)
         key = jax.eval_shape(lambda: root_key(0))
         state = TrainState(number, trained, jax.eval_shape(optimizer.init, trained), number, key, rest)
         state = partitioner.with_shardings(state, parameters=adapted.shapes, axes=adapted.axes)
-        return adapted.structure, dataclasses.replace(state, optimizer=_in_memory(state.optimizer, config))
+        teacher, of_teacher = teachers.abstract(config, partitioner, execution=execution)
+        state = dataclasses.replace(state, optimizer=_in_memory(state.optimizer, config), teacher=of_teacher)
+        return adapted.structure, teacher, state
 
-    structure, abstract = placed(config.execution, optimizer)
+    structure, teacher, abstract = placed(config.execution, optimizer)
     if config.execution.layers == "scanned":
-        saved_structure, saved = placed(stacks.UNROLLED, config.optimizer(learning_rate=config.learning_rate))
-        unstack = jax.jit(stacking.unstack, out_shardings=shardings(dataclasses.replace(saved, frozen={})))
+        saved_structure, _, saved = placed(stacks.UNROLLED, config.optimizer(learning_rate=config.learning_rate))
+        unstack = jax.jit(stacking.unstack, out_shardings=shardings(dataclasses.replace(saved, frozen={}, teacher={})))
         unstack_all = jax.jit(stacking.unstack, out_shardings=shardings({**saved.frozen, **saved.parameters}))
         stacked = jax.jit(stacking.stack, out_shardings=shardings(abstract))
     else:
@@ -227,7 +250,7 @@ def prepare(config: TrainConfig, *, devices: Sequence[Any] | None = None) -> Tra
         unstack = unstack_all = stacked = _as_it_is
 
     def unstacked(state: TrainState) -> TrainState:
-        return unstack(dataclasses.replace(state, frozen={}))
+        return unstack(dataclasses.replace(state, frozen={}, teacher={}))
 
     def parameters(state: TrainState) -> families.Parameters:
         return unstack_all({**state.frozen, **state.parameters})
@@ -238,7 +261,14 @@ def prepare(config: TrainConfig, *, devices: Sequence[Any] | None = None) -> Tra
         if config.optimizer_memory != "device":
             state = dataclasses.replace(state, optimizer=jax.device_put(state.optimizer, on_device))
         with partitioner.active():
-            return train_step(state, batch, structure=structure, config=config, optimizer=optimizer)
+            return train_step(
+                *(state, batch),
+                structure=structure,
+                config=config,
+                optimizer=optimizer,
+                separate=saved_structure,
+                teacher=teacher,
+            )
 
     compiled = jax.jit(
         step,
@@ -256,7 +286,8 @@ def prepare(config: TrainConfig, *, devices: Sequence[Any] | None = None) -> Tra
     batch = {
         name: jax.ShapeDtypeStruct(each.shape, each.dtype, sharding=partitioner.batch) for name, each in shapes.items()
     }
-    return Trainer(partitioner, abstract, saved, batch, compiled, unstacked, stacked, parameters, saved_structure)
+    as_saved = unstacked, stacked, parameters, saved_structure
+    return Trainer(partitioner, abstract, saved, batch, compiled, *as_saved, teacher)
 
 
 def _in_memory(optimizer: Any, config: Compute) -> Any:

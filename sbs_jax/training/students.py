@@ -49,15 +49,17 @@ def load_student(
     records_dir: str | None = None,
     base: str | None = None,
     dataset: str | None = None,
+    register: bool = True,
 ) -> Student:
     """Loads the student of a run directory (its best step) or of one `checkpoints/<step>`; registers its tasks.
 
+    With `register` False, the options of the registry stay those of the run that it teaches.
     Vocabulary, prefixes and lengths are those of its training. If the records or the base of an adapter run have moved,
     `records_dir` and `base` name their new paths. Of a student of several datasets, `dataset` chooses one, and the
     manifest and options are those of it.
     """
-    partitioner = layout.partitioner()
-    return _load_sharing(path, {}, partitioner=partitioner, records_dir=records_dir, base=base, dataset=dataset)[0]
+    options = {"records_dir": records_dir, "base": base, "dataset": dataset, "register": register}
+    return _load_sharing(path, {}, partitioner=layout.partitioner(), **options)[0]
 
 
 def load_students(
@@ -108,6 +110,7 @@ def _load_sharing(
     base: str | None,
     dataset: str | None,
     records_dir: str | None = None,
+    register: bool = True,
 ) -> tuple[Student, dict[str, Student]]:
     first = _read_trained(path, partitioner, dataset)
     named = {name: _read_trained(place, partitioner, dataset) for name, place in others.items()}
@@ -133,7 +136,8 @@ def _load_sharing(
     options = _options(first)
     if records_dir is not None:
         options = dataclasses.replace(options, records_dir=records_dir)
-    registry.configure(options)
+    if register:
+        registry.configure(options)
     return (
         first.student(held, partitioner=partitioner, options=options),
         {name: each.student(held, partitioner=partitioner, options=_options(each)) for name, each in named.items()},

@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -19,6 +20,20 @@ def is_run(path: str | Path) -> bool:
     path = places.of(path)
     holds_steps = (path / "checkpoints").is_dir() or (path / directory.MANIFEST).is_file()
     return holds_steps or path.parent.name == "checkpoints"
+
+
+def describe(path: str | Path) -> tuple[families.ModelConfig, adapters.Tuning | None, dict[str, Any]]:
+    """Reads model, tuning and manifest of a run, or of the step that is named, without its arrays.
+
+    FileNotFoundError if the run or its manifest does not exist; every process must call it.
+    """
+    run, step = locate(path)
+    metadata = saving.read_json(run / "checkpoints" / str(step))
+    return (
+        families.config_of(metadata["model"]),
+        adapters.Tuning.of(metadata.get("tuning")),
+        directory.read_manifest(run),
+    )
 
 
 def open_run(path: str | Path) -> Opened:
