@@ -50,7 +50,8 @@ def by_hand(teacher: np.ndarray, student: np.ndarray, beta: float) -> np.ndarray
 
 def pair(*, scale: float = 3.0, shape: tuple[int, ...] = (2, 3, 11)) -> tuple[np.ndarray, np.ndarray]:
     random = np.random.default_rng(5)
-    return tuple(scale * random.normal(size=shape).astype(np.float32) for _ in range(2))
+    teacher, student = scale * random.normal(size=(2, *shape)).astype(np.float32)
+    return teacher, student
 
 
 BETAS = (0.0, 0.1, 0.5, 0.9, 1.0)
@@ -177,6 +178,7 @@ def prepared(term: on_policy.OnPolicy, *, devices: int = 1, micro_batches: int =
     def compute(parameters, teacher, batch, key):
         with partitioner.active():
             lesson = lessons.of(batch, parameters, teacher, student=separate, structure=of_teacher, term=term, key=key)
+            assert lesson is not None
             found = loss_and_gradients(
                 *(parameters, batch), structure=structure, loss=loss, micro_batches=micro_batches, vocabulary_chunks=1,
                 dropout_key=key, lesson=lesson,

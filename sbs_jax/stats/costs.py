@@ -87,7 +87,9 @@ def _devices(result: Result) -> str:
 def _training_flops(result: Result) -> int | None:
     settings, lengths = result.manifest.get("settings"), result.manifest["run"].get("task_feature_lengths")
     model = result.manifest.get("model")
-    if not isinstance(settings, dict) or settings.get("tuning") is not None or not isinstance(model, dict):
+    if not isinstance(settings, dict) or not isinstance(model, dict):
+        return None
+    if settings.get("tuning") is not None or settings.get("teacher") is not None:  # counts of a plain step alone
         return None
     from sbs_jax.student import families, flops  # a second to import
 
