@@ -142,6 +142,7 @@ MISTAKES = {
         [*CPU, *PLACES, "--gin.SOFT_TARGETS=soft/xl"],
         ["SOFT_TARGETS is 'soft/xl'", "sbs soft_targets"],
     ),
+    "no teacher to keep": ([*CPU, *PLACES, "--gin.TEACHER=runs/emtpy"], ["TEACHER is 'runs/emtpy'", "'empty'"]),
     "no run to replay": (["replay", "runs/old"], ["runs/old"]),
     "no run to measure": (["rationales", "runs/old"], ["no run at", "empty"]),
     "neither run nor teacher": (["rationales"], ["got neither", "--dataset NAME"]),
@@ -230,7 +231,7 @@ def test_no_ready_configuration_is_refused_early():
     """Every experiment, model, adapter, mesh, method and optimizer, scanned as the command line does before imports."""
     folder = Path(main.__file__).parents[2] / "gin_configs"
     given = [f"{name}=x" for name in ("RECORDS_DIR", "MODEL_DIR", "INITIAL_CHECKPOINT_PATH", "SOFT_TARGETS")]
-    given.append("VOCABULARY=x")
+    given += ["VOCABULARY=x", "TEACHER=x"]
     experiments = sorted(path for name in ("svamp", "esnli") for path in folder.glob(f"experiments/{name}/*.gin"))
     runs = [path for path in experiments if "runs/sweep.gin" not in path.read_text("utf-8")]
     sweeps = [path for path in folder.glob("experiments/paper/*.gin") if path.stem != "settings"]

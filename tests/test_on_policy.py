@@ -291,7 +291,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def student_config(run: Path, folder: Path, **changes) -> TrainConfig:
-    defaults = {"teacher": str(folder / "run"), "on_policy": 1.0, "evaluate_test": False, "train_steps": 6}
+    defaults = {
+        "teacher": str(folder / "run"),
+        "on_policy": 1.0,
+        "jsd_share": 0.9,
+        "evaluate_test": False,
+        "train_steps": 6,
+    }
     defaults |= {"log_period": 1, "eval_period": 6, "learning_rate": optax.constant_schedule(1e-2)}
     return toy.config(run, folder / "records", **{**defaults, **changes})
 
@@ -314,7 +320,7 @@ def test_a_run_learns_from_its_teacher_and_resumes_bit_for_bit(finished, folder,
     config, programs = finished
     found = lines(folder / "student")
     assert all(line["on_policy"] == 1.0 and 1 <= line["sampled_length"] <= 16 for line in found)
-    assert found[-1]["jsd/rationale"] < 0.8 * found[0]["jsd/rationale"]
+    assert found[-1]["jsd/rationale"] < 0.95 * found[0]["jsd/rationale"]
     of_checkpoint = set(runs.open_run(folder / "student").arrays)
     assert of_checkpoint == set(families.abstract(toy.MODEL)[1])  # the teacher is in memory alone
     first = dataclasses.replace(config, model_dir=str(folder / "resumed"))
@@ -348,7 +354,7 @@ def test_a_replay_samples_again(finished, folder):
     for name, value in said["metrics"].items():
         assert value == pytest.approx(line[name], rel=1e-6), name
     norm = math.hypot(*said["gradients"].values())
-    assert norm == pytest.approx(line["gradient_norm"], rel=0.2)  # dropout's keys aside, of the same targets
+    assert norm == pytest.approx(line["gradient_norm"], rel=1e-3)  # of the same samples
     with pytest.raises(ValueError, match="has changed since the run"):
         replay.replay(dataclasses.replace(config, teacher=str(folder / "other")), config.model_dir, step=5)
 

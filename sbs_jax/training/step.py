@@ -131,12 +131,10 @@ def train_step(
     structure: families.Structure,
     config: TrainConfig,
     optimizer: optax.GradientTransformation,
-    separate: families.Structure,
+    separate: families.Structure,  # of the student with separate layers, to sample from
     teacher: families.Structure | None = None,
 ) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
     """Makes one update from one global batch; returns the new state and metrics. Randomness is of (seed, step) only.
-
-    `structure` is that of the student as the state has it, `separate` with separate layers, to sample from.
 
     An update whose loss or gradient is not finite changes neither parameters nor optimizer. After more than
     `config.skip_non_finite` of them, no further step changes anything and `step` stays at the last good one: the loop
@@ -169,9 +167,8 @@ def train_step(
     for name, found in sums.items():
         metrics |= found.means(name)
     step = state.step + (skipped <= config.skip_non_finite)
-    return dataclasses.replace(
-        state, step=step, parameters=parameters, optimizer=optimizer_state, skipped=skipped
-    ), metrics
+    updated = {"step": step, "parameters": parameters, "optimizer": optimizer_state, "skipped": skipped}
+    return dataclasses.replace(state, **updated), metrics
 
 
 def root_key(seed: int) -> jax.Array:
