@@ -16,7 +16,7 @@ import numpy as np
 import tqdm
 
 from sbs_jax.data import registry
-from sbs_jax.run import checkpoints, manifest
+from sbs_jax.run import checkpoints
 from sbs_jax.storage import places
 from sbs_jax.student import families, losses
 from sbs_jax.training import failures, feed, lessons, teachers
@@ -131,7 +131,7 @@ def text(found: Mapping[str, Any], kept: Mapping[str, Any] | None) -> str:
 def _state_before(config: TrainConfig, trainer: Trainer, run: Path, *, step: int) -> TrainState:
     """Loads the state before an update if it was kept, or recomputes it from the newest earlier checkpoint."""
     base = None if config.tuning is None else load_base(config, trainer)
-    teacher = teachers.load_same(config, identity=manifest.read(run)["data"].get("teacher"))
+    teacher = None if config.teacher is None else teachers.load_same(config, run)
 
     def restored(directory: Path, number: int) -> TrainState:
         like = {"parameters": trainer.saved.parameters, "optimizer": trainer.saved.optimizer}

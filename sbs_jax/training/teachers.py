@@ -3,9 +3,11 @@
 It is a run of ours, of any family and with adapters or without, on the mesh of the student that it teaches.
 """
 
+from pathlib import Path
 from typing import Any
 
 from sbs_jax.data import selection, tokens
+from sbs_jax.run import manifest
 from sbs_jax.student import adapters, families, partitioning, stacks
 from sbs_jax.training import students
 from sbs_jax.training.config import TrainConfig
@@ -47,11 +49,9 @@ def load(config: TrainConfig) -> students.Student:
     return students.load_student(config.teacher, layout=config.layout, register=False)
 
 
-def load_same(config: TrainConfig, *, identity: dict[str, Any] | None) -> students.Student | None:
+def load_same(config: TrainConfig, run: str | Path) -> students.Student:
     """Loads the teacher that a run had, as its manifest identifies it. ValueError if it has changed since."""
-    if config.teacher is None:
-        return None
-    found = load(config)
+    found, identity = load(config), manifest.read(run)["data"].get("teacher")
     if (now := found.identity()) != identity:
         raise ValueError(
             f"The teacher {config.teacher} has changed since the run: {now}, not {identity}. Name the step that the "
