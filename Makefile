@@ -9,6 +9,9 @@ WHEEL_PIP := $(VENV)/wheel/bin/python -m pip install --quiet --no-input --disabl
 # An installation is redone when one of these changes, and only then.
 INSTALL_INPUTS := pyproject.toml scripts/constraints.txt sbs_jax/__init__.py
 
+# Set, it would make the three workers, and processes that tests start, compile all modules again and again.
+export PYTHONDONTWRITEBYTECODE :=
+
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-faults test-teacher test-wheel check format docs docs-serve notebook bench bench-families bench-serve bench-gpu bench-tpu bench-faults bench-seeds test-parity audit clean
 
