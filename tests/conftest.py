@@ -10,7 +10,7 @@ import logging
 import os
 import random
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -26,6 +26,7 @@ import jaxtyping
 import pytest
 import shapes
 
+gc.disable()  # until the tests are collected: imports leave next to no garbage, and looking for it took a fifth of them
 jax.config.update("jax_num_cpu_devices", 8)
 jax.devices()  # reads the flags, which must not reach command lines that tests start
 del os.environ["XLA_FLAGS"]
@@ -58,6 +59,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     chosen = [item for item in items if not any(map(item.get_closest_marker, hidden))]
     config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
     items[:] = chosen
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Collects garbage again from here on, also in the process that only hands out tests to workers."""
+    try:
+        return (yield)
+    finally:
+        gc.enable()
 
 
 def pytest_collection_finish() -> None:
@@ -109,13 +119,15 @@ def starter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[processes.Star
 def toy_run(tmp_path_factory: pytest.TempPathFactory):
     """Configuration of a finished run of 6 steps on the toy data; tests must not change it."""
     import toy
+    from builders import shared
 
     from sbs_jax.training import loop
 
-    folder = tmp_path_factory.mktemp("toy_run")
-    config = toy.config(folder / "run", toy.write_records(folder / "records"))
-    loop.train(config, config_text="")
-    return config
+    def make(folder: Path) -> None:
+        loop.train(toy.config(folder / "run", toy.write_records(folder / "records")), config_text="")
+
+    folder = shared.folder_of("toy_run", make, tmp_path_factory)
+    return toy.config(folder / "run", folder / "records")
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ import ast
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import gc
 import json
 import logging
@@ -25,6 +26,7 @@ import tempfile
 import threading
 import time
 import warnings
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -304,9 +306,12 @@ def until(condition: Callable[[], bool], processes: Sequence[Process], *, second
 def write_whole_entries() -> None:
     """Makes this process add entries to JAX's compilation cache atomically from now on, so others may read meanwhile.
 
-    JAX itself writes in place.
+    JAX itself writes in place. It also packs as zlib does by default, which takes 2.1 ms of an entry instead of 0.7.
     """
-    from jax._src import lru_cache
+    from jax._src import compilation_cache, lru_cache
+
+    if not (compilation_cache.zstd or compilation_cache.zstandard):
+        compilation_cache.compress_executable = functools.partial(zlib.compress, level=1)
 
     def put(self: Any, key: str, value: bytes) -> None:
         file = Path(self.path, f"{key}-cache")
@@ -323,6 +328,7 @@ def write_whole_entries() -> None:
 
 def _import_everything() -> None:
     """Imports what `sbs train` needs. Starts no thread and touches no device: forked copies would not have them."""
+    gc.disable()
     logging.getLogger().addHandler(
         logging.NullHandler()
     )  # first, as the command does; otherwise a library adds a handler that prints
@@ -338,8 +344,10 @@ def _import_everything() -> None:
     with contextlib.suppress(ImportError):  # of the extra `teacher`
         import openai  # noqa: F401
 
+    gc.enable()
     gc.collect()
     gc.freeze()  # forked copies then share its memory and do not scan it again
+    gc.set_threshold(50_000, 20, 10)  # as in conftest.py
 
 
 def _serve(address: str) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -63,10 +64,13 @@ def test_templates_take_the_numbers_of_their_row(tmp_path):
     assert "partial" not in found
 
 
-def test_a_run_finds_its_baselines_and_is_told_that_it_is_below(toy_run):
-    name, folder = toy.DATASET.name, Path(toy_run.data.records_dir)
-    manifest = json.loads((Path(toy_run.model_dir) / "manifest.json").read_text())
-    run = Path(toy_run.model_dir)
+def test_a_run_finds_its_baselines_and_is_told_that_it_is_below(toy_run, tmp_path):
+    name, folder, run = toy.DATASET.name, tmp_path / "records", tmp_path / "run"
+    shutil.copytree(toy_run.data.records_dir, folder)
+    shutil.copytree(toy_run.model_dir, run)
+    text = (run / "manifest.json").read_text().replace(toy_run.data.records_dir, str(folder))
+    (run / "manifest.json").write_text(text)
+    manifest = json.loads(text)
     assert baselines.read(manifest) is None
     sha256 = {"test": manifest["data"]["splits"]["test"]["sha256"]}
     for accuracy, said in ((100.0, "below a baseline"), (0.0, None)):

@@ -5,6 +5,7 @@ folder or a file directly in sbs_jax; tasks is one unit. sbs_jax/export/artefact
 """
 
 import ast
+import functools
 import graphlib
 from collections.abc import Callable
 from pathlib import Path
@@ -34,7 +35,10 @@ def imports(path: Path) -> set[str]:
     return found
 
 
-IMPORTS = {module: imports(path) for module, path in FILES.items()}
+@functools.cache
+def imported() -> dict[str, set[str]]:
+    """Maps each module to what it imports; read at the first use, not by every worker that collects this file."""
+    return {module: imports(path) for module, path in FILES.items()}
 
 
 def unit(module: str) -> str:
@@ -45,7 +49,7 @@ def unit(module: str) -> str:
 def cycle(node_of: Callable[[str], str]) -> list[str]:
     """Returns an import cycle, each node importing the next and the last the first; empty if there is none."""
     graph: dict[str, set[str]] = {}
-    for module, others in IMPORTS.items():
+    for module, others in imported().items():
         if module != "sbs_jax":
             nodes = {node_of(other) for other in others & FILES.keys() if other != "sbs_jax"}
             graph.setdefault(node_of(module), set()).update(nodes - {node_of(module)})
@@ -67,13 +71,15 @@ def test_no_units_import_one_another() -> None:
 
 
 def test_only_the_command_line_imports_the_tasks() -> None:
-    importers = {unit(module) for module, names in IMPORTS.items() if any(unit(name) == "tasks" for name in names)}
+    importers = {unit(module) for module, names in imported().items() if any(unit(name) == "tasks" for name in names)}
     assert importers - {"tasks"} == {"sbs_jax.cli"}
 
 
 def test_the_package_imports_neither_scripts_nor_tests() -> None:
     outside = {"scripts", "tests", *(path.stem for name in ("scripts", "tests") for path in (ROOT / name).glob("*.py"))}
-    found = {module: {name for name in names if name.partition(".")[0] in outside} for module, names in IMPORTS.items()}
+    found = {
+        module: {name for name in names if name.partition(".")[0] in outside} for module, names in imported().items()
+    }
     assert {module: names for module, names in found.items() if names} == {}
 
 
