@@ -1,5 +1,7 @@
 """Stacked layers: the same numbers as layers apart, in memory and on disk."""
 
+import functools
+
 import jax
 import numpy as np
 import optax
@@ -9,7 +11,9 @@ from builders import decoders
 
 from sbs_jax.student import families, stacking, stacks
 
-PARAMETERS = families.init(toy.MODEL, seed=0)[1]
+@functools.cache
+def parameters() -> families.Parameters:
+    return families.init(toy.MODEL, seed=0)[1]
 
 
 def same(left, right):
@@ -25,12 +29,12 @@ def test_stacks_are_in_the_order_of_layers_not_of_names():
 
 
 def test_unstack_inverts_stack():
-    stacked = stacking.stack(PARAMETERS)
+    stacked = stacking.stack(parameters())
     shapes = families.abstract(toy.MODEL, execution=stacks.Execution(layers="scanned", remat="none"))[1]
     assert {name: x.shape for name, x in stacked.items()} == {name: x.shape for name, x in shapes.items()}
     apart = stacking.unstack(stacked)
-    assert set(apart) == set(PARAMETERS)
-    for name, x in PARAMETERS.items():
+    assert set(apart) == set(parameters())
+    for name, x in parameters().items():
         np.testing.assert_array_equal(apart[name], x)
 
 
@@ -48,17 +52,18 @@ def test_unstack_inverts_stack():
 )
 def test_layerwise_is_the_optimiser_of_layers_apart(optimizer):
     layerwise = stacking.layerwise(optimizer)
-    apart: families.Parameters = PARAMETERS
-    together: families.Parameters = stacking.stack(PARAMETERS)
+    apart: families.Parameters = parameters()
+    together: families.Parameters = stacking.stack(parameters())
     state, stacked_state = optimizer.init(apart), layerwise.init(together)
+    update, stacked_update = jax.jit(optimizer.update), jax.jit(layerwise.update)
     same(stacking.unstack(stacked_state), state)
     for step in range(3):
         random = np.random.default_rng(step)
         # Layers of very different sizes, so that a norm over all would show.
         gradients = {name: random.normal(size=x.shape, scale=10.0 ** (len(name) % 3)) for name, x in apart.items()}
         gradients = {name: jax.numpy.float32(x) for name, x in gradients.items()}
-        updates, state = optimizer.update(gradients, state, apart)
-        stacked_updates, stacked_state = layerwise.update(stacking.stack(gradients), stacked_state, together)
+        updates, state = update(gradients, state, apart)
+        stacked_updates, stacked_state = stacked_update(stacking.stack(gradients), stacked_state, together)
         same(stacking.unstack(stacked_updates), updates)
         apart = jax.tree.map(jax.numpy.add, apart, updates)
         together = jax.tree.map(jax.numpy.add, together, stacked_updates)
@@ -68,7 +73,7 @@ def test_layerwise_is_the_optimiser_of_layers_apart(optimizer):
 
 def test_an_optimiser_that_mixes_layers_is_refused():
     layerwise = stacking.layerwise(optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3)))
-    together = stacking.stack(PARAMETERS)
+    together = stacking.stack(parameters())
     with pytest.raises(ValueError, match=r"mixes parameters of different layers.*clip_norm"):
         layerwise.update(together, layerwise.init(together), together)
 
