@@ -12,7 +12,7 @@ from builders.finished_runs import assert_same
 
 from sbs_jax import hosts
 from sbs_jax.hosts import api, preemption
-from sbs_jax.run import directory
+from sbs_jax.run import checkpoints, directory
 from sbs_jax.stats import results
 from sbs_jax.training import loop, stopping
 
@@ -74,26 +74,31 @@ def test_a_run_ends_early_and_says_why(whole):
     assert (loaded.updates, loaded.patient, loaded.ended) == (last, True, ended)
 
 
-@pytest.mark.parametrize("when", ["while it trains", "in its last evaluation", "before its test"])
-def test_a_preempted_run_ends_early_at_the_same_step(whole, tmp_path, monkeypatch, when):
+def test_a_run_that_is_preempted_again_and_again_ends_early_at_the_same_step(whole, tmp_path, monkeypatch):
+    """While it trains, in its last evaluation, and before its test."""
     config, _, programs = whole
     config = dataclasses.replace(config, model_dir=str(tmp_path / "run"))
     last = directory.read_manifest(whole[0].model_dir)["ended"]["step"]
-    ask, asked = hosts.preemption_requested, []
-    # Each step asks once; each evaluation, every third step, once per batch, of which there are two.
-    before = last + 2 * (last // 3 - 1)  # the last evaluation
-    until = {"while it trains": last - 2, "in its last evaluation": before + 1, "before its test": before + 3}[when]
+    ask, left = hosts.preemption_requested, [0]
 
     def preemption_requested():
-        asked.append(1)
-        if len(asked) == until:
+        left[0] -= 1
+        if left[0] == 0:
             os.kill(os.getpid(), signal.SIGTERM)
             api._preempted.wait(10)
         return ask()
 
     monkeypatch.setattr(hosts, "preemption_requested", preemption_requested)
-    with pytest.raises(preemption.PreemptedError):
-        loop.train(config, config_text="", programs=programs)
+    # Each step asks once; each evaluation, every third step, once per batch, of which there are two.
+    trains = 5 * (last // 3 - 2) + 1
+    for asks, step, evaluated in ((trains, last - 5, last - 6), (5 + 2 + 1, last, last - 3), (2 + 1, last, last)):
+        left[0] = asks
+        with pytest.raises(preemption.PreemptedError):
+            loop.train(config, config_text="", programs=programs)
+        lines = directory.read_metrics(config.model_dir)
+        assert checkpoints.steps(config.model_dir)[-1] == step
+        assert max(line["step"] for line in lines if line["kind"] == "validation") == evaluated
+        assert not any(line["kind"] == "test" for line in lines)
     loop.train(config, config_text="", programs=programs)
     assert_same(tmp_path / "run", whole[0].model_dir)
     ended = directory.read_manifest(config.model_dir)["ended"]
