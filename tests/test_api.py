@@ -14,6 +14,7 @@ SMALL = {
     "TRAIN_STEPS": 3,
     "WARMUP_STEPS": 1,
     "EXAMPLES": 4,
+    "EVAL_BATCH_SIZE": 8,
     "TASK_FEATURE_LENGTHS": {"inputs": 72, "targets": 32},
     "t5.T5Config.num_encoder_layers": 1,
     "t5.T5Config.num_decoder_layers": 1,

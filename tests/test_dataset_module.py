@@ -45,10 +45,12 @@ def test_a_run_of_a_module_names_it_and_later_commands_ask_for_it(folder, capsys
     """Trains three steps, then measures, then predicts without and with the module."""
     before = registry.options()
     Path("tickets.gin").write_text(
-        'from __gin__ import dynamic_registration\ninclude "gin_configs/runs/train.gin"\n'
-        'include "gin_configs/models/t5_1_1_mini.gin"\ninclude "gin_configs/methods/step_by_step.gin"\n'
+        "from __gin__ import dynamic_registration\nfrom sbs_jax.student import t5\n"
+        'include "gin_configs/runs/train.gin"\ninclude "gin_configs/models/t5_1_1_mini.gin"\n'
+        'include "gin_configs/methods/step_by_step.gin"\n'
         'DATASET = "tickets"\nVOCABULARY = "byte"\nVOCAB_SIZE = 384\nEXAMPLES = 4\nTRAIN_STEPS = 2\n'
         'LEARNING_RATE = 1e-3\nTASK_FEATURE_LENGTHS = {"inputs": 48, "targets": 24}\nMAX_DECODE_LENGTH = 8\n'
+        "EVAL_BATCH_SIZE = 8\nt5.T5Config.num_encoder_layers = 1\nt5.T5Config.emb_dim = 16\n"
     )
     train = ["train", "--gin_file=tickets.gin", "--records_dir=records", "--run=runs/tickets"]
     assert main.main(train) == 1
@@ -59,7 +61,8 @@ def test_a_run_of_a_module_names_it_and_later_commands_ask_for_it(folder, capsys
     assert said["file"] == "my_task.py"
     assert main.main(["baseline", "--module=my_task.py", "--dataset=tickets", "--records_dir=records"]) == 0
     Path("in.jsonl").write_text('{"id": "1", "input": "Ticket 9"}\n')
-    predict = ["predict", "runs/tickets", "--input=in.jsonl", "--output=out.jsonl", "--decoding=choices"]
+    predict = ["predict", "runs/tickets", "--input=in.jsonl", "--output=out.jsonl"]
+    predict += ["--decoding=choices", "--batch_size=1"]
     catalogue._DATASETS.pop("tickets")
     dataset_module._loaded.clear()
     capsys.readouterr()

@@ -52,6 +52,7 @@ def test_four_real_examples_are_learned_by_heart(sbs, tmp_path, real_data_dir, r
         f"--gin.RECORDS_DIR={records_dir}",
         f"--gin.VOCABULARY={real_vocab}",
         "--gin.EXAMPLES=4",
+        "--gin.EVAL_BATCH_SIZE=4",
         "--gin.TRAIN_STEPS=80",
         "--gin.EVAL_PERIOD=80",
         "--gin.LOG_PERIOD=20",
@@ -70,12 +71,12 @@ def test_four_real_examples_are_learned_by_heart(sbs, tmp_path, real_data_dir, r
 
     rows = [json.loads(line) for line in lines[:4]]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps({"id": r["id"], "input": r["input"]}) + "\n" for r in rows))
-    sbs("predict", run, "--input", tmp_path / "in.jsonl", "--output", tmp_path / "labels.jsonl")
+    sbs("predict", run, "--input", tmp_path / "in.jsonl", "--output", tmp_path / "labels.jsonl", "--batch_size", 4)
     answers = [json.loads(line) for line in (tmp_path / "labels.jsonl").read_text().splitlines()]
     assert [a["prediction"] for a in answers] == [r["label"] for r in rows]
     assert all(set(a) == {"id", "prediction", "score"} and a["score"] < 0 for a in answers)
 
-    done = sbs("evaluate", f"{run}/checkpoints/80", "--split", "train")
+    done = sbs("evaluate", f"{run}/checkpoints/80", "--split", "train", "--batch_size", 4)
     graded = json.loads(done.stdout)
     assert (graded["equation_accuracy"], graded["rows"]) == (100.0, 4)
 

@@ -281,7 +281,7 @@ def test_the_manifest_can_be_read_as_that_of_one_dataset(trained):
 
 def test_evaluate_grades_both_and_predict_answers_for_one(trained, tmp_path, capsys):
     config, result = trained
-    assert main.main(["evaluate", config.model_dir, "--split", "test"]) == 0
+    assert main.main(["evaluate", config.model_dir, "--split", "test", "--batch_size", "8"]) == 0
     printed = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert printed["score"] == pytest.approx(result["test"]["score"])
     assert printed["twin/rows"] == 8
@@ -294,7 +294,8 @@ def test_evaluate_grades_both_and_predict_answers_for_one(trained, tmp_path, cap
             json.dumps({"id": row["id"], "input": row["input"].removeprefix("twin predict: ")}) + "\n" for row in rows
         )
     )
-    flags = ["predict", config.model_dir, "--input", str(asked), "--output", str(tmp_path / "out.jsonl")]
+    flags = ["predict", config.model_dir, "--input", str(asked), "--batch_size", "8"]
+    flags += ["--output", str(tmp_path / "out.jsonl")]
     assert main.main(flags) == 1
     assert "trained on toy, twin; choose the one to answer for by --dataset" in capsys.readouterr().err
     assert main.main([*flags, "--dataset", "twin"]) == 0

@@ -314,10 +314,11 @@ def test_a_student_learns_a_task_from_outside(tmp_path, sums, monkeypatch):
     )
     assert loop.train(config, config_text="") == result
     assert set(read) == {"validation"}
-    assert main.main(["evaluate", config.model_dir, "--split", "validation"]) == 0
+    assert main.main(["evaluate", config.model_dir, "--split", "validation", "--batch_size", "8"]) == 0
     asked = tmp_path / "in.jsonl"
     asked.write_text('{"id": "1", "input": "3 and 4?"}\n')
-    assert main.main(["predict", config.model_dir, "--input", str(asked), "--output", str(tmp_path / "o.jsonl")]) == 0
+    predict = ["predict", config.model_dir, "--input", str(asked), "--output", str(tmp_path / "o.jsonl")]
+    assert main.main([*predict, "--batch_size", "1"]) == 0
     (file,) = Path(config.model_dir, "predictions").glob("*-6.jsonl")
     graded = [json.loads(line) for line in file.read_text().splitlines()]
     assert (graded[0]["id"], graded[0]["input"]) == ("validation-0", texts("validation", 0)[0])
@@ -385,7 +386,7 @@ def test_sbs_train_reads_a_cache_of_seqio_s_own_job(configured, tmp_path, monkey
     files = ("runs/seqio.gin", "models/t5_1_1_mini.gin")
     flags = [f"--gin_file={Path(__file__).parents[1]}/gin_configs/{name}" for name in files]
     macros = {"MIXTURE_OR_TASK_NAME": "out_sums", "VOCABULARY": "byte", "VOCAB_SIZE": 384, "MAX_DECODE_LENGTH": 8}
-    macros |= {"TRAIN_STEPS": 2, "EXAMPLES": 8, "TASK_FEATURE_LENGTHS": LENGTHS}
+    macros |= {"TRAIN_STEPS": 2, "EXAMPLES": 8, "EVAL_BATCH_SIZE": 8, "TASK_FEATURE_LENGTHS": LENGTHS}
     small = {"emb_dim": 16, "num_heads": 2, "head_dim": 8, "mlp_dim": 16, "num_encoder_layers": 1}
     macros |= {f"t5.T5Config.{name}": value for name, value in small.items()}
     flags += [f"--gin.{name}={value}" for name, value in macros.items()]
@@ -403,8 +404,18 @@ def test_sbs_train_reads_a_cache_of_seqio_s_own_job(configured, tmp_path, monkey
 PAGE = (Path(__file__).parents[1] / "docs" / "howto" / "seqio.md").read_text("utf-8")
 
 
+QUICK = {
+    "train": [
+        *("--gin.TRAIN_STEPS=4", "--gin.EXAMPLES=8", "--gin.EVAL_BATCH_SIZE=8"),
+        *("--gin.t5.T5Config.num_encoder_layers=1", "--gin.t5.T5Config.emb_dim=16"),
+    ],
+    "evaluate": ["--batch_size=8"],
+    "predict": ["--batch_size=1"],
+}
+
+
 def test_the_task_file_of_the_page_becomes_a_student(tmp_path, monkeypatch, capsys):
-    """By the page's own commands, with fewer steps."""
+    """By the page's own commands, with fewer steps of a smaller student."""
     monkeypatch.setattr(dataset_module, "_loaded", {})
     (source,) = re.findall(r'```python title="my_tasks.py"\n(.*?)```', PAGE, re.DOTALL)
     shown = re.findall(r"^sbs ((?:.*\\\n)*.*)", PAGE, re.MULTILINE)
@@ -416,8 +427,7 @@ def test_the_task_file_of_the_page_becomes_a_student(tmp_path, monkeypatch, caps
     Path("questions.jsonl").write_text('{"id": "1", "input": "2 and 3?"}\n')
     before = registry.options()
     for command in commands:
-        quick = ["--gin.TRAIN_STEPS=4", "--gin.EXAMPLES=8"] if command[0] == "train" else []
-        assert main.main(command + quick) == 0, capsys.readouterr().err
+        assert main.main(command + QUICK[command[0]]) == 0, capsys.readouterr().err
     assert {command[0] for command in commands} == {"train", "evaluate", "predict"}
     assert json.loads(Path("answers.jsonl").read_text())["id"] == "1"
     assert directory.read_manifest("runs/sums")["data"]["module"]["file"] == "my_tasks.py"

@@ -284,7 +284,10 @@ def test_from_a_csv_to_a_served_student(tmp_path, monkeypatch, capsys):
         "--gin.TRAIN_STEPS=3",
         "--gin.WARMUP_STEPS=1",
         "--gin.EXAMPLES=4",
+        "--gin.EVAL_BATCH_SIZE=8",
         '--gin.TASK_FEATURE_LENGTHS={"inputs": 72, "targets": 32}',
+        "--gin.t5.T5Config.num_encoder_layers=1",
+        "--gin.t5.T5Config.emb_dim=16",
     ]
     assert main.main(["train", "--gin_file=garden/laptop.gin", "--gin.MODEL_DIR=runs/garden", *small]) == 0
     capsys.readouterr()
@@ -296,7 +299,7 @@ def test_from_a_csv_to_a_served_student(tmp_path, monkeypatch, capsys):
     catalogue._DATASETS.pop("garden")
     Path("in.jsonl").write_text('{"id": "1", "input": "My rose: bugs, what now?"}\n')
     predict = ["predict", "moved", "--input", "in.jsonl", "--output", "out.jsonl", "--decoding", "choices"]
-    assert main.main(predict) == 0
+    assert main.main([*predict, "--batch_size", "1"]) == 0
     (row,) = [json.loads(line) for line in Path("out.jsonl").read_text().splitlines()]
     assert row["prediction"] in TOPICS
     catalogue._DATASETS.pop("garden")

@@ -97,7 +97,7 @@ def test_a_student_that_has_learned_a_template_answers_with_each_row_s_numbers(t
         max_decode_length=12,
     )
     assert loop.train(config, config_text="")["test"]["accuracy"] == 100.0
-    predictor = engine.Predictor.load(tmp_path / "run", settings=engine.Settings())
+    predictor = engine.Predictor.load(tmp_path / "run", settings=engine.Settings(batch_size=3))
     asked = [("blue 5 and red 1,200", "1,200 over 5"), ("red 7.5 blue 88", "88 over 7.5"), ("red <extra_id_0>", None)]
     answers = predictor.answer([engine.Question(id=text, input=text) for text, _ in asked])
     assert [answer.prediction for answer in answers] == [label for _, label in asked]
