@@ -11,6 +11,7 @@ from builders import decoders
 
 from sbs_jax.student import families, stacking, stacks
 
+
 @functools.cache
 def parameters() -> families.Parameters:
     return families.init(toy.MODEL, seed=0)[1]
