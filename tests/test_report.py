@@ -137,6 +137,7 @@ def test_an_interval_needs_rows() -> None:
         ("step_by_step", "human", STEP_BY_STEP),
         ("step_by_step", "teacher", "step-by-step (teacher labels)"),
         ("rationale_then_label", "human", "single-task rationale"),
+        ("cascade", "teacher", "cascade (teacher labels)"),
     ],
 )
 def test_the_manifest_tells_the_method(tmp_path: Path, kind: str, label_source: str, method: str) -> None:
@@ -145,13 +146,14 @@ def test_the_manifest_tells_the_method(tmp_path: Path, kind: str, label_source: 
 
 
 def test_a_summary_has_the_numbers_of_its_runs(tmp_path: Path) -> None:
-    runs = of(tmp_path, label=some(50), step_by_step=some(80), rationale_then_label=some(30))
+    runs = of(tmp_path, label=some(50), cascade=some(70), step_by_step=some(80), rationale_then_label=some(30))
     summary = report.summarize(runs)
     assert (summary.dataset, summary.metric, summary.test_rows) == ("toy", "accuracy", 100)
     assert [(g.method, g.accuracy) for g in summary.groups] == [
         (FINE_TUNING, 50.0),
         (STEP_BY_STEP, 80.0),
         ("single-task rationale", 30.0),
+        ("cascade", 70.0),
     ]
     first, last = summary.groups[0], summary.groups[-1]
     assert (first.seeds, first.accuracies) == ((0,), (50.0,))
@@ -160,6 +162,7 @@ def test_a_summary_has_the_numbers_of_its_runs(tmp_path: Path) -> None:
     assert [(c.method, c.difference, c.verdict) for c in summary.comparisons] == [
         (STEP_BY_STEP, 30.0, "these two differ"),
         ("single-task rationale", -20.0, "these two differ"),
+        ("cascade", 20.0, "these two differ"),
     ]
     assert summary.majority_accuracy == 34.0
     assert summary.teacher_accuracy is None

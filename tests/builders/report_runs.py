@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from sbs_jax.data.dataset import MIXTURES, tasks_of
 from sbs_jax.pages import report
 from sbs_jax.pages.report import Run
 
@@ -34,8 +35,8 @@ def write_run(
     right = [i % 2 == 0 for i in range(40)] if right is None else right
     accuracy = 100.0 * sum(right) / len(right)
     (path / "predictions").mkdir(parents=True)
-    task = f"{dataset}_rationale_then_label" if kind == "rationale_then_label" else f"{dataset}_label"
-    prefix = "predict: " if kind == "step_by_step" else ""
+    task = f"{dataset}_{tasks_of(kind)[0]}"
+    prefix = "predict: " if kind in MIXTURES else ""
     rows = []
     for i, correct in enumerate(right):
         target = LABELS[i % 3]
@@ -47,13 +48,14 @@ def write_run(
     for step in range(20, updates + 1, 20):
         loss = 2 * math.exp(-step / 80) + 0.1 * seed
         line = {"kind": "train", "step": step, "loss": loss, "loss/label": loss, "seconds_per_step": 0.5}
-        line["loss/rationale"] = 1.5 * loss if kind == "step_by_step" else 0.0
+        line["loss/rationale"] = 1.5 * loss if kind in MIXTURES else 0.0
         lines.append(line)
         lines.append({"kind": "validation", "step": step, "accuracy": accuracy * (1 - math.exp(-step / 60))})
     lines.append({"kind": "test", "step": updates // 2, "accuracy": accuracy})
     (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     options = {"label_source": label_source, "fraction": fraction, "seed": seed, "rationales": "all"}
-    counts = {"label": math.ceil(720 * fraction), "rationale_then_label": math.ceil(700 * fraction)}
+    both = math.ceil(700 * fraction)
+    counts = {"label": math.ceil(720 * fraction), "rationale_then_label": both, "label_given_rationale": both}
     manifest = {
         "git_revision": "0123456789abcdef",
         "versions": {"python": "3.11.7", "jax": "0.10.2"},
