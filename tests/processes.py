@@ -310,7 +310,7 @@ def write_whole_entries() -> None:
     """
     from jax._src import compilation_cache, lru_cache
 
-    if not (getattr(compilation_cache, "zstd", None) or getattr(compilation_cache, "zstandard", None)):
+    if not any(vars(compilation_cache).get(name) for name in ("zstd", "zstandard")):
         compilation_cache.compress_executable = functools.partial(zlib.compress, level=1)
 
     def put(self: Any, key: str, value: bytes) -> None:

@@ -18,7 +18,9 @@ from builders import decoders
 from conftest import REPOSITORY
 from etils import epath
 
+from sbs_jax import hosts
 from sbs_jax.data import registry
+from sbs_jax.hosts import preemption
 from sbs_jax.run import checkpoints, saving
 from sbs_jax.student import adapters, decoding, families, partitioning, quantized, stacks
 from sbs_jax.student.adapters import IA3, Biases, Bottleneck, LoRA, Prefix, Prompt, Tuning
@@ -352,7 +354,7 @@ def test_the_optimiser_s_state_may_live_in_host_memory(tmp_path, records_dir):
         np.testing.assert_array_equal(np.asarray(got), np.asarray(want))
 
 
-def test_a_run_keeps_its_adapters_alone_and_goes_on_where_it_was(tmp_path, records_dir, caplog):
+def test_a_run_keeps_its_adapters_alone_and_goes_on_where_it_was(tmp_path, records_dir, caplog, monkeypatch):
     tuning = SPOKEN["nf4"]
     base = tmp_path / "base.npz"
     npz.save_npz(base, families.init(MODEL, seed=7)[1], dtype="float32")
@@ -364,10 +366,14 @@ def test_a_run_keeps_its_adapters_alone_and_goes_on_where_it_was(tmp_path, recor
     share = sum(x.size for n, x in adapters.abstract(MODEL, tuning).shapes.items() if "lora" in n or "adapter" in n)
     assert said.startswith(f"Trained: {share:,} parameters")
     assert f"frozen: {sum(math.prod(x.shape) for x in families.abstract(MODEL)[1].values()):,}, " in said
-    stopped = dataclasses.replace(whole, model_dir=str(tmp_path / "stopped"), train_steps=3, evaluate_test=False)
-    loop.train(stopped, config_text="")
-    resumed = dataclasses.replace(whole, model_dir=stopped.model_dir)
-    loop.train(resumed, config_text="", accept_changes=True, programs=programs)
+    resumed = dataclasses.replace(whole, model_dir=str(tmp_path / "resumed"))
+    steps = iter(range(1, 7))
+    with monkeypatch.context() as patch:
+        patch.setattr(hosts, "preemption_requested", lambda: next(steps) == 3)
+        with pytest.raises(preemption.PreemptedError):
+            loop.train(resumed, config_text="", programs=programs)
+    assert checkpoints.steps(resumed.model_dir) == [3]
+    loop.train(resumed, config_text="", programs=programs)
     ones, others = (students.load_student(c.model_dir, layout=partitioning.DATA_PARALLEL) for c in (whole, resumed))
     assert set(ones.parameters) == set(adapters.abstract(MODEL, tuning).shapes)
     for name, want in ones.parameters.items():
