@@ -53,16 +53,16 @@ def test_four_real_examples_are_learned_by_heart(sbs, tmp_path, real_data_dir, r
         f"--gin.VOCABULARY={real_vocab}",
         "--gin.EXAMPLES=4",
         "--gin.EVAL_BATCH_SIZE=4",
-        "--gin.TRAIN_STEPS=40",
-        "--gin.EVAL_PERIOD=40",
+        "--gin.TRAIN_STEPS=80",
+        "--gin.EVAL_PERIOD=80",
         "--gin.LOG_PERIOD=20",
         "--gin.DROPOUT_RATE=0.0",
-        "--gin.LEARNING_RATE=1e-2",
+        "--gin.LEARNING_RATE=3e-3",
     )
     result = json.loads(done.stdout)
     assert result["validation"]["equation_accuracy"] == 100.0
     assert result["test"]["equation_accuracy"] == 100.0
-    assert "40/40" in done.stderr
+    assert "80/80" in done.stderr
     assert "tokens/s" in done.stderr
 
     # The saved configuration is the operative one, and says what was given.
@@ -76,7 +76,7 @@ def test_four_real_examples_are_learned_by_heart(sbs, tmp_path, real_data_dir, r
     assert [a["prediction"] for a in answers] == [r["label"] for r in rows]
     assert all(set(a) == {"id", "prediction", "score"} and a["score"] < 0 for a in answers)
 
-    done = sbs("evaluate", f"{run}/checkpoints/40", "--split", "train", "--batch_size", 4)
+    done = sbs("evaluate", f"{run}/checkpoints/80", "--split", "train", "--batch_size", 4)
     graded = json.loads(done.stdout)
     assert (graded["equation_accuracy"], graded["rows"]) == (100.0, 4)
 
