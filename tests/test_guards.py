@@ -94,7 +94,7 @@ def step_function(config: TrainConfig):
         config.mixture_or_task_name, lengths=config.task_feature_lengths, split="train", batch_size=8,
         pack=config.pack, seed=0, skip_batches=0,
     )  # fmt: skip
-    step = functools.partial(train_step, structure=structure, config=config, optimizer=optimizer)
+    step = functools.partial(train_step, structure=structure, config=config, optimizer=optimizer, separate=structure)
     return jax.jit(step), state, {name: jnp.asarray(x) for name, x in next(found).items()}
 
 

@@ -398,7 +398,8 @@ def _check_values(manifest: _Manifest) -> None:
         raise ValueError(f"data.options.fraction is {data['options']['fraction']}; expected more than 0, at most 1.")
     for name in ("train", "test"):
         if name not in data["splits"]:
-            raise ValueError(f"data.splits has {sorted(data['splits'])}; expected {name!r} too.")
+            found = json_files.brief(sorted(data["splits"]))
+            raise ValueError(f"data.splits has {found}; expected {name!r} too.")
     counts = data["splits"]["train"].get("counts", {})
     needed = tasks_of(_kind(manifest))[0]
     whole_number(f"data.splits.train.counts.{needed}", counts.get(needed), least=0)

@@ -33,7 +33,7 @@ class Optimization:
     alpha: float | optax.Schedule  # share of the label objective, of every step; the rationale's is 1 - alpha
     label_smoothing: float = 0.0  # share of a label token's probability that the whole vocabulary divides evenly
     mutual_information: str | None = None  # form of the loss that ties label and rationale (mutual_information.FORMS)
-    mutual_information_weight: float = 0.1
+    mutual_information_weight: float = 0.1  # of that loss, beside the two tasks
     soft_targets: str | None = None  # store of a teacher's distributions (`sbs soft_targets`); None: without
     soft_share: float = 0.5  # of the divergence from them; the cross-entropy has the rest
     teacher: str | None = None  # run of a larger student that is kept in memory (on-policy distillation); None: without
