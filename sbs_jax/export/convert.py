@@ -231,10 +231,6 @@ def _check_options(options: Options) -> None:
         from sbs_jax.export import stablehlo
 
         stablehlo.check_platforms(options.platforms or stablehlo.DEFAULT_PLATFORMS)
-    elif to_form == ONNX:
-        from sbs_jax.export import onnx
-
-        onnx.check_installed()
 
 
 def _with_vocabulary(opened: Opened, vocabulary: str, *, owner: str) -> Opened:

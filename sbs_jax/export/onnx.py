@@ -26,7 +26,7 @@ from sbs_jax.export.student import ANSWER, Student, agreed, check, check_shapes,
 MODEL = "model.onnx"
 
 
-def check_installed() -> None:
+def _check_installed() -> None:
     """Requires the exporter and the runtime. ModuleNotFoundError says what to install."""
     for name in ("jax2onnx", "onnxruntime"):
         if importlib.util.find_spec(name) is None:
@@ -51,6 +51,7 @@ def write(
     if len(shapes) != 1:
         raise ValueError(f"An ONNX model has one shape; got {len(shapes)}. Convert again for another.")
     check_shapes(shapes, longest=longest)
+    _check_installed()  # last: nobody installs it to learn that this student cannot be written
     (shape,) = shapes
     parameters, length = student.on_device(), student.tasks[ANSWER]
 
