@@ -45,7 +45,7 @@ def batch() -> Batch:
         "decoder_target_tokens": target,
         "decoder_input_tokens": cases.shifted(target),
         "decoder_task_ids": np.concatenate([(targets[task] != 0) * numbers[task] for task in rows]).astype(np.int32),
-        "decoder_loss_weights": (target != 0).astype(np.int32),
+        "decoder_loss_weights": (target != 0).astype(np.float32),
     }
     return {name: jnp.asarray(rows) for name, rows in whole.items()}
 

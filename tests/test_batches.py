@@ -187,7 +187,7 @@ def test_keys_shapes_and_types(cats: Path, pack: bool):
     (batch,) = take(count=1, pack=pack)
     assert batch.keys() == (PACKED if pack else UNPACKED)
     for key, array in batch.items():
-        assert array.dtype == np.int32
+        assert array.dtype == (np.float32 if key == "decoder_loss_weights" else np.int32)
         assert array.shape == (4, LENGTHS["inputs" if key.startswith("encoder") else "targets"])
 
 

@@ -119,15 +119,17 @@ EXAMPLES = [
 ]
 
 
-def batch_of(rows, *, packed, examples, lengths=(24, 20), teacher=None):
+def batch_of(rows, *, packed, examples, lengths=(24, 20), teacher=None, weights=None):
     """Builds model features of rows of example numbers, independently of the package.
 
-    `teacher` has the soft targets of some examples, by number: ids [n, K], log_p [n, K], log_p_rest [n].
+    `teacher` has the soft targets of some examples, by number: ids [n, K], log_p [n, K], log_p_rest [n]. `weights` has
+    the weights of some, too; the others have 1.
     """
     names = ("encoder_input_tokens", "encoder_segment_ids")
     target_names = ("decoder_input_tokens", "decoder_target_tokens", "decoder_task_ids", "decoder_segment_ids")
-    batch = {name: np.zeros((len(rows), lengths[0]), np.int32) for name in names}
+    batch: dict[str, np.ndarray] = {name: np.zeros((len(rows), lengths[0]), np.int32) for name in names}
     batch |= {name: np.zeros((len(rows), lengths[1]), np.int32) for name in target_names}
+    batch["decoder_loss_weights"] = np.zeros((len(rows), lengths[1]), np.float32)
     for row, members in enumerate(rows):
         source_at = target_at = 0
         for segment, number in enumerate(members, start=1):
@@ -140,12 +142,12 @@ def batch_of(rows, *, packed, examples, lengths=(24, 20), teacher=None):
             batch["decoder_input_tokens"][row, span] = [0, *target[:-1]]
             batch["decoder_task_ids"][row, span] = task
             batch["decoder_segment_ids"][row, span] = segment
+            batch["decoder_loss_weights"][row, span] = (weights or {}).get(number, 1.0)
             for name, values in zip(soft_targets.FEATURES, (teacher or {}).get(number, ()), strict=False):
                 empty = 0 if name == soft_targets.IDS else -np.inf
                 shape = (len(rows), lengths[1], *values.shape[1:])
                 batch.setdefault(name, np.full(shape, empty, values.dtype))[row, span] = values
             source_at, target_at = source_at + len(source), target_at + len(target)
-    batch["decoder_loss_weights"] = (batch["decoder_task_ids"] > 0).astype(np.int32)
     if not packed:
         batch = {name: x for name, x in batch.items() if not name.endswith("segment_ids")}
     return batch
@@ -195,8 +197,8 @@ def prepared(
         with partitioner.active():
             return run(parameters, batch)
 
-    def compute(rows, examples=EXAMPLES, teacher=None):
-        batch = batch_of(rows, packed=packed, examples=examples, lengths=lengths, teacher=teacher)
+    def compute(rows, examples=EXAMPLES, teacher=None, weights=None):
+        batch = batch_of(rows, packed=packed, examples=examples, lengths=lengths, teacher=teacher, weights=weights)
         loss, compute.sums, gradients = jax.device_get(constrained(parameters, partitioner.put_batch(batch)))
         return float(loss), stacking.unstack(gradients) if scanned else gradients
 

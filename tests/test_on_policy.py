@@ -155,7 +155,7 @@ def batch_of() -> dict[str, np.ndarray]:
         "decoder_input_tokens": np.asarray(decoding.shifted(jnp.asarray(target), start=0)),
         "decoder_target_tokens": target,
         "decoder_task_ids": tasks,
-        "decoder_loss_weights": (tasks > 0).astype(np.int32),
+        "decoder_loss_weights": (tasks > 0).astype(np.float32),
     }
 
 

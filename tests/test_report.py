@@ -145,6 +145,35 @@ def test_the_manifest_tells_the_method(tmp_path: Path, kind: str, label_source: 
     assert report.identify(path) == Run(path, method, 0.5, 3)
 
 
+LATER = {
+    "step-by-step (mutual information as written)": {"mutual_information": "as_written"},
+    "step-by-step (mutual information as released)": {"mutual_information": "as_released"},
+    "step-by-step (alpha over time)": {"alpha": {"0": 0.1, "499": 0.9}},
+    "step-by-step (soft targets)": {"soft_targets": "runs/soft"},
+    "step-by-step (on-policy)": {"teacher": "runs/large"},
+    "step-by-step (soft targets, on-policy)": {"soft_targets": "runs/soft", "teacher": "runs/large"},
+}
+
+
+def test_later_methods_have_names_and_are_compared_with_step_by_step_too(tmp_path: Path) -> None:
+    """One page with all of them, whose names are too long for one line beside the plot."""
+    runs = of(tmp_path, label=some(20, 40), step_by_step=some(30, 40))
+    plain = {"alpha": 0.5, "mutual_information": None, "soft_targets": None, "teacher": None}
+    for number, (name, changes) in enumerate(LATER.items()):
+        path = write_run(tmp_path / str(number), kind="step_by_step", manifest_of={"settings": plain | changes})
+        runs.append(report.identify(path))
+        assert runs[-1].method == name
+    pairs = [(c.method, c.reference) for c in report.summarize(runs).comparisons]
+    assert set(pairs) == {
+        (STEP_BY_STEP, FINE_TUNING),
+        *((name, reference) for name in LATER for reference in (FINE_TUNING, STEP_BY_STEP)),
+    }
+    assert len(pairs) == len(set(pairs))
+    page = tmp_path / "report.html"
+    report.write_page(page, runs, title=None, notes=())
+    assert "information as written)</text>" in page.read_text()
+
+
 def test_a_summary_has_the_numbers_of_its_runs(tmp_path: Path) -> None:
     runs = of(tmp_path, label=some(50), cascade=some(70), step_by_step=some(80), rationale_then_label=some(30))
     summary = report.summarize(runs)
@@ -163,7 +192,9 @@ def test_a_summary_has_the_numbers_of_its_runs(tmp_path: Path) -> None:
         (STEP_BY_STEP, 30.0, "these two differ"),
         ("single-task rationale", -20.0, "these two differ"),
         ("cascade", 20.0, "these two differ"),
+        ("cascade", -10.0, "these two differ"),
     ]
+    assert [c.reference for c in summary.comparisons] == [FINE_TUNING] * 3 + [STEP_BY_STEP]
     assert summary.majority_accuracy == 34.0
     assert summary.teacher_accuracy is None
 

@@ -32,6 +32,7 @@ class _Fields(TypedDict):
     rationale: NotRequired[str | None]
     choices: NotRequired[list[str]]
     other_rationales: NotRequired[tuple[Rationale, ...]]
+    weight: NotRequired[int | float | None]
 
 
 def write(dataset: Dataset, source: str | Path, *, records_dir: str | Path, output: str | Path) -> Counter[str]:
@@ -93,7 +94,9 @@ def _of_json(dataset: Dataset, source: Path) -> Iterator[Record | str]:
         )
         dataset.check_labels([row], where=lambda _, where=where: where)
         record = _record(dataset, row, rationale=rationale or None)
-        yield dataclasses.replace(record, other_rationales=fields.get("other_rationales", ()))
+        yield dataclasses.replace(
+            record, other_rationales=fields.get("other_rationales", ()), weight=fields.get("weight")
+        )
 
 
 def _record(dataset: Dataset, row: Row, *, rationale: str | None = None) -> Record:

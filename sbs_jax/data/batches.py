@@ -210,8 +210,9 @@ class _Rows:
         """Returns tables, and the place in them of rows [m] in epochs [m]."""
         if tokens.TARGETS_OF not in self._tables:
             return self._tables, indices
-        rows = {"inputs": indices, "targets": self._targets(epochs, indices)}
-        return {name: self._tables[name].chosen(each) for name, each in rows.items()}, np.arange(len(indices))
+        rows = {"inputs": indices, "targets": self._targets(epochs, indices), tokens.WEIGHTS: indices}
+        found = {name: self._tables[name].chosen(each) for name, each in rows.items() if name in self._tables}
+        return found, np.arange(len(indices))
 
     def encoded(self) -> Mapping[str, tokens.TokenTable]:
         return self._tables

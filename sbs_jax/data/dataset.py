@@ -32,12 +32,14 @@ class Row:
       input: the student's input, without a task prefix.
       label: the human label; None for an unlabelled row.
       choices: possible labels of this row; () if the dataset's own set applies.
+      weight: as of its record.
     """
 
     id: str | None = None
     input: str
     label: str | None
     choices: tuple[str, ...] = ()
+    weight: int | float | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

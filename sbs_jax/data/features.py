@@ -1,6 +1,7 @@
 """Arrays of model features, made of examples: shifted, padded or packed, with a task id per target token.
 
-Int32 [rows, length], as documented in `batches.StepByStepFeatureConverter`; soft targets in the types of their store.
+As documented in `batches.StepByStepFeatureConverter`, int32 [rows, length]; weights are float32, since rows may have
+their own, and soft targets have the types of their store.
 """
 
 from __future__ import annotations
@@ -51,6 +52,15 @@ class Examples:
         there = starts >= 0
         return there, self.soft.store.read(starts[there].tolist(), sizes[there].tolist())
 
+    def weights(self) -> np.ndarray:
+        """Returns the weight of each example, float32 [n]; 1 where rows have none."""
+        found = np.ones(len(self.indices), np.float32)
+        for task, tables in enumerate(self.tables):
+            if tokens.WEIGHTS in tables:
+                mine = self.tasks == task
+                found[mine] = tables[tokens.WEIGHTS].ids[self.indices[mine]]
+        return found
+
     def ids(self, feature: str, *, length: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns the concatenated tokens of all examples, each truncated to `length`, and their sizes."""
         starts, sizes, last = (np.empty_like(self.indices) for _ in range(3))
@@ -95,7 +105,7 @@ def shapes(
 def of(examples: Examples, *, row_count: int, lengths: Mapping[str, int], pack: bool) -> dict[str, np.ndarray]:
     """Builds rows of model features, each of one example or, packed, of several.
 
-    Int32 [rows, length], as documented in `StepByStepFeatureConverter`, and soft targets if the examples have them.
+    Those of `StepByStepFeatureConverter`, and soft targets if the examples have them.
     """
     sides = {}
     for feature, length in lengths.items():
@@ -116,7 +126,7 @@ def of(examples: Examples, *, row_count: int, lengths: Mapping[str, int], pack: 
         "encoder_input_tokens": inputs,
         "decoder_input_tokens": decoder_inputs,
         "decoder_target_tokens": targets,
-        "decoder_loss_weights": (task_ids > 0).astype(np.int32),
+        "decoder_loss_weights": target.spread(examples.weights()[target.example]),
         "decoder_task_ids": task_ids,
     }
     if pack:
@@ -148,15 +158,13 @@ class _Side:
     within: np.ndarray
     ids: np.ndarray
 
-    def spread(self, values: np.ndarray, *, only: np.ndarray | None = None, empty: float | None = None) -> np.ndarray:
-        """Spreads one value per token to int32 [rows, length], 0 elsewhere.
+    def spread(self, values: np.ndarray, *, only: np.ndarray | None = None, empty: float = 0) -> np.ndarray:
+        """Spreads one value per token, of any shape, to [rows, length, ..], `empty` elsewhere; integers become int32.
 
-        With `only`, values [n, ..] of the tokens of these examples, in their own type, and `empty` elsewhere.
+        With `only`, values of the tokens of these examples.
         """
         place = self.place if only is None else self.place[only[self.example]]
-        if only is None:
-            flat = np.zeros(self.shape[0] * self.shape[1], np.int32)
-        else:
-            flat = np.full((self.shape[0] * self.shape[1], *values.shape[1:]), empty, values.dtype)
+        dtype = np.dtype(np.int32) if values.dtype.kind == "i" and only is None else values.dtype
+        flat = np.full((self.shape[0] * self.shape[1], *values.shape[1:]), empty, dtype)
         flat[place] = values
         return flat.reshape(*self.shape, *flat.shape[1:])

@@ -25,6 +25,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypedDict
 
+from sbs_jax import checks
 from sbs_jax.storage import places, user_files
 from sbs_jax.storage.atomic import replace, replacing
 from sbs_jax.storage.checksums import file_sha256
@@ -66,8 +67,9 @@ class Record:
       hinted: the reply answers a second request that revealed the label.
       votes: (replies with this label, replies requested) if more than one was requested, else None.
       other_rationales: rationales of the other usable replies, in the order of the samples, each text once.
+      weight: how often each target token of the row counts in training, beside 1 of rows without a weight; 1e-6 to 1e6.
 
-    The last four are written only if they are set.
+    The last five are written only if they are set.
     """
 
     id: str
@@ -82,6 +84,7 @@ class Record:
     hinted: bool = False
     votes: tuple[int, int] | None = None
     other_rationales: tuple[Rationale, ...] = ()
+    weight: int | float | None = None
 
     @property
     def rationales(self) -> tuple[Rationale, ...]:
@@ -92,7 +95,7 @@ class Record:
 
 
 _FIELDS = tuple(field.name for field in dataclasses.fields(Record))
-_ONLY_IF_SET = ("prompt", "hinted", "votes", "other_rationales")
+_ONLY_IF_SET = ("prompt", "hinted", "votes", "other_rationales", "weight")
 _REPEATED = ("label", "teacher_label", "outcome")  # fields with few values in many rows
 
 
@@ -202,6 +205,8 @@ def _record(value: Mapping[str, Any]) -> Record:
         raise ValueError(f"the field 'votes' is {list(record.votes)}; expected two numbers of at least 1.")
     if any(not each.rationale.strip() for each in record.other_rationales):
         raise ValueError("the field 'other_rationales' has a blank rationale; leave it out.")
+    if record.weight is not None:
+        checks.number("the field 'weight'", record.weight, least=1e-6, most=1e6)
     return record
 
 

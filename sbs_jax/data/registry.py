@@ -533,7 +533,7 @@ def token_tables(task_name: str, split: str) -> Mapping[str, tokens.TokenTable]:
     """Encodes a task's examples: {"inputs": table, "targets": table}, nothing cut.
 
     If rows have several rationales, "targets" has all of them, and row i of a third table, `tokens.TARGETS_OF`, has the
-    numbers of those of input i.
+    numbers of those of input i. If rows have weights, `tokens.WEIGHTS` has them.
 
     Runs once per `configure`, at about 100,000 short texts per second. Warns of pieces that the vocabulary lacks;
     ValueError if a label of a closed set has one. The texts of a corpus are {"text": table}, whose rows `corpus.Rows`
@@ -571,6 +571,10 @@ def _encoded(task_name: str, split: str) -> table_cache.Entry:
     if (several := rows.target_counts()) is not None:
         ends = np.cumsum([0, *several])
         tables[tokens.TARGETS_OF] = tokens.TokenTable(ids=np.arange(ends[-1], dtype=np.int32), starts=ends)
+    if (weights := rows.weights()) is not None:
+        tables[tokens.WEIGHTS] = tokens.TokenTable(
+            ids=np.asarray(weights, np.float32), starts=np.arange(len(weights) + 1)
+        )
     return table_cache.Entry(tables=tables, warnings=warnings)
 
 

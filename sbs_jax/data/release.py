@@ -215,7 +215,13 @@ def _records(dataset: Dataset, parse: Callable[[str, Row], Parsed], source: Sour
     found = []
     for row in source.rows:
         assert row.id is not None  # with_ids gave every row one
-        given: dict[str, Any] = {"id": row.id, "input": row.input, "label": row.label, "choices": row.choices}
+        given: dict[str, Any] = {
+            "id": row.id,
+            "input": row.input,
+            "label": row.label,
+            "choices": row.choices,
+            "weight": row.weight,
+        }
         answer = source.answers.get(row.id)
         if answer is not None:
             parsed = parse(answer.text, row)
@@ -380,7 +386,7 @@ def _from_records(folder: Path, splits: Iterable[str]) -> dict[str, Source]:
         path = records.file_of(folder, split)
         rows = records.read_records(path)
         found[split] = Source(
-            rows=[Row(id=r.id, input=r.input, label=r.label, choices=r.choices) for r in rows],
+            rows=[Row(id=r.id, input=r.input, label=r.label, choices=r.choices, weight=r.weight) for r in rows],
             answers={r.id: Answer(input=r.input, text=r.teacher_text) for r in rows if r.teacher_text is not None},
             sources=_hashes([path], folder),
             where=_lines(path),

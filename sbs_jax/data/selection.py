@@ -238,6 +238,12 @@ class Examples(Sequence[Example]):
             return None
         return [len(self._targets(row)) for row in self._rows]
 
+    def weights(self) -> list[float] | None:
+        """Returns the weight of each example, 1 for rows without one; None if no row has a weight."""
+        if all(row.weight is None for row in self._rows):
+            return None
+        return [1.0 if row.weight is None else float(row.weight) for row in self._rows]
+
     @property
     def _prefix(self) -> str:
         return self._options.rationale_prefix if self._task == RATIONALE else self._options.label_prefix

@@ -82,6 +82,11 @@ class RecordsSource(_Source):
         rows = self._examples(self._task_name, split)
         tables = dict(self._token_tables(self._task_name, split))
         targets_of = tables.pop(tokens.TARGETS_OF, None)
+        if tokens.WEIGHTS in tables:
+            raise ValueError(
+                f"Rows of {self._task_name} have a weight, which SeqIO's converters have no room for. Train with `sbs "
+                "train`, or remove the field 'weight' from the records."
+            )
         starts_of_row = tf.constant(np.arange(len(rows) + 1) if targets_of is None else targets_of.starts)
         rounds = 1 if targets_of is None or split != selection.TRAIN else int(targets_of.sizes.max())
         if shard_info and len(rows) < shard_info.num_shards:

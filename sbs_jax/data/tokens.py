@@ -136,7 +136,8 @@ def cut(ids: np.ndarray, length: int) -> np.ndarray:
 class TokenTable:
     """Token ids of n texts, concatenated, EOS included.
 
-    Row i is `ids[starts[i]:starts[i + 1]]`; `ids` is int32, `starts` int64 [n + 1].
+    Row i is `ids[starts[i]:starts[i + 1]]`; `ids` is int32, `starts` int64 [n + 1]. (In the table WEIGHTS a row is one
+    float32.)
     """
 
     ids: np.ndarray
@@ -193,4 +194,5 @@ class TokenTable:
 
 
 TARGETS_OF = "targets_of"  # beside the tables of inputs and targets: the numbers of each input's targets, if several
+WEIGHTS = "weights"  # beside them too: the weight of each row, if a row has one
 PARTS = tuple(field.name for field in dataclasses.fields(TokenTable))  # names of its arrays, as files hold them

@@ -16,7 +16,7 @@ from sbs_jax.pages.rendering import TEMPLATES
 
 # Colours for matplotlib, and the CSS variables that replace them. Black would be left out as matplotlib's default.
 INK, MUTED, GRID, PAPER = "#010101", "#020202", "#030303", "#040404"
-COLOURS = tuple(f"#0a00{number:02x}" for number in range(1, 7))
+COLOURS = tuple(f"#0a00{number:02x}" for number in range(1, 9))
 _VARIABLES = {INK: "ink", MUTED: "muted", GRID: "grid", PAPER: "paper"} | {
     colour: f"m{number}" for number, colour in enumerate(COLOURS)
 }

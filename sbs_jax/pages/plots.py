@@ -13,9 +13,10 @@ from sbs_jax.stats.results import CASCADE, DISTILLATION, FINE_TUNING, SINGLE_TAS
 from sbs_jax.stats.summary import Comparison, Group, Summary
 
 _NUMBERS = {FINE_TUNING: 0, DISTILLATION: 1, STEP_BY_STEP: 2, SINGLE_TASK: 3, CASCADE: 4}
-_MARKERS = ("o", "s", "D", "^", "v", "P")  # methods differ without color, too
+_MARKERS = ("o", "s", "D", "^", "v", "P", "X", "p")  # methods differ without color, too
 NARROW = 328  # pixels between the margins of a phone of 360; plots of this width name their lines in short lines
 _LABEL = 15  # characters of such a line
+_NAME = 28  # characters of a line of a method's name beside its row
 _DASHES = ((6, 4), (1.5, 3.5), (8, 3, 2, 3))  # of the reference lines
 
 
@@ -63,7 +64,9 @@ def accuracy_of_methods(summary: Summary, *, width: int = 660) -> str:
     The names of the methods are to the left of the lines, or above them in a narrow plot.
     """
     narrow, references = width <= NARROW, _references(summary)
-    left, row_height, top = 20 + round(7 * max(map(len, summary.methods))), 58, 15 + 15 * max(1, len(references))
+    names = ["" if narrow else textwrap.fill(group.method, _NAME) for group in summary.groups]
+    longest = max(len(line) for name in names for line in (name.splitlines() or [""]))
+    left, row_height, top = 20 + round(7 * longest), 58, 15 + 15 * max(1, len(references))
     if narrow:
         left, row_height = 14, 74
     with Canvas(width, 62 + top + row_height * len(summary.groups)) as canvas:
@@ -87,7 +90,6 @@ def accuracy_of_methods(summary: Summary, *, width: int = 660) -> str:
             place = {"xytext": (0, 6 + 15 * line), "xycoords": ("data", "axes fraction"), "textcoords": "offset points"}
             axes.annotate(f"{name} {value:.1f}", (value, 1), ha=side, color=MUTED, **place)
         axes.set_ylim(len(summary.groups) - 0.4, -0.6)
-        names = ["" if narrow else group.method for group in summary.groups]
         axes.set_yticks(range(len(summary.groups)), names)
         axes.locator_params(axis="x", nbins=5 if narrow else 9)
         axes.xaxis.set_major_formatter("{x:g} %")
@@ -258,7 +260,7 @@ def learning_curves(
 
 
 def colour_number(methods: Sequence[str], method: str) -> int:
-    """Returns the number of a method's color (`--m0` to `--m5`) and mark; known methods always have the same."""
+    """Returns the number of a method's color (`--m0` to `--m7`) and mark; known methods always have the same."""
     taken: dict[str, int] = {}
     for name in sorted(methods, key=lambda name: name not in _NUMBERS):
         free = [number for number in range(len(COLOURS)) if number not in taken.values()]

@@ -25,7 +25,7 @@ class Column(NamedTuple):
 
 
 class Table(NamedTuple):
-    """A table of texts. `dots` are colors (`--m0` to `--m5`) that mark the rows, if any."""
+    """A table of texts. `dots` are colors (`--m0` to `--m7`) that mark the rows, if any."""
 
     header: list[str]
     rows: list[list[str]]

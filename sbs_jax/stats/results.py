@@ -24,6 +24,13 @@ STEP_BY_STEP = "step-by-step"
 SINGLE_TASK = "single-task rationale"
 CASCADE = "cascade"
 TEACHER_LABELS = "teacher labels"
+ADDITIONS = (
+    "several rationales",
+    "mutual information",
+    "alpha over time",
+    "soft targets",
+    "on-policy",
+)  # how they begin
 METHODS = (FINE_TUNING, DISTILLATION, STEP_BY_STEP, SINGLE_TASK, CASCADE)
 _METHOD_OF_KIND = {
     "label": FINE_TUNING,
@@ -240,11 +247,27 @@ def _identified(path: str | Path, whole: Mapping[str, Any], dataset: str | None)
             method = DISTILLATION
         else:
             remarks.append(TEACHER_LABELS)
-    if options["rationales"] != "all" and kind != "label":
-        remarks.append(f"{options['rationales']} rationales")
+    if kind != "label":
+        if options["rationales"] != "all":
+            remarks.append(f"{options['rationales']} rationales")
+        remarks += _additions(manifest.get("settings") or {}, options)
     if remarks:
         method += f" ({', '.join(remarks)})"
     return Run(path, method, float(options["fraction"]), options["seed"], dataset)
+
+
+def _additions(settings: Mapping[str, Any], options: Mapping[str, Any]) -> list[str]:
+    """Names what a run adds to step-by-step, as files of gin_configs/methods/ do. A run of before has fewer keys."""
+    form = settings.get("mutual_information")
+    there = (
+        options.get("rationales_per_example", 1) != 1,
+        form is not None,
+        isinstance(settings.get("alpha"), Mapping),
+        settings.get("soft_targets") is not None,
+        settings.get("teacher") is not None,
+    )
+    found = [name for name, is_there in zip(ADDITIONS, there, strict=True) if is_there]
+    return [f"{name} {form.replace('_', ' ')}" if form and name == ADDITIONS[1] else name for name in found]
 
 
 def is_tested(path: str | Path) -> bool:

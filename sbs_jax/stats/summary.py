@@ -16,7 +16,19 @@ from sbs_jax.stats.baselines import Baseline
 from sbs_jax.stats.formats import percent
 from sbs_jax.stats.intervals import accuracy_interval, difference_interval, difference_p, holm, mcnemar
 from sbs_jax.stats.labels import Labels, of_answers
-from sbs_jax.stats.results import DISTILLATION, FINE_TUNING, METHODS, TEACHER_LABELS, Result, Run, join_folds, load
+from sbs_jax.stats.results import (
+    ADDITIONS,
+    CASCADE,
+    DISTILLATION,
+    FINE_TUNING,
+    METHODS,
+    STEP_BY_STEP,
+    TEACHER_LABELS,
+    Result,
+    Run,
+    join_folds,
+    load,
+)
 
 # Verdict with one seed: two students differ. Seeds of one method differ as well, which the interval does not cover.
 DIFFER = "these two differ"
@@ -218,11 +230,15 @@ def _correct(result: Result, ids: Sequence[str]) -> np.ndarray:
 def _comparisons(groups: Sequence[Group], methods: Sequence[str]) -> list[Comparison]:
     by_cell = {(group.method, group.fraction): group for group in groups}
     found = []
-    for ours in groups:
-        theirs = by_cell.get((_reference(ours.method, methods) or "", ours.fraction))
-        seeds = tuple(seed for seed in ours.seeds if theirs and seed in theirs.seeds)
-        if theirs and seeds:
-            found.append(_compare(ours, theirs, seeds=seeds))
+    for reference in (_reference, _without_additions):
+        for ours in groups:
+            to = reference(ours.method, methods)
+            if reference is not _reference and to == _reference(ours.method, methods):
+                continue
+            theirs = by_cell.get((to or "", ours.fraction))
+            seeds = tuple(seed for seed in ours.seeds if theirs and seed in theirs.seeds)
+            if theirs and seeds:
+                found.append(_compare(ours, theirs, seeds=seeds))
     return found
 
 
@@ -275,6 +291,14 @@ def _reference(method: str, methods: Sequence[str]) -> str | None:
     if FINE_TUNING in methods or DISTILLATION in methods:
         return standard if standard in methods else None
     return None if method == methods[0] else methods[0]
+
+
+def _without_additions(method: str, methods: Sequence[str]) -> str | None:
+    """Returns step-by-step of the same settings, for the cascade and for what adds to step-by-step; None for others."""
+    base, _, remarks = method.partition(" (")
+    kept = [part for part in remarks.removesuffix(")").split(", ") if part and not part.startswith(ADDITIONS)]
+    plain = f"{STEP_BY_STEP} ({', '.join(kept)})" if kept else STEP_BY_STEP
+    return plain if base in (STEP_BY_STEP, CASCADE) and plain != method and plain in methods else None
 
 
 def _of_data(remark: str) -> bool:

@@ -93,6 +93,7 @@ def _answer(
         input=question.row.input,
         label=question.row.label,
         choices=question.row.choices,
+        weight=question.row.weight,
         prompt=question.template.hash,
     )
     if settings.hint and question.label is not None and (label is None or not question.agrees(label)):

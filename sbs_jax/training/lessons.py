@@ -41,7 +41,7 @@ def of(
     """
     if term is None:
         return None
-    of_dataset = batch["decoder_input_tokens"], batch["decoder_task_ids"], jnp.float32(batch["decoder_loss_weights"])
+    of_dataset = batch["decoder_input_tokens"], batch["decoder_task_ids"], batch["decoder_loss_weights"]
     model = families.join(student, stacking.unstack(parameters))
     choice, sampling = jax.random.split(jax.random.fold_in(key, rollouts.KEY))
 
@@ -51,7 +51,8 @@ def of(
             model, batch["encoder_input_tokens"], key=sampling, length=length, temperature=term.temperature
         )
         inputs, task_ids = rollouts.as_targets(tokens_BT, batch["decoder_task_ids"], eos_id=model.config.eos_id)
-        return inputs, task_ids, jnp.ones_like(of_dataset[2])
+        of_row = jnp.max(of_dataset[2], axis=1, keepdims=True)  # the one weight of its tokens
+        return inputs, task_ids, jnp.broadcast_to(of_row, task_ids.shape)
 
     def lesson(found: Any, on: jax.Array) -> Lesson:
         inputs, task_ids, shares = found
