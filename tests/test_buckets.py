@@ -470,6 +470,7 @@ def test_a_token_that_expires_in_the_middle_costs_at_most_a_checkpoint(
         np.testing.assert_array_equal(got.arrays[name], array, err_msg=name)
 
 
+@pytest.mark.faults
 def test_a_bucket_that_vanishes_is_named_and_a_later_start_resumes(starter, folder, reference, place, url, tmp_path):
     with buckets.proxied(url) as proxy:
         process, run = start(starter, folder, place, proxy, tmp_path, patience=2)
