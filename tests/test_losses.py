@@ -258,6 +258,24 @@ def test_loss_and_gradients_do_not_depend_on_how_the_batch_lies(reference, how):
         np.testing.assert_allclose(gradients[name], want, rtol=1e-4, atol=2e-5 * scale, err_msg=name)
 
 
+def test_a_weight_of_two_is_the_row_twice():
+    """Every third example has weight 2, or is there twice; also on 8 devices, packed."""
+    heavy = set(range(0, 16, 3))
+    examples = [EXAMPLES[number] for number in range(16)] + [EXAMPLES[n] for n in heavy]
+    twice = prepared(packed=False, devices=1, micro_batches=1)([[n] for n in range(len(examples))], examples)
+    for rows, options in (
+        (ALONE, {"packed": False, "devices": 1, "micro_batches": 1}),
+        (PACKED, {"packed": True, "devices": 8, "micro_batches": 1}),
+        (ALONE, {"packed": False, "devices": 2, "micro_batches": 4}),
+    ):
+        loss, gradients = prepared(**options)(rows, weights=dict.fromkeys(heavy, 2.0))
+        assert loss == pytest.approx(twice[0], rel=1e-5)
+        for name, want in twice[1].items():
+            np.testing.assert_allclose(gradients[name], want, rtol=1e-4, atol=2e-5 * np.abs(want).max(), err_msg=name)
+    plain = prepared(packed=False, devices=1, micro_batches=1)(ALONE)
+    assert abs(plain[0] - twice[0]) > 1e-3
+
+
 @pytest.mark.parametrize(("alpha", "silent"), [(0.0, LABEL), (1.0, RATIONALE)])
 def test_an_extreme_alpha_silences_the_other_task_exactly(reference, alpha, silent):
     compute = prepared(packed=False, devices=1, micro_batches=1, alpha=alpha)

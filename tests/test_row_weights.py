@@ -1,4 +1,4 @@
-"""Weights of rows: from the field of a record to the loss, where a row of weight 2 counts as if it were there twice."""
+"""Weights of rows: from the field of a record to the batches; test_losses.py has what they do to the loss."""
 
 import itertools
 from pathlib import Path
@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import seqio
-import test_losses
 from builders import cats as made
 
 from sbs_jax.data import batches, choice, records
@@ -60,26 +59,6 @@ def test_several_rationales_of_a_row_have_its_weight(cats):
     for epoch in range(2):
         weights = _batch(epoch, **options)["decoder_loss_weights"].max(axis=1).tolist()
         assert sorted(weights) == sorted(6 * [weight or 1 for weight in WEIGHTS])
-
-
-def test_a_weight_of_two_is_the_row_twice():
-    """Every third example of test_losses' has weight 2, or is there twice; also on 8 devices, packed."""
-    heavy = set(range(0, 16, 3))
-    examples = [test_losses.EXAMPLES[number] for number in range(16)] + [test_losses.EXAMPLES[n] for n in heavy]
-    twice = test_losses.prepared(packed=False, devices=1, micro_batches=1)(
-        [[n] for n in range(len(examples))], examples
-    )
-    for rows, options in (
-        (test_losses.ALONE, {"packed": False, "devices": 1, "micro_batches": 1}),
-        (test_losses.PACKED, {"packed": True, "devices": 8, "micro_batches": 1}),
-        (test_losses.ALONE, {"packed": False, "devices": 2, "micro_batches": 4}),
-    ):
-        loss, gradients = test_losses.prepared(**options)(rows, weights=dict.fromkeys(heavy, 2.0))
-        assert loss == pytest.approx(twice[0], rel=1e-5)
-        for name, want in twice[1].items():
-            np.testing.assert_allclose(gradients[name], want, rtol=1e-4, atol=2e-5 * np.abs(want).max(), err_msg=name)
-    plain = test_losses.prepared(packed=False, devices=1, micro_batches=1)(test_losses.ALONE)
-    assert abs(plain[0] - twice[0]) > 1e-3
 
 
 def test_a_record_keeps_its_weight_and_one_without_has_no_such_field(tmp_path):
