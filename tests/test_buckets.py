@@ -18,13 +18,15 @@ from builders.finished_runs import assert_same, contents
 from processes import Starter, until
 
 from sbs_jax import hosts
-from sbs_jax.data import records, registry
+from sbs_jax.data import records, registry, soft_targets
 from sbs_jax.export import convert
 from sbs_jax.prediction import files
+from sbs_jax.prediction import soft_targets as scoring
 from sbs_jax.prediction.engine import Predictor, Settings
 from sbs_jax.run import checkpoints
 from sbs_jax.run.checkpoints import Checkpoints, Retention
 from sbs_jax.storage import bucket_lock, checksums, lock, places
+from sbs_jax.training import students
 from sbs_jax.weights import opening
 
 
@@ -528,6 +530,29 @@ def test_shards_of_answers_are_written_into_a_bucket(place, toy_run, tmp_path, m
     assert found == (tmp_path / "out.jsonl").read_bytes()
     with pytest.raises(FileExistsError, match=f"{out}-00000-of-00002 is the output of 2 processes, and this run has 3"):
         answer(0, 3)
+
+
+def test_soft_targets_are_stored_in_a_bucket_and_read_from_it(place, toy_run, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    teacher = students.load_student(toy_run.model_dir, layout=toy_run.layout)
+    options = {"top_k": 8, "shard_rows": 20}
+    scoring.write(teacher, output=tmp_path / "soft", **options)
+    with monkeypatch.context() as patch:  # it ends after a shard, and goes on
+        patch.setattr(soft_targets.Writer, "_save", lambda writer, save=soft_targets.Writer._save: ended(writer, save))
+        with pytest.raises(KeyboardInterrupt):
+            scoring.write(teacher, output=f"{place}/soft", **options)
+    assert scoring.write(teacher, output=f"{place}/soft", **options).resumed == 20
+    there = {path.name: path.read_bytes() for path in (place / "soft").iterdir() if path.name != "lock"}
+    assert there == {path.name: path.read_bytes() for path in (tmp_path / "soft").iterdir() if path.name != "lock"}
+    found, want = soft_targets.Store(f"{place}/soft"), soft_targets.Store(tmp_path / "soft")
+    for got, array in zip(found.read([3], [2]), want.read([3], [2]), strict=True):
+        np.testing.assert_array_equal(got, array)
+
+
+def ended(writer, save):
+    save(writer)
+    if len(writer._shards) == 1:
+        raise KeyboardInterrupt
 
 
 def test_two_processes_do_not_write_one_run(starter, folder, place, url, tmp_path):
