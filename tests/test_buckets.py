@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import buckets
 import numpy as np
@@ -535,7 +536,7 @@ def test_shards_of_answers_are_written_into_a_bucket(place, toy_run, tmp_path, m
 def test_soft_targets_are_stored_in_a_bucket_and_read_from_it(place, toy_run, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     teacher = students.load_student(toy_run.model_dir, layout=toy_run.layout)
-    options = {"top_k": 8, "shard_rows": 20}
+    options: dict[str, Any] = {"top_k": 8, "shard_rows": 20}
     scoring.write(teacher, output=tmp_path / "soft", **options)
     with monkeypatch.context() as patch:  # it ends after a shard, and goes on
         patch.setattr(soft_targets.Writer, "_save", lambda writer, save=soft_targets.Writer._save: ended(writer, save))
