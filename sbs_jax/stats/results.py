@@ -23,6 +23,7 @@ DISTILLATION = "standard distillation"
 STEP_BY_STEP = "step-by-step"
 SINGLE_TASK = "single-task rationale"
 CASCADE = "cascade"
+POLICY = "policy optimization"
 TEACHER_LABELS = "teacher labels"
 ADDITIONS = (
     "several rationales",
@@ -247,10 +248,13 @@ def _identified(path: str | Path, whole: Mapping[str, Any], dataset: str | None)
             method = DISTILLATION
         else:
             remarks.append(TEACHER_LABELS)
+    if (settings := manifest.get("settings") or {}).get("rewards") is not None:
+        method = POLICY
+        remarks.append(settings["advantage"])
     if kind != "label":
         if options["rationales"] != "all":
             remarks.append(f"{options['rationales']} rationales")
-        remarks += _additions(manifest.get("settings") or {}, options)
+        remarks += _additions(settings, options)
     if remarks:
         method += f" ({', '.join(remarks)})"
     return Run(path, method, float(options["fraction"]), options["seed"], dataset)
@@ -264,7 +268,7 @@ def _additions(settings: Mapping[str, Any], options: Mapping[str, Any]) -> list[
         form is not None,
         isinstance(settings.get("alpha"), Mapping),
         settings.get("soft_targets") is not None,
-        settings.get("teacher") is not None,
+        settings.get("teacher") is not None and settings.get("rewards") is None,
     )
     found = [name for name, is_there in zip(ADDITIONS, there, strict=True) if is_there]
     return [f"{name} {form.replace('_', ' ')}" if form and name == ADDITIONS[1] else name for name in found]

@@ -13,7 +13,7 @@ and packing cannot change.
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -23,6 +23,7 @@ from jaxtyping import Array, Float, Int
 from sbs_jax.student import layers, partitioning
 from sbs_jax.student.mutual_information import MutualInformation
 from sbs_jax.student.on_policy import OnPolicy
+from sbs_jax.student.policy import Policy
 from sbs_jax.student.soft_targets import Divergence
 
 # Values of the `task_ids` feature for one dataset; 0 is padding.
@@ -50,6 +51,7 @@ class Loss:
     mutual_information: MutualInformation | None = None
     soft_share: float = 0.0  # of the divergence from soft targets; the cross-entropy has the rest
     on_policy: OnPolicy | None = None  # the divergence from a teacher in memory
+    policy: Policy | None = None  # rewards of sampled answers, instead of all the others
 
     @property
     def smooths(self) -> bool:
@@ -118,6 +120,11 @@ class Mean:
     def means(self, name: str) -> dict[str, Float[Array, ""]]:
         """Returns the metric by its name; 0 of a count of 0."""
         return {name: self.total / jnp.where(self.count > 0.0, self.count, 1.0)}
+
+
+def means(sums: Mapping[str, Sums | Mean]) -> dict[str, Float[Array, ""]]:
+    """Returns the metrics of all sums by name."""
+    return {metric: value for name, found in sums.items() for metric, value in found.means(name).items()}
 
 
 @jax.tree_util.register_dataclass

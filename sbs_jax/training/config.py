@@ -11,11 +11,13 @@ import optax
 
 from sbs_jax import checks
 from sbs_jax.data import grading, selection, task_names
+from sbs_jax.data import rewards as of_answers
 from sbs_jax.data.dataset import STEP_BY_STEP, check_lengths
 from sbs_jax.run import trackers
 from sbs_jax.student import adapters, families, losses, partitioning, stacking, stacks
 from sbs_jax.student.mutual_information import MutualInformation
 from sbs_jax.student.on_policy import OnPolicy
+from sbs_jax.student.policy import Policy
 
 MEMORIES = ("device", "pinned_host")
 _FEATURES = ("inputs", "targets")
@@ -41,6 +43,11 @@ class Optimization:
     jsd_beta: float = 0.5  # of the Jensen-Shannon divergence; 0: forward KL, 1: reverse KL
     jsd_share: float = 0.5  # of the divergence; the loss on the dataset's targets has the rest
     sampling_temperature: float = 1.0  # of the student's sampling
+    rewards: Mapping[str, int | float] | None = None  # of sampled answers, by name (data/rewards.py), and their weights
+    own_reward: Callable[[of_answers.Answer], Any] | None = None  # your function, of the weight rewards["own"]
+    samples: int = 4  # answers per prompt and update
+    kl_weight: float = 0.05  # of the penalty for leaving `teacher`, the student that policy optimization begins with
+    advantage: str = "rloo"  # or "grpo", "dr_grpo" (policy.py)
     loss_weights: Mapping[str, int | float] | None = None  # of the datasets, or tasks, of a mixture; None: equal
     z_loss: float = 0.0  # weight of T5X's auxiliary loss
     optimizer: Callable[..., optax.GradientTransformation]  # called with learning_rate=
@@ -64,7 +71,9 @@ class Optimization:
             path = getattr(self, name)
             if path is not None and (not isinstance(path, str) or not path):
                 raise ValueError(f"TrainConfig.{name} is {path!r}; expected a path or None.")
-        _ = self.distillation
+        _ = self.distillation, self.policy
+        if self.rewards is not None or self.own_reward is not None:
+            of_answers.check(self.rewards or {}, self.own_reward)
         checks.number("TrainConfig.soft_share", self.soft_share, above=0.0, most=1.0)
         checks.number("TrainConfig.z_loss", self.z_loss, least=0.0)
         if self.clip_norm is not None:
@@ -89,7 +98,19 @@ class Optimization:
             probability=self.on_policy,
             temperature=self.sampling_temperature,
         )
-        return None if self.teacher is None else term
+        return None if self.teacher is None or self.rewards is not None else term
+
+    @property
+    def policy(self) -> Policy | None:
+        """Returns what rewards do, None without rewards. ValueError for a number outside its range."""
+        weights = {} if self.rewards is None else dict(self.rewards)
+        policy = Policy(
+            rewards=tuple(weights.items()),
+            samples=self.samples,
+            kl_weight=self.kl_weight,
+            advantage=self.advantage,
+        )
+        return policy if self.rewards is not None else None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -202,7 +223,9 @@ class TrainConfig(Optimization, Checkpointing, Evaluation, Compute, Guards):
             raise ValueError(
                 f"Soft targets need all logits at a time; got vocabulary_chunks {self.vocabulary_chunks}, expected 1."
             )
-        if self.teacher is not None and self.vocabulary_chunks > 1:
+        if self.rewards is not None:
+            self._check_rewards()
+        elif self.teacher is not None and self.vocabulary_chunks > 1:
             raise ValueError(
                 f"A teacher in memory needs all logits at a time; got vocabulary_chunks {self.vocabulary_chunks}, "
                 "expected 1."
@@ -230,6 +253,7 @@ class TrainConfig(Optimization, Checkpointing, Evaluation, Compute, Guards):
             mutual_information=term,
             soft_share=share,
             on_policy=self.distillation,
+            policy=self.policy,
         )
 
     @property
@@ -247,6 +271,29 @@ class TrainConfig(Optimization, Checkpointing, Evaluation, Compute, Guards):
         for name in names:
             grading.check_installed(task_names.dataset_of(name).metric_fns)
         return names
+
+    def _check_rewards(self) -> None:
+        """Refuses rewards beside what they do not go with."""
+        name = self.mixture_or_task_name
+        kinds = [task_names.split(part)[1] for part in task_names.parts(name)]
+        wrong = {
+            f"{name} is trained; expected one task, <dataset>_label or <dataset>_rationale_then_label": (
+                len(kinds) > 1 or kinds[0] not in of_answers.KINDS
+            ),
+            "teacher is None, but kl_weight is above 0; set TEACHER = %INITIAL_CHECKPOINT_PATH, or KL_WEIGHT = 0": (
+                self.teacher is None and self.kl_weight > 0
+            ),
+            f"dropout_rate is {self.model.dropout_rate}; set DROPOUT_RATE = 0.0: a sampled answer has another "
+            "probability under dropout": self.model.dropout_rate > 0,
+            "pack is True; set PACK = False: the student samples one answer per row": self.pack,
+            "number_slots is True; set NUMBER_SLOTS = False: answers are graded with their numbers": (
+                self.data.number_slots
+            ),
+            "soft targets are given; set SOFT_TARGETS = None": self.soft_targets is not None,
+            "mutual_information is given; set MUTUAL_INFORMATION = None": self.mutual_information is not None,
+        }
+        if found := [text for text, is_so in wrong.items() if is_so]:
+            raise ValueError(f"Rewards are given, but {found[0]}.")
 
     def _check_pairs(self) -> None:
         """Refuses a mutual-information loss without pairs of label and rationale in every micro-batch."""

@@ -42,6 +42,8 @@ def replay(config: TrainConfig, run: str | Path, *, step: int | None) -> dict[st
         raise FileNotFoundError(f"{run} kept no failed step; choose the step to replay: --step N.")
     if not 1 <= step <= config.train_steps:
         raise ValueError(f"Got step {step}; expected 1 to {config.train_steps}, the steps of this run.")
+    if config.rewards is not None:
+        raise ValueError("`sbs replay` looks into the loss of given targets; a run with rewards samples its own.")
     registry.configure(config.data)
     trainer = prepare(config)
     state = _state_before(config, trainer, run, step=step)

@@ -14,7 +14,8 @@ from jaxtyping import Array, Float
 from sbs_jax.data import features
 from sbs_jax.data import soft_targets as stored
 from sbs_jax.student import adapters, families, losses, mutual_information, partitioning, soft_targets, stacking, stacks
-from sbs_jax.training import lessons, teachers
+from sbs_jax.student import policy as policies
+from sbs_jax.training import lessons, rewarded, teachers
 from sbs_jax.training.config import Compute, TrainConfig
 
 log = logging.getLogger(__name__)
@@ -48,11 +49,12 @@ def loss_and_gradients(
     dropout_key: jax.Array,
     frozen: families.Parameters | None = None,
     lesson: lessons.Lesson | None = None,
+    reference: families.Model | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Any], families.Parameters]:
     """Returns the loss, `losses.Sums` and `Mean` by name, and gradients of a global batch, however it is cut.
 
     `parameters` and `frozen` together are the whole model; gradients are of `parameters` only. `lesson` has the targets
-    of `loss.on_policy`.
+    of `loss.on_policy`, `reference` is the student that `loss.policy` must not leave.
     """
     # Token weights depend on the whole batch, so they are computed before it is cut: see losses.py.
     task_ids, shares = batch["decoder_task_ids"], batch["decoder_loss_weights"]
@@ -71,6 +73,9 @@ def loss_and_gradients(
             dropout_key=key,
         )
         statistics, logits = _statistics(model, states, rows["decoder_target_tokens"], loss, chunks=vocabulary_chunks)
+        if loss.policy is not None:
+            prompts = len(batch["decoder_task_ids"]) // loss.policy.samples
+            return _of_rewards(statistics, rows, loss, prompts=prompts, reference=reference, chunks=vocabulary_chunks)
         task_ids, teacher = rows["decoder_task_ids"], soft_targets.SoftTargets.of(rows)
         total, sums = losses.weighted_cross_entropy(
             statistics,
@@ -95,8 +100,9 @@ def loss_and_gradients(
         return total, sums
 
     gradient_of = jax.value_and_grad(loss_of, has_aux=True)
-    # The two rows of a pair stay together; packed rows hold whole pairs.
+    # The two rows of a pair stay together, as the answers to a prompt do; packed rows hold whole pairs.
     together = 2 if loss.mutual_information and "decoder_segment_ids" not in batch else 1
+    together = together if loss.policy is None else loss.policy.samples
     pieces = (_cut(batch, micro_batches, together=together), jnp.arange(micro_batches))
     first = jax.tree.map(lambda x: x[0], pieces)
     if micro_batches == 1:
@@ -110,6 +116,33 @@ def loss_and_gradients(
     zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
     ((value, sums), gradients), _ = jax.lax.scan(add, zero, pieces)
     return value, sums, gradients
+
+
+def _of_rewards(
+    statistics: losses.TokenStatistics,
+    rows: Batch,
+    loss: losses.Loss,
+    *,
+    prompts: int,
+    reference: families.Model | None,
+    chunks: int,
+) -> tuple[Float[Array, ""], dict[str, Any]]:
+    """Returns the loss of sampled answers by their rewards, and its metrics."""
+    assert loss.policy is not None
+    log_p = statistics.target - statistics.log_z
+    of_reference = jax.lax.stop_gradient(log_p)
+    if reference is not None:
+        states = reference.states(rows["encoder_input_tokens"], rows["decoder_input_tokens"])
+        found, _ = _statistics(reference, states, rows["decoder_target_tokens"], loss, chunks=chunks)
+        of_reference = jax.lax.stop_gradient(found.target - found.log_z)
+    total, metrics = policies.loss(
+        *(log_p, of_reference),
+        real_BT=(rows["decoder_task_ids"] > 0).astype(jnp.float32),
+        rewards_BR=rows[rewarded.REWARDS],
+        policy=loss.policy,
+        prompts=prompts,
+    )
+    return total, {name: losses.Mean(*parts) for name, parts in metrics.items()}
 
 
 def _statistics(
@@ -153,6 +186,7 @@ def train_step(
         dropout_key=key,
         frozen=state.frozen,
         lesson=lesson,
+        reference=families.join(teacher, state.teacher) if terms.policy is not None and teacher is not None else None,
     )
     norm, gradients = _clipped(gradients, norm=config.clip_norm)
     updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.parameters)
@@ -163,12 +197,10 @@ def train_step(
     parameters, optimizer_state = jax.tree.map(
         lambda new, old: jnp.where(running & finite, new, old), new, (state.parameters, state.optimizer)
     )
-    metrics = {"loss": loss, "gradient_norm": norm, "skipped": skipped}
-    for name, found in sums.items():
-        metrics |= found.means(name)
+    metrics = {"loss": loss, "gradient_norm": norm, "skipped": skipped, **losses.means(sums)}
     step = state.step + (skipped <= config.skip_non_finite)
-    updated = {"step": step, "parameters": parameters, "optimizer": optimizer_state, "skipped": skipped}
-    return dataclasses.replace(state, **updated), metrics
+    kept = (state.root_key, state.frozen, state.teacher)
+    return TrainState(step, parameters, optimizer_state, skipped, *kept), metrics
 
 
 def root_key(seed: int) -> jax.Array:
@@ -274,17 +306,33 @@ def prepare(config: TrainConfig, *, devices: Sequence[Any] | None = None) -> Tra
         donate_argnums=0,
         compiler_options=partitioner.compiler_options,
     )
-    shapes = features.shapes(
+    shapes = _batch_shapes(config)
+    batch = {
+        name: jax.ShapeDtypeStruct(each.shape, each.dtype, sharding=partitioner.batch) for name, each in shapes.items()
+    }
+    if config.policy is not None:
+
+        def sample(state: TrainState, batch: Batch) -> Any:
+            with partitioner.active():
+                return rewarded.sampled(state, batch, student=saved_structure, config=config)
+
+        sharded, everywhere = partitioner.batch, partitioner.replicated
+        places = {"in_shardings": (shardings(abstract), sharded), "out_shardings": (sharded, everywhere)}
+        compiled = rewarded.RewardedStep(config, partitioner, jax.jit(sample, **places), compiled)
+    as_saved = unstacked, stacked, parameters, saved_structure
+    return Trainer(partitioner, abstract, saved, batch, compiled, *as_saved, teacher)
+
+
+def _batch_shapes(config: TrainConfig) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns the shapes and types of the batch of an update."""
+    if config.policy is not None:
+        return rewarded.shapes(config)
+    return features.shapes(
         config.task_feature_lengths,
         batch_size=config.batch_size,
         pack=config.pack,
         teacher=None if config.soft_targets is None else stored.form(config.soft_targets),
     )
-    batch = {
-        name: jax.ShapeDtypeStruct(each.shape, each.dtype, sharding=partitioner.batch) for name, each in shapes.items()
-    }
-    as_saved = unstacked, stacked, parameters, saved_structure
-    return Trainer(partitioner, abstract, saved, batch, compiled, *as_saved, teacher)
 
 
 def _in_memory(optimizer: Any, config: Compute) -> Any:
