@@ -13,6 +13,7 @@ from sbs_jax.data import registry, selection
 from sbs_jax.data.dataset import Dataset
 
 OWN = "own"
+KINDS = (selection.LABEL, selection.RATIONALE_THEN_LABEL)  # of tasks whose answers can be graded
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,7 +22,7 @@ class Answer:
 
     Attributes:
       text: what the student wrote, up to EOS; `right` is the text that the dataset has.
-      dataset, kind: of the task: "label", or "rationale_then_label".
+      dataset, kind: of the task; the kind is one of KINDS.
       tokens: number of its tokens, EOS included, of at most `most`.
       ended: it has an EOS.
     """
@@ -79,10 +80,8 @@ def check(weights: Mapping[str, int | float], own: Callable[[Answer], float] | N
 
 def of(answer: Answer, names: tuple[str, ...], own: Callable[[Answer], Any] | None) -> list[float]:
     """Computes the rewards of an answer, in the order of the names. ValueError for an own one that is no number."""
-    found = [float((own if name == OWN else BY_NAME[name])(answer)) for name in names]  # pyright: ignore
+    functions = BY_NAME if own is None else {**BY_NAME, OWN: own}
+    found = [float(functions[name](answer)) for name in names]
     for name, value in zip(names, found, strict=True):
         checks.number(f"The reward {name!r} of the answer {answer.text!r}", value)
     return found
-
-
-KINDS = (selection.LABEL, selection.RATIONALE_THEN_LABEL)
