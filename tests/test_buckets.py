@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import buckets
+import gcsfs.retry
 import numpy as np
 import pytest
 import toy
@@ -24,7 +25,7 @@ from sbs_jax.export import convert
 from sbs_jax.prediction import files
 from sbs_jax.prediction import soft_targets as scoring
 from sbs_jax.prediction.engine import Predictor, Settings
-from sbs_jax.run import checkpoints
+from sbs_jax.run import checkpoints, saving
 from sbs_jax.run.checkpoints import Checkpoints, Retention
 from sbs_jax.storage import bucket_lock, checksums, lock, places
 from sbs_jax.training import students
@@ -269,6 +270,13 @@ def test_a_lost_object_is_named(place, lost):
     saved(place, 1)
     (place / "checkpoints" / "1" / lost).unlink()
     assert checksums.problem(place / "checkpoints" / "1") == f"{lost} is missing"
+
+
+def test_what_gcsfs_refuses_costs_a_checkpoint_and_not_the_run():
+    found = saving._storage_error(gcsfs.retry.HttpError({"code": 401, "message": "expired"}))
+    assert isinstance(found, OSError)
+    assert "expired" in str(found)
+    assert saving._storage_error(TypeError("a mistake")) is None
 
 
 def test_a_step_without_its_list_never_was_one(place, tmp_path):

@@ -546,7 +546,7 @@ def peak_of(starter: Any, folder: Path, tmp_path: Path, count: int) -> tuple[flo
         for number in range(count):
             file.write(json.dumps({"id": f"row {number}", "input": f"{number} a b c"}) + "\n")
     program = (
-        "import toy_task, sys; from benchmarks import harness; from sbs_jax.cli import main; status = main.main(); "
+        "import toy, sys; from benchmarks import harness; from sbs_jax.cli import main; status = main.main(); "
         "print(harness.peak_memory(), file=sys.stderr); sys.exit(status)"
     )
     flags = ["--model", str(folder / "run"), "--input", str(tmp_path / "in.jsonl"), "--batch_size", "64"]

@@ -20,7 +20,9 @@ def parameters() -> families.Parameters:
 def same(left, right):
     assert jax.tree.structure(left) == jax.tree.structure(right)
     for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(left), jax.tree.leaves(right), strict=True):
-        np.testing.assert_allclose(x, y, rtol=1e-6, err_msg=jax.tree_util.keystr(path))
+        # Sums over a layer may be added in another order, which shows in the smallest of its updates.
+        least = 1e-6 * float(np.abs(y).max(initial=0.0))
+        np.testing.assert_allclose(x, y, rtol=1e-6, atol=least, err_msg=jax.tree_util.keystr(path))
 
 
 def test_stacks_are_in_the_order_of_layers_not_of_names():

@@ -222,7 +222,11 @@ def _run(coroutine: Coroutine[Any, Any, Any]) -> Any:
 
 
 def _storage_error(error: BaseException) -> OSError | None:
-    """Converts a storage error to OSError, None for others. TensorStore raises ValueError: 'RESOURCE_EXHAUSTED: ..'."""
+    """Converts a storage error to OSError, None for others.
+
+    TensorStore raises ValueError: 'RESOURCE_EXHAUSTED: ..', and gcsfs, through which Orbax looks at a bucket, errors of
+    its own.
+    """
     if isinstance(error, OSError):
         # A new one, because the traceback of the old one holds the arrays.
         return OSError(error.errno, error.strerror, error.filename) if error.strerror else OSError(str(error))
@@ -230,6 +234,8 @@ def _storage_error(error: BaseException) -> OSError | None:
     if code := re.search(r"os_error_code='(\d+)'", text):
         path = re.search(r'"(/[^"]*)"', text)
         return OSError(int(code[1]), os.strerror(int(code[1])), path[1] if path else None)
+    if type(error).__module__.partition(".")[0] == "gcsfs":
+        return OSError(text)
     return OSError(text) if isinstance(error, ValueError) and re.match(r"[A-Z_]{5,}: ", text) else None
 
 
