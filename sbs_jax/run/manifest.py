@@ -161,6 +161,11 @@ _LATER = {
         "jsd_beta": 0.5,
         "jsd_share": 0.5,
         "sampling_temperature": 1.0,
+        "rewards": None,
+        "own_reward": None,
+        "samples": 4,
+        "kl_weight": 0.05,
+        "advantage": "rloo",
     }.items()
 }
 
