@@ -14,7 +14,7 @@ import numpy as np
 import optax
 import pytest
 import toy
-from builders import bpe, decoders
+from builders import bpe, decoders, finished_runs
 
 from sbs_jax.run import checkpoints
 from sbs_jax.student import (
@@ -324,16 +324,8 @@ def test_a_run_learns_from_its_teacher_and_resumes_bit_for_bit(finished, folder,
     of_checkpoint = set(runs.open_run(folder / "student").arrays)
     assert of_checkpoint == set(families.abstract(toy.MODEL)[1])  # the teacher is in memory alone
     first = dataclasses.replace(config, model_dir=str(folder / "resumed"))
-    save = checkpoints.Checkpoints.save
-
-    def die(*arguments, **options):
-        save(*arguments, **options)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoints.Checkpoints, "save", die)
-        with pytest.raises(KeyboardInterrupt):
-            loop.train(first, config_text="", programs=programs)
+    with finished_runs.ending_at_a_save(monkeypatch):
+        loop.train(first, config_text="", programs=programs)
     with pytest.raises(FileExistsError, match=r"data\.teacher\.checksum"):
         loop.train(dataclasses.replace(first, teacher=str(folder / "other")), config_text="")
     with pytest.raises(FileExistsError, match=r"data\.teacher\.checksum"):

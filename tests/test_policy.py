@@ -11,10 +11,9 @@ import numpy as np
 import optax
 import pytest
 import toy
-from builders import decoders
+from builders import decoders, finished_runs
 
 from sbs_jax.data import registry, release, rewards
-from sbs_jax.run import checkpoints
 from sbs_jax.student import decoding, families, losses, partitioning, policy, stacks
 from sbs_jax.training import loop, replay
 from sbs_jax.training.config import TrainConfig
@@ -229,16 +228,9 @@ def test_rewards_rise_and_a_preempted_run_ends_bit_for_bit(folder, monkeypatch):
     assert all(line["kl"] > -0.5 and 0 <= line["equal_groups"] <= 1 for line in found)
     assert found[-1]["kl"] > 0.01
 
-    resumed, save = dataclasses.replace(config, model_dir=str(folder / "resumed")), checkpoints.Checkpoints.save
-
-    def die(*arguments, **options):
-        save(*arguments, **options)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoints.Checkpoints, "save", die)
-        with pytest.raises(KeyboardInterrupt):
-            loop.train(resumed, config_text="", programs=programs)
+    resumed = dataclasses.replace(config, model_dir=str(folder / "resumed"))
+    with finished_runs.ending_at_a_save(monkeypatch):
+        loop.train(resumed, config_text="", programs=programs)
     with pytest.raises(FileExistsError, match="samples"):
         loop.train(dataclasses.replace(resumed, samples=2), config_text="")
     loop.train(resumed, config_text="", programs=programs)

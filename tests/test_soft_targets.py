@@ -15,11 +15,11 @@ import optax
 import processes
 import pytest
 import toy
+from builders import finished_runs
 
 from sbs_jax.data import batches, features, records, registry
 from sbs_jax.data import soft_targets as store
 from sbs_jax.prediction import soft_targets as scoring
-from sbs_jax.run import checkpoints
 from sbs_jax.storage import lock
 from sbs_jax.student import families, partitioning, soft_targets
 from sbs_jax.training import loop, students
@@ -449,16 +449,8 @@ def test_a_student_learns_from_the_store_and_resumes_with_it_alone(taught, tmp_p
     found = lines(tmp_path / "whole")
     assert found[-1]["kl/rationale"] < 0.9 * found[0]["kl/rationale"]
     first = dataclasses.replace(config, model_dir=str(tmp_path / "run"))
-    save = checkpoints.Checkpoints.save
-
-    def die(*arguments, **options):
-        save(*arguments, **options)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoints.Checkpoints, "save", die)
-        with pytest.raises(KeyboardInterrupt):
-            loop.train(first, config_text="", programs=programs)
+    with finished_runs.ending_at_a_save(monkeypatch):
+        loop.train(first, config_text="", programs=programs)
     shutil.copytree(taught / "soft", tmp_path / "copy")
     loop.train(dataclasses.replace(first, soft_targets=str(tmp_path / "copy")), config_text="")
     assert [line["loss"] for line in lines(tmp_path / "run")] == [line["loss"] for line in found]

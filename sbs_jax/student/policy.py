@@ -30,7 +30,7 @@ _LEAST_DEVIATION = 1e-4  # of the rewards of a group; equal rewards have advanta
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Policy:
-    """What a step does with rewards: their weights by name, answers per prompt, the penalty, the advantage."""
+    """Settings of rewards: their weights by name, answers per prompt, the penalty, the form of the advantage."""
 
     rewards: tuple[tuple[str, int | float], ...]
     samples: int = 4

@@ -377,7 +377,7 @@ class Generator:
         """Yields (token ids without EOS and padding, natural log probability) of each source row, in order."""
         for tokens, scores in self.batches(parameters, *rows, before_batch=before_batch, sizes=sizes):
             for ids, score in zip(tokens, scores, strict=True):
-                yield _answer(ids, eos_id=self._eos_id), float(score)
+                yield before_eos(ids, eos_id=self._eos_id), float(score)
 
     def batches(
         self,
@@ -414,7 +414,7 @@ class Generator:
             return self._generate(parameters, *rows)
 
 
-def _answer(ids: np.ndarray, *, eos_id: int) -> list[int]:
+def before_eos(ids: np.ndarray, *, eos_id: int) -> list[int]:
     """Returns a row's tokens before its EOS, or all of them if it has none."""
     ends = np.flatnonzero(ids == eos_id)
     return ids[: ends[0] if len(ends) else None].tolist()

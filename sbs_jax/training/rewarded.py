@@ -13,6 +13,7 @@ import numpy as np
 
 from sbs_jax.data import features, registry, rewards, task_names
 from sbs_jax.student import families, partitioning, rollouts, stacking
+from sbs_jax.training import evaluate
 from sbs_jax.training.config import TrainConfig
 
 REWARDS = "rewards"  # feature of an update's batch, [answers, rewards]
@@ -83,9 +84,11 @@ class RewardedStep:
         vocabulary, names = registry.vocabulary(config.data.vocabulary), tuple(name for name, _ in policy.rewards)
         found = []
         for row in self.partitioner.local_rows(len(answers)).tolist():
-            (tokens, has_ended), (expected, _) = (
-                _until_eos(ids, eos_id=config.model.eos_id) for ids in (answers[row], right[row // policy.samples])
+            tokens, expected = (
+                evaluate.before_eos(ids, eos_id=config.model.eos_id)
+                for ids in (answers[row], right[row // policy.samples])
             )
+            has_ended = len(tokens) < answers.shape[1]
             answer = rewards.Answer(
                 text=vocabulary.decode(tokens),
                 right=vocabulary.decode(expected),
@@ -97,9 +100,3 @@ class RewardedStep:
             )
             found.append(rewards.of(answer, names, config.own_reward))
         return np.asarray(found, np.float32)
-
-
-def _until_eos(ids: np.ndarray, *, eos_id: int) -> tuple[list[int], bool]:
-    """Returns the ids before EOS, or all without padding, and whether there is an EOS."""
-    ends = np.flatnonzero(ids == eos_id)
-    return (ids[: ends[0]].tolist(), True) if len(ends) else (ids.tolist(), False)

@@ -1,7 +1,8 @@
 """Compare finished runs: arrays, metrics without speeds, predictions and the best step."""
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,21 @@ class Contents:
     lines: list[dict[str, Any]]  # of metrics, without speeds
     predictions: dict[str, bytes]
     best: int | None
+
+
+@contextlib.contextmanager
+def ending_at_a_save(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Ends the training in the block at its first checkpoint, as Ctrl-C would."""
+    save = checkpoints.Checkpoints.save
+
+    def die(*arguments: Any, **options: Any) -> None:
+        save(*arguments, **options)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints.Checkpoints, "save", die)
+        with pytest.raises(KeyboardInterrupt):
+            yield
 
 
 def unmeasured(line: Mapping[str, Any]) -> dict[str, Any]:
